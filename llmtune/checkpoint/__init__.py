@@ -1,0 +1,1 @@
+"""Checkpoints that do not know where they came from: names, files, manifest, save, find, load."""

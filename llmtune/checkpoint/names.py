@@ -1,0 +1,46 @@
+"""Every name inside a run folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+CONFIG = "config.yaml"
+OVERRIDES = "overrides.yaml"
+PLAN = "plan.json"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+LOG = "train.log"
+SAMPLES = "samples.json"
+LOSS_PLOT = "loss.png"
+FINISHED = "finished.json"
+LOCK = ".lock"
+
+MANIFEST = "manifest.json"
+COMPLETE = "COMPLETE"
+TRAINER_STATE = "trainer_state.json"
+
+ADAPTER = "adapter"
+MODEL = "model"
+MERGED = "merged"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """``checkpoint-<step>`` of a run folder."""
+    return run / f"checkpoint-{step}"
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for any other name."""
+    match = _CHECKPOINT.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def state_file(rank: int, world_size: int) -> str:
+    """A rank's share of master weights and moments."""
+    return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+STATE_FILES = "optimizer-*.safetensors"

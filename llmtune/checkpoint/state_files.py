@@ -1,0 +1,100 @@
+"""Master weights and moments as slices by parameter name: any number of ranks, any stage reads what any other wrote."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llmtune.checkpoint import names
+from llmtune.checkpoint.tensor_file import TensorFile, TensorSpec
+from llmtune.engine.module import TrainModule
+from llmtune.engine.state import KINDS, make_state, owned_slices, read_state, state_slices, write_state
+from llmtune.errors import CheckpointError
+
+_SLICES = "llmtune_slices"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSlice:
+    """Elements ``[start, start + numel)`` of a flattened parameter, in one file."""
+
+    file: Path
+    start: int
+    numel: int
+
+
+def write_state_file(module: TrainModule, folder: Path) -> Path:
+    """Write this rank's slices, fp32, one file a rank; the header says which elements they are."""
+    pieces = owned_slices(module)
+    where = {piece.name: [piece.start, piece.numel, piece.parameter_numel] for piece in pieces}
+    specs = [TensorSpec(f"{piece.name}/{kind}", torch.float32, (piece.numel,)) for piece in pieces for kind in KINDS]
+    path = folder / names.state_file(module.rank.rank, module.rank.world_size)
+    with TensorFile(path, specs, {_SLICES: json.dumps(where)}) as file:
+        for piece in pieces:
+            for kind in KINDS:
+                file.write(read_state(module, piece, kind))
+    return path
+
+
+def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
+    """Fill this rank's slices from whatever files cover them.
+
+    Args:
+        steps: Optimizer steps that AdamW had counted.
+
+    Raises:
+        CheckpointError: A slice is not covered, or a parameter has another size.
+    """
+    stored = _read_index(folder)
+    make_state(module, steps)
+    for piece in state_slices(module):
+        sources = stored.get(piece.name)
+        if sources is None:
+            raise CheckpointError(f"{folder}: no optimizer state for {piece.name}; the model or the tuner is another")
+        numel, slices = sources
+        if numel != piece.parameter_numel:
+            raise CheckpointError(f"{folder}: {piece.name} has {numel} elements there and {piece.parameter_numel} here")
+        for kind in KINDS:
+            values = _assemble(slices, f"{piece.name}/{kind}", piece.start, piece.numel, folder)
+            write_state(module, piece, kind, values)
+
+
+def _read_index(folder: Path) -> dict[str, tuple[int, list[StoredSlice]]]:
+    """Parameter name -> its number of elements, and the slices in the files."""
+    index: dict[str, list[StoredSlice]] = defaultdict(list)
+    numels: dict[str, int] = {}
+    for file in sorted(folder.glob(names.STATE_FILES)):
+        try:
+            with safe_open(str(file), framework="pt") as handle:
+                where: dict[str, Any] = json.loads(handle.metadata()[_SLICES])
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{file}: not a state file of llmtune ({error})") from error
+        for name, (start, numel, total) in where.items():
+            index[name].append(StoredSlice(file, start, numel))
+            numels[name] = total
+    if not index:
+        raise CheckpointError(f"{folder}: holds no optimizer state ({names.STATE_FILES})")
+    return {name: (numels[name], sorted(slices, key=lambda s: s.start)) for name, slices in index.items()}
+
+
+def _assemble(slices: list[StoredSlice], key: str, start: int, numel: int, folder: Path) -> torch.Tensor:
+    """Elements ``[start, start + numel)`` put together from the stored slices that overlap them."""
+    values = torch.empty(numel)
+    filled = 0
+    for piece in slices:
+        first = max(start, piece.start)
+        last = min(start + numel, piece.start + piece.numel)
+        if first >= last:
+            continue
+        with safe_open(str(piece.file), framework="pt") as handle:
+            values[first - start : last - start] = handle.get_slice(key)[first - piece.start : last - piece.start]
+        filled += last - first
+    if filled != numel:
+        raise CheckpointError(f"{folder}: {key} is covered for {filled} of {numel} elements; a state file is missing")
+    return values

@@ -1,0 +1,108 @@
+"""Write safetensors one tensor at a time: the header from names, dtypes and shapes, then the data in order.
+
+The format: an 8-byte little-endian header length, a JSON header padded with spaces to 8 bytes, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What the header says of one tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFile:
+    """One safetensors file; tensors are written in the order of the specs, whole or in pieces."""
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None):
+        self.path = path
+        self.specs = list(specs)
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        offset = 0
+        for spec in self.specs:
+            header[spec.name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.nbytes],
+            }
+            offset += spec.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._expected = 8 + len(text) + offset
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, tensor: torch.Tensor) -> None:
+        """Append a tensor, or the next piece of one."""
+        data = tensor.detach().cpu().contiguous().reshape(-1)
+        self._file.write(memoryview(data.view(torch.uint8).numpy()))
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Flush to the disk; a file that is not as long as its header says is an error of ours."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            size = self._file.tell()
+        finally:
+            self._file.close()
+        if kind is None:
+            assert size == self._expected, f"{self.path}: {size} bytes written, {self._expected} announced"
+
+
+def plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> list[tuple[str, list[TensorSpec]]]:
+    """File names as transformers uses them, and the tensors of each; a tensor is never split."""
+    shards: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(spec)
+    if len(shards) == 1:
+        return [("model.safetensors", shards[0])]
+    count = len(shards)
+    return [(f"model-{number:05d}-of-{count:05d}.safetensors", shard) for number, shard in enumerate(shards, start=1)]
+
+
+def write_index(folder: Path, shards: list[tuple[str, list[TensorSpec]]]) -> None:
+    """``model.safetensors.index.json`` where there is more than one file."""
+    if len(shards) > 1:
+        total = sum(spec.nbytes for _, specs in shards for spec in specs)
+        weight_map = {spec.name: name for name, specs in shards for spec in specs}
+        (folder / INDEX_FILE).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        )

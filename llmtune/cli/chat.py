@@ -1,0 +1,49 @@
+"""``chat``: one answer, or a conversation on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmtune.cli.main import Arguments
+
+
+def main(arguments: Arguments) -> int:
+    """Answer ``chat.prompt``, or each line of the standard input with the conversation so far."""
+    from llmtune.cli.quiet import quiet_libraries
+    from llmtune.config.compose import compose_config
+
+    composed = compose_config(arguments.overrides, arguments.config_dir)
+    quiet_libraries()
+
+    from llmtune.cli.target import load_model, resolve_target
+    from llmtune.model.answer import answer
+
+    target = resolve_target(composed)
+    settings = composed.config.chat
+    model, tokenizer = load_model(target)
+    history = [{"role": "system", "content": settings.system}] if settings.system else []
+
+    def reply(text: str) -> str:
+        history.append({"role": "user", "content": text})
+        (said,) = answer(model, tokenizer, [history], settings.max_new_tokens, settings.temperature)
+        history.append({"role": "assistant", "content": said})
+        return said
+
+    if settings.prompt is not None:
+        sys.stdout.write(reply(settings.prompt) + "\n")
+        return 0
+    interactive = sys.stdin.isatty()
+    if interactive:
+        sys.stdout.write(f"{target.adapter or target.model_folder} (end with Ctrl-D)\n")
+    while True:
+        if interactive:
+            sys.stdout.write("> ")
+            sys.stdout.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        if line.strip():
+            sys.stdout.write(reply(line.strip()) + "\n")
+            sys.stdout.flush()

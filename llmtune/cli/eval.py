@@ -1,0 +1,59 @@
+"""``eval``: held-out loss and perplexity of a run, a checkpoint or a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmtune.cli.main import Arguments
+
+
+def main(arguments: Arguments) -> int:
+    """Evaluate all held-out rows in this process."""
+    from llmtune.cli.quiet import quiet_libraries
+    from llmtune.config.compose import compose_config
+
+    composed = compose_config(arguments.overrides, arguments.config_dir)
+    quiet_libraries()
+
+    import torch
+
+    from llmtune.cli.target import load_model, resolve_target
+    from llmtune.data.loader import iterate_eval
+    from llmtune.data.prepare import open_rows, prepare_data
+    from llmtune.errors import DataError
+    from llmtune.model.loss import sum_token_losses
+    from llmtune.train.evaluation import perplexity
+
+    target = resolve_target(composed)
+    config = target.config
+    model, tokenizer = load_model(target)
+    data = prepare_data(config.data, tokenizer, config.seed, Path(config.paths.cache_dir).expanduser())
+    if data.eval is None:
+        raise DataError("nothing is held out: add data.eval=FILE, or data.val_set_size above 0")
+    total, tokens = 0.0, 0
+    device = next(model.parameters()).device
+    batches = iterate_eval(
+        open_rows(data, "eval"), config.train.per_device_eval_batch_size, 0, 1, tokenizer.pad_token_id, None
+    )
+    with torch.no_grad():
+        for batch in (batch.to(device) for batch in batches):
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            loss, count = sum_token_losses(output.logits, batch.labels)
+            total += float(loss)
+            tokens += count
+    result = {
+        "eval_loss": total / tokens,
+        "eval_perplexity": perplexity(total / tokens),
+        "rows": data.eval.rows,
+        "trained_tokens": tokens,
+        "model": str(target.adapter or target.model_folder),
+    }
+    if arguments.as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        sys.stdout.write("".join(f"{key:<16} {value}\n" for key, value in result.items()))
+    return 0

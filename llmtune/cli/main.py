@@ -1,0 +1,148 @@
+"""``llmtune [VERB] [overrides]``: find the verb, run it, turn errors into one screen and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import traceback
+from dataclasses import dataclass, field
+
+from llmtune import __version__
+from llmtune.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, LlmtuneError
+
+#: Verb -> (module with ``main(arguments) -> exit code``, what it does).
+VERBS = {
+    "train": ("llmtune.cli.train", "plan, start one process an accelerator, train, resume, export (the default)"),
+    "export": ("llmtune.cli.export", "a run, checkpoint or adapter becomes a model folder that other tools load"),
+    "merge": ("llmtune.cli.export", "the same as export"),
+    "eval": ("llmtune.cli.eval", "held-out loss and perplexity of a run, checkpoint or model"),
+    "chat": ("llmtune.cli.chat", "talk to a run, checkpoint or model"),
+}
+
+HELP = """llmtune {version}: fine-tune large language models on DeepSpeed
+
+  python -m llmtune [VERB] [group=option ...] [key=value ...]
+
+verbs
+{verbs}
+
+examples
+  python -m llmtune                                                  LoRA on SmolLM2-135M, embedded data
+  python -m llmtune model=llama3_8b data=alpaca data.train=my.jsonl  your data, on all GPUs of this machine
+  python -m llmtune +model=llama3_70b +zero=3                        '+group=x' and 'group=x' mean the same
+  python -m llmtune chat run=runs/NAME chat.prompt="..."
+  python -m llmtune export run=runs/NAME export=safetensors
+  python -m llmtune eval base=runs/NAME/merged
+  deepspeed scripts/train.py model=llama3_70b zero=3                 or torchrun: the same training
+
+options
+  --cfg job          print the composed configuration and stop
+  --config-dir DIR   look for group files (experiment/mine.yaml ...) in DIR too
+  --json             eval: print one JSON object
+  --version, --help
+
+exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 export, 7 environment,
+            75 stopped by a signal and saved: the same command goes on
+
+Every key, its type and meaning: llmtune/config/schema.py; every option: conf/."""
+
+
+@dataclass(slots=True)
+class Arguments:
+    """The command line, taken apart."""
+
+    verb: str = "train"
+    overrides: list[str] = field(default_factory=list)
+    config_dir: str | None = None
+    show_config: bool = False
+    as_json: bool = False
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; the exit code of the contract."""
+    argv = sys.argv[1:] if argv is None else argv
+    trace = "debug=trace" in (text.lstrip("+") for text in argv) or "trace=true" in argv
+    try:
+        if any(text in ("--help", "-h") for text in argv):
+            verbs = "\n".join(f"  {name:<8} {what}" for name, (_, what) in VERBS.items())
+            _print(HELP.format(version=__version__, verbs=verbs))
+            return EXIT_DONE
+        if "--version" in argv:
+            _print(f"llmtune {__version__}")
+            return EXIT_DONE
+        arguments = parse(argv)
+        if arguments.show_config:
+            from llmtune.config.compose import compose_config
+
+            _print(compose_config(arguments.overrides, arguments.config_dir).yaml.rstrip())
+            return EXIT_DONE
+        _load_dotenv()
+        module = importlib.import_module(VERBS[arguments.verb][0])
+        return int(module.main(arguments))
+    except LlmtuneError as error:
+        return _report(error, error.exit_code, trace)
+    except KeyboardInterrupt as error:
+        return _report(error, 130, trace)
+    except Exception as error:
+        return _report(error, EXIT_UNEXPECTED, trace)
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Verb, overrides and options; launchers' ``--local_rank`` is taken off.
+
+    Raises:
+        ConfigError: An unknown verb or option, with the nearest known one.
+    """
+    arguments = Arguments()
+    rest = list(argv)
+    if rest and not rest[0].startswith(("-", "+", "~")) and "=" not in rest[0]:
+        arguments.verb = rest.pop(0)
+        if arguments.verb not in VERBS:
+            close = difflib.get_close_matches(arguments.verb, VERBS, n=1)
+            hint = f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(VERBS)}"
+            raise ConfigError(f"unknown verb {arguments.verb!r}{hint}")
+    while rest:
+        text = rest.pop(0)
+        name, _, value = text.partition("=")
+        if not text.startswith("-"):
+            arguments.overrides.append(text)
+        elif name in ("--local_rank", "--local-rank"):
+            _ = value or rest.pop(0)
+        elif name == "--config-dir" and (value or rest):
+            arguments.config_dir = value or rest.pop(0)
+        elif name == "--cfg" and (value or rest):
+            what = value or rest.pop(0)
+            if what != "job":
+                raise ConfigError(f"--cfg {what}: only 'job' is known")
+            arguments.show_config = True
+        elif text == "--json":
+            arguments.as_json = True
+        else:
+            raise ConfigError(f"unknown option {text!r}; llmtune takes KEY=VALUE overrides, see --help")
+    return arguments
+
+
+def _load_dotenv() -> None:
+    """Keys such as WANDB_API_KEY and HF_TOKEN from ``.env`` of the current folder; the environment wins."""
+    from dotenv import load_dotenv
+
+    load_dotenv(".env", override=False)
+
+
+def _report(error: BaseException, code: int, trace: bool) -> int:
+    if trace:
+        traceback.print_exception(error)
+    elif code == EXIT_STOPPED:
+        sys.stderr.write(f"{error}\n")
+    elif isinstance(error, LlmtuneError):
+        sys.stderr.write(f"error: {error}\n")
+    elif isinstance(error, KeyboardInterrupt):
+        sys.stderr.write("interrupted\n")
+    else:
+        sys.stderr.write(f"error: {type(error).__name__}: {error}\nAdd debug=trace for the traceback.\n")
+    return code
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")

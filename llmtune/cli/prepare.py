@@ -1,0 +1,153 @@
+"""From the command line to a run request: what the supervisor does before it starts ranks, and rank 0 under a launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llmtune.checkpoint import names
+from llmtune.checkpoint.find import find_checkpoints
+from llmtune.config.compose import Composed, compose_config
+from llmtune.config.schema import Config
+from llmtune.data.prepare import prepare_data
+from llmtune.data.render import check_chat_template, load_chat_template
+from llmtune.errors import CheckpointError
+from llmtune.model.files import resolve_model_folder
+from llmtune.model.tokenizer import load_tokenizer
+from llmtune.plan.resolve import resolve_plan, resolve_steps
+from llmtune.plan.units import format_bytes, format_count
+from llmtune.train.request import RunRequest
+from llmtune.train.run_folder import RunFolder, open_run_folder
+
+
+@dataclass(frozen=True, slots=True)
+class RunTarget:
+    """Name and folder of a run."""
+
+    name: str
+    folder: Path
+
+
+def resolve_target(composed: Composed) -> RunTarget:
+    """The run's name and folder: the user's, or the names of model, tuner and data, and of ZeRO where it was chosen."""
+    config, choices = composed.config, composed.choices
+    if config.run_name:
+        name = config.run_name
+    else:
+        model = choices["model"]
+        if model == "custom":
+            model = Path(config.model.name_or_path).name.removesuffix(".gguf")
+        parts = [str(model), str(choices["tuner"]), str(choices["data"])]
+        if choices.get("zero") not in (None, "auto"):
+            parts.append(f"zero{choices['zero']}")
+        if sweep_run := os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
+            # The runs of a sweep differ in their overrides only.
+            parts.append(sweep_run)
+        name = "-".join(parts)
+    return RunTarget(name, Path(config.output_dir or f"runs/{name}").expanduser())
+
+
+def resolve_request(
+    composed: Composed, target: RunTarget, folder: RunFolder, say: Callable[[str], None], world_size: int | None = None
+) -> RunRequest | None:
+    """Plan, check, prepare model files and data, and write the run folder's description; None when the run is finished.
+
+    Args:
+        world_size: Ranks that a foreign launcher started.
+
+    Raises:
+        LlmtuneError: Of every kind but export, before any rank has begun.
+    """
+    config = composed.config
+    plan = resolve_plan(config, world_size)
+    folder.check_owner(config)
+    resume_from = folder.resume_point(config.resume_from_checkpoint)
+    cache = cache_dir(config)
+    model_folder = resolve_model_folder(config.model, cache)
+    tokenizer = load_tokenizer(model_folder, config.model, load_chat_template(config.data.chat_template))
+    check_chat_template(tokenizer, config.model.name_or_path)
+    data = prepare_data(config.data, tokenizer, config.seed, cache)
+    steps = resolve_steps(config.train, config.schedule, data.train.rows)
+    longer = folder.check_length(steps, data.fingerprint)
+    if longer:
+        say(longer)
+    if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
+        return None
+    request = RunRequest(config, plan, steps, data, target.folder, target.name, model_folder, resume_from)
+    step = _step_of(resume_from)
+    if step > steps.total_steps:
+        raise CheckpointError(f"{resume_from} is at step {step}, beyond the {steps.total_steps} steps of this run")
+    extra = {"steps": asdict(steps), "data": asdict(data), "model_folder": str(model_folder), "run_name": target.name}
+    swept = folder.begin(config, composed.overrides, plan, extra, step)
+    if swept:
+        say(f"removed what a save that was cut off left behind: {', '.join(swept)}")
+    return request
+
+
+def describe(request: RunRequest) -> dict[str, str]:
+    """The derived numbers and where they came from, for the page before step 1."""
+    config, plan, data, steps = request.config, request.plan, request.data, request.steps
+    shape, memory = plan.shape, plan.memory
+    train = data.train
+    left_out = f", {train.dropped} dropped as over-long" if train.dropped else ""
+    left_out += f", {train.truncated} truncated" if train.truncated else ""
+    held_out = f"{data.eval.rows} rows" if data.eval else "none"
+    tuner = config.tuner.kind.value + (f" r={config.tuner.lora_r}" if config.tuner.kind.value == "lora" else "")
+    rows = {
+        "model": f"{config.model.name_or_path} from {request.model_folder}",
+        "parameters": f"{format_count(shape.parameters)}, of which {tuner} trains "
+        f"{format_count(shape.trainable_parameters)}",
+        "data": f"{train.rows} rows, {format_count(train.tokens)} tokens, {format_count(train.trained_tokens)} "
+        f"trained{left_out}; held out: {held_out}",
+        "hardware": plan.hardware.describe(),
+        "batch": plan.batch.describe(),
+        "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
+        "learning rate": f"{config.optim.learning_rate:g}, {config.schedule.lr_scheduler_type.value}",
+        "precision": f"{config.precision.value}; fp32 master weights and moments",
+        "placement": f"ZeRO {plan.placement.zero_stage}, offload optimizer "
+        f"{'cpu' if plan.placement.offload_optimizer else 'none'}, weights "
+        f"{'cpu' if plan.placement.offload_param else 'none'}",
+        "memory": f"about {format_bytes(memory.device)} a rank at its peak (states {format_bytes(states(memory))})",
+        "derived": "; ".join(plan.notes),
+        "run folder": str(request.run_folder),
+    }
+    if request.resume_from:
+        rows["resuming"] = str(request.resume_from)
+    return rows
+
+
+def states(memory: object) -> int:
+    """Weights, gradients and optimizer states of a memory plan."""
+    return sum(int(getattr(memory, name)) for name in ("weights", "gradients", "optimizer"))
+
+
+def compose_run(overrides: list[str], config_dir: str | None) -> tuple[Composed, RunTarget, RunFolder]:
+    """Config, name and an existing folder."""
+    composed = compose_config(overrides, config_dir)
+    target = resolve_target(composed)
+    return composed, target, open_run_folder(target.folder)
+
+
+def cache_dir(config: Config) -> Path:
+    """Folder of converted models and tokenised data."""
+    return Path(config.paths.cache_dir).expanduser()
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder."""
+    found = find_checkpoints(run)
+    return found[-1] if found else None
+
+
+def lock_file(folder: RunFolder) -> Path:
+    """The lock of a run folder."""
+    return folder.path / names.LOCK
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    """Step of a checkpoint; -1 for a new run, none of whose old lines count."""
+    from llmtune.checkpoint.save import read_trainer_state
+
+    return read_trainer_state(checkpoint).step if checkpoint else -1

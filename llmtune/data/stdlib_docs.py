@@ -1,0 +1,70 @@
+"""Questions and answers from the docstrings of the installed Python's standard library.
+
+The sources are parsed, never imported: importing some standard modules opens browsers, prints or starts loops.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmtune.data.conversation import Conversation, Message, Role
+
+#: Modules whose docstrings describe tests, tools or the past rather than a library.
+SKIPPED = {
+    *("antigravity", "idlelib", "lib2to3", "pydoc_data", "test", "this", "turtledemo", "ensurepip", "distutils"),
+    # Not part of every Python: Debian ships them apart.
+    *("tkinter", "turtle"),
+}
+
+#: Characters of an answer; shorter ones say nothing, longer ones are whole manuals.
+ANSWER_LENGTH = range(64, 600)
+
+
+def read_stdlib_docs() -> list[Conversation]:
+    """About 1,300 pairs, in the order of the module names; the same for the same Python."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    conversations: dict[str, Conversation] = {}
+    for module in sorted(name for name in sys.stdlib_module_names if not name.startswith("_") and name not in SKIPPED):
+        path = root / f"{module}.py"
+        path = path if path.is_file() else root / module / "__init__.py"
+        if path.is_file():
+            for conversation in _from_module(module, path):
+                conversations.setdefault(conversation.messages[0].content, conversation)
+    return list(conversations.values())
+
+
+def _from_module(module: str, path: Path) -> Iterator[Conversation]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _from_definition(node, f"the function {module}.{node.name}", path)
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from _from_definition(node, f"the class {module}.{node.name}", path)
+            for member in node.body:
+                if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef):
+                    yield from _from_definition(member, f"the method {module}.{node.name}.{member.name}", path)
+
+
+def _from_definition(
+    node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, what: str, path: Path
+) -> Iterator[Conversation]:
+    answer = _clean(ast.get_docstring(node) or "")
+    if node.name.startswith("_") or len(answer) not in ANSWER_LENGTH:
+        return
+    verb = "represent" if isinstance(node, ast.ClassDef) else "do"
+    question = f"What does {what} {verb} in Python's standard library?"
+    messages = (Message(Role.user, question), Message(Role.assistant, answer))
+    yield Conversation(messages, f"{path}:{node.lineno}")
+
+
+def _clean(docstring: str) -> str:
+    """The prose before interpreter examples, with its line breaks inside paragraphs undone."""
+    prose = inspect.cleandoc(docstring).split(">>>")[0]
+    paragraphs = [re.sub(r"\s+", " ", part).strip() for part in re.split(r"\n\s*\n", prose)]
+    return "\n\n".join(part for part in paragraphs if part)

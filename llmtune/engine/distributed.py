@@ -1,0 +1,83 @@
+"""The process group of the ranks, and the few collectives that the rest of the program needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """This process among the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 writes, prints and tracks."""
+        return self.rank == 0
+
+
+def init_ranks(timeout_minutes: float = 60) -> Rank:
+    """Join the process group that the environment describes (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` ...)."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    cuda = accelerator.device_name() == "cuda"
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name() if cuda else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+    return Rank(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def leave_ranks() -> None:
+    """End the process group; a no-op where there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: list[float], rank: Rank) -> list[float]:
+    """The element-wise sum over all ranks, in fp64 (CPU) or fp32 (CUDA)."""
+    if rank.world_size == 1:
+        return values
+    dtype = torch.float32 if rank.device.type == "cuda" else torch.float64
+    tensor = torch.tensor(values, dtype=dtype, device=rank.device)
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor]
+
+
+def any_rank(flag: bool, rank: Rank) -> bool:
+    """Whether the flag is set on any rank."""
+    return sum_over_ranks([float(flag)], rank)[0] > 0
+
+
+def gather_objects(value: Any, rank: Rank) -> list[Any]:
+    """The values of all ranks, in order, on every rank."""
+    if rank.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * rank.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any, rank: Rank) -> Any:
+    """Rank 0's value on every rank."""
+    values = [value if rank.is_first else None]
+    if rank.world_size > 1:
+        dist.broadcast_object_list(values, src=0, device=rank.device)
+    return values[0]

@@ -1,0 +1,140 @@
+"""The training module: a model and DeepSpeed's engine around it, driven one optimizer step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from llmtune.engine.corrections import undo_stage0_dummy_step
+from llmtune.engine.distributed import Rank, sum_over_ranks
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, int]]
+"""(logits, labels) -> (sum of token losses, number of tokens)."""
+
+
+class MicroBatch(Protocol):
+    """What a forward pass takes. Shapes: (rows, length)."""
+
+    @property
+    def input_ids(self) -> torch.Tensor: ...
+    @property
+    def attention_mask(self) -> torch.Tensor: ...
+    @property
+    def labels(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float
+    """Mean over the trained tokens of the whole step, over all ranks and micro-batches."""
+    grad_norm: float
+    """Global 2-norm of the gradient, before clipping."""
+    applied: bool
+    """False where the step was skipped because a gradient was not finite."""
+
+
+def zero_init(deepspeed_config: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Inside it, ZeRO 3 keeps only this rank's slice of every parameter that is made."""
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+    return context
+
+
+class TrainModule:
+    """Forward, backward, optimizer step, evaluation."""
+
+    def __init__(self, model: Any, deepspeed_config: dict[str, Any], rank: Rank, loss_function: LossFunction):
+        import deepspeed
+
+        self.rank = rank
+        self.loss_function = loss_function
+        self.zero_stage = int(deepspeed_config["zero_optimization"]["stage"])
+        self.config = deepspeed_config
+        # DeepSpeed writes into the dictionary it is given.
+        copy = {key: dict(value) if isinstance(value, dict) else value for key, value in deepspeed_config.items()}
+        copy["optimizer"] = {"type": "AdamW", "params": dict(deepspeed_config["optimizer"]["params"])}
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=copy)
+        if self.zero_stage == 0:
+            undo_stage0_dummy_step(self.engine.optimizer)
+
+    @property
+    def model(self) -> Any:
+        """The model inside the engine."""
+        return self.engine.module
+
+    @property
+    def adam(self) -> Any:
+        """The AdamW object inside DeepSpeed's wrapper."""
+        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], trained_tokens: int, learning_rate: float) -> StepResult:
+        """One optimizer step over all micro-batches.
+
+        Args:
+            trained_tokens: Of the whole step, over all ranks: the loss is divided by it once, so that accumulation and
+                ranks change nothing. DeepSpeed averages gradients over ranks, hence the factor ``world_size``.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        scale = self.rank.world_size / max(trained_tokens, 1)
+        total = 0.0
+        norm: float | None = None
+        self.engine.train()
+        for batch in micro_batches:
+            loss, _ = self._loss(batch)
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            total += float(loss.detach())
+            if self.engine.is_gradient_accumulation_boundary():
+                norm = self._unwrapped_grad_norm()
+            self.engine.step()
+        reported = self.engine.get_global_grad_norm()
+        norm = norm if norm is not None else float(reported) if reported is not None else 0.0
+        (summed,) = sum_over_ranks([total], self.rank)
+        return StepResult(summed / max(trained_tokens, 1), norm, bool(self.engine.was_step_applied()))
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Mean loss over the trained tokens of all ranks' batches, and their number."""
+        self.engine.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in batches:
+                loss, tokens = self._loss(batch)
+                total += float(loss)
+                count += tokens
+        self.engine.train()
+        total, tokens_seen = sum_over_ranks([total, float(count)], self.rank)
+        return total / max(tokens_seen, 1), int(tokens_seen)
+
+    def _loss(self, batch: MicroBatch) -> tuple[torch.Tensor, int]:
+        device = self.rank.device
+        output = self.engine(
+            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
+        )
+        return self.loss_function(output.logits, batch.labels.to(device))
+
+    def _unwrapped_grad_norm(self) -> float | None:
+        """The norm where DeepSpeed knows none: fp32 without ZeRO, where gradients are whole on every rank."""
+        if self.zero_stage > 0 or hasattr(self.engine.optimizer, "fp32_groups_flat"):
+            return None
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def parameter_groups(model: Any) -> list[dict[str, Any]]:
+    """Matrices, which decay, and 1-D parameters, which do not.
+
+    The second group is also what keeps DeepSpeed's NVMe offload right: 1-D tensors between matrices shift the swapped
+    gradients off their alignment.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

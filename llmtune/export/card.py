@@ -1,0 +1,80 @@
+"""The model card of an export: what it was made from, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+_TEMPLATE = """---
+{% if base_id %}base_model: {{ base_id }}
+{% endif %}library_name: transformers
+pipeline_tag: text-generation
+tags: [llmtune, {{ tuner }}]
+---
+
+# {{ name }}
+
+{{ base }} fine-tuned with [llmtune] ({{ tuner }}).
+
+| | |
+| --- | --- |
+{% for key, value in facts.items() -%}
+| {{ key }} | {{ value }} |
+{% endfor %}
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{{ folder }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ folder }}")
+prompt = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))
+```
+
+The licence of {{ base }} applies.
+"""
+
+
+def write_card(folder: Path, published_as: Path, base: str, tuner: str, facts: dict[str, Any]) -> None:
+    """``README.md``; it carries no clock, so that the same inputs make the same file."""
+    text = jinja2.Template(_TEMPLATE, keep_trailing_newline=True).render(
+        name=published_as.parent.name if published_as.name == "merged" else published_as.name,
+        base=base,
+        base_id=base if "/" in base and not base.startswith(("/", ".")) else None,
+        tuner=tuner,
+        facts=facts,
+        folder=published_as,
+    )
+    (folder / "README.md").write_text(text.replace("[llmtune]", "llmtune"), encoding="utf-8")
+
+
+def facts_of_run(run: Path | None) -> dict[str, Any]:
+    """What the run's files say about data, settings and results; empty without a run."""
+    plan_file = run / "plan.json" if run else None
+    if run is None or plan_file is None or not plan_file.is_file():
+        return {}
+    plan = json.loads(plan_file.read_text())
+    data, shape = plan["data"], plan["shape"]
+    facts: dict[str, Any] = {
+        "training rows": f"{data['train']['rows']:,} ({data['train']['tokens']:,} tokens, "
+        f"{data['train']['trained_tokens']:,} trained)",
+        "data fingerprint": data["fingerprint"],
+        "trainable parameters": f"{shape['trainable_parameters']:,} of {shape['parameters']:,}",
+        "steps": plan["steps"]["total_steps"],
+        "global batch size": plan["batch"]["global_batch_size"],
+        "peak learning rate": plan["deepspeed"]["optimizer"]["params"]["lr"],
+    }
+    evaluations = [
+        record
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+        if "eval_loss" in (record := json.loads(line))
+    ]
+    if evaluations:
+        facts["held-out loss"] = f"{evaluations[0]['eval_loss']:.4f} before, {evaluations[-1]['eval_loss']:.4f} after"
+    return facts

@@ -1,0 +1,1 @@
+"""One supervisor, N ranks: environment, start, watch, signals, end."""

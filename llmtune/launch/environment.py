@@ -1,0 +1,73 @@
+"""The environment variables of a rank, as DeepSpeed's launcher would set them, and what a launcher left in ours."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+#: Set by every launcher (torchrun, deepspeed) in the processes that it starts.
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+#: Where a supervised rank leaves its error for the supervisor.
+FAILURE_DIR = "LLMTUNE_FAILURE_DIR"
+
+
+def launched_world_size() -> int | None:
+    """Ranks that a foreign launcher started, of which this process is one; None without one."""
+    if all(name in os.environ for name in _LAUNCHER_VARIABLES):
+        return int(os.environ["WORLD_SIZE"])
+    return None
+
+
+def set_defaults(accelerator: str, ranks_on_node: int) -> None:
+    """Variables that must stand before torch and DeepSpeed are imported; what the user has set wins."""
+    defaults = {
+        "DS_ACCELERATOR": accelerator,
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_EXTENSIONS_DIR": str(extensions_dir()),
+        "DEEPSPEED_TIMEOUT": "60",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if accelerator == "cpu":
+        defaults["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks_on_node))
+        # What the CPU accelerator counts as its devices.
+        defaults["LOCAL_SIZE"] = str(ranks_on_node)
+    else:
+        defaults["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def extensions_dir() -> Path:
+    """Compiled DeepSpeed ops, one folder an environment: two that share one rebuild each other's ops for ever."""
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given)
+    own = Path(sys.prefix)
+    if sys.prefix != sys.base_prefix and os.access(own, os.W_OK):
+        return own / "torch_extensions"
+    return Path.home() / ".cache" / "torch_extensions"
+
+
+def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -> dict[str, str]:
+    """The whole environment of one rank of this node."""
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "CROSS_RANK": "0",
+        "CROSS_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        FAILURE_DIR: str(failure_dir),
+    }
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,75 @@
+"""What a rank does about its surroundings: die with its parent, send library output to the log, report its error."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import IO
+
+from llmtune.errors import EXIT_UNEXPECTED, DoesNotFitError, LlmtuneError
+from llmtune.launch.environment import FAILURE_DIR
+
+_PR_SET_PDEATHSIG = 1
+
+#: Texts by which memory that ran out is known: torch's CPU allocator raises a plain RuntimeError.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc")
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the parent ends, so that no rank outlives its supervisor."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def redirect_output(log: Path) -> IO[str]:
+    """Send everything that this process and its libraries print to ``log``; what is returned is the old stdout."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    console = os.fdopen(os.dup(1), "w", buffering=1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    return console
+
+
+def to_user_error(error: BaseException) -> LlmtuneError | None:
+    """An error with advice for those that have one: ours, and memory that ran out."""
+    if isinstance(error, LlmtuneError):
+        return error
+    text = str(error)
+    if isinstance(error, MemoryError) or any(mark in text for mark in _OUT_OF_MEMORY):
+        first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        return DoesNotFitError(
+            f"out of memory: {first[:300]}\nTry: train.per_device_train_batch_size=1 train.gradient_checkpointing=true; "
+            "zero=3 on several ranks; offload=optimizer_cpu or offload=cpu; a smaller data.max_seq_length. "
+            "The same command then goes on from the newest checkpoint."
+        )
+    return None
+
+
+def report_failure(error: BaseException, rank: int, console: IO[str], trace: bool) -> int:
+    """Traceback to the log; the message to the supervisor, or to the console where there is none. Returns the exit code."""
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    known = to_user_error(error)
+    message = str(known) if known else f"{type(error).__name__}: {error}"
+    if trace:
+        message = "".join(traceback.format_exception(error)).rstrip()
+    code = known.exit_code if known else EXIT_UNEXPECTED
+    folder = os.environ.get(FAILURE_DIR)
+    if folder:
+        report = {"rank": rank, "code": code, "message": message, "known": known is not None, "time": time.time()}
+        (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(report))
+    elif known is not None or rank == 0:
+        console.write(f"\nerror (rank {rank}): {message}\n")
+        console.flush()
+    return code

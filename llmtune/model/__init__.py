@@ -1,0 +1,1 @@
+"""Tokenizer, weights, adapters, loss, answers."""

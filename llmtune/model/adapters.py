@@ -1,0 +1,93 @@
+"""LoRA adapters: put on, named, stored as peft stores them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.config.schema import TunerConfig
+from llmtune.errors import CheckpointError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+#: peft's name for the only adapter, which its files leave out.
+_INFIX = ".default."
+
+
+def add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
+    """Wrap the model; the adapters have the training dtype, their master copies are DeepSpeed's.
+
+    Args:
+        base: What ``adapter_config.json`` names as the base model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    modules = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=modules,
+        base_model_name_or_path=base,
+    )
+    torch.manual_seed(seed)
+    # Without autocast_adapter_dtype=False peft makes fp32 adapters under ZeRO 3, silently.
+    wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    wrapped.peft_config["default"].base_model_name_or_path = base
+    wrapped.peft_config["default"].inference_mode = True
+    return wrapped
+
+
+def to_file_name(parameter_name: str) -> str:
+    """A parameter's name as adapter files have it."""
+    return parameter_name.replace(_INFIX, ".")
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Copy an adapter file into the model's adapters.
+
+    Raises:
+        CheckpointError: The file is missing, or holds other tensors than the model's adapters.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / WEIGHTS_FILE
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read as an adapter ({error})") from error
+    parameters = {to_file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(stored.keys() ^ parameters.keys())
+    wrong += [name for name in stored.keys() & parameters.keys() if stored[name].shape != parameters[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"{file} is not an adapter of this model with tuner.lora_r and tuner.target_modules as they are: "
+            f"{len(wrong)} tensors differ, such as {wrong[0]}"
+        )
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            parameters[name].copy_(tensor)
+
+
+def write_adapter_config(model: Any, folder: Path) -> None:
+    """``adapter_config.json`` as peft writes it."""
+    model.peft_config["default"].save_pretrained(str(folder))
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter folder.
+
+    Raises:
+        CheckpointError: There is no adapter.
+    """
+    try:
+        values: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder}: no adapter here ({CONFIG_FILE}: {error})") from error
+    return values

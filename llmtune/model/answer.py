@@ -1,0 +1,55 @@
+"""Answers to prompts: a batch at once for the samples of a run, and for ``chat``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmtune.model.tokenizer import end_of_turn_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict[str, str]]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    synced_ranks: bool = False,
+) -> list[str]:
+    """One answer a prompt.
+
+    Args:
+        prompts: Lists of ``{role, content}``.
+        temperature: 0 always takes the likeliest token.
+        synced_ranks: Under ZeRO 3 all ranks generate, and go on until the last has finished.
+    """
+    from transformers import GenerationConfig
+
+    texts = [str(tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)) for p in prompts]
+    # Padding belongs on the left here: what is generated follows the last token.
+    encoded = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+    device = next(model.parameters()).device
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_of_turn_ids(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+        **sampling,
+    )
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=encoded["input_ids"].to(device),
+            attention_mask=encoded["attention_mask"].to(device),
+            generation_config=settings,
+            synced_gpus=synced_ranks,
+        )
+    model.train(was_training)
+    new = output[:, encoded["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -1,0 +1,58 @@
+"""The model object of a rank: whole, or under ZeRO 3 only its own slice of every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.config.schema import ModelConfig, Precision
+from llmtune.errors import EnvironmentProblem
+from llmtune.model.partition import load_partitions, restore_buffers
+
+DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
+
+
+def build_model(
+    folder: Path,
+    config: ModelConfig,
+    precision: Precision,
+    gradient_checkpointing: bool,
+    partitioned: Callable[[], AbstractContextManager[Any]] | None = None,
+    rank: int = 0,
+) -> Any:
+    """A causal language model in the training dtype, ready for adapters and for DeepSpeed.
+
+    Args:
+        folder: Model folder with safetensors.
+        partitioned: DeepSpeed's ``zero.Init`` for ZeRO 3; weights are then read slice by slice.
+
+    Raises:
+        EnvironmentProblem: ``model.attn_implementation`` needs a package that is not there.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    dtype = DTYPES[precision]
+    settings = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
+    try:
+        if partitioned is None:
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **settings)
+        else:
+            architecture = AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
+            with no_init_weights(), partitioned():
+                model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **settings)
+            restore_buffers(model)
+            load_partitions(model, folder, rank)
+    except ImportError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EnvironmentProblem(f"model.attn_implementation={config.attn_implementation}: {reason}") from error
+    model.config.use_cache = False
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Frozen embeddings would leave the first checkpoint without an input that needs a gradient.
+        model.enable_input_require_grads()
+    return model

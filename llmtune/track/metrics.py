@@ -1,0 +1,48 @@
+"""``metrics.jsonl``: one object a line, numbers unrounded, never a line beyond the step that the run stands at."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from llmtune.track.tracker import Record
+
+
+class MetricsFile:
+    """Appends records; each line is on its way to the disk before the next step begins."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, record: Record) -> None:
+        """One line."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Close."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Every whole line; a half-written one, as a crash leaves it, is passed over."""
+    records = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop half-written lines, and what lies beyond ``step`` because its checkpoint was never written."""
+    if not path.is_file():
+        return
+    kept = "".join(json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(kept, encoding="utf-8")
+    os.replace(aside, path)

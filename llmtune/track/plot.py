@@ -1,0 +1,31 @@
+"""``loss.png``: training and held-out loss over the steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmtune.track.metrics import read_metrics
+
+
+def write_loss_plot(metrics: Path, picture: Path, title: str) -> None:
+    """Draw the curves of a metrics file; nothing where it has no training line yet."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = read_metrics(metrics)
+    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    if not train:
+        return
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held out")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(picture)
+    plt.close(figure)

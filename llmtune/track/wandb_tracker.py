@@ -1,0 +1,66 @@
+"""Weights & Biases, on rank 0 only; its failures are notes, never the end of a run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from llmtune.config.schema import TrackerConfig, TrackerMode
+from llmtune.track.tracker import Record
+
+
+class WandbTracker:
+    """Sends every record; evaluation and training share the step axis."""
+
+    def __init__(self, config: TrackerConfig, run_folder: Path, run_name: str, settings: dict[str, Any]):
+        """
+        Args:
+            settings: The resolved config, as plain values; it holds no secrets.
+        """
+        import wandb
+
+        mode = config.mode
+        self.note = ""
+        if mode is TrackerMode.online and not _has_key():
+            mode = TrackerMode.offline
+            self.note = "W&B: no WANDB_API_KEY in the environment or .env, so this run is tracked offline"
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=run_name,
+            id=_run_id(run_folder),
+            resume="allow",
+            dir=str(run_folder),
+            mode="offline" if mode is TrackerMode.offline else "online",
+            config=settings,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+        )
+
+    def log(self, record: Record) -> None:
+        """One record, under its step."""
+        values = {key: value for key, value in record.items() if key != "step"}
+        self._run.log(values, step=record["step"])
+
+    def finish(self) -> None:
+        """Upload what is left."""
+        self._run.finish(quiet=True)
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
+
+
+def _run_id(run_folder: Path) -> str:
+    """The sweep agent's id, or one kept in the run folder, so that a resumed run goes on in the same place."""
+    if given := os.environ.get("WANDB_RUN_ID"):
+        return given
+    path = run_folder / "wandb" / "run_id"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip()

@@ -1,0 +1,167 @@
+"""Construction: every object of a run, in the order in which they depend on each other, and then the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmtune.checkpoint import names
+from llmtune.checkpoint.save import load_checkpoint
+from llmtune.config.compose import dump_yaml
+from llmtune.config.schema import TrackerKind, TunerKind
+from llmtune.data.loader import TrainLoader
+from llmtune.data.prepare import open_rows, read_samples
+from llmtune.data.render import load_chat_template
+from llmtune.engine.distributed import Rank
+from llmtune.engine.module import TrainModule, zero_init
+from llmtune.model.adapters import add_lora, load_adapter
+from llmtune.model.build import build_model
+from llmtune.model.loss import sum_token_losses
+from llmtune.model.tokenizer import load_tokenizer
+from llmtune.track.console import Console, ProgressLine
+from llmtune.track.metrics import MetricsFile
+from llmtune.track.tracker import Tracker, Trackers
+from llmtune.train.evaluation import HeldOutLoss
+from llmtune.train.loop import Hook, Job, Progress, run
+from llmtune.train.plotting import LossPlot
+from llmtune.train.request import RunRequest
+from llmtune.train.samples import SampleAnswers, samples_reason_to_skip
+from llmtune.train.saving import CheckpointSaver
+from llmtune.train.stop import StopFlag
+
+
+def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
+    """Build, train, and publish the result. Called on every rank.
+
+    Raises:
+        StoppedError: A signal asked for an end; the state was saved.
+    """
+    stop = StopFlag()
+    job = build_job(request, rank, console, stop)
+    try:
+        run(job)
+    finally:
+        job.trackers.finish()
+
+
+def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag) -> Job:
+    """The page that says what a run is made of."""
+    config, plan = request.config, request.plan
+    template = load_chat_template(config.data.chat_template)
+    tokenizer = load_tokenizer(request.model_folder, config.model, template)
+    pad_token_id: Any = tokenizer.pad_token_id
+
+    module = build_module(request, rank)
+    start = Progress()
+    if request.resume_from is not None:
+        state = load_checkpoint(module, request.resume_from)
+        start = Progress(state.step, state.tokens)
+
+    epoch_rows = None if config.train.max_steps else round(config.train.num_train_epochs * request.data.train.rows)
+    loader = TrainLoader(
+        open_rows(request.data, "train"), plan.batch, rank.rank, config.seed, pad_token_id, epoch_rows
+    )
+    evaluator = HeldOutLoss(
+        module,
+        open_rows(request.data, "eval") if request.data.eval else None,
+        config.train.per_device_eval_batch_size,
+        pad_token_id,
+        config.train.eval_max_rows,
+    )
+    saver = CheckpointSaver(
+        module,
+        tokenizer,
+        request.run_folder,
+        config.tuner.kind is TunerKind.lora,
+        request.data.fingerprint,
+        config.train.save_total_limit,
+        config.export.max_shard_bytes,
+    )
+    return Job(
+        rank=rank,
+        module=module,
+        loader=loader,
+        steps=request.steps,
+        train=config.train,
+        optim=config.optim,
+        schedule=config.schedule,
+        seed=config.seed,
+        evaluator=evaluator,
+        saver=saver,
+        trackers=build_trackers(request, rank, console, start),
+        hooks=build_hooks(request, rank, console, module, tokenizer),
+        stop=stop,
+        start=start,
+    )
+
+
+def build_module(request: RunRequest, rank: Rank) -> TrainModule:
+    """Weights from the base, or from the checkpoint that is resumed; adapters; DeepSpeed around them."""
+    config, plan = request.config, request.plan
+    lora = config.tuner.kind is TunerKind.lora
+    partitioned: Callable[[], Any] | None = None
+    if plan.placement.zero_stage == 3:
+        partitioned = lambda: zero_init(plan.deepspeed)  # noqa: E731
+    weights = request.resume_from if request.resume_from and not lora else request.model_folder
+    model = build_model(
+        weights, config.model, config.precision, plan.gradient_checkpointing, partitioned, rank.rank
+    )
+    if lora:
+        model = add_lora(model, config.tuner, _base_name(request), config.seed)
+        adapter = request.resume_from or config.tuner.adapter_path
+        if adapter is not None:
+            load_adapter(model, Path(adapter))
+    return TrainModule(model, plan.deepspeed, rank, sum_token_losses)
+
+
+def build_trackers(request: RunRequest, rank: Rank, console: Console, start: Progress) -> Trackers:
+    """Who sees the records: rank 0's file, console and, if chosen, W&B."""
+    if not rank.is_first:
+        return Trackers([])
+    config = request.config
+    trackers: list[Tracker] = [
+        MetricsFile(request.run_folder / names.METRICS),
+        ProgressLine(console, request.steps.total_steps, start.step),
+    ]
+    if config.tracker.kind is TrackerKind.wandb:
+        trackers += _wandb(request, console)
+    return Trackers(trackers)
+
+
+def build_hooks(
+    request: RunRequest, rank: Rank, console: Console, module: TrainModule, tokenizer: Any
+) -> list[Hook]:
+    """Side concerns of this run."""
+    config, plan = request.config, request.plan
+    prompts = read_samples(request.data)
+    moved = plan.placement.zero_stage == 3 or plan.placement.offload_param
+    reason = samples_reason_to_skip(config.train.sample_answers, plan.shape.parameters, moved, len(prompts))
+    hooks: list[Hook] = [LossPlot(request.run_folder, request.run_name, rank)]
+    if reason is None:
+        hooks.append(SampleAnswers(module, tokenizer, prompts, request.run_folder, console))
+    else:
+        console.say(f"no sample answers: {reason}")
+    return hooks
+
+
+def _wandb(request: RunRequest, console: Console) -> list[Tracker]:
+    from omegaconf import OmegaConf
+
+    from llmtune.track.wandb_tracker import WandbTracker
+
+    settings: Any = OmegaConf.to_container(OmegaConf.create(dump_yaml(request.config)))
+    try:
+        tracker = WandbTracker(request.config.tracker, request.run_folder, request.run_name, settings)
+    except Exception as error:
+        console.say(f"W&B cannot be reached and is left out: {error}")
+        return []
+    if tracker.note:
+        console.say(tracker.note)
+    return [tracker]
+
+
+def _base_name(request: RunRequest) -> str:
+    """What the adapter names as its base: the hub id, or the folder where the weights came from elsewhere."""
+    name = request.config.model.name_or_path
+    return name if "models--" in str(request.model_folder) else str(request.model_folder)

@@ -1,0 +1,61 @@
+"""What the ranks are asked to do: resolved once, by the supervisor or by rank 0, and the same for all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.config.compose import dump_yaml, to_config
+from llmtune.config.schema import Config
+from llmtune.data.prepare import PreparedData
+from llmtune.plan.resolve import Plan, StepsPlan
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """One run, fully resolved."""
+
+    config: Config
+    plan: Plan
+    steps: StepsPlan
+    data: PreparedData
+    run_folder: Path
+    run_name: str
+    model_folder: Path
+    resume_from: Path | None
+    """A complete checkpoint, or None for a new run."""
+
+    def to_json(self) -> str:
+        """For a file or a broadcast."""
+        return json.dumps(
+            {
+                "config": dump_yaml(self.config),
+                "plan": self.plan.to_dict(),
+                "steps": asdict(self.steps),
+                "data": asdict(self.data),
+                "run_folder": str(self.run_folder),
+                "run_name": self.run_name,
+                "model_folder": str(self.model_folder),
+                "resume_from": str(self.resume_from) if self.resume_from else None,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> RunRequest:
+        """The inverse of :meth:`to_json`."""
+        from omegaconf import OmegaConf
+
+        values: dict[str, Any] = json.loads(text)
+        config = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(values["config"]))
+        return cls(
+            config=to_config(config),
+            plan=Plan.from_dict(values["plan"]),
+            steps=StepsPlan.from_dict(values["steps"]),
+            data=PreparedData.from_dict(values["data"]),
+            run_folder=Path(values["run_folder"]),
+            run_name=values["run_name"],
+            model_folder=Path(values["model_folder"]),
+            resume_from=Path(values["resume_from"]) if values["resume_from"] else None,
+        )

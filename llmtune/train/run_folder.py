@@ -1,0 +1,178 @@
+"""The run folder: whose it is, where it stands, and what the command line may change between two starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llmtune import __version__
+from llmtune.checkpoint import names
+from llmtune.checkpoint.find import find_checkpoints, sweep_incomplete
+from llmtune.checkpoint.save import read_trainer_state
+from llmtune.config.compose import dump_yaml, load_config
+from llmtune.config.schema import Config
+from llmtune.errors import CheckpointError, ConfigError
+from llmtune.plan.resolve import Plan, StepsPlan
+from llmtune.track.metrics import cut_metrics, read_metrics
+
+#: What makes a run this run; anything else may differ between two starts.
+IDENTITY = ("model", "data", "tuner", "optim", "schedule", "precision", "seed")
+TRAIN_IDENTITY = ("global_batch_size", "max_grad_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A folder that belongs to this run."""
+
+    path: Path
+
+    @property
+    def finished_step(self) -> int | None:
+        """Last step of a run that went to its end."""
+        file = self.path / names.FINISHED
+        return int(json.loads(file.read_text())["step"]) if file.is_file() else None
+
+    def check_owner(self, config: Config) -> None:
+        """Refuse a folder of another run, or of no run.
+
+        Raises:
+            CheckpointError: With every difference.
+        """
+        stored = self.path / names.CONFIG
+        if not stored.is_file():
+            others = [entry.name for entry in self.path.iterdir() if entry.name not in (names.LOCK, names.LOG)]
+            if others:
+                raise CheckpointError(
+                    f"output_dir={self.path} is not empty and not a run folder (it holds {', '.join(sorted(others)[:5])}); "
+                    "take another output_dir= or run_name="
+                )
+            return
+        if not self._has_work():
+            return
+        if config.resume_from_checkpoint == "none":
+            raise CheckpointError(
+                f"resume_from_checkpoint=none, but {self.path} holds a run already; take another output_dir= or "
+                "run_name=, or remove the folder"
+            )
+        try:
+            differences = _differences(load_config(stored), config)
+        except ConfigError as error:
+            raise CheckpointError(f"{stored} was written by another version: {error}") from error
+        if differences:
+            raise CheckpointError(
+                f"{self.path} belongs to a run with another configuration:\n"
+                + "\n".join(f"  {key}: {old} there, {new} now" for key, old, new in differences)
+                + "\nTake the old values, or another run_name= or output_dir="
+            )
+
+    def check_length(self, steps: StepsPlan, data_fingerprint: str) -> str | None:
+        """Refuse a shorter run or other data; a note where the run is longer than before.
+
+        Raises:
+            CheckpointError: With what differs.
+        """
+        file = self.path / names.PLAN
+        if not file.is_file() or not self._has_work():
+            return None
+        plan = json.loads(file.read_text())
+        if plan["data"]["fingerprint"] != data_fingerprint:
+            raise CheckpointError(
+                f"the rows of data.train are not those that {self.path} was started with (a file, the tokenizer or "
+                "the Python version changed); take another run_name= or output_dir="
+            )
+        before = int(plan["steps"]["total_steps"])
+        if steps.total_steps < before:
+            raise CheckpointError(
+                f"{self.path} was started for {before} steps and would now have {steps.total_steps}, which is another "
+                "schedule; take train.max_steps of at least as many, or another run_name= or output_dir="
+            )
+        if steps.total_steps > before:
+            return f"longer than before: {before} -> {steps.total_steps} steps; the schedule now runs to the new end"
+        return None
+
+    def resume_point(self, wanted: str) -> Path | None:
+        """The checkpoint to go on from.
+
+        Raises:
+            CheckpointError: A named one is incomplete or damaged.
+        """
+        if wanted not in ("auto", "none"):
+            folder = Path(wanted).expanduser()
+            read_trainer_state(folder)
+            return folder
+        found = find_checkpoints(self.path) if wanted == "auto" else []
+        if found:
+            read_trainer_state(found[-1])
+        return found[-1] if found else None
+
+    def begin(self, config: Config, overrides: list[str], plan: Plan, extra: dict[str, Any], step: int) -> list[str]:
+        """Write what describes the run, and cut what lies beyond ``step``; the names of what was swept."""
+        swept = sweep_incomplete(self.path)
+        (self.path / names.FINISHED).unlink(missing_ok=True)
+        cut_metrics(self.path / names.METRICS, step)
+        (self.path / names.CONFIG).write_text(dump_yaml(config))
+        (self.path / names.OVERRIDES).write_text("".join(f"- {json.dumps(text)}\n" for text in overrides))
+        (self.path / names.PLAN).write_text(json.dumps({**plan.to_dict(), **extra}, indent=1))
+        (self.path / names.ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=1))
+        return swept
+
+    def _has_work(self) -> bool:
+        """Whether there is anything to lose."""
+        return bool(find_checkpoints(self.path)) or any("loss" in r for r in read_metrics(self.path / names.METRICS))
+
+
+def open_run_folder(path: Path) -> RunFolder:
+    """Make the folder, readable by others but not writable.
+
+    Raises:
+        CheckpointError: It cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"output_dir={path}: {error.strerror}; take another output_dir=") from error
+    if not os.access(path, os.W_OK):
+        raise CheckpointError(f"output_dir={path}: not writable; take another output_dir=")
+    return RunFolder(path)
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions that shape the numbers."""
+    packages = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "hydra-core")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return {"llmtune": __version__, "python": sys.version.split()[0], "platform": platform.platform(), **found}
+
+
+def _differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    found = []
+    for group in IDENTITY:
+        before, after = _plain(getattr(old, group)), _plain(getattr(new, group))
+        if not isinstance(before, dict):
+            before, after = {"": before}, {"": after}
+        found += [
+            (f"{group}.{key}" if key else group, before[key], after[key]) for key in before if before[key] != after[key]
+        ]
+    for key in TRAIN_IDENTITY:
+        if getattr(old.train, key) != getattr(new.train, key):
+            found.append((f"train.{key}", getattr(old.train, key), getattr(new.train, key)))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if hasattr(value, "__dataclass_fields__"):
+        return {key: item.value if isinstance(item, Enum) else item for key, item in asdict(value).items()}
+    return value
