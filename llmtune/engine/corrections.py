@@ -10,19 +10,19 @@ import torch
 def undo_stage0_dummy_step(optimizer: Any) -> bool:
     """Take back the optimizer step that stage 0 in bf16/fp16 makes while it is built; True if there was one.
 
-    ``FP16_Optimizer.initialize_optimizer_states`` calls ``step()`` on zero gradients. That counts as Adam's first
+    ``FP16_UnfusedOptimizer.initialize_optimizer_states`` calls ``step()`` on zero gradients. That counts as Adam's first
     step, so the bias correction of the real first step is that of the second (its update is 26 % too small at the usual
     betas), and it decays the master weights once. Stages 1 to 3 do not do this.
     """
-    masters = getattr(optimizer, "fp32_groups_flat", None)
-    halves = getattr(optimizer, "fp16_groups_flat", None)
-    if masters is None or halves is None:
+    masters = getattr(optimizer, "fp32_groups", None)
+    if masters is None:
         return False
     had_state = len(optimizer.optimizer.state) > 0
     optimizer.optimizer.state.clear()
     with torch.no_grad():
-        for master, half in zip(masters, halves, strict=True):
-            master.copy_(half)
+        for group, halves in zip(masters, optimizer.fp16_groups, strict=True):
+            for master, half in zip(group, halves, strict=True):
+                master.copy_(half)
     return had_state
 
 

@@ -92,7 +92,7 @@ class TrainModule:
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             total += float(loss.detach())
             if self.engine.is_gradient_accumulation_boundary():
-                norm = self._unwrapped_grad_norm()
+                norm = self._whole_grad_norm()
             self.engine.step()
         reported = self.engine.get_global_grad_norm()
         norm = norm if norm is not None else float(reported) if reported is not None else 0.0
@@ -119,12 +119,14 @@ class TrainModule:
         )
         return self.loss_function(output.logits, batch.labels.to(device))
 
-    def _unwrapped_grad_norm(self) -> float | None:
-        """The norm where DeepSpeed knows none: fp32 without ZeRO, where gradients are whole on every rank."""
-        if self.zero_stage > 0 or hasattr(self.engine.optimizer, "fp32_groups_flat"):
+    def _whole_grad_norm(self) -> float | None:
+        """Without ZeRO, where gradients are whole on every rank; DeepSpeed's own norm is there absent or still scaled."""
+        if self.zero_stage > 0:
             return None
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        scaler = getattr(self.engine.optimizer, "loss_scale_config", None)
+        return float(torch.linalg.vector_norm(torch.stack(norms))) / (scaler.cur_scale if scaler else 1.0)
 
 
 def parameter_groups(model: Any) -> list[dict[str, Any]]:

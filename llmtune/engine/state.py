@@ -124,17 +124,14 @@ def _loss_scaler(module: TrainModule) -> Any:
 
 def _stage0_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
     optimizer = module.engine.optimizer
-    if not hasattr(optimizer, "fp32_groups_flat"):
+    if hasattr(optimizer, "fp32_groups"):
+        pairs = zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True)
+    else:
         # fp32: the parameters are their own masters.
-        for group in module.adam.param_groups:
-            for parameter in group["params"]:
-                yield StateSlice(names[id(parameter)], 0, parameter.numel(), parameter.numel(), parameter, 0)
-        return
-    for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
-        offset = 0
-        for parameter in parameters:
-            yield StateSlice(names[id(parameter)], 0, parameter.numel(), parameter.numel(), flat, offset)
-            offset += parameter.numel()
+        own = [parameter for group in module.adam.param_groups for parameter in group["params"]]
+        pairs = zip(own, own, strict=True)
+    for parameter, master in pairs:
+        yield StateSlice(names[id(parameter)], 0, parameter.numel(), parameter.numel(), master, 0)
 
 
 def _stage12_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
