@@ -50,7 +50,7 @@ class ExportError(LlmtuneError):
     exit_code = 6
 
 
-class EnvironmentProblem(LlmtuneError):
+class MissingPrerequisiteError(LlmtuneError):
     """Something outside llmtune is missing: CUDA, a network, a package."""
 
     exit_code = 7
@@ -71,7 +71,7 @@ ERRORS_BY_CODE: dict[int, type[LlmtuneError]] = {
         DataError,
         CheckpointError,
         ExportError,
-        EnvironmentProblem,
+        MissingPrerequisiteError,
         StoppedError,
     )
 }

@@ -68,7 +68,7 @@ class TensorFile:
     def write(self, tensor: torch.Tensor) -> None:
         """Append a tensor, or the next piece of one."""
         data = tensor.detach().cpu().contiguous().reshape(-1)
-        self._file.write(memoryview(data.view(torch.uint8).numpy()))
+        data.view(torch.uint8).numpy().tofile(self._file)
 
     def __enter__(self) -> TensorFile:
         return self

@@ -35,9 +35,9 @@ def main(arguments: Arguments) -> int:
 
 def export_run(run: Path, config: Config, output: Path) -> None:
     """Export a finished run into ``output``."""
-    from llmtune.cli.target import _base_folder, _from_trained, _trained_folder  # noqa: F401
+    from llmtune.cli.target import from_trained, trained_folder
 
-    target = _from_trained(config, _trained_folder(run, config), run)
+    target = from_trained(config, trained_folder(run, config), run)
     _export(target, config, output)
 
 

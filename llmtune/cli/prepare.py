@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llmtune.checkpoint import names
-from llmtune.checkpoint.find import find_checkpoints
+from llmtune.checkpoint.save import read_trainer_state
 from llmtune.config.compose import Composed, compose_config
 from llmtune.config.schema import Config
 from llmtune.data.prepare import prepare_data
@@ -93,7 +93,9 @@ def describe(request: RunRequest) -> dict[str, str]:
     train = data.train
     left_out = f", {train.dropped} dropped as over-long" if train.dropped else ""
     left_out += f", {train.truncated} truncated" if train.truncated else ""
-    held_out = f"{data.eval.rows} rows" if data.eval else "none"
+    held_out = "none"
+    if data.eval:
+        held_out = f"{data.eval.rows} rows" + (f", {data.eval.dropped} dropped" if data.eval.dropped else "")
     tuner = config.tuner.kind.value + (f" r={config.tuner.lora_r}" if config.tuner.kind.value == "lora" else "")
     rows = {
         "model": f"{config.model.name_or_path} from {request.model_folder}",
@@ -135,12 +137,6 @@ def cache_dir(config: Config) -> Path:
     return Path(config.paths.cache_dir).expanduser()
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder."""
-    found = find_checkpoints(run)
-    return found[-1] if found else None
-
-
 def lock_file(folder: RunFolder) -> Path:
     """The lock of a run folder."""
     return folder.path / names.LOCK
@@ -148,6 +144,4 @@ def lock_file(folder: RunFolder) -> Path:
 
 def _step_of(checkpoint: Path | None) -> int:
     """Step of a checkpoint; -1 for a new run, none of whose old lines count."""
-    from llmtune.checkpoint.save import read_trainer_state
-
     return read_trainer_state(checkpoint).step if checkpoint else -1

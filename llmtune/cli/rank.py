@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +62,6 @@ def run_launched(arguments: Arguments, world_size: int) -> int:
 
 
 def _train_launched(composed: Composed, target: RunTarget, folder: RunFolder, console: Console) -> None:
-    from contextlib import ExitStack
-
     from llmtune.cli.prepare import lock_file
     from llmtune.engine.distributed import broadcast_object, init_ranks, leave_ranks
     from llmtune.launch.lock import hold_lock
@@ -106,7 +106,7 @@ def _as_answer(error: Exception) -> dict[str, Any]:
 
 
 def _finish_first(target: RunTarget, console: Console) -> None:
-    from llmtune.cli.train import finished_message, maybe_export
+    from llmtune.cli.finish import finished_message, maybe_export
 
     console.say(finished_message(target.folder))
     maybe_export(target.folder, console)
@@ -129,8 +129,6 @@ def _exit_now(code: int) -> None:
 
 
 def _peek(text: str, key: str) -> str:
-    import json
-
     return str(json.loads(text)[key])
 
 

@@ -44,13 +44,13 @@ def resolve_target(composed: Composed) -> Target:
     if given.run:
         run = Path(given.run).expanduser()
         stored = _stored_config(run, run / names.CONFIG)
-        return _from_trained(with_overrides(stored, composed), _trained_folder(run, stored), run)
+        return from_trained(with_overrides(stored, composed), trained_folder(run, stored), run)
     if given.checkpoint:
         folder = Path(given.checkpoint).expanduser()
         if not is_complete(folder):
             raise CheckpointError(f"checkpoint={folder}: not a complete checkpoint")
         stored = _stored_config(folder, folder / names.CONFIG)
-        return _from_trained(with_overrides(stored, composed), folder, folder.parent)
+        return from_trained(with_overrides(stored, composed), folder, folder.parent)
     model = ModelConfig(name_or_path=given.base) if given.base else given.model
     folder = resolve_model_folder(model, _cache_dir(given))
     adapter = Path(given.adapter).expanduser() if given.adapter else None
@@ -90,7 +90,8 @@ def put_on(model: Any, adapter: Path) -> Any:
         raise CheckpointError(f"adapter {adapter}: {str(error).splitlines()[0]}") from error
 
 
-def _from_trained(config: Config, folder: Path, run: Path) -> Target:
+def from_trained(config: Config, folder: Path, run: Path) -> Target:
+    """What was trained: an adapter on its base, or the whole model in ``folder``."""
     if config.tuner.kind is TunerKind.full:
         return Target(config, folder, None, run, config.model.name_or_path)
     return Target(config, _base_folder(config, run), folder, run, config.model.name_or_path)
@@ -106,7 +107,7 @@ def _base_folder(config: Config, run: Path) -> Path:
     return resolve_model_folder(config.model, _cache_dir(config))
 
 
-def _trained_folder(run: Path, config: Config) -> Path:
+def trained_folder(run: Path, config: Config) -> Path:
     """The final result, or the newest checkpoint of a run that is not finished."""
     result = run / (names.ADAPTER if config.tuner.kind is TunerKind.lora else names.MODEL)
     if is_complete(result):
@@ -119,7 +120,9 @@ def _trained_folder(run: Path, config: Config) -> Path:
 
 def _stored_config(place: Path, file: Path) -> Config:
     if not file.is_file():
-        raise CheckpointError(f"{place} is no run or checkpoint of llmtune (no {names.CONFIG} in it); a model folder is base=")
+        raise CheckpointError(
+            f"{place} is no run or checkpoint of llmtune (no {names.CONFIG} in it); a model folder is base="
+        )
     return load_config(file)
 
 

@@ -205,7 +205,9 @@ def _compose_node(
         except (HydraException, OmegaConfBaseException) as error:
             cause = error.__cause__ or error
             raise ConfigError.from_problems([*problems, _first_line(cause)]) from error
-    choices = {str(key): value for key, value in node.hydra.runtime.choices.items() if not str(key).startswith("hydra/")}
+    choices = {
+        str(key): value for key, value in node.hydra.runtime.choices.items() if not str(key).startswith("hydra/")
+    }
     plain = OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"])
     typed = OmegaConf.merge(OmegaConf.structured(Config), plain)
     assert isinstance(typed, DictConfig)

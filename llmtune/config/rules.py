@@ -49,7 +49,9 @@ def _check_ranges(config: Config) -> list[str]:
         "seed": config.seed,
     }
     found = [f"{key}={value}: must be above 0" for key, value in positive.items() if value is not None and value <= 0]
-    found += [f"{key}={value}: must not be negative" for key, value in not_negative.items() if value is not None and value < 0]
+    found += [
+        f"{key}={value}: must not be negative" for key, value in not_negative.items() if value is not None and value < 0
+    ]
     if config.schedule.warmup_ratio >= 1:
         found.append(f"schedule.warmup_ratio={config.schedule.warmup_ratio}: a share of all steps, below 1")
     if config.tuner.lora_dropout >= 1:
@@ -120,7 +122,9 @@ def _check_data(config: Config) -> list[str]:
     found = []
     for key, value in {"data.train": config.data.train, "data.eval": config.data.eval}.items():
         sources = value if isinstance(value, list) else [value]
-        if not all(isinstance(source, str) and source for source in sources if not (key == "data.eval" and source is None)):
+        if not all(
+            isinstance(source, str) and source for source in sources if not (key == "data.eval" and source is None)
+        ):
             found.append(f"{key}={value}: a file name, or a list of file names")
     size = config.data.val_set_size
     if isinstance(size, float) and size >= 1:

@@ -70,7 +70,9 @@ class TrainLoader:
 
     def step(self, step: int) -> StepBatch:
         """The batch of optimizer step ``step``, counted from 0."""
-        chosen = self.row_indices(step)
+        # Longest first: rows of a micro-batch, and those of the ranks at the same moment, are of like length, so that
+        # little is padded and no rank waits. The sum that the step computes does not depend on it.
+        chosen = sorted(self.row_indices(step), key=lambda row: (-self._lengths[row], row))
         micro, world = self.batch.micro_batch_size, self.batch.world_size
         slots: list[int | None] = [*chosen, *[None] * (self.batch.global_batch_size - len(chosen))]
         micro_batches = []

@@ -190,5 +190,3 @@ def _fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
                 while block := file.read(1 << 22):
                     digest.update(block)
     return digest.hexdigest()[:24]
-
-

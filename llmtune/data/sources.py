@@ -119,4 +119,6 @@ def _parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         column = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{where}: broken JSON at {column}: {error.msg}: {text[max(0, error.pos - 20):error.pos + 20]!r}") from error
+        raise DataError(
+            f"{where}: broken JSON at {column}: {error.msg}: {text[max(0, error.pos - 20) : error.pos + 20]!r}"
+        ) from error

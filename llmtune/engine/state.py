@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -125,11 +126,11 @@ def _loss_scaler(module: TrainModule) -> Any:
 def _stage0_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
     optimizer = module.engine.optimizer
     if hasattr(optimizer, "fp32_groups"):
-        pairs = zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True)
+        pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
     else:
         # fp32: the parameters are their own masters.
         own = [parameter for group in module.adam.param_groups for parameter in group["params"]]
-        pairs = zip(own, own, strict=True)
+        pairs = zip(chain(own), chain(own), strict=True)
     for parameter, master in pairs:
         yield StateSlice(names[id(parameter)], 0, parameter.numel(), parameter.numel(), master, 0)
 

@@ -99,7 +99,9 @@ def _check_match(base: Path, entries: dict[str, Entry], adapter: Adapter) -> Non
 
 def _check_kind(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse what plain addition would merge wrongly."""
-    strange = [key for key in ("use_dora", "fan_in_fan_out", "lora_bias", "trainable_token_indices") if settings.get(key)]
+    strange = [
+        key for key in ("use_dora", "fan_in_fan_out", "lora_bias", "trainable_token_indices") if settings.get(key)
+    ]
     strange += [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if settings.get(key)]
     if settings.get("bias", "none") != "none":
         strange.append("bias")

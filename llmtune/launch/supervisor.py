@@ -31,6 +31,7 @@ class _Signals:
     last: int = 0
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
+        """A signal handler that only remembers."""
         self.received += 1
         self.last = number
 

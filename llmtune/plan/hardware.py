@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from llmtune.config.schema import Accelerator, HardwareConfig
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import MissingPrerequisiteError
 from llmtune.plan.units import format_bytes, parse_bytes
 
 
@@ -40,7 +40,7 @@ def resolve_hardware(config: HardwareConfig) -> Hardware:
     """Fill what the config leaves open from this machine.
 
     Raises:
-        EnvironmentProblem: CUDA was asked for and there is none.
+        MissingPrerequisiteError: CUDA was asked for and there is none.
     """
     import torch
 
@@ -52,7 +52,7 @@ def resolve_hardware(config: HardwareConfig) -> Hardware:
         return Hardware("cpu", 1, host_bytes, host_bytes)
     count = config.gpus_per_node or found
     if count > found:
-        raise EnvironmentProblem(
+        raise MissingPrerequisiteError(
             f"hardware.gpus_per_node={count}: this machine has {found} GPU(s); take hardware=probe to use what is there"
         )
     memory = config.gpu_memory_bytes
@@ -71,9 +71,9 @@ def _accelerator(wanted: Accelerator, cuda_devices: int) -> str:
         name = os.environ.get("DS_ACCELERATOR", "cuda" if cuda_devices else "cpu")
         origin = "DS_ACCELERATOR"
     if name not in ("cuda", "cpu"):
-        raise EnvironmentProblem(f"{origin}={name}: llmtune knows cuda and cpu")
+        raise MissingPrerequisiteError(f"{origin}={name}: llmtune knows cuda and cpu")
     if name == "cuda" and not cuda_devices:
-        raise EnvironmentProblem(
+        raise MissingPrerequisiteError(
             f"{origin}=cuda, but torch sees no CUDA device: install a CUDA build of torch and check nvidia-smi, "
             "or take hardware=probe hardware.accelerator=cpu"
         )

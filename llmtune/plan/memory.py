@@ -67,7 +67,9 @@ def estimate_memory(
     state_bytes = 8 if precision is Precision.fp32 and stage == 0 else 12
     optimizer = state_bytes * trainable // (world_size if stage >= 1 else 1)
     # Gathered layers (this one and the next) under ZeRO 3; fp32 gradient of one sub-group at the step otherwise.
-    buffers = size * 2 * (shape.layer_parameters + shape.largest_tensor) if stage == 3 else min(4 * trainable, 2 * 10**9)
+    buffers = (
+        size * 2 * (shape.layer_parameters + shape.largest_tensor) if stage == 3 else min(4 * trainable, 2 * 10**9)
+    )
     host = 0
     if placement.offload_optimizer:
         # DeepSpeed holds an fp32 gradient beside master and moments on the host.

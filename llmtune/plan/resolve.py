@@ -78,11 +78,11 @@ def resolve_plan(config: Config, world_size: int | None = None) -> Plan:
     Raises:
         ConfigError: Numbers contradict each other.
         DoesNotFitError: The estimate is more than the hardware has.
-        EnvironmentProblem: CUDA or the model's configuration is missing.
+        MissingPrerequisiteError: CUDA or the model's configuration is missing.
     """
     hardware = resolve_hardware(config.hardware)
     world = world_size or _resolve_world_size(config, hardware)
-    batch = resolve_batch(config.train, world, config.data.max_seq_length)
+    batch = resolve_batch(config.train, world, config.data.max_seq_length, hardware.accelerator)
     shape = resolve_shape(config.model, config.tuner)
     notes = [f"ranks: {world} ({_world_origin(config, world_size)})"]
     checkpointing = _resolve_checkpointing(config, hardware, shape, batch, notes)

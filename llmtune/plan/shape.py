@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.schema import ModelConfig, TunerConfig, TunerKind
-from llmtune.errors import ConfigError, EnvironmentProblem
+from llmtune.errors import ConfigError, MissingPrerequisiteError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +39,7 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
 
     Raises:
         ConfigError: ``model.config`` names no architecture that transformers knows.
-        EnvironmentProblem: The hub does not know the id, or cannot be reached.
+        MissingPrerequisiteError: The hub does not know the id, or cannot be reached.
     """
     from transformers import AutoConfig
 
@@ -60,7 +60,7 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
             return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         return AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise EnvironmentProblem(unreachable_model(name, error)) from error
+        raise MissingPrerequisiteError(unreachable_model(name, error)) from error
 
 
 def unreachable_model(name: str, error: BaseException) -> str:

@@ -45,7 +45,7 @@ class WandbTracker:
 
     def finish(self) -> None:
         """Upload what is left."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def _has_key() -> bool:

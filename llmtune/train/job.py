@@ -59,9 +59,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag)
         start = Progress(state.step, state.tokens)
 
     epoch_rows = None if config.train.max_steps else round(config.train.num_train_epochs * request.data.train.rows)
-    loader = TrainLoader(
-        open_rows(request.data, "train"), plan.batch, rank.rank, config.seed, pad_token_id, epoch_rows
-    )
+    loader = TrainLoader(open_rows(request.data, "train"), plan.batch, rank.rank, config.seed, pad_token_id, epoch_rows)
     evaluator = HeldOutLoss(
         module,
         open_rows(request.data, "eval") if request.data.eval else None,
@@ -104,9 +102,7 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     if plan.placement.zero_stage == 3:
         partitioned = lambda: zero_init(plan.deepspeed)  # noqa: E731
     weights = request.resume_from if request.resume_from and not lora else request.model_folder
-    model = build_model(
-        weights, config.model, config.precision, plan.gradient_checkpointing, partitioned, rank.rank
-    )
+    model = build_model(weights, config.model, config.precision, plan.gradient_checkpointing, partitioned, rank.rank)
     if lora:
         model = add_lora(model, config.tuner, _base_name(request), config.seed)
         adapter = request.resume_from or config.tuner.adapter_path
@@ -129,9 +125,7 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console, start: Pro
     return Trackers(trackers)
 
 
-def build_hooks(
-    request: RunRequest, rank: Rank, console: Console, module: TrainModule, tokenizer: Any
-) -> list[Hook]:
+def build_hooks(request: RunRequest, rank: Rank, console: Console, module: TrainModule, tokenizer: Any) -> list[Hook]:
     """Side concerns of this run."""
     config, plan = request.config, request.plan
     prompts = read_samples(request.data)

@@ -100,7 +100,9 @@ def run(job: Job) -> Progress:
             job.saver.save(progress)
         if job.stop.requested(job.rank) and progress.step < job.steps.total_steps:
             folder = job.saver.save(progress)
-            raise StoppedError(f"stopped after step {progress.step} and saved {folder}: the same command goes on from there")
+            raise StoppedError(
+                f"stopped after step {progress.step} and saved {folder}: the same command goes on from there"
+            )
 
     if progress.step > job.start.step:
         evaluate(job, progress)

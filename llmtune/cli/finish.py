@@ -1,0 +1,45 @@
+"""After the ranks have ended: what the run came to, and its export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmtune.checkpoint import names
+from llmtune.cli.export import export_run
+from llmtune.config.compose import load_config
+from llmtune.config.schema import ExportFormat, TunerKind
+from llmtune.track.console import Console
+from llmtune.track.metrics import read_metrics
+
+
+def finished_message(run: Path) -> str:
+    """What a finished run came to."""
+    records = read_metrics(run / names.METRICS)
+    held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
+    losses = [record["loss"] for record in records if "loss" in record]
+    step = records[-1]["step"] if records else 0
+    text = f"finished: {run} is at step {step}"
+    if losses:
+        text += f"; training loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    if held_out:
+        text += f"; held-out loss {held_out[0]:.4f} -> {held_out[-1]:.4f} ({held_out[-1] / held_out[0] - 1:+.1%})"
+    return text
+
+
+def maybe_export(run: Path, console: Console) -> None:
+    """Export after training, unless that is done or was not wanted; the ranks have ended and their memory is free."""
+    config = load_config(run / names.CONFIG)
+    lora = config.tuner.kind is TunerKind.lora
+    if config.export.format is not ExportFormat.safetensors or not lora:
+        console.say(f"the trained {'adapter' if lora else 'model'}: {run / (names.ADAPTER if lora else names.MODEL)}")
+        return
+    merged = run / names.MERGED
+    if not _is_newer(merged, run / names.FINISHED):
+        export_run(run, config, merged)
+    console.say(f"merged model: {merged}\nadapter:      {run / names.ADAPTER}")
+    console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')
+
+
+def _is_newer(folder: Path, than: Path) -> bool:
+    marker = folder / names.COMPLETE
+    return marker.is_file() and marker.stat().st_mtime >= than.stat().st_mtime

@@ -1,0 +1,33 @@
+"""One cache for the whole suite, away from the user's; ranks on the CPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Converted models and tokenised rows of this test session.
+
+    ``LLMTUNE_TEST_CACHE`` keeps them between sessions, which saves the conversion of the real model.
+    """
+    kept = os.environ.get("LLMTUNE_TEST_CACHE")
+    folder = Path(kept) if kept else tmp_path_factory.getbasetemp().parent / "llmtune-cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["LLMTUNE_CACHE"] = str(folder)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(cache: Path) -> Path:
+    """The folder of the tiny random model."""
+    from llmtune.config.compose import compose_config
+    from llmtune.model.files import resolve_model_folder
+
+    return resolve_model_folder(compose_config(["model=tiny"]).config.model, cache)

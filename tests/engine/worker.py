@@ -1,0 +1,76 @@
+"""One rank that trains a list of small engines, one after the other, and writes what it saw."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.checkpoint.save import load_checkpoint, save_checkpoint
+from llmtune.checkpoint.weights import write_model_config, write_weights
+from llmtune.config.compose import compose_config
+from llmtune.config.schema import TunerKind
+from llmtune.data.loader import TrainLoader
+from llmtune.data.prepare import open_rows, prepare_data
+from llmtune.engine.distributed import Rank, init_ranks
+from llmtune.engine.module import TrainModule
+from llmtune.model.adapters import to_file_name, write_adapter_config
+from llmtune.model.files import resolve_model_folder
+from llmtune.model.tokenizer import load_tokenizer
+from llmtune.plan.resolve import resolve_plan, resolve_steps
+from llmtune.train.job import build_module
+from llmtune.train.request import RunRequest
+
+
+def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
+    """Train steps ``[first, last)`` and return losses, gradient norms and a digest of the weights."""
+    config = compose_config(task["overrides"]).config
+    cache = Path(config.paths.cache_dir)
+    plan = resolve_plan(config, rank.world_size)
+    model_folder = resolve_model_folder(config.model, cache)
+    tokenizer = load_tokenizer(model_folder, config.model)
+    data = prepare_data(config.data, tokenizer, config.seed, cache)
+    steps = resolve_steps(config.train, config.schedule, data.train.rows)
+    load = Path(task["load"]) if task.get("load") else None
+    request = RunRequest(config, plan, steps, data, Path(tempfile.gettempdir()), "test", model_folder, load)
+    if load is not None:
+        # What is loaded must not be right by accident.
+        torch.manual_seed(999)
+    module = build_module(request, rank)
+    if load is not None:
+        assert load_checkpoint(module, load).step == task["first"]
+    loader = TrainLoader(open_rows(data, "train"), plan.batch, rank.rank, config.seed, int(tokenizer.pad_token_id))
+    seen, norms = [], []
+    for step in range(task["first"], task["last"]):
+        torch.manual_seed(step)
+        batch = loader.step(step)
+        result = module.train_step(batch.micro_batches, batch.trained_tokens, config.optim.learning_rate)
+        seen.append(result.loss)
+        norms.append(result.grad_norm)
+    if task.get("save"):
+        save(module, Path(task["save"]), task["last"], config.tuner.kind is TunerKind.lora, rank)
+    module.engine.destroy()
+    return {"losses": seen, "norms": norms}
+
+
+def save(module: TrainModule, folder: Path, step: int, lora: bool, rank: Rank) -> None:
+    """A checkpoint as a run writes it."""
+
+    def write_model(target: Path) -> None:
+        write_weights(module, target, lora, 10**9, to_file_name if lora else str)
+        if rank.is_first:
+            write = write_adapter_config if lora else write_model_config
+            write(module.model, target)
+
+    save_checkpoint(module, folder, step, 0, "test", write_model)
+
+
+if __name__ == "__main__":
+    this = init_ranks()
+    results = [run_task(task, this) for task in json.loads(sys.argv[1])]
+    if this.is_first:
+        Path(sys.argv[2]).write_text(json.dumps(results))
