@@ -64,6 +64,7 @@ def load_model(target: Target) -> tuple[Any, Any]:
     from llmtune.data.render import check_chat_template, load_chat_template
     from llmtune.model.build import build_model
     from llmtune.model.tokenizer import load_tokenizer
+    from llmtune.plan.resolve import resolve_attention
 
     config = target.config
     tokenizer_folder = target.adapter if target.adapter and (target.adapter / "tokenizer.json").is_file() else None
@@ -71,7 +72,8 @@ def load_model(target: Target) -> tuple[Any, Any]:
         tokenizer_folder or target.model_folder, config.model, load_chat_template(config.data.chat_template)
     )
     check_chat_template(tokenizer, target.base_name)
-    model = build_model(target.model_folder, config.model, config.precision, gradient_checkpointing=False)
+    attention = resolve_attention(config, "cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(target.model_folder, config.model, config.precision, False, attention)
     if target.adapter is not None:
         model = put_on(model, target.adapter)
     if torch.cuda.is_available():

@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -145,6 +145,17 @@ def _walk(cls: type, prefix: str) -> Iterator[str]:
             yield from _walk(hint, f"{prefix}{item.name}.")  # type: ignore[arg-type]
 
 
+def _text_keys(cls: type = Config, prefix: str = "") -> set[str]:
+    """Dotted keys of type ``str``; ``data.train`` is not among them, because it may be a list."""
+    found = set()
+    for name, hint in get_type_hints(cls).items():
+        if is_dataclass(hint):
+            found |= _text_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif hint in (str, str | None):
+            found.add(prefix + name)
+    return found
+
+
 def _own_model(overrides: list[str]) -> list[str]:
     """A model named by path is not the default model: drop what the default's YAML says about wheel, shape and padding."""
     keys = {override.split("=", 1)[0] for override in overrides}
@@ -158,8 +169,8 @@ def _own_model(overrides: list[str]) -> list[str]:
 def _check_override(text: str, groups: dict[str, set[str]]) -> tuple[str | None, str]:
     """A problem, or the override in the form that Hydra wants."""
     try:
-        override = OverridesParser.create().parse_override(text)
-    except OverrideParseException as error:
+        text, override = _parse(text)
+    except HydraException as error:
         return f"{text!r} is not KEY=VALUE: {_first_line(error)}", text
     key = override.key_or_group
     if override.is_delete():
@@ -175,6 +186,33 @@ def _check_override(text: str, groups: dict[str, set[str]]) -> tuple[str | None,
     if key not in keys:
         return f"unknown key {key!r}{_nearest(key, keys | set(groups))}", text
     return _check_value(key, override), f"{key}={value_text}"
+
+
+def _parse(text: str) -> tuple[str, Override]:
+    """Parse an override; the value of a key that takes text is quoted first, and so are paths that are not grammar.
+
+    Raises:
+        HydraException: The text is no override.
+    """
+    parser = OverridesParser.create()
+    key = text.partition("=")[0].lstrip("+")
+    if key in _text_keys():
+        text = _quote(text)
+    try:
+        return text, parser.parse_override(text)
+    except HydraException:
+        if key not in ("data.train", "data.eval"):
+            raise
+        return _quote(text), parser.parse_override(_quote(text))
+
+
+def _quote(text: str) -> str:
+    """Quote a value, so that commas, brackets and ``#`` in it are not Hydra's grammar."""
+    name, _, value = text.partition("=")
+    if value in ("null", "") or value[0] in "'\"":
+        return text
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{name}='{escaped}'"
 
 
 def _check_option(group: str, value: Any, options: set[str]) -> str | None:

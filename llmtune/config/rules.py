@@ -33,7 +33,6 @@ def _check_ranges(config: Config) -> list[str]:
         "tuner.lora_alpha": config.tuner.lora_alpha,
         "launch.nproc": config.launch.nproc,
         "hardware.gpus_per_node": config.hardware.gpus_per_node,
-        "optim.learning_rate": config.optim.learning_rate,
         "optim.eps": config.optim.eps,
         "export.max_shard_bytes": config.export.max_shard_bytes,
         "chat.max_new_tokens": config.chat.max_new_tokens,
@@ -70,6 +69,9 @@ def _check_choices(config: Config) -> list[str]:
     }.items():
         if value != "auto" and not (isinstance(value, int) and value > 0):
             found.append(f"{key}={value}: 'auto', or an integer above 0")
+    rate = config.optim.learning_rate
+    if rate != "auto" and (isinstance(rate, str) or rate <= 0):
+        found.append(f"optim.learning_rate={rate}: 'auto', or a number above 0")
     for key, flag in {
         "train.gradient_checkpointing": config.train.gradient_checkpointing,
         "train.sample_answers": config.train.sample_answers,

@@ -103,8 +103,8 @@ class ModelConfig:
     """The architecture's numbers as in ``config.json``; planning needs nothing else."""
     pad_token: str | None = None
     """Padding token where the tokenizer has none."""
-    attn_implementation: str = "sdpa"
-    """``sdpa``, ``eager`` or ``flash_attention_2``."""
+    attn_implementation: str = "auto"
+    """``sdpa``, ``eager``, ``flash_attention_2``; ``auto`` is ``sdpa``, or ``eager`` for short rows on a CPU."""
     trust_remote_code: bool = False
     """Allow Python code from the model's repository."""
 
@@ -114,7 +114,7 @@ class DataConfig:
     """Which rows are trained on, and how they become tokens."""
 
     train: Any = MISSING
-    """A file, a list of files, or ``stdlib_docs``; ``#N`` behind a source takes its first N rows after a seeded shuffle."""
+    """A file, a list of files, or ``stdlib_docs``; ``@N`` behind a source takes its first N rows after a seeded shuffle."""
     eval: Any = None
     """Files for evaluation; without them ``val_set_size`` rows are split off the training data."""
     val_set_size: int | float = 0.05
@@ -187,8 +187,8 @@ class TrainConfig:
 class OptimConfig:
     """AdamW."""
 
-    learning_rate: float = MISSING
-    """Peak learning rate."""
+    learning_rate: float | str = "auto"
+    """Peak learning rate; ``auto`` follows tuner and model size."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; 1-D parameters have none."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])

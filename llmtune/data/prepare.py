@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -181,7 +182,7 @@ def _fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     digest.update(backend.backend_tokenizer.to_str().encode())
     sources = _sources(config.train) + (_sources(config.eval) if config.eval is not None else [])
     for source in sources:
-        name = source.split("#", 1)[0]
+        name = re.sub(r"@\d+$", "", source)
         path = Path(source if Path(source).is_file() else name).expanduser()
         if name in BUILTIN:
             digest.update(f"{name} {sys.version}".encode())

@@ -20,12 +20,12 @@ BUILTIN: dict[str, Callable[[], list[Conversation]]] = {"stdlib_docs": read_stdl
 
 
 def read_source(source: str, data_format: DataFormat, seed: int) -> list[Conversation]:
-    """All conversations of one source; ``name#N`` takes N of them, drawn with ``seed``.
+    """All conversations of one source; ``name@N`` takes N of them, drawn with ``seed``.
 
     Raises:
         DataError: The file is missing, empty, broken, or a row has not the fields of its format.
     """
-    match = re.fullmatch(r"(.+)#(\d+)", source)
+    match = re.fullmatch(r"(.+)@(\d+)", source)
     name, limit = (match[1], int(match[2])) if match else (source, None)
     conversations = BUILTIN[name]() if name in BUILTIN else _read_file(Path(name).expanduser(), data_format)
     if limit is not None and limit < len(conversations):

@@ -23,7 +23,11 @@ SKIPPED = {
 }
 
 #: Characters of an answer; shorter ones say nothing, longer ones are whole manuals.
-ANSWER_LENGTH = range(64, 600)
+ANSWER_LENGTH = range(48, 400)
+
+
+_FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def read_stdlib_docs() -> list[Conversation]:
@@ -42,19 +46,18 @@ def read_stdlib_docs() -> list[Conversation]:
 def _from_module(module: str, path: Path) -> Iterator[Conversation]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _from_definition(node, f"the function {module}.{node.name}", path)
+        if isinstance(node, _FUNCTION):
+            yield from _from_definition(node, f"the function {module}.{node.name}{_signature(node)}", path)
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield from _from_definition(node, f"the class {module}.{node.name}", path)
             for member in node.body:
-                if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef):
-                    yield from _from_definition(member, f"the method {module}.{node.name}.{member.name}", path)
+                if isinstance(member, _FUNCTION):
+                    what = f"the method {module}.{node.name}.{member.name}{_signature(member)}"
+                    yield from _from_definition(member, what, path)
 
 
-def _from_definition(
-    node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, what: str, path: Path
-) -> Iterator[Conversation]:
-    answer = _clean(ast.get_docstring(node) or "")
+def _from_definition(node: _Definition, what: str, path: Path) -> Iterator[Conversation]:
+    answer = _summary(ast.get_docstring(node) or "")
     if node.name.startswith("_") or len(answer) not in ANSWER_LENGTH:
         return
     verb = "represent" if isinstance(node, ast.ClassDef) else "do"
@@ -63,8 +66,14 @@ def _from_definition(
     yield Conversation(messages, f"{path}:{node.lineno}")
 
 
-def _clean(docstring: str) -> str:
-    """The prose before interpreter examples, with its line breaks inside paragraphs undone."""
-    prose = inspect.cleandoc(docstring).split(">>>")[0]
-    paragraphs = [re.sub(r"\s+", " ", part).strip() for part in re.split(r"\n\s*\n", prose)]
-    return "\n\n".join(part for part in paragraphs if part)
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    return f"({ast.unparse(node.args)})"
+
+
+def _summary(docstring: str) -> str:
+    """The first paragraph that is prose, with its line breaks undone."""
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
+        text = re.sub(r"\s+", " ", paragraph.split(">>>")[0]).strip()
+        if text.endswith(".") and "->" not in text:
+            return text
+    return ""

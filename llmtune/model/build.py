@@ -21,6 +21,7 @@ def build_model(
     config: ModelConfig,
     precision: Precision,
     gradient_checkpointing: bool,
+    attn_implementation: str,
     partitioned: Callable[[], AbstractContextManager[Any]] | None = None,
     rank: int = 0,
 ) -> Any:
@@ -37,7 +38,7 @@ def build_model(
     from transformers.initialization import no_init_weights
 
     dtype = DTYPES[precision]
-    settings = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
+    settings = {"attn_implementation": attn_implementation, "trust_remote_code": config.trust_remote_code}
     try:
         if partitioned is None:
             model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **settings)
@@ -49,7 +50,7 @@ def build_model(
             load_partitions(model, folder, rank)
     except ImportError as error:
         reason = str(error).strip().splitlines()[0]
-        raise MissingPrerequisiteError(f"model.attn_implementation={config.attn_implementation}: {reason}") from error
+        raise MissingPrerequisiteError(f"model.attn_implementation={attn_implementation}: {reason}") from error
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

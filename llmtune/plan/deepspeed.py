@@ -17,7 +17,7 @@ def to_deepspeed(
     placement: Placement,
     batch: BatchPlan,
     shape: ModelShape,
-    optim: OptimConfig,
+    optimizer: dict[str, Any],
     precision: Precision,
     max_grad_norm: float,
 ) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def to_deepspeed(
         # Said aloud, because DeepSpeed clips to 1.0 where the key is absent.
         "gradient_clipping": float(max_grad_norm),
         "steps_per_print": 2**31,
-        "optimizer": {"type": "AdamW", "params": _adamw(optim, placement)},
+        "optimizer": {"type": "AdamW", "params": optimizer},
         "zero_optimization": _zero(placement, shape),
     }
     if precision is not Precision.fp32:
@@ -36,14 +36,15 @@ def to_deepspeed(
     return config
 
 
-def _adamw(optim: OptimConfig, placement: Placement) -> dict[str, Any]:
+def adamw_parameters(optim: OptimConfig, learning_rate: float, offload_optimizer: bool) -> dict[str, Any]:
+    """AdamW's settings in DeepSpeed's spelling."""
     params: dict[str, Any] = {
-        "lr": optim.learning_rate,
+        "lr": learning_rate,
         "betas": list(optim.betas),
         "eps": optim.eps,
         "weight_decay": optim.weight_decay,
     }
-    if not placement.offload_optimizer:
+    if not offload_optimizer:
         # torch's AdamW resumes to the bit; DeepSpeed's CPU kernels keep beta^t as a running product and do not.
         params["torch_adam"] = True
     return params

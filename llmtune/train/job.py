@@ -82,7 +82,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag)
         loader=loader,
         steps=request.steps,
         train=config.train,
-        optim=config.optim,
+        learning_rate=plan.learning_rate,
         schedule=config.schedule,
         seed=config.seed,
         evaluator=evaluator,
@@ -102,7 +102,15 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     if plan.placement.zero_stage == 3:
         partitioned = lambda: zero_init(plan.deepspeed)  # noqa: E731
     weights = request.resume_from if request.resume_from and not lora else request.model_folder
-    model = build_model(weights, config.model, config.precision, plan.gradient_checkpointing, partitioned, rank.rank)
+    model = build_model(
+        weights,
+        config.model,
+        config.precision,
+        plan.gradient_checkpointing,
+        plan.attn_implementation,
+        partitioned,
+        rank.rank,
+    )
     if lora:
         model = add_lora(model, config.tuner, _base_name(request), config.seed)
         adapter = request.resume_from or config.tuner.adapter_path

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llmtune.config.schema import OptimConfig, ScheduleConfig, TrainConfig
+from llmtune.config.schema import ScheduleConfig, TrainConfig
 from llmtune.data.loader import TrainLoader
 from llmtune.engine.distributed import Rank
 from llmtune.engine.module import TrainModule
@@ -67,7 +67,8 @@ class Job:
     loader: TrainLoader
     steps: StepsPlan
     train: TrainConfig
-    optim: OptimConfig
+    learning_rate: float
+    """Peak."""
     schedule: ScheduleConfig
     seed: int
     evaluator: Evaluator
@@ -123,7 +124,7 @@ def train_step(job: Job, progress: Progress) -> tuple[Progress, Record]:
         progress.step,
         job.steps.total_steps,
         job.steps.warmup_steps,
-        job.optim.learning_rate,
+        job.learning_rate,
         job.schedule.lr_scheduler_type,
     )
     result = job.module.train_step(batch.micro_batches, batch.trained_tokens, rate)

@@ -48,7 +48,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     for step in range(task["first"], task["last"]):
         torch.manual_seed(step)
         batch = loader.step(step)
-        result = module.train_step(batch.micro_batches, batch.trained_tokens, config.optim.learning_rate)
+        result = module.train_step(batch.micro_batches, batch.trained_tokens, plan.learning_rate)
         seen.append(result.loss)
         norms.append(result.grad_norm)
     if task.get("save"):
