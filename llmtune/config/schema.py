@@ -187,7 +187,7 @@ class TrainConfig:
 class OptimConfig:
     """AdamW."""
 
-    learning_rate: float | str = "auto"
+    learning_rate: int | float | str = "auto"
     """Peak learning rate; ``auto`` follows tuner and model size."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; 1-D parameters have none."""

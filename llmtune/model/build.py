@@ -46,6 +46,8 @@ def build_model(
             architecture = AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
             with no_init_weights(), partitioned():
                 model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **settings)
+                # Part of the initialisation that no_init_weights leaves out.
+                model.tie_weights()
             restore_buffers(model)
             load_partitions(model, folder, rank)
     except ImportError as error:

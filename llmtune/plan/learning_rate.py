@@ -15,7 +15,7 @@ RATES: dict[TunerKind, list[tuple[float, float]]] = {
 def resolve_learning_rate(optim: OptimConfig, tuner: TunerKind, parameters: int, notes: list[str]) -> float:
     """The rate that is set, or the table's, with a note of where it came from."""
     if not isinstance(optim.learning_rate, str):
-        return optim.learning_rate
+        return float(optim.learning_rate)
     rate = next(rate for limit, rate in RATES[tuner] if parameters < limit)
     notes.append(f"learning rate: {rate:g} (auto: {tuner.value}, {parameters / 1e9:.2g} B parameters)")
     return rate
