@@ -28,6 +28,9 @@ from llmtune.errors import ConfigError
 
 PRIMARY = "train"
 
+#: Overlays; every other group needs an option.
+_MAY_BE_NULL = {"experiment", "debug"}
+
 
 @dataclass(frozen=True, slots=True)
 class Composed:
@@ -216,7 +219,7 @@ def _quote(text: str) -> str:
 
 
 def _check_option(group: str, value: Any, options: set[str]) -> str | None:
-    if value is None or str(value) in options:
+    if str(value) in options or (value is None and group in _MAY_BE_NULL):
         return None
     known = ", ".join(sorted(options))
     return f"{group}={value}: no such option{_nearest(str(value), options)} ({group} has: {known})"

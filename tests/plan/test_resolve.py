@@ -1,0 +1,115 @@
+"""The plan's numbers, against published ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llmtune.config.compose import compose_config
+from llmtune.config.schema import Precision, ScheduleConfig, TrainConfig
+from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
+from llmtune.plan.memory import Placement, estimate_memory
+from llmtune.plan.resolve import Plan, resolve_plan, resolve_steps
+from llmtune.plan.shape import resolve_shape
+from llmtune.plan.units import format_bytes, format_count, format_seconds, parse_bytes
+
+
+def test_the_70b_shape_is_exact() -> None:
+    config = compose_config(["model=llama3_70b"]).config
+    shape = resolve_shape(config.model, config.tuner)
+    assert shape.parameters == 70_553_706_496
+    assert shape.trainable_parameters == 207_093_760
+    assert shape.largest_tensor == 128_256 * 8192
+    assert shape.layer_parameters == pytest.approx(855_654_400, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [("llama3_8b", 8_030_261_248), ("llama2_7b", 6_738_415_616), ("smollm2_135m", 134_515_008)],
+)
+def test_the_shipped_models_have_their_published_sizes(model: str, parameters: int) -> None:
+    config = compose_config([f"model={model}", "tuner=full"]).config
+    shape = resolve_shape(config.model, config.tuner)
+    assert shape.parameters == shape.trainable_parameters == parameters
+
+
+def test_states_under_zero_3_are_what_the_formula_says() -> None:
+    config = compose_config(["model=llama3_70b", "tuner=full"]).config
+    shape = resolve_shape(config.model, config.tuner)
+    memory = estimate_memory(shape, Placement(3, False, False), Precision.bf16, 8, 1, True)
+    states = memory.weights + memory.gradients + memory.optimizer
+    assert states / 2**30 == pytest.approx(131.4, abs=0.1)
+    assert memory.weights == pytest.approx(17.64e9, rel=1e-3)
+
+
+def test_70b_on_this_machine_is_refused_with_what_is_missing() -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        resolve_plan(compose_config(["+model=llama3_70b", "+zero=3"]).config)
+    text = str(caught.value)
+    assert caught.value.exit_code == 3
+    for part in ("70.6 B parameters", "needs", "has ", "missing", "Try:"):
+        assert part in text
+
+
+def test_named_gpus_that_are_not_there_are_a_missing_prerequisite() -> None:
+    with pytest.raises(MissingPrerequisiteError, match="torch sees no CUDA device"):
+        resolve_plan(compose_config(["experiment=llama3_70b_lora_8xa100"]).config)
+
+
+def test_a_plan_survives_json() -> None:
+    plan = resolve_plan(compose_config(["model=tiny", "zero=3", "launch.nproc=2"]).config)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert "auto" not in json.dumps(plan.deepspeed)
+
+
+def test_zero_3_sizes_follow_the_adapter_and_the_layer() -> None:
+    plan = resolve_plan(compose_config(["zero=3"]).config)
+    zero = plan.deepspeed["zero_optimization"]
+    assert zero["stage3_param_persistence_threshold"] >= 1536 * 16
+    assert zero["stage3_max_live_parameters"] > 2 * plan.shape.layer_parameters
+
+
+def test_auto_takes_the_lowest_stage_that_fits() -> None:
+    config = compose_config(["tuner=full", "launch.nproc=2", "hardware.host_memory_bytes=64GB"]).config
+    assert resolve_plan(config).placement.zero_stage == 0
+    config = compose_config(["tuner=full", "launch.nproc=2", "hardware.host_memory_bytes=5.6GB"]).config
+    assert resolve_plan(config).placement.zero_stage > 0
+
+
+@pytest.mark.parametrize(
+    ("tuner", "model", "rate"),
+    [("lora", "smollm2_135m", 1e-3), ("lora", "llama3_8b", 2e-4), ("full", "smollm2_135m", 5e-5)],
+)
+def test_the_learning_rate_follows_tuner_and_size(tuner: str, model: str, rate: float) -> None:
+    config = compose_config([f"tuner={tuner}", f"model={model}", "hardware.host_memory_bytes=1TB"]).config
+    plan = resolve_plan(config)
+    assert plan.learning_rate == rate
+    assert any("learning rate" in note for note in plan.notes)
+
+
+def test_steps_come_from_epochs_or_max_steps() -> None:
+    schedule = ScheduleConfig(warmup_ratio=0.1)
+    assert resolve_steps(TrainConfig(global_batch_size=8), schedule, 100).total_steps == 13
+    assert resolve_steps(TrainConfig(global_batch_size=8, num_train_epochs=2), schedule, 100).total_steps == 25
+    steps = resolve_steps(TrainConfig(max_steps=50), schedule, 100)
+    assert (steps.total_steps, steps.warmup_steps) == (50, 5)
+    assert resolve_steps(TrainConfig(max_steps=1), schedule, 100).warmup_steps == 0
+    with pytest.raises(ConfigError, match="leaves nothing"):
+        resolve_steps(TrainConfig(), ScheduleConfig(warmup_steps=99), 80)
+
+
+def test_bytes_are_read_and_written_as_people_do() -> None:
+    assert parse_bytes("80GiB", "k") == 80 * 2**30
+    assert parse_bytes("1.5TB", "k") == 1_500_000_000_000
+    assert parse_bytes(17, "k") == 17
+    with pytest.raises(ConfigError, match=r"hardware.x=lots"):
+        parse_bytes("lots", "hardware.x")
+    assert (format_bytes(141.1e9), format_count(70.55e9), format_seconds(3723)) == ("141.1 GB", "70.5 B", "1:02:03")
+
+
+def test_an_unknown_architecture_and_module_are_named() -> None:
+    with pytest.raises(ConfigError, match="model_type=lama"):
+        resolve_plan(compose_config(["model=tiny", "model.config.model_type=lama"]).config)
+    with pytest.raises(ConfigError, match="matches no linear layer; the model has"):
+        resolve_plan(compose_config(["model=tiny", "tuner.target_modules=[qproj]"]).config)
