@@ -39,7 +39,8 @@ def resolve_target(composed: Composed) -> RunTarget:
         model = choices["model"]
         if model == "custom":
             model = Path(config.model.name_or_path).name.removesuffix(".gguf")
-        parts = [str(model), str(choices["tuner"]), str(choices["data"])]
+        data = choices["data"] if choices["data"] != "files" else _data_name(config)
+        parts = [str(model), str(choices["tuner"]), str(data)]
         if choices.get("zero") not in (None, "auto"):
             parts.append(f"zero{choices['zero']}")
         if sweep_run := os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
@@ -140,6 +141,12 @@ def cache_dir(config: Config) -> Path:
 def lock_file(folder: RunFolder) -> Path:
     """The lock of a run folder."""
     return folder.path / names.LOCK
+
+
+def _data_name(config: Config) -> str:
+    """The name of the first file, without its ending."""
+    train = config.data.train
+    return Path(str(train[0] if isinstance(train, list) else train)).name.split(".")[0]
 
 
 def _step_of(checkpoint: Path | None) -> int:

@@ -68,7 +68,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> Compo
             problems.append(problem)
         else:
             good.append(override)
-    good = _own_model(good)
+    good = _own_choices(good)
     node, choices = _compose_node(good, config_dir, problems)
     config = to_config(node)
     problems += rules.problems(config)
@@ -159,14 +159,18 @@ def _text_keys(cls: type = Config, prefix: str = "") -> set[str]:
     return found
 
 
-def _own_model(overrides: list[str]) -> list[str]:
-    """A model named by path is not the default model: drop what the default's YAML says about wheel, shape and padding."""
-    keys = {override.split("=", 1)[0] for override in overrides}
-    if "model.name_or_path" not in keys:
-        return overrides
-    if not keys & {"model", "experiment"}:
-        overrides = ["model='custom'", *overrides]
-    return overrides if "model.wheel" in keys else [*overrides, "model.wheel=null"]
+def _own_choices(overrides: list[str]) -> list[str]:
+    """A model or data named by path are not the defaults: drop what the default's YAML says about shape, wheel, lengths."""
+    values = dict(override.split("=", 1) for override in overrides if "=" in override)
+    if "model.name_or_path" in values:
+        if not values.keys() & {"model", "experiment"}:
+            overrides = ["model='custom'", *overrides]
+        if "model.wheel" not in values:
+            overrides = [*overrides, "model.wheel=null"]
+    own_files = "data.train" in values and not values["data.train"].startswith("stdlib_docs")
+    if own_files and not values.keys() & {"data", "experiment"}:
+        overrides = ["data='files'", *overrides]
+    return overrides
 
 
 def _check_override(text: str, groups: dict[str, set[str]]) -> tuple[str | None, str]:

@@ -52,15 +52,16 @@ def run_ranks(command: list[str], world_size: int, log: Path, say: Callable[[str
         signals = _Signals()
         previous = {number: signal.signal(number, signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         ranks = _start(command, world_size, Path(folder))
+        first_failed: int | None = None
         try:
-            _watch(ranks, signals, say)
+            first_failed = _watch(ranks, signals, say)
         finally:
             _end(ranks)
             for number, handler in previous.items():
                 signal.signal(number, handler)
         codes = [rank.returncode for rank in ranks]
         if any(codes):
-            raise _failure(codes, _read_reports(Path(folder)), log)
+            raise _failure(codes, first_failed, _read_reports(Path(folder)), log)
 
 
 def _start(command: list[str], world_size: int, failure_dir: Path) -> list[subprocess.Popen[bytes]]:
@@ -73,24 +74,27 @@ def _start(command: list[str], world_size: int, failure_dir: Path) -> list[subpr
     return ranks
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], signals: _Signals, say: Callable[[str], None]) -> None:
-    """Until all ranks have ended, or one has failed and the others had their time."""
+def _watch(ranks: list[subprocess.Popen[bytes]], signals: _Signals, say: Callable[[str], None]) -> int | None:
+    """Until all ranks have ended, or one has failed and the others had their time; the rank that failed first."""
     handed_on = 0
-    failed_at: float | None = None
+    first_failed: int | None = None
+    failed_at = 0.0
     while any(rank.poll() is None for rank in ranks):
         time.sleep(POLL_SECONDS)
         if signals.received > handed_on:
             handed_on = signals.received
             if handed_on > 1:
-                return
+                return first_failed
             say(f"{signal.Signals(signals.last).name}: saving after the current step (a second one ends at once) ...")
             for rank in ranks:
                 if rank.poll() is None:
                     rank.send_signal(signal.SIGTERM)
-        if failed_at is None and any(rank.poll() not in (None, 0, EXIT_STOPPED) for rank in ranks):
+        if first_failed is None:
+            first_failed = next((n for n, rank in enumerate(ranks) if rank.poll() not in (None, 0, EXIT_STOPPED)), None)
             failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
-            return
+        if first_failed is not None and time.monotonic() - failed_at > GRACE_SECONDS:
+            break
+    return first_failed
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -110,7 +114,10 @@ def _read_reports(folder: Path) -> list[dict[str, Any]]:
     return sorted(reports, key=lambda report: (not report["known"], report["time"]))
 
 
-def _failure(codes: list[int | None], reports: list[dict[str, Any]], log: Path) -> LlmtuneError:
+def _failure(
+    codes: list[int | None], first_failed: int | None, reports: list[dict[str, Any]], log: Path
+) -> LlmtuneError:
+    """The error of the run: a report with advice, or what can be said of the rank that failed first."""
     if all(code in (0, EXIT_STOPPED) for code in codes):
         return StoppedError(reports[0]["message"] if reports else "stopped")
     if reports:
@@ -118,7 +125,9 @@ def _failure(codes: list[int | None], reports: list[dict[str, Any]], log: Path) 
         error = ERRORS_BY_CODE.get(report["code"], LlmtuneError)
         text = report["message"] if report["known"] else f"rank {report['rank']}: {report['message']}\nMore in {log}"
         return error(text)
-    killed = next((rank for rank, code in enumerate(codes) if code not in (0, EXIT_STOPPED)), 0)
+    # A loop that ended between two looks at the ranks has no first one.
+    others = (rank for rank, code in enumerate(codes) if code not in (0, EXIT_STOPPED))
+    killed = first_failed if first_failed is not None else next(others, 0)
     code = codes[killed] or 0
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     hint = " (the kernel ends processes so when memory runs out: see dmesg)" if code == -signal.SIGKILL else ""

@@ -103,6 +103,13 @@ def test_a_model_by_path_is_not_the_default_model() -> None:
     assert kept.pad_token is not None
 
 
+def test_own_files_are_not_the_default_data() -> None:
+    composed = compose_config(["data.train=my.jsonl"])
+    assert composed.choices["data"] == "files"
+    assert composed.config.data.max_seq_length == 2048
+    assert compose_config(["data.train=stdlib_docs@9"]).config.data.val_set_size == 64
+
+
 def test_numbers_of_the_architecture_can_be_set_and_added() -> None:
     config = compose_config(["model=tiny", "model.config.hidden_size=128", "model.config.rope_theta=5e5"]).config
     assert config.model.config is not None
@@ -136,7 +143,11 @@ def every_option() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("group", "option"), every_option())
 def test_every_option_of_every_group_composes_and_is_typed(group: str, option: str) -> None:
     extra = ["model.name_or_path=x"] if option == "custom" else []
-    extra += ["data.train=x.jsonl"] if (group, option) in {("data", "alpaca"), ("data", "messages")} else []
+    extra += (
+        ["data.train=x.jsonl"]
+        if (group, option) in {("data", "alpaca"), ("data", "messages"), ("data", "files")}
+        else []
+    )
     extra += ["zero=3"] if group == "offload" else []
     composed: Composed = compose_config([f"{group}={option}", *extra])
     assert composed.choices[group] == option
@@ -147,7 +158,7 @@ def test_no_file_of_conf_is_left_out() -> None:
     composed = {f"{group}/{option}.yaml" for group, option in every_option()}
     rest = {"train.yaml", "sweep/lora.yaml"}
     assert set(files) == composed | rest
-    assert len(files) == 39
+    assert len(files) == 40
     for file in files:
         assert yaml.safe_load((CONF / file).read_text()) is not None, file
 

@@ -1,0 +1,111 @@
+"""Metrics on disk, the progress line, the plot, and trackers that fail."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtune.config.schema import TrackerConfig, TrackerKind, TrackerMode
+from llmtune.track.console import Console, ProgressLine
+from llmtune.track.metrics import MetricsFile, cut_metrics, read_metrics
+from llmtune.track.plot import write_loss_plot
+from llmtune.track.tracker import Trackers
+
+
+def line(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 3.0 / step, "tokens_per_second": 5.0, "memory_bytes": 10**9, **more}
+
+
+def test_lines_beyond_the_checkpoint_and_half_lines_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.log({"step": 0, "eval_loss": 4.0})
+    for step in range(1, 8):
+        file.log(line(step))
+    file.finish()
+    path.write_text(path.read_text() + '{"step": 8, "lo')
+    cut_metrics(path, 5)
+    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3, 4, 5]
+    cut_metrics(path, -1)
+    assert path.read_text() == ""
+
+
+def test_numbers_are_not_rounded(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.log({"step": 1, "loss": 0.1 + 0.2})
+    file.finish()
+    assert json.loads((tmp_path / "m.jsonl").read_text())["loss"] == 0.1 + 0.2
+
+
+def test_a_failing_tracker_is_left_out_and_the_others_go_on() -> None:
+    class Broken:
+        def log(self, record: Any) -> None:
+            raise OSError("no network")
+
+        def finish(self) -> None:
+            raise OSError("no network")
+
+    class Counts:
+        seen = 0
+
+        def log(self, record: Any) -> None:
+            self.seen += 1
+
+        def finish(self) -> None:
+            self.seen += 100
+
+    counts = Counts()
+    trackers = Trackers([Broken(), counts])
+    trackers.log(line(1))
+    trackers.log(line(2))
+    trackers.finish()
+    assert counts.seen == 102
+
+
+def test_the_progress_line_has_what_a_person_looks_for() -> None:
+    out = io.StringIO()
+    progress = ProgressLine(Console(out), total_steps=2, first_step=0)
+    progress.log({"step": 0, "eval_loss": 3.5, "eval_perplexity": 33.1})
+    progress.log(line(1))
+    progress.log(line(2))
+    text = out.getvalue()
+    assert "step 0/2  held-out loss 3.5000  perplexity 33.10" in text
+    for part in ("step 2/2", "loss 1.5000", "5 tokens/s", "ETA 0:00", "memory 1.0 GB"):
+        assert part in text
+
+
+def test_brackets_in_answers_are_no_markup() -> None:
+    out = io.StringIO()
+    Console(out).table("t", ["a"], [["x[0] [bold]y[/bold]"]])
+    assert "x[0] [bold]y[/bold]" in out.getvalue()
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl")
+    write_loss_plot(tmp_path / "m.jsonl", tmp_path / "loss.png", "t")
+    assert not (tmp_path / "loss.png").exists()
+    file.log({"step": 0, "eval_loss": 4.0})
+    file.log(line(1))
+    write_loss_plot(tmp_path / "m.jsonl", tmp_path / "loss.png", "t")
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_wandb_tracks_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmtune.track.wandb_tracker import WandbTracker
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    config = TrackerConfig(kind=TrackerKind.wandb, mode=TrackerMode.online)
+    tracker = WandbTracker(config, tmp_path, "name", {"seed": 1})
+    assert "tracked offline" in tracker.note
+    tracker.log(line(1))
+    tracker.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert (tmp_path / "wandb" / "run_id").read_text()
