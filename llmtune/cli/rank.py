@@ -7,10 +7,11 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmtune.checkpoint import names
 from llmtune.errors import ERRORS_BY_CODE, LlmtuneError
+from llmtune.launch.environment import launched_ranks_on_node, set_defaults, set_thread_default
 from llmtune.launch.rank import die_with_parent, redirect_output, report_failure, to_user_error
 from llmtune.track.console import Console
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from llmtune.train.run_folder import RunFolder
 
 
-def main(request_file: str) -> int:
+def main(request_file: str) -> NoReturn:
     """A rank of llmtune's own supervisor."""
     die_with_parent()
     text = Path(request_file).read_text()
@@ -38,19 +39,19 @@ def main(request_file: str) -> int:
         _train(request, Console(stream if rank == 0 else None))
     except BaseException as error:
         _exit_now(report_failure(error, rank, stream, trace))
-    return 0
+    _exit_now(0)
 
 
-def run_launched(arguments: Arguments, world_size: int) -> int:
+def run_launched(arguments: Arguments) -> NoReturn:
     """A rank of a foreign launcher: rank 0 prepares, the others get what it resolved, or its error."""
+    # Before anything imports torch.
+    set_thread_default(launched_ranks_on_node())
     from llmtune.cli.prepare import compose_run
-    from llmtune.launch.environment import set_defaults
     from llmtune.plan.hardware import resolve_hardware
 
     composed, target, folder = compose_run(arguments.overrides, arguments.config_dir)
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     accelerator = resolve_hardware(composed.config.hardware).accelerator
-    set_defaults(accelerator, local_world_size)
+    set_defaults(accelerator, launched_ranks_on_node())
     stream = redirect_output(folder.path / names.LOG)
     rank = int(os.environ["RANK"])
     console = Console(stream if rank == 0 else None)
@@ -58,12 +59,12 @@ def run_launched(arguments: Arguments, world_size: int) -> int:
         _train_launched(composed, target, folder, console)
     except BaseException as error:
         _exit_now(report_failure(error, rank, stream, composed.config.trace))
-    return 0
+    _exit_now(0)
 
 
 def _train_launched(composed: Composed, target: RunTarget, folder: RunFolder, console: Console) -> None:
     from llmtune.cli.prepare import lock_file
-    from llmtune.engine.distributed import broadcast_object, init_ranks, leave_ranks
+    from llmtune.engine.distributed import broadcast_object, init_ranks, meet_ranks
     from llmtune.launch.lock import hold_lock
     from llmtune.train.job import run_job
     from llmtune.train.request import RunRequest
@@ -82,7 +83,7 @@ def _train_launched(composed: Composed, target: RunTarget, folder: RunFolder, co
             raise ERRORS_BY_CODE.get(answer["code"], LlmtuneError)(answer["error"])
         if answer["request"] is not None:
             run_job(RunRequest.from_json(answer["request"]), rank, console)
-        leave_ranks()
+        meet_ranks(rank)
         if rank.is_first:
             _finish_first(target, console)
 
@@ -113,16 +114,16 @@ def _finish_first(target: RunTarget, console: Console) -> None:
 
 
 def _train(request: RunRequest, console: Console) -> None:
-    from llmtune.engine.distributed import init_ranks, leave_ranks
+    from llmtune.engine.distributed import init_ranks, meet_ranks
     from llmtune.train.job import run_job
 
     rank = init_ranks()
     run_job(request, rank, console)
-    leave_ranks()
+    meet_ranks(rank)
 
 
-def _exit_now(code: int) -> None:
-    """End without the clean-up of libraries, which may wait for ranks that are gone."""
+def _exit_now(code: int) -> NoReturn:
+    """End without the clean-up of libraries: it waits for ranks that are gone, and gloo's threads sometimes abort in it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -133,4 +134,4 @@ def _peek(text: str, key: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(sys.argv[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.checkpoint import names
+from llmtune.errors import LlmtuneError
 from llmtune.launch.environment import launched_world_size, set_defaults
 from llmtune.launch.lock import hold_lock
 from llmtune.launch.ops import build_in_child, missing_ops
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
 
 def main(arguments: Arguments) -> int:
     """Run the whole job."""
-    world_size = launched_world_size()
-    if world_size is not None:
+    if launched_world_size() is not None:
         from llmtune.cli.rank import run_launched
 
-        return run_launched(arguments, world_size)
+        run_launched(arguments)
     return _supervise(arguments)
 
 
@@ -62,4 +62,7 @@ def _run(request: RunRequest, console: Console) -> None:
     with tempfile.TemporaryDirectory(prefix="llmtune-") as folder:
         path = Path(folder) / "request.json"
         path.write_text(request.to_json())
-        run_ranks(["-m", "llmtune.cli.rank", str(path)], plan.world_size, request.run_folder / names.LOG, console.say)
+        log = request.run_folder / names.LOG
+        run_ranks(["-m", "llmtune.cli.rank", str(path)], plan.world_size, log, console.say)
+    if not (request.run_folder / names.FINISHED).is_file():
+        raise LlmtuneError(f"all ranks ended without an error, but the run is not finished; see {log}")

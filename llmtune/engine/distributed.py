@@ -45,10 +45,10 @@ def init_ranks(timeout_minutes: float = 60) -> Rank:
     return Rank(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
-def leave_ranks() -> None:
-    """End the process group; a no-op where there is none."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def meet_ranks(rank: Rank) -> None:
+    """Wait for the others, so that none ends while another still talks to it."""
+    if rank.world_size > 1:
+        dist.barrier()
 
 
 def sum_over_ranks(values: list[float], rank: Rank) -> list[float]:

@@ -30,14 +30,24 @@ def set_defaults(accelerator: str, ranks_on_node: int) -> None:
         "DEEPSPEED_TIMEOUT": "60",
         "PYTHONUNBUFFERED": "1",
     }
+    set_thread_default(ranks_on_node)
     if accelerator == "cpu":
-        defaults["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks_on_node))
         # What the CPU accelerator counts as its devices.
         defaults["LOCAL_SIZE"] = str(ranks_on_node)
     else:
         defaults["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def set_thread_default(ranks_on_node: int) -> None:
+    """Share the cores among the ranks; torch reads the variable once, when it is first imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks_on_node)))
+
+
+def launched_ranks_on_node() -> int:
+    """Ranks that a foreign launcher started on this machine: torchrun's variable, DeepSpeed's, or all there are."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
 
 
 def extensions_dir() -> Path:
