@@ -1,0 +1,58 @@
+"""The embedded job on the real model, shortened: it learns, and the merged model is the trained one."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.support import ROOT, run, run_cli
+
+
+@pytest.mark.slow
+def test_smollm2_learns_and_its_merge_is_what_was_trained(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run_cli(
+        *("train.max_steps=12", "train.eval_max_rows=16", "train.sample_answers=false", f"output_dir={folder}"),
+        timeout=600,
+    )
+    assert done.code == 0, done.err + done.out
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
+    assert held_out[-1] < 0.92 * held_out[0]
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert sum(p.numel() for p in merged.parameters()) == 134_515_008
+    data = ["data.train=stdlib_docs@576", "data.val_set_size=64"]
+    trained = json.loads(run_cli("eval", "--json", f"run={folder}").out)["eval_loss"]
+    exported = json.loads(run_cli("eval", "--json", f"base={folder}/merged", *data).out)["eval_loss"]
+    assert exported == pytest.approx(trained, rel=0.02)
+
+
+def test_help_is_there_at_once() -> None:
+    started = time.perf_counter()
+    done = run_cli("--help")
+    assert done.code == 0
+    assert time.perf_counter() - started < 2, "torch or Hydra is imported for --help"
+
+
+def test_the_readme_names_only_what_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    for folder in (path for path in (ROOT / "llmtune").iterdir() if path.is_dir() and path.name != "__pycache__"):
+        assert f"`llmtune/{folder.name}/`" in text
+    for link in (
+        "docs/results.md",
+        "docs/design.md",
+        "docs/dependencies.md",
+        "CHANGELOG.md",
+        "llmtune/config/schema.py",
+    ):
+        assert f"]({link})" in text
+        assert (ROOT / link).is_file(), link
+
+
+@pytest.mark.parametrize("script", ["setup", "demo", "test"])
+def test_the_scripts_are_bash(script: str) -> None:
+    assert run(["bash", "-n", f"scripts/{script}.sh"]).code == 0

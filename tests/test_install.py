@@ -1,0 +1,40 @@
+"""A wheel of llmtune works from any directory, with its configuration inside."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, run
+
+
+@pytest.mark.slow
+def test_the_wheel_composes_from_another_directory(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("llmtune", "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "-q"]
+    built = run([*pip, "wheel", "--no-deps", "-w", str(tmp_path), str(source)])
+    assert built.code == 0, built.err
+    (wheel,) = tmp_path.glob("llmtune-*.whl")
+    site = tmp_path / "site"
+    assert run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)]).code == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    where = run([sys.executable, "-c", "import llmtune; print(llmtune.__file__)"], elsewhere, {"PYTHONPATH": str(site)})
+    assert where.out.startswith(str(site))
+    done = run(
+        [sys.executable, "-m", "llmtune", "--cfg", "job", "model=llama3_70b", "data.chat_template=llama3"],
+        elsewhere,
+        {"PYTHONPATH": str(site)},
+    )
+    assert done.code == 0, done.err
+    assert "hidden_size: 8192" in done.out
+    packed = run([sys.executable, "-m", "zipfile", "-l", str(wheel)]).out
+    assert packed.count(".yaml") == len(list((ROOT / "conf").rglob("*.yaml")))
+    assert packed.count(".jinja") == len(list((ROOT / "conf").rglob("*.jinja")))
