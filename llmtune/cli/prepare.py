@@ -9,17 +9,17 @@ from pathlib import Path
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.save import read_trainer_state
-from llmtune.config.compose import Composed, compose_config
+from llmtune.config.compose import Composed
 from llmtune.config.schema import Config
 from llmtune.data.prepare import prepare_data
 from llmtune.data.render import check_chat_template, load_chat_template
 from llmtune.errors import CheckpointError
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
-from llmtune.plan.resolve import resolve_plan, resolve_steps
+from llmtune.plan.resolve import Plan, resolve_steps
 from llmtune.plan.units import format_bytes, format_count
 from llmtune.train.request import RunRequest
-from llmtune.train.run_folder import RunFolder, open_run_folder
+from llmtune.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +51,14 @@ def resolve_target(composed: Composed) -> RunTarget:
 
 
 def resolve_request(
-    composed: Composed, target: RunTarget, folder: RunFolder, say: Callable[[str], None], world_size: int | None = None
+    composed: Composed, plan: Plan, target: RunTarget, folder: RunFolder, say: Callable[[str], None]
 ) -> RunRequest | None:
-    """Plan, check, prepare model files and data, and write the run folder's description; None when the run is finished.
-
-    Args:
-        world_size: Ranks that a foreign launcher started.
+    """Check, prepare model files and data, and write the run folder's description; None when the run is finished.
 
     Raises:
         LlmtuneError: Of every kind but export, before any rank has begun.
     """
     config = composed.config
-    plan = resolve_plan(config, world_size)
     folder.check_owner(config)
     resume_from = folder.resume_point(config.resume_from_checkpoint)
     cache = cache_dir(config)
@@ -124,13 +120,6 @@ def describe(request: RunRequest) -> dict[str, str]:
 def states(memory: object) -> int:
     """Weights, gradients and optimizer states of a memory plan."""
     return sum(int(getattr(memory, name)) for name in ("weights", "gradients", "optimizer"))
-
-
-def compose_run(overrides: list[str], config_dir: str | None) -> tuple[Composed, RunTarget, RunFolder]:
-    """Config, name and an existing folder."""
-    composed = compose_config(overrides, config_dir)
-    target = resolve_target(composed)
-    return composed, target, open_run_folder(target.folder)
 
 
 def cache_dir(config: Config) -> Path:

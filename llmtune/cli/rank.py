@@ -46,10 +46,14 @@ def run_launched(arguments: Arguments) -> NoReturn:
     """A rank of a foreign launcher: rank 0 prepares, the others get what it resolved, or its error."""
     # Before anything imports torch.
     set_thread_default(launched_ranks_on_node())
-    from llmtune.cli.prepare import compose_run
+    from llmtune.cli.prepare import resolve_target
+    from llmtune.config.compose import compose_config
     from llmtune.plan.hardware import resolve_hardware
+    from llmtune.train.run_folder import open_run_folder
 
-    composed, target, folder = compose_run(arguments.overrides, arguments.config_dir)
+    composed = compose_config(arguments.overrides, arguments.config_dir)
+    target = resolve_target(composed)
+    folder = open_run_folder(target.folder)
     accelerator = resolve_hardware(composed.config.hardware).accelerator
     set_defaults(accelerator, launched_ranks_on_node())
     stream = redirect_output(folder.path / names.LOG)
@@ -92,8 +96,10 @@ def _prepare_first(
     composed: Composed, target: RunTarget, folder: RunFolder, console: Console, world_size: int
 ) -> dict[str, Any]:
     from llmtune.cli.prepare import describe, resolve_request
+    from llmtune.plan.resolve import resolve_plan
 
-    request = resolve_request(composed, target, folder, console.say, world_size)
+    plan = resolve_plan(composed.config, world_size)
+    request = resolve_request(composed, plan, target, folder, console.say)
     if request is not None:
         console.page("llmtune", describe(request))
     return {"request": request.to_json() if request else None}

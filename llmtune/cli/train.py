@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.checkpoint import names
-from llmtune.errors import LlmtuneError
+from llmtune.errors import LlmtuneError, MissingPrerequisiteError
 from llmtune.launch.environment import launched_world_size, set_defaults
 from llmtune.launch.lock import hold_lock
 from llmtune.launch.ops import build_in_child, missing_ops
@@ -33,15 +33,22 @@ def main(arguments: Arguments) -> int:
 
 def _supervise(arguments: Arguments) -> int:
     from llmtune.cli.finish import finished_message, maybe_export
-    from llmtune.cli.prepare import compose_run, describe, lock_file, resolve_request
+    from llmtune.cli.prepare import describe, lock_file, resolve_request, resolve_target
     from llmtune.cli.quiet import quiet_libraries
+    from llmtune.config.compose import compose_config
+    from llmtune.plan.resolve import resolve_plan
+    from llmtune.train.run_folder import open_run_folder
 
     started = time.monotonic()
     console = Console(sys.stdout)
-    composed, target, folder = compose_run(arguments.overrides, arguments.config_dir)
+    composed = compose_config(arguments.overrides, arguments.config_dir)
+    target = resolve_target(composed)
+    quiet_libraries()
+    # Before the folder: a run that does not fit leaves nothing behind.
+    plan = resolve_plan(composed.config)
+    folder = open_run_folder(target.folder)
     with hold_lock(lock_file(folder)):
-        quiet_libraries()
-        request = resolve_request(composed, target, folder, console.say)
+        request = resolve_request(composed, plan, target, folder, console.say)
         if request is None:
             console.say(finished_message(target.folder))
         else:
@@ -58,7 +65,11 @@ def _run(request: RunRequest, console: Console) -> None:
     set_defaults(plan.hardware.accelerator, plan.world_size)
     for op in missing_ops(plan.hardware.accelerator, plan.placement.offload_optimizer):
         console.say(f"building DeepSpeed's {op.removesuffix('Builder')} (once an environment, about a minute) ...")
-        build_in_child(op)
+        if not build_in_child(op):
+            raise MissingPrerequisiteError(
+                f"DeepSpeed's {op.removesuffix('Builder')} cannot be built: see `python -m llmtune.launch.ops {op}`; "
+                "it needs g++, ninja and Python's headers (apt-get install g++ python3-dev; pip install ninja)"
+            )
     with tempfile.TemporaryDirectory(prefix="llmtune-") as folder:
         path = Path(folder) / "request.json"
         path.write_text(request.to_json())

@@ -52,11 +52,10 @@ def meet_ranks(rank: Rank) -> None:
 
 
 def sum_over_ranks(values: list[float], rank: Rank) -> list[float]:
-    """The element-wise sum over all ranks, in fp64 (CPU) or fp32 (CUDA)."""
+    """The element-wise sum over all ranks, in fp64: token counts outgrow fp32."""
     if rank.world_size == 1:
         return values
-    dtype = torch.float32 if rank.device.type == "cuda" else torch.float64
-    tensor = torch.tensor(values, dtype=dtype, device=rank.device)
+    tensor = torch.tensor(values, dtype=torch.float64, device=rank.device)
     dist.all_reduce(tensor)
     return [float(value) for value in tensor]
 

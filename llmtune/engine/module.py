@@ -84,19 +84,19 @@ class TrainModule:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         scale = self.rank.world_size / max(trained_tokens, 1)
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
         norm: float | None = None
         self.engine.train()
         for batch in micro_batches:
             loss, _ = self._loss(batch)
             self.engine.backward(loss * scale, scale_wrt_gas=False)
-            total += float(loss.detach())
+            total += loss.detach()
             if self.engine.is_gradient_accumulation_boundary():
                 norm = self._whole_grad_norm()
             self.engine.step()
         reported = self.engine.get_global_grad_norm()
         norm = norm if norm is not None else float(reported) if reported is not None else 0.0
-        (summed,) = sum_over_ranks([total], self.rank)
+        (summed,) = sum_over_ranks([float(total)], self.rank)
         return StepResult(summed / max(trained_tokens, 1), norm, bool(self.engine.was_step_applied()))
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:

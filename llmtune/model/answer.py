@@ -18,6 +18,7 @@ def answer(
     prompts: list[list[dict[str, str]]],
     max_new_tokens: int,
     temperature: float = 0.0,
+    device: torch.device | None = None,
     synced_ranks: bool = False,
 ) -> list[str]:
     """One answer a prompt.
@@ -25,6 +26,7 @@ def answer(
     Args:
         prompts: Lists of ``{role, content}``.
         temperature: 0 always takes the likeliest token.
+        device: Where the model computes; its parameters may lie elsewhere when they are offloaded.
         synced_ranks: Under ZeRO 3 all ranks generate, and go on until the last has finished.
     """
     from transformers import GenerationConfig
@@ -32,7 +34,7 @@ def answer(
     texts = [str(tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)) for p in prompts]
     # Padding belongs on the left here: what is generated follows the last token.
     encoded = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,

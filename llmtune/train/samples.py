@@ -68,7 +68,10 @@ class SampleAnswers:
         if not (sharded or self.module.rank.is_first):
             return []
         messages = [prompt.messages for prompt in self.prompts]
-        return answer(self.module.model, self.tokenizer, messages, MAX_NEW_TOKENS, synced_ranks=sharded)
+        device = self.module.rank.device
+        return answer(
+            self.module.model, self.tokenizer, messages, MAX_NEW_TOKENS, device=device, synced_ranks=sharded
+        )
 
 
 def samples_reason_to_skip(wanted: bool | str, parameters: int, sharded_or_offloaded: bool, prompts: int) -> str | None:
