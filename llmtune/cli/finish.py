@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from llmtune.checkpoint import names
 from llmtune.cli.export import export_run
 from llmtune.config.compose import load_config
-from llmtune.config.schema import ExportFormat, TunerKind
+from llmtune.config.schema import ExportConfig, ExportFormat, TunerKind
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
 
@@ -26,9 +27,9 @@ def finished_message(run: Path) -> str:
     return text
 
 
-def maybe_export(run: Path, console: Console) -> None:
-    """Export after training, unless that is done or was not wanted; the ranks have ended and their memory is free."""
-    config = load_config(run / names.CONFIG)
+def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
+    """Export after training, unless that is done or is not wanted; the ranks have ended and their memory is free."""
+    config = replace(load_config(run / names.CONFIG), export=export)
     lora = config.tuner.kind is TunerKind.lora
     if config.export.format is not ExportFormat.safetensors or not lora:
         console.say(f"the trained {'adapter' if lora else 'model'}: {run / (names.ADAPTER if lora else names.MODEL)}")

@@ -60,7 +60,7 @@ def resolve_request(
     """
     config = composed.config
     folder.check_owner(config)
-    resume_from = folder.resume_point(config.resume_from_checkpoint)
+    resume_from = folder.resume_point(config)
     cache = cache_dir(config)
     model_folder = resolve_model_folder(config.model, cache)
     tokenizer = load_tokenizer(model_folder, config.model, load_chat_template(config.data.chat_template))
@@ -73,13 +73,10 @@ def resolve_request(
     if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
         return None
     request = RunRequest(config, plan, steps, data, target.folder, target.name, model_folder, resume_from)
-    step = _step_of(resume_from)
-    if step > steps.total_steps:
-        raise CheckpointError(f"{resume_from} is at step {step}, beyond the {steps.total_steps} steps of this run")
+    step = _check_resume(resume_from, steps.total_steps, data.fingerprint)
     extra = {"steps": asdict(steps), "data": asdict(data), "model_folder": str(model_folder), "run_name": target.name}
-    swept = folder.begin(config, composed.overrides, plan, extra, step)
-    if swept:
-        say(f"removed what a save that was cut off left behind: {', '.join(swept)}")
+    for note in folder.begin(config, composed.overrides, plan, extra, step):
+        say(note)
     return request
 
 
@@ -108,18 +105,13 @@ def describe(request: RunRequest) -> dict[str, str]:
         "placement": f"ZeRO {plan.placement.zero_stage}, offload optimizer "
         f"{'cpu' if plan.placement.offload_optimizer else 'none'}, weights "
         f"{'cpu' if plan.placement.offload_param else 'none'}",
-        "memory": f"about {format_bytes(memory.device)} a rank at its peak (states {format_bytes(states(memory))})",
+        "memory": f"about {format_bytes(memory.device)} a rank at its peak (states {format_bytes(memory.states)})",
         "derived": "; ".join(plan.notes),
         "run folder": str(request.run_folder),
     }
     if request.resume_from:
         rows["resuming"] = str(request.resume_from)
     return rows
-
-
-def states(memory: object) -> int:
-    """Weights, gradients and optimizer states of a memory plan."""
-    return sum(int(getattr(memory, name)) for name in ("weights", "gradients", "optimizer"))
 
 
 def cache_dir(config: Config) -> Path:
@@ -138,6 +130,15 @@ def _data_name(config: Config) -> str:
     return Path(str(train[0] if isinstance(train, list) else train)).name.split(".")[0]
 
 
-def _step_of(checkpoint: Path | None) -> int:
-    """Step of a checkpoint; -1 for a new run, none of whose old lines count."""
-    return read_trainer_state(checkpoint).step if checkpoint else -1
+def _check_resume(checkpoint: Path | None, total_steps: int, data_fingerprint: str) -> int:
+    """Step of a checkpoint of the same rows; -1 for a new run, none of whose old lines count."""
+    if checkpoint is None:
+        return -1
+    state = read_trainer_state(checkpoint)
+    if state.data_fingerprint != data_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was trained on other rows than data.train gives now; take its data, or start anew"
+        )
+    if state.step > total_steps:
+        raise CheckpointError(f"{checkpoint} is at step {state.step}, beyond the {total_steps} steps of this run")
+    return state.step

@@ -48,6 +48,8 @@ def run_launched(arguments: Arguments) -> NoReturn:
     set_thread_default(launched_ranks_on_node())
     from llmtune.cli.prepare import resolve_target
     from llmtune.config.compose import compose_config
+    from llmtune.config.schema import OffloadDevice
+    from llmtune.launch.ops import ensure_ops
     from llmtune.plan.hardware import resolve_hardware
     from llmtune.train.run_folder import open_run_folder
 
@@ -60,6 +62,8 @@ def run_launched(arguments: Arguments) -> NoReturn:
     rank = int(os.environ["RANK"])
     console = Console(stream if rank == 0 else None)
     try:
+        offload = composed.config.offload.optimizer is not OffloadDevice.none
+        ensure_ops(accelerator, offload, console.say)
         _train_launched(composed, target, folder, console)
     except BaseException as error:
         _exit_now(report_failure(error, rank, stream, composed.config.trace))
@@ -89,7 +93,7 @@ def _train_launched(composed: Composed, target: RunTarget, folder: RunFolder, co
             run_job(RunRequest.from_json(answer["request"]), rank, console)
         meet_ranks(rank)
         if rank.is_first:
-            _finish_first(target, console)
+            _finish_first(composed, target, console)
 
 
 def _prepare_first(
@@ -112,11 +116,11 @@ def _as_answer(error: Exception) -> dict[str, Any]:
     return {"error": str(known), "code": known.exit_code}
 
 
-def _finish_first(target: RunTarget, console: Console) -> None:
+def _finish_first(composed: Composed, target: RunTarget, console: Console) -> None:
     from llmtune.cli.finish import finished_message, maybe_export
 
     console.say(finished_message(target.folder))
-    maybe_export(target.folder, console)
+    maybe_export(target.folder, composed.config.export, console)
 
 
 def _train(request: RunRequest, console: Console) -> None:

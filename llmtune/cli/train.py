@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.checkpoint import names
-from llmtune.errors import LlmtuneError, MissingPrerequisiteError
+from llmtune.errors import LlmtuneError
 from llmtune.launch.environment import launched_world_size, set_defaults
 from llmtune.launch.lock import hold_lock
-from llmtune.launch.ops import build_in_child, missing_ops
+from llmtune.launch.ops import ensure_ops
 from llmtune.launch.supervisor import run_ranks
 from llmtune.plan.units import format_seconds
 from llmtune.track.console import Console
@@ -56,20 +56,14 @@ def _supervise(arguments: Arguments) -> int:
             _run(request, console)
             console.say(f"trained in {format_seconds(time.monotonic() - started)}, start-up included")
             console.say(finished_message(target.folder))
-        maybe_export(target.folder, console)
+        maybe_export(target.folder, composed.config.export, console)
     return 0
 
 
 def _run(request: RunRequest, console: Console) -> None:
     plan = request.plan
     set_defaults(plan.hardware.accelerator, plan.world_size)
-    for op in missing_ops(plan.hardware.accelerator, plan.placement.offload_optimizer):
-        console.say(f"building DeepSpeed's {op.removesuffix('Builder')} (once an environment, about a minute) ...")
-        if not build_in_child(op):
-            raise MissingPrerequisiteError(
-                f"DeepSpeed's {op.removesuffix('Builder')} cannot be built: see `python -m llmtune.launch.ops {op}`; "
-                "it needs g++, ninja and Python's headers (apt-get install g++ python3-dev; pip install ninja)"
-            )
+    ensure_ops(plan.hardware.accelerator, plan.placement.offload_optimizer, console.say)
     with tempfile.TemporaryDirectory(prefix="llmtune-") as folder:
         path = Path(folder) / "request.json"
         path.write_text(request.to_json())

@@ -22,9 +22,12 @@ def launched_world_size() -> int | None:
 
 
 def set_defaults(accelerator: str, ranks_on_node: int) -> None:
-    """Variables that must stand before torch and DeepSpeed are imported; what the user has set wins."""
+    """Variables that must stand before torch and DeepSpeed are imported; what the user has set wins.
+
+    Not so DS_ACCELERATOR: the plan has honoured it where it was not overruled, and was made for ``accelerator``.
+    """
+    os.environ["DS_ACCELERATOR"] = accelerator
     defaults = {
-        "DS_ACCELERATOR": accelerator,
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_EXTENSIONS_DIR": str(extensions_dir()),
         "DEEPSPEED_TIMEOUT": "60",

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
+from llmtune.errors import MissingPrerequisiteError
 from llmtune.launch.environment import extensions_dir, set_defaults
 
 #: Op -> why; by the names of DeepSpeed's builders.
@@ -29,6 +32,26 @@ def missing_ops(accelerator: str, offload_optimizer: bool) -> list[str]:
     return [name for name in needed if not list(folder.glob(f"**/{names[name]}.so"))]
 
 
+def ensure_ops(accelerator: str, offload_optimizer: bool, say: Callable[[str], None]) -> None:
+    """Compile what a run needs, one process at a time.
+
+    Raises:
+        MissingPrerequisiteError: An op cannot be built here.
+    """
+    folder = extensions_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".llmtune-build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for name in missing_ops(accelerator, offload_optimizer):
+            say(f"building DeepSpeed's {name.removesuffix('Builder')} (once an environment, about a minute) ...")
+            reason = build_in_child(name)
+            if reason is not None:
+                raise MissingPrerequisiteError(
+                    f"DeepSpeed's {name.removesuffix('Builder')} cannot be built: {reason}\n"
+                    "It needs g++, ninja and Python's headers: apt-get install g++ python3-dev; pip install ninja"
+                )
+
+
 def build_op(name: str) -> bool:
     """Compile and load one op in this process; False where the machine cannot."""
     from deepspeed.accelerator import get_accelerator
@@ -40,17 +63,19 @@ def build_op(name: str) -> bool:
     return True
 
 
-def build_in_child(name: str) -> bool:
-    """Compile one op in a process of its own, whose compiler output is kept off the console."""
+def build_in_child(name: str) -> str | None:
+    """Compile one op in a process of its own, whose output is kept off the console; what it said, where it failed."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, "-m", "llmtune.launch.ops", name]
-    return subprocess.run(command, capture_output=True, check=False, env=os.environ.copy()).returncode == 0
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return None if done.returncode == 0 else (done.stderr or done.stdout).strip()[-600:]
 
 
 def main(names: list[str]) -> int:
     """Build the named ops, or all that this machine can use."""
     import torch
 
-    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = os.environ.get("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     set_defaults(accelerator, 1)
     reasons = CPU_OPS if accelerator == "cpu" else CUDA_OPS
     failed = []

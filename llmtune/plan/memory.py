@@ -35,6 +35,11 @@ class MemoryPlan:
     """Bytes of the rank that live in host memory because of offload."""
 
     @property
+    def states(self) -> int:
+        """Weights, gradients, master weights and moments on the accelerator."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
     def device(self) -> int:
         """Bytes on the accelerator."""
         return sum(asdict(self).values()) - self.host

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -61,16 +62,7 @@ class RunFolder:
                 f"resume_from_checkpoint=none, but {self.path} holds a run already; take another output_dir= or "
                 "run_name=, or remove the folder"
             )
-        try:
-            differences = _differences(load_config(stored), config)
-        except ConfigError as error:
-            raise CheckpointError(f"{stored} was written by another version: {error}") from error
-        if differences:
-            raise CheckpointError(
-                f"{self.path} belongs to a run with another configuration:\n"
-                + "\n".join(f"  {key}: {old} there, {new} now" for key, old, new in differences)
-                + "\nTake the old values, or another run_name= or output_dir="
-            )
+        _check_same_run(self.path, config)
 
     def check_length(self, steps: StepsPlan, data_fingerprint: str) -> str | None:
         """Refuse a shorter run or other data; a note where the run is longer than before.
@@ -97,31 +89,39 @@ class RunFolder:
             return f"longer than before: {before} -> {steps.total_steps} steps; the schedule now runs to the new end"
         return None
 
-    def resume_point(self, wanted: str) -> Path | None:
-        """The checkpoint to go on from.
+    def resume_point(self, config: Config) -> Path | None:
+        """The checkpoint to go on from: the newest, or the one that is named.
 
         Raises:
-            CheckpointError: A named one is incomplete or damaged.
+            CheckpointError: It is incomplete, damaged, or of a run with another configuration.
         """
-        if wanted not in ("auto", "none"):
-            folder = Path(wanted).expanduser()
-            read_trainer_state(folder)
-            return folder
-        found = find_checkpoints(self.path) if wanted == "auto" else []
-        if found:
-            read_trainer_state(found[-1])
-        return found[-1] if found else None
+        wanted = config.resume_from_checkpoint
+        if wanted == "none":
+            return None
+        if wanted == "auto":
+            found = find_checkpoints(self.path)
+            return found[-1] if found else None
+        folder = Path(wanted).expanduser()
+        read_trainer_state(folder)
+        _check_same_run(folder, config)
+        return folder
 
     def begin(self, config: Config, overrides: list[str], plan: Plan, extra: dict[str, Any], step: int) -> list[str]:
-        """Write what describes the run, and cut what lies beyond ``step``; the names of what was swept."""
-        swept = sweep_incomplete(self.path)
+        """Write what describes the run, and set aside what lies beyond ``step``; sentences on what went."""
+        notes = [f"removed what a save that was cut off left behind: {name}" for name in sweep_incomplete(self.path)]
+        for folder in find_checkpoints(self.path):
+            if (names.checkpoint_step(folder) or 0) > step >= 0:
+                aside = folder.with_name(f"superseded-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                notes.append(f"{folder.name} is beyond step {step} and was renamed to {aside.name}")
         (self.path / names.FINISHED).unlink(missing_ok=True)
         cut_metrics(self.path / names.METRICS, step)
         (self.path / names.CONFIG).write_text(dump_yaml(config))
         (self.path / names.OVERRIDES).write_text("".join(f"- {json.dumps(text)}\n" for text in overrides))
         (self.path / names.PLAN).write_text(json.dumps({**plan.to_dict(), **extra}, indent=1))
         (self.path / names.ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=1))
-        return swept
+        return notes
 
     def _has_work(self) -> bool:
         """Whether there is anything to lose."""
@@ -129,7 +129,7 @@ class RunFolder:
 
 
 def open_run_folder(path: Path) -> RunFolder:
-    """Make the folder, readable by others but not writable.
+    """Make the folder where it is missing.
 
     Raises:
         CheckpointError: It cannot be made or written.
@@ -153,6 +153,21 @@ def describe_environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "absent"
     return {"llmtune": __version__, "python": sys.version.split()[0], "platform": platform.platform(), **found}
+
+
+def _check_same_run(folder: Path, config: Config) -> None:
+    """Compare the configuration stored in a run folder or checkpoint with the one of now."""
+    stored = folder / names.CONFIG
+    try:
+        differences = _differences(load_config(stored), config)
+    except ConfigError as error:
+        raise CheckpointError(f"{stored} was written by another version: {error}") from error
+    if differences:
+        raise CheckpointError(
+            f"{folder} belongs to a run with another configuration:\n"
+            + "\n".join(f"  {key}: {old} there, {new} now" for key, old, new in differences)
+            + "\nTake the old values, or another run_name= or output_dir="
+        )
 
 
 def _differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:

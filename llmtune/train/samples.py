@@ -69,9 +69,7 @@ class SampleAnswers:
             return []
         messages = [prompt.messages for prompt in self.prompts]
         device = self.module.rank.device
-        return answer(
-            self.module.model, self.tokenizer, messages, MAX_NEW_TOKENS, device=device, synced_ranks=sharded
-        )
+        return answer(self.module.model, self.tokenizer, messages, MAX_NEW_TOKENS, device=device, synced_ranks=sharded)
 
 
 def samples_reason_to_skip(wanted: bool | str, parameters: int, sharded_or_offloaded: bool, prompts: int) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.checkpoint import names
-from llmtune.checkpoint.find import is_complete, prune_checkpoints
+from llmtune.checkpoint.find import prune_checkpoints
 from llmtune.checkpoint.manifest import hash_file, publish, write_manifest
 from llmtune.checkpoint.save import save_checkpoint
 from llmtune.checkpoint.weights import write_model_config, write_weights
@@ -44,15 +44,17 @@ class CheckpointSaver:
         self.data_fingerprint = data_fingerprint
         self.save_total_limit = save_total_limit
         self.max_shard_bytes = max_shard_bytes
+        self._newest: Path | None = None
 
     def save(self, progress: Progress) -> Path:
         """Publish the checkpoint of this step, unless it is there. Collective."""
         folder = names.checkpoint_folder(self.run, progress.step)
-        if is_complete(folder):
+        if folder == self._newest:
             return folder
         save_checkpoint(self.module, folder, progress.step, progress.tokens, self.data_fingerprint, self._write_model)
         if self.module.rank.is_first:
             prune_checkpoints(self.run, self.save_total_limit)
+        self._newest = folder
         return folder
 
     def publish_result(self, progress: Progress) -> Path:

@@ -39,11 +39,18 @@ def test_every_swept_parameter_is_a_key() -> None:
 @pytest.mark.slow
 def test_the_agents_command_line_runs(tmp_path: Path) -> None:
     values = {
-        "optim.learning_rate": 0.002, "tuner.lora_r": 8, "schedule.lr_scheduler_type": "cosine",
-        "model": "tiny", "data.train": "stdlib_docs@100", "data.val_set_size": 8, "train.max_steps": 2,
+        "optim.learning_rate": 0.002,
+        "tuner.lora_r": 8,
+        "schedule.lr_scheduler_type": "cosine",
+        "model": "tiny",
+        "data.train": "stdlib_docs@100",
+        "data.val_set_size": 8,
+        "train.max_steps": 2,
     }
     env = {
-        "WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "run1", "WANDB_MODE": "offline",
+        "WANDB_SWEEP_ID": "sweep1",
+        "WANDB_RUN_ID": "run1",
+        "WANDB_MODE": "offline",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     done = run(agent_command(values), cwd=tmp_path, env=env)

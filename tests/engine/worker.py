@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from llmtune.config.compose import compose_config
 from llmtune.config.schema import TunerKind
 from llmtune.data.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
-from llmtune.engine.distributed import Rank, init_ranks
+from llmtune.engine.distributed import Rank, init_ranks, meet_ranks
 from llmtune.engine.module import TrainModule
 from llmtune.model.adapters import to_file_name, write_adapter_config
 from llmtune.model.files import resolve_model_folder
@@ -74,3 +75,5 @@ if __name__ == "__main__":
     results = [run_task(task, this) for task in json.loads(sys.argv[1])]
     if this.is_first:
         Path(sys.argv[2]).write_text(json.dumps(results))
+    meet_ranks(this)
+    os._exit(0)
