@@ -36,9 +36,12 @@ system_packages() {
     [ -n "$python" ] || missing+=(python3)
     command -v g++ >/dev/null || missing+=(g++)
     if [ -n "$python" ]; then
-        "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+        # Debian names these packages by the interpreter: python3.11-venv, or python3-venv for its default one.
+        local package
+        package=$(basename "$python")
+        "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=("$package-venv")
         "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-            missing+=(python3-dev)
+            missing+=("$package-dev")
     else
         missing+=(python3-venv python3-dev)
     fi
@@ -50,15 +53,18 @@ system_packages() {
     fi
 }
 
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+
 install_torch() {
-    local version
+    local version build
     version=$(sed -n 's/^torch==//p' constraints.txt)
-    if .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$version')" 2>/dev/null; then
+    build=$(.venv/bin/python -c "import torch; print(torch.__version__.split('+')[0], bool(torch.version.cuda))" 2>/dev/null || true)
+    if [ "$build" = "$version True" ] || { [ "$build" = "$version False" ] && ! has_gpu; }; then
         return
     fi
-    if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    if has_gpu; then
         say "installing torch $version (CUDA build, because there is an NVIDIA GPU)"
-        .venv/bin/pip install -q "torch==$version"
+        .venv/bin/pip install -q --force-reinstall "torch==$version"
     else
         say "installing torch $version (CPU build, because there is no NVIDIA GPU)"
         .venv/bin/pip install -q "torch==$version+cpu" 2>/dev/null ||
@@ -76,7 +82,10 @@ main() {
         "$python" -m venv .venv
         .venv/bin/pip install -q --upgrade pip
     fi
-    stamp=$(cat setup.cfg pyproject.toml constraints.txt scripts/setup.sh | sha256sum | cut -d' ' -f1)
+    stamp=$({
+        cat setup.cfg pyproject.toml constraints.txt scripts/setup.sh
+        if has_gpu; then echo gpu; fi
+    } | sha256sum | cut -d' ' -f1)
     if [ "$(cat .venv/llmtune-setup 2>/dev/null)" = "$stamp" ]; then
         say ".venv is up to date"
         return

@@ -103,10 +103,12 @@ def _finish(
             files[file.name] = hash_file(file)
     about = {"step": state.step, "world_size": module.rank.world_size, "zero_stage": module.zero_stage}
     write_manifest(aside, files, about)
+    old = folder.with_name(folder.name + ".old.tmp")
     if folder.exists():
-        # The same step saved again: the old one is as good until the new one has its name.
-        shutil.rmtree(folder)
+        # The same step saved again.
+        folder.rename(old)
     publish(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _agree(module: TrainModule, folder: Path, act: Callable[[], Any]) -> list[Any]:

@@ -13,6 +13,9 @@ import torch
 from llmtune.checkpoint.tensor_file import TensorFile, TensorSpec, plan_shards, write_index
 from llmtune.engine.module import TrainModule
 
+#: peft's name.
+ADAPTER_FILE = "adapter_model.safetensors"
+
 
 def write_weights(
     module: TrainModule,
@@ -32,7 +35,7 @@ def write_weights(
     specs = [TensorSpec(file_name(name), tensor.dtype, _shape(tensor)) for name, tensor in tensors]
     shards = plan_shards(specs, max_shard_bytes)
     if adapter_only:
-        shards = [("adapter_model.safetensors", specs)]
+        shards = [(ADAPTER_FILE, specs)]
     failure: Exception | None = None
     queue = iter(tensors)
     for name, shard in shards:

@@ -16,8 +16,8 @@ from llmtune.track.metrics import read_metrics
 def finished_message(run: Path) -> str:
     """What a finished run came to."""
     records = read_metrics(run / names.METRICS)
-    held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
-    losses = [record["loss"] for record in records if "loss" in record]
+    held_out = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
     step = records[-1]["step"] if records else 0
     text = f"finished: {run} is at step {step}"
     if losses:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from llmtune import __version__
 from llmtune.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, LlmtuneError
+from llmtune.launch.rank import to_user_error
 
 #: Verb -> (module with ``main(arguments) -> exit code``, what it does).
 VERBS = {
@@ -62,7 +63,7 @@ class Arguments:
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; the exit code of the contract."""
     argv = sys.argv[1:] if argv is None else argv
-    trace = "debug=trace" in (text.lstrip("+") for text in argv) or "trace=true" in argv
+    trace = any(text.lstrip("+") in ("debug=trace", "debug=fast", "trace=true") for text in argv)
     try:
         if any(text in ("--help", "-h") for text in argv):
             verbs = "\n".join(f"  {name:<8} {what}" for name, (_, what) in VERBS.items())
@@ -85,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _report(error, 130, trace)
     except Exception as error:
-        return _report(error, EXIT_UNEXPECTED, trace)
+        known = to_user_error(error)
+        return _report(known or error, known.exit_code if known else EXIT_UNEXPECTED, trace)
 
 
 def parse(argv: list[str]) -> Arguments:

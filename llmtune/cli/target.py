@@ -59,11 +59,10 @@ def resolve_target(composed: Composed) -> Target:
 
 def load_model(target: Target) -> tuple[Any, Any]:
     """Model (adapter put on, evaluation mode, on the GPU if there is one) and tokenizer."""
-    import torch
-
     from llmtune.data.render import check_chat_template, load_chat_template
     from llmtune.model.build import build_model
     from llmtune.model.tokenizer import load_tokenizer
+    from llmtune.plan.hardware import resolve_hardware
     from llmtune.plan.resolve import resolve_attention
 
     config = target.config
@@ -72,11 +71,12 @@ def load_model(target: Target) -> tuple[Any, Any]:
         tokenizer_folder or target.model_folder, config.model, load_chat_template(config.data.chat_template)
     )
     check_chat_template(tokenizer, target.base_name)
-    attention = resolve_attention(config, "cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = resolve_hardware(config.hardware).accelerator
+    attention = resolve_attention(config, accelerator)
     model = build_model(target.model_folder, config.model, config.precision, False, attention)
     if target.adapter is not None:
         model = put_on(model, target.adapter)
-    if torch.cuda.is_available():
+    if accelerator == "cuda":
         model = model.to("cuda")
     model.config.use_cache = True
     return model.eval(), tokenizer

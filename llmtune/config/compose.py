@@ -66,7 +66,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> Compo
         problem, override = _check_override(text, groups)
         if problem:
             problems.append(problem)
-        else:
+        elif not override.endswith("='None'"):
             good.append(override)
     good = _own_choices(good)
     node, choices = _compose_node(good, config_dir, problems)
@@ -95,8 +95,9 @@ def with_overrides(stored: Config, composed: Composed) -> Config:
     """A run's stored config with what the command line said on top: whole groups, and single keys."""
     node = OmegaConf.structured(stored)
     given = OmegaConf.structured(composed.config)
-    for override in composed.overrides:
-        key = override.lstrip("+~").split("=", 1)[0]
+    keys = [override.lstrip("+~").split("=", 1)[0] for override in composed.overrides]
+    # Overlays such as debug=trace are no keys; of what they set, only this matters to a stored run.
+    for key in [*(key for key in keys if OmegaConf.select(given, key) is not None or key in known_keys()), "trace"]:
         OmegaConf.update(node, key, OmegaConf.select(given, key), merge=False)
     return to_config(node)
 
@@ -186,7 +187,7 @@ def _check_override(text: str, groups: dict[str, set[str]]) -> tuple[str | None,
     if key in groups:
         value = override.value()
         # Quoted, because Hydra takes the option 3 of zero=3 for a number and refuses it.
-        return _check_option(key, value, groups[key]), f"{key}=null" if value is None else f"{key}='{value}'"
+        return _check_option(key, value, groups[key]), f"{key}='{value}'"
     if key.startswith("model.config."):
         return None, f"++{key}={value_text}"
     keys = known_keys()

@@ -47,7 +47,9 @@ def _check_ranges(config: Config) -> list[str]:
         "chat.temperature": config.chat.temperature,
         "seed": config.seed,
     }
-    found = [f"{key}={value}: must be above 0" for key, value in positive.items() if value is not None and value <= 0]
+    found = [
+        f"{key}={value}: must be above 0" for key, value in positive.items() if value is not None and not value > 0
+    ]
     found += [
         f"{key}={value}: must not be negative" for key, value in not_negative.items() if value is not None and value < 0
     ]

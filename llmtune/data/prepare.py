@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -82,23 +83,27 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     fingerprint = _fingerprint(config, tokenizer, seed)
     folder = cache_dir / "data" / fingerprint
     if not (folder / "summary.json").is_file():
-        train, held_out = _split(config, seed)
         aside = folder.with_name(f"{fingerprint}.{os.getpid()}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        summary = {
-            "train": asdict(_store(train, config, tokenizer, aside / "train")),
-            "eval": asdict(_store(held_out, config, tokenizer, aside / "eval")) if held_out else None,
-        }
-        samples = [{"messages": c.prompt(), "expected": c.messages[-1].content} for c in held_out[:SAMPLE_PROMPTS]]
-        (aside / "samples.json").write_text(json.dumps(samples, ensure_ascii=False, indent=1))
-        (aside / "summary.json").write_text(json.dumps(summary))
         try:
-            aside.rename(folder)
-        except OSError:
-            # Another process published the same rows first.
+            _write_rows(config, tokenizer, seed, aside)
+            # Where another process published the same rows first, the rename fails and theirs are as good.
+            with contextlib.suppress(OSError):
+                aside.rename(folder)
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
     values = json.loads((folder / "summary.json").read_text())
     return PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
+
+
+def _write_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path) -> None:
+    train, held_out = _split(config, seed)
+    summary = {
+        "train": asdict(_store(train, config, tokenizer, folder / "train")),
+        "eval": asdict(_store(held_out, config, tokenizer, folder / "eval")) if held_out else None,
+    }
+    samples = [{"messages": c.prompt(), "expected": c.messages[-1].content} for c in held_out[:SAMPLE_PROMPTS]]
+    (folder / "samples.json").write_text(json.dumps(samples, ensure_ascii=False, indent=1))
+    (folder / "summary.json").write_text(json.dumps(summary))
 
 
 def open_rows(data: PreparedData, split: str) -> Dataset:

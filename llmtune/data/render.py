@@ -87,7 +87,8 @@ def render(
         mask = [True] * len(ids)
     if len(ids) <= max_seq_length:
         return Rendered(ids, mask)
-    if first >= max_seq_length:
+    # The last place is for the end of the turn, and at least one token of an answer must stand before it.
+    if first >= max_seq_length - 1:
         raise DataError(
             f"{conversation.where}: the prompt alone has {first} tokens, more than data.max_seq_length={max_seq_length}; "
             f"shorten the row, or take data.max_seq_length={len(ids)}"
@@ -99,9 +100,17 @@ def render(
         )
     if overlong is Overlong.drop:
         return None
-    # The end-of-turn token stays, so that the model still learns to stop.
-    keep = max_seq_length - 1
-    return Rendered([*ids[:keep], ids[-1]], [*mask[:keep], True], truncated=True)
+    return _truncate(ids, mask, max_seq_length)
+
+
+def _truncate(ids: list[int], mask: list[bool], length: int) -> Rendered:
+    """Cut a row; its last answer keeps an end-of-turn token, so that the model still learns to stop."""
+    keep = length - 1
+    if mask[keep - 1]:
+        return Rendered([*ids[:keep], ids[-1]], [*mask[:keep], True], truncated=True)
+    # The cut falls into what somebody else says: end with the answer before it, whose turn ended by itself.
+    end = keep - mask[:keep][::-1].index(True)
+    return Rendered(ids[:end], mask[:end], truncated=True)
 
 
 def _render_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:

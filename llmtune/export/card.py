@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import jinja2
+
+from llmtune.checkpoint import names
 
 _TEMPLATE = """---
 {% if base_id %}base_model: {{ base_id }}
@@ -56,25 +59,34 @@ def write_card(folder: Path, published_as: Path, base: str, tuner: str, facts: d
 
 def facts_of_run(run: Path | None) -> dict[str, Any]:
     """What the run's files say about data, settings and results; empty without a run."""
-    plan_file = run / "plan.json" if run else None
-    if run is None or plan_file is None or not plan_file.is_file():
+    if run is None or not (run / names.PLAN).is_file():
         return {}
-    plan = json.loads(plan_file.read_text())
+    plan = json.loads((run / names.PLAN).read_text())
     data, shape = plan["data"], plan["shape"]
     facts: dict[str, Any] = {
         "training rows": f"{data['train']['rows']:,} ({data['train']['tokens']:,} tokens, "
         f"{data['train']['trained_tokens']:,} trained)",
         "data fingerprint": data["fingerprint"],
         "trainable parameters": f"{shape['trainable_parameters']:,} of {shape['parameters']:,}",
-        "steps": plan["steps"]["total_steps"],
+        "planned steps": plan["steps"]["total_steps"],
         "global batch size": plan["batch"]["global_batch_size"],
         "peak learning rate": plan["deepspeed"]["optimizer"]["params"]["lr"],
     }
-    evaluations = [
-        record
-        for line in (run / "metrics.jsonl").read_text().splitlines()
-        if "eval_loss" in (record := json.loads(line))
-    ]
+    evaluations = _evaluations(run / names.METRICS)
     if evaluations:
-        facts["held-out loss"] = f"{evaluations[0]['eval_loss']:.4f} before, {evaluations[-1]['eval_loss']:.4f} after"
+        first, last = evaluations[0], evaluations[-1]
+        facts["held-out loss"] = (
+            f"{first['eval_loss']:.4f} at step {first['step']}, {last['eval_loss']:.4f} at step {last['step']}"
+        )
     return facts
+
+
+def _evaluations(metrics: Path) -> list[dict[str, Any]]:
+    """Evaluation lines; a half-written one, as a crash leaves it, is passed over."""
+    found = []
+    for line in metrics.read_text().split("\n") if metrics.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if "eval_loss" in record:
+                found.append(record)
+    return found

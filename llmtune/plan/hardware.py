@@ -91,3 +91,10 @@ def probe_host_memory_bytes() -> int:
         if limit.isdigit():
             total = min(total, int(limit))
     return total
+
+
+def fp16_supported(accelerator: str) -> bool:
+    """Whether DeepSpeed takes fp16 there: on GPUs, and on CPUs whose mkldnn has it."""
+    import torch
+
+    return accelerator == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

@@ -7,11 +7,11 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmtune.config.schema import Config, OffloadDevice, ScheduleConfig, TrainConfig, TunerKind
-from llmtune.errors import ConfigError, DoesNotFitError
+from llmtune.config.schema import Config, OffloadDevice, Precision, ScheduleConfig, TrainConfig, TunerKind
+from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
 from llmtune.plan.batch import BatchPlan, resolve_batch
 from llmtune.plan.deepspeed import adamw_parameters, to_deepspeed
-from llmtune.plan.hardware import Hardware, resolve_hardware
+from llmtune.plan.hardware import Hardware, fp16_supported, resolve_hardware
 from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.plan.memory import MemoryPlan, Placement, activation_bytes, element_bytes, estimate_memory
 from llmtune.plan.shape import ModelShape, resolve_shape
@@ -70,6 +70,8 @@ class StepsPlan:
 
     total_steps: int
     warmup_steps: int
+    total_rows: int | None
+    """Rows of whole or broken epochs, after which the last step ends; None where ``max_steps`` decides."""
     origin: str
 
     @classmethod
@@ -90,6 +92,8 @@ def resolve_plan(config: Config, world_size: int | None = None) -> Plan:
         MissingPrerequisiteError: CUDA or the model's configuration is missing.
     """
     hardware = resolve_hardware(config.hardware)
+    if config.precision is Precision.fp16 and not fp16_supported(hardware.accelerator):
+        raise MissingPrerequisiteError("precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32")
     world = world_size or _resolve_world_size(config, hardware)
     batch = resolve_batch(config.train, world, config.data.max_seq_length, hardware.accelerator)
     shape = resolve_shape(config.model, config.tuner)
@@ -123,12 +127,13 @@ def resolve_attention(config: Config, accelerator: str) -> str:
 
 
 def resolve_steps(train: TrainConfig, schedule: ScheduleConfig, rows: int) -> StepsPlan:
-    """Steps from epochs or ``max_steps``, whichever ends first; warm-up rounded up to whole steps.
+    """Steps from ``max_steps`` if it is set, else from epochs; warm-up rounded up to whole steps.
 
     Raises:
         ConfigError: Warm-up leaves no step.
     """
-    by_epochs = max(1, math.ceil(train.num_train_epochs * rows / train.global_batch_size - 1e-9))
+    epoch_rows = max(1, round(train.num_train_epochs * rows))
+    by_epochs = math.ceil(epoch_rows / train.global_batch_size)
     origin = f"{train.num_train_epochs:g} epoch(s) of {rows} rows, {train.global_batch_size} a step"
     total = by_epochs
     if train.max_steps is not None:
@@ -139,7 +144,7 @@ def resolve_steps(train: TrainConfig, schedule: ScheduleConfig, rows: int) -> St
         warmup = math.ceil(schedule.warmup_ratio * total)
     if warmup >= total and warmup > 0 and total > 1:
         raise ConfigError(f"schedule.warmup_steps={warmup} leaves nothing of the {total} steps ({origin})")
-    return StepsPlan(total, min(warmup, total - 1), origin)
+    return StepsPlan(total, min(warmup, total - 1), None if train.max_steps else epoch_rows, origin)
 
 
 def _resolve_world_size(config: Config, hardware: Hardware) -> int:
@@ -189,7 +194,7 @@ def _resolve_placement(
     for stage in (stage for stage in stages if stage >= lowest):
         placement = Placement(stage, offload_optimizer, offload_param)
         memory = estimate_memory(shape, placement, config.precision, batch.world_size, tokens, checkpointing)
-        if _fits(memory, hardware, batch.world_size):
+        if _fits(memory, hardware, placement, batch.world_size):
             if config.zero.stage == "auto":
                 notes.append(f"ZeRO stage: {stage} (the lowest that fits)")
             return placement, memory
@@ -197,13 +202,15 @@ def _resolve_placement(
     raise DoesNotFitError(_does_not_fit(config, hardware, shape, batch, memory, stages[-1]))
 
 
-def _fits(memory: MemoryPlan, hardware: Hardware, world_size: int) -> bool:
+def _fits(memory: MemoryPlan, hardware: Hardware, placement: Placement, world_size: int) -> bool:
     if hardware.accelerator == "cpu":
         # Device and host are one pool that all ranks share.
         return (memory.device + memory.host) * world_size <= USABLE_SHARE * hardware.host_memory_bytes
+    # Below ZeRO 3 each rank reads the whole model into host memory before DeepSpeed moves it.
+    loading = memory.weights if placement.zero_stage < 3 else 0
     return (
         memory.device <= USABLE_SHARE * hardware.device_memory_bytes
-        and memory.host * world_size <= USABLE_SHARE * hardware.host_memory_bytes
+        and max(memory.host, loading) * world_size <= USABLE_SHARE * hardware.host_memory_bytes
     )
 
 
@@ -216,7 +223,7 @@ def _does_not_fit(
     elif memory.device > USABLE_SHARE * hardware.device_memory_bytes:
         needed, has = memory.device, hardware.device_memory_bytes
     else:
-        needed, has = memory.host * batch.world_size, hardware.host_memory_bytes
+        needed, has = max(memory.host, memory.weights) * batch.world_size, hardware.host_memory_bytes
     tuner = f"LoRA r={config.tuner.lora_r}" if config.tuner.kind is TunerKind.lora else "full fine-tuning"
     tokens = batch.micro_batch_size * config.data.max_seq_length
     eight = estimate_memory(shape, Placement(3, False, False), config.precision, 8, tokens, True)

@@ -56,8 +56,10 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
         raise ConfigError("model.name_or_path=random needs the architecture's numbers in model.config; see model=tiny")
     try:
         if name.endswith(".gguf"):
-            path = Path(name)
+            path = Path(name).expanduser()
             return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        if Path(name).expanduser().is_dir():
+            name = str(Path(name).expanduser())
         return AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise MissingPrerequisiteError(unreachable_model(name, error)) from error
@@ -127,16 +129,16 @@ def _adapter_sizes(model: Any, tuner: TunerConfig) -> list[int]:
     """Elements of each LoRA matrix: ``r x in`` and ``out x r`` for every adapted linear layer."""
     from torch import nn
 
-    wanted = tuner.target_modules
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings()
-    sizes: list[int] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        matches = module is not head if wanted == "all-linear" else name.rsplit(".", 1)[-1] in wanted or name in wanted
-        if matches:
-            sizes += [tuner.lora_r * module.in_features, tuner.lora_r * module.out_features]
-    if not sizes:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise ConfigError(f"tuner.target_modules={wanted} matches no linear layer; the model has {linear}")
-    return sizes
+    if tuner.target_modules == "all-linear":
+        adapted = [module for module in linear.values() if module is not head]
+    else:
+        endings = list(tuner.target_modules)
+        matched = {e: [n for n in linear if n == e or n.endswith(f".{e}")] for e in endings}
+        nothing = [ending for ending in endings if not matched[ending]]
+        if nothing:
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ConfigError(f"tuner.target_modules: {nothing} matches no linear layer; the model has {known}")
+        adapted = [linear[name] for name in sorted({name for names in matched.values() for name in names})]
+    return [tuner.lora_r * size for module in adapted for size in (module.in_features, module.out_features)]

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
+from llmtune.errors import CheckpointError
 from llmtune.track.tracker import Record
 
 
 class MetricsFile:
-    """Appends records; each line is on its way to the disk before the next step begins."""
+    """Appends records; each line is on its way to the disk before the next step begins.
+
+    JSON has no infinity: a loss or norm that is not finite is null.
+    """
 
     def __init__(self, path: Path):
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, record: Record) -> None:
         """One line."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        finite = {key: value if _is_finite(value) else None for key, value in record.items()}
+        try:
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            # Not left out like other trackers: every step has a line, or the run ends.
+            raise CheckpointError(f"{self._file.name} cannot be written: {error.strerror}") from error
 
     def finish(self) -> None:
         """Close."""
         self._file.close()
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -15,8 +15,8 @@ def write_loss_plot(metrics: Path, picture: Path, title: str) -> None:
     from matplotlib import pyplot as plt
 
     records = read_metrics(metrics)
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    held_out = [(r["step"], r["eval_loss"]) for r in records if r.get("eval_loss") is not None]
     if not train:
         return
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)

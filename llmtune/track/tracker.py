@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from llmtune.errors import LlmtuneError
+
 Record = dict[str, Any]
 """One line of ``metrics.jsonl``: it has ``step``, and ``loss`` or ``eval_loss``."""
 
@@ -33,6 +35,8 @@ class Trackers:
         for tracker in list(self._trackers):
             try:
                 tracker.log(record)
+            except LlmtuneError:
+                raise
             except Exception:
                 self._drop(tracker)
 

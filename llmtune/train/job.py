@@ -58,8 +58,9 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag)
         state = load_checkpoint(module, request.resume_from)
         start = Progress(state.step, state.tokens)
 
-    epoch_rows = None if config.train.max_steps else round(config.train.num_train_epochs * request.data.train.rows)
-    loader = TrainLoader(open_rows(request.data, "train"), plan.batch, rank.rank, config.seed, pad_token_id, epoch_rows)
+    loader = TrainLoader(
+        open_rows(request.data, "train"), plan.batch, rank.rank, config.seed, pad_token_id, request.steps.total_rows
+    )
     evaluator = HeldOutLoss(
         module,
         open_rows(request.data, "eval") if request.data.eval else None,

@@ -108,9 +108,10 @@ def run(job: Job) -> Progress:
     if progress.step > job.start.step:
         evaluate(job, progress)
     job.saver.save(progress)
+    # Before the hooks: a plot that cannot be drawn must not make a trained model unfinished.
+    job.saver.publish_result(progress)
     for hook in job.hooks:
         hook.on_end(progress)
-    job.saver.publish_result(progress)
     return progress
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from llmtune.cli.main import main, parse
 from llmtune.errors import ConfigError
+from llmtune.plan.hardware import fp16_supported
 
 TINY = [
     "model=tiny",
@@ -68,6 +69,13 @@ def test_an_unknown_model_without_network(
 def test_cuda_without_cuda(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, err = refused(capsys, *TINY, "hardware.accelerator=cuda", f"output_dir={tmp_path}/run")
     assert (code, "torch sees no CUDA device" in err) == (7, True)
+
+
+@pytest.mark.skipif(fp16_supported("cpu"), reason="this CPU has fp16")
+def test_fp16_on_a_cpu_without_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, err = refused(capsys, *TINY, "precision=fp16", f"output_dir={tmp_path}/run")
+    assert (code, "take precision=bf16" in err) == (7, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.support import ROOT, run, run_cli
 def test_smollm2_learns_and_its_merge_is_what_was_trained(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run_cli(
-        *("train.max_steps=12", "train.eval_max_rows=16", "train.sample_answers=false", f"output_dir={folder}"),
+        *("train.max_steps=10", "data.val_set_size=24", "train.sample_answers=false", f"output_dir={folder}"),
         timeout=600,
     )
     assert done.code == 0, done.err + done.out
@@ -25,7 +25,7 @@ def test_smollm2_learns_and_its_merge_is_what_was_trained(tmp_path: Path) -> Non
     assert held_out[-1] < 0.92 * held_out[0]
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
     assert sum(p.numel() for p in merged.parameters()) == 134_515_008
-    data = ["data.train=stdlib_docs@576", "data.val_set_size=64"]
+    data = ["data.train=stdlib_docs@576", "data.val_set_size=24"]
     trained = json.loads(run_cli("eval", "--json", f"run={folder}").out)["eval_loss"]
     exported = json.loads(run_cli("eval", "--json", f"base={folder}/merged", *data).out)["eval_loss"]
     assert exported == pytest.approx(trained, rel=0.02)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +182,20 @@ def test_a_longer_run_goes_on_and_says_so(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert "longer than before: 3 -> 5 steps" in done.out
     assert len(losses(tmp_path / "r")) == 5
+
+
+def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_set_aside(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(finished, folder)
+    command = [*BASE, "zero=3", "launch.nproc=2", "train.max_steps=20", "export=none", "train.sample_answers=false"]
+    wanted = f"resume_from_checkpoint={folder}/checkpoint-15"
+    (folder / "finished.json").unlink()
+    done = run_cli(*command, wanted, f"output_dir={folder}")
+    assert done.code == 0, done.err
+    assert "checkpoint-20 is beyond step 15 and was renamed" in done.out
+    assert losses(folder) == losses(finished)
+    other = run_cli(*command, wanted, "seed=7", f"output_dir={tmp_path / 'other'}")
+    assert (other.code, "seed: 42 there, 7 now" in other.err) == (5, True)
 
 
 def test_eval_and_chat_work_on_a_run_a_checkpoint_and_an_export(finished: Path) -> None:

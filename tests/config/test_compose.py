@@ -123,6 +123,8 @@ def test_a_stored_config_reads_back_and_takes_overrides(tmp_path: Path) -> None:
     assert load_config(file) == stored
     over = with_overrides(stored, compose_config(["precision=bf16", "offload=optimizer_cpu"]))
     assert (over.precision, over.offload.optimizer, over.zero.stage) == (Precision.bf16, OffloadDevice.cpu, 2)
+    overlay = with_overrides(stored, compose_config(["debug=trace", "experiment=null", "run=x"]))
+    assert (overlay.trace, overlay.zero.stage) == (True, 2)
     with pytest.raises(ConfigError, match="not a run folder"):
         load_config(tmp_path / "none" / "config.yaml")
 

@@ -92,6 +92,15 @@ def test_over_long_rows_are_dropped_truncated_or_refused(chatml: Any) -> None:
         render(long, chatml, 64, Overlong.error)
 
 
+def test_a_cut_inside_the_users_turn_trains_nothing_of_it(chatml: Any) -> None:
+    row = talk("Hi", "Hello!", "word " * 200, "Bye.")
+    cut = render(row, chatml, 64, Overlong.truncate)
+    assert cut is not None
+    assert len(cut.input_ids) < 64
+    assert trained_text(cut, chatml) == "Hello!<|im_end|>"
+    assert cut.mask[-1]
+
+
 @pytest.mark.parametrize("overlong", list(Overlong))
 def test_a_prompt_that_alone_is_too_long_is_always_an_error(chatml: Any, overlong: Overlong) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl:7: the prompt alone has \d+ tokens") as caught:

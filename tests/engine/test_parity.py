@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def largest(a: list[float], b: list[float]) -> float:
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.06)])
 def test_stages_ranks_and_accumulation_give_the_same_curve(precision: str, tolerance: float, tmp_path: Path) -> None:
     """bf16: 0.06 is 1 % of the loss, which stands near 6."""
-    cells = list(itertools.product(("full", "lora"), (0, 1, 2, 3), (1, 4)))
+    placements = [(0, 1), (1, 1), (2, 1), (3, 1), (0, 4), (1, 4), (3, 4)]
+    cells = [(tuner, *place) for tuner, place in itertools.product(("full", "lora"), placements)]
     tasks = [
         {
             "overrides": [
@@ -74,6 +76,24 @@ def test_a_resumed_run_equals_the_undisturbed_one(tmp_path: Path) -> None:
             assert exact["losses"] == whole["losses"][4:], cell
             tolerance = 1e-4 if cell[0] == "fp32" else 2e-3
             assert largest(near["losses"], whole["losses"][4:]) < tolerance, cell
+
+
+@pytest.mark.slow
+def test_fp16_scales_its_loss_and_resumes_with_the_scale(tmp_path: Path) -> None:
+    """On a CPU that may have no fp16, so on three stages and a few steps only."""
+    base = [*FAST, "precision=fp16", "tuner=full"]
+    folders = {stage: str(tmp_path / stage / "checkpoint-3") for stage in ("0", "2", "3")}
+    tasks = [{"overrides": [*base, f"zero={s}"], "first": 0, "last": 6} for s in folders]
+    straight = train_engines(tasks, 1, tmp_path)
+    train_engines([{**t, "last": 3, "save": f} for t, f in zip(tasks, folders.values(), strict=True)], 1, tmp_path)
+    loaded = train_engines(
+        [{**t, "first": 3, "load": f} for t, f in zip(tasks, folders.values(), strict=True)], 1, tmp_path
+    )
+    for stage, whole, rest in zip(folders, straight, loaded, strict=True):
+        assert whole["losses"][-1] < whole["losses"][0] - 0.01, stage
+        assert rest["losses"] == whole["losses"][3:], stage
+        state = json.loads((Path(folders[stage]) / "trainer_state.json").read_text())
+        assert state["loss_scale"]["cur_scale"] > 1
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from llmtune.checkpoint.save import load_checkpoint, save_checkpoint
 from llmtune.checkpoint.weights import write_model_config, write_weights
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import TunerKind
+from llmtune.config.schema import Precision, TunerKind
 from llmtune.data.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
 from llmtune.engine.distributed import Rank, init_ranks, meet_ranks
@@ -22,6 +22,7 @@ from llmtune.engine.module import TrainModule
 from llmtune.model.adapters import to_file_name, write_adapter_config
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
+from llmtune.plan import resolve
 from llmtune.plan.resolve import resolve_plan, resolve_steps
 from llmtune.train.job import build_module
 from llmtune.train.request import RunRequest
@@ -30,6 +31,8 @@ from llmtune.train.request import RunRequest
 def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     """Train steps ``[first, last)`` and return losses, gradient norms and a digest of the weights."""
     config = compose_config(task["overrides"]).config
+    if config.precision is Precision.fp16:
+        pretend_fp16()
     cache = Path(config.paths.cache_dir)
     plan = resolve_plan(config, rank.world_size)
     model_folder = resolve_model_folder(config.model, cache)
@@ -56,6 +59,14 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         save(module, Path(task["save"]), task["last"], config.tuner.kind is TunerKind.lora, rank)
     module.engine.destroy()
     return {"losses": seen, "norms": norms}
+
+
+def pretend_fp16() -> None:
+    """Let DeepSpeed and the plan believe that this CPU has fp16: torch computes it anyway, slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    resolve.fp16_supported = lambda _: True
 
 
 def save(module: TrainModule, folder: Path, step: int, lora: bool, rank: Rank) -> None:

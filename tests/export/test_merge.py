@@ -83,6 +83,16 @@ def test_a_second_export_replaces_the_first_and_nothing_else(base: Path, adapter
     with pytest.raises(ExportError, match="exists and is not an export"):
         export(base, adapter, other)
     assert (other / "thesis.txt").read_text() == "precious"
+    with pytest.raises(ExportError, match="holds what is exported"):
+        export(base, adapter, adapter)
+    with pytest.raises(ExportError, match="exists and is not an export"):
+        export(base, None, adapter)
+
+
+def test_a_merged_model_stops_where_answers_were_trained_to_end(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "temperature": 0.6}))
+    settings = json.loads((export(base, adapter, tmp_path / "out") / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [0, 2]
 
 
 @pytest.mark.parametrize(

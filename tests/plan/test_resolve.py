@@ -92,6 +92,8 @@ def test_steps_come_from_epochs_or_max_steps() -> None:
     schedule = ScheduleConfig(warmup_ratio=0.1)
     assert resolve_steps(TrainConfig(global_batch_size=8), schedule, 100).total_steps == 13
     assert resolve_steps(TrainConfig(global_batch_size=8, num_train_epochs=2), schedule, 100).total_steps == 25
+    broken = resolve_steps(TrainConfig(global_batch_size=8, num_train_epochs=1.05), schedule, 8)
+    assert (broken.total_steps, broken.total_rows) == (1, 8), "no step without rows"
     steps = resolve_steps(TrainConfig(max_steps=50), schedule, 100)
     assert (steps.total_steps, steps.warmup_steps) == (50, 5)
     assert resolve_steps(TrainConfig(max_steps=1), schedule, 100).warmup_steps == 0
@@ -111,5 +113,8 @@ def test_bytes_are_read_and_written_as_people_do() -> None:
 def test_an_unknown_architecture_and_module_are_named() -> None:
     with pytest.raises(ConfigError, match="model_type=lama"):
         resolve_plan(compose_config(["model=tiny", "model.config.model_type=lama"]).config)
-    with pytest.raises(ConfigError, match="matches no linear layer; the model has"):
-        resolve_plan(compose_config(["model=tiny", "tuner.target_modules=[qproj]"]).config)
+    for modules in ("[qproj]", "[q_proj,typo]", "[q_proj,embed_tokens]"):
+        with pytest.raises(ConfigError, match="matches no linear layer; the model has"):
+            resolve_plan(compose_config(["model=tiny", f"tuner.target_modules={modules}"]).config)
+    plan = resolve_plan(compose_config(["model=tiny", "tuner.target_modules=[self_attn.q_proj]"]).config)
+    assert plan.shape.trainable_parameters == 2 * 16 * (64 + 64)

@@ -42,6 +42,12 @@ def test_numbers_are_not_rounded(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "m.jsonl").read_text())["loss"] == 0.1 + 0.2
 
 
+def test_what_is_not_finite_is_null_because_json_has_no_infinity(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.log({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "loss": None, "grad_norm": None}
+
+
 def test_a_failing_tracker_is_left_out_and_the_others_go_on() -> None:
     class Broken:
         def log(self, record: Any) -> None:
