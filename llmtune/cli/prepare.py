@@ -62,7 +62,7 @@ def resolve_request(
     folder.check_owner(config)
     resume_from = folder.resume_point(config)
     cache = cache_dir(config)
-    model_folder = resolve_model_folder(config.model, cache)
+    model_folder = resolve_model_folder(config.model, cache, say)
     tokenizer = load_tokenizer(model_folder, config.model, load_chat_template(config.data.chat_template))
     check_chat_template(tokenizer, config.model.name_or_path)
     data = prepare_data(config.data, tokenizer, config.seed, cache)

@@ -8,8 +8,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """No progress bars, no advice, no warnings from third parties; errors still come as exceptions."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """No advice and no warnings from third parties; errors still come as exceptions, and downloads show their progress."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")

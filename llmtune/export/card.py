@@ -64,6 +64,7 @@ def facts_of_run(run: Path | None) -> dict[str, Any]:
     plan = json.loads((run / names.PLAN).read_text())
     data, shape = plan["data"], plan["shape"]
     facts: dict[str, Any] = {
+        "base weights": Path(plan["model_folder"]).name,
         "training rows": f"{data['train']['rows']:,} ({data['train']['tokens']:,} tokens, "
         f"{data['train']['trained_tokens']:,} trained)",
         "data fingerprint": data["fingerprint"],

