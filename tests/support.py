@@ -58,7 +58,7 @@ def losses(run_folder: Path) -> list[float]:
 def train_engines(tasks: list[dict[str, Any]], world_size: int, folder: Path, timeout: float = 300) -> list[Any]:
     """Run ``tests/engine/worker.py`` on ``world_size`` ranks; rank 0's result of each task.
 
-    A task has ``overrides``, ``first`` and ``last`` step, and may have ``load`` and ``save`` (checkpoint folders).
+    A task has ``overrides``, ``first`` and ``last`` step, and may have ``load``, and ``save`` with ``save_at``.
     """
     set_defaults("cpu", world_size)
     result = folder / f"result-{world_size}-{len(list(folder.glob('result-*')))}.json"

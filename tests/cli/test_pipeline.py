@@ -33,9 +33,8 @@ BASE = [
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished LoRA run of 20 steps on 2 ranks under ZeRO 3."""
     folder = tmp_path_factory.mktemp("runs") / "lora"
-    done = run_cli(
-        *BASE, "zero=3", "launch.nproc=2", "train.max_steps=20", "train.save_steps=5", f"output_dir={folder}"
-    )
+    command = [*BASE, "zero=3", "launch.nproc=2", "train.max_steps=20", "train.save_steps=5", "train.eval_steps=10"]
+    done = run_cli(*command, f"output_dir={folder}")
     assert done.code == 0, done.err + done.out
     for part in (
         "parameters",
@@ -60,7 +59,7 @@ def test_the_run_folder_is_that_of_the_contract(finished: Path) -> None:
     assert "checkpoint-10" not in names, "save_total_limit is 2"
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 21))
-    assert [r["step"] for r in records if "eval_loss" in r] == [0, 20]
+    assert [r["step"] for r in records if "eval_loss" in r] == [0, 10, 20]
     for key in ("loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "seconds"):
         assert all(key in r for r in records if "loss" in r)
     evaluations = [r["eval_loss"] for r in records if "eval_loss" in r]

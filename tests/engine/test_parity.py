@@ -24,7 +24,7 @@ def largest(a: list[float], b: list[float]) -> float:
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.06)])
 def test_stages_ranks_and_accumulation_give_the_same_curve(precision: str, tolerance: float, tmp_path: Path) -> None:
     """bf16: 0.06 is 1 % of the loss, which stands near 6."""
-    placements = [(0, 1), (1, 1), (2, 1), (3, 1), (0, 4), (1, 4), (3, 4)]
+    placements = [(0, 1), (1, 1), (2, 1), (3, 1), (0, 4), (3, 4)]
     cells = [(tuner, *place) for tuner, place in itertools.product(("full", "lora"), placements)]
     tasks = [
         {
@@ -65,17 +65,37 @@ def test_a_resumed_run_equals_the_undisturbed_one(tmp_path: Path) -> None:
         overrides = [*FAST, f"precision={precision}", f"tuner={tuner}", f"zero={stage}"]
         return {"overrides": [*overrides, *(f"offload={o}" for o in offload)], **where}
 
-    for ranks, others in ((2, 1), (1, 2)):
-        folders = [str(tmp_path / f"{ranks}-{'-'.join(cell)}" / "checkpoint-4") for cell in cells]
-        straight = train_engines([task(c, first=0, last=8) for c in cells], ranks, tmp_path)
-        train_engines([task(c, first=0, last=4, save=f) for c, f in zip(cells, folders, strict=True)], ranks, tmp_path)
-        resumed = [task(c, first=4, last=8, load=f) for c, f in zip(cells, folders, strict=True)]
+    few = [("fp32", "full", "0"), ("fp32", "full", "3"), ("fp32", "lora", "2"), ("fp32", "full", "1", "optimizer_cpu")]
+    for ranks, others, chosen in ((2, 1, cells), (1, 2, few)):
+        folders = [str(tmp_path / f"{ranks}-{'-'.join(cell)}" / "checkpoint-4") for cell in chosen]
+        pairs = list(zip(chosen, folders, strict=True))
+        straight = train_engines([task(c, first=0, last=8, save=f, save_at=4) for c, f in pairs], ranks, tmp_path)
+        resumed = [task(c, first=4, last=8, load=f) for c, f in pairs]
         same = train_engines(resumed, ranks, tmp_path)
         moved = train_engines(resumed, others, tmp_path)
-        for cell, whole, exact, near in zip(cells, straight, same, moved, strict=True):
+        for cell, whole, exact, near in zip(chosen, straight, same, moved, strict=True):
             assert exact["losses"] == whole["losses"][4:], cell
             tolerance = 1e-4 if cell[0] == "fp32" else 2e-3
             assert largest(near["losses"], whole["losses"][4:]) < tolerance, cell
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path: Path) -> None:
+    cells = list(itertools.product(("full", "lora"), (0, 3)))
+    tasks = {
+        on: [
+            {
+                "overrides": [*FAST, "precision=fp32", f"tuner={t}", f"zero={z}", f"train.gradient_checkpointing={on}"],
+                "first": 0, "last": 4,
+            }
+            for t, z in cells
+        ]
+        for on in ("true", "false")
+    }
+    found = train_engines([*tasks["true"], *tasks["false"]], 2, tmp_path)
+    for cell, with_it, without in zip(cells, found[:4], found[4:], strict=True):
+        assert largest(with_it["losses"], without["losses"]) < 1e-5, cell
+        assert with_it["losses"][0] != with_it["losses"][-1]
 
 
 @pytest.mark.slow
@@ -84,8 +104,8 @@ def test_fp16_scales_its_loss_and_resumes_with_the_scale(tmp_path: Path) -> None
     base = [*FAST, "precision=fp16", "tuner=full"]
     folders = {stage: str(tmp_path / stage / "checkpoint-3") for stage in ("0", "2", "3")}
     tasks = [{"overrides": [*base, f"zero={s}"], "first": 0, "last": 6} for s in folders]
-    straight = train_engines(tasks, 1, tmp_path)
-    train_engines([{**t, "last": 3, "save": f} for t, f in zip(tasks, folders.values(), strict=True)], 1, tmp_path)
+    saving = [{**t, "save": f, "save_at": 3} for t, f in zip(tasks, folders.values(), strict=True)]
+    straight = train_engines(saving, 1, tmp_path)
     loaded = train_engines(
         [{**t, "first": 3, "load": f} for t, f in zip(tasks, folders.values(), strict=True)], 1, tmp_path
     )
@@ -103,7 +123,9 @@ def test_any_stage_reads_what_any_other_wrote(tmp_path: Path) -> None:
     straight = train_engines([{"overrides": [*base, "zero=0"], "first": 0, "last": 8}], 2, tmp_path)[0]
     folders = {stage: str(tmp_path / stage / "checkpoint-4") for stage in stages}
     train_engines(
-        [{"overrides": [*base, f"zero={s}"], "first": 0, "last": 4, "save": folders[s]} for s in stages], 2, tmp_path
+        [{"overrides": [*base, f"zero={s}"], "first": 0, "last": 4, "save": folders[s], "save_at": 4} for s in stages],
+        2,
+        tmp_path,
     )
     pairs = [(a, b) for a in stages for b in stages if a != b]
     loaded = train_engines(

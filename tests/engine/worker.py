@@ -55,8 +55,8 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         result = module.train_step(batch.micro_batches, batch.trained_tokens, plan.learning_rate)
         seen.append(result.loss)
         norms.append(result.grad_norm)
-    if task.get("save"):
-        save(module, Path(task["save"]), task["last"], config.tuner.kind is TunerKind.lora, rank)
+        if task.get("save") and step + 1 == task["save_at"]:
+            save(module, Path(task["save"]), step + 1, config.tuner.kind is TunerKind.lora, rank)
     module.engine.destroy()
     return {"losses": seen, "norms": norms}
 
