@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.launch.environment import extensions_dir
+from llmtune.launch.environment import extensions_dir, use_own_ninja
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,6 +21,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["LLMTUNE_CACHE"] = str(folder)
     os.environ["DS_ACCELERATOR"] = "cpu"
+    use_own_ninja()
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir()))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)

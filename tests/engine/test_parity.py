@@ -86,7 +86,8 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path: Path) 
         on: [
             {
                 "overrides": [*FAST, "precision=fp32", f"tuner={t}", f"zero={z}", f"train.gradient_checkpointing={on}"],
-                "first": 0, "last": 4,
+                "first": 0,
+                "last": 4,
             }
             for t, z in cells
         ]
