@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ def main(arguments: Arguments) -> int:
 
     import torch
 
+    from llmtune.cli.prepare import cache_dir
     from llmtune.cli.target import load_model, resolve_target
     from llmtune.data.loader import iterate_eval
     from llmtune.data.prepare import open_rows, prepare_data
@@ -31,7 +31,7 @@ def main(arguments: Arguments) -> int:
     target = resolve_target(composed)
     config = target.config
     model, tokenizer = load_model(target)
-    data = prepare_data(config.data, tokenizer, config.seed, Path(config.paths.cache_dir).expanduser())
+    data = prepare_data(config.data, tokenizer, config.seed, cache_dir(config))
     if data.eval is None:
         raise DataError("nothing is held out: add data.eval=FILE, or data.val_set_size above 0")
     total, tokens = 0.0, 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, is_complete
+from llmtune.cli.prepare import cache_dir
 from llmtune.config.compose import Composed, load_config, with_overrides
 from llmtune.config.schema import Config, ModelConfig, TunerKind
 from llmtune.errors import CheckpointError, ConfigError
@@ -52,7 +53,7 @@ def resolve_target(composed: Composed) -> Target:
         stored = _stored_config(folder, folder / names.CONFIG)
         return from_trained(with_overrides(stored, composed), folder, folder.parent)
     model = ModelConfig(name_or_path=given.base) if given.base else given.model
-    folder = resolve_model_folder(model, _cache_dir(given))
+    folder = resolve_model_folder(model, cache_dir(given))
     adapter = Path(given.adapter).expanduser() if given.adapter else None
     return Target(given, folder, adapter, None, model.name_or_path)
 
@@ -106,7 +107,7 @@ def _base_folder(config: Config, run: Path) -> Path:
         folder = Path(json.loads(plan.read_text()).get("model_folder", ""))
         if folder.is_dir() and list(folder.glob("*.safetensors")):
             return folder
-    return resolve_model_folder(config.model, _cache_dir(config))
+    return resolve_model_folder(config.model, cache_dir(config))
 
 
 def trained_folder(run: Path, config: Config) -> Path:
@@ -126,7 +127,3 @@ def _stored_config(place: Path, file: Path) -> Config:
             f"{place} is no run or checkpoint of llmtune (no {names.CONFIG} in it); a model folder is base="
         )
     return load_config(file)
-
-
-def _cache_dir(config: Config) -> Path:
-    return Path(config.paths.cache_dir).expanduser()

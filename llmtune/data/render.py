@@ -7,7 +7,7 @@ be the end-of-turn token without harm, and templates need no generation marks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,24 +78,29 @@ def render(
     mask = _mask(offsets, spans)
     if not any(mask):
         raise DataError(f"{conversation.where}: no token of the answer is left after rendering")
-    first = mask.index(True)
     end = len(mask) - mask[::-1].index(True)
     _check_end_of_turn(ids[end - 1], tokenizer, conversation)
     # Nothing behind the last trained token can matter.
-    ids, mask = ids[:end], mask[:end]
-    if train_on_inputs:
-        mask = [True] * len(ids)
-    if len(ids) <= max_seq_length:
-        return Rendered(ids, mask)
+    row: Rendered | None = Rendered(ids[:end], mask[:end])
+    if end > max_seq_length:
+        row = _shorten(ids[:end], mask[:end], max_seq_length, overlong, conversation.where)
+    if row is not None and train_on_inputs:
+        return replace(row, mask=[True] * len(row.input_ids))
+    return row
+
+
+def _shorten(ids: list[int], mask: list[bool], max_seq_length: int, overlong: Overlong, where: str) -> Rendered | None:
+    """What becomes of a row that is too long."""
+    first = mask.index(True)
     # The last place is for the end of the turn, and at least one token of an answer must stand before it.
     if first >= max_seq_length - 1:
         raise DataError(
-            f"{conversation.where}: the prompt alone has {first} tokens, more than data.max_seq_length={max_seq_length}; "
-            f"shorten the row, or take data.max_seq_length={len(ids)}"
+            f"{where}: the prompt alone has {first} tokens, which leaves no room for an answer within "
+            f"data.max_seq_length={max_seq_length}; shorten the row, or take data.max_seq_length={len(ids)}"
         )
     if overlong is Overlong.error:
         raise DataError(
-            f"{conversation.where}: the row has {len(ids)} tokens, more than data.max_seq_length={max_seq_length}; "
+            f"{where}: the row has {len(ids)} tokens, more than data.max_seq_length={max_seq_length}; "
             "take data.overlong=drop or truncate, or a larger data.max_seq_length"
         )
     if overlong is Overlong.drop:

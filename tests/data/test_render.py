@@ -99,6 +99,9 @@ def test_a_cut_inside_the_users_turn_trains_nothing_of_it(chatml: Any) -> None:
     assert len(cut.input_ids) < 64
     assert trained_text(cut, chatml) == "Hello!<|im_end|>"
     assert cut.mask[-1]
+    whole = render(row, chatml, 64, Overlong.truncate, train_on_inputs=True)
+    assert whole is not None
+    assert (whole.input_ids, all(whole.mask)) == (cut.input_ids, True)
 
 
 @pytest.mark.parametrize("overlong", list(Overlong))
