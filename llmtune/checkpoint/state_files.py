@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from safetensors import SafetensorError, safe_open
 from llmtune.checkpoint import names
 from llmtune.checkpoint.tensor_file import TensorFile, TensorSpec
 from llmtune.engine.module import TrainModule
-from llmtune.engine.state import KINDS, make_state, owned_slices, read_state, state_slices, write_state
+from llmtune.engine.state import (
+    KINDS,
+    StateSlice,
+    by_residence,
+    make_state,
+    owned_slices,
+    read_state,
+    set_optimizer_steps,
+    state_slices,
+    write_state,
+)
 from llmtune.errors import CheckpointError
 
 _SLICES = "llmtune_slices"
@@ -36,8 +47,8 @@ def write_state_file(module: TrainModule, folder: Path) -> Path:
     specs = [TensorSpec(f"{piece.name}/{kind}", torch.float32, (piece.numel,)) for piece in pieces for kind in KINDS]
     path = folder / names.state_file(module.rank.rank, module.rank.world_size)
     with TensorFile(path, specs, {_SLICES: json.dumps(where)}) as file:
-        for piece in pieces:
-            for kind in KINDS:
+        for batch in by_residence(module, pieces):
+            for piece, kind in product(batch, KINDS):
                 file.write(read_state(module, piece, kind))
     return path
 
@@ -52,17 +63,25 @@ def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
         CheckpointError: A slice is not covered, or a parameter has another size.
     """
     stored = _read_index(folder)
-    make_state(module, steps)
-    for piece in state_slices(module):
-        sources = stored.get(piece.name)
-        if sources is None:
-            raise CheckpointError(f"{folder}: no optimizer state for {piece.name}; the model or the tuner is another")
-        numel, slices = sources
-        if numel != piece.parameter_numel:
-            raise CheckpointError(f"{folder}: {piece.name} has {numel} elements there and {piece.parameter_numel} here")
-        for kind in KINDS:
-            values = _assemble(slices, f"{piece.name}/{kind}", piece.start, piece.numel, folder)
-            write_state(module, piece, kind, values)
+    for batch in by_residence(module, state_slices(module), write_back=True):
+        make_state(module, batch, steps)
+        for piece in batch:
+            _load_slice(module, piece, stored, folder)
+    set_optimizer_steps(module, steps)
+
+
+def _load_slice(
+    module: TrainModule, piece: StateSlice, stored: dict[str, tuple[int, list[StoredSlice]]], folder: Path
+) -> None:
+    sources = stored.get(piece.name)
+    if sources is None:
+        raise CheckpointError(f"{folder}: no optimizer state for {piece.name}; the model or the tuner is another")
+    numel, slices = sources
+    if numel != piece.parameter_numel:
+        raise CheckpointError(f"{folder}: {piece.name} has {numel} elements there and {piece.parameter_numel} here")
+    for kind in KINDS:
+        values = _assemble(slices, f"{piece.name}/{kind}", piece.start, piece.numel, folder)
+        write_state(module, piece, kind, values)
 
 
 def _read_index(folder: Path) -> dict[str, tuple[int, list[StoredSlice]]]:

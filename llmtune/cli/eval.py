@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
 
+#: Rows of a forward pass where none are asked for: there is no micro-batch to go by.
+AUTO_EVAL_ROWS = 8
+
 
 def main(arguments: Arguments) -> int:
     """Evaluate all held-out rows in this process."""
@@ -36,9 +39,9 @@ def main(arguments: Arguments) -> int:
         raise DataError("nothing is held out: add data.eval=FILE, or data.val_set_size above 0")
     total, tokens = 0.0, 0
     device = next(model.parameters()).device
-    batches = iterate_eval(
-        open_rows(data, "eval"), config.train.per_device_eval_batch_size, 0, 1, tokenizer.pad_token_id, None
-    )
+    asked = config.train.per_device_eval_batch_size
+    rows = asked if isinstance(asked, int) else AUTO_EVAL_ROWS
+    batches = iterate_eval(open_rows(data, "eval"), rows, 0, 1, tokenizer.pad_token_id, None)
     with torch.no_grad():
         for batch in (batch.to(device) for batch in batches):
             output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)

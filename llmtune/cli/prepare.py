@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.save import read_trainer_state
@@ -51,9 +52,17 @@ def resolve_target(composed: Composed) -> RunTarget:
 
 
 def resolve_request(
-    composed: Composed, plan: Plan, target: RunTarget, folder: RunFolder, say: Callable[[str], None]
+    composed: Composed,
+    plan: Plan,
+    target: RunTarget,
+    folder: RunFolder,
+    say: Callable[[str], None],
+    notes: dict[str, Any] | None = None,
 ) -> RunRequest | None:
     """Check, prepare model files and data, and write the run folder's description; None when the run is finished.
+
+    Args:
+        notes: More for ``plan.json``.
 
     Raises:
         LlmtuneError: Of every kind but export, before any rank has begun.
@@ -75,6 +84,7 @@ def resolve_request(
     request = RunRequest(config, plan, steps, data, target.folder, target.name, model_folder, resume_from)
     step = _check_resume(resume_from, steps.total_steps, data.fingerprint)
     extra = {"steps": asdict(steps), "data": asdict(data), "model_folder": str(model_folder), "run_name": target.name}
+    extra |= notes or {}
     for note in folder.begin(config, composed.overrides, plan, extra, step):
         say(note)
     return request
@@ -83,7 +93,7 @@ def resolve_request(
 def describe(request: RunRequest) -> dict[str, str]:
     """The derived numbers and where they came from, for the page before step 1."""
     config, plan, data, steps = request.config, request.plan, request.data, request.steps
-    shape, memory = plan.shape, plan.memory
+    shape = plan.shape
     train = data.train
     left_out = f", {train.dropped} dropped as over-long" if train.dropped else ""
     left_out += f", {train.truncated} truncated" if train.truncated else ""
@@ -102,16 +112,27 @@ def describe(request: RunRequest) -> dict[str, str]:
         "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
         "learning rate": f"{plan.learning_rate:g}, {config.schedule.lr_scheduler_type.value}",
         "precision": f"{config.precision.value}; fp32 master weights and moments",
-        "placement": f"ZeRO {plan.placement.zero_stage}, offload optimizer "
-        f"{'cpu' if plan.placement.offload_optimizer else 'none'}, weights "
-        f"{'cpu' if plan.placement.offload_param else 'none'}",
-        "memory": f"about {format_bytes(memory.device)} a rank at its peak (states {format_bytes(memory.states)})",
+        "placement": plan.placement.describe(),
+        "memory": describe_memory(plan),
         "derived": "; ".join(plan.notes),
         "run folder": str(request.run_folder),
     }
     if request.resume_from:
         rows["resuming"] = str(request.resume_from)
     return rows
+
+
+def describe_memory(plan: Plan) -> str:
+    """What a rank is planned to need at its peak."""
+    memory = plan.memory
+    if plan.hardware.accelerator == "cpu":
+        text = f"about {format_bytes(memory.device.total + memory.host.total)} a rank at its peak"
+    else:
+        host = format_bytes(memory.host.total)
+        text = f"about {format_bytes(memory.device.total)} a GPU at its peak, {host} of host memory a rank"
+    if memory.nvme:
+        text += f", {format_bytes(memory.nvme)} on NVMe, {format_bytes(memory.nvme_written_per_step)} written a step"
+    return text
 
 
 def cache_dir(config: Config) -> Path:

@@ -36,6 +36,7 @@ def main(request_file: str) -> NoReturn:
 
         request = RunRequest.from_json(text)
         trace = request.config.trace
+        _limit_memory(request)
         _train(request, Console(stream if rank == 0 else None))
     except BaseException as error:
         _exit_now(report_failure(error, rank, stream, trace))
@@ -48,9 +49,9 @@ def run_launched(arguments: Arguments) -> NoReturn:
     set_thread_default(launched_ranks_on_node())
     from llmtune.cli.prepare import resolve_target
     from llmtune.config.compose import compose_config
-    from llmtune.config.schema import OffloadDevice
     from llmtune.launch.ops import ensure_ops
     from llmtune.plan.hardware import resolve_hardware
+    from llmtune.plan.placement import Placement
     from llmtune.train.run_folder import open_run_folder
 
     composed = compose_config(arguments.overrides, arguments.config_dir)
@@ -62,8 +63,8 @@ def run_launched(arguments: Arguments) -> NoReturn:
     rank = int(os.environ["RANK"])
     console = Console(stream if rank == 0 else None)
     try:
-        offload = composed.config.offload.optimizer is not OffloadDevice.none
-        ensure_ops(accelerator, offload, console.say)
+        # What the process group needs; rank 0 builds the rest when it has planned.
+        ensure_ops(accelerator, Placement(0), console.say)
         _train_launched(composed, target, folder, console)
     except BaseException as error:
         _exit_now(report_failure(error, rank, stream, composed.config.trace))
@@ -71,6 +72,7 @@ def run_launched(arguments: Arguments) -> NoReturn:
 
 
 def _train_launched(composed: Composed, target: RunTarget, folder: RunFolder, console: Console) -> None:
+    from llmtune.cli.descent import hold_nvme
     from llmtune.cli.prepare import lock_file
     from llmtune.engine.distributed import broadcast_object, init_ranks, meet_ranks
     from llmtune.launch.lock import hold_lock
@@ -83,7 +85,10 @@ def _train_launched(composed: Composed, target: RunTarget, folder: RunFolder, co
         if rank.is_first:
             try:
                 stack.enter_context(hold_lock(lock_file(folder)))
-                answer = _prepare_first(composed, target, folder, console, rank.world_size)
+                request = _prepare_first(composed, target, folder, console, rank.world_size)
+                if request is not None:
+                    stack.enter_context(hold_nvme(request.config, request.plan, request.run_folder, console))
+                answer = {"request": request.to_json() if request else None}
             except Exception as error:
                 answer = _as_answer(error)
         answer = broadcast_object(answer, rank)
@@ -98,15 +103,18 @@ def _train_launched(composed: Composed, target: RunTarget, folder: RunFolder, co
 
 def _prepare_first(
     composed: Composed, target: RunTarget, folder: RunFolder, console: Console, world_size: int
-) -> dict[str, Any]:
+) -> RunRequest | None:
+    from llmtune.cli.descent import place_swap
     from llmtune.cli.prepare import describe, resolve_request
+    from llmtune.launch.ops import ensure_ops
     from llmtune.plan.resolve import resolve_plan
 
-    plan = resolve_plan(composed.config, world_size)
+    plan = place_swap(resolve_plan(composed.config, world_size), composed, target)
     request = resolve_request(composed, plan, target, folder, console.say)
     if request is not None:
         console.page("llmtune", describe(request))
-    return {"request": request.to_json() if request else None}
+        ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
+    return request
 
 
 def _as_answer(error: Exception) -> dict[str, Any]:
@@ -125,11 +133,25 @@ def _finish_first(composed: Composed, target: RunTarget, console: Console) -> No
 
 def _train(request: RunRequest, console: Console) -> None:
     from llmtune.engine.distributed import init_ranks, meet_ranks
+    from llmtune.engine.phases import PhaseLog
+    from llmtune.launch.environment import FAILURE_DIR
+    from llmtune.launch.out_of_memory import phase_file
     from llmtune.train.job import run_job
 
-    rank = init_ranks()
+    rank = init_ranks(phases=PhaseLog(phase_file(Path(os.environ[FAILURE_DIR]), int(os.environ["RANK"]))))
     run_job(request, rank, console)
     meet_ranks(rank)
+
+
+def _limit_memory(request: RunRequest) -> None:
+    """``launch.memory_limit``, which the plan has not looked at."""
+    from llmtune.launch.rank import limit_memory
+    from llmtune.plan.units import parse_bytes
+
+    limit = request.config.launch.memory_limit
+    if limit is not None:
+        limit_bytes = parse_bytes(limit, "launch.memory_limit")
+        limit_memory(limit_bytes, request.plan.hardware.accelerator, int(os.environ["LOCAL_RANK"]))
 
 
 def _exit_now(code: int) -> NoReturn:

@@ -20,7 +20,6 @@ def problems(config: Config) -> list[str]:
 def _check_ranges(config: Config) -> list[str]:
     positive = {
         "train.global_batch_size": config.train.global_batch_size,
-        "train.per_device_eval_batch_size": config.train.per_device_eval_batch_size,
         "train.num_train_epochs": config.train.num_train_epochs,
         "train.max_steps": config.train.max_steps,
         "train.logging_steps": config.train.logging_steps,
@@ -32,7 +31,11 @@ def _check_ranges(config: Config) -> list[str]:
         "tuner.lora_r": config.tuner.lora_r,
         "tuner.lora_alpha": config.tuner.lora_alpha,
         "launch.nproc": config.launch.nproc,
+        "hardware.nodes": config.hardware.nodes,
         "hardware.gpus_per_node": config.hardware.gpus_per_node,
+        "hardware.cpu_cores": config.hardware.cpu_cores,
+        "hardware.gpu_flops": config.hardware.gpu_flops,
+        "hardware.compute_efficiency": config.hardware.compute_efficiency,
         "optim.eps": config.optim.eps,
         "export.max_shard_bytes": config.export.max_shard_bytes,
         "chat.max_new_tokens": config.chat.max_new_tokens,
@@ -68,6 +71,7 @@ def _check_choices(config: Config) -> list[str]:
     for key, value in {
         "train.per_device_train_batch_size": config.train.per_device_train_batch_size,
         "train.gradient_accumulation_steps": config.train.gradient_accumulation_steps,
+        "train.per_device_eval_batch_size": config.train.per_device_eval_batch_size,
     }.items():
         if value != "auto" and not (isinstance(value, int) and value > 0):
             found.append(f"{key}={value}: 'auto', or an integer above 0")
@@ -85,19 +89,44 @@ def _check_choices(config: Config) -> list[str]:
     return found
 
 
+#: (optimizer, param) that are rungs of the ladder.
+_OFFLOADS = {
+    *(("auto", "auto"), ("none", "none"), ("cpu", "none"), ("cpu", "cpu")),
+    *(("nvme", "none"), ("nvme", "nvme"), ("cpu", "nvme")),
+}
+
+
 def _check_zero(config: Config) -> list[str]:
     stage, offload = config.zero.stage, config.offload
+    pair = (offload.optimizer.value, offload.param.value)
     found = []
-    if offload.param is not OffloadDevice.none and stage in (0, 1, 2):
+    if offload.param in (OffloadDevice.cpu, OffloadDevice.nvme) and stage in (0, 1, 2):
         found.append(
             f"offload.param={offload.param.value} needs zero=3 (zero.stage is {stage}): DeepSpeed ignores it below "
             "stage 3; add zero=3, or offload=optimizer_cpu"
         )
-    if offload.optimizer is not OffloadDevice.none and stage == 0:
+    if offload.optimizer is OffloadDevice.nvme and stage in (0, 1, 2):
+        found.append(
+            f"offload.optimizer=nvme needs zero=3 (zero.stage is {stage}): add zero=3, or offload=optimizer_cpu"
+        )
+    if offload.optimizer is OffloadDevice.cpu and stage == 0:
         found.append("offload.optimizer needs zero=1 or higher (zero.stage is 0): add zero=1, or offload=none")
-    if offload.param is not OffloadDevice.none and offload.optimizer is OffloadDevice.none:
-        found.append("offload.param=cpu with offload.optimizer=none saves the smaller part: use offload=cpu")
-    if offload.optimizer is not OffloadDevice.none and config.precision is Precision.fp16:
+    if pair not in _OFFLOADS:
+        found.append(
+            f"offload.optimizer={pair[0]} with offload.param={pair[1]} is no placement of the ladder: take offload=none, "
+            "optimizer_cpu, cpu, optimizer_nvme, nvme or auto"
+        )
+    if "nvme" in pair and offload.nvme_path is None and config.hardware.nvme_bytes is None:
+        found.append(
+            "offload on NVMe needs a folder on a fast local disk: add offload.nvme_path=/path (or hardware.nvme_bytes= "
+            "to plan for another machine)"
+        )
+    if pair == ("nvme", "none") and config.tuner.kind is not TunerKind.full:
+        found.append(
+            f"offload=optimizer_nvme with tuner={config.tuner.kind.value} is pointless: the optimizer of adapters is "
+            "small. Take offload=optimizer_cpu, or offload=nvme for the weights"
+        )
+    if pair not in (("none", "none"), ("auto", "auto")) and config.precision is Precision.fp16:
         found.append("offload with precision=fp16 is not supported: use precision=bf16")
     return found
 

@@ -26,6 +26,7 @@ class TunerKind(Enum):
 
     full = "full"
     lora = "lora"
+    qlora = "qlora"
 
 
 class SchedulerType(Enum):
@@ -63,8 +64,10 @@ class Accelerator(Enum):
 class OffloadDevice(Enum):
     """Where ZeRO keeps a state."""
 
+    auto = "auto"
     none = "none"
     cpu = "cpu"
+    nvme = "nvme"
 
 
 class ExportFormat(Enum):
@@ -136,7 +139,7 @@ class TunerConfig:
     """What is trained: everything, or LoRA adapters."""
 
     kind: TunerKind = MISSING
-    """``full`` or ``lora``."""
+    """``full``, ``lora``, or ``qlora`` (LoRA on weights in 4 bits; it can be planned, not trained yet)."""
     adapter_path: str | None = None
     """A peft adapter folder to go on from."""
     lora_r: int = 16
@@ -159,8 +162,8 @@ class TrainConfig:
     """Rows a micro-batch on one rank; ``auto`` derives it."""
     gradient_accumulation_steps: int | str = "auto"
     """Micro-batches an optimizer step; ``auto`` derives it."""
-    per_device_eval_batch_size: int = 8
-    """Rows a forward pass of evaluation on one rank."""
+    per_device_eval_batch_size: int | str = "auto"
+    """Rows a forward pass of evaluation on one rank; ``auto`` takes the micro-batch's."""
     num_train_epochs: float = 1.0
     """Passes over the training rows, where ``max_steps`` is not set."""
     max_steps: int | None = None
@@ -214,31 +217,62 @@ class ZeroConfig:
     """What DeepSpeed ZeRO partitions over the ranks."""
 
     stage: int | str = "auto"
-    """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights; ``auto`` the lowest that fits."""
+    """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights; ``auto`` the fastest that fits."""
+    deepspeed: dict[str, Any] | None = None
+    """Raw DeepSpeed keys merged over the planned ones, such as ``{aio: {queue_depth: 64}}``; unknown ones are errors."""
 
 
 @dataclass(slots=True)
 class OffloadConfig:
-    """What lives outside the accelerator's memory."""
+    """What lives outside the accelerator's memory; both ``auto`` walks the ladder, in the plan and when memory runs out."""
 
-    optimizer: OffloadDevice = OffloadDevice.none
+    optimizer: OffloadDevice = OffloadDevice.auto
     """Master weights, moments and the optimizer step."""
-    param: OffloadDevice = OffloadDevice.none
+    param: OffloadDevice = OffloadDevice.auto
     """Weights; needs ZeRO 3."""
+    nvme_path: str | None = None
+    """Folder on a fast local disk for what is offloaded to NVMe; a folder of the run's own is made in it and removed."""
 
 
 @dataclass(slots=True)
 class HardwareConfig:
-    """What the run is planned for; a null is probed."""
+    """What the run is planned for; a null is probed, or taken from a table by the accelerator's name.
+
+    Sizes are an integer of bytes, or such as ``80GB``, ``80GiB``, ``2TB``; bandwidths are the same a second.
+    """
 
     accelerator: Accelerator = Accelerator.auto
     """``cuda``, ``cpu``, or what is there; the variable DS_ACCELERATOR wins over ``auto``."""
+    gpu_name: str | None = None
+    """Such as ``A100``; the key of the table of speeds."""
+    nodes: int = 1
+    """Machines; more than one can be planned for."""
     gpus_per_node: int | None = None
-    """Accelerators of this machine to use."""
+    """Accelerators of one machine to use."""
     gpu_memory_bytes: Any = None
-    """Memory of one accelerator: an integer, or ``80GB``, ``80GiB``."""
+    """Memory of one accelerator."""
     host_memory_bytes: Any = None
-    """Memory of the machine."""
+    """Memory of one machine."""
+    nvme_bytes: Any = None
+    """Free space of one machine's NVMe drives; probed behind ``offload.nvme_path``."""
+    cpu_cores: int | None = None
+    """Cores of one machine."""
+    gpu_flops: float | None = None
+    """Dense bf16 operations a second of one accelerator, as its data sheet has it."""
+    compute_efficiency: float | None = None
+    """Share of ``gpu_flops`` that training reaches, recomputation counted."""
+    gpu_link_bandwidth: Any = None
+    """Between accelerators of a machine, one direction, as a collective reaches it: NVLink, or PCIe without it."""
+    pcie_bandwidth: Any = None
+    """Between host and one accelerator, one direction, all accelerators at once."""
+    network_bandwidth: Any = None
+    """Of one machine, one direction."""
+    host_memory_bandwidth: Any = None
+    """Of one machine's memory; what the optimizer on the CPU runs at."""
+    nvme_read_bandwidth: Any = None
+    """Of one machine's drives together; probed behind ``offload.nvme_path``."""
+    nvme_write_bandwidth: Any = None
+    """The same for writing."""
 
 
 @dataclass(slots=True)
@@ -247,6 +281,8 @@ class LaunchConfig:
 
     nproc: int | None = None
     """Ranks on this machine; all GPUs, or 1 on a CPU."""
+    memory_limit: Any = None
+    """Cap of one rank (``6GB``), to try what happens when memory runs out; the plan does not look at it."""
 
 
 @dataclass(slots=True)

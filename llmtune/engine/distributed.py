@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from llmtune.engine.phases import PhaseLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,7 @@ class Rank:
     local_rank: int
     world_size: int
     device: torch.device
+    phases: PhaseLog = field(default_factory=PhaseLog)
 
     @property
     def is_first(self) -> bool:
@@ -26,7 +29,7 @@ class Rank:
         return self.rank == 0
 
 
-def init_ranks(timeout_minutes: float = 60) -> Rank:
+def init_ranks(timeout_minutes: float = 60, phases: PhaseLog | None = None) -> Rank:
     """Join the process group that the environment describes (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` ...)."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -42,7 +45,7 @@ def init_ranks(timeout_minutes: float = 60) -> Rank:
         timeout=timedelta(minutes=timeout_minutes),
         verbose=False,
     )
-    return Rank(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    return Rank(dist.get_rank(), local_rank, dist.get_world_size(), device, phases or PhaseLog())
 
 
 def meet_ranks(rank: Rank) -> None:

@@ -11,6 +11,11 @@ import torch
 
 from llmtune.engine.corrections import undo_stage0_dummy_step
 from llmtune.engine.distributed import Rank, sum_over_ranks
+from llmtune.engine.swap import check_swapped_offsets
+from llmtune.plan.deepspeed import read_placement
+from llmtune.plan.placement import Placement
+from llmtune.plan.shape import TensorShape
+from llmtune.plan.zero_sizes import parameter_groups
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, int]]
 """(logits, labels) -> (sum of token losses, number of tokens)."""
@@ -55,14 +60,18 @@ class TrainModule:
 
         self.rank = rank
         self.loss_function = loss_function
-        self.zero_stage = int(deepspeed_config["zero_optimization"]["stage"])
+        self.placement = read_placement(deepspeed_config)
+        self.zero_stage = self.placement.zero_stage
         self.config = deepspeed_config
         # DeepSpeed writes into the dictionary it is given.
         copy = {key: dict(value) if isinstance(value, dict) else value for key, value in deepspeed_config.items()}
         copy["optimizer"] = {"type": "AdamW", "params": dict(deepspeed_config["optimizer"]["params"])}
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=copy)
+        groups = group_parameters(model, self.placement, rank.world_size)
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy)
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
+        if self.placement.optimizer == "nvme":
+            check_swapped_offsets(self.engine.optimizer)
 
     @property
     def model(self) -> Any:
@@ -87,12 +96,16 @@ class TrainModule:
         total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
         norm: float | None = None
         self.engine.train()
+        phases = self.rank.phases
         for batch in micro_batches:
+            phases.enter("forward")
             loss, _ = self._loss(batch)
+            phases.enter("backward")
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
             if self.engine.is_gradient_accumulation_boundary():
                 norm = self._whole_grad_norm()
+            phases.enter("step")
             self.engine.step()
         reported = self.engine.get_global_grad_norm()
         norm = norm if norm is not None else float(reported) if reported is not None else 0.0
@@ -101,6 +114,7 @@ class TrainModule:
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """Mean loss over the trained tokens of all ranks' batches, and their number."""
+        self.rank.phases.enter("evaluate")
         self.engine.eval()
         total, count = 0.0, 0
         with torch.no_grad():
@@ -129,14 +143,16 @@ class TrainModule:
         return float(torch.linalg.vector_norm(torch.stack(norms))) / (scaler.cur_scale if scaler else 1.0)
 
 
-def parameter_groups(model: Any) -> list[dict[str, Any]]:
-    """Matrices, which decay, and 1-D parameters, which do not.
-
-    The second group is also what keeps DeepSpeed's NVMe offload right: 1-D tensors between matrices shift the swapped
-    gradients off their alignment.
-    """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def group_parameters(model: Any, placement: Placement, world_size: int) -> list[dict[str, Any]]:
+    """The groups of the plan (:func:`llmtune.plan.zero_sizes.parameter_groups`), with the live parameters in them."""
+    by_name = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shapes = [
+        TensorShape(name, getattr(p, "ds_numel", p.numel()), True, len(getattr(p, "ds_shape", p.shape)) <= 1)
+        for name, p in by_name.items()
+    ]
+    groups: list[dict[str, Any]] = []
+    for group in parameter_groups(shapes, placement, world_size):
+        groups.append({"params": [by_name[tensor.name] for tensor in group]})
+        if group[0].vector:
+            groups[-1]["weight_decay"] = 0.0
+    return groups

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import torch
 
 from llmtune.engine.corrections import replay_cpu_adam
 from llmtune.engine.module import TrainModule
+from llmtune.engine.swap import swapped_in
 
 #: The fp32 copy of the weight, and AdamW's two moments.
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -34,6 +35,8 @@ class StateSlice:
     flat: torch.Tensor
     """The fp32 tensor that the optimizer updates; the key of its state."""
     flat_offset: int
+    sub_group: int = -1
+    """Of stage 3, whose states may be on NVMe; -1 elsewhere."""
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
         """The slice inside ``tensor``, which has the layout of ``flat``."""
@@ -41,13 +44,26 @@ class StateSlice:
 
 
 def state_slices(module: TrainModule) -> list[StateSlice]:
-    """What this rank holds. Slices of all ranks cover every trained parameter; without ZeRO each rank holds all of it."""
+    """What this rank holds, by sub-group; slices of all ranks cover every trained parameter, and without ZeRO each rank's do."""
     names = {id(parameter): name for name, parameter in module.model.named_parameters()}
     if module.zero_stage == 3:
-        return list(_stage3_slices(module, names))
+        return sorted(_stage3_slices(module, names), key=lambda piece: piece.sub_group)
     if module.zero_stage > 0:
         return list(_stage12_slices(module, names))
     return list(_stage0_slices(module, names))
+
+
+def by_residence(module: TrainModule, slices: list[StateSlice], write_back: bool = False) -> Iterator[list[StateSlice]]:
+    """The slices in batches whose states are in memory until the next batch is asked for.
+
+    Everything below reads and writes inside such a batch: with the optimizer on NVMe a batch is a sub-group.
+    """
+    for sub_group, batch in groupby(slices, key=lambda piece: piece.sub_group):
+        if sub_group < 0:
+            yield list(batch)
+            continue
+        with swapped_in(module.engine.optimizer, sub_group, write_back):
+            yield list(batch)
 
 
 def owned_slices(module: TrainModule) -> list[StateSlice]:
@@ -77,16 +93,24 @@ def read_state(module: TrainModule, piece: StateSlice, kind: str) -> torch.Tenso
     return piece.view(state[kind]).detach().float().cpu().clone()
 
 
-def make_state(module: TrainModule, steps: int) -> None:
-    """Create the moments that the optimizer would create at its first step, and set its step counter."""
+def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> None:
+    """Create the moments that the optimizer would create at its first step, as zeros, and set its step counter."""
     adam = module.adam
     as_tensor = isinstance(adam, torch.optim.Optimizer) and not hasattr(adam, "ds_opt_adam")
-    for flat in {id(piece.flat): piece.flat for piece in state_slices(module)}.values():
+    for flat in {id(piece.flat): piece.flat for piece in slices}.values():
         state = adam.state[flat]
         state["step"] = torch.tensor(float(steps)) if as_tensor else steps
         for kind in KINDS[1:]:
-            state[kind] = torch.zeros_like(flat.data)
-    replay_cpu_adam(adam, steps)
+            if kind in state:
+                # Kept as the same tensor: the swapper of NVMe knows it.
+                state[kind].data.zero_()
+            else:
+                state[kind] = torch.zeros_like(flat.data)
+
+
+def set_optimizer_steps(module: TrainModule, steps: int) -> None:
+    """Bring what the optimizer keeps beside its states to where ``steps`` steps would have left it."""
+    replay_cpu_adam(module.adam, steps)
 
 
 def write_state(module: TrainModule, piece: StateSlice, kind: str, values: torch.Tensor) -> None:
@@ -157,4 +181,4 @@ def _stage3_slices(module: TrainModule, names: dict[int, str]) -> Iterator[State
         count = min(int(size), parameter.ds_numel - start)
         if count > 0:
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            yield StateSlice(names[id(parameter)], start, count, parameter.ds_numel, flat, int(offset))
+            yield StateSlice(names[id(parameter)], start, count, parameter.ds_numel, flat, int(offset), int(group))

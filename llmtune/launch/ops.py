@@ -10,9 +10,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+import psutil
 
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.launch.environment import extensions_dir, set_defaults
+from llmtune.plan.placement import Placement
 
 #: Op -> why; by the names of DeepSpeed's builders.
 CPU_OPS = {
@@ -23,32 +27,70 @@ CPU_OPS = {
 CUDA_OPS = {name: CPU_OPS[name] for name in ("CPUAdamBuilder", "AsyncIOBuilder")}
 
 
-def missing_ops(accelerator: str, offload_optimizer: bool) -> list[str]:
-    """Builders of ops that a run needs and that are not compiled yet."""
+#: Builder -> name of the compiled module.
+MODULES = {
+    "ShareMemCommBuilder": "deepspeed_shm_comm",
+    "CPUAdamBuilder": "cpu_adam",
+    "AsyncIOBuilder": "async_io",
+}
+
+
+def needed_ops(accelerator: str, placement: Placement | None) -> list[str]:
+    """Builders of ops that a run needs; without a placement, all that any placement does."""
     needed = ["ShareMemCommBuilder"] if accelerator == "cpu" else []
-    needed += ["CPUAdamBuilder"] if offload_optimizer else []
-    names = {"ShareMemCommBuilder": "deepspeed_shm_comm", "CPUAdamBuilder": "cpu_adam"}
-    folder = extensions_dir()
-    return [name for name in needed if not list(folder.glob(f"**/{names[name]}.so"))]
+    needed += ["CPUAdamBuilder"] if placement is None or placement.optimizer != "none" else []
+    needed += ["AsyncIOBuilder"] if placement is None or placement.uses_nvme else []
+    return needed
 
 
-def ensure_ops(accelerator: str, offload_optimizer: bool, say: Callable[[str], None]) -> None:
+def is_built(name: str) -> bool:
+    """Whether the op's module is compiled in this environment."""
+    return bool(list(extensions_dir().glob(f"**/{MODULES[name]}.so")))
+
+
+def missing_ops(accelerator: str, placement: Placement) -> list[str]:
+    """Those that are not compiled yet."""
+    return [name for name in needed_ops(accelerator, placement) if not is_built(name)]
+
+
+def stale_locks() -> list[Path]:
+    """Lock files that a build left behind when it was killed: every later run waits on them for ever, in silence.
+
+    A build that goes on runs its compiler in the lock's folder.
+    """
+    busy = set()
+    for process in psutil.process_iter():
+        try:
+            busy.add(process.cwd())
+        except psutil.Error:
+            continue
+    locks = sorted(path for path in extensions_dir().glob("**/lock") if path.is_file())
+    return [lock for lock in locks if str(lock.parent.resolve()) not in busy]
+
+
+def ensure_ops(accelerator: str, placement: Placement, say: Callable[[str], None]) -> None:
     """Compile what a run needs, one process at a time.
 
     Raises:
-        MissingPrerequisiteError: An op cannot be built here.
+        MissingPrerequisiteError: An op cannot be built here, or a build that was killed left its lock.
     """
     folder = extensions_dir()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".llmtune-build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for name in missing_ops(accelerator, offload_optimizer):
+        if stale := stale_locks():
+            raise MissingPrerequisiteError(
+                f"{stale[0]}: a build of DeepSpeed's ops was killed and left this lock, on which every run would hang; "
+                "run: python -m llmtune doctor --fix"
+            )
+        for name in missing_ops(accelerator, placement):
             say(f"building DeepSpeed's {name.removesuffix('Builder')} (once an environment, about a minute) ...")
             reason = build_in_child(name)
             if reason is not None:
                 raise MissingPrerequisiteError(
                     f"DeepSpeed's {name.removesuffix('Builder')} cannot be built: {reason}\n"
-                    "It needs g++, ninja and Python's headers: apt-get install g++ python3-dev; pip install ninja"
+                    "It needs g++, ninja and Python's headers, and libaio for NVMe: apt-get install g++ python3-dev "
+                    "libaio-dev; pip install ninja"
                 )
 
 

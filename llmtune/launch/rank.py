@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -17,8 +18,11 @@ from llmtune.launch.environment import FAILURE_DIR
 
 _PR_SET_PDEATHSIG = 1
 
-#: Texts by which memory that ran out is known: torch's CPU allocator raises a plain RuntimeError.
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc")
+#: Texts by which memory that ran out is known: torch's CPU allocator raises a plain RuntimeError; C++ threads abort.
+OUT_OF_MEMORY = (
+    *("can't allocate memory", "out of memory", "std::bad_alloc", "Cannot allocate memory", "unable to mmap"),
+    *("Thread creation failed", "can't start new thread", "Unable to allocate", "posix_memalign"),
+)
 
 
 def die_with_parent() -> None:
@@ -46,7 +50,7 @@ def to_user_error(error: BaseException) -> LlmtuneError | None:
     if isinstance(error, LlmtuneError):
         return error
     text = str(error)
-    if isinstance(error, MemoryError) or any(mark in text for mark in _OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         return DoesNotFitError(
             f"out of memory: {first[:300]}\nTry: train.per_device_train_batch_size=1 train.gradient_checkpointing=true; "
@@ -54,6 +58,24 @@ def to_user_error(error: BaseException) -> LlmtuneError | None:
             "The same command then goes on from the newest checkpoint."
         )
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or in an allocator of the host."""
+    if isinstance(error, LlmtuneError):
+        return False
+    return isinstance(error, MemoryError) or any(mark in str(error) for mark in OUT_OF_MEMORY)
+
+
+def limit_memory(limit_bytes: int, accelerator: str, local_rank: int) -> None:
+    """Cap this rank: its share of the GPU, or what a CPU rank may allocate (``RLIMIT_DATA``)."""
+    if accelerator == "cpu":
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+        return
+    import torch
+
+    total = torch.cuda.get_device_properties(local_rank).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), local_rank)
 
 
 def report_failure(error: BaseException, rank: int, console: IO[str], trace: bool) -> int:
@@ -68,6 +90,8 @@ def report_failure(error: BaseException, rank: int, console: IO[str], trace: boo
     folder = os.environ.get(FAILURE_DIR)
     if folder:
         report = {"rank": rank, "code": code, "message": message, "known": known is not None, "time": time.time()}
+        if is_out_of_memory(error):
+            report["out_of_memory"] = "device" if "CUDA" in str(error) else "host"
         (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(report))
     elif known is not None or rank == 0:
         console.write(f"\nerror (rank {rank}): {message}\n")

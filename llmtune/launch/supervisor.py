@@ -17,6 +17,7 @@ from typing import Any
 
 from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, LlmtuneError, StoppedError
 from llmtune.launch.environment import free_port, rank_environment
+from llmtune.launch.out_of_memory import RanOutOfMemoryError, find_event, note_kills
 
 #: Between a first failure and the end of the other ranks: they report a lost connection by themselves in about a second.
 GRACE_SECONDS = 5.0
@@ -45,11 +46,14 @@ def run_ranks(command: list[str], world_size: int, log: Path, say: Callable[[str
         say: Prints a line to the user.
 
     Raises:
+        RanOutOfMemoryError: Memory ran out in a rank.
         LlmtuneError: What the first rank that failed reported.
         StoppedError: A signal came, and all ranks saved and ended.
     """
     with tempfile.TemporaryDirectory(prefix="llmtune-") as folder:
         signals = _Signals()
+        note_kills(Path(folder))
+        printed = log.stat().st_size if log.exists() else 0
         previous = {number: signal.signal(number, signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         ranks = _start(command, world_size, Path(folder))
         first_failed: int | None = None
@@ -69,7 +73,11 @@ def run_ranks(command: list[str], world_size: int, log: Path, say: Callable[[str
                 raise StoppedError(
                     "stopped while the ranks were starting; nothing is lost, the same command starts again"
                 )
-            raise _failure(codes, first_failed, _read_reports(Path(folder)), log)
+            reports = _read_reports(Path(folder))
+            event = find_event(codes, first_failed, reports, Path(folder), _read_from(log, printed))
+            if event is not None and not signals.received:
+                raise RanOutOfMemoryError(event)
+            raise _failure(codes, first_failed, reports, log)
 
 
 def _start(command: list[str], world_size: int, failure_dir: Path) -> list[subprocess.Popen[bytes]]:
@@ -116,6 +124,15 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         rank.wait()
 
 
+def _read_from(log: Path, start: int) -> str:
+    """What was printed since."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(start)
+        return file.read().decode(errors="replace")
+
+
 def _read_reports(folder: Path) -> list[dict[str, Any]]:
     """What failing ranks said: those with advice first, then by time."""
     reports = [json.loads(file.read_text()) for file in folder.glob("rank-*.json")]
@@ -138,7 +155,7 @@ def _failure(
     killed = first_failed if first_failed is not None else next(others, 0)
     code = codes[killed] or 0
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    hint = " (the kernel ends processes so when memory runs out: see dmesg)" if code == -signal.SIGKILL else ""
+    hint = " (somebody ended it; the kernel did not for want of memory)" if code == -signal.SIGKILL else ""
     return LlmtuneError(
         f"rank {killed} ended with {how}{hint} and left no message; see {log}. "
         "The same command goes on from the newest checkpoint."

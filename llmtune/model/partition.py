@@ -75,10 +75,21 @@ def load_partitions(model: Any, folder: Path, rank: int) -> None:
 
 
 def _load_slice(parameter: Any, entry: Entry, rank: int) -> None:
+    swapper = parameter.nvme_swapper
+    swapped = swapper is not None and swapper.swappable_tensor(parameter)
+    if swapped:
+        # A slice on NVMe comes into one of the swapper's buffers, is filled, and goes back.
+        swapper.swap_in([parameter], async_op=False)
     partition = parameter.ds_tensor
+    _fill(partition, parameter.ds_numel, entry, rank)
+    if swapped:
+        swapper.swap_out_and_release([parameter])
+
+
+def _fill(partition: Any, numel: int, entry: Entry, rank: int) -> None:
     size = partition.numel()
     start = rank * size
-    count = max(0, min(size, parameter.ds_numel - start))
+    count = max(0, min(size, numel - start))
     target = partition.data.view(-1)
     if count < size:
         target[count:].zero_()

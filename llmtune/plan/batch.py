@@ -9,7 +9,7 @@ from llmtune.errors import ConfigError
 
 #: ``auto`` fills a micro-batch up to this many tokens; more rarely makes a GPU faster and always costs activations. A CPU
 #: gains nothing from large micro-batches and loses what they pad (SmolLM2-135M on 2 cores: 354 tokens/s at 2 rows, 316 at 8).
-AUTO_MICRO_BATCH_TOKENS = {"cuda": 8192, "cpu": 1024}
+AUTO_MICRO_BATCH_TOKENS = {"cuda": 32768, "cpu": 1024}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class BatchPlan:
         )
 
 
-def resolve_batch(config: TrainConfig, world_size: int, max_seq_length: int, accelerator: str) -> BatchPlan:
-    """Derive micro-batch and accumulation from the global batch.
+def batch_options(config: TrainConfig, world_size: int, max_seq_length: int, accelerator: str) -> list[BatchPlan]:
+    """Every way to reach the global batch that the config leaves open, largest micro-batch first.
 
     Raises:
         ConfigError: The numbers do not multiply up to ``train.global_batch_size``.
@@ -49,16 +49,17 @@ def resolve_batch(config: TrainConfig, world_size: int, max_seq_length: int, acc
                 f"train.per_device_train_batch_size={micro} x train.gradient_accumulation_steps={accumulation} x "
                 f"{world_size} rank(s) is not train.global_batch_size={rows}: leave one of them to auto"
             )
+        sizes = [micro]
     elif isinstance(accumulation, int):
         _check_divides("train.gradient_accumulation_steps", accumulation, rows, rows_per_rank, world_size)
-        micro = rows_per_rank // accumulation
+        sizes = [rows_per_rank // accumulation]
     elif isinstance(micro, int):
         _check_divides("train.per_device_train_batch_size", micro, rows, rows_per_rank, world_size)
+        sizes = [micro]
     else:
         limit = max(1, AUTO_MICRO_BATCH_TOKENS[accelerator] // max_seq_length)
-        micro = max(size for size in range(1, rows_per_rank + 1) if rows_per_rank % size == 0 and size <= limit)
-    assert isinstance(micro, int)
-    return BatchPlan(rows, micro, rows_per_rank // micro, world_size)
+        sizes = [size for size in range(rows_per_rank, 0, -1) if rows_per_rank % size == 0 and size <= limit]
+    return [BatchPlan(rows, size, rows_per_rank // size, world_size) for size in sizes]
 
 
 def _check_divides(key: str, value: int, rows: int, rows_per_rank: int, world_size: int) -> None:

@@ -1,7 +1,4 @@
-"""The plan as DeepSpeed's configuration dictionary, with nothing left to ``"auto"``.
-
-Bucket and prefetch sizes are in elements and follow the model: a decoder layer, a hidden-square matrix, an adapter.
-"""
+"""The plan as DeepSpeed's configuration dictionary, with nothing left to ``"auto"``."""
 
 from __future__ import annotations
 
@@ -9,19 +6,19 @@ from typing import Any
 
 from llmtune.config.schema import OptimConfig, Precision
 from llmtune.plan.batch import BatchPlan
-from llmtune.plan.memory import Placement
-from llmtune.plan.shape import ModelShape
+from llmtune.plan.placement import Placement
+from llmtune.plan.zero_sizes import ZeroSizes
 
 
 def to_deepspeed(
     placement: Placement,
     batch: BatchPlan,
-    shape: ModelShape,
+    sizes: ZeroSizes,
     optimizer: dict[str, Any],
     precision: Precision,
     max_grad_norm: float,
 ) -> dict[str, Any]:
-    """Everything that ``deepspeed.initialize`` needs."""
+    """Everything that ``deepspeed.initialize`` needs; ``nvme_path`` is filled in by :func:`with_nvme_path`."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.accumulation_steps,
@@ -29,14 +26,23 @@ def to_deepspeed(
         "gradient_clipping": float(max_grad_norm),
         "steps_per_print": 2**31,
         "optimizer": {"type": "AdamW", "params": optimizer},
-        "zero_optimization": _zero(placement, shape),
+        "zero_optimization": _zero(placement, sizes),
     }
+    if placement.uses_nvme:
+        config["aio"] = {
+            "block_size": sizes.aio.block_size,
+            "queue_depth": sizes.aio.queue_depth,
+            "intra_op_parallelism": sizes.aio.intra_op_parallelism,
+            "single_submit": False,
+            "overlap_events": True,
+            "use_gds": False,
+        }
     if precision is not Precision.fp32:
         config[precision.value] = {"enabled": True}
     return config
 
 
-def adamw_parameters(optim: OptimConfig, learning_rate: float, offload_optimizer: bool) -> dict[str, Any]:
+def adamw_parameters(optim: OptimConfig, learning_rate: float, placement: Placement) -> dict[str, Any]:
     """AdamW's settings in DeepSpeed's spelling."""
     params: dict[str, Any] = {
         "lr": learning_rate,
@@ -44,13 +50,29 @@ def adamw_parameters(optim: OptimConfig, learning_rate: float, offload_optimizer
         "eps": optim.eps,
         "weight_decay": optim.weight_decay,
     }
-    if not offload_optimizer:
+    if placement.optimizer == "none":
         # torch's AdamW resumes to the bit; DeepSpeed's CPU kernels keep beta^t as a running product and do not.
         params["torch_adam"] = True
     return params
 
 
-def _zero(placement: Placement, shape: ModelShape) -> dict[str, Any]:
+def with_nvme_path(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A copy whose NVMe sections point to ``folder``."""
+    zero = dict(config["zero_optimization"])
+    for section in ("offload_optimizer", "offload_param"):
+        if zero.get(section, {}).get("device") == "nvme":
+            zero[section] = {**zero[section], "nvme_path": folder}
+    return {**config, "zero_optimization": zero}
+
+
+def read_placement(config: dict[str, Any]) -> Placement:
+    """The placement that a dictionary of :func:`to_deepspeed` has."""
+    zero = config["zero_optimization"]
+    devices = [zero.get(section, {}).get("device", "none") for section in ("offload_optimizer", "offload_param")]
+    return Placement(int(zero["stage"]), *devices)
+
+
+def _zero(placement: Placement, sizes: ZeroSizes) -> dict[str, Any]:
     if placement.zero_stage == 0:
         return {"stage": 0}
     zero: dict[str, Any] = {
@@ -59,24 +81,36 @@ def _zero(placement: Placement, shape: ModelShape) -> dict[str, Any]:
         "reduce_scatter": True,
         # Races in overlapped reduction gave NaN gradients in the field; every peer ships it off below stage 3.
         "overlap_comm": placement.zero_stage == 3,
-        "reduce_bucket_size": min(shape.trainable_parameters, 500_000_000),
-        "allgather_bucket_size": min(shape.trainable_parameters, 500_000_000),
+        "reduce_bucket_size": sizes.reduce_bucket,
+        "allgather_bucket_size": sizes.allgather_bucket,
     }
-    if placement.offload_optimizer:
+    if placement.optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    elif placement.optimizer == "nvme":
+        zero["offload_optimizer"] = {
+            "device": "nvme",
+            "pin_memory": True,
+            "buffer_count": sizes.optimizer_buffers,
+            "fast_init": False,
+        }
     if placement.zero_stage < 3:
         return zero
     zero |= {
-        "reduce_bucket_size": max(shape.hidden_size**2, shape.largest_adapter_tensor, 1_000_000),
-        "sub_group_size": 100_000_000,
-        # A layer in use and the next one in flight; reuse between recomputation and its backward pass.
-        "stage3_max_live_parameters": 2 * shape.layer_parameters + shape.largest_tensor,
-        "stage3_max_reuse_distance": max(1_000_000_000, 2 * shape.layer_parameters),
-        "stage3_prefetch_bucket_size": max(shape.layer_parameters * 7 // 20, 1),
-        # Adapters stay on every rank: gathering them one by one is bound by latency, not by bytes.
-        "stage3_param_persistence_threshold": max(shape.largest_adapter_tensor, 10 * shape.hidden_size),
+        "sub_group_size": sizes.sub_group,
+        "stage3_max_live_parameters": sizes.max_live,
+        "stage3_max_reuse_distance": sizes.max_reuse_distance,
+        "stage3_prefetch_bucket_size": sizes.prefetch,
+        "stage3_param_persistence_threshold": sizes.persistence_threshold,
         "stage3_gather_16bit_weights_on_model_save": False,
     }
-    if placement.offload_param:
+    if placement.param == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    elif placement.param == "nvme":
+        zero["offload_param"] = {
+            "device": "nvme",
+            "pin_memory": True,
+            "buffer_count": sizes.param_buffers,
+            "buffer_size": sizes.param_buffer,
+            "max_in_cpu": sizes.max_in_cpu,
+        }
     return zero

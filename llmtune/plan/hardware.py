@@ -3,45 +3,117 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import shutil
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from llmtune.config.schema import Accelerator, HardwareConfig
 from llmtune.errors import MissingPrerequisiteError
+from llmtune.plan.cards import UNKNOWN, Card, find_card
 from llmtune.plan.units import format_bytes, parse_bytes
+
+#: Between the ranks of one CPU, through gloo on the loopback (measured on 2 cores: 0.7 to 1.3 GB/s).
+CPU_LINK_BANDWIDTH = 1e9
+#: A node's memory, two sockets of eight channels; of the 400 GB/s of the data sheet the optimizer reaches about this.
+SERVER_MEMORY_BANDWIDTH = 250e9
+CPU_MEMORY_BANDWIDTH = 15e9
+#: Eight adapters of 200 Gb/s.
+NETWORK_BANDWIDTH = 160e9
+#: Four drives of PCIe 4 under DeepNVMe (10 read, 5 written); one drive where a file is all that is known.
+NVME_READ_BANDWIDTH, NVME_WRITE_BANDWIDTH = 10e9, 5e9
+#: Share of the CPU's own matrix multiplication that a training step reaches (SmolLM2-135M on 2 cores).
+CPU_EFFICIENCY = 0.35
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One node."""
+    """One node, and how many of it. Bandwidths are bytes a second."""
 
     accelerator: str
     """``cuda`` or ``cpu``."""
     device_count: int
-    """Accelerators of the node; 1 for a CPU, whose ranks share one memory."""
+    """Accelerators of a node; 1 for a CPU, whose ranks share one memory."""
     device_memory_bytes: int
     """Memory of one accelerator; of the whole host for a CPU."""
     host_memory_bytes: int
-    """Memory of the node, as far as this process may use it."""
+    """Memory of a node, as far as this process may use it."""
+    nodes: int = 1
+    name: str = ""
+    nvme_bytes: int = 0
+    """Free space of a node's NVMe drives; 0 where no rung may use them."""
+    cpu_cores: int = 1
+    flops: float = 0.0
+    efficiency: float = 0.5
+    link_bandwidth: float = CPU_LINK_BANDWIDTH
+    pcie_bandwidth: float = CPU_MEMORY_BANDWIDTH
+    network_bandwidth: float = NETWORK_BANDWIDTH
+    host_memory_bandwidth: float = CPU_MEMORY_BANDWIDTH
+    nvme_read_bandwidth: float = NVME_READ_BANDWIDTH
+    nvme_write_bandwidth: float = NVME_WRITE_BANDWIDTH
 
     def describe(self) -> str:
         """One phrase for messages."""
+        nvme = f", NVMe {format_bytes(self.nvme_bytes)}" if self.nvme_bytes else ""
         if self.accelerator == "cpu":
-            return f"CPU with {format_bytes(self.host_memory_bytes)} of memory"
+            return f"CPU with {format_bytes(self.host_memory_bytes)} of memory{nvme}"
+        nodes = f"{self.nodes} x " if self.nodes > 1 else ""
+        name = f" {self.name}" if self.name else ""
         return (
-            f"{self.device_count} GPU(s) of {format_bytes(self.device_memory_bytes)}, "
-            f"host {format_bytes(self.host_memory_bytes)}"
+            f"{nodes}{self.device_count} GPU(s){name} of {format_bytes(self.device_memory_bytes)}, "
+            f"host {format_bytes(self.host_memory_bytes)}{nvme}"
         )
 
 
-def resolve_hardware(config: HardwareConfig) -> Hardware:
+def resolve_hardware(config: HardwareConfig, nvme_path: str | None = None, planning: bool = False) -> Hardware:
     """Fill what the config leaves open from this machine.
 
+    Args:
+        planning: Nothing will run here, so that hardware which is named need not be there.
+
     Raises:
-        MissingPrerequisiteError: CUDA was asked for and there is none.
+        MissingPrerequisiteError: CUDA was asked for and there is none, or ``offload.nvme_path`` cannot be used.
     """
+    named = planning and config.accelerator is Accelerator.cuda and config.gpu_memory_bytes is not None
+    hardware = _named(config) if named else _probed(config)
+    hardware = replace(hardware, nodes=config.nodes, **_given(config))
+    if nvme_path is not None and config.nvme_bytes is None:
+        folder = check_nvme_path(nvme_path)
+        hardware = replace(hardware, nvme_bytes=shutil.disk_usage(folder).free)
+    return hardware
+
+
+def check_nvme_path(nvme_path: str) -> Path:
+    """The folder, made where its parent is there.
+
+    Raises:
+        MissingPrerequisiteError: It cannot be made or written.
+    """
+    folder = Path(nvme_path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MissingPrerequisiteError(
+            f"offload.nvme_path={nvme_path}: {error.strerror}; name a folder on a local disk"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise MissingPrerequisiteError(f"offload.nvme_path={nvme_path}: not writable; name a folder on a local disk")
+    return folder
+
+
+def _named(config: HardwareConfig) -> Hardware:
+    """A machine from the config alone."""
+    memory = parse_bytes(config.gpu_memory_bytes, "hardware.gpu_memory_bytes")
+    card = find_card(config.gpu_name, memory) or UNKNOWN
+    host = config.host_memory_bytes
+    host_bytes = parse_bytes(host, "hardware.host_memory_bytes") if host is not None else probe_host_memory_bytes()
+    return _with_card(card, config.gpu_name or "", config.gpus_per_node or 1, memory, host_bytes)
+
+
+def _probed(config: HardwareConfig) -> Hardware:
     import torch
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -49,19 +121,69 @@ def resolve_hardware(config: HardwareConfig) -> Hardware:
     host = config.host_memory_bytes
     host_bytes = parse_bytes(host, "hardware.host_memory_bytes") if host is not None else probe_host_memory_bytes()
     if accelerator == "cpu":
-        return Hardware("cpu", 1, host_bytes, host_bytes)
+        cores = len(os.sched_getaffinity(0))
+        flops = config.gpu_flops or _measure_cpu_flops()
+        return Hardware(
+            "cpu", 1, host_bytes, host_bytes, name="CPU", cpu_cores=cores, flops=flops, efficiency=CPU_EFFICIENCY
+        )
     count = config.gpus_per_node or found
     if count > found:
         raise MissingPrerequisiteError(
             f"hardware.gpus_per_node={count}: this machine has {found} GPU(s); take hardware=probe to use what is there"
         )
+    properties = torch.cuda.get_device_properties(0)
     memory = config.gpu_memory_bytes
     device_bytes = (
-        parse_bytes(memory, "hardware.gpu_memory_bytes")
-        if memory is not None
-        else torch.cuda.get_device_properties(0).total_memory
+        parse_bytes(memory, "hardware.gpu_memory_bytes") if memory is not None else int(properties.total_memory)
     )
-    return Hardware("cuda", count, device_bytes, host_bytes)
+    name = config.gpu_name or properties.name
+    card = find_card(name, device_bytes) or UNKNOWN
+    hardware = _with_card(card, name, count, device_bytes, host_bytes)
+    hardware = replace(hardware, cpu_cores=len(os.sched_getaffinity(0)))
+    return hardware if count == 1 or has_nvlink() else replace(hardware, link_bandwidth=card.pcie_bandwidth)
+
+
+def _with_card(card: Card, name: str, count: int, memory: int, host_bytes: int) -> Hardware:
+    return Hardware(
+        accelerator="cuda",
+        device_count=count,
+        device_memory_bytes=memory,
+        host_memory_bytes=host_bytes,
+        name=name,
+        cpu_cores=8 * count,
+        flops=card.flops,
+        efficiency=card.efficiency,
+        link_bandwidth=card.link_bandwidth,
+        pcie_bandwidth=card.pcie_bandwidth,
+        host_memory_bandwidth=min(SERVER_MEMORY_BANDWIDTH, 40e9 * count),
+    )
+
+
+def _given(config: HardwareConfig) -> dict[str, Any]:
+    """What the config says about speeds and drives, by the names of :class:`Hardware`."""
+    given: dict[str, Any] = {
+        "nvme_bytes": config.nvme_bytes,
+        "link_bandwidth": config.gpu_link_bandwidth,
+        "pcie_bandwidth": config.pcie_bandwidth,
+        "network_bandwidth": config.network_bandwidth,
+        "host_memory_bandwidth": config.host_memory_bandwidth,
+        "nvme_read_bandwidth": config.nvme_read_bandwidth,
+        "nvme_write_bandwidth": config.nvme_write_bandwidth,
+    }
+    keys = {"link_bandwidth": "gpu_link_bandwidth"}
+    values: dict[str, Any] = {
+        name: parse_bytes(value, f"hardware.{keys.get(name, name)}")
+        for name, value in given.items()
+        if value is not None
+    }
+    for name, number in (
+        ("flops", config.gpu_flops),
+        ("efficiency", config.compute_efficiency),
+        ("cpu_cores", config.cpu_cores),
+    ):
+        if number is not None:
+            values[name] = number
+    return values
 
 
 def _accelerator(wanted: Accelerator, cuda_devices: int) -> str:
@@ -91,6 +213,39 @@ def probe_host_memory_bytes() -> int:
         if limit.isdigit():
             total = min(total, int(limit))
     return total
+
+
+def has_nvlink() -> bool:
+    """Whether the first GPU has an active NVLink, by NVML; True where NVML does not say."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        links = range(pynvml.NVML_NVLINK_MAX_LINKS)
+        return any(_link_is_active(pynvml, handle, link) for link in links)
+    except Exception:
+        return True
+
+
+def _link_is_active(pynvml: Any, handle: Any, link: int) -> bool:
+    try:
+        return bool(pynvml.nvmlDeviceGetNvLinkState(handle, link))
+    except pynvml.NVMLError:
+        return False
+
+
+def _measure_cpu_flops(size: int = 768, repeats: int = 4) -> float:
+    """bf16 operations a second of one matrix product on all threads; takes some hundredths of a second."""
+    import torch
+
+    a, b = torch.ones(2, size, size, dtype=torch.bfloat16)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
 
 
 def fp16_supported(accelerator: str) -> bool:

@@ -1,7 +1,8 @@
-"""What a rank needs, by category: ZeRO's states exactly, activations roughly.
+"""What a rank needs at its peak, by category, on the accelerator, the host and NVMe; and what a checkpoint takes on disk.
 
-States follow DeepSpeed 0.19's buffers (``runtime/zero/stage_1_and_2.py``, ``stage3.py``): weights and gradients in the
-training dtype, fp32 master weights and two fp32 Adam moments for what is trained.
+The accelerator's peak is the highest of three moments: the loss (all activations, logits), the backward pass of a layer (all
+activations, the layer's working set, gathered weights, gradients on their way), and the optimizer step. The categories add up
+to it: ``working_set`` and ``step`` count only what goes beyond what is free again by then.
 """
 
 from __future__ import annotations
@@ -9,96 +10,203 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from llmtune.config.schema import Precision
+from llmtune.plan.activations import ActivationBytes
+from llmtune.plan.hardware import Hardware
+from llmtune.plan.placement import Placement
 from llmtune.plan.shape import ModelShape
+from llmtune.plan.states import StateBytes, element_bytes
+from llmtune.plan.zero_sizes import ZeroSizes, partition_numel
+
+#: Share of a memory that a plan may fill; the rest is fragmentation, other processes, the operating system.
+USABLE_SHARE = 0.92
+
+#: CUDA context, NCCL's and cuBLAS' buffers of one rank.
+CUDA_RUNTIME_BYTES = 1_600_000_000
+#: Python, torch and the libraries in one rank's host memory: with CUDA's, and of a CPU rank (0.75 GB measured).
+HOST_RUNTIME_BYTES = {"cuda": 3_000_000_000, "cpu": 800_000_000}
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """What ZeRO partitions and where it keeps it."""
+class DeviceBytes:
+    """One rank's peak on its accelerator; the fields add up to it."""
 
-    zero_stage: int
-    offload_optimizer: bool
-    offload_param: bool
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    adapters: int = 0
+    activations: int = 0
+    logits: int = 0
+    buffers: int = 0
+    """Reduction buckets, resident small weights, the layer that is gathered."""
+    working_set: int = 0
+    step: int = 0
+    runtime: int = 0
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True, slots=True)
+class HostBytes:
+    """One rank's peak in its machine's memory, beside what a CPU counts as its accelerator."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    adapters: int = 0
+    buffers: int = 0
+    """Pinned buffers of the swapper."""
+    load: int = 0
+    """What loading has beyond the rest: below ZeRO 3 every rank reads the whole model."""
+    save: int = 0
+    """One tensor on its way to a file."""
+    runtime: int = 0
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(asdict(self).values())
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of one rank, by category."""
+    """Bytes of one rank, and of the whole run's checkpoint."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    buffers: int
-    host: int
-    """Bytes of the rank that live in host memory because of offload."""
+    device: DeviceBytes
+    host: HostBytes
+    nvme: int
+    nvme_written_per_step: int
+    checkpoint: int
+    """Files of one checkpoint of the whole run; states on NVMe are written into it, and not copied beside it."""
 
-    @property
-    def states(self) -> int:
-        """Weights, gradients, master weights and moments on the accelerator."""
-        return self.weights + self.gradients + self.optimizer
-
-    @property
-    def device(self) -> int:
-        """Bytes on the accelerator."""
-        return sum(asdict(self).values()) - self.host
+    @classmethod
+    def from_dict(cls, values: dict[str, dict[str, int]]) -> MemoryPlan:
+        """From plain values."""
+        rest = {key: int(value) for key, value in values.items() if key not in ("device", "host")}  # type: ignore[call-overload]
+        return cls(DeviceBytes(**values["device"]), HostBytes(**values["host"]), **rest)
 
 
-def element_bytes(precision: Precision) -> int:
-    """Bytes of one element of weights, activations and gradients."""
-    return 4 if precision is Precision.fp32 else 2
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One micro-batch, as memory sees it."""
+
+    activations: ActivationBytes
+    eval_logits: int
+    """Of one evaluation batch."""
+    accelerator: str
 
 
 def estimate_memory(
     shape: ModelShape,
     placement: Placement,
+    sizes: ZeroSizes,
+    states: StateBytes,
     precision: Precision,
     world_size: int,
-    micro_batch_tokens: int,
-    gradient_checkpointing: bool,
+    work: Workload,
 ) -> MemoryPlan:
-    """Peak bytes of one rank.
-
-    Args:
-        micro_batch_tokens: Rows of a micro-batch times the longest row.
-    """
+    """Peak bytes of one rank."""
     size = element_bytes(precision)
-    stage, trainable = placement.zero_stage, shape.trainable_parameters
-    total = shape.parameters + (trainable if trainable < shape.parameters else 0)
-    weights = size * total // (world_size if stage == 3 else 1)
-    gradients = size * trainable // (world_size if stage >= 2 else 1)
-    # fp32 without ZeRO has no separate master copy.
-    state_bytes = 8 if precision is Precision.fp32 and stage == 0 else 12
-    optimizer = state_bytes * trainable // (world_size if stage >= 1 else 1)
-    # Gathered layers (this one and the next) under ZeRO 3; fp32 gradient of one sub-group at the step otherwise.
-    buffers = (
-        size * 2 * (shape.layer_parameters + shape.largest_tensor) if stage == 3 else min(4 * trainable, 2 * 10**9)
+    at_loss, at_layer = gathered_bytes(shape, placement, sizes, size)
+    unpacked = size * max((tensor.numel for tensor in shape.tensors if tensor.quantized), default=0)
+    saved = work.activations.saved
+    logits = max(work.activations.logits, work.eval_logits - saved)
+    buffers = states.buckets.device + at_loss
+    backward = work.activations.working + states.backward + at_layer + unpacked
+    working_set = max(0, backward - logits - at_loss)
+    step = max(0, states.step - saved - logits - at_loss - working_set)
+    device = DeviceBytes(
+        weights=states.weights.device,
+        gradients=states.gradients.device,
+        optimizer=states.optimizer.device,
+        adapters=states.adapters.device,
+        activations=saved,
+        logits=logits,
+        buffers=buffers,
+        working_set=working_set,
+        step=step,
+        runtime=CUDA_RUNTIME_BYTES if work.accelerator == "cuda" else 0,
     )
-    host = 0
-    if placement.offload_optimizer:
-        # DeepSpeed holds an fp32 gradient beside master and moments on the host.
-        host += optimizer + 4 * trainable // world_size + gradients
-        optimizer = gradients = 0
-    if placement.offload_param:
-        host += weights
-        weights = 0
+    total = states.total
     return MemoryPlan(
+        device=device,
+        host=_host_bytes(shape, placement, states, size, world_size, work.accelerator),
+        nvme=total.nvme,
+        nvme_written_per_step=states.nvme_written_per_step,
+        checkpoint=checkpoint_bytes(shape, size),
+    )
+
+
+def gathered_bytes(shape: ModelShape, placement: Placement, sizes: ZeroSizes, size: int) -> tuple[int, int]:
+    """Whole weights that stage 3 has gathered: at the loss head and last layer, inside a layer it and what is prefetched."""
+    if placement.zero_stage < 3:
+        return 0, 0
+    at_loss = size * (shape.head_parameters + shape.layer_parameters)
+    at_layer = size * (shape.layer_parameters + 2 * sizes.prefetch)
+    return at_loss, max(at_layer, size * shape.largest_tensor)
+
+
+def checkpoint_bytes(shape: ModelShape, size: int) -> int:
+    """Model or adapter in the training dtype, and fp32 master weights and two moments of what is trained."""
+    model = shape.adapter_parameters or shape.parameters
+    return size * model + 12 * shape.trainable_parameters
+
+
+def _host_bytes(
+    shape: ModelShape, placement: Placement, states: StateBytes, size: int, world_size: int, accelerator: str
+) -> HostBytes:
+    # torch's allocator of pinned memory rounds a block up to a power of two.
+    round_up = _power_of_two if accelerator == "cuda" else int
+    gradients = round_up(states.gradients.host)
+    weights = round_up(states.weights.host) if shape.adapter_parameters == 0 else states.weights.host
+    standing = weights + gradients + states.optimizer.host + states.adapters.host + states.buckets.host
+    # A CPU counts the weights as its accelerator's; loading has them once more while they are cast or flattened.
+    whole = (
+        size * shape.parameters
+        if placement.zero_stage < 3
+        else size * partition_numel(shape.largest_tensor, world_size)
+    )
+    if accelerator == "cpu":
+        whole = 0 if placement.zero_stage in (0, 3) else whole
+        standing += states.optimizer.device + states.gradients.device
+    return HostBytes(
         weights=weights,
         gradients=gradients,
-        optimizer=optimizer,
-        activations=activation_bytes(shape, micro_batch_tokens, size, gradient_checkpointing),
-        logits=micro_batch_tokens * shape.vocab_size * (size + 12),
-        buffers=buffers,
-        host=host,
+        optimizer=states.optimizer.host,
+        adapters=states.adapters.host,
+        buffers=states.buckets.host,
+        load=max(0, whole - standing),
+        save=4 * partition_numel(shape.largest_tensor, world_size) + size * shape.largest_tensor
+        if placement.zero_stage == 3
+        else 0,
+        runtime=HOST_RUNTIME_BYTES[accelerator],
     )
 
 
-def activation_bytes(shape: ModelShape, tokens: int, size: int, gradient_checkpointing: bool) -> int:
-    """Saved activations: a layer's inner tensors for one layer (checkpointing) or all, plus each layer's input.
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length() if count > 0 else 0
 
-    The per-layer sum ``10 hidden + 5 intermediate`` is fitted to the 434 kB a token measured for a Llama-3-70B layer.
-    """
-    inner = (10 * shape.hidden_size + 5 * shape.intermediate_size) * size * tokens
-    inputs = shape.hidden_size * size * tokens * shape.layers
-    return inputs + inner if gradient_checkpointing else inner * shape.layers
+
+def fits(memory: MemoryPlan, hardware: Hardware, ranks_on_node: int) -> str | None:
+    """None where it fits, or what is missing, by how much."""
+    from llmtune.plan.units import format_bytes
+
+    host = memory.host.total * ranks_on_node
+    problems = []
+    if hardware.accelerator == "cpu":
+        # Device and host are one pool that all ranks share.
+        needs = {"memory": (host + memory.device.total * ranks_on_node, hardware.host_memory_bytes)}
+    else:
+        needs = {
+            "GPU memory": (memory.device.total, hardware.device_memory_bytes),
+            "host memory": (host, hardware.host_memory_bytes),
+        }
+    for name, (needed, has) in needs.items():
+        if needed > USABLE_SHARE * has:
+            problems.append(f"{name}: needs {format_bytes(needed)} of {format_bytes(USABLE_SHARE * has)}")
+    if memory.nvme * ranks_on_node > USABLE_SHARE * hardware.nvme_bytes:
+        swap = format_bytes(memory.nvme * ranks_on_node)
+        problems.append(f"NVMe: needs {swap} of {format_bytes(USABLE_SHARE * hardware.nvme_bytes)}")
+    return "; ".join(problems) or None

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llmtune.config.schema import Config, OffloadDevice, Precision, ScheduleConfig, TrainConfig, TunerKind
+from llmtune.config.schema import Config, Precision, ScheduleConfig, TrainConfig, TunerKind
 from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
-from llmtune.plan.batch import BatchPlan, resolve_batch
-from llmtune.plan.deepspeed import adamw_parameters, to_deepspeed
+from llmtune.plan.advice import smallest_change
+from llmtune.plan.batch import BatchPlan
+from llmtune.plan.deepspeed import adamw_parameters, to_deepspeed, with_nvme_path
 from llmtune.plan.hardware import Hardware, fp16_supported, resolve_hardware
+from llmtune.plan.ladder import Candidate, Ladder, build_ladder
 from llmtune.plan.learning_rate import resolve_learning_rate
-from llmtune.plan.memory import MemoryPlan, Placement, activation_bytes, element_bytes, estimate_memory
+from llmtune.plan.memory import USABLE_SHARE, MemoryPlan
+from llmtune.plan.placement import Placement
+from llmtune.plan.raw_keys import merge_raw
 from llmtune.plan.shape import ModelShape, resolve_shape
 from llmtune.plan.units import format_bytes, format_count
-
-#: Share of a memory that a plan may fill; the rest is fragmentation, the CUDA context, the operating system.
-USABLE_SHARE = 0.92
 
 #: Up to this length eager attention is the faster one on a CPU (SmolLM2-135M, 8 x 128 tokens on 2 cores: 419 against 316
 #: tokens/s), and its quadratic memory is small.
@@ -35,6 +36,8 @@ class Plan:
     placement: Placement
     batch: BatchPlan
     memory: MemoryPlan
+    tokens_per_second: float
+    """Predicted, for full rows."""
     gradient_checkpointing: bool
     attn_implementation: str
     learning_rate: float
@@ -44,24 +47,23 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for ``plan.json`` and for the ranks."""
-        return asdict(self)
+        values = asdict(self)
+        # Hundreds of tensors that only planning needs.
+        del values["shape"]["tensors"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         """The inverse of :meth:`to_dict`."""
-        return cls(
-            world_size=values["world_size"],
-            hardware=Hardware(**values["hardware"]),
-            shape=ModelShape(**values["shape"]),
-            placement=Placement(**values["placement"]),
-            batch=BatchPlan(**values["batch"]),
-            memory=MemoryPlan(**values["memory"]),
-            gradient_checkpointing=values["gradient_checkpointing"],
-            attn_implementation=values["attn_implementation"],
-            learning_rate=values["learning_rate"],
-            deepspeed=values["deepspeed"],
-            notes=tuple(values["notes"]),
-        )
+        parts = {
+            "hardware": Hardware(**values["hardware"]),
+            "shape": ModelShape(**values["shape"]),
+            "placement": Placement(**values["placement"]),
+            "batch": BatchPlan(**values["batch"]),
+            "memory": MemoryPlan.from_dict(values["memory"]),
+            "notes": tuple(values["notes"]),
+        }
+        return cls(**{**values, **parts})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,45 +83,107 @@ class StepsPlan:
 
 
 def resolve_plan(config: Config, world_size: int | None = None) -> Plan:
-    """Derive the plan and check that it fits.
+    """The plan of the ladder's choice.
 
     Args:
         world_size: Ranks that a foreign launcher started; without it, what config and hardware say.
 
     Raises:
         ConfigError: Numbers contradict each other.
-        DoesNotFitError: The estimate is more than the hardware has.
+        DoesNotFitError: No rung fits.
         MissingPrerequisiteError: CUDA or the model's configuration is missing.
     """
-    hardware = resolve_hardware(config.hardware)
-    if config.precision is Precision.fp16 and not fp16_supported(hardware.accelerator):
-        raise MissingPrerequisiteError("precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32")
+    ladder = resolve_ladder(config, world_size)
+    if ladder.chosen is None:
+        raise DoesNotFitError(describe_misfit(config, ladder))
+    return plan_candidate(config, ladder, ladder.chosen, world_size is not None)
+
+
+def resolve_ladder(config: Config, world_size: int | None = None, planning: bool = False) -> Ladder:
+    """Every rung of this job.
+
+    Args:
+        planning: Nothing will run here: hardware that is named need not be there, and neither need the model be trainable.
+
+    Raises:
+        As :func:`resolve_plan`, but for a job that does not fit.
+    """
+    hardware = resolve_hardware(config.hardware, config.offload.nvme_path, planning)
+    if not planning:
+        _check_trainable(config, hardware, world_size)
+        if config.offload.nvme_path is None:
+            # hardware.nvme_bytes alone is for planning.
+            hardware = replace(hardware, nvme_bytes=0)
     world = world_size or _resolve_world_size(config, hardware)
-    batch = resolve_batch(config.train, world, config.data.max_seq_length, hardware.accelerator)
     shape = resolve_shape(config.model, config.tuner)
-    notes = [f"ranks: {world} ({_world_origin(config, world_size)})"]
-    checkpointing = _resolve_checkpointing(config, hardware, shape, batch, notes)
-    placement, memory = _resolve_placement(config, hardware, shape, batch, checkpointing, notes)
-    rate = resolve_learning_rate(config.optim, config.tuner.kind, shape.parameters, notes)
-    optimizer = adamw_parameters(config.optim, rate, placement.offload_optimizer)
-    deepspeed = to_deepspeed(placement, batch, shape, optimizer, config.precision, config.train.max_grad_norm)
+    if not planning and not shape.causal:
+        raise ConfigError(
+            f"model.name_or_path={config.model.name_or_path}: no causal language model; it can be planned only"
+        )
+    return build_ladder(config, hardware, shape, world, resolve_attention(config, hardware.accelerator))
+
+
+def plan_candidate(config: Config, ladder: Ladder, candidate: Candidate, launched: bool = False) -> Plan:
+    """The frozen numbers of one candidate of the ladder."""
+    notes = [f"ranks: {ladder.world_size} ({_world_origin(config, launched)})"]
+    rate = resolve_learning_rate(config.optim, config.tuner.kind, ladder.shape.parameters, notes)
+    notes += _describe_choice(config, ladder, candidate)
+    optimizer = adamw_parameters(config.optim, rate, candidate.placement)
+    planned = to_deepspeed(
+        candidate.placement, candidate.batch, candidate.sizes, optimizer, config.precision, config.train.max_grad_norm
+    )
     return Plan(
-        world_size=world,
-        hardware=hardware,
-        shape=shape,
-        placement=placement,
-        batch=batch,
-        memory=memory,
-        gradient_checkpointing=checkpointing,
-        attn_implementation=resolve_attention(config, hardware.accelerator),
+        world_size=ladder.world_size,
+        hardware=ladder.hardware,
+        shape=ladder.shape,
+        placement=candidate.placement,
+        batch=candidate.batch,
+        memory=candidate.memory,
+        tokens_per_second=candidate.speed.tokens_per_second,
+        gradient_checkpointing=candidate.gradient_checkpointing,
+        attn_implementation=ladder.attn_implementation,
         learning_rate=rate,
-        deepspeed=deepspeed,
+        deepspeed=merge_raw(planned, config.zero.deepspeed),
         notes=tuple(notes),
     )
 
 
+def with_nvme(plan: Plan, folder: str) -> Plan:
+    """The plan with a folder for what is swapped."""
+    return replace(plan, deepspeed=with_nvme_path(plan.deepspeed, folder))
+
+
+def with_changes(ladder: Ladder) -> Any:
+    """A function that plans the same job for changed config or hardware."""
+
+    def build(config: Config, hardware: Hardware) -> Ladder:
+        world = ladder.world_size * hardware.nodes // ladder.hardware.nodes
+        rows = config.train.global_batch_size
+        if rows % world:
+            config = replace(config, train=replace(config.train, global_batch_size=math.ceil(rows / world) * world))
+        shape = ladder.shape if config.tuner.kind is TunerKind.full else resolve_shape(config.model, config.tuner)
+        return build_ladder(config, hardware, shape, world, ladder.attn_implementation)
+
+    return build
+
+
+def describe_misfit(config: Config, ladder: Ladder) -> str:
+    """What is missing on every rung, and the smallest change that would do."""
+    shape = ladder.shape
+    tuner = "full fine-tuning" if config.tuner.kind is TunerKind.full else f"LoRA r={config.tuner.lora_r}"
+    lines = [
+        f"{config.model.name_or_path} does not fit: {format_count(shape.parameters)} parameters, {tuner} "
+        f"({format_count(shape.trainable_parameters)} trainable), {ladder.world_size} rank(s), {config.precision.value}, "
+        f"rows of {config.data.max_seq_length} tokens",
+        f"  has            {ladder.hardware.describe()}, of which {USABLE_SHARE:.0%} may be planned",
+    ]
+    lines += [f"  {rung.name:<14} {rung.reason}" for rung in ladder.rungs]
+    lines.append(f"Try: {smallest_change(config, ladder, with_changes(ladder))}")
+    return "\n".join(lines)
+
+
 def resolve_attention(config: Config, accelerator: str) -> str:
-    """The attention that is asked for, or the faster one: torch's fused CPU kernel loses to plain matrices on short rows."""
+    """The kernel asked for, or the one that is fast here."""
     wanted = config.model.attn_implementation
     if wanted != "auto":
         return wanted
@@ -150,7 +214,9 @@ def resolve_steps(train: TrainConfig, schedule: ScheduleConfig, rows: int) -> St
 def _resolve_world_size(config: Config, hardware: Hardware) -> int:
     wanted = config.launch.nproc
     if wanted is None:
-        return hardware.device_count
+        return hardware.device_count * hardware.nodes
+    if hardware.nodes > 1:
+        raise ConfigError(f"launch.nproc={wanted}: with hardware.nodes={hardware.nodes} leave it out")
     if hardware.accelerator == "cuda" and wanted > hardware.device_count:
         raise ConfigError(f"launch.nproc={wanted}: there are {hardware.device_count} GPU(s)")
     cores = os.cpu_count() or 1
@@ -159,98 +225,36 @@ def _resolve_world_size(config: Config, hardware: Hardware) -> int:
     return wanted
 
 
-def _world_origin(config: Config, launched: int | None) -> str:
+def _world_origin(config: Config, launched: bool) -> str:
     if launched:
         return "from the launcher"
     return "launch.nproc" if config.launch.nproc else "one a GPU, or one on a CPU"
 
 
-def _resolve_checkpointing(
-    config: Config, hardware: Hardware, shape: ModelShape, batch: BatchPlan, notes: list[str]
-) -> bool:
-    wanted = config.train.gradient_checkpointing
-    if isinstance(wanted, bool):
-        return wanted
-    tokens = batch.micro_batch_size * config.data.max_seq_length
-    ranks_on_device = batch.world_size if hardware.accelerator == "cpu" else 1
-    saved = activation_bytes(shape, tokens, element_bytes(config.precision), gradient_checkpointing=False)
-    needed = saved * ranks_on_device > 0.3 * hardware.device_memory_bytes
-    notes.append(
-        f"gradient checkpointing: {'on' if needed else 'off'} (activations would take about {format_bytes(saved)} a rank)"
-    )
-    return needed
+def _check_trainable(config: Config, hardware: Hardware, world_size: int | None) -> None:
+    """What can be planned but not run here."""
+    if config.precision is Precision.fp16 and not fp16_supported(hardware.accelerator):
+        raise MissingPrerequisiteError("precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32")
+    if config.tuner.kind is TunerKind.qlora:
+        raise ConfigError("tuner=qlora can be planned, not trained yet: take tuner=lora")
+    if hardware.nodes > 1 and world_size is None:
+        raise ConfigError(
+            f"hardware.nodes={hardware.nodes}: llmtune starts the ranks of one machine; start several with torchrun "
+            "scripts/train.py, or take hardware.nodes=1"
+        )
 
 
-def _resolve_placement(
-    config: Config, hardware: Hardware, shape: ModelShape, batch: BatchPlan, checkpointing: bool, notes: list[str]
-) -> tuple[Placement, MemoryPlan]:
-    """The stage asked for, or the lowest that fits; an estimate above the hardware is refused."""
-    offload_optimizer = config.offload.optimizer is not OffloadDevice.none
-    offload_param = config.offload.param is not OffloadDevice.none
-    stages = (0, 1, 2, 3) if config.zero.stage == "auto" else (int(config.zero.stage),)
-    lowest = 3 if offload_param else 1 if offload_optimizer else 0
-    tokens = batch.micro_batch_size * config.data.max_seq_length
-    memory = None
-    for stage in (stage for stage in stages if stage >= lowest):
-        placement = Placement(stage, offload_optimizer, offload_param)
-        memory = estimate_memory(shape, placement, config.precision, batch.world_size, tokens, checkpointing)
-        if _fits(memory, hardware, placement, batch.world_size):
-            if config.zero.stage == "auto":
-                notes.append(f"ZeRO stage: {stage} (the lowest that fits)")
-            return placement, memory
-    assert memory is not None
-    raise DoesNotFitError(_does_not_fit(config, hardware, shape, batch, memory, stages[-1]))
-
-
-def _fits(memory: MemoryPlan, hardware: Hardware, placement: Placement, world_size: int) -> bool:
-    if hardware.accelerator == "cpu":
-        # Device and host are one pool that all ranks share.
-        return (memory.device + memory.host) * world_size <= USABLE_SHARE * hardware.host_memory_bytes
-    # Below ZeRO 3 each rank reads the whole model into host memory before DeepSpeed moves it.
-    loading = memory.weights if placement.zero_stage < 3 else 0
-    return (
-        memory.device <= USABLE_SHARE * hardware.device_memory_bytes
-        and max(memory.host, loading) * world_size <= USABLE_SHARE * hardware.host_memory_bytes
-    )
-
-
-def _does_not_fit(
-    config: Config, hardware: Hardware, shape: ModelShape, batch: BatchPlan, memory: MemoryPlan, stage: int
-) -> str:
-    parts = {name: value for name, value in asdict(memory).items() if value}
-    if hardware.accelerator == "cpu":
-        needed, has = (memory.device + memory.host) * batch.world_size, hardware.host_memory_bytes
-    elif memory.device > USABLE_SHARE * hardware.device_memory_bytes:
-        needed, has = memory.device, hardware.device_memory_bytes
-    else:
-        needed, has = max(memory.host, memory.weights) * batch.world_size, hardware.host_memory_bytes
-    tuner = f"LoRA r={config.tuner.lora_r}" if config.tuner.kind is TunerKind.lora else "full fine-tuning"
-    tokens = batch.micro_batch_size * config.data.max_seq_length
-    eight = estimate_memory(shape, Placement(3, False, False), config.precision, 8, tokens, True)
-    lines = [
-        f"{config.model.name_or_path} does not fit: {format_count(shape.parameters)} parameters, {tuner} "
-        f"({format_count(shape.trainable_parameters)} trainable), ZeRO {stage}, {batch.world_size} rank(s), "
-        f"{config.precision.value}",
-        f"  needs   about {format_bytes(needed)}: "
-        + ", ".join(f"{name} {format_bytes(value)}" for name, value in parts.items()),
-        f"  has     {hardware.describe()}, of which {USABLE_SHARE:.0%} may be planned",
-        f"  missing {format_bytes(needed - USABLE_SHARE * has)}",
-        f"On 8 GPUs under ZeRO 3 with gradient checkpointing each needs about {format_bytes(eight.device)}.",
-        "Try: " + "; ".join(_advice(config, hardware, batch)),
-    ]
-    return "\n".join(lines)
-
-
-def _advice(config: Config, hardware: Hardware, batch: BatchPlan) -> list[str]:
-    advice = []
-    if config.tuner.kind is TunerKind.full:
-        advice.append("tuner=lora")
-    if config.zero.stage not in (3, "auto") and batch.world_size > 1:
-        advice.append("zero=3")
-    if hardware.accelerator == "cuda" and config.offload.param is OffloadDevice.none:
-        advice.append("zero=3 offload=cpu")
-    if batch.micro_batch_size > 1:
-        advice.append("train.per_device_train_batch_size=1")
-    if config.train.gradient_checkpointing is False:
-        advice.append("train.gradient_checkpointing=true")
-    return [*advice, "a smaller model (model=llama3_8b, model=smollm2_135m)", "more or larger GPUs"]
+def _describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> list[str]:
+    """Where placement, micro-batch and checkpointing came from."""
+    notes = []
+    if config.zero.stage == "auto" or config.offload.optimizer.value == "auto":
+        others = [rung.name for rung in ladder.rungs if rung.candidate and rung.candidate.fits]
+        fitting = "the only one that fits" if len(others) < 2 else f"the fastest of {len(others)} that fit"
+        notes.append(f"placement: {candidate.placement.rung}, ZeRO {candidate.placement.zero_stage} ({fitting})")
+    if config.train.gradient_checkpointing == "auto":
+        state = "on" if candidate.gradient_checkpointing else "off"
+        saved = format_bytes(candidate.memory.device.activations)
+        notes.append(f"gradient checkpointing: {state} (activations of a micro-batch: {saved} a rank)")
+    if ladder.activations_origin != "traced":
+        notes.append("activations: a rough estimate, because this architecture could not be traced")
+    return notes

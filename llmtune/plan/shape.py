@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +17,59 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorShape:
+    """One parameter, in the order in which the model names them."""
+
+    name: str
+    numel: int
+    trained: bool
+    vector: bool
+    """One-dimensional: norms and biases, which have a parameter group of their own."""
+    adapter: bool = False
+    quantized: bool = False
+    """Stored as 4-bit NF4."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """Counts are in elements."""
 
     parameters: int
     """Of the model, without adapters; tied weights once."""
     trainable_parameters: int
+    adapter_parameters: int
+    """0 for full fine-tuning."""
+    embedding_parameters: int
+    """Of input embeddings and head; once where they are tied."""
+    tied: bool
+    head_parameters: int
+    """Of the output projection, tied or not; 0 where the model has none."""
+    matrix_parameters: int
+    """Weights that a token is multiplied with, active experts only: all matrices but the input embeddings, and the head."""
     largest_tensor: int
     largest_adapter_tensor: int
-    """0 for full fine-tuning."""
     layer_parameters: int
-    """Of one decoder layer."""
+    """Of the largest layer, adapters included."""
     hidden_size: int
     intermediate_size: int
     layers: int
     vocab_size: int
+    attention_width: int
+    """Heads times head size: what attention costs per pair of positions."""
+    causal: bool = True
+    """Whether llmtune can train it: other architectures can be planned only."""
+    tensors: tuple[TensorShape, ...] = field(default=(), repr=False)
+    """Empty in a plan that was read back from a file."""
+
+    @property
+    def frozen_parameters(self) -> int:
+        """What is kept as it is."""
+        return self.parameters + self.adapter_parameters - self.trainable_parameters
+
+    @property
+    def quantized_parameters(self) -> int:
+        """What is stored in 4 bits."""
+        return sum(tensor.numel for tensor in self.tensors if tensor.quantized)
 
 
 def load_architecture(config: ModelConfig) -> PretrainedConfig:
@@ -77,20 +115,27 @@ def unreachable_model(name: str, error: BaseException) -> str:
     )
 
 
-def build_meta_model(architecture: PretrainedConfig, trust_remote_code: bool = False) -> nn.Module:
-    """The model with all its tensors on the meta device.
+def build_meta_model(architecture: PretrainedConfig, trust_remote_code: bool = False) -> tuple[nn.Module, bool]:
+    """The model with all its tensors on the meta device, and whether it is a causal language model.
 
     Raises:
-        ConfigError: The architecture is no causal language model, or its numbers contradict each other.
+        ConfigError: transformers cannot build it, or its numbers contradict each other.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(architecture, trust_remote_code=trust_remote_code)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise ConfigError(f"model.config: {str(error).splitlines()[0]}") from error
+    reason = ""
+    for kind in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"):
+        try:
+            with torch.device("meta"):
+                model = getattr(transformers, kind).from_config(architecture, trust_remote_code=trust_remote_code)
+        except (ValueError, RuntimeError, TypeError) as error:
+            reason = reason or str(error).splitlines()[0]
+            if "Unrecognized configuration class" not in str(error):
+                break
+        else:
+            return model, kind == "AutoModelForCausalLM"
+    raise ConfigError(f"model.config: {reason}")
 
 
 def resolve_shape(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
@@ -100,24 +145,83 @@ def resolve_shape(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         ConfigError: ``tuner.target_modules`` matches nothing.
     """
     architecture = load_architecture(config)
-    model = build_meta_model(architecture, config.trust_remote_code)
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    adapters = _adapter_sizes(model, tuner) if tuner.kind is TunerKind.lora else []
+    meta_model, causal = build_meta_model(architecture, config.trust_remote_code)
+    model: Any = meta_model
+    full = tuner.kind is TunerKind.full
+    adapters = {} if full else _adapter_sizes(model, tuner)
+    tensors = _tensors(model, adapters, full, tuner)
     numbers: Any = architecture.get_text_config()
-    hidden = int(getattr(numbers, "hidden_size", 0))
-    layers = int(getattr(numbers, "num_hidden_layers", 1))
-    embeddings = sum(p.numel() for p in {*_embedding_parameters(model)})
+    hidden = int(getattr(numbers, "hidden_size", 0) or getattr(numbers, "d_model", 0))
+    layers = max(1, int(getattr(numbers, "num_hidden_layers", 1)))
+    heads = int(getattr(numbers, "num_attention_heads", 0) or 1)
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and inputs is not None and head.weight is inputs.weight
+    base = [tensor for tensor in tensors if not tensor.adapter]
     return ModelShape(
-        parameters=sum(sizes),
-        trainable_parameters=sum(adapters) if adapters else sum(sizes),
-        largest_tensor=max(sizes),
-        largest_adapter_tensor=max(adapters, default=0),
-        layer_parameters=(sum(sizes) - embeddings) // max(layers, 1),
+        parameters=sum(tensor.numel for tensor in base),
+        trainable_parameters=sum(tensor.numel for tensor in tensors if tensor.trained),
+        adapter_parameters=sum(tensor.numel for tensor in tensors if tensor.adapter),
+        embedding_parameters=sum(parameter.numel() for parameter in set(_embedding_parameters(model))),
+        tied=tied,
+        head_parameters=head.weight.numel() if head is not None else 0,
+        matrix_parameters=_matrix_parameters(model, numbers),
+        largest_tensor=max(tensor.numel for tensor in base),
+        largest_adapter_tensor=max((tensor.numel for tensor in tensors if tensor.adapter), default=0),
+        layer_parameters=_largest_layer(model, adapters),
         hidden_size=hidden,
         intermediate_size=int(getattr(numbers, "intermediate_size", None) or 4 * hidden),
         layers=layers,
         vocab_size=int(getattr(numbers, "vocab_size", 0)),
+        attention_width=heads * int(getattr(numbers, "head_dim", None) or hidden // heads),
+        causal=causal,
+        tensors=tuple(tensors),
     )
+
+
+def _tensors(model: Any, adapters: dict[str, tuple[int, int]], full: bool, tuner: TunerConfig) -> list[TensorShape]:
+    """The parameters as peft's model names them: an adapted layer's own weight, then ``lora_A``, then ``lora_B``."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    kept = {id(p) for module in (model.get_input_embeddings(), head) if module is not None for p in module.parameters()}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - kept
+    found = []
+    for name, parameter in model.named_parameters():
+        quantized = tuner.kind is TunerKind.qlora and id(parameter) in linear
+        found.append(TensorShape(name, parameter.numel(), full, parameter.dim() <= 1, quantized=quantized))
+        owner = name.removesuffix(".weight")
+        if name.endswith(".weight") and owner in adapters:
+            for matrix, numel in zip("AB", adapters[owner], strict=True):
+                found.append(TensorShape(f"{owner}.lora_{matrix}.default.weight", numel, True, False, adapter=True))
+    return found
+
+
+def _matrix_parameters(model: Any, numbers: Any) -> int:
+    """Weights that take part in a token's forward pass; of experts only the share that is routed to."""
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = {id(p) for p in inputs.parameters()} if inputs is not None else set()
+    experts = int(getattr(numbers, "num_local_experts", None) or getattr(numbers, "num_experts", None) or 0)
+    share = int(getattr(numbers, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
+    total = float(head.weight.numel()) if head is not None and id(head.weight) in embedding else 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in embedding:
+            total += parameter.numel() * (share if ".experts." in name else 1.0)
+    return round(total)
+
+
+def _largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
+    """Parameters of the largest of the repeated blocks: the children of the module list that holds most."""
+    from torch import nn
+
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return sum(parameter.numel() for parameter in model.parameters())
+    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    sizes = []
+    for index, block in enumerate(blocks):
+        own = sum(sum(sizes) for owner, sizes in adapters.items() if owner.startswith(f"{name}.{index}."))
+        sizes.append(own + sum(parameter.numel() for parameter in block.parameters()))
+    return max(sizes)
 
 
 def _embedding_parameters(model: Any) -> list[nn.Parameter]:
@@ -125,14 +229,14 @@ def _embedding_parameters(model: Any) -> list[nn.Parameter]:
     return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
 
-def _adapter_sizes(model: Any, tuner: TunerConfig) -> list[int]:
-    """Elements of each LoRA matrix: ``r x in`` and ``out x r`` for every adapted linear layer."""
+def _adapter_sizes(model: Any, tuner: TunerConfig) -> dict[str, tuple[int, int]]:
+    """Adapted layer -> elements of its LoRA matrices, ``r x in`` and ``out x r``."""
     from torch import nn
 
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings()
     if tuner.target_modules == "all-linear":
-        adapted = [module for module in linear.values() if module is not head]
+        adapted = [name for name, module in linear.items() if module is not head]
     else:
         endings = list(tuner.target_modules)
         matched = {e: [n for n in linear if n == e or n.endswith(f".{e}")] for e in endings}
@@ -140,5 +244,7 @@ def _adapter_sizes(model: Any, tuner: TunerConfig) -> list[int]:
         if nothing:
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise ConfigError(f"tuner.target_modules: {nothing} matches no linear layer; the model has {known}")
-        adapted = [linear[name] for name in sorted({name for names in matched.values() for name in names})]
-    return [tuner.lora_r * size for module in adapted for size in (module.in_features, module.out_features)]
+        chosen = {name for names in matched.values() for name in names}
+        adapted = [name for name in linear if name in chosen]
+    rank = tuner.lora_r
+    return {name: (rank * linear[name].in_features, rank * linear[name].out_features) for name in adapted}

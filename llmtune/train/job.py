@@ -64,7 +64,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag)
     evaluator = HeldOutLoss(
         module,
         open_rows(request.data, "eval") if request.data.eval else None,
-        config.train.per_device_eval_batch_size,
+        eval_batch_size(request),
         pad_token_id,
         config.train.eval_max_rows,
     )
@@ -95,8 +95,15 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag)
     )
 
 
+def eval_batch_size(request: RunRequest) -> int:
+    """Rows of an evaluation's forward pass: what is set, or the micro-batch that the plan found room for."""
+    rows = request.config.train.per_device_eval_batch_size
+    return rows if isinstance(rows, int) else request.plan.batch.micro_batch_size
+
+
 def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     """Weights from the base, or from the checkpoint that is resumed; adapters; DeepSpeed around them."""
+    rank.phases.enter("load")
     config, plan = request.config, request.plan
     lora = config.tuner.kind is TunerKind.lora
     partitioned: Callable[[], Any] | None = None
@@ -138,7 +145,7 @@ def build_hooks(request: RunRequest, rank: Rank, console: Console, module: Train
     """Side concerns of this run."""
     config, plan = request.config, request.plan
     prompts = read_samples(request.data)
-    moved = plan.placement.zero_stage == 3 or plan.placement.offload_param
+    moved = plan.placement.zero_stage == 3
     reason = samples_reason_to_skip(config.train.sample_answers, plan.shape.parameters, moved, len(prompts))
     hooks: list[Hook] = [LossPlot(request.run_folder, request.run_name, rank)]
     if reason is None:

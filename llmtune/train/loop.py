@@ -118,6 +118,7 @@ def run(job: Job) -> Progress:
 def train_step(job: Job, progress: Progress) -> tuple[Progress, Record]:
     """One optimizer step, and its line of ``metrics.jsonl``."""
     started = time.perf_counter()
+    job.rank.phases.step = progress.step + 1
     # Dropout depends on seed, step and rank alone, so that a resumed run draws the same.
     torch.manual_seed(hash((job.seed, progress.step, job.rank.rank)) % 2**63)
     batch = job.loader.step(progress.step)

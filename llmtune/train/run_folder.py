@@ -123,6 +123,16 @@ class RunFolder:
         (self.path / names.ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=1))
         return notes
 
+    def read_history(self) -> list[dict[str, Any]]:
+        """Rungs of the ladder on which this run ran out of memory."""
+        file = self.path / names.PLAN
+        return list(json.loads(file.read_text()).get("history", [])) if file.is_file() else []
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """Put them into the plan's file."""
+        file = self.path / names.PLAN
+        file.write_text(json.dumps({**json.loads(file.read_text()), "history": history}, indent=1))
+
     def _has_work(self) -> bool:
         """Whether there is anything to lose."""
         return bool(find_checkpoints(self.path)) or any("loss" in r for r in read_metrics(self.path / names.METRICS))

@@ -1,0 +1,190 @@
+"""Run the chosen rung; when memory runs out although it fits by the plan, take the next one from the last checkpoint on."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.checkpoint import names
+from llmtune.cli.prepare import describe, resolve_request
+from llmtune.config.schema import OffloadDevice
+from llmtune.errors import DoesNotFitError, LlmtuneError
+from llmtune.launch.environment import set_defaults
+from llmtune.launch.nvme import check_nvme, hold_swap_folder, swap_folder
+from llmtune.launch.ops import ensure_ops
+from llmtune.launch.out_of_memory import MemoryEvent, RanOutOfMemoryError
+from llmtune.launch.supervisor import run_ranks
+from llmtune.plan.ladder import next_candidate
+from llmtune.plan.resolve import describe_misfit, plan_candidate, with_nvme
+
+if TYPE_CHECKING:
+    from llmtune.cli.prepare import RunTarget
+    from llmtune.config.compose import Composed
+    from llmtune.config.schema import Config
+    from llmtune.plan.ladder import Candidate, Ladder
+    from llmtune.plan.resolve import Plan
+    from llmtune.track.console import Console
+    from llmtune.train.request import RunRequest
+    from llmtune.train.run_folder import RunFolder
+
+
+class Descent:
+    """One run on its way down the ladder."""
+
+    def __init__(self, composed: Composed, ladder: Ladder, target: RunTarget, folder: RunFolder, console: Console):
+        self.composed = composed
+        self.ladder = ladder
+        self.target = target
+        self.folder = folder
+        self.console = console
+        self.history: list[dict[str, Any]] = folder.read_history()
+        self.tried: list[Candidate] = []
+
+    def run(self) -> bool:
+        """Train until the end, on whatever rung; False where the run was finished already.
+
+        Raises:
+            DoesNotFitError: No rung is left, or the one that was asked for does not do.
+        """
+        candidate = self._first()
+        while True:
+            plan = place_swap(plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target)
+            request = resolve_request(
+                self.composed, plan, self.target, self.folder, self.console.say, {"history": self.history}
+            )
+            if request is None:
+                return False
+            self.console.page("llmtune", describe(request))
+            try:
+                run_request(request, self.console)
+            except RanOutOfMemoryError as error:
+                candidate = self._next(candidate, error.event)
+            else:
+                return True
+
+    def _first(self) -> Candidate:
+        """The ladder's choice, or where an earlier start of this run ended up on the same hardware."""
+        candidate = self.ladder.chosen
+        assert candidate is not None
+        for entry in self.history:
+            if entry["conditions"] != self._conditions() or entry["candidate"] != _key(candidate):
+                continue
+            self.tried.append(candidate)
+            following = next_candidate(self.ladder, candidate, self.tried, entry["phase"], entry["pool"])
+            if following is None or not self._may_move:
+                break
+            self.console.say(f"{candidate.placement.rung} ran out of memory before (plan.json): starting lower")
+            candidate = following
+        return candidate
+
+    def _next(self, failed: Candidate, event: MemoryEvent) -> Candidate:
+        self.tried.append(failed)
+        entry = {"candidate": _key(failed), "conditions": self._conditions(), "time": time.time(), **asdict(event)}
+        self.history.append(entry)
+        self.folder.write_history(self.history)
+        if not self._may_move:
+            raise DoesNotFitError(self._refusal(failed, event))
+        following = next_candidate(self.ladder, failed, self.tried, event.phase, event.pool)
+        if following is None:
+            raise DoesNotFitError(
+                f"{event.describe()}\non {failed.describe()}, and no rung below it would need less of that memory.\n"
+                f"{_hint(self.composed.config)}"
+            )
+        self.console.say(f"{event.describe()}")
+        self.console.say(f"taking the next rung: {following.describe()}")
+        return following
+
+    @property
+    def _may_move(self) -> bool:
+        return self.composed.config.offload.optimizer is OffloadDevice.auto
+
+    def _refusal(self, failed: Candidate, event: MemoryEvent) -> str:
+        rung = failed.placement.rung
+        others = [c for c in self.ladder.rungs if c.candidate and c.candidate.fits and c.name != rung]
+        named = " or ".join(f"offload={other.name}" for other in others[:3])
+        return (
+            f"{event.describe()}\noffload={rung} was asked for, so no other rung was tried. Take offload=auto, which goes "
+            f"down the ladder by itself{f' (here: {named})' if named else ''}. The same command with it goes on from the "
+            f"newest checkpoint.\n{_hint(self.composed.config)}"
+        )
+
+    def _conditions(self) -> dict[str, Any]:
+        """What must be the same for an earlier failure to count."""
+        hardware = self.ladder.hardware
+        return {
+            "world_size": self.ladder.world_size,
+            "device_memory_bytes": hardware.device_memory_bytes,
+            "host_memory_bytes": hardware.host_memory_bytes,
+            "memory_limit": self.composed.config.launch.memory_limit,
+        }
+
+
+def check_fits(config: Config, ladder: Ladder) -> None:
+    """Refuse a job of which no rung fits.
+
+    Raises:
+        DoesNotFitError: With what every rung lacks, and the smallest change that would do.
+    """
+    if ladder.chosen is None:
+        raise DoesNotFitError(describe_misfit(config, ladder))
+
+
+def place_swap(plan: Plan, composed: Composed, target: RunTarget) -> Plan:
+    """The plan with this run's own folder for what is swapped."""
+    path = composed.config.offload.nvme_path
+    if not plan.placement.uses_nvme or path is None:
+        return plan
+    return with_nvme(plan, str(swap_folder(path, target.folder)))
+
+
+@contextmanager
+def hold_nvme(config: Config, plan: Plan, run_folder: Path, console: Console) -> Iterator[None]:
+    """What a run with NVMe needs around it; nothing for others."""
+    path = config.offload.nvme_path
+    if not plan.placement.uses_nvme or path is None:
+        yield
+        return
+    kept = config.train.save_total_limit or 2
+    swap = plan.memory.nvme * plan.world_size
+    check_nvme(path, swap, (kept + 1) * plan.memory.checkpoint, run_folder, console.say)
+    with hold_swap_folder(swap_folder(path, run_folder)):
+        yield
+
+
+def run_request(request: RunRequest, console: Console) -> None:
+    """Start the ranks of one attempt and wait for their end."""
+    plan = request.plan
+    set_defaults(plan.hardware.accelerator, plan.world_size)
+    ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
+    log = request.run_folder / names.LOG
+    with (
+        tempfile.TemporaryDirectory(prefix="llmtune-") as folder,
+        hold_nvme(request.config, plan, request.run_folder, console),
+    ):
+        path = Path(folder) / "request.json"
+        path.write_text(request.to_json())
+        run_ranks(["-m", "llmtune.cli.rank", str(path)], plan.world_size, log, console.say)
+    if not (request.run_folder / names.FINISHED).is_file():
+        raise LlmtuneError(f"all ranks ended without an error, but the run is not finished; see {log}")
+
+
+def _key(candidate: Candidate) -> dict[str, Any]:
+    return {
+        **asdict(candidate.placement),
+        "micro_batch_size": candidate.batch.micro_batch_size,
+        "gradient_checkpointing": candidate.gradient_checkpointing,
+    }
+
+
+def _hint(config: Config) -> str:
+    hints = ["a smaller data.max_seq_length"]
+    if config.offload.nvme_path is None:
+        hints.insert(0, "offload.nvme_path=/path on a local disk")
+    if config.launch.memory_limit is not None:
+        hints.insert(0, f"a launch.memory_limit above {config.launch.memory_limit}")
+    return "Try: " + "; ".join(hints)

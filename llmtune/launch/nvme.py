@@ -1,0 +1,129 @@
+"""The swap folder on NVMe: checked before any rank starts, emptied before and after every run."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
+from llmtune.launch.ops import build_in_child
+from llmtune.plan.hardware import check_nvme_path
+from llmtune.plan.units import format_bytes
+
+#: Written and read once by the probe: enough for a rate, too little to wear a drive.
+PROBE_BYTES = 64 * 2**20
+#: Below this an optimizer step of a large model takes hours; it works all the same.
+SLOW_BANDWIDTH = 500e6
+
+
+@dataclass(frozen=True, slots=True)
+class DiskProbe:
+    """Bytes a second of one stream, past the page cache."""
+
+    read: float
+    write: float
+
+
+def swap_folder(nvme_path: str, run_folder: Path) -> Path:
+    """The run's own folder: two runs may share a drive."""
+    digest = hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:12]
+    return Path(nvme_path).expanduser() / f"llmtune-swap-{digest}"
+
+
+@contextmanager
+def hold_swap_folder(folder: Path) -> Iterator[None]:
+    """Make the folder anew; nothing of it is left afterwards, however the block ends."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_nvme(
+    nvme_path: str, swap_bytes: int, checkpoint_bytes: int, run_folder: Path, say: Callable[[str], None]
+) -> DiskProbe:
+    """Everything that would stop an NVMe run later: the op, direct reads and writes, space.
+
+    Args:
+        swap_bytes: Of all ranks of this machine.
+        checkpoint_bytes: Of the checkpoints that will stand in the run folder at once.
+
+    Raises:
+        MissingPrerequisiteError: The op does not load, or the file system has no direct I/O.
+        DoesNotFitError: There is too little space, on this disk or for the checkpoints.
+    """
+    folder = check_nvme_path(nvme_path)
+    reason = build_in_child("AsyncIOBuilder")
+    if reason is not None:
+        raise MissingPrerequisiteError(
+            f"offload on NVMe: DeepSpeed's AsyncIO op does not load ({reason}); run: apt-get install libaio-dev, then "
+            "python -m llmtune doctor --fix"
+        )
+    _check_space(folder, swap_bytes, checkpoint_bytes, run_folder)
+    probe = probe_disk(folder)
+    say(
+        f"NVMe: {folder} reads {format_bytes(probe.read)}/s, writes {format_bytes(probe.write)}/s (one stream, direct); "
+        f"swap {format_bytes(swap_bytes)}"
+    )
+    if min(probe.read, probe.write) < SLOW_BANDWIDTH:
+        say("NVMe: this is slow for a drive; every optimizer step reads and writes all states")
+    return probe
+
+
+def probe_disk(folder: Path) -> DiskProbe:
+    """Write and read a file past the page cache (``O_DIRECT``), as DeepSpeed's swapper does.
+
+    Raises:
+        MissingPrerequisiteError: The file system refuses it (tmpfs and some network file systems do).
+    """
+    path = folder / f".llmtune-probe-{os.getpid()}"
+    block = mmap.mmap(-1, 4 * 2**20)
+    block.write(os.urandom(4096) * (len(block) // 4096))
+    try:
+        write = _time_blocks(path, os.O_WRONLY | os.O_CREAT, lambda file: os.write(file, block))
+        read = _time_blocks(path, os.O_RDONLY, lambda file: os.readv(file, [block]))
+    except OSError as error:
+        raise MissingPrerequisiteError(
+            f"offload.nvme_path={folder}: no direct I/O here ({error.strerror}); name a folder on a local disk with ext4 or xfs"
+        ) from error
+    finally:
+        path.unlink(missing_ok=True)
+    return DiskProbe(PROBE_BYTES / read, PROBE_BYTES / write)
+
+
+def _time_blocks(path: Path, flags: int, move: Callable[[int], int]) -> float:
+    file = os.open(path, flags | os.O_DIRECT, 0o600)
+    started, done = time.perf_counter(), 0
+    try:
+        while done < PROBE_BYTES:
+            done += move(file)
+        if flags & os.O_WRONLY:
+            os.fsync(file)
+    finally:
+        os.close(file)
+    return time.perf_counter() - started
+
+
+def _check_space(folder: Path, swap_bytes: int, checkpoint_bytes: int, run_folder: Path) -> None:
+    """Swap and checkpoints, added up where they share a disk."""
+    same = os.stat(folder).st_dev == os.stat(run_folder).st_dev
+    needs = {folder: swap_bytes + (checkpoint_bytes if same else 0)}
+    if not same:
+        needs[run_folder] = checkpoint_bytes
+    for path, needed in needs.items():
+        free = shutil.disk_usage(path).free
+        if needed > free:
+            what = "swap files and checkpoints" if same else "swap files" if path == folder else "checkpoints"
+            raise DoesNotFitError(
+                f"{path}: {what} need {format_bytes(needed)}, free are {format_bytes(free)}; free "
+                f"{format_bytes(needed - free)}, or take another offload.nvme_path= or output_dir="
+            )

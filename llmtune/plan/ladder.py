@@ -1,0 +1,236 @@
+"""The ladder: every placement, micro-batch and activation checkpointing at the user's global batch; the fastest that fits.
+
+Rungs never change what is computed: precision of states, optimizer and row length are the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from llmtune.config.schema import Config, Precision, TunerKind
+from llmtune.plan.activations import ActivationModel, TraceSettings
+from llmtune.plan.batch import BatchPlan, batch_options
+from llmtune.plan.hardware import Hardware
+from llmtune.plan.memory import MemoryPlan, Workload, estimate_memory, fits
+from llmtune.plan.placement import RUNGS, Placement, allowed_stages, make_placement, named_rung
+from llmtune.plan.raw_keys import resize
+from llmtune.plan.shape import ModelShape
+from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
+from llmtune.plan.states import element_bytes, state_bytes
+from llmtune.plan.zero_sizes import ZeroSizes, resolve_zero_sizes
+
+#: Candidates as fast as this share of the fastest count as equal; the simplest of them is taken.
+EQUAL_SPEED = 0.985
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run the job."""
+
+    placement: Placement
+    batch: BatchPlan
+    gradient_checkpointing: bool
+    sizes: ZeroSizes
+    memory: MemoryPlan
+    speed: SpeedPlan
+    lacks: str | None
+    """None where it fits, or which memory is too small."""
+
+    @property
+    def fits(self) -> bool:
+        """Within the stated share of every memory."""
+        return self.lacks is None
+
+    def describe(self) -> str:
+        """One phrase for messages."""
+        checkpointing = "on" if self.gradient_checkpointing else "off"
+        return f"{self.placement.describe()}; micro-batch {self.batch.micro_batch_size}, checkpointing {checkpointing}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A placement with its best candidate."""
+
+    name: str
+    candidate: Candidate | None
+    """The fastest that fits, or the smallest where none does; None where the rung is not possible at all."""
+    reason: str
+    """Why it was chosen, or why it lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """All candidates of a job, and what was chosen."""
+
+    hardware: Hardware
+    shape: ModelShape
+    world_size: int
+    candidates: tuple[Candidate, ...]
+    """Of all rungs that are possible and allowed."""
+    rungs: tuple[Rung, ...]
+    chosen: Candidate | None
+    attn_implementation: str
+    activations_origin: str
+
+    @property
+    def cluster(self) -> Cluster:
+        """Ranks on machines."""
+        return Cluster(self.hardware, self.world_size)
+
+
+def build_ladder(
+    config: Config, hardware: Hardware, shape: ModelShape, world_size: int, attn_implementation: str
+) -> Ladder:
+    """Evaluate every rung and choose.
+
+    Raises:
+        ConfigError: The batch arithmetic is impossible.
+    """
+    search = _Search(config, hardware, shape, world_size, attn_implementation)
+    asked = named_rung(config.offload)
+    found: dict[str, list[Candidate]] = {}
+    blocked: dict[str, str] = {}
+    for rung in RUNGS:
+        reason = _blocked(rung, config, hardware)
+        found[rung] = [] if reason else list(search.candidates(rung))
+        if reason or not found[rung]:
+            blocked[rung] = reason or f"needs ZeRO 3, and zero.stage is {config.zero.stage}"
+    allowed = [c for rung, cs in found.items() if asked in (None, rung) for c in cs]
+    chosen = choose(allowed)
+    rungs = tuple(_rung(name, found[name], blocked.get(name), chosen, asked) for name in RUNGS)
+    origin = search.origin
+    return Ladder(hardware, shape, world_size, tuple(allowed), rungs, chosen, attn_implementation, origin)
+
+
+def choose(candidates: list[Candidate]) -> Candidate | None:
+    """The fastest that fits; among equals the one that moves and partitions least, and then needs least memory."""
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if not fitting:
+        return None
+    best = max(candidate.speed.tokens_per_second for candidate in fitting)
+    equal = [candidate for candidate in fitting if candidate.speed.tokens_per_second >= EQUAL_SPEED * best]
+    return min(equal, key=_simplicity)
+
+
+def next_candidate(
+    ladder: Ladder, failed: Candidate, tried: list[Candidate], phase: str, pool: str
+) -> Candidate | None:
+    """Where to go when memory ran out although the plan said it fits: the fastest that needs clearly less of that memory.
+
+    Args:
+        phase: Where it happened. What stands still decides in ``load``, ``step`` and ``save``; there a smaller micro-batch
+            does not help.
+        pool: ``device`` or ``host``.
+    """
+    standing = phase in ("load", "step", "save")
+    cpu = ladder.hardware.accelerator == "cpu"
+
+    def needs(candidate: Candidate) -> int:
+        device = candidate.memory.device
+        gone = device.activations + device.logits + device.working_set if standing else 0
+        on_device, on_host = device.total - gone, candidate.memory.host.total
+        return on_device + on_host if cpu else on_device if pool == "device" else on_host
+
+    smaller = [c for c in ladder.candidates if c.fits and c not in tried and needs(c) < 0.95 * needs(failed)]
+    return choose(smaller)
+
+
+def _simplicity(candidate: Candidate) -> tuple[int, int, bool, int]:
+    order = list(RUNGS).index(candidate.placement.rung)
+    total = candidate.memory.device.total
+    return order, candidate.placement.zero_stage, candidate.gradient_checkpointing, total
+
+
+def _rung(
+    name: str, candidates: list[Candidate], blocked: str | None, chosen: Candidate | None, asked: str | None
+) -> Rung:
+    if blocked:
+        return Rung(name, None, blocked)
+    best = choose(candidates)
+    if chosen is not None and chosen.placement.rung == name:
+        return Rung(name, chosen, "chosen: offload=" + name if asked == name else "chosen: the fastest that fits")
+    if best is None:
+        smallest = min(candidates, key=lambda c: (c.memory.device.total, c.memory.host.total))
+        return Rung(name, smallest, f"does not fit; {smallest.lacks}")
+    if asked is not None:
+        return Rung(name, best, f"fits; offload={asked} was asked for")
+    assert chosen is not None
+    return Rung(name, best, f"slower: bound by {best.speed.bound_by}")
+
+
+def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
+    """Why a rung is not possible whatever the memory."""
+    optimizer, param = RUNGS[rung]
+    if rung != "none" and config.precision is Precision.fp16:
+        return "offload is not supported with precision=fp16"
+    if rung == "optimizer_nvme" and config.tuner.kind is not TunerKind.full:
+        return "pointless: the optimizer of adapters is small"
+    if "nvme" in (optimizer, param) and not hardware.nvme_bytes:
+        return "no NVMe: set offload.nvme_path=/path, or hardware.nvme_bytes=4TB to plan with it"
+    if rung != "none" and config.tuner.kind is TunerKind.qlora:
+        return "weights in 4 bits are not offloaded"
+    return None
+
+
+class _Search:
+    """Evaluates candidates; what they share is computed once."""
+
+    def __init__(
+        self, config: Config, hardware: Hardware, shape: ModelShape, world_size: int, attn_implementation: str
+    ):
+        self.config = config
+        self.shape = shape
+        self.cluster = Cluster(hardware, world_size)
+        self.attn_implementation = attn_implementation
+        self.trace = ActivationModel(config.model, config.tuner, shape)
+        self.batches = batch_options(config.train, world_size, config.data.max_seq_length, hardware.accelerator)
+        self.origin = "traced"
+
+    def candidates(self, rung: str) -> Iterator[Candidate]:
+        """Every stage, micro-batch and checkpointing that the config leaves open."""
+        asked = self.config.zero.stage
+        stages = [stage for stage in allowed_stages(rung) if asked in ("auto", stage)]
+        wanted = self.config.train.gradient_checkpointing
+        checkpointing = [wanted] if isinstance(wanted, bool) else [False, True]
+        for stage, batch, recompute in product(stages, self.batches, checkpointing):
+            yield self.evaluate(make_placement(stage, rung, self.config.tuner.kind), batch, recompute)
+
+    def evaluate(self, placement: Placement, batch: BatchPlan, recompute: bool) -> Candidate:
+        """Memory and speed of one candidate."""
+        config, shape, world = self.config, self.shape, self.cluster.world_size
+        hardware, length = self.cluster.hardware, config.data.max_seq_length
+        sizes = resize(resolve_zero_sizes(shape, placement, world, hardware.accelerator), config.zero.deepspeed)
+        states = state_bytes(shape, placement, sizes, config.precision, world, batch.accumulation_steps)
+        settings = TraceSettings(
+            batch.micro_batch_size,
+            length,
+            recompute,
+            self.attn_implementation,
+            config.precision,
+            placement.zero_stage == 3,
+        )
+        activations = self.trace(settings)
+        self.origin = activations.origin
+        memory = estimate_memory(
+            shape,
+            placement,
+            sizes,
+            states,
+            config.precision,
+            world,
+            Workload(activations, self._eval_logits(batch), hardware.accelerator),
+        )
+        lacks = fits(memory, hardware, self.cluster.ranks_on_node)
+        speed = estimate_speed(shape, placement, batch, length, recompute, config.precision, self.cluster)
+        return Candidate(placement, batch, recompute, sizes, memory, speed, lacks)
+
+    def _eval_logits(self, batch: BatchPlan) -> int:
+        """Logits, their fp32 copy and the log-probabilities of an evaluation batch, which has no gradients."""
+        if self.config.data.val_set_size == 0 and self.config.data.eval is None:
+            return 0
+        rows = self.config.train.per_device_eval_batch_size
+        count = rows if isinstance(rows, int) else batch.micro_batch_size
+        size = element_bytes(self.config.precision) + 8
+        return count * self.config.data.max_seq_length * self.shape.vocab_size * size

@@ -1,0 +1,169 @@
+"""How long an optimizer step takes, and what bounds it.
+
+A roofline: arithmetic at the card's reachable share of its peak; gathers and reductions overlap with it, so that the longer of
+the two counts. Offloaded weights are counted in full, because DeepSpeed brings a slice from the host or a disk right before the
+gather that needs it; the optimizer and what is swapped for it come after the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmtune.config.schema import Precision
+from llmtune.plan.batch import BatchPlan
+from llmtune.plan.hardware import CPU_LINK_BANDWIDTH, Hardware
+from llmtune.plan.placement import Placement
+from llmtune.plan.shape import ModelShape
+from llmtune.plan.states import NF4_BYTES, element_bytes
+
+#: Bytes of host memory that CPU Adam touches a parameter: reads weight, gradient and two moments, writes three of them
+#: (fp32), and the weight's copy in the training dtype.
+CPU_ADAM_BYTES = 34
+#: What Python and kernel launches add to each layer of a pass: without ZeRO 3, and with its hooks.
+LAUNCH_SECONDS = {"cuda": (0.0003, 0.0010), "cpu": (0.0003, 0.0015)}
+#: Bytes of device memory that Adam touches a parameter, and a device's bandwidth for it.
+ADAM_BYTES, DEVICE_BANDWIDTH = 30, {"cuda": 1.5e12, "cpu": 10e9}
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedPlan:
+    """Predicted, for full rows."""
+
+    step_seconds: float
+    tokens_per_second: float
+    """Of the whole run."""
+    bound_by: str
+    """The term that takes longest."""
+    terms: dict[str, float]
+    """Seconds of a step by cause, overlap not taken off."""
+
+
+def forward_flops(shape: ModelShape, length: int) -> float:
+    """Operations a token: two a weight, and causal attention's two products over half the positions before it."""
+    return 2.0 * shape.matrix_parameters + 2.0 * length * shape.attention_width * shape.layers
+
+
+def step_flops(shape: ModelShape, length: int, gradient_checkpointing: bool) -> float:
+    """Operations a token of a whole step: forward, recomputation, gradients of inputs, gradients of what is trained."""
+    forward = forward_flops(shape, length)
+    head = 2.0 * shape.head_parameters
+    recomputed = forward - head if gradient_checkpointing else 0.0
+    weights = forward if not shape.adapter_parameters else 0.0
+    return 2 * forward + recomputed + weights + 6.0 * shape.adapter_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Ranks on machines."""
+
+    hardware: Hardware
+    world_size: int
+
+    @property
+    def ranks_on_node(self) -> int:
+        """Ranks that share a machine."""
+        return max(1, self.world_size // self.hardware.nodes)
+
+    def collective_seconds(self, nbytes: float) -> float:
+        """An all-gather or reduce-scatter whose whole tensor has so many bytes."""
+        if self.world_size == 1:
+            return 0.0
+        hardware = self.hardware
+        link = CPU_LINK_BANDWIDTH if hardware.accelerator == "cpu" else hardware.link_bandwidth
+        inside = nbytes * (self.world_size - 1) / self.world_size / link
+        across = nbytes * (hardware.nodes - 1) / hardware.nodes / hardware.network_bandwidth
+        return max(inside, across)
+
+
+def estimate_speed(
+    shape: ModelShape,
+    placement: Placement,
+    batch: BatchPlan,
+    length: int,
+    gradient_checkpointing: bool,
+    precision: Precision,
+    cluster: Cluster,
+) -> SpeedPlan:
+    """Seconds of one optimizer step over rows of ``length`` tokens."""
+    hardware, micro = cluster.hardware, batch.accumulation_steps
+    tokens = batch.micro_batch_size * length
+    ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
+    # fp32 runs at half the speed of bf16: TF32 on a GPU, the vector units of a CPU.
+    flops = hardware.flops * hardware.efficiency / (2 if precision is Precision.fp32 else 1)
+    compute = tokens * step_flops(shape, length, gradient_checkpointing) * ranks / flops
+    passes = 3 if gradient_checkpointing else 2
+    compute += passes * shape.layers * LAUNCH_SECONDS[hardware.accelerator][placement.zero_stage == 3]
+    gathers = _gather_seconds(shape, placement, passes, precision, cluster)
+    weights = _weights_seconds(shape, placement, passes, precision, cluster)
+    terms = {
+        "compute": micro * compute,
+        "gathers": micro * gathers,
+        "weights from offload": micro * weights,
+        **_step_terms(shape, placement, batch, precision, cluster),
+    }
+    overlapped = max(terms["compute"], terms["gathers"])
+    rest = sum(value for name, value in terms.items() if name not in ("compute", "gathers"))
+    seconds = overlapped + rest
+    rows = batch.global_batch_size
+    return SpeedPlan(seconds, rows * length / seconds, max(terms, key=lambda name: terms[name]), terms)
+
+
+def _gather_seconds(
+    shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
+) -> float:
+    """Collectives of one micro-batch: weights in the forward and the backward pass, and gradients."""
+    size = element_bytes(precision)
+    seconds = 0.0
+    if placement.zero_stage == 3:
+        quantized = shape.quantized_parameters
+        nbytes = size * (shape.parameters - quantized) + NF4_BYTES * quantized
+        # A recomputed layer is still there for its backward pass, unless it came from NVMe.
+        seconds += (passes if placement.param == "nvme" else 2) * cluster.collective_seconds(nbytes)
+    if placement.zero_stage >= 2:
+        seconds += cluster.collective_seconds(size * shape.trainable_parameters)
+    return seconds
+
+
+def _weights_seconds(
+    shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
+) -> float:
+    """Offloaded weights on their way to the accelerator, one micro-batch."""
+    if placement.param == "none":
+        return 0.0
+    hardware = cluster.hardware
+    share = element_bytes(precision) * shape.parameters / cluster.world_size
+    seconds = 2 * share / hardware.pcie_bandwidth
+    if placement.param == "nvme":
+        seconds = max(seconds, passes * share * cluster.ranks_on_node / hardware.nvme_read_bandwidth)
+    return seconds
+
+
+def _step_terms(
+    shape: ModelShape, placement: Placement, batch: BatchPlan, precision: Precision, cluster: Cluster
+) -> dict[str, float]:
+    """What comes once a step, after the backward pass."""
+    hardware, size = cluster.hardware, element_bytes(precision)
+    trained = shape.trainable_parameters
+    share = trained / (1 if placement.zero_stage == 0 else cluster.world_size)
+    terms: dict[str, float] = {}
+    if placement.zero_stage == 0:
+        terms["gradient reduction"] = 2 * cluster.collective_seconds(size * trained)
+    elif placement.zero_stage < 3:
+        rounds = 2 if placement.zero_stage == 1 else 1
+        terms["weights after the step"] = rounds * cluster.collective_seconds(size * trained)
+    if placement.optimizer == "none":
+        ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
+        terms["optimizer"] = ADAM_BYTES * share * ranks / DEVICE_BANDWIDTH[hardware.accelerator]
+        return terms
+    on_node = share * cluster.ranks_on_node
+    terms["optimizer on the host"] = CPU_ADAM_BYTES * on_node / hardware.host_memory_bandwidth
+    # Each micro-batch's gradients go down and, to be added to, up again; fp32 gradients go down and weights up at the end.
+    moved = 2 * size * share * (batch.accumulation_steps - 1) + (size + 4 + size) * share
+    terms["gradients and weights over PCIe"] = moved / hardware.pcie_bandwidth
+    if placement.optimizer == "nvme":
+        terms["optimizer states on NVMe"] = (
+            16 * on_node / hardware.nvme_read_bandwidth + 16 * on_node / hardware.nvme_write_bandwidth
+        )
+    if placement.param == "nvme" and not shape.adapter_parameters:
+        terms["weights to NVMe"] = size * on_node / hardware.nvme_write_bandwidth
+    return terms
