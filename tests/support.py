@@ -55,15 +55,21 @@ def losses(run_folder: Path) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
-def train_engines(tasks: list[dict[str, Any]], world_size: int, folder: Path, timeout: float = 300) -> list[Any]:
-    """Run ``tests/engine/worker.py`` on ``world_size`` ranks; rank 0's result of each task.
+def train_engines(
+    tasks: list[dict[str, Any]],
+    world_size: int,
+    folder: Path,
+    timeout: float = 300,
+    module: str = "tests.engine.worker",
+) -> list[Any]:
+    """Run ``module`` on ``world_size`` ranks; rank 0's result of each task.
 
     A task has ``overrides``, ``first`` and ``last`` step, and may have ``load``, and ``save`` with ``save_at``.
     """
     set_defaults("cpu", world_size)
     result = folder / f"result-{world_size}-{len(list(folder.glob('result-*')))}.json"
     port = free_port()
-    command = [sys.executable, "-m", "tests.engine.worker", json.dumps(tasks), str(result)]
+    command = [sys.executable, "-m", module, json.dumps(tasks), str(result)]
     logs = [result.with_suffix(f".{rank}.log") for rank in range(world_size)]
     ranks = []
     for rank in range(world_size):

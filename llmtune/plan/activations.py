@@ -7,6 +7,7 @@ gradients are dropped as soon as they are made: where they live is ZeRO's affair
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -269,7 +270,12 @@ def _keep_linear_inputs(model: Any) -> None:
 
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad and getattr(module, "bias", None) is None:
-            module.forward = lambda inputs, module=module: KeepInput.apply(inputs, module.weight)
+            linear: Any = module
+            linear.forward = functools.partial(_apply_kept, KeepInput, linear)
+
+
+def _apply_kept(function: Any, linear: Any, inputs: Any) -> Any:
+    return function.apply(inputs, linear.weight)
 
 
 def _drop_gradient(parameter: Any) -> None:

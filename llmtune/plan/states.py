@@ -95,7 +95,8 @@ def state_bytes(
         return StateBytes(weights, adapters, gradients, optimizer, Split(), bucket + largest, step, 0)
     # On the host: master weights, moments, fp32 gradients, a copy of the weights' share, and one tensor on either side.
     optimizer = Split(largest, 16 * share + size * share + largest)
-    gradients = Split(0, size * share if accumulation_steps > 1 else 0)
+    # Stage 2 adds up micro-batches on the host, stage 1 in the flat buffer that it reduces at the end.
+    gradients = Split(0, size * share if accumulation_steps > 1 and placement.zero_stage == 2 else 0)
     return StateBytes(weights, adapters, gradients, optimizer, Split(), bucket + largest, 0, 0)
 
 
@@ -115,6 +116,9 @@ def _stage3(
     share, largest_group = sum(numels), max(numels)
     gradients = size * share
     resident = size * sum(t.numel for t in shape.tensors if t.numel <= sizes.persistence_threshold)
+    if world_size == 1:
+        # A whole tensor is its own slice.
+        resident = 0
     bucket = Split(size * sizes.reduce_bucket + resident)
     backward = size * max(tensor.numel for tensor in trained)
     weights = _place_weights([t for t in shape.tensors if not t.adapter], placement, sizes, size, world_size)
@@ -131,7 +135,8 @@ def _stage3(
     swapped = [_aligned(numel, sizes, 4) for numel in numels if 4 * numel >= sizes.aio.block_size]
     small = [numel for numel in numels if 4 * numel < sizes.aio.block_size]
     on_disk, in_memory = _swapped_gradients(trained, sizes, world_size)
-    # Small gradients stay in memory until their sub-group has been stepped.
+    # Small gradients stay in memory until their sub-group has been stepped: in fp32, right where they were reduced to.
+    in_memory = in_memory if size < 4 else 0
     optimizer = Split(0, 16 * sum(small), 12 * sum(swapped) + on_disk)
     bucket += Split(0, sizes.optimizer_buffers * 4 * _aligned(largest_group, sizes, 4))
     written = 12 * sum(swapped) + on_disk + (weights.nvme + adapters.nvme)

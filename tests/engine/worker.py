@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -61,6 +62,13 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     return {"losses": seen, "norms": norms}
 
 
+def ask_cpu_once() -> None:
+    """DeepSpeedCPUAdam asks for the CPU's name each time it is made, through a process that takes a second."""
+    import cpuinfo
+
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+
+
 def pretend_fp16() -> None:
     """Let DeepSpeed and the plan believe that this CPU has fp16: torch computes it anyway, slowly."""
     from deepspeed.accelerator import get_accelerator
@@ -83,6 +91,7 @@ def save(module: TrainModule, folder: Path, step: int, lora: bool, rank: Rank) -
 
 if __name__ == "__main__":
     this = init_ranks()
+    ask_cpu_once()
     results = [run_task(task, this) for task in json.loads(sys.argv[1])]
     if this.is_first:
         Path(sys.argv[2]).write_text(json.dumps(results))

@@ -1,0 +1,111 @@
+"""One rank that builds small engines, trains two steps, and writes the bytes that DeepSpeed really holds."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.config.compose import compose_config
+from llmtune.config.schema import TunerKind
+from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
+from llmtune.engine.module import TrainModule, zero_init
+from llmtune.model.adapters import add_lora
+from llmtune.model.build import build_model
+from llmtune.model.files import resolve_model_folder
+from llmtune.model.loss import sum_token_losses
+from llmtune.plan.batch import BatchPlan
+from llmtune.plan.deepspeed import adamw_parameters, to_deepspeed, with_nvme_path
+from llmtune.plan.placement import make_placement
+from llmtune.plan.shape import resolve_shape
+from llmtune.plan.states import state_bytes
+from llmtune.plan.zero_sizes import resolve_zero_sizes
+from tests.engine.rows import RandomRows
+from tests.engine.worker import ask_cpu_once
+
+#: Storages below this are counters, scalars and DeepSpeed's placeholders.
+SMALL_BYTES = 300
+
+
+def storages() -> dict[int, int]:
+    """Address -> bytes of every tensor that is alive in this process."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor) and item.device.type == "cpu":
+            storage = item.untyped_storage()
+            if storage.nbytes() > SMALL_BYTES:
+                found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
+    """Predicted and measured bytes of this rank: what stands right before an optimizer step, and on disk."""
+    config = compose_config(task["overrides"]).config
+    folder = broadcast_object(tempfile.mkdtemp(prefix="llmtune-test-") if rank.is_first else None, rank)
+    shape = resolve_shape(config.model, config.tuner)
+    placement = make_placement(task["stage"], task["rung"], config.tuner.kind)
+    sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
+    batch = BatchPlan(task["accumulation"] * rank.world_size, 1, task["accumulation"], rank.world_size)
+    predicted = state_bytes(shape, placement, sizes, config.precision, rank.world_size, batch.accumulation_steps)
+    optimizer = adamw_parameters(config.optim, 1e-3, placement)
+    deepspeed = with_nvme_path(to_deepspeed(placement, batch, sizes, optimizer, config.precision, 1.0), folder)
+    model_folder = resolve_model_folder(config.model, Path(config.paths.cache_dir))
+
+    before = storages()
+    lora = config.tuner.kind is TunerKind.lora
+    partitioned = (lambda: zero_init(deepspeed)) if placement.zero_stage == 3 else None
+    model = build_model(model_folder, config.model, config.precision, False, "eager", partitioned, rank.rank)
+    model = add_lora(model, config.tuner, "base", 0) if lora else model
+    module = TrainModule(model, deepspeed, rank, sum_token_losses)
+    del model
+    memory = measure_steps(module, before, batch, shape.vocab_size)
+    meet_ranks(rank)
+    swapped = sum(file.stat().st_size for file in Path(folder).rglob(f"rank{rank.rank}/*") if file.is_file())
+    module.engine.destroy()
+    del module
+    total = predicted.total
+    categories = {n: str(getattr(predicted, n)) for n in ("weights", "adapters", "gradients", "optimizer", "buckets")}
+    return {
+        "predicted": {"memory": total.device + total.host, "nvme": total.nvme},
+        "measured": {"memory": memory, "nvme": swapped},
+        "categories": categories,
+    }
+
+
+def measure_steps(module: TrainModule, before: dict[int, int], batch: BatchPlan, vocab: int) -> int:
+    """Train two steps and look right before the second optimizer step, where gradients and states all stand."""
+    seen = [0]
+    step = module.engine.step
+
+    def looking(*args: Any, **kwargs: Any) -> None:
+        seen[0] = sum(size for address, size in storages().items() if address not in before)
+        step(*args, **kwargs)
+
+    for number in range(2):
+        rows = [RandomRows(1, 16, vocab, 10 * number + micro) for micro in range(batch.accumulation_steps)]
+        module.engine.step = looking if number == 1 else step
+        module.train_step(rows, 16 * batch.global_batch_size, 1e-3)
+    module.engine.step = step
+    return seen[0]
+
+
+if __name__ == "__main__":
+    this = init_ranks()
+    ask_cpu_once()
+    # What the libraries made on import is not looked through again and again.
+    gc.freeze()
+    results = []
+    for one in json.loads(sys.argv[1]):
+        results.append(run_task(one, this))
+        if this.is_first:
+            # Line by line, so that a failing task can be told.
+            Path(sys.argv[2]).write_text(json.dumps(results))
+    meet_ranks(this)
+    os._exit(0)
