@@ -22,7 +22,6 @@ from llmtune.engine.state import (
     make_state,
     owned_slices,
     read_state,
-    set_optimizer_steps,
     state_slices,
     write_state,
 )
@@ -67,7 +66,6 @@ def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
         make_state(module, batch, steps)
         for piece in batch:
             _load_slice(module, piece, stored, folder)
-    set_optimizer_steps(module, steps)
 
 
 def _load_slice(

@@ -15,10 +15,15 @@ from llmtune.launch.rank import to_user_error
 #: Verb -> (module with ``main(arguments) -> exit code``, what it does).
 VERBS = {
     "train": ("llmtune.cli.train", "plan, start one process an accelerator, train, resume, export (the default)"),
+    "plan": (
+        "llmtune.cli.plan",
+        "memory and speed of every placement, on this machine or a named one (hardware=8xa100_80gb)",
+    ),
     "export": ("llmtune.cli.export", "a run, checkpoint or adapter becomes a model folder that other tools load"),
     "merge": ("llmtune.cli.export", "the same as export"),
     "eval": ("llmtune.cli.eval", "held-out loss and perplexity of a run, checkpoint or model"),
     "chat": ("llmtune.cli.chat", "talk to a run, checkpoint or model"),
+    "doctor": ("llmtune.cli.doctor", "what on this machine would stop a run, and the command that mends it; --fix"),
 }
 
 HELP = """llmtune {version}: fine-tune large language models on DeepSpeed
@@ -34,13 +39,15 @@ examples
   python -m llmtune +model=llama3_70b +zero=3                        '+group=x' and 'group=x' mean the same
   python -m llmtune chat run=runs/NAME chat.prompt="..."
   python -m llmtune export run=runs/NAME export=safetensors
+  python -m llmtune plan model=llama3_70b hardware=8xa100_80gb tuner=full hardware.host_memory_bytes=2TB
   python -m llmtune eval base=runs/NAME/merged
   deepspeed scripts/train.py model=llama3_70b zero=3                 or torchrun: the same training
 
 options
   --cfg job          print the composed configuration and stop
   --config-dir DIR   look for group files (experiment/mine.yaml ...) in DIR too
-  --json             eval: print one JSON object
+  --json             plan, eval, doctor: print one JSON object
+  --fix              doctor: mend what is safe to mend
   --version, --help
 
 exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 export, 7 environment,
@@ -58,6 +65,7 @@ class Arguments:
     config_dir: str | None = None
     show_config: bool = False
     as_json: bool = False
+    fix: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,6 +128,8 @@ def parse(argv: list[str]) -> Arguments:
             arguments.show_config = True
         elif text == "--json":
             arguments.as_json = True
+        elif text == "--fix" and arguments.verb == "doctor":
+            arguments.fix = True
         else:
             raise ConfigError(f"unknown option {text!r}; llmtune takes KEY=VALUE overrides, see --help")
     return arguments

@@ -24,22 +24,3 @@ def undo_stage0_dummy_step(optimizer: Any) -> bool:
             for master, half in zip(group, halves, strict=True):
                 master.copy_(half)
     return had_state
-
-
-def replay_cpu_adam(optimizer: Any, steps: int) -> None:
-    """Bring DeepSpeedCPUAdam's running products of the betas to where ``steps`` steps would have left them.
-
-    The C++ kernel multiplies ``beta^t`` up step by step and, where the step jumps, falls back to ``pow``: one unit in
-    the last place apart, enough for a resumed bf16 run to drift by 1e-4. Stepping over one-element tensors is exact.
-    """
-    kernel = getattr(optimizer, "ds_opt_adam", None)
-    if kernel is None:
-        return
-    group = optimizer.param_groups[0]
-    beta1, beta2 = group["betas"]
-    zeros = [torch.zeros(1) for _ in range(4)]
-    for step in range(1, steps + 1):
-        kernel.adam_update(
-            *(optimizer.opt_id, step, group["lr"], beta1, beta2, group["eps"], group["weight_decay"]),
-            *(group["bias_correction"], *zeros),
-        )

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from llmtune.engine.corrections import replay_cpu_adam
 from llmtune.engine.module import TrainModule
 from llmtune.engine.swap import swapped_in
 
@@ -95,22 +94,16 @@ def read_state(module: TrainModule, piece: StateSlice, kind: str) -> torch.Tenso
 
 def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> None:
     """Create the moments that the optimizer would create at its first step, as zeros, and set its step counter."""
-    adam = module.adam
-    as_tensor = isinstance(adam, torch.optim.Optimizer) and not hasattr(adam, "ds_opt_adam")
     for flat in {id(piece.flat): piece.flat for piece in slices}.values():
-        state = adam.state[flat]
-        state["step"] = torch.tensor(float(steps)) if as_tensor else steps
+        state = module.adam.state[flat]
+        # The fused kernel wants it where the numbers are.
+        state["step"] = torch.tensor(float(steps), device=flat.device)
         for kind in KINDS[1:]:
             if kind in state:
                 # Kept as the same tensor: the swapper of NVMe knows it.
                 state[kind].data.zero_()
             else:
                 state[kind] = torch.zeros_like(flat.data)
-
-
-def set_optimizer_steps(module: TrainModule, steps: int) -> None:
-    """Bring what the optimizer keeps beside its states to where ``steps`` steps would have left it."""
-    replay_cpu_adam(module.adam, steps)
 
 
 def write_state(module: TrainModule, piece: StateSlice, kind: str, values: torch.Tensor) -> None:

@@ -21,16 +21,14 @@ from llmtune.plan.placement import Placement
 #: Op -> why; by the names of DeepSpeed's builders.
 CPU_OPS = {
     "ShareMemCommBuilder": "collectives of CPU ranks",
-    "CPUAdamBuilder": "optimizer on the host (offload)",
     "AsyncIOBuilder": "offload to NVMe (needs libaio-dev)",
 }
-CUDA_OPS = {name: CPU_OPS[name] for name in ("CPUAdamBuilder", "AsyncIOBuilder")}
+CUDA_OPS = {name: CPU_OPS[name] for name in ("AsyncIOBuilder",)}
 
 
 #: Builder -> name of the compiled module.
 MODULES = {
     "ShareMemCommBuilder": "deepspeed_shm_comm",
-    "CPUAdamBuilder": "cpu_adam",
     "AsyncIOBuilder": "async_io",
 }
 
@@ -38,7 +36,6 @@ MODULES = {
 def needed_ops(accelerator: str, placement: Placement | None) -> list[str]:
     """Builders of ops that a run needs; without a placement, all that any placement does."""
     needed = ["ShareMemCommBuilder"] if accelerator == "cpu" else []
-    needed += ["CPUAdamBuilder"] if placement is None or placement.optimizer != "none" else []
     needed += ["AsyncIOBuilder"] if placement is None or placement.uses_nvme else []
     return needed
 

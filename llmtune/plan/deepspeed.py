@@ -42,18 +42,21 @@ def to_deepspeed(
     return config
 
 
-def adamw_parameters(optim: OptimConfig, learning_rate: float, placement: Placement) -> dict[str, Any]:
-    """AdamW's settings in DeepSpeed's spelling."""
-    params: dict[str, Any] = {
+def adamw_parameters(optim: OptimConfig, learning_rate: float) -> dict[str, Any]:
+    """AdamW's settings in DeepSpeed's spelling: torch's own fused kernel, wherever the optimizer lives.
+
+    It is as fast on a CPU as DeepSpeedCPUAdam (40 M parameters on 2 cores: 14 to 20 ms against 20), needs no compiler, and
+    resumes to the bit, which DeepSpeed's kernel does not: that one keeps ``beta^t`` as a running product. One kernel for
+    every rung also means that falling back changes no digit where rungs compute on the same device.
+    """
+    return {
         "lr": learning_rate,
         "betas": list(optim.betas),
         "eps": optim.eps,
         "weight_decay": optim.weight_decay,
+        "torch_adam": True,
+        "fused": True,
     }
-    if placement.optimizer == "none":
-        # torch's AdamW resumes to the bit; DeepSpeed's CPU kernels keep beta^t as a running product and do not.
-        params["torch_adam"] = True
-    return params
 
 
 def with_nvme_path(config: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def plan_candidate(config: Config, ladder: Ladder, candidate: Candidate, launche
     notes = [f"ranks: {ladder.world_size} ({_world_origin(config, launched)})"]
     rate = resolve_learning_rate(config.optim, config.tuner.kind, ladder.shape.parameters, notes)
     notes += _describe_choice(config, ladder, candidate)
-    optimizer = adamw_parameters(config.optim, rate, candidate.placement)
+    optimizer = adamw_parameters(config.optim, rate)
     planned = to_deepspeed(
         candidate.placement, candidate.batch, candidate.sizes, optimizer, config.precision, config.train.max_grad_norm
     )

@@ -54,7 +54,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
     batch = BatchPlan(task["accumulation"] * rank.world_size, 1, task["accumulation"], rank.world_size)
     predicted = state_bytes(shape, placement, sizes, config.precision, rank.world_size, batch.accumulation_steps)
-    optimizer = adamw_parameters(config.optim, 1e-3, placement)
+    optimizer = adamw_parameters(config.optim, 1e-3)
     deepspeed = with_nvme_path(to_deepspeed(placement, batch, sizes, optimizer, config.precision, 1.0), folder)
     model_folder = resolve_model_folder(config.model, Path(config.paths.cache_dir))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from llmtune.engine.corrections import replay_cpu_adam, undo_stage0_dummy_step
+from llmtune.engine.corrections import undo_stage0_dummy_step
 from tests.support import ROOT, run
 
 
@@ -43,50 +43,3 @@ print("after", len(state), torch.equal(master, start))
 
 def test_an_optimizer_without_a_dummy_step_is_left_alone() -> None:
     assert undo_stage0_dummy_step(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])) is False
-
-
-def test_torch_adam_needs_no_replay() -> None:
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-    replay_cpu_adam(optimizer, 5)
-    assert not optimizer.state
-
-
-def test_the_cpu_kernel_jumps_to_another_beta_power_without_the_replay() -> None:
-    """A new DeepSpeedCPUAdam that starts at step 30 updates differently, by rounding, from one that got there by steps."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    def update(replay: bool, steps: int = 30) -> torch.Tensor:
-        torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(4096))
-        optimizer = DeepSpeedCPUAdam([weight], lr=1e-3, betas=(0.9, 0.999))
-        optimizer.state[weight] = {
-            "step": steps,
-            "exp_avg": torch.randn(4096),
-            "exp_avg_sq": torch.rand(4096),
-        }
-        if replay:
-            replay_cpu_adam(optimizer, steps)
-        weight.grad = torch.randn(4096)
-        optimizer.step()
-        return weight.detach().clone()
-
-    def update_stepwise(steps: int = 30) -> torch.Tensor:
-        torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(4096))
-        optimizer = DeepSpeedCPUAdam([weight], lr=1e-3, betas=(0.9, 0.999))
-        group = optimizer.param_groups[0]
-        scratch = [torch.zeros(8) for _ in range(4)]
-        for step in range(1, steps + 1):
-            optimizer.ds_opt_adam.adam_update(
-                optimizer.opt_id, step, group["lr"], 0.9, 0.999, group["eps"], 0, True, *scratch
-            )
-        optimizer.state[weight] = {"step": steps, "exp_avg": torch.randn(4096), "exp_avg_sq": torch.rand(4096)}
-        weight.grad = torch.randn(4096)
-        optimizer.step()
-        return weight.detach().clone()
-
-    undisturbed = update_stepwise()
-    assert torch.equal(update(replay=True), undisturbed)
-    assert not torch.equal(update(replay=False), undisturbed), (
-        "upstream computes beta^t by the step now: drop the replay"
-    )

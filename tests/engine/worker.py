@@ -18,13 +18,13 @@ from llmtune.config.compose import compose_config
 from llmtune.config.schema import Precision, TunerKind
 from llmtune.data.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
-from llmtune.engine.distributed import Rank, init_ranks, meet_ranks
+from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
 from llmtune.engine.module import TrainModule
 from llmtune.model.adapters import to_file_name, write_adapter_config
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan import resolve
-from llmtune.plan.resolve import resolve_plan, resolve_steps
+from llmtune.plan.resolve import resolve_plan, resolve_steps, with_nvme
 from llmtune.train.job import build_module
 from llmtune.train.request import RunRequest
 
@@ -36,6 +36,10 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         pretend_fp16()
     cache = Path(config.paths.cache_dir)
     plan = resolve_plan(config, rank.world_size)
+    if plan.placement.uses_nvme:
+        # A folder a task: engines of one process would find each other's swap files.
+        swap = tempfile.mkdtemp(dir=config.offload.nvme_path) if rank.is_first else None
+        plan = with_nvme(plan, broadcast_object(swap, rank))
     model_folder = resolve_model_folder(config.model, cache)
     tokenizer = load_tokenizer(model_folder, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache)

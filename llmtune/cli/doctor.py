@@ -1,0 +1,59 @@
+"""``doctor``: what on this machine would stop a run, and the command that mends it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.errors import EXIT_DONE, MissingPrerequisiteError
+
+if TYPE_CHECKING:
+    from llmtune.cli.main import Arguments
+
+MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
+
+
+def main(arguments: Arguments) -> int:
+    """Print every finding; exit code 7 where something would stop a run and was not mended."""
+    from llmtune.cli.plan import stdout_for_us
+    from llmtune.cli.quiet import quiet_libraries
+    from llmtune.config.compose import compose_config
+    from llmtune.launch.environment import use_own_ninja
+    from llmtune.launch.health import find_all
+
+    config = compose_config(arguments.overrides, arguments.config_dir).config
+    quiet_libraries()
+    use_own_ninja()
+    rows, bad = [], 0
+    with stdout_for_us() as write:
+        for finding in find_all(Path(config.paths.cache_dir)):
+            mended = ""
+            if finding.state != "ok" and arguments.fix and finding.fix is not None:
+                reason = finding.fix()
+                mended = "mended" if reason is None else f"could not be mended: {reason}"
+            if finding.state == "bad" and mended != "mended":
+                bad += 1
+            rows.append(
+                {
+                    "what": finding.what,
+                    "state": finding.state,
+                    "message": finding.message,
+                    "command": finding.command,
+                    "mended": mended or None,
+                }
+            )
+            if not arguments.as_json:
+                write(f"{MARKS[finding.state]}  {finding.what:<16} {finding.message}\n")
+                if mended:
+                    write(f"{'':<23}{mended}\n")
+                elif finding.command and finding.state != "ok":
+                    safe = " (doctor --fix does it)" if finding.fix else ""
+                    write(f"{'':<23}-> {finding.command}{safe}\n")
+        if arguments.as_json:
+            write(json.dumps({"healthy": bad == 0, "findings": rows}, indent=1) + "\n")
+    if bad:
+        sys.stderr.write(f"{bad} finding(s) would stop a run\n")
+        return MissingPrerequisiteError.exit_code
+    return EXIT_DONE

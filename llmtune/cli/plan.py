@@ -1,0 +1,208 @@
+"""``plan``: memory and speed of every placement, on this machine or a named one; nothing is loaded or written."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from llmtune.errors import DoesNotFitError
+from llmtune.plan.memory import USABLE_SHARE
+from llmtune.plan.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from llmtune.cli.main import Arguments
+    from llmtune.config.schema import Config
+    from llmtune.plan.advice import Advice
+    from llmtune.plan.ladder import Ladder, Rung
+
+
+def main(arguments: Arguments) -> int:
+    """Print the ladder; exit code 3 where no rung fits."""
+    with stdout_for_us() as write:
+        return _plan(arguments, write)
+
+
+@contextmanager
+def stdout_for_us() -> Iterator[Any]:
+    """A writer to standard output, which libraries cannot reach meanwhile: what they print goes to standard error."""
+    sys.stdout.flush()
+    own = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        yield own.write
+    finally:
+        own.flush()
+        sys.stdout.flush()
+        os.dup2(own.fileno(), 1)
+        own.close()
+
+
+def _plan(arguments: Arguments, write: Any) -> int:
+    from llmtune.cli.quiet import quiet_libraries
+    from llmtune.config.compose import compose_config
+    from llmtune.plan.advice import list_advice
+    from llmtune.plan.raw_keys import merge_raw
+    from llmtune.plan.resolve import describe_misfit, resolve_ladder
+
+    config = compose_config(arguments.overrides, arguments.config_dir).config
+    quiet_libraries()
+    # Raw keys are checked here as they would be before a run.
+    merge_raw({}, config.zero.deepspeed)
+    ladder = resolve_ladder(config, planning=True)
+    advice = list_advice(config, ladder)
+    misfit = describe_misfit(config, ladder) if ladder.chosen is None else None
+    if arguments.as_json:
+        write(json.dumps(to_json(config, ladder, advice, misfit), indent=1) + "\n")
+        return DoesNotFitError.exit_code if misfit else 0
+    write(to_text(config, ladder, advice))
+    if misfit:
+        raise DoesNotFitError(misfit)
+    return 0
+
+
+def to_json(config: Config, ladder: Ladder, advice: list[Advice], misfit: str | None) -> dict[str, Any]:
+    """The ladder as plain values. Bytes of a GPU are one rank's; host, NVMe and what is written are one machine's."""
+    chosen = ladder.chosen
+    found: dict[str, Any] = {
+        "fits": chosen is not None,
+        "chosen": chosen.placement.rung if chosen else None,
+        "zero_stage": chosen.placement.zero_stage if chosen else None,
+        "advice": [asdict(item) for item in advice],
+        "model": {
+            "name_or_path": config.model.name_or_path,
+            "parameters": ladder.shape.parameters,
+            "trainable_parameters": ladder.shape.trainable_parameters,
+        },
+        "hardware": asdict(ladder.hardware),
+        "world_size": ladder.world_size,
+        "usable_share": USABLE_SHARE,
+        "precision": config.precision.value,
+        "max_seq_length": config.data.max_seq_length,
+        "global_batch_size": config.train.global_batch_size,
+        "activations": ladder.activations_origin,
+        "rungs": [_rung_to_json(rung, ladder) for rung in ladder.rungs],
+    }
+    if misfit:
+        found["message"] = misfit
+    return found
+
+
+def _rung_to_json(rung: Rung, ladder: Ladder) -> dict[str, Any]:
+    candidate = rung.candidate
+    if candidate is None:
+        return {"name": rung.name, "fits": False, "reason": rung.reason}
+    memory, on_node = candidate.memory, ladder.cluster.ranks_on_node
+    return {
+        "name": rung.name,
+        "fits": candidate.fits,
+        "reason": rung.reason,
+        "zero_stage": candidate.placement.zero_stage,
+        "per_gpu_bytes": {**asdict(memory.device), "total": memory.device.total},
+        "host_bytes": host_bytes(rung, ladder),
+        "host_bytes_per_rank": {**asdict(memory.host), "total": memory.host.total},
+        "nvme_bytes": memory.nvme * on_node,
+        "nvme_bytes_written_per_step": memory.nvme_written_per_step * on_node,
+        "checkpoint_bytes": memory.checkpoint,
+        "tokens_per_second": candidate.speed.tokens_per_second,
+        "step_seconds": candidate.speed.step_seconds,
+        "bound_by": candidate.speed.bound_by,
+        "seconds": candidate.speed.terms,
+        "per_device_train_batch_size": candidate.batch.micro_batch_size,
+        "gradient_accumulation_steps": candidate.batch.accumulation_steps,
+        "gradient_checkpointing": candidate.gradient_checkpointing,
+    }
+
+
+def host_bytes(rung: Rung, ladder: Ladder) -> int:
+    """Memory of one machine; on a CPU that is where the accelerator's share is too."""
+    assert rung.candidate is not None
+    memory = rung.candidate.memory
+    device = memory.device.total if ladder.hardware.accelerator == "cpu" else 0
+    return (memory.host.total + device) * ladder.cluster.ranks_on_node
+
+
+def to_text(config: Config, ladder: Ladder, advice: list[Advice]) -> str:
+    """A table to read at a glance, the reasons, and the advice."""
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    shape, hardware = ladder.shape, ladder.hardware
+    cpu = hardware.accelerator == "cpu"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("rung")
+    for column in ("ZeRO", "micro", "ckpt", "a rank" if cpu else "a GPU", "host", "NVMe", "checkpoint", "tokens/s"):
+        table.add_column(column, justify="right")
+    table.add_column("why", overflow="fold", min_width=24)
+    for rung in ladder.rungs:
+        table.add_row(*_row(rung, ladder))
+    stream = io.StringIO()
+    width = max(100, min(160, _terminal_width()))
+    Console(file=stream, width=width, highlight=False, no_color=True).print(table)
+    lines = [
+        f"{config.model.name_or_path}: {format_count(shape.parameters)} parameters, {config.tuner.kind.value} trains "
+        f"{format_count(shape.trainable_parameters)}; {config.precision.value}, rows of {config.data.max_seq_length} tokens, "
+        f"{config.train.global_batch_size} a step",
+        f"{hardware.describe()}; {ladder.world_size} rank(s); a plan fills {USABLE_SHARE:.0%} of a memory at the most",
+        "",
+        "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines()),
+        "",
+    ]
+    if ladder.chosen is not None:
+        device = ladder.chosen.memory.device
+        parts = {name: value for name, value in asdict(device).items() if value}
+        where = "a rank" if cpu else "a GPU"
+        lines.append(f"-> {ladder.chosen.describe()}")
+        lines.append(f"   {where}: " + ", ".join(f"{name} {format_bytes(value)}" for name, value in parts.items()))
+        written = ladder.chosen.memory.nvme_written_per_step * ladder.cluster.ranks_on_node
+        if written:
+            lines.append(
+                f"   NVMe: {format_bytes(written)} written a step, {format_bytes(1000 * written)} in 1,000 steps"
+            )
+        seconds = ladder.chosen.speed
+        lines.append(f"   a step of full rows: {seconds.step_seconds:.3g} s, bound by {seconds.bound_by}")
+    if ladder.activations_origin != "traced":
+        lines.append("   activations are a rough estimate, because this architecture could not be traced")
+    if advice:
+        lines += ["", "would change the result, and is never done by itself:"]
+        lines += [_advice_line(item) for item in advice]
+    return "\n".join(lines) + "\n"
+
+
+def _row(rung: Rung, ladder: Ladder) -> list[str]:
+    candidate = rung.candidate
+    mark = "*" if candidate is not None and candidate is ladder.chosen else " "
+    if candidate is None:
+        return [f"{mark} {rung.name}", *["-"] * 8, rung.reason]
+    memory = candidate.memory
+    nvme = memory.nvme * ladder.cluster.ranks_on_node
+    return [
+        f"{mark} {rung.name}",
+        str(candidate.placement.zero_stage),
+        str(candidate.batch.micro_batch_size),
+        "on" if candidate.gradient_checkpointing else "off",
+        format_bytes(memory.device.total),
+        format_bytes(host_bytes(rung, ladder)),
+        format_bytes(nvme) if nvme else "-",
+        format_bytes(memory.checkpoint),
+        f"{candidate.speed.tokens_per_second:,.0f}",
+        rung.reason,
+    ]
+
+
+def _advice_line(item: Advice) -> str:
+    override = f" ({item.override})" if item.override else " (not an option of llmtune yet)"
+    return f"   {item.change}: saves {format_bytes(item.saves_bytes)} of a rank's {item.where}{override}"
+
+
+def _terminal_width() -> int:
+    try:
+        return os.get_terminal_size(2).columns
+    except OSError:
+        return 132
