@@ -18,12 +18,6 @@ WIDE = [
     *("data.train=stdlib_docs@200", "data.max_seq_length=256", "data.overlong=truncate", "train.global_batch_size=4"),
 ]
 
-SMOLLM2 = [
-    *("model=smollm2_135m", "data.train=stdlib_docs@200", "data.max_seq_length=192", "data.overlong=drop"),
-    *("train.global_batch_size=4", "precision=bf16"),
-]
-
-
 def on(rung: str, base: list[str], folder: Path, **more: Any) -> dict[str, Any]:
     return {"overrides": [*base, "zero=3", f"offload={rung}", f"offload.nvme_path={folder}/nvme"], **more}
 
@@ -34,10 +28,10 @@ def largest(a: list[float], b: list[float]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("base", "rate"), [(WIDE, "2e-4"), (SMOLLM2, "5e-5")], ids=["hidden-1088", "smollm2-135m"])
-def test_every_rung_gives_the_same_curve(base: list[str], rate: str, tmp_path: Path) -> None:
-    run = [*base, "tuner=full", f"optim.learning_rate={rate}"]
-    found = train_engines([on(rung, run, tmp_path, first=0, last=10) for rung in RUNGS], 2, tmp_path, timeout=900)
+def test_every_rung_gives_the_same_curve(tmp_path: Path) -> None:
+    """``scripts/bench/placements.py`` does the same with SmolLM2-135M; see docs/planner.md."""
+    run = [*WIDE, "tuner=full", "optim.learning_rate=2e-4"]
+    found = train_engines([on(rung, run, tmp_path, first=0, last=10) for rung in RUNGS], 2, tmp_path)
     reference = found[0]["losses"]
     assert reference[-1] < reference[0] - 0.02, "the model must learn"
     for rung, result in zip(RUNGS, found, strict=True):
