@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,13 @@ def write_weights(
 
     A failing write on rank 0 is raised after the last gather, so that no other rank is left waiting in one.
     """
+    with _at_rest(module):
+        _write_weights(module, folder, adapter_only, max_shard_bytes, file_name)
+
+
+def _write_weights(
+    module: TrainModule, folder: Path, adapter_only: bool, max_shard_bytes: int, file_name: Callable[[str], str]
+) -> None:
     tensors = list(_tensors(module, adapter_only))
     specs = [TensorSpec(file_name(name), tensor.dtype, _shape(tensor)) for name, tensor in tensors]
     shards = plan_shards(specs, max_shard_bytes)
@@ -83,6 +90,20 @@ def _tensors(module: TrainModule, adapter_only: bool) -> Iterator[tuple[str, tor
         persistent = name.rpartition(".")[2] not in owner._non_persistent_buffers_set
         if persistent:
             yield name, buffer
+
+
+@contextmanager
+def _at_rest(module: TrainModule) -> Iterator[None]:
+    """Under ZeRO 3 weights that were prefetched for a next layer may still be on their way, and cannot be gathered then."""
+    if module.zero_stage < 3:
+        yield
+        return
+    optimizer = module.engine.optimizer
+    optimizer.checkpoint_event_prologue()
+    try:
+        yield
+    finally:
+        optimizer.checkpoint_event_epilogue()
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from llmtune.checkpoint import names
 from llmtune.cli.prepare import describe, resolve_request
 from llmtune.config.schema import OffloadDevice
 from llmtune.errors import DoesNotFitError, LlmtuneError
-from llmtune.launch.environment import set_defaults
+from llmtune.launch.environment import return_freed_memory, set_defaults
 from llmtune.launch.nvme import check_nvme, hold_swap_folder, swap_folder
 from llmtune.launch.ops import ensure_ops
 from llmtune.launch.out_of_memory import MemoryEvent, RanOutOfMemoryError
@@ -160,6 +160,8 @@ def run_request(request: RunRequest, console: Console) -> None:
     """Start the ranks of one attempt and wait for their end."""
     plan = request.plan
     set_defaults(plan.hardware.accelerator, plan.world_size)
+    if plan.placement.uses_nvme:
+        return_freed_memory()
     ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
     log = request.run_folder / names.LOG
     with (

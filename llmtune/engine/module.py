@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llmtune.engine.corrections import undo_stage0_dummy_step
+from llmtune.engine.corrections import keep_norm_precision, undo_stage0_dummy_step
 from llmtune.engine.distributed import Rank, sum_over_ranks
 from llmtune.engine.swap import check_swapped_offsets
 from llmtune.plan.deepspeed import read_placement
@@ -70,6 +70,8 @@ class TrainModule:
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy)
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
+        if self.placement.optimizer != "none":
+            keep_norm_precision(self.engine.optimizer)
         if self.placement.optimizer == "nvme":
             check_swapped_offsets(self.engine.optimizer)
 

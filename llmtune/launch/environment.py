@@ -44,6 +44,16 @@ def set_defaults(accelerator: str, ranks_on_node: int) -> None:
         os.environ.setdefault(name, value)
 
 
+def return_freed_memory() -> None:
+    """Have malloc give large blocks back at once, in the ranks to come.
+
+    Where states pass through memory on their way to NVMe, glibc otherwise keeps what was freed: a CPU rank of a 126 M model
+    grew to 2.3 GB instead of 1.5. It costs page faults, so that rungs which have the memory do without.
+    """
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 * 2**20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(128 * 2**20))
+
+
 def use_own_ninja() -> None:
     """Put this environment's programs first, as activating it would.
 

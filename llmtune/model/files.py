@@ -160,7 +160,9 @@ def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
             shutil.rmtree(aside, ignore_errors=True)
             make(aside)
             if not list(aside.glob("*.safetensors")):
-                raise MissingPrerequisiteError(f"{folder.name}: no weights were written; convert it in a process of its own")
+                raise MissingPrerequisiteError(
+                    f"{folder.name}: no weights were written; convert it in a process of its own"
+                )
             aside.rename(folder)
     return folder
 

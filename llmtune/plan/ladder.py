@@ -24,6 +24,10 @@ from llmtune.plan.zero_sizes import ZeroSizes, resolve_zero_sizes
 #: Candidates as fast as this share of the fastest count as equal; the simplest of them is taken.
 EQUAL_SPEED = 0.985
 
+#: What a candidate may need of what the failed one was planned to need: of its peak, and of its states alone. Every attempt
+#: costs a start, so that states which differ by a buffer are not tried.
+CLEARLY_LESS = {False: 0.95, True: 0.8}
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -133,7 +137,8 @@ def next_candidate(
         on_device, on_host = device.total - gone, candidate.memory.host.total
         return on_device + on_host if cpu else on_device if pool == "device" else on_host
 
-    smaller = [c for c in ladder.candidates if c.fits and c not in tried and needs(c) < 0.95 * needs(failed)]
+    share = CLEARLY_LESS[standing]
+    smaller = [c for c in ladder.candidates if c.fits and c not in tried and needs(c) < share * needs(failed)]
     return choose(smaller)
 
 

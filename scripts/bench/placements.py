@@ -16,7 +16,14 @@ from pathlib import Path
 
 RUNGS = ("none", "optimizer_cpu", "cpu", "optimizer_nvme", "nvme")
 JOB = [
-    *("model=smollm2_135m", "tuner=full", "zero=3", "launch.nproc=2", "data.train=stdlib_docs@200", "data.max_seq_length=192"),
+    *(
+        "model=smollm2_135m",
+        "tuner=full",
+        "zero=3",
+        "launch.nproc=2",
+        "data.train=stdlib_docs@200",
+        "data.max_seq_length=192",
+    ),
     *("train.global_batch_size=2", "train.max_steps=10", "train.eval_max_rows=2", "train.sample_answers=false"),
     *("train.save_steps=null", "export=none"),
 ]
@@ -25,7 +32,15 @@ JOB = [
 def run(rung: str, folder: Path, nvme: str) -> tuple[list[float], float]:
     """Losses of the ten steps, and the seconds of the steps."""
     out = folder / rung
-    command = [sys.executable, "-m", "llmtune", *JOB, f"offload={rung}", f"offload.nvme_path={nvme}", f"output_dir={out}"]
+    command = [
+        sys.executable,
+        "-m",
+        "llmtune",
+        *JOB,
+        f"offload={rung}",
+        f"offload.nvme_path={nvme}",
+        f"output_dir={out}",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
