@@ -46,13 +46,10 @@ def _plan(arguments: Arguments, write: Any) -> int:
     from llmtune.cli.quiet import quiet_libraries
     from llmtune.config.compose import compose_config
     from llmtune.plan.advice import list_advice
-    from llmtune.plan.raw_keys import merge_raw
     from llmtune.plan.resolve import describe_misfit, resolve_ladder
 
     config = compose_config(arguments.overrides, arguments.config_dir).config
     quiet_libraries()
-    # Raw keys are checked here as they would be before a run.
-    merge_raw({}, config.zero.deepspeed)
     ladder = resolve_ladder(config, planning=True)
     advice = list_advice(config, ladder)
     misfit = describe_misfit(config, ladder) if ladder.chosen is None else None

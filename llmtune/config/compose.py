@@ -188,12 +188,14 @@ def _check_override(text: str, groups: dict[str, set[str]]) -> tuple[str | None,
         value = override.value()
         # Quoted, because Hydra takes the option 3 of zero=3 for a number and refuses it.
         return _check_option(key, value, groups[key]), f"{key}='{value}'"
-    if key.startswith("model.config."):
+    if key.startswith(("model.config.", "zero.deepspeed.")):
         return None, f"++{key}={value_text}"
     keys = known_keys()
     if key not in keys:
         return f"unknown key {key!r}{_nearest(key, keys | set(groups))}", text
-    return _check_value(key, override), f"{key}={value_text}"
+    # Free dictionaries are closed to new keys unless they are added by force.
+    force = "++" if key in ("model.config", "zero.deepspeed") else ""
+    return _check_value(key, override), f"{force}{key}={value_text}"
 
 
 def _parse(text: str) -> tuple[str, Override]:

@@ -218,7 +218,7 @@ class ZeroConfig:
 
     stage: int | str = "auto"
     """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights; ``auto`` the fastest that fits."""
-    deepspeed: dict[str, Any] | None = None
+    deepspeed: dict[str, Any] = field(default_factory=dict)
     """Raw DeepSpeed keys merged over the planned ones, such as ``{aio: {queue_depth: 64}}``; unknown ones are errors."""
 
 

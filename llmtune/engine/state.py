@@ -169,7 +169,8 @@ def _stage3_slices(module: TrainModule, names: dict[int, str]) -> Iterator[State
         if not parameter.requires_grad:
             continue
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = module.rank.rank * parameter.ds_tensor.numel()
+        # Not ds_tensor.numel(), which is that of a placeholder while the slice is on NVMe.
+        start = module.rank.rank * parameter.ds_tensor.ds_numel
         # The last rank's slice is padded.
         count = min(int(size), parameter.ds_numel - start)
         if count > 0:

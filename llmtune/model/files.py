@@ -40,7 +40,7 @@ def resolve_model_folder(config: ModelConfig, cache_dir: Path, say: Callable[[st
     name = config.name_or_path
     local = Path(name).expanduser()
     if name == "random":
-        if config.config is None:
+        if not config.config:
             raise ConfigError("model.name_or_path=random needs the architecture's numbers in model.config")
         numbers = config.config
         key = f"random-{_digest(json.dumps(numbers, sort_keys=True).encode())}"

@@ -48,6 +48,10 @@ class TraceSettings:
     """Rows of unlike length: attention then keeps a mask, and keys and values repeated for every head."""
 
 
+#: Traces of this process: the search for what would make a job fit plans the same model many times.
+_TRACES: dict[str, dict[TraceSettings, ActivationBytes]] = {}
+
+
 class ActivationModel:
     """Traces on demand and remembers, for one model and tuner."""
 
@@ -56,7 +60,7 @@ class ActivationModel:
         self.tuner = tuner
         self.shape = shape
         self._architecture: Any = None
-        self._done: dict[TraceSettings, ActivationBytes] = {}
+        self._done = _TRACES.setdefault(repr((model, tuner)), {})
 
     def __call__(self, settings: TraceSettings) -> ActivationBytes:
         """Bytes of a micro-batch; rows scale, so that one row is traced."""

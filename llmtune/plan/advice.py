@@ -99,11 +99,11 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[tuple[str, Config, Hard
             replace(hardware, nvme_bytes=drives),
         )
     length = config.data.max_seq_length
-    while length > 512:
-        length //= 2
-        shorter = copy.deepcopy(free)
-        shorter.data.max_seq_length = length
-        yield f"data.max_seq_length={length}", shorter, hardware
+    for shorter_length in (length // 2, length // 8):
+        if shorter_length >= 256:
+            shorter = copy.deepcopy(free)
+            shorter.data.max_seq_length = shorter_length
+            yield f"data.max_seq_length={shorter_length}", shorter, hardware
     if config.tuner.kind is TunerKind.full:
         lora = copy.deepcopy(free)
         lora.tuner.kind = TunerKind.lora

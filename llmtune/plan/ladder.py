@@ -92,7 +92,7 @@ def build_ladder(
     Raises:
         ConfigError: The batch arithmetic is impossible.
     """
-    search = _Search(config, hardware, shape, world_size, attn_implementation)
+    search = Search(config, hardware, shape, world_size, attn_implementation)
     asked = named_rung(config.offload)
     found: dict[str, list[Candidate]] = {}
     blocked: dict[str, str] = {}
@@ -179,7 +179,7 @@ def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
     return None
 
 
-class _Search:
+class Search:
     """Evaluates candidates; what they share is computed once."""
 
     def __init__(

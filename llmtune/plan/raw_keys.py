@@ -58,21 +58,25 @@ OWNED = {
 }
 
 
-def merge_raw(config: dict[str, Any], raw: dict[str, Any] | None) -> dict[str, Any]:
-    """``config`` with ``zero.deepspeed`` over it; sections that this placement does not have are left out.
+def check_raw(raw: dict[str, Any]) -> None:
+    """Refuse what would have no effect, or the wrong one.
 
     Raises:
         ConfigError: With every key that DeepSpeed does not read, or that llmtune decides.
     """
-    problems = list(_problems(raw or {}, ""))
+    problems = _problems(raw, "")
     if problems:
         raise ConfigError.from_problems(problems)
-    return _merged(config, raw or {})
 
 
-def resize(sizes: ZeroSizes, raw: dict[str, Any] | None) -> ZeroSizes:
+def merge_raw(config: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with checked raw keys over it; sections that this placement does not have are left out."""
+    return _merged(config, raw)
+
+
+def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
     """The planned sizes as the raw keys change them, so that memory is estimated for what will run."""
-    zero, aio = (raw or {}).get("zero_optimization", {}), (raw or {}).get("aio", {})
+    zero, aio = raw.get("zero_optimization", {}), raw.get("aio", {})
     param = zero.get("offload_param", {})
     given = {
         "reduce_bucket": zero.get("reduce_bucket_size"),

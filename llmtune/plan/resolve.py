@@ -17,7 +17,7 @@ from llmtune.plan.ladder import Candidate, Ladder, build_ladder
 from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.plan.memory import USABLE_SHARE, MemoryPlan
 from llmtune.plan.placement import Placement
-from llmtune.plan.raw_keys import merge_raw
+from llmtune.plan.raw_keys import check_raw, merge_raw
 from llmtune.plan.shape import ModelShape, resolve_shape
 from llmtune.plan.units import format_bytes, format_count
 
@@ -108,6 +108,7 @@ def resolve_ladder(config: Config, world_size: int | None = None, planning: bool
     Raises:
         As :func:`resolve_plan`, but for a job that does not fit.
     """
+    check_raw(config.zero.deepspeed)
     hardware = resolve_hardware(config.hardware, config.offload.nvme_path, planning)
     if not planning:
         _check_trainable(config, hardware, world_size)

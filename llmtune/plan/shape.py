@@ -82,7 +82,7 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    if config.config is not None:
+    if config.config:
         numbers = dict(config.config)
         kind = numbers.pop("model_type", None)
         try:

@@ -8,20 +8,25 @@ import pytest
 
 from llmtune.config.schema import TrainConfig
 from llmtune.errors import ConfigError
-from llmtune.plan.batch import resolve_batch
+from llmtune.plan.batch import batch_options
 
 
 def resolve(world: int = 1, length: int = 2048, accelerator: str = "cuda", **values: Any) -> tuple[int, int]:
-    plan = resolve_batch(TrainConfig(**values), world, length, accelerator)
+    plan = batch_options(TrainConfig(**values), world, length, accelerator)[0]
     assert plan.micro_batch_size * plan.accumulation_steps * plan.world_size == plan.global_batch_size
     return plan.micro_batch_size, plan.accumulation_steps
 
 
 def test_auto_fills_a_micro_batch_up_to_a_number_of_tokens() -> None:
-    assert resolve(global_batch_size=64) == (4, 16)
-    assert resolve(global_batch_size=64, length=8192) == (1, 64)
-    assert resolve(global_batch_size=6, length=2048) == (3, 2)
+    assert resolve(global_batch_size=64) == (16, 4)
+    assert resolve(global_batch_size=64, length=8192) == (4, 16)
+    assert resolve(global_batch_size=6, length=8192) == (3, 2)
     assert resolve(global_batch_size=8, length=384, accelerator="cpu") == (2, 4)
+
+
+def test_the_ladder_gets_every_micro_batch_that_divides() -> None:
+    options = batch_options(TrainConfig(global_batch_size=12), 2, 2048, "cuda")
+    assert [(plan.micro_batch_size, plan.accumulation_steps) for plan in options] == [(6, 1), (3, 2), (2, 3), (1, 6)]
 
 
 def test_either_number_gives_the_other() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Precision, ScheduleConfig, TrainConfig
 from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
-from llmtune.plan.memory import Placement, estimate_memory
-from llmtune.plan.resolve import Plan, resolve_plan, resolve_steps
+from llmtune.plan.placement import Placement
+from llmtune.plan.resolve import Plan, resolve_ladder, resolve_plan, resolve_steps
 from llmtune.plan.shape import resolve_shape
+from llmtune.plan.states import state_bytes
 from llmtune.plan.units import format_bytes, format_count, format_seconds, parse_bytes
+from llmtune.plan.zero_sizes import resolve_zero_sizes
 
 
 def test_the_70b_shape_is_exact() -> None:
@@ -21,7 +24,7 @@ def test_the_70b_shape_is_exact() -> None:
     assert shape.parameters == 70_553_706_496
     assert shape.trainable_parameters == 207_093_760
     assert shape.largest_tensor == 128_256 * 8192
-    assert shape.layer_parameters == pytest.approx(855_654_400, rel=1e-4)
+    assert shape.layer_parameters == 855_654_400 + 161_792 * 16
 
 
 @pytest.mark.parametrize(
@@ -37,10 +40,25 @@ def test_the_shipped_models_have_their_published_sizes(model: str, parameters: i
 def test_states_under_zero_3_are_what_the_formula_says() -> None:
     config = compose_config(["model=llama3_70b", "tuner=full"]).config
     shape = resolve_shape(config.model, config.tuner)
-    memory = estimate_memory(shape, Placement(3, False, False), Precision.bf16, 8, 1, True)
-    states = memory.weights + memory.gradients + memory.optimizer
-    assert states / 2**30 == pytest.approx(131.4, abs=0.1)
-    assert memory.weights == pytest.approx(17.64e9, rel=1e-3)
+    sizes = resolve_zero_sizes(shape, Placement(3), 8, "cuda")
+    states = state_bytes(shape, Placement(3), sizes, Precision.bf16, 8)
+    standing = states.weights.device + states.gradients.device + states.optimizer.device
+    assert standing / 2**30 == pytest.approx(131.4, abs=0.1)
+    assert states.weights.device == pytest.approx(17.64e9, rel=1e-3)
+
+
+def test_a_job_that_cannot_run_here_can_be_planned() -> None:
+    ladder = resolve_ladder(
+        compose_config(["model=llama3_70b", "hardware=8xh100", "tuner=qlora", "zero=3"]).config, planning=True
+    )
+    assert ladder.chosen is not None
+    assert ladder.chosen.memory.device.weights < 8e9
+    with pytest.raises(ConfigError, match="planned, not trained"):
+        resolve_ladder(compose_config(["model=tiny", "tuner=qlora"]).config)
+    bert = ["model.name_or_path=x", "model.config.model_type=t5", "data.train=a.jsonl", "tuner=full"]
+    assert resolve_ladder(compose_config(bert).config, planning=True).shape.parameters > 10**7
+    with pytest.raises(ConfigError, match="no causal language model"):
+        resolve_ladder(compose_config(bert).config)
 
 
 def test_70b_on_this_machine_is_refused_with_what_is_missing() -> None:
@@ -48,7 +66,7 @@ def test_70b_on_this_machine_is_refused_with_what_is_missing() -> None:
         resolve_plan(compose_config(["+model=llama3_70b", "+zero=3"]).config)
     text = str(caught.value)
     assert caught.value.exit_code == 3
-    for part in ("70.6 B parameters", "needs", "has ", "missing", "Try:"):
+    for part in ("70.6 B parameters", "needs", "has ", "optimizer_nvme", "Try: "):
         assert part in text
 
 
@@ -59,7 +77,8 @@ def test_named_gpus_that_are_not_there_are_a_missing_prerequisite() -> None:
 
 def test_a_plan_survives_json() -> None:
     plan = resolve_plan(compose_config(["model=tiny", "zero=3", "launch.nproc=2"]).config)
-    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    back = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert back == replace(plan, shape=replace(plan.shape, tensors=()))
     assert "auto" not in json.dumps(plan.deepspeed)
 
 
@@ -71,9 +90,9 @@ def test_zero_3_sizes_follow_the_adapter_and_the_layer() -> None:
 
 
 def test_auto_takes_the_lowest_stage_that_fits() -> None:
-    config = compose_config(["tuner=full", "launch.nproc=2", "hardware.host_memory_bytes=64GB"]).config
+    config = compose_config(["tuner=lora", "launch.nproc=2", "hardware.host_memory_bytes=64GB"]).config
     assert resolve_plan(config).placement.zero_stage == 0
-    config = compose_config(["tuner=full", "launch.nproc=2", "hardware.host_memory_bytes=5.6GB"]).config
+    config = compose_config(["tuner=full", "launch.nproc=2", "hardware.host_memory_bytes=6GB"]).config
     assert resolve_plan(config).placement.zero_stage > 0
 
 

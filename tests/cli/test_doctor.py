@@ -1,0 +1,76 @@
+"""``doctor`` finds what would stop a run, mends what is safe, and shows no secret."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmtune.launch.versions import bad_pairs
+from tests.support import TINY, run_cli
+
+
+@pytest.fixture
+def extensions(tmp_path: Path) -> Path:
+    """An extensions folder with a lock that a killed build left."""
+    folder = tmp_path / "extensions"
+    (folder / "async_io").mkdir(parents=True)
+    (folder / "async_io" / "lock").touch()
+    return folder
+
+
+def test_a_stale_lock_is_found_refused_and_removed(extensions: Path, tmp_path: Path) -> None:
+    env = {"TORCH_EXTENSIONS_DIR": str(extensions)}
+    lock = extensions / "async_io" / "lock"
+    found = run_cli("doctor", "--json", env=env)
+    assert found.code == 7
+    findings = json.loads(found.out)["findings"]
+    assert any(str(lock) in finding["message"] and finding["command"] == f"rm {lock}" for finding in findings)
+
+    refused = run_cli(*TINY, f"output_dir={tmp_path}/run", env=env, timeout=120)
+    assert refused.code == 7, refused.err
+    assert str(lock) in refused.err
+    assert "doctor --fix" in refused.err
+    assert lock.exists()
+
+
+def test_fix_removes_the_lock(extensions: Path) -> None:
+    from llmtune.launch import health, ops
+
+    lock = extensions / "async_io" / "lock"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
+        assert ops.stale_locks() == [lock]
+        (finding,) = health._locks()
+        assert finding.fix is not None
+        assert finding.fix() is None
+        assert not ops.stale_locks()
+        (clean,) = health._locks()
+    assert clean.state == "ok"
+
+
+def test_a_healthy_machine_is_exit_0_and_tokens_are_not_shown() -> None:
+    done = run_cli("doctor", env={"HF_TOKEN": "hf_planted", "WANDB_API_KEY": "planted"})
+    assert done.code == 0, done.out + done.err
+    assert "HF_TOKEN         present" in done.out
+    assert "planted" not in done.out + done.err
+    for what in (
+        "packages",
+        "compiler",
+        "libaio",
+        "op locks",
+        "ops",
+        "open files",
+        "/dev/shm",
+        "runs",
+        "model hub cache",
+    ):
+        assert what in done.out
+
+
+def test_known_bad_pairs_are_named_with_their_symptom() -> None:
+    pairs = bad_pairs({"deepspeed": "0.14.0", "numpy": "2.1.0", "torch": "2.4.0"})
+    assert [pair.second for pair in pairs] == ["numpy"]
+    assert "BUFSIZE" in pairs[0].symptom
+    assert not bad_pairs({"deepspeed": "0.19.8", "numpy": "2.4.6", "torch": "2.13.0+cpu", "peft": "0.21.2"})

@@ -1,0 +1,53 @@
+"""The preflight of NVMe: real direct I/O, space, and nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
+from llmtune.launch.nvme import check_nvme, hold_swap_folder, probe_disk, swap_folder
+
+
+def test_the_probe_measures_and_cleans_up(tmp_path: Path) -> None:
+    probe = probe_disk(tmp_path)
+    assert probe.read > 10**6
+    assert probe.write > 10**6
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_direct_io_is_refused() -> None:
+    with pytest.raises(MissingPrerequisiteError, match="no direct I/O"):
+        probe_disk(Path("/proc"))
+
+
+@pytest.mark.slow
+def test_too_little_space_is_said_before_anything_starts(tmp_path: Path) -> None:
+    said: list[str] = []
+    check_nvme(str(tmp_path / "swap"), 10**6, 10**6, tmp_path, said.append)
+    assert "reads" in said[0]
+    with pytest.raises(DoesNotFitError, match=r"swap files and checkpoints need 1000.00 TB"):
+        check_nvme(str(tmp_path / "swap"), 10**15, 0, tmp_path, said.append)
+
+
+def test_the_swap_folder_is_the_runs_own_and_goes_with_it(tmp_path: Path) -> None:
+    folder = swap_folder(str(tmp_path), tmp_path / "run-a")
+    assert folder != swap_folder(str(tmp_path), tmp_path / "run-b")
+    folder.mkdir()
+    (folder / "stale.swp").touch()
+    with pytest.raises(ValueError, match="boom"):
+        fail_inside(folder)
+    assert not folder.exists()
+
+
+def fail_inside(folder: Path) -> None:
+    with hold_swap_folder(folder):
+        assert not list(folder.iterdir())
+        (folder / "x.swp").touch()
+        raise ValueError("boom")
+
+
+def test_a_path_that_cannot_be_used_is_named() -> None:
+    with pytest.raises(MissingPrerequisiteError, match=r"offload.nvme_path=/proc/nothing"):
+        check_nvme("/proc/nothing", 1, 1, Path("/tmp"), print)

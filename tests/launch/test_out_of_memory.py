@@ -1,0 +1,57 @@
+"""Memory that ran out is recognised however a rank ended."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from llmtune.engine.phases import PhaseLog
+from llmtune.errors import CheckpointError
+from llmtune.launch import out_of_memory
+from llmtune.launch.out_of_memory import find_event, note_kills, phase_file
+from llmtune.launch.rank import is_out_of_memory
+
+ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+)
+
+
+def test_errors_are_told_apart() -> None:
+    assert is_out_of_memory(RuntimeError(ALLOCATOR))
+    assert is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("Connection closed by peer"))
+    assert not is_out_of_memory(CheckpointError("checkpoint-3 was not saved (No space left on device)"))
+
+
+def test_a_rank_that_reported_it_comes_first(tmp_path: Path) -> None:
+    log = PhaseLog(phase_file(tmp_path, 1))
+    log.step = 7
+    log.enter("backward")
+    reports = [{"rank": 1, "message": f"out of memory: {ALLOCATOR}", "out_of_memory": "host"}]
+    event = find_event([1, 3], 1, reports, tmp_path, "")
+    assert event is not None
+    assert (event.rank, event.phase, event.step, event.pool) == (1, "backward", 7, "host")
+    assert event.peak_bytes > 10**7
+    assert "in backward of step 7" in event.describe()
+
+
+def test_an_abort_counts_if_the_allocator_said_so(tmp_path: Path) -> None:
+    said = "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n"
+    event = find_event([-signal.SIGABRT, -signal.SIGKILL], 0, [], tmp_path, said)
+    assert event is not None
+    assert event.rank == 0
+    assert event.phase == "start"
+    assert find_event([-signal.SIGABRT], 0, [], tmp_path, "Fatal Python error: Aborted") is None
+
+
+def test_a_kill_counts_if_it_was_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note_kills(tmp_path)
+    assert find_event([-signal.SIGKILL], 0, [], tmp_path, "") is None, "somebody's kill -9 is no lack of memory"
+    before = out_of_memory.read_kills()
+    monkeypatch.setattr(out_of_memory, "read_kills", lambda: before + 1)
+    event = find_event([-signal.SIGKILL], 0, [], tmp_path, "")
+    assert event is not None
+    assert "kernel" in event.message

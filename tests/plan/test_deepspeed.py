@@ -1,0 +1,120 @@
+"""The dictionary for DeepSpeed: derived sizes, keys that it really reads, raw keys over them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+
+from llmtune.config.compose import compose_config
+from llmtune.errors import ConfigError
+from llmtune.plan.placement import Placement
+from llmtune.plan.raw_keys import KNOWN, OWNED, merge_raw, resize
+from llmtune.plan.resolve import plan_candidate, resolve_ladder
+from llmtune.plan.shape import TensorShape, resolve_shape
+from llmtune.plan.zero_sizes import parameter_groups, resolve_zero_sizes, sub_groups
+from tests.support import ROOT, run
+
+
+def test_the_buffers_of_70b_on_8_ranks_hold_its_largest_slice() -> None:
+    config = compose_config(["model=llama3_70b", "tuner=full"]).config
+    shape = resolve_shape(config.model, config.tuner)
+    sizes = resolve_zero_sizes(shape, Placement(3, "nvme", "nvme"), 8, "cuda")
+    assert sizes.param_buffer >= 131_334_144
+    groups = sub_groups(parameter_groups(list(shape.tensors), Placement(3, "nvme"), 8), 8, sizes.sub_group)
+    assert sum(tensor.numel for group in groups for tensor in group) == shape.parameters
+    assert all(not tensor.vector for group in groups for tensor in group if len(group) > 1 and not group[0].vector)
+
+
+def test_adapters_stay_on_every_rank() -> None:
+    config = compose_config(["model=llama3_70b"]).config
+    shape = resolve_shape(config.model, config.tuner)
+    assert resolve_zero_sizes(shape, Placement(3), 8, "cuda").persistence_threshold >= 28_672 * 16
+
+
+def test_matrices_off_the_sectors_have_a_group_of_their_own_on_nvme() -> None:
+    tensors = [
+        TensorShape("even", 1024 * 1024, True, False),
+        TensorShape("odd", 1001 * 1001, True, False),
+        TensorShape("odd too", 999 * 1001, True, False),
+        TensorShape("norm", 1001, True, True),
+    ]
+    grouped = parameter_groups(tensors, Placement(3, "nvme"), 2)
+    assert [[tensor.name for tensor in group] for group in grouped] == [["even"], ["odd"], ["odd too"], ["norm"]]
+    assert len(parameter_groups(tensors, Placement(3), 2)) == 2
+
+
+def test_nothing_is_left_to_auto_and_nvme_has_its_aio_section() -> None:
+    config = compose_config(
+        [
+            "model=llama3_70b",
+            "tuner=full",
+            "hardware=8xa100_80gb",
+            "hardware.nvme_bytes=4TB",
+            "offload=nvme",
+            "data.train=a",
+        ]
+    ).config
+    ladder = resolve_ladder(config, planning=True)
+    assert ladder.chosen is not None
+    deepspeed = plan_candidate(config, ladder, ladder.chosen).deepspeed
+    assert "auto" not in json.dumps(deepspeed)
+    assert set(deepspeed["aio"]) == KNOWN["aio"]
+    assert deepspeed["zero_optimization"]["offload_param"]["buffer_size"] >= 131_334_144
+
+
+def test_raw_keys_are_merged_and_planned_with() -> None:
+    raw = {
+        "zero_optimization": {"reduce_bucket_size": 12345, "offload_param": {"buffer_count": 9}},
+        "aio": {"queue_depth": 64},
+    }
+    config = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1}, "gradient_clipping": 1.0}
+    merged = merge_raw(config, raw)
+    assert merged["zero_optimization"]["reduce_bucket_size"] == 12345
+    assert merged["zero_optimization"]["stage"] == 3
+    assert "offload_param" not in merged["zero_optimization"], "this placement has none"
+    shape = resolve_shape(compose_config(["model=tiny"]).config.model, compose_config(["model=tiny"]).config.tuner)
+    sizes = resize(resolve_zero_sizes(shape, Placement(3), 1, "cpu"), raw)
+    assert (sizes.reduce_bucket, sizes.aio.queue_depth, sizes.param_buffers) == (12345, 64, 9)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("zero.deepspeed={zero_optimisation:{stage:3}}", "did you mean 'zero_optimization'"),
+        ("zero.deepspeed={aio:{thread_count:4}}", "zero.deepspeed.aio.thread_count: DeepSpeed would ignore"),
+        ("zero.deepspeed={zero_optimization:{stage:2}}", "set zero=0, 1, 2 or 3"),
+        ("zero.deepspeed={gradient_clipping:0.3}", "set train.max_grad_norm"),
+        ("zero.deepspeed={elasticity:{enabled:false}}", "zero.deepspeed.elasticity"),
+        ("zero.deepspeed={aio:7}", "a section of keys"),
+    ],
+)
+def test_raw_keys_that_deepspeed_ignores_are_errors(override: str, part: str) -> None:
+    config = compose_config(["model=tiny", override]).config
+    with pytest.raises(ConfigError, match=part):
+        resolve_ladder(config)
+
+
+def test_the_known_keys_are_deepspeeds_own() -> None:
+    """In a process of its own: importing DeepSpeed takes the accelerator from the environment."""
+    script = """
+import json
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+def keys(model):
+    return sorted({field.alias or name for name, field in model.model_fields.items()})
+print(json.dumps({
+    "zero_optimization": keys(DeepSpeedZeroConfig),
+    "zero_optimization.offload_optimizer": keys(DeepSpeedZeroOffloadOptimizerConfig),
+    "zero_optimization.offload_param": keys(DeepSpeedZeroOffloadParamConfig),
+    "aio": sorted(AIO_DEFAULT_DICT),
+}))
+"""
+    done = run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    theirs = json.loads(done.out.splitlines()[-1])
+    for section, known in theirs.items():
+        assert KNOWN[section] <= set(known), KNOWN[section] - set(known)
+    assert not KNOWN[""] & set(OWNED)
