@@ -10,10 +10,12 @@ import copy
 import functools
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llmtune.config.schema import ModelConfig, Precision, TunerConfig, TunerKind
 from llmtune.plan.shape import ModelShape, load_architecture
+from llmtune.plan.trace_cache import read_trace, write_trace
 
 #: After the first layer, its input is no intermediate result; from the second on, each adds the same.
 TRACED_LAYERS = 3
@@ -55,7 +57,8 @@ _TRACES: dict[str, dict[TraceSettings, ActivationBytes]] = {}
 class ActivationModel:
     """Traces on demand and remembers, for one model and tuner."""
 
-    def __init__(self, model: ModelConfig, tuner: TunerConfig, shape: ModelShape):
+    def __init__(self, model: ModelConfig, tuner: TunerConfig, shape: ModelShape, cache_dir: Path | None = None):
+        self.cache_dir = cache_dir
         self.model = model
         self.tuner = tuner
         self.shape = shape
@@ -80,9 +83,20 @@ class ActivationModel:
         return ActivationBytes(found.saved * rows, found.working * rows, found.logits * rows, found.origin)
 
     def _measure(self, settings: TraceSettings) -> ActivationBytes:
+        # The shape too: a local folder may hold another model tomorrow.
+        key = repr((self.model, self.tuner, settings, self.shape))
+        stored = read_trace(self.cache_dir, key)
+        if stored is not None:
+            return ActivationBytes(stored["saved"], stored["working"], stored["logits"])
+        found = self._trace(settings)
+        if found.origin == "traced":
+            write_trace(self.cache_dir, key, {"saved": found.saved, "working": found.working, "logits": found.logits})
+        return found
+
+    def _trace(self, settings: TraceSettings) -> ActivationBytes:
+        logits = loss_bytes(settings.length, self.shape.vocab_size, settings.precision)
         if self._architecture is None:
             self._architecture = load_architecture(self.model)
-        logits = loss_bytes(settings.length, self.shape.vocab_size, settings.precision)
         try:
             trace = trace_layers(self._architecture, self.tuner, settings)
         except Exception as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 from llmtune.config.schema import Config, Precision, TunerKind
 from llmtune.plan.activations import ActivationModel, TraceSettings
@@ -189,7 +190,8 @@ class Search:
         self.shape = shape
         self.cluster = Cluster(hardware, world_size)
         self.attn_implementation = attn_implementation
-        self.trace = ActivationModel(config.model, config.tuner, shape)
+        cache = Path(config.paths.cache_dir).expanduser()
+        self.trace = ActivationModel(config.model, config.tuner, shape, cache)
         self.batches = batch_options(config.train, world_size, config.data.max_seq_length, hardware.accelerator)
         self.origin = "traced"
 

@@ -49,21 +49,20 @@ def test_lora_gives_the_same_curve_with_its_weights_on_nvme(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_goes_on_exactly_on_nvme_and_from_it(precision: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_exactly_on_nvme_and_from_it(tmp_path: Path) -> None:
     """NVMe to NVMe to the last digit; to and from other placements as closely as they agree with each other."""
-    run = [*WIDE, "tuner=full", "optim.learning_rate=5e-5", f"precision={precision}"]
+    run = [*WIDE, "tuner=full", "optim.learning_rate=5e-5"]
     rungs = ("none", "optimizer_nvme", "nvme")
     folders = {rung: str(tmp_path / rung / "checkpoint-2") for rung in rungs}
     straight = train_engines(
         [on(r, run, tmp_path, first=0, last=5, save=folders[r], save_at=2) for r in rungs], 2, tmp_path
     )
-    pairs = [(a, b) for a in rungs for b in rungs if a != b or a != "none"]
+    pairs = [("optimizer_nvme", "optimizer_nvme"), ("nvme", "nvme"), ("none", "nvme"), ("nvme", "none")]
     loaded = train_engines([on(b, run, tmp_path, first=2, last=5, load=folders[a]) for a, b in pairs], 2, tmp_path)
     alone = train_engines([on("nvme", run, tmp_path, first=2, last=5, load=folders["optimizer_nvme"])], 1, tmp_path)
     curve = dict(zip(rungs, (result["losses"][2:] for result in straight), strict=True))
     for (source, target), result in zip(pairs, loaded, strict=True):
         if source == target:
             assert result["losses"] == curve[source], (source, result["losses"])
-        assert largest(result["losses"], curve["none"]) < (1e-4 if precision == "fp32" else 1e-3), (source, target)
-    assert largest(alone[0]["losses"], curve["none"]) < (1e-4 if precision == "fp32" else 2e-3)
+        assert largest(result["losses"], curve["none"]) < 1e-3, (source, target)
+    assert largest(alone[0]["losses"], curve["none"]) < 2e-3
