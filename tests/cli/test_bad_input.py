@@ -80,7 +80,7 @@ def test_fp16_on_a_cpu_without_it(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, err = refused(capsys, "+model=llama3_70b", "+zero=3", f"output_dir={tmp_path}/run")
-    assert (code, "missing" in err, "needs" in err) == (3, True, True)
+    assert (code, "does not fit" in err, "Try: " in err) == (3, True, True)
 
 
 def test_a_folder_that_is_no_run_is_not_touched(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
