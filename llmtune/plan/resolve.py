@@ -19,7 +19,7 @@ from llmtune.plan.memory import USABLE_SHARE, MemoryPlan
 from llmtune.plan.placement import Placement
 from llmtune.plan.raw_keys import check_raw, merge_raw
 from llmtune.plan.shape import ModelShape, resolve_shape
-from llmtune.plan.units import format_bytes, format_count
+from llmtune.plan.units import format_bytes, format_count, parse_bytes
 
 #: Up to this length eager attention is the faster one on a CPU (SmolLM2-135M, 8 x 128 tokens on 2 cores: 419 against 316
 #: tokens/s), and its quadratic memory is small.
@@ -238,6 +238,8 @@ def _check_trainable(config: Config, hardware: Hardware, world_size: int | None)
         raise MissingPrerequisiteError("precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32")
     if config.tuner.kind is TunerKind.qlora:
         raise ConfigError("tuner=qlora can be planned, not trained yet: take tuner=lora")
+    if config.launch.memory_limit is not None:
+        parse_bytes(config.launch.memory_limit, "launch.memory_limit")
     if hardware.nodes > 1 and world_size is None:
         raise ConfigError(
             f"hardware.nodes={hardware.nodes}: llmtune starts the ranks of one machine; start several with torchrun "
@@ -251,6 +253,8 @@ def _describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> li
     if config.zero.stage == "auto" or config.offload.optimizer.value == "auto":
         others = [rung.name for rung in ladder.rungs if rung.candidate and rung.candidate.fits]
         fitting = "the only one that fits" if len(others) < 2 else f"the fastest of {len(others)} that fit"
+        if candidate is not ladder.chosen:
+            fitting = "further down the ladder, because memory ran out"
         notes.append(f"placement: {candidate.placement.rung}, ZeRO {candidate.placement.zero_stage} ({fitting})")
     if config.train.gradient_checkpointing == "auto":
         state = "on" if candidate.gradient_checkpointing else "off"
