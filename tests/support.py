@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.launch.environment import free_port, set_defaults
+from llmtune.launch.environment import free_port, remove_shared_buffers, set_defaults
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,5 +90,6 @@ def train_engines(
     finally:
         for rank in ranks:
             rank.kill()
+        remove_shared_buffers(port)
     assert codes == [0] * world_size, "\n".join(log.read_text()[-3000:] for log in logs)
     return list(json.loads(result.read_text()))

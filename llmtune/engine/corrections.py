@@ -28,24 +28,41 @@ def undo_stage0_dummy_step(optimizer: Any) -> bool:
     return had_state
 
 
-def keep_norm_precision(optimizer: Any) -> bool:
-    """Add up the gradient norm in fp64 where the optimizer is offloaded, as without offload; True if that changed something.
+def keep_norm_precision(optimizer: Any, zero_stage: int) -> bool:
+    """Add up the gradient norm in fp64 in every stage and placement, as stage 3 without offload does; True if that is a change.
 
-    ``complete_grad_norm_calculation_for_cpu_offload`` (stages 1 to 3) sends the sum of squares through an fp32 tensor. The
-    norm is then off by one part in 10^8, the clipped gradients by a last digit, and in bf16 the loss curve of an offloaded
-    run drifts from that of the same run without offload.
+    ``complete_grad_norm_calculation_for_cpu_offload`` (stages 1 to 3) and ``get_grad_norm_direct`` of stages 1 and 2 send the
+    sum of squares through fp32. The norm is then off by one part in 10^8, the clipped gradients by a last digit, and in bf16
+    the loss curve drifts from that of the same run on another rung of the ladder.
     """
-    if not hasattr(optimizer, "norm_for_param_grads"):
+    if zero_stage == 0:
         return False
 
-    def complete(parameters: Sequence[Any]) -> torch.Tensor:
-        """2-norm of this group's gradients over all ranks; -1 where it is not finite, as DeepSpeed wants it."""
-        norms = optimizer.norm_for_param_grads
-        squares = [float(norms[key]) ** 2 for key in map(optimizer.get_param_id, parameters) if key in norms]
-        total = torch.tensor(sum(squares), dtype=torch.float64, device=optimizer.device)
+    def over_ranks(squares: float) -> torch.Tensor:
+        """The 2-norm; -1 where it is not finite, as DeepSpeed wants it."""
+        total = torch.tensor(squares, dtype=torch.float64, device=optimizer.device)
         torch.distributed.all_reduce(total, group=optimizer.dp_process_group)
         norm = total.sqrt()
-        return norm.cpu() if bool(torch.isfinite(norm)) else torch.tensor(-1.0, dtype=torch.float64)
+        return norm if bool(torch.isfinite(norm)) else torch.full_like(norm, -1.0)
 
-    optimizer.complete_grad_norm_calculation_for_cpu_offload = complete
-    return True
+    if hasattr(optimizer, "norm_for_param_grads"):
+
+        def offloaded(parameters: Sequence[Any]) -> torch.Tensor:
+            """Norms were noted when the gradients passed by."""
+            norms = optimizer.norm_for_param_grads
+            keys = map(optimizer.get_param_id, parameters)
+            norm = over_ranks(sum(float(norms[key]) ** 2 for key in keys if key in norms))
+            return norm.cpu() if zero_stage == 3 else norm
+
+        optimizer.complete_grad_norm_calculation_for_cpu_offload = offloaded
+        return True
+    if zero_stage < 3:
+
+        def direct(gradients: Sequence[torch.Tensor], _: Any, norm_type: float = 2) -> torch.Tensor:
+            """Of this rank's slices; padding is zero."""
+            assert norm_type == 2
+            return over_ranks(sum(float(torch.linalg.vector_norm(g.detach().double())) ** 2 for g in gradients))
+
+        optimizer.get_grad_norm_direct = direct
+        return True
+    return False

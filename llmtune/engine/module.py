@@ -70,8 +70,7 @@ class TrainModule:
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy)
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
-        if self.placement.optimizer != "none":
-            keep_norm_precision(self.engine.optimizer)
+        keep_norm_precision(self.engine.optimizer, self.zero_stage)
         if self.placement.optimizer == "nvme":
             check_swapped_offsets(self.engine.optimizer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -100,6 +101,16 @@ def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -
         "MASTER_PORT": str(port),
         FAILURE_DIR: str(failure_dir),
     }
+
+
+def remove_shared_buffers(port: int) -> None:
+    """Delete what DeepSpeed's CPU collectives leave in ``/dev/shm``: 69 MB a rank and run, of memory, for ever.
+
+    The files are named by user, address and port of the process group (``csrc/cpu/comm/shm.cpp``).
+    """
+    for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_*"):
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def free_port() -> int:

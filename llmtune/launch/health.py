@@ -199,8 +199,34 @@ def _limits() -> Iterator[Finding]:
         )
     else:
         yield Finding("/dev/shm", "ok", format_bytes(size))
+    left = left_shared_buffers()
+    if left:
+        held = sum(file.stat().st_size for file in left)
+        yield Finding(
+            "/dev/shm",
+            "note",
+            f"{len(left)} buffers of ranks that are gone hold {format_bytes(held)} of memory",
+            "rm /dev/shm/deepspeed_allreduce_buffer_*",
+            functools.partial(_remove_all, left),
+        )
     memory = psutil.virtual_memory()
     yield Finding("memory", "ok", f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free")
+
+
+def left_shared_buffers() -> list[Path]:
+    """Buffers of DeepSpeed's CPU collectives that no process has mapped any more."""
+    mapped = set()
+    for process in psutil.process_iter():
+        try:
+            mapped |= {Path(region.path) for region in process.memory_maps()}
+        except (psutil.Error, OSError):
+            continue
+    found = Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")
+    return sorted(file for file in found if file not in mapped)
+
+
+def _remove_all(files: list[Path]) -> str | None:
+    return next((reason for reason in map(_remove, files) if reason is not None), None)
 
 
 def _disks(cache: Path) -> Iterator[Finding]:

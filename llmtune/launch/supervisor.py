@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, LlmtuneError, StoppedError
-from llmtune.launch.environment import free_port, rank_environment
+from llmtune.launch.environment import free_port, rank_environment, remove_shared_buffers
 from llmtune.launch.out_of_memory import RanOutOfMemoryError, find_event, note_kills
 
 #: Between a first failure and the end of the other ranks: they report a lost connection by themselves in about a second.
@@ -55,12 +55,14 @@ def run_ranks(command: list[str], world_size: int, log: Path, say: Callable[[str
         note_kills(Path(folder))
         printed = log.stat().st_size if log.exists() else 0
         previous = {number: signal.signal(number, signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        ranks = _start(command, world_size, Path(folder))
+        port = free_port()
+        ranks = _start(command, world_size, port, Path(folder))
         first_failed: int | None = None
         try:
             first_failed = _watch(ranks, signals, say)
         finally:
             _end(ranks)
+            remove_shared_buffers(port)
             for number, handler in previous.items():
                 signal.signal(number, handler)
         codes = [rank.returncode for rank in ranks]
@@ -80,8 +82,7 @@ def run_ranks(command: list[str], world_size: int, log: Path, say: Callable[[str
             raise _failure(codes, first_failed, reports, log)
 
 
-def _start(command: list[str], world_size: int, failure_dir: Path) -> list[subprocess.Popen[bytes]]:
-    port = free_port()
+def _start(command: list[str], world_size: int, port: int, failure_dir: Path) -> list[subprocess.Popen[bytes]]:
     ranks: list[subprocess.Popen[bytes]] = []
     for rank in range(world_size):
         environment = rank_environment(rank, world_size, port, failure_dir)
