@@ -26,7 +26,7 @@ AFTER_A_CHECKPOINT = ["launch.memory_limit=4700MiB", "train.eval_steps=3", "trai
 
 
 def train(folder: Path, *overrides: str) -> Finished:
-    return run_cli(*JOB, *overrides, f"output_dir={folder}", f"offload.nvme_path={folder.parent}/nvme", timeout=400)
+    return run_cli(*JOB, *overrides, f"output_dir={folder}", f"offload.nvme_path={folder.parent}/nvme", timeout=900)
 
 
 def plan(folder: Path) -> dict[str, Any]:
