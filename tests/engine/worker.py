@@ -35,7 +35,8 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     if config.precision is Precision.fp16:
         pretend_fp16()
     cache = Path(config.paths.cache_dir)
-    plan = resolve_plan(config, rank.world_size)
+    # One plan for all ranks, as the supervisor makes it.
+    plan = broadcast_object(resolve_plan(config, rank.world_size), rank)
     if plan.placement.uses_nvme:
         # A folder a task: engines of one process would find each other's swap files.
         swap = tempfile.mkdtemp(dir=config.offload.nvme_path) if rank.is_first else None
