@@ -71,12 +71,35 @@ def check_nvme(
     _check_space(folder, swap_bytes, checkpoint_bytes, run_folder)
     probe = probe_disk(folder)
     say(
-        f"NVMe: {folder} reads {format_bytes(probe.read)}/s, writes {format_bytes(probe.write)}/s (one stream, direct); "
-        f"swap {format_bytes(swap_bytes)}"
+        f"NVMe: {folder} ({disk_behind(folder)}) reads {format_bytes(probe.read)}/s, writes {format_bytes(probe.write)}/s "
+        f"(one stream, direct); swap {format_bytes(swap_bytes)}"
     )
     if min(probe.read, probe.write) < SLOW_BANDWIDTH:
         say("NVMe: this is slow for a drive; every optimizer step reads and writes all states")
     return probe
+
+
+def disk_behind(folder: Path) -> str:
+    """The block device of a folder's file system, such as ``nvme0n1``; a disk that turns is said to."""
+    number = os.stat(folder).st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not device.exists():
+        return "no local block device"
+    path = device.resolve()
+    # A partition has no queue of its own.
+    whole = path if (path / "queue").is_dir() else path.parent
+    try:
+        turns = (whole / "queue" / "rotational").read_text().strip() == "1"
+    except OSError:
+        turns = False
+    kind = (
+        ""
+        if whole.name.startswith("nvme")
+        else ", the kernel takes it for a turning disk"
+        if turns
+        else ", no NVMe drive"
+    )
+    return whole.name + kind
 
 
 def probe_disk(folder: Path) -> DiskProbe:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
-from llmtune.launch.nvme import check_nvme, hold_swap_folder, probe_disk, swap_folder
+from llmtune.launch.nvme import check_nvme, disk_behind, hold_swap_folder, probe_disk, swap_folder
 
 
 def test_the_probe_measures_and_cleans_up(tmp_path: Path) -> None:
@@ -15,6 +15,11 @@ def test_the_probe_measures_and_cleans_up(tmp_path: Path) -> None:
     assert probe.read > 10**6
     assert probe.write > 10**6
     assert not list(tmp_path.iterdir())
+
+
+def test_the_disk_behind_a_folder_is_named() -> None:
+    assert disk_behind(Path("/proc")) == "no local block device"
+    assert disk_behind(Path(__file__).parent)
 
 
 def test_a_file_system_without_direct_io_is_refused() -> None:
