@@ -1,4 +1,4 @@
-"""``plan``: memory and speed of every placement, on this machine or a named one; nothing is loaded or written."""
+"""``plan``: memory and speed of every placement, on this machine or a named one; no weight is loaded, no run folder made."""
 
 from __future__ import annotations
 

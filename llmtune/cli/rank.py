@@ -85,17 +85,19 @@ def _train_launched(composed: Composed, target: RunTarget, folder: RunFolder, co
         if rank.is_first:
             try:
                 stack.enter_context(hold_lock(lock_file(folder)))
-                request = _prepare_first(composed, target, folder, console, rank.world_size)
-                if request is not None:
-                    stack.enter_context(hold_nvme(request.config, request.plan, request.run_folder, console))
-                answer = {"request": request.to_json() if request else None}
+                prepared = _prepare_first(composed, target, folder, console, rank.world_size)
+                if prepared is not None:
+                    stack.enter_context(hold_nvme(prepared.config, prepared.plan, prepared.run_folder, console))
+                answer = {"request": prepared.to_json() if prepared else None}
             except Exception as error:
                 answer = _as_answer(error)
         answer = broadcast_object(answer, rank)
         if "error" in answer:
             raise ERRORS_BY_CODE.get(answer["code"], LlmtuneError)(answer["error"])
         if answer["request"] is not None:
-            run_job(RunRequest.from_json(answer["request"]), rank, console)
+            request = RunRequest.from_json(answer["request"])
+            _limit_memory(request)
+            run_job(request, rank, console)
         meet_ranks(rank)
         if rank.is_first:
             _finish_first(composed, target, console)

@@ -33,7 +33,6 @@ def _check_ranges(config: Config) -> list[str]:
         "launch.nproc": config.launch.nproc,
         "hardware.nodes": config.hardware.nodes,
         "hardware.gpus_per_node": config.hardware.gpus_per_node,
-        "hardware.cpu_cores": config.hardware.cpu_cores,
         "hardware.gpu_flops": config.hardware.gpu_flops,
         "hardware.compute_efficiency": config.hardware.compute_efficiency,
         "optim.eps": config.optim.eps,

@@ -255,8 +255,6 @@ class HardwareConfig:
     """Memory of one machine."""
     nvme_bytes: Any = None
     """Free space of one machine's NVMe drives; probed behind ``offload.nvme_path``."""
-    cpu_cores: int | None = None
-    """Cores of one machine."""
     gpu_flops: float | None = None
     """Dense bf16 operations a second of one accelerator, as its data sheet has it."""
     compute_efficiency: float | None = None
@@ -270,7 +268,7 @@ class HardwareConfig:
     host_memory_bandwidth: Any = None
     """Of one machine's memory; what the optimizer on the CPU runs at."""
     nvme_read_bandwidth: Any = None
-    """Of one machine's drives together; probed behind ``offload.nvme_path``."""
+    """Of one machine's drives together; without it, of four PCIe 4 drives. The preflight of a run prints what it measures."""
     nvme_write_bandwidth: Any = None
     """The same for writing."""
 

@@ -157,7 +157,7 @@ def _locks() -> Iterator[Finding]:
 
 
 def _ops() -> Iterator[Finding]:
-    accelerator = os.environ.get("DS_ACCELERATOR") or ("cpu" if installed("torch") is None else _accelerator())
+    accelerator = os.environ.get("DS_ACCELERATOR") or _accelerator()
     for name in needed_ops(accelerator, None):
         short = name.removesuffix("Builder")
         if is_built(name):

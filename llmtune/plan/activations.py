@@ -218,7 +218,7 @@ def _unmasked() -> str:
 
 
 def _to_fake(model: Any) -> None:
-    """Put fake tensors in the place of meta ones: peft cannot wrap fake ones, and kernels cannot run on meta ones."""
+    """Put fake tensors in the place of meta ones, on which MemTracker books nothing."""
     import torch
     from torch import nn
 
@@ -304,7 +304,7 @@ def _activation_bytes(snapshot: dict[Any, dict[Any, int]]) -> int:
     """All that is neither a parameter nor a buffer nor given from outside."""
     (values,) = snapshot.values()
     names = {getattr(key, "value", str(key)): value for key, value in values.items()}
-    return sum(value for name, value in names.items() if name in ("Activation", "Temp", "Gradient", "Input"))
+    return sum(value for name, value in names.items() if name in ("Activation", "Temp", "Gradient"))
 
 
 def _dtype(precision: Precision) -> Any:

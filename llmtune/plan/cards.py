@@ -9,7 +9,6 @@ from dataclasses import dataclass
 class Card:
     """One accelerator."""
 
-    memory_bytes: int
     flops: float
     """Dense bf16 with fp32 accumulation, operations a second."""
     efficiency: float
@@ -25,24 +24,24 @@ GIB = 2**30
 #: Efficiencies are those of DeepSpeed and FSDP runs of 70B models with eager kernels (docs/planner.md has the runs); a
 #: data sheet's NVLink figure counts both directions, and collectives reach about 80 % of one.
 CARDS: dict[str, Card] = {
-    "A100-80GB": Card(80 * GIB, 312e12, 0.57, 240e9, 20e9),
-    "A100-40GB": Card(40 * GIB, 312e12, 0.57, 240e9, 20e9),
-    "H100": Card(80 * GIB, 989e12, 0.33, 360e9, 40e9),
-    "H200": Card(141 * 10**9, 989e12, 0.33, 360e9, 40e9),
-    "A10": Card(24 * GIB, 125e12, 0.45, 10e9, 10e9),
-    "L4": Card(24 * GIB, 121e12, 0.40, 10e9, 10e9),
-    "L40S": Card(48 * GIB, 362e12, 0.40, 20e9, 20e9),
-    "RTX 4090": Card(24 * GIB, 165e12, 0.55, 20e9, 20e9),
-    "RTX 3090": Card(24 * GIB, 71e12, 0.53, 10e9, 10e9),
-    "V100": Card(32 * GIB, 112e12, 0.40, 100e9, 10e9),
+    "A100-80GB": Card(312e12, 0.57, 240e9, 20e9),
+    "A100-40GB": Card(312e12, 0.57, 240e9, 20e9),
+    "H100": Card(989e12, 0.33, 360e9, 40e9),
+    "H200": Card(989e12, 0.33, 360e9, 40e9),
+    "A10": Card(125e12, 0.45, 10e9, 10e9),
+    "L4": Card(121e12, 0.40, 10e9, 10e9),
+    "L40S": Card(362e12, 0.40, 20e9, 20e9),
+    "RTX 4090": Card(165e12, 0.55, 20e9, 20e9),
+    "RTX 3090": Card(71e12, 0.53, 10e9, 10e9),
+    "V100": Card(112e12, 0.40, 100e9, 10e9),
 }
 
 #: What is assumed of a card that is not in the table.
-UNKNOWN = Card(16 * GIB, 60e12, 0.40, 10e9, 10e9)
+UNKNOWN = Card(60e12, 0.40, 10e9, 10e9)
 
 
 def find_card(name: str | None, memory_bytes: int | None = None) -> Card | None:
-    """The card whose name is contained in ``name`` (``NVIDIA A100-SXM4-80GB``); A100s are told apart by memory."""
+    """The card whose name ``name`` begins with, maker aside (``NVIDIA A100-SXM4-80GB``); A100s are told apart by memory."""
     if not name:
         return None
     plain = name.upper().replace("NVIDIA", "").replace("GEFORCE", "").strip()

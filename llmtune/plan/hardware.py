@@ -22,7 +22,7 @@ SERVER_MEMORY_BANDWIDTH = 250e9
 CPU_MEMORY_BANDWIDTH = 15e9
 #: Eight adapters of 200 Gb/s.
 NETWORK_BANDWIDTH = 160e9
-#: Four drives of PCIe 4 under DeepNVMe (10 read, 5 written); one drive where a file is all that is known.
+#: Four drives of PCIe 4 under DeepNVMe.
 NVME_READ_BANDWIDTH, NVME_WRITE_BANDWIDTH = 10e9, 5e9
 #: Share of the CPU's own matrix multiplication that a training step reaches (SmolLM2-135M on 2 cores).
 CPU_EFFICIENCY = 0.35
@@ -46,7 +46,6 @@ class Hardware:
     name: str = ""
     nvme_bytes: int = 0
     """Free space of a node's NVMe drives; 0 where no rung may use them."""
-    cpu_cores: int = 1
     flops: float = 0.0
     efficiency: float = 0.5
     link_bandwidth: float = CPU_LINK_BANDWIDTH
@@ -124,9 +123,7 @@ def _probed(config: HardwareConfig) -> Hardware:
     if accelerator == "cpu":
         cores = len(os.sched_getaffinity(0))
         flops = config.gpu_flops or _cpu_flops(cores)
-        return Hardware(
-            "cpu", 1, host_bytes, host_bytes, name="CPU", cpu_cores=cores, flops=flops, efficiency=CPU_EFFICIENCY
-        )
+        return Hardware("cpu", 1, host_bytes, host_bytes, name="CPU", flops=flops, efficiency=CPU_EFFICIENCY)
     count = config.gpus_per_node or found
     if count > found:
         raise MissingPrerequisiteError(
@@ -140,7 +137,6 @@ def _probed(config: HardwareConfig) -> Hardware:
     name = config.gpu_name or properties.name
     card = find_card(name, device_bytes) or UNKNOWN
     hardware = _with_card(card, name, count, device_bytes, host_bytes)
-    hardware = replace(hardware, cpu_cores=len(os.sched_getaffinity(0)))
     return hardware if count == 1 or has_nvlink() else replace(hardware, link_bandwidth=card.pcie_bandwidth)
 
 
@@ -151,7 +147,6 @@ def _with_card(card: Card, name: str, count: int, memory: int, host_bytes: int) 
         device_memory_bytes=memory,
         host_memory_bytes=host_bytes,
         name=name,
-        cpu_cores=8 * count,
         flops=card.flops,
         efficiency=card.efficiency,
         link_bandwidth=card.link_bandwidth,
@@ -180,7 +175,6 @@ def _given(config: HardwareConfig) -> dict[str, Any]:
     for name, number in (
         ("flops", config.gpu_flops),
         ("efficiency", config.compute_efficiency),
-        ("cpu_cores", config.cpu_cores),
     ):
         if number is not None:
             values[name] = number

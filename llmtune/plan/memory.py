@@ -15,6 +15,7 @@ from llmtune.plan.hardware import Hardware
 from llmtune.plan.placement import Placement
 from llmtune.plan.shape import ModelShape
 from llmtune.plan.states import StateBytes, element_bytes
+from llmtune.plan.units import format_bytes
 from llmtune.plan.zero_sizes import ZeroSizes, partition_numel
 
 #: Share of a memory that a plan may fill; the rest is fragmentation, other processes, the operating system.
@@ -191,8 +192,6 @@ def _power_of_two(count: int) -> int:
 
 def fits(memory: MemoryPlan, hardware: Hardware, ranks_on_node: int) -> str | None:
     """None where it fits, or what is missing, by how much."""
-    from llmtune.plan.units import format_bytes
-
     host = memory.host.total * ranks_on_node
     problems = []
     if hardware.accelerator == "cpu":

@@ -69,11 +69,6 @@ def check_raw(raw: dict[str, Any]) -> None:
         raise ConfigError.from_problems(problems)
 
 
-def merge_raw(config: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with checked raw keys over it; sections that this placement does not have are left out."""
-    return _merged(config, raw)
-
-
 def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
     """The planned sizes as the raw keys change them, so that memory is estimated for what will run."""
     zero, aio = raw.get("zero_optimization", {}), raw.get("aio", {})
@@ -115,10 +110,11 @@ def _problems(values: dict[str, Any], section: str) -> list[str]:
     return found
 
 
-def _merged(config: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+def merge_raw(config: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with checked raw keys over it; sections that this placement does not have are left out."""
     result = dict(config)
     for key, value in raw.items():
         if key.startswith("offload_") and key not in config:
             continue
-        result[key] = _merged(config.get(key, {}), value) if isinstance(value, dict) else value
+        result[key] = merge_raw(config.get(key, {}), value) if isinstance(value, dict) else value
     return result

@@ -43,3 +43,17 @@ print("after", len(state), torch.equal(master, start))
 
 def test_an_optimizer_without_a_dummy_step_is_left_alone() -> None:
     assert undo_stage0_dummy_step(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])) is False
+
+
+def test_deepspeed_still_sends_norms_through_fp32() -> None:
+    """Where this fails, upstream has mended it: look at ``keep_norm_precision``, and drop what is no longer needed."""
+    import inspect
+
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        assert "FloatTensor([float(total_norm)])" in inspect.getsource(
+            optimizer.complete_grad_norm_calculation_for_cpu_offload
+        )
+    assert ".sum().float()" in inspect.getsource(DeepSpeedZeroOptimizer.get_grad_norm_direct)
