@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class TrainerState:
     """fp16 only."""
     data_fingerprint: str
     """Of the tokenised rows."""
+    data_position: Mapping[str, Any] | None
+    """Where the data goes on, as the loader says it."""
 
 
 def save_checkpoint(
@@ -40,6 +42,7 @@ def save_checkpoint(
     step: int,
     tokens: int,
     data_fingerprint: str,
+    data_position: Mapping[str, Any] | None,
     write_model: Callable[[Path], None],
 ) -> None:
     """Publish ``folder``. Collective.
@@ -55,7 +58,8 @@ def save_checkpoint(
     _agree(module, folder, lambda: write_model(aside))
     written = _agree(module, folder, lambda: hash_file(write_state_file(module, aside)))
     if module.rank.is_first:
-        state = TrainerState(step, tokens, optimizer_steps(module), read_loss_scale(module), data_fingerprint)
+        scale = read_loss_scale(module)
+        state = TrainerState(step, tokens, optimizer_steps(module), scale, data_fingerprint, data_position)
         own = {names.state_file(rank, module.rank.world_size): entry for rank, entry in enumerate(written)}
     _agree(module, folder, lambda: _finish(module, aside, folder, state, own) if module.rank.is_first else None)
 

@@ -55,7 +55,7 @@ class Descent:
         while True:
             plan = place_swap(plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target)
             request = resolve_request(
-                self.composed, plan, self.target, self.folder, self.console.say, {"history": self.history}
+                self.composed, plan, self.target, self.folder, self.console, {"history": self.history}
             )
             if request is None:
                 return False

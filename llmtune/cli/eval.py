@@ -25,6 +25,7 @@ def main(arguments: Arguments) -> int:
 
     from llmtune.cli.prepare import cache_dir
     from llmtune.cli.target import load_model, resolve_target
+    from llmtune.data.batch import Collator
     from llmtune.data.loader import iterate_eval
     from llmtune.data.prepare import open_rows, prepare_data
     from llmtune.errors import DataError
@@ -41,10 +42,10 @@ def main(arguments: Arguments) -> int:
     device = next(model.parameters()).device
     asked = config.train.per_device_eval_batch_size
     rows = asked if isinstance(asked, int) else AUTO_EVAL_ROWS
-    batches = iterate_eval(open_rows(data, "eval"), rows, 0, 1, tokenizer.pad_token_id, None)
+    batches = iterate_eval(open_rows(data, "eval"), rows, 0, 1, Collator(tokenizer.pad_token_id), None)
     with torch.no_grad():
         for batch in (batch.to(device) for batch in batches):
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            output = model(**batch.inputs, use_cache=False)
             loss, count = sum_token_losses(output.logits, batch.labels)
             total += float(loss)
             tokens += count

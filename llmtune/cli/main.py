@@ -19,6 +19,7 @@ VERBS = {
         "llmtune.cli.plan",
         "memory and speed of every placement, on this machine or a named one (hardware=8xa100_80gb)",
     ),
+    "data": ("llmtune.cli.data", "check the data and show what the model will see: tokens, masks, lengths, packing"),
     "export": ("llmtune.cli.export", "a run, checkpoint or adapter becomes a model folder that other tools load"),
     "merge": ("llmtune.cli.export", "the same as export"),
     "eval": ("llmtune.cli.eval", "held-out loss and perplexity of a run, checkpoint or model"),
@@ -37,6 +38,7 @@ examples
   python -m llmtune                                                  LoRA on SmolLM2-135M, embedded data
   python -m llmtune model=llama3_8b data=alpaca data.train=my.jsonl  your data, on all GPUs of this machine
   python -m llmtune +model=llama3_70b +zero=3                        '+group=x' and 'group=x' mean the same
+  python -m llmtune data data.train=my.jsonl                         problems by line, masks, lengths
   python -m llmtune chat run=runs/NAME chat.prompt="..."
   python -m llmtune export run=runs/NAME export=safetensors
   python -m llmtune plan model=llama3_70b hardware=8xa100_80gb tuner=full hardware.host_memory_bytes=2TB
@@ -46,7 +48,7 @@ examples
 options
   --cfg job          print the composed configuration and stop
   --config-dir DIR   look for group files (experiment/mine.yaml ...) in DIR too
-  --json             plan, eval, doctor: print one JSON object
+  --json             plan, data, eval, doctor: print one JSON object
   --fix              doctor: mend what is safe to mend
   --version, --help
 

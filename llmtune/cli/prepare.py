@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from llmtune.checkpoint import names
 from llmtune.checkpoint.save import read_trainer_state
 from llmtune.config.compose import Composed
 from llmtune.config.schema import Config
-from llmtune.data.prepare import prepare_data
-from llmtune.data.render import check_chat_template, load_chat_template
-from llmtune.errors import CheckpointError
+from llmtune.data.prepare import PROBLEMS, PreparedData, prepare_data
+from llmtune.data.source_tokens import TokeniseProgress, Watch
+from llmtune.data.sources import parse_sources
+from llmtune.data.streaming import RowStream
+from llmtune.data.templates import load_chat_template
+from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
+from llmtune.model.untrained import find_untrained_tokens
 from llmtune.plan.resolve import Plan, resolve_steps
 from llmtune.plan.units import format_bytes, format_count
+from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import RunFolder
 
@@ -56,7 +62,7 @@ def resolve_request(
     plan: Plan,
     target: RunTarget,
     folder: RunFolder,
-    say: Callable[[str], None],
+    console: Console,
     notes: dict[str, Any] | None = None,
 ) -> RunRequest | None:
     """Check, prepare model files and data, and write the run folder's description; None when the run is finished.
@@ -71,14 +77,15 @@ def resolve_request(
     folder.check_owner(config)
     resume_from = folder.resume_point(config)
     cache = cache_dir(config)
-    model_folder = resolve_model_folder(config.model, cache, say)
+    model_folder = resolve_model_folder(config.model, cache, console.say)
     tokenizer = load_tokenizer(model_folder, config.model, load_chat_template(config.data.chat_template))
-    check_chat_template(tokenizer, config.model.name_or_path)
-    data = prepare_data(config.data, tokenizer, config.seed, cache)
-    steps = resolve_steps(config.train, config.schedule, data.train.rows)
+    data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console))
+    _check_data(config, data, tokenizer, model_folder, console)
+    rows = None if config.data.streaming else data.train.rows
+    steps = resolve_steps(config.train, config.schedule, rows)
     longer = folder.check_length(steps, data.fingerprint)
     if longer:
-        say(longer)
+        console.say(longer)
     if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
         return None
     request = RunRequest(config, plan, steps, data, target.folder, target.name, model_folder, resume_from)
@@ -86,27 +93,73 @@ def resolve_request(
     extra = {"steps": asdict(steps), "data": asdict(data), "model_folder": str(model_folder), "run_name": target.name}
     extra |= notes or {}
     for note in folder.begin(config, composed.overrides, plan, extra, step):
-        say(note)
+        console.say(note)
+    if data.train.skipped:
+        shutil.copyfile(Path(data.folder) / PROBLEMS, target.folder / names.BAD_ROWS)
+        console.say(
+            f"{data.train.skipped} rows cannot be trained on and are left out: {target.folder / names.BAD_ROWS}"
+        )
     return request
+
+
+def watch_tokenising(console: Console) -> Watch:
+    """A progress line while sources are tokenised."""
+    shown = 0.0
+
+    def watch(progress: TokeniseProgress) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < (0.2 if console.is_terminal else PLAIN_INTERVAL_SECONDS) or progress.seconds < 1:
+            return
+        shown = now
+        share = "" if progress.share is None else f"{_bar(progress.share)} {progress.share:4.0%}  "
+        console.progress(
+            f"tokenising {progress.source}  {share}{format_count(progress.rows)} rows  "
+            f"{format_count(int(progress.tokens / progress.seconds))} tokens/s"
+        )
+
+    return watch
+
+
+def _bar(share: float, width: int = 20) -> str:
+    done = round(share * width)
+    return "#" * done + "." * (width - done)
+
+
+def _check_data(config: Config, data: PreparedData, tokenizer: Any, model_folder: Path, console: Console) -> None:
+    """What stands between prepared rows and training them.
+
+    Raises:
+        ConfigError: The rows have labels, and no classifier can be trained yet.
+        DataError: Rows of the stream's beginning cannot be trained on.
+    """
+    if data.classes:
+        raise ConfigError(
+            f"data.train={config.data.train} is classification data ({', '.join(map(str, data.classes[:4]))} ...): it can be "
+            "checked with llmtune data, but a classifier cannot be trained yet"
+        )
+    if config.data.streaming:
+        stream = RowStream(config.data, tokenizer, config.seed)
+        stream.window(stream.start())
+    untrained = find_untrained_tokens(model_folder, data.special_tokens)
+    if untrained:
+        tokens = ", ".join(map(str, tokenizer.convert_ids_to_tokens(untrained)))
+        console.say(
+            f"warning: the rows hold {tokens}, whose embeddings {config.model.name_or_path} never trained; take the model's "
+            "instruct version, or a data.chat_template with tokens that it knows"
+        )
 
 
 def describe(request: RunRequest) -> dict[str, str]:
     """The derived numbers and where they came from, for the page before step 1."""
     config, plan, data, steps = request.config, request.plan, request.data, request.steps
     shape = plan.shape
-    train = data.train
-    left_out = f", {train.dropped} dropped as over-long" if train.dropped else ""
-    left_out += f", {train.truncated} truncated" if train.truncated else ""
-    held_out = "none"
-    if data.eval:
-        held_out = f"{data.eval.rows} rows" + (f", {data.eval.dropped} dropped" if data.eval.dropped else "")
     tuner = config.tuner.kind.value + (f" r={config.tuner.lora_r}" if config.tuner.kind.value == "lora" else "")
     rows = {
         "model": f"{config.model.name_or_path} from {request.model_folder}",
         "parameters": f"{format_count(shape.parameters)}, of which {tuner} trains "
         f"{format_count(shape.trainable_parameters)}",
-        "data": f"{train.rows} rows, {format_count(train.tokens)} tokens, {format_count(train.trained_tokens)} "
-        f"trained{left_out}; held out: {held_out}",
+        "data": describe_data(config, data),
         "hardware": plan.hardware.describe(),
         "batch": plan.batch.describe(),
         "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
@@ -120,6 +173,23 @@ def describe(request: RunRequest) -> dict[str, str]:
     if request.resume_from:
         rows["resuming"] = str(request.resume_from)
     return rows
+
+
+def describe_data(config: Config, data: PreparedData) -> str:
+    """Rows, tokens, what was left out, and what is held out."""
+    train, held_out = data.train, data.eval
+    if config.data.streaming:
+        text = f"streamed from {config.data.train}"
+    else:
+        rows = f"{train.rows} rows"
+        if train.packing_efficiency is not None:
+            rows += f" of {train.documents} packed (filled to {train.packing_efficiency:.1%})"
+        text = f"{rows}, {format_count(train.tokens)} tokens, {format_count(train.trained_tokens)} trained"
+    counts = {"dropped as over-long": train.dropped, "truncated": train.truncated, "skipped": train.skipped}
+    text += "".join(f", {count} {what}" for what, count in counts.items() if count)
+    if held_out is None:
+        return f"{text}; held out: none"
+    return f"{text}; held out: {held_out.rows} rows" + (f", {held_out.dropped} dropped" if held_out.dropped else "")
 
 
 def describe_memory(plan: Plan) -> str:
@@ -147,8 +217,8 @@ def lock_file(folder: RunFolder) -> Path:
 
 def _data_name(config: Config) -> str:
     """The name of the first file, without its ending."""
-    train = config.data.train
-    return Path(str(train[0] if isinstance(train, list) else train)).name.split(".")[0]
+    path = parse_sources(config.data.train, "data.train", config.data.format)[0].path
+    return Path(path.split("*")[0].rstrip("/")).name.split(".")[0] or "data"
 
 
 def _check_resume(checkpoint: Path | None, total_steps: int, data_fingerprint: str) -> int:

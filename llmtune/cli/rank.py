@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from llmtune.checkpoint import names
 from llmtune.errors import ERRORS_BY_CODE, LlmtuneError
 from llmtune.launch.environment import launched_ranks_on_node, set_defaults, set_thread_default
-from llmtune.launch.rank import die_with_parent, redirect_output, report_failure, to_user_error
+from llmtune.launch.rank import redirect_output, report_failure, to_user_error
+from llmtune.process import die_with_parent
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _prepare_first(
     from llmtune.plan.resolve import resolve_plan
 
     plan = place_swap(resolve_plan(composed.config, world_size), composed, target)
-    request = resolve_request(composed, plan, target, folder, console.say)
+    request = resolve_request(composed, plan, target, folder, console)
     if request is not None:
         console.page("llmtune", describe(request))
         ensure_ops(plan.hardware.accelerator, plan.placement, console.say)

@@ -60,7 +60,7 @@ def resolve_target(composed: Composed) -> Target:
 
 def load_model(target: Target) -> tuple[Any, Any]:
     """Model (adapter put on, evaluation mode, on the GPU if there is one) and tokenizer."""
-    from llmtune.data.render import check_chat_template, load_chat_template
+    from llmtune.data.templates import check_chat_template, load_chat_template
     from llmtune.model.build import build_model
     from llmtune.model.tokenizer import load_tokenizer
     from llmtune.plan.hardware import resolve_hardware

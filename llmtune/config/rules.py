@@ -28,6 +28,7 @@ def _check_ranges(config: Config) -> list[str]:
         "train.save_steps": config.train.save_steps,
         "train.save_total_limit": config.train.save_total_limit,
         "data.max_seq_length": config.data.max_seq_length,
+        "data.shuffle_buffer": config.data.shuffle_buffer,
         "tuner.lora_r": config.tuner.lora_r,
         "tuner.lora_alpha": config.tuner.lora_alpha,
         "launch.nproc": config.launch.nproc,
@@ -46,6 +47,7 @@ def _check_ranges(config: Config) -> list[str]:
         "schedule.warmup_ratio": config.schedule.warmup_ratio,
         "schedule.warmup_steps": config.schedule.warmup_steps,
         "data.val_set_size": config.data.val_set_size,
+        "data.dataloader_num_workers": config.data.dataloader_num_workers,
         "chat.temperature": config.chat.temperature,
         "seed": config.seed,
     }
@@ -151,16 +153,42 @@ def _check_schedule(config: Config) -> list[str]:
 
 
 def _check_data(config: Config) -> list[str]:
+    data = config.data
     found = []
-    for key, value in {"data.train": config.data.train, "data.eval": config.data.eval}.items():
-        sources = value if isinstance(value, list) else [value]
+    for key, value in {"data.train": data.train, "data.eval": data.eval}.items():
+        sources = value if isinstance(value, list) and value else [value]
         if not all(
-            isinstance(source, str) and source for source in sources if not (key == "data.eval" and source is None)
+            (isinstance(source, str | dict) and source) or (key == "data.eval" and value is None) for source in sources
         ):
-            found.append(f"{key}={value}: a file name, or a list of file names")
-    size = config.data.val_set_size
+            found.append(f"{key}={value}: a file name, a mapping with path, or a list of them")
+    size = data.val_set_size
     if isinstance(size, float) and size >= 1:
         found.append(f"data.val_set_size={size}: a share below 1, or a whole number of rows")
-    if config.data.format is not DataFormat.auto and config.data.train == "stdlib_docs":
+    if data.format is not DataFormat.auto and data.train == "stdlib_docs":
         found.append("data.format is for files; stdlib_docs has its own")
+    if not 0 <= data.max_overlong_share <= 1:
+        found.append(f"data.max_overlong_share={data.max_overlong_share}: a share between 0 and 1")
+    if data.num_workers != "auto" and not (isinstance(data.num_workers, int) and data.num_workers >= 0):
+        found.append(f"data.num_workers={data.num_workers}: 'auto', or an integer of at least 0")
+    if data.pin_memory not in ("auto", True, False):
+        found.append(f"data.pin_memory={data.pin_memory}: 'auto', true or false")
+    if data.packing and data.format is DataFormat.classification:
+        found.append("data.packing=true: classification rows cannot share a row; take data.packing=false")
+    return found + (_check_streaming(config) if data.streaming else [])
+
+
+def _check_streaming(config: Config) -> list[str]:
+    data = config.data
+    found = []
+    if config.train.max_steps is None:
+        found.append("data.streaming=true needs train.max_steps: a stream does not know its length")
+    if data.eval is None and data.val_set_size:
+        found.append("data.streaming=true splits nothing off: add data.eval=FILE, or data.val_set_size=0")
+    sources = data.train if isinstance(data.train, list) else [data.train]
+    for source in sources:
+        for key in ("limit", "repeat"):
+            if isinstance(source, dict) and source.get(key) not in (None, 1):
+                found.append(
+                    f"data.streaming=true with {key}={source[key]} of {source.get('path')}: a stream has no {key}"
+                )
     return found

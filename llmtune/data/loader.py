@@ -1,39 +1,27 @@
-"""Rows in a fixed order, batch by batch: a pure function of seed and step.
+"""Rows in a fixed order, batch by batch: a pure function of seed and position.
 
 The order of rows knows nothing of ranks or micro-batches, and a position is a number. So resuming is starting at another
-step, and any number of ranks sees the same global batches.
+position, and any number of ranks sees the same global batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
+from llmtune.data.batch import Batch, Collator
+from llmtune.data.store import Rows
+from llmtune.errors import CheckpointError
 from llmtune.plan.batch import BatchPlan
+from llmtune.process import die_with_parent
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-#: Label of a position that is not trained; torch's own default.
-IGNORE = -100
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows of one forward pass, padded on the right. Shapes: (rows, longest row)."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
-    """``input_ids`` where trained, ``IGNORE`` elsewhere; not shifted."""
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same on another device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +33,42 @@ class StepBatch:
     """Of the whole global batch: the loss's denominator, the same on all ranks."""
     tokens: int
     """Of the whole global batch, padding excluded."""
+    position: Mapping[str, Any]
+    """Where the data goes on after this step, for the checkpoint."""
+
+    def pin_memory(self) -> StepBatch:
+        """The same in page-locked host memory."""
+        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
+
+
+class Steps(Protocol):
+    """The data of a run, step by step."""
+
+    def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
+        """The next ``steps`` steps behind a position; None is the beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderSettings:
+    """How batches are made ahead."""
+
+    workers: int = 0
+    """Processes of this rank that do it; 0 for none."""
+    pin_memory: bool = False
 
 
 class TrainLoader:
     """Global batches of the training rows, and this rank's share of them."""
 
     def __init__(
-        self, rows: Dataset, batch: BatchPlan, rank: int, seed: int, pad_token_id: int, last_row: int | None = None
+        self,
+        rows: Rows,
+        batch: BatchPlan,
+        rank: int,
+        seed: int,
+        collator: Collator,
+        last_row: int | None = None,
+        settings: LoaderSettings = LoaderSettings(),
     ):
         """
         Args:
@@ -61,32 +78,54 @@ class TrainLoader:
         self.batch = batch
         self.rank = rank
         self.seed = seed
-        self.pad_token_id = pad_token_id
+        self.collator = collator
         self.last_row = last_row
-        self._lengths = np.asarray(rows["length"])
-        self._trained = np.asarray(rows["trained_tokens"])
+        self.settings = settings
+        self._lengths = rows.lengths
+        self._trained = rows.trained_tokens
         self._epoch = -1
-        self._order = np.zeros(0, dtype=np.int64)
+        self._order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
-    def step(self, step: int) -> StepBatch:
-        """The batch of optimizer step ``step``, counted from 0."""
+    def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
+        """The next ``steps`` steps behind a position; None is the beginning.
+
+        Raises:
+            CheckpointError: The position is that of other rows.
+        """
+        first = 0
+        if position is not None:
+            there = {key: position.get(key) for key in ("rows", "seed")}
+            here = {"rows": len(self.rows), "seed": self.seed}
+            if there != here or not isinstance(position.get("next_row"), int):
+                raise CheckpointError(
+                    f"the checkpoint's place in the data is {dict(position)}, of other data than {here}"
+                )
+            first = int(position["next_row"])
+        size = self.batch.global_batch_size
+        starts = range(first, first + steps * size, size)
+        yield from load(_StepsAt(self), starts, self.settings)
+
+    def step_at(self, first_row: int) -> StepBatch:
+        """The step whose global batch begins at a row, counted over epochs."""
         # Longest first: rows of a micro-batch, and those of the ranks at the same moment, are of like length, so that
         # little is padded and no rank waits. The sum that the step computes does not depend on it.
-        chosen = sorted(self.row_indices(step), key=lambda row: (-self._lengths[row], row))
-        micro, world = self.batch.micro_batch_size, self.batch.world_size
-        slots: list[int | None] = [*chosen, *[None] * (self.batch.global_batch_size - len(chosen))]
-        micro_batches = []
-        for number in range(self.batch.accumulation_steps):
-            start = (number * world + self.rank) * micro
-            micro_batches.append(collate(self.rows, slots[start : start + micro], self.pad_token_id))
+        numbers = self.row_numbers(first_row)
+        chosen = sorted(numbers, key=lambda row: (-self._lengths[row], row))
+        mine = share_of_rank(chosen, self.batch, self.rank)
         index = np.asarray(chosen, dtype=np.int64)
-        return StepBatch(micro_batches, int(self._trained[index].sum()), int(self._lengths[index].sum()))
+        position = {"next_row": first_row + len(numbers), "rows": len(self.rows), "seed": self.seed}
+        return StepBatch(
+            [self.collator.collate(self.rows, numbers) for numbers in mine],
+            int(self._trained[index].sum()),
+            int(self._lengths[index].sum()),
+            position,
+        )
 
-    def row_indices(self, step: int) -> list[int]:
+    def row_numbers(self, first_row: int) -> list[int]:
         """Rows of the global batch, in order; fewer than its size only in the last step of whole epochs."""
-        size = self.batch.global_batch_size
-        end = (step + 1) * size if self.last_row is None else min((step + 1) * size, self.last_row)
-        return [self._row_at(position) for position in range(step * size, end)]
+        end = first_row + self.batch.global_batch_size
+        end = end if self.last_row is None else min(end, self.last_row)
+        return [self._row_at(position) for position in range(first_row, end)]
 
     def _row_at(self, position: int) -> int:
         epoch, offset = divmod(position, len(self._lengths))
@@ -96,35 +135,57 @@ class TrainLoader:
         return int(self._order[offset])
 
 
+def share_of_rank(rows: Sequence[Any], batch: BatchPlan, rank: int) -> list[list[Any]]:
+    """The micro-batches of a rank out of the global batch; None fills it up."""
+    slots: list[Any] = [*rows, *[None] * (batch.global_batch_size - len(rows))]
+    micro, world = batch.micro_batch_size, batch.world_size
+    starts = [(number * world + rank) * micro for number in range(batch.accumulation_steps)]
+    return [slots[start : start + micro] for start in starts]
+
+
+def load(items: Any, order: Sequence[int] | None, settings: LoaderSettings) -> Iterator[Any]:
+    """Items of a torch data set, in order, made ahead by worker processes where there are any."""
+    # batch_size None: an item is a batch already.
+    loader: DataLoader[Any] = DataLoader(
+        items,
+        batch_size=None,
+        sampler=order,
+        num_workers=settings.workers,
+        pin_memory=settings.pin_memory,
+        worker_init_fn=_start_worker if settings.workers else None,
+    )
+    return iter(loader)
+
+
+class _StepsAt(Dataset[StepBatch]):
+    """For torch's DataLoader: the item ``n`` is the step that begins at row ``n``."""
+
+    def __init__(self, loader: TrainLoader):
+        self._loader = loader
+
+    def __getitem__(self, first_row: int) -> StepBatch:
+        return self._loader.step_at(first_row)
+
+
+def _start_worker(_: int) -> None:
+    """In a worker process: one thread, no signals of the rank's, and an end together with the rank."""
+    import signal
+
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
 def iterate_eval(
-    rows: Dataset, batch_size: int, rank: int, world_size: int, pad_token_id: int, max_rows: int | None
+    rows: Rows, batch_size: int, rank: int, world_size: int, collator: Collator, max_rows: int | None
 ) -> Iterator[Batch]:
     """This rank's evaluation batches, the same number on every rank, since ZeRO 3 gathers weights in each of them."""
     count = min(len(rows), max_rows or len(rows))
     # By length, so that little is padded.
-    order = np.argsort(np.asarray(rows["length"])[:count], kind="stable").tolist()
+    order = np.argsort(rows.lengths[:count], kind="stable").tolist()
     rounds = -(-count // (batch_size * world_size))
     for number in range(rounds):
         start = (number * world_size + rank) * batch_size
         chosen: list[int | None] = order[start : start + batch_size]
-        yield collate(rows, chosen or [None], pad_token_id)
-
-
-def collate(rows: Dataset, indices: list[int | None], pad_token_id: int) -> Batch:
-    """Pad rows on the right; None makes an empty row, which trains nothing."""
-    picked = [rows[index] if index is not None else None for index in indices]
-    width = max((len(row["input_ids"]) for row in picked if row), default=1)
-    input_ids = torch.full((len(picked), width), pad_token_id, dtype=torch.long)
-    labels = torch.full((len(picked), width), IGNORE, dtype=torch.long)
-    attention_mask = torch.zeros((len(picked), width), dtype=torch.long)
-    for number, row in enumerate(picked):
-        if row is None:
-            # One visible token: attention over nothing is NaN.
-            attention_mask[number, 0] = 1
-            continue
-        ids = torch.tensor(row["input_ids"], dtype=torch.long)
-        mask = torch.tensor(row["mask"], dtype=torch.bool)
-        input_ids[number, : len(ids)] = ids
-        labels[number, : len(ids)] = torch.where(mask, ids, torch.tensor(IGNORE))
-        attention_mask[number, : len(ids)] = 1
-    return Batch(input_ids, attention_mask, labels)
+        yield collator.collate(rows, chosen or [None])

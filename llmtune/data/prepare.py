@@ -1,36 +1,42 @@
-"""Sources become tokenised rows on disk, once: Arrow files in the cache, keyed by a hash of all that shapes them."""
+"""Sources become tokenised rows on disk, once, and an index that says which of them are trained on and in which packed row.
+
+The tokens of each source lie in the cache under a hash of its content and of all that shapes them; the index, under a hash
+of those and of how sources are mixed, split and packed. A second start finds both and reads a summary.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import random
-import re
-import shutil
-import sys
-from dataclasses import asdict, dataclass
-from enum import Enum
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
+import numpy as np
 
-from llmtune.config.schema import DataConfig
-from llmtune.data.conversation import Conversation
-from llmtune.data.render import render
-from llmtune.data.sources import BUILTIN, read_source
+from llmtune.config.schema import DataConfig, OnBadRow
+from llmtune.data.fingerprint import digest, hash_tokenizer
+from llmtune.data.mixing import hold_out, mix
+from llmtune.data.packing import pack_rows, packing_efficiency
+from llmtune.data.preflight import check_labels, check_leaks, check_overlong
+from llmtune.data.problems import Problem, refuse
+from llmtune.data.source_tokens import Watch, file_size, find_conversations, tokenise_source
+from llmtune.data.sources import Source, parse_sources, resolve_files
+from llmtune.data.store import Rows, TokenStore, publish_folder
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-#: Part of the cache key; raise it when rows come out differently.
-LAYOUT_VERSION = 1
+#: Part of the cache key; raise it when rows are mixed, split or packed differently.
+INDEX_VERSION = 1
 
 #: Held-out prompts that are answered before and after training.
 SAMPLE_PROMPTS = 3
+
+#: More different labels than this are values, not classes.
+MAX_CLASSES = 1000
+
+_SUMMARY, _SAMPLES, PROBLEMS = "summary.json", "samples.json", "problems.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +44,18 @@ class SplitSummary:
     """Counts of one split."""
 
     rows: int
+    """As the model sees them: packed rows where packing is on."""
+    documents: int
+    """Rows of the sources, repeats counted."""
     tokens: int
     trained_tokens: int
     dropped: int
+    """Rows left out as over-long."""
     truncated: int
+    skipped: int
+    """Rows left out because they cannot be trained on."""
+    packing_efficiency: float | None = None
+    """Share of the packed rows' places that hold a token; None without packing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,146 +67,221 @@ class PreparedData:
     """Hash of sources, template, tokenizer and settings."""
     train: SplitSummary
     eval: SplitSummary | None
+    train_stores: list[str]
+    eval_stores: list[str]
+    special_tokens: list[int]
+    """Special tokens that occur in the rows."""
+    classes: list[str | int | float]
+    """Labels of classification rows, sorted; at most ``MAX_CLASSES``."""
+    fatal: int
+    """Problems for which training is refused."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreparedData:
         """From plain values."""
         held_out = values["eval"]
-        return cls(
-            folder=values["folder"],
-            fingerprint=values["fingerprint"],
-            train=SplitSummary(**values["train"]),
-            eval=SplitSummary(**held_out) if held_out else None,
-        )
+        splits = {"train": SplitSummary(**values["train"]), "eval": SplitSummary(**held_out) if held_out else None}
+        return cls(**{**values, **splits})
 
 
 @dataclass(frozen=True, slots=True)
 class SamplePrompt:
     """A held-out question with the answer that the data gives."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     expected: str
 
 
-def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, cache_dir: Path) -> PreparedData:
-    """Read, split, render and store; a second call with the same content only reads the summary.
+def prepare_data(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    cache_dir: Path,
+    watch: Watch | None = None,
+    strict: bool = True,
+) -> PreparedData:
+    """Read, tokenise, check, split, mix, pack and store; a second call with the same content only reads the summary.
+
+    Args:
+        watch: Told of the progress of tokenising.
+        strict: Refuse data with problems; otherwise they are in :func:`read_problems`.
 
     Raises:
-        DataError: With ``file:line`` where a row is at fault.
+        DataError: A file cannot be read, nothing is left to train on; or, if strict, with the first ``file:line`` of each
+            kind of problem and its count.
     """
-    fingerprint = _fingerprint(config, tokenizer, seed)
-    folder = cache_dir / "data" / fingerprint
-    if not (folder / "summary.json").is_file():
-        aside = folder.with_name(f"{fingerprint}.{os.getpid()}.tmp")
-        try:
-            _write_rows(config, tokenizer, seed, aside)
-            # Where another process published the same rows first, the rename fails and theirs are as good.
-            with contextlib.suppress(OSError):
-                aside.rename(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    values = json.loads((folder / "summary.json").read_text())
-    return PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
+    sources = parse_sources(config.train, "data.train", config.format)
+    eval_sources = parse_sources(config.eval, "data.eval", config.format)
+    tokenizer_hash = hash_tokenizer(tokenizer)
+    stream = [[file.path, file_size(file)] for s in sources for file in resolve_files(s)] if config.streaming else None
+    if stream is not None:
+        sources = []
+    keys = [tokenise_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch) for s in sources]
+    eval_keys = [tokenise_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch) for s in eval_sources]
+    mixing = [(source.repeat, source.weight) for source in sources]
+    settings = [config.val_set_size if not eval_sources else None, config.packing, config.on_bad_row.value]
+    settings += [config.max_overlong_share, config.max_seq_length]
+    fingerprint = digest([INDEX_VERSION, keys, eval_keys, stream, mixing, settings, seed])
+    folder = cache_dir / "data" / "prepared" / fingerprint
+    if not (folder / _SUMMARY).is_file():
+        with publish_folder(folder) as aside:
+            stores = [str(cache_dir / "data" / "tokens" / key) for key in keys]
+            eval_stores = [str(cache_dir / "data" / "tokens" / key) for key in eval_keys]
+            _Index(config, sources, stores, eval_stores, seed, aside).write()
+            samples = _samples(aside, stores, eval_stores or stores, eval_sources or sources, config)
+            (aside / _SAMPLES).write_text(json.dumps([asdict(s) for s in samples], ensure_ascii=False, indent=1))
+    values = json.loads((folder / _SUMMARY).read_text())
+    data = PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
+    if strict and data.fatal:
+        advice = "Mend them, or leave bad rows out with data.on_bad_row=skip; llmtune data shows them all"
+        raise refuse(read_problems(data)[: data.fatal], advice)
+    return data
 
 
-def _write_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path) -> None:
-    train, held_out = _split(config, seed)
-    summary = {
-        "train": asdict(_store(train, config, tokenizer, folder / "train")),
-        "eval": asdict(_store(held_out, config, tokenizer, folder / "eval")) if held_out else None,
-    }
-    samples = [{"messages": c.prompt(), "expected": c.messages[-1].content} for c in held_out[:SAMPLE_PROMPTS]]
-    (folder / "samples.json").write_text(json.dumps(samples, ensure_ascii=False, indent=1))
-    (folder / "summary.json").write_text(json.dumps(summary))
-
-
-def open_rows(data: PreparedData, split: str) -> Dataset:
-    """Memory-mapped rows of ``train`` or ``eval``: ``input_ids``, ``mask``, ``length``, ``trained_tokens``."""
-    from datasets import load_from_disk
-
-    rows: Any = load_from_disk(str(Path(data.folder) / split))
-    return rows
+def open_rows(data: PreparedData, split: str) -> Rows:
+    """Memory-mapped rows of ``train`` or ``eval``."""
+    stores = data.train_stores if split == "train" else data.eval_stores
+    return _open(Path(data.folder), stores, split)
 
 
 def read_samples(data: PreparedData) -> list[SamplePrompt]:
     """The held-out prompts, at most three; none without an evaluation split."""
-    return [SamplePrompt(**sample) for sample in json.loads((Path(data.folder) / "samples.json").read_text())]
+    return [SamplePrompt(**sample) for sample in json.loads((Path(data.folder) / _SAMPLES).read_text())]
 
 
-def _split(config: DataConfig, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and held-out conversations; the split is drawn with the seed, the training order is the files'."""
-    rows = [row for source in _sources(config.train) for row in read_source(source, config.format, seed)]
-    if config.eval is not None:
-        return rows, [row for source in _sources(config.eval) for row in read_source(source, config.format, seed)]
-    size = config.val_set_size
-    count = size if isinstance(size, int) else max(1, round(size * len(rows))) if size else 0
-    if count >= len(rows):
-        raise DataError(
-            f"data.val_set_size={size} takes all {len(rows)} row(s) of data.train={config.train}: "
-            "add rows, or take data.val_set_size=0"
-        )
-    held_out = random.Random(seed).sample(range(len(rows)), count)
-    chosen = set(held_out)
-    return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in held_out]
+def read_problems(data: PreparedData) -> list[Problem]:
+    """All that is wrong with the data; first the ``fatal`` ones, then what was left out."""
+    with (Path(data.folder) / PROBLEMS).open(encoding="utf-8") as file:
+        return [Problem(**json.loads(line)) for line in file]
 
 
-def _store(
-    conversations: list[Conversation], config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> SplitSummary:
-    from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
+def _open(folder: Path, stores: list[str], split: str) -> Rows:
+    packs = folder / f"{split}_packs.npy"
+    return Rows(
+        [TokenStore(Path(store)) for store in stores],
+        np.load(folder / f"{split}.npy", mmap_mode="r"),
+        np.load(packs, mmap_mode="r") if packs.is_file() else None,
+    )
 
-    disable_progress_bars()
-    columns: dict[str, list[Any]] = {"input_ids": [], "mask": [], "length": [], "trained_tokens": []}
-    dropped = truncated = 0
-    for conversation in conversations:
-        row = render(conversation, tokenizer, config.max_seq_length, config.overlong, config.train_on_inputs)
-        if row is None:
-            dropped += 1
-            continue
-        truncated += row.truncated
-        columns["input_ids"].append(row.input_ids)
-        columns["mask"].append(row.mask)
-        columns["length"].append(len(row.input_ids))
-        # The first token has nothing before it to be predicted from.
-        columns["trained_tokens"].append(sum(row.mask[1:]))
-    if not columns["length"]:
-        raise DataError(
-            f"all {dropped} row(s) are longer than data.max_seq_length={config.max_seq_length}: raise it, "
-            "or take data.overlong=truncate"
-        )
-    features = Features(
-        {
-            "input_ids": Sequence(Value("int32")),
-            "mask": Sequence(Value("bool")),
-            "length": Value("int32"),
-            "trained_tokens": Value("int32"),
+
+class _Index:
+    """Builds the index of prepared rows."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        sources: list[Source],
+        stores: list[str],
+        eval_stores: list[str],
+        seed: int,
+        folder: Path,
+    ):
+        self.config = config
+        self.sources = sources
+        self.seed = seed
+        self.folder = folder
+        self.names = stores, eval_stores
+        self.stores = [TokenStore(Path(name)) for name in stores]
+        self.eval_stores = [TokenStore(Path(name)) for name in eval_stores]
+
+    def write(self) -> None:
+        """Split, mix, check, pack, count."""
+        own_eval = bool(self.eval_stores)
+        every = [*self.stores, *self.eval_stores]
+        bad_rows = [problem for store in every for problem in store.problems()]
+        train, rows = self._divide(bad_rows, own_eval)
+        leaks, leaking = check_leaks(train, rows)
+        fatal = check_overlong(every, self.config.max_seq_length, self.config.max_overlong_share) + check_labels(every)
+        if self.config.on_bad_row is OnBadRow.skip:
+            rows = Rows(rows.stores, rows.index[~leaking] if len(leaking) else rows.index)
+            skipped = bad_rows + leaks
+        else:
+            fatal, skipped = [*bad_rows, *leaks, *fatal], []
+        with (self.folder / PROBLEMS).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in [*fatal, *skipped])
+        summary = {
+            "train": asdict(self._summarise(self._write_split(train, "train", self.config.packing), self.stores)),
+            "eval": None,
+            "train_stores": self.names[0],
+            "eval_stores": self.names[1] or self.names[0],
+            "classes": _classes(every),
+            "special_tokens": sorted({token for store in every for token in store.summary.special}),
+            "fatal": len(fatal),
         }
-    )
-    Dataset.from_dict(columns, features=features).save_to_disk(str(folder))
-    return SplitSummary(
-        len(columns["length"]), sum(columns["length"]), sum(columns["trained_tokens"]), dropped, truncated
-    )
+        if len(rows):
+            written = self._write_split(rows, "eval", False)
+            summary["eval"] = asdict(self._summarise(written, self.eval_stores))
+        (self.folder / _SUMMARY).write_text(json.dumps(summary))
+
+    def _divide(self, bad_rows: list[Problem], own_eval: bool) -> tuple[Rows, Rows]:
+        """Documents that are trained on, mixed, and those that are held out."""
+        counts = [len(store) for store in self.stores]
+        nothing = np.zeros(0, dtype=np.int64)
+        if not self.stores:
+            # A stream has only what is held out.
+            train, held_out = Rows([], nothing), nothing
+        elif not sum(counts):
+            raise self._nothing_left(bad_rows)
+        else:
+            keep, held_out = hold_out(sum(counts), 0 if own_eval else self.config.val_set_size, self.seed)
+            train = Rows(self.stores, mix(keep, self.sources, counts, self.seed))
+        if own_eval:
+            held_out = np.arange(sum(len(store) for store in self.eval_stores), dtype=np.int64)
+        return train, Rows(self.eval_stores or self.stores, held_out)
+
+    def _write_split(self, rows: Rows, name: str, packing: bool) -> Rows:
+        index = rows.index
+        if packing:
+            members, starts = pack_rows(rows.documents("lengths"), self.config.max_seq_length, self.seed)
+            index = index[members]
+            np.save(self.folder / f"{name}_packs.npy", starts)
+            rows = Rows(rows.stores, index, starts)
+        np.save(self.folder / f"{name}.npy", index)
+        return rows
+
+    def _summarise(self, rows: Rows, stores: list[TokenStore]) -> SplitSummary:
+        lengths = rows.documents("lengths")
+        summaries = [store.summary for store in stores]
+        return SplitSummary(
+            rows=len(rows),
+            documents=len(lengths),
+            tokens=int(lengths.sum(dtype=np.int64)),
+            trained_tokens=int(rows.trained_tokens.sum()),
+            dropped=sum(summary.dropped for summary in summaries),
+            truncated=sum(summary.truncated for summary in summaries),
+            skipped=sum(summary.bad_rows for summary in summaries),
+            packing_efficiency=(
+                packing_efficiency(lengths, len(rows), self.config.max_seq_length) if rows.packed else None
+            ),
+        )
+
+    def _nothing_left(self, bad_rows: list[Problem]) -> DataError:
+        dropped = sum(store.summary.dropped for store in self.stores)
+        if dropped and not bad_rows:
+            return DataError(
+                f"all {dropped} row(s) are longer than data.max_seq_length={self.config.max_seq_length}: raise it, "
+                "or take data.overlong=truncate"
+            )
+        return refuse(bad_rows, f"No row of data.train={self.config.train} can be trained on")
 
 
-def _sources(value: Any) -> list[str]:
-    return [str(source) for source in value] if isinstance(value, list) else [str(value)]
+def _classes(stores: list[TokenStore]) -> list[Any]:
+    """Different labels, sorted."""
+    every = {label for store in stores for label in store.labels()}
+    return sorted(every, key=lambda label: (isinstance(label, str), label))[:MAX_CLASSES]
 
 
-def _fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:
-    """Hash of the sources' bytes and of everything that shapes the rows."""
-    digest = xxhash.xxh3_128()
-    settings = {key: value.value if isinstance(value, Enum) else value for key, value in asdict(config).items()}
-    digest.update(json.dumps([LAYOUT_VERSION, seed, settings, tokenizer.chat_template], sort_keys=True).encode())
-    backend: Any = tokenizer
-    digest.update(backend.backend_tokenizer.to_str().encode())
-    sources = _sources(config.train) + (_sources(config.eval) if config.eval is not None else [])
-    for source in sources:
-        name = re.sub(r"@\d+$", "", source)
-        path = Path(source if Path(source).is_file() else name).expanduser()
-        if name in BUILTIN:
-            digest.update(f"{name} {sys.version}".encode())
-        elif path.is_file():
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-    return digest.hexdigest()[:24]
+def _samples(
+    folder: Path, stores: list[str], eval_stores: list[str], sources: list[Source], config: DataConfig
+) -> list[SamplePrompt]:
+    """The first held-out conversations, read again from their files."""
+    if json.loads((folder / _SUMMARY).read_text())["eval"] is None:
+        return []
+    rows = _open(folder, eval_stores, "eval")
+    places = [rows.place(number) for number in range(min(SAMPLE_PROMPTS, len(rows)))]
+    found = find_conversations([replace(s, limit=None) for s in sources], config, places)
+    return [
+        SamplePrompt(conversation.prompt(), conversation.messages[-1].content)
+        for conversation in found
+        if not conversation.plain and len(conversation.messages) > 1
+    ]

@@ -1,124 +1,192 @@
-"""Files and built-in sources, read row by row with their place: JSONL, JSON, CSV, Parquet, ``stdlib_docs``."""
+"""``data.train`` and ``data.eval``: what stands there becomes a list of sources with their files."""
 
 from __future__ import annotations
 
-import csv
-import json
-import random
 import re
-from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.config.schema import DataFormat
-from llmtune.data.conversation import Conversation
-from llmtune.data.formats import FORMATS, Row, detect_format
-from llmtune.data.stdlib_docs import read_stdlib_docs
-from llmtune.errors import DataError
+from llmtune.errors import ConfigError, DataError, MissingPrerequisiteError
 
-BUILTIN: dict[str, Callable[[], list[Conversation]]] = {"stdlib_docs": read_stdlib_docs}
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+#: Sources that come with llmtune.
+BUILTIN = ("stdlib_docs",)
+
+#: Endings of files that are read, before those of compression.
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+KINDS |= {".parquet": "parquet", ".arrow": "arrow"}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def read_source(source: str, data_format: DataFormat, seed: int) -> list[Conversation]:
-    """All conversations of one source; ``name@N`` takes N of them, drawn with ``seed``.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One entry of ``data.train``."""
+
+    path: str
+    """A file, a pattern, a folder, a URL that fsspec opens, a Hugging Face id, or a built-in source."""
+    format: DataFormat = DataFormat.auto
+    fields: dict[str, str] = field(default_factory=dict)
+    """Field of the format -> column of the file."""
+    limit: int | None = None
+    """Rows taken, drawn with the seed."""
+    repeat: int = 1
+    """How often each training row stands in an epoch."""
+    weight: float | None = None
+    """Part of the rows of this source in the mix; the scarcest source sets its size."""
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    name: str | None = None
+    """Configuration of a Hugging Face data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "format": self.format.value}
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One file of a source."""
+
+    path: str
+    """As error messages name it."""
+    kind: str
+    """``jsonl``, ``json``, ``csv``, ``parquet``, ``arrow``, ``builtin``, ``hub``."""
+
+
+def parse_sources(value: Any, key: str, default_format: DataFormat) -> list[Source]:
+    """The sources of a config value: a text, a mapping, or a list of them; ``@N`` behind a path is ``limit: N``.
 
     Raises:
-        DataError: The file is missing, empty, broken, or a row has not the fields of its format.
+        ConfigError: An unknown field or a value of the wrong kind.
     """
-    match = re.fullmatch(r"(.+)@(\d+)", source)
-    name, limit = (match[1], int(match[2])) if match else (source, None)
-    conversations = BUILTIN[name]() if name in BUILTIN else _read_file(Path(name).expanduser(), data_format)
-    if limit is not None and limit < len(conversations):
-        conversations = random.Random(seed).sample(conversations, limit)
-    return conversations
+    if value is None:
+        return []
+    entries = value if isinstance(value, list) else [value]
+    found = [
+        _parse_source(entry, f"{key}[{number}]" if isinstance(value, list) else key, default_format)
+        for number, entry in enumerate(entries)
+    ]
+    weighted = [source for source in found if source.weight is not None]
+    if weighted and len(weighted) < len(found):
+        unweighted = next(source.path for source in found if source.weight is None)
+        raise ConfigError(f"{key}: {unweighted} has no weight, but other sources have one; give each of them a weight")
+    return found
 
 
-def _read_file(path: Path, data_format: DataFormat) -> list[Conversation]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        known = ", ".join(READERS)
-        built_in = ", ".join(BUILTIN)
-        raise DataError(f"{path}: unknown kind of file; data.train takes {known}, or the built-in {built_in}")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file (data.train and data.eval are relative to the current folder)")
-    conversations = []
-    for row, where in reader(path):
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a row must be an object with named fields, not {type(row).__name__}")
-        if data_format is DataFormat.auto:
-            data_format = detect_format(row, where)
-        conversations.append(FORMATS[data_format](row, where))
-    if not conversations:
-        raise DataError(f"{path}: the file has no rows")
-    return conversations
+def _parse_source(entry: Any, key: str, default_format: DataFormat) -> Source:
+    if isinstance(entry, str) and entry:
+        source = Source(entry, default_format)
+    elif isinstance(entry, dict) and isinstance(entry.get("path"), str) and entry["path"]:
+        known = {f.name for f in fields(Source)}
+        if unknown := sorted(set(entry) - known):
+            raise ConfigError(f"{key}.{unknown[0]}: unknown; a source has {', '.join(sorted(known))}")
+        source = Source(**{"format": default_format, **entry, **_checked(entry, key)})
+    else:
+        raise ConfigError(f"{key}={entry}: a file name, or a mapping with path, such as {{path: a.jsonl, weight: 2}}")
+    match = re.fullmatch(r"(.+)@(\d+)", source.path)
+    if match and source.limit is None and not Path(source.path).expanduser().exists():
+        source = replace(source, path=match[1], limit=int(match[2]))
+    return source
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[Row, str]]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield _parse_json(line, f"{path}:{number}"), f"{path}:{number}"
+def _checked(entry: dict[str, Any], key: str) -> dict[str, Any]:
+    """Values of a mapping that are not what they should be are refused; formats become their enum."""
+    for name, allowed in (("limit", int), ("repeat", int), ("weight", int | float)):
+        value = entry.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, allowed) or value <= 0):
+            raise ConfigError(f"{key}.{name}={value}: must be a number above 0")
+    columns = entry.get("fields", {})
+    if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns.values()):
+        raise ConfigError(f"{key}.fields={columns}: a mapping such as {{instruction: question, output: answer}}")
+    if "format" not in entry:
+        return {}
+    try:
+        return {"format": DataFormat(entry["format"])}
+    except ValueError as error:
+        known = ", ".join(data_format.value for data_format in DataFormat)
+        raise ConfigError(f"{key}.format={entry['format']}: must be one of {known}") from error
 
 
-def _read_json(path: Path) -> Iterator[tuple[Row, str]]:
-    text = _read_text(path)
-    rows = _parse_json(text, str(path)) if text.strip() else []
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: must hold a list of rows, not {type(rows).__name__}; one object a line is .jsonl")
-    for number, row in enumerate(rows):
-        yield row, f"{path}[{number}]"
+def resolve_files(source: Source) -> list[DataFile]:
+    """The files of a source, sorted by name.
+
+    Raises:
+        DataError: There are none, or a file's kind is not known.
+    """
+    if source.path in BUILTIN:
+        return [DataFile(source.path, "builtin")]
+    path = str(Path(source.path).expanduser()) if "://" not in source.path else source.path
+    system, inner = open_system(path)
+    if (
+        "://" not in path
+        and (Path(path) / "dataset_info.json").is_file() | (Path(path) / "dataset_dict.json").is_file()
+    ):
+        return [DataFile(path, "hub")]
+    if any(letter in inner for letter in "*?["):
+        names = sorted(str(name) for name in system.glob(inner) if not system.isdir(name))
+        if not names:
+            raise DataError(f"{source.path}: no file matches this pattern (relative to {Path.cwd()})")
+    elif system.isdir(inner):
+        names = sorted(str(name) for name in system.find(inner) if _kind(str(name)))
+        if not names:
+            raise DataError(f"{source.path}: no data file in this folder; there should be {_known_kinds()}")
+    elif system.exists(inner):
+        names = [inner]
+    elif "://" not in path and _HUB_ID.fullmatch(path) and not Path(path).suffix:
+        return [DataFile(path, "hub")]
+    else:
+        raise DataError(f"{source.path}: no such file (data.train and data.eval are relative to {Path.cwd()})")
+    prefix = "" if "://" not in path else path.split("://")[0] + "://"
+    return [DataFile(prefix + name.removeprefix(prefix), _checked_kind(name)) for name in _as_given(names, path)]
 
 
-def _read_csv(path: Path) -> Iterator[tuple[Row, str]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                if None in row:
-                    raise DataError(f"{path}:{reader.line_num}: more columns than the header names")
-                yield row, f"{path}:{reader.line_num}"
-        except UnicodeDecodeError as error:
-            raise DataError(_not_utf8(path, error)) from error
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: {error}") from error
+def open_system(path: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path in it.
 
-
-def _read_parquet(path: Path) -> Iterator[tuple[Row, str]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    Raises:
+        MissingPrerequisiteError: The protocol needs a package that is not there.
+        DataError: The protocol is unknown.
+    """
+    from fsspec.core import url_to_fs
 
     try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file that pyarrow reads ({str(error).splitlines()[0]})") from error
-    for number, row in enumerate(rows):
-        yield row, f"{path}[{number}]"
+        system, inner = url_to_fs(path)
+    except ImportError as error:
+        raise MissingPrerequisiteError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    return system, str(inner)
 
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[Row, str]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+def _as_given(names: list[str], path: str) -> list[str]:
+    """Local files under the name that the user wrote, not made absolute."""
+    if "://" in path or Path(path).is_absolute():
+        return names
+    here = str(Path.cwd()) + "/"
+    return [name.removeprefix(here) for name in names]
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(path, error)) from error
+def _kind(name: str) -> str | None:
+    path = Path(name.lower())
+    if path.suffix in COMPRESSIONS:
+        path = path.with_suffix("")
+    return KINDS.get(path.suffix)
 
 
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    line = path.read_bytes()[: error.start].count(b"\n") + 1
-    return f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
+def _checked_kind(name: str) -> str:
+    kind = _kind(name)
+    if kind is None:
+        raise DataError(f"{name}: unknown kind of file; data.train takes {_known_kinds()}, or {', '.join(BUILTIN)}")
+    return kind
 
 
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        column = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise DataError(
-            f"{where}: broken JSON at {column}: {error.msg}: {text[max(0, error.pos - 20) : error.pos + 20]!r}"
-        ) from error
+def _known_kinds() -> str:
+    return f"{', '.join(KINDS)} (each also with {', '.join(COMPRESSIONS)})"

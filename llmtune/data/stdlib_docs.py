@@ -6,6 +6,7 @@ The sources are parsed, never imported: importing some standard modules opens br
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import sys
@@ -30,7 +31,8 @@ _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def read_stdlib_docs() -> list[Conversation]:
+@functools.cache
+def read_stdlib_docs() -> tuple[Conversation, ...]:
     """About 1,300 pairs, in the order of the module names; the same for the same Python."""
     root = Path(sysconfig.get_paths()["stdlib"])
     conversations: dict[str, Conversation] = {}
@@ -38,32 +40,31 @@ def read_stdlib_docs() -> list[Conversation]:
         path = root / f"{module}.py"
         path = path if path.is_file() else root / module / "__init__.py"
         if path.is_file():
-            for conversation in _from_module(module, path):
+            for conversation in _from_module(module, ast.parse(path.read_text(encoding="utf-8"))):
                 conversations.setdefault(conversation.messages[0].content, conversation)
-    return list(conversations.values())
+    return tuple(conversations.values())
 
 
-def _from_module(module: str, path: Path) -> Iterator[Conversation]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def _from_module(module: str, tree: ast.Module) -> Iterator[Conversation]:
     for node in tree.body:
         if isinstance(node, _FUNCTION):
-            yield from _from_definition(node, f"the function {module}.{node.name}{_signature(node)}", path)
+            yield from _from_definition(node, f"the function {module}.{node.name}{_signature(node)}")
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            yield from _from_definition(node, f"the class {module}.{node.name}", path)
+            yield from _from_definition(node, f"the class {module}.{node.name}")
             for member in node.body:
                 if isinstance(member, _FUNCTION):
                     what = f"the method {module}.{node.name}.{member.name}{_signature(member)}"
-                    yield from _from_definition(member, what, path)
+                    yield from _from_definition(member, what)
 
 
-def _from_definition(node: _Definition, what: str, path: Path) -> Iterator[Conversation]:
+def _from_definition(node: _Definition, what: str) -> Iterator[Conversation]:
     answer = _summary(ast.get_docstring(node) or "")
     if node.name.startswith("_") or len(answer) not in ANSWER_LENGTH:
         return
     verb = "represent" if isinstance(node, ast.ClassDef) else "do"
     question = f"What does {what} {verb} in Python's standard library?"
     messages = (Message(Role.user, question), Message(Role.assistant, answer))
-    yield Conversation(messages, f"{path}:{node.lineno}")
+    yield Conversation(messages)
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:

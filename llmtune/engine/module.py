@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -22,14 +22,18 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, int]]
 
 
 class MicroBatch(Protocol):
-    """What a forward pass takes. Shapes: (rows, length)."""
+    """What a forward pass takes."""
 
     @property
-    def input_ids(self) -> torch.Tensor: ...
+    def inputs(self) -> Mapping[str, Any]:
+        """Arguments of the model's forward."""
+
     @property
-    def attention_mask(self) -> torch.Tensor: ...
-    @property
-    def labels(self) -> torch.Tensor: ...
+    def labels(self) -> torch.Tensor:
+        """Shape (rows, length), not shifted."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +132,9 @@ class TrainModule:
         return total / max(tokens_seen, 1), int(tokens_seen)
 
     def _loss(self, batch: MicroBatch) -> tuple[torch.Tensor, int]:
-        device = self.rank.device
-        output = self.engine(
-            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
-        )
-        return self.loss_function(output.logits, batch.labels.to(device))
+        batch = batch.to(self.rank.device)
+        output = self.engine(**batch.inputs, use_cache=False)
+        return self.loss_function(output.logits, batch.labels)
 
     def _whole_grad_norm(self) -> float | None:
         """Without ZeRO, where gradients are whole on every rank; DeepSpeed's own norm is there absent or still scaled."""

@@ -1,12 +1,10 @@
-"""What a rank does about its surroundings: die with its parent, send library output to the log, report its error."""
+"""What a rank does about its surroundings: send library output to the log, limit its memory, report its error."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
-import signal
 import sys
 import time
 import traceback
@@ -16,21 +14,11 @@ from typing import IO
 from llmtune.errors import EXIT_UNEXPECTED, DoesNotFitError, LlmtuneError
 from llmtune.launch.environment import FAILURE_DIR
 
-_PR_SET_PDEATHSIG = 1
-
 #: Texts by which memory that ran out is known: torch's CPU allocator raises a plain RuntimeError; C++ threads abort.
 OUT_OF_MEMORY = (
     *("can't allocate memory", "out of memory", "std::bad_alloc", "Cannot allocate memory", "unable to mmap"),
     *("Thread creation failed", "can't start new thread", "Unable to allocate", "posix_memalign"),
 )
-
-
-def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the parent ends, so that no rank outlives its supervisor."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def redirect_output(log: Path) -> IO[str]:

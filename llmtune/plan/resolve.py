@@ -191,17 +191,22 @@ def resolve_attention(config: Config, accelerator: str) -> str:
     return "eager" if accelerator == "cpu" and config.data.max_seq_length <= SHORT_ROW_TOKENS else "sdpa"
 
 
-def resolve_steps(train: TrainConfig, schedule: ScheduleConfig, rows: int) -> StepsPlan:
+def resolve_steps(train: TrainConfig, schedule: ScheduleConfig, rows: int | None) -> StepsPlan:
     """Steps from ``max_steps`` if it is set, else from epochs; warm-up rounded up to whole steps.
+
+    Args:
+        rows: Of an epoch; None where they are streamed, which goes with ``max_steps``.
 
     Raises:
         ConfigError: Warm-up leaves no step.
     """
-    epoch_rows = max(1, round(train.num_train_epochs * rows))
+    epoch_rows = max(1, round(train.num_train_epochs * (rows or 0)))
     by_epochs = math.ceil(epoch_rows / train.global_batch_size)
     origin = f"{train.num_train_epochs:g} epoch(s) of {rows} rows, {train.global_batch_size} a step"
     total = by_epochs
-    if train.max_steps is not None:
+    if rows is None and train.max_steps is not None:
+        total, origin = train.max_steps, "train.max_steps of a stream"
+    elif train.max_steps is not None:
         # max_steps alone decides, as in the Hugging Face Trainer: it may also go round the data several times.
         total, origin = train.max_steps, f"train.max_steps ({origin} would be {by_epochs})"
     warmup = schedule.warmup_steps

@@ -10,9 +10,11 @@ from llmtune.checkpoint import names
 from llmtune.checkpoint.save import load_checkpoint
 from llmtune.config.compose import dump_yaml
 from llmtune.config.schema import TrackerKind, TunerKind
-from llmtune.data.loader import TrainLoader
+from llmtune.data.batch import Collator
+from llmtune.data.loader import LoaderSettings, Steps, TrainLoader
 from llmtune.data.prepare import open_rows, read_samples
-from llmtune.data.render import load_chat_template
+from llmtune.data.streaming import RowStream, StreamLoader
+from llmtune.data.templates import load_chat_template
 from llmtune.engine.distributed import Rank
 from llmtune.engine.module import TrainModule, zero_init
 from llmtune.model.adapters import add_lora, load_adapter
@@ -56,16 +58,14 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag)
     start = Progress()
     if request.resume_from is not None:
         state = load_checkpoint(module, request.resume_from)
-        start = Progress(state.step, state.tokens)
+        start = Progress(state.step, state.tokens, state.data_position)
 
-    loader = TrainLoader(
-        open_rows(request.data, "train"), plan.batch, rank.rank, config.seed, pad_token_id, request.steps.total_rows
-    )
+    collator = Collator(pad_token_id, plan.attn_implementation.startswith("flash"))
     evaluator = HeldOutLoss(
         module,
         open_rows(request.data, "eval") if request.data.eval else None,
         eval_batch_size(request),
-        pad_token_id,
+        collator,
         config.train.eval_max_rows,
     )
     saver = CheckpointSaver(
@@ -80,7 +80,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag)
     return Job(
         rank=rank,
         module=module,
-        loader=loader,
+        loader=build_loader(request, rank, tokenizer, collator),
         steps=request.steps,
         train=config.train,
         learning_rate=plan.learning_rate,
@@ -93,6 +93,21 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag)
         stop=stop,
         start=start,
     )
+
+
+def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Collator) -> Steps:
+    """The training rows, from disk or tokenised on the way."""
+    config, batch = request.config, request.plan.batch
+    pinned = config.data.pin_memory
+    settings = LoaderSettings(
+        config.data.dataloader_num_workers, rank.device.type == "cuda" if isinstance(pinned, str) else pinned
+    )
+    if config.data.streaming:
+        bad_rows = request.run_folder / names.BAD_ROWS if rank.is_first else None
+        stream = RowStream(config.data, tokenizer, config.seed, bad_rows)
+        return StreamLoader(stream, batch, rank.rank, collator, settings)
+    rows = open_rows(request.data, "train")
+    return TrainLoader(rows, batch, rank.rank, config.seed, collator, request.steps.total_rows, settings)
 
 
 def eval_batch_size(request: RunRequest) -> int:

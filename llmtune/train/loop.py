@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from llmtune.config.schema import ScheduleConfig, TrainConfig
-from llmtune.data.loader import TrainLoader
+from llmtune.data.loader import StepBatch, Steps
 from llmtune.engine.distributed import Rank
 from llmtune.engine.module import TrainModule
 from llmtune.errors import StoppedError
@@ -29,6 +30,8 @@ class Progress:
     """Optimizer steps done."""
     tokens: int = 0
     """Tokens seen, padding excluded."""
+    data_position: Mapping[str, Any] | None = None
+    """Where the data goes on, as the loader says it; None at the beginning."""
 
 
 class Hook(Protocol):
@@ -64,7 +67,7 @@ class Job:
 
     rank: Rank
     module: TrainModule
-    loader: TrainLoader
+    loader: Steps
     steps: StepsPlan
     train: TrainConfig
     learning_rate: float
@@ -91,8 +94,9 @@ def run(job: Job) -> Progress:
     if progress.step == 0:
         evaluate(job, progress)
 
+    batches = job.loader.from_position(progress.data_position, job.steps.total_steps - progress.step)
     while progress.step < job.steps.total_steps:
-        progress, record = train_step(job, progress)
+        progress, record = train_step(job, progress, batches)
         if progress.step % job.train.logging_steps == 0 or progress.step == job.steps.total_steps:
             job.trackers.log(record)
         if is_due(job.train.eval_steps, progress.step, job.steps.total_steps):
@@ -115,13 +119,13 @@ def run(job: Job) -> Progress:
     return progress
 
 
-def train_step(job: Job, progress: Progress) -> tuple[Progress, Record]:
+def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> tuple[Progress, Record]:
     """One optimizer step, and its line of ``metrics.jsonl``."""
     started = time.perf_counter()
     job.rank.phases.step = progress.step + 1
     # Dropout depends on seed, step and rank alone, so that a resumed run draws the same.
     torch.manual_seed(hash((job.seed, progress.step, job.rank.rank)) % 2**63)
-    batch = job.loader.step(progress.step)
+    batch = next(batches)
     rate = learning_rate_at(
         progress.step,
         job.steps.total_steps,
@@ -131,7 +135,7 @@ def train_step(job: Job, progress: Progress) -> tuple[Progress, Record]:
     )
     result = job.module.train_step(batch.micro_batches, batch.trained_tokens, rate)
     seconds = time.perf_counter() - started
-    progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + batch.tokens)
+    progress = Progress(progress.step + 1, progress.tokens + batch.tokens, batch.position)
     record: dict[str, Any] = {
         "step": progress.step,
         "loss": result.loss,

@@ -25,6 +25,8 @@ from llmtune.track.metrics import cut_metrics, read_metrics
 
 #: What makes a run this run; anything else may differ between two starts.
 IDENTITY = ("model", "data", "tuner", "optim", "schedule", "precision", "seed")
+#: Keys of those groups that change how the work is done, not what comes out.
+NO_IDENTITY = {"data.num_workers", "data.dataloader_num_workers", "data.pin_memory"}
 TRAIN_IDENTITY = ("global_batch_size", "max_grad_norm")
 
 
@@ -187,7 +189,9 @@ def _differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
         if not isinstance(before, dict):
             before, after = {"": before}, {"": after}
         found += [
-            (f"{group}.{key}" if key else group, before[key], after[key]) for key in before if before[key] != after[key]
+            (f"{group}.{key}" if key else group, before[key], after[key])
+            for key in before
+            if before[key] != after[key] and f"{group}.{key}" not in NO_IDENTITY
         ]
     for key in TRAIN_IDENTITY:
         if getattr(old.train, key) != getattr(new.train, key):

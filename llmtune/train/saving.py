@@ -52,7 +52,15 @@ class CheckpointSaver:
         if folder == self._newest:
             return folder
         self.module.rank.phases.enter("save")
-        save_checkpoint(self.module, folder, progress.step, progress.tokens, self.data_fingerprint, self._write_model)
+        save_checkpoint(
+            self.module,
+            folder,
+            progress.step,
+            progress.tokens,
+            self.data_fingerprint,
+            progress.data_position,
+            self._write_model,
+        )
         if self.module.rank.is_first:
             prune_checkpoints(self.run, self.save_total_limit)
         self._newest = folder

@@ -145,11 +145,7 @@ def every_option() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("group", "option"), every_option())
 def test_every_option_of_every_group_composes_and_is_typed(group: str, option: str) -> None:
     extra = ["model.name_or_path=x"] if option == "custom" else []
-    extra += (
-        ["data.train=x.jsonl"]
-        if (group, option) in {("data", "alpaca"), ("data", "messages"), ("data", "files")}
-        else []
-    )
+    extra += ["data.train=x.jsonl"] if group == "data" and option != "stdlib_docs" else []
     extra += ["zero=3", "offload.nvme_path=/tmp", "tuner=full"] if group == "offload" else []
     composed: Composed = compose_config([f"{group}={option}", *extra])
     assert composed.choices[group] == option
@@ -160,7 +156,7 @@ def test_no_file_of_conf_is_left_out() -> None:
     composed = {f"{group}/{option}.yaml" for group, option in every_option()}
     rest = {"train.yaml", "sweep/lora.yaml"}
     assert set(files) == composed | rest
-    assert len(files) == 51
+    assert len(files) == 55
     for file in files:
         assert yaml.safe_load((CONF / file).read_text()) is not None, file
 

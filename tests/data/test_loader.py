@@ -2,91 +2,144 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
-from llmtune.data.loader import IGNORE, TrainLoader, collate, iterate_eval
+from llmtune.data.batch import IGNORE, Collator
+from llmtune.data.loader import LoaderSettings, TrainLoader, iterate_eval
+from llmtune.data.packing import pack_rows
+from llmtune.data.store import Rows
+from llmtune.errors import CheckpointError
 from llmtune.model.loss import IGNORE as LOSS_IGNORE
 from llmtune.model.loss import sum_token_losses
 from llmtune.plan.batch import BatchPlan
+from tests.data.stores import make_rows
 
 PAD = 0
 
 
-def rows(count: int) -> Dataset:
-    ids = [[n + 1] * (2 + n % 5) for n in range(count)]
-    masks = [[False] + [True] * (len(row) - 1) for row in ids]
-    return Dataset.from_dict(
-        {
-            "input_ids": ids,
-            "mask": masks,
-            "length": [len(row) for row in ids],
-            "trained_tokens": [sum(mask) for mask in masks],
-        }
-    )
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    return rows(tmp_path_factory.mktemp("rows"), 50)
 
 
-def loader(data: Dataset, world: int = 1, rank: int = 0, size: int = 8, micro: int = 2, **more: Any) -> TrainLoader:
-    return TrainLoader(data, BatchPlan(size, micro, size // micro // world, world), rank, 42, PAD, **more)
+def rows(folder: Path, count: int) -> Rows:
+    return make_rows(folder, [[n + 1] * (2 + n % 5) for n in range(count)])
+
+
+def loader(data: Rows, world: int = 1, rank: int = 0, size: int = 8, micro: int = 2, **more: Any) -> TrainLoader:
+    plan = BatchPlan(size, micro, size // micro // world, world)
+    return TrainLoader(data, plan, rank, 42, Collator(PAD), **more)
 
 
 def seen(batch: Any) -> list[int]:
     return sorted(int(row[0]) for micro in batch.micro_batches for row in micro.input_ids if int(row[0]) != PAD)
 
 
+def padded_share(batches: list[Any]) -> float:
+    micro = [batch for step in batches for batch in step.micro_batches]
+    return 1 - sum(int(b.attention_mask.sum()) for b in micro) / sum(b.attention_mask.numel() for b in micro)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_global_batch_does_not_depend_on_the_ranks(world: int) -> None:
-    data = rows(50)
-    for step in (0, 3, 7):
-        whole = seen(loader(data).step(step))
-        shares = [loader(data, world, rank).step(step) for rank in range(world)]
-        assert sorted(row for share in shares for row in seen(share)) == whole
-        assert {share.trained_tokens for share in shares} == {loader(data).step(step).trained_tokens}
+def test_the_global_batch_does_not_depend_on_the_ranks(world: int, data: Rows) -> None:
+    whole = list(loader(data).from_position(None, 8))
+    shares = [list(loader(data, world, rank).from_position(None, 8)) for rank in range(world)]
+    for step, batch in enumerate(whole):
+        assert sorted(row for share in shares for row in seen(share[step])) == seen(batch)
+        assert {share[step].trained_tokens for share in shares} == {batch.trained_tokens}
+        assert all(share[step].position == batch.position for share in shares)
 
 
-def test_each_row_comes_once_an_epoch_in_another_order() -> None:
-    data = rows(24)
-    one = loader(data)
-    first = [row for step in range(3) for row in one.row_indices(step)]
-    second = [row for step in range(3, 6) for row in one.row_indices(step)]
+def test_each_row_comes_once_an_epoch_in_another_order(tmp_path: Path) -> None:
+    one = loader(rows(tmp_path, 24))
+    first = [row for start in (0, 8, 16) for row in one.row_numbers(start)]
+    second = [row for start in (24, 32, 40) for row in one.row_numbers(start)]
     assert sorted(first) == sorted(second) == list(range(24))
     assert first != second
-    assert loader(data).row_indices(4) == one.row_indices(4)
 
 
-def test_the_last_step_of_whole_epochs_is_smaller_and_trains_nothing_twice() -> None:
-    data = rows(10)
-    last = loader(data, last_row=10).step(1)
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (1, 4)])
+def test_a_resumed_run_sees_every_remaining_row_exactly_once(before: int, after: int, data: Rows) -> None:
+    steps = 10
+    undisturbed = list(loader(data).from_position(None, steps))
+    for cut in (1, 4, 9):
+        # The position goes through a checkpoint's JSON.
+        (*_, last) = loader(data, before, rank=before - 1).from_position(None, cut)
+        position = json.loads(json.dumps(last.position))
+        rest = [list(loader(data, after, rank).from_position(position, steps - cut)) for rank in range(after)]
+        for step, batch in enumerate(undisturbed[cut:]):
+            assert sorted(row for share in rest for row in seen(share[step])) == seen(batch)
+
+
+def test_a_position_of_other_rows_is_refused(data: Rows, tmp_path: Path) -> None:
+    position = next(iter(loader(rows(tmp_path, 10)).from_position(None, 1))).position
+    with pytest.raises(CheckpointError, match=r"'rows': 10.*'rows': 50"):
+        next(loader(data).from_position(position, 1))
+
+
+def test_the_last_step_of_whole_epochs_is_smaller_and_trains_nothing_twice(tmp_path: Path) -> None:
+    _, last = loader(rows(tmp_path, 10), last_row=10).from_position(None, 2)
     assert len(seen(last)) == 2
     assert len(last.micro_batches) == 4, "every rank goes through as many forward passes"
     counted = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in last.micro_batches)
     assert counted == last.trained_tokens
 
 
-def test_the_denominator_is_the_number_of_trained_labels() -> None:
-    batch = loader(rows(50)).step(2)
-    counted = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in batch.micro_batches)
-    assert counted == batch.trained_tokens
-    assert batch.tokens == sum(int(micro.attention_mask.sum()) for micro in batch.micro_batches)
+def test_worker_processes_change_nothing(data: Rows) -> None:
+    alone = list(loader(data).from_position(None, 6))
+    helped = list(loader(data, settings=LoaderSettings(workers=2)).from_position(None, 6))
+    for one, other in zip(alone, helped, strict=True):
+        assert one.position == other.position
+        for first, second in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert torch.equal(first.input_ids, second.input_ids)
+            assert torch.equal(first.labels, second.labels)
 
 
-def test_padding_is_masked_by_position_even_where_it_is_the_end_token() -> None:
-    data = Dataset.from_dict({"input_ids": [[5, 9], [5, 6, 7, 9]], "mask": [[False, True], [False, True, True, True]]})
-    batch = collate(data, [0, 1], pad_token_id=9)
+def test_rows_of_like_length_share_a_micro_batch(data: Rows) -> None:
+    grouped = padded_share(list(loader(data, size=40, micro=4).from_position(None, 1)))
+    alone = padded_share(list(loader(data, size=4, micro=4).from_position(None, 10)))
+    assert grouped < alone / 2
+
+
+def test_the_denominator_is_the_number_of_trained_labels(data: Rows) -> None:
+    for batch in loader(data).from_position(None, 4):
+        counted = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in batch.micro_batches)
+        assert counted == batch.trained_tokens
+        assert batch.tokens == sum(int(micro.attention_mask.sum()) for micro in batch.micro_batches)  # type: ignore[union-attr]
+
+
+def test_packed_steps_count_the_same_tokens(data: Rows, tmp_path: Path) -> None:
+    members, starts = pack_rows(data.documents("lengths"), 12, 0)
+    packed = Rows(data.stores, members, starts)
+    batches = list(loader(packed, size=4, micro=2, last_row=len(packed)).from_position(None, -(-len(packed) // 4)))
+    assert sum(batch.tokens for batch in batches) == int(data.lengths.sum())
+    assert sum(batch.trained_tokens for batch in batches) == int(data.trained_tokens.sum())
+    for batch in batches:
+        counted = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in batch.micro_batches)
+        assert counted == batch.trained_tokens
+
+
+def test_padding_is_masked_by_position_even_where_it_is_the_end_token(tmp_path: Path) -> None:
+    data = make_rows(tmp_path, [[5, 9], [5, 6, 7, 9]], [[False, True], [False, True, True, True]])
+    batch = Collator(9).collate(data, [0, 1])
     assert batch.labels.tolist() == [[IGNORE, 9, IGNORE, IGNORE], [IGNORE, 6, 7, 9]]
+    assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
 
 
-def test_evaluation_covers_each_row_once_with_equal_rounds() -> None:
-    data = rows(11)
-    shares = [list(iterate_eval(data, 2, rank, 2, PAD, None)) for rank in range(2)]
+def test_evaluation_covers_each_row_once_with_equal_rounds(tmp_path: Path) -> None:
+    data = rows(tmp_path, 11)
+    shares = [list(iterate_eval(data, 2, rank, 2, Collator(PAD), None)) for rank in range(2)]
     assert len(shares[0]) == len(shares[1]) == 3
     found = sorted(int(row[0]) for share in shares for batch in share for row in batch.input_ids if int(row[0]) != PAD)
     assert found == list(range(1, 12))
-    assert len(list(iterate_eval(data, 2, 0, 1, PAD, max_rows=4))) == 2
+    assert len(list(iterate_eval(data, 2, 0, 1, Collator(PAD), max_rows=4))) == 2
 
 
 def test_the_loss_is_the_sum_over_trained_tokens() -> None:
@@ -99,3 +152,11 @@ def test_the_loss_is_the_sum_over_trained_tokens() -> None:
     assert LOSS_IGNORE == IGNORE
     assert count == int((labels[:, 1:] != IGNORE).sum()) == 5
     torch.testing.assert_close(total, reference.sum())
+
+
+def test_rows_are_found_in_whichever_store_they_lie(tmp_path: Path) -> None:
+    first, second = make_rows(tmp_path / "a", [[1, 2], [3, 4]]), make_rows(tmp_path / "b", [[5, 6], [7, 8, 9]])
+    both = Rows([*first.stores, *second.stores], np.array([3, 0, 2], dtype=np.int64))
+    assert [both.row(number).ids.tolist() for number in range(3)] == [[7, 8, 9], [1, 2], [5, 6]]
+    assert both.lengths.tolist() == [3, 2, 2]
+    assert both.place(0) == ("rows.jsonl", 2)

@@ -1,4 +1,4 @@
-"""Rows on disk: split, counted, cached by content."""
+"""Rows on disk: split, mixed, counted, cached by content, made by any number of processes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from llmtune.config.schema import DataConfig, Overlong
 from llmtune.data.prepare import PreparedData, open_rows, prepare_data, read_samples
+from llmtune.data.source_tokens import TokeniseProgress
 from llmtune.errors import DataError
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer(tiny_model: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
-def write(path: Path, count: int, words: int = 3) -> Path:
-    rows = [{"instruction": f"question {n}", "output": "word " * words + str(n)} for n in range(count)]
+def write(path: Path, count: int, words: int = 3, name: str = "question") -> Path:
+    rows = [{"instruction": f"{name} {n}", "output": "word " * words + str(n)} for n in range(count)]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
-def prepare(tokenizer: Any, cache: Path, **values: Any) -> PreparedData:
-    return prepare_data(DataConfig(**{"max_seq_length": 128, **values}), tokenizer, 42, cache)
+def prepare(tokenizer: Any, cache: Path, watch: Any = None, **values: Any) -> PreparedData:
+    return prepare_data(DataConfig(**{"max_seq_length": 128, **values}), tokenizer, 42, cache, watch)
+
+
+def texts(data: PreparedData, split: str, tokenizer: Any) -> list[str]:
+    rows = open_rows(data, split)
+    return [tokenizer.decode(rows.row(number).ids.tolist()) for number in range(len(rows))]
 
 
 def test_the_split_is_drawn_once_and_disjoint(tokenizer: Any, tmp_path: Path) -> None:
@@ -34,29 +41,54 @@ def test_the_split_is_drawn_once_and_disjoint(tokenizer: Any, tmp_path: Path) ->
     data = prepare(tokenizer, tmp_path, train=source, val_set_size=0.25)
     assert data.eval is not None
     assert (data.train.rows, data.eval.rows) == (30, 10)
-    train = {tuple(row["input_ids"]) for row in open_rows(data, "train")}
-    held_out = {tuple(row["input_ids"]) for row in open_rows(data, "eval")}
-    assert len(train | held_out) == 40
-    assert len(read_samples(data)) == 3
+    assert len(set(texts(data, "train", tokenizer)) | set(texts(data, "eval", tokenizer))) == 40
+    samples = read_samples(data)
+    assert len(samples) == 3
+    held_out = texts(data, "eval", tokenizer)
+    for number, sample in enumerate(samples):
+        assert sample.messages[-1]["content"] in held_out[number]
+        assert sample.expected in held_out[number]
 
 
 def test_counts_are_those_of_the_rows(tokenizer: Any, tmp_path: Path) -> None:
     data = prepare(tokenizer, tmp_path, train=str(write(tmp_path / "a.jsonl", 10)), val_set_size=0)
-    rows = open_rows(data, "train")
+    rows = [open_rows(data, "train").row(number) for number in range(10)]
     assert data.eval is None
-    assert data.train.tokens == sum(len(row["input_ids"]) for row in rows)
-    assert data.train.trained_tokens == sum(sum(row["mask"]) for row in rows)
+    assert data.train.tokens == sum(len(row.ids) for row in rows)
+    assert data.train.trained_tokens == sum(int(row.mask.sum()) for row in rows)
     assert read_samples(data) == []
 
 
 def test_the_cache_knows_the_content(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", 10)
     first = prepare(tokenizer, tmp_path, train=str(path), val_set_size=2)
-    again = prepare(tokenizer, tmp_path, train=str(path), val_set_size=2)
-    assert first == again
+    assert prepare(tokenizer, tmp_path, train=str(path), val_set_size=2) == first
+    tokens = len(list((tmp_path / "data/tokens").iterdir()))
+    other = prepare(tokenizer, tmp_path, train=str(path), val_set_size=3)
+    assert other.fingerprint != first.fingerprint
+    assert len(list((tmp_path / "data/tokens").iterdir())) == tokens, "another split tokenises nothing again"
     write(path, 11)
     assert prepare(tokenizer, tmp_path, train=str(path), val_set_size=2).fingerprint != first.fingerprint
-    assert prepare(tokenizer, tmp_path, train=str(path), val_set_size=3).fingerprint != first.fingerprint
+    tokenizer.chat_template, kept = tokenizer.chat_template + "{# changed #}", tokenizer.chat_template
+    try:
+        changed = prepare(tokenizer, tmp_path, train=str(path), val_set_size=2)
+    finally:
+        tokenizer.chat_template = kept
+    assert changed.fingerprint != prepare(tokenizer, tmp_path, train=str(path), val_set_size=2).fingerprint
+
+
+def test_worker_processes_make_the_same_rows_and_tell_their_progress(tokenizer: Any, tmp_path: Path) -> None:
+    source = str(write(tmp_path / "a.jsonl", 30_000))
+    told: list[TokeniseProgress] = []
+    alone = prepare(tokenizer, tmp_path / "1", train=source, num_workers=0)
+    helped = prepare(tokenizer, tmp_path / "2", told.append, train=source, num_workers=2)
+    assert helped.fingerprint == alone.fingerprint
+    for split in ("train", "eval"):
+        one, other = open_rows(alone, split), open_rows(helped, split)
+        assert np.array_equal(one.documents("hashes"), other.documents("hashes"))
+        assert np.array_equal(one.index, other.index)
+    assert [progress.rows for progress in told] == sorted(progress.rows for progress in told)
+    assert (told[-1].rows, told[-1].share) == (30_000, pytest.approx(1.0, abs=1e-6))
 
 
 def test_own_evaluation_files_are_used_whole(tokenizer: Any, tmp_path: Path) -> None:
@@ -66,19 +98,65 @@ def test_own_evaluation_files_are_used_whole(tokenizer: Any, tmp_path: Path) -> 
     assert (data.train.rows, data.eval.rows) == (20, 4)
 
 
+def test_sources_are_limited_repeated_and_weighted(tokenizer: Any, tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a.jsonl", 30, name="one"), write(tmp_path / "b.jsonl", 100, name="two")
+
+    def counts(*sources: Any) -> tuple[int, int]:
+        data = prepare(tokenizer, tmp_path, train=list(sources), val_set_size=0)
+        found = texts(data, "train", tokenizer)
+        assert (
+            texts(prepare(tokenizer, tmp_path / "x", train=list(sources), val_set_size=0), "train", tokenizer) == found
+        )
+        return sum("one" in text for text in found), sum("two" in text for text in found)
+
+    assert counts(f"{one}@7", str(two)) == (7, 100)
+    assert counts({"path": str(one), "repeat": 3}, {"path": str(two), "limit": 5}) == (90, 5)
+    assert counts({"path": str(one), "weight": 1}, {"path": str(two), "weight": 1}) == (30, 30)
+    assert counts({"path": str(one), "weight": 3, "repeat": 2}, {"path": str(two), "weight": 1}) == (60, 20)
+
+
+def test_a_held_out_row_of_a_repeated_source_is_not_trained(tokenizer: Any, tmp_path: Path) -> None:
+    source = {"path": str(write(tmp_path / "a.jsonl", 20)), "repeat": 3}
+    data = prepare(tokenizer, tmp_path, train=source, val_set_size=5)
+    train, held_out = texts(data, "train", tokenizer), texts(data, "eval", tokenizer)
+    assert (len(train), len(held_out)) == (45, 5)
+    assert not set(train) & set(held_out)
+
+
+def test_packing_keeps_every_row_and_fills(tokenizer: Any, tmp_path: Path) -> None:
+    source = str(write(tmp_path / "a.jsonl", 200))
+    plain = prepare(tokenizer, tmp_path, train=source, val_set_size=0)
+    packed = prepare(tokenizer, tmp_path, train=source, val_set_size=0, packing=True, max_seq_length=512)
+    rows = open_rows(packed, "train")
+    assert packed.train.documents == plain.train.rows == 200
+    assert packed.train.tokens == plain.train.tokens == int(rows.lengths.sum())
+    assert packed.train.trained_tokens == plain.train.trained_tokens
+    assert packed.train.packing_efficiency is not None
+    assert packed.train.packing_efficiency > 0.9
+    assert all(sum(row.documents) == len(row.ids) <= 512 for row in map(rows.row, range(len(rows))))
+
+
 def test_dropped_rows_are_counted_and_none_left_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"instruction": "q", "output": "word " * n} for n in (2, 300)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    data = prepare(tokenizer, tmp_path, train=str(path), val_set_size=0)
+    given = {"train": str(path), "val_set_size": 0, "max_overlong_share": 1.0}
+    data = prepare(tokenizer, tmp_path, **given)
     assert (data.train.rows, data.train.dropped) == (1, 1)
-    data = prepare(tokenizer, tmp_path, train=str(path), val_set_size=0, overlong=Overlong.truncate)
+    data = prepare(tokenizer, tmp_path, **given, overlong=Overlong.truncate)
     assert (data.train.rows, data.train.truncated) == (2, 1)
     path.write_text(json.dumps(rows[1]))
     with pytest.raises(DataError, match="are longer than data.max_seq_length=128"):
-        prepare(tokenizer, tmp_path, train=str(path), val_set_size=0)
+        prepare(tokenizer, tmp_path, **given)
 
 
 def test_a_split_that_takes_everything_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="data.val_set_size=5 takes all 5"):
         prepare(tokenizer, tmp_path, train=str(write(tmp_path / "a.jsonl", 5)), val_set_size=5)
+
+
+def test_class_names_are_kept(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("sentence1,sentence2,label\na,b,entailment\nc,d,neutral\ne,f,neutral\n")
+    data = prepare(tokenizer, tmp_path, train=str(path), val_set_size=0)
+    assert data.classes == ["entailment", "neutral"]

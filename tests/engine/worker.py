@@ -16,6 +16,7 @@ from llmtune.checkpoint.save import load_checkpoint, save_checkpoint
 from llmtune.checkpoint.weights import write_model_config, write_weights
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Precision, TunerKind
+from llmtune.data.batch import Collator
 from llmtune.data.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
 from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
@@ -53,11 +54,12 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     module = build_module(request, rank)
     if load is not None:
         assert load_checkpoint(module, load).step == task["first"]
-    loader = TrainLoader(open_rows(data, "train"), plan.batch, rank.rank, config.seed, int(tokenizer.pad_token_id))
+    collator = Collator(int(tokenizer.pad_token_id))
+    loader = TrainLoader(open_rows(data, "train"), plan.batch, rank.rank, config.seed, collator)
     seen, norms = [], []
     for step in range(task["first"], task["last"]):
         torch.manual_seed(step)
-        batch = loader.step(step)
+        batch = loader.step_at(step * plan.batch.global_batch_size)
         result = module.train_step(batch.micro_batches, batch.trained_tokens, plan.learning_rate)
         seen.append(result.loss)
         norms.append(result.grad_norm)
@@ -91,7 +93,7 @@ def save(module: TrainModule, folder: Path, step: int, lora: bool, rank: Rank) -
             write = write_adapter_config if lora else write_model_config
             write(module.model, target)
 
-    save_checkpoint(module, folder, step, 0, "test", write_model)
+    save_checkpoint(module, folder, step, 0, "test", None, write_model)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def save(*_):
     open(os.environ["OUT"] + "/saved" + os.environ["RANK"], "w").close()
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
-from llmtune.launch.rank import die_with_parent
+from llmtune.process import die_with_parent
 die_with_parent()
 path = os.environ["OUT"] + "/" + os.environ["RANK"]
 open(path + ".tmp", "w").write(str(os.getpid())); os.rename(path + ".tmp", path + ".pid")

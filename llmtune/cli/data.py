@@ -1,0 +1,221 @@
+"""``data``: check the data, and show what the model will see: tokens, masks, lengths, packing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.errors import DataError
+
+if TYPE_CHECKING:
+    from llmtune.cli.main import Arguments
+    from llmtune.config.schema import Config
+    from llmtune.data.prepare import PreparedData
+    from llmtune.data.problems import Problem
+    from llmtune.data.report import DataReport
+    from llmtune.data.statistics import Lengths, Padding, Piece
+    from llmtune.data.store import Rows
+    from llmtune.track.console import Console
+
+#: Rows that are printed.
+SHOWN_ROWS = 3
+
+#: Characters of a row on the terminal; the page shows all.
+SHOWN_CHARACTERS = 1500
+
+#: Rows of a forward pass where none are asked for, to show what padding costs.
+AUTO_MICRO_BATCH = 4
+
+#: Columns of the terminal's histogram.
+BAR_WIDTH = 40
+
+
+def main(arguments: Arguments) -> int:
+    """Prepare the data and report on it; exit code 4 where training would be refused."""
+    from llmtune.cli.plan import stdout_for_us
+
+    with stdout_for_us() as write:
+        return _report(arguments, write)
+
+
+def _report(arguments: Arguments, write: Any) -> int:
+    from llmtune.cli.prepare import cache_dir, resolve_target, watch_tokenising
+    from llmtune.cli.quiet import quiet_libraries
+    from llmtune.config.compose import compose_config
+    from llmtune.data.prepare import open_rows, prepare_data, read_problems
+    from llmtune.data.templates import load_chat_template
+    from llmtune.model.files import resolve_model_folder
+    from llmtune.model.tokenizer import load_tokenizer
+    from llmtune.track.console import Console
+
+    composed = compose_config(arguments.overrides, arguments.config_dir)
+    quiet_libraries()
+    config = composed.config
+    if config.data.streaming:
+        raise DataError(
+            "data.streaming=true: a stream cannot be counted; look at some files of it with data.streaming=false"
+        )
+    console = Console(sys.stderr)
+    cache = cache_dir(config)
+    folder = resolve_model_folder(config.model, cache, console.say)
+    tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))
+    data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console), strict=False)
+    problems = read_problems(data)
+    rows = open_rows(data, "train")
+    report = _build_report(config, data, rows, problems, tokenizer)
+    untrained = _untrained(folder, data, tokenizer)
+    if arguments.as_json:
+        write(json.dumps(to_json(data, report, untrained), ensure_ascii=False) + "\n")
+    else:
+        output = Console(sys.stdout)
+        for text in to_text(report, untrained):
+            write(text + "\n")
+        _write_files(
+            report, Path(config.output_dir or f"{resolve_target(composed).folder}-data").expanduser(), output, write
+        )
+    if data.fatal:
+        sys.stderr.write(f"error: training on this data is refused: {data.fatal:,} problem(s)\n")
+    return DataError.exit_code if data.fatal else 0
+
+
+def _build_report(
+    config: Config, data: PreparedData, rows: Rows, problems: list[Problem], tokenizer: Any
+) -> DataReport:
+    from llmtune.data.problems import place
+    from llmtune.data.report import DataReport
+    from llmtune.data.statistics import measure_lengths, measure_padding, show_row
+
+    asked = config.train.per_device_train_batch_size
+    lengths = measure_lengths(rows)
+    padding = measure_padding(
+        rows,
+        config.data.max_seq_length,
+        asked if isinstance(asked, int) else min(AUTO_MICRO_BATCH, config.train.global_batch_size),
+        config.train.global_batch_size,
+        config.seed,
+        data.train.packing_efficiency,
+    )
+    step = max(1, len(rows) // SHOWN_ROWS)
+    shown = [
+        (place(*rows.place(rows.first_document(number))), show_row(rows, number, tokenizer))
+        for number in range(0, len(rows), step)[:SHOWN_ROWS]
+    ]
+    return DataReport(
+        f"Data: {config.data.train}", _numbers(config, data, lengths, padding), lengths, padding, problems, shown
+    )
+
+
+def _numbers(config: Config, data: PreparedData, lengths: Lengths, padding: Padding) -> dict[str, str]:
+    train, held_out = data.train, data.eval
+    share = train.trained_tokens / max(1, train.tokens)
+    numbers = {
+        "rows": f"{train.documents:,}" + (f" in {train.rows:,} packed rows" if config.data.packing else ""),
+        "held out": f"{held_out.rows:,} rows, {held_out.tokens:,} tokens" if held_out else "none",
+        "tokens": f"{train.tokens:,}",
+        "supervised": f"{train.trained_tokens:,} tokens ({share:.1%})",
+        "dropped": f"{train.dropped:,} longer than data.max_seq_length={config.data.max_seq_length}",
+        "truncated": f"{train.truncated:,}",
+        "skipped": f"{train.skipped:,} that cannot be trained on",
+        "lengths": f"mean {lengths.mean:.0f}, median {lengths.p50}, 95 % {lengths.p95}, 99 % {lengths.p99}, "
+        f"longest {lengths.longest}",
+        "padding": f"{padding.to_max_length:.1%} if every row had {config.data.max_seq_length} tokens, {padding.random:.1%} "
+        f"in random batches, {padding.grouped:.1%} grouped by length"
+        + (f", {padding.packed:.2%} packed" if padding.packed is not None else ""),
+    }
+    if train.packing_efficiency is not None:
+        numbers["packing"] = f"rows of {config.data.max_seq_length} filled to {train.packing_efficiency:.2%}"
+    if data.classes:
+        numbers["labels"] = f"{len(data.classes)}: " + ", ".join(map(str, data.classes[:10]))
+    return numbers
+
+
+def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dict[str, Any]:
+    """The report as plain values; ``rows`` counts documents, ``packed_rows`` what the model sees."""
+    train = data.train
+    return {
+        "rows": train.documents,
+        "packed_rows": train.rows if train.packing_efficiency is not None else None,
+        "tokens": train.tokens,
+        "supervised_tokens": train.trained_tokens,
+        "dropped": train.dropped,
+        "truncated": train.truncated,
+        "skipped": train.skipped,
+        "packing_efficiency": train.packing_efficiency,
+        "padding": asdict(report.padding) if report.padding else None,
+        "problems": [asdict(problem) for problem in report.problems],
+        "refused": data.fatal > 0,
+        "untrained_tokens": untrained,
+        "lengths": report.lengths.to_dict() if report.lengths else None,
+        "labels": data.classes,
+        "eval": {"rows": data.eval.rows, "tokens": data.eval.tokens} if data.eval else None,
+        "fingerprint": data.fingerprint,
+    }
+
+
+def to_text(report: DataReport, untrained: list[str]) -> list[str]:
+    """The report for a terminal, but for its rows."""
+    from llmtune.data.problems import describe
+
+    width = max(map(len, report.numbers))
+    lines = [report.title, *(f"  {name:<{width}}  {value}" for name, value in report.numbers.items())]
+    if untrained:
+        lines.append(
+            f"  warning: these tokens occur, and the model never trained their embeddings: {', '.join(untrained)}"
+        )
+    if report.lengths:
+        lines += ["", *_histogram(report.lengths)]
+    if report.problems:
+        lines += ["", "problems", *(f"  {line}" for line in describe(report.problems))]
+    return lines
+
+
+def _histogram(lengths: Lengths) -> list[str]:
+    highest = max(lengths.rows)
+    lines = [f"{'tokens':>13}  {'documents':>10}  {'trained tokens':>14}"]
+    for number, (count, trained) in enumerate(zip(lengths.rows, lengths.trained, strict=True)):
+        name = f"{lengths.edges[number]}-{lengths.edges[number + 1] - 1}"
+        lines.append(f"{name:>13}  {count:>10,}  {trained:>14,}  {'#' * round(count / highest * BAR_WIDTH)}")
+    return lines
+
+
+def _write_files(report: DataReport, folder: Path, console: Console, write: Any) -> None:
+    """Rows in two colours, the picture and the page."""
+    from llmtune.data.report import write_page, write_picture
+
+    for where, pieces in report.rows:
+        write(f"\n{where}\n")
+        write(_coloured(pieces, console.is_terminal) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = folder / "lengths.png"
+        if report.lengths:
+            write_picture(report.lengths, report.title, picture)
+        write_page(report, picture if report.lengths else None, folder / "data.html")
+    except OSError as error:
+        raise DataError(f"output_dir={folder}: {error.strerror}; take another output_dir=") from error
+    write(f"\npicture {picture}\npage    {folder / 'data.html'}\n")
+
+
+def _coloured(pieces: list[Piece], terminal: bool) -> str:
+    """Trained text in green, masked text in grey; where there are no colours, trained text in brackets."""
+    parts = []
+    left = SHOWN_CHARACTERS
+    for piece in pieces:
+        text = piece.text if len(piece.text) <= left else piece.text[:left] + " ..."
+        left -= len(text)
+        if terminal:
+            parts.append(f"\x1b[32m{text}\x1b[0m" if piece.trained else f"\x1b[90m{text}\x1b[0m")
+        else:
+            parts.append(f"[[{text}]]" if piece.trained else text)
+        if left <= 0:
+            break
+    return "".join(parts)
+
+
+def _untrained(folder: Path, data: PreparedData, tokenizer: Any) -> list[str]:
+    from llmtune.model.untrained import find_untrained_tokens
+
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(find_untrained_tokens(folder, data.special_tokens))]

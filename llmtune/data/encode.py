@@ -1,0 +1,236 @@
+"""Conversations become token ids with a mask of what is trained.
+
+The mask is decided by position in the rendered text, never by token id: so the padding token may be the end-of-turn token
+without harm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtune.config.schema import DataConfig, Overlong
+from llmtune.data.conversation import Conversation, Role
+from llmtune.data.problems import RowError
+from llmtune.data.templates import ChatTemplate, Span
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One row: shapes (length,)."""
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    """Whether each token is trained."""
+    truncated: bool = False
+    label: str | int | float | None = None
+
+    @property
+    def trained_tokens(self) -> int:
+        """The first token has nothing before it to be predicted from."""
+        return int(np.count_nonzero(self.mask[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Overflow:
+    """A row that is longer than ``max_seq_length`` and was left out."""
+
+    tokens: int
+
+
+Outcome = list[TokenRow] | Overflow | RowError
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeSettings:
+    """What shapes a row beside the tokenizer."""
+
+    max_seq_length: int
+    overlong: Overlong
+    train_on_inputs: bool
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> EncodeSettings:
+        """The slice of the configuration."""
+        return cls(config.max_seq_length, config.overlong, config.train_on_inputs)
+
+
+class Encoder:
+    """Encodes batches of conversations, of whatever format each is."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings):
+        known: Any = tokenizer
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._backend = known.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        added = tokenizer.added_tokens_decoder
+        self.special = frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+        #: Tokens that may end a turn; some tokenizers do not call theirs special.
+        self._ends = self.special | set(added)
+        texts = sorted({str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self.special))}, reverse=True)
+        self._special_text = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Outcome]:
+        """The rows of each conversation, or why there are none."""
+        outcomes: list[Any] = [None] * len(conversations)
+        rendered: dict[bool, list[tuple[int, Any, list[Span]]]] = {True: [], False: []}
+        for number, conversation in enumerate(conversations):
+            try:
+                self._check_special(conversation)
+                rendered[conversation.plain].append((number, *self._render(conversation)))
+            except RowError as error:
+                outcomes[number] = error
+        for plain, entries in rendered.items():
+            texts = [text for _, text, _ in entries]
+            encodings = self._backend.encode_batch(texts, add_special_tokens=plain) if texts else []
+            for (number, text, spans), encoding in zip(entries, encodings, strict=True):
+                try:
+                    outcomes[number] = self._finish(conversations[number], text, spans, encoding)
+                except RowError as error:
+                    outcomes[number] = error
+        return outcomes
+
+    def _render(self, conversation: Conversation) -> tuple[Any, list[Span]]:
+        """What goes to the tokenizer: a text, or the pair of a classification row; and the trained spans of it."""
+        texts = [message.content for message in conversation.messages]
+        if conversation.label is not None:
+            return (texts[0] if len(texts) == 1 else tuple(texts)), []
+        if conversation.plain:
+            text = "".join(texts)
+            return text, [(len(text) - len(texts[-1]), len(text))]
+        if self._template is None:
+            raise RowError("the tokenizer has no chat template; name one with data.chat_template")
+        return self._template.render(conversation)
+
+    def _check_special(self, conversation: Conversation) -> None:
+        if self._special_text is None:
+            return
+        for number, message in enumerate(conversation.messages):
+            if found := self._special_text.search(message.content):
+                raise RowError(
+                    f"the text of message {number} ({message.role.value}) holds {found[0]!r}, which the tokenizer reads as "
+                    "a special token: has it been through a chat template already?"
+                )
+
+    def _finish(self, conversation: Conversation, text: Any, spans: list[Span], encoding: Any) -> Outcome:
+        ids = np.asarray(encoding.ids, dtype=np.int32)
+        if conversation.label is not None:
+            return self._finish_classification(conversation, text, ids)
+        mask = np.zeros(len(ids), dtype=bool)
+        for start, end in spans:
+            first, last = _token_range(encoding, start, end)
+            mask[first : last + 1] = True
+            if not conversation.plain:
+                self._check_end(text, end, last, encoding)
+        if len(ids) > 1 and self._bos is not None and ids[0] == ids[1] == self._bos:
+            raise RowError("begins with two BOS tokens; take another data.chat_template")
+        if conversation.plain:
+            ids, mask = self._end_text(ids, mask)
+        if not mask[1:].any():
+            spoken = any(message.role is Role.assistant for message in conversation.messages)
+            raise RowError("no token is trained" + ("" if spoken else ": there is no answer of the assistant"))
+        # Nothing behind the last trained token can matter.
+        end = len(mask) - int(np.argmax(mask[::-1]))
+        return self._fit(TokenRow(ids[:end], mask[:end]), whole_text=len(conversation.messages) == 1)
+
+    def _end_text(self, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> tuple[Any, Any]:
+        """Plain text ends with the end-of-text token, which is trained, whether or not the tokenizer put it there."""
+        if self._eos is None:
+            raise RowError("the tokenizer has no end-of-text token to end a text with")
+        if ids[-1] == self._eos:
+            mask[-1] = True
+            return ids, mask
+        # Others, such as BERT's [SEP], stay where they are.
+        return np.append(ids, np.int32(self._eos)), np.append(mask, True)
+
+    def _check_end(self, text: str, end: int, last: int, encoding: Any) -> None:
+        """The last trained token of an answer, white space aside, ends the turn."""
+        if text[end - 1].isspace():
+            bare = len(text[:end].rstrip())
+            last = _token_range(encoding, bare - 1, bare)[1]
+        if encoding.ids[last] not in self._ends:
+            token = self.tokenizer.decode([encoding.ids[last]])
+            raise RowError(
+                f"the chat template does not end a trained answer with a special token (the last one is {token!r}), so "
+                "the model would never learn to stop; take another data.chat_template"
+            )
+
+    def _fit(self, row: TokenRow, whole_text: bool) -> Outcome:
+        """The row within ``max_seq_length``, or what the setting makes of a longer one."""
+        limit, length = self.settings.max_seq_length, len(row.ids)
+        if length <= limit:
+            return [self._widen(row)]
+        if self.settings.overlong is Overlong.drop:
+            return Overflow(length)
+        if self.settings.overlong is Overlong.split and whole_text:
+            starts = range(0, length, limit)
+            pieces = [TokenRow(row.ids[at : at + limit], row.mask[at : at + limit]) for at in starts]
+            return [self._widen(piece) for piece in pieces if piece.trained_tokens]
+        first = int(np.argmax(row.mask))
+        if self.settings.overlong is Overlong.truncate and first < limit - 1:
+            return [self._widen(_truncate(row, limit))]
+        if first >= limit - 1:
+            raise RowError(
+                f"the prompt alone has {first} tokens, which leaves no room for an answer within "
+                f"data.max_seq_length={limit}; shorten the row, or take data.max_seq_length={length}"
+            )
+        raise RowError(
+            f"the row has {length} tokens, more than data.max_seq_length={limit}; take data.overlong=drop or truncate, "
+            "or a larger data.max_seq_length"
+        )
+
+    def _widen(self, row: TokenRow) -> TokenRow:
+        """``train_on_inputs`` trains what the others say, too."""
+        return replace(row, mask=np.ones(len(row.ids), dtype=bool)) if self.settings.train_on_inputs else row
+
+    def _finish_classification(self, conversation: Conversation, text: Any, ids: NDArray[np.int32]) -> Outcome:
+        limit = self.settings.max_seq_length
+        truncated = len(ids) > limit
+        if truncated:
+            if self.settings.overlong is Overlong.drop:
+                return Overflow(len(ids))
+            if self.settings.overlong is not Overlong.truncate:
+                raise RowError(f"the row has {len(ids)} tokens, more than data.max_seq_length={limit}")
+            pair = text if isinstance(text, tuple) else (text, None)
+            cut: Any = self.tokenizer(*pair, truncation=True, max_length=limit)
+            ids = np.asarray(cut["input_ids"], dtype=np.int32)
+            self._backend.no_truncation()
+        return [TokenRow(ids, np.zeros(len(ids), dtype=bool), truncated, conversation.label)]
+
+
+def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int]:
+    """First and last token that lie in, or reach into, the characters from ``start`` to ``end``.
+
+    Raises:
+        RowError: There is none.
+    """
+    first = next((token for at in range(start, end) if (token := encoding.char_to_token(at)) is not None), None)
+    if first is None:
+        raise RowError("an answer is empty after rendering, so that nothing of it is trained")
+    last = next(token for at in range(end - 1, start - 1, -1) if (token := encoding.char_to_token(at)) is not None)
+    # A letter of several bytes may be several tokens, of which char_to_token names the first.
+    while last + 1 < len(encoding) and (reach := encoding.token_to_chars(last + 1)) and start < reach[1] <= end:
+        last += 1
+    return int(first), int(last)
+
+
+def _truncate(row: TokenRow, length: int) -> TokenRow:
+    """Cut a row; its last answer keeps an end-of-turn token, so that the model still learns to stop."""
+    keep = length - 1
+    if row.mask[keep - 1]:
+        return TokenRow(np.append(row.ids[:keep], row.ids[-1]), np.append(row.mask[:keep], True), truncated=True)
+    # The cut falls into what somebody else says: end with the answer before it, whose turn ended by itself.
+    end = keep - int(np.argmax(row.mask[:keep][::-1]))
+    return TokenRow(row.ids[:end], row.mask[:end], truncated=True)

@@ -1,0 +1,64 @@
+"""Which rows of which source stand in an epoch, and which are held out: numbers only, drawn with the seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmtune.data.sources import Source
+from llmtune.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def hold_out(rows: int, size: int | float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row numbers for training, in order, and for evaluation, in the order drawn.
+
+    Args:
+        size: Rows, or a share below 1.
+
+    Raises:
+        DataError: Nothing would be left to train on.
+    """
+    count = size if isinstance(size, int) else max(1, round(size * rows)) if size else 0
+    if count >= rows:
+        raise DataError(
+            f"data.val_set_size={size} takes all {rows} row(s) of data.train: add rows, or take data.val_set_size=0"
+        )
+    held_out = np.array(random.Random(seed).sample(range(rows), count), dtype=np.int64)
+    keep = np.ones(rows, dtype=bool)
+    keep[held_out] = False
+    return np.flatnonzero(keep).astype(np.int64), held_out
+
+
+def mix(rows: NDArray[np.int64], sources: Sequence[Source], counts: Sequence[int], seed: int) -> NDArray[np.int64]:
+    """The rows of an epoch: ``repeat`` times each, or in the proportion of the weights.
+
+    With weights, the epoch is as long as it can be without taking a row of any source more than ``repeat`` times; what is
+    taken of the others is drawn.
+
+    Args:
+        rows: Numbers of the rows that may be taken, counted over all sources.
+        counts: Rows of each source.
+    """
+    ends = np.cumsum(counts)
+    shares = [rows[(rows >= end - count) & (rows < end)] for end, count in zip(ends, counts, strict=True)]
+    if sources and sources[0].weight is not None:
+        total = sum(source.weight or 0 for source in sources)
+        size = min(
+            len(share) * source.repeat * total / (source.weight or 1)
+            for share, source in zip(shares, sources, strict=True)
+        )
+        wanted = [int(size * (source.weight or 0) / total + 1e-9) for source in sources]
+    else:
+        wanted = [len(share) * source.repeat for share, source in zip(shares, sources, strict=True)]
+    taken = []
+    for number, (share, count) in enumerate(zip(shares, wanted, strict=True)):
+        whole, rest = divmod(count, len(share)) if len(share) else (0, 0)
+        drawn = np.sort(np.random.default_rng([seed, 2, number]).permutation(len(share))[:rest])
+        taken += [share] * whole + [share[drawn]]
+    return np.concatenate(taken).astype(np.int64)

@@ -1,0 +1,324 @@
+"""Files read in blocks of a bounded size, from any place; what stands in a block is parsed later, by whoever tokenises it.
+
+A block is what travels to a worker process: the bytes of some lines, or some rows as Arrow. So reading a file of any size
+takes the memory of a few blocks, and the costly parsing of JSON is shared among the workers.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from llmtune.data.formats import Row, not_utf8
+from llmtune.data.problems import RowError
+from llmtune.data.sources import DataFile, Source, open_system
+from llmtune.data.stdlib_docs import read_stdlib_docs
+from llmtune.errors import DataError, MissingPrerequisiteError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+#: Bytes of a block of text; some thousand rows of a chat.
+BLOCK_BYTES = 1 << 20
+
+#: Rows of a block of anything else.
+BLOCK_ROWS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows that follow each other in a file."""
+
+    file: str
+    first: int
+    """Line (text) or row (anything else) of the first one, counted from 1."""
+    content: bytes | pa.RecordBatch | list[tuple[int, Any]]
+    """Lines of JSON; Arrow; or (line, row) where a row is an object, or the bytes of one."""
+    next: tuple[int, int] = (0, 0)
+    """Where the file goes on: byte (JSON lines) or row, and line."""
+
+
+def read_blocks(file: DataFile, source: Source, start: tuple[int, int] = (0, 1)) -> Iterator[Block]:
+    """The blocks of a file.
+
+    Args:
+        start: ``next`` of an earlier block, to go on behind it.
+
+    Raises:
+        DataError: The file as a whole cannot be read.
+    """
+    reader = READERS[file.kind]
+    try:
+        yield from reader(file, source, start)
+    except (OSError, EOFError) as error:
+        # Cut or damaged compression, permissions, a network.
+        raise DataError(f"{file.path}: cannot be read: {error}") from error
+    except ImportError as error:
+        raise MissingPrerequisiteError(f"{file.path}: {error}") from error
+
+
+def parse_rows(block: Block) -> Iterator[tuple[int, Row | RowError]]:
+    """The rows of a block with their lines; blank lines are none."""
+    if isinstance(block.content, bytes):
+        lines: Iterator[tuple[int, Any]] = iter(enumerate(block.content.split(b"\n"), block.first))
+    elif isinstance(block.content, list):
+        lines = iter(block.content)
+    else:
+        lines = iter(enumerate(block.content.to_pylist(), block.first))
+    for number, row in lines:
+        if isinstance(row, bytes):
+            if not row.strip():
+                continue
+            row = _parse_line(row)
+        yield number, row if isinstance(row, RowError) else _checked(row)
+
+
+def select_rows(blocks: Iterator[Block], chosen: set[int]) -> Iterator[Block]:
+    """Blocks with only some rows: those whose number in the source, counted from 0, is among ``chosen``."""
+    number = 0
+    for block in blocks:
+        kept = []
+        for line, row in _unparsed(block):
+            if number in chosen:
+                kept.append((line, row))
+            number += 1
+        if kept:
+            yield Block(block.file, kept[0][0], kept, block.next)
+
+
+def count_rows(blocks: Iterator[Block]) -> int:
+    """Rows of a source, blank lines not counted."""
+    return sum(1 for block in blocks for _ in _unparsed(block))
+
+
+def _unparsed(block: Block) -> Iterator[tuple[int, Any]]:
+    """Rows with their lines, JSON lines still as bytes."""
+    if isinstance(block.content, bytes):
+        for number, line in enumerate(block.content.split(b"\n"), block.first):
+            if line.strip():
+                yield number, line
+    elif isinstance(block.content, list):
+        yield from block.content
+    else:
+        yield from enumerate(block.content.to_pylist(), block.first)
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return RowError(not_utf8(line[error.start]))
+    except json.JSONDecodeError as error:
+        return RowError(_broken(error))
+    except RecursionError:
+        return RowError("broken JSON: nested too deeply")
+
+
+def _broken(error: json.JSONDecodeError) -> str:
+    near = error.doc[max(0, error.pos - 20) : error.pos + 20]
+    return f"broken JSON at column {error.colno}: {error.msg}: {near!r}"
+
+
+def _checked(row: Any) -> Row | RowError:
+    if not isinstance(row, dict):
+        return RowError(f"a row must be an object with named fields, not {type(row).__name__}")
+    if None in row:
+        return RowError("more columns than the header names")
+    return row
+
+
+def open_file(path: str) -> BinaryIO:
+    """A file or URL, unpacked where its name says that it is packed."""
+    import fsspec
+
+    opened: Any = fsspec.open(path, "rb", compression="infer")
+    if isinstance(opened, list):
+        opened = opened[0]
+    file: BinaryIO = opened.open()
+    return file
+
+
+def _read_jsonl(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+    position, line = start
+    with closing(open_file(file.path)) as stream:
+        if position:
+            # Where a packed file cannot seek, fsspec reads on to the place.
+            stream.seek(position)
+        rest = b""
+        while chunk := stream.read(BLOCK_BYTES):
+            head, separator, tail = chunk.rpartition(b"\n")
+            if not separator:
+                rest += chunk
+                continue
+            content = rest + head
+            rest = tail
+            position += len(content) + 1
+            first, line = line, line + content.count(b"\n") + 1
+            yield Block(file.path, first, content, (position, line))
+        if rest:
+            yield Block(file.path, line, rest, (position + len(rest), line + 1))
+
+
+def _read_json(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+    """A list of rows, each with its line; JSON lines under this name are told by their first letter."""
+    with closing(open_file(file.path)) as stream:
+        data = stream.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{file.path}:{line}: {not_utf8(data[error.start])}") from error
+    begin = text.lstrip()[:1]
+    if begin == "{":
+        yield from _read_jsonl(file, source, start)
+    elif begin == "[":
+        yield from _in_blocks(file.path, _list_items(file.path, text), start[0])
+    elif begin:
+        raise DataError(f"{file.path}:1: must hold a list of rows, or a row a line, not {text.lstrip()[:20]!r}")
+
+
+def _list_items(path: str, text: str) -> Iterator[tuple[int, Any]]:
+    """Elements of a JSON list with the lines on which they begin."""
+    decoder = json.JSONDecoder()
+    position, line = text.index("[") + 1, 1 + text[: text.index("[")].count("\n")
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            line += text[position] == "\n"
+            position += 1
+        if text[position : position + 1] == "]":
+            return
+        try:
+            row, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            at = text.count("\n", 0, error.pos) + 1
+            raise DataError(f"{path}:{at}: {_broken(error)}") from error
+        yield line, row
+        line += text.count("\n", position, end)
+        position = end
+
+
+def _read_csv(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+    csv.field_size_limit(sys.maxsize)
+    with closing(open_file(file.path)) as stream:
+        # Bytes that are no UTF-8 stay in the row, where they are found and named.
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        delimiter = "\t" if ".tsv" in file.path.lower() else ","
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+
+        def rows() -> Iterator[tuple[int, Any]]:
+            try:
+                for row in reader:
+                    yield reader.line_num, row
+            except csv.Error as error:
+                raise DataError(f"{file.path}:{reader.line_num + 1}: {error}") from error
+
+        yield from _in_blocks(file.path, rows(), start[0])
+
+
+def _read_parquet(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with closing(open_file(file.path)) as stream:
+        try:
+            batches = pq.ParquetFile(stream).iter_batches(batch_size=BLOCK_ROWS)
+            yield from _arrow_blocks(file.path, batches, start[0])
+        except pa.ArrowException as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{file.path}: not a Parquet file that pyarrow reads ({reason})") from error
+
+
+def _read_arrow(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+    """Arrow's file format, or its stream format, which ``datasets`` writes."""
+    import pyarrow as pa
+
+    with closing(open_file(file.path)) as stream:
+        try:
+            if stream.read(6) == b"ARROW1":
+                opened = pa.ipc.open_file(stream)
+                batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+            else:
+                stream.seek(0)
+                batches = iter(pa.ipc.open_stream(stream))
+            yield from _arrow_blocks(file.path, batches, start[0])
+        except pa.ArrowException as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{file.path}: not an Arrow file that pyarrow reads ({reason})") from error
+
+
+def _read_hub(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+    tables = load_hub(file.path, source).with_format("arrow").iter(batch_size=BLOCK_ROWS)
+    batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
+    yield from _arrow_blocks(file.path, batches, start[0])
+
+
+def load_hub(path: str, source: Source) -> Any:
+    """A data set of the Hugging Face hub, or a folder that ``save_to_disk`` wrote.
+
+    Raises:
+        DataError: The split is not there, or the data set is no such thing.
+        MissingPrerequisiteError: The hub cannot be reached.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if "://" not in path and open_system(path)[0].isdir(path):
+            loaded = datasets.load_from_disk(path)
+            if isinstance(loaded, datasets.DatasetDict):
+                loaded = loaded[source.split]
+            return loaded
+        return datasets.load_dataset(path, source.name, split=source.split, revision=source.revision)
+    except ConnectionError as error:
+        raise MissingPrerequisiteError(
+            f"{path}: no such file here, and the Hugging Face hub cannot be reached: {str(error).splitlines()[0]}"
+        ) from error
+    except (KeyError, ValueError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise DataError(f"{path}: {str(error).splitlines()[0]} (split={source.split})") from error
+
+
+def _read_builtin(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+    rows = ({"messages": [message.to_dict() for message in row.messages]} for row in read_stdlib_docs())
+    yield from _in_blocks(file.path, enumerate(rows, 1), start[0])
+
+
+def _in_blocks(path: str, rows: Iterator[tuple[int, Any]], skip: int) -> Iterator[Block]:
+    block: list[tuple[int, Any]] = []
+    number = 0
+    for number, row in enumerate(rows, 1):
+        if number <= skip:
+            continue
+        block.append(row)
+        if len(block) == BLOCK_ROWS:
+            yield Block(path, block[0][0], block, (number, 0))
+            block = []
+    if block:
+        yield Block(path, block[0][0], block, (number, 0))
+
+
+def _arrow_blocks(path: str, batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[Block]:
+    done = 0
+    for whole in batches:
+        for offset in range(0, whole.num_rows, BLOCK_ROWS):
+            batch = whole.slice(offset, BLOCK_ROWS)
+            done += batch.num_rows
+            if done <= skip or not batch.num_rows:
+                continue
+            yield Block(path, done - batch.num_rows + 1, batch, (done, 0))
+
+
+READERS: dict[str, Callable[[DataFile, Source, tuple[int, int]], Iterator[Block]]] = {
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+    "hub": _read_hub,
+    "builtin": _read_builtin,
+}

@@ -1,0 +1,197 @@
+"""The tokens of one source: taken from the cache, or made by the workers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmtune.config.schema import DataConfig, DataFormat
+from llmtune.data.conversation import Conversation
+from llmtune.data.encode import EncodeSettings
+from llmtune.data.fingerprint import digest, hash_files
+from llmtune.data.formats import FORMATS, detect_format, rename
+from llmtune.data.problems import RowError, place
+from llmtune.data.readers import Block, count_rows, parse_rows, read_blocks, select_rows
+from llmtune.data.sources import DataFile, Source, resolve_files
+from llmtune.data.store import SUMMARY, publish_folder, write_store
+from llmtune.data.tokenise import Recipe, TokenBlock, Tokeniser, Work
+from llmtune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Part of the cache key; raise it when rows come out differently.
+TOKENS_VERSION = 1
+
+#: Below this many bytes, starting workers takes longer than tokenising.
+SMALL_BYTES = 8_000_000
+
+#: Most workers that ``auto`` takes.
+MAX_AUTO_WORKERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TokeniseProgress:
+    """How far a source is."""
+
+    source: str
+    rows: int
+    tokens: int
+    seconds: float
+    share: float | None
+    """Of the source's bytes; None where its size says nothing about the rows."""
+
+
+Watch = Callable[[TokeniseProgress], None]
+
+
+def tokenise_source(
+    source: Source,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_hash: str,
+    seed: int,
+    cache: Path,
+    watch: Watch | None,
+) -> str:
+    """Make sure that the tokens of a source lie in the cache; their key there.
+
+    Raises:
+        DataError: A file cannot be read, or there is no row in it.
+    """
+    files = resolve_files(source)
+    settings = EncodeSettings.from_config(config)
+    shaping = [settings.max_seq_length, settings.overlong.value, settings.train_on_inputs]
+    drawn = [source.limit, seed] if source.limit else None
+    contents = hash_files(files, source, cache)
+    key = digest([TOKENS_VERSION, tokenizer_hash, contents, source.format.value, source.fields, drawn, shaping])
+    folder = cache / "data" / "tokens" / key
+    if not (folder / SUMMARY).is_file():
+        with publish_folder(folder) as aside, Tokeniser(tokenizer, settings, _workers(config, files)) as tokeniser:
+            blocks = tokeniser.map(read_source(source, files, seed))
+            write_store(_watched(blocks, source, files, watch), aside)
+    return key
+
+
+def read_source(source: Source, files: list[DataFile], seed: int) -> Iterator[Work]:
+    """The blocks of a source with their recipes, only the drawn rows where ``limit`` is set.
+
+    Raises:
+        DataError: A file cannot be read, its format cannot be told, or there is no row at all.
+    """
+    recipes = {file.path: recipe for file in files if (recipe := find_recipe(source, file))}
+    if not recipes:
+        raise DataError(
+            f"{source.path}: the file has no rows" if len(files) == 1 else f"{source.path}: no file has rows"
+        )
+    filled = [file for file in files if file.path in recipes]
+
+    def blocks() -> Iterator[Block]:
+        for file in filled:
+            yield from read_blocks(file, source)
+
+    chosen = blocks()
+    if source.limit is not None:
+        count = count_rows(blocks())
+        if source.limit < count:
+            drawn = np.random.default_rng([seed, 3]).permutation(count)[: source.limit]
+            chosen = select_rows(blocks(), set(drawn.tolist()))
+    return ((block, recipes[block.file]) for block in chosen)
+
+
+def find_recipe(source: Source, file: DataFile) -> Recipe | None:
+    """How a file's rows are read; ``auto`` looks at the first row that can be parsed. None for a file without rows.
+
+    Raises:
+        DataError: The format cannot be told, or no row can be parsed.
+    """
+    broken: str | None = None
+    for block in read_blocks(file, source):
+        for line, row in parse_rows(block):
+            where = place(file.path, line)
+            if isinstance(row, RowError):
+                broken = broken or f"{where}: {row}"
+                continue
+            if source.format is not DataFormat.auto:
+                return Recipe(source.format, source.fields)
+            try:
+                return Recipe(detect_format(rename(row, source.fields)), source.fields)
+            except RowError as error:
+                raise DataError(f"{where}: {error}") from error
+    if broken:
+        raise DataError(f"{broken} (and no other row of the file can be read)")
+    return None
+
+
+def find_conversations(
+    sources: Iterable[Source], config: DataConfig, places: list[tuple[str, int]]
+) -> list[Conversation]:
+    """The conversations that stand at some places, in the order of the places."""
+    wanted = set(places)
+    found: dict[tuple[str, int], Conversation] = {}
+    names = {file for file, _ in places}
+    for source in sources:
+        for file in resolve_files(source):
+            recipe = find_recipe(source, file) if file.path in names else None
+            for block in read_blocks(file, source) if recipe else ():
+                if not _may_hold(block, wanted) or len(found) == len(wanted):
+                    continue
+                for line, row in parse_rows(block):
+                    if (file.path, line) in wanted and not isinstance(row, RowError) and recipe:
+                        conversation = FORMATS[recipe.format](rename(row, recipe.fields))
+                        found.setdefault((file.path, line), conversation)
+    return [found[at] for at in places if at in found]
+
+
+def _may_hold(block: Block, wanted: set[tuple[str, int]]) -> bool:
+    if isinstance(block.content, bytes):
+        last = block.first + block.content.count(b"\n")
+    elif isinstance(block.content, list):
+        last = block.content[-1][0]
+    else:
+        last = block.first + block.content.num_rows
+    return any(file == block.file and block.first <= line <= last for file, line in wanted)
+
+
+def _workers(config: DataConfig, files: list[DataFile]) -> int:
+    """Processes that tokenise; 0 for none."""
+    if isinstance(config.num_workers, int):
+        return config.num_workers
+    if sum(file_size(file) for file in files) < SMALL_BYTES:
+        return 0
+    return min(len(os.sched_getaffinity(0)), MAX_AUTO_WORKERS)
+
+
+def file_size(file: DataFile) -> int:
+    """Bytes of a file on disk; what lies elsewhere counts as large."""
+    if file.kind == "builtin":
+        return 0
+    path = Path(file.path)
+    return path.stat().st_size if path.is_file() else SMALL_BYTES
+
+
+def _watched(
+    blocks: Iterator[TokenBlock], source: Source, files: list[DataFile], watch: Watch | None
+) -> Iterator[TokenBlock]:
+    started = time.monotonic()
+    rows = tokens = 0
+    sizes = {file.path: file_size(file) for file in files}
+    # Only lines of JSON that are not packed count their position in bytes.
+    known = all(file.kind == "jsonl" and file.path.endswith("l") and "://" not in file.path for file in files)
+    before, current = 0, ""
+    for block in blocks:
+        yield block
+        rows += len(block.lengths)
+        tokens += len(block.ids)
+        if block.file != current:
+            before += sizes.get(current, 0)
+            current = block.file
+        if watch is not None:
+            share = (before + block.position) / max(1, sum(sizes.values())) if known and not source.limit else None
+            watch(TokeniseProgress(source.path, rows, tokens, time.monotonic() - started, share))

@@ -1,0 +1,263 @@
+"""Tokenised rows on disk: one Arrow file a source, mapped into memory, with small arrays of numbers beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtune.data.problems import Problem
+from llmtune.data.tokenise import TokenBlock
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+ROWS, SUMMARY, BAD_ROWS = "rows.arrow", "summary.json", "bad_rows.jsonl"
+
+#: Arrays of one number a row.
+_COLUMNS = {"lengths": np.int32, "trained": np.int32, "hashes": np.uint64, "lines": np.int64, "files": np.int32}
+
+
+@dataclass(slots=True)
+class StoreSummary:
+    """Counts of one source."""
+
+    rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    truncated: int = 0
+    overlong: list[tuple[int, int]] = field(default_factory=list)
+    """(tokens, rows of as many) that were dropped as too long."""
+    bad_rows: int = 0
+    files: list[str] = field(default_factory=list)
+    special: list[int] = field(default_factory=list)
+    """Special tokens that occur in the rows."""
+    label_kinds: dict[str, int] = field(default_factory=dict)
+    """Rows by the kind of their label: ``text``, ``number``."""
+
+    @property
+    def dropped(self) -> int:
+        """Rows left out because they are too long."""
+        return sum(count for _, count in self.overlong)
+
+
+@contextlib.contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write aside; it gets its name when it is whole."""
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        # Where another process published the same rows first, the rename fails and theirs are as good.
+        with contextlib.suppress(OSError):
+            aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
+    """Write blocks as they come; only their numbers stay in memory."""
+    import pyarrow as pa
+
+    summary = StoreSummary()
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    labels: list[str | int | float] = []
+    overlong: Counter[int] = Counter()
+    special: set[int] = set()
+    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("mask", pa.list_(pa.bool_()))])
+    with (
+        pa.OSFile(str(folder / ROWS), "wb") as file,
+        pa.ipc.new_file(file, schema) as writer,
+        (folder / BAD_ROWS).open("w", encoding="utf-8") as bad_rows,
+    ):
+        for block in blocks:
+            if not summary.files or summary.files[-1] != block.file:
+                summary.files.append(block.file)
+            for name in ("lengths", "trained", "hashes", "lines"):
+                columns[name].append(getattr(block, name))
+            columns["files"].append(np.full(len(block.lengths), len(summary.files) - 1, dtype=np.int32))
+            labels += block.labels
+            overlong.update(block.overlong)
+            special |= block.special
+            summary.truncated += block.truncated
+            summary.bad_rows += len(block.problems)
+            bad_rows.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in block.problems)
+            if len(block.lengths):
+                writer.write_batch(_to_arrow(block, schema))
+    summary.overlong = sorted(overlong.items())
+    summary.special = sorted(special)
+    _write_numbers(columns, labels, summary, folder)
+    return summary
+
+
+def _to_arrow(block: TokenBlock, schema: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    offsets = pa.array(np.concatenate([[0], np.cumsum(block.lengths)]).astype(np.int32))
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (block.ids, block.mask)]
+    return pa.RecordBatch.from_arrays(lists, schema=schema)
+
+
+def _write_numbers(columns: dict[str, list[Any]], labels: list[Any], summary: StoreSummary, folder: Path) -> None:
+    for name, dtype in _COLUMNS.items():
+        values = np.concatenate(columns[name]) if columns[name] else np.zeros(0, dtype=dtype)
+        np.save(folder / f"{name}.npy", values)
+        if name == "lengths":
+            summary.rows, summary.tokens = len(values), int(values.sum(dtype=np.int64))
+        elif name == "trained":
+            summary.trained_tokens = int(values.sum(dtype=np.int64))
+    if labels:
+        summary.label_kinds = dict(Counter("text" if isinstance(label, str) else "number" for label in labels))
+        (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False))
+    (folder / SUMMARY).write_text(json.dumps(asdict(summary)))
+
+
+class TokenStore:
+    """The rows of one source."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        values = json.loads((folder / SUMMARY).read_text())
+        values["overlong"] = [(tokens, count) for tokens, count in values["overlong"]]
+        self.summary = StoreSummary(**values)
+        self._opened: dict[int, tuple[Any, Any, Any]] = {}
+
+    def __len__(self) -> int:
+        return self.summary.rows
+
+    def numbers(self, name: str) -> NDArray[Any]:
+        """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``. Shape (rows,)."""
+        array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return array
+
+    def place(self, row: int) -> tuple[str, int]:
+        """File and line of a row."""
+        return self.summary.files[int(self.numbers("files")[row])], int(self.numbers("lines")[row])
+
+    def labels(self) -> list[Any]:
+        """Labels of a classification source, row by row."""
+        file = self.folder / "labels.json"
+        return list(json.loads(file.read_text())) if file.is_file() else []
+
+    def problems(self) -> list[Problem]:
+        """Rows that cannot be used."""
+        with (self.folder / BAD_ROWS).open(encoding="utf-8") as file:
+            return [Problem(**json.loads(line)) for line in file]
+
+    def read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Token ids and mask of a row. Shapes: (length,)."""
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        offsets, ids, mask = self._batch(number)
+        at = row - (int(self._ends[number - 1]) if number else 0)
+        begin, end = int(offsets[at]), int(offsets[at + 1])
+        return ids[begin:end], mask.slice(begin, end - begin).to_numpy(zero_copy_only=False)
+
+    def _batch(self, number: int) -> tuple[Any, Any, Any]:
+        if number not in self._opened:
+            batch = self._reader.get_batch(number)
+            ids, mask = batch.column(0), batch.column(1)
+            self._opened[number] = (ids.offsets.to_numpy(), ids.values.to_numpy(), mask.values)
+        return self._opened[number]
+
+    @cached_property
+    def _reader(self) -> Any:
+        import pyarrow as pa
+
+        return pa.ipc.open_file(pa.memory_map(str(self.folder / ROWS)))
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """Row number behind each record batch."""
+        counts = [self._reader.get_batch(number).num_rows for number in range(self._reader.num_record_batches)]
+        return np.cumsum(counts, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as the model sees it. Shapes: (length,)."""
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    documents: tuple[int, ...]
+    """Lengths of the documents in it, in order; one where nothing is packed."""
+
+
+class Rows:
+    """The rows of a split, of all its sources, in a fixed order; packed where ``starts`` is given."""
+
+    def __init__(self, stores: Sequence[TokenStore], index: NDArray[np.int64], starts: NDArray[np.int64] | None = None):
+        """
+        Args:
+            index: Row numbers, counted over all stores. Shape (documents,).
+            starts: Where in ``index`` each packed row begins, and the end. Shape (packed rows + 1,).
+        """
+        self.stores = stores
+        self.index = index
+        self.packed = starts is not None
+        self._starts = np.arange(len(index) + 1, dtype=np.int64) if starts is None else starts
+        self._ends = np.cumsum([len(store) for store in stores], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row. Shape (rows,)."""
+        return self._sum(self.documents("lengths"))
+
+    @cached_property
+    def trained_tokens(self) -> NDArray[np.int64]:
+        """Trained tokens of each row. Shape (rows,)."""
+        return self._sum(self.documents("trained"))
+
+    def documents(self, name: str) -> NDArray[Any]:
+        """A number of each document, in the order of ``index``. Shape (documents,)."""
+        if not self.stores:
+            return np.zeros(0, dtype=_COLUMNS[name])
+        every = [store.numbers(name) for store in self.stores]
+        whole = every[0] if len(every) == 1 else np.concatenate(every)
+        picked: NDArray[Any] = whole[self.index]
+        return picked
+
+    def row(self, number: int) -> Row:
+        """One row. The first token of each document is not trained: what stands before it is another's."""
+        begin, end = int(self._starts[number]), int(self._starts[number + 1])
+        parts = [self._read(int(document)) for document in self.index[begin:end]]
+        masks = [mask.copy() for _, mask in parts]
+        for mask in masks:
+            mask[:1] = False
+        ids = [ids for ids, _ in parts]
+        return Row(np.concatenate(ids), np.concatenate(masks), tuple(len(document) for document in ids))
+
+    def place(self, document: int) -> tuple[str, int]:
+        """File and line of a document, by its number in ``index``."""
+        store, row = self._locate(int(self.index[document]))
+        return store.place(row)
+
+    def first_document(self, number: int) -> int:
+        """Number in ``index`` of the first document of a row."""
+        return int(self._starts[number])
+
+    def _read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        store, at = self._locate(row)
+        return store.read(at)
+
+    def _locate(self, row: int) -> tuple[TokenStore, int]:
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        return self.stores[number], row - (int(self._ends[number - 1]) if number else 0)
+
+    def _sum(self, values: NDArray[Any]) -> NDArray[np.int64]:
+        sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+        result: NDArray[np.int64] = np.diff(sums[self._starts])
+        return result

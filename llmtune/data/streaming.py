@@ -1,0 +1,234 @@
+"""Rows tokenised while training, for data larger than the disk.
+
+The stream is cut into windows of whole blocks. Within a window rows are shuffled, and packed, as a function of seed and
+window number alone. So a position is small (where the files stood when the window began, and how many of its rows are
+done), resuming makes one window again, and any number of ranks sees the same global batches: each rank tokenises the
+whole stream and takes its share.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from llmtune.config.schema import DataConfig, OnBadRow
+from llmtune.data.batch import Collator
+from llmtune.data.encode import Encoder, EncodeSettings
+from llmtune.data.loader import LoaderSettings, StepBatch, load, share_of_rank
+from llmtune.data.packing import pack_rows
+from llmtune.data.problems import Problem, refuse
+from llmtune.data.readers import read_blocks
+from llmtune.data.source_tokens import find_recipe
+from llmtune.data.sources import DataFile, Source, parse_sources, resolve_files
+from llmtune.data.store import Row
+from llmtune.data.tokenise import Recipe, TokenBlock, tokenise_block
+from llmtune.errors import CheckpointError, DataError
+from llmtune.plan.batch import BatchPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Cursor:
+    """Where the stream stands."""
+
+    window: int = 0
+    """Windows begun, which seeds their shuffling."""
+    row: int = 0
+    """Rows of the window that are done."""
+    files: list[int] = field(default_factory=list)
+    """Number of the file in which each source stands."""
+    places: list[list[int]] = field(default_factory=list)
+    """Where each source stands in that file, as readers say it."""
+    taken: list[int] = field(default_factory=list)
+    """Rows taken of each source."""
+
+    def copy(self) -> Cursor:
+        """One that moves by itself."""
+        return replace(self, files=list(self.files), places=[list(p) for p in self.places], taken=list(self.taken))
+
+
+class RowStream:
+    """The rows of all sources, tokenised, window by window, without end."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, bad_rows: Path | None = None):
+        """
+        Args:
+            bad_rows: File that gets the rows that were left out.
+        """
+        self.config = config
+        self.seed = seed
+        self._bad_rows = bad_rows
+        self._encoder = Encoder(tokenizer, EncodeSettings.from_config(config))
+        self._sources = parse_sources(config.train, "data.train", config.format)
+        self._files = [resolve_files(source) for source in self._sources]
+        self._recipes: dict[str, Recipe | None] = {}
+
+    def start(self) -> Cursor:
+        """The beginning."""
+        count = len(self._sources)
+        return Cursor(0, 0, [0] * count, [[0, 1] for _ in range(count)], [0] * count)
+
+    def window(self, cursor: Cursor) -> tuple[list[Row], Cursor]:
+        """The rows of the window that begins at the cursor, and the cursor behind it."""
+        after = cursor.copy()
+        blocks: list[TokenBlock] = []
+        readers: dict[int, Iterator[TokenBlock]] = {}
+        count = 0
+        while count < self.config.shuffle_buffer:
+            number = self._next_source(after)
+            if number is None:
+                # All have been read once; the next pass begins a window of its own.
+                after.files, after.places = self.start().files, self.start().places
+                if not count:
+                    raise DataError(f"data.train={self.config.train}: no row can be trained on")
+                break
+            reader = readers.setdefault(number, self._read(number, after))
+            block = next(reader, None)
+            if block is not None:
+                self._report(block)
+                blocks.append(block)
+                after.taken[number] += len(block.lengths)
+                count += len(block.lengths)
+        after.window, after.row = cursor.window + 1, 0
+        return self._arrange(blocks, cursor.window), after
+
+    def _next_source(self, cursor: Cursor) -> int | None:
+        """The source that is furthest behind its weight, or, without weights, the first that has not ended."""
+        open_sources = [n for n, files in enumerate(self._files) if cursor.files[n] < len(files)]
+        if not open_sources:
+            return None
+        if self._sources[0].weight is None:
+            return open_sources[0]
+        return min(open_sources, key=lambda n: (cursor.taken[n] / (self._sources[n].weight or 1), n))
+
+    def _read(self, number: int, cursor: Cursor) -> Iterator[TokenBlock]:
+        """Blocks of a source from the cursor on, which moves along."""
+        source, files = self._sources[number], self._files[number]
+        while cursor.files[number] < len(files):
+            file = files[cursor.files[number]]
+            recipe = self._recipe(source, file)
+            start = (cursor.places[number][0], cursor.places[number][1])
+            for block in read_blocks(file, source, start) if recipe else ():
+                cursor.places[number] = list(block.next)
+                yield tokenise_block(block, self._encoder, recipe)  # type: ignore[arg-type]
+            cursor.files[number] += 1
+            cursor.places[number] = [0, 1]
+
+    def _recipe(self, source: Source, file: DataFile) -> Recipe | None:
+        if file.path not in self._recipes:
+            self._recipes[file.path] = find_recipe(source, file)
+        return self._recipes[file.path]
+
+    def _report(self, block: TokenBlock) -> None:
+        problems: list[Problem] = block.problems
+        if problems and self.config.on_bad_row is OnBadRow.error:
+            raise refuse(problems, "Mend them, or leave bad rows out with data.on_bad_row=skip")
+        if problems and self._bad_rows is not None:
+            with self._bad_rows.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
+
+    def _arrange(self, blocks: list[TokenBlock], window: int) -> list[Row]:
+        rows = []
+        for block in blocks:
+            ends = np.cumsum(block.lengths)
+            for end, length in zip(ends.tolist(), block.lengths.tolist(), strict=True):
+                mask = block.mask[end - length : end].copy()
+                mask[:1] = False
+                rows.append(Row(block.ids[end - length : end], mask, (length,)))
+        random = np.random.default_rng([self.seed, 4, window])
+        if self.config.packing:
+            lengths = np.array([len(row.ids) for row in rows], dtype=np.int32)
+            members, starts = pack_rows(lengths, self.config.max_seq_length, self.seed + window)
+            groups = [members[begin:end].tolist() for begin, end in itertools.pairwise(starts)]
+            rows = [_join([rows[member] for member in group]) for group in groups]
+        return [rows[number] for number in random.permutation(len(rows)).tolist()]
+
+
+def _join(rows: list[Row]) -> Row:
+    return Row(
+        np.concatenate([row.ids for row in rows]),
+        np.concatenate([row.mask for row in rows]),
+        tuple(len(row.ids) for row in rows),
+    )
+
+
+class StreamLoader:
+    """Global batches of a stream, and this rank's share of them."""
+
+    def __init__(self, stream: RowStream, batch: BatchPlan, rank: int, collator: Collator, settings: LoaderSettings):
+        self.stream = stream
+        self.batch = batch
+        self.rank = rank
+        self.collator = collator
+        # One process keeps the order.
+        self.settings = replace(settings, workers=min(settings.workers, 1))
+
+    def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
+        """The next ``steps`` steps behind a position; None is the beginning.
+
+        Raises:
+            CheckpointError: The position is not one of a stream of so many sources.
+            DataError: A row of the stream cannot be trained on.
+        """
+        start = self.stream.start()
+        cursor = start
+        if position is not None:
+            try:
+                cursor = Cursor(**position)
+            except TypeError as error:
+                raise CheckpointError(
+                    f"the checkpoint's place in the data is {dict(position)}, not a stream's"
+                ) from error
+            if len(cursor.files) != len(start.files):
+                raise CheckpointError("the checkpoint's place in the data is that of another number of sources")
+        for item in load(_Stream(self, cursor, steps), None, self.settings):
+            if isinstance(item, DataError):
+                raise item
+            yield item
+
+    def steps(self, cursor: Cursor, steps: int) -> Iterator[StepBatch]:
+        """Batches from the cursor on."""
+        size = self.batch.global_batch_size
+        rows, after = self.stream.window(cursor)
+        for _ in range(steps):
+            chosen: list[Row] = []
+            while len(chosen) < size:
+                if cursor.row == len(rows):
+                    cursor = after
+                    rows, after = self.stream.window(cursor)
+                taken = rows[cursor.row : cursor.row + size - len(chosen)]
+                chosen += taken
+                cursor = replace(cursor, row=cursor.row + len(taken))
+            chosen.sort(key=lambda row: -len(row.ids))
+            mine = share_of_rank(chosen, self.batch, self.rank)
+            collate = self.collator.pack if self.stream.config.packing else self.collator.pad
+            yield StepBatch(
+                [collate(rows_of) for rows_of in mine],
+                sum(int(np.count_nonzero(row.mask)) for row in chosen),
+                sum(len(row.ids) for row in chosen),
+                asdict(cursor),
+            )
+
+
+class _Stream(IterableDataset[Any]):
+    """For torch's DataLoader. An error is handed over as an item: the loader would wrap it into a traceback."""
+
+    def __init__(self, loader: StreamLoader, cursor: Cursor, steps: int):
+        self._loader = loader
+        self._cursor = cursor
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[StepBatch | DataError]:
+        try:
+            yield from self._loader.steps(self._cursor, self._steps)
+        except DataError as error:
+            yield error

@@ -1,0 +1,194 @@
+"""Chat templates: which one, and a conversation rendered by it with the places of the answers.
+
+Where a template marks what the assistant says (``{% generation %}``), the marks decide. Elsewhere the places are derived:
+the template is rendered up to each answer and with it, and what the answer added is the answer and its end of turn; the
+pieces must add up to the whole text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from llmtune.data.conversation import Conversation, Message, Role
+from llmtune.data.problems import RowError
+from llmtune.data.verbatim import Verbatim, find_verbatim
+from llmtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+"""First character, and the one behind the last."""
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def load_chat_template(name: str | None) -> str | None:
+    """The text of a named template of ``conf/chat_template/`` or of a ``.jinja`` file.
+
+    Raises:
+        ConfigError: Neither exists.
+    """
+    if name is None:
+        return None
+    folder = Path(str(resources.files("llmtune.conf"))) / "chat_template"
+    path = Path(name).expanduser() if name.endswith(".jinja") else folder / f"{name}.jinja"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.jinja")))
+        raise ConfigError(f"data.chat_template={name}: no such template; there are {known}, or a .jinja file")
+    return path.read_text(encoding="utf-8")
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
+    """Refuse a tokenizer without a template: guessing one trains a model that no other tool prompts right.
+
+    Raises:
+        ConfigError: There is no template.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {model_name} has no chat template (a base model?): add data.chat_template=llama3, "
+            "llama2, chatml, mistral, qwen, or a .jinja file"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaffold:
+    """What a template puts around the messages of a sequence of roles."""
+
+    between: tuple[str, ...]
+    """Before the first message, between two, and behind the last."""
+    reaches: tuple[tuple[int, int] | None, ...]
+    """How far the trained span of each answer reaches before and behind its words; None for what others say."""
+
+
+class ChatTemplate:
+    """A tokenizer's template, ready to render many conversations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        # Here, because it imports torch, which commands without data do not need.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        self._scaffolds: dict[tuple[Role, ...], _Scaffold | None] = {}
+        self._text = str(tokenizer.get_chat_template())
+        self._variables = dict(tokenizer.special_tokens_map)
+        self.marked = _MARK.search(self._text) is not None
+        environment: Any = _compile_jinja_template(self._text).environment
+        self._verbatim = Verbatim.no if self.marked else find_verbatim(environment.parse(self._text))
+
+    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The whole text, and the spans of the trained answers with what ends their turns, in order.
+
+        Raises:
+            RowError: The template refuses the row, or answers cannot be told from what surrounds them.
+        """
+        try:
+            return self._marked(conversation) if self.marked else self._derived(conversation)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise RowError(f"the chat template refuses the row: {error}") from error
+
+    def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        messages = [message.to_dict() for message in conversation.messages]
+        text, spans = self._apply(messages, conversation, marks=True)
+        answers = [message for message in conversation.messages if message.role is Role.assistant]
+        if all(message.train for message in answers):
+            return text, spans
+        if len(answers) != len(spans):
+            raise RowError(
+                f"the chat template marks {len(spans)} places for {len(answers)} answers, so 'train' of a message "
+                "cannot be told apart; take another data.chat_template"
+            )
+        return text, [span for span, message in zip(spans, answers, strict=True) if message.train]
+
+    def _derived(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        built = self._by_scaffold(conversation)
+        if built is not None:
+            return built
+        text, _ = self._apply([message.to_dict() for message in conversation.messages], conversation)
+        return text, self._by_prefixes(conversation, text)
+
+    def _by_prefixes(self, conversation: Conversation, text: str) -> list[Span]:
+        """Render up to each answer, and with it."""
+        messages = [message.to_dict() for message in conversation.messages]
+        spans = []
+        for index, message in enumerate(conversation.messages):
+            if message.role is not Role.assistant or not message.train:
+                continue
+            prefix, _ = self._apply(messages[:index], conversation, prompt=True)
+            whole = text if index == len(messages) - 1 else self._apply(messages[: index + 1], conversation)[0]
+            upto = whole.rstrip()
+            if not (upto.startswith(prefix) and text.startswith(upto)):
+                raise RowError(
+                    f"the chat template renders the answer in message {index} differently with and without what "
+                    "surrounds it, so its tokens cannot be told apart; take another data.chat_template"
+                )
+            spans.append((len(prefix), len(upto)))
+        return spans
+
+    def _by_scaffold(self, conversation: Conversation) -> tuple[str, list[Span]] | None:
+        """Text and spans without rendering, which is half of the time that a row takes; None where words may matter."""
+        messages = conversation.messages
+        if self._verbatim is Verbatim.no or conversation.tools or any(message.extra for message in messages):
+            return None
+        if self._verbatim is Verbatim.trimmed and any(m.content != m.content.strip() for m in messages):
+            return None
+        roles = tuple(message.role for message in messages)
+        if roles not in self._scaffolds:
+            self._scaffolds[roles] = self._learn_scaffold(roles)
+        scaffold = self._scaffolds[roles]
+        if scaffold is None:
+            return None
+        parts = [scaffold.between[0]]
+        position = len(parts[0])
+        spans = []
+        for message, following, reach in zip(messages, scaffold.between[1:], scaffold.reaches, strict=True):
+            end = position + len(message.content)
+            if reach is not None and message.train:
+                spans.append((position - reach[0], end + reach[1]))
+            parts += (message.content, following)
+            position = end + len(following)
+        return "".join(parts), spans
+
+    def _learn_scaffold(self, roles: tuple[Role, ...]) -> _Scaffold | None:
+        names = [f"\ue000{number}\ue001" for number in range(len(roles))]
+        sample = Conversation(tuple(Message(role, name) for role, name in zip(roles, names, strict=True)))
+        try:
+            text, _ = self._apply([message.to_dict() for message in sample.messages], sample)
+            spans = iter(self._by_prefixes(sample, text))
+        except (RowError, jinja2.TemplateError, TypeError, ValueError):
+            # Whatever is wrong is found, and named, with the row itself.
+            return None
+        between, reaches, position = [], [], 0
+        for role, name in zip(roles, names, strict=True):
+            start = text.find(name, position)
+            if start < 0:
+                return None
+            between.append(text[position:start])
+            position = start + len(name)
+            span = next(spans) if role is Role.assistant else None
+            reaches.append((start - span[0], span[1] - position) if span else None)
+        return _Scaffold((*between, text[position:]), tuple(reaches))
+
+    def _apply(
+        self, messages: list[dict[str, Any]], conversation: Conversation, prompt: bool = False, marks: bool = False
+    ) -> tuple[str, list[Span]]:
+        # What tokenizer.apply_chat_template calls, without the tokenizer around it, which costs half as much again. Its
+        # annotation says str for what is a list of texts and one of spans.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template
+        texts, spans = render(
+            [messages],
+            tools=list(conversation.tools) or None,
+            chat_template=self._text,
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=prompt,
+            **self._variables,
+        )
+        return texts[0], list(spans[0]) if marks else []

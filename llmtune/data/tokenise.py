@@ -1,0 +1,190 @@
+"""Blocks of rows become blocks of tokens, in worker processes, in order."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from llmtune.config.schema import DataFormat
+from llmtune.data.conversation import Conversation
+from llmtune.data.encode import Encoder, EncodeSettings, Overflow, TokenRow
+from llmtune.data.formats import FORMATS, rename
+from llmtune.data.problems import Problem, RowError
+from llmtune.data.readers import Block, parse_rows
+from llmtune.errors import DataError
+from llmtune.process import die_with_parent
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+#: Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to hold in memory.
+AHEAD = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the rows of a file become tokens."""
+
+    format: DataFormat
+    fields: dict[str, str]
+
+
+Work = tuple[Block, Recipe]
+
+
+@dataclass(slots=True)
+class TokenBlock:
+    """The tokens of one block. Shapes: (tokens,) for ``ids`` and ``mask``, (rows,) for the rest."""
+
+    file: str
+    position: int
+    """Where in the file the next block begins: byte of JSON lines, row of anything else."""
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    lengths: NDArray[np.int32]
+    trained: NDArray[np.int32]
+    """Trained tokens of each row."""
+    hashes: NDArray[np.uint64]
+    """Of the ids, to find the same row elsewhere."""
+    lines: NDArray[np.int64]
+    labels: list[str | int | float] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    overlong: list[int] = field(default_factory=list)
+    """Tokens of the rows that were dropped as too long."""
+    truncated: int = 0
+    special: frozenset[int] = frozenset()
+    """Special tokens that occur."""
+
+
+def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe) -> TokenBlock:
+    """Parse, render and encode."""
+    read_row = FORMATS[recipe.format]
+    lines: list[int] = []
+    conversations: list[Conversation] = []
+    problems: list[Problem] = []
+    for line, row in parse_rows(block):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            conversations.append(read_row(rename(row, recipe.fields)))
+            lines.append(line)
+        except RowError as error:
+            problems.append(Problem(block.file, line, str(error)))
+    rows: list[TokenRow] = []
+    kept: list[int] = []
+    overlong: list[int] = []
+    for line, outcome in zip(lines, encoder.encode(conversations), strict=True):
+        if isinstance(outcome, RowError):
+            problems.append(Problem(block.file, line, str(outcome)))
+        elif isinstance(outcome, Overflow):
+            overlong.append(outcome.tokens)
+        else:
+            rows += outcome
+            kept += [line] * len(outcome)
+    problems.sort(key=lambda problem: problem.line or 0)
+    return _collect(block, rows, kept, encoder, problems, overlong)
+
+
+def _collect(
+    block: Block, rows: list[TokenRow], lines: list[int], encoder: Encoder, problems: list[Problem], overlong: list[int]
+) -> TokenBlock:
+    ids = np.concatenate([row.ids for row in rows]) if rows else np.zeros(0, dtype=np.int32)
+    return TokenBlock(
+        file=block.file,
+        position=block.next[0],
+        ids=ids,
+        mask=np.concatenate([row.mask for row in rows]) if rows else np.zeros(0, dtype=bool),
+        lengths=np.array([len(row.ids) for row in rows], dtype=np.int32),
+        trained=np.array([row.trained_tokens for row in rows], dtype=np.int32),
+        hashes=np.array([xxhash.xxh3_64_intdigest(row.ids.tobytes()) for row in rows], dtype=np.uint64),
+        lines=np.array(lines, dtype=np.int64),
+        labels=[row.label for row in rows if row.label is not None],
+        problems=problems,
+        overlong=overlong,
+        truncated=sum(row.truncated for row in rows),
+        special=encoder.special.intersection(np.unique(ids).tolist()),
+    )
+
+
+class Tokeniser:
+    """Workers that tokenise; a context manager. With ``workers=0`` the calling process does it itself."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings, workers: int):
+        self._encoder = Encoder(tokenizer, settings)
+        self._ahead = AHEAD * workers
+        self._pool: ProcessPoolExecutor | None = None
+        self._started: Future[None] | None = None
+        if workers:
+            # Not forked from here: threads of torch and tokenizers may run. The fork server imports once, for all workers.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__, "transformers.utils.chat_template_utils"])
+            self._pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, settings))
+            self._started = self._pool.submit(_nothing)
+
+    def __enter__(self) -> Tokeniser:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, work: Iterable[Work]) -> Iterator[TokenBlock]:
+        """The tokens of each block, in the order of the blocks; only a few are held at a time.
+
+        Raises:
+            DataError: A worker was killed.
+        """
+        waiting: deque[Future[TokenBlock]] = deque()
+        try:
+            for block, recipe in work:
+                # Workers take seconds to import what they need; meanwhile this process does their work.
+                if self._pool is None or self._started is None or not self._started.done():
+                    yield tokenise_block(block, self._encoder, recipe)
+                    continue
+                waiting.append(self._pool.submit(_work, block, recipe))
+                if len(waiting) > self._ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that tokenised the data was ended from outside, most likely because memory ran out; take "
+                "data.num_workers=1"
+            ) from error
+
+
+#: The encoder of a worker process.
+_WORKER: list[Encoder] = []
+
+
+def _start_worker(tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings) -> None:
+    # The parent is the fork server, which ends with the process that asked for it.
+    die_with_parent()
+    # Ctrl-C goes to the whole group; the parent ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The workers are the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _WORKER.append(Encoder(tokenizer, settings))
+    # Rows make millions of small objects and no cycles: looking for some takes a tenth of the time.
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 1000)
+
+
+def _nothing() -> None:
+    """The first task, which is done when a worker has started."""
+
+
+def _work(block: Block, recipe: Recipe) -> TokenBlock:
+    return tokenise_block(block, _WORKER[0], recipe)

@@ -1,0 +1,141 @@
+"""A stream gives every row once a pass, the same for any number of ranks, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from llmtune.config.schema import DataConfig, OnBadRow
+from llmtune.data.batch import Collator
+from llmtune.data.loader import LoaderSettings, StepBatch
+from llmtune.data.streaming import RowStream, StreamLoader
+from llmtune.errors import CheckpointError, DataError
+from llmtune.plan.batch import BatchPlan
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("stream")
+    paths = []
+    for name, count in (("a", 90), ("b", 50)):
+        rows = [{"prompt": f"{name}{number}:", "completion": "x" * (number % 7 + 1)} for number in range(count)]
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window is some blocks; files of tests are smaller than one usual block."""
+    monkeypatch.setattr("llmtune.data.readers.BLOCK_BYTES", 400)
+
+
+def loader(
+    tokenizer: Any,
+    train: Any,
+    world: int = 1,
+    rank: int = 0,
+    workers: int = 0,
+    bad_rows: Path | None = None,
+    **more: Any,
+) -> StreamLoader:
+    config = DataConfig(**{"train": train, "streaming": True, "shuffle_buffer": 30, "max_seq_length": 64, **more})
+    plan = BatchPlan(8, 2, 4 // world, world)
+    return StreamLoader(RowStream(config, tokenizer, 42, bad_rows), plan, rank, Collator(2), LoaderSettings(workers))
+
+
+def names(batches: list[StepBatch], tokenizer: Any) -> list[list[str]]:
+    """The rows of each step by their prompts, sorted."""
+    found = []
+    for batch in batches:
+        texts = [str(tokenizer.decode(row.tolist())) for micro in batch.micro_batches for row in micro.input_ids]
+        found.append(sorted(part.split(":")[0] for text in texts for part in text.split("<|im_end|>") if ":" in part))
+    return found
+
+
+def test_each_row_comes_once_a_pass_shuffled(tokenizer: Any, files: list[str]) -> None:
+    seen = [name for step in names(list(loader(tokenizer, files).from_position(None, 35)), tokenizer) for name in step]
+    assert Counter(seen) == {f"{name}{n}": 2 for name, count in (("a", 90), ("b", 50)) for n in range(count)}
+    assert seen[:8] != [f"a{number}" for number in range(8)]
+    assert seen[:140] != seen[140:]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_ranks_share_the_same_global_batches(packing: bool, tokenizer: Any, files: list[str]) -> None:
+    steps = 6
+    whole = list(loader(tokenizer, files, packing=packing).from_position(None, steps))
+    for world in (2, 4):
+        shares = [
+            list(loader(tokenizer, files, world, r, packing=packing).from_position(None, steps)) for r in range(world)
+        ]
+        for step in range(steps):
+            parts = sorted(name for share in shares for name in names([share[step]], tokenizer)[0])
+            assert parts == names([whole[step]], tokenizer)[0]
+            assert {share[step].trained_tokens for share in shares} == {whole[step].trained_tokens}
+            assert {json.dumps(share[step].position) for share in shares} == {json.dumps(whole[step].position)}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_stream_goes_on_with_the_next_row(
+    packing: bool, workers: int, tokenizer: Any, files: list[str]
+) -> None:
+    steps = 25 if not packing else 8
+    undisturbed = names(list(loader(tokenizer, files, packing=packing).from_position(None, steps)), tokenizer)
+    for cut in (1, 5, steps - 1):
+        first = list(loader(tokenizer, files, packing=packing, workers=workers).from_position(None, cut))
+        position = json.loads(json.dumps(first[-1].position))
+        rest = list(loader(tokenizer, files, packing=packing, workers=workers).from_position(position, steps - cut))
+        assert names(first + rest, tokenizer) == undisturbed
+
+
+def test_weights_set_the_proportion(tokenizer: Any, files: list[str]) -> None:
+    sources = [{"path": files[0], "weight": 1}, {"path": files[1], "weight": 1}]
+    seen = [
+        name for step in names(list(loader(tokenizer, sources).from_position(None, 11)), tokenizer) for name in step
+    ]
+    share = sum(name.startswith("b") for name in seen) / len(seen)
+    assert 0.35 < share < 0.65
+
+
+def test_packed_documents_stay_whole(tokenizer: Any, files: list[str]) -> None:
+    batches = list(loader(tokenizer, files, packing=True).from_position(None, 4))
+    for batch in batches:
+        assert all(micro.position_ids is not None and micro.attention_mask is None for micro in batch.micro_batches)
+        counted = sum(int((micro.labels[:, 1:] != -100).sum()) for micro in batch.micro_batches)
+        assert counted == batch.trained_tokens
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_row_stops_the_stream_or_is_left_out_and_listed(workers: int, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": f"a{number}:", "completion": "x" if number != 40 else ""} for number in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"a.jsonl:41: the field 'completion' is empty") as caught:
+        list(loader(tokenizer, str(path), workers=workers).from_position(None, 7))
+    assert "Traceback" not in str(caught.value)
+    bad_rows = tmp_path / "bad_rows.jsonl"
+    kept = loader(tokenizer, str(path), on_bad_row=OnBadRow.skip, workers=workers, bad_rows=bad_rows)
+    seen = [name for step in names(list(kept.from_position(None, 7)), tokenizer) for name in step]
+    assert sorted(seen[:56]) == sorted(set(seen[:56]))
+    assert "a40" not in seen
+    assert json.loads(bad_rows.read_text().splitlines()[0])["line"] == 41
+
+
+def test_a_position_of_other_data_is_refused(tokenizer: Any, files: list[str]) -> None:
+    (batch,) = loader(tokenizer, files).from_position(None, 1)
+    with pytest.raises(CheckpointError, match="another number of sources"):
+        next(loader(tokenizer, files[0]).from_position(batch.position, 1))
+    with pytest.raises(CheckpointError, match="not a stream's"):
+        next(loader(tokenizer, files).from_position({"next_row": 5}, 1))
