@@ -119,7 +119,8 @@ class ModelConfig:
     pad_token: str | None = None
     """Padding token where the tokenizer has none."""
     attn_implementation: str = "auto"
-    """``sdpa``, ``eager``, ``flash_attention_2``; ``auto`` is ``sdpa``, or ``eager`` for short rows on a CPU."""
+    """``sdpa``, ``eager``, ``flash_attention_2``; ``auto`` is ``sdpa``, but ``eager`` for short rows on a
+    CPU, and ``flash_attention_2`` for packed rows on CUDA where ``flash_attn`` is installed."""
     trust_remote_code: bool = False
     """Allow Python code from the model's repository."""
 

@@ -223,7 +223,11 @@ class _Index:
         elif not sum(counts):
             raise self._nothing_left(bad_rows)
         else:
-            keep, held_out = hold_out(sum(counts), 0 if own_eval else self.config.val_set_size, self.seed)
+            try:
+                keep, held_out = hold_out(sum(counts), 0 if own_eval else self.config.val_set_size, self.seed)
+            except DataError as error:
+                # Too few rows are left because many are bad: that is the news.
+                raise refuse(bad_rows, str(error)) if bad_rows else error from None
             train = Rows(self.stores, mix(keep, self.sources, counts, self.seed))
         if own_eval:
             held_out = np.arange(sum(len(store) for store in self.eval_stores), dtype=np.int64)
@@ -258,8 +262,9 @@ class _Index:
     def _nothing_left(self, bad_rows: list[Problem]) -> DataError:
         dropped = sum(store.summary.dropped for store in self.stores)
         if dropped and not bad_rows:
+            files = ", ".join(name for store in self.stores for name in store.summary.files[:1])
             return DataError(
-                f"all {dropped} row(s) are longer than data.max_seq_length={self.config.max_seq_length}: raise it, "
+                f"{files}: all {dropped} row(s) are longer than data.max_seq_length={self.config.max_seq_length}: raise it, "
                 "or take data.overlong=truncate"
             )
         return refuse(bad_rows, f"No row of data.train={self.config.train} can be trained on")

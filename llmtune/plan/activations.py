@@ -47,7 +47,8 @@ class TraceSettings:
     zero3: bool
     """Under ZeRO 3 DeepSpeed's linear function keeps its input, also where the weight is frozen."""
     padded: bool = False
-    """Rows of unlike length: attention then keeps a mask, and keys and values repeated for every head."""
+    """Rows of unlike length, or documents that share a row: attention then keeps a mask, and keys and values repeated for
+    every head."""
 
 
 #: Traces of this process: the search for what would make a job fit plans the same model many times.
@@ -75,7 +76,7 @@ class ActivationModel:
             settings.precision,
             # What is trained keeps its input anyway.
             settings.zero3 and self.tuner.kind is not TunerKind.full and self.tuner.target_modules != "all-linear",
-            padded=settings.rows > 1 and settings.attn_implementation in ("sdpa", "eager"),
+            padded=(settings.padded or settings.rows > 1) and settings.attn_implementation in ("sdpa", "eager"),
         )
         if one not in self._done:
             self._done[one] = self._measure(one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import asdict, dataclass, replace
@@ -188,6 +189,9 @@ def resolve_attention(config: Config, accelerator: str) -> str:
     wanted = config.model.attn_implementation
     if wanted != "auto":
         return wanted
+    if accelerator == "cuda" and config.data.packing and importlib.util.find_spec("flash_attn"):
+        # Its varlen kernels skip what SDPA masks: the attention between the documents of a packed row.
+        return "flash_attention_2"
     return "eager" if accelerator == "cpu" and config.data.max_seq_length <= SHORT_ROW_TOKENS else "sdpa"
 
 
