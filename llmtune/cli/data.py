@@ -63,7 +63,7 @@ def _report(arguments: Arguments, write: Any) -> int:
     folder = resolve_model_folder(config.model, cache, console.say)
     tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console), strict=False)
-    problems = read_problems(data)
+    problems = list(read_problems(data))
     rows = open_rows(data, "train")
     report = _build_report(config, data, rows, problems, tokenizer)
     untrained = _untrained(folder, data, tokenizer)

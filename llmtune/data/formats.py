@@ -101,6 +101,9 @@ FORMATS: dict[DataFormat, Callable[[Row], Conversation]] = {
     DataFormat.classification: from_classification,
 }
 
+#: Formats whose rows always go through the chat template.
+CHAT_FORMATS = {DataFormat.alpaca, DataFormat.sharegpt, DataFormat.messages}
+
 #: Fields by which ``auto`` knows a format; the first entry whose fields are all there.
 MARKS: list[tuple[frozenset[str], DataFormat]] = [
     (frozenset({"messages"}), DataFormat.messages),

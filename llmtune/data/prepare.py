@@ -6,7 +6,9 @@ of those and of how sources are mixed, split and packed. A second start finds bo
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from llmtune.data.preflight import check_labels, check_leaks, check_overlong
 from llmtune.data.problems import Problem, refuse
 from llmtune.data.source_tokens import Watch, file_size, find_conversations, tokenise_source
 from llmtune.data.sources import Source, parse_sources, resolve_files
-from llmtune.data.store import Rows, TokenStore, publish_folder
+from llmtune.data.store import Rows, TokenStore, publish_folder, read_problem_file, write_problem_file
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ def prepare_data(
     data = PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
     if strict and data.fatal:
         advice = "Mend them, or leave bad rows out with data.on_bad_row=skip; llmtune data shows them all"
-        raise refuse(read_problems(data)[: data.fatal], advice)
+        raise refuse(itertools.islice(read_problems(data), data.fatal), advice)
     return data
 
 
@@ -149,10 +151,9 @@ def read_samples(data: PreparedData) -> list[SamplePrompt]:
     return [SamplePrompt(**sample) for sample in json.loads((Path(data.folder) / _SAMPLES).read_text())]
 
 
-def read_problems(data: PreparedData) -> list[Problem]:
+def read_problems(data: PreparedData) -> Iterator[Problem]:
     """All that is wrong with the data; first the ``fatal`` ones, then what was left out."""
-    with (Path(data.folder) / PROBLEMS).open(encoding="utf-8") as file:
-        return [Problem(**json.loads(line)) for line in file]
+    return read_problem_file(Path(data.folder) / PROBLEMS)
 
 
 def _open(folder: Path, stores: list[str], split: str) -> Rows:
@@ -188,17 +189,18 @@ class _Index:
         """Split, mix, check, pack, count."""
         own_eval = bool(self.eval_stores)
         every = [*self.stores, *self.eval_stores]
-        bad_rows = [problem for store in every for problem in store.problems()]
-        train, rows = self._divide(bad_rows, own_eval)
+        bad_rows = sum(store.summary.bad_rows for store in every)
+        train, rows = self._divide(own_eval)
         leaks, leaking = check_leaks(train, rows)
-        fatal = check_overlong(every, self.config.max_seq_length, self.config.max_overlong_share) + check_labels(every)
+        whole = check_overlong(every, self.config.max_seq_length, self.config.max_overlong_share) + check_labels(every)
+        fatal = len(whole)
         if self.config.on_bad_row is OnBadRow.skip:
             rows = Rows(rows.stores, rows.index[~leaking] if len(leaking) else rows.index)
-            skipped = bad_rows + leaks
+            problems = itertools.chain(whole, self._bad_rows(every), leaks)
         else:
-            fatal, skipped = [*bad_rows, *leaks, *fatal], []
-        with (self.folder / PROBLEMS).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in [*fatal, *skipped])
+            fatal += bad_rows + len(leaks)
+            problems = itertools.chain(self._bad_rows(every), leaks, whole)
+        write_problem_file(self.folder / PROBLEMS, problems)
         summary = {
             "train": asdict(self._summarise(self._write_split(train, "train", self.config.packing), self.stores)),
             "eval": None,
@@ -206,14 +208,17 @@ class _Index:
             "eval_stores": self.names[1] or self.names[0],
             "classes": _classes(every),
             "special_tokens": sorted({token for store in every for token in store.summary.special}),
-            "fatal": len(fatal),
+            "fatal": fatal,
         }
         if len(rows):
             written = self._write_split(rows, "eval", False)
             summary["eval"] = asdict(self._summarise(written, self.eval_stores))
         (self.folder / _SUMMARY).write_text(json.dumps(summary))
 
-    def _divide(self, bad_rows: list[Problem], own_eval: bool) -> tuple[Rows, Rows]:
+    def _bad_rows(self, stores: list[TokenStore]) -> Iterator[Problem]:
+        return (problem for store in stores for problem in store.problems())
+
+    def _divide(self, own_eval: bool) -> tuple[Rows, Rows]:
         """Documents that are trained on, mixed, and those that are held out."""
         counts = [len(store) for store in self.stores]
         nothing = np.zeros(0, dtype=np.int64)
@@ -221,13 +226,14 @@ class _Index:
             # A stream has only what is held out.
             train, held_out = Rows([], nothing), nothing
         elif not sum(counts):
-            raise self._nothing_left(bad_rows)
+            raise self._nothing_left()
         else:
             try:
                 keep, held_out = hold_out(sum(counts), 0 if own_eval else self.config.val_set_size, self.seed)
             except DataError as error:
                 # Too few rows are left because many are bad: that is the news.
-                raise refuse(bad_rows, str(error)) if bad_rows else error from None
+                bad_rows = any(store.summary.bad_rows for store in self.stores)
+                raise refuse(self._bad_rows(self.stores), str(error)) if bad_rows else error from None
             train = Rows(self.stores, mix(keep, self.sources, counts, self.seed))
         if own_eval:
             held_out = np.arange(sum(len(store) for store in self.eval_stores), dtype=np.int64)
@@ -259,15 +265,15 @@ class _Index:
             ),
         )
 
-    def _nothing_left(self, bad_rows: list[Problem]) -> DataError:
+    def _nothing_left(self) -> DataError:
         dropped = sum(store.summary.dropped for store in self.stores)
-        if dropped and not bad_rows:
+        if dropped and not any(store.summary.bad_rows for store in self.stores):
             files = ", ".join(name for store in self.stores for name in store.summary.files[:1])
             return DataError(
                 f"{files}: all {dropped} row(s) are longer than data.max_seq_length={self.config.max_seq_length}: raise it, "
                 "or take data.overlong=truncate"
             )
-        return refuse(bad_rows, f"No row of data.train={self.config.train} can be trained on")
+        return refuse(self._bad_rows(self.stores), f"No row of data.train={self.config.train} can be trained on")
 
 
 def _classes(stores: list[TokenStore]) -> list[Any]:

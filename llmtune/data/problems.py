@@ -40,7 +40,7 @@ def place(file: str, line: int | None) -> str:
 
 
 def group_by_kind(problems: Iterable[Problem]) -> list[tuple[Problem, int]]:
-    """The first problem of each kind, in the order met, and how many there are of it."""
+    """The first problem of each kind, in the order met, and how many there are of it; they are gone through once."""
     first: dict[str, Problem] = {}
     counts: dict[str, int] = {}
     for problem in problems:
@@ -59,11 +59,9 @@ def describe(problems: Iterable[Problem]) -> Iterator[str]:
         yield f"and {len(kinds) - LISTED_KINDS} other kinds of problem"
 
 
-def refuse(problems: list[Problem], advice: str) -> DataError:
+def refuse(problems: Iterable[Problem], advice: str) -> DataError:
     """The error of rows that cannot be trained on."""
     lines = list(describe(problems))
     if len(lines) == 1:
         return DataError(f"{lines[0]}\n{advice}")
-    return DataError(
-        f"{len(problems):,} problems in the data:\n" + "\n".join(f"  {line}" for line in lines) + f"\n{advice}"
-    )
+    return DataError("problems in the data:\n" + "\n".join(f"  {line}" for line in lines) + f"\n{advice}")

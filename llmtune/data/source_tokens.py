@@ -15,11 +15,12 @@ from llmtune.config.schema import DataConfig, DataFormat
 from llmtune.data.conversation import Conversation
 from llmtune.data.encode import EncodeSettings
 from llmtune.data.fingerprint import digest, hash_files
-from llmtune.data.formats import FORMATS, detect_format, rename
+from llmtune.data.formats import CHAT_FORMATS, FORMATS, detect_format, rename
 from llmtune.data.problems import RowError, place
 from llmtune.data.readers import Block, count_rows, parse_rows, read_blocks, select_rows
 from llmtune.data.sources import DataFile, Source, resolve_files
 from llmtune.data.store import SUMMARY, publish_folder, write_store
+from llmtune.data.templates import check_chat_template
 from llmtune.data.tokenise import Recipe, TokenBlock, Tokeniser, Work
 from llmtune.errors import DataError
 
@@ -64,6 +65,7 @@ def tokenise_source(
 
     Raises:
         DataError: A file cannot be read, or there is no row in it.
+        ConfigError: The rows are chats, and the tokenizer has no chat template.
     """
     files = resolve_files(source)
     settings = EncodeSettings.from_config(config)
@@ -73,14 +75,17 @@ def tokenise_source(
     key = digest([TOKENS_VERSION, tokenizer_hash, contents, source.format.value, source.fields, drawn, shaping])
     folder = cache / "data" / "tokens" / key
     if not (folder / SUMMARY).is_file():
+        recipes = find_recipes(source, files)
+        if any(recipe.format in CHAT_FORMATS for recipe in recipes.values()):
+            check_chat_template(tokenizer, tokenizer.name_or_path)
         with publish_folder(folder) as aside, Tokeniser(tokenizer, settings, _workers(config, files)) as tokeniser:
-            blocks = tokeniser.map(read_source(source, files, seed))
+            blocks = tokeniser.map(read_source(source, files, recipes, seed))
             write_store(_watched(blocks, source, files, watch), aside)
     return key
 
 
-def read_source(source: Source, files: list[DataFile], seed: int) -> Iterator[Work]:
-    """The blocks of a source with their recipes, only the drawn rows where ``limit`` is set.
+def find_recipes(source: Source, files: list[DataFile]) -> dict[str, Recipe]:
+    """How each file that has rows is read, by its path.
 
     Raises:
         DataError: A file cannot be read, its format cannot be told, or there is no row at all.
@@ -90,6 +95,15 @@ def read_source(source: Source, files: list[DataFile], seed: int) -> Iterator[Wo
         raise DataError(
             f"{source.path}: the file has no rows" if len(files) == 1 else f"{source.path}: no file has rows"
         )
+    return recipes
+
+
+def read_source(source: Source, files: list[DataFile], recipes: dict[str, Recipe], seed: int) -> Iterator[Work]:
+    """The blocks of a source with their recipes, only the drawn rows where ``limit`` is set.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
     filled = [file for file in files if file.path in recipes]
 
     def blocks() -> Iterator[Block]:

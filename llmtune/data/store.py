@@ -123,6 +123,19 @@ def _write_numbers(columns: dict[str, list[Any]], labels: list[Any], summary: St
     (folder / SUMMARY).write_text(json.dumps(asdict(summary)))
 
 
+def read_problem_file(path: Path) -> Iterator[Problem]:
+    """Problems, one a line."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield Problem(**json.loads(line))
+
+
+def write_problem_file(path: Path, problems: Iterable[Problem]) -> None:
+    """The inverse."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
+
+
 class TokenStore:
     """The rows of one source."""
 
@@ -150,10 +163,9 @@ class TokenStore:
         file = self.folder / "labels.json"
         return list(json.loads(file.read_text())) if file.is_file() else []
 
-    def problems(self) -> list[Problem]:
-        """Rows that cannot be used."""
-        with (self.folder / BAD_ROWS).open(encoding="utf-8") as file:
-            return [Problem(**json.loads(line)) for line in file]
+    def problems(self) -> Iterator[Problem]:
+        """Rows that cannot be used, one at a time: there may be millions."""
+        return read_problem_file(self.folder / BAD_ROWS)
 
     def read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Token ids and mask of a row. Shapes: (length,)."""

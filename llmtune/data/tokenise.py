@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from multiprocessing import forkserver
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -139,6 +140,9 @@ class Tokeniser:
     def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+            # Left alone, the fork server would hold what it imported for as long as the training runs.
+            server: Any = forkserver
+            server._forkserver._stop()
 
     def map(self, work: Iterable[Work]) -> Iterator[TokenBlock]:
         """The tokens of each block, in the order of the blocks; only a few are held at a time.

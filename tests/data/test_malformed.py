@@ -151,7 +151,7 @@ def test_kinds_of_problems_are_counted_with_the_first_place_of_each(tokenizer: A
     with pytest.raises(DataError) as caught:
         prepare(tokenizer, tmp_path, source)
     assert str(caught.value).splitlines()[:3] == [
-        "4 problems in the data:",
+        "problems in the data:",
         f"  {source}:2: the field 'output' is empty (3 like it)",
         f"  {source}:3: the field 'output' is missing (the row has: instruction)",
     ]
