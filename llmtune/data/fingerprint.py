@@ -36,6 +36,15 @@ def hash_files(files: Sequence[DataFile], source: Source, cache: Path) -> list[l
     return [[file.path, _hash_file(file, source, cache)] for file in files]
 
 
+def identify_file(file: DataFile) -> list[str]:
+    """Name and size of a file, or what its file system says of it: for streams, which are too large to be hashed."""
+    if "://" in file.path:
+        system, inner = open_system(file.path)
+        return [file.path, str(system.ukey(inner))]
+    path = Path(file.path)
+    return [file.path, str(path.stat().st_size) if path.is_file() else ""]
+
+
 def _hash_file(file: DataFile, source: Source, cache: Path) -> str:
     if file.kind == "builtin":
         return sys.version

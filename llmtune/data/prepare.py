@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.config.schema import DataConfig, OnBadRow
-from llmtune.data.fingerprint import digest, hash_tokenizer
+from llmtune.data.fingerprint import digest, hash_tokenizer, identify_file
 from llmtune.data.mixing import hold_out, mix
 from llmtune.data.packing import pack_rows, packing_efficiency
 from llmtune.data.preflight import check_labels, check_leaks, check_overlong
 from llmtune.data.problems import Problem, refuse
-from llmtune.data.source_tokens import Watch, file_size, find_conversations, tokenise_source
+from llmtune.data.source_tokens import Watch, find_conversations, tokenise_source
 from llmtune.data.sources import Source, parse_sources, resolve_files
 from llmtune.data.store import Rows, TokenStore, publish_folder, read_problem_file, write_problem_file
-from llmtune.errors import DataError
+from llmtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,13 +109,15 @@ def prepare_data(
         strict: Refuse data with problems; otherwise they are in :func:`read_problems`.
 
     Raises:
+        ConfigError: A source is not written as one, or a chat template is missing.
         DataError: A file cannot be read, nothing is left to train on; or, if strict, with the first ``file:line`` of each
             kind of problem and its count.
     """
     sources = parse_sources(config.train, "data.train", config.format)
     eval_sources = parse_sources(config.eval, "data.eval", config.format)
     tokenizer_hash = hash_tokenizer(tokenizer)
-    stream = [[file.path, file_size(file)] for s in sources for file in resolve_files(s)] if config.streaming else None
+    _check_eval_sources(eval_sources)
+    stream = [identify_file(file) for s in sources for file in resolve_files(s)] if config.streaming else None
     if stream is not None:
         sources = []
     keys = [tokenise_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch) for s in sources]
@@ -138,6 +140,15 @@ def prepare_data(
         advice = "Mend them, or leave bad rows out with data.on_bad_row=skip; llmtune data shows them all"
         raise refuse(itertools.islice(read_problems(data), data.fatal), advice)
     return data
+
+
+def _check_eval_sources(sources: list[Source]) -> None:
+    for source in sources:
+        for name, value in (("repeat", source.repeat), ("weight", source.weight)):
+            if value not in (1, None):
+                raise ConfigError(
+                    f"data.eval: {name}={value} of {source.path}: evaluation takes each row once; leave it out"
+                )
 
 
 def open_rows(data: PreparedData, split: str) -> Rows:
