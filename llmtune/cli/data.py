@@ -38,7 +38,14 @@ def main(arguments: Arguments) -> int:
     from llmtune.cli.plan import stdout_for_us
 
     with stdout_for_us() as write:
-        return _report(arguments, write)
+        try:
+            return _report(arguments, write)
+        except DataError as error:
+            # Nothing to count: a program that reads the report still gets one.
+            if arguments.as_json:
+                problem = {"file": None, "line": None, "message": str(error)}
+                write(json.dumps({"rows": 0, "problems": [problem], "refused": True}, ensure_ascii=False) + "\n")
+            raise
 
 
 def _report(arguments: Arguments, write: Any) -> int:
@@ -119,6 +126,7 @@ def _numbers(config: Config, data: PreparedData, lengths: Lengths, padding: Padd
         "dropped": f"{train.dropped:,} longer than data.max_seq_length={config.data.max_seq_length}",
         "truncated": f"{train.truncated:,}",
         "skipped": f"{train.skipped:,} that cannot be trained on",
+        "twins": f"{train.twins:,} that equal a held-out row, left out of training",
         "lengths": f"mean {lengths.mean:.0f}, median {lengths.p50}, 95 % {lengths.p95}, 99 % {lengths.p99}, "
         f"longest {lengths.longest}",
         "padding": f"{padding.to_max_length:.1%} if every row had {config.data.max_seq_length} tokens, {padding.random:.1%} "
@@ -143,6 +151,7 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
         "dropped": train.dropped,
         "truncated": train.truncated,
         "skipped": train.skipped,
+        "twins": train.twins,
         "packing_efficiency": train.packing_efficiency,
         "padding": asdict(report.padding) if report.padding else None,
         "problems": [asdict(problem) for problem in report.problems],

@@ -94,11 +94,9 @@ def resolve_request(
     extra |= notes or {}
     for note in folder.begin(config, composed.overrides, plan, extra, step):
         console.say(note)
-    if data.train.skipped:
+    if data.left_out:
         shutil.copyfile(Path(data.folder) / PROBLEMS, target.folder / names.BAD_ROWS)
-        console.say(
-            f"{data.train.skipped} rows cannot be trained on and are left out: {target.folder / names.BAD_ROWS}"
-        )
+        console.say(f"{data.left_out} rows cannot be used and are left out: {target.folder / names.BAD_ROWS}")
     return request
 
 
@@ -139,8 +137,7 @@ def _check_data(config: Config, data: PreparedData, tokenizer: Any, model_folder
             "checked with llmtune data, but a classifier cannot be trained yet"
         )
     if config.data.streaming:
-        stream = RowStream(config.data, tokenizer, config.seed)
-        stream.window(stream.start())
+        RowStream(config.data, tokenizer, config.seed).check()
     untrained = find_untrained_tokens(model_folder, data.special_tokens)
     if untrained:
         tokens = ", ".join(map(str, tokenizer.convert_ids_to_tokens(untrained)))
@@ -186,6 +183,7 @@ def describe_data(config: Config, data: PreparedData) -> str:
             rows += f" of {train.documents} packed (filled to {train.packing_efficiency:.1%})"
         text = f"{rows}, {format_count(train.tokens)} tokens, {format_count(train.trained_tokens)} trained"
     counts = {"dropped as over-long": train.dropped, "truncated": train.truncated, "skipped": train.skipped}
+    counts["left out because a held-out row is the same"] = train.twins
     text += "".join(f", {count} {what}" for what, count in counts.items() if count)
     if held_out is None:
         return f"{text}; held out: none"

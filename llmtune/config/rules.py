@@ -184,11 +184,4 @@ def _check_streaming(config: Config) -> list[str]:
         found.append("data.streaming=true needs train.max_steps: a stream does not know its length")
     if data.eval is None and data.val_set_size:
         found.append("data.streaming=true splits nothing off: add data.eval=FILE, or data.val_set_size=0")
-    sources = data.train if isinstance(data.train, list) else [data.train]
-    for source in sources:
-        for key in ("limit", "repeat"):
-            if isinstance(source, dict) and source.get(key) not in (None, 1):
-                found.append(
-                    f"data.streaming=true with {key}={source[key]} of {source.get('path')}: a stream has no {key}"
-                )
     return found

@@ -6,6 +6,7 @@ without harm.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import numpy as np
 
 from llmtune.config.schema import DataConfig, Overlong
 from llmtune.data.conversation import Conversation, Role
+from llmtune.data.formats import texts_within
 from llmtune.data.problems import RowError
 from llmtune.data.templates import ChatTemplate, Span
 
@@ -109,7 +111,7 @@ class Encoder:
             return (texts[0] if len(texts) == 1 else tuple(texts)), []
         if conversation.plain:
             text = "".join(texts)
-            return text, [(len(text) - len(texts[-1]), len(text))]
+            return text, [Span(len(text) - len(texts[-1]), len(text), True)]
         if self._template is None:
             raise RowError("the tokenizer has no chat template; name one with data.chat_template")
         return self._template.render(conversation)
@@ -118,22 +120,29 @@ class Encoder:
         if self._special_text is None:
             return
         for number, message in enumerate(conversation.messages):
-            if found := self._special_text.search(message.content):
+            found = self._special_text.search(message.content)
+            for text in texts_within(message.extra) if message.extra else ():
+                found = found or self._special_text.search(text)
+            if found:
                 raise RowError(
                     f"the text of message {number} ({message.role.value}) holds {found[0]!r}, which the tokenizer reads as "
                     "a special token: has it been through a chat template already?"
                 )
+        for text in texts_within(list(conversation.tools)) if conversation.tools else ():
+            if found := self._special_text.search(text):
+                raise RowError(f"'tools' holds {found[0]!r}, which the tokenizer reads as a special token")
 
     def _finish(self, conversation: Conversation, text: Any, spans: list[Span], encoding: Any) -> Outcome:
         ids = np.asarray(encoding.ids, dtype=np.int32)
         if conversation.label is not None:
             return self._finish_classification(conversation, text, ids)
-        mask = np.zeros(len(ids), dtype=bool)
-        for start, end in spans:
+        mask, silent = np.zeros(len(ids), dtype=bool), np.zeros(len(ids), dtype=bool)
+        end_of_turn = self._eos
+        for start, end, train in spans:
             first, last = _token_range(encoding, start, end)
-            mask[first : last + 1] = True
-            if not conversation.plain:
-                self._check_end(text, end, last, encoding)
+            (mask if train else silent)[first : last + 1] = True
+            if train and not conversation.plain:
+                end_of_turn = self._check_end(text, end, last, encoding)
         if len(ids) > 1 and self._bos is not None and ids[0] == ids[1] == self._bos:
             raise RowError("begins with two BOS tokens; take another data.chat_template")
         if conversation.plain:
@@ -143,7 +152,12 @@ class Encoder:
             raise RowError("no token is trained" + ("" if spoken else ": there is no answer of the assistant"))
         # Nothing behind the last trained token can matter.
         end = len(mask) - int(np.argmax(mask[::-1]))
-        return self._fit(TokenRow(ids[:end], mask[:end]), whole_text=len(conversation.messages) == 1)
+        row = TokenRow(ids[:end], mask[:end])
+        rows = self._fit(row, end_of_turn, whole_text=len(conversation.messages) == 1)
+        if self.settings.train_on_inputs and isinstance(rows, list):
+            # What a message forbids stays untrained. Rows that were cut share their beginning with the whole one.
+            return [replace(cut, mask=~silent[: len(cut.ids)]) for cut in rows]
+        return rows
 
     def _end_text(self, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> tuple[Any, Any]:
         """Plain text ends with the end-of-text token, which is trained, whether or not the tokenizer put it there."""
@@ -155,8 +169,8 @@ class Encoder:
         # Others, such as BERT's [SEP], stay where they are.
         return np.append(ids, np.int32(self._eos)), np.append(mask, True)
 
-    def _check_end(self, text: str, end: int, last: int, encoding: Any) -> None:
-        """The last trained token of an answer, white space aside, ends the turn."""
+    def _check_end(self, text: str, end: int, last: int, encoding: Any) -> int:
+        """The last trained token of an answer, white space aside, which must be one that ends a turn."""
         if text[end - 1].isspace():
             bare = len(text[:end].rstrip())
             last = _token_range(encoding, bare - 1, bare)[1]
@@ -166,21 +180,23 @@ class Encoder:
                 f"the chat template does not end a trained answer with a special token (the last one is {token!r}), so "
                 "the model would never learn to stop; take another data.chat_template"
             )
+        return int(encoding.ids[last])
 
-    def _fit(self, row: TokenRow, whole_text: bool) -> Outcome:
+    def _fit(self, row: TokenRow, end_of_turn: int, whole_text: bool) -> Outcome:
         """The row within ``max_seq_length``, or what the setting makes of a longer one."""
         limit, length = self.settings.max_seq_length, len(row.ids)
         if length <= limit:
-            return [self._widen(row)]
+            return [row]
         if self.settings.overlong is Overlong.drop:
             return Overflow(length)
         if self.settings.overlong is Overlong.split and whole_text:
-            starts = range(0, length, limit)
-            pieces = [TokenRow(row.ids[at : at + limit], row.mask[at : at + limit]) for at in starts]
-            return [self._widen(piece) for piece in pieces if piece.trained_tokens]
+            # No piece of one token: nothing of it could be trained.
+            first_piece = limit - 1 if length % limit == 1 else limit
+            borders = [0, *range(first_piece, length, limit), length]
+            return [TokenRow(row.ids[a:b], row.mask[a:b]) for a, b in itertools.pairwise(borders)]
         first = int(np.argmax(row.mask))
         if self.settings.overlong is Overlong.truncate and first < limit - 1:
-            return [self._widen(_truncate(row, limit))]
+            return [_truncate(row, limit, end_of_turn)]
         if first >= limit - 1:
             raise RowError(
                 f"the prompt alone has {first} tokens, which leaves no room for an answer within "
@@ -190,10 +206,6 @@ class Encoder:
             f"the row has {length} tokens, more than data.max_seq_length={limit}; take data.overlong=drop or truncate, "
             "or a larger data.max_seq_length"
         )
-
-    def _widen(self, row: TokenRow) -> TokenRow:
-        """``train_on_inputs`` trains what the others say, too."""
-        return replace(row, mask=np.ones(len(row.ids), dtype=bool)) if self.settings.train_on_inputs else row
 
     def _finish_classification(self, conversation: Conversation, text: Any, ids: NDArray[np.int32]) -> Outcome:
         limit = self.settings.max_seq_length
@@ -226,11 +238,17 @@ def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def _truncate(row: TokenRow, length: int) -> TokenRow:
+def _truncate(row: TokenRow, length: int, end_of_turn: int) -> TokenRow:
     """Cut a row; its last answer keeps an end-of-turn token, so that the model still learns to stop."""
     keep = length - 1
-    if row.mask[keep - 1]:
-        return TokenRow(np.append(row.ids[:keep], row.ids[-1]), np.append(row.mask[:keep], True), truncated=True)
     # The cut falls into what somebody else says: end with the answer before it, whose turn ended by itself.
     end = keep - int(np.argmax(row.mask[:keep][::-1]))
+    if end == keep:
+        start = keep - int(np.argmin(row.mask[:keep][::-1])) if not row.mask[:keep].all() else 0
+        turn_ends = np.flatnonzero(row.ids[start:keep] == end_of_turn)
+        if not len(turn_ends):
+            ids = np.append(row.ids[:keep], np.int32(end_of_turn))
+            return TokenRow(ids, np.append(row.mask[:keep], True), truncated=True)
+        # Only white space that the template puts behind a turn was left of it.
+        end = start + int(turn_ends[-1]) + 1
     return TokenRow(row.ids[:end], row.mask[:end], truncated=True)

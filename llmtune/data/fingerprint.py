@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+#: What file systems call the things that change with a file's content.
+_VERSION_KEYS = {
+    "etag",
+    "size",
+    "mtime",
+    "lastmodified",
+    "last_modified",
+    "last-modified",
+    "md5hash",
+    "crc32c",
+    "created",
+}
+
+
 def digest(values: Any) -> str:
     """A short hash of plain values."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
@@ -39,8 +53,7 @@ def hash_files(files: Sequence[DataFile], source: Source, cache: Path) -> list[l
 def identify_file(file: DataFile) -> list[str]:
     """Name and size of a file, or what its file system says of it: for streams, which are too large to be hashed."""
     if "://" in file.path:
-        system, inner = open_system(file.path)
-        return [file.path, str(system.ukey(inner))]
+        return [file.path, _identify_remote(file.path)]
     path = Path(file.path)
     return [file.path, str(path.stat().st_size) if path.is_file() else ""]
 
@@ -51,10 +64,15 @@ def _hash_file(file: DataFile, source: Source, cache: Path) -> str:
     if file.kind == "hub":
         return str(load_hub(file.path, source)._fingerprint)
     if "://" in file.path:
-        system, inner = open_system(file.path)
-        # An etag, or size and time: what the file system has without reading.
-        return str(system.ukey(inner))
+        return _identify_remote(file.path)
     return hash_content(Path(file.path), cache)
+
+
+def _identify_remote(url: str) -> str:
+    """An etag, or size and times: what the file system has without reading."""
+    system, inner = open_system(url)
+    told = {key.lower(): str(value) for key, value in system.info(inner).items() if key.lower() in _VERSION_KEYS}
+    return digest([told, str(system.ukey(inner))])
 
 
 def hash_content(path: Path, cache: Path) -> str:

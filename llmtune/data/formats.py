@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llmtune.config.schema import DataFormat
@@ -65,7 +65,7 @@ def from_prompt_completion(row: Row) -> Conversation:
         asked = len(_list(row, "prompt"))
         # Only the completion is trained, also where the prompt holds earlier answers.
         messages = [
-            {**turn, "train": turn.get("train", index >= asked)} if isinstance(turn, Mapping) else turn
+            {**turn, "train": False} if index < asked and isinstance(turn, Mapping) and _unsaid(turn) else turn
             for index, turn in enumerate(turns)
         ]
         return _from_turns({**row, "messages": messages}, "messages", "role", "content")
@@ -170,6 +170,8 @@ def _to_message(entry: Row, place: str, role_field: str, text_field: str) -> Mes
         raise RowError(f"{place}: {role_field} is {short(name)}; it must be one of {', '.join(ROLES)}")
     # Arrow fills the fields that other rows have with nulls.
     extra = {key: entry[key] for key in EXTRA if entry.get(key) not in (None, [], "")}
+    for text in texts_within(extra) if extra else ():
+        check_unicode(text, f"{place}: {', '.join(extra)}")
     if name == "function_call":
         return Message(
             role, "", _train(entry, place), {**extra, "tool_calls": [_function_call(entry, place, text_field)]}
@@ -177,6 +179,11 @@ def _to_message(entry: Row, place: str, role_field: str, text_field: str) -> Mes
     if entry.get(text_field) in (None, "") and "tool_calls" in extra:
         return Message(role, "", _train(entry, place), extra)
     return Message(role, _content(entry, text_field, place), _train(entry, place), extra)
+
+
+def _unsaid(entry: Row) -> bool:
+    """Whether a message does not say if it is trained; Arrow fills in nulls."""
+    return entry.get("train") is None and entry.get("weight") is None
 
 
 def _train(entry: Row, place: str) -> bool:
@@ -226,6 +233,8 @@ def _tools(row: Row) -> tuple[dict[str, Any], ...]:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"'tools' must be a list of function schemas, not {short(tools)}")
+    for text in texts_within(tools):
+        check_unicode(text, "tools")
     return tuple(tools)
 
 
@@ -254,6 +263,19 @@ def _text(row: Row, field: str, required: bool = True) -> str:
     if not value.isascii():
         check_unicode(value, field)
     return value
+
+
+def texts_within(value: Any) -> Iterator[str]:
+    """Every text in nested lists and mappings, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from texts_within(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_within(item)
 
 
 def check_unicode(value: str, field: str) -> None:

@@ -44,10 +44,16 @@ def mix(rows: NDArray[np.int64], sources: Sequence[Source], counts: Sequence[int
     Args:
         rows: Numbers of the rows that may be taken, counted over all sources.
         counts: Rows of each source.
+
+    Raises:
+        DataError: A source with a weight has no rows.
     """
     ends = np.cumsum(counts)
     shares = [rows[(rows >= end - count) & (rows < end)] for end, count in zip(ends, counts, strict=True)]
     if sources and sources[0].weight is not None:
+        for source, share in zip(sources, shares, strict=True):
+            if not len(share):
+                raise DataError(f"data.train: {source.path} has a weight, but no row that can be trained on")
         total = sum(source.weight or 0 for source in sources)
         size = min(
             len(share) * source.repeat * total / (source.weight or 1)

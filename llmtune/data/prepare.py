@@ -55,7 +55,9 @@ class SplitSummary:
     """Rows left out as over-long."""
     truncated: int
     skipped: int
-    """Rows left out because they cannot be trained on."""
+    """Rows left out because they cannot be trained on, or, of evaluation files, because they are trained on."""
+    twins: int = 0
+    """Training rows left out because they equal one that was held out."""
     packing_efficiency: float | None = None
     """Share of the packed rows' places that hold a token; None without packing."""
 
@@ -77,6 +79,8 @@ class PreparedData:
     """Labels of classification rows, sorted; at most ``MAX_CLASSES``."""
     fatal: int
     """Problems for which training is refused."""
+    left_out: int
+    """Problems of rows that were left out instead."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreparedData:
@@ -117,15 +121,15 @@ def prepare_data(
     eval_sources = parse_sources(config.eval, "data.eval", config.format)
     tokenizer_hash = hash_tokenizer(tokenizer)
     _check_eval_sources(eval_sources)
-    stream = [identify_file(file) for s in sources for file in resolve_files(s)] if config.streaming else None
-    if stream is not None:
-        sources = []
+    stream = None
+    if config.streaming:
+        stream, sources = _identify_stream(sources), []
     keys = [tokenise_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch) for s in sources]
     eval_keys = [tokenise_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch) for s in eval_sources]
     mixing = [(source.repeat, source.weight) for source in sources]
     settings = [config.val_set_size if not eval_sources else None, config.packing, config.on_bad_row.value]
     settings += [config.max_overlong_share, config.max_seq_length]
-    fingerprint = digest([INDEX_VERSION, keys, eval_keys, stream, mixing, settings, seed])
+    fingerprint = digest([INDEX_VERSION, tokenizer_hash, keys, eval_keys, stream, mixing, settings, seed])
     folder = cache_dir / "data" / "prepared" / fingerprint
     if not (folder / _SUMMARY).is_file():
         with publish_folder(folder) as aside:
@@ -149,6 +153,27 @@ def _check_eval_sources(sources: list[Source]) -> None:
                 raise ConfigError(
                     f"data.eval: {name}={value} of {source.path}: evaluation takes each row once; leave it out"
                 )
+
+
+def _identify_stream(sources: list[Source]) -> list[list[str]]:
+    """Names and sizes of the files of a stream, which are too large to be hashed.
+
+    Raises:
+        ConfigError: A source cannot be streamed.
+    """
+    files = []
+    for source in sources:
+        for name, value in (("limit", source.limit), ("repeat", source.repeat)):
+            if value not in (1, None):
+                raise ConfigError(f"data.streaming=true with {name}={value} of {source.path}: a stream has no {name}")
+        for file in resolve_files(source):
+            if file.kind == "hub" and not Path(file.path).is_dir():
+                raise ConfigError(
+                    f"data.streaming=true with {source.path}: name the data set's files, such as "
+                    f"hf://datasets/{source.path}/**/*.parquet, so that they are read as they are needed"
+                )
+            files.append(identify_file(file))
+    return files
 
 
 def open_rows(data: PreparedData, split: str) -> Rows:
@@ -201,8 +226,8 @@ class _Index:
         own_eval = bool(self.eval_stores)
         every = [*self.stores, *self.eval_stores]
         bad_rows = sum(store.summary.bad_rows for store in every)
-        train, rows = self._divide(own_eval)
-        leaks, leaking = check_leaks(train, rows)
+        train, rows, twins = self._divide(own_eval)
+        leaks, leaking = check_leaks(train, rows if own_eval else None)
         whole = check_overlong(every, self.config.max_seq_length, self.config.max_overlong_share) + check_labels(every)
         fatal = len(whole)
         if self.config.on_bad_row is OnBadRow.skip:
@@ -213,26 +238,28 @@ class _Index:
             problems = itertools.chain(self._bad_rows(every), leaks, whole)
         write_problem_file(self.folder / PROBLEMS, problems)
         summary = {
-            "train": asdict(self._summarise(self._write_split(train, "train", self.config.packing), self.stores)),
+            "train": self._summarise(self._write_split(train, "train", self.config.packing), self.stores, twins=twins),
             "eval": None,
             "train_stores": self.names[0],
             "eval_stores": self.names[1] or self.names[0],
             "classes": _classes(every),
             "special_tokens": sorted({token for store in every for token in store.summary.special}),
             "fatal": fatal,
+            "left_out": bad_rows + len(leaks) + len(whole) - fatal,
         }
         if len(rows):
             written = self._write_split(rows, "eval", False)
-            summary["eval"] = asdict(self._summarise(written, self.eval_stores))
+            summary["eval"] = self._summarise(written, self.eval_stores, leaks=len(leaks))
         (self.folder / _SUMMARY).write_text(json.dumps(summary))
 
     def _bad_rows(self, stores: list[TokenStore]) -> Iterator[Problem]:
         return (problem for store in stores for problem in store.problems())
 
-    def _divide(self, own_eval: bool) -> tuple[Rows, Rows]:
-        """Documents that are trained on, mixed, and those that are held out."""
+    def _divide(self, own_eval: bool) -> tuple[Rows, Rows, int]:
+        """Documents that are trained on, mixed; those that are held out; and how many equal one of those."""
         counts = [len(store) for store in self.stores]
         nothing = np.zeros(0, dtype=np.int64)
+        twins = 0
         if not self.stores:
             # A stream has only what is held out.
             train, held_out = Rows([], nothing), nothing
@@ -245,10 +272,19 @@ class _Index:
                 # Too few rows are left because many are bad: that is the news.
                 bad_rows = any(store.summary.bad_rows for store in self.stores)
                 raise refuse(self._bad_rows(self.stores), str(error)) if bad_rows else error from None
+            if len(held_out):
+                # Data often repeats rows; what is held out must not be trained on all the same.
+                hashes = Rows(self.stores, np.arange(sum(counts), dtype=np.int64)).documents("hashes")
+                twin = np.isin(hashes[keep], hashes[held_out])
+                keep, twins = keep[~twin], int(twin.sum())
             train = Rows(self.stores, mix(keep, self.sources, counts, self.seed))
+            if not len(train):
+                raise DataError(
+                    f"data.train={self.config.train}: every row equals one that data.val_set_size holds out"
+                )
         if own_eval:
             held_out = np.arange(sum(len(store) for store in self.eval_stores), dtype=np.int64)
-        return train, Rows(self.eval_stores or self.stores, held_out)
+        return train, Rows(self.eval_stores or self.stores, held_out), twins
 
     def _write_split(self, rows: Rows, name: str, packing: bool) -> Rows:
         index = rows.index
@@ -260,21 +296,23 @@ class _Index:
         np.save(self.folder / f"{name}.npy", index)
         return rows
 
-    def _summarise(self, rows: Rows, stores: list[TokenStore]) -> SplitSummary:
+    def _summarise(self, rows: Rows, stores: list[TokenStore], twins: int = 0, leaks: int = 0) -> dict[str, Any]:
         lengths = rows.documents("lengths")
         summaries = [store.summary for store in stores]
-        return SplitSummary(
+        summary = SplitSummary(
             rows=len(rows),
             documents=len(lengths),
             tokens=int(lengths.sum(dtype=np.int64)),
             trained_tokens=int(rows.trained_tokens.sum()),
             dropped=sum(summary.dropped for summary in summaries),
             truncated=sum(summary.truncated for summary in summaries),
-            skipped=sum(summary.bad_rows for summary in summaries),
+            skipped=sum(summary.bad_rows for summary in summaries) + leaks,
+            twins=twins,
             packing_efficiency=(
                 packing_efficiency(lengths, len(rows), self.config.max_seq_length) if rows.packed else None
             ),
         )
+        return asdict(summary)
 
     def _nothing_left(self) -> DataError:
         dropped = sum(store.summary.dropped for store in self.stores)
@@ -300,8 +338,8 @@ def _samples(
     if json.loads((folder / _SUMMARY).read_text())["eval"] is None:
         return []
     rows = _open(folder, eval_stores, "eval")
-    places = [rows.place(number) for number in range(min(SAMPLE_PROMPTS, len(rows)))]
-    found = find_conversations([replace(s, limit=None) for s in sources], config, places)
+    places = [rows.source_place(number) for number in range(min(SAMPLE_PROMPTS, len(rows)))]
+    found = find_conversations([replace(s, limit=None) for s in sources], places)
     return [
         SamplePrompt(conversation.prompt(), conversation.messages[-1].content)
         for conversation in found

@@ -70,7 +70,7 @@ def parse_rows(block: Block) -> Iterator[tuple[int, Row | RowError]]:
     elif isinstance(block.content, list):
         lines = iter(block.content)
     else:
-        lines = iter(enumerate(block.content.to_pylist(), block.first))
+        lines = iter(enumerate(map(_without_nulls, block.content.to_pylist()), block.first))
     for number, row in lines:
         if isinstance(row, bytes):
             if not row.strip():
@@ -106,7 +106,20 @@ def _unparsed(block: Block) -> Iterator[tuple[int, Any]]:
     elif isinstance(block.content, list):
         yield from block.content
     else:
-        yield from enumerate(block.content.to_pylist(), block.first)
+        yield from enumerate(map(_without_nulls, block.content.to_pylist()), block.first)
+
+
+def _without_nulls(row: Any) -> Any:
+    """Without the nulls that Arrow puts where one struct lacks the fields of another; those of columns stay."""
+    return {key: _pruned(value) for key, value in row.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_pruned(item) for item in value]
+    return value
 
 
 def _parse_line(line: bytes) -> Any:
@@ -116,6 +129,9 @@ def _parse_line(line: bytes) -> Any:
         return RowError(not_utf8(line[error.start]))
     except json.JSONDecodeError as error:
         return RowError(_broken(error))
+    except ValueError as error:
+        # A number of thousands of digits.
+        return RowError(f"broken JSON: {error}")
     except RecursionError:
         return RowError("broken JSON: nested too deeply")
 
@@ -192,15 +208,19 @@ def _list_items(path: str, text: str) -> Iterator[tuple[int, Any]]:
             line += text[position] == "\n"
             position += 1
         if text[position : position + 1] == "]":
-            return
+            break
         try:
             row, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             at = text.count("\n", 0, error.pos) + 1
             raise DataError(f"{path}:{at}: {_broken(error)}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{line}: broken JSON: {error}") from error
         yield line, row
         line += text.count("\n", position, end)
         position = end
+    if rest := text[position + 1 :].strip():
+        raise DataError(f"{path}:{line}: something stands behind the list: {rest[:20]!r}; one object a line is .jsonl")
 
 
 def _read_csv(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
@@ -213,8 +233,11 @@ def _read_csv(file: DataFile, source: Source, start: tuple[int, int]) -> Iterato
 
         def rows() -> Iterator[tuple[int, Any]]:
             try:
+                line = 2
                 for row in reader:
-                    yield reader.line_num, row
+                    # line_num is that of a record's last line; the blank ones before it are passed over.
+                    yield min(line, reader.line_num), row
+                    line = reader.line_num + 1
             except csv.Error as error:
                 raise DataError(f"{file.path}:{reader.line_num + 1}: {error}") from error
 
@@ -279,7 +302,7 @@ def load_hub(path: str, source: Source) -> Any:
         raise MissingPrerequisiteError(
             f"{path}: no such file here, and the Hugging Face hub cannot be reached: {str(error).splitlines()[0]}"
         ) from error
-    except (KeyError, ValueError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (KeyError, ValueError, RuntimeError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise DataError(f"{path}: {str(error).splitlines()[0]} (split={source.split})") from error
 
 

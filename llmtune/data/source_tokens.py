@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,23 +143,19 @@ def find_recipe(source: Source, file: DataFile) -> Recipe | None:
     return None
 
 
-def find_conversations(
-    sources: Iterable[Source], config: DataConfig, places: list[tuple[str, int]]
-) -> list[Conversation]:
-    """The conversations that stand at some places, in the order of the places."""
-    wanted = set(places)
-    found: dict[tuple[str, int], Conversation] = {}
-    names = {file for file, _ in places}
-    for source in sources:
-        for file in resolve_files(source):
-            recipe = find_recipe(source, file) if file.path in names else None
-            for block in read_blocks(file, source) if recipe else ():
-                if not _may_hold(block, wanted) or len(found) == len(wanted):
+def find_conversations(sources: Sequence[Source], places: list[tuple[int, str, int]]) -> list[Conversation]:
+    """The conversations that stand at some places (number of the source, file, line), in that order."""
+    found: dict[tuple[int, str, int], Conversation] = {}
+    for number in sorted({number for number, _, _ in places}):
+        wanted = {(path, line) for source, path, line in places if source == number}
+        for file in resolve_files(sources[number]):
+            recipe = find_recipe(sources[number], file) if file.path in {path for path, _ in wanted} else None
+            for block in read_blocks(file, sources[number]) if recipe else ():
+                if not _may_hold(block, wanted):
                     continue
                 for line, row in parse_rows(block):
                     if (file.path, line) in wanted and not isinstance(row, RowError) and recipe:
-                        conversation = FORMATS[recipe.format](rename(row, recipe.fields))
-                        found.setdefault((file.path, line), conversation)
+                        found.setdefault((number, file.path, line), FORMATS[recipe.format](rename(row, recipe.fields)))
     return [found[at] for at in places if at in found]
 
 

@@ -130,7 +130,8 @@ def resolve_files(source: Source) -> list[DataFile]:
         and (Path(path) / "dataset_info.json").is_file() | (Path(path) / "dataset_dict.json").is_file()
     ):
         return [DataFile(path, "hub")]
-    if any(letter in inner for letter in "*?["):
+    exists = system.exists(inner)
+    if not exists and any(letter in inner for letter in "*?["):
         names = sorted(str(name) for name in system.glob(inner) if not system.isdir(name))
         if not names:
             raise DataError(f"{source.path}: no file matches this pattern (relative to {Path.cwd()})")
@@ -138,9 +139,9 @@ def resolve_files(source: Source) -> list[DataFile]:
         names = sorted(str(name) for name in system.find(inner) if _kind(str(name)))
         if not names:
             raise DataError(f"{source.path}: no data file in this folder; there should be {_known_kinds()}")
-    elif system.exists(inner):
+    elif exists:
         names = [inner]
-    elif "://" not in path and _HUB_ID.fullmatch(path) and not Path(path).suffix:
+    elif "://" not in path and _HUB_ID.fullmatch(path) and _kind(path) is None:
         return [DataFile(path, "hub")]
     else:
         raise DataError(f"{source.path}: no such file (data.train and data.eval are relative to {Path.cwd()})")

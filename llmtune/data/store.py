@@ -257,6 +257,11 @@ class Rows:
         store, row = self._locate(int(self.index[document]))
         return store.place(row)
 
+    def source_place(self, document: int) -> tuple[int, str, int]:
+        """Number of the store, file and line of a document."""
+        store, row = self._locate(int(self.index[document]))
+        return self.stores.index(store), *store.place(row)
+
     def first_document(self, number: int) -> int:
         """Number in ``index`` of the first document of a row."""
         return int(self._starts[number])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from llmtune.config.schema import DataConfig, OnBadRow
+from llmtune.config.schema import DataConfig, DataFormat, OnBadRow
 from llmtune.data.batch import Collator
 from llmtune.data.encode import Encoder, EncodeSettings
 from llmtune.data.loader import LoaderSettings, StepBatch, load, share_of_rank
@@ -78,37 +78,78 @@ class RowStream:
         return Cursor(0, 0, [0] * count, [[0, 1] for _ in range(count)], [0] * count)
 
     def window(self, cursor: Cursor) -> tuple[list[Row], Cursor]:
-        """The rows of the window that begins at the cursor, and the cursor behind it."""
+        """The rows of the window that begins at the cursor, and the cursor behind it.
+
+        Raises:
+            DataError: There is a bad row, or a source without any row that can be trained on.
+        """
+        blocks, after = self._read_window(cursor)
+        return self._arrange(blocks, cursor.window), after
+
+    def check(self) -> None:
+        """Look at the first window as a preflight looks at files.
+
+        Raises:
+            DataError: A row cannot be trained on, too many are over-long, or they are for a classifier.
+        """
+        blocks, _ = self._read_window(self.start())
+        cut = sum(len(block.overlong) + block.truncated for block in blocks)
+        total = sum(len(block.lengths) + len(block.overlong) for block in blocks)
+        if cut > self.config.max_overlong_share * total:
+            raise DataError(
+                f"data.train={self.config.train}: {cut:,} of the stream's first {total:,} rows are longer than "
+                f"data.max_seq_length={self.config.max_seq_length}, more than "
+                f"data.max_overlong_share={self.config.max_overlong_share:g}"
+            )
+
+    def _read_window(self, cursor: Cursor) -> tuple[list[TokenBlock], Cursor]:
         after = cursor.copy()
         blocks: list[TokenBlock] = []
         readers: dict[int, Iterator[TokenBlock]] = {}
         count = 0
+        idle = [0] * len(self._files)
         while count < self.config.shuffle_buffer:
             number = self._next_source(after)
             if number is None:
-                # All have been read once; the next pass begins a window of its own.
-                after.files, after.places = self.start().files, self.start().places
-                if not count:
-                    raise DataError(f"data.train={self.config.train}: no row can be trained on")
-                break
-            reader = readers.setdefault(number, self._read(number, after))
-            block = next(reader, None)
-            if block is not None:
-                self._report(block)
-                blocks.append(block)
-                after.taken[number] += len(block.lengths)
-                count += len(block.lengths)
+                # All have been read once; the next pass begins a window of its own, unless this one has nothing yet.
+                if count:
+                    break
+                number = 0
+                self._rewind(after, range(len(self._files)), idle)
+            block = next(readers.setdefault(number, self._read(number, after)), None)
+            if block is None:
+                del readers[number]
+                if self._weighted:
+                    self._rewind(after, [number], idle)
+                continue
+            self._report(block)
+            blocks.append(block)
+            after.taken[number] += len(block.lengths)
+            count += len(block.lengths)
+            if len(block.lengths):
+                idle = [0 if n == number or not self._weighted else passes for n, passes in enumerate(idle)]
         after.window, after.row = cursor.window + 1, 0
-        return self._arrange(blocks, cursor.window), after
+        return blocks, after
+
+    def _rewind(self, cursor: Cursor, numbers: Iterable[int], idle: list[int]) -> None:
+        """Begin sources again; those that gave nothing since the last time never will."""
+        for number in numbers:
+            idle[number] += 1
+            # The first time, the window may just have begun at the end of a pass.
+            if idle[number] > 2:
+                raise DataError(f"data.train: {self._sources[number].path} has no row that can be trained on")
+            cursor.files[number], cursor.places[number] = 0, [0, 1]
+
+    @property
+    def _weighted(self) -> bool:
+        return self._sources[0].weight is not None
 
     def _next_source(self, cursor: Cursor) -> int | None:
-        """The source that is furthest behind its weight, or, without weights, the first that has not ended."""
-        open_sources = [n for n, files in enumerate(self._files) if cursor.files[n] < len(files)]
-        if not open_sources:
+        """The source that is furthest behind its weight. Without weights they take turns until each has ended."""
+        unread = [n for n, files in enumerate(self._files) if cursor.files[n] < len(files) or self._weighted]
+        if not unread:
             return None
-        if self._sources[0].weight is None:
-            return open_sources[0]
-        return min(open_sources, key=lambda n: (cursor.taken[n] / (self._sources[n].weight or 1), n))
+        return min(unread, key=lambda n: (cursor.taken[n] / (self._sources[n].weight or 1), n))
 
     def _read(self, number: int, cursor: Cursor) -> Iterator[TokenBlock]:
         """Blocks of a source from the cursor on, which moves along."""
@@ -125,7 +166,10 @@ class RowStream:
 
     def _recipe(self, source: Source, file: DataFile) -> Recipe | None:
         if file.path not in self._recipes:
-            self._recipes[file.path] = find_recipe(source, file)
+            recipe = find_recipe(source, file)
+            if recipe is not None and recipe.format is DataFormat.classification:
+                raise DataError(f"{file.path}: classification rows; a classifier cannot be trained yet")
+            self._recipes[file.path] = recipe
         return self._recipes[file.path]
 
     def _report(self, block: TokenBlock) -> None:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
@@ -23,8 +23,17 @@ from llmtune.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Span = tuple[int, int]
-"""First character, and the one behind the last."""
+
+class Span(NamedTuple):
+    """What an answer adds to the text, its end of turn included."""
+
+    start: int
+    """First character."""
+    end: int
+    """The character behind the last."""
+    train: bool
+    """Whether the message is to be trained."""
+
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -83,14 +92,14 @@ class ChatTemplate:
         self._verbatim = Verbatim.no if self.marked else find_verbatim(environment.parse(self._text))
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The whole text, and the spans of the trained answers with what ends their turns, in order.
+        """The whole text, and the spans of the answers with what ends their turns, in order.
 
         Raises:
             RowError: The template refuses the row, or answers cannot be told from what surrounds them.
         """
         try:
             return self._marked(conversation) if self.marked else self._derived(conversation)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
             raise RowError(f"the chat template refuses the row: {error}") from error
 
     def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
@@ -98,13 +107,13 @@ class ChatTemplate:
         text, spans = self._apply(messages, conversation, marks=True)
         answers = [message for message in conversation.messages if message.role is Role.assistant]
         if all(message.train for message in answers):
-            return text, spans
+            return text, [Span(start, end, True) for start, end in spans]
         if len(answers) != len(spans):
             raise RowError(
                 f"the chat template marks {len(spans)} places for {len(answers)} answers, so 'train' of a message "
                 "cannot be told apart; take another data.chat_template"
             )
-        return text, [span for span, message in zip(spans, answers, strict=True) if message.train]
+        return text, [Span(*span, message.train) for span, message in zip(spans, answers, strict=True)]
 
     def _derived(self, conversation: Conversation) -> tuple[str, list[Span]]:
         built = self._by_scaffold(conversation)
@@ -118,7 +127,7 @@ class ChatTemplate:
         messages = [message.to_dict() for message in conversation.messages]
         spans = []
         for index, message in enumerate(conversation.messages):
-            if message.role is not Role.assistant or not message.train:
+            if message.role is not Role.assistant:
                 continue
             prefix, _ = self._apply(messages[:index], conversation, prompt=True)
             whole = text if index == len(messages) - 1 else self._apply(messages[: index + 1], conversation)[0]
@@ -128,7 +137,7 @@ class ChatTemplate:
                     f"the chat template renders the answer in message {index} differently with and without what "
                     "surrounds it, so its tokens cannot be told apart; take another data.chat_template"
                 )
-            spans.append((len(prefix), len(upto)))
+            spans.append(Span(len(prefix), len(upto), message.train))
         return spans
 
     def _by_scaffold(self, conversation: Conversation) -> tuple[str, list[Span]] | None:
@@ -149,8 +158,8 @@ class ChatTemplate:
         spans = []
         for message, following, reach in zip(messages, scaffold.between[1:], scaffold.reaches, strict=True):
             end = position + len(message.content)
-            if reach is not None and message.train:
-                spans.append((position - reach[0], end + reach[1]))
+            if reach is not None:
+                spans.append(Span(position - reach[0], end + reach[1], message.train))
             parts += (message.content, following)
             position = end + len(following)
         return "".join(parts), spans
@@ -161,7 +170,7 @@ class ChatTemplate:
         try:
             text, _ = self._apply([message.to_dict() for message in sample.messages], sample)
             spans = iter(self._by_prefixes(sample, text))
-        except (RowError, jinja2.TemplateError, TypeError, ValueError):
+        except (RowError, jinja2.TemplateError, TypeError, ValueError, AttributeError):
             # Whatever is wrong is found, and named, with the row itself.
             return None
         between, reaches, position = [], [], 0
@@ -172,12 +181,16 @@ class ChatTemplate:
             between.append(text[position:start])
             position = start + len(name)
             span = next(spans) if role is Role.assistant else None
-            reaches.append((start - span[0], span[1] - position) if span else None)
-        return _Scaffold((*between, text[position:]), tuple(reaches))
+            reaches.append((start - span.start, span.end - position) if span else None)
+        between.append(text[position:])
+        if any("\ue000" in part for part in between):
+            # Words that are written more than once.
+            return None
+        return _Scaffold(tuple(between), tuple(reaches))
 
     def _apply(
         self, messages: list[dict[str, Any]], conversation: Conversation, prompt: bool = False, marks: bool = False
-    ) -> tuple[str, list[Span]]:
+    ) -> tuple[str, list[tuple[int, int]]]:
         # What tokenizer.apply_chat_template calls, without the tokenizer around it, which costs half as much again. Its
         # annotation says str for what is a list of texts and one of spans.
         from transformers.utils.chat_template_utils import render_jinja_template

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,7 +25,6 @@ from llmtune.data.formats import FORMATS, rename
 from llmtune.data.problems import Problem, RowError
 from llmtune.data.readers import Block, parse_rows
 from llmtune.errors import DataError
-from llmtune.process import die_with_parent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -169,13 +169,21 @@ class Tokeniser:
             ) from error
 
 
+def _end_with_parent() -> None:
+    """Wait for the end of the process that asked for this worker, however it ends."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
 #: The encoder of a worker process.
 _WORKER: list[Encoder] = []
 
 
 def _start_worker(tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings) -> None:
-    # The parent is the fork server, which ends with the process that asked for it.
-    die_with_parent()
+    # Not PR_SET_PDEATHSIG: the parent that it knows is the fork server, which lives as long as its workers.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Ctrl-C goes to the whole group; the parent ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The workers are the parallelism.

@@ -27,6 +27,23 @@ _FIELDS = {"role", "name", "tool_calls", "tool_call_id", "reasoning_content", "t
 _LOOP = {"index", "index0", "revindex", "revindex0", "first", "last", "length"}
 
 
+#: What may stand anywhere, as long as no contents go into it.
+_UNDERSTOOD = (
+    *(nodes.Template, nodes.TemplateData, nodes.If, nodes.For, nodes.Assign, nodes.Const, nodes.Name, nodes.NSRef),
+    *(
+        nodes.Compare,
+        nodes.Operand,
+        nodes.BinExpr,
+        nodes.UnaryExpr,
+        nodes.Filter,
+        nodes.Test,
+        nodes.Call,
+        nodes.Keyword,
+    ),
+    *(nodes.Getattr, nodes.Getitem, nodes.Slice, nodes.List, nodes.Tuple, nodes.Dict, nodes.Pair),
+)
+
+
 class _NotUnderstoodError(Exception):
     """Something that could look at a message's words."""
 
@@ -94,6 +111,9 @@ class _Reader:
             case nodes.Name(name=name) if name in self.texts:
                 self._read_content(written)
             case nodes.Name(name=name) if name in self.lists | self.singles | {"loop"}:
+                raise _NotUnderstoodError
+            case _ if not isinstance(node, _UNDERSTOOD):
+                # Macros, blocks that capture what they write, imports ...
                 raise _NotUnderstoodError
             case _:
                 for child in node.iter_child_nodes():

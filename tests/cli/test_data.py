@@ -88,6 +88,14 @@ def test_classification_rows_can_be_looked_at_but_not_trained_yet(
     assert "a classifier cannot be trained yet" in capfd.readouterr().err
 
 
+def test_a_program_gets_a_report_even_where_no_row_is_left(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"messages": []}\n')
+    found = report(f"data.train={source}", "data.on_bad_row=skip", code=4)
+    assert (found["rows"], found["refused"]) == (0, True)
+    assert f"{source}:1" in found["problems"][0]["message"]
+
+
 def test_bad_rows_of_a_run_are_listed_in_its_folder(tmp_path: Path) -> None:
     source = Path(write(tmp_path / "a.jsonl", 20))
     source.write_text(source.read_text() + '{"messages": []}\n')

@@ -235,6 +235,50 @@ def test_a_cut_inside_the_users_turn_trains_nothing_of_it(chatml: Any) -> None:
     assert whole.mask.all()
 
 
+def test_a_cut_row_ends_its_turn_once_whatever_follows_in_the_template(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = MARKED.replace(
+        "'<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "'<|im_end|>\n' }}{% endgeneration %}"
+    )
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    cut = only(encode(tokenizer, talk("Hi", "word " * 200), length=64, overlong=Overlong.truncate))
+    assert cut.ids[-1] == end
+    # A cut right behind an answer adds no second end of turn.
+    conversation = talk("Hi", "Hello!", "word " * 200, "Bye.")
+    whole = only(encode(tokenizer, conversation, length=4096))
+    first_end = int(np.flatnonzero(whole.mask & (whole.ids == end))[0])
+    for length in (first_end + 1, first_end + 2, first_end + 3):
+        cut = only(encode(tokenizer, conversation, length=length, overlong=Overlong.truncate))
+        assert np.count_nonzero(cut.mask & (cut.ids == end)) == 1, length
+        assert len(cut.ids) <= length
+
+
+def test_a_text_of_one_token_more_than_the_limit_keeps_its_end(chatml: Any) -> None:
+    text = Conversation((Message(Role.assistant, "word " * 100),), plain=True)
+    whole = only(encode(chatml, text, length=4096))
+    pieces = encode(chatml, text, length=len(whole.ids) - 1, overlong=Overlong.split)
+    assert np.array_equal(np.concatenate([piece.ids for piece in pieces]), whole.ids)
+    assert len(pieces[-1].ids) == 2
+
+
+def test_training_on_inputs_leaves_out_what_a_message_forbids(chatml: Any) -> None:
+    messages = (Message(Role.user, "a"), Message(Role.assistant, "wrong", train=False))
+    more = (Message(Role.user, "b"), Message(Role.assistant, "right"))
+    row = only(encode(chatml, Conversation(messages + more), inputs=True))
+    text = trained_text(row, chatml)
+    assert "wrong" not in text
+    assert "<|im_start|>user\na<|im_end|>" in text
+    assert text.endswith("right<|im_end|>")
+
+
+def test_special_tokens_in_tool_calls_are_refused(families: dict[str, Any]) -> None:
+    call = {"type": "function", "function": {"name": "say", "arguments": {"text": "x<|im_end|>"}}}
+    messages = (Message(Role.user, "a"), Message(Role.assistant, "", extra={"tool_calls": [call]}))
+    refused = encode(families["qwen"], Conversation(messages))
+    assert isinstance(refused, RowError)
+    assert "message 1 (assistant) holds '<|im_end|>'" in str(refused)
+
+
 def test_a_prompt_that_alone_is_too_long_cannot_be_truncated(chatml: Any) -> None:
     row = talk("word " * 200, "yes")
     assert isinstance(encode(chatml, row, length=64), Overflow)

@@ -94,6 +94,19 @@ def test_messages_can_be_left_untrained() -> None:
     assert [message.train for message in row.messages] == [False, False, False, True], "only the completion is trained"
 
 
+def test_nulls_and_weights_of_completions_are_understood() -> None:
+    turns = [
+        ("user", "a", None),
+        ("assistant", "b", None),
+        ("user", "c", None),
+        ("assistant", "d", 0),
+        ("assistant", "e", 1),
+    ]
+    messages = [{"role": role, "content": text, "train": None, "weight": weight} for role, text, weight in turns]
+    row = FORMATS[DataFormat.prompt_completion]({"prompt": messages[:3], "completion": messages[3:]})
+    assert [message.train for message in row.messages] == [False, False, False, False, True]
+
+
 def test_labels_keep_their_names() -> None:
     read = FORMATS[DataFormat.classification]
     assert read({"text": "good", "label": "pos"}).label == "pos"

@@ -55,6 +55,12 @@ BAD_CHATS: dict[str, tuple[bytes, str]] = {
     "role": (line(turns(("bot", "x"))), "messages[0]: role is 'bot'; it must be one of system, developer, user"),
     "no_content": (line(turns(("user", None), ("assistant", "x"))), "messages[0]: the field 'content' is empty"),
     "user_last": (line(turns(("user", "x"))), "the last message is the user's; it must be the assistant's"),
+    "surrogate_in_a_call": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": '
+        b'[{"function": {"name": "f", "arguments": {"x": "\\ud83d"}}}]}]}',
+        "messages[1]: tool_calls",
+    ),
+    "huge_number": (b'{"messages": ' + b"1" * 5000 + b"}", "broken JSON: Exceeds the limit"),
     "image": (
         line(turns(("user", [{"type": "image", "url": "x"}]), ("assistant", "x"))),
         "messages[0]: content holds {'type': 'image', 'url': 'x'}; only text parts can be trained",
@@ -79,6 +85,8 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     "header_only": ("a.csv", b"instruction,output\n", "a.csv: the file has no rows"),
     "one_object": ("a.json", b'"x"', "a.json:1: must hold a list of rows, or a row a line"),
     "cut_list": ("a.json", b'[\n{"instruction": "x"},\n{"instr', "a.json:3: broken JSON at column 2"),
+    "two_lists": ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "a.json:1: something stands behind the list"),
+    "deep_list": ("a.json", b"[" * 100_000, "a.json:1: broken JSON"),
     "unknown_fields": ("a.jsonl", b'{"question": "x"}', "a.jsonl:1: cannot tell the format by the fields question"),
     "no_parquet": ("a.parquet", b"no parquet", "a.parquet: not a Parquet file that pyarrow reads"),
     "no_arrow": ("a.arrow", b"no arrow at all", "a.arrow: not an Arrow file that pyarrow reads"),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
 from llmtune.config.schema import DataConfig, Overlong
 from llmtune.data.prepare import PreparedData, open_rows, prepare_data, read_samples
 from llmtune.data.source_tokens import TokeniseProgress
-from llmtune.errors import DataError
+from llmtune.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +124,79 @@ def test_a_held_out_row_of_a_repeated_source_is_not_trained(tokenizer: Any, tmp_
     train, held_out = texts(data, "train", tokenizer), texts(data, "eval", tokenizer)
     assert (len(train), len(held_out)) == (45, 5)
     assert not set(train) & set(held_out)
+
+
+def test_rows_that_equal_a_held_out_one_are_left_out_of_training(tokenizer: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", 40)
+    data = prepare(tokenizer, tmp_path, train=[str(path), str(path)], val_set_size=10)
+    train, held_out = texts(data, "train", tokenizer), texts(data, "eval", tokenizer)
+    assert len(held_out) == 10
+    assert not set(train) & set(held_out)
+    assert len(train) + data.train.twins == 70
+    assert data.train.twins > 0
+
+
+def test_a_weighted_source_without_a_usable_row_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a.jsonl", 30), write(tmp_path / "b.jsonl", 30, words=500)
+    sources = [{"path": str(one), "weight": 1}, {"path": str(two), "weight": 1}]
+    with pytest.raises(DataError, match=r"b.jsonl has a weight, but no row that can be trained on"):
+        prepare(tokenizer, tmp_path, train=sources, val_set_size=0, max_overlong_share=1.0)
+
+
+def test_evaluation_takes_each_row_once(tokenizer: Any, tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a.jsonl", 10), write(tmp_path / "b.jsonl", 10, name="other")
+    with pytest.raises(ConfigError, match=r"data.eval: repeat=2 of .*b.jsonl"):
+        prepare(tokenizer, tmp_path, train=str(one), eval={"path": str(two), "repeat": 2})
+
+
+def test_the_same_file_can_be_read_in_two_ways(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text("a,b,c\n" + "".join(f"ask {n},one {n},two {n}\n" for n in range(20)))
+    ways = [{"path": str(path), "fields": {"instruction": "a", "output": column}} for column in ("b", "c")]
+    data = prepare(tokenizer, tmp_path, train=ways, val_set_size=6)
+    held_out = texts(data, "eval", tokenizer)
+    assert all(sample.expected in held_out[number] for number, sample in enumerate(read_samples(data)))
+
+
+def test_a_base_model_needs_a_template_for_chats_only(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(10)))
+    chats = write(tmp_path / "a.jsonl", 10)
+    tokenizer.chat_template, kept = None, tokenizer.chat_template
+    try:
+        assert prepare(tokenizer, tmp_path, train=str(tmp_path / "t.jsonl"), val_set_size=0).train.rows == 10
+        with pytest.raises(ConfigError, match="has no chat template"):
+            prepare(tokenizer, tmp_path, train=str(chats), val_set_size=0)
+    finally:
+        tokenizer.chat_template = kept
+
+
+def test_killed_preparation_leaves_no_process_behind(tiny_model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", 400_000)
+    program = f"""
+from pathlib import Path
+from transformers import AutoTokenizer
+from llmtune.config.schema import DataConfig
+from llmtune.data.prepare import prepare_data
+
+if __name__ == "__main__":
+    config = DataConfig(train={str(source)!r}, num_workers=1)
+    tokenizer = AutoTokenizer.from_pretrained({str(tiny_model)!r})
+    prepare_data(config, tokenizer, 1, Path({str(tmp_path / "cache")!r}), lambda told: print(told.rows, flush=True))
+"""
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    started = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    family: list[psutil.Process] = []
+    while len(family) < 3:
+        assert started.stdout.readline(), "it ended before its worker was seen"
+        family = psutil.Process(started.pid).children(recursive=True)
+    started.kill()
+    started.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_packing_keeps_every_row_and_fills(tokenizer: Any, tmp_path: Path) -> None:

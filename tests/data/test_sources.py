@@ -115,6 +115,24 @@ def test_patterns_folders_and_urls_name_several_files(tmp_path: Path, monkeypatc
     assert read("in/b.jsonl")[0][0] == "in/b.jsonl", "named as the user wrote it"
 
 
+def test_a_name_with_brackets_is_that_file(tmp_path: Path) -> None:
+    write(tmp_path / "a[1].jsonl", ROWS[:3])
+    write(tmp_path / "a1.jsonl", ROWS[3:5])
+    assert rows_of(str(tmp_path / "a[1].jsonl")) == ROWS[:3]
+
+
+def test_arrow_and_json_give_the_same_nested_rows(tmp_path: Path) -> None:
+    calls = [{"name": "add", "arguments": {"a": 1}}, {"name": "send", "arguments": {"to": "x"}}]
+    rows = [{"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]} for call in calls]
+    assert rows_of(str(write(tmp_path / "a.parquet", rows))) == rows_of(str(write(tmp_path / "a.jsonl", rows))) == rows
+
+
+def test_records_of_several_lines_are_named_by_their_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text\n"one\ntwo\nthree"\n"four"\n')
+    assert [line for _, line, _ in read(str(path))] == [2, 5]
+
+
 def test_an_object_store_is_read_through_fsspec() -> None:
     memory = fsspec.filesystem("memory")
     with memory.open("/bucket/x/a.jsonl", "wb") as file:
@@ -140,8 +158,9 @@ def test_folders_of_save_to_disk_are_read_with_their_split(tmp_path: Path) -> No
 
 def test_a_hub_id_without_a_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(MissingPrerequisiteError, match="nobody/nothing: .* hub cannot be reached"):
-        read("nobody/nothing")
+    for name in ("nobody/nothing", "teknium/OpenHermes-2.5"):
+        with pytest.raises(MissingPrerequisiteError, match=f"{name}: .* hub cannot be reached"):
+            read(name)
 
 
 def test_some_rows_can_be_drawn(tmp_path: Path) -> None:

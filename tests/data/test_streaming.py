@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 from llmtune.config.schema import DataConfig, OnBadRow
 from llmtune.data.batch import Collator
 from llmtune.data.loader import LoaderSettings, StepBatch
+from llmtune.data.prepare import prepare_data
 from llmtune.data.streaming import RowStream, StreamLoader
-from llmtune.errors import CheckpointError, DataError
+from llmtune.errors import CheckpointError, ConfigError, DataError
 from llmtune.plan.batch import BatchPlan
 
 
@@ -100,13 +101,66 @@ def test_a_resumed_stream_goes_on_with_the_next_row(
         assert names(first + rest, tokenizer) == undisturbed
 
 
-def test_weights_set_the_proportion(tokenizer: Any, files: list[str]) -> None:
-    sources = [{"path": files[0], "weight": 1}, {"path": files[1], "weight": 1}]
-    seen = [
-        name for step in names(list(loader(tokenizer, sources).from_position(None, 11)), tokenizer) for name in step
-    ]
-    share = sum(name.startswith("b") for name in seen) / len(seen)
-    assert 0.35 < share < 0.65
+def test_weights_hold_beyond_the_end_of_the_small_source(tokenizer: Any, files: list[str]) -> None:
+    sources = [{"path": files[0], "weight": 1}, {"path": files[1], "weight": 3}]
+    steps = list(loader(tokenizer, sources).from_position(None, 60))
+    for part in (steps[:30], steps[30:]):
+        seen = [name for step in names(part, tokenizer) for name in step]
+        assert 0.65 < sum(name.startswith("b") for name in seen) / len(seen) < 0.85
+
+
+def test_sources_without_weights_take_turns(tokenizer: Any, files: list[str]) -> None:
+    seen = [name for step in names(list(loader(tokenizer, files).from_position(None, 8)), tokenizer) for name in step]
+    assert 0.3 < sum(name.startswith("b") for name in seen) / len(seen) < 0.7
+
+
+@pytest.mark.parametrize("buffer", [30, 90, 45, 1000])
+def test_a_window_may_end_with_the_last_block_of_a_pass(
+    buffer: int, tokenizer: Any, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmtune.data.readers.BLOCK_BYTES", 1 << 20)
+    steps = list(loader(tokenizer, files[0], shuffle_buffer=buffer).from_position(None, 45))
+    seen = Counter(name for step in names(steps, tokenizer) for name in step)
+    assert seen == {f"a{number}": 4 for number in range(90)}
+
+
+def test_a_source_without_a_usable_row_ends_the_stream(tokenizer: Any, files: list[str], tmp_path: Path) -> None:
+    empty = tmp_path / "e.jsonl"
+    empty.write_text("\n".join(json.dumps({"prompt": "a", "completion": "word " * 300}) for _ in range(20)))
+    for sources in (str(empty), [{"path": files[0], "weight": 1}, {"path": str(empty), "weight": 1}]):
+        with pytest.raises(DataError, match=r"e.jsonl has no row that can be trained on"):
+            list(loader(tokenizer, sources).from_position(None, 20))
+
+
+def test_what_a_stream_cannot_do_is_said_before_training(tokenizer: Any, files: list[str], tmp_path: Path) -> None:
+    def prepare(train: Any) -> Any:
+        config = DataConfig(train=train, streaming=True, val_set_size=0, max_seq_length=64)
+        return prepare_data(config, tokenizer, 1, tmp_path)
+
+    with pytest.raises(ConfigError, match="limit=16 of"):
+        prepare(f"{files[0]}@16")
+    with pytest.raises(ConfigError, match=r"hf://datasets/nobody/nothing/"):
+        prepare("nobody/nothing")
+    labels = tmp_path / "l.csv"
+    labels.write_text("text,label\na,b\n")
+    with pytest.raises(DataError, match="a classifier cannot be trained yet"):
+        loader(tokenizer, str(labels)).stream.check()
+    long = tmp_path / "o.jsonl"
+    long.write_text(
+        "\n".join(json.dumps({"prompt": "a", "completion": "word " * (90 if n % 2 else 1)}) for n in range(40))
+    )
+    with pytest.raises(DataError, match=r"first 30 rows are longer than data.max_seq_length=64|rows are longer than"):
+        loader(tokenizer, str(long)).stream.check()
+
+
+def test_another_template_is_another_stream(tokenizer: Any, files: list[str], tmp_path: Path) -> None:
+    config = DataConfig(train=files, streaming=True, val_set_size=0)
+    first = prepare_data(config, tokenizer, 1, tmp_path).fingerprint
+    tokenizer.chat_template, kept = tokenizer.chat_template + "{# changed #}", tokenizer.chat_template
+    try:
+        assert prepare_data(config, tokenizer, 1, tmp_path).fingerprint != first
+    finally:
+        tokenizer.chat_template = kept
 
 
 def test_packed_documents_stay_whole(tokenizer: Any, files: list[str]) -> None:

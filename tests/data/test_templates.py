@@ -82,10 +82,25 @@ def test_text_and_spans_are_those_of_the_template(
         ("{% for m in messages %}{{ loop.previtem.content | upper }}{% endfor %}", Verbatim.no),
         ("{% for m in messages %}{% for k in m %}{{ m[k] }}{% endfor %}{% endfor %}", Verbatim.no),
         ("{% for m in messages %}{{ ('%s' | format(m.content)) }}{% endfor %}", Verbatim.no),
+        ("{% set a %}{{ messages[0].content }}{% endset %}{% if 'x' in a %}y{% endif %}", Verbatim.no),
+        ("{% filter trim %}{{ messages[0].content }}{% endfilter %}", Verbatim.no),
+        ("{% macro b() %}{{ messages[0].content }}{% endmacro %}{{ b() | upper }}", Verbatim.no),
     ],
 )
 def test_only_what_provably_writes_words_as_they_are_counts(template: str, expected: Verbatim) -> None:
     assert find_verbatim(Environment().parse(template)) is expected
+
+
+def test_words_that_are_written_twice_are_rendered(cache: Path) -> None:
+    tokenizer: Any = load_smollm2(cache)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '/' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    row = Conversation((Message(Role.user, "a"), Message(Role.assistant, "b")))
+    text, spans = ChatTemplate(tokenizer).render(row)
+    assert text == "user: a/a<|im_end|>assistant: b/b<|im_end|>"
+    assert [text[span.start : span.end] for span in spans] == ["b/b<|im_end|>"]
 
 
 def test_a_template_that_looks_at_words_is_rendered(cache: Path) -> None:
@@ -96,4 +111,4 @@ def test_a_template_that_looks_at_words_is_rendered(cache: Path) -> None:
     )
     row = Conversation((Message(Role.user, "aha"), Message(Role.assistant, "ja")))
     text, spans = ChatTemplate(tokenizer).render(row)
-    assert [text[start:end] for start, end in spans] == ["jb<|im_end|>"]
+    assert [text[span.start : span.end] for span in spans] == ["jb<|im_end|>"]
