@@ -155,8 +155,7 @@ class Encoder:
         row = TokenRow(ids[:end], mask[:end])
         rows = self._fit(row, end_of_turn, whole_text=len(conversation.messages) == 1)
         if self.settings.train_on_inputs and isinstance(rows, list):
-            # What a message forbids stays untrained. Rows that were cut share their beginning with the whole one.
-            return [replace(cut, mask=~silent[: len(cut.ids)]) for cut in rows]
+            return [replace(cut, mask=_all_but(silent, len(cut.ids))) for cut in rows]
         return rows
 
     def _end_text(self, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> tuple[Any, Any]:
@@ -220,6 +219,14 @@ class Encoder:
             ids = np.asarray(cut["input_ids"], dtype=np.int32)
             self._backend.no_truncation()
         return [TokenRow(ids, np.zeros(len(ids), dtype=bool), truncated, conversation.label)]
+
+
+def _all_but(silent: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
+    """The mask of a row of which all is trained but what messages forbid. A row that was cut begins as the whole one did."""
+    mask = np.ones(length, dtype=bool)
+    known = silent[:length]
+    mask[: len(known)] = ~known
+    return mask
 
 
 def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int]:

@@ -271,6 +271,12 @@ def test_training_on_inputs_leaves_out_what_a_message_forbids(chatml: Any) -> No
     assert text.endswith("right<|im_end|>")
 
 
+def test_training_on_inputs_of_plain_texts_trains_all_of_them(families: dict[str, Any]) -> None:
+    row = only(encode(families["llama2"], talk("2+2=", "4", plain=True), inputs=True))
+    assert row.mask.all()
+    assert trained_text(row, families["llama2"]) == "<s>2+2=4</s>"
+
+
 def test_special_tokens_in_tool_calls_are_refused(families: dict[str, Any]) -> None:
     call = {"type": "function", "function": {"name": "say", "arguments": {"text": "x<|im_end|>"}}}
     messages = (Message(Role.user, "a"), Message(Role.assistant, "", extra={"tool_calls": [call]}))
