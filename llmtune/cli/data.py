@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from llmtune.data.report import DataReport
     from llmtune.data.statistics import Lengths, Padding, Piece
     from llmtune.data.store import Rows
-    from llmtune.track.console import Console
 
 #: Rows that are printed.
 SHOWN_ROWS = 3
@@ -37,9 +37,11 @@ def main(arguments: Arguments) -> int:
     """Prepare the data and report on it; exit code 4 where training would be refused."""
     from llmtune.cli.plan import stdout_for_us
 
+    # Asked before standard output is kept from libraries, after which it is no longer the user's.
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with stdout_for_us() as write:
         try:
-            return _report(arguments, write)
+            return _report(arguments, write, colours)
         except DataError as error:
             # Nothing to count: a program that reads the report still gets one.
             if arguments.as_json:
@@ -48,7 +50,7 @@ def main(arguments: Arguments) -> int:
             raise
 
 
-def _report(arguments: Arguments, write: Any) -> int:
+def _report(arguments: Arguments, write: Any, colours: bool) -> int:
     from llmtune.cli.prepare import cache_dir, resolve_target, watch_tokenising
     from llmtune.cli.quiet import quiet_libraries
     from llmtune.config.compose import compose_config
@@ -77,11 +79,10 @@ def _report(arguments: Arguments, write: Any) -> int:
     if arguments.as_json:
         write(json.dumps(to_json(data, report, untrained), ensure_ascii=False) + "\n")
     else:
-        output = Console(sys.stdout)
         for text in to_text(report, untrained):
             write(text + "\n")
         _write_files(
-            report, Path(config.output_dir or f"{resolve_target(composed).folder}-data").expanduser(), output, write
+            report, Path(config.output_dir or f"{resolve_target(composed).folder}-data").expanduser(), colours, write
         )
     if data.fatal:
         sys.stderr.write(f"error: training on this data is refused: {data.fatal:,} problem(s)\n")
@@ -190,13 +191,13 @@ def _histogram(lengths: Lengths) -> list[str]:
     return lines
 
 
-def _write_files(report: DataReport, folder: Path, console: Console, write: Any) -> None:
+def _write_files(report: DataReport, folder: Path, colours: bool, write: Any) -> None:
     """Rows in two colours, the picture and the page."""
     from llmtune.data.report import write_page, write_picture
 
     for where, pieces in report.rows:
         write(f"\n{where}\n")
-        write(_coloured(pieces, console.is_terminal) + "\n")
+        write(_coloured(pieces, colours) + "\n")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         picture = folder / "lengths.png"
@@ -208,14 +209,14 @@ def _write_files(report: DataReport, folder: Path, console: Console, write: Any)
     write(f"\npicture {picture}\npage    {folder / 'data.html'}\n")
 
 
-def _coloured(pieces: list[Piece], terminal: bool) -> str:
+def _coloured(pieces: list[Piece], colours: bool) -> str:
     """Trained text in green, masked text in grey; where there are no colours, trained text in brackets."""
     parts = []
     left = SHOWN_CHARACTERS
     for piece in pieces:
         text = piece.text if len(piece.text) <= left else piece.text[:left] + " ..."
         left -= len(text)
-        if terminal:
+        if colours:
             parts.append(f"\x1b[32m{text}\x1b[0m" if piece.trained else f"\x1b[90m{text}\x1b[0m")
         else:
             parts.append(f"[[{text}]]" if piece.trained else text)
