@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -79,17 +80,18 @@ def parse_rows(block: Block) -> Iterator[tuple[int, Row | RowError]]:
         yield number, row if isinstance(row, RowError) else _checked(row)
 
 
-def select_rows(blocks: Iterator[Block], chosen: set[int]) -> Iterator[Block]:
-    """Blocks with only some rows: those whose number in the source, counted from 0, is among ``chosen``."""
-    number = 0
-    for block in blocks:
-        kept = []
-        for line, row in _unparsed(block):
-            if number in chosen:
-                kept.append((line, row))
-            number += 1
-        if kept:
-            yield Block(block.file, kept[0][0], kept, block.next)
+def select_rows(blocks: Iterator[Block], drawn: list[int]) -> Iterator[Block]:
+    """Blocks with only some rows, in the order drawn; these rows are held in memory.
+
+    Args:
+        drawn: Numbers of rows in the source, counted from 0.
+    """
+    places = {number: place for place, number in enumerate(drawn)}
+    rows = ((block.file, line, row) for block in blocks for line, row in _unparsed(block))
+    kept = [(places[number], entry) for number, entry in enumerate(rows) if number in places]
+    kept.sort(key=lambda pair: pair[0])
+    for file, group in itertools.groupby((entry for _, entry in kept), key=lambda entry: entry[0]):
+        yield from _in_blocks(file, ((line, row) for _, line, row in group), 0)
 
 
 def count_rows(blocks: Iterator[Block]) -> int:

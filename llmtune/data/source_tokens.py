@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from llmtune.config.schema import DataConfig, DataFormat
 from llmtune.data.conversation import Conversation
@@ -114,8 +113,7 @@ def read_source(source: Source, files: list[DataFile], recipes: dict[str, Recipe
     if source.limit is not None:
         count = count_rows(blocks())
         if source.limit < count:
-            drawn = np.random.default_rng([seed, 3]).permutation(count)[: source.limit]
-            chosen = select_rows(blocks(), set(drawn.tolist()))
+            chosen = select_rows(blocks(), random.Random(seed).sample(range(count), source.limit))
     return ((block, recipes[block.file]) for block in chosen)
 
 

@@ -26,7 +26,7 @@ from llmtune.plan.placement import make_placement
 from llmtune.plan.shape import resolve_shape
 from llmtune.plan.states import state_bytes
 from llmtune.plan.zero_sizes import resolve_zero_sizes
-from tests.engine.rows import RandomRows
+from tests.engine.rows import random_rows
 from tests.engine.worker import ask_cpu_once
 
 #: Storages below this are counters, scalars and DeepSpeed's placeholders.
@@ -89,7 +89,7 @@ def measure_steps(module: TrainModule, before: dict[int, int], batch: BatchPlan,
         step(*args, **kwargs)
 
     for number in range(2):
-        rows = [RandomRows(1, 16, vocab, 10 * number + micro) for micro in range(batch.accumulation_steps)]
+        rows = [random_rows(1, 16, vocab, 10 * number + micro) for micro in range(batch.accumulation_steps)]
         module.engine.step = looking if number == 1 else step
         module.train_step(rows, 16 * batch.global_batch_size, 1e-3)
     module.engine.step = step

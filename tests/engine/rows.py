@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from llmtune.data.batch import Batch
 
-class RandomRows:
+
+def random_rows(rows: int, length: int, vocab: int, seed: int) -> Batch:
     """All tokens trained, none padded."""
-
-    def __init__(self, rows: int, length: int, vocab: int, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        self.input_ids = torch.randint(0, vocab, (rows, length), generator=generator)
-        self.attention_mask = torch.ones_like(self.input_ids)
-        self.labels = self.input_ids
+    input_ids = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return Batch(input_ids, labels=input_ids, attention_mask=torch.ones_like(input_ids))
