@@ -1,10 +1,14 @@
-"""What a published folder holds: every file with its size and hash, written before the folder is renamed into place."""
+"""What a published folder holds: every file with its size and hash, written before the folder is renamed into place.
+
+The marker that is written last holds the manifest's own hash, so that nothing in the folder goes unchecked.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -12,6 +16,11 @@ import xxhash
 from llmtune import __version__
 from llmtune.checkpoint import names
 from llmtune.errors import CheckpointError
+
+#: Files of a published folder that the manifest does not list.
+_OWN = {names.MANIFEST, names.COMPLETE}
+
+_HASHING_THREADS = 4
 
 
 def hash_file(path: Path) -> dict[str, Any]:
@@ -32,33 +41,62 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]], about: dict[s
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, with every file's presence and size checked.
+    """The manifest of a complete folder, with the presence, size and place of every file checked.
 
     Raises:
-        CheckpointError: The manifest is missing or broken, or a file is not as it says.
+        CheckpointError: The folder is incomplete, the manifest is broken, or a file is not as it says.
     """
-    try:
-        manifest: dict[str, Any] = json.loads((folder / names.MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: {names.MANIFEST} cannot be read ({error})") from error
-    for name, entry in files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != entry["size"]:
-            state = "is missing" if size is None else f"has {size} bytes instead of {entry['size']}"
-            raise CheckpointError(f"{folder}: {name} {state}; name another checkpoint with resume_from_checkpoint=PATH")
+    manifest, problems = _look(folder)
+    if problems:
+        raise CheckpointError(f"{folder}: {'; '.join(problems)}")
     return manifest
+
+
+def find_damage(folder: Path) -> list[str]:
+    """Everything that is not as the manifest says, every byte read; empty for a folder that is whole."""
+    manifest, problems = _look(folder)
+    named = {problem.split(" ", 1)[0] for problem in problems}
+    entries = [(name, entry) for name, entry in manifest.get("files", {}).items() if name not in named]
+
+    def check(item: tuple[str, dict[str, Any]]) -> str | None:
+        name, entry = item
+        try:
+            found = hash_file(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found["xxh3_128"] != entry["xxh3_128"]:
+            return f"{name} has other contents than it was written with (xxh3 {found['xxh3_128']})"
+        return None
+
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        return problems + [problem for problem in pool.map(check, entries) if problem]
+
+
+def check_undamaged(folder: Path) -> None:
+    """Read every byte of a published folder.
+
+    Raises:
+        CheckpointError: With all that is wrong.
+    """
+    problems = find_damage(folder)
+    if problems:
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
 
 
 def publish(aside: Path, folder: Path) -> None:
     """Rename a finished folder into place and mark it complete; its parent is flushed, so that the name survives too."""
     flush(aside)
     aside.rename(folder)
-    (folder / names.COMPLETE).write_text("")
-    flush(folder / names.COMPLETE)
-    flush(folder)
+    mark_complete(folder)
     flush(folder.parent)
+
+
+def mark_complete(folder: Path) -> None:
+    """Write the marker, with the manifest's hash in it."""
+    marker = folder / names.COMPLETE
+    marker.write_text(str(hash_file(folder / names.MANIFEST)["xxh3_128"]))
+    flush(marker)
+    flush(folder)
 
 
 def flush(path: Path) -> None:
@@ -68,3 +106,37 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _look(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The manifest, and what is wrong without reading the files it lists."""
+    marker = folder / names.COMPLETE
+    if not marker.is_file():
+        return {}, [f"{names.COMPLETE} is missing: it was never finished"]
+    try:
+        text = (folder / names.MANIFEST).read_bytes()
+        manifest: dict[str, Any] = json.loads(text)
+        files = {str(name): (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in manifest["files"].items()}
+        expected = marker.read_text(errors="replace")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, [f"{names.MANIFEST} cannot be read ({error})"]
+    if expected != xxhash.xxh3_128(text).hexdigest():
+        return {}, [f"{names.MANIFEST} is not the one that {names.COMPLETE} was written for"]
+    problems = []
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not _stays_inside(name, path):
+            problems.append(f"{name} leads out of the folder")
+        elif not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    problems += [f"{name} is not in {names.MANIFEST}" for name in sorted(present - files.keys() - _OWN)]
+    return manifest, problems
+
+
+def _stays_inside(name: str, path: Path) -> bool:
+    """Whether a manifest's path is one of its folder, and no link."""
+    pure = PurePosixPath(name)
+    return not pure.is_absolute() and ".." not in pure.parts and not path.is_symlink()

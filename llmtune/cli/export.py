@@ -25,7 +25,7 @@ def main(arguments: Arguments) -> int:
     composed = compose_config(arguments.overrides, arguments.config_dir)
     quiet_libraries()
     given = composed.config
-    if not (given.run or given.checkpoint or given.adapter):
+    if not (given.run or given.checkpoint.path or given.adapter):
         raise ConfigError("export needs run=FOLDER, checkpoint=FOLDER, or base=MODEL adapter=FOLDER")
     target = resolve_target(composed)
     output = _output(given, target)
@@ -50,8 +50,8 @@ def _output(given: Config, target: Target) -> Path:
     """``output_dir``, or a place beside what was exported."""
     if given.output_dir:
         return Path(given.output_dir).expanduser()
-    if given.checkpoint:
-        checkpoint = Path(given.checkpoint).expanduser()
+    if given.checkpoint.path:
+        checkpoint = Path(given.checkpoint.path).expanduser()
         return checkpoint.with_name(f"{names.MERGED}-{checkpoint.name}")
     if target.run is not None:
         return target.run / names.MERGED

@@ -37,7 +37,8 @@ def resolve_target(composed: Composed) -> Target:
         CheckpointError: There is nothing complete at that place.
     """
     given = composed.config
-    named = [key for key in ("run", "checkpoint", "base") if getattr(given, key)]
+    places = {"run": given.run, "checkpoint": given.checkpoint.path, "base": given.base}
+    named = [key for key, place in places.items() if place]
     if len(named) > 1:
         raise ConfigError(f"{' and '.join(f'{key}=' for key in named)} exclude each other")
     if given.adapter and named not in (["base"], []):
@@ -46,8 +47,8 @@ def resolve_target(composed: Composed) -> Target:
         run = Path(given.run).expanduser()
         stored = _stored_config(run, run / names.CONFIG)
         return from_trained(with_overrides(stored, composed), trained_folder(run, stored), run)
-    if given.checkpoint:
-        folder = Path(given.checkpoint).expanduser()
+    if given.checkpoint.path:
+        folder = Path(given.checkpoint.path).expanduser()
         if not is_complete(folder):
             raise CheckpointError(f"checkpoint={folder}: not a complete checkpoint")
         stored = _stored_config(folder, folder / names.CONFIG)

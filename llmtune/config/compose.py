@@ -62,7 +62,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> Compo
     groups = config_groups(config_dir)
     problems: list[str] = []
     good: list[str] = []
-    for text in overrides:
+    for text in map(_spell_out, overrides):
         problem, override = _check_override(text, groups)
         if problem:
             problems.append(problem)
@@ -172,6 +172,12 @@ def _own_choices(overrides: list[str]) -> list[str]:
     if own_files and not values.keys() & {"data", "experiment"}:
         overrides = ["data='files'", *overrides]
     return overrides
+
+
+def _spell_out(text: str) -> str:
+    """``checkpoint=FOLDER`` names a target, as ``run=FOLDER`` does, and is short for ``checkpoint.path=FOLDER``."""
+    key, equals, value = text.partition("=")
+    return f"checkpoint.path={value}" if equals and key.lstrip("+") == "checkpoint" else text
 
 
 def _check_override(text: str, groups: dict[str, set[str]]) -> tuple[str | None, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llmtune.config.schema import Config, DataFormat, OffloadDevice, Precision, TunerKind
+from llmtune.config.data_schema import DataFormat
+from llmtune.config.schema import Config, OffloadDevice, Precision, TunerKind
 
 
 def problems(config: Config) -> list[str]:
@@ -31,7 +32,10 @@ def _check_ranges(config: Config) -> list[str]:
         "data.shuffle_buffer": config.data.shuffle_buffer,
         "tuner.lora_r": config.tuner.lora_r,
         "tuner.lora_alpha": config.tuner.lora_alpha,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
         "launch.nproc": config.launch.nproc,
+        "launch.hang_timeout": config.launch.hang_timeout,
+        "launch.stop_timeout": config.launch.stop_timeout,
         "hardware.nodes": config.hardware.nodes,
         "hardware.gpus_per_node": config.hardware.gpus_per_node,
         "hardware.gpu_flops": config.hardware.gpu_flops,
@@ -48,6 +52,7 @@ def _check_ranges(config: Config) -> list[str]:
         "schedule.warmup_steps": config.schedule.warmup_steps,
         "data.val_set_size": config.data.val_set_size,
         "data.dataloader_num_workers": config.data.dataloader_num_workers,
+        "launch.max_restarts": config.launch.max_restarts,
         "chat.temperature": config.chat.temperature,
         "seed": config.seed,
     }
@@ -82,6 +87,7 @@ def _check_choices(config: Config) -> list[str]:
     for key, flag in {
         "train.gradient_checkpointing": config.train.gradient_checkpointing,
         "train.sample_answers": config.train.sample_answers,
+        "checkpoint.background": config.checkpoint.background,
     }.items():
         if flag not in ("auto", True, False):
             found.append(f"{key}={flag}: 'auto', true or false")

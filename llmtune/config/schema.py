@@ -12,6 +12,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from llmtune.config.data_schema import DataConfig
+
 
 class Precision(Enum):
     """Dtype of weights, activations and gradients; master weights and Adam moments are fp32 in all of them."""
@@ -37,34 +39,6 @@ class SchedulerType(Enum):
     constant = "constant"
 
 
-class Overlong(Enum):
-    """What happens to a row of more than ``max_seq_length`` tokens."""
-
-    drop = "drop"
-    truncate = "truncate"
-    split = "split"
-    error = "raise"
-
-
-class OnBadRow(Enum):
-    """What happens to a row that cannot be trained on."""
-
-    error = "raise"
-    skip = "skip"
-
-
-class DataFormat(Enum):
-    """How a row of a file is read."""
-
-    auto = "auto"
-    alpaca = "alpaca"
-    sharegpt = "sharegpt"
-    messages = "messages"
-    prompt_completion = "prompt_completion"
-    text = "text"
-    classification = "classification"
-
-
 class Accelerator(Enum):
     """Device type of the ranks."""
 
@@ -88,6 +62,22 @@ class ExportFormat(Enum):
     none = "none"
     safetensors = "safetensors"
     adapter = "adapter"
+
+
+class OnNan(Enum):
+    """What happens when a loss or a gradient is not finite."""
+
+    stop = "stop"
+    skip = "skip"
+    rollback = "rollback"
+
+
+class OnDiskLow(Enum):
+    """What happens when a checkpoint does not fit on the disk."""
+
+    stop = "stop"
+    prune = "prune"
+    skip = "skip"
 
 
 class TrackerKind(Enum):
@@ -123,46 +113,6 @@ class ModelConfig:
     CPU, and ``flash_attention_2`` for packed rows on CUDA where ``flash_attn`` is installed."""
     trust_remote_code: bool = False
     """Allow Python code from the model's repository."""
-
-
-@dataclass(slots=True)
-class DataConfig:
-    """Which rows are trained on, and how they become tokens."""
-
-    train: Any = MISSING
-    """A file, a pattern, a folder, a URL, a Hugging Face id, ``stdlib_docs``, or a list of them; ``@N`` behind it takes N
-    rows drawn with the seed. Instead of a text, a mapping with ``path`` and any of ``format fields limit repeat weight
-    split name revision``."""
-    eval: Any = None
-    """The same for evaluation; without it ``val_set_size`` rows are split off the training data."""
-    val_set_size: int | float = 0.05
-    """Rows (an integer) or share (a fraction below 1) split off for evaluation; 0 for none."""
-    format: DataFormat = DataFormat.auto
-    """Format of the rows; ``auto`` tells it by the fields of each file's first row."""
-    chat_template: str | None = None
-    """A name in ``conf/chat_template/`` or a ``.jinja`` file; without it the tokenizer's own."""
-    max_seq_length: int = 2048
-    """Longest row, in tokens; with packing, the length of every row."""
-    packing: bool = False
-    """Put several short rows into one of ``max_seq_length``; they do not see each other."""
-    overlong: Overlong = Overlong.drop
-    """What happens to longer rows: ``drop``, ``truncate``, ``split`` (plain text only), ``raise``; all are counted."""
-    max_overlong_share: float = 0.1
-    """Share of a source's rows that may be dropped or truncated before llmtune refuses the data."""
-    train_on_inputs: bool = False
-    """Also train on what the user and the system say."""
-    on_bad_row: OnBadRow = OnBadRow.error
-    """``raise`` refuses data with rows that cannot be trained on; ``skip`` leaves them out and lists them in a file."""
-    num_workers: int | str = "auto"
-    """Processes that tokenise; ``auto`` is one a core, and none for small files."""
-    dataloader_num_workers: int = 0
-    """Processes of each rank that make batches ahead of the training step; 0 makes them in the rank itself."""
-    pin_memory: bool | str = "auto"
-    """Batches in page-locked host memory, which copies to a GPU faster; ``auto`` on CUDA."""
-    streaming: bool = False
-    """Tokenise while training, for data larger than the disk; needs ``train.max_steps``, and ``data.eval`` or none held out."""
-    shuffle_buffer: int = 10_000
-    """Rows among which streaming shuffles and packs."""
 
 
 @dataclass(slots=True)
@@ -213,8 +163,31 @@ class TrainConfig:
     """Optimizer steps between checkpoints; there is one at the end in any case."""
     save_total_limit: int | None = 2
     """Checkpoints kept, newest first; null keeps all."""
+    on_nan: OnNan = OnNan.stop
+    """A loss or gradient that is not finite: ``stop`` names the rows and ends; ``skip`` leaves the step out; ``rollback``
+    goes back to the newest checkpoint and leaves the step out on the way."""
     sample_answers: bool | str = "auto"
     """Answers to three held-out prompts before and after; ``auto`` skips models sharded or offloaded that are large."""
+
+
+@dataclass(slots=True)
+class CheckpointConfig:
+    """How checkpoints are written, kept and copied. ``checkpoint=FOLDER`` on the command line sets ``path``."""
+
+    path: str | None = None
+    """Checkpoint folder that ``export``, ``eval``, ``chat`` and ``verify`` work on, instead of ``run``."""
+    background: bool | str = "auto"
+    """Copy to host memory and write while training goes on; ``auto`` where the host has the memory for it."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides are never removed."""
+    metric_for_best_model: str | None = None
+    """A key of evaluation lines, such as ``eval_loss``: the checkpoint where it was best is never removed."""
+    greater_is_better: bool = False
+    """Whether that metric is one to raise."""
+    on_disk_low: OnDiskLow = OnDiskLow.stop
+    """When the next checkpoint would not fit: ``stop``; ``prune`` older ones, never the last; ``skip`` it."""
+    mirror: str | None = None
+    """URL (``s3://bucket/folder``, ``gs://``, ``oss://``, another disk) that complete checkpoints are copied to."""
 
 
 @dataclass(slots=True)
@@ -310,6 +283,12 @@ class LaunchConfig:
 
     nproc: int | None = None
     """Ranks on this machine; all GPUs, or 1 on a CPU."""
+    max_restarts: int = 3
+    """Times that ranks which failed are started again, from the newest checkpoint; errors of the user's are not tried again."""
+    hang_timeout: float = 1800.0
+    """Seconds without any step, batch or write of any rank after which they are ended, with their stack traces saved."""
+    stop_timeout: float = 900.0
+    """Seconds that ranks have to save after a signal, before they are ended."""
     memory_limit: Any = None
     """Cap of one rank (``6GB``), to try what happens when memory runs out; the plan does not look at it."""
 
@@ -375,6 +354,7 @@ class Config:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -390,8 +370,6 @@ class Config:
     """``auto`` (the newest in the run folder), ``none``, or a checkpoint folder."""
     run: str | None = None
     """Run folder that ``export``, ``eval`` and ``chat`` work on."""
-    checkpoint: str | None = None
-    """Checkpoint folder, instead of ``run``."""
     base: str | None = None
     """Base model, instead of the configured one."""
     adapter: str | None = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtune.config.schema import DataConfig, Overlong
+from llmtune.config.data_schema import DataConfig, Overlong
 from llmtune.data.conversation import Conversation, Role
 from llmtune.data.formats import texts_within
 from llmtune.data.problems import RowError

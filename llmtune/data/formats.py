@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from llmtune.config.schema import DataFormat
+from llmtune.config.data_schema import DataFormat
 from llmtune.data.conversation import Conversation, Message, Role
 from llmtune.data.problems import RowError
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtune.config.schema import DataConfig, OnBadRow
+from llmtune.config.data_schema import DataConfig, OnBadRow
 from llmtune.data.fingerprint import digest, hash_tokenizer, identify_file
 from llmtune.data.mixing import hold_out, mix
 from llmtune.data.packing import pack_rows, packing_efficiency
@@ -163,8 +163,9 @@ def _identify_stream(sources: list[Source]) -> list[list[str]]:
     """
     files = []
     for source in sources:
-        for name, value in (("limit", source.limit), ("repeat", source.repeat)):
-            if value not in (1, None):
+        # An absent limit is None, an absent repeat 1.
+        for name, value, absent in (("limit", source.limit, None), ("repeat", source.repeat, 1)):
+            if value != absent:
                 raise ConfigError(f"data.streaming=true with {name}={value} of {source.path}: a stream has no {name}")
         for file in resolve_files(source):
             if file.kind == "hub" and not Path(file.path).is_dir():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.config.schema import DataConfig, DataFormat
+from llmtune.config.data_schema import DataConfig, DataFormat
 from llmtune.data.conversation import Conversation
 from llmtune.data.encode import EncodeSettings
 from llmtune.data.fingerprint import digest, hash_files

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.schema import DataFormat
+from llmtune.config.data_schema import DataFormat
 from llmtune.errors import ConfigError, DataError, MissingPrerequisiteError
 
 if TYPE_CHECKING:

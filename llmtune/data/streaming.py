@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from llmtune.config.schema import DataConfig, DataFormat, OnBadRow
+from llmtune.config.data_schema import DataConfig, DataFormat, OnBadRow
 from llmtune.data.batch import Collator
 from llmtune.data.encode import Encoder, EncodeSettings
 from llmtune.data.loader import LoaderSettings, StepBatch, load, share_of_rank

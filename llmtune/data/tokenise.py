@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from llmtune.config.schema import DataFormat
+from llmtune.config.data_schema import DataFormat
 from llmtune.data.conversation import Conversation
 from llmtune.data.encode import Encoder, EncodeSettings, Overflow, TokenRow
 from llmtune.data.formats import FORMATS, rename

@@ -53,7 +53,7 @@ def run_llmtune(source: Path, folder: Path, model: Path, workers: str) -> dict[s
     """Tokens and seconds of llmtune."""
     from transformers import AutoTokenizer
 
-    from llmtune.config.schema import DataConfig
+    from llmtune.config.data_schema import DataConfig
     from llmtune.data.prepare import open_rows, prepare_data
 
     tokenizer = AutoTokenizer.from_pretrained(model)

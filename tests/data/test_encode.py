@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llmtune.config.schema import Overlong
+from llmtune.config.data_schema import Overlong
 from llmtune.data.conversation import Conversation, Message, Role
 from llmtune.data.encode import Encoder, EncodeSettings, Overflow, TokenRow
 from llmtune.data.problems import RowError

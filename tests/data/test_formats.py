@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmtune.config.schema import DataFormat
+from llmtune.config.data_schema import DataFormat
 from llmtune.data.formats import FORMATS, detect_format, rename
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

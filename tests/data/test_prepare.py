@@ -13,7 +13,7 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from llmtune.config.schema import DataConfig, Overlong
+from llmtune.config.data_schema import DataConfig, Overlong
 from llmtune.data.prepare import PreparedData, open_rows, prepare_data, read_samples
 from llmtune.data.source_tokens import TokeniseProgress
 from llmtune.errors import ConfigError, DataError

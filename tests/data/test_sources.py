@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from llmtune.config.schema import DataFormat
+from llmtune.config.data_schema import DataFormat
 from llmtune.data.readers import count_rows, parse_rows, read_blocks, select_rows
 from llmtune.data.sources import Source, parse_sources, resolve_files
 from llmtune.data.stdlib_docs import read_stdlib_docs

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from llmtune.config.schema import DataConfig, OnBadRow
+from llmtune.config.data_schema import DataConfig, OnBadRow
 from llmtune.data.batch import Collator
 from llmtune.data.loader import LoaderSettings, StepBatch
 from llmtune.data.prepare import prepare_data
@@ -137,8 +137,9 @@ def test_what_a_stream_cannot_do_is_said_before_training(tokenizer: Any, files: 
         config = DataConfig(train=train, streaming=True, val_set_size=0, max_seq_length=64)
         return prepare_data(config, tokenizer, 1, tmp_path)
 
-    with pytest.raises(ConfigError, match="limit=16 of"):
-        prepare(f"{files[0]}@16")
+    for rows in (16, 1):
+        with pytest.raises(ConfigError, match=f"limit={rows} of"):
+            prepare(f"{files[0]}@{rows}")
     with pytest.raises(ConfigError, match=r"hf://datasets/nobody/nothing/"):
         prepare("nobody/nothing")
     labels = tmp_path / "l.csv"

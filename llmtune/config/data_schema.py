@@ -1,0 +1,77 @@
+"""The keys of ``data``; the rest of the schema is :mod:`llmtune.config.schema`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Overlong(Enum):
+    """What happens to a row of more than ``max_seq_length`` tokens."""
+
+    drop = "drop"
+    truncate = "truncate"
+    split = "split"
+    error = "raise"
+
+
+class OnBadRow(Enum):
+    """What happens to a row that cannot be trained on."""
+
+    error = "raise"
+    skip = "skip"
+
+
+class DataFormat(Enum):
+    """How a row of a file is read."""
+
+    auto = "auto"
+    alpaca = "alpaca"
+    sharegpt = "sharegpt"
+    messages = "messages"
+    prompt_completion = "prompt_completion"
+    text = "text"
+    classification = "classification"
+
+
+@dataclass(slots=True)
+class DataConfig:
+    """Which rows are trained on, and how they become tokens."""
+
+    train: Any = MISSING
+    """A file, a pattern, a folder, a URL, a Hugging Face id, ``stdlib_docs``, or a list of them; ``@N`` behind it takes N
+    rows drawn with the seed. Instead of a text, a mapping with ``path`` and any of ``format fields limit repeat weight
+    split name revision``."""
+    eval: Any = None
+    """The same for evaluation; without it ``val_set_size`` rows are split off the training data."""
+    val_set_size: int | float = 0.05
+    """Rows (an integer) or share (a fraction below 1) split off for evaluation; 0 for none."""
+    format: DataFormat = DataFormat.auto
+    """Format of the rows; ``auto`` tells it by the fields of each file's first row."""
+    chat_template: str | None = None
+    """A name in ``conf/chat_template/`` or a ``.jinja`` file; without it the tokenizer's own."""
+    max_seq_length: int = 2048
+    """Longest row, in tokens; with packing, the length of every row."""
+    packing: bool = False
+    """Put several short rows into one of ``max_seq_length``; they do not see each other."""
+    overlong: Overlong = Overlong.drop
+    """What happens to longer rows: ``drop``, ``truncate``, ``split`` (plain text only), ``raise``; all are counted."""
+    max_overlong_share: float = 0.1
+    """Share of a source's rows that may be dropped or truncated before llmtune refuses the data."""
+    train_on_inputs: bool = False
+    """Also train on what the user and the system say."""
+    on_bad_row: OnBadRow = OnBadRow.error
+    """``raise`` refuses data with rows that cannot be trained on; ``skip`` leaves them out and lists them in a file."""
+    num_workers: int | str = "auto"
+    """Processes that tokenise; ``auto`` is one a core, and none for small files."""
+    dataloader_num_workers: int = 0
+    """Processes of each rank that make batches ahead of the training step; 0 makes them in the rank itself."""
+    pin_memory: bool | str = "auto"
+    """Batches in page-locked host memory, which copies to a GPU faster; ``auto`` on CUDA."""
+    streaming: bool = False
+    """Tokenise while training, for data larger than the disk; needs ``train.max_steps``, and ``data.eval`` or none held out."""
+    shuffle_buffer: int = 10_000
+    """Rows among which streaming shuffles and packs."""
