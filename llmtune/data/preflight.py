@@ -41,11 +41,10 @@ def _length_that_fits(store: TokenStore, allowed_share: float) -> int | None:
     """The shortest length at which few enough rows are too long; None where truncation hid the lengths."""
     if store.summary.truncated:
         return None
-    every: Counter[int] = Counter(dict(store.summary.overlong))
     total = store.summary.rows + store.summary.dropped
     beyond = store.summary.dropped
-    for tokens in sorted(every):
-        beyond -= every[tokens]
+    for tokens, count in store.summary.overlong:
+        beyond -= count
         if beyond / total <= allowed_share:
             return tokens
     return None

@@ -20,10 +20,10 @@ from llmtune.data.fingerprint import digest, hash_tokenizer, identify_file
 from llmtune.data.mixing import hold_out, mix
 from llmtune.data.packing import pack_rows, packing_efficiency
 from llmtune.data.preflight import check_labels, check_leaks, check_overlong
-from llmtune.data.problems import Problem, refuse
-from llmtune.data.source_tokens import Watch, find_conversations, tokenise_source
+from llmtune.data.problems import Problem, read_problem_file, refuse, write_problems
+from llmtune.data.source_tokens import Watch, find_conversations, token_folder, tokenise_source
 from llmtune.data.sources import Source, parse_sources, resolve_files
-from llmtune.data.store import Rows, TokenStore, publish_folder, read_problem_file, write_problem_file
+from llmtune.data.store import Rows, TokenStore, publish_folder
 from llmtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -133,10 +133,10 @@ def prepare_data(
     folder = cache_dir / "data" / "prepared" / fingerprint
     if not (folder / _SUMMARY).is_file():
         with publish_folder(folder) as aside:
-            stores = [str(cache_dir / "data" / "tokens" / key) for key in keys]
-            eval_stores = [str(cache_dir / "data" / "tokens" / key) for key in eval_keys]
+            stores = [str(token_folder(cache_dir, key)) for key in keys]
+            eval_stores = [str(token_folder(cache_dir, key)) for key in eval_keys]
             _Index(config, sources, stores, eval_stores, seed, aside).write()
-            samples = _samples(aside, stores, eval_stores or stores, eval_sources or sources, config)
+            samples = _samples(aside, eval_stores or stores, eval_sources or sources)
             (aside / _SAMPLES).write_text(json.dumps([asdict(s) for s in samples], ensure_ascii=False, indent=1))
     values = json.loads((folder / _SUMMARY).read_text())
     data = PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
@@ -237,7 +237,8 @@ class _Index:
         else:
             fatal += bad_rows + len(leaks)
             problems = itertools.chain(self._bad_rows(every), leaks, whole)
-        write_problem_file(self.folder / PROBLEMS, problems)
+        with (self.folder / PROBLEMS).open("w", encoding="utf-8") as file:
+            write_problems(problems, file)
         summary = {
             "train": self._summarise(self._write_split(train, "train", self.config.packing), self.stores, twins=twins),
             "eval": None,
@@ -332,13 +333,11 @@ def _classes(stores: list[TokenStore]) -> list[Any]:
     return sorted(every, key=lambda label: (isinstance(label, str), label))[:MAX_CLASSES]
 
 
-def _samples(
-    folder: Path, stores: list[str], eval_stores: list[str], sources: list[Source], config: DataConfig
-) -> list[SamplePrompt]:
+def _samples(folder: Path, stores: list[str], sources: list[Source]) -> list[SamplePrompt]:
     """The first held-out conversations, read again from their files."""
     if json.loads((folder / _SUMMARY).read_text())["eval"] is None:
         return []
-    rows = _open(folder, eval_stores, "eval")
+    rows = _open(folder, stores, "eval")
     places = [rows.source_place(number) for number in range(min(SAMPLE_PROMPTS, len(rows)))]
     found = find_conversations([replace(s, limit=None) for s in sources], places)
     return [

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
 
 from llmtune.errors import DataError
 
@@ -37,6 +40,18 @@ class Problem:
 def place(file: str, line: int | None) -> str:
     """``file:line``."""
     return file if line is None else f"{file}:{line}"
+
+
+def write_problems(problems: Iterable[Problem], file: TextIO) -> None:
+    """A line of JSON for each, behind what stands in the file."""
+    file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
+
+
+def read_problem_file(path: Path) -> Iterator[Problem]:
+    """The problems that were written to a file, one at a time: there may be millions."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield Problem(**json.loads(line))
 
 
 def group_by_kind(problems: Iterable[Problem]) -> list[tuple[Problem, int]]:

@@ -66,18 +66,9 @@ def read_blocks(file: DataFile, source: Source, start: tuple[int, int] = (0, 1))
 
 def parse_rows(block: Block) -> Iterator[tuple[int, Row | RowError]]:
     """The rows of a block with their lines; blank lines are none."""
-    if isinstance(block.content, bytes):
-        lines: Iterator[tuple[int, Any]] = iter(enumerate(block.content.split(b"\n"), block.first))
-    elif isinstance(block.content, list):
-        lines = iter(block.content)
-    else:
-        lines = iter(enumerate(map(_without_nulls, block.content.to_pylist()), block.first))
-    for number, row in lines:
-        if isinstance(row, bytes):
-            if not row.strip():
-                continue
-            row = _parse_line(row)
-        yield number, row if isinstance(row, RowError) else _checked(row)
+    for line, unparsed in _unparsed(block):
+        row = _parse_line(unparsed) if isinstance(unparsed, bytes) else unparsed
+        yield line, row if isinstance(row, RowError) else _checked(row)
 
 
 def select_rows(blocks: Iterator[Block], drawn: list[int]) -> Iterator[Block]:

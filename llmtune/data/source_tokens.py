@@ -17,7 +17,7 @@ from llmtune.data.fingerprint import digest, hash_files
 from llmtune.data.formats import CHAT_FORMATS, FORMATS, detect_format, rename
 from llmtune.data.problems import RowError, place
 from llmtune.data.readers import Block, count_rows, parse_rows, read_blocks, select_rows
-from llmtune.data.sources import DataFile, Source, resolve_files
+from llmtune.data.sources import DataFile, Source, is_compressed, resolve_files
 from llmtune.data.store import SUMMARY, publish_folder, write_store
 from llmtune.data.templates import check_chat_template
 from llmtune.data.tokenise import Recipe, TokenBlock, Tokeniser, Work
@@ -72,7 +72,7 @@ def tokenise_source(
     drawn = [source.limit, seed] if source.limit else None
     contents = hash_files(files, source, cache)
     key = digest([TOKENS_VERSION, tokenizer_hash, contents, source.format.value, source.fields, drawn, shaping])
-    folder = cache / "data" / "tokens" / key
+    folder = token_folder(cache, key)
     if not (folder / SUMMARY).is_file():
         recipes = find_recipes(source, files)
         if any(recipe.format in CHAT_FORMATS for recipe in recipes.values()):
@@ -81,6 +81,11 @@ def tokenise_source(
             blocks = tokeniser.map(read_source(source, files, recipes, seed))
             write_store(_watched(blocks, source, files, watch), aside)
     return key
+
+
+def token_folder(cache: Path, key: str) -> Path:
+    """Where the tokens of a source lie in the cache."""
+    return cache / "data" / "tokens" / key
 
 
 def find_recipes(source: Source, files: list[DataFile]) -> dict[str, Recipe]:
@@ -190,8 +195,8 @@ def _watched(
     started = time.monotonic()
     rows = tokens = 0
     sizes = {file.path: file_size(file) for file in files}
-    # Only lines of JSON that are not packed count their position in bytes.
-    known = all(file.kind == "jsonl" and file.path.endswith("l") and "://" not in file.path for file in files)
+    # Only of lines of JSON that lie here, not compressed, are position and size both in bytes of the file.
+    known = all(file.kind == "jsonl" and not is_compressed(file.path) and "://" not in file.path for file in files)
     before, current = 0, ""
     for block in blocks:
         yield block

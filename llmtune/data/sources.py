@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +45,6 @@ class Source:
     """Configuration of a Hugging Face data set."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {**asdict(self), "format": self.format.value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +171,14 @@ def _as_given(names: list[str], path: str) -> list[str]:
     return [name.removeprefix(here) for name in names]
 
 
+def is_compressed(name: str) -> bool:
+    """Whether a file's name says so."""
+    return Path(name.lower()).suffix in COMPRESSIONS
+
+
 def _kind(name: str) -> str | None:
     path = Path(name.lower())
-    if path.suffix in COMPRESSIONS:
+    if is_compressed(name):
         path = path.with_suffix("")
     return KINDS.get(path.suffix)
 

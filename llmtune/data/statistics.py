@@ -65,7 +65,6 @@ class Piece:
 
     text: str
     trained: bool
-    tokens: int
 
 
 def measure_lengths(rows: Rows) -> Lengths:
@@ -129,7 +128,7 @@ def show_row(rows: Rows, number: int, tokenizer: PreTrainedTokenizerBase) -> lis
     ids, mask = row.ids, row.mask
     borders = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
     return [
-        Piece(str(tokenizer.decode(ids[begin:end].tolist())), bool(mask[begin]), end - begin)
+        Piece(str(tokenizer.decode(ids[begin:end].tolist())), bool(mask[begin]))
         for begin, end in itertools.pairwise(borders)
         if end > begin
     ]

@@ -8,14 +8,14 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtune.data.problems import Problem
+from llmtune.data.problems import Problem, read_problem_file, write_problems
 from llmtune.data.tokenise import TokenBlock
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ class StoreSummary:
     """Counts of one source."""
 
     rows: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
     truncated: int = 0
     overlong: list[tuple[int, int]] = field(default_factory=list)
     """(tokens, rows of as many) that were dropped as too long."""
@@ -42,8 +40,6 @@ class StoreSummary:
     files: list[str] = field(default_factory=list)
     special: list[int] = field(default_factory=list)
     """Special tokens that occur in the rows."""
-    label_kinds: dict[str, int] = field(default_factory=dict)
-    """Rows by the kind of their label: ``text``, ``number``."""
 
     @property
     def dropped(self) -> int:
@@ -90,9 +86,10 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
             labels += block.labels
             overlong.update(block.overlong)
             special |= block.special
+            summary.rows += len(block.lengths)
             summary.truncated += block.truncated
             summary.bad_rows += len(block.problems)
-            bad_rows.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in block.problems)
+            write_problems(block.problems, bad_rows)
             if len(block.lengths):
                 writer.write_batch(_to_arrow(block, schema))
     summary.overlong = sorted(overlong.items())
@@ -113,27 +110,17 @@ def _write_numbers(columns: dict[str, list[Any]], labels: list[Any], summary: St
     for name, dtype in _COLUMNS.items():
         values = np.concatenate(columns[name]) if columns[name] else np.zeros(0, dtype=dtype)
         np.save(folder / f"{name}.npy", values)
-        if name == "lengths":
-            summary.rows, summary.tokens = len(values), int(values.sum(dtype=np.int64))
-        elif name == "trained":
-            summary.trained_tokens = int(values.sum(dtype=np.int64))
     if labels:
-        summary.label_kinds = dict(Counter("text" if isinstance(label, str) else "number" for label in labels))
         (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False))
     (folder / SUMMARY).write_text(json.dumps(asdict(summary)))
 
 
-def read_problem_file(path: Path) -> Iterator[Problem]:
-    """Problems, one a line."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield Problem(**json.loads(line))
-
-
-def write_problem_file(path: Path, problems: Iterable[Problem]) -> None:
-    """The inverse."""
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
+def _read_summary(file: Path) -> StoreSummary:
+    # Those that an earlier version left in the cache hold counts that nothing reads.
+    known = {f.name for f in fields(StoreSummary)}
+    values = {name: value for name, value in json.loads(file.read_text()).items() if name in known}
+    values["overlong"] = [(tokens, count) for tokens, count in values["overlong"]]
+    return StoreSummary(**values)
 
 
 class TokenStore:
@@ -141,9 +128,7 @@ class TokenStore:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        values = json.loads((folder / SUMMARY).read_text())
-        values["overlong"] = [(tokens, count) for tokens, count in values["overlong"]]
-        self.summary = StoreSummary(**values)
+        self.summary = _read_summary(folder / SUMMARY)
         self._opened: dict[int, tuple[Any, Any, Any]] = {}
 
     def __len__(self) -> int:
@@ -164,14 +149,13 @@ class TokenStore:
         return list(json.loads(file.read_text())) if file.is_file() else []
 
     def problems(self) -> Iterator[Problem]:
-        """Rows that cannot be used, one at a time: there may be millions."""
+        """Rows that cannot be used."""
         return read_problem_file(self.folder / BAD_ROWS)
 
     def read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Token ids and mask of a row. Shapes: (length,)."""
-        number = int(np.searchsorted(self._ends, row, side="right"))
+        number, at = _locate(row, self._ends)
         offsets, ids, mask = self._batch(number)
-        at = row - (int(self._ends[number - 1]) if number else 0)
         begin, end = int(offsets[at]), int(offsets[at + 1])
         return ids[begin:end], mask.slice(begin, end - begin).to_numpy(zero_copy_only=False)
 
@@ -203,6 +187,22 @@ class Row:
     mask: NDArray[np.bool_]
     documents: tuple[int, ...]
     """Lengths of the documents in it, in order; one where nothing is packed."""
+
+
+def join_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Row:
+    """The row of some documents, of ids and mask each. The first token of each is not trained: what stands before it is
+    another's.
+    """
+    masks = [mask.copy() for _, mask in documents]
+    for mask in masks:
+        mask[:1] = False
+    return Row(np.concatenate([ids for ids, _ in documents]), np.concatenate(masks), tuple(map(len, masks)))
+
+
+def _locate(number: int, ends: NDArray[np.int64]) -> tuple[int, int]:
+    """In which of the parts that end there something lies, and its number in that part."""
+    part = int(np.searchsorted(ends, number, side="right"))
+    return part, number - (int(ends[part - 1]) if part else 0)
 
 
 class Rows:
@@ -243,14 +243,9 @@ class Rows:
         return picked
 
     def row(self, number: int) -> Row:
-        """One row. The first token of each document is not trained: what stands before it is another's."""
+        """One row."""
         begin, end = int(self._starts[number]), int(self._starts[number + 1])
-        parts = [self._read(int(document)) for document in self.index[begin:end]]
-        masks = [mask.copy() for _, mask in parts]
-        for mask in masks:
-            mask[:1] = False
-        ids = [ids for ids, _ in parts]
-        return Row(np.concatenate(ids), np.concatenate(masks), tuple(len(document) for document in ids))
+        return join_documents([self._read(int(document)) for document in self.index[begin:end]])
 
     def place(self, document: int) -> tuple[str, int]:
         """File and line of a document, by its number in ``index``."""
@@ -271,8 +266,8 @@ class Rows:
         return store.read(at)
 
     def _locate(self, row: int) -> tuple[TokenStore, int]:
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        return self.stores[number], row - (int(self._ends[number - 1]) if number else 0)
+        number, at = _locate(row, self._ends)
+        return self.stores[number], at
 
     def _sum(self, values: NDArray[Any]) -> NDArray[np.int64]:
         sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])

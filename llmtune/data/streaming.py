@@ -9,7 +9,6 @@ whole stream and takes its share.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,11 +22,11 @@ from llmtune.data.batch import Collator
 from llmtune.data.encode import Encoder, EncodeSettings
 from llmtune.data.loader import LoaderSettings, StepBatch, load, share_of_rank
 from llmtune.data.packing import pack_rows
-from llmtune.data.problems import Problem, refuse
+from llmtune.data.problems import Problem, refuse, write_problems
 from llmtune.data.readers import read_blocks
 from llmtune.data.source_tokens import find_recipe
 from llmtune.data.sources import DataFile, Source, parse_sources, resolve_files
-from llmtune.data.store import Row
+from llmtune.data.store import Row, join_documents
 from llmtune.data.tokenise import Recipe, TokenBlock, tokenise_block
 from llmtune.errors import CheckpointError, DataError
 from llmtune.plan.batch import BatchPlan
@@ -178,31 +177,21 @@ class RowStream:
             raise refuse(problems, "Mend them, or leave bad rows out with data.on_bad_row=skip")
         if problems and self._bad_rows is not None:
             with self._bad_rows.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
+                write_problems(problems, file)
 
     def _arrange(self, blocks: list[TokenBlock], window: int) -> list[Row]:
-        rows = []
+        documents = []
         for block in blocks:
             ends = np.cumsum(block.lengths)
             for end, length in zip(ends.tolist(), block.lengths.tolist(), strict=True):
-                mask = block.mask[end - length : end].copy()
-                mask[:1] = False
-                rows.append(Row(block.ids[end - length : end], mask, (length,)))
-        random = np.random.default_rng([self.seed, 4, window])
+                documents.append((block.ids[end - length : end], block.mask[end - length : end]))
+        groups = [[number] for number in range(len(documents))]
         if self.config.packing:
-            lengths = np.array([len(row.ids) for row in rows], dtype=np.int32)
+            lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int32)
             members, starts = pack_rows(lengths, self.config.max_seq_length, self.seed + window)
             groups = [members[begin:end].tolist() for begin, end in itertools.pairwise(starts)]
-            rows = [_join([rows[member] for member in group]) for group in groups]
-        return [rows[number] for number in random.permutation(len(rows)).tolist()]
-
-
-def _join(rows: list[Row]) -> Row:
-    return Row(
-        np.concatenate([row.ids for row in rows]),
-        np.concatenate([row.mask for row in rows]),
-        tuple(len(row.ids) for row in rows),
-    )
+        order = np.random.default_rng([self.seed, 4, window]).permutation(len(groups)).tolist()
+        return [join_documents([documents[member] for member in groups[number]]) for number in order]
 
 
 class StreamLoader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -92,6 +93,29 @@ def test_worker_processes_make_the_same_rows_and_tell_their_progress(tokenizer: 
         assert np.array_equal(one.index, other.index)
     assert [progress.rows for progress in told] == sorted(progress.rows for progress in told)
     assert (told[-1].rows, told[-1].share) == (30_000, pytest.approx(1.0, abs=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("a.jsonl", True), ("a.ndjson", True), ("A.JSONL", True), ("a.jsonl.gz", False)]
+)
+def test_the_share_is_told_of_lines_that_are_not_compressed(
+    name: str, known: bool, tokenizer: Any, tmp_path: Path
+) -> None:
+    path = write(tmp_path / name, 10)
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    told: list[TokeniseProgress] = []
+    prepare(tokenizer, tmp_path, told.append, train=str(path), val_set_size=0)
+    assert told[-1].share == (pytest.approx(1.0) if known else None)
+
+
+def test_tokens_that_an_earlier_version_left_in_the_cache_are_read(tokenizer: Any, tmp_path: Path) -> None:
+    source = str(write(tmp_path / "a.jsonl", 10))
+    first = prepare(tokenizer, tmp_path, train=source, val_set_size=2)
+    (summary,) = (tmp_path / "data/tokens").glob("*/summary.json")
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "tokens": 5, "label_kinds": {}}))
+    again = prepare(tokenizer, tmp_path, train=source, val_set_size=3)
+    assert again.train.documents == first.train.documents - 1
 
 
 def test_own_evaluation_files_are_used_whole(tokenizer: Any, tmp_path: Path) -> None:
