@@ -56,6 +56,14 @@ class MissingPrerequisiteError(LlmtuneError):
     exit_code = 7
 
 
+class DivergedError(LlmtuneError):
+    """A loss or a gradient is not finite, and the run is not to go on."""
+
+
+class RollbackError(LlmtuneError):
+    """Numbers went bad; the run goes back to its newest checkpoint."""
+
+
 class StoppedError(LlmtuneError):
     """A signal asked for an end; the state was saved and the same command goes on."""
 

@@ -1,4 +1,4 @@
-"""Which checkpoints a run folder holds, and which may go."""
+"""Which checkpoints a run folder holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 
 from llmtune.checkpoint import names
+
+#: Behind the name of a checkpoint that is being replaced by one of the same step.
+REPLACED = ".old.tmp"
 
 
 def find_checkpoints(run: Path) -> list[Path]:
@@ -21,17 +24,15 @@ def is_complete(folder: Path) -> bool:
     return (folder / names.COMPLETE).is_file()
 
 
-def prune_checkpoints(run: Path, keep: int | None) -> None:
-    """Remove all but the newest ``keep`` complete checkpoints; the marker goes first, so that none is left half-gone."""
-    if keep is None:
-        return
-    for folder in find_checkpoints(run)[:-keep]:
-        (folder / names.COMPLETE).unlink()
-        shutil.rmtree(folder)
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a published folder; the marker goes first, so that none is left half-gone."""
+    (folder / names.COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep_incomplete(run: Path) -> list[str]:
     """Remove what a save that was cut off left behind; the names that went."""
+    restore_replaced(run)
     swept = []
     for folder in sorted(run.iterdir()) if run.is_dir() else []:
         half = folder.name.endswith(".tmp") or (names.checkpoint_step(folder) is not None and not is_complete(folder))
@@ -39,3 +40,12 @@ def sweep_incomplete(run: Path) -> list[str]:
             shutil.rmtree(folder)
             swept.append(folder.name)
     return swept
+
+
+def restore_replaced(run: Path) -> None:
+    """Give a checkpoint its name back whose replacement was never finished."""
+    for old in sorted(run.glob(f"*{REPLACED}")) if run.is_dir() else []:
+        folder = old.with_name(old.name.removesuffix(REPLACED))
+        if is_complete(old) and not is_complete(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            old.rename(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -16,6 +17,10 @@ SAMPLES = "samples.json"
 LOSS_PLOT = "loss.png"
 FINISHED = "finished.json"
 LOCK = ".lock"
+RESTARTS = "restarts.jsonl"
+SAVE_REQUEST = "SAVE"
+TRACKER_RUN_ID = "wandb/run_id"
+SKIPPED_STEPS = "skipped_steps.json"
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
@@ -42,6 +47,11 @@ def checkpoint_step(folder: Path) -> int | None:
 def state_file(rank: int, world_size: int) -> str:
     """A rank's share of master weights and moments."""
     return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def is_state_file(name: str) -> bool:
+    """Whether a file of a checkpoint holds a rank's share."""
+    return fnmatchcase(name, STATE_FILES)
 
 
 STATE_FILES = "optimizer-*.safetensors"

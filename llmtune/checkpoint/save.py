@@ -1,67 +1,198 @@
-"""Save: all ranks write aside, one manifest, one rename, the marker last. A folder is complete or does not exist."""
+"""Save: all ranks write aside, one manifest, one rename, the marker last. A folder is complete or does not exist.
+
+Ranks talk to each other while they copy, which is in the training thread. Behind that they only write files, in a thread of
+their own if there is memory for the copies, and tell rank 0 by one more file each what they wrote; rank 0 publishes.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmtune.checkpoint import names
-from llmtune.checkpoint.manifest import flush, hash_file, publish, read_manifest, write_manifest
-from llmtune.checkpoint.state_files import load_state_files, write_state_file
+from llmtune.checkpoint.content import check_adapter_trained, check_tensors
+from llmtune.checkpoint.find import REPLACED
+from llmtune.checkpoint.manifest import flush, hash_file, publish, write_manifest
+from llmtune.checkpoint.outbox import Buffers, Outbox
+from llmtune.checkpoint.state_files import load_state_files, put_states
+from llmtune.checkpoint.trainer_state import TrainerState, read_trainer_state
+from llmtune.checkpoint.weights import WeightFiles, put_weights
 from llmtune.engine.distributed import gather_objects
 from llmtune.engine.module import TrainModule
 from llmtune.engine.state import optimizer_steps, read_loss_scale, write_loss_scale
 from llmtune.errors import CheckpointError
 
+#: Between two looks of rank 0 at what the others have written.
+_POLL_SECONDS = 0.02
+
 
 @dataclass(frozen=True, slots=True)
-class TrainerState:
-    """Where the run stands; with the seed it also determines the rows to come and the dropout."""
+class SaveRequest:
+    """One checkpoint."""
 
-    step: int
-    """Optimizer steps done, skipped ones included."""
-    tokens: int
-    """Tokens seen, padding excluded."""
-    optimizer_steps: int
-    """Steps that AdamW counted."""
-    loss_scale: dict[str, float]
-    """fp16 only."""
-    data_fingerprint: str
-    """Of the tokenised rows."""
-    data_position: Mapping[str, Any] | None
-    """Where the data goes on, as the loader says it."""
+    folder: Path
+    state: TrainerState
+    weights: WeightFiles
+    companions: dict[str, bytes]
+    """Small files of rank 0's: configuration, tokenizer, metrics so far."""
+    about: dict[str, Any]
+    """More for the manifest."""
+    published: Callable[[Path], None] = lambda _: None
+    """Called on rank 0 behind the last step, in whatever thread that is."""
 
 
-def save_checkpoint(
-    module: TrainModule,
-    folder: Path,
-    step: int,
-    tokens: int,
-    data_fingerprint: str,
-    data_position: Mapping[str, Any] | None,
-    write_model: Callable[[Path], None],
-) -> None:
-    """Publish ``folder``. Collective.
+class PendingSave:
+    """A save under way on this rank: the copies are taken, the files are being written."""
+
+    def __init__(self, module: TrainModule, request: SaveRequest, outbox: Outbox):
+        self.folder = request.folder
+        self.pause_seconds = 0.0
+        """Training stood still for as long."""
+        self.seconds = 0.0
+        """From the beginning until the folder was published; on rank 0."""
+        self._rank = module.rank
+        self._request = request
+        self._outbox = outbox
+        self._started = time.monotonic()
+        self._failure: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def begin_writing(self, background: bool) -> None:
+        """Write in a thread, or here."""
+        if not background:
+            self._run()
+            self.pause_seconds = time.monotonic() - self._started
+            return
+        self.pause_seconds = time.monotonic() - self._started
+        self._thread = threading.Thread(target=self._run, name=f"save {self.folder.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether this rank has nothing left to do."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for the end, on every rank. Collective.
+
+        Raises:
+            CheckpointError: On every rank, when any rank could not write; nothing is published then.
+        """
+        while self._thread is not None and self._thread.is_alive():
+            # In slices, so that a signal's handler runs meanwhile.
+            self._thread.join(0.1)
+        failures = dict.fromkeys(text for text in gather_objects(self._failure, self._rank) if text)
+        if failures:
+            raise CheckpointError(
+                f"{self.folder.name} was not saved ({'; '.join(failures)}). Nothing was published; free space or mend the "
+                "path, then run the same command to go on from the newest checkpoint"
+            )
+
+    def _run(self) -> None:
+        aside = aside_folder(self.folder)
+        report: dict[str, Any] = {}
+        try:
+            self._outbox.deliver(self._rank.phases.beat)
+            problems = self._find_faults(aside)
+            report = {"files": self._outbox.entries, "tensors": _describe(self._outbox), "problems": problems}
+            self._failure = self._say(problems)
+        except Exception as error:
+            # Also what is no OSError: a thread's exception would be seen by nobody.
+            self._failure = f"rank {self._rank.rank}: {error}"
+        try:
+            _write_whole(
+                aside / _report_name(self._rank.rank), json.dumps({**report, "failure": self._failure}).encode()
+            )
+            if self._rank.is_first:
+                self._publish(aside)
+        except Exception as error:
+            self._failure = self._failure or f"rank {self._rank.rank}: {error}"
+        self.seconds = time.monotonic() - self._started
+
+    def _find_faults(self, aside: Path) -> list[str]:
+        """Open weights again and look at every number."""
+        found = []
+        for name in self._outbox.files:
+            if names.is_state_file(name):
+                continue
+            found += check_tensors(aside / name)
+            if self._request.weights.adapter_only and self._request.state.optimizer_steps > 0:
+                found += check_adapter_trained(aside / name)
+            self._rank.phases.beat()
+        return found
+
+    def _say(self, problems: list[str]) -> str | None:
+        if not problems:
+            return None
+        return f"rank {self._rank.rank}: {'; '.join(problems[:3])}" + (" ..." if len(problems) > 3 else "")
+
+    def _publish(self, aside: Path) -> None:
+        """On rank 0, when all have written."""
+        reports = self._wait_for_reports(aside)
+        failures = [report["failure"] for report in reports if report["failure"]]
+        if failures:
+            self._failure = "; ".join(dict.fromkeys(failures))
+            return
+        files: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
+        for report in reports:
+            files |= report["files"]
+            tensors |= report["tensors"]
+        for name, data in {**self._request.companions, names.TRAINER_STATE: self._state_text()}.items():
+            _write_whole(aside / name, data)
+            files[name] = hash_file(aside / name)
+        for number in range(len(reports)):
+            (aside / _report_name(number)).unlink()
+        about = {"kind": "checkpoint", **self._request.about, "pause_seconds": self.pause_seconds, "tensors": tensors}
+        write_manifest(aside, files, about)
+        _replace(aside, self.folder)
+        self._request.published(self.folder)
+
+    def _wait_for_reports(self, aside: Path) -> list[dict[str, Any]]:
+        """A rank that dies ends this process too, so that nobody waits for it."""
+        paths = [aside / _report_name(rank) for rank in range(self._rank.world_size)]
+        while not all(path.is_file() for path in paths):
+            self._rank.phases.beat()
+            time.sleep(_POLL_SECONDS)
+        return [json.loads(path.read_text()) for path in paths]
+
+    def _state_text(self) -> bytes:
+        return self._request.state.to_json().encode()
+
+
+def begin_save(module: TrainModule, request: SaveRequest, buffers: Buffers | None) -> PendingSave:
+    """Copy, and start to write. Collective.
 
     Args:
-        write_model: Writes weights and what belongs to them into a folder; called on all ranks.
+        buffers: Host memory for copies, to write in the background; None writes before it returns.
 
     Raises:
-        CheckpointError: On every rank, when any rank could not write; nothing is published then.
+        CheckpointError: On every rank, when the folder could not be made.
     """
-    aside = folder.with_name(folder.name + ".tmp")
-    _agree(module, folder, lambda: _fresh(aside) if module.rank.is_first else None)
-    _agree(module, folder, lambda: write_model(aside))
-    written = _agree(module, folder, lambda: hash_file(write_state_file(module, aside)))
+    aside = aside_folder(request.folder)
+    failure: str | None = None
     if module.rank.is_first:
-        scale = read_loss_scale(module)
-        state = TrainerState(step, tokens, optimizer_steps(module), scale, data_fingerprint, data_position)
-        own = {names.state_file(rank, module.rank.world_size): entry for rank, entry in enumerate(written)}
-    _agree(module, folder, lambda: _finish(module, aside, folder, state, own) if module.rank.is_first else None)
+        try:
+            _make_fresh(aside)
+        except OSError as error:
+            failure = str(error)
+    failure = gather_objects(failure, module.rank)[0]
+    if failure:
+        raise CheckpointError(f"{request.folder.name} was not saved ({failure}); mend output_dir and start again")
+    state = replace(request.state, optimizer_steps=optimizer_steps(module), loss_scale=read_loss_scale(module))
+    outbox = Outbox(aside, buffers)
+    pending = PendingSave(module, replace(request, state=state), outbox)
+    put_weights(module, request.weights, outbox)
+    put_states(module, outbox)
+    pending.begin_writing(background=buffers is not None)
+    return pending
 
 
 def load_checkpoint(module: TrainModule, folder: Path) -> TrainerState:
@@ -76,58 +207,42 @@ def load_checkpoint(module: TrainModule, folder: Path) -> TrainerState:
     return state
 
 
-def read_trainer_state(folder: Path) -> TrainerState:
-    """The state of a complete checkpoint.
-
-    Raises:
-        CheckpointError: The folder is incomplete or damaged.
-    """
-    if not (folder / names.COMPLETE).is_file():
-        raise CheckpointError(f"{folder}: not a complete checkpoint (no {names.COMPLETE} in it)")
-    read_manifest(folder)
-    try:
-        return TrainerState(**json.loads((folder / names.TRAINER_STATE).read_text()))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}: {names.TRAINER_STATE} cannot be read ({error})") from error
+def aside_folder(folder: Path) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return folder.with_name(folder.name + ".tmp")
 
 
-def _fresh(folder: Path) -> None:
+def _make_fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
-def _finish(
-    module: TrainModule, aside: Path, folder: Path, state: TrainerState, files: dict[str, dict[str, Any]]
-) -> None:
-    path = aside / names.TRAINER_STATE
-    path.write_text(json.dumps(asdict(state), indent=1))
-    for file in sorted(aside.iterdir()):
-        if file.name not in files:
-            flush(file)
-            files[file.name] = hash_file(file)
-    about = {"step": state.step, "world_size": module.rank.world_size, "zero_stage": module.zero_stage}
-    write_manifest(aside, files, about)
-    old = folder.with_name(folder.name + ".old.tmp")
+def _replace(aside: Path, folder: Path) -> None:
+    """Publish, in the place of the same step saved before if there is one."""
+    old = folder.with_name(folder.name + REPLACED)
     if folder.exists():
-        # The same step saved again.
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     publish(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _agree(module: TrainModule, folder: Path, act: Callable[[], Any]) -> list[Any]:
-    """Do something on every rank and learn how it went on all of them; a failure of one is an error on each."""
-    result: Any = None
-    failure: str | None = None
-    try:
-        result = act()
-    except OSError as error:
-        failure = f"rank {module.rank.rank}: {error}"
-    outcomes = gather_objects((result, failure), module.rank)
-    failures = [text for _, text in outcomes if text]
-    if failures:
-        raise CheckpointError(
-            f"{folder.name} was not saved ({'; '.join(failures)}). Nothing was published; free space or mend the path, "
-            "then run the same command to go on from the newest checkpoint"
-        )
-    return [value for value, _ in outcomes]
+def _write_whole(path: Path, data: bytes) -> None:
+    """A small file, flushed, under its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    flush(part)
+    os.replace(part, path)
+
+
+def _report_name(rank: int) -> str:
+    return f"written-{rank:05d}.json"
+
+
+def _describe(outbox: Outbox) -> dict[str, dict[str, Any]]:
+    """File -> tensor -> dtype and shape, for the manifest."""
+    return {
+        name: {spec.name: [str(spec.dtype).removeprefix("torch."), list(spec.shape)] for spec in specs}
+        for name, specs in outbox.files.items()
+    }

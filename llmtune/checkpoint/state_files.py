@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llmtune.checkpoint import names
-from llmtune.checkpoint.tensor_file import TensorFile, TensorSpec
+from llmtune.checkpoint.manifest import read_manifest
+from llmtune.checkpoint.outbox import Outbox
+from llmtune.checkpoint.tensor_file import TensorSpec
 from llmtune.engine.module import TrainModule
 from llmtune.engine.state import (
     KINDS,
@@ -21,8 +23,8 @@ from llmtune.engine.state import (
     by_residence,
     make_state,
     owned_slices,
-    read_state,
     state_slices,
+    view_state,
     write_state,
 )
 from llmtune.errors import CheckpointError
@@ -39,17 +41,24 @@ class StoredSlice:
     numel: int
 
 
-def write_state_file(module: TrainModule, folder: Path) -> Path:
-    """Write this rank's slices, fp32, one file a rank; the header says which elements they are."""
+def put_states(module: TrainModule, outbox: Outbox) -> None:
+    """This rank's slices, fp32, one file a rank; the header says which elements they are."""
     pieces = owned_slices(module)
     where = {piece.name: [piece.start, piece.numel, piece.parameter_numel] for piece in pieces}
-    specs = [TensorSpec(f"{piece.name}/{kind}", torch.float32, (piece.numel,)) for piece in pieces for kind in KINDS]
-    path = folder / names.state_file(module.rank.rank, module.rank.world_size)
-    with TensorFile(path, specs, {_SLICES: json.dumps(where)}) as file:
-        for batch in by_residence(module, pieces):
-            for piece, kind in product(batch, KINDS):
-                file.write(read_state(module, piece, kind))
-    return path
+    name = names.state_file(module.rank.rank, module.rank.world_size)
+    outbox.start(name, _specs(pieces), {_SLICES: json.dumps(where)})
+    for batch in by_residence(module, pieces):
+        for piece, kind in product(batch, KINDS):
+            outbox.put(view_state(module, piece, kind))
+
+
+def state_bytes(module: TrainModule) -> int:
+    """Size of this rank's file."""
+    return sum(spec.nbytes for spec in _specs(owned_slices(module)))
+
+
+def _specs(pieces: list[StateSlice]) -> list[TensorSpec]:
+    return [TensorSpec(f"{piece.name}/{kind}", torch.float32, (piece.numel,)) for piece in pieces for kind in KINDS]
 
 
 def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
@@ -86,7 +95,7 @@ def _read_index(folder: Path) -> dict[str, tuple[int, list[StoredSlice]]]:
     """Parameter name -> its number of elements, and the slices in the files."""
     index: dict[str, list[StoredSlice]] = defaultdict(list)
     numels: dict[str, int] = {}
-    for file in sorted(folder.glob(names.STATE_FILES)):
+    for file in sorted(folder / name for name in read_manifest(folder)["files"] if names.is_state_file(name)):
         try:
             with safe_open(str(file), framework="pt") as handle:
                 where: dict[str, Any] = json.loads(handle.metadata()[_SLICES])

@@ -13,8 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+import xxhash
+
+#: Bytes written and hashed at once.
+_BLOCK = 1 << 24
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -45,7 +50,7 @@ class TensorSpec:
 
 
 class TensorFile:
-    """One safetensors file; tensors are written in the order of the specs, whole or in pieces."""
+    """One safetensors file; tensors are written in the order of the specs, whole or in pieces, and hashed on the way."""
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None):
         self.path = path
@@ -62,13 +67,29 @@ class TensorFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._expected = 8 + len(text) + offset
-        self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._size = 0
+        self._digest = xxhash.xxh3_128()
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._append(struct.pack("<Q", len(text)) + text)
 
     def write(self, tensor: torch.Tensor) -> None:
         """Append a tensor, or the next piece of one."""
         data = tensor.detach().cpu().contiguous().reshape(-1)
-        data.view(torch.uint8).numpy().tofile(self._file)
+        self._append(data.view(torch.uint8).numpy().data)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """Size and hash of what was written, as a manifest has them."""
+        return {"size": self._size, "xxh3_128": self._digest.hexdigest()}
+
+    def _append(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            # Both give the interpreter free, so that training goes on in the main thread.
+            written = os.write(self._file, view[:_BLOCK])
+            self._digest.update(view[:written])
+            self._size += written
+            view = view[written:]
 
     def __enter__(self) -> TensorFile:
         return self
@@ -76,13 +97,12 @@ class TensorFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Flush to the disk; a file that is not as long as its header says is an error of ours."""
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            size = self._file.tell()
+            if kind is None:
+                os.fsync(self._file)
         finally:
-            self._file.close()
+            os.close(self._file)
         if kind is None:
-            assert size == self._expected, f"{self.path}: {size} bytes written, {self._expected} announced"
+            assert self._size == self._expected, f"{self.path}: {self._size} bytes written, {self._expected} announced"
 
 
 def plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> list[tuple[str, list[TensorSpec]]]:
@@ -101,8 +121,11 @@ def plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> list[tuple[str
 def write_index(folder: Path, shards: list[tuple[str, list[TensorSpec]]]) -> None:
     """``model.safetensors.index.json`` where there is more than one file."""
     if len(shards) > 1:
-        total = sum(spec.nbytes for _, specs in shards for spec in specs)
-        weight_map = {spec.name: name for name, specs in shards for spec in specs}
-        (folder / INDEX_FILE).write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        )
+        (folder / INDEX_FILE).write_text(describe_shards(shards))
+
+
+def describe_shards(shards: list[tuple[str, list[TensorSpec]]]) -> str:
+    """The index's text."""
+    total = sum(spec.nbytes for _, specs in shards for spec in specs)
+    weight_map = {spec.name: name for name, specs in shards for spec in specs}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)

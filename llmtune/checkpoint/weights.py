@@ -1,71 +1,72 @@
-"""The trained weights from the live ranks: one tensor gathered at a time, so that no rank holds the model twice."""
+"""The trained weights from the live ranks: gathered a few at a time and shared out, so that no rank holds the model twice."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmtune.checkpoint.tensor_file import TensorFile, TensorSpec, plan_shards, write_index
+from llmtune.checkpoint.outbox import Outbox
+from llmtune.checkpoint.tensor_file import INDEX_FILE, TensorSpec, describe_shards, plan_shards
 from llmtune.engine.module import TrainModule
 
 #: peft's name.
 ADAPTER_FILE = "adapter_model.safetensors"
 
+#: Tensors gathered by one collective: many small ones cost as many round trips.
+_GATHERED_BYTES = 256 * 2**20
 
-def write_weights(
-    module: TrainModule,
-    folder: Path,
-    adapter_only: bool,
-    max_shard_bytes: int,
-    file_name: Callable[[str], str] = str,
-) -> None:
-    """Write adapters (one file) or the whole model (shards and index). Collective; only rank 0 writes.
 
-    Args:
-        file_name: A parameter's name in the file.
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """Which files a model's weights become."""
 
-    A failing write on rank 0 is raised after the last gather, so that no other rank is left waiting in one.
-    """
+    adapter_only: bool
+    """Trained adapters in one file, instead of the whole model in shards."""
+    max_shard_bytes: int = 5_000_000_000
+    file_name: Callable[[str], str] = str
+    """A parameter's name in the file."""
+
+    def shards(self, module: TrainModule) -> list[tuple[str, list[TensorSpec]]]:
+        """File names, and the tensors of each."""
+        tensors = _tensors(module, self.adapter_only)
+        specs = [TensorSpec(self.file_name(name), tensor.dtype, _shape(tensor)) for name, tensor in tensors]
+        return [(ADAPTER_FILE, specs)] if self.adapter_only else plan_shards(specs, self.max_shard_bytes)
+
+    def index(self, module: TrainModule) -> dict[str, bytes]:
+        """The index file, where there is more than one shard."""
+        shards = self.shards(module)
+        return {INDEX_FILE: describe_shards(shards).encode()} if len(shards) > 1 else {}
+
+    def own_bytes(self, module: TrainModule) -> int:
+        """What this rank writes."""
+        rank = module.rank
+        own = self.shards(module)[rank.rank :: rank.world_size]
+        return sum(spec.nbytes for _, specs in own for spec in specs)
+
+
+def put_weights(module: TrainModule, files: WeightFiles, outbox: Outbox) -> None:
+    """Adapters or the whole model; the shards are dealt out among the ranks. Collective under ZeRO 3."""
+    rank = module.rank
+    tensors = [tensor for _, tensor in _tensors(module, files.adapter_only)]
+    # From NVMe weights come through a handful of buffers.
+    limit = 0 if module.placement.param == "nvme" else _GATHERED_BYTES
     with _at_rest(module):
-        _write_weights(module, folder, adapter_only, max_shard_bytes, file_name)
-
-
-def _write_weights(
-    module: TrainModule, folder: Path, adapter_only: bool, max_shard_bytes: int, file_name: Callable[[str], str]
-) -> None:
-    tensors = list(_tensors(module, adapter_only))
-    specs = [TensorSpec(file_name(name), tensor.dtype, _shape(tensor)) for name, tensor in tensors]
-    shards = plan_shards(specs, max_shard_bytes)
-    if adapter_only:
-        shards = [(ADAPTER_FILE, specs)]
-    failure: Exception | None = None
-    queue = iter(tensors)
-    for name, shard in shards:
-        file: TensorFile | None = None
-        for _ in shard:
-            _, tensor = next(queue)
-            with _whole(module, tensor):
-                if not module.rank.is_first or failure is not None:
-                    continue
-                try:
-                    file = file or TensorFile(folder / name, shard)
-                    file.write(tensor.data)
-                except OSError as error:
-                    failure = error
-        if file is not None:
-            try:
-                file.__exit__(type(failure) if failure else None, failure, None)
-            except OSError as error:
-                failure = failure or error
-    if failure is not None:
-        raise failure
-    if module.rank.is_first and not adapter_only:
-        write_index(folder, shards)
+        for number, (name, specs) in enumerate(files.shards(module)):
+            mine = number % rank.world_size == rank.rank
+            if mine:
+                outbox.start(name, specs)
+            shard, tensors = tensors[: len(specs)], tensors[len(specs) :]
+            for batch in _batches(shard, specs, limit):
+                with _whole(module, batch):
+                    if mine:
+                        for tensor in batch:
+                            outbox.put(tensor.data)
 
 
 def write_model_config(model: Any, folder: Path) -> None:
@@ -92,6 +93,19 @@ def _tensors(module: TrainModule, adapter_only: bool) -> Iterator[tuple[str, tor
             yield name, buffer
 
 
+def _batches(tensors: list[torch.Tensor], specs: list[TensorSpec], limit: int) -> Iterator[list[torch.Tensor]]:
+    batch: list[torch.Tensor] = []
+    size = 0
+    for tensor, spec in zip(tensors, specs, strict=True):
+        if batch and size + spec.nbytes > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(tensor)
+        size += spec.nbytes
+    if batch:
+        yield batch
+
+
 @contextmanager
 def _at_rest(module: TrainModule) -> Iterator[None]:
     """Under ZeRO 3 weights that were prefetched for a next layer may still be on their way, and cannot be gathered then."""
@@ -110,10 +124,12 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def _whole(module: TrainModule, tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    if module.zero_stage < 3 or not hasattr(tensor, "ds_id"):
+def _whole(module: TrainModule, tensors: list[torch.Tensor]) -> AbstractContextManager[Any]:
+    """Gathered on every rank for the length of the block."""
+    partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if module.zero_stage < 3 or not partitioned:
         return nullcontext()
     import deepspeed
 
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor])
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned)
     return context

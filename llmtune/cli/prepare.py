@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.checkpoint import names
-from llmtune.checkpoint.save import read_trainer_state
+from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.compose import Composed
 from llmtune.config.schema import Config
 from llmtune.data.prepare import PROBLEMS, PreparedData, prepare_data
@@ -26,6 +26,7 @@ from llmtune.plan.resolve import Plan, resolve_steps
 from llmtune.plan.units import format_bytes, format_count
 from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
 from llmtune.train.request import RunRequest
+from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 
 
@@ -74,8 +75,10 @@ def resolve_request(
         LlmtuneError: Of every kind but export, before any rank has begun.
     """
     config = composed.config
-    folder.check_owner(config)
-    resume_from = folder.resume_point(config)
+    changed = folder.check_owner(config)
+    if changed:
+        console.say(f"changed since the last start: {', '.join(changed)}")
+    resume_from = resume_point(folder, config, target.name, console.say)
     cache = cache_dir(config)
     model_folder = resolve_model_folder(config.model, cache, console.say)
     tokenizer = load_tokenizer(model_folder, config.model, load_chat_template(config.data.chat_template))

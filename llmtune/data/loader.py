@@ -7,7 +7,7 @@ position, and any number of ranks sees the same global batches.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -35,6 +35,8 @@ class StepBatch:
     """Of the whole global batch, padding excluded."""
     position: Mapping[str, Any]
     """Where the data goes on after this step, for the checkpoint."""
+    rows: list[list[int | None]] = field(default_factory=list)
+    """Number of each row of the micro-batches, for :meth:`Steps.places`; None for those that fill up."""
 
     def pin_memory(self) -> StepBatch:
         """The same in page-locked host memory."""
@@ -46,6 +48,9 @@ class Steps(Protocol):
 
     def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
         """The next ``steps`` steps behind a position; None is the beginning."""
+
+    def places(self, row: int) -> list[str]:
+        """File and line of the documents of a row; none where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +124,12 @@ class TrainLoader:
             int(self._trained[index].sum()),
             int(self._lengths[index].sum()),
             position,
+            mine,
         )
+
+    def places(self, row: int) -> list[str]:
+        """File and line of the documents of a row."""
+        return [f"{file}:{line}" for file, line in self.rows.places(row)]
 
     def row_numbers(self, first_row: int) -> list[int]:
         """Rows of the global batch, in order; fewer than its size only in the last step of whole epochs."""

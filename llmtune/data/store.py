@@ -252,6 +252,10 @@ class Rows:
         store, row = self._locate(int(self.index[document]))
         return store.place(row)
 
+    def places(self, number: int) -> list[tuple[str, int]]:
+        """File and line of every document of a row."""
+        return [self.place(document) for document in range(int(self._starts[number]), int(self._starts[number + 1]))]
+
     def source_place(self, document: int) -> tuple[int, str, int]:
         """Number of the store, file and line of a document."""
         store, row = self._locate(int(self.index[document]))

@@ -228,6 +228,10 @@ class StreamLoader:
                 raise item
             yield item
 
+    def places(self, row: int) -> list[str]:
+        """Not known: a stream's rows have no numbers."""
+        return []
+
     def steps(self, cursor: Cursor, steps: int) -> Iterator[StepBatch]:
         """Batches from the cursor on."""
         size = self.batch.global_batch_size

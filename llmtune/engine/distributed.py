@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,9 @@ class Rank:
     world_size: int
     device: torch.device
     phases: PhaseLog = field(default_factory=PhaseLog)
+    ranks_on_node: int = 1
+    control: Any = None
+    """Process group on the host for small decisions, where the default one is on GPUs: no step waits for it."""
 
     @property
     def is_first(self) -> bool:
@@ -45,7 +49,9 @@ def init_ranks(timeout_minutes: float = 60, phases: PhaseLog | None = None) -> R
         timeout=timedelta(minutes=timeout_minutes),
         verbose=False,
     )
-    return Rank(dist.get_rank(), local_rank, dist.get_world_size(), device, phases or PhaseLog())
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
+    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)) if cuda else None
+    return Rank(dist.get_rank(), local_rank, dist.get_world_size(), device, phases or PhaseLog(), on_node, control)
 
 
 def meet_ranks(rank: Rank) -> None:
@@ -63,9 +69,13 @@ def sum_over_ranks(values: list[float], rank: Rank) -> list[float]:
     return [float(value) for value in tensor]
 
 
-def any_rank(flag: bool, rank: Rank) -> bool:
-    """Whether the flag is set on any rank."""
-    return sum_over_ranks([float(flag)], rank)[0] > 0
+def any_rank(flags: Sequence[bool], rank: Rank) -> list[bool]:
+    """Which of the flags are set on any rank. Waits for no GPU."""
+    if rank.world_size == 1:
+        return list(flags)
+    tensor = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=rank.control)
+    return [bool(flag) for flag in tensor]
 
 
 def gather_objects(value: Any, rank: Rank) -> list[Any]:
@@ -73,7 +83,7 @@ def gather_objects(value: Any, rank: Rank) -> list[Any]:
     if rank.world_size == 1:
         return [value]
     values: list[Any] = [None] * rank.world_size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=rank.control)
     return values
 
 
@@ -81,5 +91,5 @@ def broadcast_object(value: Any, rank: Rank) -> Any:
     """Rank 0's value on every rank."""
     values = [value if rank.is_first else None]
     if rank.world_size > 1:
-        dist.broadcast_object_list(values, src=0, device=rank.device)
+        dist.broadcast_object_list(values, src=0, group=rank.control)
     return values[0]

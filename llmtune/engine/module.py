@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -88,12 +89,20 @@ class TrainModule:
         """The AdamW object inside DeepSpeed's wrapper."""
         return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], trained_tokens: int, learning_rate: float) -> StepResult:
-        """One optimizer step over all micro-batches.
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        trained_tokens: int,
+        learning_rate: float,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> StepResult | None:
+        """One optimizer step over all micro-batches. A step whose gradient is not finite changes nothing.
 
         Args:
             trained_tokens: Of the whole step, over all ranks: the loss is divided by it once, so that accumulation and
                 ranks change nothing. DeepSpeed averages gradients over ranks, hence the factor ``world_size``.
+            interrupted: Asked on every rank between micro-batches, with the same answer on all. True gives the step up:
+                None is returned, and the state is that of the step before.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -102,7 +111,9 @@ class TrainModule:
         norm: float | None = None
         self.engine.train()
         phases = self.rank.phases
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches):
+            if number and interrupted():
+                return None
             phases.enter("forward")
             loss, _ = self._loss(batch)
             phases.enter("backward")
@@ -110,31 +121,62 @@ class TrainModule:
             total += loss.detach()
             if self.engine.is_gradient_accumulation_boundary():
                 norm = self._whole_grad_norm()
+                if norm is not None and not math.isfinite(norm):
+                    self._drop_gradients()
             phases.enter("step")
             self.engine.step()
         reported = self.engine.get_global_grad_norm()
         norm = norm if norm is not None else float(reported) if reported is not None else 0.0
         (summed,) = sum_over_ranks([float(total)], self.rank)
-        return StepResult(summed / max(trained_tokens, 1), norm, bool(self.engine.was_step_applied()))
+        applied = bool(self.engine.was_step_applied()) and math.isfinite(norm)
+        return StepResult(summed / max(trained_tokens, 1), norm, applied)
 
-    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Mean loss over the trained tokens of all ranks' batches, and their number."""
+    def evaluate(
+        self, batches: Iterable[MicroBatch], interrupted: Callable[[], bool] = lambda: False
+    ) -> tuple[float, int] | None:
+        """Mean loss over the trained tokens of all ranks' batches, and their number; None where it was interrupted.
+
+        Args:
+            interrupted: Asked on every rank before each batch, with the same answer on all.
+        """
         self.rank.phases.enter("evaluate")
         self.engine.eval()
         total, count = 0.0, 0
         with torch.no_grad():
             for batch in batches:
+                if interrupted():
+                    return None
                 loss, tokens = self._loss(batch)
                 total += float(loss)
                 count += tokens
+                self.rank.phases.beat()
         self.engine.train()
         total, tokens_seen = sum_over_ranks([total, float(count)], self.rank)
         return total / max(tokens_seen, 1), int(tokens_seen)
+
+    def row_losses(self, batches: Iterable[MicroBatch]) -> list[list[float]]:
+        """Summed loss of every row of every batch, without gradients and without dropout. Collective under ZeRO 3."""
+        self.engine.eval()
+        found = []
+        with torch.no_grad():
+            for batch in batches:
+                batch = batch.to(self.rank.device)
+                logits = self.engine(**batch.inputs, use_cache=False).logits
+                rows = zip(logits.split(1), batch.labels.split(1), strict=True)
+                found.append([float(self.loss_function(logit, labels)[0]) for logit, labels in rows])
+        self.engine.train()
+        return found
 
     def _loss(self, batch: MicroBatch) -> tuple[torch.Tensor, int]:
         batch = batch.to(self.rank.device)
         output = self.engine(**batch.inputs, use_cache=False)
         return self.loss_function(output.logits, batch.labels)
+
+    def _drop_gradients(self) -> None:
+        """Without ZeRO in fp32, nobody else looks whether gradients are finite; Adam passes over parameters without one."""
+        if not hasattr(self.engine.optimizer, "overflow"):
+            for parameter in self.model.parameters():
+                parameter.grad = None
 
     def _whole_grad_norm(self) -> float | None:
         """Without ZeRO, where gradients are whole on every rank; DeepSpeed's own norm is there absent or still scaled."""

@@ -82,14 +82,12 @@ def owned_slices(module: TrainModule) -> list[StateSlice]:
     return owned
 
 
-def read_state(module: TrainModule, piece: StateSlice, kind: str) -> torch.Tensor:
-    """A copy on the host; moments before the first step are zero."""
+def view_state(module: TrainModule, piece: StateSlice, kind: str) -> torch.Tensor:
+    """The numbers where they lie, for the length of the batch of :func:`by_residence`; before the first step, zeros."""
     if kind == "master":
-        return piece.view(piece.flat).detach().float().cpu().clone()
+        return piece.view(piece.flat)
     state = module.adam.state.get(piece.flat)
-    if not state:
-        return torch.zeros(piece.numel)
-    return piece.view(state[kind]).detach().float().cpu().clone()
+    return piece.view(state[kind]) if state else torch.zeros(piece.numel)
 
 
 def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from llmtune.data.batch import Collator
 from llmtune.data.loader import iterate_eval
@@ -24,13 +25,16 @@ class HeldOutLoss:
         self.collator = collator
         self.max_rows = max_rows
 
-    def evaluate(self, progress: Progress) -> Record | None:
-        """One evaluation line; None where nothing is held out."""
+    def evaluate(self, progress: Progress, interrupted: Callable[[], bool]) -> Record | None:
+        """One evaluation line; None where nothing is held out, or where it was interrupted."""
         if self.rows is None:
             return None
         rank = self.module.rank
         batches = iterate_eval(self.rows, self.batch_size, rank.rank, rank.world_size, self.collator, self.max_rows)
-        loss, _ = self.module.evaluate(list(batches))
+        result = self.module.evaluate(batches, interrupted)
+        if result is None:
+            return None
+        loss, _ = result
         return {"step": progress.step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
 
 

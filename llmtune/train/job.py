@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.checkpoint import names
+from llmtune.checkpoint.mirror import Mirror
+from llmtune.checkpoint.retention import Retention
 from llmtune.checkpoint.save import load_checkpoint
+from llmtune.checkpoint.trainer_state import TrainerState
+from llmtune.checkpoint.weights import WeightFiles
 from llmtune.config.compose import dump_yaml
 from llmtune.config.schema import TrackerKind, TunerKind
 from llmtune.data.batch import Collator
@@ -17,7 +21,8 @@ from llmtune.data.streaming import RowStream, StreamLoader
 from llmtune.data.templates import load_chat_template
 from llmtune.engine.distributed import Rank
 from llmtune.engine.module import TrainModule, zero_init
-from llmtune.model.adapters import add_lora, load_adapter
+from llmtune.errors import StoppedError
+from llmtune.model.adapters import add_lora, load_adapter, to_file_name
 from llmtune.model.build import build_model
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
@@ -26,11 +31,16 @@ from llmtune.track.metrics import MetricsFile
 from llmtune.track.tracker import Tracker, Trackers
 from llmtune.train.evaluation import HeldOutLoss
 from llmtune.train.loop import Hook, Job, Progress, run
+from llmtune.train.numbers import NumberWatch
 from llmtune.train.plotting import LossPlot
 from llmtune.train.request import RunRequest
+from llmtune.train.run_folder import describe_environment, fingerprint
 from llmtune.train.samples import SampleAnswers, samples_reason_to_skip
-from llmtune.train.saving import CheckpointSaver
-from llmtune.train.stop import StopFlag
+from llmtune.train.saving import CheckpointSaver, SaveSettings, render_companions
+from llmtune.train.stop import Stop
+
+#: Waited at the end for copies to ``checkpoint.mirror``; whoever stops a run is in a hurry.
+MIRROR_SECONDS, MIRROR_SECONDS_AFTER_STOP = 3600.0, 20.0
 
 
 def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
@@ -39,15 +49,19 @@ def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
     Raises:
         StoppedError: A signal asked for an end; the state was saved.
     """
-    stop = StopFlag()
+    stop = Stop(rank, request.run_folder)
     job = build_job(request, rank, console, stop)
     try:
         run(job)
+        job.saver.close(MIRROR_SECONDS)
+    except StoppedError:
+        job.saver.close(MIRROR_SECONDS_AFTER_STOP)
+        raise
     finally:
         job.trackers.finish()
 
 
-def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag) -> Job:
+def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> Job:
     """The page that says what a run is made of."""
     config, plan = request.config, request.plan
     template = load_chat_template(config.data.chat_template)
@@ -55,10 +69,11 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag)
     pad_token_id: Any = tokenizer.pad_token_id
 
     module = build_module(request, rank)
+    state: TrainerState | None = None
     start = Progress()
     if request.resume_from is not None:
         state = load_checkpoint(module, request.resume_from)
-        start = Progress(state.step, state.tokens, state.data_position)
+        start = Progress(state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due)
 
     collator = Collator(pad_token_id, plan.attn_implementation.startswith("flash"))
     evaluator = HeldOutLoss(
@@ -68,31 +83,61 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: StopFlag)
         collator,
         config.train.eval_max_rows,
     )
-    saver = CheckpointSaver(
-        module,
-        tokenizer,
-        request.run_folder,
-        config.tuner.kind is TunerKind.lora,
-        request.data.fingerprint,
-        config.train.save_total_limit,
-        config.export.max_shard_bytes,
-    )
+    loader = build_loader(request, rank, tokenizer, collator)
     return Job(
         rank=rank,
         module=module,
-        loader=build_loader(request, rank, tokenizer, collator),
+        loader=loader,
         steps=request.steps,
         train=config.train,
         learning_rate=plan.learning_rate,
         schedule=config.schedule,
         seed=config.seed,
         evaluator=evaluator,
-        saver=saver,
+        saver=build_saver(request, module, tokenizer, state, console),
+        numbers=NumberWatch(module, loader, config.train.on_nan, request.run_folder, console.say),
         trackers=build_trackers(request, rank, console, start),
         hooks=build_hooks(request, rank, console, module, tokenizer),
         stop=stop,
         start=start,
     )
+
+
+def build_saver(
+    request: RunRequest, module: TrainModule, tokenizer: Any, state: TrainerState | None, console: Console
+) -> CheckpointSaver:
+    """Checkpoints: what is in them, which are kept, and where they are copied to."""
+    config, plan, run = request.config, request.plan, request.run_folder
+    lora = config.tuner.kind is TunerKind.lora
+    weights = WeightFiles(lora, config.export.max_shard_bytes, to_file_name if lora else str)
+    chosen = config.checkpoint
+    settings = SaveSettings(
+        run=run,
+        weights=weights,
+        retention=Retention(
+            config.train.save_total_limit, chosen.keep_every, chosen.metric_for_best_model, chosen.greater_is_better
+        ),
+        save_steps=config.train.save_steps,
+        background=chosen.background,
+        on_disk_low=chosen.on_disk_low,
+        data_fingerprint=request.data.fingerprint,
+        about={
+            "run_name": request.run_name,
+            "config_fingerprint": fingerprint(config),
+            "data_fingerprint": request.data.fingerprint,
+            "world_size": module.rank.world_size,
+            "zero_stage": plan.placement.zero_stage,
+            "placement": plan.placement.rung,
+            "versions": describe_environment(),
+        },
+    )
+    companions: dict[str, bytes] = {}
+    mirror: Mirror | None = None
+    if module.rank.is_first:
+        companions = {**render_companions(module.model, tokenizer, weights, run), **weights.index(module)}
+        if chosen.mirror is not None:
+            mirror = Mirror(chosen.mirror, request.run_name, console.say)
+    return CheckpointSaver(module, settings, companions, state, console.say, mirror)
 
 
 def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Collator) -> Steps:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from llmtune.config.schema import ScheduleConfig, TrainConfig
 from llmtune.data.loader import StepBatch, Steps
 from llmtune.engine.distributed import Rank
-from llmtune.engine.module import TrainModule
-from llmtune.errors import StoppedError
+from llmtune.engine.module import StepResult, TrainModule
+from llmtune.errors import CheckpointError, DivergedError, StoppedError
 from llmtune.plan.resolve import StepsPlan
 from llmtune.track.tracker import Record, Trackers
 from llmtune.train.memory import used_memory_bytes
+from llmtune.train.numbers import NumberWatch
 from llmtune.train.schedule import learning_rate_at
-from llmtune.train.stop import StopFlag
+from llmtune.train.stop import Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +28,15 @@ class Progress:
     """Where the run stands."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Optimizer steps done, skipped ones included."""
     tokens: int = 0
     """Tokens seen, padding excluded."""
+    skipped: int = 0
+    """Steps that changed nothing; the schedule does not count them."""
     data_position: Mapping[str, Any] | None = None
     """Where the data goes on, as the loader says it; None at the beginning."""
+    evaluation_due: bool = False
+    """An evaluation of this step was interrupted."""
 
 
 class Hook(Protocol):
@@ -47,15 +52,34 @@ class Hook(Protocol):
 class Evaluator(Protocol):
     """Held-out loss. Collective."""
 
-    def evaluate(self, progress: Progress) -> Record | None:
-        """A record with ``eval_loss``, or None where nothing is held out."""
+    def evaluate(self, progress: Progress, interrupted: Callable[[], bool]) -> Record | None:
+        """A record with ``eval_loss``; None where nothing is held out, or where it was interrupted."""
 
 
 class Saver(Protocol):
-    """Checkpoints. Collective."""
+    """Checkpoints. Collective, but for ``saw``."""
+
+    def prepare(self, steps_to_come: int) -> None:
+        """Before the first step: whether the disk has room."""
+
+    def saw(self, record: Record) -> None:
+        """An evaluation, which tells which checkpoint is the best."""
 
     def save(self, progress: Progress) -> Path:
-        """Write and publish one, unless it is there."""
+        """Begin to write one, unless it is there; training may go on."""
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still works on one in the background."""
+
+    def finish(self) -> None:
+        """Wait for the one under way, if there is one; its error, on every rank."""
+
+    def close(self, timeout_seconds: float) -> None:
+        """Wait for what is done on the side."""
+
+    def pause_seconds(self) -> float | None:
+        """How long training stood still for a save since this was last asked."""
 
     def publish_result(self, progress: Progress) -> Path:
         """The trained model under its final name, and the mark that the run is finished."""
@@ -76,9 +100,10 @@ class Job:
     seed: int
     evaluator: Evaluator
     saver: Saver
+    numbers: NumberWatch
     trackers: Trackers
     hooks: list[Hook]
-    stop: StopFlag
+    stop: Stop
     start: Progress
 
 
@@ -86,32 +111,35 @@ def run(job: Job) -> Progress:
     """Train from where the job stands to its last step.
 
     Raises:
-        StoppedError: A signal asked for an end; the state was saved.
+        StoppedError: Somebody asked for an end; the state was saved.
+        DivergedError: A loss or gradient is not finite.
+        CheckpointError: A checkpoint could not be written.
     """
-    progress = job.start
+    progress, last = job.start, job.steps.total_steps
+    job.saver.prepare(last - progress.step)
     for hook in job.hooks:
         hook.on_start(progress)
-    if progress.step == 0:
-        evaluate(job, progress)
+    job.stop.arm()
+    if progress.step == 0 or progress.evaluation_due:
+        progress = evaluate(job, progress)
 
-    batches = job.loader.from_position(progress.data_position, job.steps.total_steps - progress.step)
-    while progress.step < job.steps.total_steps:
-        progress, record = train_step(job, progress, batches)
-        if progress.step % job.train.logging_steps == 0 or progress.step == job.steps.total_steps:
-            job.trackers.log(record)
-        if is_due(job.train.eval_steps, progress.step, job.steps.total_steps):
-            evaluate(job, progress)
-        if is_due(job.train.save_steps, progress.step, job.steps.total_steps):
+    batches = job.loader.from_position(progress.data_position, last - progress.step)
+    while progress.step < last:
+        progress = train_step(job, progress, batches)
+        if is_due(job.train.eval_steps, progress.step, last):
+            progress = evaluate(job, progress)
+        if is_due(job.train.save_steps, progress.step, last):
             job.saver.save(progress)
-        if job.stop.requested(job.rank) and progress.step < job.steps.total_steps:
-            folder = job.saver.save(progress)
-            raise StoppedError(
-                f"stopped after step {progress.step} and saved {folder}: the same command goes on from there"
-            )
+        stop, writing = job.stop.agree(job.saver.is_writing)
+        if not writing:
+            job.saver.finish()
+        if stop and progress.step < last:
+            save_and_stop(job, progress)
 
     if progress.step > job.start.step:
-        evaluate(job, progress)
+        progress = evaluate(job, progress)
     job.saver.save(progress)
+    job.saver.finish()
     # Before the hooks: a plot that cannot be drawn must not make a trained model unfinished.
     job.saver.publish_result(progress)
     for hook in job.hooks:
@@ -119,25 +147,35 @@ def run(job: Job) -> Progress:
     return progress
 
 
-def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> tuple[Progress, Record]:
+def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Progress:
     """One optimizer step, and its line of ``metrics.jsonl``."""
     started = time.perf_counter()
-    job.rank.phases.step = progress.step + 1
+    step = progress.step + 1
+    job.rank.phases.step = step
     # Dropout depends on seed, step and rank alone, so that a resumed run draws the same.
     torch.manual_seed(hash((job.seed, progress.step, job.rank.rank)) % 2**63)
     batch = next(batches)
     rate = learning_rate_at(
-        progress.step,
+        progress.step - progress.skipped,
         job.steps.total_steps,
         job.steps.warmup_steps,
         job.learning_rate,
         job.schedule.lr_scheduler_type,
     )
-    result = job.module.train_step(batch.micro_batches, batch.trained_tokens, rate)
+    if step in job.numbers.skipped_steps:
+        result = StepResult(float("nan"), float("nan"), applied=False)
+    else:
+        done = job.module.train_step(batch.micro_batches, batch.trained_tokens, rate, job.stop.requested)
+        if done is None:
+            save_and_stop(job, progress)
+        result = done
+        try:
+            job.numbers.check(step, batch, result)
+        except DivergedError as error:
+            save_before(job, progress, error)
     seconds = time.perf_counter() - started
-    progress = Progress(progress.step + 1, progress.tokens + batch.tokens, batch.position)
     record: dict[str, Any] = {
-        "step": progress.step,
+        "step": step,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "learning_rate": rate,
@@ -148,14 +186,45 @@ def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> tu
     }
     if not result.applied:
         record["skipped"] = True
-    return progress, record
-
-
-def evaluate(job: Job, progress: Progress) -> None:
-    """Held-out loss, logged."""
-    record = job.evaluator.evaluate(progress)
-    if record is not None:
+    pause = job.saver.pause_seconds()
+    if pause is not None:
+        record["save_pause_seconds"] = pause
+    if step % job.train.logging_steps == 0 or step == job.steps.total_steps:
         job.trackers.log(record)
+    return Progress(step, progress.tokens + batch.tokens, progress.skipped + (not result.applied), batch.position)
+
+
+def evaluate(job: Job, progress: Progress) -> Progress:
+    """Held-out loss, logged. A stop in the middle of it saves and ends: the evaluation comes first after a resume."""
+    record = job.evaluator.evaluate(progress, job.stop.requested)
+    if record is not None:
+        job.saver.saw(record)
+        job.trackers.log(record)
+    elif job.stop.requested():
+        save_and_stop(job, replace(progress, evaluation_due=True))
+    return replace(progress, evaluation_due=False)
+
+
+def save_and_stop(job: Job, progress: Progress) -> NoReturn:
+    """Save where the run stands, and end it."""
+    if progress.step == 0:
+        raise StoppedError("stopped before the first step was done; the same command starts again")
+    folder = job.saver.save(progress)
+    job.saver.finish()
+    raise StoppedError(f"stopped after step {progress.step} and saved {folder}: the same command goes on from there")
+
+
+def save_before(job: Job, progress: Progress, error: DivergedError) -> NoReturn:
+    """Save the state from before a step that went wrong, which changed nothing, and end the run with its error."""
+    try:
+        saved = f"The state before it is {job.saver.save(progress)}" if progress.step else "No step was done before"
+        job.saver.finish()
+    except CheckpointError as damage:
+        saved = f"The state before it is not worth saving: {damage}"
+    raise DivergedError(
+        f"{error}.\n{saved}. Mend the rows, lower optim.learning_rate, or start the same command with train.on_nan=skip or "
+        "train.on_nan=rollback"
+    ) from error
 
 
 def is_due(every: int | None, step: int, last: int) -> bool:

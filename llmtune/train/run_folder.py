@@ -7,27 +7,32 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from llmtune import __version__
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, sweep_incomplete
-from llmtune.checkpoint.save import read_trainer_state
-from llmtune.config.compose import dump_yaml, load_config
+from llmtune.checkpoint.trainer_state import read_trainer_state
+from llmtune.config.compose import dump_redacted, load_config, redact_config
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.plan.resolve import Plan, StepsPlan
+from llmtune.secrets import close_to_others, redact
 from llmtune.track.metrics import cut_metrics, read_metrics
 
 #: What makes a run this run; anything else may differ between two starts.
 IDENTITY = ("model", "data", "tuner", "optim", "schedule", "precision", "seed")
 #: Keys of those groups that change how the work is done, not what comes out.
 NO_IDENTITY = {"data.num_workers", "data.dataloader_num_workers", "data.pin_memory"}
-TRAIN_IDENTITY = ("global_batch_size", "max_grad_norm")
+TRAIN_IDENTITY = ("train.global_batch_size", "train.max_grad_norm")
+#: Where a run lies and how it is started says nothing of what changed in it.
+_NO_DIFFERENCE = {"run_name", "output_dir", "resume_from_checkpoint", "trace", "paths.cache_dir"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +47,8 @@ class RunFolder:
         file = self.path / names.FINISHED
         return int(json.loads(file.read_text())["step"]) if file.is_file() else None
 
-    def check_owner(self, config: Config) -> None:
-        """Refuse a folder of another run, or of no run.
+    def check_owner(self, config: Config) -> list[str]:
+        """Refuse a folder of another run, or of no run; what else differs from the last start, in words.
 
         Raises:
             CheckpointError: With every difference.
@@ -56,15 +61,15 @@ class RunFolder:
                     f"output_dir={self.path} is not empty and not a run folder (it holds {', '.join(sorted(others)[:5])}); "
                     "take another output_dir= or run_name="
                 )
-            return
+            return []
         if not self._has_work():
-            return
+            return []
         if config.resume_from_checkpoint == "none":
             raise CheckpointError(
                 f"resume_from_checkpoint=none, but {self.path} holds a run already; take another output_dir= or "
                 "run_name=, or remove the folder"
             )
-        _check_same_run(self.path, config)
+        return check_same_run(self.path, config)
 
     def check_length(self, steps: StepsPlan, data_fingerprint: str) -> str | None:
         """Refuse a shorter run or other data; a note where the run is longer than before.
@@ -91,23 +96,6 @@ class RunFolder:
             return f"longer than before: {before} -> {steps.total_steps} steps; the schedule now runs to the new end"
         return None
 
-    def resume_point(self, config: Config) -> Path | None:
-        """The checkpoint to go on from: the newest, or the one that is named.
-
-        Raises:
-            CheckpointError: It is incomplete, damaged, or of a run with another configuration.
-        """
-        wanted = config.resume_from_checkpoint
-        if wanted == "none":
-            return None
-        if wanted == "auto":
-            found = find_checkpoints(self.path)
-            return found[-1] if found else None
-        folder = Path(wanted).expanduser()
-        read_trainer_state(folder)
-        _check_same_run(folder, config)
-        return folder
-
     def begin(self, config: Config, overrides: list[str], plan: Plan, extra: dict[str, Any], step: int) -> list[str]:
         """Write what describes the run, and set aside what lies beyond ``step``; sentences on what went."""
         notes = [f"removed what a save that was cut off left behind: {name}" for name in sweep_incomplete(self.path)]
@@ -119,11 +107,26 @@ class RunFolder:
                 notes.append(f"{folder.name} is beyond step {step} and was renamed to {aside.name}")
         (self.path / names.FINISHED).unlink(missing_ok=True)
         cut_metrics(self.path / names.METRICS, step)
-        (self.path / names.CONFIG).write_text(dump_yaml(config))
-        (self.path / names.OVERRIDES).write_text("".join(f"- {json.dumps(text)}\n" for text in overrides))
-        (self.path / names.PLAN).write_text(json.dumps({**plan.to_dict(), **extra}, indent=1))
-        (self.path / names.ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=1))
+        texts = {
+            names.CONFIG: dump_redacted(config),
+            names.OVERRIDES: "".join(f"- {json.dumps(text)}\n" for text in overrides),
+            names.PLAN: json.dumps({**plan.to_dict(), **extra}, indent=1),
+            names.ENVIRONMENT: json.dumps(describe_environment(), indent=1),
+        }
+        for name, text in texts.items():
+            (self.path / name).write_text(redact(text))
         return notes
+
+    def restore(self, checkpoint: Path) -> None:
+        """What a checkpoint that was fetched brings along, where the run folder has lost it."""
+        state = read_trainer_state(checkpoint)
+        for name, text in ((names.METRICS, None), (names.TRACKER_RUN_ID, state.tracker_run_id)):
+            target = self.path / name
+            source = checkpoint / name
+            if target.exists() or (text is None and not source.is_file()):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(source.read_text() if text is None else text)
 
     def read_history(self) -> list[dict[str, Any]]:
         """Rungs of the ladder on which this run ran out of memory."""
@@ -152,6 +155,7 @@ def open_run_folder(path: Path) -> RunFolder:
         raise CheckpointError(f"output_dir={path}: {error.strerror}; take another output_dir=") from error
     if not os.access(path, os.W_OK):
         raise CheckpointError(f"output_dir={path}: not writable; take another output_dir=")
+    close_to_others(path)
     return RunFolder(path)
 
 
@@ -167,41 +171,65 @@ def describe_environment() -> dict[str, str]:
     return {"llmtune": __version__, "python": sys.version.split()[0], "platform": platform.platform(), **found}
 
 
-def _check_same_run(folder: Path, config: Config) -> None:
-    """Compare the configuration stored in a run folder or checkpoint with the one of now."""
+def check_same_run(folder: Path, config: Config) -> list[str]:
+    """Compare the configuration stored in a run folder or checkpoint with the one of now.
+
+    Returns:
+        The differences that do not matter, as ``key: old -> new``.
+
+    Raises:
+        CheckpointError: With those that do.
+    """
     stored = folder / names.CONFIG
     try:
-        differences = _differences(load_config(stored), config)
+        old = load_config(stored)
     except ConfigError as error:
         raise CheckpointError(f"{stored} was written by another version: {error}") from error
-    if differences:
+    # What is stored holds no secrets.
+    differences = _differences(old, redact_config(config))
+    wrong = [(key, a, b) for key, a, b in differences if is_identity(key)]
+    if wrong:
         raise CheckpointError(
             f"{folder} belongs to a run with another configuration:\n"
-            + "\n".join(f"  {key}: {old} there, {new} now" for key, old, new in differences)
+            + "\n".join(f"  {key}: {a} there, {b} now" for key, a, b in wrong)
             + "\nTake the old values, or another run_name= or output_dir="
         )
+    return [f"{key}: {a} -> {b}" for key, a, b in differences if key not in _NO_DIFFERENCE]
+
+
+def fingerprint(config: Config) -> str:
+    """A hash of what makes a run this run."""
+    values = {key: value for key, value in _flatten(redact_config(config)).items() if is_identity(key)}
+    return xxhash.xxh3_64(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def is_identity(key: str) -> bool:
+    """Whether a run with another value of this dotted key is another run."""
+    if key in NO_IDENTITY:
+        return False
+    return key.split(".")[0] in IDENTITY or key in TRAIN_IDENTITY
 
 
 def _differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    found = []
-    for group in IDENTITY:
-        before, after = _plain(getattr(old, group)), _plain(getattr(new, group))
-        if not isinstance(before, dict):
-            before, after = {"": before}, {"": after}
-        found += [
-            (f"{group}.{key}" if key else group, before[key], after[key])
-            for key in before
-            if before[key] != after[key] and f"{group}.{key}" not in NO_IDENTITY
-        ]
-    for key in TRAIN_IDENTITY:
-        if getattr(old.train, key) != getattr(new.train, key):
-            found.append((f"train.{key}", getattr(old.train, key), getattr(new.train, key)))
+    before, after = _flatten(old), _flatten(new)
+    return [
+        (key, before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> plain value."""
+    found: dict[str, Any] = {}
+    for group in fields(config):
+        value = getattr(config, group.name)
+        if hasattr(value, "__dataclass_fields__"):
+            found |= {f"{group.name}.{key}": _plain(item) for key, item in asdict(value).items()}
+        else:
+            found[group.name] = _plain(value)
     return found
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if hasattr(value, "__dataclass_fields__"):
-        return {key: item.value if isinstance(item, Enum) else item for key, item in asdict(value).items()}
-    return value
+    return value.value if isinstance(value, Enum) else value

@@ -1,24 +1,54 @@
-"""Stopping on a signal: a flag that the loop looks at between steps, agreed on by all ranks."""
+"""Stopping when asked: by a signal to any rank, or by a file named SAVE in the run folder; agreed on by all ranks."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+from pathlib import Path
 from types import FrameType
 
+from llmtune.checkpoint import names
 from llmtune.engine.distributed import Rank, any_rank
+from llmtune.errors import EXIT_STOPPED
+
+#: SIGUSR1 is what Slurm sends ahead of its time limit (``sbatch --signal=USR1@600``).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class StopFlag:
-    """Set by SIGTERM or SIGINT on any rank."""
+class Stop:
+    """Looked at between steps, micro-batches and evaluation batches. Before :meth:`arm` a signal ends the rank at once:
+    there is nothing to save."""
 
-    def __init__(self) -> None:
-        self._set = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+    def __init__(self, rank: Rank, run: Path):
+        self._rank = rank
+        self._file = run / names.SAVE_REQUEST
+        self._signalled = False
+        self._armed = False
+        self._agreed = False
+        for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
-    def requested(self, rank: Rank) -> bool:
+    def arm(self) -> None:
+        """From here on there is something to save."""
+        self._armed = True
+
+    def requested(self) -> bool:
         """Whether any rank was asked to stop. Collective."""
-        return any_rank(self._set, rank)
+        return self.agree(False)[0]
+
+    def agree(self, other: bool) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether ``other`` is true on any: one collective."""
+        asked = self._signalled or (self._rank.is_first and self._file.exists())
+        stop, other = any_rank([asked, other], self._rank)
+        self._agreed = self._agreed or stop
+        if stop and self._rank.is_first:
+            # Heard: the same command is to go on, not to stop again.
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
+        return self._agreed, other
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        self._set = True
+        if not self._armed:
+            os._exit(EXIT_STOPPED)
+        self._signalled = True

@@ -12,22 +12,25 @@ from typing import Any
 
 import torch
 
-from llmtune.checkpoint.save import load_checkpoint, save_checkpoint
-from llmtune.checkpoint.weights import write_model_config, write_weights
+from llmtune.checkpoint.outbox import Buffers
+from llmtune.checkpoint.save import PendingSave, SaveRequest, begin_save, load_checkpoint
+from llmtune.checkpoint.trainer_state import TrainerState
+from llmtune.checkpoint.weights import WeightFiles
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import Precision, TunerKind
+from llmtune.config.schema import Config, Precision, TunerKind
 from llmtune.data.batch import Collator
 from llmtune.data.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
 from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
 from llmtune.engine.module import TrainModule
-from llmtune.model.adapters import to_file_name, write_adapter_config
+from llmtune.model.adapters import to_file_name
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan import resolve
 from llmtune.plan.resolve import resolve_plan, resolve_steps, with_nvme
 from llmtune.train.job import build_module
 from llmtune.train.request import RunRequest
+from llmtune.train.saving import render_companions
 
 
 def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
@@ -57,14 +60,18 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     collator = Collator(int(tokenizer.pad_token_id))
     loader = TrainLoader(open_rows(data, "train"), plan.batch, rank.rank, config.seed, collator)
     seen, norms = [], []
+    pending: PendingSave | None = None
     for step in range(task["first"], task["last"]):
         torch.manual_seed(step)
         batch = loader.step_at(step * plan.batch.global_batch_size)
         result = module.train_step(batch.micro_batches, batch.trained_tokens, plan.learning_rate)
+        assert result is not None
         seen.append(result.loss)
         norms.append(result.grad_norm)
         if task.get("save") and step + 1 == task["save_at"]:
-            save(module, Path(task["save"]), step + 1, config.tuner.kind is TunerKind.lora, rank)
+            pending = save(module, task, config, tokenizer)
+    if pending is not None:
+        pending.finish()
     module.engine.destroy()
     return {"losses": seen, "norms": norms}
 
@@ -84,16 +91,24 @@ def pretend_fp16() -> None:
     resolve.fp16_supported = lambda _: True
 
 
-def save(module: TrainModule, folder: Path, step: int, lora: bool, rank: Rank) -> None:
-    """A checkpoint as a run writes it."""
-
-    def write_model(target: Path) -> None:
-        write_weights(module, target, lora, 10**9, to_file_name if lora else str)
-        if rank.is_first:
-            write = write_adapter_config if lora else write_model_config
-            write(module.model, target)
-
-    save_checkpoint(module, folder, step, 0, "test", None, write_model)
+def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: Any) -> PendingSave:
+    """A checkpoint as a run writes it; in the background where the task says so, while training goes on."""
+    lora = config.tuner.kind is TunerKind.lora
+    weights = WeightFiles(lora, 10**9, to_file_name if lora else str)
+    folder, step = Path(task["save"]), task["save_at"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    companions = {}
+    if module.rank.is_first:
+        # Of a run's small files, the configuration of the run itself is not wanted here.
+        write_config = Path(tempfile.mkdtemp())
+        (write_config / "config.yaml").write_text("")
+        companions = render_companions(module.model, tokenizer, weights, write_config)
+    state = TrainerState(step, 0, 0, "test", None)
+    return begin_save(
+        module,
+        SaveRequest(folder, state, weights, companions, {"step": step}),
+        Buffers() if task.get("background") else None,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""Tensors on their way to files: written at once, or copied to host memory now and written by a thread while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.checkpoint.tensor_file import TensorFile, TensorSpec
+
+
+class Outbox:
+    """The files of one rank in one save. Tensors are put in the order of each file's specs, one file after the other.
+
+    An error of the disk is kept until :meth:`deliver`: between two tensors that all ranks gather together, a rank that left
+    would leave the others waiting.
+    """
+
+    def __init__(self, folder: Path, hold: Buffers | None = None):
+        """
+        Args:
+            hold: Where tensors are kept until :meth:`deliver`; without it they are written as they are put.
+        """
+        self.folder = folder
+        self.files: dict[str, list[TensorSpec]] = {}
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._metadata: dict[str, dict[str, str]] = {}
+        self._hold = hold
+        self._held: dict[str, list[torch.Tensor]] = {}
+        self._open: TensorFile | None = None
+        self._left = 0
+        self._failure: OSError | None = None
+
+    def start(self, name: str, specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None) -> None:
+        """Begin a file."""
+        assert self._left == 0, "the file before is not whole"
+        self.files[name] = list(specs)
+        self._metadata[name] = metadata or {}
+        self._left = len(specs)
+        if self._hold is not None:
+            self._held[name] = []
+        else:
+            self._try(lambda: self._begin(name))
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """The next tensor of the file."""
+        name = next(reversed(self.files))
+        spec = self.files[name][-self._left]
+        self._left -= 1
+        if self._hold is not None:
+            self._held[name].append(self._hold.copy(f"{name}/{spec.name}", tensor, spec))
+            return
+        self._try(lambda: self._append(tensor.detach().to(spec.dtype)))
+        if self._left == 0:
+            self._try(self._end)
+
+    def deliver(self, beat: Callable[[], None]) -> None:
+        """Write what is held, or say what went wrong.
+
+        Args:
+            beat: Called after each tensor, to show that the rank is alive.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        if self._failure is not None:
+            raise self._failure
+        for name, tensors in self._held.items():
+            with TensorFile(self.folder / name, self.files[name], self._metadata[name]) as file:
+                for tensor in tensors:
+                    file.write(tensor)
+                    beat()
+            self.entries[name] = file.entry
+
+    def _begin(self, name: str) -> None:
+        self._open = TensorFile(self.folder / name, self.files[name], self._metadata[name])
+
+    def _append(self, tensor: torch.Tensor) -> None:
+        assert self._open is not None
+        self._open.write(tensor)
+
+    def _end(self) -> None:
+        assert self._open is not None
+        with self._open:
+            pass
+        self.entries[self._open.path.name] = self._open.entry
+
+    def _try(self, act: Callable[[], None]) -> None:
+        if self._failure is None:
+            try:
+                act()
+            except OSError as error:
+                self._failure = error
+
+
+class Buffers:
+    """Host memory for the copies, kept from one save to the next: fresh pages cost more than the copying."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def copy(self, key: str, tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+        """A copy on the host, in the dtype and with the number of elements of ``spec``."""
+        shape = (tensor.numel(),)
+        kept = self._kept.get(key)
+        if kept is None or kept.shape != shape or kept.dtype is not spec.dtype:
+            kept = self._kept[key] = torch.empty(shape, dtype=spec.dtype)
+        kept.copy_(tensor.detach().reshape(-1))
+        return kept
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that is kept."""
+        return sum(tensor.nbytes for tensor in self._kept.values())
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._kept.clear()

@@ -1,0 +1,56 @@
+"""Where a run stands, as its checkpoints say it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmtune.checkpoint import names
+from llmtune.checkpoint.manifest import read_manifest
+from llmtune.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """With the seed it also determines the rows to come and the dropout."""
+
+    step: int
+    """Optimizer steps done, skipped ones included."""
+    tokens: int
+    """Tokens seen, padding excluded."""
+    skipped: int
+    """Steps that changed nothing, because a number was not finite; the schedule does not count them."""
+    data_fingerprint: str
+    """Of the tokenised rows."""
+    data_position: Mapping[str, Any] | None
+    """Where the data goes on, as the loader says it."""
+    evaluation_due: bool = False
+    """The evaluation of this step was interrupted, and comes first after a resume."""
+    best: dict[str, Any] | None = None
+    """``metric``, ``value`` and ``step`` of the best evaluation so far."""
+    tracker_run_id: str | None = None
+    """Of the experiment tracker, so that a resumed run goes on in the same place."""
+    optimizer_steps: int = 0
+    """Steps that AdamW counted."""
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    """fp16 only."""
+
+    def to_json(self) -> str:
+        """The text of ``trainer_state.json``."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def read_trainer_state(folder: Path) -> TrainerState:
+    """The state of a complete checkpoint.
+
+    Raises:
+        CheckpointError: The folder is incomplete or damaged.
+    """
+    read_manifest(folder)
+    try:
+        return TrainerState(**json.loads((folder / names.TRAINER_STATE).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {names.TRAINER_STATE} cannot be read ({error})") from error

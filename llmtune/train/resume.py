@@ -1,0 +1,68 @@
+"""Where a run goes on from: the newest checkpoint that is whole, here or at the mirror."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from llmtune.checkpoint import names
+from llmtune.checkpoint.find import find_checkpoints, restore_replaced
+from llmtune.checkpoint.manifest import check_undamaged, find_damage
+from llmtune.checkpoint.mirror import fetch_remote, find_remote
+from llmtune.config.schema import Config
+from llmtune.errors import CheckpointError
+from llmtune.secrets import redact
+from llmtune.train.run_folder import RunFolder, check_same_run
+
+
+def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, every byte of it checked; None for a run from the beginning.
+
+    Raises:
+        CheckpointError: The one that is named is incomplete, damaged, or of a run with another configuration; or all are
+            damaged.
+    """
+    wanted = config.resume_from_checkpoint
+    if wanted == "none":
+        return None
+    restore_replaced(folder.path)
+    if wanted != "auto":
+        found = _named(folder, wanted, say)
+        check_same_run(found, config)
+        return found
+    newest = _newest_whole(folder.path, say)
+    remote = find_remote(config.checkpoint.mirror, run_name) if config.checkpoint.mirror else []
+    here = names.checkpoint_step(newest) or 0 if newest else -1
+    if remote and remote[-1][0] > here:
+        newest = _fetch(folder, remote[-1][1], say)
+        check_same_run(newest, config)
+    if newest is None and find_checkpoints(folder.path):
+        raise CheckpointError(
+            f"{folder.path}: every checkpoint in it is damaged (named above), and none was overwritten. Take another "
+            "run_name= or output_dir= to start anew, or remove them to start anew here"
+        )
+    return newest
+
+
+def _named(folder: RunFolder, wanted: str, say: Callable[[str], None]) -> Path:
+    if "://" in wanted:
+        return _fetch(folder, wanted, say)
+    found = Path(wanted).expanduser()
+    check_undamaged(found)
+    return found
+
+
+def _newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
+    for found in reversed(find_checkpoints(run)):
+        problems = find_damage(found)
+        if not problems:
+            return found
+        say(f"{found.name} is damaged and passed over: {'; '.join(problems)}")
+    return None
+
+
+def _fetch(folder: RunFolder, url: str, say: Callable[[str], None]) -> Path:
+    say(f"fetching {redact(url)}")
+    fetched = fetch_remote(url, folder.path)
+    folder.restore(fetched)
+    return fetched
