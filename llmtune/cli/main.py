@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from llmtune import __version__
 from llmtune.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, LlmtuneError
 from llmtune.launch.rank import to_user_error
+from llmtune.secrets import redact, remember_names
 
 #: Verb -> (module with ``main(arguments) -> exit code``, what it does).
 VERBS = {
@@ -24,6 +25,7 @@ VERBS = {
     "merge": ("llmtune.cli.export", "the same as export"),
     "eval": ("llmtune.cli.eval", "held-out loss and perplexity of a run, checkpoint or model"),
     "chat": ("llmtune.cli.chat", "talk to a run, checkpoint or model"),
+    "verify": ("llmtune.cli.verify", "check checkpoints, adapters and exports against their manifests, every byte"),
     "doctor": ("llmtune.cli.doctor", "what on this machine would stop a run, and the command that mends it; --fix"),
 }
 
@@ -43,12 +45,13 @@ examples
   python -m llmtune export run=runs/NAME export=safetensors
   python -m llmtune plan model=llama3_70b hardware=8xa100_80gb tuner=full hardware.host_memory_bytes=2TB
   python -m llmtune eval base=runs/NAME/merged
+  python -m llmtune verify run=runs/NAME
   deepspeed scripts/train.py model=llama3_70b zero=3                 or torchrun: the same training
 
 options
   --cfg job          print the composed configuration and stop
   --config-dir DIR   look for group files (experiment/mine.yaml ...) in DIR too
-  --json             plan, data, eval, doctor: print one JSON object
+  --json             plan, data, eval, verify, doctor: print one JSON object
   --fix              doctor: mend what is safe to mend
   --version, --help
 
@@ -82,13 +85,13 @@ def main(argv: list[str] | None = None) -> int:
         if "--version" in argv:
             _print(f"llmtune {__version__}")
             return EXIT_DONE
+        _load_dotenv()
         arguments = parse(argv)
         if arguments.show_config:
             from llmtune.config.compose import compose_config
 
-            _print(compose_config(arguments.overrides, arguments.config_dir).yaml.rstrip())
+            _print(redact(compose_config(arguments.overrides, arguments.config_dir).yaml.rstrip()))
             return EXIT_DONE
-        _load_dotenv()
         module = importlib.import_module(VERBS[arguments.verb][0])
         return int(module.main(arguments))
     except LlmtuneError as error:
@@ -139,22 +142,24 @@ def parse(argv: list[str]) -> Arguments:
 
 def _load_dotenv() -> None:
     """Keys such as WANDB_API_KEY and HF_TOKEN from ``.env`` of the current folder; the environment wins."""
-    from dotenv import load_dotenv
+    from dotenv import dotenv_values, load_dotenv
 
+    remember_names(dotenv_values(".env"))
     load_dotenv(".env", override=False)
 
 
 def _report(error: BaseException, code: int, trace: bool) -> int:
     if trace:
-        traceback.print_exception(error)
+        text = "".join(traceback.format_exception(error)).rstrip()
     elif code == EXIT_STOPPED:
-        sys.stderr.write(f"{error}\n")
+        text = str(error)
     elif isinstance(error, LlmtuneError):
-        sys.stderr.write(f"error: {error}\n")
+        text = f"error: {error}"
     elif isinstance(error, KeyboardInterrupt):
-        sys.stderr.write("interrupted\n")
+        text = "interrupted"
     else:
-        sys.stderr.write(f"error: {type(error).__name__}: {error}\nAdd debug=trace for the traceback.\n")
+        text = f"error: {type(error).__name__}: {error}\nAdd debug=trace for the traceback."
+    sys.stderr.write(redact(text) + "\n")
     return code
 
 

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmtune.config import rules
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
+from llmtune.secrets import redact_values
 
 PRIMARY = "train"
 
@@ -105,6 +106,17 @@ def with_overrides(stored: Config, composed: Composed) -> Config:
 def dump_yaml(config: Config) -> str:
     """The config as text that :func:`load_config` reads."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def dump_redacted(config: Config) -> str:
+    """The config as text for a file that is kept: without secrets."""
+    return dump_yaml(redact_config(config))
+
+
+def redact_config(config: Config) -> Config:
+    """The config with ``***NAME***`` for secrets; compare two of these, since a stored config is one."""
+    values = redact_values(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    return to_config(OmegaConf.merge(OmegaConf.structured(Config), values))
 
 
 def to_config(node: Any) -> Config:

@@ -11,8 +11,10 @@ import traceback
 from pathlib import Path
 from typing import IO
 
-from llmtune.errors import EXIT_UNEXPECTED, DoesNotFitError, LlmtuneError
+from llmtune.errors import EXIT_UNEXPECTED, DoesNotFitError, LlmtuneError, RollbackError
 from llmtune.launch.environment import FAILURE_DIR
+from llmtune.launch.log_filter import start_filter
+from llmtune.secrets import has_secrets, redact
 
 #: Texts by which memory that ran out is known: torch's CPU allocator raises a plain RuntimeError; C++ threads abort.
 OUT_OF_MEMORY = (
@@ -22,11 +24,16 @@ OUT_OF_MEMORY = (
 
 
 def redirect_output(log: Path) -> IO[str]:
-    """Send everything that this process and its libraries print to ``log``; what is returned is the old stdout."""
+    """Send everything that this process and its libraries print to ``log``, without secrets.
+
+    Returns:
+        The old stdout, through which nothing is filtered.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     console = os.fdopen(os.dup(1), "w", buffering=1)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    descriptor = start_filter(log) if has_secrets() else os.open(log, append, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
@@ -37,7 +44,8 @@ def to_user_error(error: BaseException) -> LlmtuneError | None:
     """An error with advice for those that have one: ours, and memory that ran out."""
     if isinstance(error, LlmtuneError):
         return error
-    text = str(error)
+    # Before it is cut: half a secret is not recognised.
+    text = redact(str(error))
     if is_out_of_memory(error):
         first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         return DoesNotFitError(
@@ -68,18 +76,19 @@ def limit_memory(limit_bytes: int, accelerator: str, local_rank: int) -> None:
 
 def report_failure(error: BaseException, rank: int, console: IO[str], trace: bool) -> int:
     """Traceback to the log; the message to the supervisor, or to the console where there is none. Returns the exit code."""
-    traceback.print_exception(error)
+    story = redact("".join(traceback.format_exception(error)))
+    sys.stderr.write(story)
     sys.stderr.flush()
     known = to_user_error(error)
-    message = str(known) if known else f"{type(error).__name__}: {error}"
-    if trace:
-        message = "".join(traceback.format_exception(error)).rstrip()
+    message = story.rstrip() if trace else redact(str(known) if known else f"{type(error).__name__}: {error}")
     code = known.exit_code if known else EXIT_UNEXPECTED
     folder = os.environ.get(FAILURE_DIR)
     if folder:
         report = {"rank": rank, "code": code, "message": message, "known": known is not None, "time": time.time()}
         if is_out_of_memory(error):
             report["out_of_memory"] = "device" if "CUDA" in str(error) else "host"
+        if isinstance(error, RollbackError):
+            report["rollback"] = True
         (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(report))
     elif known is not None or rank == 0:
         console.write(f"\nerror (rank {rank}): {message}\n")

@@ -10,6 +10,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from llmtune.plan.units import format_bytes, format_seconds
+from llmtune.secrets import redact
 from llmtune.track.tracker import Record
 
 #: Seconds between progress lines where the output is no terminal.
@@ -17,7 +18,10 @@ PLAIN_INTERVAL_SECONDS = 10.0
 
 
 class Console:
-    """Writes to the user's terminal, wherever the libraries' output was sent; silent on all ranks but the first."""
+    """Writes to the user's terminal, wherever the libraries' output was sent; silent on all ranks but the first.
+
+    Secrets are taken out of texts, not of what is written: a table breaks them over lines.
+    """
 
     def __init__(self, stream: IO[str] | None):
         self._out = stream or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
@@ -32,7 +36,7 @@ class Console:
     def say(self, text: str) -> None:
         """One line or paragraph."""
         self._close_line()
-        self._rich.print(text, markup=False)
+        self._rich.print(redact(text), markup=False)
 
     def page(self, title: str, rows: dict[str, str]) -> None:
         """A titled list of names and values."""
@@ -40,7 +44,7 @@ class Console:
         width = max(map(len, rows), default=0)
         self._rich.print(f"\n{title}", style="bold", markup=False)
         for name, value in rows.items():
-            self._rich.print(f"  {name:<{width}}  {value}", markup=False)
+            self._rich.print(f"  {name:<{width}}  {redact(value)}", markup=False)
         self._rich.print()
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -50,13 +54,13 @@ class Console:
         for name in header:
             table.add_column(name, ratio=1, overflow="fold")
         for row in rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+            table.add_row(*(redact(cell).replace("[", r"\[") for cell in row))
         RichConsole(file=self._out, width=None if self.is_terminal else 120).print(table)
 
     def progress(self, text: str) -> None:
         """The progress line: written over on a terminal, a line of its own elsewhere."""
         if self.is_terminal:
-            self._out.write(f"\r\x1b[2K{text}")
+            self._out.write(f"\r\x1b[2K{redact(text)}")
             self._out.flush()
             self._line_open = True
         else:

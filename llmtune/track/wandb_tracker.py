@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.schema import TrackerConfig, TrackerMode
+from llmtune.secrets import redact, redact_values
 from llmtune.track.tracker import Record
 
 
@@ -17,7 +18,7 @@ class WandbTracker:
     def __init__(self, config: TrackerConfig, run_folder: Path, run_name: str, settings: dict[str, Any]):
         """
         Args:
-            settings: The resolved config, as plain values; it holds no secrets.
+            settings: The resolved config, as plain values; secrets are taken out of it.
         """
         import wandb
 
@@ -27,15 +28,23 @@ class WandbTracker:
             mode = TrackerMode.offline
             self.note = "W&B: no WANDB_API_KEY in the environment or .env, so this run is tracked offline"
         self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            name=run_name,
+            project=redact(config.project),
+            entity=redact(config.entity) if config.entity else None,
+            name=redact(run_name),
             id=_run_id(run_folder),
             resume="allow",
             dir=str(run_folder),
             mode="offline" if mode is TrackerMode.offline else "online",
-            config=settings,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+            config=redact_values(settings),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=60,
+                # The command line and the address of the git remote may hold secrets.
+                x_disable_meta=True,
+                disable_git=True,
+                disable_code=True,
+            ),
         )
 
     def log(self, record: Record) -> None:
