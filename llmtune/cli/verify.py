@@ -1,0 +1,102 @@
+"""``verify``: whether checkpoints, trained models and exports are as they were written, and hold numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.checkpoint import names
+from llmtune.checkpoint.manifest import find_damage, read_manifest
+from llmtune.config.schema import Config
+from llmtune.errors import EXIT_DONE, CheckpointError, ConfigError
+from llmtune.plan.units import format_bytes
+
+if TYPE_CHECKING:
+    from llmtune.cli.main import Arguments
+
+_ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def main(arguments: Arguments) -> int:
+    """Print a line a folder; exit code 5 where anything is wrong."""
+    from llmtune.cli.plan import stdout_for_us
+    from llmtune.config.compose import compose_config
+
+    folders = _named_folders(compose_config(arguments.overrides, arguments.config_dir).config)
+    reports = []
+    with stdout_for_us() as write:
+        for folder in folders:
+            reports.append(_report(folder))
+            if not arguments.as_json:
+                write(_to_text(reports[-1]))
+        bad = sum(not report["healthy"] for report in reports)
+        if arguments.as_json:
+            write(json.dumps({"healthy": bad == 0, "folders": reports}, indent=1) + "\n")
+    if bad:
+        sys.stderr.write(f"{bad} of {len(reports)} folder(s) cannot be relied on\n")
+        return CheckpointError.exit_code
+    return EXIT_DONE
+
+
+def _named_folders(config: Config) -> list[Path]:
+    """The folders that the command line names; of a run, all that it published or should have.
+
+    Raises:
+        ConfigError: Nothing is named.
+        CheckpointError: The run has nothing to verify.
+    """
+    given = (config.checkpoint.path, config.adapter, config.base)
+    folders = [Path(place).expanduser() for place in given if place]
+    if config.run:
+        folders = _run_folders(Path(config.run).expanduser()) + folders
+    if not folders:
+        raise ConfigError("verify needs run=FOLDER, checkpoint=FOLDER, adapter=FOLDER or base=FOLDER (an export)")
+    return folders
+
+
+def _run_folders(run: Path) -> list[Path]:
+    """Checkpoints, oldest first, incomplete ones too; then what was trained, and its export."""
+    found = ((names.checkpoint_step(folder), folder) for folder in (run.iterdir() if run.is_dir() else []))
+    folders = [folder for _, folder in sorted((step, folder) for step, folder in found if step is not None)]
+    folders += [run / name for name in (names.ADAPTER, names.MODEL, names.MERGED) if (run / name).is_dir()]
+    if not folders:
+        raise CheckpointError(
+            f"run={run}: no checkpoint and no trained model in it; verify takes a folder such as runs/NAME"
+        )
+    return folders
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """What ``--json`` prints of a folder; numbers only where it is whole."""
+    problems = _find_problems(folder)
+    report: dict[str, Any] = {"path": str(folder), "healthy": not problems, "problems": problems}
+    if not problems:
+        manifest = read_manifest(folder)
+        sizes = [entry["size"] for entry in manifest["files"].values()]
+        report |= {"files": len(sizes), "bytes": sum(sizes), "step": manifest.get("step")}
+    return report
+
+
+def _find_problems(folder: Path) -> list[str]:
+    from llmtune.checkpoint.content import check_adapter_trained, check_tensors
+
+    if not folder.is_dir():
+        return ["no such folder"]
+    if not any((folder / name).is_file() for name in (names.MANIFEST, names.COMPLETE)):
+        return [f"not written by llmtune (no {names.MANIFEST}), so it cannot be checked"]
+    problems = find_damage(folder)
+    for file in sorted(folder.rglob("*.safetensors")):
+        # A link is among the damage already, and may lead anywhere.
+        if file.is_file() and not file.is_symlink():
+            problems += check_tensors(file)
+            problems += check_adapter_trained(file) if file.name == _ADAPTER_FILE else []
+    return problems
+
+
+def _to_text(report: dict[str, Any]) -> str:
+    if not report["healthy"]:
+        return f"BAD {report['path']}\n" + "".join(f"      {problem}\n" for problem in report["problems"])
+    step = "" if report["step"] is None else f", step {report['step']}"
+    return f"ok  {report['path']}  {report['files']} files, {format_bytes(report['bytes'])}{step}\n"
