@@ -1,16 +1,18 @@
-"""Run the chosen rung; when memory runs out although it fits by the plan, take the next one from the last checkpoint on."""
+"""Run the chosen rung until it is done: again where ranks failed, one rung lower where memory ran out after all."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint import names
+from llmtune.checkpoint.find import find_checkpoints
 from llmtune.cli.prepare import describe, resolve_request
 from llmtune.config.schema import OffloadDevice
 from llmtune.errors import DoesNotFitError, LlmtuneError
@@ -18,7 +20,11 @@ from llmtune.launch.environment import return_freed_memory, set_defaults
 from llmtune.launch.nvme import check_nvme, hold_swap_folder, swap_folder
 from llmtune.launch.ops import ensure_ops
 from llmtune.launch.out_of_memory import MemoryEvent, RanOutOfMemoryError
+from llmtune.launch.outcome import RanksFailedError
+from llmtune.launch.restart import Restarts
+from llmtune.launch.signals import raise_stops
 from llmtune.launch.supervisor import run_ranks
+from llmtune.launch.watch import Limits
 from llmtune.plan.ladder import next_candidate
 from llmtune.plan.resolve import describe_misfit, plan_candidate, with_nvme
 
@@ -44,28 +50,67 @@ class Descent:
         self.console = console
         self.history: list[dict[str, Any]] = folder.read_history()
         self.tried: list[Candidate] = []
+        self.restarts = Restarts(composed.config.launch.max_restarts)
 
     def run(self) -> bool:
         """Train until the end, on whatever rung; False where the run was finished already.
 
         Raises:
             DoesNotFitError: No rung is left, or the one that was asked for does not do.
+            StoppedError: A signal came.
+            LlmtuneError: What ended the ranks, where another attempt would not help.
         """
         candidate = self._first()
-        while True:
-            plan = place_swap(plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target)
-            request = resolve_request(
-                self.composed, plan, self.target, self.folder, self.console, {"history": self.history}
-            )
-            if request is None:
-                return False
-            self.console.page("llmtune", describe(request))
-            try:
-                run_request(request, self.console)
-            except RanOutOfMemoryError as error:
-                candidate = self._next(candidate, error.event)
-            else:
-                return True
+        failure: RanOutOfMemoryError | RanksFailedError | None = None
+        with ExitStack() as stack:
+            while (request := self._prepare(candidate)) is not None:
+                if isinstance(failure, RanksFailedError):
+                    self._record_restart(failure, request)
+                self.console.page("llmtune", describe(request))
+                try:
+                    run_request(request, self.console)
+                    return True
+                except (RanOutOfMemoryError, RanksFailedError) as error:
+                    failure = error
+                stack.enter_context(raise_stops("stopped between two attempts; the same command goes on"))
+                if isinstance(failure, RanOutOfMemoryError):
+                    candidate = self._next(candidate, failure.event)
+                else:
+                    self._wait_for_restart(failure, request)
+                self._resume_own_work(request)
+        return False
+
+    def _prepare(self, candidate: Candidate) -> RunRequest | None:
+        plan = place_swap(plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target)
+        return resolve_request(self.composed, plan, self.target, self.folder, self.console, {"history": self.history})
+
+    def _wait_for_restart(self, failure: RanksFailedError, request: RunRequest) -> None:
+        wait_seconds = self.restarts.take(failure, _step(request.resume_from))
+        newest = self._newest_checkpoint()
+        where = newest.name if newest else "the beginning"
+        self.console.say(f"{failure.reason}; starting again from {where}{self.restarts.describe(wait_seconds)}")
+        time.sleep(wait_seconds)
+
+    def _record_restart(self, failure: RanksFailedError, request: RunRequest) -> None:
+        entry = {
+            "time": time.time(),
+            "reason": failure.reason,
+            "step": failure.step,
+            "resumed_from": request.resume_from.name if request.resume_from else None,
+            "rollback": failure.rollback,
+        }
+        with (self.folder.path / names.RESTARTS).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _resume_own_work(self, request: RunRequest) -> None:
+        """Go on from this run's newest checkpoint, also where its first start was told to begin elsewhere."""
+        config = self.composed.config
+        if config.resume_from_checkpoint == "none" or _step(self._newest_checkpoint()) > _step(request.resume_from):
+            self.composed = replace(self.composed, config=replace(config, resume_from_checkpoint="auto"))
+
+    def _newest_checkpoint(self) -> Path | None:
+        found = find_checkpoints(self.folder.path)
+        return found[-1] if found else None
 
     def _first(self) -> Candidate:
         """The ladder's choice, or where an earlier start of this run ended up on the same hardware."""
@@ -170,9 +215,14 @@ def run_request(request: RunRequest, console: Console) -> None:
     ):
         path = Path(folder) / "request.json"
         path.write_text(request.to_json())
-        run_ranks(["-m", "llmtune.cli.rank", str(path)], plan.world_size, log, console.say)
+        limits = Limits(request.config.launch.hang_timeout, request.config.launch.stop_timeout)
+        run_ranks(["-m", "llmtune.cli.rank", str(path)], plan.world_size, log, console.say, limits)
     if not (request.run_folder / names.FINISHED).is_file():
         raise LlmtuneError(f"all ranks ended without an error, but the run is not finished; see {log}")
+
+
+def _step(checkpoint: Path | None) -> int:
+    return (names.checkpoint_step(checkpoint) or 0) if checkpoint else 0
 
 
 def _key(candidate: Candidate) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmtune.checkpoint import names
 from llmtune.errors import ERRORS_BY_CODE, LlmtuneError
-from llmtune.launch.environment import launched_ranks_on_node, set_defaults, set_thread_default
+from llmtune.launch.environment import FAILURE_DIR, launched_ranks_on_node, set_defaults, set_thread_default
+from llmtune.launch.processes import follow_supervisor
 from llmtune.launch.rank import redirect_output, report_failure, to_user_error
-from llmtune.process import die_with_parent
+from llmtune.launch.stacks import answer_with_stacks
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
 
 def main(request_file: str) -> NoReturn:
     """A rank of llmtune's own supervisor."""
-    die_with_parent()
+    follow_supervisor()
+    # Slurm sends it to every process of a job; the supervisor hands it on as SIGTERM.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    rank = int(os.environ["RANK"])
+    answer_with_stacks(Path(os.environ[FAILURE_DIR]), rank)
     text = Path(request_file).read_text()
     run_folder = Path(_peek(text, "run_folder"))
     stream = redirect_output(run_folder / names.LOG)
-    rank = int(os.environ["RANK"])
     trace = False
     try:
         from llmtune.train.request import RunRequest
@@ -137,7 +142,6 @@ def _finish_first(composed: Composed, target: RunTarget, console: Console) -> No
 def _train(request: RunRequest, console: Console) -> None:
     from llmtune.engine.distributed import init_ranks, meet_ranks
     from llmtune.engine.phases import PhaseLog
-    from llmtune.launch.environment import FAILURE_DIR
     from llmtune.launch.out_of_memory import phase_file
     from llmtune.train.job import run_job
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from llmtune.launch.environment import launched_world_size
 from llmtune.launch.lock import hold_lock
+from llmtune.launch.signals import raise_stops
 from llmtune.plan.units import format_seconds
+from llmtune.secrets import restrict_umask
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
+    from llmtune.cli.prepare import RunTarget
+    from llmtune.config.compose import Composed
+
+#: Outside of training, Ctrl-C is an interrupt as everywhere.
+_SCHEDULERS_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_NOT_BEGUN = "stopped before training began; nothing is lost, the same command starts again"
+_NOT_EXPORTED = "stopped during the export; the model is trained, and the same command goes on with the export"
 
 
 def main(arguments: Arguments) -> int:
     """Run the whole job."""
+    restrict_umask()
     if launched_world_size() is not None:
         from llmtune.cli.rank import run_launched
 
@@ -25,8 +37,20 @@ def main(arguments: Arguments) -> int:
 
 
 def _supervise(arguments: Arguments) -> int:
+    with ExitStack() as lock:
+        with raise_stops(_NOT_BEGUN, _SCHEDULERS_SIGNALS):
+            composed, target, console = _train(arguments, lock)
+        with raise_stops(_NOT_EXPORTED, _SCHEDULERS_SIGNALS):
+            from llmtune.cli.finish import finished_message, maybe_export
+
+            console.say(finished_message(target.folder))
+            maybe_export(target.folder, composed.config.export, console)
+    return 0
+
+
+def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, Console]:
+    """Until the model is trained; ``lock`` then holds the run folder."""
     from llmtune.cli.descent import Descent, check_fits
-    from llmtune.cli.finish import finished_message, maybe_export
     from llmtune.cli.prepare import lock_file, resolve_target
     from llmtune.cli.quiet import quiet_libraries
     from llmtune.config.compose import compose_config
@@ -42,9 +66,7 @@ def _supervise(arguments: Arguments) -> int:
     ladder = resolve_ladder(composed.config)
     check_fits(composed.config, ladder)
     folder = open_run_folder(target.folder)
-    with hold_lock(lock_file(folder)):
-        if Descent(composed, ladder, target, folder, console).run():
-            console.say(f"trained in {format_seconds(time.monotonic() - started)}, start-up included")
-        console.say(finished_message(target.folder))
-        maybe_export(target.folder, composed.config.export, console)
-    return 0
+    lock.enter_context(hold_lock(lock_file(folder)))
+    if Descent(composed, ladder, target, folder, console).run():
+        console.say(f"trained in {format_seconds(time.monotonic() - started)}, start-up included")
+    return composed, target, console

@@ -1,12 +1,10 @@
-"""Ranks that fail, hang, save or are killed; fakes of a few lines stand in for training."""
+"""Ranks that fail, are killed, or outlive somebody; fakes of a few lines stand in for training."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -14,26 +12,14 @@ import pytest
 
 from llmtune.errors import CheckpointError, DataError, DoesNotFitError, LlmtuneError, StoppedError
 from llmtune.launch.lock import hold_lock
+from llmtune.launch.outcome import RanksFailedError, read_reports
+from llmtune.launch.processes import RankProcess
 from llmtune.launch.rank import to_user_error
-from llmtune.launch.supervisor import run_ranks
-from tests.support import ROOT
-
-
-def ranks(body: str, world_size: int = 2) -> None:
-    script = "import os, sys, time, signal, json\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(body)
-    run_ranks(["-c", script], world_size, Path("train.log"), lambda _: None)
-
-
-def report(code: int, message: str) -> str:
-    return f"""
-        from llmtune.launch.rank import report_failure
-        from llmtune.errors import DataError
-        sys.exit(report_failure({message}, rank, sys.stdout, False))
-    """
+from tests.launch.fakes import alive, pid_of, run_fakes, start_supervisor, wait_until
 
 
 def test_ranks_know_each_other() -> None:
-    ranks("""
+    run_fakes("""
         assert os.environ["WORLD_SIZE"] == "2" and os.environ["MASTER_ADDR"] and int(os.environ["MASTER_PORT"])
         assert os.environ["LOCAL_RANK"] == os.environ["RANK"]
     """)
@@ -42,111 +28,122 @@ def test_ranks_know_each_other() -> None:
 def test_a_failing_rank_ends_the_others_at_once_with_its_message() -> None:
     started = time.monotonic()
     with pytest.raises(DataError, match=r"rows.jsonl:3") as caught:
-        ranks(
-            "if rank == 0: time.sleep(600)\n"
-            "from llmtune.launch.rank import report_failure\n"
-            "from llmtune.errors import DataError\n"
-            "sys.exit(report_failure(DataError('rows.jsonl:3: bad'), rank, sys.stdout, False))"
-        )
+        run_fakes("""
+            if rank == 0:
+                time.sleep(600)
+            fail(DataError("rows.jsonl:3: bad"))
+        """)
     assert caught.value.exit_code == 4
     assert time.monotonic() - started < 30
 
 
-def test_an_unexpected_error_points_to_the_log() -> None:
-    with pytest.raises(LlmtuneError, match="rank 1: ZeroDivisionError: no\nMore in train.log") as caught:
-        ranks(
-            "if rank == 0: sys.exit(0)\n"
-            "from llmtune.launch.rank import report_failure\n"
-            "sys.exit(report_failure(ZeroDivisionError('no'), rank, sys.stdout, False))"
-        )
+def test_an_unexpected_error_points_to_the_log_and_may_be_tried_again() -> None:
+    with pytest.raises(RanksFailedError, match="rank 1: ZeroDivisionError: no\nMore in train.log") as caught:
+        run_fakes("""
+            reach(7)
+            if rank == 1:
+                fail(ZeroDivisionError("no"))
+        """)
     assert caught.value.exit_code == 1
+    assert caught.value.reason == "rank 1: ZeroDivisionError: no"
+    assert caught.value.step == 6
+    assert not caught.value.rollback
 
 
-def test_a_killed_rank_is_named() -> None:
-    with pytest.raises(LlmtuneError, match="rank 1 ended with signal SIGKILL"):
-        ranks("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)")
+def test_a_killed_rank_is_named_and_not_the_rank_that_lost_it() -> None:
+    with pytest.raises(RanksFailedError, match="rank 1 ended with signal SIGKILL.*newest checkpoint") as caught:
+        run_fakes("""
+            reach(5, "save" if rank else "forward")
+            if rank == 1:
+                ready()
+                os.kill(os.getpid(), signal.SIGKILL)
+            while not (out / "1.pid").exists():
+                time.sleep(0.001)
+            victim = Path("/proc") / (out / "1.pid").read_text() / "stat"
+            while " Z " not in victim.read_text():
+                time.sleep(0.001)
+            fail(RuntimeError("Connection closed by peer"))
+        """)
+    assert caught.value.step == 5, "a rank that saves step 5 has done it"
+
+
+def test_a_rank_can_ask_for_a_rollback() -> None:
+    report = {"rank": 0, "code": 1, "message": "loss is nan\nmore", "known": True, "time": 0, "rollback": True}
+    with pytest.raises(RanksFailedError, match="loss is nan") as caught:
+        run_fakes(f"""
+            reach(3)
+            if rank == 0:
+                (failures / "rank-0.json").write_text({json.dumps(report)!r})
+                os._exit(1)
+            fail(RuntimeError("Connection closed by peer"))
+        """)
+    assert caught.value.rollback
+    assert caught.value.reason == "loss is nan"
+
+
+def test_other_errors_with_advice_are_not_tried_again() -> None:
+    with pytest.raises(LlmtuneError, match="no") as caught:
+        run_fakes("fail(LlmtuneError('no'))")
+    assert type(caught.value) is LlmtuneError
+
+
+def test_a_report_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.json").write_text('{"rank": 0, "co')
+    (tmp_path / "rank-1.json").write_text('{"rank": 1, "known": true, "time": 1}')
+    assert [report["rank"] for report in read_reports(tmp_path)] == [1]
 
 
 def test_ranks_that_stopped_and_saved_are_no_failure() -> None:
     with pytest.raises(StoppedError) as caught:
-        ranks("sys.exit(75)")
+        run_fakes("sys.exit(75)")
     assert caught.value.exit_code == 75
 
 
-SUPERVISOR = """
-import sys
-from pathlib import Path
-from llmtune.launch.supervisor import run_ranks
-from llmtune.errors import LlmtuneError
-try:
-    run_ranks(["-c", sys.argv[1]], 2, Path("log"), lambda text: print(text, flush=True))
-except LlmtuneError as error:
-    sys.exit(error.exit_code)
-"""
-
-
-def start_supervisor(rank_script: str, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SUPERVISOR, rank_script, str(folder)]
-    supervisor = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "OUT": str(folder)}, stdout=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 30
-    while len(list(folder.glob("*.pid"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return supervisor
-
-
-def alive(folder: Path) -> list[int]:
-    found = []
-    for file in folder.glob("*.pid"):
-        state = Path(f"/proc/{file.read_text()}/stat")
-        if state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z":
-            found.append(int(file.read_text()))
-    return found
-
-
-SAVES_ON_SIGTERM = """
-import os, signal, sys, time
-def save(*_):
-    open(os.environ["OUT"] + "/saved" + os.environ["RANK"], "w").close()
-    sys.exit(75)
-signal.signal(signal.SIGTERM, save)
-from llmtune.process import die_with_parent
-die_with_parent()
-path = os.environ["OUT"] + "/" + os.environ["RANK"]
-open(path + ".tmp", "w").write(str(os.getpid())); os.rename(path + ".tmp", path + ".pid")
-time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_all_ranks_save(number: int, tmp_path: Path) -> None:
-    supervisor = start_supervisor(SAVES_ON_SIGTERM, tmp_path)
-    supervisor.send_signal(number)
-    assert supervisor.wait(30) == 75
-    assert {file.name for file in tmp_path.glob("saved*")} == {"saved0", "saved1"}
-
-
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    stubborn = SAVES_ON_SIGTERM.replace("signal.SIGTERM, save", "signal.SIGTERM, signal.SIG_IGN")
-    supervisor = start_supervisor(stubborn, tmp_path)
-    supervisor.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert supervisor.poll() is None
-    supervisor.send_signal(signal.SIGINT)
-    assert supervisor.wait(30) != 0
-    assert not alive(tmp_path)
-
-
 def test_no_rank_outlives_a_killed_supervisor(tmp_path: Path) -> None:
-    supervisor = start_supervisor(SAVES_ON_SIGTERM, tmp_path)
+    supervisor = start_supervisor("ready()\ntime.sleep(600)", tmp_path)
     assert len(alive(tmp_path)) == 2
     supervisor.kill()
     supervisor.wait()
-    deadline = time.monotonic() + 10
-    while alive(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(tmp_path)
+    assert wait_until(lambda: not alive(tmp_path), 10)
+
+
+def test_a_rank_whose_supervisor_died_before_it_looked_does_not_begin() -> None:
+    environment = {**os.environ, "RANK": "0"}
+    orphan = "import os\nos.environ['LLMTUNE_SUPERVISOR'] = '1'\n"
+    body = "from llmtune.launch.processes import follow_supervisor\nfollow_supervisor()\nos._exit(42)\n"
+    process = RankProcess(0, ["-c", orphan + body], environment)
+    assert wait_until(lambda: process.exit_code() is not None)
+    assert process.exit_code() == 1
+    process.wait()
+
+
+CHILD = """
+    if os.fork() == 0:
+        rank = f"child{rank}"
+        ready()
+        time.sleep(600)
+    while not (out / f"child{rank}.pid").exists():
+        time.sleep(0.01)
+"""
+
+
+def test_children_of_ranks_end_with_them_also_where_the_rank_ended_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    run_fakes(CHILD)
+    assert pid_of(tmp_path, "child0") != pid_of(tmp_path, "child1")
+    assert wait_until(lambda: not alive(tmp_path), 5)
+
+
+def test_an_exit_code_can_be_read_again_and_again() -> None:
+    process = RankProcess(0, ["-c", "import os; os.kill(os.getpid(), 9)"], dict(os.environ))
+    assert wait_until(lambda: process.exit_code() is not None)
+    assert process.exit_code() == -signal.SIGKILL
+    process.kill()
+    process.wait()
+    assert process.exit_code() == -signal.SIGKILL
+    process.send(signal.SIGTERM)
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:

@@ -1,0 +1,224 @@
+"""Ranks that failed are started again from the newest checkpoint, as long as that gets the run on."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llmtune.checkpoint import names
+from llmtune.checkpoint.find import find_checkpoints
+from llmtune.cli import descent
+from llmtune.cli.descent import Descent
+from llmtune.cli.prepare import RunTarget
+from llmtune.config.compose import Composed
+from llmtune.config.schema import Config
+from llmtune.errors import CheckpointError, LlmtuneError, StoppedError
+from llmtune.launch import restart, watch
+from llmtune.launch.outcome import RanksFailedError
+from llmtune.launch.restart import Restarts
+from llmtune.track.console import Console
+from llmtune.train.run_folder import RunFolder
+from tests.launch.fakes import run_fakes
+
+
+def failure(step: int, rollback: bool = False) -> RanksFailedError:
+    return RanksFailedError("rank 1 ended with signal SIGKILL; see log", "rank 1 ended", step, rollback)
+
+
+def test_the_wait_doubles_up_to_a_minute_and_the_restarts_are_counted() -> None:
+    restarts = Restarts(8)
+    assert [restarts.take(failure(step), 0) for step in range(10, 90, 10)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert restarts.describe(60) == " (restart 8 of 8) in 60 s"
+    with pytest.raises(LlmtuneError, match=r"SIGKILL; see log\nNot started again: launch.max_restarts=8 are used up"):
+        restarts.take(failure(100), 0)
+
+
+def test_an_attempt_without_a_new_step_is_repeated_once() -> None:
+    restarts = Restarts(5)
+    restarts.take(failure(10), 10)
+    with pytest.raises(LlmtuneError, match="failed twice without a new step"):
+        restarts.take(failure(10), 10)
+
+
+def test_the_same_steps_made_again_are_no_new_steps() -> None:
+    restarts = Restarts(9)
+    restarts.take(failure(12), 10)
+    restarts.take(failure(12), 10)
+    restarts.take(failure(13), 10)
+    restarts.take(failure(11), 10)
+    with pytest.raises(LlmtuneError, match="failed twice without a new step"):
+        restarts.take(failure(12), 10)
+
+
+def test_no_restarts_means_none() -> None:
+    with pytest.raises(LlmtuneError, match="SIGKILL") as caught:
+        Restarts(0).take(failure(5), 0)
+    assert not isinstance(caught.value, RanksFailedError)
+    assert Restarts(0).take(failure(5, rollback=True), 0) == 0.0
+
+
+def test_rollbacks_neither_wait_nor_count() -> None:
+    restarts = Restarts(1)
+    assert [restarts.take(failure(30, rollback=True), 20) for _ in range(5)] == [0.0] * 5
+    assert restarts.describe(0.0) == ""
+    assert restarts.take(failure(25), 20) == 1.0
+
+
+#: A run of 6 steps that saves after each second one; ``incident`` is what happens in it.
+RUN = """
+    resumed = int(os.environ["RESUMED"])
+    def meet_at(step):
+        (failures / f"{{step}}-{{rank}}").touch()
+        while not (failures / f"{{step}}-{{1 - rank}}").exists():
+            time.sleep(0.001)
+    for step in range(resumed + 1, 7):
+        reach(step)
+        {incident}
+        meet_at(step)
+        if step % 2 == 0 and rank == 0:
+            reach(step, "save")
+            (out / f"checkpoint-{{step}}").mkdir(exist_ok=True)
+            (out / f"checkpoint-{{step}}" / "COMPLETE").touch()
+"""
+KILLED_AT_5 = "if step == 5 and rank == 1 and resumed < 4: os.kill(os.getpid(), signal.SIGKILL)"
+
+
+class FakeRun:
+    """``Descent`` over fake ranks: plan and data are left out, processes, signals and checkpoints are real."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder = folder
+        self.config = Config()
+        self.printed = io.StringIO()
+        self.resumed: list[str | None] = []
+        self.wanted: list[str] = []
+        self._setenv = monkeypatch.setenv
+        monkeypatch.setenv("OUT", str(folder))
+        monkeypatch.setattr(restart, "FIRST_WAIT_SECONDS", 0.01)
+        monkeypatch.setattr(watch, "GRACE_SECONDS", 0.5)
+        monkeypatch.setattr(descent, "plan_candidate", lambda *_: None)
+        monkeypatch.setattr(descent, "place_swap", lambda *_: None)
+        monkeypatch.setattr(descent, "describe", lambda _: {})
+        monkeypatch.setattr(descent, "resolve_request", self._resolve)
+        monkeypatch.setattr(descent, "run_request", lambda request, _: self.attempt(request))
+        self.attempt: Callable[[Any], None] = lambda _: None
+
+    def _resolve(self, composed: Any, *_: Any) -> Any:
+        found = find_checkpoints(self.folder)
+        self.wanted.append(composed.config.resume_from_checkpoint)
+        self.resumed.append(found[-1].name if found else None)
+        return SimpleNamespace(resume_from=found[-1] if found else None)
+
+    def ranks(self, incident: str) -> None:
+        """Attempts are real processes."""
+
+        def attempt(request: Any) -> None:
+            self._setenv("RESUMED", request.resume_from.name.split("-")[1] if request.resume_from else "0")
+            run_fakes(RUN.format(incident=incident), self.folder)
+
+        self.attempt = attempt
+
+    def go(self) -> bool:
+        ladder: Any = SimpleNamespace(chosen="top")
+        composed = Composed(self.config, {}, [], "")
+        target = RunTarget("run", self.folder)
+        return Descent(composed, ladder, target, RunFolder(self.folder), Console(self.printed)).run()
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / names.RESTARTS).read_text().splitlines()]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+    return FakeRun(tmp_path, monkeypatch)
+
+
+def test_a_killed_rank_costs_the_steps_since_the_newest_checkpoint(fake: FakeRun) -> None:
+    fake.ranks(KILLED_AT_5)
+    assert fake.go()
+    assert fake.resumed == [None, "checkpoint-4"]
+    said = "rank 1 ended with signal SIGKILL (somebody ended it; the kernel did not for want of memory); "
+    assert said + "starting again from checkpoint-4 (restart 1 of 3) in 0.01 s" in fake.printed.getvalue()
+    (record,) = fake.records
+    assert record.pop("time") > 1.7e9
+    assert record == {
+        "reason": said.removesuffix("; "),
+        "step": 4,
+        "resumed_from": "checkpoint-4",
+        "rollback": False,
+    }
+
+
+def test_a_run_that_does_not_get_on_is_given_up(fake: FakeRun) -> None:
+    fake.ranks("if step == 5 and rank == 1: os._exit(9)")
+    with pytest.raises(LlmtuneError, match="rank 1 ended with exit code 9.*\nNot started again: it failed twice"):
+        fake.go()
+    assert fake.resumed == [None, "checkpoint-4", "checkpoint-4"]
+    assert len(fake.records) == 2
+
+
+def test_errors_with_advice_are_not_tried_again(fake: FakeRun) -> None:
+    fake.ranks("if step == 5: fail(DataError('rows.jsonl:3: bad'))")
+    with pytest.raises(LlmtuneError, match="rows.jsonl:3"):
+        fake.go()
+    assert fake.resumed == [None]
+    assert not (fake.folder / names.RESTARTS).exists()
+
+
+def test_a_start_that_was_told_where_to_begin_goes_on_from_its_own_work(fake: FakeRun) -> None:
+    fake.config.resume_from_checkpoint = "none"
+    fake.ranks(KILLED_AT_5)
+    assert fake.go()
+    assert fake.wanted == ["none", "auto"]
+    assert fake.config.resume_from_checkpoint == "none"
+
+
+def test_a_rollback_starts_again_at_once(fake: FakeRun) -> None:
+    fake.config.launch.max_restarts = 0
+    failures = [failure(3, rollback=True), failure(3, rollback=True)]
+
+    def attempt(_: Any) -> None:
+        if failures:
+            raise failures.pop()
+
+    fake.attempt = attempt
+    assert fake.go()
+    assert [record["rollback"] for record in fake.records] == [True, True]
+    assert "rank 1 ended; starting again from the beginning\n" in fake.printed.getvalue()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_wait(number: int, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restart, "FIRST_WAIT_SECONDS", 60)
+    before = signal.getsignal(number)
+
+    def attempt(_: Any) -> None:
+        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        raise failure(3)
+
+    fake.attempt = attempt
+    started = time.monotonic()
+    with pytest.raises(StoppedError, match="between two attempts"):
+        fake.go()
+    assert time.monotonic() - started < 10
+    assert signal.getsignal(number) is before
+
+
+def test_what_a_new_start_finds_wrong_ends_the_run(fake: FakeRun) -> None:
+    def attempt(_: Any) -> None:
+        raise CheckpointError("damaged")
+
+    fake.attempt = attempt
+    with pytest.raises(CheckpointError):
+        fake.go()

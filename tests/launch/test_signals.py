@@ -1,0 +1,180 @@
+"""A stop is always exit code 75, and only impatience cuts a save off."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmtune.errors import EXIT_STOPPED, DataError, LlmtuneError, StoppedError
+from llmtune.launch import watch
+from llmtune.launch.signals import raise_stops
+from llmtune.launch.watch import Limits
+from tests.launch.fakes import alive, end_of, run_fakes, start_supervisor, wait_until
+from tests.support import ROOT, run
+
+SAVES = """
+    def save(*_):
+        (out / f"saving{rank}").touch()
+        time.sleep(float(os.environ.get("SAVE_SECONDS", 0)))
+        (out / f"saved{rank}").touch()
+        fail(StoppedError("stopped after step 3 and saved"))
+    signal.signal(signal.SIGTERM, save)
+    ready()
+    time.sleep(600)
+"""
+
+
+def saved(folder: Path, what: str = "saved") -> bool:
+    return len(list(folder.glob(f"{what}?"))) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_lets_all_ranks_save(number: signal.Signals, tmp_path: Path) -> None:
+    supervisor = start_supervisor(SAVES, tmp_path)
+    supervisor.send_signal(number)
+    code, out = end_of(supervisor)
+    assert code == EXIT_STOPPED
+    assert saved(tmp_path)
+    assert f"{number.name}: saving after the current step" in out
+    assert "stopped after step 3 and saved" in out
+
+
+def test_slurms_second_signal_does_not_cut_a_save_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAVE_SECONDS", "1.5")
+    supervisor = start_supervisor(SAVES, tmp_path)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        supervisor.send_signal(number)
+        time.sleep(0.2)
+    assert not saved(tmp_path)
+    assert end_of(supervisor)[0] == EXIT_STOPPED
+    assert saved(tmp_path)
+
+
+def test_ctrl_c_twice_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAVE_SECONDS", "600")
+    supervisor = start_supervisor(SAVES, tmp_path)
+    supervisor.send_signal(signal.SIGINT)
+    assert wait_until(lambda: saved(tmp_path, "saving"))
+    assert supervisor.poll() is None
+    supervisor.send_signal(signal.SIGINT)
+    code, out = end_of(supervisor)
+    assert code == EXIT_STOPPED
+    assert "without saving" in out
+    assert not alive(tmp_path)
+
+
+def test_ranks_that_take_too_long_to_save_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAVE_SECONDS", "600")
+    supervisor = start_supervisor(SAVES, tmp_path, Limits(stop_timeout=0.5))
+    supervisor.send_signal(signal.SIGTERM)
+    code, out = end_of(supervisor)
+    assert code == EXIT_STOPPED
+    assert "not saved: the ranks had not ended 0.5 s after SIGTERM (launch.stop_timeout)" in out
+    (stacks,) = tmp_path.glob("stacks-*.txt")
+    assert str(stacks) in out
+    assert stacks.read_text().count("in save") == 2
+    assert not alive(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other", ["time.sleep(600)", "time.sleep(0.2); fail(RuntimeError('Connection closed by peer'))"]
+)
+def test_a_stop_while_ranks_start_is_a_stop(other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "STOP_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.5)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    # Rank 0 has no handler yet and dies of the signal; rank 1 waits for it, or loses it.
+    body = f"""
+        if rank == 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while not (out / "0.pid").exists():
+                time.sleep(0.01)
+            os.kill(os.getppid(), signal.SIGTERM)
+            {other}
+        ready()
+        time.sleep(600)
+    """
+    with pytest.raises(StoppedError, match="while the ranks were starting; nothing is lost"):
+        run_fakes(body, tmp_path)
+
+
+def test_a_rank_that_stops_by_itself_does_not_leave_the_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "STOP_GRACE_SECONDS", 0.3)
+    with pytest.raises(StoppedError):
+        run_fakes("time.sleep(600) if rank else os._exit(75)")
+
+
+def test_an_error_with_advice_is_told_also_after_a_signal() -> None:
+    body = """
+        signal.signal(signal.SIGTERM, lambda *_: fail(DataError("disk full") if rank else StoppedError("stopped")))
+        meet()
+        if rank == 1:
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(600)
+    """
+    with pytest.raises(DataError, match="disk full"):
+        run_fakes(body)
+
+
+def test_a_failure_after_a_signal_is_a_stop_and_no_reason_to_start_again() -> None:
+    body = """
+        signal.signal(signal.SIGTERM, lambda *_: fail(ZeroDivisionError("no")))
+        meet()
+        if rank == 1:
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(600)
+    """
+    with pytest.raises(StoppedError, match="SIGTERM came, but nothing was saved after it: rank 0: ZeroDivisionError"):
+        run_fakes(body)
+
+
+def test_a_signal_in_the_last_moment_leaves_the_rest_to_the_next_start() -> None:
+    with pytest.raises(StoppedError, match="training was done"):
+        run_fakes("""
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+            meet()
+            if rank == 1:
+                os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(600)
+        """)
+
+
+def work_until(number: signal.Signals) -> None:
+    """Work that takes every error for one of its own."""
+    try:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+    except Exception:
+        pytest.fail("taken for an error of the work")
+
+
+def test_where_there_is_nothing_to_save_a_signal_ends_the_work_with_a_message() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(StoppedError, match="^nothing lost$"), raise_stops("nothing lost"):
+        work_until(signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_only_the_signals_named_are_taken() -> None:
+    with pytest.raises(KeyboardInterrupt), raise_stops("stopped", (signal.SIGTERM,)):
+        work_until(signal.SIGINT)
+    with pytest.raises(LlmtuneError, match="other"), raise_stops("stopped"):
+        raise LlmtuneError("other")
+
+
+@pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_a_stop_before_there_are_ranks(number: str, expected: int) -> None:
+    program = f"""
+import os, signal, sys
+from llmtune.cli import main, train
+train._train = lambda *_: os.kill(os.getpid(), signal.{number})
+sys.exit(main.main([]))
+"""
+    done = run([sys.executable, "-c", program], cwd=ROOT)
+    assert done.code == expected
+    assert ("stopped before training began" in done.err) == (expected == 75)
