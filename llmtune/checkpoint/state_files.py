@@ -45,20 +45,21 @@ def put_states(module: TrainModule, outbox: Outbox) -> None:
     """This rank's slices, fp32, one file a rank; the header says which elements they are."""
     pieces = owned_slices(module)
     where = {piece.name: [piece.start, piece.numel, piece.parameter_numel] for piece in pieces}
-    name = names.state_file(module.rank.rank, module.rank.world_size)
-    outbox.start(name, _specs(pieces), {_SLICES: json.dumps(where)})
+    ((name, specs),) = state_specs(module).items()
+    outbox.start(name, specs, {_SLICES: json.dumps(where)})
     for batch in by_residence(module, pieces):
         for piece, kind in product(batch, KINDS):
             outbox.put(view_state(module, piece, kind))
 
 
-def state_bytes(module: TrainModule) -> int:
-    """Size of this rank's file."""
-    return sum(spec.nbytes for spec in _specs(owned_slices(module)))
-
-
-def _specs(pieces: list[StateSlice]) -> list[TensorSpec]:
-    return [TensorSpec(f"{piece.name}/{kind}", torch.float32, (piece.numel,)) for piece in pieces for kind in KINDS]
+def state_specs(module: TrainModule) -> dict[str, list[TensorSpec]]:
+    """This rank's file, and the tensors in it."""
+    specs = [
+        TensorSpec(f"{piece.name}/{kind}", torch.float32, (piece.numel,))
+        for piece in owned_slices(module)
+        for kind in KINDS
+    ]
+    return {names.state_file(module.rank.rank, module.rank.world_size): specs}
 
 
 def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:

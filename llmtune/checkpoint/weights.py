@@ -43,11 +43,9 @@ class WeightFiles:
         shards = self.shards(module)
         return {INDEX_FILE: describe_shards(shards).encode()} if len(shards) > 1 else {}
 
-    def own_bytes(self, module: TrainModule) -> int:
-        """What this rank writes."""
-        rank = module.rank
-        own = self.shards(module)[rank.rank :: rank.world_size]
-        return sum(spec.nbytes for _, specs in own for spec in specs)
+    def own_specs(self, module: TrainModule) -> dict[str, list[TensorSpec]]:
+        """The files that this rank writes, and the tensors in each."""
+        return dict(self.shards(module)[module.rank.rank :: module.rank.world_size])
 
 
 def put_weights(module: TrainModule, files: WeightFiles, outbox: Outbox) -> None:

@@ -73,7 +73,7 @@ def _settle_generation(folder: Path) -> None:
     """Make plain transformers stop where an answer was trained to end, which a base model's own settings do not name."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     file = folder / "generation_config.json"
     settings = GenerationConfig.from_pretrained(str(folder)) if file.is_file() else GenerationConfig()
     own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]

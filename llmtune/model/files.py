@@ -103,10 +103,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(
                 str(path.parent),
                 gguf_file=path.name,
+                trust_remote_code=False,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
             )
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise MissingPrerequisiteError(unreachable_model(str(path), error)) from error
     if getattr(model.config, "quantization_config", None) is not None:

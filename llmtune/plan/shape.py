@@ -95,7 +95,7 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     try:
         if name.endswith(".gguf"):
             path = Path(name).expanduser()
-            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         if Path(name).expanduser().is_dir():
             name = str(Path(name).expanduser())
         return AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)

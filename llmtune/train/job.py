@@ -109,6 +109,7 @@ def build_saver(
     """Checkpoints: what is in them, which are kept, and where they are copied to."""
     config, plan, run = request.config, request.plan, request.run_folder
     lora = config.tuner.kind is TunerKind.lora
+    rank_is_host = plan.hardware.accelerator == "cpu"
     weights = WeightFiles(lora, config.export.max_shard_bytes, to_file_name if lora else str)
     chosen = config.checkpoint
     settings = SaveSettings(
@@ -121,6 +122,7 @@ def build_saver(
         background=chosen.background,
         on_disk_low=chosen.on_disk_low,
         data_fingerprint=request.data.fingerprint,
+        planned_host_bytes=plan.memory.host.total + (plan.memory.device.total if rank_is_host else 0),
         about={
             "run_name": request.run_name,
             "config_fingerprint": fingerprint(config),

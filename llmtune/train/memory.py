@@ -15,10 +15,13 @@ def used_memory_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def free_host_memory_bytes(ranks_on_node: int) -> int:
-    """What this rank may still take of the host's memory: its share of what is available, or what its limit leaves."""
-    share = psutil.virtual_memory().available // ranks_on_node
-    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if limit == resource.RLIM_INFINITY:
-        return share
-    return min(share, max(0, limit - psutil.Process().memory_info().data))
+def spare_host_memory_bytes(planned_bytes: int, ranks_on_node: int) -> int:
+    """What this rank may take of the host's memory beside what training needs; nothing where its memory is capped.
+
+    Args:
+        planned_bytes: Of this rank at its peak, by the plan.
+    """
+    if resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY:
+        return 0
+    to_come = max(0, planned_bytes - int(psutil.Process().memory_info().rss))
+    return max(0, psutil.virtual_memory().available // ranks_on_node - to_come)

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from importlib import metadata
@@ -23,7 +24,7 @@ from llmtune.config.compose import dump_redacted, load_config, redact_config
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.plan.resolve import Plan, StepsPlan
-from llmtune.secrets import close_to_others, redact
+from llmtune.secrets import close_to_others, redact, redact_values
 from llmtune.track.metrics import cut_metrics, read_metrics
 
 #: What makes a run this run; anything else may differ between two starts.
@@ -107,14 +108,10 @@ class RunFolder:
                 notes.append(f"{folder.name} is beyond step {step} and was renamed to {aside.name}")
         (self.path / names.FINISHED).unlink(missing_ok=True)
         cut_metrics(self.path / names.METRICS, step)
-        texts = {
-            names.CONFIG: dump_redacted(config),
-            names.OVERRIDES: "".join(f"- {json.dumps(text)}\n" for text in overrides),
-            names.PLAN: json.dumps({**plan.to_dict(), **extra}, indent=1),
-            names.ENVIRONMENT: json.dumps(describe_environment(), indent=1),
-        }
-        for name, text in texts.items():
-            (self.path / name).write_text(redact(text))
+        (self.path / names.CONFIG).write_text(dump_redacted(config))
+        (self.path / names.OVERRIDES).write_text("".join(f"- {json.dumps(redact(text))}\n" for text in overrides))
+        (self.path / names.PLAN).write_text(json.dumps(redact_values({**plan.to_dict(), **extra}), indent=1))
+        (self.path / names.ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=1))
         return notes
 
     def restore(self, checkpoint: Path) -> None:
@@ -136,15 +133,15 @@ class RunFolder:
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Put them into the plan's file."""
         file = self.path / names.PLAN
-        file.write_text(json.dumps({**json.loads(file.read_text()), "history": history}, indent=1))
+        file.write_text(json.dumps(redact_values({**json.loads(file.read_text()), "history": history}), indent=1))
 
     def _has_work(self) -> bool:
         """Whether there is anything to lose."""
         return bool(find_checkpoints(self.path)) or any("loss" in r for r in read_metrics(self.path / names.METRICS))
 
 
-def open_run_folder(path: Path) -> RunFolder:
-    """Make the folder where it is missing.
+def open_run_folder(path: Path, say: Callable[[str], None]) -> RunFolder:
+    """Make the folder where it is missing; nobody else may write into it.
 
     Raises:
         CheckpointError: It cannot be made or written.
@@ -155,7 +152,9 @@ def open_run_folder(path: Path) -> RunFolder:
         raise CheckpointError(f"output_dir={path}: {error.strerror}; take another output_dir=") from error
     if not os.access(path, os.W_OK):
         raise CheckpointError(f"output_dir={path}: not writable; take another output_dir=")
-    close_to_others(path)
+    note = close_to_others(path)
+    if note:
+        say(note)
     return RunFolder(path)
 
 
@@ -186,7 +185,7 @@ def check_same_run(folder: Path, config: Config) -> list[str]:
     except ConfigError as error:
         raise CheckpointError(f"{stored} was written by another version: {error}") from error
     # What is stored holds no secrets.
-    differences = _differences(old, redact_config(config))
+    differences = _differences(redact_config(old), redact_config(config))
     wrong = [(key, a, b) for key, a, b in differences if is_identity(key)]
     if wrong:
         raise CheckpointError(

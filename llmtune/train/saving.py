@@ -18,7 +18,7 @@ from llmtune.checkpoint.manifest import hash_file, publish, read_manifest, write
 from llmtune.checkpoint.outbox import Buffers
 from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
 from llmtune.checkpoint.save import PendingSave, SaveRequest, begin_save
-from llmtune.checkpoint.state_files import state_bytes
+from llmtune.checkpoint.state_files import state_specs
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weights import WeightFiles, write_model_config
 from llmtune.config.schema import OnDiskLow
@@ -29,7 +29,7 @@ from llmtune.model.adapters import write_adapter_config
 from llmtune.plan.units import format_bytes
 from llmtune.track.tracker import Record
 from llmtune.train.loop import Progress
-from llmtune.train.memory import free_host_memory_bytes
+from llmtune.train.memory import spare_host_memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 #: In a checkpoint only, and no part of the trained model.
 _STATE = {names.TRAINER_STATE, names.CONFIG, names.METRICS}
 
-#: Copies for a save in the background may take this share of the memory that is free.
+#: Copies for a save in the background may take this share of the host memory that training leaves.
 _COPY_SHARE = 0.5
 
 
@@ -66,6 +66,8 @@ class SaveSettings:
     background: bool | str
     on_disk_low: OnDiskLow
     data_fingerprint: str
+    planned_host_bytes: int
+    """Of a rank at its peak, by the plan."""
     about: dict[str, Any]
 
 
@@ -98,7 +100,8 @@ class CheckpointSaver:
         self._buffers = Buffers()
         self._pause: float | None = None
         # Neither changes during the run.
-        self._own_bytes = state_bytes(module) + settings.weights.own_bytes(module)
+        self._own_files = {**settings.weights.own_specs(module), **state_specs(module)}
+        self._own_bytes = sum(spec.nbytes for specs in self._own_files.values() for spec in specs)
         self._bytes = int(sum_over_ranks([float(self._own_bytes)], module.rank)[0])
 
     def prepare(self, steps_to_come: int) -> None:
@@ -115,6 +118,14 @@ class CheckpointSaver:
             wanted = 1
         present = len(list_kept(self.settings.run)) if limit is not None else 0
         self._check_disk(max(1, wanted - present), f"{wanted} checkpoint(s) of {format_bytes(self._bytes)}")
+        if self._has_memory():
+            self._buffers.reserve(self._own_files)
+            how = (
+                f"written while training goes on, from copies of {format_bytes(self._own_bytes)} a rank in host memory"
+            )
+        else:
+            how = "training waits while they are written"
+        self.say(f"checkpoints of {format_bytes(self._bytes)}: {how}")
 
     def saw(self, record: Record) -> None:
         """An evaluation: its numbers belong to the checkpoint of its step, and may be the best so far."""
@@ -188,7 +199,7 @@ class CheckpointSaver:
             f"{pending.folder.name}: {format_bytes(self._bytes)} in {pending.seconds:.2f} s; "
             f"training stood still for {pending.pause_seconds:.2f} s"
         )
-        if self._buffers.nbytes > _COPY_SHARE * free_host_memory_bytes(self.module.rank.ranks_on_node):
+        if self._buffers.nbytes > _COPY_SHARE * self._spare_memory():
             self._buffers.release()
 
     def close(self, timeout_seconds: float) -> None:
@@ -257,8 +268,11 @@ class CheckpointSaver:
         if self.settings.background != "auto":
             return bool(self.settings.background)
         needed = self._own_bytes - self._buffers.nbytes
-        lacking = needed > _COPY_SHARE * free_host_memory_bytes(self.module.rank.ranks_on_node)
+        lacking = needed > _COPY_SHARE * self._spare_memory()
         return not any_rank([lacking], self.module.rank)[0]
+
+    def _spare_memory(self) -> int:
+        return spare_host_memory_bytes(self.settings.planned_host_bytes, self.module.rank.ranks_on_node)
 
     def _check_disk(self, checkpoints: int, what: str) -> bool:
         """Whether there is room for so many more checkpoints, made by pruning where that is wanted. Collective."""
