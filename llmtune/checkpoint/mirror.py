@@ -125,9 +125,10 @@ class Mirror:
         try:
             self._copy(job.folder)
         except Exception as error:
+            reason = redact(_describe(error))
             with self._changed:
-                self._failures[name] = redact(_describe(error))
-            self._say(f"{name} was not copied to {redact(self.url)}: {redact(_describe(error))}")
+                self._failures[name] = reason
+            self._say(f"{name} was not copied to {redact(self.url)}, training goes on without the copy: {reason}")
             return
         with self._changed:
             self._failures.pop(name, None)
