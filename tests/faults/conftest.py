@@ -1,0 +1,46 @@
+"""Faults: eight of them in the ordinary suite, the whole table with ``-m faults`` (``scripts/test.sh --faults``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Reference, Run, Table, read_reference
+
+Undisturbed = Callable[..., Reference]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long table unless it was asked for by its marker."""
+    if "faults" in str(config.getoption("markexpr")):
+        return
+    left_out = [item for item in items if item.get_closest_marker("faults") and not item.get_closest_marker("fault_ci")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The finished run that a disturbed one must equal, by its overrides; each is trained once."""
+    known: dict[tuple[str, ...], Reference] = {}
+
+    def find(*overrides: str) -> Reference:
+        if overrides not in known:
+            run = Run(tmp_path_factory.mktemp("undisturbed"), overrides)
+            run.finish()
+            assert not run.alive()
+            known[overrides] = read_reference(run.path)
+        return known[overrides]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def table() -> Table:
+    """Where ``LLMTUNE_FAULT_TABLE`` says, for ``python -m tests.faults.table``."""
+    name = os.environ.get("LLMTUNE_FAULT_TABLE")
+    return Table(Path(name) if name else None)

@@ -1,0 +1,232 @@
+"""Runs inside every process of a run under test: notes what the ranks do, slows it, and holds it at gates.
+
+Its folder is on ``PYTHONPATH``, so that Python imports it at start-up. It changes no result: it only sleeps around functions of
+the product, which it wraps as their modules are imported.
+
+    FAULT_DIR     folder of ``trace-<rank>-<pid>.jsonl`` and of gates
+    FAULT_SLOW    JSON: point -> seconds slept there, each time
+    FAULT_GATES   JSON: points; the first process to come to one writes ``at <point>`` and waits for ``open <point>``
+    FAULT_MIRROR  a folder: ``broken://`` of fsspec writes to it, and its first FAULT_MIRROR_FAILURES uploads fail
+
+Points are ``start``, ``load``, ``step:7``, ``evaluate:8``, ``save:12``, ``file:12:manifest.json`` (before it is written), and
+``write:12`` (every tensor and every flush of the save of step 12).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_FOLDER = os.environ.get("FAULT_DIR")
+_RANK = os.environ.get("RANK", "supervisor")
+_SLOW: dict[str, float] = json.loads(os.environ.get("FAULT_SLOW", "{}"))
+_GATES: list[str] = json.loads(os.environ.get("FAULT_GATES", "[]"))
+_STEP_OF_PATH = re.compile(r"checkpoint-(\d+)")
+
+
+def note(event: str, step: int | None = None) -> None:
+    """One line of this process's trace."""
+    line = {"time": time.monotonic(), "event": event, "step": step, "rank": _RANK, "pid": os.getpid()}
+    file = Path(str(_FOLDER)) / f"trace-{_RANK}-{os.getpid()}.jsonl"
+    with file.open("a") as out:
+        out.write(json.dumps({**line, "port": os.environ.get("MASTER_PORT")}) + "\n")
+
+
+def reach(point: str) -> None:
+    """Sleep where that is asked for; wait at a gate that nobody has reached before."""
+    time.sleep(_SLOW.get(point, _SLOW.get(f"{point.split(':')[0]}:*", 0.0)))
+    # A gate may name the rank that is to wait there.
+    for gate in (point, f"{point}@{_RANK}"):
+        if gate in _GATES:
+            _wait_at(gate)
+
+
+def _wait_at(gate: str) -> None:
+    name = gate.replace("/", "_")
+    try:
+        os.close(os.open(f"{_FOLDER}/at {name}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    while not os.path.exists(f"{_FOLDER}/open {name}"):
+        time.sleep(0.005)
+
+
+def _step_of(path: Any) -> int | None:
+    match = _STEP_OF_PATH.search(str(path))
+    return int(match[1]) if match else None
+
+
+def _before_file(path: Any) -> None:
+    step = _step_of(path)
+    if step is not None:
+        reach(f"file:{step}:{Path(path).name}")
+
+
+def _before(function: Callable[..., Any], act: Callable[..., None]) -> Callable[..., Any]:
+    """``function``, with ``act`` called on the same arguments ahead of it."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        act(*arguments, **named)
+        return function(*arguments, **named)
+
+    return wrapped
+
+
+def _patch_module(module: Any) -> None:
+    """``llmtune.engine.module``: steps and evaluations."""
+    train_step, evaluate = module.TrainModule.train_step, module.TrainModule.evaluate
+
+    @functools.wraps(train_step)
+    def slow_step(self: Any, *arguments: Any, **named: Any) -> Any:
+        step = self.rank.phases.step
+        note("step", step)
+        reach(f"step:{step}")
+        result = train_step(self, *arguments, **named)
+        note("stepped", step)
+        return result
+
+    @functools.wraps(evaluate)
+    def slow_evaluate(self: Any, batches: Any, *arguments: Any, **named: Any) -> Any:
+        step = self.rank.phases.step
+        note("evaluate", step)
+
+        def slowed() -> Any:
+            for number, batch in enumerate(batches):
+                if number == 1:
+                    reach(f"evaluate:{step}")
+                yield batch
+
+        result = evaluate(self, slowed(), *arguments, **named)
+        note("evaluated", step)
+        return result
+
+    module.TrainModule.train_step, module.TrainModule.evaluate = slow_step, slow_evaluate
+
+
+def _patch_tensor_file(module: Any) -> None:
+    """``llmtune.checkpoint.tensor_file``: the large files."""
+    kind = module.TensorFile
+    kind.__init__ = _before(kind.__init__, lambda _, path, *rest, **named: _before_file(path))
+    kind.write = _before(kind.write, lambda self, _: reach(f"write:{_step_of(self.path)}"))
+
+
+def _patch_manifest(module: Any) -> None:
+    """``llmtune.checkpoint.manifest``: the manifest, the marker, and what is flushed."""
+    module.flush = _before(module.flush, lambda path: reach(f"write:{_step_of(path)}"))
+    module.write_manifest = _before(
+        module.write_manifest, lambda folder, *rest, **named: _before_file(folder / "manifest.json")
+    )
+    module.mark_complete = _before(module.mark_complete, lambda folder: _before_file(folder / "COMPLETE"))
+
+
+def _patch_save(module: Any) -> None:
+    """``llmtune.checkpoint.save``: the small files, beginning and end."""
+    replace = module._replace
+    module._write_whole = _before(module._write_whole, lambda path, data: _before_file(path))
+
+    def begin(own: Any, request: Any, *rest: Any) -> None:
+        step = request.state.step
+        note("save", step)
+        reach(f"save:{step}")
+
+    def noted_replace(aside: Path, folder: Path) -> None:
+        replace(aside, folder)
+        note("saved", _step_of(folder))
+
+    module.begin_save = _before(module.begin_save, begin)
+    module._replace = noted_replace
+
+
+def _patch_job(module: Any) -> None:
+    """``llmtune.train.job``: the model is being built."""
+
+    def begin(*_: Any, **__: Any) -> None:
+        note("load")
+        reach("load")
+
+    module.build_module = _before(module.build_module, begin)
+
+
+def _patch_mirror(module: Any) -> None:
+    """``llmtune.checkpoint.mirror``: a store that fails."""
+    if "FAULT_MIRROR" not in os.environ:
+        return
+    import fsspec
+    from fsspec.implementations.dirfs import DirFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    failures = [int(os.environ["FAULT_MIRROR_FAILURES"])]
+
+    class BrokenFileSystem(DirFileSystem):  # type: ignore[misc]
+        """A folder whose first writes fail."""
+
+        protocol = "broken"
+
+        def __init__(self, **options: Any):
+            options.pop("path", None)
+            super().__init__(path=os.environ["FAULT_MIRROR"], fs=LocalFileSystem(), **options)
+
+        def open(self, path: str, mode: str = "rb", *rest: Any, **named: Any) -> Any:
+            if "w" in mode and failures[0] > 0 and "checkpoint-" in path:
+                failures[0] -= 1
+                note(f"mirror fails at {path}")
+                raise OSError(5, "the network is down (a test)")
+            return super().open(path, mode, *rest, **named)
+
+    fsspec.register_implementation("broken", BrokenFileSystem, clobber=True)
+
+
+_PATCHES: dict[str, Callable[[Any], None]] = {
+    "llmtune.engine.module": _patch_module,
+    "llmtune.checkpoint.tensor_file": _patch_tensor_file,
+    "llmtune.checkpoint.manifest": _patch_manifest,
+    "llmtune.checkpoint.save": _patch_save,
+    "llmtune.checkpoint.mirror": _patch_mirror,
+    "llmtune.train.job": _patch_job,
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds what the others find, and patches it when it was executed."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        patch = _PATCHES.get(name)
+        if patch is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def execute_and_patch(module: ModuleType) -> None:
+            execute(module)
+            patch(module)
+
+        loader.exec_module = execute_and_patch
+        return spec
+
+
+def _is_of_the_run() -> bool:
+    """Not in compilers, wrappers and other Python programs that a process starts."""
+    words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+    return any(word in (b"llmtune", b"llmtune.cli.rank") for word in words)
+
+
+if _FOLDER and _is_of_the_run():
+    note("start")
+    sys.meta_path.insert(0, _Finder())
+    if _RANK != "supervisor":
+        reach("start")

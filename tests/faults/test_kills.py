@@ -1,0 +1,98 @@
+"""kill -9 of each rank and of the supervisor, at 40 random moments; half of them inside a save."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Undisturbed
+from tests.faults.harness import SAVED_STEPS, STEPS, Run, Table, find_lost, judge, take_snapshot
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
+SEED = 20261122
+VICTIMS = ("0", "1", "supervisor")
+#: Slept at each of the 42 tensors of a rank's share, and at what is flushed: more than two seconds a save.
+WRITE_SECONDS = 0.025
+SAVE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Who dies when."""
+
+    victim: str
+    event: str
+    """What has just begun: ``save``, ``step``, ``evaluate``, or ``start`` of the victim itself."""
+    step: int | None
+    delay: float
+    """Seconds after that."""
+    background: bool
+    zero: int
+
+    def __str__(self) -> str:
+        where = self.event + (f" {self.step}" if self.step is not None else "")
+        who = f"rank {self.victim}" if self.victim.isdigit() else self.victim
+        return (
+            f"{who}, {where} + {self.delay:.2f} s, {'background' if self.background else 'in line'}, ZeRO {self.zero}"
+        )
+
+
+def draw_kill(number: int) -> Kill:
+    """The same kill for the same number."""
+    drawn = random.Random(SEED * 1000 + number)
+    victim, zero, background = VICTIMS[number % 3], drawn.choice((2, 3)), drawn.random() < 0.5
+    if number % 2 == 0:
+        return Kill(victim, "save", drawn.choice(SAVED_STEPS), drawn.uniform(0, SAVE_SECONDS), background, zero)
+    event = drawn.choices(("step", "evaluate", "start"), (6, 2, 2))[0]
+    if event == "step":
+        return Kill(victim, event, drawn.randrange(1, STEPS + 1), drawn.uniform(0, 0.2), background, zero)
+    if event == "evaluate":
+        return Kill(victim, event, drawn.choice((0, 8, 16, 24)), drawn.uniform(0, 0.4), background, zero)
+    return Kill(victim, event, None, drawn.uniform(0, 8), background, zero)
+
+
+#: In the ordinary suite: a rank in a step, a rank and the supervisor inside a save.
+CHOSEN = {
+    "step": Kill("1", "step", 14, 0.07, True, 2),
+    "save of a rank": Kill("0", "save", 12, 0.6, False, 2),
+    "save of the supervisor": Kill("supervisor", "save", 16, 0.8, True, 2),
+}
+KILLS = [pytest.param(kill, id=f"chosen: {kill}", marks=pytest.mark.fault_ci) for kill in CHOSEN.values()]
+KILLS += [pytest.param(draw_kill(number), id=f"{number}: {draw_kill(number)}") for number in range(40)]
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_save(
+    kill: Kill, undisturbed: Undisturbed, table: Table, tmp_path: Path
+) -> None:
+    reference = undisturbed(f"zero={kill.zero}")
+    run = Run(tmp_path, [f"zero={kill.zero}", f"checkpoint.background={str(kill.background).lower()}"])
+    who = "the supervisor" if kill.victim == "supervisor" else "a rank"
+    where = "inside a save" if kill.event == "save" else "anywhere else"
+    with table.trial(f"kill -9 of {who}, {where}", str(kill), run) as trial:
+        slow = {f"write:{kill.step}": WRITE_SECONDS} if kill.event == "save" else {}
+        run.start(slow={**slow, "step:*": 0.06, "evaluate:*": 0.3})
+        begun = run.wait_for(kill.event, kill.step, kill.victim if kill.event == "start" else None)
+        time.sleep(max(0.0, begun + kill.delay - time.monotonic()))
+        moment = time.monotonic()
+        snapshot = take_snapshot(run, moment)
+        run.send(kill.victim, signal.SIGKILL)
+        if kill.event == "save":
+            assert snapshot.saving == kill.step, "it was inside the save"
+        if kill.victim == "supervisor":
+            assert run.end() == -signal.SIGKILL
+            trial.orphans += run.count_orphans()
+            trial.wrong += find_lost(run, snapshot)
+            run.finish()
+        else:
+            code = run.end()
+            assert code == 0, run.console
+            assert "starting again" in run.console
+            assert (run.path / "restarts.jsonl").is_file()
+        judge(run, trial, reference, snapshot, killed=kill.victim == "supervisor")
