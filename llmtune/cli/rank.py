@@ -62,7 +62,7 @@ def run_launched(arguments: Arguments) -> NoReturn:
 
     composed = compose_config(arguments.overrides, arguments.config_dir)
     target = resolve_target(composed)
-    folder = open_run_folder(target.folder)
+    folder = open_run_folder(target.folder, lambda _: None)
     accelerator = resolve_hardware(composed.config.hardware).accelerator
     set_defaults(accelerator, launched_ranks_on_node())
     stream = redirect_output(folder.path / names.LOG)

@@ -65,7 +65,7 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     # Before the folder: a run that does not fit leaves nothing behind.
     ladder = resolve_ladder(composed.config)
     check_fits(composed.config, ladder)
-    folder = open_run_folder(target.folder)
+    folder = open_run_folder(target.folder, console.say)
     lock.enter_context(hold_lock(lock_file(folder)))
     if Descent(composed, ladder, target, folder, console).run():
         console.say(f"trained in {format_seconds(time.monotonic() - started)}, start-up included")
