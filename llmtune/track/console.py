@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import IO
+from typing import IO, Any, cast
 
 from rich.console import Console as RichConsole
 from rich.table import Table
@@ -24,7 +24,8 @@ class Console:
     """
 
     def __init__(self, stream: IO[str] | None):
-        self._out = stream or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
+        opened = stream or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
+        self._out = cast("IO[str]", _Lasting(opened))
         self._rich = RichConsole(file=self._out, highlight=False, soft_wrap=True)
         self._line_open = False
 
@@ -70,6 +71,37 @@ class Console:
         if self._line_open:
             self._out.write("\n")
             self._line_open = False
+
+
+class _Lasting:
+    """A stream whose reader may go away, as ``tee`` does at Ctrl-C: that must cost neither the run nor its last save."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As the stream's own."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        """As the stream's own."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """From here on into the void, for what is still in the buffer too."""
+        void = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(void, self._stream.fileno())
+        os.close(void)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class ProgressLine:

@@ -115,3 +115,15 @@ def test_wandb_tracks_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.
     tracker.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert (tmp_path / "wandb" / "run_id").read_text()
+
+
+def test_a_reader_that_went_away_ends_nothing() -> None:
+    """``llmtune | tee log``: Ctrl-C ends tee before the ranks have saved."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as stream:
+        console = Console(stream)
+        for _ in range(2):
+            console.say("saving")
+            console.page("title", {"a": "b"})
+            console.table("title", ["x"], [["y"]])
