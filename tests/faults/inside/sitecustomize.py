@@ -8,8 +8,8 @@ the product, which it wraps as their modules are imported.
     FAULT_GATES   JSON: points; the first process to come to one writes ``at <point>`` and waits for ``open <point>``
     FAULT_MIRROR  a folder: ``broken://`` of fsspec writes to it, and its first FAULT_MIRROR_FAILURES uploads fail
 
-Points are ``start``, ``load``, ``step:7``, ``evaluate:8``, ``save:12``, ``file:12:manifest.json`` (before it is written), and
-``write:12`` (every tensor and every flush of the save of step 12).
+Points are ``start``, ``prepare`` (in the supervisor), ``load``, ``step:7``, ``evaluate:8``, ``save:12``,
+``file:12:manifest.json`` (before it is written), and ``write:12`` (every tensor and every flush of the save of step 12).
 """
 
 from __future__ import annotations
@@ -159,6 +159,11 @@ def _patch_job(module: Any) -> None:
     module.build_module = _before(module.build_module, begin)
 
 
+def _patch_resume(module: Any) -> None:
+    """``llmtune.train.resume``: the supervisor prepares a start."""
+    module.resume_point = _before(module.resume_point, lambda *_, **__: reach("prepare"))
+
+
 def _patch_mirror(module: Any) -> None:
     """``llmtune.checkpoint.mirror``: a store that fails."""
     if "FAULT_MIRROR" not in os.environ:
@@ -195,6 +200,7 @@ _PATCHES: dict[str, Callable[[Any], None]] = {
     "llmtune.checkpoint.save": _patch_save,
     "llmtune.checkpoint.mirror": _patch_mirror,
     "llmtune.train.job": _patch_job,
+    "llmtune.train.resume": _patch_resume,
 }
 
 
