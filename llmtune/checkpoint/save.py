@@ -11,7 +11,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from llmtune.checkpoint.outbox import Buffers, Outbox
 from llmtune.checkpoint.state_files import load_state_files, put_states
 from llmtune.checkpoint.trainer_state import TrainerState, read_trainer_state
 from llmtune.checkpoint.weights import WeightFiles, put_weights
-from llmtune.engine.distributed import gather_objects
+from llmtune.engine.distributed import any_rank, gather_objects
 from llmtune.engine.module import TrainModule
 from llmtune.engine.state import optimizer_steps, read_loss_scale, write_loss_scale
 from llmtune.errors import CheckpointError
@@ -48,6 +49,10 @@ class SaveRequest:
     """Called on rank 0 behind the last step, in whatever thread that is."""
 
 
+class DiskRefusedError(CheckpointError):
+    """A checkpoint was not written for want of room, or of the right to write."""
+
+
 class PendingSave:
     """A save under way on this rank: the copies are taken, the files are being written."""
 
@@ -62,59 +67,89 @@ class PendingSave:
         self._outbox = outbox
         self._started = time.monotonic()
         self._failure: str | None = None
+        self._disk_refused = False
+        self._given_up = threading.Event()
         self._thread: threading.Thread | None = None
 
     def begin_writing(self, background: bool) -> None:
-        """Write in a thread, or here."""
-        if not background:
-            self._run()
+        """Write in a thread, or here. Collective."""
+        if background:
             self.pause_seconds = time.monotonic() - self._started
+            self._thread = threading.Thread(target=self._run, name=f"save {self.folder.name}", daemon=True)
+            self._thread.start()
             return
-        self.pause_seconds = time.monotonic() - self._started
-        self._thread = threading.Thread(target=self._run, name=f"save {self.folder.name}", daemon=True)
-        self._thread.start()
+        self._write()
+        if any_rank([self._failure is not None], self._rank)[0]:
+            self._given_up.set()
+        self._publish_if_first()
+        self.pause_seconds = self.seconds
 
     @property
     def has_ended(self) -> bool:
         """Whether this rank has nothing left to do."""
         return self._thread is None or not self._thread.is_alive()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the checkpoint will not be."""
+        return self._failure is not None
+
     def finish(self) -> None:
         """Wait for the end, on every rank. Collective.
 
         Raises:
-            CheckpointError: On every rank, when any rank could not write; nothing is published then.
+            DiskRefusedError: On every rank, when any rank could not write; nothing is published then.
+            CheckpointError: The same, when what was written is not worth keeping.
         """
-        while self._thread is not None and self._thread.is_alive():
-            # In slices, so that a signal's handler runs meanwhile.
-            self._thread.join(0.1)
-        failures = dict.fromkeys(text for text in gather_objects(self._failure, self._rank) if text)
+        while True:
+            failed, writing = any_rank([self.has_failed, not self.has_ended], self._rank)
+            if failed:
+                # Rank 0 need not wait for a report that may never come.
+                self._given_up.set()
+            if not writing:
+                break
+            self._rank.phases.beat()
+            time.sleep(_POLL_SECONDS)
+        failures = [found for found in gather_objects((self._failure, self._disk_refused), self._rank) if found[0]]
         if failures:
-            raise CheckpointError(
-                f"{self.folder.name} was not saved ({'; '.join(failures)}). Nothing was published; free space or mend the "
-                "path, then run the same command to go on from the newest checkpoint"
+            kind = DiskRefusedError if any(refused for _, refused in failures) else CheckpointError
+            raise kind(
+                f"{self.folder.name} was not saved ({'; '.join(dict.fromkeys(text for text, _ in failures))}). Nothing was "
+                "published, and those before it are as they were; mend the cause, and the same command goes on from the newest"
             )
 
     def _run(self) -> None:
+        self._write()
+        self._publish_if_first()
+
+    def _write(self) -> None:
+        """This rank's files, looked at again, and its report."""
         aside = aside_folder(self.folder)
-        report: dict[str, Any] = {}
-        try:
+        with self._noted():
             self._outbox.deliver(self._rank.phases.beat)
             problems = self._find_faults(aside)
-            report = {"files": self._outbox.entries, "tensors": _describe(self._outbox), "problems": problems}
-            self._failure = self._say(problems)
-        except Exception as error:
-            # Also what is no OSError: a thread's exception would be seen by nobody.
-            self._failure = f"rank {self._rank.rank}: {error}"
-        try:
-            _write_whole(
-                aside / _report_name(self._rank.rank), json.dumps({**report, "failure": self._failure}).encode()
-            )
-            if self._rank.is_first:
-                self._publish(aside)
-        except Exception as error:
-            self._failure = self._failure or f"rank {self._rank.rank}: {error}"
+            if problems:
+                more = " ..." if len(problems) > 3 else ""
+                self._failure = f"rank {self._rank.rank}: {'; '.join(problems[:3])}{more}"
+                # Without this rank's report nothing is published.
+                return
+            report = {"files": self._outbox.entries, "tensors": _describe(self._outbox)}
+            _write_whole(aside / _report_name(self._rank.rank), json.dumps(report).encode())
+
+    def _publish_if_first(self) -> None:
+        if self._rank.is_first:
+            with self._noted():
+                self._publish(aside_folder(self.folder))
         self.seconds = time.monotonic() - self._started
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """What goes wrong is kept for :meth:`finish`: nobody sees the exception of a thread."""
+        try:
+            yield
+        except Exception as error:
+            self._disk_refused = isinstance(error, OSError)
+            self._failure = self._failure or f"rank {self._rank.rank}: {error}"
 
     def _find_faults(self, aside: Path) -> list[str]:
         """Open weights again and look at every number."""
@@ -128,17 +163,10 @@ class PendingSave:
             self._rank.phases.beat()
         return found
 
-    def _say(self, problems: list[str]) -> str | None:
-        if not problems:
-            return None
-        return f"rank {self._rank.rank}: {'; '.join(problems[:3])}" + (" ..." if len(problems) > 3 else "")
-
     def _publish(self, aside: Path) -> None:
         """On rank 0, when all have written."""
         reports = self._wait_for_reports(aside)
-        failures = [report["failure"] for report in reports if report["failure"]]
-        if failures:
-            self._failure = "; ".join(dict.fromkeys(failures))
+        if self.has_failed or self._given_up.is_set():
             return
         files: dict[str, Any] = {}
         tensors: dict[str, Any] = {}
@@ -156,9 +184,11 @@ class PendingSave:
         self._request.published(self.folder)
 
     def _wait_for_reports(self, aside: Path) -> list[dict[str, Any]]:
-        """A rank that dies ends this process too, so that nobody waits for it."""
+        """Of all ranks; none where one of them failed. A rank that dies ends this process too."""
         paths = [aside / _report_name(rank) for rank in range(self._rank.world_size)]
         while not all(path.is_file() for path in paths):
+            if self.has_failed or self._given_up.is_set():
+                return []
             self._rank.phases.beat()
             time.sleep(_POLL_SECONDS)
         return [json.loads(path.read_text()) for path in paths]

@@ -15,6 +15,7 @@ def problems(config: Config) -> list[str]:
         *_check_tuner(config),
         *_check_schedule(config),
         *_check_data(config),
+        *_check_checkpoint(config),
     ]
 
 
@@ -181,6 +182,24 @@ def _check_data(config: Config) -> list[str]:
     if data.packing and data.format is DataFormat.classification:
         found.append("data.packing=true: classification rows cannot share a row; take data.packing=false")
     return found + (_check_streaming(config) if data.streaming else [])
+
+
+#: What evaluation lines of ``metrics.jsonl`` have.
+_METRICS = ("eval_loss", "eval_perplexity")
+
+
+def _check_checkpoint(config: Config) -> list[str]:
+    metric, every, saves = config.checkpoint.metric_for_best_model, config.train.eval_steps, config.train.save_steps
+    if metric is None:
+        return []
+    if metric not in _METRICS:
+        return [f"checkpoint.metric_for_best_model={metric}: evaluations have {' and '.join(_METRICS)}"]
+    if every is None or (saves is not None and saves % every):
+        return [
+            f"checkpoint.metric_for_best_model={metric} needs an evaluation at every checkpoint: train.save_steps={saves} is "
+            f"no multiple of train.eval_steps={every}"
+        ]
+    return []
 
 
 def _check_streaming(config: Config) -> list[str]:

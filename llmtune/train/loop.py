@@ -72,6 +72,10 @@ class Saver(Protocol):
     def is_writing(self) -> bool:
         """Whether this rank still works on one in the background."""
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the one under way will not be."""
+
     def finish(self) -> None:
         """Wait for the one under way, if there is one; its error, on every rank."""
 
@@ -130,8 +134,8 @@ def run(job: Job) -> Progress:
             progress = evaluate(job, progress)
         if is_due(job.train.save_steps, progress.step, last):
             job.saver.save(progress)
-        stop, writing = job.stop.agree(job.saver.is_writing)
-        if not writing:
+        stop, failed, writing = job.stop.agree(job.saver.has_failed, job.saver.is_writing)
+        if failed or not writing:
             job.saver.finish()
         if stop and progress.step < last:
             save_and_stop(job, progress)

@@ -17,7 +17,7 @@ from llmtune.checkpoint.find import is_complete
 from llmtune.checkpoint.manifest import hash_file, publish, read_manifest, write_manifest
 from llmtune.checkpoint.outbox import Buffers
 from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
-from llmtune.checkpoint.save import PendingSave, SaveRequest, begin_save
+from llmtune.checkpoint.save import DiskRefusedError, PendingSave, SaveRequest, begin_save
 from llmtune.checkpoint.state_files import state_specs
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weights import WeightFiles, write_model_config
@@ -133,9 +133,6 @@ class CheckpointSaver:
         metric = self.settings.retention.metric
         if metric is None:
             return
-        if metric not in record:
-            known = ", ".join(key for key in record if key != "step")
-            raise CheckpointError(f"checkpoint.metric_for_best_model={metric}: evaluations have {known}")
         sign = -1 if self.settings.retention.greater_is_better else 1
         if self._best is None or sign * record[metric] < sign * self._best["value"]:
             self._best = {"metric": metric, "value": record[metric], "step": record["step"]}
@@ -178,18 +175,24 @@ class CheckpointSaver:
         """Whether this rank still works on a save in the background."""
         return self._pending is not None and not self._pending.has_ended
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the save under way will not be."""
+        return self._pending is not None and self._pending.has_failed
+
     def finish(self) -> None:
         """Wait for the save under way. Collective.
 
         Raises:
-            CheckpointError: It could not be written, and ``checkpoint.on_disk_low`` is not ``skip``.
+            CheckpointError: It could not be written, and ``checkpoint.on_disk_low`` is not ``skip``; or what was written is
+                not worth keeping.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
         try:
             pending.finish()
-        except CheckpointError as error:
+        except DiskRefusedError as error:
             self._newest = None
             if self.settings.on_disk_low is not OnDiskLow.skip:
                 raise

@@ -35,18 +35,18 @@ class Stop:
 
     def requested(self) -> bool:
         """Whether any rank was asked to stop. Collective."""
-        return self.agree(False)[0]
+        return self.agree()[0]
 
-    def agree(self, other: bool) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, and whether ``other`` is true on any: one collective."""
+    def agree(self, *others: bool) -> list[bool]:
+        """Whether any rank was asked to stop, and which of ``others`` are true on any: one collective."""
         asked = self._signalled or (self._rank.is_first and self._file.exists())
-        stop, other = any_rank([asked, other], self._rank)
+        stop, *found = any_rank([asked, *others], self._rank)
         self._agreed = self._agreed or stop
         if stop and self._rank.is_first:
             # Heard: the same command is to go on, not to stop again.
             with contextlib.suppress(OSError):
                 self._file.unlink(missing_ok=True)
-        return self._agreed, other
+        return [self._agreed, *found]
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if not self._armed:

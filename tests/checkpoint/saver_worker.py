@@ -1,0 +1,85 @@
+"""Two ranks that save small things, on which a test lets the disk fail; run by ``test_save.py``."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from llmtune.checkpoint import save
+from llmtune.checkpoint.outbox import Buffers
+from llmtune.checkpoint.tensor_file import TensorSpec
+from llmtune.checkpoint.trainer_state import TrainerState
+from llmtune.checkpoint.weights import WeightFiles
+from llmtune.engine.distributed import Rank, init_ranks, meet_ranks
+from llmtune.errors import CheckpointError
+
+
+def stand_in(rank: Rank, value: float) -> None:
+    """One small tensor a rank in the place of a model's weights and states."""
+
+    def put_weights(_module: Any, _files: Any, outbox: Any) -> None:
+        outbox.start(f"model-{rank.rank}.safetensors", [TensorSpec("w", torch.float32, (8,))])
+        outbox.put(torch.full((8,), value))
+
+    save.put_weights = put_weights
+    save.put_states = lambda *_: None
+    save.optimizer_steps = lambda _: 1
+    save.read_loss_scale = lambda _: {}
+
+
+def attempt(rank: Rank, folder: Path, background: bool, value: float = 1.0) -> str:
+    """Save once; the error, or nothing."""
+    stand_in(rank, value)
+    module: Any = SimpleNamespace(rank=rank)
+    state = TrainerState(int(folder.name.split("-")[1]), 0, 0, "x", None)
+    request = save.SaveRequest(folder, state, WeightFiles(False), {"config.json": b"{}"}, {"step": state.step})
+    try:
+        save.begin_save(module, request, Buffers() if background else None).finish()
+    except CheckpointError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def refuse_on(number: int, rank: Rank, names: str) -> None:
+    """From here on nothing whose name begins so can be written on one rank, its report included."""
+    if rank.rank != number:
+        return
+    original = os.open
+
+    def refusing(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if Path(os.fsdecode(path)).name.startswith(names) and flags & os.O_WRONLY:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, flags, *rest, **more)
+
+    os.open = refusing
+    write_whole = save._write_whole
+
+    def refuse_small(path: Path, data: bytes) -> None:
+        if path.name.startswith(("written", names)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_whole(path, data)
+
+    save._write_whole = refuse_small
+
+
+if __name__ == "__main__":
+    this, run = init_ranks(), Path(sys.argv[1])
+    said = {}
+    for mode in (False, True):
+        step = 10 if mode else 1
+        said[f"good {mode}"] = attempt(this, run / f"checkpoint-{step}", mode)
+        said[f"again {mode}"] = attempt(this, run / f"checkpoint-{step}", mode, 2.0)
+        said[f"nan {mode}"] = attempt(this, run / f"checkpoint-{step + 1}", mode, float("nan"))
+    refuse_on(int(sys.argv[2]), this, "model")
+    for mode in (False, True):
+        said[f"full {mode}"] = attempt(this, run / f"checkpoint-{30 + mode}", mode)
+    Path(f"{run}/said-{this.rank}.json").write_text(json.dumps(said))
+    meet_ranks(this)
+    os._exit(0)
