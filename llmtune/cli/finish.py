@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmtune.checkpoint import names
+from llmtune.checkpoint.manifest import read_manifest
 from llmtune.cli.export import export_run
 from llmtune.config.compose import load_config
 from llmtune.config.schema import ExportConfig, ExportFormat, TunerKind
+from llmtune.errors import CheckpointError
+from llmtune.export.job import identify
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
 
@@ -35,12 +38,15 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
         console.say(f"the trained {'adapter' if lora else 'model'}: {run / (names.ADAPTER if lora else names.MODEL)}")
         return
     merged = run / names.MERGED
-    if not _is_newer(merged, run / names.FINISHED):
+    if not _is_of(merged, run / names.ADAPTER):
         export_run(run, config, merged)
     console.say(f"merged model: {merged}\nadapter:      {run / names.ADAPTER}")
     console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')
 
 
-def _is_newer(folder: Path, than: Path) -> bool:
-    marker = folder / names.COMPLETE
-    return marker.is_file() and marker.stat().st_mtime >= than.stat().st_mtime
+def _is_of(merged: Path, adapter: Path) -> bool:
+    """Whether the export is that of this very adapter; clocks cannot tell."""
+    try:
+        return bool(read_manifest(merged).get("source") == identify(adapter) != "")
+    except CheckpointError:
+        return False

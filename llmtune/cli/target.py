@@ -9,6 +9,7 @@ from typing import Any
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, is_complete
+from llmtune.checkpoint.manifest import check_undamaged
 from llmtune.cli.prepare import cache_dir
 from llmtune.config.compose import Composed, load_config, with_overrides
 from llmtune.config.schema import Config, ModelConfig, TunerKind
@@ -46,11 +47,14 @@ def resolve_target(composed: Composed) -> Target:
     if given.run:
         run = Path(given.run).expanduser()
         stored = _stored_config(run, run / names.CONFIG)
-        return from_trained(with_overrides(stored, composed), trained_folder(run, stored), run)
+        folder = trained_folder(run, stored)
+        check_undamaged(folder, left_out=names.is_state_file)
+        return from_trained(with_overrides(stored, composed), folder, run)
     if given.checkpoint.path:
         folder = Path(given.checkpoint.path).expanduser()
         if not is_complete(folder):
             raise CheckpointError(f"checkpoint={folder}: not a complete checkpoint")
+        check_undamaged(folder, left_out=names.is_state_file)
         stored = _stored_config(folder, folder / names.CONFIG)
         return from_trained(with_overrides(stored, composed), folder, folder.parent)
     model = ModelConfig(name_or_path=given.base) if given.base else given.model

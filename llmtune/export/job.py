@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtune.checkpoint import names
 from llmtune.config.schema import ExportConfig, ExportFormat
 from llmtune.errors import ExportError
 from llmtune.export.card import facts_of_run, write_card
@@ -59,8 +60,19 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         tuner = "full fine-tuning" if request.adapter is None else "LoRA"
         write_card(folder, request.output, request.base_name, tuner, facts_of_run(request.run))
 
-    write_export(request.output, write, {"base": request.base_name, "format": config.format.value})
+    about = {
+        "base": request.base_name,
+        "format": config.format.value,
+        "source": identify(request.adapter or request.base),
+    }
+    write_export(request.output, write, about)
     return request.output
+
+
+def identify(folder: Path) -> str:
+    """What tells one published folder from any other: the hash of its manifest; nothing for a folder of somebody else's."""
+    marker = folder / names.COMPLETE
+    return marker.read_text() if marker.is_file() else ""
 
 
 def _copy_adapter(adapter: Path, folder: Path) -> None:

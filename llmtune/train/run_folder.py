@@ -107,6 +107,8 @@ class RunFolder:
                 folder.rename(aside)
                 notes.append(f"{folder.name} is beyond step {step} and was renamed to {aside.name}")
         (self.path / names.FINISHED).unlink(missing_ok=True)
+        # Meant for a run that is no more.
+        (self.path / names.SAVE_REQUEST).unlink(missing_ok=True)
         cut_metrics(self.path / names.METRICS, step)
         (self.path / names.CONFIG).write_text(dump_redacted(config))
         (self.path / names.OVERRIDES).write_text("".join(f"- {json.dumps(redact(text))}\n" for text in overrides))

@@ -163,9 +163,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(finished: Path, tmp_path: P
         [sys.executable, "-m", "llmtune", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (folder / "metrics.jsonl").is_file():
+    metrics = folder / "metrics.jsonl"
+    while time.monotonic() < deadline and not (metrics.is_file() and '"loss"' in metrics.read_text()):
         time.sleep(0.01)
-    time.sleep(0.3)
     supervisor.send_signal(signal.SIGINT)
     out, err = supervisor.communicate(timeout=60)
     assert supervisor.returncode == 75, out + err
