@@ -121,10 +121,11 @@ class TrainModule:
             total += loss.detach()
             if self.engine.is_gradient_accumulation_boundary():
                 norm = self._whole_grad_norm()
-                if norm is not None and not math.isfinite(norm):
-                    self._drop_gradients()
             phases.enter("step")
-            self.engine.step()
+            if norm is None or math.isfinite(norm) or hasattr(self.engine.optimizer, "overflow"):
+                self.engine.step()
+            else:
+                self._leave_step_out()
         reported = self.engine.get_global_grad_norm()
         norm = norm if norm is not None else float(reported) if reported is not None else 0.0
         (summed,) = sum_over_ranks([float(total)], self.rank)
@@ -172,11 +173,12 @@ class TrainModule:
         output = self.engine(**batch.inputs, use_cache=False)
         return self.loss_function(output.logits, batch.labels)
 
-    def _drop_gradients(self) -> None:
-        """Without ZeRO in fp32, nobody else looks whether gradients are finite; Adam passes over parameters without one."""
-        if not hasattr(self.engine.optimizer, "overflow"):
-            for parameter in self.model.parameters():
-                parameter.grad = None
+    def _leave_step_out(self) -> None:
+        """Without ZeRO in fp32, where no wrapper of DeepSpeed's looks whether gradients are finite: count the micro-batch only."""
+        self.engine.set_gradient_accumulation_boundary(False)
+        self.engine.step()
+        self.engine._is_gradient_accumulation_boundary = None
+        self.engine.zero_grad()
 
     def _whole_grad_norm(self) -> float | None:
         """Without ZeRO, where gradients are whole on every rank; DeepSpeed's own norm is there absent or still scaled."""

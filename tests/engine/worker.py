@@ -25,6 +25,7 @@ from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_
 from llmtune.engine.module import TrainModule
 from llmtune.model.adapters import to_file_name
 from llmtune.model.files import resolve_model_folder
+from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan import resolve
 from llmtune.plan.resolve import resolve_plan, resolve_steps, with_nvme
@@ -59,21 +60,34 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         assert load_checkpoint(module, load).step == task["first"]
     collator = Collator(int(tokenizer.pad_token_id))
     loader = TrainLoader(open_rows(data, "train"), plan.batch, rank.rank, config.seed, collator)
-    seen, norms = [], []
+    seen, norms, applied = [], [], []
     pending: PendingSave | None = None
     for step in range(task["first"], task["last"]):
+        if step == task.get("leave_out"):
+            continue
+        module.loss_function = not_a_number if step == task.get("poison") else sum_token_losses
         torch.manual_seed(step)
         batch = loader.step_at(step * plan.batch.global_batch_size)
         result = module.train_step(batch.micro_batches, batch.trained_tokens, plan.learning_rate)
         assert result is not None
         seen.append(result.loss)
         norms.append(result.grad_norm)
+        applied.append(result.applied)
         if task.get("save") and step + 1 == task["save_at"]:
             pending = save(module, task, config, tokenizer)
     if pending is not None:
         pending.finish()
     module.engine.destroy()
-    return {"losses": seen, "norms": norms}
+    return {"losses": seen, "norms": norms, "applied": applied}
+
+
+def not_a_number(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A loss that is finite, with a gradient that is not, for one of the ranks."""
+    loss, tokens = sum_token_losses(logits, labels)
+    if os.environ["RANK"] == "0":
+        # The slope of the root is infinite at zero, and infinity times zero is no number.
+        loss = loss + 0.0 * torch.sqrt(logits.float().sum() * 0.0)
+    return loss, tokens
 
 
 def ask_cpu_once() -> None:
