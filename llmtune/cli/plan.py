@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.errors import DoesNotFitError
 from llmtune.plan.memory import USABLE_SHARE
 from llmtune.plan.units import format_bytes, format_count
+from llmtune.secrets import redact
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -29,12 +30,12 @@ def main(arguments: Arguments) -> int:
 
 @contextmanager
 def stdout_for_us() -> Iterator[Any]:
-    """A writer to standard output, which libraries cannot reach meanwhile: what they print goes to standard error."""
+    """A writer to standard output, without secrets, which libraries cannot reach meanwhile: they print to standard error."""
     sys.stdout.flush()
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        yield own.write
+        yield lambda text: own.write(redact(text))
     finally:
         own.flush()
         sys.stdout.flush()

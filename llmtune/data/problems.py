@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from llmtune.errors import DataError
+from llmtune.secrets import redact_values
 
 #: Kinds of problem that an error message lists; the rest is counted.
 LISTED_KINDS = 8
@@ -44,7 +45,7 @@ def place(file: str, line: int | None) -> str:
 
 def write_problems(problems: Iterable[Problem], file: TextIO) -> None:
     """A line of JSON for each, behind what stands in the file."""
-    file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
+    file.writelines(json.dumps(redact_values(asdict(problem)), ensure_ascii=False) + "\n" for problem in problems)
 
 
 def read_problem_file(path: Path) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ import jinja2
 
 from llmtune.data.problems import Problem, group_by_kind
 from llmtune.data.statistics import Lengths, Padding, Piece
+from llmtune.secrets import redact
 
 #: Trained and masked text: the same two colours in picture, page and terminal.
 TRAINED_COLOUR, MASKED_COLOUR = "#1a7f37", "#8c959f"
@@ -66,7 +67,7 @@ def write_page(report: DataReport, picture: Path | None, path: Path) -> None:
         trained=TRAINED_COLOUR,
         masked=MASKED_COLOUR,
     )
-    path.write_text(text, encoding="utf-8")
+    path.write_text(redact(text), encoding="utf-8")
 
 
 def _bars(lengths: Lengths) -> list[tuple[str, int, int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from llmtune.checkpoint import names
+from llmtune.secrets import redact
 
 _TEMPLATE = """---
 {% if base_id %}base_model: {{ base_id }}
@@ -54,7 +55,7 @@ def write_card(folder: Path, published_as: Path, base: str, tuner: str, facts: d
         facts=facts,
         folder=published_as,
     )
-    (folder / "README.md").write_text(text.replace("[llmtune]", "llmtune"), encoding="utf-8")
+    (folder / "README.md").write_text(redact(text.replace("[llmtune]", "llmtune")), encoding="utf-8")
 
 
 def facts_of_run(run: Path | None) -> dict[str, Any]:
