@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import sys
+import uuid
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from llmtune.checkpoint import names
-from llmtune.errors import ERRORS_BY_CODE, LlmtuneError
-from llmtune.launch.environment import FAILURE_DIR, launched_ranks_on_node, set_defaults, set_thread_default
+from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, ConfigError, LlmtuneError, StoppedError
+from llmtune.launch.environment import (
+    FAILURE_DIR,
+    has_launcher,
+    launched_nodes,
+    launched_ranks_on_node,
+    set_defaults,
+    set_network_default,
+    set_thread_default,
+)
 from llmtune.launch.processes import follow_supervisor
 from llmtune.launch.rank import redirect_output, report_failure, to_user_error
+from llmtune.launch.self_watch import SelfWatch
+from llmtune.launch.signals import STOP_SIGNALS, raise_stops
 from llmtune.launch.stacks import answer_with_stacks
+from llmtune.process import die_with_parent
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
     from llmtune.cli.prepare import RunTarget
     from llmtune.config.compose import Composed
+    from llmtune.engine.distributed import Rank
     from llmtune.train.request import RunRequest
     from llmtune.train.run_folder import RunFolder
+
+_NOT_EXPORTED = "stopped during the export; the model is trained, and the same command goes on with the export"
 
 
 def main(request_file: str) -> NoReturn:
@@ -51,8 +69,11 @@ def main(request_file: str) -> NoReturn:
 
 def run_launched(arguments: Arguments) -> NoReturn:
     """A rank of a foreign launcher: rank 0 prepares, the others get what it resolved, or its error."""
+    if has_launcher():
+        die_with_parent()
     # Before anything imports torch.
     set_thread_default(launched_ranks_on_node())
+    set_network_default()
     from llmtune.cli.prepare import resolve_target
     from llmtune.config.compose import compose_config
     from llmtune.launch.ops import ensure_ops
@@ -60,7 +81,7 @@ def run_launched(arguments: Arguments) -> NoReturn:
     from llmtune.plan.placement import Placement
     from llmtune.train.run_folder import open_run_folder
 
-    composed = compose_config(arguments.overrides, arguments.config_dir)
+    composed = _on_nodes(compose_config(arguments.overrides, arguments.config_dir))
     target = resolve_target(composed)
     folder = open_run_folder(target.folder, lambda _: None)
     accelerator = resolve_hardware(composed.config.hardware).accelerator
@@ -71,21 +92,33 @@ def run_launched(arguments: Arguments) -> NoReturn:
     try:
         # What the process group needs; rank 0 builds the rest when it has planned.
         ensure_ops(accelerator, Placement(0), console.say)
-        _train_launched(composed, target, folder, console)
+        with ExitStack() as stack:
+            watch = SelfWatch(rank, folder.path, lambda text: _tell(stream, text))
+            stack.callback(watch.remove)
+            _train_launched(composed, target, folder, console, watch)
+    except StoppedError as error:
+        console.say(str(error))
+        _exit_now(EXIT_STOPPED)
     except BaseException as error:
         _exit_now(report_failure(error, rank, stream, composed.config.trace))
     _exit_now(0)
 
 
-def _train_launched(composed: Composed, target: RunTarget, folder: RunFolder, console: Console) -> None:
+def _train_launched(
+    composed: Composed, target: RunTarget, folder: RunFolder, console: Console, watch: SelfWatch
+) -> None:
     from llmtune.cli.descent import hold_nvme
     from llmtune.cli.prepare import lock_file
-    from llmtune.engine.distributed import broadcast_object, init_ranks, meet_ranks
+    from llmtune.engine.distributed import broadcast_object, init_ranks
+    from llmtune.engine.phases import PhaseLog
     from llmtune.launch.lock import hold_lock
-    from llmtune.train.job import run_job
     from llmtune.train.request import RunRequest
 
-    rank = init_ranks()
+    rank = init_ranks(phases=PhaseLog(watch.record))
+    for number in STOP_SIGNALS:
+        # There is nothing to save yet.
+        signal.signal(number, lambda *_: os._exit(EXIT_STOPPED))
+    _check_run_folder(folder.path, rank)
     with ExitStack() as stack:
         answer: dict[str, Any] = {}
         if rank.is_first:
@@ -102,11 +135,88 @@ def _train_launched(composed: Composed, target: RunTarget, folder: RunFolder, co
             raise ERRORS_BY_CODE.get(answer["code"], LlmtuneError)(answer["error"])
         if answer["request"] is not None:
             request = RunRequest.from_json(answer["request"])
+            _check_shared_files(request, rank)
             _limit_memory(request)
-            run_job(request, rank, console)
-        meet_ranks(rank)
+            _run_watched(request, rank, console, watch)
         if rank.is_first:
             _finish_first(composed, target, console)
+
+
+def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: SelfWatch) -> None:
+    """Train; a rank that waits for rank 0 to finish its copies elsewhere is not watched any more."""
+    from llmtune.engine.distributed import meet_ranks
+    from llmtune.train.job import run_job
+
+    try:
+        with watch.watch(request.config.launch.hang_timeout):
+            run_job(request, rank, console)
+    except StoppedError:
+        # The first that ends has the launcher end the others; all have saved, and one that cannot be met has ended.
+        with contextlib.suppress(RuntimeError):
+            meet_ranks(rank)
+        raise
+    meet_ranks(rank)
+
+
+def _on_nodes(composed: Composed) -> Composed:
+    """The config with the number of machines that the launcher took, which the plan shares host memory by."""
+    config = composed.config
+    hardware = replace(config.hardware, nodes=launched_nodes())
+    return replace(composed, config=replace(config, hardware=hardware))
+
+
+def _check_run_folder(folder: Path, rank: Rank) -> None:
+    """Every rank must see what rank 0 writes there. Collective.
+
+    Raises:
+        ConfigError: On every rank, with the machines on which it is another folder.
+    """
+    from llmtune.engine.distributed import broadcast_object, gather_objects
+
+    # A name that nobody can have looked up before: network file systems remember what was not there.
+    mark = folder / broadcast_object(f".seen-by-all-{uuid.uuid4().hex}", rank)
+    if rank.is_first:
+        mark.touch()
+    broadcast_object(None, rank)
+    blind = gather_objects(None if mark.exists() else socket.gethostname(), rank)
+    if rank.is_first:
+        mark.unlink(missing_ok=True)
+    if any(blind):
+        raise ConfigError(
+            f"output_dir={folder} is another folder on {_join(blind)} than on the machine of rank 0: output_dir has to be on "
+            "a file system that all nodes share, with the same path on each, for every rank writes its part of a checkpoint"
+        )
+
+
+def _check_shared_files(request: RunRequest, rank: Rank) -> None:
+    """Every rank must see the files that rank 0 has prepared. Collective.
+
+    Raises:
+        ConfigError: On every rank, with what is missing and where.
+    """
+    from llmtune.engine.distributed import broadcast_object, gather_objects
+
+    needed = [request.model_folder, Path(request.data.folder), *map(Path, request.data.train_stores)]
+    if request.resume_from is not None:
+        needed.append(request.resume_from)
+    needed = [path for path in broadcast_object([path for path in needed if path.exists()], rank) if not path.exists()]
+    missing = gather_objects(f"{needed[0]} on {socket.gethostname()}" if needed else None, rank)
+    if any(missing):
+        raise ConfigError(
+            f"missing: {_join(missing)}. Rank 0 prepares the model and the rows for all: paths.cache_dir (and HF_HOME) have "
+            "to be on a file system that all nodes share"
+        )
+
+
+def _join(texts: list[str | None]) -> str:
+    return ", ".join(dict.fromkeys(text for text in texts if text))
+
+
+def _tell(stream: IO[str], text: str) -> None:
+    """A line of a rank whose console is silent."""
+    with contextlib.suppress(OSError, ValueError):
+        stream.write(f"\n{text}\n")
+        stream.flush()
 
 
 def _prepare_first(
@@ -136,7 +246,8 @@ def _finish_first(composed: Composed, target: RunTarget, console: Console) -> No
     from llmtune.cli.finish import finished_message, maybe_export
 
     console.say(finished_message(target.folder))
-    maybe_export(target.folder, composed.config.export, console)
+    with raise_stops(_NOT_EXPORTED):
+        maybe_export(target.folder, composed.config.export, console)
 
 
 def _train(request: RunRequest, console: Console) -> None:

@@ -1,16 +1,20 @@
-"""``train``: prepare, supervise the ranks, export. Under ``deepspeed`` or ``torchrun``: be one of their ranks."""
+"""``train``: prepare, supervise the ranks, export. Under ``deepspeed``, ``torchrun`` or ``srun``: be one of their ranks."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
+from llmtune.errors import ConfigError
 from llmtune.launch.environment import launched_world_size
 from llmtune.launch.lock import hold_lock
 from llmtune.launch.signals import raise_stops
+from llmtune.launch.slurm import adopt_slurm
 from llmtune.plan.units import format_seconds
 from llmtune.secrets import restrict_umask
 from llmtune.track.console import Console
@@ -29,6 +33,7 @@ _NOT_EXPORTED = "stopped during the export; the model is trained, and the same c
 def main(arguments: Arguments) -> int:
     """Run the whole job."""
     restrict_umask()
+    adopt_slurm(os.environ)
     if launched_world_size() is not None:
         from llmtune.cli.rank import run_launched
 
@@ -60,6 +65,8 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     started = time.monotonic()
     console = Console(sys.stdout)
     composed = compose_config(arguments.overrides, arguments.config_dir)
+    if composed.config.launch.hostfile is not None:
+        _hand_over(arguments, composed)
     target = resolve_target(composed)
     quiet_libraries()
     # Before the folder: a run that does not fit leaves nothing behind.
@@ -70,3 +77,14 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     if Descent(composed, ladder, target, folder, console).run():
         console.say(f"trained in {format_seconds(time.monotonic() - started)}, start-up included")
     return composed, target, console
+
+
+def _hand_over(arguments: Arguments, composed: Composed) -> NoReturn:
+    """``launch.hostfile``: DeepSpeed's runner starts the ranks, each with these arguments."""
+    from llmtune.launch.hostfile import hand_over
+
+    launch = composed.config.launch
+    if launch.nproc is not None:
+        raise ConfigError(f"launch.nproc={launch.nproc}: with launch.hostfile the file says how many ranks, as slots=N")
+    folder = ["--config-dir", str(Path(arguments.config_dir).resolve())] if arguments.config_dir else []
+    hand_over(Path(str(launch.hostfile)).expanduser(), ["train", *folder, *arguments.overrides])

@@ -283,6 +283,8 @@ class LaunchConfig:
 
     nproc: int | None = None
     """Ranks on this machine; all GPUs, or 1 on a CPU."""
+    hostfile: str | None = None
+    """Machines for DeepSpeed's runner, a line ``HOST slots=N`` each: it starts the ranks on all of them through ssh."""
     max_restarts: int = 3
     """Times that ranks which failed are started again, from the newest checkpoint; errors of the user's are not tried again."""
     hang_timeout: float = 1800.0

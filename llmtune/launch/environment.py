@@ -8,6 +8,8 @@ import socket
 import sys
 from pathlib import Path
 
+import psutil
+
 #: Set by every launcher (torchrun, deepspeed) in the processes that it starts.
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -75,6 +77,57 @@ def set_thread_default(ranks_on_node: int) -> None:
 def launched_ranks_on_node() -> int:
     """Ranks that a foreign launcher started on this machine: torchrun's variable, DeepSpeed's, or all there are."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+
+
+def launched_nodes() -> int:
+    """Machines that a foreign launcher started ranks on: DeepSpeed's variable, torchrun's, or by their number."""
+    given = os.environ.get("CROSS_SIZE") or os.environ.get("GROUP_WORLD_SIZE")
+    return int(given) if given else -(-int(os.environ["WORLD_SIZE"]) // launched_ranks_on_node())
+
+
+def has_launcher() -> bool:
+    """Whether the parent is one of the launchers that stay until their ranks end: torchrun, or DeepSpeed's.
+
+    Not so Slurm's daemon, which ends the tasks of a step itself, nor a shell in which somebody has set the variables.
+    """
+    return "TORCHELASTIC_RUN_ID" in os.environ or {"CROSS_RANK", "LOCAL_SIZE"} <= os.environ.keys()
+
+
+def set_network_default() -> None:
+    """Have gloo use the network interface that leads to rank 0's machine; what the user has set wins.
+
+    By itself it takes the address of this machine's own name, which in many an ``/etc/hosts`` is that of the loopback: the
+    ranks of other machines then connect to themselves.
+    """
+    if launched_nodes() > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
+        name = interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        if name is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """The network interface through which packets to ``host`` leave; where that is the loopback, the only other one.
+
+    None where that is not clear.
+    """
+    names = {address.address.split("%")[0]: name for name, all_ in psutil.net_if_addrs().items() for address in all_}
+    own = "127.0.0.1"
+    with contextlib.suppress(OSError):
+        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # Of a datagram socket, this sends nothing.
+            probe.connect(target)
+            own = probe.getsockname()[0].split("%")[0]
+    loopback = names.get("127.0.0.1")
+    if own in names and names[own] != loopback:
+        return names[own]
+    states = psutil.net_if_stats()
+    others = {
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if name != loopback and states[name].isup and any(a.family == socket.AF_INET for a in addresses)
+    }
+    return others.pop() if len(others) == 1 else None
 
 
 def extensions_dir() -> Path:
