@@ -31,17 +31,34 @@ def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable
         check_same_run(found, config)
         return found
     newest = _newest_whole(folder.path, say)
-    remote = find_remote(config.checkpoint.mirror, run_name) if config.checkpoint.mirror else []
-    here = names.checkpoint_step(newest) or 0 if newest else -1
-    if remote and remote[-1][0] > here:
-        newest = _fetch(folder, remote[-1][1], say)
-        check_same_run(newest, config)
+    newest = _newer_at_mirror(folder, config, run_name, newest, say) or newest
     if newest is None and find_checkpoints(folder.path):
         raise CheckpointError(
             f"{folder.path}: every checkpoint in it is damaged (named above), and none was overwritten. Take another "
             "run_name= or output_dir= to start anew, or remove them to start anew here"
         )
     return newest
+
+
+def _newer_at_mirror(
+    folder: RunFolder, config: Config, run_name: str, newest: Path | None, say: Callable[[str], None]
+) -> Path | None:
+    """A copy of a later step than what is here, fetched. A mirror that is out of reach matters only where there is nothing."""
+    if config.checkpoint.mirror is None:
+        return None
+    try:
+        remote = find_remote(config.checkpoint.mirror, run_name)
+    except CheckpointError as error:
+        if newest is None:
+            raise
+        say(f"warning: {error}; going on from {newest.name}, which is here")
+        return None
+    here = names.checkpoint_step(newest) or 0 if newest else -1
+    if not remote or remote[-1][0] <= here:
+        return None
+    fetched = _fetch(folder, remote[-1][1], say)
+    check_same_run(fetched, config)
+    return fetched
 
 
 def _named(folder: RunFolder, wanted: str, say: Callable[[str], None]) -> Path:
