@@ -1,0 +1,102 @@
+"""Where a run goes on from: the newest checkpoint that is whole, here or at the mirror."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llmtune.checkpoint import mirror
+from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
+from llmtune.checkpoint.mirror import Mirror
+from llmtune.checkpoint.trainer_state import TrainerState
+from llmtune.config.compose import compose_config, dump_redacted
+from llmtune.config.schema import Config
+from llmtune.errors import CheckpointError
+from llmtune.train.resume import resume_point
+from llmtune.train.run_folder import RunFolder
+
+
+def config_of(*overrides: str) -> Config:
+    return compose_config(["model=tiny", *overrides]).config
+
+
+def make(run: Path, step: int, config: Config) -> Path:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    state = TrainerState(step, 0, 0, "x", None, tracker_run_id="abc")
+    (folder / "trainer_state.json").write_text(state.to_json())
+    (folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+    (folder / "config.yaml").write_text(dump_redacted(config))
+    write_manifest(folder, {file.name: hash_file(file) for file in folder.iterdir()}, {"step": step})
+    mark_complete(folder)
+    return folder
+
+
+def damage(folder: Path) -> None:
+    file = folder / "trainer_state.json"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path) -> None:
+    config, said = config_of(), []
+    folders = [make(tmp_path, step, config) for step in (5, 10, 15)]
+    run = RunFolder(tmp_path)
+    assert resume_point(run, config, "r", said.append) == folders[2]
+    damage(folders[2])
+    (folders[1] / "trainer_state.json").unlink()
+    assert resume_point(run, config, "r", said.append) == folders[0]
+    assert "checkpoint-15 is damaged and passed over: trainer_state.json has other contents" in said[0]
+    assert "checkpoint-10 is damaged and passed over: trainer_state.json is missing" in said[1]
+    damage(folders[0])
+    with pytest.raises(CheckpointError, match="every checkpoint in it is damaged"):
+        resume_point(run, config, "r", said.append)
+    assert all(folder.is_dir() for folder in folders), "nothing is removed"
+
+
+def test_a_named_checkpoint_must_be_whole_and_of_this_run(tmp_path: Path) -> None:
+    config = config_of()
+    folder = make(tmp_path / "a", 5, config)
+    run = RunFolder(tmp_path / "b")
+    named = config_of(f"resume_from_checkpoint={folder}")
+    assert resume_point(run, named, "r", print) == folder
+    with pytest.raises(CheckpointError, match="seed: 42 there, 7 now"):
+        resume_point(run, config_of(f"resume_from_checkpoint={folder}", "seed=7"), "r", print)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=r"is damaged: trainer_state.json"):
+        resume_point(run, named, "r", print)
+    assert resume_point(run, config_of("resume_from_checkpoint=none"), "r", print) is None
+
+
+def test_a_lost_run_folder_comes_back_from_the_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "FIRST_WAIT_SECONDS", 0.0)
+    url = str(tmp_path / "elsewhere")
+    config, said = config_of(f"checkpoint.mirror={url}"), []
+    run = RunFolder(tmp_path / "run")
+    copies = Mirror(url, "r", print)
+    for step in (5, 10):
+        copies.put(make(run.path, step, config), {"checkpoint-5", "checkpoint-10"})
+    assert copies.finish(30) == []
+    shutil.rmtree(run.path)
+    run.path.mkdir()
+    found = resume_point(run, config, "r", said.append)
+    assert found == run.path / "checkpoint-10"
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 10}\n'
+    assert (run.path / "wandb" / "run_id").read_text() == "abc"
+    # What is newer here is not replaced, and a mirror out of reach is not needed then.
+    newest = make(run.path, 15, config)
+    assert resume_point(run, config, "r", said.append) == newest
+
+    def unreachable(*_: object) -> None:
+        raise CheckpointError("no network")
+
+    monkeypatch.setattr("llmtune.train.resume.find_remote", unreachable)
+    assert resume_point(run, config, "r", said.append) == newest
+    assert "no network; going on from checkpoint-15" in said[-1]
+    shutil.rmtree(run.path)
+    run.path.mkdir()
+    with pytest.raises(CheckpointError, match="no network"):
+        resume_point(run, config, "r", said.append)
