@@ -28,7 +28,7 @@ def clock() -> dict[str, str]:
     library = find()
     if library is None:
         pytest.skip("libfaketime is missing: apt-get install faketime")
-    return {"LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_NO_CACHE": "1"}
+    return {"LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
 def test_a_clock_set_back_between_two_starts_changes_nothing(
@@ -56,16 +56,15 @@ def test_a_clock_set_back_in_mid_run_changes_nothing(
     stamp = tmp_path / "clock"
     stamp.write_text("+0d\n")
     with table.trial("clock set back two days", "in mid-run", run) as trial:
-        run.start(gates=["step:10", "step:18"], env={**clock, "FAKETIME_TIMESTAMP_FILE": str(stamp)})
+        env = {**clock, "FAKETIME_TIMESTAMP_FILE": str(stamp), "FAKETIME_NO_CACHE": "1"}
+        run.start(gates=["step:10", "step:18"], env=env)
         run.wait_at("step:10")
         stamp.write_text("-2d\n")
         run.open("step:10")
         run.wait_at("step:18")
-        written = [(run.path / name).stat().st_mtime for name in ("checkpoint-8", "checkpoint-16") if (run.path / name)]
         moment = run.send("1", signal.SIGKILL)
         snapshot = take_snapshot(run, moment)
         run.open("step:18")
         code = run.end()
         assert code == 0, (code, run.console)
-        assert len(written) == 2
         judge(run, trial, reference, snapshot)

@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -230,6 +231,14 @@ def _is_of_the_run() -> bool:
     words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
     return any(word in (b"llmtune", b"llmtune.cli.rank") for word in words)
 
+
+def _sleep(seconds: float) -> None:
+    """``time.sleep``, which fails under libfaketime 0.9.10 when the monotonic clock is not faked (``clock_nanosleep``)."""
+    select.select([], [], [], seconds)
+
+
+if "libfaketime" in os.environ.get("LD_PRELOAD", ""):
+    time.sleep = _sleep
 
 if _FOLDER and _is_of_the_run():
     note("start")
