@@ -10,7 +10,7 @@ if [[ "${1:-}" == --faults ]]; then
     table="${LLMTUNE_FAULT_TABLE:-$PWD/outputs/faults.jsonl}"
     mkdir -p "$(dirname "$table")"
     status=0
-    LLMTUNE_FAULT_TABLE="$table" .venv/bin/python -m pytest -m faults tests/faults "$@" || status=$?
+    LLMTUNE_FAULT_TABLE="$table" .venv/bin/python -m pytest -m faults tests/faults tests/checkpoint "$@" || status=$?
     .venv/bin/python -m tests.faults.table "$table"
     exit "$status"
 fi

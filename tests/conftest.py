@@ -10,6 +10,16 @@ import pytest
 from llmtune.launch.environment import extensions_dir, use_own_ninja
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long table unless it was asked for by its marker."""
+    if "faults" in str(config.getoption("markexpr")):
+        return
+    left_out = [item for item in items if item.get_closest_marker("faults") and not item.get_closest_marker("fault_ci")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Converted models and tokenised rows of this test session.

@@ -108,7 +108,6 @@ class PendingSave:
                 self._given_up.set()
             if not writing:
                 break
-            self._rank.phases.beat()
             time.sleep(_POLL_SECONDS)
         failures = [found for found in gather_objects((self._failure, self._disk_refused), self._rank) if found[0]]
         if failures:
@@ -174,6 +173,7 @@ class PendingSave:
             files |= report["files"]
             tensors |= report["tensors"]
         for name, data in {**self._request.companions, names.TRAINER_STATE: self._state_text()}.items():
+            (aside / name).parent.mkdir(exist_ok=True)
             _write_whole(aside / name, data)
             files[name] = hash_file(aside / name)
         for number in range(len(reports)):
@@ -189,7 +189,7 @@ class PendingSave:
         while not all(path.is_file() for path in paths):
             if self.has_failed or self._given_up.is_set():
                 return []
-            self._rank.phases.beat()
+            # No beat: waiting is no progress, and a rank that hangs must be noticed.
             time.sleep(_POLL_SECONDS)
         return [json.loads(path.read_text()) for path in paths]
 
@@ -259,7 +259,6 @@ def _replace(aside: Path, folder: Path) -> None:
 
 def _write_whole(path: Path, data: bytes) -> None:
     """A small file, flushed, under its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
     flush(part)

@@ -29,6 +29,9 @@ VERBS = {
     "doctor": ("llmtune.cli.doctor", "what on this machine would stop a run, and the command that mends it; --fix"),
 }
 
+#: What launchers add to the command line of every rank.
+LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
+
 HELP = """llmtune {version}: fine-tune large language models on DeepSpeed
 
   python -m llmtune [VERB] [group=option ...] [key=value ...]
@@ -111,6 +114,9 @@ def parse(argv: list[str]) -> Arguments:
     """
     arguments = Arguments()
     rest = list(argv)
+    # Launchers put it before everything else.
+    while rest and rest[0].partition("=")[0] in LAUNCHER_OPTIONS:
+        _take_value(rest)
     if rest and not rest[0].startswith(("-", "+", "~")) and "=" not in rest[0]:
         arguments.verb = rest.pop(0)
         if arguments.verb not in VERBS:
@@ -118,12 +124,13 @@ def parse(argv: list[str]) -> Arguments:
             hint = f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(VERBS)}"
             raise ConfigError(f"unknown verb {arguments.verb!r}{hint}")
     while rest:
+        name, _, value = rest[0].partition("=")
+        if name in LAUNCHER_OPTIONS:
+            _take_value(rest)
+            continue
         text = rest.pop(0)
-        name, _, value = text.partition("=")
         if not text.startswith("-"):
             arguments.overrides.append(text)
-        elif name in ("--local_rank", "--local-rank"):
-            _ = value or rest.pop(0)
         elif name == "--config-dir" and (value or rest):
             arguments.config_dir = value or rest.pop(0)
         elif name == "--cfg" and (value or rest):
@@ -138,6 +145,12 @@ def parse(argv: list[str]) -> Arguments:
         else:
             raise ConfigError(f"unknown option {text!r}; llmtune takes KEY=VALUE overrides, see --help")
     return arguments
+
+
+def _take_value(rest: list[str]) -> None:
+    """Take an option and its value off the beginning."""
+    if "=" not in rest.pop(0) and rest:
+        rest.pop(0)
 
 
 def _load_dotenv() -> None:

@@ -174,7 +174,7 @@ class TrainModule:
         return self.loss_function(output.logits, batch.labels)
 
     def _leave_step_out(self) -> None:
-        """Without ZeRO in fp32, where no wrapper of DeepSpeed's looks whether gradients are finite: count the micro-batch only."""
+        """Without ZeRO in fp32, where no wrapper of DeepSpeed's looks at gradients: count the micro-batch only."""
         self.engine.set_gradient_accumulation_boundary(False)
         self.engine.step()
         self.engine._is_gradient_accumulation_boundary = None

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,9 @@ CPU_OPS = {
 }
 CUDA_OPS = {name: CPU_OPS[name] for name in ("AsyncIOBuilder",)}
 
+
+#: A lock that is only there while an op is loaded is gone sooner.
+_SETTLE_SECONDS = 5.0
 
 #: Builder -> name of the compiled module.
 MODULES = {
@@ -53,16 +58,33 @@ def missing_ops(accelerator: str, placement: Placement) -> list[str]:
 def stale_locks() -> list[Path]:
     """Lock files that a build left behind when it was killed: every later run waits on them for ever, in silence.
 
-    A build that goes on runs its compiler in the lock's folder.
+    A build that goes on runs its compiler in the lock's folder. Loading a compiled op makes the lock too, for a moment and
+    with no compiler to be seen, so that only one which stays is called stale.
     """
+    found = _idle_locks()
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while found and time.monotonic() < deadline:
+        time.sleep(0.2)
+        now = _idle_locks()
+        found = {lock: made for lock, made in found.items() if now.get(lock) == made}
+    return sorted(found)
+
+
+def _idle_locks() -> dict[Path, tuple[int, int]]:
+    """Locks in whose folder no process works, and what tells each from one made anew."""
     busy = set()
     for process in psutil.process_iter():
         try:
             busy.add(process.cwd())
         except psutil.Error:
             continue
-    locks = sorted(path for path in extensions_dir().glob("**/lock") if path.is_file())
-    return [lock for lock in locks if str(lock.parent.resolve()) not in busy]
+    idle = {}
+    for lock in extensions_dir().glob("**/lock"):
+        with contextlib.suppress(FileNotFoundError):
+            status = lock.stat()
+            if str(lock.parent.resolve()) not in busy:
+                idle[lock] = (status.st_ino, status.st_mtime_ns)
+    return idle
 
 
 def ensure_ops(accelerator: str, placement: Placement, say: Callable[[str], None]) -> None:

@@ -125,6 +125,8 @@ def test_debug_trace_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp
 @pytest.mark.parametrize("form", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"]])
 def test_the_launchers_local_rank_is_taken_off(form: list[str]) -> None:
     assert parse(["train", *form, "zero=3"]).overrides == ["zero=3"]
+    first = parse([*form, "plan", "zero=3"])
+    assert (first.verb, first.overrides) == ("plan", ["zero=3"])
 
 
 def test_help_and_version_say_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

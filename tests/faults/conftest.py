@@ -13,16 +13,6 @@ from tests.faults.harness import Reference, Run, Table, read_reference
 Undisturbed = Callable[..., Reference]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the long table unless it was asked for by its marker."""
-    if "faults" in str(config.getoption("markexpr")):
-        return
-    left_out = [item for item in items if item.get_closest_marker("faults") and not item.get_closest_marker("fault_ci")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
-
-
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """The finished run that a disturbed one must equal, by its overrides; each is trained once."""

@@ -263,7 +263,6 @@ def check_equal(run: Run, undisturbed: Undisturbed) -> None:
     assert judge_folder(run) == []
 
 
-@pytest.mark.fault_ci
 def test_two_tasks_of_slurm_train_as_two_ranks_on_one_machine(
     named_nodes: Nodes, run: Run, undisturbed: Undisturbed
 ) -> None:
