@@ -111,6 +111,9 @@ class PendingSave:
             time.sleep(_POLL_SECONDS)
         failures = [found for found in gather_objects((self._failure, self._disk_refused), self._rank) if found[0]]
         if failures:
+            if self._rank.is_first:
+                # Half a checkpoint is of no use, and what is full needs the room.
+                shutil.rmtree(aside_folder(self.folder), ignore_errors=True)
             kind = DiskRefusedError if any(refused for _, refused in failures) else CheckpointError
             raise kind(
                 f"{self.folder.name} was not saved ({'; '.join(dict.fromkeys(text for text, _ in failures))}). Nothing was "

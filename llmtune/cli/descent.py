@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +99,8 @@ class Descent:
             "resumed_from": request.resume_from.name if request.resume_from else None,
             "rollback": failure.rollback,
         }
-        with (self.folder.path / names.RESTARTS).open("a") as file:
+        # It is a record for people; the run does not depend on it.
+        with suppress(OSError), (self.folder.path / names.RESTARTS).open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def _resume_own_work(self, request: RunRequest) -> None:

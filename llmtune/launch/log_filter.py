@@ -56,14 +56,13 @@ def start_filter(log: Path) -> int:
 def wait_for_filters(log: Path, timeout_seconds: float = 2 * DRAIN_SECONDS) -> None:
     """Until the filters of ranks that have ended have written everything; returns at once where there are none."""
     deadline = time.monotonic() + timeout_seconds
-    with contextlib.suppress(FileNotFoundError), log.open("r+b") as file:
+    # There may be no log, or no right to write to it any more.
+    with contextlib.suppress(OSError), log.open("r+b") as file:
         while time.monotonic() < deadline:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 time.sleep(0.01)
-            except OSError:  # A file system without locks.
-                return
             else:
                 return
 

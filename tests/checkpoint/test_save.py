@@ -45,6 +45,7 @@ def test_a_rank_that_cannot_write_is_heard_by_all(failing: int, tmp_path: Path) 
         full = first[f"full {mode}"]
         assert full.startswith("DiskRefusedError: ")
         assert f"rank {failing}: [Errno 28] No space left on device" in full
+    assert not list(tmp_path.glob("*.tmp")), "half a checkpoint is of no use"
     found = find_checkpoints(tmp_path)
     assert [folder.name for folder in found] == ["checkpoint-1", "checkpoint-10"], "nothing else was published"
     for folder in found:
