@@ -215,6 +215,8 @@ class CheckpointSaver:
             self.module.rank.phases.beat()
         for name, reason in self.mirror.finish(0.0):
             self.say(f"warning: {name} is not at checkpoint.mirror: {reason}")
+        # What was being copied when its time had come.
+        prune_checkpoints(self.settings.run, self.settings.retention, self._busy())
 
     def pause_seconds(self) -> float | None:
         """How long training stood still since this was last asked; None where nothing was saved."""
