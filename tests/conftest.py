@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_environment(cache: Path) -> Iterator[None]:
+    """Variables that a test sets end with it: the number of threads, for one, changes the last digits of every later run."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
