@@ -22,6 +22,8 @@ PLACES = {
     "a save": "file:12:manifest.json",
     "the last save": "file:24:trainer_state.json",
 }
+KINDS = {name: f"{name} in start-up, step, evaluation, save" for name in ("SIGTERM", "SIGUSR1", "SIGINT")}
+KINDS["SAVE"] = "a file named SAVE in start-up, step, evaluation, save"
 TRIALS = [
     *(("SIGTERM", place) for place in PLACES if place != "an evaluation"),
     *(("SIGUSR1", place) for place in ("start-up of the supervisor", "a step", "a save")),
@@ -43,7 +45,7 @@ def test_a_stop_saves_and_the_same_command_goes_on(
     reference = undisturbed("zero=2")
     run = Run(tmp_path, ["zero=2"])
     gate = PLACES[place]
-    with table.trial(f"{what} in {place}", gate, run) as trial:
+    with table.trial(KINDS[what], f"{place}, {gate}", run) as trial:
         run.start(gates=[gate])
         run.wait_at(gate)
         before = take_snapshot(run, time.monotonic())
