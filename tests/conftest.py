@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llmtune.launch.environment import extensions_dir, use_own_ninja
+
+
+def pytest_configure() -> None:
+    """A shell without job control starts what is behind ``&`` with Ctrl-C ignored, and so would be all that tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
