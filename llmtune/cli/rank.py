@@ -28,9 +28,9 @@ from llmtune.launch.environment import (
 from llmtune.launch.processes import follow_supervisor
 from llmtune.launch.rank import redirect_output, report_failure, to_user_error
 from llmtune.launch.self_watch import SelfWatch
-from llmtune.launch.signals import STOP_SIGNALS, raise_stops
+from llmtune.launch.signals import raise_stops
 from llmtune.launch.stacks import answer_with_stacks
-from llmtune.process import die_with_parent
+from llmtune.process import STOP_SIGNALS, die_with_parent
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:

@@ -9,9 +9,7 @@ from types import FrameType
 from typing import NoReturn
 
 from llmtune.errors import StoppedError
-
-#: Ctrl-C; what schedulers and ``kill`` send; Slurm's warning some time before that (``--signal=USR1@300``).
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from llmtune.process import STOP_SIGNALS
 
 
 class StopRequests:

@@ -12,7 +12,8 @@ from enum import Enum
 from llmtune.errors import EXIT_STOPPED
 from llmtune.launch.processes import RankProcess
 from llmtune.launch.progress import HangWatch
-from llmtune.launch.signals import STOP_SIGNALS, StopRequests
+from llmtune.launch.signals import StopRequests
+from llmtune.process import STOP_SIGNALS
 
 #: Between a first failure and the end of the other ranks: they report a lost connection by themselves in about a second.
 GRACE_SECONDS = 5.0

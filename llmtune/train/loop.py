@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from llmtune.checkpoint.find import is_complete
 from llmtune.config.schema import ScheduleConfig, TrainConfig
 from llmtune.data.loader import StepBatch, Steps
 from llmtune.engine.distributed import Rank
@@ -215,14 +216,22 @@ def save_and_stop(job: Job, progress: Progress) -> NoReturn:
         raise StoppedError("stopped before the first step was done; the same command starts again")
     folder = job.saver.save(progress)
     job.saver.finish()
+    if not is_complete(folder):
+        raise StoppedError(
+            f"stopped after step {progress.step}, which was not saved (checkpoint.on_disk_low=skip): the same command goes on "
+            "from the newest checkpoint"
+        )
     raise StoppedError(f"stopped after step {progress.step} and saved {folder}: the same command goes on from there")
 
 
 def save_before(job: Job, progress: Progress, error: DivergedError) -> NoReturn:
     """Save the state from before a step that went wrong, which changed nothing, and end the run with its error."""
     try:
-        saved = f"The state before it is {job.saver.save(progress)}" if progress.step else "No step was done before"
-        job.saver.finish()
+        saved = "No step was done before"
+        if progress.step:
+            folder = job.saver.save(progress)
+            job.saver.finish()
+            saved = f"The state before it is {folder}" if is_complete(folder) else "The state before it was not saved"
     except CheckpointError as damage:
         saved = f"The state before it is not worth saving: {damage}"
     raise DivergedError(

@@ -32,6 +32,8 @@ def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable
         return found
     newest = _newest_whole(folder.path, say)
     newest = _newer_at_mirror(folder, config, run_name, newest, say) or newest
+    if newest is not None:
+        check_same_run(newest, config)
     if newest is None and find_checkpoints(folder.path):
         raise CheckpointError(
             f"{folder.path}: every checkpoint in it is damaged (named above), and none was overwritten. Take another "
@@ -56,9 +58,7 @@ def _newer_at_mirror(
     here = names.checkpoint_step(newest) or 0 if newest else -1
     if not remote or remote[-1][0] <= here:
         return None
-    fetched = _fetch(folder, remote[-1][1], say)
-    check_same_run(fetched, config)
-    return fetched
+    return _fetch(folder, remote[-1][1], say)
 
 
 def _named(folder: RunFolder, wanted: str, say: Callable[[str], None]) -> Path:

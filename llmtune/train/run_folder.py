@@ -57,7 +57,8 @@ class RunFolder:
         stored = self.path / names.CONFIG
         if not stored.is_file():
             others = [entry.name for entry in self.path.iterdir() if entry.name not in (names.LOCK, names.LOG)]
-            if others:
+            # Checkpoints without it were fetched by a start that ended before its first step; each has its own configuration.
+            if others and not find_checkpoints(self.path):
                 raise CheckpointError(
                     f"output_dir={self.path} is not empty and not a run folder (it holds {', '.join(sorted(others)[:5])}); "
                     "take another output_dir= or run_name="

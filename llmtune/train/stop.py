@@ -11,9 +11,7 @@ from types import FrameType
 from llmtune.checkpoint import names
 from llmtune.engine.distributed import Rank, any_rank
 from llmtune.errors import EXIT_STOPPED
-
-#: SIGUSR1 is what Slurm sends ahead of its time limit (``sbatch --signal=USR1@600``).
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from llmtune.process import STOP_SIGNALS
 
 
 class Stop:

@@ -100,3 +100,14 @@ def test_a_lost_run_folder_comes_back_from_the_mirror(tmp_path: Path, monkeypatc
     run.path.mkdir()
     with pytest.raises(CheckpointError, match="no network"):
         resume_point(run, config, "r", said.append)
+
+
+def test_a_start_that_ended_behind_its_fetch_goes_on_and_another_run_does_not(tmp_path: Path) -> None:
+    """The folder then holds a checkpoint and no configuration of its own."""
+    config = config_of()
+    folder = make(tmp_path, 5, config)
+    run = RunFolder(tmp_path)
+    assert run.check_owner(config) == []
+    assert resume_point(run, config, "r", print) == folder
+    with pytest.raises(CheckpointError, match="seed: 42 there, 7 now"):
+        resume_point(run, config_of("seed=7"), "r", print)
