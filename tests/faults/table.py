@@ -8,7 +8,16 @@ from pathlib import Path
 
 from tests.faults.harness import SAVE_STEPS
 
-_HEADER = ["fault", "trials", "went on to the end", "steps done again, most", "beyond `save_steps`", "wrong", "orphans"]
+_HEADER = [
+    "fault",
+    "trials",
+    "went on to the end",
+    "steps done again, most",
+    "more than `save_steps`",
+    "beyond the bound",
+    "wrong",
+    "orphans",
+]
 
 
 def read_trials(file: Path) -> list[dict[str, object]]:
@@ -34,6 +43,7 @@ def _row(kind: str, trials: list[dict[str, object]]) -> str:
         len(trials),
         sum(bool(trial["resumed"]) for trial in trials),
         max(int(str(trial["lost_steps"])) for trial in trials),
+        sum(int(str(trial["lost_steps"])) > SAVE_STEPS for trial in trials),
         sum(int(str(trial["beyond"])) for trial in trials),
         sum(bool(trial["wrong"]) for trial in trials),
         sum(int(str(trial["orphans"])) for trial in trials),

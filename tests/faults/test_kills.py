@@ -74,7 +74,8 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_save(
     reference = undisturbed(f"zero={kill.zero}")
     run = Run(tmp_path, [f"zero={kill.zero}", f"checkpoint.background={str(kill.background).lower()}"])
     who = "the supervisor" if kill.victim == "supervisor" else "a rank"
-    where = "inside a save" if kill.event == "save" else "anywhere else"
+    written = "written in the background" if kill.background else "written at once"
+    where = f"inside a save {written}" if kill.event == "save" else "anywhere else"
     with table.trial(f"kill -9 of {who}, {where}", str(kill), run) as trial:
         slow = {f"write:{kill.step}": WRITE_SECONDS} if kill.event == "save" else {}
         run.start(slow={**slow, "step:*": 0.06, "evaluate:*": 0.3})
