@@ -9,7 +9,8 @@ from llmtune.checkpoint import names
 from llmtune.checkpoint.manifest import read_manifest
 from llmtune.cli.export import export_run
 from llmtune.config.compose import load_config
-from llmtune.config.schema import ExportConfig, ExportFormat, TunerKind
+from llmtune.config.export_schema import ExportConfig, ExportFormat
+from llmtune.config.schema import TunerKind
 from llmtune.errors import CheckpointError
 from llmtune.export.job import identify
 from llmtune.track.console import Console

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from llmtune.config.data_schema import DataConfig
+from llmtune.config.export_schema import ExportConfig
 
 
 class Precision(Enum):
@@ -54,14 +55,6 @@ class OffloadDevice(Enum):
     none = "none"
     cpu = "cpu"
     nvme = "nvme"
-
-
-class ExportFormat(Enum):
-    """What ``export`` writes."""
-
-    none = "none"
-    safetensors = "safetensors"
-    adapter = "adapter"
 
 
 class OnNan(Enum):
@@ -307,16 +300,6 @@ class TrackerConfig:
     """Project the run belongs to."""
     entity: str | None = None
     """User or team."""
-
-
-@dataclass(slots=True)
-class ExportConfig:
-    """What is written after training, and by ``llmtune export``."""
-
-    format: ExportFormat = ExportFormat.safetensors
-    """``safetensors`` (a merged model folder), ``adapter`` (a copy of the adapter), ``none``."""
-    max_shard_bytes: int = 5_000_000_000
-    """Largest safetensors file."""
 
 
 @dataclass(slots=True)

@@ -1,35 +1,25 @@
-"""``export``: from a base and what was trained on it to a published folder."""
+"""``export``: from a base and what was trained on it to a published folder, in one of the formats."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from llmtune.checkpoint import names
-from llmtune.config.schema import ExportConfig, ExportFormat
+from llmtune.config.export_schema import ExportConfig, ExportFormat
 from llmtune.errors import ExportError
 from llmtune.export.card import facts_of_run, write_card
-from llmtune.export.merge import merge, read_adapter
-from llmtune.export.publish import copy_companions, write_export
+from llmtune.export.companions import copy_companions, settle_config, settle_generation
+from llmtune.export.material import ExportRequest, Material, check_places, describe_job, open_material
+from llmtune.export.publish import check_room, write_export
+from llmtune.export.tensors import SafetensorsSource
+from llmtune.export.write import Journal, write_shards
 from llmtune.model.adapters import CONFIG_FILE, WEIGHTS_FILE
-from llmtune.model.tokenizer import end_of_turn_ids
 
-
-@dataclass(frozen=True, slots=True)
-class ExportRequest:
-    """What is exported, and to where."""
-
-    base: Path
-    """Model folder; for full fine-tuning, the trained model itself."""
-    base_name: str
-    """How the model card calls the base."""
-    adapter: Path | None
-    """None for full fine-tuning."""
-    run: Path | None
-    """Whose files describe the training."""
-    output: Path
+#: Configuration, tokenizer and card beside the weights.
+_COMPANION_BYTES = 64 << 20
 
 
 def run_export(request: ExportRequest, config: ExportConfig) -> Path:
@@ -38,25 +28,16 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     Raises:
         ExportError: Nothing was published.
     """
-    sources = [folder.resolve() for folder in (request.base, request.adapter) if folder is not None]
-    if any(source == request.output.resolve() or request.output.resolve() in source.parents for source in sources):
-        raise ExportError(f"output_dir={request.output} holds what is exported; take another output_dir=")
     if config.format is ExportFormat.none:
         raise ExportError("export=none writes nothing; take export=safetensors or export=adapter")
     if config.format is ExportFormat.adapter and request.adapter is None:
         raise ExportError("export=adapter: this run was a full fine-tuning and has no adapter; take export=safetensors")
+    check_places(request)
+    material = open_material(request, config)
 
-    def write(folder: Path) -> None:
-        if config.format is ExportFormat.adapter:
-            assert request.adapter is not None
-            _copy_adapter(request.adapter, folder)
-        elif request.adapter is None:
-            _link_weights(request.base, folder)
-        else:
-            merge(request.base, read_adapter(request.adapter), folder, config.max_shard_bytes)
-            copy_companions([request.base, request.adapter], folder)
-        if config.format is not ExportFormat.adapter:
-            _settle_generation(folder)
+    def write(folder: Path, journal: Journal) -> None:
+        check_room(folder, material.nbytes + _COMPANION_BYTES)
+        _WRITERS[config.format](material, folder, journal, config)
         tuner = "full fine-tuning" if request.adapter is None else "LoRA"
         write_card(folder, request.output, request.base_name, tuner, facts_of_run(request.run))
 
@@ -65,7 +46,7 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         "format": config.format.value,
         "source": identify(request.adapter or request.base),
     }
-    write_export(request.output, write, about)
+    write_export(request.output, describe_job(request, config), write, about)
     return request.output
 
 
@@ -75,37 +56,37 @@ def identify(folder: Path) -> str:
     return marker.read_text() if marker.is_file() else ""
 
 
-def _copy_adapter(adapter: Path, folder: Path) -> None:
-    shutil.copyfile(adapter / CONFIG_FILE, folder / CONFIG_FILE)
-    shutil.copyfile(adapter / WEIGHTS_FILE, folder / WEIGHTS_FILE)
-    copy_companions([adapter], folder)
+def _write_safetensors(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:
+    """A model folder as transformers and vLLM load it."""
+    if isinstance(material.source, SafetensorsSource):
+        _link_weights(material.source, folder)
+    else:
+        write_shards(material.source, folder, config.max_shard_bytes, journal, material.request.progress)
+    copy_companions(material.companions, folder)
+    settle_config(folder, material.dtype, material.config_changes)
+    settle_generation(folder)
 
 
-def _settle_generation(folder: Path) -> None:
-    """Make plain transformers stop where an answer was trained to end, which a base model's own settings do not name."""
-    from transformers import AutoTokenizer, GenerationConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    file = folder / "generation_config.json"
-    settings = GenerationConfig.from_pretrained(str(folder)) if file.is_file() else GenerationConfig()
-    own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    ends = {*end_of_turn_ids(tokenizer), *(token for token in own if token is not None)}
-    settings.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
-    settings.pad_token_id = tokenizer.pad_token_id
-    # Hub models ship sampling settings that newer versions refuse to store beside greedy decoding.
-    if not settings.do_sample:
-        settings.temperature = settings.top_p = None
-    settings.save_pretrained(str(folder))
+def _write_adapter(material: Material, folder: Path, _journal: Journal, _config: ExportConfig) -> None:
+    """A copy of the adapter that peft loads."""
+    assert material.adapter is not None
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copyfile(material.adapter.folder / name, folder / name)
+    copy_companions([material.adapter.folder], folder)
 
 
-def _link_weights(model: Path, folder: Path) -> None:
-    """A full model needs no arithmetic: hard links where the file system has them."""
-    files = [*model.glob("model*.safetensors"), *model.glob("model.safetensors.index.json")]
-    if not files:
-        raise ExportError(f"{model} holds no model*.safetensors")
-    for file in files:
+def _link_weights(source: SafetensorsSource, folder: Path) -> None:
+    """Weights that stay as they are need no arithmetic: hard links where the file system has them."""
+    index = source.folder / "model.safetensors.index.json"
+    for file in [*source.files, *([index] if index.is_file() else [])]:
+        (folder / file.name).unlink(missing_ok=True)
         try:
-            os.link(file, folder / file.name)
+            os.link(file.resolve(), folder / file.name)
         except OSError:
             shutil.copyfile(file, folder / file.name)
-    copy_companions([model], folder)
+
+
+_WRITERS: dict[ExportFormat, Callable[[Material, Path, Journal, ExportConfig], None]] = {
+    ExportFormat.safetensors: _write_safetensors,
+    ExportFormat.adapter: _write_adapter,
+}

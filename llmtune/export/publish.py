@@ -1,64 +1,117 @@
-"""Write an export aside, describe it, and give it its name in one rename."""
+"""Write an export aside, describe it, and give it its name in one rename.
+
+What was killed is gone on with: finished files wait aside, listed in a journal. What failed leaves nothing.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llmtune.checkpoint import names
-from llmtune.checkpoint.manifest import flush, hash_file, publish, write_manifest
-from llmtune.checkpoint.tensor_file import INDEX_FILE
+from llmtune.checkpoint.find import REPLACED, is_complete
+from llmtune.checkpoint.manifest import flush, hash_file, mark_complete, write_manifest
 from llmtune.errors import ExportError
-
-#: Beside weights: what makes a folder a model. Weights, state and our own files are left out.
-_KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
-_LEFT_OUT = {names.MANIFEST, names.TRAINER_STATE, "adapter_config.json", INDEX_FILE}
+from llmtune.export.write import Journal
+from llmtune.plan.units import format_bytes
 
 
-def write_export(folder: Path, write: Callable[[Path], None], about: dict[str, str]) -> None:
+def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None], about: dict[str, str]) -> None:
     """Call ``write`` on a folder beside ``folder``, add the manifest, and publish it.
 
+    Args:
+        job: Says what is written from what; the rest of another job that was killed is not gone on with.
+
     Raises:
-        ExportError: The folder exists and is not an export, or the disk refuses.
+        ExportError: The folder exists and is not an export, another export is writing it, or the disk refuses.
     """
+    _restore_replaced(folder)
     if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
         raise ExportError(f"{folder} exists and is not an export of llmtune; take another output_dir=")
     aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        write(aside)
-        files = {}
-        for file in sorted(aside.iterdir()):
-            flush(file)
-            files[file.name] = hash_file(file)
-        write_manifest(aside, files, about)
-        shutil.rmtree(folder, ignore_errors=True)
-        publish(aside, folder)
+        aside.mkdir(parents=True, exist_ok=True)
+        with _locked(aside):
+            try:
+                _write(aside, job, write, about)
+                _swap(aside, folder)
+            except (OSError, ExportError):
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
     except OSError as error:
         raise ExportError(f"{folder} was not written: {error}") from error
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Whether the disk of ``folder`` takes ``needed_bytes``; what a killed start left there counts as room.
+
+    Raises:
+        ExportError: It does not.
+    """
+    used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free + used
+    if free < needed_bytes:
+        raise ExportError(
+            f"{folder.parent} has {format_bytes(free)} free, the export needs {format_bytes(needed_bytes)}; "
+            "take an output_dir= on a larger disk"
+        )
+
+
+def _write(aside: Path, job: str, write: Callable[[Path, Journal], None], about: dict[str, str]) -> None:
+    journal = Journal(aside, job)
+    write(aside, journal)
+    files = {}
+    for file in sorted(file for file in aside.rglob("*") if file.is_file() and file != journal.path):
+        name = file.relative_to(aside).as_posix()
+        if name not in journal.entries:
+            flush(file)
+        files[name] = journal.entries.get(name) or hash_file(file)
+    write_manifest(aside, files, about)
+    journal.close()
+    mark_complete(aside)
+
+
+def _swap(aside: Path, folder: Path) -> None:
+    """The old export keeps another name until the new one has taken its place."""
+    old = folder.with_name(folder.name + REPLACED)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore_replaced(folder: Path) -> None:
+    """An end between two renames left the old export under its other name."""
+    old = folder.with_name(folder.name + REPLACED)
+    if old.is_dir():
+        if folder.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
+
+
+@contextlib.contextmanager
+def _locked(aside: Path) -> Iterator[None]:
+    """One export at a time; the lock goes with the process that holds it."""
+    descriptor = os.open(aside, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ExportError(f"another export is writing {aside}; wait for it, or take another output_dir=") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _is_export(folder: Path) -> bool:
     """Only an export's manifest names a format; checkpoints and trained models have manifests too."""
     try:
-        return "format" in json.loads((folder / names.MANIFEST).read_text())
+        return is_complete(folder) and "format" in json.loads((folder / names.MANIFEST).read_text())
     except (OSError, json.JSONDecodeError):
         return False
-
-
-def copy_companions(sources: list[Path], folder: Path) -> None:
-    """Copy configuration and tokenizer files; a later source wins."""
-    for source in sources:
-        for file in _companions(source):
-            shutil.copyfile(file, folder / file.name)
-
-
-def _companions(folder: Path) -> Iterator[Path]:
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in _KEPT_SUFFIXES and file.name not in _LEFT_OUT:
-            yield file

@@ -1,0 +1,115 @@
+"""What an adapter does to one tensor of its base, a few rows at a time, in fp32.
+
+The formulas are peft's (``peft/tuners/lora``): the same products in the same order, so that fp32 adapters merge to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+#: Reads one of the adapter's tensors.
+Read = Callable[[str], torch.Tensor]
+
+
+class Change(Protocol):
+    """One step from a base tensor to the merged one."""
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether the rows depend on each other."""
+        ...
+
+    def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """What is done to rows of the tensor, given the row that is the first of them; read what it takes, once a tensor."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """The tensor was trained or resized as a whole and is stored in the adapter."""
+
+    key: str
+    needs_all_rows = False
+
+    def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """The adapter's rows."""
+        new = read(self.key)
+        return lambda rows, first: new[first : first + len(rows)]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """``W + scale * B @ A`` (Hu et al. 2021), for linear layers stored either way round and for embeddings."""
+
+    a: str
+    """Shape (r, in), or (r, vocabulary) for an embedding."""
+    b: str
+    """Shape (out, r), or (embedding width, r)."""
+    scale: float
+    transposed: bool
+    """The base stores (in, out), as GPT-2's Conv1D and every embedding do."""
+    magnitude: str | None = None
+    """DoRA's (Liu et al. 2024): each output's length, shape (out,)."""
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """An output's length runs over all rows where outputs are columns."""
+        return self.transposed and self.magnitude is not None
+
+    def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """The sum, scaled to DoRA's lengths where there are any."""
+        a, b = read(self.a).float(), read(self.b).float()
+        magnitude = None if self.magnitude is None else read(self.magnitude).float().reshape(-1)
+
+        def add(rows: torch.Tensor, first: int) -> torch.Tensor:
+            last = first + len(rows)
+            # The transposed product, not the product of transposes: peft's bits.
+            delta = (b @ a[:, first:last]).T if self.transposed else b[first:last] @ a
+            delta = delta.mul_(self.scale)
+            if magnitude is not None and self.transposed:
+                # Summed in peft's order of operands, which decides the layout in memory and so the last digit of the norm.
+                return (magnitude / torch.linalg.norm(rows.T + delta.T, dim=1)).view(1, -1) * delta.add_(rows)
+            merged = delta.add_(rows)
+            if magnitude is None:
+                return merged
+            return merged.mul_((magnitude[first:last] / torch.linalg.norm(merged, dim=1)).view(-1, 1))
+
+        return add
+
+
+@dataclass(frozen=True, slots=True)
+class BiasOfB:
+    """``lora_bias``: what the second matrix adds to the base's bias."""
+
+    key: str
+    scale: float
+    needs_all_rows = False
+
+    def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """The sum."""
+        bias = read(self.key).float()
+        return lambda rows, first: rows.float() + bias[first : first + len(rows)] * self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """``trainable_token_indices``: rows of an embedding that were trained."""
+
+    key: str
+    """Shape (number of indices, embedding width)."""
+    indices: tuple[int, ...]
+    needs_all_rows = False
+
+    def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """The rows, put where they belong."""
+        new, where = read(self.key), torch.tensor(self.indices)
+
+        def put(rows: torch.Tensor, first: int) -> torch.Tensor:
+            inside = (where >= first) & (where < first + len(rows))
+            return rows.index_copy(0, where[inside] - first, new[inside].to(rows.dtype)) if bool(inside.any()) else rows
+
+        return put

@@ -1,0 +1,73 @@
+"""What makes weights a model that others load: configuration, tokenizer, chat template, generation settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.checkpoint import names
+from llmtune.checkpoint.tensor_file import INDEX_FILE
+from llmtune.model.tokenizer import end_of_turn_ids
+
+#: Beside weights. Weights, state and our own files are left out.
+_KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
+_LEFT_OUT = {names.MANIFEST, names.TRAINER_STATE, "adapter_config.json", INDEX_FILE}
+
+
+def copy_companions(sources: list[Path], folder: Path) -> None:
+    """Copy configuration and tokenizer files; a later source wins."""
+    for source in sources:
+        for file in _companions(source):
+            shutil.copyfile(file, folder / file.name)
+
+
+def settle_config(folder: Path, dtype: torch.dtype | None, changes: dict[str, Any]) -> None:
+    """Make ``config.json`` say what the weights are.
+
+    Args:
+        dtype: What they are stored in; None leaves what the configuration says.
+        changes: Keys that are no longer the base's; they go where the text model's own keys are.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    config: dict[str, Any] = json.loads(file.read_text())
+    before = json.dumps(config)
+    config.pop("quantization_config", None)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    for key, value in changes.items():
+        config[key] = value
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"][key] = value
+    if json.dumps(config) != before:
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def settle_generation(folder: Path) -> None:
+    """Make plain transformers stop where an answer was trained to end, which a base model's own settings do not name."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    file = folder / "generation_config.json"
+    settings = GenerationConfig.from_pretrained(str(folder)) if file.is_file() else GenerationConfig()
+    own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    ends = {*end_of_turn_ids(tokenizer), *(token for token in own if token is not None)}
+    settings.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
+    settings.pad_token_id = tokenizer.pad_token_id
+    # Hub models ship sampling settings that newer versions refuse to store beside greedy decoding.
+    if not settings.do_sample:
+        settings.temperature = settings.top_p = None
+    settings.save_pretrained(str(folder))
+
+
+def _companions(folder: Path) -> Iterator[Path]:
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in _KEPT_SUFFIXES and file.name not in _LEFT_OUT:
+            yield file

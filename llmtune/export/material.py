@@ -1,0 +1,105 @@
+"""What an export is made of, opened and checked before anything is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune import __version__
+from llmtune.config.export_schema import ExportConfig, ExportDtype
+from llmtune.errors import ExportError
+from llmtune.export.adapter import Adapter, read_adapter
+from llmtune.export.merge import MergedSource
+from llmtune.export.tensors import Retyped, SafetensorsSource, TensorSource
+from llmtune.export.write import Progress
+
+DTYPES = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRequest:
+    """What is exported, and to where."""
+
+    base: Path
+    """Model folder; for full fine-tuning, the trained model itself."""
+    base_name: str
+    """How the model card calls the base."""
+    adapter: Path | None
+    """None for full fine-tuning."""
+    run: Path | None
+    """Whose files describe the training."""
+    output: Path
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """A model to be written in some format."""
+
+    request: ExportRequest
+    source: TensorSource
+    """The tensors, an adapter merged."""
+    companions: list[Path]
+    """Folders with configuration and tokenizer; a later one wins."""
+    config_changes: dict[str, Any]
+    """Keys of ``config.json`` that are no longer the base's."""
+    adapter: Adapter | None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What most of the floating numbers are stored in."""
+        sizes: dict[torch.dtype, int] = {}
+        for spec in self.source.specs.values():
+            if spec.dtype.is_floating_point:
+                sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors as they are stored."""
+        return sum(spec.nbytes for spec in self.source.specs.values())
+
+
+def open_material(request: ExportRequest, config: ExportConfig) -> Material:
+    """Open what is exported.
+
+    Raises:
+        ExportError: Something is missing, damaged, or does not belong together.
+    """
+    source: TensorSource = SafetensorsSource(request.base)
+    companions, changes, adapter = [request.base], {}, None
+    if request.adapter is not None:
+        adapter = read_adapter(request.adapter)
+        merged = MergedSource(source, adapter)
+        source, changes = merged, merged.config_changes
+        companions.append(request.adapter)
+    if config.dtype is not ExportDtype.auto:
+        source = Retyped(source, DTYPES[config.dtype])
+    return Material(request, source, companions, changes, adapter)
+
+
+def describe_job(request: ExportRequest, config: ExportConfig) -> str:
+    """What is written from what; two starts with the same text write the same bytes."""
+    folders = [folder for folder in (request.base, request.adapter) if folder is not None]
+    files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
+    about = {
+        "llmtune": __version__,
+        "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "settings": {key: str(getattr(config, key)) for key in config.__dataclass_fields__},
+    }
+    return json.dumps(about, sort_keys=True)
+
+
+def check_places(request: ExportRequest) -> None:
+    """The output must not be, or lie around, what it is made from.
+
+    Raises:
+        ExportError: It would replace its own source.
+    """
+    sources = [folder.resolve() for folder in (request.base, request.adapter) if folder is not None]
+    if any(source == request.output.resolve() or request.output.resolve() in source.parents for source in sources):
+        raise ExportError(f"output_dir={request.output} holds what is exported; take another output_dir=")
