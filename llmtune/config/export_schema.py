@@ -35,6 +35,19 @@ class MergeOnto(Enum):
     nf4 = "nf4"
 
 
+class GgufType(Enum):
+    """What a GGUF file's matrices are stored in; vectors stay fp32, as llama.cpp wants them."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q5_1 = "q5_1"
+    q5_0 = "q5_0"
+    q4_1 = "q4_1"
+    q4_0 = "q4_0"
+
+
 @dataclass(slots=True)
 class ExportConfig:
     """What is written after training, and by ``llmtune export``."""
@@ -49,3 +62,15 @@ class ExportConfig:
     merge_onto: MergeOnto = MergeOnto.original
     """``nf4``: quantise the base to NF4 and back before adding the adapter, so that it sits on the weights that a QLoRA
     training saw, with their quantisation error; ``original``: add it to the unquantised weights."""
+    gguf_type: GgufType = GgufType.f16
+    """With ``export=gguf``: ``f32 f16 bf16``, or quantised: ``q8_0 q5_1 q5_0 q4_1 q4_0``."""
+    parity: bool = True
+    """Compare the logits of what was written with those of base and adapter before it is published."""
+    parity_bound: float | None = None
+    """Largest allowed relative difference of the logits; unset, what one rounding to the stored dtype explains."""
+    upload: str | None = None
+    """Where the published folder is copied to: ``hf://user/name``, or any fsspec URL (``s3://bucket/path``)."""
+    upload_private: bool = True
+    """A hub repository that is made for the upload is private."""
+    dry_run: bool = False
+    """Write and upload nothing; say what would be written, from what, how large, and what would be uploaded."""

@@ -104,6 +104,7 @@ class _Matcher:
         self._tied = self._input is not None and output is None if tied is None else tied
 
     def match(self) -> dict[str, Edit]:
+        """Every tensor that changes, by its name in the merged model."""
         edits: dict[str, Edit] = {}
         for parts in self._adapter.modules.values():
             for kind, changes in (("weight", self._weight_changes(parts)), ("bias", self._bias_changes(parts))):
