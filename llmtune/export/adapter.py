@@ -128,7 +128,7 @@ def read_adapter(folder: Path) -> Adapter:
             f"{file} holds {len(strange)} tensors that no adapter has: {some(strange)}; nothing was written"
         )
     adapter = Adapter(folder, settings, modules, shapes, handle)
-    problems = list(_find_incomplete(adapter)) or check_tensors(file)
+    problems = [*_find_incomplete(adapter), *_find_contradictions(adapter)] or check_tensors(file)
     if not any(
         part in parts.keys for parts in modules.values() for part in ("weight", "token_rows", "base_bias", "bias")
     ):
@@ -172,6 +172,17 @@ def _find_incomplete(adapter: Adapter) -> Iterator[str]:
             yield f"{module}: use_dora={bool(adapter.settings.get('use_dora'))} in {CONFIG_FILE}, which its tensors contradict"
         if {"b_bias", "magnitude"} & parts.keys.keys() and not {"a", "embedding_a"} & parts.keys.keys():
             yield f"{some(sorted(parts.keys.values()))} is no LoRA pair: the matrices are missing"
+
+
+def _find_contradictions(adapter: Adapter) -> Iterator[str]:
+    """What the settings announce and no tensor brings."""
+    parts = {part for found in adapter.modules.values() for part in found.keys}
+    if adapter.settings.get("trainable_token_indices") and "token_rows" not in parts:
+        yield f"{CONFIG_FILE} has trainable_token_indices, and no tensor holds trained rows"
+    whole = [module for module, found in adapter.modules.items() if {"weight", "bias"} & found.keys.keys()]
+    for name in adapter.settings.get("modules_to_save") or []:
+        if not any(module.endswith(name) for module in whole):
+            yield f"{CONFIG_FILE} has {name} among modules_to_save, and no tensor of it"
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:

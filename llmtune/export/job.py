@@ -11,6 +11,7 @@ from llmtune.checkpoint import names
 from llmtune.config.export_schema import ExportConfig, ExportFormat
 from llmtune.errors import ExportError
 from llmtune.export.card import facts_of_run, write_card
+from llmtune.export.checks import check_folder
 from llmtune.export.companions import copy_companions, settle_config, settle_generation
 from llmtune.export.material import ExportRequest, Material, check_places, describe_job, open_material
 from llmtune.export.publish import check_room, write_export
@@ -65,6 +66,7 @@ def _write_safetensors(material: Material, folder: Path, journal: Journal, confi
     copy_companions(material.companions, folder)
     settle_config(folder, material.dtype, material.config_changes)
     settle_generation(folder)
+    check_folder(material, folder, config)
 
 
 def _write_adapter(material: Material, folder: Path, _journal: Journal, _config: ExportConfig) -> None:

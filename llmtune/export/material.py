@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from llmtune.export.write import Progress
 DTYPES = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
 
 
+def _silent(_: str) -> None:
+    """Says nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
     """What is exported, and to where."""
@@ -34,6 +39,8 @@ class ExportRequest:
     """Whose files describe the training."""
     output: Path
     progress: Progress | None = None
+    say: Callable[[str], None] = _silent
+    """Told what was checked, and what is worth knowing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +48,10 @@ class Material:
     """A model to be written in some format."""
 
     request: ExportRequest
+    base: TensorSource
+    """What the adapter is for; without one, the trained model itself."""
     source: TensorSource
-    """The tensors, an adapter merged."""
+    """The tensors as they are to be stored, an adapter merged."""
     companions: list[Path]
     """Folders with configuration and tokenizer; a later one wins."""
     config_changes: dict[str, Any]
@@ -59,6 +68,11 @@ class Material:
         return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
 
     @property
+    def computed(self) -> bool:
+        """Whether the tensors are others than the stored ones."""
+        return self.source is not self.base
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors as they are stored."""
         return sum(spec.nbytes for spec in self.source.specs.values())
@@ -70,16 +84,17 @@ def open_material(request: ExportRequest, config: ExportConfig) -> Material:
     Raises:
         ExportError: Something is missing, damaged, or does not belong together.
     """
-    source: TensorSource = SafetensorsSource(request.base)
+    base = SafetensorsSource(request.base)
+    source: TensorSource = base
     companions, changes, adapter = [request.base], {}, None
     if request.adapter is not None:
         adapter = read_adapter(request.adapter)
-        merged = MergedSource(source, adapter)
+        merged = MergedSource(base, adapter)
         source, changes = merged, merged.config_changes
         companions.append(request.adapter)
     if config.dtype is not ExportDtype.auto:
         source = Retyped(source, DTYPES[config.dtype])
-    return Material(request, source, companions, changes, adapter)
+    return Material(request, base, source, companions, changes, adapter)
 
 
 def describe_job(request: ExportRequest, config: ExportConfig) -> str:

@@ -16,7 +16,7 @@ from llmtune.checkpoint.tensor_file import TensorSpec
 from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter, Parts
 from llmtune.export.changes import BiasOfB, Change, LowRank, Replacement, TokenRows
-from llmtune.export.tensors import TensorSource, read_whole, row_ranges, some
+from llmtune.export.tensors import TensorSource, find_name, read_whole, row_ranges, some
 
 #: Last names of the modules that turn tokens into vectors, and vectors into tokens.
 _INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
@@ -175,10 +175,7 @@ class _Matcher:
         edits[ours] = Edit(name, replace(spec, name=ours, shape=shape), tuple(changes))
 
     def _base_name(self, wanted: str) -> str | None:
-        """The base's name for a tensor; files may leave out or add the first part of what the model calls it."""
-        roots = {name.split(".", 1)[0] for name in self._base.specs}
-        tries = [wanted, wanted.split(".", 1)[1], *(f"{root}.{wanted}" for root in sorted(roots))]
-        return next((name for name in tries if name in self._base.specs), None)
+        return find_name(wanted, self._base.specs)
 
     def _shape_problem(self, wanted: str, shape: tuple[int, ...], changes: list[Change]) -> str | None:
         """How the adapter's shapes contradict the base's."""

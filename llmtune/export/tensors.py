@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,13 @@ def read_whole(source: TensorSource, name: str) -> torch.Tensor:
     spec = source.specs[name]
     blocks = [block.to(spec.dtype).reshape(-1) for block in source.blocks(name)]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).reshape(spec.shape)
+
+
+def find_name(wanted: str, names: Collection[str]) -> str | None:
+    """A model's tensor among a file's: files may leave out, or add, the first part of what the model calls it."""
+    roots = sorted({name.split(".", 1)[0] for name in names})
+    tries = [wanted, wanted.split(".", 1)[-1], *(f"{root}.{wanted}" for root in roots)]
+    return next((name for name in tries if name in names), None)
 
 
 def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

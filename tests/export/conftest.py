@@ -29,16 +29,18 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def make_base(kind: str, folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32) -> Path:
+def make_base(kind: str, folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32, rows: int = 512) -> Path:
     """A random base: ``llama``, ``llama-tied``, ``llama-bias`` or ``gpt2`` (tied, outputs stored as columns)."""
     torch.manual_seed(0)
     model: Any
     if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=48, n_layer=2, n_head=2, n_positions=64))
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=rows, n_embd=48, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+        )
     else:
         model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=320,
+                vocab_size=rows,
                 hidden_size=48,
                 intermediate_size=112,
                 num_hidden_layers=2,

@@ -1,0 +1,99 @@
+"""What must hold before anything is published: others can load it, and it computes what was trained."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from llmtune.config.export_schema import ExportConfig
+from llmtune.errors import ExportError
+from llmtune.export.companions import copy_companions, settle_config
+from llmtune.export.lint import check_export, is_renamed
+from llmtune.export.material import Material
+from llmtune.export.parity import Parity, Sides, check_parity, compare_whole, probe_tokens
+from llmtune.export.tensors import SafetensorsSource, TensorSource
+from llmtune.plan.units import format_bytes
+
+#: Two models in fp32, one after the other, and what computing takes.
+_WHOLE_BYTES_PER_BYTE = 3
+
+
+def check_folder(material: Material, folder: Path, config: ExportConfig) -> Parity | None:
+    """Check a model folder that was written aside; None where there was nothing to compare.
+
+    Raises:
+        ExportError: It would be refused by what serves it, or is another model.
+    """
+    return _check(material, folder, SafetensorsSource(folder), config)
+
+
+def check_material(material: Material, config: ExportConfig) -> Parity | None:
+    """The same for a model that is going to be written in a format that transformers does not read.
+
+    Raises:
+        ExportError: As :func:`check_folder`.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmtune-") as name:
+        folder = Path(name)
+        copy_companions(material.companions, folder)
+        settle_config(folder, material.dtype, material.config_changes)
+        return _check(material, folder, material.source, config)
+
+
+def _check(material: Material, folder: Path, source: TensorSource, config: ExportConfig) -> Parity | None:
+    say = material.request.say
+    for note in check_export(folder, source):
+        say(f"note: {note}")
+    if not config.parity or not material.computed or material.dtype is None:
+        return None
+    tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(material))
+    sides = Sides(material.request.base, material.base, material.adapter, folder, source)
+    if is_renamed(folder):
+        _check_memory(material)
+        parity = compare_whole(sides, tokens, material.dtype, config.parity_bound)
+    else:
+        parity = check_parity(sides, tokens, material.dtype, config.parity_bound)
+    say(f"parity: {parity.describe()}")
+    return parity
+
+
+def _tokenizer(folder: Path) -> Any:
+    """None where there is none."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+
+
+def _rows(source: TensorSource) -> int:
+    """Rows of the first embedding, which every token must stay below."""
+    return next(
+        spec.shape[0]
+        for name, spec in source.specs.items()
+        if len(spec.shape) == 2 and any(part in name for part in ("embed", "wte"))
+    )
+
+
+def _trained_tokens(material: Material) -> list[int]:
+    """Tokens whose rows the adapter brings: trained one by one, or added to the vocabulary."""
+    if material.adapter is None:
+        return []
+    found = {row for module in material.adapter.modules for row in material.adapter.token_indices(module)}
+    before, after = _rows(material.base), _rows(material.source)
+    return sorted(found) + list(range(before, after))
+
+
+def _check_memory(material: Material) -> None:
+    count = sum(spec.nbytes // spec.dtype.itemsize for spec in material.source.specs.values())
+    needed = _WHOLE_BYTES_PER_BYTE * count * torch.float32.itemsize
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ExportError(
+            f"parity of this architecture needs the whole model in memory, {format_bytes(needed)} of {format_bytes(free)} that "
+            "are free, because its stored names are translated when it is loaded; export.parity=false leaves it out"
+        )

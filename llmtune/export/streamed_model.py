@@ -1,0 +1,206 @@
+"""A transformers model that holds the weights of one module at a time: read before it computes, dropped after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.errors import ExportError
+from llmtune.export.adapter import Adapter
+from llmtune.export.tensors import TensorSource, find_name, read_whole
+
+#: Told of a wrapped module, its input and its output, while the weights below the wrapper are there.
+Look = Callable[["Unit", tuple[Any, ...], torch.Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is loaded together: a module with parameters, or peft's wrapper around one."""
+
+    name: str
+    outer: Any
+    inner: list[tuple[str, Any]]
+    """Modules of the base in it, by the name they have in the unwrapped model."""
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether an adapter is on it."""
+        return len(self.inner) != 1 or self.inner[0][1] is not self.outer
+
+
+class StreamedModel:
+    """The skeleton of a model; parameters come from a source, in fp32, while their module computes."""
+
+    def __init__(self, folder: Path, source: TensorSource, adapter: Adapter | None = None) -> None:
+        """Build what ``config.json`` in ``folder`` describes, with peft's wrappers where there is an adapter.
+
+        The source must use the model's own names; :func:`llmtune.export.lint.find_unfit_names` tells.
+        """
+        self._source = source
+        self.model = build_skeleton(folder)
+        if adapter is not None:
+            _resize(self.model, adapter)
+        owners = {name: module for name, module in self.model.named_modules() if module._parameters}
+        self._aliases = tied_aliases(self.model)
+        _fill_buffers(self.model, source)
+        if adapter is not None:
+            self.model = _put_on(self.model, adapter)
+        self.model.eval()
+        self.units = _units(self.model, owners)
+        self._look: Look | None = None
+        for unit in self.units:
+            self._stream(unit)
+
+    def logits(self, tokens: torch.Tensor, look: Look | None = None) -> torch.Tensor:
+        """Run it; shape (rows, positions, vocabulary), fp32.
+
+        Args:
+            tokens: Shape (rows, positions).
+            look: Called behind every unit.
+        """
+        self._look = look
+        with torch.no_grad():
+            output: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return output
+
+    def with_weights_of(self, source: TensorSource, unit: Unit, arguments: tuple[Any, ...]) -> torch.Tensor:
+        """What the unit's one base module answers with another source's weights."""
+        ((name, module),) = unit.inner
+        before = dict(module._parameters)
+        self._load(name, module, source, everything=True)
+        try:
+            answer: torch.Tensor = module(*arguments)
+        finally:
+            module._parameters.update(before)
+        return answer
+
+    def _load(self, name: str, module: Any, source: TensorSource, everything: bool = False) -> list[str]:
+        """Read a module's parameters; those that the adapter brought are there already, and are not the base's."""
+        loaded = [key for key, old in module._parameters.items() if old is not None and (everything or is_hollow(old))]
+        for key in loaded:
+            tensor = self._read(source, f"{name}.{key}")
+            module._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
+        return loaded
+
+    def _read(self, source: TensorSource, wanted: str) -> torch.Tensor:
+        for name in (wanted, *self._aliases.get(wanted, ())):
+            found = find_name(name, source.specs)
+            if found is not None:
+                return read_whole(source, found).float()
+        raise ExportError(f"{wanted}, which the model of config.json has, is in no file")
+
+    def _stream(self, unit: Unit) -> None:
+        """Hooks around the unit: load, compute, look, drop."""
+        skeleton: list[tuple[Any, dict[str, Any]]] = []
+
+        def before(_module: Any, _arguments: Any) -> None:
+            for name, module in unit.inner:
+                skeleton.append((module, dict(module._parameters)))
+                self._load(name, module, self._source)
+
+        def after(_module: Any, arguments: tuple[Any, ...], output: Any) -> None:
+            if self._look is not None:
+                self._look(unit, arguments, output)
+            while skeleton:
+                module, parameters = skeleton.pop()
+                module._parameters.update(parameters)
+
+        unit.outer.register_forward_pre_hook(before)
+        unit.outer.register_forward_hook(after)
+
+
+def build_skeleton(folder: Path) -> Any:
+    """The model that ``config.json`` describes, with parameters that have shapes and no memory; buffers are real."""
+    import transformers
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    named = (config.architectures or [""])[0]
+    kind = getattr(transformers, named, None)
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+    # Inside, every assignment makes another parameter, and nothing is tied.
+    model.tie_weights()
+    _hollow(model)
+    return model
+
+
+def _hollow(model: Any) -> None:
+    """One zero seen as a whole tensor: peft puts adapters where the base is, and with the meta device they would be nowhere."""
+    # The old ones are kept until the end: an identity may be given again to what is made meanwhile.
+    hollow: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                zero = torch.zeros(()).expand(parameter.shape)
+                pair = hollow.setdefault(id(parameter), (parameter, torch.nn.Parameter(zero, requires_grad=False)))
+                module._parameters[key] = pair[1]
+
+
+def is_hollow(parameter: torch.Tensor) -> bool:
+    """Whether a parameter has a shape and no memory."""
+    return parameter.untyped_storage().nbytes() == torch.float32.itemsize and not any(parameter.stride())
+
+
+def tied_aliases(model: Any) -> dict[str, list[str]]:
+    """Parameter name -> other names of the same parameter."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: [n for n in group if n != name] for group in names.values() for name in group if len(group) > 1}
+
+
+def _resize(model: Any, adapter: Adapter) -> None:
+    """A vocabulary that was resized before training lies in the adapter."""
+    ends = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "wte.weight", "wte.base_layer.weight")
+    rows = max((shape[0] for key, shape in adapter.shapes.items() if key.endswith(ends)), default=0)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        _hollow(model)
+
+
+def _put_on(model: Any, adapter: Adapter) -> Any:
+    """peft's wrappers, with the adapter's numbers; ``from_pretrained`` would also look for another device."""
+    import warnings
+
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+
+    settings = PeftConfig.from_pretrained(str(adapter.folder))
+    settings.inference_mode = True
+    with warnings.catch_warnings():
+        # peft warns of adapters on tied embeddings; they are what is compared here.
+        warnings.simplefilter("ignore")
+        wrapped = PeftModel(model, settings, low_cpu_mem_usage=True)
+        set_peft_model_state_dict(wrapped, {key: adapter.read(key) for key in adapter.shapes}, low_cpu_mem_usage=True)
+    return wrapped.float()
+
+
+def _fill_buffers(model: Any, source: TensorSource) -> None:
+    """Buffers that are stored with the weights."""
+    for name, buffer in model.named_buffers():
+        found = find_name(name, source.specs)
+        if found is not None:
+            buffer.copy_(read_whole(source, found))
+
+
+def _units(model: Any, owners: dict[str, Any]) -> list[Unit]:
+    """Every module with parameters, inside the outermost wrapper around it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    names = {id(module): name for name, module in owners.items()}
+    taken: set[int] = set()
+    units = []
+    for name, module in model.named_modules():
+        wrapper = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        if id(module) in taken or not (wrapper or id(module) in names):
+            continue
+        inside = list(module.modules()) if wrapper else [module]
+        taken |= {id(part) for part in inside}
+        units.append(Unit(name, module, [(names[id(part)], part) for part in inside if id(part) in names]))
+    return units

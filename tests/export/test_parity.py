@@ -1,0 +1,131 @@
+"""The parity check passes what is right, in every kind of adapter, and names the module that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmtune.errors import ExportError
+from llmtune.export.adapter import read_adapter
+from llmtune.export.lint import check_export
+from llmtune.export.parity import Parity, Sides, check_parity, probe_tokens
+from llmtune.export.streamed_model import StreamedModel, is_hollow
+from llmtune.export.tensors import SafetensorsSource
+from tests.export.conftest import TOKENS, make_adapter, make_base
+from tests.export.test_merge import KINDS, export
+
+
+def compare(base: Path, adapter: Path, merged: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Parity:
+    opened = read_adapter(adapter)
+    sides = Sides(base, SafetensorsSource(base), opened, merged, SafetensorsSource(merged))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return check_parity(sides, probe_tokens(tokenizer, 512, [2, 9, 511]), dtype, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_kind_of_adapter_passes_when_it_was_merged_rightly(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    name, settings, _ = KINDS[kind]
+    base = make_base(name, tmp_path / "base", tiny_model)
+    adapter = make_adapter(base, tmp_path / "adapter", **settings)
+    parity = compare(base, adapter, export(base, adapter, tmp_path / "out"))
+    assert parity.logits < 1e-4
+    assert parity.module < 1e-5
+    assert parity.modules > 0
+
+
+def test_bf16_is_within_its_rounding(tiny_model: Path, tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base", tiny_model, torch.bfloat16)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    parity = compare(base, adapter, export(base, adapter, tmp_path / "out"), torch.bfloat16)
+    assert 1e-5 < parity.module < 4 * 2**-9
+    assert parity.logits < parity.bound == 48 * 2**-9
+    assert parity.modules == 14
+    assert parity.hidden == 0
+
+
+def test_a_streamed_model_has_the_logits_of_the_whole_one(tiny_model: Path, tmp_path: Path) -> None:
+    for kind in ("llama", "llama-tied", "gpt2"):
+        base = make_base(kind, tmp_path / kind, tiny_model, torch.bfloat16)
+        whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        streamed = StreamedModel(base, SafetensorsSource(base))
+        with torch.no_grad():
+            assert torch.allclose(streamed.logits(TOKENS), whole(TOKENS).logits, atol=1e-6)
+        assert all(is_hollow(parameter) for parameter in streamed.model.parameters()), "nothing stays"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_module_that_was_left_out_is_named(dtype: torch.dtype, tiny_model: Path, tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base", tiny_model, dtype)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    merged = export(base, adapter, tmp_path / "out")
+    file, name = merged / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    save_file({**load_file(file), name: load_file(base / "model.safetensors")[name]}, file)
+    with pytest.raises(ExportError, match=r"1 of 14 modules answer otherwise: model\.layers\.1\.mlp\.up_proj \(off"):
+        compare(base, adapter, merged, dtype)
+
+
+def test_a_tensor_that_no_adapter_touches_is_seen_in_the_logits(tiny_model: Path, tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base", tiny_model)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    merged = export(base, adapter, tmp_path / "out")
+    file = merged / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] *= 1.5
+    save_file(tensors, file)
+    with pytest.raises(ExportError, match=r"logits differ .* by .*export\.parity_bound"):
+        compare(base, adapter, merged)
+    assert compare(base, adapter, merged, bound=1.0).logits > 1e-3
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(ExportError, match="logits differ"):
+        compare(base, adapter, merged, bound=1.0)
+
+
+def test_a_change_below_the_rounding_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base", tiny_model, torch.bfloat16)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor * (1e-4 if "lora_B" in name else 1) for name, tensor in load_file(file).items()}, file)
+    parity = compare(base, adapter, export(base, adapter, tmp_path / "out"), torch.bfloat16)
+    assert parity.hidden == 14
+    assert "14 of them change by less than a rounding" in parity.describe()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"vocab_size": 100}, "config.json has vocab_size 100"),
+        ({"eos_token_id": 600}, "eos_token_id 600 is outside the vocabulary of 512"),
+        ({"num_hidden_layers": 3}, r"model.layers.2.input_layernorm.weight is missing"),
+        ({"num_hidden_layers": 1}, r"model.layers.1.input_layernorm.weight is not in the architecture"),
+        ({"intermediate_size": 64}, r"is \(48, 112\), config.json makes it \(48, 64\)"),
+    ],
+)
+def test_what_nobody_could_serve_is_refused(
+    changes: dict[str, Any], part: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = make_base("llama", tmp_path / "base", tiny_model)
+    file = base / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ExportError, match=part):
+        check_export(base, SafetensorsSource(base))
+
+
+def test_the_tokenizer_must_fit_the_rows(tiny_model: Path, tmp_path: Path) -> None:
+    small = make_base("llama", tmp_path / "small", tiny_model, rows=320)
+    with pytest.raises(ExportError, match="the tokenizer knows token 511, the model has 320 rows"):
+        check_export(small, SafetensorsSource(small))
+    assert check_export(tiny_model, SafetensorsSource(tiny_model)) == []
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    other = make_base("llama", tmp_path / "other", tiny_model)
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ExportError, match="chat template"):
+        check_export(other, SafetensorsSource(other))
