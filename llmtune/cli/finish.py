@@ -40,7 +40,7 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
         return
     merged = run / names.MERGED
     if not _is_of(merged, run / names.ADAPTER):
-        export_run(run, config, merged)
+        export_run(run, config, merged, console.say)
     console.say(f"merged model: {merged}\nadapter:      {run / names.ADAPTER}")
     console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')
 

@@ -10,14 +10,20 @@ from pathlib import Path
 from llmtune.checkpoint import names
 from llmtune.config.export_schema import ExportConfig, ExportFormat
 from llmtune.errors import ExportError
-from llmtune.export.card import facts_of_run, write_card
-from llmtune.export.checks import check_folder
+from llmtune.export.bnb_folder import write_bnb_4bit
+from llmtune.export.card import write_model_card
+from llmtune.export.checks import check_folder, check_material
 from llmtune.export.companions import copy_companions, settle_config, settle_generation
+from llmtune.export.gguf import write_gguf
+from llmtune.export.graphs import write_onnx, write_torchscript
 from llmtune.export.material import ExportRequest, Material, check_places, describe_job, open_material
-from llmtune.export.publish import check_room, write_export
+from llmtune.export.publish import check_room, restore_replaced, write_export
 from llmtune.export.tensors import SafetensorsSource
+from llmtune.export.torch_file import write_torch_file
+from llmtune.export.upload import check_upload, upload_export
 from llmtune.export.write import Journal, write_shards
 from llmtune.model.adapters import CONFIG_FILE, WEIGHTS_FILE
+from llmtune.plan.units import format_bytes
 
 #: Configuration, tokenizer and card beside the weights.
 _COMPANION_BYTES = 64 << 20
@@ -34,13 +40,20 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     if config.format is ExportFormat.adapter and request.adapter is None:
         raise ExportError("export=adapter: this run was a full fine-tuning and has no adapter; take export=safetensors")
     check_places(request)
+    restore_replaced(request.output)
+    if config.upload:
+        check_upload(config.upload, config.dry_run)
     material = open_material(request, config)
+    if config.dry_run:
+        _say_what_would_be(material, config)
+        return request.output
 
     def write(folder: Path, journal: Journal) -> None:
         check_room(folder, material.nbytes + _COMPANION_BYTES)
+        if config.format not in (ExportFormat.safetensors, ExportFormat.adapter):
+            check_material(material, config)
         _WRITERS[config.format](material, folder, journal, config)
-        tuner = "full fine-tuning" if request.adapter is None else "LoRA"
-        write_card(folder, request.output, request.base_name, tuner, facts_of_run(request.run))
+        write_model_card(folder, request, config)
 
     about = {
         "base": request.base_name,
@@ -48,7 +61,21 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         "source": identify(request.adapter or request.base),
     }
     write_export(request.output, describe_job(request, config), write, about)
+    if config.upload:
+        upload_export(request.output, config.upload, config.upload_private, False, request.say)
     return request.output
+
+
+def _say_what_would_be(material: Material, config: ExportConfig) -> None:
+    """``export.dry_run``: everything that is opened fits together; nothing is written."""
+    request, say = material.request, material.request.say
+    changed = material.merged.changed if material.merged is not None else {}
+    say(f"would write {config.format.value} to {request.output}")
+    say(f"from {request.base}" + (f" and {request.adapter}, which changes {len(changed)} tensors" if changed else ""))
+    dtype = str(material.dtype).removeprefix("torch.")
+    say(f"{len(material.source.specs)} tensors, {format_bytes(material.nbytes)} in {dtype}")
+    if config.upload:
+        upload_export(request.output, config.upload, config.upload_private, True, say)
 
 
 def identify(folder: Path) -> str:
@@ -91,4 +118,9 @@ def _link_weights(source: SafetensorsSource, folder: Path) -> None:
 _WRITERS: dict[ExportFormat, Callable[[Material, Path, Journal, ExportConfig], None]] = {
     ExportFormat.safetensors: _write_safetensors,
     ExportFormat.adapter: _write_adapter,
+    ExportFormat.gguf: write_gguf,
+    ExportFormat.onnx: write_onnx,
+    ExportFormat.torchscript: write_torchscript,
+    ExportFormat.pt: write_torch_file,
+    ExportFormat.bnb_4bit: write_bnb_4bit,
 }

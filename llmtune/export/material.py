@@ -11,12 +11,17 @@ from typing import Any
 import torch
 
 from llmtune import __version__
-from llmtune.config.export_schema import ExportConfig, ExportDtype
+from llmtune.config.export_schema import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter, read_adapter
+from llmtune.export.bnb_base import open_base
+from llmtune.export.masters import MastersSource, has_masters
 from llmtune.export.merge import MergedSource
+from llmtune.export.nf4 import Nf4RoundTrip, quantised_names
 from llmtune.export.tensors import Retyped, SafetensorsSource, TensorSource
 from llmtune.export.write import Progress
+from llmtune.export.zero_adapter import has_adapter, open_base_part
+from llmtune.export.zero_files import ZeroSource
 
 DTYPES = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
 
@@ -38,6 +43,8 @@ class ExportRequest:
     run: Path | None
     """Whose files describe the training."""
     output: Path
+    zero: Path | None = None
+    """DeepSpeed's own checkpoint, which holds the tensors; ``base`` then only describes the model."""
     progress: Progress | None = None
     say: Callable[[str], None] = _silent
     """Told what was checked, and what is worth knowing."""
@@ -57,6 +64,8 @@ class Material:
     config_changes: dict[str, Any]
     """Keys of ``config.json`` that are no longer the base's."""
     adapter: Adapter | None
+    merged: MergedSource | None
+    """What the adapter changes; None without one."""
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -84,23 +93,50 @@ def open_material(request: ExportRequest, config: ExportConfig) -> Material:
     Raises:
         ExportError: Something is missing, damaged, or does not belong together.
     """
-    base = SafetensorsSource(request.base)
-    source: TensorSource = base
-    companions, changes, adapter = [request.base], {}, None
+    base = _open_base(request, config)
+    source, companions, changes = base, [request.base], {}
+    adapter, merged = None, None
     if request.adapter is not None:
         adapter = read_adapter(request.adapter)
         merged = MergedSource(base, adapter)
         source, changes = merged, merged.config_changes
         companions.append(request.adapter)
-    if config.dtype is not ExportDtype.auto:
-        source = Retyped(source, DTYPES[config.dtype])
-    return Material(request, base, source, companions, changes, adapter)
+    dtype = DTYPES.get(config.dtype)
+    if request.zero is not None and dtype is None:
+        dtype = _stored_dtype(request.base)
+    if dtype is not None:
+        source = Retyped(source, dtype)
+    return Material(request, base, source, companions, changes, adapter, merged)
+
+
+def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
+    """The trained model, or what the adapter is added to."""
+    if request.zero is not None:
+        zero = ZeroSource(request.zero)
+        return open_base_part(zero) if has_adapter(zero) else zero
+    if request.adapter is None:
+        if config.merge_onto is MergeOnto.nf4:
+            raise ExportError("export.merge_onto=nf4: there is no adapter to merge; the key is for QLoRA")
+        fine = config.dtype is ExportDtype.fp32 and has_masters(request.base)
+        return MastersSource(request.base) if fine else open_base(request.base)
+    base = open_base(request.base)
+    if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
+        return Nf4RoundTrip(base, quantised_names(request.base, base))
+    return base
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """What ``config.json`` says that the model is in."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else None
 
 
 def describe_job(request: ExportRequest, config: ExportConfig) -> str:
     """What is written from what; two starts with the same text write the same bytes."""
-    folders = [folder for folder in (request.base, request.adapter) if folder is not None]
-    files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
+    folders = [folder for folder in (request.base, request.adapter, request.zero) if folder is not None]
+    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
     about = {
         "llmtune": __version__,
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
@@ -115,6 +151,6 @@ def check_places(request: ExportRequest) -> None:
     Raises:
         ExportError: It would replace its own source.
     """
-    sources = [folder.resolve() for folder in (request.base, request.adapter) if folder is not None]
+    sources = [folder.resolve() for folder in (request.base, request.adapter, request.zero) if folder is not None]
     if any(source == request.output.resolve() or request.output.resolve() in source.parents for source in sources):
         raise ExportError(f"output_dir={request.output} holds what is exported; take another output_dir=")

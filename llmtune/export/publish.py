@@ -16,7 +16,7 @@ from pathlib import Path
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import REPLACED, is_complete
 from llmtune.checkpoint.manifest import flush, hash_file, mark_complete, write_manifest
-from llmtune.errors import ExportError
+from llmtune.errors import ExportError, LlmtuneError
 from llmtune.export.write import Journal
 from llmtune.plan.units import format_bytes
 
@@ -30,7 +30,7 @@ def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None],
     Raises:
         ExportError: The folder exists and is not an export, another export is writing it, or the disk refuses.
     """
-    _restore_replaced(folder)
+    restore_replaced(folder)
     if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
         raise ExportError(f"{folder} exists and is not an export of llmtune; take another output_dir=")
     aside = folder.with_name(folder.name + ".tmp")
@@ -40,7 +40,7 @@ def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None],
             try:
                 _write(aside, job, write, about)
                 _swap(aside, folder)
-            except (OSError, ExportError):
+            except (OSError, LlmtuneError):
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
     except OSError as error:
@@ -86,8 +86,8 @@ def _swap(aside: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _restore_replaced(folder: Path) -> None:
-    """An end between two renames left the old export under its other name."""
+def restore_replaced(folder: Path) -> None:
+    """Give the old export its name back that an end between two renames left without."""
     old = folder.with_name(folder.name + REPLACED)
     if old.is_dir():
         if folder.is_dir():

@@ -1,0 +1,119 @@
+"""The fp32 master weights of a full fine-tuning's checkpoint, put together from the slices of its ranks.
+
+The model files of the same checkpoint hold these numbers rounded to the training dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.checkpoint import names
+from llmtune.checkpoint.tensor_file import TensorSpec
+from llmtune.errors import ExportError
+from llmtune.export.pieces import Piece, PiecedTensor, find_gap
+from llmtune.export.tensors import SafetensorsSource, open_tensors, some
+
+#: What a state file's header calls the offsets of its slices, and its tensors the master weight.
+_SLICES, _MASTER = "llmtune_slices", "master"
+
+_STATE_FILE = re.compile(r"optimizer-(\d+)-of-(\d+)\.safetensors")
+
+
+def has_masters(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of llmtune with a whole model and its master weights."""
+    return bool(_state_files(folder)) and any(folder.glob("model*.safetensors"))
+
+
+class MastersSource:
+    """A checkpoint's model in fp32, one block at a time, from any ZeRO stage, number of ranks and placement."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file; nothing is read but headers.
+
+        Raises:
+            ExportError: A file is missing or damaged, or slices do not make up the parameters of the model.
+        """
+        self.folder = folder
+        slices = _read_slices(folder)
+        if not has_masters(folder):
+            raise ExportError(
+                f"{folder} holds no whole model (model*.safetensors), and so no whole model's master weights"
+            )
+        self._model = SafetensorsSource(folder)
+        self._masters: dict[str, PiecedTensor] = {}
+        self.specs = dict(self._model.specs)
+        for name, (numel, pieces) in slices.items():
+            if name not in self.specs:
+                raise ExportError(f"{folder}: {name} has master weights and is not in the model files; {_NEXT}")
+            spec = replace(self.specs[name], dtype=torch.float32)
+            _check_covered(folder, spec, numel, pieces)
+            self._masters[name] = PiecedTensor(spec, tuple(pieces))
+            self.specs[name] = spec
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Trained parameters from the slices; what was not trained as the model files have it."""
+        return self._masters[name].blocks() if name in self._masters else self._model.blocks(name)
+
+
+_NEXT = "fetch or copy the checkpoint again, or take another with checkpoint="
+
+
+def _state_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob(names.STATE_FILES) if _STATE_FILE.fullmatch(file.name))
+
+
+def _read_slices(folder: Path) -> dict[str, tuple[int, list[Piece]]]:
+    """Parameter -> its number of elements, and its slices in order."""
+    files = _state_files(folder)
+    _check_ranks(folder, files)
+    numels: dict[str, int] = {}
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    for file in files:
+        handle = open_tensors(file)
+        try:
+            where: dict[str, Any] = json.loads(handle.metadata()[_SLICES])
+            for name, (start, numel, total) in where.items():
+                values = handle.get_tensor(f"{name}/{_MASTER}").reshape(-1)
+                if values.numel() != int(numel) or numels.setdefault(name, int(total)) != int(total):
+                    raise ExportError(f"{file}: {name} has another size than its header says; {_NEXT}")
+                pieces[name].append(Piece(int(start), values))
+        except ExportError:
+            raise
+        except Exception as error:
+            # safetensors has its own errors for what is missing; a header may hold anything.
+            raise ExportError(f"{file} is not a state file of llmtune ({error}); {_NEXT}") from error
+    return {name: (numels[name], sorted(found, key=lambda p: (p.start, p.end))) for name, found in pieces.items()}
+
+
+def _check_ranks(folder: Path, files: list[Path]) -> None:
+    """One file of every rank, all from the same number of ranks."""
+    if not files:
+        raise ExportError(f"{folder} holds no {names.STATE_FILES}, and so no master weights")
+    found = [match for match in (_STATE_FILE.fullmatch(file.name) for file in files) if match]
+    sizes = sorted({int(match[2]) for match in found})
+    if len(sizes) > 1:
+        raise ExportError(f"{folder} holds state files of {sizes[0]} and of {sizes[1]} ranks; {_NEXT}")
+    here = {int(match[1]) for match in found}
+    missing = [names.state_file(rank, sizes[0]) for rank in range(sizes[0]) if rank not in here]
+    if missing:
+        raise ExportError(f"{folder}: {some(missing)} of {sizes[0]} state files is missing; {_NEXT}")
+
+
+def _check_covered(folder: Path, spec: TensorSpec, numel: int, pieces: list[Piece]) -> None:
+    expected = math.prod(spec.shape)
+    if numel != expected:
+        raise ExportError(
+            f"{folder}: {spec.name} has {expected} elements in the model files and {numel} in its masters"
+        )
+    gap = find_gap(pieces, numel)
+    if gap:
+        raise ExportError(f"{folder}: the master weights of {spec.name} are not complete: {gap}; {_NEXT}")

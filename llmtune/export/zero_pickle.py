@@ -1,0 +1,256 @@
+"""What ``torch.save`` wrote, mapped and looked at without running anything of it.
+
+Such a file is a zip archive of stored members: a pickle, and the bytes of each storage. The pickle is read by an unpickler
+that imports nothing: plain containers and tensors come out as what they are, every other object as an empty stand-in. So a
+file of a stranger cannot run code, and the program that wrote it need not be installed.
+
+``torch.load(mmap=True)`` maps with the promise of private memory, which Linux refuses for files larger than the machine's
+memory; the mapping here promises nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import mmap
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.errors import ExportError
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_SIGNATURE = b"PK\x03\x04"
+
+#: Linux counts no memory for such a mapping; ``mmap`` has the name from Python 3.13 on.
+_NO_RESERVE = 0x4000
+
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredStorage:
+    """The bytes of one member of the archive."""
+
+    data: torch.Tensor
+    """uint8, mapped."""
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of the archive; its numbers are mapped when they are asked for."""
+
+    storage: StoredStorage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def open(self) -> torch.Tensor:
+        """A view of the file's own bytes; writing to it changes nothing in the file."""
+        if not self.numel:
+            return torch.empty(self.shape, dtype=self.dtype)
+        data = self.storage.data
+        if data.storage_offset() % self.dtype.itemsize:
+            data = data.clone()
+        return data.view(self.dtype).as_strided(
+            self.shape, self.stride, data.storage_offset() // self.dtype.itemsize + self.offset
+        )
+
+
+class Inert:
+    """Stands for an object of any class: takes what a pickle does to it, does nothing, and is nothing."""
+
+    __slots__ = ("arguments",)
+    arguments: tuple[Any, ...]
+
+    def __new__(cls, *arguments: Any, **_: Any) -> Inert:
+        """Made as the class itself would be made."""
+        made = super().__new__(cls)
+        made.arguments = arguments
+        return made
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Nothing is left to do."""
+
+    def swallow(self, *_: Any) -> None:
+        """State, items and attributes go nowhere."""
+
+    __setstate__ = __setitem__ = append = extend = add = swallow
+
+
+class _Maker:
+    """One of the few functions that a pickle may call."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._make(*arguments)
+
+    def __setstate__(self, _: Any) -> None:
+        """A pickle could otherwise give it another function."""
+
+
+def read_archive(file: Path) -> Any:
+    """The object that was saved; tensors are :class:`StoredTensor`, foreign objects :class:`Inert`.
+
+    Raises:
+        ExportError: The file is missing, cut off, or none that torch wrote.
+    """
+    try:
+        return _Archive(file).load()
+    except ExportError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise ExportError(
+            f"{file} is cut off, or not in the zip format of torch.save (DeepSpeed's checkpoint_serialization=false and its "
+            f"fast writer use another): {error}; fetch or copy it again"
+        ) from error
+    except Exception as error:
+        # A broken pickle raises whatever its bytes happen to ask for.
+        raise ExportError(f"{file} cannot be read ({type(error).__name__}: {error}); fetch or copy it again") from error
+
+
+class _Archive:
+    """The members of one file, and the bytes that are mapped."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with file.open("rb") as opened:
+            with zipfile.ZipFile(opened) as archive:
+                self._members = {member.filename: member for member in archive.infolist()}
+            self._map = mmap.mmap(
+                opened.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        pickles = [name for name in self._members if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ExportError(f"{file} holds no data.pkl: it is not a file of torch.save")
+        self._root = pickles[0].removesuffix("data.pkl")
+        self._storages: dict[str, StoredStorage] = {}
+
+    def load(self) -> Any:
+        """What was saved."""
+        if f"{self._root}byteorder" in self._members and self._read("byteorder") != b"little":
+            raise ExportError(f"{self.file} was written by a big-endian machine, which is not supported")
+        return _Unpickler(io.BytesIO(self._read("data.pkl")), self.storage).load()
+
+    def storage(self, saved: Any) -> StoredStorage:
+        """The storage that a tensor of the pickle names."""
+        kind, dtype, key, _, numel = saved
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(numel, int) or numel < 0:
+            raise ExportError(f"{self.file} holds a storage of another kind than tensors have: {kind} {dtype}")
+        if key not in self._storages:
+            nbytes = numel * dtype.itemsize
+            first, size = self._place(f"data/{key}") if nbytes else (0, 0)
+            if size < nbytes:
+                raise ExportError(f"{self.file} is damaged: storage {key} has {size} bytes of {nbytes}")
+            self._storages[key] = StoredStorage(self._bytes[first : first + nbytes], dtype)
+        return self._storages[key]
+
+    def _read(self, name: str) -> bytes:
+        first, size = self._place(name)
+        return self._map[first : first + size]
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """First byte and length of a member."""
+        member = self._members.get(self._root + name)
+        if member is None:
+            raise ExportError(f"{self.file} is damaged: it holds no {name}")
+        header = self._map[member.header_offset : member.header_offset + _LOCAL_HEADER.size]
+        signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+        first = member.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+        whole = signature == _SIGNATURE and first + member.file_size <= len(self._map)
+        if not whole or member.compress_type != zipfile.ZIP_STORED:
+            raise ExportError(f"{self.file} is damaged: {name} does not lie where the archive says")
+        return first, member.file_size
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows plain containers and tensors, and imports nothing."""
+
+    def __init__(self, file: io.BytesIO, storage: Callable[[Any], StoredStorage]) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._storage = storage
+        self._strangers: dict[str, type[Inert]] = {}
+
+    def persistent_load(self, pid: Any) -> StoredStorage:
+        """torch keeps storages outside the pickle."""
+        return self._storage(pid)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A plain container, one of the functions that make a tensor, or a stand-in."""
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
+        # Not getattr, which makes torch import modules of its own.
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        path = f"{module}.{name}"
+        if path not in self._strangers:
+            self._strangers[path] = type(path, (Inert,), {"__slots__": ()})
+        return self._strangers[path]
+
+
+def _make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> StoredTensor:
+    """``torch._utils._rebuild_tensor_v2`` and its kin, with the same arguments."""
+    dtype = next((item for item in rest if isinstance(item, torch.dtype)), storage.dtype)
+    tensor = StoredTensor(storage, dtype, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+    if len(tensor.shape) != len(tensor.stride) or min((tensor.offset, *tensor.shape, *tensor.stride)) < 0:
+        raise ValueError(f"a tensor of shape {tensor.shape} with strides {tensor.stride}")
+    last = tensor.offset + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
+    if tensor.numel and (last + 1) * dtype.itemsize > storage.data.numel():
+        raise ValueError(f"a tensor of shape {tensor.shape} goes beyond its storage")
+    return tensor
+
+
+def _make_subclass(make: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
+    """A tensor with attributes of its own, which are left out."""
+    return make(*arguments) if isinstance(make, _Maker) else Inert()
+
+
+def _make_parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor"): _Maker(_make_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Maker(_make_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _Maker(_make_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Maker(_make_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Maker(_make_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Maker(_make_subclass),
+    **{("builtins", kind.__name__): kind for kind in (set, frozenset, list, dict, tuple, int, float, bool, str)},
+}
+_KNOWN |= {("__builtin__", name): kind for (module, name), kind in _KNOWN.items() if module == "builtins"}

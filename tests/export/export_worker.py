@@ -1,0 +1,26 @@
+"""One export in a process of its own, slow enough to be killed in the middle: ``BASE ADAPTER OUTPUT``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from llmtune.checkpoint.tensor_file import TensorFile
+from llmtune.config.export_schema import ExportConfig
+from llmtune.export.job import ExportRequest, run_export
+
+write = TensorFile.write
+
+
+def write_slowly(file: TensorFile, tensor: Any) -> None:
+    """A slow disk."""
+    time.sleep(0.01)
+    write(file, tensor)
+
+
+if __name__ == "__main__":
+    base, adapter, output = map(Path, sys.argv[1:])
+    TensorFile.write = write_slowly  # type: ignore[method-assign]
+    run_export(ExportRequest(base, "tiny", adapter, None, output), ExportConfig(max_shard_bytes=40_000))

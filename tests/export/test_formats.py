@@ -1,0 +1,108 @@
+"""Every format, through the one door: opened, checked, written, described, published; and what the command line does with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmtune.checkpoint.manifest import find_damage
+from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
+from llmtune.errors import ExportError
+from llmtune.export.job import run_export
+from llmtune.export.material import ExportRequest
+from tests.export.conftest import make_adapter
+from tests.support import run_cli
+
+FILES = {
+    ExportFormat.safetensors: "model.safetensors",
+    ExportFormat.adapter: "adapter_model.safetensors",
+    ExportFormat.gguf: "model-q8_0.gguf",
+    ExportFormat.onnx: "model.onnx",
+    ExportFormat.torchscript: "model.ts.pt",
+    ExportFormat.pt: "model.pt",
+    ExportFormat.bnb_4bit: "model.safetensors",
+}
+
+
+@pytest.mark.parametrize("kind", FILES, ids=lambda kind: kind.value)
+def test_every_format_is_published_whole_with_a_card(kind: ExportFormat, base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    said: list[str] = []
+    request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out", say=said.append)
+    folder = run_export(request, ExportConfig(format=kind, gguf_type=GgufType.q8_0))
+    assert (folder / FILES[kind]).stat().st_size > 10_000
+    assert find_damage(folder) == []
+    assert json.loads((folder / "manifest.json").read_text())["format"] == kind.value
+    assert "tiny" in (folder / "README.md").read_text()
+    assert not list(tmp_path.glob("out.*"))
+    assert any("parity: logits within" in line for line in said) is (kind is not ExportFormat.adapter)
+
+
+def test_there_is_an_option_and_a_writer_for_every_format() -> None:
+    names = {file.stem for file in (Path(__file__).parents[2] / "conf" / "export").glob("*.yaml")}
+    assert names == {kind.value for kind in ExportFormat}
+    assert set(FILES) == set(ExportFormat) - {ExportFormat.none}
+
+
+def test_a_wrong_merge_is_published_in_no_format(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    monkeypatch.setattr("llmtune.export.adapter.Adapter.scale", lambda *_: 0.5)
+    for kind in (ExportFormat.safetensors, ExportFormat.gguf, ExportFormat.pt):
+        request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out")
+        with pytest.raises(ExportError, match="14 of 14 modules answer otherwise"):
+            run_export(request, ExportConfig(format=kind))
+        assert not list(tmp_path.glob("out*"))
+    run_export(request, ExportConfig(parity=False))
+
+
+def test_an_adapter_merges_onto_what_a_qlora_training_saw(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    found = {}
+    for onto in MergeOnto:
+        request = ExportRequest(base, "tiny", adapter, None, tmp_path / onto.value)
+        found[onto] = load_file(run_export(request, ExportConfig(merge_onto=onto)) / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    difference = (found[MergeOnto.nf4][name] - found[MergeOnto.original][name]).norm() / found[MergeOnto.original][
+        name
+    ].norm()
+    assert 0.01 < float(difference) < 0.2, "the quantisation error of NF4"
+    assert torch.equal(found[MergeOnto.nf4]["model.norm.weight"], found[MergeOnto.original]["model.norm.weight"])
+    with pytest.raises(ExportError, match="there is no adapter to merge"):
+        run_export(ExportRequest(base, "tiny", None, None, tmp_path / "x"), ExportConfig(merge_onto=MergeOnto.nf4))
+
+
+def test_a_dry_run_matches_everything_and_writes_nothing(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    said: list[str] = []
+    request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out", say=said.append)
+    run_export(request, ExportConfig(dry_run=True, dtype=ExportDtype.bf16, upload="hf://me/mine"))
+    assert said[0] == f"would write safetensors to {tmp_path / 'out'}"
+    assert "changes 14 tensors" in said[1]
+    assert said[2].endswith("in bfloat16")
+    assert "hf://me/mine" in said[3]
+    assert not list(tmp_path.glob("out*"))
+    (base / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ExportError):
+        run_export(request, ExportConfig(dry_run=True))
+
+
+@pytest.mark.slow
+def test_the_command_line_exports_verifies_and_refuses(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    places = [f"base={base}", f"adapter={adapter}", f"output_dir={tmp_path}/out"]
+    done = run_cli("merge", *places, f"export.upload=file://{tmp_path}/up")
+    assert done.code == 0, done.err
+    assert "parity: logits within" in done.out
+    assert done.out.endswith(f"exported {tmp_path}/out\n")
+    assert find_damage(tmp_path / "up") == []
+    assert run_cli("verify", f"base={tmp_path}/out").code == 0
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    done = run_cli("export", *places, "export=gguf")
+    assert done.code == 6
+    assert "cut off or damaged" in done.err
+    assert find_damage(tmp_path / "out") == [], "the export of before is still there"
