@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.checkpoint import names
-from llmtune.checkpoint.mirror import _hash_text, _list_files, _UnfitError
+from llmtune.checkpoint.remote import UnfitError, hash_text, list_files
 from llmtune.errors import ExportError, MissingPrerequisiteError
 from llmtune.plan.units import format_bytes
 from llmtune.secrets import redact
@@ -94,7 +94,7 @@ def upload_to_hub(folder: Path, url: str, private: bool, say: Callable[[str], No
     """One attempt; a further one sends only what is still missing.
 
     Raises:
-        _UnfitError: Trying again does not help.
+        UnfitError: Trying again does not help.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -103,13 +103,13 @@ def upload_to_hub(folder: Path, url: str, private: bool, say: Callable[[str], No
     try:
         _upload(HfApi(token=check_token(url)), place, folder, private, say)
     except OfflineModeIsEnabled as error:
-        raise _UnfitError("was not filled: HF_HUB_OFFLINE is set; unset it") from error
+        raise UnfitError("was not filled: HF_HUB_OFFLINE is set; unset it") from error
     except HFValidationError as error:
-        raise _UnfitError(f"is no name of a repository: {error}") from error
+        raise UnfitError(f"is no name of a repository: {error}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 500
         if 400 <= status < 500 and status not in _PASSING:
-            raise _UnfitError(
+            raise UnfitError(
                 f"was not filled: {_first_line(error)}. Does HF_TOKEN have the right to write to {place.repo}?"
             ) from error
         raise
@@ -155,7 +155,7 @@ def _upload(api: Any, place: HubPlace, folder: Path, private: bool, say: Callabl
 def _look(api: Any, place: HubPlace, private: bool, say: Callable[[str], None]) -> _Remote:
     """
     Raises:
-        _UnfitError: Something lies there which is no export of llmtune's.
+        UnfitError: Something lies there which is no export of llmtune's.
     """
     info = api.repo_info(place.repo, revision=place.branch)
     if private and info.private is False:
@@ -166,10 +166,10 @@ def _look(api: Any, place: HubPlace, private: bool, say: Callable[[str], None]) 
         return _Remote(info.sha, files, frozenset())
     text = _read(api, place.repo, info.sha) if names.MANIFEST in files else b""
     if not is_export_manifest(text):
-        raise _UnfitError(
+        raise UnfitError(
             f"holds {', '.join(others[:5])}, which is no export of llmtune; take another repository or branch"
         )
-    return _Remote(info.sha, files, frozenset(files.keys() & _list_files(_hash_text(text), text).keys()))
+    return _Remote(info.sha, files, frozenset(files.keys() & list_files(hash_text(text), text).keys()))
 
 
 def _list(api: Any, repo: str, commit: str) -> dict[str, Any]:

@@ -20,16 +20,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.manifest import check_undamaged, read_manifest
-from llmtune.checkpoint.mirror import (
-    _DRIVERS,
-    _describe,
-    _hash,
-    _hash_text,
-    _list_files,
-    _open_source,
-    _persist,
-    _Store,
-    _UnfitError,
+from llmtune.checkpoint.remote import (
+    DRIVERS,
+    Store,
+    UnfitError,
+    describe_error,
+    hash_stream,
+    hash_text,
+    list_files,
+    open_source,
+    persist,
 )
 from llmtune.errors import CheckpointError, ConfigError, ExportError, LlmtuneError, MissingPrerequisiteError
 from llmtune.export.hub import HUB, check_token, is_export_manifest, parse_hub_url, upload_to_hub
@@ -59,7 +59,7 @@ def check_upload(url: str, dry_run: bool = False) -> None:
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        package = _DRIVERS.get(protocol)
+        package = DRIVERS.get(protocol)
         how = f"pip install {package}" if package else redact(str(error))
         raise MissingPrerequisiteError(f"{shown}: the driver of {protocol}:// is not installed: {how}") from error
     except ValueError as error:
@@ -90,7 +90,7 @@ def upload_export(folder: Path, url: str, private: bool, dry_run: bool, say: Say
     with _reported(url):
         check_undamaged(folder)
         if url.startswith(HUB):
-            _persist(partial(upload_to_hub, folder, url, private, say))
+            persist(partial(upload_to_hub, folder, url, private, say))
         else:
             _upload_to_store(folder, url, say)
 
@@ -121,51 +121,51 @@ class _Found:
 def _upload_to_store(folder: Path, url: str, say: Say) -> None:
     store = _open_store(folder, url)
     marker, manifest = (folder / names.COMPLETE).read_bytes(), (folder / names.MANIFEST).read_bytes()
-    files = _list_files(marker, manifest)
-    found = _persist(_look, store)
-    missing = [name for name, entry in files.items() if not _persist(_holds, store, name, entry)]
+    files = list_files(marker, manifest)
+    found = persist(_look, store)
+    missing = [name for name, entry in files.items() if not persist(_holds, store, name, entry)]
     stale = found.listed - files.keys()
     ends = {names.MANIFEST: manifest, names.COMPLETE: marker}
     if (
         not (found.unfinished or missing or stale)
-        and {name: _persist(store.read, name) for name in (names.MANIFEST, names.COMPLETE)} == ends
+        and {name: persist(store.read, name) for name in (names.MANIFEST, names.COMPLETE)} == ends
     ):
         say(f"{redact(url)} holds this export already: {len(files)} files, read back and compared")
         return
     # From here to the end the place is nobody's export.
     listed = {**{name: {"size": 0, "xxh3_128": ""} for name in found.listed}, **files}
-    _persist(_write, store, UPLOADING, json.dumps({"format": "upload", "files": listed}).encode())
+    persist(_write, store, UPLOADING, json.dumps({"format": "upload", "files": listed}).encode())
     for name in (names.COMPLETE, names.MANIFEST, *sorted(stale)):
-        _persist(_remove, store, name)
+        persist(_remove, store, name)
     for count, name in enumerate(missing, start=1):
-        _persist(store.upload, partial(_open_source, folder / name), name, files[name])
+        persist(store.upload, partial(open_source, folder / name), name, files[name])
         say(f"uploaded {name}  {format_bytes(files[name]['size'])}  ({count}/{len(missing)})")
-    _persist(_write, store, names.MANIFEST, manifest)
-    _persist(_remove, store, UPLOADING)
-    _persist(_write, store, names.COMPLETE, marker)
+    persist(_write, store, names.MANIFEST, manifest)
+    persist(_remove, store, UPLOADING)
+    persist(_write, store, names.COMPLETE, marker)
     there = f", {len(files) - len(missing)} were there" if len(missing) < len(files) else ""
     say(f"uploaded {len(missing)} files to {redact(url)}{there}; all read back and compared")
 
 
-def _open_store(folder: Path, url: str) -> _Store:
-    store = _Store(url.rstrip("/"), f"export.upload={redact(url)}")
-    if isinstance(store._system, LocalFileSystem):
-        place = Path(store._root).resolve()
+def _open_store(folder: Path, url: str) -> Store:
+    store = Store(url.rstrip("/"), f"export.upload={redact(url)}")
+    if isinstance(store.system, LocalFileSystem):
+        place = Path(store.root).resolve()
         if place == folder.resolve() or folder.resolve() in place.parents:
-            raise _UnfitError(f"lies in {folder}, which is what would be copied; take another place")
+            raise UnfitError(f"lies in {folder}, which is what would be copied; take another place")
     return store
 
 
-def _look(store: _Store) -> _Found:
+def _look(store: Store) -> _Found:
     """
     Raises:
-        _UnfitError: Something lies there which is no export of llmtune's.
+        UnfitError: Something lies there which is no export of llmtune's.
     """
     try:
-        entries = store._system.ls(store._root, detail=True)
+        entries = store.system.ls(store.root, detail=True)
     except FileNotFoundError:
         return _Found(frozenset(), False)
-    root = store._root.rstrip("/")
+    root = store.root.rstrip("/")
     # Object stores may have an empty object that stands for the folder.
     others = [entry for entry in entries if entry["name"].rstrip("/") != root or entry["size"]]
     if not others:
@@ -174,32 +174,32 @@ def _look(store: _Store) -> _Found:
     manifests = [text for name in (UPLOADING, names.MANIFEST) if (text := store.read(name)) is not None]
     exports = [text for text in manifests if is_export_manifest(text)]
     for text in exports:
-        listed |= _list_files(_hash_text(text), text).keys()
+        listed |= list_files(hash_text(text), text).keys()
     if not exports:
         some = ", ".join(sorted(str(entry["name"]).rpartition("/")[2] for entry in others)[:5])
-        raise _UnfitError(f"holds {some}, which is no export of llmtune; take another place, or empty this one")
+        raise UnfitError(f"holds {some}, which is no export of llmtune; take another place, or empty this one")
     return _Found(frozenset(listed), store.read(UPLOADING) is not None)
 
 
-def _holds(store: _Store, name: str, entry: dict[str, Any]) -> bool:
+def _holds(store: Store, name: str, entry: dict[str, Any]) -> bool:
     """Whether a file lies there with the right size and, read back, the right hash."""
-    path = store._at(name)
+    path = store.at(name)
     try:
-        if store._system.info(path)["size"] != entry["size"]:
+        if store.system.info(path)["size"] != entry["size"]:
             return False
-        with store._system.open(path, "rb") as file:
-            return _hash(file) == entry
+        with store.system.open(path, "rb") as file:
+            return hash_stream(file) == entry
     except FileNotFoundError:
         return False
 
 
-def _write(store: _Store, name: str, data: bytes) -> None:
-    store.upload(partial(io.BytesIO, data), name, _hash(io.BytesIO(data)))
+def _write(store: Store, name: str, data: bytes) -> None:
+    store.upload(partial(io.BytesIO, data), name, hash_stream(io.BytesIO(data)))
 
 
-def _remove(store: _Store, name: str) -> None:
+def _remove(store: Store, name: str) -> None:
     with suppress(FileNotFoundError):
-        store._system.rm_file(store._at(name))
+        store.system.rm_file(store.at(name))
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def _reported(url: str) -> Iterator[None]:
     shown = f"export.upload={redact(url)}"
     try:
         yield
-    except _UnfitError as error:
+    except UnfitError as error:
         raise ExportError(redact(f"{shown}: {error}")) from error
     except CheckpointError as error:
         raise ExportError(redact(f"{shown}: nothing was sent: {error}; export again")) from error
@@ -218,7 +218,7 @@ def _reported(url: str) -> Iterator[None]:
     except Exception as error:
         raise ExportError(
             redact(
-                f"{shown} was not filled: {_describe(error)}. The export on this disk is whole; check the network and "
+                f"{shown} was not filled: {describe_error(error)}. The export on this disk is whole; check the network and "
             )
             + "the credentials, then run the same command again: what is there already is not sent again"
         ) from error

@@ -17,7 +17,7 @@ import pytest
 import xxhash
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
-from llmtune.checkpoint import mirror, names
+from llmtune.checkpoint import names, remote
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.manifest import check_undamaged, hash_file, mark_complete, write_manifest
 from llmtune.checkpoint.mirror import Mirror, fetch_remote, find_remote
@@ -87,7 +87,7 @@ class FaultyFileSystem(MemoryFileSystem):
 def stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FaultyFileSystem]]:
     """Empty memory file systems, and retries that do not wait."""
     fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
-    monkeypatch.setattr(mirror, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.001)
     MemoryFileSystem.store.clear()
     FaultyFileSystem.store.clear()
     for name in ("fail_writes", "corrupt_writes", "fail_removals"):
@@ -152,7 +152,7 @@ def test_the_marker_is_written_last_behind_the_manifest(tmp_path: Path, stores: 
 
 
 def test_a_network_that_fails_at_first_is_tried_again(tmp_path: Path, stores: type[FaultyFileSystem]) -> None:
-    stores.fail_writes = mirror.ATTEMPTS - 1
+    stores.fail_writes = remote.ATTEMPTS - 1
     assert copy("faulty://b", write_checkpoint(tmp_path, 10)) == ([], [])
     assert names_at("faulty://b") == ["checkpoint-10"]
 
@@ -168,14 +168,14 @@ def test_a_network_that_stays_away_is_said_once_without_the_password(
         assert "reset by peer" in text
         assert "hunter2" not in text
     assert "faulty://***@b/run" in said[0]
-    assert 1000 - stores.fail_writes == mirror.ATTEMPTS
+    assert 1000 - stores.fail_writes == remote.ATTEMPTS
     assert not find_remote("faulty://me:hunter2@b", "run")
 
 
 def test_waits_double(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stores: type[FaultyFileSystem]) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(mirror, "FIRST_WAIT_SECONDS", 1.0)
-    monkeypatch.setattr(mirror.time, "sleep", waits.append)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
     stores.fail_writes = 1000
     copy("faulty://b", write_checkpoint(tmp_path, 10))
     assert waits == [1.0, 2.0, 4.0, 8.0]
@@ -336,7 +336,7 @@ def test_a_damaged_local_checkpoint_is_not_passed_on(tmp_path: Path) -> None:
 def test_a_failure_is_forgotten_once_the_checkpoint_made_it(tmp_path: Path, stores: type[FaultyFileSystem]) -> None:
     folder = write_checkpoint(tmp_path, 10)
     copies = Mirror("faulty://b", "run", lambda _: None)
-    stores.fail_writes = mirror.ATTEMPTS
+    stores.fail_writes = remote.ATTEMPTS
     copies.put(folder, set())
     assert len(copies.finish(TIMEOUT)) == 1
     copies.put(folder, set())
@@ -465,7 +465,7 @@ def test_a_copy_without_its_marker_is_none(tmp_path: Path) -> None:
 
 def test_the_same_checkpoint_here_already_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = remote_checkpoint(tmp_path)
-    monkeypatch.setattr(mirror._Store, "download", None)
+    monkeypatch.setattr(remote.Store, "download", None)
     assert fetch_remote(url, tmp_path / "source") == tmp_path / "source" / "checkpoint-10"
 
 

@@ -17,7 +17,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
-from llmtune.checkpoint import mirror
+from llmtune.checkpoint import remote
 from llmtune.checkpoint.find import is_complete
 from llmtune.checkpoint.manifest import check_undamaged
 from llmtune.errors import ExportError, MissingPrerequisiteError
@@ -68,7 +68,7 @@ fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Empty stores, and retries that do not wait a second each."""
-    monkeypatch.setattr(mirror, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.001)
     for system in (FlakyFileSystem, MemoryFileSystem):
         system.store.clear()
         system.pseudo_dirs[:] = [""]
@@ -377,10 +377,10 @@ def upload_in_process(folder: Path, hub: Hub, url: str = "hf://user/name", **env
     """Both outputs and the error, if there was one, of an upload in a process of its own."""
     code = (
         "import sys, pathlib\n"
-        "from llmtune.checkpoint import mirror\n"
+        "from llmtune.checkpoint import remote\n"
         "from llmtune.errors import LlmtuneError\n"
         "from llmtune.export.upload import upload_export\n"
-        "mirror.FIRST_WAIT_SECONDS = 0.01\n"
+        "remote.FIRST_WAIT_SECONDS = 0.01\n"
         "try:\n"
         f"    upload_export(pathlib.Path({str(folder)!r}), {url!r}, True, False, print)\n"
         "except LlmtuneError as error:\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.checkpoint import mirror
+from llmtune.checkpoint import remote
 from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
 from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.trainer_state import TrainerState
@@ -72,7 +72,7 @@ def test_a_named_checkpoint_must_be_whole_and_of_this_run(tmp_path: Path) -> Non
 
 
 def test_a_lost_run_folder_comes_back_from_the_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.0)
     url = str(tmp_path / "elsewhere")
     config, said = config_of(f"checkpoint.mirror={url}"), []
     run = RunFolder(tmp_path / "run")
