@@ -35,19 +35,25 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     """Export after training, unless that is done or is not wanted; the ranks have ended and their memory is free."""
     config = replace(load_config(run / names.CONFIG), export=export)
     lora = config.tuner.kind is TunerKind.lora
-    if config.export.format is not ExportFormat.safetensors or not lora:
-        console.say(f"the trained {'adapter' if lora else 'model'}: {run / (names.ADAPTER if lora else names.MODEL)}")
+    trained = run / (names.ADAPTER if lora else names.MODEL)
+    as_trained = ExportFormat.adapter if lora else ExportFormat.safetensors
+    if export.format in (ExportFormat.none, as_trained):
+        console.say(f"the trained {'adapter' if lora else 'model'}: {trained}")
         return
     merged = run / names.MERGED
-    if not _is_of(merged, run / names.ADAPTER):
+    if export.dry_run or not _is_of(merged, trained, export.format):
         export_run(run, config, merged, console.say)
-    console.say(f"merged model: {merged}\nadapter:      {run / names.ADAPTER}")
+    if export.dry_run:
+        return
+    console.say(f"merged model: {merged}" if lora else f"exported: {merged}")
+    console.say(f"{'adapter:     ' if lora else 'trained model:'} {trained}")
     console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')
 
 
-def _is_of(merged: Path, adapter: Path) -> bool:
-    """Whether the export is that of this very adapter; clocks cannot tell."""
+def _is_of(merged: Path, trained: Path, wanted: ExportFormat) -> bool:
+    """Whether the export is that of this very adapter or model, in this format; clocks cannot tell."""
     try:
-        return bool(read_manifest(merged).get("source") == identify(adapter) != "")
+        manifest = read_manifest(merged)
     except CheckpointError:
         return False
+    return bool(manifest.get("source") == identify(trained) != "" and manifest.get("format") == wanted.value)

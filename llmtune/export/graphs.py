@@ -34,7 +34,7 @@ from llmtune.plan.units import format_count
 ONNX_FILE = "model.onnx"
 TORCHSCRIPT_FILE = "model.ts.pt"
 
-#: Writing a graph takes about three times its size in memory: 36 GB here.
+#: Writing a graph takes one to three times its size in memory: up to 36 GB here.
 MOST_PARAMETERS = 3_000_000_000
 #: A protobuf ends at 2 GiB; the weights of a larger model go into a file beside it.
 _MOST_IN_ONE_FILE_BYTES = 1_900_000_000

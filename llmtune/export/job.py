@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from llmtune.config.export_schema import ExportConfig, ExportFormat
 from llmtune.errors import ExportError
 from llmtune.export.bnb_folder import write_bnb_4bit
 from llmtune.export.card import write_model_card
+from llmtune.export.card_facts import is_hub_id
 from llmtune.export.checks import check_folder, check_material
 from llmtune.export.companions import copy_companions, settle_config, settle_generation
 from llmtune.export.gguf import write_gguf
@@ -27,6 +29,9 @@ from llmtune.plan.units import format_bytes
 
 #: Configuration, tokenizer and card beside the weights.
 _COMPANION_BYTES = 64 << 20
+
+#: Room that a format takes, as a share of the weights; writers of the others ask for it themselves.
+_ROOM = {ExportFormat.safetensors: 1.0, ExportFormat.pt: 1.0, ExportFormat.bnb_4bit: 0.5}
 
 
 def run_export(request: ExportRequest, config: ExportConfig) -> Path:
@@ -49,14 +54,14 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         return request.output
 
     def write(folder: Path, journal: Journal) -> None:
-        check_room(folder, material.nbytes + _COMPANION_BYTES)
+        check_room(folder, int(material.nbytes * _ROOM.get(config.format, 0.0)) + _COMPANION_BYTES)
         if config.format not in (ExportFormat.safetensors, ExportFormat.adapter):
             check_material(material, config)
         _WRITERS[config.format](material, folder, journal, config)
         write_model_card(folder, request, config)
 
     about = {
-        "base": request.base_name,
+        "base": request.base_name if is_hub_id(request.base_name) else Path(request.base_name).name,
         "format": config.format.value,
         "source": identify(request.adapter or request.base),
     }
@@ -99,8 +104,12 @@ def _write_safetensors(material: Material, folder: Path, journal: Journal, confi
 def _write_adapter(material: Material, folder: Path, _journal: Journal, _config: ExportConfig) -> None:
     """A copy of the adapter that peft loads."""
     assert material.adapter is not None
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        shutil.copyfile(material.adapter.folder / name, folder / name)
+    shutil.copyfile(material.adapter.folder / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    settings = dict(material.adapter.settings)
+    if is_hub_id(material.request.base_name):
+        # Training may have noted a folder of this machine, where nobody else finds the base.
+        settings["base_model_name_or_path"] = material.request.base_name
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     copy_companions([material.adapter.folder], folder)
 
 

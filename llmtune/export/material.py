@@ -20,7 +20,7 @@ from llmtune.export.merge import MergedSource
 from llmtune.export.nf4 import Nf4RoundTrip, quantised_names
 from llmtune.export.tensors import Retyped, SafetensorsSource, TensorSource
 from llmtune.export.write import Progress
-from llmtune.export.zero_adapter import has_adapter, open_base_part
+from llmtune.export.zero_adapter import has_adapter, open_base_part, open_model_part
 from llmtune.export.zero_files import ZeroSource
 
 DTYPES = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
@@ -113,12 +113,13 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
     """The trained model, or what the adapter is added to."""
     if request.zero is not None:
         zero = ZeroSource(request.zero)
-        return open_base_part(zero) if has_adapter(zero) else zero
+        return open_base_part(zero) if has_adapter(zero) else open_model_part(zero)
     if request.adapter is None:
         if config.merge_onto is MergeOnto.nf4:
             raise ExportError("export.merge_onto=nf4: there is no adapter to merge; the key is for QLoRA")
-        fine = config.dtype is ExportDtype.fp32 and has_masters(request.base)
-        return MastersSource(request.base) if fine else open_base(request.base)
+        # Rounded to bf16, master weights are the stored ones; other dtypes gain digits from them.
+        finer = config.dtype in (ExportDtype.fp32, ExportDtype.fp16) and has_masters(request.base)
+        return MastersSource(request.base) if finer else open_base(request.base)
     base = open_base(request.base)
     if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
         return Nf4RoundTrip(base, quantised_names(request.base, base))
