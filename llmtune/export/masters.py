@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from llmtune.checkpoint import names
+from llmtune.checkpoint.manifest import read_manifest
 from llmtune.checkpoint.tensor_file import TensorSpec
-from llmtune.errors import ExportError
+from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.pieces import Piece, PiecedTensor, find_gap
 from llmtune.export.tensors import SafetensorsSource, open_tensors, some
 
@@ -31,6 +32,18 @@ _STATE_FILE = re.compile(r"optimizer-(\d+)-of-(\d+)\.safetensors")
 def has_masters(folder: Path) -> bool:
     """Whether a folder is a checkpoint of llmtune with a whole model and its master weights."""
     return bool(_state_files(folder)) and any(folder.glob("model*.safetensors"))
+
+
+def find_masters(folder: Path) -> Path | None:
+    """The checkpoint with a trained model's master weights: the folder itself, or the one that a run's result was made from."""
+    if has_masters(folder):
+        return folder
+    try:
+        checkpoint = folder.parent / str(read_manifest(folder).get("from"))
+        read_manifest(checkpoint)
+    except CheckpointError:
+        return None
+    return checkpoint if has_masters(checkpoint) else None
 
 
 class MastersSource:

@@ -15,7 +15,7 @@ from llmtune.config.export_schema import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter, read_adapter
 from llmtune.export.bnb_base import open_base
-from llmtune.export.masters import MastersSource, has_masters
+from llmtune.export.masters import MastersSource, find_masters
 from llmtune.export.merge import MergedSource
 from llmtune.export.nf4 import Nf4RoundTrip, quantised_names
 from llmtune.export.tensors import Retyped, SafetensorsSource, TensorSource
@@ -118,8 +118,9 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
         if config.merge_onto is MergeOnto.nf4:
             raise ExportError("export.merge_onto=nf4: there is no adapter to merge; the key is for QLoRA")
         # Rounded to bf16, master weights are the stored ones; other dtypes gain digits from them.
-        finer = config.dtype in (ExportDtype.fp32, ExportDtype.fp16) and has_masters(request.base)
-        return MastersSource(request.base) if finer else open_base(request.base)
+        finer = config.dtype in (ExportDtype.fp32, ExportDtype.fp16)
+        checkpoint = find_masters(request.base) if finer else None
+        return MastersSource(checkpoint) if checkpoint is not None else open_base(request.base)
     base = open_base(request.base)
     if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
         return Nf4RoundTrip(base, quantised_names(request.base, base))

@@ -30,7 +30,7 @@ _MODULE_ROUNDINGS = 4
 #: The logits of a deep model gather the errors of all modules.
 _LOGIT_ROUNDINGS = 48
 
-_ROWS, _POSITIONS = 4, 48
+_ROWS, _POSITIONS = 4, 24
 _TEXTS = (
     "The committee met on Tuesday to discuss the proposal. After three hours of debate, most members agreed that the plan "
     "needed further work before it could be adopted, and the chair asked for a new draft by the end of the month.",

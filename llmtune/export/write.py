@@ -115,7 +115,8 @@ def write_shards(
 
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     workers = max(1, min(len(shards), cores // 2, _MOST_SHARDS))
-    torch.set_num_threads(max(1, cores // workers))
+    # Never more than somebody allowed from outside, with OMP_NUM_THREADS.
+    torch.set_num_threads(max(1, min(threads, cores // workers)))
     pool = ThreadPoolExecutor(workers)
     try:
         list(pool.map(write, shards))

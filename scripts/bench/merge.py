@@ -39,11 +39,12 @@ SHARD_BYTES = 2_000_000_000
 LAYERS = {"0.4B": 6, "1.2B": 24, "4B": 86}
 
 #: Targets.
-MOST_BYTES = 600e6
-MOST_OF_PEFT = 0.6
-MOST_BYTES_70B = 3e9
+MOST_BYTES, MOST_OF_PEFT, MOST_BYTES_70B = 600e6, 0.6, 3e9
 
-#: What a process may have beyond the projection: the allocator's odds and ends, library code that is loaded late.
+#: Measured with the 0.4B model, and checked by ``--flat``: the tokenizer, loaded after the weights; and how many bytes the C
+#: library holds for each byte of blocks that is alive, because they are freed by another thread than the one that made them.
+_TOKENIZER_BYTES = 60e6
+_HELD = 2.7
 _SLACK = 0.15
 
 
@@ -330,36 +331,37 @@ class Projection:
 
     @property
     def peak_bytes(self) -> float:
-        """Imports once, the rest for each shard at once."""
-        return self.import_bytes + self.shards * self.working_bytes
+        """Imports and tokenizer once, the rest for each shard at once."""
+        return self.import_bytes + _TOKENIZER_BYTES + _HELD * self.shards * self.working_bytes
 
 
-def show_flat(root: Path, peers: Path, targets: Targets) -> None:
+def show_flat(root: Path, peers: Path, repeats: int, targets: Targets) -> None:
     """Peaks at three sizes, what the constants say, and what they say of 70B."""
     from llmtune.export import write
 
-    peaks, imports = [], []
+    peaks, imports = [], 0.0
     for size, layers in LAYERS.items():
         place = Place.make(root, size, peers)
-        found = place.run("llmtune")
+        found = [place.run("llmtune") for _ in range(repeats)]
         files = len(list(place.base.glob("*.safetensors")))
         shutil.rmtree(root / size)
         at_once = max(1, min(files, len(os.sched_getaffinity(0)) // 2, write._MOST_SHARDS))
-        said = Projection.of(SHAPES, at_once, found["import_bytes"]).peak_bytes
-        peaks.append(found["peak_bytes"])
-        imports.append(found["import_bytes"])
-        print(
-            f"{size:<5} {layers:>3} layers, {files} shards: {found['seconds']:6.1f} s, peak {peaks[-1] / 1e6:5.0f} MB, "
-            f"projected {said / 1e6:5.0f} MB (imports {imports[-1] / 1e6:.0f} MB)",
-            flush=True,
-        )
-        text = f"{size}: peak at most {_SLACK:.0%} above the projection"
-        targets.check(peaks[-1] <= said * (1 + _SLACK), text)
+        imports = max(imports, *(result["import_bytes"] for result in found))
+        said = Projection.of(SHAPES, at_once, imports).peak_bytes
+        peaks.append(middle(found, "peak_bytes"))
+        worst = max(result["peak_bytes"] for result in found)
+        shown = ", ".join(f"{result['peak_bytes'] / 1e6:.0f}" for result in found)
+        seconds = middle(found, "seconds")
+        print(f"{size}, {layers} layers, {files} shards, {seconds:.1f} s: peaks {shown} MB", flush=True)
+        most = said * (1 + _SLACK)
+        targets.check(worst <= most, f"{size}: every peak at most {_SLACK:.0%} above the projected {said / 1e6:.0f} MB")
     spread = max(peaks) / min(peaks) - 1
-    targets.check(spread <= 0.1, f"flat from 0.4B to 4B: largest peak {spread:.1%} above the smallest; at most 10%")
+    targets.check(
+        spread <= 0.1, f"flat from 0.4B to 4B: largest median peak {spread:.1%} above the smallest; at most 10%"
+    )
     llama = linears(8192, 28672, 1024)
     for shards in (1, write._MOST_SHARDS):
-        far = Projection.of(llama, shards, max(imports)).peak_bytes
+        far = Projection.of(llama, shards, imports).peak_bytes
         text = f"{shards} shards at once ({2 * shards} cores or more): {far / 1e9:.2f} GB"
         targets.check(far <= MOST_BYTES_70B, f"Llama-3-70B, largest tensor 2.1 GB, projected, {text}")
 
@@ -388,7 +390,7 @@ def main() -> int:
     targets = Targets()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         if arguments.flat:
-            show_flat(Path(root), peers, targets)
+            show_flat(Path(root), peers, arguments.repeats, targets)
         else:
             compare(Path(root), peers, arguments.repeats, targets)
     return 1 if targets.missed else 0

@@ -13,13 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from llmtune.checkpoint import state_files
 from llmtune.checkpoint.tensor_file import TensorSpec
+from llmtune.config.export_schema import ExportConfig, ExportDtype
 from llmtune.engine.state import KINDS
 from llmtune.errors import ExportError
 from llmtune.export import masters
-from llmtune.export.masters import MastersSource, has_masters
+from llmtune.export.masters import MastersSource, find_masters, has_masters
+from llmtune.export.material import ExportRequest, open_material
 from llmtune.export.pieces import Piece, PiecedTensor, find_gap
 from llmtune.export.tensors import read_whole
 from llmtune.export.write import Journal, write_shards
+from llmtune.train.saving import link_result
 from tests.support import TINY, train_engines
 
 #: ZeRO stage and place of the optimizer's state.
@@ -150,6 +153,24 @@ def test_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
     save_file({"w/master": torch.ones(2)}, last)
     with pytest.raises(ExportError, match="is not a state file of llmtune"):
         MastersSource(folder)
+
+
+@pytest.mark.slow
+def test_a_runs_result_finds_the_checkpoint_that_it_was_made_from(checkpoints: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoints / "3-none" / "checkpoint-2", checkpoint)
+    result = tmp_path / "model"
+    link_result(checkpoint, result)
+    assert find_masters(result) == find_masters(checkpoint) == checkpoint
+    request = ExportRequest(result, "tiny", None, tmp_path, tmp_path / "out")
+    stored = open_material(request, ExportConfig())
+    fine = open_material(request, ExportConfig(dtype=ExportDtype.fp32))
+    assert stored.dtype == torch.bfloat16
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(read_whole(fine.source, name).bfloat16(), read_whole(stored.source, name))
+    assert not torch.equal(read_whole(fine.source, name), read_whole(stored.source, name).float())
+    shutil.rmtree(checkpoint)
+    assert find_masters(result) is None
 
 
 def test_a_folder_without_masters_is_told_from_one_with(tmp_path: Path) -> None:
