@@ -16,6 +16,7 @@ from llmtune.model.tokenizer import end_of_turn_ids
 
 #: Beside weights. Weights, state and our own files are left out.
 _KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 _LEFT_OUT = {names.MANIFEST, names.TRAINER_STATE, "adapter_config.json", INDEX_FILE}
 
 
@@ -54,6 +55,8 @@ def settle_generation(folder: Path) -> None:
     """Make plain transformers stop where an answer was trained to end, which a base model's own settings do not name."""
     from transformers import AutoTokenizer, GenerationConfig
 
+    if not has_tokenizer(folder):
+        return
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     file = folder / "generation_config.json"
     settings = GenerationConfig.from_pretrained(str(folder)) if file.is_file() else GenerationConfig()
@@ -65,6 +68,11 @@ def settle_generation(folder: Path) -> None:
     if not settings.do_sample:
         settings.temperature = settings.top_p = None
     settings.save_pretrained(str(folder))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has a tokenizer in one of the forms that transformers reads."""
+    return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
 def _companions(folder: Path) -> Iterator[Path]:

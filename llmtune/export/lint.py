@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import ExportError
+from llmtune.export.companions import has_tokenizer
 from llmtune.export.streamed_model import build_skeleton, tied_aliases
 from llmtune.export.tensors import TensorSource, find_name, some
 
@@ -89,7 +90,7 @@ def _check_tokens(folder: Path, config: dict[str, Any], source: TensorSource) ->
             for token in ids if isinstance(ids, list) else [ids]:
                 if token is not None and not -1 <= token < vocabulary:
                     problems.append(f"{file}: {key} {token} is outside the vocabulary of {vocabulary}")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")):
+    if not has_tokenizer(folder):
         notes.append("there is no tokenizer: programs that serve it need one beside the weights")
         return problems, notes
     return problems + _check_tokenizer(folder, vocabulary, notes), notes
