@@ -388,6 +388,8 @@ def main() -> int:
         merge_peers.make_environments(peers)
         return 0
     targets = Targets()
+    if arguments.folder:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         if arguments.flat:
             show_flat(Path(root), peers, arguments.repeats, targets)
