@@ -31,6 +31,10 @@ MODEL = "model"
 MERGED = "merged"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_STATE_FILE = re.compile(r"optimizer-(\d+)-of-(\d+)\.safetensors")
+
+#: What a state file's header calls the offsets of its slices.
+STATE_SLICES = "llmtune_slices"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -52,6 +56,12 @@ def state_file(rank: int, world_size: int) -> str:
 def is_state_file(name: str) -> bool:
     """Whether a file of a checkpoint holds a rank's share."""
     return fnmatchcase(name, STATE_FILES)
+
+
+def state_file_ranks(name: str) -> tuple[int, int] | None:
+    """Rank and number of ranks in a state file's name; None for any other name."""
+    match = _STATE_FILE.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 STATE_FILES = "optimizer-*.safetensors"

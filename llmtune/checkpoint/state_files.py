@@ -29,8 +29,6 @@ from llmtune.engine.state import (
 )
 from llmtune.errors import CheckpointError
 
-_SLICES = "llmtune_slices"
-
 
 @dataclass(frozen=True, slots=True)
 class StoredSlice:
@@ -46,7 +44,7 @@ def put_states(module: TrainModule, outbox: Outbox) -> None:
     pieces = owned_slices(module)
     where = {piece.name: [piece.start, piece.numel, piece.parameter_numel] for piece in pieces}
     ((name, specs),) = state_specs(module).items()
-    outbox.start(name, specs, {_SLICES: json.dumps(where)})
+    outbox.start(name, specs, {names.STATE_SLICES: json.dumps(where)})
     for batch in by_residence(module, pieces):
         for piece, kind in product(batch, KINDS):
             outbox.put(view_state(module, piece, kind))
@@ -99,7 +97,7 @@ def _read_index(folder: Path) -> dict[str, tuple[int, list[StoredSlice]]]:
     for file in sorted(folder / name for name in read_manifest(folder)["files"] if names.is_state_file(name)):
         try:
             with safe_open(str(file), framework="pt") as handle:
-                where: dict[str, Any] = json.loads(handle.metadata()[_SLICES])
+                where: dict[str, Any] = json.loads(handle.metadata()[names.STATE_SLICES])
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{file}: not a state file of llmtune ({error})") from error
         for name, (start, numel, total) in where.items():

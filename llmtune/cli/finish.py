@@ -13,6 +13,7 @@ from llmtune.config.export_schema import ExportConfig, ExportFormat
 from llmtune.config.schema import TunerKind
 from llmtune.errors import CheckpointError
 from llmtune.export.job import identify
+from llmtune.export.upload import upload_export
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
 
@@ -43,6 +44,9 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     merged = run / names.MERGED
     if export.dry_run or not _is_of(merged, trained, export.format):
         export_run(run, config, merged, console.say)
+    elif export.upload:
+        # Cut off when the export was done: what is there already is not sent again.
+        upload_export(merged, export.upload, export.upload_private, False, console.say)
     if export.dry_run:
         return
     console.say(f"merged model: {merged}" if lora else f"exported: {merged}")

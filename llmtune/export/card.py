@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from llmtune import __version__
-from llmtune.config.export_schema import ExportConfig, ExportFormat, GgufType, MergeOnto
+from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.card_facts import (
     Facts,
@@ -230,7 +230,7 @@ def _describe_making(request: ExportRequest, config: ExportConfig, facts: Facts,
             "The adapter was trained on the base in 4 bits (NF4). On the unquantised base it computes slightly other numbers; "
             'with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` it has those of the training.'
         )
-    if config.dtype.value != "auto":
+    if config.dtype is not ExportDtype.auto and config.format in (ExportFormat.safetensors, ExportFormat.pt):
         lines.append(f"The weights are stored in {config.dtype.value}.")
     if parity:
         lines.append(f"Compared with base and adapter before it was published: {_escape(parity)}.")

@@ -15,7 +15,7 @@ from llmtune.export.companions import copy_companions, settle_config
 from llmtune.export.lint import check_export, is_renamed
 from llmtune.export.material import Material
 from llmtune.export.parity import Parity, Sides, check_parity, compare_whole, probe_tokens
-from llmtune.export.tensors import SafetensorsSource, TensorSource
+from llmtune.export.tensors import SafetensorsSource, TensorSource, is_input_embedding
 from llmtune.plan.units import format_bytes
 
 #: Two models in fp32, one after the other, and what computing takes.
@@ -72,11 +72,12 @@ def _tokenizer(folder: Path) -> Any:
 
 def _rows(source: TensorSource) -> int:
     """Rows of the first embedding, which every token must stay below."""
-    return next(
-        spec.shape[0]
-        for name, spec in source.specs.items()
-        if len(spec.shape) == 2 and any(part in name for part in ("embed", "wte"))
-    )
+    found = [spec.shape[0] for name, spec in source.specs.items() if is_input_embedding(name)]
+    if not found:
+        raise ExportError(
+            "parity: no embedding of tokens was found, so no text can be tried; export.parity=false leaves it out"
+        )
+    return found[0]
 
 
 def _trained_tokens(material: Material) -> list[int]:

@@ -55,7 +55,7 @@ def settle_generation(folder: Path) -> None:
     """Make plain transformers stop where an answer was trained to end, which a base model's own settings do not name."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    if not has_tokenizer(folder):
+    if not has_tokenizer(folder) or not _writes_text(folder):
         return
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     file = folder / "generation_config.json"
@@ -73,6 +73,13 @@ def settle_generation(folder: Path) -> None:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model folder has a tokenizer in one of the forms that transformers reads."""
     return any((folder / name).is_file() for name in _TOKENIZERS)
+
+
+def _writes_text(folder: Path) -> bool:
+    """Whether the model continues text, so that settings of generation mean something; what names no architecture may."""
+    file = folder / "config.json"
+    named = json.loads(file.read_text()).get("architectures") if file.is_file() else None
+    return not named or named[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 def _companions(folder: Path) -> Iterator[Path]:

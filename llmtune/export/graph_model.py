@@ -86,13 +86,6 @@ def find_loader(folder: Path) -> tuple[str, str]:
     return loader, named[0]
 
 
-def writes_text(folder: Path) -> bool:
-    """Whether the model continues text, so that settings of generation mean something; what names no architecture may."""
-    file = folder / "config.json"
-    named = json.loads(file.read_text()).get("architectures") if file.is_file() else None
-    return not named or named[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-
-
 def load_graph_model(folder: Path, loader: str, architecture: str) -> GraphModel:
     """The model in fp32 on the CPU, with the attention that exporters understand.
 

@@ -23,7 +23,6 @@ from llmtune.export.graph_model import (
     make_checks,
     make_example,
     refusing,
-    writes_text,
 )
 from llmtune.export.material import Material
 from llmtune.export.publish import check_room
@@ -114,8 +113,7 @@ def _prepare(material: Material, folder: Path, config: ExportConfig) -> GraphMod
         model = load_graph_model(weights, loader, architecture)
     finally:
         shutil.rmtree(weights)
-    if writes_text(folder):
-        settle_generation(folder)
+    settle_generation(folder)
     return model
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmtune.checkpoint import names
-from llmtune.config.export_schema import ExportConfig, ExportFormat
+from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat
 from llmtune.errors import ExportError
 from llmtune.export.bnb_folder import write_bnb_4bit
 from llmtune.export.card import write_model_card
@@ -33,6 +33,9 @@ _COMPANION_BYTES = 64 << 20
 #: Room that a format takes, as a share of the weights; writers of the others ask for it themselves.
 _ROOM = {ExportFormat.safetensors: 1.0, ExportFormat.pt: 1.0, ExportFormat.bnb_4bit: 0.5}
 
+#: Formats that transformers and peft read themselves, and that are checked as they lie on the disk, or not at all.
+_AS_STORED = (ExportFormat.safetensors, ExportFormat.adapter)
+
 
 def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     """Write what ``export.format`` names; the published folder.
@@ -44,6 +47,13 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         raise ExportError("export=none writes nothing; take export=safetensors or export=adapter")
     if config.format is ExportFormat.adapter and request.adapter is None:
         raise ExportError("export=adapter: this run was a full fine-tuning and has no adapter; take export=safetensors")
+    if config.dtype is not ExportDtype.auto and config.format in (ExportFormat.gguf, ExportFormat.adapter):
+        key = (
+            "export.gguf_type says what it is stored in"
+            if config.format is ExportFormat.gguf
+            else "it is copied as it is"
+        )
+        raise ExportError(f"export.dtype={config.dtype.value} has no part in export={config.format.value}: {key}")
     check_places(request)
     restore_replaced(request.output)
     if config.upload:
@@ -55,10 +65,12 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
 
     def write(folder: Path, journal: Journal) -> None:
         check_room(folder, int(material.nbytes * _ROOM.get(config.format, 0.0)) + _COMPANION_BYTES)
-        if config.format not in (ExportFormat.safetensors, ExportFormat.adapter):
-            check_material(material, config)
+        parity = check_material(material, config) if config.format not in _AS_STORED else None
         _WRITERS[config.format](material, folder, journal, config)
-        write_model_card(folder, request, config)
+        if config.format is ExportFormat.safetensors:
+            # Of what lies on the disk now.
+            parity = check_folder(material, folder, config)
+        write_model_card(folder, request, config, parity.describe() if parity else None)
 
     about = {
         "base": request.base_name if is_hub_id(request.base_name) else Path(request.base_name).name,
@@ -98,7 +110,6 @@ def _write_safetensors(material: Material, folder: Path, journal: Journal, confi
     copy_companions(material.companions, folder)
     settle_config(folder, material.dtype, material.config_changes)
     settle_generation(folder)
-    check_folder(material, folder, config)
 
 
 def _write_adapter(material: Material, folder: Path, _journal: Journal, _config: ExportConfig) -> None:

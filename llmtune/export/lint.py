@@ -9,7 +9,7 @@ from typing import Any
 from llmtune.errors import ExportError
 from llmtune.export.companions import has_tokenizer
 from llmtune.export.streamed_model import build_skeleton, tied_aliases
-from llmtune.export.tensors import TensorSource, find_name, some
+from llmtune.export.tensors import TensorSource, find_name, is_embedding, some
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
@@ -78,9 +78,7 @@ def _check_tokens(folder: Path, config: dict[str, Any], source: TensorSource) ->
     if vocabulary is None:
         return [], []
     problems, notes = [], []
-    rows = {
-        spec.shape[0] for name, spec in source.specs.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    }
+    rows = {spec.shape[0] for name, spec in source.specs.items() if is_embedding(name)}
     if rows - {vocabulary}:
         problems.append(f"config.json has vocab_size {vocabulary}, the embeddings have {sorted(rows)} rows")
     for file in ("config.json", "generation_config.json"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,10 +22,8 @@ from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.pieces import Piece, PiecedTensor, find_gap
 from llmtune.export.tensors import SafetensorsSource, open_tensors, some
 
-#: What a state file's header calls the offsets of its slices, and its tensors the master weight.
-_SLICES, _MASTER = "llmtune_slices", "master"
-
-_STATE_FILE = re.compile(r"optimizer-(\d+)-of-(\d+)\.safetensors")
+#: What a state file calls the master weight among a parameter's tensors.
+_MASTER = "master"
 
 
 def has_masters(folder: Path) -> bool:
@@ -81,7 +78,7 @@ _NEXT = "fetch or copy the checkpoint again, or take another with checkpoint="
 
 
 def _state_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob(names.STATE_FILES) if _STATE_FILE.fullmatch(file.name))
+    return sorted(file for file in folder.glob(names.STATE_FILES) if names.state_file_ranks(file.name))
 
 
 def _read_slices(folder: Path) -> dict[str, tuple[int, list[Piece]]]:
@@ -93,7 +90,7 @@ def _read_slices(folder: Path) -> dict[str, tuple[int, list[Piece]]]:
     for file in files:
         handle = open_tensors(file)
         try:
-            where: dict[str, Any] = json.loads(handle.metadata()[_SLICES])
+            where: dict[str, Any] = json.loads(handle.metadata()[names.STATE_SLICES])
             for name, (start, numel, total) in where.items():
                 values = handle.get_tensor(f"{name}/{_MASTER}").reshape(-1)
                 if values.numel() != int(numel) or numels.setdefault(name, int(total)) != int(total):
@@ -111,11 +108,11 @@ def _check_ranks(folder: Path, files: list[Path]) -> None:
     """One file of every rank, all from the same number of ranks."""
     if not files:
         raise ExportError(f"{folder} holds no {names.STATE_FILES}, and so no master weights")
-    found = [match for match in (_STATE_FILE.fullmatch(file.name) for file in files) if match]
-    sizes = sorted({int(match[2]) for match in found})
+    found = [ranks for ranks in (names.state_file_ranks(file.name) for file in files) if ranks]
+    sizes = sorted({world_size for _, world_size in found})
     if len(sizes) > 1:
         raise ExportError(f"{folder} holds state files of {sizes[0]} and of {sizes[1]} ranks; {_NEXT}")
-    here = {int(match[1]) for match in found}
+    here = {rank for rank, _ in found}
     missing = [names.state_file(rank, sizes[0]) for rank in range(sizes[0]) if rank not in here]
     if missing:
         raise ExportError(f"{folder}: {some(missing)} of {sizes[0]} state files is missing; {_NEXT}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ from llmtune.export.bnb_base import open_base
 from llmtune.export.masters import MastersSource, find_masters
 from llmtune.export.merge import MergedSource
 from llmtune.export.nf4 import Nf4RoundTrip, quantised_names
-from llmtune.export.tensors import Retyped, SafetensorsSource, TensorSource
+from llmtune.export.tensors import (
+    Retyped,
+    SafetensorsSource,
+    TensorSource,
+    Without,
+    is_input_embedding,
+    is_output_embedding,
+)
 from llmtune.export.write import Progress
 from llmtune.export.zero_adapter import has_adapter, open_base_part, open_model_part
 from llmtune.export.zero_files import ZeroSource
@@ -123,8 +130,25 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
         return MastersSource(checkpoint) if checkpoint is not None else open_base(request.base)
     base = open_base(request.base)
     if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
-        return Nf4RoundTrip(base, quantised_names(request.base, base))
-    return base
+        base = Nf4RoundTrip(base, quantised_names(request.base, base))
+    copies = _tied_copies(request.base, base)
+    return Without(base, copies) if copies else base
+
+
+def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
+    """Output embeddings that are the input once more: transformers keeps one matrix, and peft trains that one."""
+    file = folder / "config.json"
+    if not file.is_file() or not json.loads(file.read_text()).get("tie_word_embeddings"):
+        return []
+    inputs = list(filter(is_input_embedding, base.specs))
+    outputs = list(filter(is_output_embedding, base.specs))
+    return [name for name in outputs if any(_are_equal(base, name, other) for other in inputs)]
+
+
+def _are_equal(source: TensorSource, one: str, other: str) -> bool:
+    if replace(source.specs[one], name=other) != source.specs[other]:
+        return False
+    return all(map(torch.equal, source.blocks(one), source.blocks(other)))
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:

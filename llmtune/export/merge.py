@@ -16,11 +16,16 @@ from llmtune.checkpoint.tensor_file import TensorSpec
 from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter, Parts
 from llmtune.export.changes import BiasOfB, Change, LowRank, Replacement, TokenRows
-from llmtune.export.tensors import TensorSource, find_name, read_whole, row_ranges, some
-
-#: Last names of the modules that turn tokens into vectors, and vectors into tokens.
-_INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-_OUTPUTS = ("lm_head", "embed_out", "output")
+from llmtune.export.tensors import (
+    TensorSource,
+    find_name,
+    is_embedding,
+    is_input_embedding,
+    is_output_embedding,
+    read_whole,
+    row_ranges,
+    some,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +40,15 @@ class Edit:
 class MergedSource:
     """A base with an adapter merged into it."""
 
-    def __init__(self, base: TensorSource, adapter: Adapter, tied: bool | None = None) -> None:
+    def __init__(self, base: TensorSource, adapter: Adapter) -> None:
         """Match every tensor of the adapter to one of the base.
-
-        Args:
-            tied: Whether one matrix serves as input and output embedding; told from the names where it is not said.
 
         Raises:
             ExportError: Anything does not match; all of it is named.
         """
         self._base = base
         self._adapter = adapter
-        self._edits = _Matcher(base, adapter, tied).match()
+        self._edits = _Matcher(base, adapter).match()
         self.specs = dict(base.specs) | {name: edit.spec for name, edit in self._edits.items()}
 
     @property
@@ -59,11 +61,11 @@ class MergedSource:
         """Keys of ``config.json`` that are no longer the base's: the vocabulary, and whether embeddings are tied."""
         changes: dict[str, Any] = {}
         for name, edit in self._edits.items():
-            embedding = _last(name) in (*_INPUTS, *_OUTPUTS)
-            if embedding and edit.spec.shape[0] != self._base.specs[edit.base].shape[0]:
+            if is_embedding(name) and edit.spec.shape[0] != self._base.specs[edit.base].shape[0]:
                 changes["vocab_size"] = edit.spec.shape[0]
-            if name not in self._base.specs and _last(name) in _OUTPUTS:
-                changes["tie_word_embeddings"] = False
+        if any(map(is_output_embedding, self.specs)) and any(map(is_embedding, self._edits)):
+            # Both are stored; a configuration that ties them would make loaders drop one.
+            changes["tie_word_embeddings"] = False
         return changes
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
@@ -95,13 +97,14 @@ class MergedSource:
 class _Matcher:
     """Which tensor of the base each tensor of the adapter belongs to, with everything that is wrong collected."""
 
-    def __init__(self, base: TensorSource, adapter: Adapter, tied: bool | None) -> None:
+    def __init__(self, base: TensorSource, adapter: Adapter) -> None:
         self._base = base
         self._adapter = adapter
         self._problems: list[str] = []
-        output = next((name for name in base.specs if _last(name) in _OUTPUTS), None)
-        self._input = next((name for name in base.specs if _last(name) in _INPUTS), None)
-        self._tied = self._input is not None and output is None if tied is None else tied
+        output = next(filter(is_output_embedding, base.specs), None)
+        self._input = next(filter(is_input_embedding, base.specs), None)
+        # Of one matrix that serves as both, files hold the input alone.
+        self._tied = self._input is not None and output is None
 
     def match(self) -> dict[str, Edit]:
         """Every tensor that changes, by its name in the merged model."""
@@ -159,7 +162,7 @@ class _Matcher:
         """Note an edit, or what is wrong with it."""
         name = self._base_name(wanted)
         ours = name
-        if name is None and self._tied and _last(wanted) in _OUTPUTS and wanted.endswith(".weight"):
+        if name is None and self._tied and is_output_embedding(wanted):
             name, ours = self._input, wanted
         if name is None or ours is None:
             why = "; a base layer without bias cannot take lora_bias" if wanted.endswith(".bias") else ""
@@ -179,7 +182,7 @@ class _Matcher:
 
     def _shape_problem(self, wanted: str, shape: tuple[int, ...], changes: list[Change]) -> str | None:
         """How the adapter's shapes contradict the base's."""
-        shapes, embedding = self._adapter.shapes, _last(wanted) in (*_INPUTS, *_OUTPUTS)
+        shapes, embedding = self._adapter.shapes, is_embedding(wanted)
         for change in changes:
             found: tuple[int, ...] = shape
             if isinstance(change, LowRank):
@@ -237,13 +240,13 @@ class _Matcher:
 
     def _may_replace(self, module: str) -> bool:
         saved = self._adapter.settings.get("modules_to_save") or []
-        return any(module.endswith(name) for name in saved) or module.rpartition(".")[2] in (*_INPUTS, *_OUTPUTS)
+        return any(module.endswith(name) for name in saved) or is_embedding(f"{module}.weight")
 
     def _settle_tie(self, edits: dict[str, Edit]) -> None:
         """One matrix for input and output stays one only if the adapter treats both alike; else it becomes two."""
         if not self._tied or self._input is None:
             return
-        output = next((name for name in edits if _last(name) in _OUTPUTS and name not in self._base.specs), None)
+        output = next((name for name in edits if is_output_embedding(name) and name not in self._base.specs), None)
         into = edits.get(self._input)
         if output is None and (into is None or all(isinstance(change, TokenRows) for change in into.changes)):
             # peft ties trained rows by itself.
@@ -258,7 +261,7 @@ class _Matcher:
                 self._problems.append(
                     f"{self._input} grew to {grown[0]} rows, and the output that was tied to it is not there"
                 )
-            output = f"{_OUTPUTS[0]}.weight"
+            output = "lm_head.weight"
             edits[output] = Edit(self._input, replace(spec, name=output), ())
 
     def _alike(self, one: Edit, other: Edit) -> bool:
@@ -283,8 +286,3 @@ class _Matcher:
         if isinstance(a, TokenRows) and isinstance(b, TokenRows):
             return a.indices == b.indices and torch.equal(read(a.key), read(b.key))
         return False
-
-
-def _last(name: str) -> str:
-    """The module's own name, of a tensor's."""
-    return name.rpartition(".")[0].rpartition(".")[2]

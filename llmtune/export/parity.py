@@ -55,8 +55,6 @@ class Parity:
     modules: int
     hidden: int
     """Modules whose change is smaller than the rounding of the stored dtype, so that the merge loses it."""
-    effect: float
-    """The most that the adapter changes a module's answer, in the same measure; 0 without an adapter."""
 
     def describe(self) -> str:
         """One line for the console and the card."""
@@ -104,7 +102,7 @@ def check_parity(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: 
     found = StreamedModel(sides.merged_folder, sides.merged).logits(tokens)
     difference = _relative(found, expected)
     _check_logits(difference, bound)
-    return Parity(difference, bound, comparison.worst, comparison.modules, comparison.hidden, comparison.effect)
+    return Parity(difference, bound, comparison.worst, comparison.modules, comparison.hidden)
 
 
 def compare_whole(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None) -> Parity:
@@ -132,7 +130,7 @@ def compare_whole(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound:
 
     difference = _relative(run(sides.merged_folder, None), run(sides.base_folder, sides.adapter))
     _check_logits(difference, bound)
-    return Parity(difference, bound, 0.0, 0, 0, 0.0)
+    return Parity(difference, bound, 0.0, 0, 0)
 
 
 def _check_logits(difference: float, bound: float) -> None:
@@ -171,7 +169,7 @@ class _Comparison:
         self._rounding = rounding
         self.problems: list[str] = []
         self.modules = self.hidden = 0
-        self.worst = self.effect = 0.0
+        self.worst = 0.0
 
     def look(self, unit: Unit, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
         """Compare one module's answers."""
@@ -183,7 +181,6 @@ class _Comparison:
         self.modules += 1
         self.worst = max(self.worst, error)
         self.hidden += effect < self._rounding
-        self.effect = max(self.effect, effect if math.isfinite(effect) else 0.0)
         missing = effect > 2 * self._rounding and error > effect / 2
         if not error <= _MODULE_ROUNDINGS * self._rounding or missing:
             self.problems.append(f"{unit.inner[0][0]} (off by {error:.1e}, the adapter changes it by {effect:.1e})")

@@ -11,7 +11,7 @@ import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter
-from llmtune.export.tensors import TensorSource, find_name, read_whole
+from llmtune.export.tensors import TensorSource, find_name, is_input_embedding, read_whole
 
 #: Told of a wrapped module, its input and its output, while the weights below the wrapper are there.
 Look = Callable[["Unit", tuple[Any, ...], torch.Tensor], None]
@@ -64,8 +64,10 @@ class StreamedModel:
         """
         self._look = look
         with torch.no_grad():
-            output: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        return output
+            outputs = self.model(input_ids=tokens)
+        # A model without a head answers with its last states.
+        answer: torch.Tensor = outputs.logits if hasattr(outputs, "logits") else outputs[0]
+        return answer
 
     def with_weights_of(self, source: TensorSource, unit: Unit, arguments: tuple[Any, ...]) -> torch.Tensor:
         """What the unit's one base module answers with another source's weights."""
@@ -120,6 +122,7 @@ def build_skeleton(folder: Path) -> Any:
     from transformers.initialization import no_init_weights
 
     config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    config.use_cache = False
     named = (config.architectures or [""])[0]
     kind = getattr(transformers, named, None)
     with no_init_weights(), init_empty_weights(include_buffers=False):
@@ -157,8 +160,13 @@ def tied_aliases(model: Any) -> dict[str, list[str]]:
 
 def _resize(model: Any, adapter: Adapter) -> None:
     """A vocabulary that was resized before training lies in the adapter."""
-    ends = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "wte.weight", "wte.base_layer.weight")
-    rows = max((shape[0] for key, shape in adapter.shapes.items() if key.endswith(ends)), default=0)
+    keys = [
+        parts.keys[part]
+        for module, parts in adapter.modules.items()
+        for part in ("weight", "base_weight")
+        if is_input_embedding(f"{module}.weight") and part in parts.keys
+    ]
+    rows = max((adapter.shapes[key][0] for key in keys), default=0)
     if rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
         _hollow(model)

@@ -26,6 +26,10 @@ BLOCK_ELEMENTS = 1 << 20
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _ONE_FILE = "model.safetensors"
 
+#: What architectures call the modules that turn tokens into vectors, and vectors into tokens.
+_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+_OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output")
+
 
 class TensorSource(Protocol):
     """Tensors by name, in the order in which they are to be written."""
@@ -52,6 +56,26 @@ def find_name(wanted: str, names: Collection[str]) -> str | None:
     roots = sorted({name.split(".", 1)[0] for name in names})
     tries = [wanted, wanted.split(".", 1)[-1], *(f"{root}.{wanted}" for root in roots)]
     return next((name for name in tries if name in names), None)
+
+
+def is_input_embedding(name: str) -> bool:
+    """Whether a tensor is the matrix that turns tokens into vectors."""
+    return _is_weight_of(name, _INPUT_EMBEDDINGS)
+
+
+def is_output_embedding(name: str) -> bool:
+    """Whether a tensor is the matrix that turns vectors into tokens."""
+    return _is_weight_of(name, _OUTPUT_EMBEDDINGS)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor has a row for every token."""
+    return is_input_embedding(name) or is_output_embedding(name)
+
+
+def _is_weight_of(name: str, modules: Collection[str]) -> bool:
+    module, _, kind = name.rpartition(".")
+    return kind == "weight" and module.rpartition(".")[2] in modules
 
 
 def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -106,6 +130,18 @@ class Retyped:
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """As the source gives them; whoever writes them rounds them, once."""
+        return self._source.blocks(name)
+
+
+class Without:
+    """Another source, with some of its tensors left out."""
+
+    def __init__(self, source: TensorSource, names: Collection[str]) -> None:
+        self._source = source
+        self.specs = {name: spec for name, spec in source.specs.items() if name not in names}
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """As the source gives them."""
         return self._source.blocks(name)
 
 

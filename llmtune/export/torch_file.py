@@ -10,7 +10,6 @@ import torch
 from llmtune.config.export_schema import ExportConfig
 from llmtune.errors import ExportError
 from llmtune.export.companions import copy_companions, settle_config, settle_generation
-from llmtune.export.graph_model import writes_text
 from llmtune.export.material import Material
 from llmtune.export.publish import check_room
 from llmtune.export.tensors import SafetensorsSource
@@ -43,8 +42,7 @@ def write_torch_file(material: Material, folder: Path, _journal: Journal, config
     shutil.rmtree(weights, ignore_errors=True)
     copy_companions(material.companions, folder)
     settle_config(folder, material.dtype, material.config_changes)
-    if writes_text(folder):
-        settle_generation(folder)
+    settle_generation(folder)
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 TOKENS = torch.tensor([[3, 17, 250, 4, 90, 31, 7, 200, 5, 11]])
@@ -30,7 +31,11 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def make_base(kind: str, folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32, rows: int = 512) -> Path:
-    """A random base: ``llama``, ``llama-tied``, ``llama-bias`` or ``gpt2`` (tied, outputs stored as columns)."""
+    """A random base: ``llama``, ``llama-tied``, ``llama-twice``, ``llama-bias`` or ``gpt2``.
+
+    ``llama-twice`` is tied and its file holds the one matrix under both names; ``gpt2`` is tied and stores outputs as
+    columns.
+    """
     torch.manual_seed(0)
     model: Any
     if kind == "gpt2":
@@ -46,7 +51,7 @@ def make_base(kind: str, folder: Path, tokenizer: Path, dtype: torch.dtype = tor
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                tie_word_embeddings=kind == "llama-tied",
+                tie_word_embeddings=kind in ("llama-tied", "llama-twice"),
                 attention_bias=kind == "llama-bias",
             )
         )
@@ -54,6 +59,10 @@ def make_base(kind: str, folder: Path, tokenizer: Path, dtype: torch.dtype = tor
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
     model.to(dtype).save_pretrained(folder)
+    if kind == "llama-twice":
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     copy_tokenizer(tokenizer, folder)
     return folder
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmtune.checkpoint import state_files
 from llmtune.checkpoint.tensor_file import TensorSpec
 from llmtune.config.export_schema import ExportConfig, ExportDtype
 from llmtune.engine.state import KINDS
@@ -199,4 +198,4 @@ def test_a_block_in_one_piece_is_no_copy(tmp_path: Path) -> None:
 
 def test_the_header_that_is_read_is_the_one_that_is_written() -> None:
     """The names are llmtune.checkpoint's; were they changed there alone, nothing would be found."""
-    assert (state_files._SLICES, KINDS[0]) == (masters._SLICES, masters._MASTER)
+    assert KINDS[0] == masters._MASTER

@@ -58,6 +58,9 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
         {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
         False,
     ),
+    "tied but stored twice": ("llama-twice", {}, True),
+    "tied but stored twice, embedding": ("llama-twice", {"target_modules": ["embed_tokens", "q_proj"]}, False),
+    "tied but stored twice, token rows": ("llama-twice", {"trainable_token_indices": [2, 9, 511]}, True),
     "tied, resized": ("llama-tied", {"resize_to": 525}, True),
     "fan_in_fan_out": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}, True),
     "fan_in_fan_out, DoRA": (
@@ -315,6 +318,10 @@ def test_formats_without_sense_are_refused(base: Path, tmp_path: Path) -> None:
         export(base, None, tmp_path / "out", format=ExportFormat.adapter)
     with pytest.raises(ExportError, match="export=none writes nothing"):
         export(base, adapter, tmp_path / "out", format=ExportFormat.none)
+    for kind, why in ((ExportFormat.gguf, "export.gguf_type says"), (ExportFormat.adapter, "copied as it is")):
+        with pytest.raises(ExportError, match=f"export.dtype=fp16 has no part in export={kind.value}: .*{why}"):
+            export(base, adapter, tmp_path / "out", format=kind, dtype=ExportDtype.fp16)
+    assert not (tmp_path / "out").exists()
     assert (export(base, adapter, tmp_path / "a", format=ExportFormat.adapter) / "adapter_model.safetensors").is_file()
 
 

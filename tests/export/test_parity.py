@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from llmtune.errors import ExportError
 from llmtune.export.adapter import read_adapter
@@ -17,7 +18,7 @@ from llmtune.export.lint import check_export
 from llmtune.export.parity import Parity, Sides, check_parity, probe_tokens
 from llmtune.export.streamed_model import StreamedModel, is_hollow
 from llmtune.export.tensors import SafetensorsSource
-from tests.export.conftest import TOKENS, make_adapter, make_base
+from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
 from tests.export.test_merge import KINDS, export
 
 
@@ -58,6 +59,32 @@ def test_a_streamed_model_has_the_logits_of_the_whole_one(tiny_model: Path, tmp_
         with torch.no_grad():
             assert torch.allclose(streamed.logits(TOKENS), whole(TOKENS).logits, atol=1e-6)
         assert all(is_hollow(parameter) for parameter in streamed.model.parameters()), "nothing stays"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_encoder_without_a_head_is_compared_by_its_states(tiny_model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=512, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+    )
+    BertModel(config).save_pretrained(tmp_path / "base")
+    copy_tokenizer(tiny_model, tmp_path / "base")
+    wrapped = get_peft_model(
+        BertModel.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["query", "dense"])
+    )
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05 if "lora_" in name else 0)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    parity = compare(
+        tmp_path / "base", tmp_path / "adapter", export(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    )
+    assert (parity.modules, parity.logits < 1e-4) == (9, True)
+    merged, tokens = BertModel.from_pretrained(tmp_path / "out").eval(), TOKENS
+    with torch.no_grad():
+        difference = merged(tokens).last_hidden_state - wrapped.eval()(tokens).last_hidden_state
+    assert difference.abs().max() < 2e-5
+    assert not (tmp_path / "out" / "generation_config.json").exists(), "it writes no text"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
