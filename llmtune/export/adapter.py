@@ -13,6 +13,7 @@ import torch
 
 from llmtune.checkpoint.content import check_adapter_trained, check_tensors
 from llmtune.errors import CheckpointError, ExportError
+from llmtune.export.task import TASKS
 from llmtune.export.tensors import open_tensors, some
 from llmtune.model.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 
@@ -180,9 +181,22 @@ def _find_contradictions(adapter: Adapter) -> Iterator[str]:
     if adapter.settings.get("trainable_token_indices") and "token_rows" not in parts:
         yield f"{CONFIG_FILE} has trainable_token_indices, and no tensor holds trained rows"
     whole = [module for module, found in adapter.modules.items() if {"weight", "bias"} & found.keys.keys()]
-    for name in adapter.settings.get("modules_to_save") or []:
-        if not any(module.endswith(name) for module in whole):
+    saved = adapter.settings.get("modules_to_save") or []
+    # peft lists every name that a head of the task may have; a model has one of them.
+    heads = next((task.heads for task in TASKS if task.heads and task.peft == adapter.settings.get("task_type")), ())
+    found_head = any(module.split(".")[0] in heads for module in whole)
+    for name in saved:
+        if not any(is_saved(module, name) for module in whole) and not (name in heads and found_head):
             yield f"{CONFIG_FILE} has {name} among modules_to_save, and no tensor of it"
+
+
+def is_saved(module: str, name: str) -> bool:
+    """Whether a name in ``modules_to_save`` means this module, or one that it is a part of, by its end as peft compares it."""
+    while module:
+        if module.endswith(name):
+            return True
+        module = module.rpartition(".")[0]
+    return False
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from llmtune.export.card_usage import Usage, describe_usage
 from llmtune.export.curves import draw_curves
 from llmtune.export.hub import HUB, parse_hub_url
 from llmtune.export.material import ExportRequest
+from llmtune.export.task import TASKS, TEXT, TEXT_TO_TEXT, Task, task_of
 from llmtune.model.adapters import WEIGHTS_FILE
 from llmtune.secrets import redact, redact_values
 
@@ -113,8 +114,6 @@ def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name
     base_config = _read_json(request.base / "config.json")
     settings = _read_json(folder / "config.json") or base_config
     adapter = _read_json(request.adapter / "adapter_config.json") if request.adapter is not None else {}
-    architectures = settings.get("architectures") or [""]
-    classifies = str(architectures[0]).endswith("ForSequenceClassification") or adapter.get("task_type") == "SEQ_CLS"
     base = request.base_name
     return Usage(
         folder=folder,
@@ -123,11 +122,19 @@ def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name
         repo=_find_repo(config),
         base=base if is_hub_id(base) else f"path/to/{base.rstrip('/').rpartition('/')[2]}",
         has_template=_has_template([folder, request.adapter, request.base]),
-        classifies=classifies,
+        task=_find_task(settings, adapter),
         own_code=bool(settings.get("auto_map")),
         adapter=adapter,
         base_rows=_resized_rows(request.adapter, base_config) if request.adapter is not None else None,
     )
+
+
+def _find_task(settings: dict[str, Any], adapter: dict[str, Any]) -> Task:
+    """An adapter with a head of its own has another task than its base."""
+    trained = next((task for task in TASKS if task.heads and task.peft == adapter.get("task_type")), None)
+    found = trained or task_of(str((settings.get("architectures") or [""])[0])) or TEXT
+    # Models of images and text go by the same name, and are loaded as those of text.
+    return TEXT if found is TEXT_TO_TEXT and not settings.get("is_encoder_decoder") else found
 
 
 def _has_template(folders: Sequence[Path | None]) -> bool:
@@ -162,7 +169,7 @@ def _front_matter(
     request: ExportRequest, config: ExportConfig, facts: Facts, licence: Licence, usage: Usage
 ) -> dict[str, Any]:
     """What the hub reads."""
-    task = "text-classification" if usage.classifies else "text-generation"
+    task = usage.task.hub
     front: dict[str, Any] = {}
     if is_hub_id(request.base_name):
         front["base_model"] = request.base_name
@@ -173,7 +180,7 @@ def _front_matter(
         tags += [facts.tuner if facts.tuner != "full" else "full-fine-tuning"]
     if config.format is not ExportFormat.safetensors:
         tags.append({ExportFormat.adapter: "adapter"}.get(config.format, config.format.value.replace("_", "-")))
-    if usage.has_template and not usage.classifies:
+    if usage.has_template and usage.writes_text:
         tags.append("conversational")
     front["tags"] = tags
     if datasets := find_hub_datasets(facts):

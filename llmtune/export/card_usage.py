@@ -10,6 +10,49 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.export_schema import ExportFormat
+from llmtune.export.task import (
+    ANSWERS,
+    MASKED_WORDS,
+    STATES,
+    TEXT,
+    TEXT_CLASSES,
+    TEXT_TO_TEXT,
+    TOKEN_CLASSES,
+    Task,
+)
+
+#: What the code for transformers does with a model that writes no text.
+_LOOK = {
+    TEXT_CLASSES: (
+        'tokens = tokenizer("Hello", return_tensors="pt").to(model.device)\n'
+        "probabilities = model(**tokens).logits[0].detach().softmax(-1)\n"
+        "print(model.config.id2label[int(probabilities.argmax())], float(probabilities.max()))\n"
+    ),
+    TOKEN_CLASSES: (
+        'tokens = tokenizer("Hello", return_tensors="pt").to(model.device)\n'
+        "labels = model(**tokens).logits[0].argmax(-1).tolist()\n"
+        'words = tokenizer.convert_ids_to_tokens(tokens["input_ids"][0])\n'
+        "print([(word, model.config.id2label[label]) for word, label in zip(words, labels)])\n"
+    ),
+    ANSWERS: (
+        'tokens = tokenizer("Who wrote it?", "Ada wrote it.", return_tensors="pt").to(model.device)\n'
+        "output = model(**tokens)\n"
+        "first, last = output.start_logits.argmax(), output.end_logits.argmax()\n"
+        'print(tokenizer.decode(tokens["input_ids"][0, first : last + 1]))\n'
+    ),
+    MASKED_WORDS: (
+        'tokens = tokenizer(f"Hello {tokenizer.mask_token}", return_tensors="pt").to(model.device)\n'
+        'place = tokens["input_ids"][0].tolist().index(tokenizer.mask_token_id)\n'
+        "print(tokenizer.decode(model(**tokens).logits[0, place].argmax()))\n"
+    ),
+    STATES: (
+        'tokens = tokenizer("Hello", return_tensors="pt").to(model.device)\n'
+        "states = model(**tokens).last_hidden_state  # (batch, tokens, width)\nprint(states.shape)\n"
+    ),
+}
+
+#: Of a graph's output.
+_SHAPES = {TEXT_CLASSES: "batch, labels", TOKEN_CLASSES: "batch, tokens, labels", STATES: "batch, tokens, width"}
 
 _FROM_HUB = (ExportFormat.safetensors, ExportFormat.bnb_4bit, ExportFormat.adapter)
 
@@ -32,8 +75,7 @@ class Usage:
     """Hub id of the base, or a place to be filled in."""
     has_template: bool
     """Whether the tokenizer has a chat template."""
-    classifies: bool
-    """A label for a text, rather than more text."""
+    task: Task
     own_code: bool
     """The base brings Python code that transformers has to be allowed to run."""
     adapter: dict[str, Any]
@@ -47,9 +89,9 @@ class Usage:
         return self.repo if self.repo is not None and self.format in _FROM_HUB else "."
 
     @property
-    def auto_class(self) -> str:
-        """Of transformers."""
-        return "AutoModelForSequenceClassification" if self.classifies else "AutoModelForCausalLM"
+    def writes_text(self) -> bool:
+        """More text, rather than labels or numbers for what is there."""
+        return self.task in (TEXT, TEXT_TO_TEXT)
 
 
 def describe_usage(usage: Usage) -> str:
@@ -86,13 +128,13 @@ def _bitsandbytes(usage: Usage) -> str:
 def _adapter(usage: Usage) -> str:
     rows = f"base.resize_token_embeddings({usage.base_rows})\n" if usage.base_rows else ""
     load = (
-        f"from peft import PeftModel\nfrom transformers import {usage.auto_class}, AutoTokenizer\n\n"
-        f'base = {usage.auto_class}.from_pretrained({json.dumps(usage.base)}, dtype="auto"{_allow(usage)})\n{rows}'
+        f"from peft import PeftModel\nfrom transformers import {usage.task.loader}, AutoTokenizer\n\n"
+        f'base = {usage.task.loader}.from_pretrained({json.dumps(usage.base)}, dtype="auto"{_allow(usage)})\n{rows}'
         f"model = PeftModel.from_pretrained(base, {json.dumps(usage.place)})\n{_tokenizer(usage)}"
     )
     text = f"These are the adapter's weights alone; they need the base.\n\nWith peft:\n\n{_python(load + _ask(usage))}"
     unusual = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
-    if usage.classifies or usage.base_rows or any(usage.adapter.get(key) for key in unusual):
+    if not usage.writes_text or usage.base_rows or any(usage.adapter.get(key) for key in unusual):
         return text
     rank = next((size for size in _VLLM_RANKS if size >= int(usage.adapter.get("r") or 1)), None)
     if rank is None:
@@ -142,9 +184,9 @@ def _torchscript(usage: Usage) -> str:
 def _pt(usage: Usage) -> str:
     file = _first(usage.folder, "*.pt", "model.pt")
     code = (
-        f"import torch\nfrom transformers import AutoConfig, {usage.auto_class}, AutoTokenizer\n\n"
+        f"import torch\nfrom transformers import AutoConfig, {usage.task.loader}, AutoTokenizer\n\n"
         f'config = AutoConfig.from_pretrained("."{_allow(usage)})\n'
-        f"model = {usage.auto_class}.from_config(config, dtype=config.dtype{_allow(usage)})\n"
+        f"model = {usage.task.loader}.from_config(config, dtype=config.dtype{_allow(usage)})\n"
         f'tensors = torch.load("{file}", weights_only=True)\n'
         "# A head that is tied to the embedding is not stored twice.\n"
         "model.load_state_dict(tensors, strict=False)\nmodel.tie_weights()\nmodel.eval()\n" + _tokenizer(usage)
@@ -155,8 +197,8 @@ def _pt(usage: Usage) -> str:
 
 def _load(usage: Usage) -> str:
     return (
-        f"from transformers import {usage.auto_class}, AutoTokenizer\n\n"
-        f'model = {usage.auto_class}.from_pretrained({json.dumps(usage.place)}, dtype="auto"{_allow(usage)})\n'
+        f"from transformers import {usage.task.loader}, AutoTokenizer\n\n"
+        f'model = {usage.task.loader}.from_pretrained({json.dumps(usage.place)}, dtype="auto"{_allow(usage)})\n'
         + _tokenizer(usage)
     )
 
@@ -170,12 +212,8 @@ def _allow(usage: Usage) -> str:
 
 
 def _ask(usage: Usage) -> str:
-    if usage.classifies:
-        return (
-            'tokens = tokenizer("Hello", return_tensors="pt").to(model.device)\n'
-            "probabilities = model(**tokens).logits[0].detach().softmax(-1)\n"
-            "print(model.config.id2label[int(probabilities.argmax())], float(probabilities.max()))\n"
-        )
+    if not usage.writes_text:
+        return _LOOK[usage.task]
     if usage.has_template:
         prompt = (
             "prompt = tokenizer.apply_chat_template(\n"
@@ -191,24 +229,25 @@ def _ask(usage: Usage) -> str:
 
 
 def _words(usage: Usage, code: str) -> str:
-    """The same code for a model that goes on with a text: one row of numbers for each of its tokens."""
-    if usage.classifies:
+    """The same code for models whose output is not a label for each text."""
+    code = code.replace("(batch, labels)", f"({_SHAPES.get(usage.task, 'batch, tokens, vocabulary')})")
+    if usage.task is STATES:
+        return code.replace("print(output.argmax(-1))", "print(output.shape)")
+    if not usage.writes_text:
         return code
-    return (
-        code.replace("(batch, labels)", "(batch, tokens, vocabulary)")
-        .replace('["Hello"]', '["Once upon a time"]')
-        .replace("print(output.argmax(-1))", "print(tokenizer.decode(output[0, -1].argmax()))")
+    return code.replace('["Hello"]', '["Once upon a time"]').replace(
+        "print(output.argmax(-1))", "print(tokenizer.decode(output[0, -1].argmax()))"
     )
 
 
 def _no_cache(usage: Usage) -> str:
-    if usage.classifies:
+    if not usage.writes_text:
         return ""
     return "The graph has no cache of keys and values: each further token costs a pass over the whole text.\n\n"
 
 
 def _vllm(usage: Usage) -> str:
-    if usage.classifies:
+    if not usage.writes_text:
         return ""
     code = " --trust-remote-code" if usage.own_code else ""
     serve = f"vllm serve {usage.place} --served-model-name {usage.name}{code}\n"

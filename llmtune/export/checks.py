@@ -51,7 +51,7 @@ def _check(material: Material, folder: Path, source: TensorSource, config: Expor
     if not config.parity or not material.computed or material.dtype is None:
         return None
     tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(material))
-    sides = Sides(material.request.base, material.base, material.adapter, folder, source)
+    sides = Sides(material.request.base, material.base, material.adapter, folder, source, material.base_changes)
     if is_renamed(folder):
         _check_memory(material)
         parity = compare_whole(sides, tokens, material.dtype, config.parity_bound)

@@ -12,6 +12,7 @@ import torch
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.tensor_file import INDEX_FILE
+from llmtune.export.task import TEXT, TEXT_TO_TEXT, find_architecture, task_of
 from llmtune.model.tokenizer import end_of_turn_ids
 
 #: Beside weights. Weights, state and our own files are left out.
@@ -55,10 +56,14 @@ def settle_generation(folder: Path) -> None:
     """Make plain transformers stop where an answer was trained to end, which a base model's own settings do not name."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    if not has_tokenizer(folder) or not _writes_text(folder):
+    file = folder / "generation_config.json"
+    if not writes_text(folder):
+        # The base may have written text, before its head was replaced.
+        file.unlink(missing_ok=True)
+        return
+    if not has_tokenizer(folder):
         return
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    file = folder / "generation_config.json"
     settings = GenerationConfig.from_pretrained(str(folder)) if file.is_file() else GenerationConfig()
     own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     ends = {*end_of_turn_ids(tokenizer), *(token for token in own if token is not None)}
@@ -75,11 +80,10 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
-def _writes_text(folder: Path) -> bool:
+def writes_text(folder: Path) -> bool:
     """Whether the model continues text, so that settings of generation mean something; what names no architecture may."""
-    file = folder / "config.json"
-    named = json.loads(file.read_text()).get("architectures") if file.is_file() else None
-    return not named or named[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    architecture = find_architecture(folder)
+    return not architecture or task_of(architecture) in (TEXT, TEXT_TO_TEXT)
 
 
 def _companions(folder: Path) -> Iterator[Path]:

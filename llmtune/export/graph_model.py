@@ -14,6 +14,15 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
+from llmtune.export.task import (
+    MASKED_WORDS,
+    STATES,
+    TEXT,
+    TEXT_CLASSES,
+    TOKEN_CLASSES,
+    find_architecture,
+    task_of,
+)
 from llmtune.export.tensors import some
 
 #: Largest difference between an output of the graph and transformers', both in fp32.
@@ -24,15 +33,8 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _EXAMPLE = (2, 7)
 _CHECKS = ((1, 1), (3, 13), (5, 2), (4, 33), (1, 512))
 
-#: End of an architecture's name -> the class of transformers that loads it.
-_LOADERS = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "Model": "AutoModel",
-}
+#: What a graph is made of: one tensor comes out.
+_TASKS = (TEXT, TEXT_CLASSES, TOKEN_CLASSES, MASKED_WORDS, STATES)
 
 #: A graph's only output, from its inputs in order.
 Run = Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
@@ -74,16 +76,19 @@ def find_loader(folder: Path) -> tuple[str, str]:
     Raises:
         ExportError: It names something else than an encoder or a decoder of text.
     """
-    file = folder / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    named = config.get("architectures") or []
-    loader = next((loader for end, loader in _LOADERS.items() if named and named[0].endswith(end)), None)
-    if loader is None or config.get("is_encoder_decoder"):
+    architecture = find_architecture(folder)
+    task = task_of(architecture)
+    if task is None or task not in _TASKS or _has_both_halves(folder):
+        ends = ", ".join(end for task in _TASKS for end in task.ends)
         raise ExportError(
-            f"{file}: architectures={named} is neither an encoder nor a decoder of text; graphs are written of "
-            f"{', '.join(_LOADERS)}; take export=safetensors"
+            f"{folder / 'config.json'}: {architecture or 'no architecture'} is neither an encoder nor a decoder of text; "
+            f"graphs are written of {ends}; take export=safetensors"
         )
-    return loader, named[0]
+    return task.loader, architecture
+
+
+def _has_both_halves(folder: Path) -> bool:
+    return bool(json.loads((folder / "config.json").read_text()).get("is_encoder_decoder"))
 
 
 def load_graph_model(folder: Path, loader: str, architecture: str) -> GraphModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from llmtune.config.export_schema import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter, read_adapter
 from llmtune.export.bnb_base import open_base
+from llmtune.export.heads import HeadedSource, find_head
 from llmtune.export.masters import MastersSource, find_masters
 from llmtune.export.merge import MergedSource
 from llmtune.export.nf4 import Nf4RoundTrip, quantised_names
+from llmtune.export.streamed_model import build_skeleton
 from llmtune.export.tensors import (
     Retyped,
     SafetensorsSource,
@@ -73,6 +75,8 @@ class Material:
     adapter: Adapter | None
     merged: MergedSource | None
     """What the adapter changes; None without one."""
+    base_changes: dict[str, Any] = field(default_factory=dict)
+    """Those of them that describe a head which the adapter brings."""
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -103,17 +107,21 @@ def open_material(request: ExportRequest, config: ExportConfig) -> Material:
     base = _open_base(request, config)
     source, companions, changes = base, [request.base], {}
     adapter, merged = None, None
+    base_changes: dict[str, Any] = {}
     if request.adapter is not None:
         adapter = read_adapter(request.adapter)
-        merged = MergedSource(base, adapter)
-        source, changes = merged, merged.config_changes
+        head = find_head(request.base, base, adapter)
+        if head is not None:
+            base, base_changes = HeadedSource(base, adapter, head), head.changes
+        merged = MergedSource(base, adapter, _output_embedding(request.base, base_changes))
+        source, changes = merged, base_changes | merged.config_changes
         companions.append(request.adapter)
     dtype = DTYPES.get(config.dtype)
     if request.zero is not None and dtype is None:
         dtype = _stored_dtype(request.base)
     if dtype is not None:
         source = Retyped(source, dtype)
-    return Material(request, base, source, companions, changes, adapter, merged)
+    return Material(request, base, source, companions, changes, adapter, merged, base_changes)
 
 
 def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
@@ -133,6 +141,15 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
         base = Nf4RoundTrip(base, quantised_names(request.base, base))
     copies = _tied_copies(request.base, base)
     return Without(base, copies) if copies else base
+
+
+def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
+    """What the model calls the matrix of its logits."""
+    if not (folder / "config.json").is_file():
+        return "lm_head.weight"
+    skeleton = build_skeleton(folder, changes)
+    layer = skeleton.get_output_embeddings()
+    return next((f"{name}.weight" for name, module in skeleton.named_modules() if module is layer), None)
 
 
 def _tied_copies(folder: Path, base: TensorSource) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 
 from llmtune.checkpoint.tensor_file import TensorSpec
 from llmtune.errors import ExportError
-from llmtune.export.adapter import Adapter, Parts
+from llmtune.export.adapter import Adapter, Parts, is_saved
 from llmtune.export.changes import BiasOfB, Change, LowRank, Replacement, TokenRows
 from llmtune.export.tensors import (
     TensorSource,
@@ -40,15 +40,18 @@ class Edit:
 class MergedSource:
     """A base with an adapter merged into it."""
 
-    def __init__(self, base: TensorSource, adapter: Adapter) -> None:
+    def __init__(self, base: TensorSource, adapter: Adapter, output: str | None = "lm_head.weight") -> None:
         """Match every tensor of the adapter to one of the base.
+
+        Args:
+            output: What the model calls the matrix of its logits, stored or tied to the input; None if it has none.
 
         Raises:
             ExportError: Anything does not match; all of it is named.
         """
         self._base = base
         self._adapter = adapter
-        self._edits = _Matcher(base, adapter).match()
+        self._edits = _Matcher(base, adapter, output).match()
         self.specs = dict(base.specs) | {name: edit.spec for name, edit in self._edits.items()}
 
     @property
@@ -97,14 +100,15 @@ class MergedSource:
 class _Matcher:
     """Which tensor of the base each tensor of the adapter belongs to, with everything that is wrong collected."""
 
-    def __init__(self, base: TensorSource, adapter: Adapter) -> None:
+    def __init__(self, base: TensorSource, adapter: Adapter, output: str | None) -> None:
         self._base = base
         self._adapter = adapter
         self._problems: list[str] = []
-        output = next(filter(is_output_embedding, base.specs), None)
+        self._output = output
+        stored = output is not None and find_name(output, base.specs) is not None
         self._input = next(filter(is_input_embedding, base.specs), None)
         # Of one matrix that serves as both, files hold the input alone.
-        self._tied = self._input is not None and output is None
+        self._tied = self._input is not None and output is not None and not stored
 
     def match(self) -> dict[str, Edit]:
         """Every tensor that changes, by its name in the merged model."""
@@ -162,7 +166,7 @@ class _Matcher:
         """Note an edit, or what is wrong with it."""
         name = self._base_name(wanted)
         ours = name
-        if name is None and self._tied and is_output_embedding(wanted):
+        if name is None and self._tied and wanted == self._output:
             name, ours = self._input, wanted
         if name is None or ours is None:
             why = "; a base layer without bias cannot take lora_bias" if wanted.endswith(".bias") else ""
@@ -240,28 +244,26 @@ class _Matcher:
 
     def _may_replace(self, module: str) -> bool:
         saved = self._adapter.settings.get("modules_to_save") or []
-        return any(module.endswith(name) for name in saved) or is_embedding(f"{module}.weight")
+        return any(is_saved(module, name) for name in saved) or is_embedding(f"{module}.weight")
 
     def _settle_tie(self, edits: dict[str, Edit]) -> None:
         """One matrix for input and output stays one only if the adapter treats both alike; else it becomes two."""
-        if not self._tied or self._input is None:
+        if not self._tied or self._input is None or self._output is None:
             return
-        output = next((name for name in edits if is_output_embedding(name) and name not in self._base.specs), None)
-        into = edits.get(self._input)
-        if output is None and (into is None or all(isinstance(change, TokenRows) for change in into.changes)):
+        output, into = self._output, edits.get(self._input)
+        if output not in edits and (into is None or all(isinstance(change, TokenRows) for change in into.changes)):
             # peft ties trained rows by itself.
             return
-        if output is not None and into is not None and self._alike(into, edits[output]):
+        if output in edits and into is not None and self._alike(into, edits[output]):
             del edits[output]
             return
-        if output is None:
+        if output not in edits:
             spec = self._base.specs[self._input]
             grown = into.spec.shape if into is not None else spec.shape
             if grown != spec.shape:
                 self._problems.append(
                     f"{self._input} grew to {grown[0]} rows, and the output that was tied to it is not there"
                 )
-            output = "lm_head.weight"
             edits[output] = Edit(self._input, replace(spec, name=output), ())
 
     def _alike(self, one: Edit, other: Edit) -> bool:

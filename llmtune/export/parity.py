@@ -8,7 +8,7 @@ most ``u = 2**-p`` of itself, at random, so a matrix product by about ``u / sqrt
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Sides:
     adapter: Adapter | None
     merged_folder: Path
     merged: TensorSource
+    base_changes: dict[str, Any] = field(default_factory=dict)
+    """Keys of the base's ``config.json`` that an adapter with a head of its own changes."""
 
 
 def check_parity(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None) -> Parity:
@@ -91,7 +93,7 @@ def check_parity(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: 
     """
     rounding = max(ROUNDING[dtype], _ARITHMETIC)
     bound = _LOGIT_ROUNDINGS * rounding if bound is None else bound
-    reference = StreamedModel(sides.base_folder, sides.base, sides.adapter)
+    reference = StreamedModel(sides.base_folder, sides.base, sides.adapter, sides.base_changes)
     comparison = _Comparison(reference, sides.merged, rounding)
     expected = reference.logits(tokens, comparison.look)
     if comparison.problems:
@@ -198,9 +200,9 @@ def _relative(found: torch.Tensor, expected: torch.Tensor, centred: bool = True)
     """Largest over positions of the length of the difference by the length of what is expected; NaN is the largest.
 
     Args:
-        centred: Take the mean off first; logits mean the same with any number added.
+        centred: Take the mean off first; logits mean the same with any number added, unless there is only one.
     """
-    if centred:
+    if centred and expected.shape[-1] > 1:
         found, expected = found - found.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True)
     lengths = expected.norm(dim=-1)
     # A position whose answer is nearly nothing has no relative error to speak of.

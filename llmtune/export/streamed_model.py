@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,13 +36,23 @@ class Unit:
 class StreamedModel:
     """The skeleton of a model; parameters come from a source, in fp32, while their module computes."""
 
-    def __init__(self, folder: Path, source: TensorSource, adapter: Adapter | None = None) -> None:
-        """Build what ``config.json`` in ``folder`` describes, with peft's wrappers where there is an adapter.
+    def __init__(
+        self,
+        folder: Path,
+        source: TensorSource,
+        adapter: Adapter | None = None,
+        changes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Build what ``config.json`` in ``folder`` describes, ``changes`` made, with peft's wrappers where there is an adapter.
 
         The source must use the model's own names; :func:`llmtune.export.lint.find_unfit_names` tells.
         """
         self._source = source
-        self.model = build_skeleton(folder)
+        self.model = build_skeleton(folder, changes)
+        settings = self.model.config.get_text_config()
+        if settings.pad_token_id is None:
+            # Heads that look for the last word of each text ask for it; no text is padded here.
+            settings.pad_token_id = -1
         if adapter is not None:
             _resize(self.model, adapter)
         owners = {name: module for name, module in self.model.named_modules() if module._parameters}
@@ -115,13 +126,17 @@ class StreamedModel:
         unit.outer.register_forward_hook(after)
 
 
-def build_skeleton(folder: Path) -> Any:
-    """The model that ``config.json`` describes, with parameters that have shapes and no memory; buffers are real."""
+def build_skeleton(folder: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The model that ``config.json`` describes, with parameters that have shapes and no memory; buffers are real.
+
+    Args:
+        changes: Keys of ``config.json`` that are taken instead of its own.
+    """
     import transformers
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **changes)
     config.use_cache = False
     named = (config.architectures or [""])[0]
     kind = getattr(transformers, named, None)

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from watch import anonymous, run_watched
 
 HIDDEN, INNER, VOCAB, KV = 2048, 5632, 32000, 512
 LAYERS = {"0.2B": 1, "0.4B": 6, "1.2B": 24}
@@ -160,30 +161,10 @@ def run_deepspeed(checkpoint: Path, output: Path) -> float:
 SIDES = {"llmtune": run_llmtune, "deepspeed": run_deepspeed}
 
 
-def measure(side: str, checkpoint: Path, output: Path) -> dict[str, float]:
+def measure(side: str, checkpoint: Path, output: Path) -> dict[str, Any]:
     """One conversion in a process of its own, and its peak of anonymous memory."""
     command = [sys.executable, __file__, "--side", side, str(checkpoint), str(output)]
-    log = output.with_suffix(".log")
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "DS_ACCELERATOR": "cpu"}
-        )
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, anonymous_bytes(process.pid))
-            time.sleep(0.02)
-    if process.returncode:
-        raise SystemExit(f"{side} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-    return {"seconds": float(log.read_text().splitlines()[-1]), "peak_bytes": peak}
-
-
-def anonymous_bytes(process: int) -> int:
-    """RssAnon; 0 of a process that has just ended."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    return run_watched(command, anonymous, DS_ACCELERATOR="cpu")
 
 
 def differing(one: Path, other: Path) -> tuple[int, list[str]]:
@@ -251,7 +232,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.side:
         side, checkpoint, output = arguments.side
-        print(f"\n{SIDES[side](Path(checkpoint), Path(output))}")
+        print("\n" + json.dumps({"seconds": SIDES[side](Path(checkpoint), Path(output))}))
         return 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         print(f"{os.cpu_count()} cores, {arguments.repeats} times: median seconds, largest peak")

@@ -14,13 +14,13 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from watch import resident, run_watched
 
 #: Tokens of SmolLM2's tokenizer for a word of WORDS with the space before it, about.
 WORDS = Path(__file__).read_text().split()
@@ -108,36 +108,7 @@ def run_trl(source: Path, folder: Path, model: Path, workers: str) -> dict[str, 
 
 def measure(command: list[str]) -> dict[str, Any]:
     """Run a side and watch the memory of its process tree."""
-    import psutil
-
-    env = {**os.environ, "OMP_NUM_THREADS": "2", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-    peak = {"pss_bytes": 0, "rss_bytes": 0}
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.1):
-            pss = rss = 0
-            try:
-                tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            except psutil.NoSuchProcess:
-                return
-            for member in tree:
-                try:
-                    memory = member.memory_full_info()
-                    pss, rss = pss + memory.pss, rss + memory.rss
-                except psutil.Error:
-                    continue
-            peak["pss_bytes"], peak["rss_bytes"] = max(peak["pss_bytes"], pss), max(peak["rss_bytes"], rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    out, _ = process.communicate()
-    done.set()
-    watcher.join()
-    if process.returncode:
-        raise SystemExit(f"{command[0]} ended with {process.returncode}")
-    return {**json.loads(out.splitlines()[-1]), **peak}
+    return run_watched(command, resident, 0.1, OMP_NUM_THREADS="2", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
 
 
 def main() -> None:

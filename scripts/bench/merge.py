@@ -29,6 +29,7 @@ from typing import Any
 
 import merge_peers
 import torch
+from watch import anonymous_bytes
 
 from llmtune.checkpoint.tensor_file import TensorFile, TensorSpec, plan_shards, write_index
 
@@ -148,7 +149,7 @@ def run_llmtune(base: Path, adapter: Path, output: Path, parity: bool) -> dict[s
         waited += time.perf_counter() - begun
 
     setattr(os, "fsync", timed_flush)  # noqa: B010 - typed otherwise
-    import_bytes = merge_peers.anonymous_bytes(os.getpid())
+    import_bytes = anonymous_bytes(os.getpid())
     started, cpu = time.perf_counter(), time.process_time()
     request = ExportRequest(base=base, base_name="random Llama", adapter=adapter, run=None, output=output)
     run_export(request, ExportConfig(parity=parity, max_shard_bytes=SHARD_BYTES))
@@ -188,9 +189,7 @@ class Place:
         """Merge once, take the hashes of what was written, and delete it."""
         output = self.base.with_name("merged")
         try:
-            found: dict[str, Any] = dict(
-                merge_peers.measure(self.command(side, output), self.base.with_name(f"{side}.log"))
-            )
+            found = merge_peers.measure(self.command(side, output))
             found["hashes"] = dict(merge_peers.hashes(output))
         finally:
             for folder in (output, output.with_name("merged-cache"), output.with_name("merged.tmp")):

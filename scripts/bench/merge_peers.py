@@ -1,4 +1,4 @@
-"""Other tools' merges, for ``merge.py``: how their environments are made, one call of each, and a process that is watched.
+"""Other tools' merges, for ``merge.py``: how their environments are made, and one call of each.
 
     PEER_PYTHON merge_peers.py NAME BASE ADAPTER OUTPUT      # merge once, print seconds as JSON
 
@@ -12,11 +12,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from watch import anonymous, anonymous_bytes, run_watched
 
 SHARD = "2GB"
 
@@ -122,45 +124,17 @@ def flush_files(folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process and its children; 0 where it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return 0
-    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
-    return own + sum(anonymous_bytes(int(child)) for child in children)
-
-
-def measure(command: list[str], log: Path) -> dict[str, float]:
+def measure(command: list[str]) -> dict[str, Any]:
     """Run one merge and watch its memory.
 
     Raises:
         RuntimeError: It failed.
     """
     os.sync()
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "AXOLOTL_DO_NOT_TRACK": "1"}
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "AXOLOTL_DO_NOT_TRACK": "1"}
     started = time.perf_counter()
-    with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.02):
-            peak = max(peak, anonymous_bytes(process.pid))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    out, _ = process.communicate()
-    done.set()
-    watcher.join()
-    if process.returncode:
-        last = "\n".join(log.read_text().splitlines()[-6:])
-        raise RuntimeError(f"{' '.join(command[:3])} ended with {process.returncode}:\n{last}")
-    found: dict[str, float] = json.loads(out.splitlines()[-1])
-    return {**found, "process_seconds": time.perf_counter() - started, "peak_bytes": peak}
+    found = run_watched(command, anonymous, **quiet)
+    return {**found, "process_seconds": time.perf_counter() - started}
 
 
 def hashes(folder: Path) -> Iterator[tuple[str, str]]:

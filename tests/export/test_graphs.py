@@ -225,7 +225,7 @@ def test_what_cannot_be_a_graph_is_refused(tiny_model: Path, tmp_path: Path, kin
     settings = base / "config.json"
     for named in (["T5ForConditionalGeneration"], ["Speech2TextEncoder"], None):
         settings.write_text(json.dumps({**json.loads(settings.read_text()), "architectures": named}))
-        with pytest.raises(ExportError, match=r"architectures=.* is neither an encoder nor a decoder of text"):
+        with pytest.raises(ExportError, match=r"is neither an encoder nor a decoder of text"):
             write(kind, base, tmp_path / f"{named}")
 
 

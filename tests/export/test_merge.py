@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat
 from llmtune.errors import ExportError
+from llmtune.export.changes import LowRank
 from llmtune.export.job import ExportRequest, run_export
-from llmtune.export.tensors import BLOCK_ELEMENTS
+from llmtune.export.tensors import BLOCK_ELEMENTS, row_ranges
 from tests.export.conftest import TOKENS, make_adapter, make_base
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -146,6 +147,25 @@ def test_rows_of_a_block_have_the_bits_of_the_whole(tiny_model: Path, tmp_path: 
     monkeypatch.setattr("llmtune.export.tensors.BLOCK_ELEMENTS", 48 * 16)
     pieces = load_file(export(base, adapter, tmp_path / "pieces") / "model.safetensors")
     assert all(torch.equal(pieces[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("shape", [(2048, 5632), (5632, 2048), (2053, 1022), (130, 9000), (33, 70_000)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_of_real_sizes_have_the_bits_of_the_whole(shape: tuple[int, int], transposed: bool) -> None:
+    """A product of few rows is summed in another order; at 186 rows a block, 2048 rows would leave two for the last."""
+    draw = torch.Generator().manual_seed(0)
+    stored = shape[::-1] if transposed else shape
+    tensors = {
+        "a": torch.randn(64, stored[1], generator=draw) * 0.02,
+        "b": torch.randn(stored[0], 64, generator=draw) * 0.02,
+    }
+    base = torch.randn(shape, generator=draw).bfloat16()
+    whole = tensors["b"] @ tensors["a"]
+    step = LowRank("a", "b", 2.0, transposed).bind(tensors.__getitem__)
+    ranges = list(row_ranges(shape))
+    assert len(ranges) > 1
+    found = torch.cat([step(base[first:last], first) for first, last in ranges])
+    assert torch.equal(found, (whole.T if transposed else whole) * 2.0 + base)
 
 
 def test_a_dtype_is_rounded_to_once(tiny_model: Path, tmp_path: Path) -> None:
