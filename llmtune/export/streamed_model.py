@@ -1,9 +1,14 @@
-"""A transformers model that holds the weights of one module at a time: read before it computes, dropped after."""
+"""A transformers model that holds the weights of one module at a time: read before it computes, dropped after.
+
+Plain linear layers and embeddings, also those below LoRA's matrices, hold not even that: they compute block by block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +31,9 @@ class Unit:
     outer: Any
     inner: list[tuple[str, Any]]
     """Modules of the base in it, by the name they have in the unwrapped model."""
+
+    by_rows: bool
+    """Whether nothing asks for the inner weights but the inner modules' own arithmetic, which goes by rows."""
 
     @property
     def wrapped(self) -> bool:
@@ -83,6 +91,8 @@ class StreamedModel:
     def with_weights_of(self, source: TensorSource, unit: Unit, arguments: tuple[Any, ...]) -> torch.Tensor:
         """What the unit's one base module answers with another source's weights."""
         ((name, module),) = unit.inner
+        if unit.by_rows:
+            return self._answer(name, module, source, *arguments)
         before = dict(module._parameters)
         self._load(name, module, source, everything=True)
         try:
@@ -100,11 +110,24 @@ class StreamedModel:
         return loaded
 
     def _read(self, source: TensorSource, wanted: str) -> torch.Tensor:
+        return read_whole(source, self._find(source, wanted)).float()
+
+    def _find(self, source: TensorSource, wanted: str) -> str:
         for name in (wanted, *self._aliases.get(wanted, ())):
             found = find_name(name, source.specs)
             if found is not None:
-                return read_whole(source, found).float()
+                return found
         raise ExportError(f"{wanted}, which the model of config.json has, is in no file")
+
+    def _answer(self, name: str, module: Any, source: TensorSource, given: torch.Tensor) -> torch.Tensor:
+        """What a linear layer or an embedding answers with a source's weights, of which a block is read at a time."""
+        stored = self._find(source, f"{name}.weight")
+        # Rounded as they are stored, whatever the blocks are computed in.
+        blocks = (block.to(source.specs[stored].dtype).float() for block in source.blocks(stored))
+        if isinstance(module, torch.nn.Embedding):
+            return _pick_rows(blocks, given, module.embedding_dim)
+        answer = torch.cat([given @ block.T for block in blocks], dim=-1)
+        return answer if module.bias is None else answer + self._read(source, f"{name}.bias")
 
     def _stream(self, unit: Unit) -> None:
         """Hooks around the unit: load, compute, look, drop."""
@@ -122,7 +145,11 @@ class StreamedModel:
                 module, parameters = skeleton.pop()
                 module._parameters.update(parameters)
 
-        unit.outer.register_forward_pre_hook(before)
+        if unit.by_rows:
+            for name, module in unit.inner:
+                module.forward = partial(self._answer, name, module, self._source)
+        else:
+            unit.outer.register_forward_pre_hook(before)
         unit.outer.register_forward_hook(after)
 
 
@@ -225,5 +252,39 @@ def _units(model: Any, owners: dict[str, Any]) -> list[Unit]:
             continue
         inside = list(module.modules()) if wrapper else [module]
         taken |= {id(part) for part in inside}
-        units.append(Unit(name, module, [(names[id(part)], part) for part in inside if id(part) in names]))
+        inner = [(names[id(part)], part) for part in inside if id(part) in names]
+        units.append(Unit(name, module, inner, _goes_by_rows(module, [part for _, part in inner])))
     return units
+
+
+def _goes_by_rows(outer: Any, inner: list[Any]) -> bool:
+    """Plain layers whose weights are the source's; DoRA, trained rows and saved modules look at the whole weight."""
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if not all(type(module) in (torch.nn.Linear, torch.nn.Embedding) for module in inner):
+        return False
+    if not all(
+        is_hollow(parameter) for module in inner for parameter in module._parameters.values() if parameter is not None
+    ):
+        return False
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in outer.modules()):
+        return False
+    return outer is inner[0] or (isinstance(outer, LoraLayer) and not outer.lora_variant)
+
+
+def _pick_rows(blocks: Iterable[torch.Tensor], ids: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows of an embedding; shape (..., width).
+
+    Raises:
+        IndexError: An id has no row, as in ``torch.nn.Embedding``.
+    """
+    answer = torch.full((*ids.shape, width), math.nan)
+    first = 0
+    for block in blocks:
+        here = (ids >= first) & (ids < first + len(block))
+        answer[here] = block[ids[here] - first]
+        first += len(block)
+    if int(ids.max()) >= first:
+        raise IndexError(f"token {int(ids.max())} has no row among {first}")
+    return answer
