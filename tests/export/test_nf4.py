@@ -108,6 +108,7 @@ def test_rows_at_a_time_have_the_bits_of_the_whole(
     tensor = torch.randn(shape).to(dtype)
     packed, state = functional.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4")
     monkeypatch.setattr("llmtune.export.tensors.BLOCK_ELEMENTS", 5 * shape[1])
+    monkeypatch.setattr("llmtune.export.tensors._LEAST_ROWS", 1)
     monkeypatch.setattr("llmtune.export.nf4._PIECE_ELEMENTS", 128)
     source = write_tensor(tensor, tmp_path)
     ours, described = quantise(source, "w", transposed=False)
