@@ -23,8 +23,8 @@ from llmtune.errors import ExportError
 #: time was won with them.
 BLOCK_ELEMENTS = 1 << 20
 
-#: Rows that a block has room for, however long they are; blocks are about equal, so that none has less than half of it.
-_LEAST_ROWS = 32
+#: Of a block, unless the tensor has no more.
+_LEAST_ROWS = 16
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _ONE_FILE = "model.safetensors"
@@ -82,15 +82,16 @@ def _is_weight_of(name: str, modules: Collection[str]) -> bool:
 
 
 def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows whose elements make a block, all about as long; a scalar is one row.
+    """Ranges of rows whose elements make a block; a scalar is one row.
 
-    A last block of one or two rows would be multiplied by another kernel, which sums in another order than for the whole tensor.
+    A last block of a few rows would be multiplied by another kernel, which sums in another order than for the whole tensor. All
+    others are of one length, so that the memory of one serves the next.
     """
     rows = shape[0] if shape else 1
-    most = max(_LEAST_ROWS, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
-    count = -(-rows // most)
-    for number in range(count):
-        yield rows * number // count, rows * (number + 1) // count
+    most = min(rows, max(2 * _LEAST_ROWS, BLOCK_ELEMENTS // max(1, math.prod(shape[1:]))))
+    step = next((step for step in range(most, 0, -1) if not 0 < rows % step < _LEAST_ROWS), 1)
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
 
 
 class SafetensorsSource:
