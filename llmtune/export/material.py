@@ -113,7 +113,10 @@ def open_material(request: ExportRequest, config: ExportConfig) -> Material:
         head = find_head(request.base, base, adapter)
         if head is not None:
             base, base_changes = HeadedSource(base, adapter, head), head.changes
-        merged = MergedSource(base, adapter, _output_embedding(request.base, base_changes))
+        # Only adapters on embeddings ask for it; building the model takes tens of megabytes.
+        embeds = any(is_embedding(f"{module}.weight") for module in adapter.modules)
+        output = _output_embedding(request.base, base_changes) if embeds else None
+        merged = MergedSource(base, adapter, output)
         source, changes = merged, base_changes | merged.config_changes
         companions.append(request.adapter)
     dtype = DTYPES.get(config.dtype)
