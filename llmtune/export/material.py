@@ -25,6 +25,7 @@ from llmtune.export.tensors import (
     SafetensorsSource,
     TensorSource,
     Without,
+    is_embedding,
     is_input_embedding,
     is_output_embedding,
 )
