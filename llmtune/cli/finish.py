@@ -38,7 +38,7 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     lora = config.tuner.kind is TunerKind.lora
     trained = run / (names.ADAPTER if lora else names.MODEL)
     as_trained = ExportFormat.adapter if lora else ExportFormat.safetensors
-    if export.format in (ExportFormat.none, as_trained):
+    if export.format is ExportFormat.none or (export.format is as_trained and not export.upload):
         console.say(f"the trained {'adapter' if lora else 'model'}: {trained}")
         return
     merged = run / names.MERGED
@@ -49,7 +49,8 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
         upload_export(merged, export.upload, export.upload_private, False, console.say)
     if export.dry_run:
         return
-    console.say(f"merged model: {merged}" if lora else f"exported: {merged}")
+    is_merged = lora and export.format is ExportFormat.safetensors
+    console.say(f"merged model: {merged}" if is_merged else f"exported {export.format.value}: {merged}")
     console.say(f"{'adapter:     ' if lora else 'trained model:'} {trained}")
     console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')
 

@@ -240,7 +240,7 @@ def _describe_making(request: ExportRequest, config: ExportConfig, facts: Facts,
     if config.dtype is not ExportDtype.auto and config.format in (ExportFormat.safetensors, ExportFormat.pt):
         lines.append(f"The weights are stored in {config.dtype.value}.")
     if parity:
-        lines.append(f"Compared with base and adapter before it was published: {_escape(parity)}.")
+        lines.append(f"Run before it was published: {_escape(parity)}.")
     return "## How it was made\n\n" + "\n\n".join(lines) + "\n" if lines else ""
 
 

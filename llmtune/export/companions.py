@@ -19,6 +19,8 @@ from llmtune.model.tokenizer import end_of_turn_ids
 _KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 _LEFT_OUT = {names.MANIFEST, names.TRAINER_STATE, "adapter_config.json", INDEX_FILE}
+#: Scripts that DeepSpeed puts into its checkpoints.
+_LEFT_OUT |= {"zero_to_fp32.py", "zero_to_torch.py"}
 
 
 def copy_companions(sources: list[Path], folder: Path) -> None:

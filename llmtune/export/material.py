@@ -111,6 +111,7 @@ def open_material(request: ExportRequest, config: ExportConfig) -> Material:
     base_changes: dict[str, Any] = {}
     if request.adapter is not None:
         adapter = read_adapter(request.adapter)
+        _note_other_base(request, adapter)
         head = find_head(request.base, base, adapter)
         if head is not None:
             base, base_changes = HeadedSource(base, adapter, head), head.changes
@@ -126,6 +127,15 @@ def open_material(request: ExportRequest, config: ExportConfig) -> Material:
     if dtype is not None:
         source = Retyped(source, dtype)
     return Material(request, base, source, companions, changes, adapter, merged, base_changes)
+
+
+def _note_other_base(request: ExportRequest, adapter: Adapter) -> None:
+    """Bases of equal shapes cannot be told apart by an adapter's tensors; the name that it was given may tell."""
+    named = str(adapter.settings.get("base_model_name_or_path") or "")
+    known = {Path(request.base_name).name.lower(), request.base.resolve().name.lower()}
+    # A run knows its base by itself, wherever that lay.
+    if named and request.run is None and Path(named).name.lower() not in known:
+        request.say(f"note: the adapter names {named} as its base, and is merged into {request.base_name}")
 
 
 def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:

@@ -55,10 +55,13 @@ class Parity:
     modules: int
     hidden: int
     """Modules whose change is smaller than the rounding of the stored dtype, so that the merge loses it."""
+    adapted: bool
+    """Whether an adapter was merged; without one, what was compared is the rounding alone."""
 
     def describe(self) -> str:
         """One line for the console and the card."""
-        text = f"logits within {self.logits:.1e} of base and adapter (bound {self.bound:.1e})"
+        of = "base and adapter" if self.adapted else "the weights before they were rounded"
+        text = f"logits within {self.logits:.1e} of {of} (bound {self.bound:.1e})"
         if self.modules:
             text += f", {self.modules} modules within {self.module:.1e}"
         if self.hidden:
@@ -104,7 +107,7 @@ def check_parity(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: 
     found = StreamedModel(sides.merged_folder, sides.merged).logits(tokens)
     difference = _relative(found, expected)
     _check_logits(difference, bound)
-    return Parity(difference, bound, comparison.worst, comparison.modules, comparison.hidden)
+    return Parity(difference, bound, comparison.worst, comparison.modules, comparison.hidden, sides.adapter is not None)
 
 
 def compare_whole(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None) -> Parity:
@@ -132,13 +135,13 @@ def compare_whole(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound:
 
     difference = _relative(run(sides.merged_folder, None), run(sides.base_folder, sides.adapter))
     _check_logits(difference, bound)
-    return Parity(difference, bound, 0.0, 0, 0)
+    return Parity(difference, bound, 0.0, 0, 0, sides.adapter is not None)
 
 
 def _check_logits(difference: float, bound: float) -> None:
     if not difference <= bound:
         raise ExportError(
-            f"the merged model's logits differ from those of base and adapter by {difference:.2e}, the bound is {bound:.1e} "
+            f"the exported model's logits differ from those of what was trained by {difference:.2e}, the bound is {bound:.1e} "
             "(export.parity_bound); nothing was published"
         )
 

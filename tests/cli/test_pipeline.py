@@ -94,6 +94,29 @@ def test_the_same_command_again_says_that_it_is_finished(finished: Path) -> None
     assert (finished / "metrics.jsonl").read_text() == before
 
 
+def test_after_training_any_format_is_written_and_sent(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    command = [
+        *BASE,
+        "zero=3",
+        "launch.nproc=2",
+        "train.max_steps=20",
+        "train.save_steps=5",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    for kind, file in (("gguf", "model-f16.gguf"), ("adapter", "adapter_model.safetensors")):
+        sent = tmp_path / f"sent-{kind}"
+        done = run_cli(*command, f"export={kind}", f"export.upload=file://{sent}")
+        assert done.code == 0, done.err + done.out
+        assert f"exported {kind}: {tmp_path / 'run' / 'merged'}" in done.out
+        assert (sent / file).read_bytes() == (tmp_path / "run" / "merged" / file).read_bytes()
+        (sent / "COMPLETE").unlink()
+        again = run_cli(*command, f"export={kind}", f"export.upload=file://{sent}")
+        assert again.code == 0, again.err + again.out
+        assert (sent / "COMPLETE").is_file(), "an upload that was cut off is finished"
+        assert run_cli("verify", f"base={sent}").code == 0
+
+
 def test_another_configuration_is_refused_with_the_differences(finished: Path) -> None:
     command = [*BASE, "train.max_steps=20", f"output_dir={finished}"]
     done = run_cli(*command, "tuner.lora_r=4", "precision=bf16")

@@ -332,6 +332,18 @@ def test_an_adapter_of_another_base_is_refused(base: Path, tiny_model: Path, tmp
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_base_of_another_name_is_noted(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    base.rename(tmp_path / "Twin-1B")
+    for name, noted in (("Twin-1B", True), (f"me/{base.name}", False)):
+        said: list[str] = []
+        run_export(
+            ExportRequest(tmp_path / "Twin-1B", name, adapter, None, tmp_path / "out", say=said.append), ExportConfig()
+        )
+        note = f"note: the adapter names {base} as its base, and is merged into {name}"
+        assert (note in said) == noted, said
+
+
 def test_formats_without_sense_are_refused(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     with pytest.raises(ExportError, match="has no adapter"):
@@ -346,9 +358,16 @@ def test_formats_without_sense_are_refused(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_model_is_exported_as_it_is(base: Path, tmp_path: Path) -> None:
+    (base / "zero_to_fp32.py").write_text("# DeepSpeed's, of a checkpoint\n")
     folder = export(base, None, tmp_path / "out")
+    assert not (folder / "zero_to_fp32.py").exists()
     assert all(torch.equal(a, b) for a, b in zip(load(folder).parameters(), load(base).parameters(), strict=True))
     assert "Load it" in (folder / "README.md").read_text()
+    said: list[str] = []
+    request = ExportRequest(base, "tiny", None, None, tmp_path / "rounded", say=said.append)
+    rounded = run_export(request, ExportConfig(dtype=ExportDtype.bf16))
+    assert any("of the weights before they were rounded" in line for line in said), said
+    assert "of the weights before they were rounded" in (rounded / "README.md").read_text()
 
 
 def test_buffers_and_whole_numbers_are_kept(base: Path, tmp_path: Path) -> None:
