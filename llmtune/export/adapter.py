@@ -13,7 +13,7 @@ import torch
 
 from llmtune.checkpoint.content import check_adapter_trained, check_tensors
 from llmtune.errors import CheckpointError, ExportError
-from llmtune.export.task import TASKS
+from llmtune.export.task import headed_task
 from llmtune.export.tensors import open_tensors, some
 from llmtune.model.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 
@@ -183,7 +183,8 @@ def _find_contradictions(adapter: Adapter) -> Iterator[str]:
     whole = [module for module, found in adapter.modules.items() if {"weight", "bias"} & found.keys.keys()]
     saved = adapter.settings.get("modules_to_save") or []
     # peft lists every name that a head of the task may have; a model has one of them.
-    heads = next((task.heads for task in TASKS if task.heads and task.peft == adapter.settings.get("task_type")), ())
+    task = headed_task(adapter.settings.get("task_type"))
+    heads = task.heads if task is not None else ()
     found_head = any(module.split(".")[0] in heads for module in whole)
     for name in saved:
         if not any(is_saved(module, name) for module in whole) and not (name in heads and found_head):

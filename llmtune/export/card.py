@@ -35,7 +35,7 @@ from llmtune.export.card_usage import Usage, describe_usage
 from llmtune.export.curves import draw_curves
 from llmtune.export.hub import HUB, parse_hub_url
 from llmtune.export.material import ExportRequest
-from llmtune.export.task import TASKS, TEXT, TEXT_TO_TEXT, Task, task_of
+from llmtune.export.task import TEXT, TEXT_TO_TEXT, Task, headed_task, task_of
 from llmtune.model.adapters import WEIGHTS_FILE
 from llmtune.secrets import redact, redact_values
 
@@ -131,8 +131,7 @@ def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name
 
 def _find_task(settings: dict[str, Any], adapter: dict[str, Any]) -> Task:
     """An adapter with a head of its own has another task than its base."""
-    trained = next((task for task in TASKS if task.heads and task.peft == adapter.get("task_type")), None)
-    found = trained or task_of(str((settings.get("architectures") or [""])[0])) or TEXT
+    found = headed_task(adapter.get("task_type")) or task_of(str((settings.get("architectures") or [""])[0])) or TEXT
     # Models of images and text go by the same name, and are loaded as those of text.
     return TEXT if found is TEXT_TO_TEXT and not settings.get("is_encoder_decoder") else found
 

@@ -7,7 +7,6 @@ number of classes is that of the head's last rows.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +19,8 @@ from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter
 from llmtune.export.lint import is_renamed
 from llmtune.export.streamed_model import build_skeleton
-from llmtune.export.task import TASKS, Task, find_architecture, task_of
-from llmtune.export.tensors import TensorSource, find_name, is_embedding, row_ranges, some
+from llmtune.export.task import Task, find_architecture, headed_task, task_of
+from llmtune.export.tensors import TensorSource, find_name, is_embedding, row_ranges, some, usual_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +41,14 @@ class HeadedSource:
         self._adapter = adapter
         self._stored: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
-        trained = _trained_whole(adapter)
-        dtype = _usual_dtype(base)
+        self._trained = _trained_whole(adapter)
+        dtype = usual_dtype(base) or torch.float32
         for name, tensor in (*head.skeleton.named_parameters(), *head.skeleton.named_buffers()):
             shape, found = tuple(tensor.shape), find_name(name, base.specs)
             if found is not None and base.specs[found].shape == shape:
                 self._stored[name] = found
                 self.specs[name] = replace(base.specs[found], name=name)
-            elif name in trained:
+            elif name in self._trained:
                 self.specs[name] = TensorSpec(name, dtype, shape)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
@@ -57,7 +56,7 @@ class HeadedSource:
         if name in self._stored:
             yield from self._base.blocks(self._stored[name])
             return
-        tensor = self._adapter.read(_trained_whole(self._adapter)[name])
+        tensor = self._adapter.read(self._trained[name])
         for first, last in row_ranges(tuple(tensor.shape)):
             yield tensor[first:last]
 
@@ -71,7 +70,7 @@ def find_head(folder: Path, base: TensorSource, adapter: Adapter) -> Head | None
     Raises:
         ExportError: The base has no architecture for the adapter's task, or one that the head does not fit.
     """
-    task = next((task for task in TASKS if task.mapping and task.peft == adapter.settings.get("task_type")), None)
+    task = headed_task(adapter.settings.get("task_type"))
     if task is None or not (folder / "config.json").is_file():
         return None
     trained = {name: adapter.shapes[key] for name, key in _trained_whole(adapter).items()}
@@ -129,9 +128,3 @@ def _label(folder: Path, count: int) -> dict[str, Any]:
         return {}
     labels = [f"LABEL_{number}" for number in range(count)]
     return {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
-
-
-def _usual_dtype(source: TensorSource) -> torch.dtype:
-    """What most tensors of numbers are stored in."""
-    counts = Counter(spec.dtype for spec in source.specs.values() if spec.dtype.is_floating_point)
-    return counts.most_common(1)[0][0] if counts else torch.float32

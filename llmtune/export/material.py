@@ -28,6 +28,7 @@ from llmtune.export.tensors import (
     is_embedding,
     is_input_embedding,
     is_output_embedding,
+    usual_dtype,
 )
 from llmtune.export.write import Progress
 from llmtune.export.zero_adapter import has_adapter, open_base_part, open_model_part
@@ -82,11 +83,7 @@ class Material:
     @property
     def dtype(self) -> torch.dtype | None:
         """What most of the floating numbers are stored in."""
-        sizes: dict[torch.dtype, int] = {}
-        for spec in self.source.specs.values():
-            if spec.dtype.is_floating_point:
-                sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+        return usual_dtype(self.source)
 
     @property
     def computed(self) -> bool:

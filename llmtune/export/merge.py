@@ -21,7 +21,6 @@ from llmtune.export.tensors import (
     find_name,
     is_embedding,
     is_input_embedding,
-    is_output_embedding,
     read_whole,
     row_ranges,
     some,
@@ -40,7 +39,7 @@ class Edit:
 class MergedSource:
     """A base with an adapter merged into it."""
 
-    def __init__(self, base: TensorSource, adapter: Adapter, output: str | None = "lm_head.weight") -> None:
+    def __init__(self, base: TensorSource, adapter: Adapter, output: str | None) -> None:
         """Match every tensor of the adapter to one of the base.
 
         Args:
@@ -51,6 +50,7 @@ class MergedSource:
         """
         self._base = base
         self._adapter = adapter
+        self._output = output
         self._edits = _Matcher(base, adapter, output).match()
         self.specs = dict(base.specs) | {name: edit.spec for name, edit in self._edits.items()}
 
@@ -66,7 +66,8 @@ class MergedSource:
         for name, edit in self._edits.items():
             if is_embedding(name) and edit.spec.shape[0] != self._base.specs[edit.base].shape[0]:
                 changes["vocab_size"] = edit.spec.shape[0]
-        if any(map(is_output_embedding, self.specs)) and any(map(is_embedding, self._edits)):
+        stored = self._output is not None and find_name(self._output, self.specs) is not None
+        if stored and any(name == self._output or is_embedding(name) for name in self._edits):
             # Both are stored; a configuration that ties them would make loaders drop one.
             changes["tie_word_embeddings"] = False
         return changes

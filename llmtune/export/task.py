@@ -65,6 +65,15 @@ def find_architecture(folder: Path) -> str:
     return str(named[0]) if named else ""
 
 
+def headed_task(task_type: str | None) -> Task | None:
+    """The task of an adapter for which peft trains a head; None for others.
+
+    Args:
+        task_type: Of ``adapter_config.json``.
+    """
+    return next((task for task in TASKS if task.heads and task.peft == task_type), None)
+
+
 def task_of(architecture: str) -> Task | None:
     """What an architecture is for; None where its name does not tell."""
     return next((task for task in TASKS if architecture.endswith(task.ends)), None)

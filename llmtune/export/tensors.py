@@ -54,6 +54,15 @@ def read_whole(source: TensorSource, name: str) -> torch.Tensor:
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).reshape(spec.shape)
 
 
+def usual_dtype(source: TensorSource) -> torch.dtype | None:
+    """What most of the floating numbers are stored in; None where there are none."""
+    sizes: dict[torch.dtype, int] = {}
+    for spec in source.specs.values():
+        if spec.dtype.is_floating_point:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+
 def find_name(wanted: str, names: Collection[str]) -> str | None:
     """A model's tensor among a file's: files may leave out, or add, the first part of what the model calls it."""
     roots = sorted({name.split(".", 1)[0] for name in names})

@@ -192,8 +192,8 @@ def test_an_adapter_merges_onto_a_4_bit_folder_as_onto_nf4(tiny_model: Path, tmp
     adapter = read_adapter(make_adapter(tiny_model, tmp_path / "adapter", torch.bfloat16))
     load_in_4bit(tiny_model).save_pretrained(tmp_path / "packed")
     stored = SafetensorsSource(tiny_model)
-    onto_nf4 = MergedSource(Nf4RoundTrip(stored, quantised_names(tiny_model, stored)), adapter)
-    onto_folder = MergedSource(open_base(tmp_path / "packed"), adapter)
+    onto_nf4 = MergedSource(Nf4RoundTrip(stored, quantised_names(tiny_model, stored)), adapter, "lm_head.weight")
+    onto_folder = MergedSource(open_base(tmp_path / "packed"), adapter, "lm_head.weight")
     assert onto_folder.changed.keys() == onto_nf4.changed.keys()
     assert all(torch.equal(read_whole(onto_folder, n), read_whole(onto_nf4, n)) for n in onto_nf4.specs)
 

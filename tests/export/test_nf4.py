@@ -148,7 +148,7 @@ def test_a_model_merged_onto_nf4_answers_as_the_training_did(
         expected = trained(TOKENS).logits
         distances = {}
         for name, source in onto.items():
-            folder = store(MergedSource(source, read_adapter(adapter)), base, tmp_path / name)
+            folder = store(MergedSource(source, read_adapter(adapter), "lm_head.weight"), base, tmp_path / name)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             distances[name] = (model(TOKENS).logits - expected).abs().max().item()
         peft_merged = trained.merge_and_unload()(TOKENS).logits

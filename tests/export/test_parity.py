@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from llmtune.errors import ExportError
 from llmtune.export.adapter import read_adapter
@@ -85,6 +85,30 @@ def test_an_encoder_without_a_head_is_compared_by_its_states(tiny_model: Path, t
         difference = merged(tokens).last_hidden_state - wrapped.eval()(tokens).last_hidden_state
     assert difference.abs().max() < 2e-5
     assert not (tmp_path / "out" / "generation_config.json").exists(), "it writes no text"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_output_of_any_name_is_untied(tiny_model: Path, tmp_path: Path) -> None:
+    """Of GPT-NeoX the output is ``embed_out``; it gets a matrix of its own under that name."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=512, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "base")
+    assert "embed_out.weight" not in load_file(tmp_path / "base" / "model.safetensors")
+    copy_tokenizer(tiny_model, tmp_path / "base")
+    model = GPTNeoXForCausalLM.from_pretrained(tmp_path / "base")
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["embed_in", "query_key_value"]))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05 if "lora_" in name else 0)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    folder = export(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = GPTNeoXForCausalLM.from_pretrained(folder).eval()
+    assert merged.config.tie_word_embeddings is False
+    with torch.no_grad():
+        assert torch.allclose(merged(TOKENS).logits, wrapped.eval()(TOKENS).logits, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
