@@ -112,7 +112,7 @@ def read_adapter(folder: Path) -> Adapter:
     try:
         settings = read_adapter_config(folder)
     except CheckpointError as error:
-        raise ExportError(f"{folder}: cannot be read as an adapter: {error}") from error
+        raise ExportError(f"cannot be read as an adapter: {error}") from error
     _check_settings(folder, settings)
     file = folder / WEIGHTS_FILE
     if not file.is_file():
