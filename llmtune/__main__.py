@@ -1,8 +1,6 @@
 """``python -m llmtune [VERB] [overrides]``."""
 
-import sys
-
-from llmtune.cli.main import main
+from llmtune.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,10 +1,14 @@
-"""What processes have in common: the signals that ask for an end, and ending with a parent; every folder may import this."""
+"""What processes have in common: signals that ask for an end, ending with a parent, imports; every folder may import this."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 #: ``prctl`` option of Linux: the signal a process gets when its parent ends.
 _PR_SET_PDEATHSIG = 1
@@ -20,3 +24,21 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """In the block no garbage is collected, and what was imported in it is not looked through again.
+
+    What they make stays: to look through all of it after every few hundred objects is a quarter of their time
+    (torch, transformers, deepspeed and peft: 3.0 s with it, 2.3 s without).
+    """
+    was_enabled, modules = gc.isenabled(), len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > modules:
+            gc.freeze()
+        if was_enabled:
+            gc.enable()

@@ -16,11 +16,12 @@ from llmtune.checkpoint.find import find_checkpoints
 from llmtune.cli.prepare import describe, resolve_request
 from llmtune.config.schema import OffloadDevice
 from llmtune.errors import DoesNotFitError, LlmtuneError
-from llmtune.launch.environment import return_freed_memory, set_defaults
+from llmtune.launch.environment import restored_environment, return_freed_memory, set_defaults
 from llmtune.launch.nvme import check_nvme, hold_swap_folder, swap_folder
 from llmtune.launch.ops import ensure_ops
 from llmtune.launch.out_of_memory import MemoryEvent, RanOutOfMemoryError
 from llmtune.launch.outcome import RanksFailedError
+from llmtune.launch.rank_group import RankGroup
 from llmtune.launch.restart import Restarts
 from llmtune.launch.signals import raise_stops
 from llmtune.launch.supervisor import run_ranks
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
     from llmtune.plan.ladder import Candidate, Ladder
+    from llmtune.plan.placement import Placement
     from llmtune.plan.resolve import Plan
     from llmtune.track.console import Console
     from llmtune.train.request import RunRequest
@@ -42,7 +44,20 @@ if TYPE_CHECKING:
 class Descent:
     """One run on its way down the ladder."""
 
-    def __init__(self, composed: Composed, ladder: Ladder, target: RunTarget, folder: RunFolder, console: Console):
+    def __init__(
+        self,
+        composed: Composed,
+        ladder: Ladder,
+        target: RunTarget,
+        folder: RunFolder,
+        console: Console,
+        ahead: RankGroup | None = None,
+    ):
+        """
+        Args:
+            ahead: Ranks of the first attempt that wait already; see :func:`start_ahead`.
+        """
+        self.ahead = ahead
         self.composed = composed
         self.ladder = ladder
         self.target = target
@@ -68,7 +83,7 @@ class Descent:
                     self._record_restart(failure, request)
                 self.console.page("llmtune", describe(request))
                 try:
-                    run_request(request, self.console)
+                    run_request(request, self.console, self._take_ahead())
                     return True
                 except (RanOutOfMemoryError, RanksFailedError) as error:
                     failure = error
@@ -83,6 +98,11 @@ class Descent:
     def _prepare(self, candidate: Candidate) -> RunRequest | None:
         plan = place_swap(plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target)
         return resolve_request(self.composed, plan, self.target, self.folder, self.console, {"history": self.history})
+
+    def _take_ahead(self) -> RankGroup | None:
+        """Once: a further attempt may be on another rung, with other variables."""
+        ahead, self.ahead = self.ahead, None
+        return ahead
 
     def _wait_for_restart(self, failure: RanksFailedError, request: RunRequest) -> None:
         wait_seconds = self.restarts.take(failure, _step(request.resume_from))
@@ -202,22 +222,48 @@ def hold_nvme(config: Config, plan: Plan, run_folder: Path, console: Console) ->
         yield
 
 
-def run_request(request: RunRequest, console: Console) -> None:
-    """Start the ranks of one attempt and wait for their end."""
-    plan = request.plan
-    set_defaults(plan.hardware.accelerator, plan.world_size)
-    if plan.placement.uses_nvme:
+@contextmanager
+def start_ahead(ladder: Ladder, config: Config, folder: RunFolder) -> Iterator[RankGroup | None]:
+    """Ranks that import their libraries while this process reads the model and the data; ended where nobody took them.
+
+    None for a run that is finished and for one that ran out of memory before: there may be nothing to do, or elsewhere.
+    """
+    candidate = ladder.chosen
+    if candidate is None or folder.finished_step is not None or folder.read_history():
+        yield None
+        return
+    with restored_environment():
+        set_rank_defaults(ladder.hardware.accelerator, ladder.world_size, candidate.placement)
+        group = RankGroup(["-m", "llmtune.cli.rank", "--ahead", config.tuner.kind.value], ladder.world_size, ahead=True)
+    try:
+        yield group
+    finally:
+        if group.waits:
+            group.close()
+
+
+def set_rank_defaults(accelerator: str, world_size: int, placement: Placement) -> None:
+    """The variables that ranks of a placement are started with."""
+    set_defaults(accelerator, world_size)
+    if placement.uses_nvme:
         return_freed_memory()
-    ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
+
+
+def run_request(request: RunRequest, console: Console, ahead: RankGroup | None = None) -> None:
+    """Start the ranks of one attempt, or tell those that were started ahead, and wait for their end."""
+    plan = request.plan
     log = request.run_folder / names.LOG
     with (
+        restored_environment(),
         tempfile.TemporaryDirectory(prefix="llmtune-") as folder,
         hold_nvme(request.config, plan, request.run_folder, console),
     ):
+        set_rank_defaults(plan.hardware.accelerator, plan.world_size, plan.placement)
+        ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
         path = Path(folder) / "request.json"
         path.write_text(request.to_json())
         limits = Limits(request.config.launch.hang_timeout, request.config.launch.stop_timeout)
-        run_ranks(["-m", "llmtune.cli.rank", str(path)], plan.world_size, log, console.say, limits)
+        run_ranks(["-m", "llmtune.cli.rank", str(path)], plan.world_size, log, console.say, limits, ahead)
     if not (request.run_folder / names.FINISHED).is_file():
         raise LlmtuneError(f"all ranks ended without an error, but the run is not finished; see {log}")
 

@@ -7,13 +7,10 @@ from pathlib import Path
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.manifest import read_manifest
-from llmtune.cli.export import export_run
 from llmtune.config.compose import load_config
 from llmtune.config.export_schema import ExportConfig, ExportFormat
 from llmtune.config.schema import TunerKind
 from llmtune.errors import CheckpointError
-from llmtune.export.job import identify
-from llmtune.export.upload import upload_export
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
 
@@ -41,6 +38,10 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     if export.format is ExportFormat.none or (export.format is as_trained and not export.upload):
         console.say(f"the trained {'adapter' if lora else 'model'}: {trained}")
         return
+    # They bring torch along, which a run without an export does not need in this process.
+    from llmtune.cli.export import export_run
+    from llmtune.export.upload import upload_export
+
     merged = run / names.MERGED
     if export.dry_run or not _is_of(merged, trained, export.format):
         export_run(run, config, merged, console.say)
@@ -57,6 +58,8 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
 
 def _is_of(merged: Path, trained: Path, wanted: ExportFormat) -> bool:
     """Whether the export is that of this very adapter or model, in this format; clocks cannot tell."""
+    from llmtune.export.job import identify
+
     try:
         manifest = read_manifest(merged)
     except CheckpointError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import sys
 import traceback
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from llmtune import __version__
 from llmtune.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, LlmtuneError
@@ -104,6 +106,14 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         known = to_user_error(error)
         return _report(known or error, known.exit_code if known else EXIT_UNEXPECTED, trace)
+
+
+def run() -> NoReturn:
+    """The program ``llmtune``: :func:`main`, and a quick end."""
+    code = main()
+    # At its end Python looks several times through all that torch and transformers have made: a second, for nothing.
+    gc.freeze()
+    sys.exit(code)
 
 
 def parse(argv: list[str]) -> Arguments:

@@ -16,7 +16,6 @@ from llmtune.config.schema import Config
 from llmtune.data.prepare import PROBLEMS, PreparedData, prepare_data
 from llmtune.data.source_tokens import TokeniseProgress, Watch
 from llmtune.data.sources import parse_sources
-from llmtune.data.streaming import RowStream
 from llmtune.data.templates import load_chat_template
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
@@ -140,6 +139,8 @@ def _check_data(config: Config, data: PreparedData, tokenizer: Any, model_folder
             "checked with llmtune data, but a classifier cannot be trained yet"
         )
     if config.data.streaming:
+        from llmtune.data.streaming import RowStream
+
         RowStream(config.data, tokenizer, config.seed).check()
     untrained = find_untrained_tokens(model_folder, data.special_tokens)
     if untrained:

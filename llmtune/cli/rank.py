@@ -1,4 +1,7 @@
-"""One rank. ``python -m llmtune.cli.rank REQUEST`` under llmtune's supervisor; :func:`run_launched` under others'."""
+"""One rank. ``python -m llmtune.cli.rank REQUEST`` under llmtune's supervisor; :func:`run_launched` under others'.
+
+``--ahead TUNER`` in the place of REQUEST: import what that needs, then read REQUEST from standard input.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 import uuid
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from llmtune.checkpoint import names
+from llmtune.config.schema import TunerKind
 from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, ConfigError, LlmtuneError, StoppedError
 from llmtune.launch.environment import (
     FAILURE_DIR,
@@ -26,11 +31,11 @@ from llmtune.launch.environment import (
     set_thread_default,
 )
 from llmtune.launch.processes import follow_supervisor
-from llmtune.launch.rank import redirect_output, report_failure, to_user_error
+from llmtune.launch.rank import hold_output, redirect_output, report_failure, to_user_error
 from llmtune.launch.self_watch import SelfWatch
 from llmtune.launch.signals import raise_stops
 from llmtune.launch.stacks import answer_with_stacks
-from llmtune.process import STOP_SIGNALS, die_with_parent
+from llmtune.process import STOP_SIGNALS, die_with_parent, no_collection
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
@@ -44,16 +49,21 @@ if TYPE_CHECKING:
 _NOT_EXPORTED = "stopped during the export; the model is trained, and the same command goes on with the export"
 
 
-def main(request_file: str) -> NoReturn:
+def main(arguments: list[str]) -> NoReturn:
     """A rank of llmtune's own supervisor."""
     follow_supervisor()
     # Slurm sends it to every process of a job; the supervisor hands it on as SIGTERM.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
     answer_with_stacks(Path(os.environ[FAILURE_DIR]), rank)
+    request_file, imported = arguments[0], Path(os.environ[FAILURE_DIR]) / f"import-{rank}.txt"
+    if request_file == "--ahead":
+        request_file = _import_and_wait(arguments[1], imported)
     text = Path(request_file).read_text()
     run_folder = Path(_peek(text, "run_folder"))
     stream = redirect_output(run_folder / names.LOG)
+    if imported.exists():
+        sys.stderr.write(imported.read_text(errors="replace"))
     trace = False
     try:
         from llmtune.train.request import RunRequest
@@ -65,6 +75,38 @@ def main(request_file: str) -> NoReturn:
     except BaseException as error:
         _exit_now(report_failure(error, rank, stream, trace))
     _exit_now(0)
+
+
+def _import_and_wait(tuner: str, output: Path) -> str:
+    """Import the libraries, whose output goes to a file, while the supervisor prepares; the request that it then names."""
+    with hold_output(output):
+        try:
+            import_libraries(tuner)
+        except Exception:
+            # It fails again where it is needed, and is reported from there; the first time says most.
+            traceback.print_exc()
+    port, _, request_file = sys.stdin.readline().strip().partition(" ")
+    if not request_file:
+        # The supervisor found a reason not to begin.
+        _exit_now(0)
+    os.environ["MASTER_PORT"] = port
+    return request_file
+
+
+def import_libraries(tuner: str) -> None:
+    """What every training needs, and takes seconds to import."""
+    with no_collection():
+        import transformers.modeling_utils  # noqa: F401
+
+        import llmtune.train.job  # noqa: F401
+        from llmtune.engine.distributed import import_deepspeed
+
+        import_deepspeed()
+
+    if tuner != TunerKind.full.value:
+        from llmtune.model.adapters import import_peft
+
+        import_peft()
 
 
 def run_launched(arguments: Arguments) -> NoReturn:
@@ -284,4 +326,4 @@ def _peek(text: str, key: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -55,9 +55,9 @@ def _supervise(arguments: Arguments) -> int:
 
 def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, Console]:
     """Until the model is trained; ``lock`` then holds the run folder."""
-    from llmtune.cli.descent import Descent, check_fits
+    from llmtune.cli.descent import Descent, check_fits, start_ahead
     from llmtune.cli.prepare import lock_file, resolve_target
-    from llmtune.cli.quiet import quiet_libraries
+    from llmtune.cli.quiet import quiet_environment, quiet_libraries
     from llmtune.config.compose import compose_config
     from llmtune.plan.resolve import resolve_ladder
     from llmtune.train.run_folder import open_run_folder
@@ -68,13 +68,16 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     if composed.config.launch.hostfile is not None:
         _hand_over(arguments, composed)
     target = resolve_target(composed)
-    quiet_libraries()
+    quiet_environment()
     # Before the folder: a run that does not fit leaves nothing behind.
     ladder = resolve_ladder(composed.config)
     check_fits(composed.config, ladder)
     folder = open_run_folder(target.folder, console.say)
     lock.enter_context(hold_lock(lock_file(folder)))
-    if Descent(composed, ladder, target, folder, console).run():
+    with start_ahead(ladder, composed.config, folder) as ahead:
+        quiet_libraries()
+        trained = Descent(composed, ladder, target, folder, console, ahead).run()
+    if trained:
         console.say(f"trained in {format_seconds(time.monotonic() - started)}, start-up included")
     return composed, target, console
 

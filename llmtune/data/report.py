@@ -32,12 +32,10 @@ class DataReport:
 
 def write_picture(lengths: Lengths, title: str, path: Path) -> None:
     """Two histograms: documents by length, and where the trained tokens are."""
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), dpi=120)
+    figure = Figure(figsize=(10, 3.8), dpi=120)
+    left, right = figure.subplots(1, 2)
     widths = [end - begin for begin, end in zip(lengths.edges[:-1], lengths.edges[1:], strict=True)]
     for axes, values, colour, label in (
         (left, lengths.rows, "tab:blue", "documents"),
@@ -52,7 +50,6 @@ def write_picture(lengths: Lengths, title: str, path: Path) -> None:
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def write_page(report: DataReport, picture: Path | None, path: Path) -> None:

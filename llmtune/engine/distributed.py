@@ -33,6 +33,11 @@ class Rank:
         return self.rank == 0
 
 
+def import_deepspeed() -> None:
+    """Ahead of its use: it takes a while."""
+    import deepspeed  # noqa: F401
+
+
 def init_ranks(timeout_minutes: float = 60, phases: PhaseLog | None = None) -> Rank:
     """Join the process group that the environment describes (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` ...)."""
     import deepspeed

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -45,6 +46,17 @@ def set_defaults(accelerator: str, ranks_on_node: int) -> None:
         defaults["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def restored_environment() -> Iterator[None]:
+    """Variables that are set in the block are for the processes that are started in it: this one has all cores."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def return_freed_memory() -> None:

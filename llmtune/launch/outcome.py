@@ -80,9 +80,9 @@ class Aftermath:
             return RanksFailedError(f"{reason}. {_GO_ON}", reason, self.step)
         failed = self.end.first_failed
         assert failed is not None
-        report = next((report for report in self.reports if report["rank"] == failed), None)
+        report = self._first_report(failed)
         if report is not None:
-            text = f"rank {failed}: {report['message']}"
+            text = f"rank {report['rank']}: {report['message']}"
             return RanksFailedError(f"{text}\nMore in {self.log}", _first_line(text), self.step)
         code = self.end.codes[failed] or 0
         reason = f"rank {failed} ended with " + (f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}")
@@ -90,6 +90,15 @@ class Aftermath:
             reason += " (somebody ended it; the kernel did not for want of memory)"
         message = f"{reason} and left no message; see {self.log}. {_GO_ON}"
         return RanksFailedError(message, reason, self.step)
+
+    def _first_report(self, failed: int) -> dict[str, Any] | None:
+        """What the rank said that failed, or one that spoke before it: the later one may only have lost the connection, when
+        both were gone at the supervisor's next look. None where the rank said nothing."""
+        own = next((report for report in self.reports if report["rank"] == failed), None)
+        if own is None or (self.end.codes[failed] or 0) < 0:
+            return own
+        earlier = [report for report in self.reports if (self.end.codes[report["rank"]] or 0) > 0]
+        return min(earlier, key=lambda report: float(report["time"]), default=own)
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:

@@ -21,11 +21,18 @@ _END_SECONDS = 60.0
 class RankProcess:
     """One rank, the leader of a process group that its own children are in."""
 
-    def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str]):
+    def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str], waits: bool = False):
+        """
+        Args:
+            waits: It is started ahead and reads from its standard input what to do; see :meth:`tell`.
+        """
         self.number = number
         # A session of its own: Ctrl-C reaches the supervisor alone, which then asks the ranks to save.
         self._process = subprocess.Popen(
-            [sys.executable, *command], env={**environment, SUPERVISOR: str(os.getpid())}, start_new_session=True
+            [sys.executable, *command],
+            env={**environment, SUPERVISOR: str(os.getpid())},
+            start_new_session=True,
+            stdin=subprocess.PIPE if waits else None,
         )
 
     @property
@@ -41,6 +48,13 @@ class RankProcess:
         if ended is None:
             return None
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+    def tell(self, line: str) -> None:
+        """What to do, to a rank that waits. One that has ended meanwhile is noticed by whoever watches it."""
+        pipe = self._process.stdin
+        assert pipe is not None
+        with contextlib.suppress(OSError), pipe:
+            pipe.write(f"{line}\n".encode())
 
     def send(self, number: signal.Signals) -> None:
         """Signal the rank itself, not its children."""

@@ -8,6 +8,8 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -38,6 +40,25 @@ def redirect_output(log: Path) -> IO[str]:
     os.dup2(descriptor, 2)
     os.close(descriptor)
     return console
+
+
+@contextmanager
+def hold_output(file: Path) -> Iterator[None]:
+    """In the block, what this process and its libraries print goes to ``file``: there is no log yet, and the console is the
+    supervisor's."""
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    target = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for descriptor in (1, 2):
+        os.dup2(target, descriptor)
+    os.close(target)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, descriptor)
+            os.close(old)
 
 
 def to_user_error(error: BaseException) -> LlmtuneError | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 
 from llmtune.config.schema import TunerConfig
 from llmtune.errors import CheckpointError
+from llmtune.process import no_collection
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -24,7 +28,19 @@ def add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
     Args:
         base: What ``adapter_config.json`` names as the base model.
     """
-    from peft import LoraConfig, get_peft_model
+    with _without_bitsandbytes():
+        return _add_lora(model, config, base, seed)
+
+
+def import_peft() -> None:
+    """As :func:`add_lora` does, ahead of it."""
+    with _without_bitsandbytes(), no_collection():
+        import peft  # noqa: F401
+
+
+def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
+    with no_collection():
+        from peft import LoraConfig, get_peft_model
 
     modules = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     settings = LoraConfig(
@@ -41,6 +57,28 @@ def add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
     wrapped.peft_config["default"].base_model_name_or_path = base
     wrapped.peft_config["default"].inference_mode = True
     return wrapped
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Hide the package from peft, which imports it wherever it is installed, and with it torch's compiler: more than a second.
+
+    Only layers of bitsandbytes need it, and a model that has some has imported it.
+    """
+    name: Any = "bitsandbytes"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        from peft import import_utils
+
+        # peft remembers the answer, which was right for this model only.
+        import_utils.is_bnb_available.cache_clear()
+        import_utils.is_bnb_4bit_available.cache_clear()
 
 
 def to_file_name(parameter_name: str) -> str:

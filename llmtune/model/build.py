@@ -12,6 +12,7 @@ import torch
 from llmtune.config.schema import ModelConfig, Precision
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.model.partition import load_partitions, restore_buffers
+from llmtune.process import no_collection
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
@@ -34,8 +35,9 @@ def build_model(
     Raises:
         MissingPrerequisiteError: ``model.attn_implementation`` needs a package that is not there.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    with no_collection():
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
 
     dtype = DTYPES[precision]
     settings = {"attn_implementation": attn_implementation, "trust_remote_code": config.trust_remote_code}

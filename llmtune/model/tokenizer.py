@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError
+from llmtune.process import no_collection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,8 @@ def load_tokenizer(folder: Path, config: ModelConfig, chat_template: str | None 
     Raises:
         ConfigError: ``model.pad_token`` is no token, or the tokenizer has no fast implementation.
     """
-    from transformers import AutoTokenizer
+    with no_collection():
+        from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
     if not tokenizer.is_fast:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtune.errors import MissingPrerequisiteError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 #: Endings of the names of input and output embeddings in the field's models.
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight")
@@ -15,32 +23,62 @@ _SMALL_SHARE = 0.01
 #: Rows by which the usual norm is known.
 _SAMPLED_ROWS = 257
 
+#: As safetensors calls them. numpy has no bf16, which is the upper half of an fp32 number.
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
 
 def find_untrained_tokens(folder: Path, tokens: Iterable[int]) -> list[int]:
-    """Those of the tokens that have an embedding of next to no length. Only their rows are read.
+    """Those of the tokens that have an embedding of next to no length. Only their rows are read, and torch is not needed.
 
     Args:
-        folder: Model folder with safetensors.
+        folder: Model folder with safetensors. Embeddings in fewer than 16 bits are not looked at.
     """
-    from safetensors import safe_open
-
     wanted = sorted(set(tokens))
     found: set[int] = set()
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
-                if name.endswith(_EMBEDDINGS):
-                    found |= _small_rows(tensors.get_slice(name), wanted)
+        for embedding in _open_embeddings(file):
+            found |= _small_rows(embedding, wanted)
     return sorted(found)
 
 
-def _small_rows(embeddings: Any, tokens: list[int]) -> set[int]:
-    rows = int(embeddings.get_shape()[0])
-    step = max(1, rows // _SAMPLED_ROWS)
-    usual = sorted(_norm(embeddings, row) for row in range(0, rows, step))
-    limit = _SMALL_SHARE * usual[len(usual) // 2]
-    return {token for token in tokens if token < rows and _norm(embeddings, token) < limit}
+def _open_embeddings(file: Path) -> list[NDArray[np.generic]]:
+    """The embeddings in a file, mapped; shape (tokens, hidden), bf16 as ``uint16``.
+
+    Raises:
+        MissingPrerequisiteError: It is no safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(length)) if 8 + length <= size else None
+        except ValueError:
+            header = None
+    if header is None or size < 8 + length + max(
+        (about.get("data_offsets", [0, 0])[1] for about in header.values()), default=0
+    ):
+        raise MissingPrerequisiteError(
+            f"{file}: no whole safetensors file (cut off, or a pointer of Git LFS: run git lfs pull in its folder)"
+        )
+    found: list[NDArray[np.generic]] = []
+    for name, about in header.items():
+        if name.endswith(_EMBEDDINGS) and about["dtype"] in _DTYPES and len(about["shape"]) == 2:
+            start = 8 + length + about["data_offsets"][0]
+            found.append(np.memmap(file, _DTYPES[about["dtype"]], "r", start, tuple(about["shape"])))
+    return found
 
 
-def _norm(embeddings: Any, row: int) -> float:
-    return float(embeddings[row : row + 1].float().norm())
+def _small_rows(embedding: NDArray[np.generic], tokens: list[int]) -> set[int]:
+    rows = len(embedding)
+    sampled = np.sort(_norms(embedding, list(range(0, rows, max(1, rows // _SAMPLED_ROWS)))))
+    limit = _SMALL_SHARE * float(sampled[len(sampled) // 2])
+    known = [token for token in tokens if token < rows]
+    return {token for token, norm in zip(known, _norms(embedding, known), strict=True) if norm < limit}
+
+
+def _norms(embedding: NDArray[np.generic], rows: list[int]) -> NDArray[np.float32]:
+    picked = np.asarray(embedding[rows])
+    numbers = (
+        (picked.astype(np.uint32) << 16).view(np.float32) if picked.dtype == np.uint16 else picked.astype(np.float32)
+    )
+    return np.asarray(np.linalg.norm(numbers, axis=1), dtype=np.float32)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.schema import ModelConfig, Precision, TunerConfig, TunerKind
+from llmtune.plan.cache import read_cached, write_cached
 from llmtune.plan.shape import ModelShape, load_architecture
-from llmtune.plan.trace_cache import read_trace, write_trace
 
 #: After the first layer, its input is no intermediate result; from the second on, each adds the same.
 TRACED_LAYERS = 3
@@ -86,12 +86,13 @@ class ActivationModel:
     def _measure(self, settings: TraceSettings) -> ActivationBytes:
         # The shape too: a local folder may hold another model tomorrow.
         key = repr((self.model, self.tuner, settings, self.shape))
-        stored = read_trace(self.cache_dir, key)
+        stored = read_cached(self.cache_dir, "traces", key)
         if stored is not None:
             return ActivationBytes(stored["saved"], stored["working"], stored["logits"])
         found = self._trace(settings)
         if found.origin == "traced":
-            write_trace(self.cache_dir, key, {"saved": found.saved, "working": found.working, "logits": found.logits})
+            values = {"saved": found.saved, "working": found.working, "logits": found.logits}
+            write_cached(self.cache_dir, "traces", key, values)
         return found
 
     def _trace(self, settings: TraceSettings) -> ActivationBytes:

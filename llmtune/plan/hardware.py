@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,9 +116,7 @@ def _named(config: HardwareConfig) -> Hardware:
 
 
 def _probed(config: HardwareConfig) -> Hardware:
-    import torch
-
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = _cuda_devices()
     accelerator = _accelerator(config.accelerator, found)
     host = config.host_memory_bytes
     host_bytes = parse_bytes(host, "hardware.host_memory_bytes") if host is not None else probe_host_memory_bytes()
@@ -129,6 +129,8 @@ def _probed(config: HardwareConfig) -> Hardware:
         raise MissingPrerequisiteError(
             f"hardware.gpus_per_node={count}: this machine has {found} GPU(s); take hardware=probe to use what is there"
         )
+    import torch
+
     properties = torch.cuda.get_device_properties(0)
     memory = config.gpu_memory_bytes
     device_bytes = (
@@ -138,6 +140,23 @@ def _probed(config: HardwareConfig) -> Hardware:
     card = find_card(name, device_bytes) or UNKNOWN
     hardware = _with_card(card, name, count, device_bytes, host_bytes)
     return hardware if count == 1 or has_nvlink() else replace(hardware, link_bandwidth=card.pcie_bandwidth)
+
+
+def _cuda_devices() -> int:
+    """GPUs that torch sees. Without a driver's library there are none, and torch, which takes a second, is not asked."""
+    if "torch" not in sys.modules and not any(map(_can_load, ("libcuda.so.1", "libamdhip64.so"))):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _can_load(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _with_card(card: Card, name: str, count: int, memory: int, host_bytes: int) -> Hardware:

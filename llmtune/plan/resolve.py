@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from llmtune.config.schema import Config, Precision, ScheduleConfig, TrainConfig, TunerKind
@@ -117,7 +118,7 @@ def resolve_ladder(config: Config, world_size: int | None = None, planning: bool
             # hardware.nvme_bytes alone is for planning.
             hardware = replace(hardware, nvme_bytes=0)
     world = world_size or _resolve_world_size(config, hardware)
-    shape = resolve_shape(config.model, config.tuner)
+    shape = resolve_shape(config.model, config.tuner, Path(config.paths.cache_dir).expanduser())
     if not planning and not shape.causal:
         raise ConfigError(
             f"model.name_or_path={config.model.name_or_path}: no causal language model; it can be planned only"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.schema import ModelConfig, TunerConfig, TunerKind
 from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.plan.cache import read_cached, write_cached
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,12 +139,47 @@ def build_meta_model(architecture: PretrainedConfig, trust_remote_code: bool = F
     raise ConfigError(f"model.config: {reason}")
 
 
-def resolve_shape(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
+def resolve_shape(config: ModelConfig, tuner: TunerConfig, cache_dir: Path | None = None) -> ModelShape:
     """Count the parameters of the model and of what the tuner trains.
+
+    Args:
+        cache_dir: Where shapes are remembered, so that a second start need not build the model to count it.
 
     Raises:
         ConfigError: ``tuner.target_modules`` matches nothing.
     """
+    identity = _identify(config)
+    if identity is None:
+        return _count(config, tuner)
+    key = repr((identity, tuner.kind, tuner.lora_r, tuner.target_modules))
+    stored = read_cached(cache_dir, "shapes", key)
+    if stored is not None:
+        tensors = tuple(TensorShape(*values) for values in stored.pop("tensors"))
+        return ModelShape(**stored, tensors=tensors)
+    shape = _count(config, tuner)
+    values = asdict(shape)
+    values["tensors"] = [list(tensor.values()) for tensor in values["tensors"]]
+    write_cached(cache_dir, "shapes", key, values)
+    return shape
+
+
+def _identify(config: ModelConfig) -> str | None:
+    """What decides the architecture; None where that is a program, or a repository that may change."""
+    if config.trust_remote_code:
+        return None
+    if config.config:
+        return repr(sorted(dict(config.config).items()))
+    file = Path(config.name_or_path).expanduser()
+    try:
+        if file.suffix == ".gguf":
+            status = file.stat()
+            return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+        return (file / "config.json").read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     architecture = load_architecture(config)
     meta_model, causal = build_meta_model(architecture, config.trust_remote_code)
     model: Any = meta_model

@@ -9,17 +9,16 @@ from llmtune.track.metrics import read_metrics
 
 def write_loss_plot(metrics: Path, picture: Path, title: str) -> None:
     """Draw the curves of a metrics file; nothing where it has no training line yet."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    # Not pyplot, which looks for a screen and keeps every figure.
+    from matplotlib.figure import Figure
 
     records = read_metrics(metrics)
     train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     held_out = [(r["step"], r["eval_loss"]) for r in records if r.get("eval_loss") is not None]
     if not train:
         return
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1.2, label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held out")
@@ -28,4 +27,3 @@ def write_loss_plot(metrics: Path, picture: Path, title: str) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(picture)
-    plt.close(figure)

@@ -110,7 +110,7 @@ class FakeRun:
         monkeypatch.setattr(descent, "place_swap", lambda *_: None)
         monkeypatch.setattr(descent, "describe", lambda _: {})
         monkeypatch.setattr(descent, "resolve_request", self._resolve)
-        monkeypatch.setattr(descent, "run_request", lambda request, _: self.attempt(request))
+        monkeypatch.setattr(descent, "run_request", lambda request, *_: self.attempt(request))
         self.attempt: Callable[[Any], None] = lambda _: None
 
     def _resolve(self, composed: Any, *_: Any) -> Any:
@@ -144,6 +144,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
     return FakeRun(tmp_path, monkeypatch)
 
 
+@pytest.mark.process
 def test_a_killed_rank_costs_the_steps_since_the_newest_checkpoint(fake: FakeRun) -> None:
     fake.ranks(KILLED_AT_5)
     assert fake.go()
@@ -160,6 +161,7 @@ def test_a_killed_rank_costs_the_steps_since_the_newest_checkpoint(fake: FakeRun
     }
 
 
+@pytest.mark.process
 def test_a_run_that_does_not_get_on_is_given_up(fake: FakeRun) -> None:
     fake.ranks("if step == 5 and rank == 1: os._exit(9)")
     with pytest.raises(LlmtuneError, match="rank 1 ended with exit code 9.*\nNot started again: it failed twice"):
@@ -168,6 +170,7 @@ def test_a_run_that_does_not_get_on_is_given_up(fake: FakeRun) -> None:
     assert len(fake.records) == 2
 
 
+@pytest.mark.process
 def test_errors_with_advice_are_not_tried_again(fake: FakeRun) -> None:
     fake.ranks("if step == 5: fail(DataError('rows.jsonl:3: bad'))")
     with pytest.raises(LlmtuneError, match="rows.jsonl:3"):
@@ -176,6 +179,7 @@ def test_errors_with_advice_are_not_tried_again(fake: FakeRun) -> None:
     assert not (fake.folder / names.RESTARTS).exists()
 
 
+@pytest.mark.process
 def test_a_start_that_was_told_where_to_begin_goes_on_from_its_own_work(fake: FakeRun) -> None:
     fake.config.resume_from_checkpoint = "none"
     fake.ranks(KILLED_AT_5)

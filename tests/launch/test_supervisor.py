@@ -18,6 +18,7 @@ from llmtune.launch.rank import to_user_error
 from tests.launch.fakes import alive, pid_of, run_fakes, start_supervisor, wait_until
 
 
+@pytest.mark.process
 def test_ranks_know_each_other() -> None:
     run_fakes("""
         assert os.environ["WORLD_SIZE"] == "2" and os.environ["MASTER_ADDR"] and int(os.environ["MASTER_PORT"])
@@ -25,6 +26,7 @@ def test_ranks_know_each_other() -> None:
     """)
 
 
+@pytest.mark.process
 def test_a_failing_rank_ends_the_others_at_once_with_its_message() -> None:
     started = time.monotonic()
     with pytest.raises(DataError, match=r"rows.jsonl:3") as caught:
@@ -37,6 +39,7 @@ def test_a_failing_rank_ends_the_others_at_once_with_its_message() -> None:
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.process
 def test_an_unexpected_error_points_to_the_log_and_may_be_tried_again() -> None:
     with pytest.raises(RanksFailedError, match="rank 1: ZeroDivisionError: no\nMore in train.log") as caught:
         run_fakes("""
@@ -50,6 +53,7 @@ def test_an_unexpected_error_points_to_the_log_and_may_be_tried_again() -> None:
     assert not caught.value.rollback
 
 
+@pytest.mark.process
 def test_a_killed_rank_is_named_and_not_the_rank_that_lost_it() -> None:
     with pytest.raises(RanksFailedError, match="rank 1 ended with signal SIGKILL.*newest checkpoint") as caught:
         run_fakes("""
@@ -67,6 +71,7 @@ def test_a_killed_rank_is_named_and_not_the_rank_that_lost_it() -> None:
     assert caught.value.step == 5, "a rank that saves step 5 has done it"
 
 
+@pytest.mark.process
 def test_a_rank_can_ask_for_a_rollback() -> None:
     report = {"rank": 0, "code": 1, "message": "loss is nan\nmore", "known": True, "time": 0, "rollback": True}
     with pytest.raises(RanksFailedError, match="loss is nan") as caught:
@@ -81,6 +86,7 @@ def test_a_rank_can_ask_for_a_rollback() -> None:
     assert caught.value.reason == "loss is nan"
 
 
+@pytest.mark.process
 def test_other_errors_with_advice_are_not_tried_again() -> None:
     with pytest.raises(LlmtuneError, match="no") as caught:
         run_fakes("fail(LlmtuneError('no'))")
@@ -93,12 +99,14 @@ def test_a_report_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
     assert [report["rank"] for report in read_reports(tmp_path)] == [1]
 
 
+@pytest.mark.process
 def test_ranks_that_stopped_and_saved_are_no_failure() -> None:
     with pytest.raises(StoppedError) as caught:
         run_fakes("sys.exit(75)")
     assert caught.value.exit_code == 75
 
 
+@pytest.mark.process
 def test_no_rank_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     supervisor = start_supervisor("ready()\ntime.sleep(600)", tmp_path)
     assert len(alive(tmp_path)) == 2
@@ -107,6 +115,7 @@ def test_no_rank_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     assert wait_until(lambda: not alive(tmp_path), 10)
 
 
+@pytest.mark.process
 def test_a_rank_whose_supervisor_died_before_it_looked_does_not_begin() -> None:
     environment = {**os.environ, "RANK": "0"}
     orphan = "import os\nos.environ['LLMTUNE_SUPERVISOR'] = '1'\n"
@@ -127,6 +136,7 @@ CHILD = """
 """
 
 
+@pytest.mark.process
 def test_children_of_ranks_end_with_them_also_where_the_rank_ended_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +146,7 @@ def test_children_of_ranks_end_with_them_also_where_the_rank_ended_by_itself(
     assert wait_until(lambda: not alive(tmp_path), 5)
 
 
+@pytest.mark.process
 def test_an_exit_code_can_be_read_again_and_again() -> None:
     process = RankProcess(0, ["-c", "import os; os.kill(os.getpid(), 9)"], dict(os.environ))
     assert wait_until(lambda: process.exit_code() is not None)
@@ -167,3 +178,36 @@ def test_memory_that_ran_out_comes_with_advice(error: Exception) -> None:
     assert isinstance(known, DoesNotFitError)
     assert "train.gradient_checkpointing=true" in str(known)
     assert to_user_error(ValueError("x")) is None
+
+
+@pytest.mark.process
+def test_of_ranks_that_fail_at_once_the_one_that_spoke_first_is_named() -> None:
+    """Rank 0 loses the connection to rank 1, and both are gone when the supervisor looks."""
+    with pytest.raises(RanksFailedError, match="rank 1: ZeroDivisionError: the reason"):
+        run_fakes("""
+            if rank == 1:
+                report_failure(ZeroDivisionError("the reason"), rank, sys.stdout, False)
+                (out / "1.said").touch()
+            while not (out / "1.said").exists():
+                time.sleep(0.001)
+            if rank == 0:
+                report_failure(RuntimeError("Connection closed by peer"), rank, sys.stdout, False)
+                (out / "0.said").touch()
+            while not (out / "0.said").exists():
+                time.sleep(0.001)
+            os._exit(1)
+        """)
+
+
+@pytest.mark.process
+def test_a_rank_that_ended_without_a_word_is_not_taken_for_one_that_lost_it() -> None:
+    with pytest.raises(RanksFailedError, match="rank 1 ended with exit code 9 and left no message"):
+        run_fakes("""
+            if rank == 1:
+                ready()
+                os._exit(9)
+            while not (out / "1.pid").exists():
+                time.sleep(0.001)
+            time.sleep(0.5)
+            fail(RuntimeError("Connection closed by peer"))
+        """)

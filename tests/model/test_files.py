@@ -34,12 +34,11 @@ def test_entries_are_read_from_the_headers(tiny_model: Path) -> None:
         assert (entry.shape, entry.dtype) == (tuple(state[name].shape), torch.bfloat16)
 
 
-@pytest.mark.slow
-def test_the_embedded_model_needs_no_hub_and_answers(cache: Path) -> None:
-    from llmtune.config.compose import compose_config
+@pytest.mark.process
+def test_the_embedded_model_needs_no_hub_and_answers(smollm2: Path) -> None:
     from llmtune.model.answer import answer
 
-    folder = resolve_model_folder(compose_config([]).config.model, cache)
+    folder = smollm2
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

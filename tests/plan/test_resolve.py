@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Precision, ScheduleConfig, TrainConfig
 from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
+from llmtune.plan import shape as shapes
 from llmtune.plan.placement import Placement
 from llmtune.plan.resolve import Plan, resolve_ladder, resolve_plan, resolve_steps
 from llmtune.plan.shape import resolve_shape
@@ -137,3 +140,26 @@ def test_an_unknown_architecture_and_module_are_named() -> None:
             resolve_plan(compose_config(["model=tiny", f"tuner.target_modules={modules}"]).config)
     plan = resolve_plan(compose_config(["model=tiny", "tuner.target_modules=[self_attn.q_proj]"]).config)
     assert plan.shape.trainable_parameters == 2 * 16 * (64 + 64)
+
+
+def test_a_remembered_shape_is_the_counted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [compose_config(["model=tiny", f"tuner={tuner}"]).config for tuner in ("full", "lora", "qlora")]
+    counted = [shapes.resolve_shape(config.model, config.tuner, tmp_path) for config in configs]
+    assert len(list((tmp_path / "shapes").iterdir())) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "_count", lambda *_: pytest.fail("counted again"))
+        assert [shapes.resolve_shape(config.model, config.tuner, tmp_path) for config in configs] == counted
+    wider = compose_config(["model=tiny", "model.config.hidden_size=128"]).config
+    assert shapes.resolve_shape(wider.model, wider.tuner, tmp_path).hidden_size == 128
+
+
+def test_another_model_in_the_same_folder_is_counted_anew(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = compose_config([f"model.name_or_path={folder}"]).config
+    first = shapes.resolve_shape(config.model, config.tuner, tmp_path / "cache")
+    numbers = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**numbers, "num_hidden_layers": 5}))
+    second = shapes.resolve_shape(config.model, config.tuner, tmp_path / "cache")
+    assert (first.layers, second.layers) == (2, 5)
+    assert second.parameters > first.parameters
