@@ -1,16 +1,26 @@
 #!/usr/bin/env bash
-# Lint, types, tests. Arguments go to pytest: `bash scripts/test.sh -k parity`.
-# `bash scripts/test.sh --faults` breaks real runs in every way of docs/reliability.md instead; that takes more than an hour.
+# Lint, types, tests. Arguments that follow go to pytest: `bash scripts/test.sh -k parity`.
+#
+#   bash scripts/test.sh          the ordinary suite: at most 15 minutes on 2 cores
+#   bash scripts/test.sh --fast   those of it that start no process: at most 3 minutes, for after each change
+#   bash scripts/test.sh --slow   the rest: full products of all variants, and real runs broken in every way of
+#                                 docs/reliability.md, whose table it prints at the end
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 
-if [[ "${1:-}" == --faults ]]; then
+tier=
+case "${1:-}" in --fast | --slow)
+    tier=$1
     shift
+    ;;
+esac
+
+if [ "$tier" = --slow ]; then
     table="${LLMTUNE_FAULT_TABLE:-$PWD/outputs/faults.jsonl}"
     mkdir -p "$(dirname "$table")"
     status=0
-    LLMTUNE_FAULT_TABLE="$table" .venv/bin/python -m pytest -m faults tests/faults tests/checkpoint "$@" || status=$?
+    LLMTUNE_FAULT_TABLE="$table" .venv/bin/python -m pytest -m slow "$@" || status=$?
     .venv/bin/python -m tests.faults.table "$table"
     exit "$status"
 fi
@@ -20,5 +30,24 @@ printf '== lint\n'
 .venv/bin/ruff format --check .
 printf '== types\n'
 .venv/bin/mypy
-printf '== tests\n'
-.venv/bin/python -m pytest "$@"
+# Without arguments of its own a tier is whole, and has a budget of seconds.
+budget() { if [ "$#" -gt 1 ]; then echo ""; else echo "$1 $began"; fi; }
+began=$(date +%s)
+cores=$(nproc)
+
+printf '== tests that start no process\n'
+status=0
+LLMTUNE_SUITE_BUDGET=$(budget 180 "$@") \
+    .venv/bin/python -m pytest -n "$((cores < 8 ? cores : 8))" -m 'not process and not slow' "$@" || status=$?
+if [ "$tier" != --fast ]; then
+    printf '== tests that start processes\n'
+    more=0
+    LLMTUNE_SUITE_BUDGET=$(budget 900 "$@") .venv/bin/python -m pytest -m 'process and not slow' "$@" || more=$?
+    # 5: what was asked for is all in the other half.
+    if [ "$status" = 5 ]; then
+        status=$more
+    elif [ "$more" != 5 ]; then
+        status=$((status > more ? status : more))
+    fi
+fi
+exit "$status"

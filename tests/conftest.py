@@ -1,4 +1,4 @@
-"""One cache for the whole suite, away from the user's; ranks on the CPU."""
+"""One cache for the whole suite, away from the user's; ranks on the CPU; processes that start warm; three tiers of tests."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmtune.launch.environment import extensions_dir, use_own_ninja
+from tests import processes
+
+pytest_plugins = ["tests.suite.tiers", "tests.suite.budget", "pytester"]
 
 
 def pytest_configure() -> None:
-    """A shell without job control starts what is behind ``&`` with Ctrl-C ignored, and so would be all that tests start."""
+    """Before any test: signals, the surroundings of ranks, and processes that start warm."""
+    # A shell without job control starts what is behind ``&`` with Ctrl-C ignored, and so would be all that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the long table unless it was asked for by its marker."""
-    if "faults" in str(config.getoption("markexpr")):
-        return
-    left_out = [item for item in items if item.get_closest_marker("faults") and not item.get_closest_marker("fault_ci")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    use_own_ninja()
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir()))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Read when torch is imported: threads of two workers on two cores wait for each other more than they compute.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    processes.install()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,12 +41,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(kept) if kept else tmp_path_factory.getbasetemp().parent / "llmtune-cache"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["LLMTUNE_CACHE"] = str(folder)
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    use_own_ninja()
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir()))
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def nursery(cache: Path) -> None:
+    """Where processes start warm; every test that is marked ``process`` has it."""
+    processes.NURSERY.start()
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +57,33 @@ def own_environment(cache: Path) -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[Any]:
+    """Variables that a fixture of several tests sets end with its set-up; those of ``cache`` are meant to stay."""
+    before = dict(os.environ)
+    result = yield
+    if fixturedef.scope != "function" and fixturedef.argname != "cache":
+        os.environ.clear()
+        os.environ.update(before)
+    return result
+
+
+@pytest.fixture
+def started_cold() -> Iterator[None]:
+    """Processes of this test start for real, as a user's do."""
+    with processes.cold():
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2(cache: Path) -> Path:
+    """The folder of the embedded model; unpacking it takes ten seconds."""
+    from llmtune.config.compose import compose_config
+    from llmtune.model.files import resolve_model_folder
+
+    return resolve_model_folder(compose_config([]).config.model, cache)
 
 
 @pytest.fixture(scope="session")

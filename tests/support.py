@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+from allpairspy import AllPairs
 
 from llmtune.launch.environment import free_port, remove_shared_buffers, set_defaults
 
@@ -55,6 +61,57 @@ def losses(run_folder: Path) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
+def pairs(*factors: Sequence[Any], allowed: Callable[..., bool] = lambda *_: True) -> list[tuple[Any, ...]]:
+    """Cells in which every value of each factor meets every value of each other one: a covering array of strength two.
+
+    Args:
+        allowed: Whether values go together; called with whole cells, and with the beginnings of cells.
+    """
+    return [tuple(cell) for cell in AllPairs(list(map(list, factors)), filter_func=lambda row: allowed(*row))]
+
+
+def product(*factors: Sequence[Any], allowed: Callable[..., bool] = lambda *_: True) -> list[tuple[Any, ...]]:
+    """All cells, for the slow tier."""
+    return [cell for cell in itertools.product(*factors) if allowed(*cell)]
+
+
+def matrix(*factors: Sequence[Any], size: int, allowed: Callable[..., bool] = lambda *_: True) -> list[Any]:
+    """For ``parametrize``: all pairs for the ordinary suite, and every other cell for the slow tier.
+
+    Cells come in parts of ``size``, which share their process groups; those that are alike from the last factor on stand
+    together.
+    """
+    chosen = pairs(*factors, allowed=allowed)
+    others = [cell for cell in product(*factors, allowed=allowed) if cell not in set(chosen)]
+    found = []
+    for name, cells, marks in (("pairs", chosen, ()), ("other cells", others, (pytest.mark.slow,))):
+        alike = sorted(cells, key=lambda cell: [list(f).index(c) for f, c in zip(factors, cell, strict=True)][::-1])
+        parts = [alike[start : start + size] for start in range(0, len(alike), size)]
+        found += [
+            pytest.param(part, id=f"{name} {number} of {len(parts)}", marks=marks)
+            for number, part in enumerate(parts, 1)
+        ]
+    return found
+
+
+def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
+    """Between two curves of one length."""
+    assert len(a) == len(b) > 0
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def wait_for_all(ranks: Sequence[subprocess.Popen[Any]], timeout: float) -> list[int | None]:
+    """Exit codes when all have ended, or soon after one has failed: the others may wait for it for ever."""
+    deadline = time.monotonic() + timeout
+    while None in (codes := [rank.poll() for rank in ranks]):
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + 5)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return codes
+
+
 def train_engines(
     tasks: list[dict[str, Any]],
     world_size: int,
@@ -86,10 +143,11 @@ def train_engines(
         with logs[rank].open("w") as log:
             ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
     try:
-        codes = [rank.wait(timeout) for rank in ranks]
+        codes = wait_for_all(ranks, timeout)
     finally:
         for rank in ranks:
             rank.kill()
+            rank.wait()
         remove_shared_buffers(port)
     assert codes == [0] * world_size, "\n".join(log.read_text()[-3000:] for log in logs)
     return list(json.loads(result.read_text()))

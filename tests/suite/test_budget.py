@@ -1,0 +1,73 @@
+"""The guards of the suite themselves: what is too slow or starts a process without saying so is found."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.suite import budget
+from tests.suite.budget import Budget
+from tests.support import ROOT
+
+
+@pytest.fixture
+def calm(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A machine whose speed a test decides."""
+    scale = [1.0]
+    monkeypatch.setattr(budget, "calibrate", lambda: scale[0])
+    return scale
+
+
+def report(name: str, seconds: float, when: str = "call", slow: bool = False) -> Any:
+    return SimpleNamespace(nodeid=name, duration=seconds, when=when, keywords={"slow": 1} if slow else {})
+
+
+def test_a_test_over_its_limit_is_named_unless_it_is_marked(calm: list[float]) -> None:
+    watched = Budget(None)
+    for given in (report("a", 19.9), report("b", 20.1), report("c", 99, slow=True), report("d", 25, "setup")):
+        watched.pytest_runtest_logreport(given)
+    assert [problem.split(": ")[1].split(" (make")[0] for problem in watched.judge()] == ["d (setup)", "b"]
+    calm[0] = 1.5
+    assert watched.judge() == [], "a slow machine has more time"
+
+
+def test_a_suite_may_take_half_as_long_again(calm: list[float]) -> None:
+    assert Budget((900, time.time() - 1340)).judge() == []
+    (problem,) = Budget((900, time.time() - 1360)).judge()
+    assert problem == "the suite took 1360 s; its budget is 900 s"
+    calm[0] = 2.0
+    assert Budget((900, time.time() - 1360)).judge() == []
+
+
+_INNER = """
+import subprocess, sys, multiprocessing, pytest
+def test_quiet(): pass
+def test_loud(): subprocess.run([sys.executable, "--version"])
+def test_worker(): multiprocessing.get_context("spawn").Process(target=print).start()
+@pytest.fixture(scope="module")
+def shared(): subprocess.run([sys.executable, "--version"])
+def test_by_fixture(shared): pass
+@pytest.mark.process
+def test_marked(): subprocess.run([sys.executable, "--version"])
+"""
+
+
+@pytest.mark.process
+def test_a_test_that_starts_a_process_must_say_so(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makeconftest(
+        "pytest_plugins = ['tests.suite.tiers']\n"
+        "import pytest\n"
+        "@pytest.fixture\n"
+        "def nursery(): pass\n"
+        "def pytest_configure(config): config.addinivalue_line('markers', 'process: starts one')\n"
+    )
+    pytester.makepyfile(_INNER)
+    done = pytester.runpytest_subprocess("-p", "no:xdist")
+    done.assert_outcomes(passed=5, errors=3)
+    done.stdout.fnmatch_lines(["*test_loud*", "*starts a process (subprocess.Popen*mark it with pytest.mark.process*"])
+    for name in ("test_worker", "test_by_fixture"):
+        done.stdout.fnmatch_lines([f"ERROR *{name}*"])

@@ -1,0 +1,165 @@
+"""The ordinary suite fails for faults that are planted on purpose, one at a time, in a copy of the source."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+
+@dataclass(frozen=True)
+class Planted:
+    """One change of one line, and tests of the ordinary suite that must not pass with it."""
+
+    fault: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+PLANTED = [
+    Planted(
+        "the loss is divided by the micro-batches as well",
+        "engine/module.py",
+        "self.engine.backward(loss * scale, scale_wrt_gas=False)",
+        "self.engine.backward(loss * scale, scale_wrt_gas=True)",
+        ("tests/engine/test_parity.py::test_stages_ranks_and_accumulation_give_the_same_curve",),
+    ),
+    Planted(
+        "labels are shifted by two",
+        "model/loss.py",
+        "targets = labels[:, 1:]\n    trained = targets != IGNORE\n    picked = logits[:, :-1]",
+        "targets = labels[:, 2:]\n    trained = targets != IGNORE\n    picked = logits[:, :-2]",
+        ("tests/model/test_loss.py",),
+    ),
+    Planted(
+        "the mask ends one token early",
+        "data/encode.py",
+        "[first : last + 1] = True",
+        "[first:last] = True",
+        ("tests/data/test_encode.py",),
+    ),
+    Planted(
+        "a resumed AdamW counts its steps from 0",
+        "checkpoint/state_files.py",
+        "make_state(module, batch, steps)",
+        "make_state(module, batch, 0)",
+        ("tests/checkpoint/test_resume_matrix.py::test_every_placement_goes_on_to_the_last_digit",),
+    ),
+    Planted(
+        "a rank takes its slice for that of another",
+        "engine/state.py",
+        "start = module.rank.rank * parameter.ds_tensor.ds_numel",
+        "start = (module.rank.world_size - 1 - module.rank.rank) * parameter.ds_tensor.ds_numel",
+        ("tests/checkpoint/test_resume_matrix.py::test_every_placement_goes_on_to_the_last_digit",),
+    ),
+    Planted(
+        "hashes of the manifest are not compared",
+        "checkpoint/manifest.py",
+        'if found["xxh3_128"] != entry["xxh3_128"]:',
+        'if found["size"] != entry["size"]:',
+        ("tests/faults/test_damage.py", "tests/cli/test_verify.py"),
+    ),
+    Planted(
+        "a merge without alpha / r",
+        "export/changes.py",
+        "delta = delta.mul_(self.scale)",
+        "delta = delta.mul_(1.0)",
+        ("tests/export/test_merge.py",),
+    ),
+    Planted(
+        "packed documents see each other",
+        "data/batch.py",
+        "torch.cat([torch.arange(length) for length in row])",
+        "torch.arange(sum(row))",
+        ("tests/data/test_packing.py",),
+    ),
+    Planted(
+        "the schedule is one step late",
+        "train/schedule.py",
+        "progress = (step - warmup_steps) /",
+        "progress = (step - 1 - warmup_steps) /",
+        ("tests/train/test_schedule.py",),
+    ),
+    Planted(
+        "the plan counts half the bytes of the optimizer",
+        "plan/states.py",
+        "optimizer = Split(0, 16 * share)",
+        "optimizer = Split(0, 8 * share)",
+        ("tests/engine/test_states.py",),
+    ),
+    Planted(
+        "a rank does not hear a signal",
+        "train/stop.py",
+        "        self._signalled = True",
+        "        self._signalled = False",
+        ("tests/faults/test_signals.py",),
+    ),
+    Planted(
+        "a secret is printed as it is",
+        "secrets.py",
+        "text = known.pattern.sub(lambda match: known.replacements[match[0]], text)",
+        "text = known.pattern.sub(lambda match: match[0], text)",
+        ("tests/test_secrets.py",),
+    ),
+]
+
+
+def test_every_fault_can_be_planted_and_names_tests_that_exist() -> None:
+    for planted in PLANTED:
+        assert (ROOT / "llmtune" / planted.file).read_text().count(planted.right) >= 1, planted.fault
+        for test in planted.tests:
+            file, _, name = test.partition("::")
+            assert f"def {name}" in (ROOT / file).read_text() if name else (ROOT / file).is_file(), test
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The project, to be spoilt."""
+    folder = tmp_path / "project"
+    ignored = shutil.ignore_patterns(".venv", ".git", "runs", "outputs", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    return folder
+
+
+def run_tests(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """The named tests of the ordinary suite, on this copy of the source."""
+    program = (
+        f"import sys; sys.path[:0] = [{str(folder)!r}]; import llmtune; assert llmtune.__file__.startswith({str(folder)!r}); "
+        f"import pytest; sys.exit(pytest.main({['-x', '-q', '-p', 'no:cacheprovider', *tests]!r}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(folder), "LLMTUNE_TEST_CACHE": str(folder.parent / "cache")}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.usefixtures("started_cold")
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.fault)
+def test_a_planted_fault_is_caught(planted: Planted, copied: Path) -> None:
+    file = copied / "llmtune" / planted.file
+    text = file.read_text()
+    assert text.count(planted.right) >= 1, "the line has changed: plant the fault anew"
+    file.write_text(text.replace(planted.right, planted.wrong))
+    done = run_tests(copied, planted.tests)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " failed" in done.stdout, done.stdout[-3000:]
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.usefixtures("started_cold")
+def test_nothing_planted_nothing_caught(copied: Path) -> None:
+    """The same tests pass on the source as it is."""
+    done = run_tests(copied, tuple(dict.fromkeys(test for planted in PLANTED for test in planted.tests)))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
