@@ -11,7 +11,8 @@ import pytest
 from tests.support import ROOT, run
 
 
-@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.usefixtures("started_cold")
 def test_the_wheel_composes_from_another_directory(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for name in ("llmtune", "conf"):

@@ -62,6 +62,7 @@ def test_short_values_words_and_paths_are_no_secrets(value: str, monkeypatch: py
     assert redact("true /usr/bin disabled 1234567") == "true /usr/bin disabled 1234567"
 
 
+@pytest.mark.process
 def test_what_came_from_a_file_is_secret_whatever_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINE", VALUE)
     assert redact(VALUE) == VALUE

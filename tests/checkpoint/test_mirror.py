@@ -343,6 +343,7 @@ def test_a_failure_is_forgotten_once_the_checkpoint_made_it(tmp_path: Path, stor
     assert copies.finish(TIMEOUT) == []
 
 
+@pytest.mark.process
 def test_the_exit_does_not_wait_for_a_mirror_that_stands_still(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 10)
     program = f"""

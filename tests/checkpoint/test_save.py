@@ -17,7 +17,7 @@ from llmtune.launch.environment import free_port, remove_shared_buffers, set_def
 from tests.support import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_that_cannot_write_is_heard_by_all(failing: int, tmp_path: Path) -> None:
     set_defaults("cpu", 2)

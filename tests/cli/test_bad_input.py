@@ -33,11 +33,13 @@ def rows(path: Path, count: int = 12, **extra: str) -> str:
     return str(path)
 
 
+@pytest.mark.process
 def test_a_missing_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, err = refused(capsys, *TINY, "data.train=/no/such.jsonl", f"output_dir={tmp_path}/run")
     assert (code, "/no/such.jsonl: no such file" in err) == (4, True)
 
 
+@pytest.mark.process
 def test_a_broken_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
@@ -45,6 +47,7 @@ def test_a_broken_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert (code, f"{path}:2: broken JSON" in err) == (4, True)
 
 
+@pytest.mark.process
 def test_a_row_without_the_field(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "a"}\n')
@@ -52,6 +55,7 @@ def test_a_row_without_the_field(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert (code, f"{path}:1: the field 'output' is missing" in err) == (4, True)
 
 
+@pytest.mark.process
 def test_a_prompt_that_is_too_long(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = rows(tmp_path / "a.jsonl", input="word " * 300)
     code, err = refused(capsys, *TINY, f"data.train={path}", f"output_dir={tmp_path}/run")
@@ -83,6 +87,7 @@ def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path:
     assert (code, "does not fit" in err, "Try: " in err) == (3, True, True)
 
 
+@pytest.mark.process
 def test_a_folder_that_is_no_run_is_not_touched(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     code, err = refused(capsys, *TINY, f"output_dir={tmp_path}")
@@ -116,6 +121,7 @@ def test_verbs_name_what_is_missing(
     assert (found, part in err) == (code, True), err
 
 
+@pytest.mark.process
 def test_debug_trace_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code = main([*TINY, "data.train=/no/such.jsonl", f"output_dir={tmp_path}/run", "debug=trace"])
     assert code == 4

@@ -33,6 +33,7 @@ def report(*arguments: str, code: int = 0) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.process
 def test_the_report_counts_what_will_be_trained(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", 100)
     found = report(f"data.train={source}", "data.val_set_size=10", "data.packing=true", "data.max_seq_length=512")
@@ -47,6 +48,7 @@ def test_the_report_counts_what_will_be_trained(tmp_path: Path) -> None:
     assert found["padding"]["grouped"] < found["padding"]["random"] < found["padding"]["to_max_length"]
 
 
+@pytest.mark.process
 def test_problems_are_listed_with_file_and_line_and_the_exit_code_of_data(tmp_path: Path) -> None:
     source = Path(write(tmp_path / "a.jsonl", 20))
     source.write_text(source.read_text() + '{"messages": []}\n{"mess\n')
@@ -75,6 +77,7 @@ def test_a_person_sees_numbers_lengths_and_masks(tmp_path: Path, capfd: pytest.C
     assert "data:image/png;base64,iVBOR" in page
 
 
+@pytest.mark.process
 def test_classification_rows_can_be_looked_at_but_not_trained_yet(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +91,7 @@ def test_classification_rows_can_be_looked_at_but_not_trained_yet(
     assert "a classifier cannot be trained yet" in capfd.readouterr().err
 
 
+@pytest.mark.process
 def test_a_program_gets_a_report_even_where_no_row_is_left(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text('{"messages": []}\n')
@@ -96,6 +100,7 @@ def test_a_program_gets_a_report_even_where_no_row_is_left(tmp_path: Path) -> No
     assert f"{source}:1" in found["problems"][0]["message"]
 
 
+@pytest.mark.process
 def test_bad_rows_of_a_run_are_listed_in_its_folder(tmp_path: Path) -> None:
     source = Path(write(tmp_path / "a.jsonl", 20))
     source.write_text(source.read_text() + '{"messages": []}\n')
@@ -109,7 +114,7 @@ def test_bad_rows_of_a_run_are_listed_in_its_folder(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/bad_rows.jsonl").read_text())["line"] == 21
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_streamed_run_that_is_made_longer_goes_on_with_the_next_rows(tmp_path: Path) -> None:
     source, held_out = write(tmp_path / "a.jsonl", 300), write(tmp_path / "b.jsonl", 8, start=1000)
     given = [*TINY, f"data.train={source}", f"data.eval={held_out}", "data.packing=true", "train.global_batch_size=4"]
@@ -128,7 +133,7 @@ def test_a_streamed_run_that_is_made_longer_goes_on_with_the_next_rows(tmp_path:
     assert len(set(straight)) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_packed_rows_give_the_loss_of_the_same_rows_unpacked(tmp_path: Path) -> None:
     """One step over all rows: the same tokens, the same denominator, the same gradient."""
     source = write(tmp_path / "a.jsonl", 12)

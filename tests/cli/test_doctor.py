@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llmtune.cli.main import main
+from llmtune.launch import health, ops
 from llmtune.launch.versions import bad_pairs
 from tests.support import TINY, run_cli
 
@@ -20,24 +22,32 @@ def extensions(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_stale_lock_is_found_refused_and_removed(extensions: Path, tmp_path: Path) -> None:
-    env = {"TORCH_EXTENSIONS_DIR": str(extensions)}
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that stays for a moment is called stale, not only one that stays for seconds."""
+    monkeypatch.setattr(ops, "_SETTLE_SECONDS", 0.3)
+
+
+@pytest.mark.process
+@pytest.mark.usefixtures("quick")
+def test_a_stale_lock_is_found_and_refused(
+    extensions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
     lock = extensions / "async_io" / "lock"
-    found = run_cli("doctor", "--json", env=env)
-    assert found.code == 7
-    findings = json.loads(found.out)["findings"]
+    assert main(["doctor", "--json"]) == 7
+    findings = json.loads(capfd.readouterr().out)["findings"]
     assert any(str(lock) in finding["message"] and finding["command"] == f"rm {lock}" for finding in findings)
 
-    refused = run_cli(*TINY, f"output_dir={tmp_path}/run", env=env, timeout=120)
-    assert refused.code == 7, refused.err
-    assert str(lock) in refused.err
-    assert "doctor --fix" in refused.err
+    assert main([*TINY, f"output_dir={tmp_path}/run"]) == 7
+    refused = capfd.readouterr().err
+    assert str(lock) in refused
+    assert "doctor --fix" in refused
     assert lock.exists()
 
 
+@pytest.mark.usefixtures("quick")
 def test_fix_removes_the_lock(extensions: Path) -> None:
-    from llmtune.launch import health, ops
-
     lock = extensions / "async_io" / "lock"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
@@ -50,6 +60,7 @@ def test_fix_removes_the_lock(extensions: Path) -> None:
     assert clean.state == "ok"
 
 
+@pytest.mark.process
 def test_a_healthy_machine_is_exit_0_and_tokens_are_not_shown() -> None:
     done = run_cli("doctor", env={"HF_TOKEN": "hf_planted", "WANDB_API_KEY": "planted"})
     assert done.code == 0, done.out + done.err

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ROOT, losses, run, run_cli
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.process
 
 BASE = [
     "model=tiny",
@@ -128,19 +128,19 @@ def test_another_configuration_is_refused_with_the_differences(finished: Path) -
     assert (none.code, "resume_from_checkpoint=none" in none.err) == (5, True)
 
 
-def test_deepspeed_and_torchrun_give_the_same_losses(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["deepspeed", "torchrun"])
+def test_launchers_give_the_same_losses(name: str, finished: Path, tmp_path: Path) -> None:
     tools = Path(sys.executable).parent
-    launchers = {
+    launcher = {
         "deepspeed": [str(tools / "deepspeed"), "--num_accelerators", "2", "--master_port", "29877"],
         "torchrun": [str(tools / "torchrun"), "--nproc_per_node", "2", "--master_port", "29878"],
-    }
+    }[name]
     arguments = [*BASE, "zero=3", "train.max_steps=20", "train.sample_answers=false", "export=none"]
     env = {"PATH": f"{tools}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
-    for name, launcher in launchers.items():
-        folder = tmp_path / name
-        done = run([*launcher, "scripts/train.py", *arguments, f"output_dir={folder}"], env=env)
-        assert done.code == 0, done.out[-2000:] + done.err[-2000:]
-        assert losses(folder) == losses(finished), name
+    folder = tmp_path / name
+    done = run([*launcher, "scripts/train.py", *arguments, f"output_dir={folder}"], env=env)
+    assert done.code == 0, done.out[-2000:] + done.err[-2000:]
+    assert losses(folder) == losses(finished)
 
 
 def test_a_launched_rank_reports_a_bad_file_once_and_none_hangs(tmp_path: Path) -> None:

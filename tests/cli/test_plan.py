@@ -11,6 +11,7 @@ from tests.support import run_cli
 REFERENCE = ["plan", "model=llama3_70b", "hardware=8xa100_80gb", "data.train=rows.jsonl"]
 
 
+@pytest.mark.process
 def test_json_is_all_there_is_on_standard_output() -> None:
     done = run_cli(*REFERENCE, "--json")
     assert done.code == 0, done.err
@@ -34,6 +35,7 @@ def test_json_is_all_there_is_on_standard_output() -> None:
     )
 
 
+@pytest.mark.process
 def test_the_table_names_the_choice_and_the_reasons() -> None:
     done = run_cli(*REFERENCE, "tuner=full", "hardware.host_memory_bytes=2TB")
     assert done.code == 0, done.err
@@ -42,6 +44,7 @@ def test_the_table_names_the_choice_and_the_reasons() -> None:
         assert part in done.out
 
 
+@pytest.mark.process
 def test_nothing_fits_is_exit_3_with_the_smallest_change() -> None:
     done = run_cli(*REFERENCE, "tuner=full", "hardware.host_memory_bytes=512GB", "--json")
     assert done.code == 3
@@ -51,6 +54,7 @@ def test_nothing_fits_is_exit_3_with_the_smallest_change() -> None:
     assert "Try: offload.nvme_path" in plan["message"]
 
 
+@pytest.mark.process
 def test_a_wrong_key_is_exit_2() -> None:
     done = run_cli("plan", "model=tiny", "zero.deepspeed={aio:{thread_count:4}}")
     assert done.code == 2

@@ -72,7 +72,7 @@ def crashed(tmp_path: Path) -> tuple[Finished, Path]:
     return done, folder
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_no_secret_is_found_below_the_run_folder_after_a_crash(crashed: tuple[Finished, Path]) -> None:
     done, folder = crashed
     assert done.code == 1, done.out[-2000:] + done.err
@@ -96,6 +96,7 @@ def test_no_secret_is_found_below_the_run_folder_after_a_crash(crashed: tuple[Fi
     assert not [path for path in open_to_others if not path.is_symlink()]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("trace", [[], ["debug=trace"]])
 def test_messages_on_the_terminal_hold_no_secret(tmp_path: Path, trace: list[str]) -> None:
     (tmp_path / ".env").write_text(f"MY_SERVICE={FROM_FILE}\n")
@@ -107,6 +108,7 @@ def test_messages_on_the_terminal_hold_no_secret(tmp_path: Path, trace: list[str
         assert URL_PASSWORD not in done.out + done.err
 
 
+@pytest.mark.process
 def test_a_printed_configuration_holds_no_secret(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"MY_SERVICE={FROM_FILE}\n")
     done = run_cli("--cfg", "job", "run_name=${oc.env:MY_SERVICE}", f"model.revision={FROM_FILE}", cwd=tmp_path)

@@ -36,7 +36,7 @@ def test_every_swept_parameter_is_a_key() -> None:
     assert (config.optim.learning_rate, config.tuner.lora_r) == (3e-4, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_the_agents_command_line_runs(tmp_path: Path) -> None:
     values = {
         "optim.learning_rate": 0.002,

@@ -44,6 +44,7 @@ def capsys(capfd: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
     return capfd
 
 
+@pytest.mark.process
 def test_a_whole_run_is_a_line_a_folder_and_exit_0(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in (5, 10, 100):

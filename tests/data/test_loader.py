@@ -91,6 +91,7 @@ def test_the_last_step_of_whole_epochs_is_smaller_and_trains_nothing_twice(tmp_p
     assert counted == last.trained_tokens
 
 
+@pytest.mark.process
 def test_worker_processes_change_nothing(data: Rows) -> None:
     alone = list(loader(data).from_position(None, 6))
     helped = list(loader(data, settings=LoaderSettings(workers=2)).from_position(None, 6))

@@ -81,6 +81,7 @@ def test_the_cache_knows_the_content(tokenizer: Any, tmp_path: Path) -> None:
     assert changed.fingerprint != prepare(tokenizer, tmp_path, train=str(path), val_set_size=2).fingerprint
 
 
+@pytest.mark.process
 def test_worker_processes_make_the_same_rows_and_tell_their_progress(tokenizer: Any, tmp_path: Path) -> None:
     source = str(write(tmp_path / "a.jsonl", 30_000))
     told: list[TokeniseProgress] = []
@@ -194,6 +195,7 @@ def test_a_base_model_needs_a_template_for_chats_only(tokenizer: Any, tmp_path: 
         tokenizer.chat_template = kept
 
 
+@pytest.mark.process
 def test_killed_preparation_leaves_no_process_behind(tiny_model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", 400_000)
     program = f"""

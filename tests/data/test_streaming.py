@@ -87,6 +87,7 @@ def test_ranks_share_the_same_global_batches(packing: bool, tokenizer: Any, file
             assert {json.dumps(share[step].position) for share in shares} == {json.dumps(whole[step].position)}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_stream_goes_on_with_the_next_row(
@@ -172,6 +173,7 @@ def test_packed_documents_stay_whole(tokenizer: Any, files: list[str]) -> None:
         assert counted == batch.trained_tokens
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_row_stops_the_stream_or_is_left_out_and_listed(workers: int, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"

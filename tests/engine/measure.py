@@ -18,7 +18,6 @@ from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_
 from llmtune.engine.module import TrainModule, zero_init
 from llmtune.model.adapters import add_lora
 from llmtune.model.build import build_model
-from llmtune.model.files import resolve_model_folder
 from llmtune.model.loss import sum_token_losses
 from llmtune.plan.batch import BatchPlan
 from llmtune.plan.deepspeed import adamw_parameters, to_deepspeed, with_nvme_path
@@ -27,7 +26,7 @@ from llmtune.plan.shape import resolve_shape
 from llmtune.plan.states import state_bytes
 from llmtune.plan.zero_sizes import resolve_zero_sizes
 from tests.engine.rows import random_rows
-from tests.engine.worker import ask_cpu_once
+from tests.engine.worker import ask_cpu_once, resolve_on_first
 
 #: Storages below this are counters, scalars and DeepSpeed's placeholders.
 SMALL_BYTES = 300
@@ -56,7 +55,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     predicted = state_bytes(shape, placement, sizes, config.precision, rank.world_size, batch.accumulation_steps)
     optimizer = adamw_parameters(config.optim, 1e-3)
     deepspeed = with_nvme_path(to_deepspeed(placement, batch, sizes, optimizer, config.precision, 1.0), folder)
-    model_folder = resolve_model_folder(config.model, Path(config.paths.cache_dir))
+    model_folder = resolve_on_first(config, rank)
 
     before = storages()
     lora = config.tuner.kind is TunerKind.lora

@@ -18,7 +18,7 @@ CELLS = [
 BAD, LAST = 2, 5
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_the_step_changes_nothing(tmp_path: Path) -> None:
     tasks = [
         {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from llmtune.engine.corrections import undo_stage0_dummy_step
 from tests.support import ROOT, run
 
 
+@pytest.mark.process
 def test_stage_0_in_bf16_makes_a_dummy_step_that_is_taken_back(tmp_path: Path) -> None:
     """In a process of its own, because DeepSpeed wants a process group."""
     script = """

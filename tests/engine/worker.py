@@ -46,7 +46,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         # A folder a task: engines of one process would find each other's swap files.
         swap = tempfile.mkdtemp(dir=config.offload.nvme_path) if rank.is_first else None
         plan = with_nvme(plan, broadcast_object(swap, rank))
-    model_folder = resolve_model_folder(config.model, cache)
+    model_folder = resolve_on_first(config, rank)
     tokenizer = load_tokenizer(model_folder, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache)
     steps = resolve_steps(config.train, config.schedule, data.train.rows)
@@ -79,6 +79,14 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         pending.finish()
     module.engine.destroy()
     return {"losses": seen, "norms": norms, "applied": applied}
+
+
+def resolve_on_first(config: Config, rank: Rank) -> Path:
+    """The model's folder, made by rank 0: transformers writes nothing on the others."""
+    if rank.is_first:
+        resolve_model_folder(config.model, Path(config.paths.cache_dir))
+    meet_ranks(rank)
+    return resolve_model_folder(config.model, Path(config.paths.cache_dir))
 
 
 def not_a_number(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:

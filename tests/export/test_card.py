@@ -476,7 +476,7 @@ def test_a_wholly_trained_model_has_the_licence_of_what_it_was_trained_from(
     assert (tmp_path / "out" / "LICENSE").read_text() == "MIT License"
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_real_run_has_every_part(tmp_path: Path) -> None:
     run = tmp_path / "run"
     small = ["data.train=stdlib_docs@60", "data.val_set_size=8", "train.max_steps=3", "export=none"]

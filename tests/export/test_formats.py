@@ -90,7 +90,7 @@ def test_a_dry_run_matches_everything_and_writes_nothing(base: Path, tmp_path: P
         run_export(request, ExportConfig(dry_run=True))
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_the_command_line_exports_verifies_and_refuses(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     places = [f"base={base}", f"adapter={adapter}", f"output_dir={tmp_path}/out"]

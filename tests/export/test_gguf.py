@@ -567,20 +567,17 @@ PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start
 
 
 @pytest.fixture(scope="module")
-def real_model(cache: Path) -> tuple[Path, Any, list[int], list[int]]:
+def real_model(smollm2: Path) -> tuple[Path, Any, list[int], list[int]]:
     """SmolLM2-135M: its folder, itself, its top tokens over the long text, and how it goes on from the prompt."""
-    from llmtune.config.compose import compose_config
-    from llmtune.model.files import resolve_model_folder
-
-    folder = resolve_model_folder(compose_config([]).config.model, cache)
+    folder = smollm2
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     return folder, model, top_tokens(model, tokenizer(LONG_TEXT)["input_ids"]), greedy(model, prompt)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", AGREEMENT)
+@pytest.mark.process
+@pytest.mark.parametrize("kind", ["f32", pytest.param("f16", marks=pytest.mark.slow), "q8_0"])
 def test_the_real_model_says_the_same_when_transformers_reads_it(kind: str, real_model: Any, tmp_path: Path) -> None:
     folder, original, expected_top, expected_greedy = real_model
     file = write(folder, tmp_path / "out", kind)
@@ -598,7 +595,7 @@ def test_the_real_model_says_the_same_when_transformers_reads_it(kind: str, real
         )
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", AGREEMENT)
 def test_the_real_model_says_the_same_when_llama_cpp_runs_it(kind: str, real_model: Any, tmp_path: Path) -> None:

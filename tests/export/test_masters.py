@@ -60,7 +60,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("place", ["-".join(place) for place in PLACES])
 def test_masters_are_the_live_optimizers(place: str, checkpoints: Path) -> None:
     folder = checkpoints / place / "checkpoint-2"
@@ -79,7 +79,7 @@ def test_masters_are_the_live_optimizers(place: str, checkpoints: Path) -> None:
     assert finer, "masters have digits that the model files lack"
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_model_of_masters_is_written_in_small_blocks(checkpoints: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("llmtune.export.tensors.BLOCK_ELEMENTS", 64 * 3)
     monkeypatch.setattr("llmtune.export.tensors._LEAST_ROWS", 1)
@@ -155,7 +155,7 @@ def test_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
         MastersSource(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_runs_result_finds_the_checkpoint_that_it_was_made_from(checkpoints: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-2"
     shutil.copytree(checkpoints / "3-none" / "checkpoint-2", checkpoint)

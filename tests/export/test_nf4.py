@@ -192,6 +192,8 @@ def test_files_that_leave_out_the_first_part_of_names_are_matched(tiny_model: Pa
     assert {f"transformer.{name}" for name in names} == plain_weights(load_in_4bit(base))[1]
 
 
+@pytest.mark.process
+@pytest.mark.usefixtures("started_cold")
 def test_loading_bitsandbytes_says_nothing() -> None:
     code = "from llmtune.export.nf4 import load_bitsandbytes; load_bitsandbytes()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

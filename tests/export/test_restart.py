@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "up_proj", "embed_tokens", "lm_head"])
     output = tmp_path / "out"
@@ -112,6 +112,7 @@ def test_the_old_export_stays_until_the_new_one_is_whole(base: Path, tmp_path: P
     assert contents(output) == old
 
 
+@pytest.mark.process
 def test_two_exports_do_not_write_one_folder(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     output = tmp_path / "out"

@@ -394,6 +394,7 @@ def upload_in_process(folder: Path, hub: Hub, url: str = "hf://user/name", **env
     return text
 
 
+@pytest.mark.process
 def test_the_hub_gets_everything_in_one_commit_into_a_private_repository(hub: Hub, export: Path) -> None:
     text = upload_in_process(export, hub)
     assert "uploaded 6 files to hf://user/name in one commit" in text, text
@@ -406,6 +407,7 @@ def test_the_hub_gets_everything_in_one_commit_into_a_private_repository(hub: Hu
     assert len(hub.commits) == 2
 
 
+@pytest.mark.process
 def test_on_the_hub_another_export_replaces_the_first(hub: Hub, export: Path, tmp_path: Path) -> None:
     upload_in_process(export, hub)
     other = make_export(tmp_path / "other", {"config.json": b"{}", "model.gguf": b"\3" * 77})
@@ -413,6 +415,7 @@ def test_on_the_hub_another_export_replaces_the_first(hub: Hub, export: Path, tm
     assert hub.commits[-1] == {".gitattributes": b"*.safetensors filter=lfs", **local_contents(other)}
 
 
+@pytest.mark.process
 def test_a_repository_of_something_else_is_refused(hub: Hub, export: Path) -> None:
     hub.private = False
     hub.commits.append({"config.json": b"precious"})
@@ -422,6 +425,7 @@ def test_a_repository_of_something_else_is_refused(hub: Hub, export: Path) -> No
     assert len(hub.commits) == 1
 
 
+@pytest.mark.process
 def test_the_hub_is_tried_again_unless_it_says_no(hub: Hub, export: Path) -> None:
     hub.failures = [500, 500]
     assert "in one commit" in upload_in_process(export, hub)
@@ -434,11 +438,13 @@ def test_the_hub_is_tried_again_unless_it_says_no(hub: Hub, export: Path) -> Non
     assert len(hub.failures) >= 18, "a refusal is not tried again"
 
 
+@pytest.mark.process
 def test_what_arrives_damaged_on_the_hub_is_an_error(hub: Hub, export: Path) -> None:
     hub.damage = True
     assert "model-1.safetensors arrived with other contents" in upload_in_process(export, hub)
 
 
+@pytest.mark.process
 def test_without_a_network_the_error_says_so(hub: Hub, export: Path) -> None:
     assert "HF_HUB_OFFLINE is set" in upload_in_process(export, hub, HF_HUB_OFFLINE="1")
     text = upload_in_process(export, hub, HF_ENDPOINT="http://127.0.0.1:9")

@@ -23,7 +23,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_lora_checkpoint_of_deepspeed_is_merged_into_its_base(written: Path, tmp_path: Path) -> None:
     command = ["export", f"checkpoint={written}/checkpoint"]
     done = run_cli(*command, f"base={written}/base", f"output_dir={tmp_path}/out")

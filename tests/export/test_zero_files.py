@@ -55,7 +55,7 @@ OF_THREE_RANKS: dict[str, dict[str, Any]] = {
 }
 ALL = [*KINDS, *OF_THREE_RANKS]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +198,7 @@ def test_every_way_to_name_a_checkpoint_finds_it(checkpoints: Path, tmp_path: Pa
         ZeroSource(tmp_path / "nowhere")
 
 
+@pytest.mark.usefixtures("started_cold")
 def test_deepspeed_is_not_needed(checkpoints: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from llmtune.export.zero_files import ZeroSource; "

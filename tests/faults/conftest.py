@@ -1,4 +1,4 @@
-"""Faults: eight of them in the ordinary suite, the whole table with ``-m faults`` (``scripts/test.sh --faults``)."""
+"""Faults: a few of them in the ordinary suite, the whole table with ``scripts/test.sh --slow``."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from typing import Any
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.manifest import find_damage
+from tests.processes import MARK, comm_of
 from tests.support import ROOT
 
 STEPS, SAVE_STEPS, KEPT = 24, 4, 2
@@ -36,8 +37,6 @@ BASE = [
 #: Until processes are gone whose supervisor was killed.
 GRACE_SECONDS = 5.0
 START_SECONDS = 240.0
-
-_MARK = "LLMTUNE_FAULT_ID"
 
 
 class Run:
@@ -71,7 +70,7 @@ class Run:
             "FAULT_DIR": str(self.traces),
             "FAULT_SLOW": json.dumps(slow or {}),
             "FAULT_GATES": json.dumps(list(gates)),
-            _MARK: self.mark,
+            MARK: self.mark,
             **(env or {}),
         }
         command = [sys.executable, "-m", "llmtune", *self.overrides, f"output_dir={self.path}", *more]
@@ -165,7 +164,10 @@ class Run:
             if entry.name.isdigit():
                 # Gone meanwhile, or a zombie.
                 with contextlib.suppress(OSError):
-                    if f"{_MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
+                    named = (entry / "comm").read_text().strip() == comm_of(self.mark)
+                    if named and (entry / "statm").read_text().startswith("0 "):
+                        continue
+                    if named or f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
                         found.append(int(entry.name))
         return found
 

@@ -13,7 +13,7 @@ import pytest
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Run, Table, judge, take_snapshot
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from llmtune.train.run_folder import RunFolder
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import SAVE_STEPS, STEPS, Reference, Run, Table, copy_run, judge
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.process
 
 LAST, BEFORE = f"checkpoint-{STEPS}", f"checkpoint-{STEPS - SAVE_STEPS}"
 FILES = (
@@ -68,6 +68,7 @@ def choose(run: Run) -> tuple[str | None, str]:
     return found.name if found else None, "\n".join(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_every_damage_to_a_file_of_the_newest_checkpoint_is_found(
     name: str, undisturbed: Undisturbed, table: Table, tmp_path: Path
@@ -103,7 +104,7 @@ def go_on(run: Run, trial_reference: Reference) -> None:
 
 
 REAL = [
-    pytest.param(name, damage, id=f"{name} {damage}")
+    pytest.param(name, damage, id=f"{name} {damage}", marks=pytest.mark.slow)
     for name, damage in (
         ("adapter_model.safetensors", "a bit flipped"),
         ("optimizer-00001-of-00002.safetensors", "truncated"),
@@ -119,7 +120,7 @@ REAL = [
     )
 ]
 REAL += [
-    pytest.param(name, damage, id=f"chosen: {name} {damage}", marks=pytest.mark.fault_ci)
+    pytest.param(name, damage, id=f"chosen: {name} {damage}")
     for name, damage in (
         ("optimizer-00000-of-00002.safetensors", "a bit flipped"),
         ("adapter_model.safetensors", "truncated"),
@@ -142,6 +143,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
         judge(run, trial, reference, None)
 
 
+@pytest.mark.slow
 def test_a_damaged_model_of_full_fine_tuning_is_passed_over(
     undisturbed: Undisturbed, table: Table, tmp_path: Path
 ) -> None:
@@ -156,6 +158,7 @@ def test_a_damaged_model_of_full_fine_tuning_is_passed_over(
         judge(run, trial, reference, None)
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_alone(
     undisturbed: Undisturbed, table: Table, tmp_path: Path
 ) -> None:

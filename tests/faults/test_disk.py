@@ -12,7 +12,7 @@ import pytest
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Run, Table, can_mount, fill, find_lost, judge, small_disk, take_snapshot
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 STEP = 12
 #: All files of a save in the order in which they are written; ``written-`` is what a rank tells rank 0.

@@ -12,18 +12,18 @@ import pytest
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Run, Table, judge, take_snapshot
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.process
 
-HANG_SECONDS = 8
+HANG_SECONDS = 4
 
 
 @pytest.mark.parametrize(
     ("victim", "event", "step"),
     [
-        pytest.param("1", "step", 10, id="chosen: rank 1 in a step", marks=pytest.mark.fault_ci),
-        pytest.param("0", "step", 6, id="rank 0 in a step"),
-        pytest.param("1", "evaluate", 16, id="rank 1 in an evaluation"),
-        pytest.param("1", "save", 12, id="rank 1 in a save"),
+        pytest.param("1", "step", 10, id="chosen: rank 1 in a step"),
+        pytest.param("0", "step", 6, id="rank 0 in a step", marks=pytest.mark.slow),
+        pytest.param("1", "evaluate", 16, id="rank 1 in an evaluation", marks=pytest.mark.slow),
+        pytest.param("1", "save", 12, id="rank 1 in a save", marks=pytest.mark.slow),
     ],
 )
 def test_a_frozen_rank_is_noticed_and_started_again(

@@ -13,7 +13,7 @@ import pytest
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import SAVED_STEPS, STEPS, Run, Table, find_lost, judge, take_snapshot
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.process
 
 SEED = 20261122
 VICTIMS = ("0", "1", "supervisor")
@@ -63,8 +63,10 @@ CHOSEN = {
     "save of a rank": Kill("0", "save", 12, 0.6, False, 2),
     "save of the supervisor": Kill("supervisor", "save", 16, 0.8, True, 2),
 }
-KILLS = [pytest.param(kill, id=f"chosen: {kill}", marks=pytest.mark.fault_ci) for kill in CHOSEN.values()]
-KILLS += [pytest.param(draw_kill(number), id=f"{number}: {draw_kill(number)}") for number in range(40)]
+KILLS = [pytest.param(kill, id=f"chosen: {kill}") for kill in CHOSEN.values()]
+KILLS += [
+    pytest.param(draw_kill(number), id=f"{number}: {draw_kill(number)}", marks=pytest.mark.slow) for number in range(40)
+]
 
 
 @pytest.mark.parametrize("kill", KILLS)

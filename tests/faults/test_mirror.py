@@ -11,7 +11,7 @@ from llmtune.checkpoint.manifest import find_damage
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import KEPT, STEPS, Run, Table, judge, judge_folder, judge_losses
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
 def mirrored(tmp_path: Path) -> tuple[Run, dict[str, str], Path]:

@@ -21,7 +21,7 @@ from tests.faults.conftest import Undisturbed
 from tests.faults.harness import BASE, SAVE_STEPS, STEPS, Run, judge_folder, judge_losses
 from tests.support import ROOT
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 TOOLS = Path(sys.executable).parent
 HOSTS = ("node01", "node02")

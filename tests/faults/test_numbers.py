@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.faults.harness import BASE, SAVE_STEPS, STEPS, Run, Table, judge_folder, read_lines
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.process
 
 #: In one row only, and in no other as a part of a token.
 RARE = "¿"
@@ -58,6 +58,7 @@ def bad_step(run: Run) -> int:
     return int(skipped)
 
 
+@pytest.mark.slow
 def test_it_stops_at_the_row_and_goes_on_without_its_step(poisoned: list[str], table: Table, tmp_path: Path) -> None:
     run = run_poisoned(tmp_path, poisoned, "stop")
     with table.trial("NaN in a batch, train.on_nan=stop", "then skip", run) as trial:
@@ -78,7 +79,6 @@ def test_it_stops_at_the_row_and_goes_on_without_its_step(poisoned: list[str], t
         trial.resumed = True
 
 
-@pytest.mark.fault_ci
 def test_skipping_and_going_back_come_to_the_same_numbers(poisoned: list[str], table: Table, tmp_path: Path) -> None:
     runs = {on_nan: run_poisoned(tmp_path / on_nan, poisoned, on_nan) for on_nan in ("skip", "rollback")}
     with table.trial("NaN in a batch, train.on_nan=skip and rollback", "both", *runs.values()) as trial:

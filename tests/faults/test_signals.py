@@ -11,7 +11,7 @@ import pytest
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Run, Table, find_lost, judge, take_snapshot
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.process
 
 PLACES = {
     "start-up of the supervisor": "prepare",
@@ -35,8 +35,8 @@ TRIALS = [
 @pytest.mark.parametrize(
     ("what", "place"),
     [
-        pytest.param("SIGTERM", "an evaluation", id="chosen: SIGTERM in an evaluation", marks=pytest.mark.fault_ci),
-        *(pytest.param(what, place, id=f"{what} in {place}") for what, place in TRIALS),
+        pytest.param("SIGTERM", "an evaluation", id="chosen: SIGTERM in an evaluation"),
+        *(pytest.param(what, place, id=f"{what} in {place}", marks=pytest.mark.slow) for what, place in TRIALS),
     ],
 )
 def test_a_stop_saves_and_the_same_command_goes_on(

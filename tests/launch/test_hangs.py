@@ -18,6 +18,7 @@ from llmtune.launch.watch import Limits
 from tests.launch.fakes import run_fakes
 
 
+@pytest.mark.process
 def test_one_frozen_rank_is_a_hang_and_the_others_say_where_they_wait(tmp_path: Path) -> None:
     body = """
         reach(4)
@@ -40,6 +41,7 @@ def test_one_frozen_rank_is_a_hang_and_the_others_say_where_they_wait(tmp_path: 
     assert "no answer" in second
 
 
+@pytest.mark.process
 def test_long_work_that_beats_is_no_hang(tmp_path: Path) -> None:
     run_fakes(
         """
@@ -58,6 +60,7 @@ def test_long_work_that_beats_is_no_hang(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.process
 def test_loading_may_take_ten_times_as_long(tmp_path: Path) -> None:
     run_fakes("reach(0, 'load') if rank else None\ntime.sleep(1)", tmp_path, Limits(hang_timeout=0.3))
 
@@ -117,6 +120,7 @@ def test_clocks_and_time_stamps_of_files_do_not_matter(tmp_path: Path) -> None:
     assert watch.is_hung()
 
 
+@pytest.mark.process
 def test_a_rank_that_cannot_answer_yet_is_not_ended_by_the_question(tmp_path: Path) -> None:
     body = """
         reach(1)

@@ -43,6 +43,7 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, said: str) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.process
 def test_the_command_line_says_what_is_wrong_before_anything_starts(tmp_path: Path) -> None:
     done = run_cli("model=tiny", f"launch.hostfile={tmp_path}/hosts")
     assert (done.code, done.err.strip()) == (2, f"error: launch.hostfile={tmp_path}/hosts: No such file or directory")
@@ -60,6 +61,7 @@ def test_without_pdsh_two_machines_are_refused_and_one_is_not(tmp_path: Path, mo
     assert command[-2:] == ["train", "run_name=it's"], "no shell comes between"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "argument",
     [

@@ -68,6 +68,7 @@ class Rank:
         raise AssertionError(f"{text!r} did not come: {self.read()!r}")
 
 
+@pytest.mark.process
 def test_secrets_are_taken_out_past_python_and_in_subprocesses(tmp_path: Path) -> None:
     body = """
         import ctypes
@@ -87,6 +88,7 @@ def test_secrets_are_taken_out_past_python_and_in_subprocesses(tmp_path: Path) -
     assert VALUE not in text
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("end", ["os.abort()", "os.kill(os.getpid(), 9)", "os.killpg(0, 9)", "os._exit(3)"])
 def test_last_words_arrive_however_a_rank_ends(tmp_path: Path, end: str) -> None:
     rank = Rank(tmp_path, f"os.write(2, b'x' * 200000 + b'\\nterminate called')\n{end}", HF_TOKEN=VALUE)
@@ -95,6 +97,7 @@ def test_last_words_arrive_however_a_rank_ends(tmp_path: Path, end: str) -> None
     assert len(rank.log.read_text()) == 200000 + len("\nterminate called")
 
 
+@pytest.mark.process
 def test_lines_stay_in_order(tmp_path: Path) -> None:
     body = """
         for number in range(20000):
@@ -104,6 +107,7 @@ def test_lines_stay_in_order(tmp_path: Path) -> None:
     assert text == "".join(f"{number} ***HF_TOKEN***\n" for number in range(20000))
 
 
+@pytest.mark.process
 def test_a_progress_bar_is_shown_and_a_secret_in_two_pieces_is_not(tmp_path: Path) -> None:
     body = f"""
         os.write(1, "\\r45% ".encode() + "█".encode()[:2])
@@ -122,6 +126,7 @@ def test_a_progress_bar_is_shown_and_a_secret_in_two_pieces_is_not(tmp_path: Pat
     assert rank.finish() == "\r45% █ ***HF_TOKEN*** 46%"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("child", ["while echo talk; do sleep 0.1; done", "echo talk; sleep 600"])
 def test_a_child_that_holds_on_to_the_pipe_does_not_keep_the_filter(tmp_path: Path, child: str) -> None:
     rank = Rank(tmp_path, f"subprocess.Popen(['sh', '-c', {child!r}])\ntime.sleep(0.5)", HF_TOKEN=VALUE)
@@ -133,6 +138,7 @@ def test_a_child_that_holds_on_to_the_pipe_does_not_keep_the_filter(tmp_path: Pa
             os.killpg(rank.process.pid, signal.SIGKILL)
 
 
+@pytest.mark.process
 def test_signals_to_the_filter_are_the_ranks_business(tmp_path: Path) -> None:
     body = """
         signal.signal(signal.SIGTERM, lambda *_: (print("saved"), os._exit(75)))
@@ -151,11 +157,13 @@ def test_signals_to_the_filter_are_the_ranks_business(tmp_path: Path) -> None:
     assert not rank.filters()
 
 
+@pytest.mark.process
 def test_without_secrets_there_is_no_filter(tmp_path: Path) -> None:
     text = Rank(tmp_path, "print(os.readlink('/proc/self/fd/1'))").finish()
     assert text == f"{tmp_path / 'train.log'}\n"
 
 
+@pytest.mark.process
 def test_the_supervisor_reads_what_went_through_the_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", VALUE)
     log = tmp_path / "train.log"

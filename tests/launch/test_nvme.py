@@ -27,7 +27,7 @@ def test_a_file_system_without_direct_io_is_refused() -> None:
         probe_disk(Path("/proc"))
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_too_little_space_is_said_before_anything_starts(tmp_path: Path) -> None:
     said: list[str] = []
     check_nvme(str(tmp_path / "swap"), 10**6, 10**6, tmp_path, said.append)

@@ -8,6 +8,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support import ROOT
 
 _PRELUDE = """
@@ -36,6 +38,7 @@ def start(body: str, folder: Path) -> tuple[int, str, float]:
     return done.returncode, done.stdout, time.monotonic() - started
 
 
+@pytest.mark.process
 def test_a_rank_that_waits_in_vain_ends_and_says_where_it_stood(tmp_path: Path) -> None:
     code, out, seconds = start(
         """
@@ -58,6 +61,7 @@ def test_a_rank_that_waits_in_vain_ends_and_says_where_it_stood(tmp_path: Path) 
     assert not Path(record).exists(), "nothing is left in /tmp"
 
 
+@pytest.mark.process
 def test_before_the_first_step_it_has_ten_times_as_long(tmp_path: Path) -> None:
     code, out, _ = start(
         """
@@ -71,6 +75,7 @@ def test_before_the_first_step_it_has_ten_times_as_long(tmp_path: Path) -> None:
     assert (code, out.count("\\n"), list(tmp_path.iterdir())) == (0, 0, [])
 
 
+@pytest.mark.process
 def test_a_rank_that_beats_or_has_left_the_block_goes_on(tmp_path: Path) -> None:
     code, out, _ = start(
         """
@@ -88,6 +93,7 @@ def test_a_rank_that_beats_or_has_left_the_block_goes_on(tmp_path: Path) -> None
     assert (code, out.endswith("done\n"), list(tmp_path.iterdir())) == (0, True, [])
 
 
+@pytest.mark.process
 def test_a_run_folder_that_is_gone_keeps_no_rank_alive(tmp_path: Path) -> None:
     code, out, _ = start(
         """

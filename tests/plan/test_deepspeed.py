@@ -97,6 +97,7 @@ def test_raw_keys_that_deepspeed_ignores_are_errors(override: str, part: str) ->
         resolve_ladder(config)
 
 
+@pytest.mark.process
 def test_the_known_keys_are_deepspeeds_own() -> None:
     """In a process of its own: importing DeepSpeed takes the accelerator from the environment."""
     script = """

@@ -101,7 +101,7 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_wandb_tracks_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmtune.track.wandb_tracker import WandbTracker
 

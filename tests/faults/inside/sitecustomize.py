@@ -228,8 +228,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _is_of_the_run() -> bool:
     """Not in compilers, wrappers and other Python programs that a process starts."""
-    words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
-    return any(word in (b"llmtune", b"llmtune.cli.rank") for word in words)
+    return any(word in ("llmtune", "llmtune.cli.rank") for word in sys.orig_argv)
 
 
 def _sleep(seconds: float) -> None:
