@@ -1,0 +1,104 @@
+"""Terms of the plan that no measurement reaches, against arithmetic written out here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtune.config.compose import compose_config
+from llmtune.config.schema import Precision, TunerKind
+from llmtune.plan import speed
+from llmtune.plan.ladder import Ladder
+from llmtune.plan.memory import checkpoint_bytes, gathered_bytes
+from llmtune.plan.placement import make_placement
+from llmtune.plan.resolve import resolve_ladder
+from llmtune.plan.shape import ModelShape, resolve_shape
+from llmtune.plan.states import state_bytes
+from llmtune.plan.zero_sizes import resolve_zero_sizes
+
+#: Llama-3-8B: its parameters, its head (vocabulary x width), and one of its 32 layers.
+PARAMETERS, HEAD, LAYER = 8_030_261_248, 128_256 * 4096, 218_112_000
+
+
+def shape_of(*overrides: str) -> ModelShape:
+    config = compose_config(["model=llama3_8b", *overrides]).config
+    return resolve_shape(config.model, config.tuner, Path(config.paths.cache_dir))
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights", "optimizer", "step"),
+    [(Precision.bf16, 2, 12, 4), (Precision.fp32, 4, 8, 0)],
+)
+def test_without_zero_every_rank_has_all(precision: Precision, weights: int, optimizer: int, step: int) -> None:
+    shape = shape_of("tuner=full")
+    placement = make_placement(0, "none", TunerKind.full)
+    found = state_bytes(shape, placement, resolve_zero_sizes(shape, placement, 4, "cuda"), precision, 4)
+    assert found.weights.device == found.gradients.device == weights * PARAMETERS
+    assert found.optimizer.device == optimizer * PARAMETERS
+    assert found.step == step * PARAMETERS
+    assert (found.total.host, found.total.nvme, found.nvme_written_per_step) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("precision", "size", "flattened"), [(Precision.bf16, 2, 2), (Precision.fp32, 4, 0)])
+def test_stages_1_and_2_share_the_optimizer(stage: int, precision: Precision, size: int, flattened: int) -> None:
+    shape = shape_of("tuner=full")
+    placement = make_placement(stage, "none", TunerKind.full)
+    found = state_bytes(shape, placement, resolve_zero_sizes(shape, placement, 8, "cuda"), precision, 8)
+    share = PARAMETERS // 8
+    assert found.weights.device == size * PARAMETERS
+    assert found.optimizer.device == pytest.approx(12 * share, abs=100)
+    assert found.step == pytest.approx((4 + flattened) * share, abs=100)
+
+
+def test_stage_3_gathers_the_head_with_the_last_layer_and_a_layer_with_what_is_prefetched() -> None:
+    shape = shape_of("tuner=full")
+    assert (shape.head_parameters, shape.layer_parameters) == (HEAD, LAYER)
+    placement = make_placement(3, "none", TunerKind.full)
+    sizes = resolve_zero_sizes(shape, placement, 8, "cuda")
+    assert sizes.prefetch == LAYER * 7 // 20
+    assert gathered_bytes(shape, placement, sizes, 2) == (2 * (HEAD + LAYER), 2 * max(LAYER + 2 * sizes.prefetch, HEAD))
+    assert gathered_bytes(shape, make_placement(2, "none", TunerKind.full), sizes, 2) == (0, 0)
+
+
+def test_a_full_checkpoint_is_the_model_and_three_fp32_numbers_a_parameter() -> None:
+    assert checkpoint_bytes(shape_of("tuner=full"), 2) == pytest.approx((2 + 12) * PARAMETERS, rel=1e-6)
+
+
+def collectives(monkeypatch: pytest.MonkeyPatch, stage: int, rung: str, passes: int, *overrides: str) -> list[float]:
+    """Bytes that a micro-batch sends, collective by collective; a repeated one as often as it is."""
+    shape = shape_of(*overrides)
+    kind = TunerKind.full if "tuner=full" in overrides else TunerKind.lora
+    hardware: Any = None
+    cluster = speed.Cluster(hardware, 8)
+    sent: list[float] = []
+    monkeypatch.setattr(speed.Cluster, "collective_seconds", lambda _, nbytes: sent.append(nbytes) or 1.0)
+    seconds = speed._gather_seconds(shape, make_placement(stage, rung, kind), passes, Precision.bf16, cluster)
+    return [*sent, seconds]
+
+
+def test_what_is_sent_follows_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = 2.0 * PARAMETERS
+    assert collectives(monkeypatch, 1, "none", 3, "tuner=full") == [0.0]
+    assert collectives(monkeypatch, 2, "none", 3, "tuner=full") == [full, 1.0]
+    # Weights in the forward and in the backward pass, and the gradients.
+    assert collectives(monkeypatch, 3, "none", 3, "tuner=full") == [full, full, 3.0]
+    # From NVMe a recomputed layer is fetched a third time.
+    assert collectives(monkeypatch, 3, "nvme", 3, "tuner=full") == [full, full, 4.0]
+
+
+def logits_of(*overrides: str) -> list[int]:
+    config = compose_config(["model=llama3_8b", "hardware=8xa100_80gb", "data.train=a.jsonl", *overrides]).config
+    ladder: Ladder = resolve_ladder(config, planning=True)
+    return [rung.candidate.memory.device.logits for rung in ladder.rungs if rung.candidate is not None]
+
+
+def test_an_evaluation_of_many_rows_needs_room_for_its_logits_unless_there_is_none() -> None:
+    many = ["train.per_device_eval_batch_size=512", "data.max_seq_length=2048"]
+    # Half precision, their fp32 copy and the log-probabilities: ten bytes each.
+    needed = 512 * 2048 * 128_256 * 10
+    assert min(logits_of(*many)) > 0.8 * needed
+    assert max(logits_of(*many, "data.val_set_size=0")) < 0.2 * needed
+    assert min(logits_of(*many, "data.val_set_size=0", "data.eval=b.jsonl")) > 0.8 * needed
