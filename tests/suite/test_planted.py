@@ -153,7 +153,7 @@ def test_a_planted_fault_is_caught(planted: Planted, copied: Path) -> None:
     file.write_text(text.replace(planted.right, planted.wrong))
     done = run_tests(copied, planted.tests)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " failed" in done.stdout, done.stdout[-3000:]
+    assert "\nFAILED " in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.process
