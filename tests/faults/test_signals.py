@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Undisturbed
-from tests.faults.harness import Run, Table, find_lost, judge, take_snapshot
+from tests.faults.harness import STEPS, Run, Table, find_lost, judge, take_snapshot
 
 pytestmark = pytest.mark.process
 
@@ -60,6 +60,9 @@ def test_a_stop_saves_and_the_same_command_goes_on(
         # Behind the last step there is nothing to stop but the export.
         assert code in ((75, 0) if place == "the last save" else (75,)), (code, run.console)
         assert code == 0 or "same command" in run.console, run.console
+        if place != "the last save":
+            # Exit code 75 is also that of a run which was asked to stop and went on to its end.
+            assert run.last_step(time.monotonic()) < STEPS, "it did not stop"
         assert not (run.path / "SAVE").exists(), "it was heard"
         trial.orphans += run.count_orphans()
         trial.wrong += [f"{path} was left behind" for path in run.shared_memory()]
