@@ -54,7 +54,7 @@ def _open_embeddings(file: Path) -> list[NDArray[np.generic]]:
             header = json.loads(opened.read(length)) if 8 + length <= size else None
         except ValueError:
             header = None
-    if header is None or size < 8 + length + max(
+    if not isinstance(header, dict) or size < 8 + length + max(
         (about.get("data_offsets", [0, 0])[1] for about in header.values()), default=0
     ):
         raise MissingPrerequisiteError(

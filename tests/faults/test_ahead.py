@@ -18,8 +18,10 @@ pytestmark = pytest.mark.process
 GATE = "prepare"
 
 
-def wait_for_ranks(run: Run) -> None:
-    """Until both ranks are there."""
+def start_to_the_gate(run: Run) -> None:
+    """Until both ranks are there and wait."""
+    run.start(gates=[GATE])
+    run.wait_at(GATE)
     for rank in "01":
         run.wait_for("start", rank=rank)
 
@@ -27,9 +29,7 @@ def wait_for_ranks(run: Run) -> None:
 def test_a_supervisor_killed_while_they_wait_leaves_none(table: Table, tmp_path: Path) -> None:
     run = Run(tmp_path)
     with table.trial("kill -9 of the supervisor, while ranks wait", GATE, run) as trial:
-        run.start(gates=[GATE])
-        run.wait_at(GATE)
-        wait_for_ranks(run)
+        start_to_the_gate(run)
         run.send("supervisor", signal.SIGKILL)
         assert run.end() == -signal.SIGKILL
         trial.orphans += run.count_orphans()
@@ -41,9 +41,7 @@ def test_a_rank_killed_while_it_waits_is_started_again(undisturbed: Undisturbed,
     reference = undisturbed("zero=2")
     run = Run(tmp_path, ["zero=2"])
     with table.trial("kill -9 of a rank, while it waits", GATE, run) as trial:
-        run.start(gates=[GATE])
-        run.wait_at(GATE)
-        wait_for_ranks(run)
+        start_to_the_gate(run)
         run.send("1", signal.SIGKILL)
         run.open(GATE)
         assert run.end() == 0, run.console
@@ -54,9 +52,7 @@ def test_a_rank_killed_while_it_waits_is_started_again(undisturbed: Undisturbed,
 def test_a_signal_while_they_wait_ends_all_in_seconds(table: Table, tmp_path: Path) -> None:
     run = Run(tmp_path)
     with table.trial("SIGTERM while ranks wait", GATE, run) as trial:
-        run.start(gates=[GATE])
-        run.wait_at(GATE)
-        wait_for_ranks(run)
+        start_to_the_gate(run)
         sent = run.send("supervisor", signal.SIGTERM)
         run.open(GATE)
         assert run.end() == 75, run.console
