@@ -32,6 +32,11 @@ def test_a_test_over_its_limit_is_named_unless_it_is_marked(calm: list[float]) -
     assert [problem.split(": ")[1].split(" (make")[0] for problem in watched.judge()] == ["d (setup)", "b"]
     calm[0] = 1.5
     assert watched.judge() == [], "a slow machine has more time"
+    assert not watched.is_fatal
+    calm[0] = 1.0
+    late = Budget(None)
+    late.pytest_runtest_logreport(report("e", 30.1))
+    assert (len(late.judge()), late.is_fatal) == (1, True)
 
 
 def test_a_suite_may_take_half_as_long_again(calm: list[float]) -> None:
