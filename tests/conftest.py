@@ -23,6 +23,9 @@ def pytest_configure() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     use_own_ninja()
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir()))
+    # Read when torch loads its OpenMP: threads that spin for each other, while another process has one of the cores, make a
+    # step ten times longer.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Read when torch is imported: threads of two workers on two cores wait for each other more than they compute.
         os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -48,7 +48,12 @@ def test_embeddings_in_fewer_bits_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", b"", b"\x02" + bytes(7) + b"{}x"[:1]],
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
+        b"",
+        b"\x02" + bytes(7) + b"{}x"[:1],
+        b"\x02" + bytes(7) + b"[]",
+    ],
 )
 def test_what_is_no_safetensors_file_is_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(text)
