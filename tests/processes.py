@@ -216,10 +216,14 @@ def _serve(channel: socket.socket, threads: int) -> None:
         read, write = os.pipe()
         between = os.fork()
         if between == 0:
-            born = os.fork()
-            if born:
-                os.write(write, str(born).encode())
+            if os.fork():
                 os._exit(0)
+            # Before its parent knows of it, which may kill the whole group at once.
+            if request["session"]:
+                os.setsid()
+            elif request["group"] >= 0:
+                os.setpgid(0, request["group"])
+            os.write(write, str(os.getpid()).encode())
             os.close(read)
             os.close(write)
             channel.close()
@@ -242,10 +246,6 @@ def _live(request: dict[str, Any], files: list[int], threads: int) -> NoReturn:
     is_rank = "RANK" in os.environ
     if not is_rank:
         _found_nursery(threads, files)
-    if request["session"]:
-        os.setsid()
-    elif request["group"] >= 0:
-        os.setpgid(0, request["group"])
     os.umask(request["umask"])
     os.chdir(request["folder"])
     _take_files(files, [0, 1, 2, *request["kept"]])
