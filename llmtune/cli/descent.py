@@ -66,6 +66,8 @@ class Descent:
         self.history: list[dict[str, Any]] = folder.read_history()
         self.tried: list[Candidate] = []
         self.restarts = Restarts(composed.config.launch.max_restarts)
+        self.at_limit: MemoryEvent | None = None
+        """Of the last attempt."""
 
     def run(self) -> bool:
         """Train until the end, on whatever rung; False where the run was finished already.
@@ -88,12 +90,23 @@ class Descent:
                 except (RanOutOfMemoryError, RanksFailedError) as error:
                     failure = error
                 stack.enter_context(raise_stops("stopped between two attempts; the same command goes on"))
-                if isinstance(failure, RanOutOfMemoryError):
-                    candidate = self._next(candidate, failure.event)
+                event = self._memory_event(failure)
+                if event is not None:
+                    candidate = self._next(candidate, event)
                 else:
+                    assert isinstance(failure, RanksFailedError)
                     self._wait_for_restart(failure, request)
                 self._resume_own_work(request)
         return False
+
+    def _memory_event(self, failure: RanOutOfMemoryError | RanksFailedError) -> MemoryEvent | None:
+        """What ran out of memory: by its own words, or because it ended at its limit twice in one phase."""
+        if isinstance(failure, RanOutOfMemoryError):
+            return failure.event
+        before, self.at_limit = self.at_limit, failure.at_limit
+        if before is None or self.at_limit is None or before.phase != self.at_limit.phase:
+            return None
+        return replace(self.at_limit, message=f"{failure.reason}, twice within reach of its limit")
 
     def _prepare(self, candidate: Candidate) -> RunRequest | None:
         plan = place_swap(plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target)

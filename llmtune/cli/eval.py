@@ -29,6 +29,7 @@ def main(arguments: Arguments) -> int:
     from llmtune.data.loader import iterate_eval
     from llmtune.data.prepare import open_rows, prepare_data
     from llmtune.errors import DataError
+    from llmtune.model.build import sees_padding
     from llmtune.model.loss import sum_token_losses
     from llmtune.train.evaluation import perplexity
 
@@ -42,13 +43,13 @@ def main(arguments: Arguments) -> int:
     device = next(model.parameters()).device
     asked = config.train.per_device_eval_batch_size
     rows = asked if isinstance(asked, int) else AUTO_EVAL_ROWS
-    batches = iterate_eval(open_rows(data, "eval"), rows, 0, 1, Collator(tokenizer.pad_token_id), None)
+    collator = Collator(tokenizer.pad_token_id, masked=sees_padding(model.config))
+    batches = iterate_eval(open_rows(data, "eval"), rows, 0, 1, collator, None)
     with torch.no_grad():
         for batch in (batch.to(device) for batch in batches):
             output = model(**batch.inputs, use_cache=False)
-            loss, count = sum_token_losses(output.logits, batch.labels)
-            total += float(loss)
-            tokens += count
+            total += float(sum_token_losses(output.logits, batch.targets))
+            tokens += len(batch.targets)
     result = {
         "eval_loss": total / tokens,
         "eval_perplexity": perplexity(total / tokens),

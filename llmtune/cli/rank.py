@@ -26,6 +26,7 @@ from llmtune.launch.environment import (
     has_launcher,
     launched_nodes,
     launched_ranks_on_node,
+    set_allocator_default,
     set_defaults,
     set_network_default,
     set_thread_default,
@@ -115,18 +116,19 @@ def run_launched(arguments: Arguments) -> NoReturn:
         die_with_parent()
     # Before anything imports torch.
     set_thread_default(launched_ranks_on_node())
+    set_allocator_default()
     set_network_default()
     from llmtune.cli.prepare import resolve_target
     from llmtune.config.compose import compose_config
-    from llmtune.launch.ops import ensure_ops
-    from llmtune.plan.hardware import resolve_hardware
+    from llmtune.launch.ops import ensure_ops, load_ops
+    from llmtune.plan.hardware import resolve_accelerator
     from llmtune.plan.placement import Placement
     from llmtune.train.run_folder import open_run_folder
 
     composed = _on_nodes(compose_config(arguments.overrides, arguments.config_dir))
     target = resolve_target(composed)
     folder = open_run_folder(target.folder, lambda _: None)
-    accelerator = resolve_hardware(composed.config.hardware).accelerator
+    accelerator = resolve_accelerator(composed.config.hardware.accelerator)
     set_defaults(accelerator, launched_ranks_on_node())
     stream = redirect_output(folder.path / names.LOG)
     rank = int(os.environ["RANK"])
@@ -134,6 +136,7 @@ def run_launched(arguments: Arguments) -> NoReturn:
     try:
         # What the process group needs; rank 0 builds the rest when it has planned.
         ensure_ops(accelerator, Placement(0), console.say)
+        load_ops(accelerator, Placement(0))
         with ExitStack() as stack:
             watch = SelfWatch(rank, folder.path, lambda text: _tell(stream, text))
             stack.callback(watch.remove)
@@ -154,6 +157,7 @@ def _train_launched(
     from llmtune.engine.distributed import broadcast_object, init_ranks
     from llmtune.engine.phases import PhaseLog
     from llmtune.launch.lock import hold_lock
+    from llmtune.launch.ops import load_ops
     from llmtune.train.request import RunRequest
 
     rank = init_ranks(phases=PhaseLog(watch.record))
@@ -178,6 +182,7 @@ def _train_launched(
         if answer["request"] is not None:
             request = RunRequest.from_json(answer["request"])
             _check_shared_files(request, rank)
+            load_ops(request.plan.hardware.accelerator, request.plan.placement)
             _limit_memory(request)
             _run_watched(request, rank, console, watch)
         if rank.is_first:
@@ -295,9 +300,11 @@ def _finish_first(composed: Composed, target: RunTarget, console: Console) -> No
 def _train(request: RunRequest, console: Console) -> None:
     from llmtune.engine.distributed import init_ranks, meet_ranks
     from llmtune.engine.phases import PhaseLog
+    from llmtune.launch.ops import load_ops
     from llmtune.launch.out_of_memory import phase_file
     from llmtune.train.job import run_job
 
+    load_ops(request.plan.hardware.accelerator, request.plan.placement)
     rank = init_ranks(phases=PhaseLog(phase_file(Path(os.environ[FAILURE_DIR]), int(os.environ["RANK"]))))
     run_job(request, rank, console)
     meet_ranks(rank)

@@ -68,7 +68,7 @@ def load_model(target: Target) -> tuple[Any, Any]:
     from llmtune.data.templates import check_chat_template, load_chat_template
     from llmtune.model.build import build_model
     from llmtune.model.tokenizer import load_tokenizer
-    from llmtune.plan.hardware import resolve_hardware
+    from llmtune.plan.hardware import resolve_accelerator
     from llmtune.plan.resolve import resolve_attention
 
     config = target.config
@@ -77,7 +77,7 @@ def load_model(target: Target) -> tuple[Any, Any]:
         tokenizer_folder or target.model_folder, config.model, load_chat_template(config.data.chat_template)
     )
     check_chat_template(tokenizer, target.base_name)
-    accelerator = resolve_hardware(config.hardware).accelerator
+    accelerator = resolve_accelerator(config.hardware.accelerator)
     attention = resolve_attention(config, accelerator)
     model = build_model(target.model_folder, config.model, config.precision, False, attention)
     if target.adapter is not None:

@@ -28,18 +28,53 @@ class VarlenIndex:
 
 
 @dataclass(frozen=True, slots=True)
+class Targets:
+    """What is trained in a batch. Found on the host, so that no step asks a GPU where it is."""
+
+    positions: torch.Tensor
+    """Of the logits that are judged, in the flattened batch: ``row * length + column``. Shape (trained tokens,)."""
+    tokens: torch.Tensor
+    """The tokens that follow there. Shape (trained tokens,)."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def of_labels(cls, labels: torch.Tensor) -> Targets:
+        """Those of labels as transformers has them: not shifted, ``IGNORE`` where nothing is trained. Shape (rows, length)."""
+        following = labels[:, 1:]
+        rows, columns = (following != IGNORE).nonzero(as_tuple=True)
+        return cls(rows * labels.shape[1] + columns, following[rows, columns])
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Rows of one forward pass, padded on the right. Shapes: (rows, longest row)."""
 
     input_ids: torch.Tensor
-    labels: torch.Tensor
-    """``input_ids`` where trained, ``IGNORE`` elsewhere; not shifted."""
+    targets: Targets
     attention_mask: torch.Tensor | None = None
-    """1 for tokens, 0 for padding; None where documents share a row."""
+    """1 for tokens, 0 for padding; None for causal models, whose tokens see nothing that comes after them."""
     position_ids: torch.Tensor | None = None
     """Position in the document; None where rows hold one each. The model keeps documents apart where they restart."""
     varlen: VarlenIndex | None = None
     """For FlashAttention, which reads no mask: then the batch is one row."""
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """``input_ids`` where trained, ``IGNORE`` elsewhere; not shifted."""
+        labels = torch.full_like(self.input_ids, IGNORE)
+        labels.view(-1)[self.targets.positions + 1] = self.targets.tokens
+        return labels
+
+    def split(self) -> list[Batch]:
+        """The same, a batch for each row."""
+        tensors = (self.input_ids, self.labels, self.attention_mask, self.position_ids)
+        pieces = ([None] * len(self.input_ids) if tensor is None else tensor.split(1) for tensor in tensors)
+        return [
+            Batch(ids, Targets.of_labels(labels), mask, positions, self.varlen)
+            for ids, labels, mask, positions in zip(*pieces, strict=True)
+        ]
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -71,6 +106,8 @@ class Batch:
                 value = change(value)
             elif isinstance(value, VarlenIndex):
                 value = VarlenIndex(change(value.cu_seq_lens), value.max_length)
+            elif isinstance(value, Targets):
+                value = Targets(change(value.positions), change(value.tokens))
             values[field.name] = value
         return Batch(**values)
 
@@ -82,6 +119,9 @@ class Collator:
     pad_token_id: int
     varlen: bool = False
     """Flatten packed rows for FlashAttention."""
+    masked: bool = False
+    """Say where padding is. Causal models compute the same without it, and attention takes its fast kernels only where there
+    is no mask."""
 
     def collate(self, rows: Rows, numbers: Sequence[int | None]) -> Batch:
         """The batch of some rows; None makes an empty row, which trains nothing."""
@@ -91,11 +131,13 @@ class Collator:
     def pad(self, rows: Sequence[Row | None]) -> Batch:
         """One document a row."""
         input_ids, labels = self._fill(rows)
+        if not self.masked:
+            return Batch(input_ids, Targets.of_labels(labels))
         attention_mask = torch.zeros_like(input_ids)
         for number, row in enumerate(rows):
             # One visible token of an empty row: attention over nothing is NaN.
             attention_mask[number, : len(row.ids) if row else 1] = 1
-        return Batch(input_ids, labels, attention_mask)
+        return Batch(input_ids, Targets.of_labels(labels), attention_mask)
 
     def pack(self, rows: Sequence[Row | None]) -> Batch:
         """Several documents a row; what is left of a row is a document of padding, which trains nothing."""
@@ -108,11 +150,12 @@ class Collator:
             lengths.append(documents + ([rest] if rest else []))
         position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
         if not self.varlen:
-            return Batch(input_ids, labels, position_ids=position_ids)
+            return Batch(input_ids, Targets.of_labels(labels), position_ids=position_ids)
         flat = torch.tensor([0, *(length for row in lengths for length in row)], dtype=torch.int32)
         index = VarlenIndex(torch.cumsum(flat, 0, dtype=torch.int32), int(flat.max()))
         shape = (1, height * width)
-        return Batch(input_ids.view(shape), labels.view(shape), position_ids=position_ids.view(shape), varlen=index)
+        targets = Targets.of_labels(labels.view(shape))
+        return Batch(input_ids.view(shape), targets, position_ids=position_ids.view(shape), varlen=index)
 
     def _fill(self, rows: Sequence[Row | None]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max((len(row.ids) for row in rows if row), default=1)

@@ -37,22 +37,23 @@ def keep_norm_precision(optimizer: Any, zero_stage: int) -> bool:
     """
     if zero_stage == 0:
         return False
+    from deepspeed.accelerator import get_accelerator
 
-    def over_ranks(squares: float) -> torch.Tensor:
-        """The 2-norm; -1 where it is not finite, as DeepSpeed wants it."""
-        total = torch.tensor(squares, dtype=torch.float64, device=optimizer.device)
+    def over_ranks(squares: torch.Tensor) -> torch.Tensor:
+        """The 2-norm; -1 where it is not finite, as DeepSpeed wants it. The host does not wait for it."""
+        # Not on ``optimizer.device``, which is the host where the optimizer is offloaded: NCCL takes no tensor of the host.
+        total = squares.to(get_accelerator().current_device_name())
         torch.distributed.all_reduce(total, group=optimizer.dp_process_group)
         norm = total.sqrt()
-        return norm if bool(torch.isfinite(norm)) else torch.full_like(norm, -1.0)
+        return torch.where(torch.isfinite(norm), norm, -1.0)
 
     if hasattr(optimizer, "norm_for_param_grads"):
 
         def offloaded(parameters: Sequence[Any]) -> torch.Tensor:
-            """Norms were noted when the gradients passed by."""
+            """Norms were noted when the gradients passed by. On the host, as the gradients that are clipped by it."""
             norms = optimizer.norm_for_param_grads
             keys = map(optimizer.get_param_id, parameters)
-            norm = over_ranks(sum(float(norms[key]) ** 2 for key in keys if key in norms))
-            return norm.cpu() if zero_stage == 3 else norm
+            return over_ranks(_sum_of_squares([norms[key] for key in keys if key in norms])).cpu()
 
         optimizer.complete_grad_norm_calculation_for_cpu_offload = offloaded
         return True
@@ -61,8 +62,16 @@ def keep_norm_precision(optimizer: Any, zero_stage: int) -> bool:
         def direct(gradients: Sequence[torch.Tensor], _: Any, norm_type: float = 2) -> torch.Tensor:
             """Of this rank's slices; padding is zero."""
             assert norm_type == 2
-            return over_ranks(sum(float(torch.linalg.vector_norm(g.detach().double())) ** 2 for g in gradients))
+            slices = [gradient.detach() for gradient in gradients]
+            return over_ranks(_sum_of_squares(torch._foreach_norm(slices, 2, torch.float64) if slices else []))
 
         optimizer.get_grad_norm_direct = direct
         return True
     return False
+
+
+def _sum_of_squares(norms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of scalars, in fp64; on their own device, with one kernel for all of them."""
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack([norm.double() for norm in norms]).square().sum()

@@ -45,24 +45,28 @@ def init_ranks(timeout_minutes: float = 60, phases: PhaseLog | None = None) -> R
 
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
-    cuda = accelerator.device_name() == "cuda"
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    phases = phases or PhaseLog()
+    # Asked of DeepSpeed, which puts its own tensors there.
+    on_host = accelerator.device_name() == "cpu"
+    device = torch.device("cpu") if on_host else torch.device(accelerator.device_name(local_rank))
+    if not on_host:
         accelerator.set_device(local_rank)
+        phases.device_peak = lambda: (accelerator.max_memory_allocated(), accelerator.total_memory())
     deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name() if cuda else "gloo",
+        dist_backend="gloo" if on_host else accelerator.communication_backend_name(),
         timeout=timedelta(minutes=timeout_minutes),
         verbose=False,
     )
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)) if cuda else None
-    return Rank(dist.get_rank(), local_rank, dist.get_world_size(), device, phases or PhaseLog(), on_node, control)
+    control = None if on_host else dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    return Rank(dist.get_rank(), local_rank, dist.get_world_size(), device, phases, on_node, control)
 
 
 def meet_ranks(rank: Rank) -> None:
     """Wait for the others, so that none ends while another still talks to it."""
     if rank.world_size > 1:
-        dist.barrier()
+        # NCCL's has a GPU spin for as long as the slowest copies its checkpoint elsewhere.
+        dist.barrier(group=rank.control)
 
 
 def sum_over_ranks(values: list[float], rank: Rank) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -18,8 +18,8 @@ from llmtune.plan.placement import Placement
 from llmtune.plan.shape import TensorShape
 from llmtune.plan.zero_sizes import parameter_groups
 
-LossFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, int]]
-"""(logits, labels) -> (sum of token losses, number of tokens)."""
+LossFunction = Callable[[torch.Tensor, Any], torch.Tensor]
+"""(logits, targets of the batch) -> sum of token losses, a scalar."""
 
 
 class MicroBatch(Protocol):
@@ -30,11 +30,14 @@ class MicroBatch(Protocol):
         """Arguments of the model's forward."""
 
     @property
-    def labels(self) -> torch.Tensor:
-        """Shape (rows, length), not shifted."""
+    def targets(self) -> Sized:
+        """What the loss function takes; as long as there are trained tokens."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
+
+    def split(self) -> list[Self]:
+        """The same, a batch for each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,7 @@ class TrainModule:
             if number and interrupted():
                 return None
             phases.enter("forward")
-            loss, _ = self._loss(batch)
+            loss = self._loss(batch)
             phases.enter("backward")
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
@@ -147,9 +150,8 @@ class TrainModule:
             for batch in batches:
                 if interrupted():
                     return None
-                loss, tokens = self._loss(batch)
-                total += float(loss)
-                count += tokens
+                total += float(self._loss(batch))
+                count += len(batch.targets)
                 self.rank.phases.beat()
         self.engine.train()
         total, tokens_seen = sum_over_ranks([total, float(count)], self.rank)
@@ -161,17 +163,16 @@ class TrainModule:
         found = []
         with torch.no_grad():
             for batch in batches:
-                batch = batch.to(self.rank.device)
-                logits = self.engine(**batch.inputs, use_cache=False).logits
-                rows = zip(logits.split(1), batch.labels.split(1), strict=True)
-                found.append([float(self.loss_function(logit, labels)[0]) for logit, labels in rows])
+                logits = self.engine(**batch.to(self.rank.device).inputs, use_cache=False).logits
+                rows = zip(logits.split(1), batch.split(), strict=True)
+                found.append([float(self.loss_function(one, row.to(one.device).targets)) for one, row in rows])
         self.engine.train()
         return found
 
-    def _loss(self, batch: MicroBatch) -> tuple[torch.Tensor, int]:
+    def _loss(self, batch: MicroBatch) -> torch.Tensor:
         batch = batch.to(self.rank.device)
         output = self.engine(**batch.inputs, use_cache=False)
-        return self.loss_function(output.logits, batch.labels)
+        return self.loss_function(output.logits, batch.targets)
 
     def _leave_step_out(self) -> None:
         """Without ZeRO in fp32, where no wrapper of DeepSpeed's looks at gradients: count the micro-batch only."""

@@ -6,10 +6,13 @@ import json
 import os
 import resource
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 #: Bytes of the record; written over itself at every change, in one call.
-_WIDTH = 160
+_WIDTH = 240
+#: A rank that has this share of its limit is near enough to it for its end to be suspicious.
+_NEAR_LIMIT = 0.9
 
 
 class PhaseLog:
@@ -21,6 +24,8 @@ class PhaseLog:
     def __init__(self, path: Path | None = None):
         self.step = 0
         """The optimizer step under way, from 1; 0 before the first."""
+        self.device_peak: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        """Bytes that were allocated on the GPU at most, and those that may be."""
         self._phase = "start"
         self._beats = 0
         self._lock = threading.Lock()
@@ -43,5 +48,22 @@ class PhaseLog:
         self._beats += 1
         # In kB on Linux.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        device_peak, device_limit = self.device_peak()
         record = {"phase": self._phase, "step": self.step, "peak_bytes": peak, "beats": self._beats}
+        if device_peak:
+            record["device_peak_bytes"] = device_peak
+        if device_peak > _NEAR_LIMIT * device_limit > 0:
+            record["at_limit"] = "device"
+        elif _is_near_limit():
+            record["at_limit"] = "host"
         os.pwrite(self._file, json.dumps(record).ljust(_WIDTH).encode(), 0)
+
+
+def _is_near_limit() -> bool:
+    """Whether this process has nearly all that ``RLIMIT_DATA`` gives it; the kernel counts what was asked for, used or not."""
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if limit == resource.RLIM_INFINITY:
+        return False
+    with open("/proc/self/status") as status:
+        kilobytes = next((int(line.split()[1]) for line in status if line.startswith("VmData:")), 0)
+    return kilobytes * 1024 > _NEAR_LIMIT * limit

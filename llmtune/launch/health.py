@@ -17,7 +17,7 @@ import psutil
 from llmtune.launch.environment import extensions_dir
 from llmtune.launch.ops import build_in_child, is_built, needed_ops, stale_locks
 from llmtune.launch.versions import TRIED_DEEPSPEED, bad_pairs, installed, unmet_requirements
-from llmtune.plan.hardware import has_nvlink
+from llmtune.plan.gpus import has_nvlink
 from llmtune.plan.units import format_bytes
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy")

@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, TextIO
 
 import psutil
 
@@ -28,8 +29,8 @@ CPU_OPS = {
 CUDA_OPS = {name: CPU_OPS[name] for name in ("AsyncIOBuilder",)}
 
 
-#: A lock that is only there while an op is loaded is gone sooner.
-_SETTLE_SECONDS = 5.0
+#: Seconds after which somebody who waits for another process's build is told so.
+_PATIENCE_SECONDS = 3.0
 
 #: Builder -> name of the compiled module.
 MODULES = {
@@ -56,69 +57,101 @@ def missing_ops(accelerator: str, placement: Placement) -> list[str]:
 
 
 def stale_locks() -> list[Path]:
-    """Lock files that a build left behind when it was killed: every later run waits on them for ever, in silence.
+    """torch's lock files that a killed process left behind: torch waits on them for ever, in silence.
 
-    A build that goes on runs its compiler in the lock's folder. Loading a compiled op makes the lock too, for a moment and
-    with no compiler to be seen, so that only one which stays is called stale.
+    All of llmtune's processes load and build ops under :func:`hold_ops`, a lock that the kernel drops with its holder. While
+    nobody holds it, a lock file of torch's is stale, unless a compiler of another program works in its folder.
     """
-    found = _idle_locks()
-    deadline = time.monotonic() + _SETTLE_SECONDS
-    while found and time.monotonic() < deadline:
-        time.sleep(0.2)
-        now = _idle_locks()
-        found = {lock: made for lock, made in found.items() if now.get(lock) == made}
-    return sorted(found)
+    with _ops_lock() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return []
+        return _idle_locks()
 
 
-def _idle_locks() -> dict[Path, tuple[int, int]]:
-    """Locks in whose folder no process works, and what tells each from one made anew."""
+def _idle_locks() -> list[Path]:
+    """Locks in whose folder no process works."""
+    found = list(extensions_dir().glob("**/lock"))
+    if not found:
+        return []
     busy = set()
     for process in psutil.process_iter():
-        try:
+        with contextlib.suppress(psutil.Error):
             busy.add(process.cwd())
-        except psutil.Error:
-            continue
-    idle = {}
-    for lock in extensions_dir().glob("**/lock"):
-        with contextlib.suppress(FileNotFoundError):
-            status = lock.stat()
-            if str(lock.parent.resolve()) not in busy:
-                idle[lock] = (status.st_ino, status.st_mtime_ns)
-    return idle
+    return sorted(lock for lock in found if str(lock.parent.resolve()) not in busy)
+
+
+@contextlib.contextmanager
+def hold_ops(say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+    """In the block, no other process of llmtune loads or builds an op; locks that killed ones left behind are removed.
+
+    Args:
+        say: Prints a line to the user, where another process builds first.
+    """
+    with _ops_lock() as lock:
+        deadline: float | None = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+            if deadline is not None and time.monotonic() > deadline:
+                deadline = None
+                say("waiting for another process that builds DeepSpeed's ops ...")
+        for stale in _idle_locks():
+            stale.unlink(missing_ok=True)
+        yield
+
+
+def _ops_lock() -> IO[str]:
+    folder = extensions_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / ".llmtune-build.lock").open("w")
 
 
 def ensure_ops(accelerator: str, placement: Placement, say: Callable[[str], None]) -> None:
     """Compile what a run needs, one process at a time.
 
     Raises:
-        MissingPrerequisiteError: An op cannot be built here, or a build that was killed left its lock.
+        MissingPrerequisiteError: An op cannot be built here.
     """
-    folder = extensions_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".llmtune-build.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if stale := stale_locks():
+    for name in missing_ops(accelerator, placement):
+        say(f"building DeepSpeed's {name.removesuffix('Builder')} (once an environment, about a minute) ...")
+        reason = build_in_child(name)
+        if reason is not None:
             raise MissingPrerequisiteError(
-                f"{stale[0]}: a build of DeepSpeed's ops was killed and left this lock, on which every run would hang; "
-                "run: python -m llmtune doctor --fix"
+                f"DeepSpeed's {name.removesuffix('Builder')} cannot be built: {reason}\n"
+                "It needs g++, ninja and Python's headers, and libaio for NVMe: apt-get install g++ python3-dev "
+                "libaio-dev; pip install ninja"
             )
-        for name in missing_ops(accelerator, placement):
-            say(f"building DeepSpeed's {name.removesuffix('Builder')} (once an environment, about a minute) ...")
-            reason = build_in_child(name)
-            if reason is not None:
-                raise MissingPrerequisiteError(
-                    f"DeepSpeed's {name.removesuffix('Builder')} cannot be built: {reason}\n"
-                    "It needs g++, ninja and Python's headers, and libaio for NVMe: apt-get install g++ python3-dev "
-                    "libaio-dev; pip install ninja"
-                )
+
+
+def load_ops(accelerator: str, placement: Placement) -> None:
+    """Load a run's ops into this rank before DeepSpeed asks for them, which then finds them loaded."""
+    names = needed_ops(accelerator, placement)
+    if names:
+        with hold_ops():
+            for name in names:
+                build_op(name)
 
 
 def build_op(name: str) -> bool:
-    """Compile and load one op in this process; False where the machine cannot."""
-    from deepspeed.accelerator import get_accelerator
+    """Compile and load one op in this process, inside :func:`hold_ops`; False where the machine cannot.
 
-    builder = get_accelerator().create_op_builder(name)
-    if builder is None or not builder.is_compatible(verbose=False):
+    Always by DeepSpeed's builders for CPUs: no source of these ops calls CUDA, and the builders for CUDA want its toolkit,
+    whose headers and libraries they never use, and compile anew where a GPU comes or goes. DeepSpeed keeps loaded modules by
+    name, so that those for CUDA find what was loaded here.
+    """
+    from deepspeed.ops.op_builder import cpu
+
+    builder = getattr(cpu, name)()
+    if name == "AsyncIOBuilder":
+        # Compiled for any CPU of the kind, so that an image built on one machine runs on the next; disks set the pace.
+        builder.cpu_arch = lambda: ""
+        builder.simd_width = lambda: "-D__SCALAR__"
+    if not builder.is_compatible(verbose=False):
         return False
     builder.load(verbose=False)
     return True
@@ -132,6 +165,11 @@ def build_in_child(name: str) -> str | None:
     return None if done.returncode == 0 else (done.stderr or done.stdout).strip()[-600:]
 
 
+def _say(stream: TextIO, text: str) -> None:
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
 def main(names: list[str]) -> int:
     """Build the named ops, or all that this machine can use."""
     import torch
@@ -142,7 +180,8 @@ def main(names: list[str]) -> int:
     failed = []
     for name in names or list(reasons):
         try:
-            built = build_op(name)
+            with hold_ops(lambda text: _say(sys.stderr, text)):
+                built = build_op(name)
         except Exception as error:
             sys.stderr.write(f"{name}: {error}\n")
             built = False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmtune.errors import DoesNotFitError
-from llmtune.launch.rank import OUT_OF_MEMORY
+from llmtune.launch.memory_errors import memory_pool_of_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class MemoryEvent:
     step: int
     """The optimizer step under way; 0 before the first."""
     peak_bytes: int
-    """Resident memory of the rank when it entered the phase."""
+    """Of the rank, when it last noted where it stood: resident, or what torch had allocated on its GPU."""
     pool: str
     """``device`` or ``host``."""
     message: str
@@ -76,11 +76,18 @@ def find_event(
             return _event(folder, report["rank"], report["out_of_memory"], message)
     if first_failed is not None and codes[first_failed] == -signal.SIGKILL and _kills_since_start(folder) > 0:
         return _event(folder, first_failed, "host", "the kernel ended the process")
-    said = next((line for line in output.splitlines() if any(mark in line for mark in OUT_OF_MEMORY)), None)
+    said = next((line for line in output.splitlines() if memory_pool_of_text(line) is not None), None)
     for rank, code in enumerate(codes):
         if said is not None and code not in (0, None, -signal.SIGKILL, -signal.SIGTERM):
-            return _event(folder, rank, "device" if "CUDA" in said else "host", said.strip())
+            return _event(folder, rank, memory_pool_of_text(said) or "host", said.strip())
     return None
+
+
+def event_at_limit(folder: Path, rank: int, message: str) -> MemoryEvent | None:
+    """What memory may have had to do with it where a rank ended near its limit, in whatever words; None where it did not."""
+    event = _event(folder, rank, "host", message)
+    pool = _record(folder, rank).get("at_limit")
+    return replace(event, pool=pool) if pool else None
 
 
 def note_kills(folder: Path) -> None:
@@ -93,8 +100,15 @@ def _kills_since_start(folder: Path) -> int:
 
 
 def _event(folder: Path, rank: int, pool: str, message: str) -> MemoryEvent:
+    record = _record(folder, rank)
+    peak = record["device_peak_bytes"] if pool == "device" else record["peak_bytes"]
+    return MemoryEvent(rank, record["phase"], record["step"], peak, pool, message)
+
+
+def _record(folder: Path, rank: int) -> dict[str, Any]:
+    """What a rank noted of itself last."""
+    empty = {"phase": "start", "step": 0, "peak_bytes": 0, "device_peak_bytes": 0}
     try:
-        record = json.loads(phase_file(folder, rank).read_text())
+        return {**empty, **json.loads(phase_file(folder, rank).read_text())}
     except (OSError, json.JSONDecodeError):
-        record = {"phase": "start", "step": 0, "peak_bytes": 0}
-    return MemoryEvent(rank, record["phase"], record["step"], record["peak_bytes"], pool, message)
+        return empty

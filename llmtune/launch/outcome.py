@@ -18,7 +18,9 @@ _GO_ON = "The same command goes on from the newest checkpoint."
 class RanksFailedError(LlmtuneError):
     """Ranks ended in a way that may not come again: killed, an unexpected exception, a hang, numbers gone bad."""
 
-    def __init__(self, message: str, reason: str, step: int, rollback: bool = False):
+    def __init__(
+        self, message: str, reason: str, step: int, rollback: bool = False, at_limit: MemoryEvent | None = None
+    ):
         super().__init__(message)
         self.reason = reason
         """One line."""
@@ -26,6 +28,8 @@ class RanksFailedError(LlmtuneError):
         """The last optimizer step that was done."""
         self.rollback = rollback
         """Whether a rank asked for it."""
+        self.at_limit = at_limit
+        """Where the rank had nearly all the memory that it may have; a second time, that is taken for the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,8 @@ class Aftermath:
     """What failing ranks said, those with advice first."""
     event: MemoryEvent | None
     """Memory that ran out."""
+    at_limit: MemoryEvent | None
+    """Memory that may have run out."""
     step: int
     """The last optimizer step that was done."""
     stacks: str
@@ -83,13 +89,14 @@ class Aftermath:
         report = self._first_report(failed)
         if report is not None:
             text = f"rank {report['rank']}: {report['message']}"
-            return RanksFailedError(f"{text}\nMore in {self.log}", _first_line(text), self.step)
+            message = f"{text}\nMore in {self.log}"
+            return RanksFailedError(message, _first_line(text), self.step, at_limit=self.at_limit)
         code = self.end.codes[failed] or 0
         reason = f"rank {failed} ended with " + (f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}")
         if code == -signal.SIGKILL:
             reason += " (somebody ended it; the kernel did not for want of memory)"
         message = f"{reason} and left no message; see {self.log}. {_GO_ON}"
-        return RanksFailedError(message, reason, self.step)
+        return RanksFailedError(message, reason, self.step, at_limit=self.at_limit)
 
     def _first_report(self, failed: int) -> dict[str, Any] | None:
         """What the rank said that failed, or one that spoke before it: the later one may only have lost the connection, when

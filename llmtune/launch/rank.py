@@ -16,13 +16,8 @@ from typing import IO
 from llmtune.errors import EXIT_UNEXPECTED, DoesNotFitError, LlmtuneError, RollbackError
 from llmtune.launch.environment import FAILURE_DIR
 from llmtune.launch.log_filter import start_filter
+from llmtune.launch.memory_errors import memory_pool
 from llmtune.secrets import has_secrets, redact
-
-#: Texts by which memory that ran out is known: torch's CPU allocator raises a plain RuntimeError; C++ threads abort.
-OUT_OF_MEMORY = (
-    *("can't allocate memory", "out of memory", "std::bad_alloc", "Cannot allocate memory", "unable to mmap"),
-    *("Thread creation failed", "can't start new thread", "Unable to allocate", "posix_memalign"),
-)
 
 
 def redirect_output(log: Path) -> IO[str]:
@@ -67,7 +62,7 @@ def to_user_error(error: BaseException) -> LlmtuneError | None:
         return error
     # Before it is cut: half a secret is not recognised.
     text = redact(str(error))
-    if is_out_of_memory(error):
+    if memory_pool(error) is not None:
         first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         return DoesNotFitError(
             f"out of memory: {first[:300]}\nTry: train.per_device_train_batch_size=1 train.gradient_checkpointing=true; "
@@ -77,13 +72,6 @@ def to_user_error(error: BaseException) -> LlmtuneError | None:
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or in an allocator of the host."""
-    if isinstance(error, LlmtuneError):
-        return False
-    return isinstance(error, MemoryError) or any(mark in str(error) for mark in OUT_OF_MEMORY)
-
-
 def limit_memory(limit_bytes: int, accelerator: str, local_rank: int) -> None:
     """Cap this rank: its share of the GPU, or what a CPU rank may allocate (``RLIMIT_DATA``)."""
     if accelerator == "cpu":
@@ -91,8 +79,11 @@ def limit_memory(limit_bytes: int, accelerator: str, local_rank: int) -> None:
         return
     import torch
 
-    total = torch.cuda.get_device_properties(local_rank).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), local_rank)
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    module = torch.get_device_module(device)
+    total = module.get_device_properties(local_rank).total_memory
+    module.set_per_process_memory_fraction(min(1.0, limit_bytes / total), local_rank)
 
 
 def report_failure(error: BaseException, rank: int, console: IO[str], trace: bool) -> int:
@@ -106,8 +97,9 @@ def report_failure(error: BaseException, rank: int, console: IO[str], trace: boo
     folder = os.environ.get(FAILURE_DIR)
     if folder:
         report = {"rank": rank, "code": code, "message": message, "known": known is not None, "time": time.time()}
-        if is_out_of_memory(error):
-            report["out_of_memory"] = "device" if "CUDA" in str(error) else "host"
+        pool = memory_pool(error)
+        if pool is not None:
+            report["out_of_memory"] = pool
         if isinstance(error, RollbackError):
             report["rollback"] = True
         (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(report))

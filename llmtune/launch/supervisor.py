@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from llmtune.launch.log_filter import wait_for_filters
-from llmtune.launch.out_of_memory import find_event
+from llmtune.launch.out_of_memory import event_at_limit, find_event
 from llmtune.launch.outcome import Aftermath, read_reports
 from llmtune.launch.progress import HangWatch, finished_step
 from llmtune.launch.rank_group import RankGroup
@@ -51,7 +51,9 @@ def run_ranks(
         reports = read_reports(group.folder)
         event = find_event(end.codes, end.first_failed, reports, group.folder, _read_from(log, printed))
         step = finished_step(group.folder, world_size)
-        error = Aftermath(end, reports, event, step, stacks, log).to_error(limits)
+        failed = end.first_failed
+        at_limit = event_at_limit(group.folder, failed, "it had nearly all its memory") if failed is not None else None
+        error = Aftermath(end, reports, event, at_limit, step, stacks, log).to_error(limits)
     if error is not None:
         raise error
 

@@ -11,6 +11,7 @@ import torch
 
 from llmtune.config.schema import ModelConfig, Precision
 from llmtune.errors import MissingPrerequisiteError
+from llmtune.model.attention import answer_on_host
 from llmtune.model.partition import load_partitions, restore_buffers
 from llmtune.process import no_collection
 
@@ -56,8 +57,15 @@ def build_model(
         reason = str(error).strip().splitlines()[0]
         raise MissingPrerequisiteError(f"model.attn_implementation={attn_implementation}: {reason}") from error
     model.config.use_cache = False
+    answer_on_host(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # Frozen embeddings would leave the first checkpoint without an input that needs a gradient.
         model.enable_input_require_grads()
     return model
+
+
+def sees_padding(config: Any) -> bool:
+    """Whether tokens see what comes after them, so that a model must be told where padding is; a transformers config."""
+    text = config.get_text_config()
+    return getattr(text, "is_causal", True) is False or bool(getattr(text, "use_bidirectional_attention", False))

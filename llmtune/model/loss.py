@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-#: Label of a position that is not trained; torch's own default, and the data's.
-IGNORE = -100
+
+class Targets(Protocol):
+    """What is trained in a batch."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Of the logits that are judged, in the flattened batch, int64. Shape (trained tokens,)."""
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The tokens that follow there, int64. Shape (trained tokens,)."""
 
 
-def sum_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Summed cross entropy in fp32, and the number of tokens in it.
+def sum_token_losses(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Summed cross entropy in fp32, a scalar.
 
     Args:
         logits: (rows, length, vocabulary).
-        labels: (rows, length), not shifted; ``IGNORE`` is not trained.
 
-    Only the rows of ``logits`` that are trained are made fp32, which is most of the memory of the usual loss.
+    Only the rows of ``logits`` that are trained are made fp32, which is most of the memory of the usual loss. They are picked
+    by number: a mask would have the host wait for the GPU, which alone knows how many there are.
     """
-    targets = labels[:, 1:]
-    trained = targets != IGNORE
-    picked = logits[:, :-1][trained].float()
-    return F.cross_entropy(picked, targets[trained], reduction="sum"), int(trained.sum())
+    picked = logits.flatten(0, 1).index_select(0, targets.positions).float()
+    return F.cross_entropy(picked, targets.tokens, reduction="sum")

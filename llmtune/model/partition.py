@@ -84,6 +84,10 @@ def _load_slice(parameter: Any, entry: Entry, rank: int) -> None:
     _fill(partition, parameter.ds_numel, entry, rank)
     if swapped:
         swapper.swap_out_and_release([parameter])
+    # hpZ keeps a second slice, for gathers within a node. ``zero.Init`` cut it from memory that nobody had written; it is cut
+    # anew from the weights when they are first gathered and given back.
+    if getattr(parameter, "ds_secondary_tensor", None) is not None:
+        parameter.ds_secondary_tensor = None
 
 
 def _fill(partition: Any, numel: int, entry: Entry, rank: int) -> None:

@@ -46,9 +46,8 @@ class TraceSettings:
     precision: Precision
     zero3: bool
     """Under ZeRO 3 DeepSpeed's linear function keeps its input, also where the weight is frozen."""
-    padded: bool = False
-    """Rows of unlike length, or documents that share a row: attention then keeps a mask, and keys and values repeated for
-    every head."""
+    masked: bool = False
+    """Documents that share a row: attention then keeps a mask, and keys and values repeated for every head."""
 
 
 #: Traces of this process: the search for what would make a job fit plans the same model many times.
@@ -76,7 +75,7 @@ class ActivationModel:
             settings.precision,
             # What is trained keeps its input anyway.
             settings.zero3 and self.tuner.kind is not TunerKind.full and self.tuner.target_modules != "all-linear",
-            padded=(settings.padded or settings.rows > 1) and settings.attn_implementation in ("sdpa", "eager"),
+            masked=settings.masked and settings.attn_implementation in ("sdpa", "eager"),
         )
         if one not in self._done:
             self._done[one] = self._measure(one)
@@ -195,7 +194,7 @@ def _build(architecture: Any, tuner: TunerConfig, settings: TraceSettings, layer
             setattr(numbers, name, getattr(numbers, name)[:layers])
     # A vocabulary that costs nothing: embeddings are not part of the trace.
     numbers.vocab_size, numbers.pad_token_id = 8, None
-    kernel = settings.attn_implementation if settings.padded or settings.attn_implementation == "eager" else _unmasked()
+    kernel = settings.attn_implementation if settings.masked or settings.attn_implementation == "eager" else _unmasked()
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype, attn_implementation=kernel)
         if tuner.kind is not TunerKind.full:

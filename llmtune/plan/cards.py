@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,10 @@ class Card:
     """To its neighbours, one direction, as a collective reaches it: NVLink, or PCIe without it."""
     pcie_bandwidth: float
     """To the host, one direction, with all accelerators of a common board at once."""
+    fp32_flops: float
+    """Plain fp32: torch uses TF32 only where it is told to."""
+    compute_capability: int
+    """Ten times the major number and the minor one."""
 
 
 GIB = 2**30
@@ -24,29 +29,52 @@ GIB = 2**30
 #: Efficiencies are those of DeepSpeed and FSDP runs of 70B models with eager kernels (docs/planner.md has the runs); a
 #: data sheet's NVLink figure counts both directions, and collectives reach about 80 % of one.
 CARDS: dict[str, Card] = {
-    "A100-80GB": Card(312e12, 0.57, 240e9, 20e9),
-    "A100-40GB": Card(312e12, 0.57, 240e9, 20e9),
-    "H100": Card(989e12, 0.33, 360e9, 40e9),
-    "H200": Card(989e12, 0.33, 360e9, 40e9),
-    "A10": Card(125e12, 0.45, 10e9, 10e9),
-    "L4": Card(121e12, 0.40, 10e9, 10e9),
-    "L40S": Card(362e12, 0.40, 20e9, 20e9),
-    "RTX 4090": Card(165e12, 0.55, 20e9, 20e9),
-    "RTX 3090": Card(71e12, 0.53, 10e9, 10e9),
-    "V100": Card(112e12, 0.40, 100e9, 10e9),
+    "A100-80GB": Card(312e12, 0.57, 240e9, 20e9, 19.5e12, 80),
+    "A100-40GB": Card(312e12, 0.57, 240e9, 20e9, 19.5e12, 80),
+    "H100": Card(989e12, 0.33, 360e9, 40e9, 67e12, 90),
+    "H100 NVL": Card(835e12, 0.33, 240e9, 40e9, 60e12, 90),
+    "H100 PCIE": Card(756e12, 0.33, 40e9, 40e9, 51e12, 90),
+    "H200": Card(989e12, 0.33, 360e9, 40e9, 67e12, 90),
+    "H20": Card(148e12, 0.57, 360e9, 40e9, 44e12, 90),
+    "GH200": Card(989e12, 0.33, 360e9, 40e9, 67e12, 90),
+    "B200": Card(2250e12, 0.33, 720e9, 40e9, 80e12, 100),
+    "A30": Card(165e12, 0.57, 80e9, 20e9, 10.3e12, 80),
+    "A10": Card(125e12, 0.45, 10e9, 10e9, 31.2e12, 86),
+    "L4": Card(121e12, 0.40, 10e9, 10e9, 30.3e12, 89),
+    "L40": Card(181e12, 0.40, 20e9, 20e9, 90.5e12, 89),
+    "L40S": Card(362e12, 0.40, 20e9, 20e9, 91.6e12, 89),
+    "RTX A6000": Card(155e12, 0.45, 20e9, 20e9, 38.7e12, 86),
+    "RTX 4090": Card(165e12, 0.55, 20e9, 20e9, 82.6e12, 89),
+    "RTX 3090": Card(71e12, 0.53, 10e9, 10e9, 35.6e12, 86),
+    # Their rates are those of fp16; they have no bf16.
+    "V100": Card(112e12, 0.40, 100e9, 10e9, 15.7e12, 70),
+    "T4": Card(65e12, 0.40, 10e9, 10e9, 8.1e12, 75),
 }
 
 #: What is assumed of a card that is not in the table.
-UNKNOWN = Card(60e12, 0.40, 10e9, 10e9)
+UNKNOWN = Card(60e12, 0.40, 10e9, 10e9, 15e12, 0)
+
+#: A slice of a card that is divided (MIG): ``A100-SXM4-80GB MIG 2g.20gb`` has two of seven.
+_SLICE = re.compile(r"\bMIG (\d)G\.")
+_SLICES = {"A30": 4}
 
 
 def find_card(name: str | None, memory_bytes: int | None = None) -> Card | None:
     """The card whose name ``name`` begins with, maker aside (``NVIDIA A100-SXM4-80GB``); A100s are told apart by memory."""
     if not name:
         return None
-    plain = name.upper().replace("NVIDIA", "").replace("GEFORCE", "").strip()
-    if plain.startswith("A100"):
-        small = "40GB" in plain or (memory_bytes is not None and memory_bytes < 50 * GIB)
-        return CARDS["A100-40GB" if small else "A100-80GB"]
+    plain = name.upper().replace("NVIDIA", "").replace("TESLA", "").replace("GEFORCE", "").strip()
     known = sorted(CARDS, key=len, reverse=True)
-    return next((CARDS[card] for card in known if plain.startswith(card.upper())), None)
+    key = next((card for card in known if re.match(re.escape(card.upper()) + r"(?![0-9A-Z])", plain)), None)
+    piece = _SLICE.search(plain)
+    if plain.startswith("A100"):
+        # A slice has less memory than its card.
+        small = "40GB" in plain or (memory_bytes is not None and memory_bytes < 50 * GIB and not piece)
+        key = "A100-40GB" if small else "A100-80GB"
+    if key is None:
+        return None
+    card = CARDS[key]
+    if piece is None:
+        return card
+    share = int(piece[1]) / _SLICES.get(key, 7)
+    return replace(card, flops=share * card.flops, fp32_flops=share * card.fp32_flops)

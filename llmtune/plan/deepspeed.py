@@ -25,6 +25,8 @@ def to_deepspeed(
         # Said aloud, because DeepSpeed clips to 1.0 where the key is absent.
         "gradient_clipping": float(max_grad_norm),
         "steps_per_print": 2**31,
+        # It waits for the whole device twice a micro-batch, to print a number that is measured here anyway.
+        "timers": {"throughput": {"enabled": False}},
         "optimizer": {"type": "AdamW", "params": optimizer},
         "zero_optimization": _zero(placement, sizes),
     }

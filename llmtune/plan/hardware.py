@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import psutil
 from llmtune.config.schema import Accelerator, HardwareConfig
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.plan.cards import UNKNOWN, Card, find_card
+from llmtune.plan.gpus import check_hidden_gpus, check_kernels, has_nvlink, visible_gpus
 from llmtune.plan.units import format_bytes, parse_bytes
 
 #: Between the ranks of one CPU, through gloo on the loopback (measured on 2 cores: 0.7 to 1.3 GB/s).
@@ -56,6 +56,17 @@ class Hardware:
     host_memory_bandwidth: float = CPU_MEMORY_BANDWIDTH
     nvme_read_bandwidth: float = NVME_READ_BANDWIDTH
     nvme_write_bandwidth: float = NVME_WRITE_BANDWIDTH
+    fp32_flops: float = 0.0
+    """Of plain fp32, without TF32; 0 where half of ``flops`` is near enough."""
+    compute_capability: int = 0
+    """Of NVIDIA's GPUs (:class:`llmtune.plan.gpus.Gpu`); 0 where it is not known."""
+    notes: tuple[str, ...] = ()
+    """Where the machine is another one than was named."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Hardware:
+        """From plain values."""
+        return cls(**{**values, "notes": tuple(values.get("notes", ()))})
 
     def describe(self) -> str:
         """One phrase for messages."""
@@ -70,22 +81,35 @@ class Hardware:
         )
 
 
-def resolve_hardware(config: HardwareConfig, nvme_path: str | None = None, planning: bool = False) -> Hardware:
+def resolve_hardware(
+    config: HardwareConfig, nvme_path: str | None = None, planning: bool = False, ranks_on_node: int | None = None
+) -> Hardware:
     """Fill what the config leaves open from this machine.
 
     Args:
         planning: Nothing will run here, so that hardware which is named need not be there.
+        ranks_on_node: That a foreign launcher started here; each may see one GPU only.
 
     Raises:
-        MissingPrerequisiteError: CUDA was asked for and there is none, or ``offload.nvme_path`` cannot be used.
+        MissingPrerequisiteError: CUDA was asked for and there is none, torch cannot use the GPUs that there are, or
+            ``offload.nvme_path`` cannot be used.
     """
     named = planning and config.accelerator is Accelerator.cuda and config.gpu_memory_bytes is not None
-    hardware = _named(config) if named else _probed(config)
+    hardware = _named(config) if named else _probed(config, planning, ranks_on_node)
     hardware = replace(hardware, nodes=config.nodes, **_given(config))
     if nvme_path is not None and config.nvme_bytes is None:
         folder = check_nvme_path(nvme_path)
         hardware = replace(hardware, nvme_bytes=shutil.disk_usage(folder).free)
     return hardware
+
+
+def resolve_accelerator(wanted: Accelerator) -> str:
+    """``cuda`` or ``cpu``.
+
+    Raises:
+        As :func:`resolve_hardware`.
+    """
+    return _accelerator(wanted, len(visible_gpus()))
 
 
 def check_nvme_path(nvme_path: str) -> Path:
@@ -115,48 +139,47 @@ def _named(config: HardwareConfig) -> Hardware:
     return _with_card(card, config.gpu_name or "", config.gpus_per_node or 1, memory, host_bytes)
 
 
-def _probed(config: HardwareConfig) -> Hardware:
-    found = _cuda_devices()
-    accelerator = _accelerator(config.accelerator, found)
-    host = config.host_memory_bytes
-    host_bytes = parse_bytes(host, "hardware.host_memory_bytes") if host is not None else probe_host_memory_bytes()
+def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -> Hardware:
+    gpus = visible_gpus()
+    accelerator = _accelerator(config.accelerator, len(gpus))
+    notes: list[str] = []
+    host_bytes = _within(config.host_memory_bytes, "host_memory_bytes", probe_host_memory_bytes(), planning, notes)
     if accelerator == "cpu":
         cores = len(os.sched_getaffinity(0))
         flops = config.gpu_flops or _cpu_flops(cores)
-        return Hardware("cpu", 1, host_bytes, host_bytes, name="CPU", flops=flops, efficiency=CPU_EFFICIENCY)
+        return Hardware(
+            "cpu", 1, host_bytes, host_bytes, name="CPU", flops=flops, efficiency=CPU_EFFICIENCY, notes=tuple(notes)
+        )
+    # A task of Slurm often sees the one GPU that is its own.
+    found = max(len(gpus), ranks_on_node or 0)
     count = config.gpus_per_node or found
     if count > found:
         raise MissingPrerequisiteError(
             f"hardware.gpus_per_node={count}: this machine has {found} GPU(s); take hardware=probe to use what is there"
         )
-    import torch
-
-    properties = torch.cuda.get_device_properties(0)
-    memory = config.gpu_memory_bytes
-    device_bytes = (
-        parse_bytes(memory, "hardware.gpu_memory_bytes") if memory is not None else int(properties.total_memory)
-    )
-    name = config.gpu_name or properties.name
+    first = gpus[0]
+    check_kernels(first)
+    device_bytes = _within(config.gpu_memory_bytes, "gpu_memory_bytes", first.memory_bytes, planning, notes)
+    name = config.gpu_name if planning and config.gpu_name else first.name
     card = find_card(name, device_bytes) or UNKNOWN
+    if config.gpu_name and card not in (find_card(config.gpu_name), find_card(config.gpu_name, device_bytes)):
+        notes.append(f"hardware.gpu_name={config.gpu_name}: this machine has {first.name}, which is planned for")
     hardware = _with_card(card, name, count, device_bytes, host_bytes)
+    hardware = replace(hardware, compute_capability=first.compute_capability, notes=tuple(notes))
     return hardware if count == 1 or has_nvlink() else replace(hardware, link_bandwidth=card.pcie_bandwidth)
 
 
-def _cuda_devices() -> int:
-    """GPUs that torch sees. Without a driver's library there are none, and torch, which takes a second, is not asked."""
-    if "torch" not in sys.modules and not any(map(_can_load, ("libcuda.so.1", "libamdhip64.so"))):
-        return 0
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _can_load(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
+def _within(given: Any, key: str, probed: int, planning: bool, notes: list[str]) -> int:
+    """Bytes of a memory: those that are named, as far as they are there."""
+    if given is None:
+        return probed
+    wanted = parse_bytes(given, f"hardware.{key}")
+    if planning or wanted <= probed:
+        return wanted
+    # What a data sheet calls 80 GB is a little less to programs.
+    if wanted > 1.05 * probed:
+        notes.append(f"hardware.{key}={given}: this machine has {format_bytes(probed)}, which is planned for")
+    return probed
 
 
 def _with_card(card: Card, name: str, count: int, memory: int, host_bytes: int) -> Hardware:
@@ -167,6 +190,8 @@ def _with_card(card: Card, name: str, count: int, memory: int, host_bytes: int) 
         host_memory_bytes=host_bytes,
         name=name,
         flops=card.flops,
+        fp32_flops=card.fp32_flops,
+        compute_capability=card.compute_capability,
         efficiency=card.efficiency,
         link_bandwidth=card.link_bandwidth,
         pcie_bandwidth=card.pcie_bandwidth,
@@ -208,6 +233,8 @@ def _accelerator(wanted: Accelerator, cuda_devices: int) -> str:
         origin = "DS_ACCELERATOR"
     if name not in ("cuda", "cpu"):
         raise MissingPrerequisiteError(f"{origin}={name}: llmtune knows cuda and cpu")
+    if name == "cpu" and wanted is Accelerator.auto and "DS_ACCELERATOR" not in os.environ:
+        check_hidden_gpus()
     if name == "cuda" and not cuda_devices:
         raise MissingPrerequisiteError(
             f"{origin}=cuda, but torch sees no CUDA device: install a CUDA build of torch and check nvidia-smi, "
@@ -216,37 +243,41 @@ def _accelerator(wanted: Accelerator, cuda_devices: int) -> str:
     return name
 
 
-def probe_host_memory_bytes() -> int:
-    """Physical memory, or the cgroup's limit where that is lower (containers)."""
-    total = psutil.virtual_memory().total
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+def probe_host_memory_bytes(root: Path = Path("/")) -> int:
+    """Physical memory, or the lowest limit of the control groups that this process is in (containers, jobs of Slurm).
+
+    Args:
+        root: Of the file system; for tests.
+    """
+    limits = [psutil.virtual_memory().total]
+    for file in _memory_limits(root):
         try:
-            limit = Path(path).read_text().strip()
+            text = file.read_text().strip()
         except OSError:
             continue
-        if limit.isdigit():
-            total = min(total, int(limit))
-    return total
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits)
 
 
-def has_nvlink() -> bool:
-    """Whether the first GPU has an active NVLink, by NVML; True where NVML does not say."""
+def _memory_limits(root: Path) -> Iterator[Path]:
+    """Files with the limits of this process's control group and of those around it, of both versions."""
+    mounted = root / "sys/fs/cgroup"
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        links = range(pynvml.NVML_NVLINK_MAX_LINKS)
-        return any(_link_is_active(pynvml, handle, link) for link in links)
-    except Exception:
-        return True
-
-
-def _link_is_active(pynvml: Any, handle: Any, link: int) -> bool:
-    try:
-        return bool(pynvml.nvmlDeviceGetNvLinkState(handle, link))
-    except pynvml.NVMLError:
-        return False
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = ["0::/", "0:memory:/"]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            place, name = mounted, "memory.max"
+        elif "memory" in controllers.split(","):
+            place, name = mounted / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = Path(path.lstrip("/"))
+        for folder in (own, *own.parents):
+            yield place / folder / name
 
 
 def _cpu_flops(cores: int) -> float:

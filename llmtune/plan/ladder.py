@@ -217,7 +217,7 @@ class Search:
             self.attn_implementation,
             config.precision,
             placement.zero_stage == 3,
-            padded=config.data.packing,
+            masked=config.data.packing,
         )
         activations = self.trace(settings)
         self.origin = activations.origin

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from llmtune.config.schema import Precision
 from llmtune.plan.activations import ActivationBytes
+from llmtune.plan.gpus import pins_exactly
 from llmtune.plan.hardware import Hardware
 from llmtune.plan.placement import Placement
 from llmtune.plan.shape import ModelShape
@@ -158,11 +159,12 @@ def checkpoint_bytes(shape: ModelShape, size: int) -> int:
 def _host_bytes(
     shape: ModelShape, placement: Placement, states: StateBytes, size: int, world_size: int, accelerator: str
 ) -> HostBytes:
-    # torch's allocator of pinned memory rounds a block up to a power of two.
-    round_up = _power_of_two if accelerator == "cuda" else int
+    # torch's allocator of pinned memory rounds a block up to a power of two, where it cannot be told not to.
+    round_up = _power_of_two if accelerator == "cuda" and not pins_exactly() else int
     gradients = round_up(states.gradients.host)
     weights = round_up(states.weights.host) if shape.adapter_parameters == 0 else states.weights.host
-    standing = weights + gradients + states.optimizer.host + states.adapters.host + states.buckets.host
+    optimizer = states.optimizer.host + sum(round_up(block) - block for block in states.pinned)
+    standing = weights + gradients + optimizer + states.adapters.host + states.buckets.host
     # A CPU counts the weights as its accelerator's; loading has them once more while they are cast or flattened.
     whole = (
         size * shape.parameters
@@ -175,7 +177,7 @@ def _host_bytes(
     return HostBytes(
         weights=weights,
         gradients=gradients,
-        optimizer=states.optimizer.host,
+        optimizer=optimizer,
         adapters=states.adapters.host,
         buffers=states.buckets.host,
         load=max(0, whole - standing),

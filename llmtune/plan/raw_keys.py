@@ -19,7 +19,7 @@ KNOWN: dict[str, set[str]] = {
             "seq_parallel_communication_data_type",
         ),
         *("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "disable_python_gc"),
-        *("zero_optimization", "aio", "comms_logger", "flops_profiler"),
+        *("zero_optimization", "aio", "comms_logger", "flops_profiler", "timers"),
     },
     "zero_optimization": {
         *("allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "enable_sanity_checks"),
@@ -34,6 +34,8 @@ KNOWN: dict[str, set[str]] = {
     "zero_optimization.offload_optimizer": {"buffer_count", "pin_memory", "fast_init"},
     "zero_optimization.offload_param": {"buffer_count", "buffer_size", "max_in_cpu", "pin_memory"},
     "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
+    "timers": {"throughput"},
+    "timers.throughput": {"enabled", "synchronized"},
     "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
     "flops_profiler": {
         *("enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file", "recompute_fwd_factor"),

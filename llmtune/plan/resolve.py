@@ -27,6 +27,9 @@ from llmtune.plan.units import format_bytes, format_count, parse_bytes
 #: tokens/s), and its quadratic memory is small.
 SHORT_ROW_TOKENS = 512
 
+#: Compute capability (Ampere) from which GPUs have bf16 and FlashAttention's kernels.
+FIRST_WITH_BF16 = 80
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -58,7 +61,7 @@ class Plan:
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         """The inverse of :meth:`to_dict`."""
         parts = {
-            "hardware": Hardware(**values["hardware"]),
+            "hardware": Hardware.from_dict(values["hardware"]),
             "shape": ModelShape(**values["shape"]),
             "placement": Placement(**values["placement"]),
             "batch": BatchPlan(**values["batch"]),
@@ -111,7 +114,9 @@ def resolve_ladder(config: Config, world_size: int | None = None, planning: bool
         As :func:`resolve_plan`, but for a job that does not fit.
     """
     check_raw(config.zero.deepspeed)
-    hardware = resolve_hardware(config.hardware, config.offload.nvme_path, planning)
+    on_node = max(1, world_size // config.hardware.nodes) if world_size else None
+    hardware = resolve_hardware(config.hardware, config.offload.nvme_path, planning, on_node)
+    _check_precision(config.precision, hardware)
     if not planning:
         _check_trainable(config, hardware, world_size)
         if config.offload.nvme_path is None:
@@ -123,12 +128,14 @@ def resolve_ladder(config: Config, world_size: int | None = None, planning: bool
         raise ConfigError(
             f"model.name_or_path={config.model.name_or_path}: no causal language model; it can be planned only"
         )
-    return build_ladder(config, hardware, shape, world, resolve_attention(config, hardware.accelerator))
+    return build_ladder(
+        config, hardware, shape, world, resolve_attention(config, hardware.accelerator, hardware.compute_capability)
+    )
 
 
 def plan_candidate(config: Config, ladder: Ladder, candidate: Candidate, launched: bool = False) -> Plan:
     """The frozen numbers of one candidate of the ladder."""
-    notes = [f"ranks: {ladder.world_size} ({_world_origin(config, launched)})"]
+    notes = [*ladder.hardware.notes, f"ranks: {ladder.world_size} ({_world_origin(config, launched)})"]
     rate = resolve_learning_rate(config.optim, config.tuner.kind, ladder.shape.parameters, notes)
     notes += _describe_choice(config, ladder, candidate)
     optimizer = adamw_parameters(config.optim, rate)
@@ -185,12 +192,18 @@ def describe_misfit(config: Config, ladder: Ladder) -> str:
     return "\n".join(lines)
 
 
-def resolve_attention(config: Config, accelerator: str) -> str:
-    """The kernel asked for, or the one that is fast here."""
+def resolve_attention(config: Config, accelerator: str, compute_capability: int = 0) -> str:
+    """The kernel asked for, or the one that is fast here.
+
+    Args:
+        compute_capability: Of the GPU; 0 where it is not known.
+    """
     wanted = config.model.attn_implementation
     if wanted != "auto":
         return wanted
-    if accelerator == "cuda" and config.data.packing and importlib.util.find_spec("flash_attn"):
+    # FlashAttention's kernels are for 16 bits, and for Ampere and later.
+    can_flash = config.precision is not Precision.fp32 and not 0 < compute_capability < FIRST_WITH_BF16
+    if accelerator == "cuda" and can_flash and config.data.packing and importlib.util.find_spec("flash_attn"):
         # Its varlen kernels skip what SDPA masks: the attention between the documents of a packed row.
         return "flash_attention_2"
     return "eager" if accelerator == "cpu" and config.data.max_seq_length <= SHORT_ROW_TOKENS else "sdpa"
@@ -254,6 +267,14 @@ def _check_trainable(config: Config, hardware: Hardware, world_size: int | None)
         raise ConfigError(
             f"hardware.nodes={hardware.nodes}: llmtune starts the ranks of one machine; start several with torchrun "
             "scripts/train.py, or take hardware.nodes=1"
+        )
+
+
+def _check_precision(precision: Precision, hardware: Hardware) -> None:
+    if precision is Precision.bf16 and 0 < hardware.compute_capability < FIRST_WITH_BF16:
+        raise ConfigError(
+            f"precision=bf16: {hardware.name} (compute capability {hardware.compute_capability / 10:.1f}) has no bf16 "
+            "arithmetic, and torch would emulate it at a fraction of the speed; take precision=fp16 or precision=fp32"
         )
 
 

@@ -88,8 +88,7 @@ def estimate_speed(
     hardware, micro = cluster.hardware, batch.accumulation_steps
     tokens = batch.micro_batch_size * length
     ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
-    # fp32 runs at half the speed of bf16: TF32 on a GPU, the vector units of a CPU.
-    flops = hardware.flops * hardware.efficiency / (2 if precision is Precision.fp32 else 1)
+    flops = _flops(hardware, precision)
     compute = tokens * step_flops(shape, length, gradient_checkpointing) * ranks / flops
     passes = 3 if gradient_checkpointing else 2
     compute += passes * shape.layers * LAUNCH_SECONDS[hardware.accelerator][placement.zero_stage == 3]
@@ -106,6 +105,14 @@ def estimate_speed(
     seconds = overlapped + rest
     rows = batch.global_batch_size
     return SpeedPlan(seconds, rows * length / seconds, max(terms, key=lambda name: terms[name]), terms)
+
+
+def _flops(hardware: Hardware, precision: Precision) -> float:
+    """Operations a second that a training step reaches."""
+    if precision is not Precision.fp32:
+        return hardware.flops * hardware.efficiency
+    # A CPU's vector units have half of bf16's rate; a GPU computes fp32 outside of its tensor cores, unless TF32 is switched on.
+    return (hardware.fp32_flops or hardware.flops / 2) * hardware.efficiency
 
 
 def _gather_seconds(

@@ -54,6 +54,8 @@ class StateBytes:
     step: int
     """Device bytes of the fp32 gradients that a step makes."""
     nvme_written_per_step: int
+    pinned: tuple[int, ...] = ()
+    """Blocks of pinned host memory among what the optimizer has there."""
 
     @property
     def total(self) -> Split:
@@ -97,7 +99,8 @@ def state_bytes(
     optimizer = Split(largest, 16 * share + size * share + largest)
     # Stage 2 adds up micro-batches on the host, stage 1 in the flat buffer that it reduces at the end.
     gradients = Split(0, size * share if accumulation_steps > 1 and placement.zero_stage == 2 else 0)
-    return StateBytes(weights, adapters, gradients, optimizer, Split(), bucket + largest, 0, 0)
+    pinned = (4 * share, size * share)
+    return StateBytes(weights, adapters, gradients, optimizer, Split(), bucket + largest, 0, 0, pinned)
 
 
 def _whole_weights(shape: ModelShape, size: int) -> tuple[Split, Split]:
@@ -131,7 +134,9 @@ def _stage3(
     if placement.optimizer == "cpu":
         # Master weights, two moments and an fp32 gradient.
         optimizer = Split(0, 16 * share)
-        return StateBytes(weights, adapters, Split(0, gradients), optimizer, bucket, backward, 0, 0)
+        # The fp32 gradient of each sub-group.
+        pinned = tuple(4 * numel for numel in numels)
+        return StateBytes(weights, adapters, Split(0, gradients), optimizer, bucket, backward, 0, 0, pinned)
     swapped = [_aligned(numel, sizes, 4) for numel in numels if 4 * numel >= sizes.aio.block_size]
     small = [numel for numel in numels if 4 * numel < sizes.aio.block_size]
     on_disk, in_memory = _swapped_gradients(trained, sizes, world_size)

@@ -23,7 +23,7 @@ from llmtune.engine.distributed import Rank
 from llmtune.engine.module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.adapters import add_lora, load_adapter, to_file_name
-from llmtune.model.build import build_model
+from llmtune.model.build import build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.track.console import Console, ProgressLine
@@ -75,7 +75,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         state = load_checkpoint(module, request.resume_from)
         start = Progress(state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due)
 
-    collator = Collator(pad_token_id, plan.attn_implementation.startswith("flash"))
+    collator = Collator(pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model.config))
     evaluator = HeldOutLoss(
         module,
         open_rows(request.data, "eval") if request.data.eval else None,
@@ -147,7 +147,7 @@ def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Coll
     config, batch = request.config, request.plan.batch
     pinned = config.data.pin_memory
     settings = LoaderSettings(
-        config.data.dataloader_num_workers, rank.device.type == "cuda" if isinstance(pinned, str) else pinned
+        config.data.dataloader_num_workers, rank.device.type != "cpu" if isinstance(pinned, str) else pinned
     )
     if config.data.streaming:
         bad_rows = request.run_folder / names.BAD_ROWS if rank.is_first else None

@@ -10,8 +10,8 @@ import torch
 
 def used_memory_bytes(device: torch.device) -> int:
     """Peak allocated by torch on a GPU; resident memory of the process on a CPU. As the progress line shows it."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).max_memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 

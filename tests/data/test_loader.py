@@ -15,10 +15,9 @@ from llmtune.data.loader import LoaderSettings, TrainLoader, iterate_eval
 from llmtune.data.packing import pack_rows
 from llmtune.data.store import Rows
 from llmtune.errors import CheckpointError
-from llmtune.model.loss import IGNORE as LOSS_IGNORE
-from llmtune.model.loss import sum_token_losses
 from llmtune.plan.batch import BatchPlan
 from tests.data.stores import make_rows
+from tests.model.test_loss import loss_of
 
 PAD = 0
 
@@ -34,7 +33,7 @@ def rows(folder: Path, count: int) -> Rows:
 
 def loader(data: Rows, world: int = 1, rank: int = 0, size: int = 8, micro: int = 2, **more: Any) -> TrainLoader:
     plan = BatchPlan(size, micro, size // micro // world, world)
-    return TrainLoader(data, plan, rank, 42, Collator(PAD), **more)
+    return TrainLoader(data, plan, rank, 42, Collator(PAD, masked=True), **more)
 
 
 def seen(batch: Any) -> list[int]:
@@ -128,10 +127,21 @@ def test_packed_steps_count_the_same_tokens(data: Rows, tmp_path: Path) -> None:
 
 def test_padding_is_masked_by_position_even_where_it_is_the_end_token(tmp_path: Path) -> None:
     data = make_rows(tmp_path, [[5, 9], [5, 6, 7, 9]], [[False, True], [False, True, True, True]])
-    batch = Collator(9).collate(data, [0, 1])
+    assert Collator(9).collate(data, [0, 1]).attention_mask is None
+    batch = Collator(9, masked=True).collate(data, [0, 1])
     assert batch.labels.tolist() == [[IGNORE, 9, IGNORE, IGNORE], [IGNORE, 6, 7, 9]]
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def test_a_batch_falls_apart_into_its_rows(tmp_path: Path) -> None:
+    data = make_rows(tmp_path, [[5, 9], [5, 6, 7, 9], [4]], [[False, True], [False, True, True, True], [False]])
+    batch = Collator(9, masked=True).collate(data, [0, 1, 2, None])
+    rows = batch.split()
+    assert [row.labels.tolist()[0] for row in rows] == batch.labels.tolist()
+    assert [len(row.targets) for row in rows] == [1, 3, 0, 0]
+    assert torch.equal(torch.cat([row.input_ids for row in rows]), batch.input_ids)
+    assert torch.equal(torch.cat([row.attention_mask for row in rows]), batch.attention_mask)  # type: ignore[misc, arg-type]
 
 
 def test_evaluation_covers_each_row_once_with_equal_rounds(tmp_path: Path) -> None:
@@ -146,11 +156,10 @@ def test_evaluation_covers_each_row_once_with_equal_rounds(tmp_path: Path) -> No
 def test_the_loss_is_the_sum_over_trained_tokens() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 5, 7), torch.tensor([[0, 1, IGNORE, 3, 4], [IGNORE, IGNORE, 2, 2, IGNORE]])
-    total, count = sum_token_losses(logits, labels)
+    total, count = loss_of(logits, labels)
     reference = torch.nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1), reduction="none", ignore_index=LOSS_IGNORE
+        logits[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1), reduction="none", ignore_index=IGNORE
     )
-    assert LOSS_IGNORE == IGNORE
     assert count == int((labels[:, 1:] != IGNORE).sum()) == 5
     torch.testing.assert_close(total, reference.sum())
 

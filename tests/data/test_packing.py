@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from llmtune.data.batch import Batch, Collator
 from llmtune.data.packing import pack_rows, packing_efficiency
 from llmtune.data.store import Row
-from llmtune.model.loss import sum_token_losses
+from tests.model.test_loss import loss_of
 
 CAPACITY = 4096
 
@@ -141,7 +141,7 @@ def test_changing_one_document_changes_no_others_loss(tiny_model: Path) -> None:
             start = 0
             for number, length in enumerate(row.documents):
                 piece = slice(start, start + length)
-                total, count = sum_token_losses(logits[line : line + 1, piece], batch.labels[line : line + 1, piece])
+                total, count = loss_of(logits[line : line + 1, piece], batch.labels[line : line + 1, piece])
                 assert count == length - 1
                 found[line, number] = float(total)
                 start += length

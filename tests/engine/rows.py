@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from llmtune.data.batch import Batch
+from llmtune.data.batch import Batch, Targets
 
 
 def random_rows(rows: int, length: int, vocab: int, seed: int) -> Batch:
     """All tokens trained, none padded."""
     input_ids = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
-    return Batch(input_ids, labels=input_ids, attention_mask=torch.ones_like(input_ids))
+    return Batch(input_ids, Targets.of_labels(input_ids))

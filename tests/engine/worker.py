@@ -18,7 +18,7 @@ from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weights import WeightFiles
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config, Precision, TunerKind
-from llmtune.data.batch import Collator
+from llmtune.data.batch import Collator, Targets
 from llmtune.data.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
 from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
@@ -89,13 +89,13 @@ def resolve_on_first(config: Config, rank: Rank) -> Path:
     return resolve_model_folder(config.model, Path(config.paths.cache_dir))
 
 
-def not_a_number(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+def not_a_number(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """A loss that is finite, with a gradient that is not, for one of the ranks."""
-    loss, tokens = sum_token_losses(logits, labels)
+    loss = sum_token_losses(logits, targets)
     if os.environ["RANK"] == "0":
         # The slope of the root is infinite at zero, and infinity times zero is no number.
         loss = loss + 0.0 * torch.sqrt(logits.float().sum() * 0.0)
-    return loss, tokens
+    return loss
 
 
 def ask_cpu_once() -> None:

@@ -10,8 +10,8 @@ import pytest
 from llmtune.engine.phases import PhaseLog
 from llmtune.errors import CheckpointError
 from llmtune.launch import out_of_memory
+from llmtune.launch.memory_errors import memory_pool
 from llmtune.launch.out_of_memory import find_event, note_kills, phase_file
-from llmtune.launch.rank import is_out_of_memory
 
 ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
@@ -19,11 +19,11 @@ ALLOCATOR = (
 
 
 def test_errors_are_told_apart() -> None:
-    assert is_out_of_memory(RuntimeError(ALLOCATOR))
-    assert is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
-    assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("Connection closed by peer"))
-    assert not is_out_of_memory(CheckpointError("checkpoint-3 was not saved (No space left on device)"))
+    assert memory_pool(RuntimeError(ALLOCATOR))
+    assert memory_pool(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert memory_pool(MemoryError())
+    assert memory_pool(RuntimeError("Connection closed by peer")) is None
+    assert memory_pool(CheckpointError("checkpoint-3 was not saved (No space left on device)")) is None
 
 
 def test_a_rank_that_reported_it_comes_first(tmp_path: Path) -> None:

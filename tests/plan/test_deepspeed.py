@@ -104,6 +104,7 @@ def test_the_known_keys_are_deepspeeds_own() -> None:
 import json
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 def keys(model):
     return sorted({field.alias or name for name, field in model.model_fields.items()})
@@ -112,6 +113,7 @@ print(json.dumps({
     "zero_optimization.offload_optimizer": keys(DeepSpeedZeroOffloadOptimizerConfig),
     "zero_optimization.offload_param": keys(DeepSpeedZeroOffloadParamConfig),
     "aio": sorted(AIO_DEFAULT_DICT),
+    "timers.throughput": keys(DeepSpeedThroughputTimerConfig),
 }))
 """
     done = run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"})

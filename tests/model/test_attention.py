@@ -1,0 +1,87 @@
+"""Padding on the right needs no mask, and masks are made without a look at what lies on the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmtune.data.batch import Collator
+from llmtune.data.store import Row
+from llmtune.model.attention import answer_on_host
+from llmtune.model.build import sees_padding
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
+GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": GATED,
+    "mistral": {**GATED, "sliding_window": 5},
+    "qwen2": {**GATED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {**GATED, "head_dim": 8},
+    "qwen3_moe": {**GATED, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": {**GATED, "head_dim": 8, "sliding_window": 5},
+    "gemma3_text": {**GATED, "head_dim": 8, "sliding_window": 5},
+    "mixtral": {**GATED, "num_local_experts": 4},
+    "phi3": GATED,
+    "olmo2": GATED,
+    "gpt2": {**SIZES, "n_positions": 64},
+    "gpt_neox": {**SIZES, "intermediate_size": 48},
+    "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "bloom": SIZES,
+    "falcon": {**SIZES, "alibi": True, "new_decoder_architecture": False},
+    "mamba": {**SIZES, "state_size": 4},
+}
+
+
+def make_model(family: str, attention: str) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def make_rows(lengths: list[int]) -> list[Row]:
+    made = torch.Generator().manual_seed(1)
+    ids = [torch.randint(1, 97, (length,), generator=made).numpy() for length in lengths]
+    return [Row(row, [True] * len(row), [len(row)]) for row in ids]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_before_padding_are_the_same_without_a_mask(family: str, attention: str) -> None:
+    if family in ("bloom", "gemma2", "mamba") and attention == "sdpa":
+        pytest.skip("has no SDPA")
+    model = make_model(family, attention)
+    assert not sees_padding(model.config)
+    rows = make_rows([12, 7, 3])
+    with torch.no_grad():
+        with_mask = model(**Collator(0, masked=True).pad(rows).inputs, use_cache=False).logits
+        without = model(**Collator(0).pad(rows).inputs, use_cache=False).logits
+        answer_on_host(model)
+        on_host = model(**Collator(0).pad(rows).inputs, use_cache=False).logits
+    for number, row in enumerate(rows):
+        real = slice(0, len(row.ids))
+        torch.testing.assert_close(without[number, real], with_mask[number, real], rtol=0, atol=2e-6)
+    assert torch.isfinite(without).all(), "padding may be anything but no number, which would spoil its gradients"
+    assert torch.equal(without, on_host)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen3_moe"])
+def test_documents_of_a_packed_row_are_still_told_apart(family: str) -> None:
+    model = make_model(family, "eager" if family == "gemma2" else "sdpa")
+    (one, other) = make_rows([6, 9])
+    together = Row(torch.cat([torch.as_tensor(one.ids), torch.as_tensor(other.ids)]).numpy(), [True] * 15, [6, 9])
+    answer_on_host(model)
+    with torch.no_grad():
+        packed = model(**Collator(0).pack([together]).inputs, use_cache=False).logits[0]
+        alone = [model(**Collator(0).pad([row]).inputs, use_cache=False).logits[0] for row in (one, other)]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=2e-6)
+
+
+def test_models_that_look_ahead_are_told_where_padding_is() -> None:
+    config = AutoConfig.for_model("llama", **GATED, is_causal=False)
+    assert sees_padding(config)
+    assert sees_padding(
+        AutoConfig.for_model("gemma3_text", **FAMILIES["gemma3_text"], use_bidirectional_attention=True)
+    )
