@@ -10,7 +10,14 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from llmtune.engine.corrections import keep_norm_precision, undo_stage0_dummy_step
+from llmtune.engine.corrections import (
+    keep_norm_precision,
+    keep_overflow_on_device,
+    missing_loss_scale,
+    norms_of,
+    step_in_few_kernels,
+    undo_stage0_dummy_step,
+)
 from llmtune.engine.distributed import Rank, sum_over_ranks
 from llmtune.engine.swap import check_swapped_offsets
 from llmtune.plan.deepspeed import read_placement
@@ -78,7 +85,9 @@ class TrainModule:
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy)
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
+            step_in_few_kernels(self.engine.optimizer)
         keep_norm_precision(self.engine.optimizer, self.zero_stage)
+        keep_overflow_on_device(self.engine.optimizer)
         if self.placement.optimizer == "nvme":
             check_swapped_offsets(self.engine.optimizer)
 
@@ -120,7 +129,7 @@ class TrainModule:
             phases.enter("forward")
             loss = self._loss(batch)
             phases.enter("backward")
-            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            self.engine.backward(loss * (scale * missing_loss_scale(self.engine.optimizer)), scale_wrt_gas=False)
             total += loss.detach()
             if self.engine.is_gradient_accumulation_boundary():
                 norm = self._whole_grad_norm()
@@ -145,17 +154,18 @@ class TrainModule:
         """
         self.rank.phases.enter("evaluate")
         self.engine.eval()
-        total, count = 0.0, 0
+        total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
+        count = 0
         with torch.no_grad():
             for batch in batches:
                 if interrupted():
                     return None
-                total += float(self._loss(batch))
+                total += self._loss(batch)
                 count += len(batch.targets)
                 self.rank.phases.beat()
         self.engine.train()
-        total, tokens_seen = sum_over_ranks([total, float(count)], self.rank)
-        return total / max(tokens_seen, 1), int(tokens_seen)
+        summed, tokens_seen = sum_over_ranks([float(total), float(count)], self.rank)
+        return summed / max(tokens_seen, 1), int(tokens_seen)
 
     def row_losses(self, batches: Iterable[MicroBatch]) -> list[list[float]]:
         """Summed loss of every row of every batch, without gradients and without dropout. Collective under ZeRO 3."""
@@ -182,13 +192,11 @@ class TrainModule:
         self.engine.zero_grad()
 
     def _whole_grad_norm(self) -> float | None:
-        """Without ZeRO, where gradients are whole on every rank; DeepSpeed's own norm is there absent or still scaled."""
-        if self.zero_stage > 0:
+        """Without ZeRO in fp32, where gradients are whole on every rank and no wrapper of DeepSpeed's has a norm."""
+        if self.zero_stage > 0 or hasattr(self.engine.optimizer, "overflow"):
             return None
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        scaler = getattr(self.engine.optimizer, "loss_scale_config", None)
-        return float(torch.linalg.vector_norm(torch.stack(norms))) / (scaler.cur_scale if scaler else 1.0)
+        norms = norms_of([p.grad for p in self.model.parameters() if p.grad is not None])
+        return float(torch.linalg.vector_norm(torch.stack(list(norms)))) if norms else 0.0
 
 
 def group_parameters(model: Any, placement: Placement, world_size: int) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ device = pretend.register()
 
 from llmtune.engine.distributed import init_ranks, meet_ranks  # noqa: E402
 from llmtune.engine.module import TrainModule  # noqa: E402
+from llmtune.launch.memory_errors import memory_pool  # noqa: E402
 from tests.engine.worker import ask_cpu_once, run_task  # noqa: E402
 
 #: Of this step.
@@ -51,6 +52,8 @@ def count_waits(seen: list[dict[str, int]]) -> None:
 
 if __name__ == "__main__":
     pretend.show_gpus()
+    if limit := os.environ.get("PRETEND_LIMIT"):
+        device.limit(0, int(limit))
     rank = init_ranks()
     ask_cpu_once()
     waits: list[dict[str, int]] = []
@@ -61,12 +64,10 @@ if __name__ == "__main__":
         device.reset_peak(rank.local_rank)
         try:
             result = run_task(task, rank)
-        except Exception:
+        except Exception as error:
             if not task.get("may_fail"):
                 raise
-            import traceback
-
-            result = {"error": traceback.format_exc()}
+            result = {"error": traceback.format_exc(), "pool": memory_pool(error)}
         results.append({**result, "waits": list(waits), "peak": device.memory(rank.local_rank)[1]})
     if rank.is_first:
         Path(sys.argv[2]).write_text(json.dumps(results))

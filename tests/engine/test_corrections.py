@@ -59,3 +59,25 @@ def test_deepspeed_still_sends_norms_through_fp32() -> None:
             optimizer.complete_grad_norm_calculation_for_cpu_offload
         )
     assert ".sum().float()" in inspect.getsource(DeepSpeedZeroOptimizer.get_grad_norm_direct)
+
+
+def test_deepspeed_still_divides_by_a_loss_scale_that_stage_0_never_multiplied_by() -> None:
+    """Where this fails, look at ``missing_loss_scale``; ``tests/cuda/test_engine.py`` compares the losses of all stages."""
+    import inspect
+
+    from deepspeed.runtime import engine
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    assert not issubclass(FP16_UnfusedOptimizer, ZeROOptimizer)
+    assert "if isinstance(self.optimizer, ZeROOptimizer):" in inspect.getsource(engine)
+
+
+def test_deepspeed_still_waits_for_the_device_with_every_offloaded_tensor() -> None:
+    """Where this fails, look at ``keep_overflow_on_device``."""
+    import inspect
+
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    source = inspect.getsource(DeepSpeedZeroOptimizer.update_offload_overflow_tracker)
+    assert "if grad is not None and self._has_inf_or_nan(grad.data):" in source

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import deepspeed.utils.groups
 import torch
 
 from llmtune.checkpoint.outbox import Buffers
@@ -78,6 +79,8 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     if pending is not None:
         pending.finish()
     module.engine.destroy()
+    # hpZ's groups outlive their engine, and the next one would not make its own.
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     return {"losses": seen, "norms": norms, "applied": applied}
 
 
