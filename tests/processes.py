@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -125,7 +125,7 @@ class Nursery:
             and arguments[1] in ("-m", "-c")
             and arguments[2] not in ("pip", "zipfile")
             and _COLD not in environment
-            and _fixed(environment) == self._fixed
+            and _fixed(environment) == _fixed(self._fixed, _reads_later(environment))
         )
 
     def fork(self, request: dict[str, Any], files: list[int]) -> int:
@@ -362,10 +362,14 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _fixed(environment: dict[str, str]) -> dict[str, str]:
-    return {
-        name: value for name, value in environment.items() if name.startswith(_READ_ONCE) and name not in _READ_LATER
-    }
+def _fixed(environment: dict[str, str], later: Collection[str] | None = None) -> dict[str, str]:
+    later = _reads_later(environment) if later is None else later
+    return {name: value for name, value in environment.items() if name.startswith(_READ_ONCE) and name not in later}
+
+
+def _reads_later(environment: dict[str, str]) -> Collection[str]:
+    """Where GPUs are pretended (``tests/cuda/inside``), the accelerator is put in later, and nothing reads CUDA's settings."""
+    return (*_READ_LATER, *(("DS_ACCELERATOR", "PYTORCH_CUDA_ALLOC_CONF") if "PRETEND_DEVICES" in environment else ()))
 
 
 def _memory_file(data: bytes) -> int:

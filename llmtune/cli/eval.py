@@ -9,8 +9,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
 
-#: Rows of a forward pass where none are asked for: there is no micro-batch to go by.
+#: Most rows of a forward pass where none are asked for: there is no micro-batch to go by.
 AUTO_EVAL_ROWS = 8
+#: Bytes of a logit: 2, its copy in fp32, and what the loss makes of that.
+LOGIT_BYTES = 10
+#: Share of the memory that is free which the logits may take.
+LOGITS_SHARE = 0.25
+
+
+def auto_eval_rows(length: int, vocabulary: int, free_bytes: int) -> int:
+    """Rows of a forward pass, so that their logits leave room: those of 8 rows of 8,192 tokens of Llama 3 take 84 GB.
+
+    Args:
+        length: Tokens of the longest row.
+        free_bytes: Memory that is left beside the weights.
+    """
+    row = LOGIT_BYTES * length * vocabulary
+    return max(1, min(AUTO_EVAL_ROWS, int(LOGITS_SHARE * free_bytes / row)))
 
 
 def main(arguments: Arguments) -> int:
@@ -24,7 +39,7 @@ def main(arguments: Arguments) -> int:
     import torch
 
     from llmtune.cli.prepare import cache_dir
-    from llmtune.cli.target import load_model, resolve_target
+    from llmtune.cli.target import free_memory_bytes, load_model, resolve_target
     from llmtune.data.batch import Collator
     from llmtune.data.loader import iterate_eval
     from llmtune.data.prepare import open_rows, prepare_data
@@ -42,9 +57,11 @@ def main(arguments: Arguments) -> int:
     total, tokens = 0.0, 0
     device = next(model.parameters()).device
     asked = config.train.per_device_eval_batch_size
-    rows = asked if isinstance(asked, int) else AUTO_EVAL_ROWS
+    held_out = open_rows(data, "eval")
+    longest = int(held_out.lengths.max())
+    rows = asked if isinstance(asked, int) else auto_eval_rows(longest, len(tokenizer), free_memory_bytes())
     collator = Collator(tokenizer.pad_token_id, masked=sees_padding(model.config))
-    batches = iterate_eval(open_rows(data, "eval"), rows, 0, 1, collator, None)
+    batches = iterate_eval(held_out, rows, 0, 1, collator, None)
     with torch.no_grad():
         for batch in (batch.to(device) for batch in batches):
             output = model(**batch.inputs, use_cache=False)

@@ -16,6 +16,9 @@ from llmtune.config.schema import Config, ModelConfig, TunerKind
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
 
+#: Of a GPU's free memory; the rest is for activations and the cache of an answer.
+WEIGHTS_SHARE = 0.75
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -64,7 +67,7 @@ def resolve_target(composed: Composed) -> Target:
 
 
 def load_model(target: Target) -> tuple[Any, Any]:
-    """Model (adapter put on, evaluation mode, on the GPU if there is one) and tokenizer."""
+    """Model (adapter put on, evaluation mode, on the GPUs if there are any) and tokenizer."""
     from llmtune.data.templates import check_chat_template, load_chat_template
     from llmtune.model.build import build_model
     from llmtune.model.tokenizer import load_tokenizer
@@ -79,13 +82,34 @@ def load_model(target: Target) -> tuple[Any, Any]:
     check_chat_template(tokenizer, target.base_name)
     accelerator = resolve_accelerator(config.hardware.accelerator)
     attention = resolve_attention(config, accelerator)
-    model = build_model(target.model_folder, config.model, config.precision, False, attention)
+    places = place_weights(target.model_folder) if accelerator == "cuda" else None
+    model = build_model(target.model_folder, config.model, config.precision, False, attention, device_map=places)
     if target.adapter is not None:
         model = put_on(model, target.adapter)
-    if accelerator == "cuda":
-        model = model.to("cuda")
     model.config.use_cache = True
     return model.eval(), tokenizer
+
+
+def place_weights(folder: Path) -> Any:
+    """transformers' ``device_map``: the first GPU where the model fits into it, else all of them, and the host for the rest."""
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    free, _ = torch.get_device_module(device).mem_get_info(0)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return {"": f"{device.type}:0"} if weights < WEIGHTS_SHARE * free else "auto"
+
+
+def free_memory_bytes() -> int:
+    """Of the first GPU, or of the host where there is none."""
+    import psutil
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return int(psutil.virtual_memory().available)
+    return int(torch.get_device_module(device).mem_get_info(0)[0])
 
 
 def put_on(model: Any, adapter: Path) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from pathlib import Path
 _WIDTH = 240
 #: A rank that has this share of its limit is near enough to it for its end to be suspicious.
 _NEAR_LIMIT = 0.9
+#: Between two looks at the memory of a GPU.
+_DEVICE_SECONDS = 0.5
 
 
 class PhaseLog:
@@ -26,6 +29,7 @@ class PhaseLog:
         """The optimizer step under way, from 1; 0 before the first."""
         self.device_peak: Callable[[], tuple[int, int]] = lambda: (0, 0)
         """Bytes that were allocated on the GPU at most, and those that may be."""
+        self._seen, self._seen_at = (0, 0), 0.0
         self._phase = "start"
         self._beats = 0
         self._lock = threading.Lock()
@@ -40,6 +44,7 @@ class PhaseLog:
     def beat(self) -> None:
         """Say that long work within a phase gets on; from any thread."""
         with self._lock:
+            self._seen_at = 0.0
             self._write()
 
     def _write(self) -> None:
@@ -48,7 +53,10 @@ class PhaseLog:
         self._beats += 1
         # In kB on Linux.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        device_peak, device_limit = self.device_peak()
+        # torch gathers all its statistics to answer, which short steps would feel.
+        if time.monotonic() - self._seen_at > _DEVICE_SECONDS:
+            self._seen_at, self._seen = time.monotonic(), self.device_peak()
+        device_peak, device_limit = self._seen
         record = {"phase": self._phase, "step": self.step, "peak_bytes": peak, "beats": self._beats}
         if device_peak:
             record["device_peak_bytes"] = device_peak

@@ -26,12 +26,14 @@ def build_model(
     attn_implementation: str,
     partitioned: Callable[[], AbstractContextManager[Any]] | None = None,
     rank: int = 0,
+    device_map: Any = None,
 ) -> Any:
     """A causal language model in the training dtype, ready for adapters and for DeepSpeed.
 
     Args:
         folder: Model folder with safetensors.
         partitioned: DeepSpeed's ``zero.Init`` for ZeRO 3; weights are then read slice by slice.
+        device_map: Where whole weights go, as transformers has it; without it, to the host.
 
     Raises:
         MissingPrerequisiteError: ``model.attn_implementation`` needs a package that is not there.
@@ -44,7 +46,7 @@ def build_model(
     settings = {"attn_implementation": attn_implementation, "trust_remote_code": config.trust_remote_code}
     try:
         if partitioned is None:
-            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **settings)
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, device_map=device_map, **settings)
         else:
             architecture = AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
             with no_init_weights(), partitioned():

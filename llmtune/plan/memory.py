@@ -61,7 +61,7 @@ class HostBytes:
     buffers: int = 0
     """Pinned buffers of the swapper."""
     load: int = 0
-    """What loading has beyond the rest: below ZeRO 3 every rank reads the whole model."""
+    """What loading has beyond the rest: below ZeRO 3 every rank reads the whole model, with adapters through the host."""
     save: int = 0
     """One tensor on its way to a file."""
     runtime: int = 0
@@ -171,6 +171,9 @@ def _host_bytes(
         if placement.zero_stage < 3
         else size * partition_numel(shape.largest_tensor, world_size)
     )
+    if accelerator == "cuda" and placement.zero_stage < 3 and not shape.adapter_parameters:
+        # Read straight to the GPU.
+        whole = size * shape.largest_tensor
     if accelerator == "cpu":
         whole = 0 if placement.zero_stage in (0, 3) else whole
         standing += states.optimizer.device + states.gradients.device

@@ -50,15 +50,20 @@ def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
         StoppedError: A signal asked for an end; the state was saved.
     """
     stop = Stop(rank, request.run_folder)
-    job = build_job(request, rank, console, stop)
     try:
-        run(job)
-        job.saver.close(MIRROR_SECONDS)
-    except StoppedError:
-        job.saver.close(MIRROR_SECONDS_AFTER_STOP)
+        job = build_job(request, rank, console, stop)
+        try:
+            run(job)
+            job.saver.close(MIRROR_SECONDS)
+        except StoppedError:
+            job.saver.close(MIRROR_SECONDS_AFTER_STOP)
+            raise
+        finally:
+            job.trackers.finish()
+    except Exception:
+        # With the memory that is in use now, in case it has run out.
+        rank.phases.beat()
         raise
-    finally:
-        job.trackers.finish()
 
 
 def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> Job:
@@ -180,6 +185,8 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         plan.attn_implementation,
         partitioned,
         rank.rank,
+        # Not under adapters: they are drawn on the host, so that every rung begins with the same ones.
+        {"": str(rank.device)} if partitioned is None and not lora and rank.device.type != "cpu" else None,
     )
     if lora:
         model = add_lora(model, config.tuner, _base_name(request), config.seed)

@@ -1,0 +1,107 @@
+"""``python -m llmtune`` on two pretend GPUs, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_fallback import JOB as LARGE_JOB
+from tests.support import ROOT, TINY, Finished, largest_difference, losses, run, run_cli
+
+pytestmark = pytest.mark.process
+
+JOB = [
+    *(*TINY, "tuner=full", "zero=3", "precision=fp32", "model.attn_implementation=eager", "data.packing=true"),
+    *("train.global_batch_size=4", "train.max_steps=6", "train.save_steps=2", "train.eval_max_rows=8"),
+    *("launch.nproc=2", "export=none", "optim.learning_rate=1e-3", "data.max_seq_length=512"),
+]
+GPUS = {"PYTHONPATH": str(ROOT / "tests" / "cuda" / "inside"), "PRETEND_DEVICES": "2"}
+ON_GPUS = "hardware.accelerator=cuda"
+
+
+def on_gpus(*arguments: str, **more: str) -> Finished:
+    return run_cli(*arguments, env={**GPUS, **more}, timeout=200)
+
+
+def evaluations(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["eval_loss"] for line in lines if "eval_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same job without a GPU."""
+    folder = tmp_path_factory.mktemp("cpu") / "run"
+    done = run_cli(*JOB, f"output_dir={folder}")
+    assert done.code == 0, done.err
+    return folder
+
+
+def test_a_run_with_the_optimizer_on_the_host_is_that_of_a_cpu(on_cpu: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = on_gpus(*JOB, ON_GPUS, "offload=optimizer_cpu", "train.sample_answers=true", f"output_dir={folder}")
+    assert done.code == 0, done.err
+    assert "2 GPU(s) NVIDIA A100-SXM4-80GB" in done.out
+    assert largest_difference(losses(folder), losses(on_cpu)) < 1e-5
+    assert largest_difference(evaluations(folder), evaluations(on_cpu)) < 1e-5
+    measured = on_gpus("eval", f"run={folder}", ON_GPUS, "--json", "train.eval_max_rows=8")
+    assert measured.code == 0, measured.err
+    # In one process, over all held-out rows.
+    assert json.loads(measured.out.splitlines()[-1])["eval_loss"] == pytest.approx(evaluations(on_cpu)[-1], abs=0.1)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_losses(on_cpu: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "llmtune", *JOB, ON_GPUS, f"output_dir={folder}"]
+    environment = {**os.environ, **GPUS}
+    started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint-2" / "COMPLETE").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    done = run(command, env=GPUS)
+    assert done.code == 0, done.err
+    assert largest_difference(losses(folder)[-2:], losses(on_cpu)[-2:]) < 1e-5
+
+
+def test_a_device_that_is_full_leads_to_the_next_rung(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    # 50 M parameters: weights and gradients fit, moments do not.
+    done = on_gpus(*LARGE_JOB, ON_GPUS, "launch.nproc=1", "launch.memory_limit=650MB", f"output_dir={folder}")
+    assert done.code == 0, done.out[-1500:] + done.err
+    plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
+    assert (plan["history"][0]["pool"], plan["history"][0]["candidate"]["optimizer"]) == ("device", "none")
+    assert plan["placement"]["optimizer"] == "cpu"
+    assert plan["history"][0]["peak_bytes"] > 300e6
+    assert "out of device memory in " in done.out
+
+
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_ALLOC_CONF": "garbage_collection_threshold:0.8"}])
+def test_allocator_settings_stand_before_torch_is_imported(given: dict[str, str], tmp_path: Path) -> None:
+    """Under a launcher of others, whose processes are ranks from the beginning."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, os\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('PYTORCH_CUDA_ALLOC_CONF'), file=open(os.environ['SEEN'], 'w'), flush=True)\n"
+        "            os._exit(0)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    environment = {**os.environ, **place, **given, "PYTHONPATH": str(tmp_path), "LLMTUNE_TEST_START": "cold"}
+    environment["SEEN"] = str(tmp_path / "seen")
+    environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    command = [sys.executable, "scripts/train.py", "model=tiny", f"output_dir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    seen = (tmp_path / "seen").read_text().strip()
+    assert seen == ("None" if given else "expandable_segments:True,pinned_max_round_threshold_mb:16"), done.stderr
