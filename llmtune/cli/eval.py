@@ -43,6 +43,7 @@ def main(arguments: Arguments) -> int:
     from llmtune.data.batch import Collator
     from llmtune.data.loader import iterate_eval
     from llmtune.data.prepare import open_rows, prepare_data
+    from llmtune.data.vocabulary import check_stores
     from llmtune.errors import DataError
     from llmtune.model.build import sees_padding
     from llmtune.model.loss import sum_token_losses
@@ -52,6 +53,7 @@ def main(arguments: Arguments) -> int:
     config = target.config
     model, tokenizer = load_model(target)
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir(config))
+    check_stores((*data.train_stores, *data.eval_stores), target.model_folder, tokenizer)
     if data.eval is None:
         raise DataError("nothing is held out: add data.eval=FILE, or data.val_set_size above 0")
     total, tokens = 0.0, 0

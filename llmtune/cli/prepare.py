@@ -17,6 +17,7 @@ from llmtune.data.prepare import PROBLEMS, PreparedData, prepare_data
 from llmtune.data.source_tokens import TokeniseProgress, Watch
 from llmtune.data.sources import parse_sources
 from llmtune.data.templates import load_chat_template
+from llmtune.data.vocabulary import check_stores
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
@@ -131,7 +132,7 @@ def _check_data(config: Config, data: PreparedData, tokenizer: Any, model_folder
 
     Raises:
         ConfigError: The rows have labels, and no classifier can be trained yet.
-        DataError: Rows of the stream's beginning cannot be trained on.
+        DataError: Rows of the stream's beginning cannot be trained on, or hold tokens that the model does not know.
     """
     if data.classes:
         raise ConfigError(
@@ -141,7 +142,8 @@ def _check_data(config: Config, data: PreparedData, tokenizer: Any, model_folder
     if config.data.streaming:
         from llmtune.data.streaming import RowStream
 
-        RowStream(config.data, tokenizer, config.seed).check()
+        RowStream(config.data, tokenizer, config.seed, model_folder=model_folder).check()
+    check_stores((*data.train_stores, *data.eval_stores), model_folder, tokenizer)
     untrained = find_untrained_tokens(model_folder, data.special_tokens)
     if untrained:
         tokens = ", ".join(map(str, tokenizer.convert_ids_to_tokens(untrained)))

@@ -69,7 +69,7 @@ def resolve_target(composed: Composed) -> Target:
 def load_model(target: Target) -> tuple[Any, Any]:
     """Model (adapter put on, evaluation mode, on the GPUs if there are any) and tokenizer."""
     from llmtune.data.templates import check_chat_template, load_chat_template
-    from llmtune.model.build import build_model
+    from llmtune.model.build import WeightsTo, build_model
     from llmtune.model.tokenizer import load_tokenizer
     from llmtune.plan.hardware import resolve_accelerator
     from llmtune.plan.resolve import resolve_attention
@@ -82,8 +82,8 @@ def load_model(target: Target) -> tuple[Any, Any]:
     check_chat_template(tokenizer, target.base_name)
     accelerator = resolve_accelerator(config.hardware.accelerator)
     attention = resolve_attention(config, accelerator)
-    places = place_weights(target.model_folder) if accelerator == "cuda" else None
-    model = build_model(target.model_folder, config.model, config.precision, False, attention, device_map=places)
+    places = WeightsTo(place_weights(target.model_folder)) if accelerator == "cuda" else WeightsTo()
+    model = build_model(target.model_folder, config.model, config.precision, False, attention, places)
     if target.adapter is not None:
         model = put_on(model, target.adapter)
     model.config.use_cache = True

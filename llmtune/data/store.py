@@ -40,6 +40,8 @@ class StoreSummary:
     files: list[str] = field(default_factory=list)
     special: list[int] = field(default_factory=list)
     """Special tokens that occur in the rows."""
+    max_id: int = -1
+    """The largest token id; -1 where an earlier version did not look."""
 
     @property
     def dropped(self) -> int:
@@ -86,6 +88,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
             labels += block.labels
             overlong.update(block.overlong)
             special |= block.special
+            summary.max_id = max(summary.max_id, int(block.ids.max(initial=-1)))
             summary.rows += len(block.lengths)
             summary.truncated += block.truncated
             summary.bad_rows += len(block.problems)
@@ -151,6 +154,13 @@ class TokenStore:
     def problems(self) -> Iterator[Problem]:
         """Rows that cannot be used."""
         return read_problem_file(self.folder / BAD_ROWS)
+
+    @property
+    def max_id(self) -> int:
+        """The largest token id; -1 of no rows."""
+        if self.summary.max_id >= 0 or not len(self):
+            return self.summary.max_id
+        return max(int(self.read(row)[0].max(initial=-1)) for row in range(len(self)))
 
     def read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Token ids and mask of a row. Shapes: (length,)."""

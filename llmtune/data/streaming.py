@@ -28,6 +28,7 @@ from llmtune.data.source_tokens import find_recipe
 from llmtune.data.sources import DataFile, Source, parse_sources, resolve_files
 from llmtune.data.store import Row, join_documents
 from llmtune.data.tokenise import Recipe, TokenBlock, tokenise_block
+from llmtune.data.vocabulary import check_block
 from llmtune.errors import CheckpointError, DataError
 from llmtune.plan.batch import BatchPlan
 
@@ -58,11 +59,21 @@ class Cursor:
 class RowStream:
     """The rows of all sources, tokenised, window by window, without end."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, bad_rows: Path | None = None):
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        bad_rows: Path | None = None,
+        model_folder: Path | None = None,
+    ):
         """
         Args:
             bad_rows: File that gets the rows that were left out.
+            model_folder: Of the model that is to know all tokens.
         """
+        self._model_folder = model_folder
+        self._tokenizer = tokenizer
         self.config = config
         self.seed = seed
         self._bad_rows = bad_rows
@@ -159,7 +170,10 @@ class RowStream:
             start = (cursor.places[number][0], cursor.places[number][1])
             for block in read_blocks(file, source, start) if recipe else ():
                 cursor.places[number] = list(block.next)
-                yield tokenise_block(block, self._encoder, recipe)  # type: ignore[arg-type]
+                made = tokenise_block(block, self._encoder, recipe)  # type: ignore[arg-type]
+                if self._model_folder is not None:
+                    check_block(made.ids, made.lengths, (made.file, made.lines), self._model_folder, self._tokenizer)
+                yield made
             cursor.files[number] += 1
             cursor.places[number] = [0, 1]
 

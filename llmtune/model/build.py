@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,31 @@ from llmtune.process import no_collection
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
 
+@dataclass(frozen=True, slots=True)
+class WeightsTo:
+    """Where the weights go as they are read."""
+
+    device_map: Any = None
+    """Of whole ones, as transformers has it."""
+    partitioned: Callable[[], AbstractContextManager[Any]] | None = None
+    """DeepSpeed's ``zero.Init`` for ZeRO 3: they are read slice by slice."""
+    rank: int = 0
+    """Whose slices."""
+
+
 def build_model(
     folder: Path,
     config: ModelConfig,
     precision: Precision,
     gradient_checkpointing: bool,
     attn_implementation: str,
-    partitioned: Callable[[], AbstractContextManager[Any]] | None = None,
-    rank: int = 0,
-    device_map: Any = None,
+    weights: WeightsTo = WeightsTo(),
 ) -> Any:
     """A causal language model in the training dtype, ready for adapters and for DeepSpeed.
 
     Args:
         folder: Model folder with safetensors.
-        partitioned: DeepSpeed's ``zero.Init`` for ZeRO 3; weights are then read slice by slice.
-        device_map: Where whole weights go, as transformers has it; without it, to the host.
+        weights: Where they go; without it, whole to the host.
 
     Raises:
         MissingPrerequisiteError: ``model.attn_implementation`` needs a package that is not there.
@@ -45,16 +55,18 @@ def build_model(
     dtype = DTYPES[precision]
     settings = {"attn_implementation": attn_implementation, "trust_remote_code": config.trust_remote_code}
     try:
-        if partitioned is None:
-            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, device_map=device_map, **settings)
+        if weights.partitioned is None:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, device_map=weights.device_map, **settings
+            )
         else:
             architecture = AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
-            with no_init_weights(), partitioned():
+            with no_init_weights(), weights.partitioned():
                 model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **settings)
                 # Part of the initialisation that no_init_weights leaves out.
                 model.tie_weights()
             restore_buffers(model)
-            load_partitions(model, folder, rank)
+            load_partitions(model, folder, weights.rank)
     except ImportError as error:
         reason = str(error).strip().splitlines()[0]
         raise MissingPrerequisiteError(f"model.attn_implementation={attn_implementation}: {reason}") from error

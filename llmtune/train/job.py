@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from llmtune.engine.distributed import Rank
 from llmtune.engine.module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.adapters import add_lora, load_adapter, to_file_name
-from llmtune.model.build import build_model, sees_padding
+from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.track.console import Console, ProgressLine
@@ -156,7 +155,7 @@ def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Coll
     )
     if config.data.streaming:
         bad_rows = request.run_folder / names.BAD_ROWS if rank.is_first else None
-        stream = RowStream(config.data, tokenizer, config.seed, bad_rows)
+        stream = RowStream(config.data, tokenizer, config.seed, bad_rows, request.model_folder)
         return StreamLoader(stream, batch, rank.rank, collator, settings)
     rows = open_rows(request.data, "train")
     return TrainLoader(rows, batch, rank.rank, config.seed, collator, request.steps.total_rows, settings)
@@ -173,21 +172,15 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     rank.phases.enter("load")
     config, plan = request.config, request.plan
     lora = config.tuner.kind is TunerKind.lora
-    partitioned: Callable[[], Any] | None = None
+    weights = WeightsTo()
     if plan.placement.zero_stage == 3:
-        partitioned = lambda: zero_init(plan.deepspeed)  # noqa: E731
-    weights = request.resume_from if request.resume_from and not lora else request.model_folder
-    model = build_model(
-        weights,
-        config.model,
-        config.precision,
-        plan.gradient_checkpointing,
-        plan.attn_implementation,
-        partitioned,
-        rank.rank,
-        # Not under adapters: they are drawn on the host, so that every rung begins with the same ones.
-        {"": str(rank.device)} if partitioned is None and not lora and rank.device.type != "cpu" else None,
-    )
+        weights = WeightsTo(partitioned=lambda: zero_init(plan.deepspeed), rank=rank.rank)
+    elif rank.device.type != "cpu" and not lora:
+        # Adapters are drawn on the host, so that every rung begins with the same ones.
+        weights = WeightsTo({"": str(rank.device)})
+    folder = request.resume_from if request.resume_from and not lora else request.model_folder
+    recompute = plan.gradient_checkpointing
+    model = build_model(folder, config.model, config.precision, recompute, plan.attn_implementation, weights)
     if lora:
         model = add_lora(model, config.tuner, _base_name(request), config.seed)
         adapter = request.resume_from or config.tuner.adapter_path

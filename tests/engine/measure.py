@@ -16,8 +16,9 @@ from llmtune.config.compose import compose_config
 from llmtune.config.schema import TunerKind
 from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
 from llmtune.engine.module import TrainModule, zero_init
+from llmtune.launch.ops import load_ops
 from llmtune.model.adapters import add_lora
-from llmtune.model.build import build_model
+from llmtune.model.build import WeightsTo, build_model
 from llmtune.model.loss import sum_token_losses
 from llmtune.plan.batch import BatchPlan
 from llmtune.plan.deepspeed import adamw_parameters, to_deepspeed, with_nvme_path
@@ -57,10 +58,12 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     deepspeed = with_nvme_path(to_deepspeed(placement, batch, sizes, optimizer, config.precision, 1.0), folder)
     model_folder = resolve_on_first(config, rank)
 
+    load_ops("cpu", placement)
     before = storages()
     lora = config.tuner.kind is TunerKind.lora
     partitioned = (lambda: zero_init(deepspeed)) if placement.zero_stage == 3 else None
-    model = build_model(model_folder, config.model, config.precision, False, "eager", partitioned, rank.rank)
+    weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
+    model = build_model(model_folder, config.model, config.precision, False, "eager", weights)
     model = add_lora(model, config.tuner, "base", 0) if lora else model
     module = TrainModule(model, deepspeed, rank, sum_token_losses)
     del model

@@ -24,6 +24,7 @@ from llmtune.data.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
 from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
 from llmtune.engine.module import TrainModule
+from llmtune.launch.ops import load_ops
 from llmtune.model.adapters import to_file_name
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.loss import sum_token_losses
@@ -44,6 +45,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     # One plan for all ranks, as the supervisor makes it.
     plan = broadcast_object(resolve_plan(config, rank.world_size), rank)
     if plan.placement.uses_nvme:
+        load_ops(plan.hardware.accelerator, plan.placement)
         # A folder a task: engines of one process would find each other's swap files.
         swap = tempfile.mkdtemp(dir=config.offload.nvme_path) if rank.is_first else None
         plan = with_nvme(plan, broadcast_object(swap, rank))
