@@ -73,6 +73,7 @@ class PendingSave:
 
     def begin_writing(self, background: bool) -> None:
         """Write in a thread, or here. Collective."""
+        self._outbox.arrive()
         if background:
             self.pause_seconds = time.monotonic() - self._started
             self._thread = threading.Thread(target=self._run, name=f"save {self.folder.name}", daemon=True)

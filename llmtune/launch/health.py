@@ -17,7 +17,7 @@ import psutil
 from llmtune.launch.environment import extensions_dir
 from llmtune.launch.ops import build_in_child, is_built, needed_ops, stale_locks
 from llmtune.launch.versions import TRIED_DEEPSPEED, bad_pairs, installed, unmet_requirements
-from llmtune.plan.gpus import has_nvlink
+from llmtune.plan.gpus import has_nvlink, hidden_gpus
 from llmtune.plan.units import format_bytes
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy")
@@ -88,31 +88,31 @@ def _packages() -> Iterator[Finding]:
 def _cuda() -> Iterator[Finding]:
     import torch
 
-    has_gpu = shutil.which("nvidia-smi") is not None and _run("nvidia-smi", "-L").startswith("GPU")
     build = torch.version.cuda
-    if has_gpu and build is None:
-        yield Finding("CUDA", "bad", "there is an NVIDIA GPU, but torch is a CPU build", "bash scripts/setup.sh")
-    elif has_gpu and not torch.cuda.is_available():
-        yield Finding(
-            "CUDA", "bad", f"torch is built for CUDA {build} and sees no GPU: the driver is too old", "nvidia-smi"
-        )
-    elif not has_gpu:
-        yield Finding("CUDA", "ok", "no NVIDIA GPU; ranks run on the CPU through gloo")
-        return
-    nvcc = _run("nvcc", "--version")
-    release = nvcc.partition("release ")[2].partition(",")[0]
-    if build and release and release.split(".")[0] != build.split(".")[0]:
-        yield Finding(
-            "nvcc",
-            "bad",
-            f"nvcc {release} and torch's CUDA {build} differ: DeepSpeed's ops do not compile",
-            f"export CUDA_HOME=/usr/local/cuda-{build}",
-        )
     if torch.cuda.is_available():
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         links = "NVLink" if torch.cuda.device_count() == 1 or has_nvlink() else "no NVLink: gathers go over PCIe"
         yield Finding(
             "GPUs", "ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, NCCL {nccl}, {links}"
+        )
+        return
+    hidden = hidden_gpus()
+    if hidden is None:
+        yield Finding("CUDA", "ok", "no NVIDIA GPU that this process may use; ranks run on the CPU through gloo")
+    elif build is None:
+        yield Finding(
+            "CUDA",
+            "bad",
+            f"there is {hidden}, but torch {torch.__version__} is built for CPUs",
+            "bash scripts/setup.sh",
+        )
+    else:
+        yield Finding(
+            "CUDA",
+            "bad",
+            f"there is {hidden}, but torch {torch.__version__}, built for CUDA {build}, cannot use it: as a rule the driver is "
+            "older than the build",
+            "bash scripts/setup.sh",
         )
 
 
@@ -147,8 +147,8 @@ def _locks() -> Iterator[Finding]:
     for lock in found:
         yield Finding(
             "op locks",
-            "bad",
-            f"{lock}: left by a build that was killed; every run hangs on it",
+            "note",
+            f"{lock}: left by a build that was killed; the next run of llmtune removes it, DeepSpeed alone would hang on it",
             f"rm {lock}",
             functools.partial(_remove, lock),
         )

@@ -97,7 +97,7 @@ class CheckpointSaver:
         self._newest = names.checkpoint_folder(settings.run, start.step) if start else None
         self._metrics: Record = {}
         self._pending: PendingSave | None = None
-        self._buffers = Buffers()
+        self._buffers = Buffers(module.rank.device)
         self._pause: float | None = None
         # Neither changes during the run.
         self._own_files = {**settings.weights.own_specs(module), **state_specs(module)}

@@ -15,6 +15,7 @@ import torch
 
 from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.launch import health
 from llmtune.launch.environment import set_allocator_default
 from llmtune.plan import gpus, memory
 from llmtune.plan.cards import CARDS, find_card
@@ -298,9 +299,10 @@ def test_pinned_memory_is_planned_as_it_is_rounded(monkeypatch: pytest.MonkeyPat
 
     def host() -> MemoryPlan:
         config = compose_config([*job, "hardware.host_memory_bytes=1TiB"]).config
-        (rung,) = [r for r in resolve_ladder(config, planning=True).rungs if r.candidate]
-        assert rung.candidate is not None
-        return rung.candidate.memory
+        rungs = resolve_ladder(config, planning=True).rungs
+        found = next(rung.candidate for rung in rungs if rung.candidate and rung.name == "optimizer_cpu")
+        assert found.placement.zero_stage == 2
+        return found.memory
 
     monkeypatch.setattr(memory, "pins_exactly", lambda: True)
     exact = host().host.optimizer
@@ -309,3 +311,22 @@ def test_pinned_memory_is_planned_as_it_is_rounded(monkeypatch: pytest.MonkeyPat
     parameters = 6_738_415_616
     expected = (2**35 - 4 * parameters) + (2**34 - 2 * parameters)
     assert rounded - exact == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("built", "said"),
+    [(None, "is built for CPUs"), ("13.0", "built for CUDA 13.0, cannot use it: as a rule the driver")],
+)
+def test_the_doctor_says_why_the_gpus_are_not_used(
+    built: str | None, said: str, machine: Any, driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(0, "", 0, 0)
+    driver("535.104.05", 2)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    (finding,) = health._cuda()
+    assert (finding.state, finding.command) == ("bad", "bash scripts/setup.sh")
+    assert said in finding.message
+    assert "2 NVIDIA GPU(s) with driver 535.104.05" in finding.message
+    driver("535.104.05", 0)
+    (finding,) = health._cuda()
+    assert finding.state == "ok"

@@ -134,7 +134,7 @@ def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: A
     return begin_save(
         module,
         SaveRequest(folder, state, weights, companions, {"step": step}),
-        Buffers() if task.get("background") else None,
+        Buffers(module.rank.device) if task.get("background") else None,
     )
 
 
