@@ -1,4 +1,4 @@
-"""What transformers asks of every batch, answered on the host: it would wait for the GPU to hear the answer."""
+"""What transformers decides about attention, where it decides slowly: by a look at the GPU, or for the slowest kernel."""
 
 from __future__ import annotations
 
@@ -33,3 +33,25 @@ def _find_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
         return None
     steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
     return (steps != 1).cumsum(-1)
+
+
+def group_heads_only_for_flash() -> None:
+    """Have keys and values repeated for every head where only the math kernel would take them grouped.
+
+    SDPA of torch 2.13 takes grouped heads (``enable_gqa``) in FlashAttention's kernel, which is for 16 bits and for Ampere and
+    later, and else in the math kernel, which holds every product of two tokens. Repeated, they fit the memory-efficient kernel.
+    """
+    from transformers.integrations import sdpa_attention
+
+    decide = sdpa_attention.use_gqa_in_sdpa
+    if getattr(decide, "__name__", "") == "use_gqa_where_flash":
+        return
+
+    def use_gqa_where_flash(mask: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> bool:
+        if key.device.type == "cuda" and (
+            key.dtype == torch.float32 or torch.cuda.get_device_capability(key.device)[0] < 8
+        ):
+            return False
+        return bool(decide(mask, key, value))
+
+    sdpa_attention.use_gqa_in_sdpa = use_gqa_where_flash  # type: ignore[assignment]

@@ -12,7 +12,7 @@ import torch
 
 from llmtune.config.schema import ModelConfig, Precision
 from llmtune.errors import MissingPrerequisiteError
-from llmtune.model.attention import answer_on_host
+from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
 from llmtune.model.partition import load_partitions, restore_buffers
 from llmtune.process import no_collection
 
@@ -72,6 +72,7 @@ def build_model(
         raise MissingPrerequisiteError(f"model.attn_implementation={attn_implementation}: {reason}") from error
     model.config.use_cache = False
     answer_on_host(model)
+    group_heads_only_for_flash()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # Frozen embeddings would leave the first checkpoint without an input that needs a gradient.

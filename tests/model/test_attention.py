@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.data.batch import Collator
 from llmtune.data.store import Row
-from llmtune.model.attention import answer_on_host
+from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
 from llmtune.model.build import sees_padding
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
@@ -85,3 +86,32 @@ def test_models_that_look_ahead_are_told_where_padding_is() -> None:
     assert sees_padding(
         AutoConfig.for_model("gemma3_text", **FAMILIES["gemma3_text"], use_bidirectional_attention=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "grouped"),
+    [
+        ("cuda", torch.bfloat16, 8, True),
+        ("cuda", torch.float16, 9, True),
+        ("cuda", torch.float16, 7, False),
+        ("cuda", torch.float32, 9, False),
+        ("cpu", torch.float32, 0, True),
+    ],
+)
+def test_heads_are_grouped_where_flash_attention_takes_them(
+    device: str, dtype: torch.dtype, capability: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations import sdpa_attention
+
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    group_heads_only_for_flash()
+    group_heads_only_for_flash()
+    key: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    assert sdpa_attention.use_gqa_in_sdpa(None, key, key) is grouped
+
+
+def test_torch_still_has_no_other_fast_kernel_for_grouped_heads() -> None:
+    """Where this fails, look at ``group_heads_only_for_flash``."""
+    said = " ".join(str(torch.nn.functional.scaled_dot_product_attention.__doc__).split())
+    assert "It currently works only for Flash_attention and math kernel on CUDA tensor" in said
