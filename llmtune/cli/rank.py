@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 from llmtune.checkpoint import names
 from llmtune.config.schema import TunerKind
 from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, ConfigError, LlmtuneError, StoppedError
+from llmtune.launch.affinity import bind_to_gpu
 from llmtune.launch.environment import (
     FAILURE_DIR,
     has_launcher,
@@ -130,6 +131,8 @@ def run_launched(arguments: Arguments) -> NoReturn:
     folder = open_run_folder(target.folder, lambda _: None)
     accelerator = resolve_accelerator(composed.config.hardware.accelerator)
     set_defaults(accelerator, launched_ranks_on_node())
+    if accelerator == "cuda":
+        bind_to_gpu(int(os.environ["LOCAL_RANK"]))
     stream = redirect_output(folder.path / names.LOG)
     rank = int(os.environ["RANK"])
     console = Console(stream if rank == 0 else None)
@@ -304,6 +307,8 @@ def _train(request: RunRequest, console: Console) -> None:
     from llmtune.launch.out_of_memory import phase_file
     from llmtune.train.job import run_job
 
+    if request.plan.hardware.accelerator == "cuda":
+        bind_to_gpu(int(os.environ["LOCAL_RANK"]))
     load_ops(request.plan.hardware.accelerator, request.plan.placement)
     rank = init_ranks(phases=PhaseLog(phase_file(Path(os.environ[FAILURE_DIR]), int(os.environ["RANK"]))))
     run_job(request, rank, console)

@@ -133,12 +133,30 @@ def has_nvlink() -> bool:
         return True
 
 
-def _handle(pynvml: Any, visible: str | None) -> Any:
+def near_cores(index: int) -> set[int]:
+    """Numbers of the cores on the NUMA node of a GPU of this process; none where NVML does not say.
+
+    Args:
+        index: Among the GPUs that this process may use.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = _handle(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"), index)
+        words = pynvml.nvmlDeviceGetCpuAffinity(handle, -(-(os.cpu_count() or 1) // 64))
+    except Exception:
+        return set()
+    return {64 * place + bit for place, word in enumerate(words) for bit in range(64) if int(word) >> bit & 1}
+
+
+def _handle(pynvml: Any, visible: str | None, index: int = 0) -> Any:
     """NVML knows nothing of ``CUDA_VISIBLE_DEVICES``, which counts or names GPUs and their slices (``GPU-...``, ``MIG-...``)."""
-    first = (visible or "0").split(",")[0].strip()
-    if first.isdigit():
-        return pynvml.nvmlDeviceGetHandleByIndex(int(first))
-    return pynvml.nvmlDeviceGetHandleByUUID(first)
+    names = [str(index)] if visible is None else [name.strip() for name in visible.split(",")]
+    name = names[min(index, len(names) - 1)]
+    if name.isdigit():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def _names_gpus(visible: str) -> bool:

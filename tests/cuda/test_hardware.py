@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.launch import health
+from llmtune.launch.affinity import bind_to_gpu
 from llmtune.launch.environment import set_allocator_default
 from llmtune.plan import gpus, memory
 from llmtune.plan.cards import CARDS, find_card
@@ -29,6 +31,10 @@ KERNELS = {
     "cu130": ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"],
     "cu126": ["sm_50", "sm_60", "sm_70"],
 }
+
+
+ALL = 2**64 - 1
+NODES = [[ALL, 2**32 - 1, 0], [0, ALL - (2**32 - 1), ALL]]
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +75,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
             "nvmlSystemGetDriverVersion": lambda: version,
             "nvmlDeviceGetHandleByIndex": lambda index: index,
             "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
+            # Even GPUs hang on the first socket, odd ones on the second, of two times 96 cores.
+            "nvmlDeviceGetCpuAffinity": lambda handle, words: NODES[int(handle) % 2][:words],
             "nvmlDeviceGetNvLinkState": lambda handle, _: handle in (nvlink_of or set()),
         }
         for name, answer in answers.items():
@@ -287,8 +295,6 @@ def test_allocators_are_told_what_they_know_and_users_win(
     monkeypatch.setattr(gpus.importlib.metadata, "version", lambda _: torch_version)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    import os
-
     set_allocator_default()
     assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
 
@@ -330,3 +336,33 @@ def test_the_doctor_says_why_the_gpus_are_not_used(
     driver("535.104.05", 0)
     (finding,) = health._cuda()
     assert finding.state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("rank", "visible", "bound_before", "expected"),
+    [
+        (0, None, range(192), range(96)),
+        (1, None, range(192), range(96, 192)),
+        (1, "5,4", range(192), range(96)),
+        # A task of Slurm that sees its own GPU only.
+        (3, "7", range(192), range(96, 192)),
+        (0, None, range(8), None),
+    ],
+)
+def test_ranks_keep_to_the_cores_near_their_gpu(
+    rank: int,
+    visible: str | None,
+    bound_before: range,
+    expected: range | None,
+    driver: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver("580.65.06", 8)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    bound: list[set[int]] = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 192)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(bound_before))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: bound.append(cores))
+    assert bind_to_gpu(rank) == (None if expected is None else set(expected))
+    assert bound == ([] if expected is None else [set(expected)])
