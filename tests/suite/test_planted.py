@@ -29,15 +29,15 @@ PLANTED = [
     Planted(
         "the loss is divided by the micro-batches as well",
         "engine/module.py",
-        "self.engine.backward(loss * scale, scale_wrt_gas=False)",
-        "self.engine.backward(loss * scale, scale_wrt_gas=True)",
+        "self.engine.optimizer)), scale_wrt_gas=False)",
+        "self.engine.optimizer)), scale_wrt_gas=True)",
         ("tests/engine/test_parity.py::test_stages_ranks_and_accumulation_give_the_same_curve",),
     ),
     Planted(
         "labels are shifted by two",
-        "model/loss.py",
-        "targets = labels[:, 1:]\n    trained = targets != IGNORE\n    picked = logits[:, :-1]",
-        "targets = labels[:, 2:]\n    trained = targets != IGNORE\n    picked = logits[:, :-2]",
+        "data/batch.py",
+        "following = labels[:, 1:]",
+        "following = labels[:, 2:]",
         ("tests/model/test_loss.py",),
     ),
     Planted(
