@@ -21,7 +21,7 @@ TUNERS, PRECISIONS, ROWS, RANKS = ["full", "lora"], ["fp32", "bf16", "fp16"], ["
 
 #: Largest difference of a loss of about 6.
 CLOSE = {"fp32": 1e-6, "bf16": 2e-4, "fp16": 2e-4}
-STEPS, SAVED = 4, 2
+STEPS, SAVED = 3, 1
 
 
 def is_placement(*cell: Any) -> bool:
@@ -51,7 +51,7 @@ def reference(cell: tuple[Any, ...], cache: Path, folder: Path) -> dict[str, Any
     return {"overrides": overrides(((0, "none"), *cell[1:]), cache, folder), "first": 0, "last": STEPS}
 
 
-@pytest.mark.parametrize("cells", matrix(PLACEMENTS, TUNERS, PRECISIONS, ROWS, RANKS, size=4, allowed=is_placement))
+@pytest.mark.parametrize("cells", matrix(PLACEMENTS, TUNERS, PRECISIONS, ROWS, RANKS, size=3, allowed=is_placement))
 def test_losses_saves_and_resumed_runs_are_those_of_a_cpu(cells: list[Any], cache: Path, tmp_path: Path) -> None:
     alike = sorted({cell[1:4] for cell in cells})
     expected = train_engines([reference((None, *kind), cache, tmp_path) for kind in alike], 1, tmp_path)
