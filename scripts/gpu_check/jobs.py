@@ -1,0 +1,111 @@
+"""What is trained: small models, few steps, and for each job the run on the CPU that it is compared with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scripts.gpu_check.compare import Curve
+
+#: Of every run.
+COMMON = ("train.sample_answers=false", "export=none", "train.save_total_limit=1")
+#: 107,000 parameters, 3 steps of 8 rows; the loss falls from 6.26 to 5.73 where all of them are trained.
+TINY = (
+    *("model=tiny", "data.train=stdlib_docs@96", "data.val_set_size=8", "data.max_seq_length=256"),
+    *("train.global_batch_size=8", "train.max_steps=3", "optim.learning_rate=1e-2"),
+)
+#: 16 steps of 8 micro-batches, long enough to be killed between two checkpoints.
+LONG = (
+    *("model=tiny", "tuner=full", "data.train=stdlib_docs@320", "data.val_set_size=8", "data.max_seq_length=256"),
+    *("train.global_batch_size=16", "train.per_device_train_batch_size=2", "train.max_steps=16", "train.save_steps=4"),
+    "optim.learning_rate=3e-3",
+)
+#: 50 M parameters: 0.8 GB of weights, gradients and optimizer states, of which the optimizer has 0.6 GB.
+WIDE = (
+    *("model=tiny", "model.config.hidden_size=768", "model.config.intermediate_size=3072", "tuner=full"),
+    *("model.config.num_hidden_layers=4", "model.config.num_attention_heads=12", "model.config.num_key_value_heads=12"),
+    *("model.config.head_dim=64", "model.config.vocab_size=8192", "model.config.tie_word_embeddings=false"),
+    *("data.train=stdlib_docs@96", "data.val_set_size=8", "data.max_seq_length=256", "data.overlong=truncate"),
+    # Copies of states that are written in the background would be part of the peak, and are not made where memory is limited.
+    *("train.global_batch_size=2", "train.max_steps=3", "train.save_steps=3", "checkpoint.background=false"),
+)
+#: The embedded model, with few tokens, so that a CPU can do it too.
+SMOLLM2 = (
+    *("model=smollm2_135m", "tuner=lora", "data.train=stdlib_docs@96", "data.val_set_size=8", "data.packing=true"),
+    *("data.max_seq_length=256", "train.global_batch_size=4", "train.per_device_train_batch_size=4"),
+    *("train.max_steps=4", "optim.learning_rate=1e-3"),
+)
+#: All of it is trained, on rows enough to keep a card busy.
+SMOLLM2_FULL = (
+    *("model=smollm2_135m", "tuner=full", "data.train=stdlib_docs", "data.val_set_size=8", "data.packing=true"),
+    *("data.max_seq_length=1024", "train.global_batch_size=16", "train.max_steps=10", "optim.learning_rate=2e-5"),
+)
+PLAIN = ("zero=0", "offload=none")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One training run."""
+
+    name: str
+    overrides: tuple[str, ...]
+    placement: tuple[str, ...] = PLAIN
+    """Where its states lie, and what of the batch must not change its losses."""
+    precision: str = "fp32"
+    ranks: int = 1
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of the command, without accelerator and folders."""
+        return (*self.overrides, *COMMON, *self.placement, f"precision={self.precision}", f"launch.nproc={self.ranks}")
+
+    @property
+    def reference(self) -> Job:
+        """The same arithmetic on one rank without ZeRO; in fp32 for fp16, which few CPUs have."""
+        precision = "fp32" if self.precision == "fp16" else self.precision
+        return Job(self.name, self.overrides, PLAIN, precision)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A run that has ended well."""
+
+    folder: Path
+    console: str = field(repr=False)
+
+    @property
+    def curve(self) -> Curve:
+        """From its ``metrics.jsonl``."""
+        lines = list(map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines()))
+        held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+        return Curve([line["loss"] for line in lines if "loss" in line], held_out[0], held_out[-1])
+
+
+def placement_job(stage: int, rung: str) -> Job:
+    """All parameters of the tiny model, with states where this rung has them."""
+    placement = (f"zero={stage}", f"offload={rung}", "train.per_device_train_batch_size=4")
+    return Job(f"placement/zero{stage}-{rung}", (*TINY, "tuner=full"), placement)
+
+
+def precision_job(precision: str, tuner: str, rows: str, stage: int, rung: str) -> Job:
+    """One of the ways to train the tiny model."""
+    placement = (f"zero={stage}", f"offload={rung}", "train.per_device_train_batch_size=4")
+    overrides = (*TINY, f"tuner={tuner}", f"data.packing={str(rows == 'packed').lower()}")
+    return Job(f"precision/{precision}-{tuner}-{rows}", overrides, placement, precision)
+
+
+def ranks_job(ranks: int) -> Job:
+    """As many ranks as there are cards, which take their rows and weights from one another."""
+    rows = 8 if 8 % ranks == 0 else ranks
+    overrides = (*TINY, f"train.global_batch_size={rows}") if rows != 8 else TINY
+    micro = min(4, rows // ranks)
+    placement = ("zero=3", "offload=none", f"train.per_device_train_batch_size={micro}")
+    return Job("ranks/zero3", (*overrides, "tuner=full"), placement, ranks=ranks)
+
+
+ADAPTER = precision_job("bf16", "lora", "padded", 1, "none")
+UNDISTURBED = Job("resume/undisturbed", LONG, ("zero=2", "offload=none"))
+UNLIMITED = Job("fallback/out-of-memory", WIDE, PLAIN, "bf16")
+SMALL_SMOLLM2 = Job("smollm2/losses", SMOLLM2, ("zero=auto", "offload=auto"), "bf16")
+LARGE_SMOLLM2 = Job("smollm2/plan", SMOLLM2_FULL, ("zero=auto", "offload=auto"), "bf16")
