@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -143,7 +144,11 @@ class Buffers:
             torch.accelerator.current_stream(self._source).synchronize()
 
     def _make(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(numel, dtype=dtype, pin_memory=self._source is not None)
+        if self._source is not None:
+            # A machine that has no more memory to pin has some to be copied to more slowly.
+            with contextlib.suppress(RuntimeError):
+                return torch.empty(numel, dtype=dtype, pin_memory=True)
+        return torch.empty(numel, dtype=dtype)
 
     @property
     def nbytes(self) -> int:

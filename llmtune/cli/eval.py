@@ -61,7 +61,7 @@ def main(arguments: Arguments) -> int:
     asked = config.train.per_device_eval_batch_size
     held_out = open_rows(data, "eval")
     longest = int(held_out.lengths.max())
-    rows = asked if isinstance(asked, int) else auto_eval_rows(longest, len(tokenizer), free_memory_bytes())
+    rows = asked if isinstance(asked, int) else auto_eval_rows(longest, len(tokenizer), free_memory_bytes(device))
     collator = Collator(tokenizer.pad_token_id, masked=sees_padding(model.config))
     batches = iterate_eval(held_out, rows, 0, 1, collator, None)
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, is_complete
@@ -15,6 +15,9 @@ from llmtune.config.compose import Composed, load_config, with_overrides
 from llmtune.config.schema import Config, ModelConfig, TunerKind
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
+
+if TYPE_CHECKING:
+    import torch
 
 #: Of a GPU's free memory; the rest is for activations and the cache of an answer.
 WEIGHTS_SHARE = 0.75
@@ -101,15 +104,14 @@ def place_weights(folder: Path) -> Any:
     return {"": f"{device.type}:0"} if weights < WEIGHTS_SHARE * free else "auto"
 
 
-def free_memory_bytes() -> int:
-    """Of the first GPU, or of the host where there is none."""
+def free_memory_bytes(device: torch.device) -> int:
+    """Of a GPU, or of the host."""
     import psutil
     import torch
 
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
+    if device.type == "cpu":
         return int(psutil.virtual_memory().available)
-    return int(torch.get_device_module(device).mem_get_info(0)[0])
+    return int(torch.get_device_module(device).mem_get_info(device)[0])
 
 
 def put_on(model: Any, adapter: Path) -> Any:

@@ -39,6 +39,8 @@ def _register_always(_: ModuleType) -> None:
 
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "deepspeed.accelerator.real_accelerator": _register,
+    # It limits the memory of a rank before that looks for an accelerator.
+    "llmtune.launch.rank": _register,
     "llmtune.plan.hardware": _show_gpus,
     # Of ``eval`` and ``chat``, which need no DeepSpeed.
     "llmtune.cli.target": _register_always,
