@@ -117,6 +117,17 @@ def test_deepspeed_stays_behind_its_doors(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
+def test_what_is_random_is_drawn_in_one_place(path: Path) -> None:
+    """So that every draw has a name of its own. Numbers that are the same in every run are another matter."""
+    if relative(path) not in ("draws.py", "model/random_model.py", "export/graph_model.py"):
+        text = path.read_text()
+        assert "random" not in imports(path)
+        assert "default_rng" not in text
+        assert "Generator()." not in text
+        assert text.count("manual_seed(") == text.count("manual_seed(torch_seed(")
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
 def test_only_the_builders_see_the_whole_config(path: Path) -> None:
     if "llmtune.config.schema.Config" in imports(path):
         assert relative(path).split("/")[0] in SEES_CONFIG or relative(path) in SEES_CONFIG_FILES

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.manifest import read_manifest
+from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import CheckpointError
 
 
@@ -37,6 +38,8 @@ class TrainerState:
     """Steps that AdamW counted."""
     loss_scale: dict[str, float] = field(default_factory=dict)
     """fp16 only."""
+    draws_version: int = 1
+    """Of the random draws; checkpoints that do not name it are of the first."""
 
     def to_json(self) -> str:
         """The text of ``trainer_state.json``."""
@@ -54,3 +57,18 @@ def read_trainer_state(folder: Path) -> TrainerState:
         return TrainerState(**json.loads((folder / names.TRAINER_STATE).read_text()))
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {names.TRAINER_STATE} cannot be read ({error})") from error
+
+
+def check_draws(folder: Path) -> None:
+    """Refuse to go on where the rows to come and the dropout would be drawn otherwise than before.
+
+    Raises:
+        CheckpointError: The folder is incomplete or damaged, or was written with other draws.
+    """
+    version = read_trainer_state(folder).draws_version
+    if version != DRAWS_VERSION:
+        raise CheckpointError(
+            f"{folder} was written with version {version} of the random draws, and this llmtune has version "
+            f"{DRAWS_VERSION}: the order of the rows would change in the middle of the run. Go on with the llmtune that "
+            "began it (environment.json names it), or start anew with another run_name= or output_dir="
+        )

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llmtune.data.batch import Batch, Collator
 from llmtune.data.store import Rows
+from llmtune.draws import Draw, generator
 from llmtune.errors import CheckpointError
 from llmtune.plan.batch import BatchPlan
 from llmtune.process import die_with_parent
@@ -140,7 +141,7 @@ class TrainLoader:
     def _row_at(self, position: int) -> int:
         epoch, offset = divmod(position, len(self._lengths))
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self._lengths))
+            self._order = generator(self.seed, Draw.order, epoch).permutation(len(self._lengths))
             self._epoch = epoch
         return int(self._order[offset])
 
@@ -163,6 +164,8 @@ def load(items: Any, order: Sequence[int] | None, settings: LoaderSettings) -> I
         num_workers=settings.workers,
         pin_memory=settings.pin_memory,
         worker_init_fn=_start_worker if settings.workers else None,
+        # It draws a seed for its workers whether it has any or not: not from where dropout is drawn.
+        generator=torch.Generator(),
     )
     return iter(loader)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmtune.data.sources import Source
+from llmtune.draws import Draw, draw_rows
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def hold_out(rows: int, size: int | float, seed: int) -> tuple[NDArray[np.int64]
         raise DataError(
             f"data.val_set_size={size} takes all {rows} row(s) of data.train: add rows, or take data.val_set_size=0"
         )
-    held_out = np.array(random.Random(seed).sample(range(rows), count), dtype=np.int64)
+    held_out = draw_rows(rows, count, seed, Draw.held_out)
     keep = np.ones(rows, dtype=bool)
     keep[held_out] = False
     return np.flatnonzero(keep).astype(np.int64), held_out
@@ -65,6 +65,6 @@ def mix(rows: NDArray[np.int64], sources: Sequence[Source], counts: Sequence[int
     taken = []
     for number, (share, count) in enumerate(zip(shares, wanted, strict=True)):
         whole, rest = divmod(count, len(share)) if len(share) else (0, 0)
-        drawn = np.sort(np.random.default_rng([seed, 2, number]).permutation(len(share))[:rest])
+        drawn = np.sort(draw_rows(len(share), rest, seed, Draw.share, number))
         taken += [share] * whole + [share[drawn]]
     return np.concatenate(taken).astype(np.int64)

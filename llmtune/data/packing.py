@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmtune.draws import Draw, generator
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -17,17 +19,20 @@ if TYPE_CHECKING:
 LARGE_SHARE = 0.25
 
 
-def pack_rows(lengths: NDArray[np.int32], capacity: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def pack_rows(
+    lengths: NDArray[np.int32], capacity: int, seed: int, window: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which rows share a packed row.
 
     Args:
         lengths: Tokens of each row, none above ``capacity``. Shape (rows,).
+        window: Of a stream, whose windows are packed one by one.
 
     Returns:
         ``members``: row numbers, packed row by packed row, shape (rows,); ``starts``: where in it each packed row begins,
         and its end, shape (packed rows + 1,).
     """
-    bins = _assign(lengths, _placing_order(lengths, capacity, seed), capacity)
+    bins = _assign(lengths, _placing_order(lengths, capacity, generator(seed, Draw.packing, window)), capacity)
     members = np.argsort(bins, kind="stable").astype(np.int64)
     counts = np.bincount(bins, minlength=int(bins.max()) + 1 if len(bins) else 0)
     return members, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -38,8 +43,8 @@ def packing_efficiency(lengths: NDArray[np.int32], packed_rows: int, capacity: i
     return float(lengths.sum(dtype=np.int64)) / (packed_rows * capacity) if packed_rows else 0.0
 
 
-def _placing_order(lengths: NDArray[np.int32], capacity: int, seed: int) -> NDArray[np.int64]:
-    order = np.random.default_rng([seed, 1]).permutation(len(lengths))
+def _placing_order(lengths: NDArray[np.int32], capacity: int, draws: np.random.Generator) -> NDArray[np.int64]:
+    order = draws.permutation(len(lengths))
     large = lengths[order] > capacity * LARGE_SHARE
     first = order[large]
     return np.concatenate([first[np.argsort(-lengths[first], kind="stable")], order[~large]])

@@ -24,6 +24,7 @@ from llmtune.data.problems import Problem, read_problem_file, refuse, write_prob
 from llmtune.data.source_tokens import Watch, find_conversations, token_folder, tokenise_source
 from llmtune.data.sources import Source, parse_sources, resolve_files
 from llmtune.data.store import Rows, TokenStore, publish_folder
+from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def prepare_data(
     mixing = [(source.repeat, source.weight) for source in sources]
     settings = [config.val_set_size if not eval_sources else None, config.packing, config.on_bad_row.value]
     settings += [config.max_overlong_share, config.max_seq_length]
-    fingerprint = digest([INDEX_VERSION, tokenizer_hash, keys, eval_keys, stream, mixing, settings, seed])
+    fingerprint = digest(
+        [INDEX_VERSION, DRAWS_VERSION, tokenizer_hash, keys, eval_keys, stream, mixing, settings, seed]
+    )
     folder = cache_dir / "data" / "prepared" / fingerprint
     if not (folder / _SUMMARY).is_file():
         with publish_folder(folder) as aside:

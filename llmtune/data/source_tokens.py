@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from llmtune.data.sources import DataFile, Source, is_compressed, resolve_files
 from llmtune.data.store import SUMMARY, publish_folder, write_store
 from llmtune.data.templates import check_chat_template
 from llmtune.data.tokenise import Recipe, TokenBlock, Tokeniser, Work
+from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def tokenise_source(
     files = resolve_files(source)
     settings = EncodeSettings.from_config(config)
     shaping = [settings.max_seq_length, settings.overlong.value, settings.train_on_inputs]
-    drawn = [source.limit, seed] if source.limit else None
+    drawn = [source.limit, seed, DRAWS_VERSION] if source.limit else None
     contents = hash_files(files, source, cache)
     key = digest([TOKENS_VERSION, tokenizer_hash, contents, source.format.value, source.fields, drawn, shaping])
     folder = token_folder(cache, key)
@@ -118,7 +118,7 @@ def read_source(source: Source, files: list[DataFile], recipes: dict[str, Recipe
     if source.limit is not None:
         count = count_rows(blocks())
         if source.limit < count:
-            chosen = select_rows(blocks(), random.Random(seed).sample(range(count), source.limit))
+            chosen = select_rows(blocks(), draw_rows(count, source.limit, seed, Draw.source_rows).tolist())
     return ((block, recipes[block.file]) for block in chosen)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.data.store import Rows
+from llmtune.draws import Draw, draw_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,7 +102,7 @@ def measure_padding(
         efficiency: Of packing, where it is on.
     """
     lengths = rows.documents("lengths")
-    order = np.random.default_rng([seed, 0]).permutation(len(lengths))[:PADDING_ROWS]
+    order = draw_rows(len(lengths), PADDING_ROWS, seed, Draw.padding)
     drawn = lengths[order]
     in_steps = np.concatenate(
         [np.sort(drawn[at : at + global_batch])[::-1] for at in range(0, len(drawn), global_batch)] or [drawn]

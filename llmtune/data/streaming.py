@@ -29,6 +29,7 @@ from llmtune.data.sources import DataFile, Source, parse_sources, resolve_files
 from llmtune.data.store import Row, join_documents
 from llmtune.data.tokenise import Recipe, TokenBlock, tokenise_block
 from llmtune.data.vocabulary import check_block
+from llmtune.draws import Draw, generator
 from llmtune.errors import CheckpointError, DataError
 from llmtune.plan.batch import BatchPlan
 
@@ -202,9 +203,9 @@ class RowStream:
         groups = [[number] for number in range(len(documents))]
         if self.config.packing:
             lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int32)
-            members, starts = pack_rows(lengths, self.config.max_seq_length, self.seed + window)
+            members, starts = pack_rows(lengths, self.config.max_seq_length, self.seed, window)
             groups = [members[begin:end].tolist() for begin, end in itertools.pairwise(starts)]
-        order = np.random.default_rng([self.seed, 4, window]).permutation(len(groups)).tolist()
+        order = generator(self.seed, Draw.window_order, window).permutation(len(groups)).tolist()
         return [join_documents([documents[member] for member in groups[number]]) for number in order]
 
 

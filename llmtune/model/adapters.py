@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llmtune.config.schema import TunerConfig
+from llmtune.draws import Draw, torch_seed
 from llmtune.errors import CheckpointError
 from llmtune.process import no_collection
 
@@ -51,7 +52,7 @@ def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
         target_modules=modules,
         base_model_name_or_path=base,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(torch_seed(seed, Draw.adapter))
     # Without autocast_adapter_dtype=False peft makes fp32 adapters under ZeRO 3, silently.
     wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
     wrapped.peft_config["default"].base_model_name_or_path = base

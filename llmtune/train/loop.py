@@ -13,6 +13,7 @@ import torch
 from llmtune.checkpoint.find import is_complete
 from llmtune.config.schema import ScheduleConfig, TrainConfig
 from llmtune.data.loader import StepBatch, Steps
+from llmtune.draws import Draw, torch_seed
 from llmtune.engine.distributed import Rank
 from llmtune.engine.module import StepResult, TrainModule
 from llmtune.errors import CheckpointError, DivergedError, StoppedError
@@ -157,8 +158,6 @@ def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Pr
     started = time.perf_counter()
     step = progress.step + 1
     job.rank.phases.step = step
-    # Dropout depends on seed, step and rank alone, so that a resumed run draws the same.
-    torch.manual_seed(hash((job.seed, progress.step, job.rank.rank)) % 2**63)
     batch = next(batches)
     rate = learning_rate_at(
         progress.step - progress.skipped,
@@ -170,6 +169,8 @@ def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Pr
     if step in job.numbers.skipped_steps:
         result = StepResult(float("nan"), float("nan"), applied=False)
     else:
+        # Dropout is a function of seed, step and rank, so that a resumed run draws the same.
+        torch.manual_seed(torch_seed(job.seed, Draw.dropout, progress.step, job.rank.rank))
         done = job.module.train_step(batch.micro_batches, batch.trained_tokens, rate, job.stop.requested)
         if done is None:
             save_and_stop(job, progress)

@@ -9,6 +9,7 @@ from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, restore_replaced
 from llmtune.checkpoint.manifest import check_undamaged, find_damage
 from llmtune.checkpoint.mirror import fetch_remote, find_remote
+from llmtune.checkpoint.trainer_state import check_draws
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError
 from llmtune.secrets import redact
@@ -29,11 +30,13 @@ def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable
     if wanted != "auto":
         found = _named(folder, wanted, say)
         check_same_run(found, config)
+        check_draws(found)
         return found
     newest = _newest_whole(folder.path, say)
     newest = _newer_at_mirror(folder, config, run_name, newest, say) or newest
     if newest is not None:
         check_same_run(newest, config)
+        check_draws(newest)
     if newest is None and find_checkpoints(folder.path):
         raise CheckpointError(
             f"{folder.path}: every checkpoint in it is damaged (named above), and none was overwritten. Take another "

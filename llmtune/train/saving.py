@@ -22,6 +22,7 @@ from llmtune.checkpoint.state_files import state_specs
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weights import WeightFiles, write_model_config
 from llmtune.config.schema import OnDiskLow
+from llmtune.draws import DRAWS_VERSION
 from llmtune.engine.distributed import any_rank, gather_objects, sum_over_ranks
 from llmtune.engine.module import TrainModule
 from llmtune.errors import CheckpointError
@@ -248,6 +249,7 @@ class CheckpointSaver:
             evaluation_due=progress.evaluation_due,
             best=self._best,
             tracker_run_id=_read_text(self.settings.run / names.TRACKER_RUN_ID),
+            draws_version=DRAWS_VERSION,
         )
 
     def _history(self) -> dict[str, bytes]:

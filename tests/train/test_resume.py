@@ -13,19 +13,21 @@ from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.config.compose import compose_config, dump_redacted
 from llmtune.config.schema import Config
+from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import CheckpointError
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
+from tests.support import TINY, losses, run_cli
 
 
 def config_of(*overrides: str) -> Config:
     return compose_config(["model=tiny", *overrides]).config
 
 
-def make(run: Path, step: int, config: Config) -> Path:
+def make(run: Path, step: int, config: Config, draws_version: int = DRAWS_VERSION) -> Path:
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    state = TrainerState(step, 0, 0, "x", None, tracker_run_id="abc")
+    state = TrainerState(step, 0, 0, "x", None, tracker_run_id="abc", draws_version=draws_version)
     (folder / "trainer_state.json").write_text(state.to_json())
     (folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
     (folder / "config.yaml").write_text(dump_redacted(config))
@@ -111,3 +113,32 @@ def test_a_start_that_ended_behind_its_fetch_goes_on_and_another_run_does_not(tm
     assert resume_point(run, config, "r", print) == folder
     with pytest.raises(CheckpointError, match="seed: 42 there, 7 now"):
         resume_point(run, config_of("seed=7"), "r", print)
+
+
+def test_a_run_that_began_with_other_draws_is_refused(tmp_path: Path) -> None:
+    config = config_of()
+    older = make(tmp_path, 5, config, draws_version=1)
+    text = (older / "trainer_state.json").read_text()
+    assert '"draws_version": 1' in text
+    for chosen in (config, config_of(f"resume_from_checkpoint={older}")):
+        with pytest.raises(CheckpointError, match=r"version 1 of the random draws, and this llmtune has version 2"):
+            resume_point(RunFolder(tmp_path), chosen, "r", print)
+    make(tmp_path, 10, config)
+    assert resume_point(RunFolder(tmp_path), config, "r", print) == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.process
+def test_dropout_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
+    """Interrupted or not, with or without workers that make the batches."""
+    base = [*TINY, "tuner.lora_dropout=0.3", "precision=fp32", "train.save_steps=2", "export=none", "launch.nproc=1"]
+    base += ["schedule.lr_scheduler_type=constant", "schedule.warmup_ratio=0", "train.eval_steps=2"]
+
+    def curve(name: str, *overrides: str) -> list[float]:
+        done = run_cli(*base, f"output_dir={tmp_path / name}", *overrides)
+        assert done.code == 0, done.err
+        return losses(tmp_path / name)
+
+    whole = curve("whole", "train.max_steps=5")
+    assert curve("parts", "train.max_steps=2") == whole[:2]
+    assert curve("parts", "train.max_steps=5", "data.dataloader_num_workers=1") == whole
+    assert curve("without", "train.max_steps=2", "tuner.lora_dropout=0") != whole[:2]

@@ -1,0 +1,62 @@
+"""Random draws. Each has a name, and is a function of the run's seed, that name and a position, and of nothing else.
+
+So no draw changes because another one was added, was made in another order, or was made already before a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Stands in every checkpoint. Raise it when any draw comes out differently: a run that began with others is refused then.
+DRAWS_VERSION = 2
+
+
+class Draw(StrEnum):
+    """What is drawn. The position that goes with it is named in brackets."""
+
+    source_rows = "source_rows"
+    """The rows that ``limit`` takes of a source."""
+    held_out = "held_out"
+    """The rows that ``data.val_set_size`` takes away from training."""
+    share = "share"
+    """The rows of a source that are taken once more than the others. [number of the source]"""
+    packing = "packing"
+    """The order in which documents are put into packed rows. [window of a stream]"""
+    order = "order"
+    """The order of the rows. [epoch]"""
+    window_order = "window_order"
+    """The order of the rows of a stream. [window]"""
+    padding = "padding"
+    """The rows on which the cost of padding is measured."""
+    adapter = "adapter"
+    """The first weights of an adapter."""
+    dropout = "dropout"
+    """[steps done, rank]"""
+
+
+def generator(seed: int, draw: Draw, *position: int) -> np.random.Generator:
+    """A generator that nothing else draws from."""
+    return np.random.default_rng(_entropy(seed, draw, position))
+
+
+def draw_rows(rows: int, count: int, seed: int, draw: Draw, *position: int) -> NDArray[np.int64]:
+    """``count`` different row numbers below ``rows``, in the order drawn."""
+    return generator(seed, draw, *position).permutation(rows)[:count].astype(np.int64)
+
+
+def torch_seed(seed: int, draw: Draw, *position: int) -> int:
+    """For ``torch.manual_seed``; below 2**63."""
+    return _entropy(seed, draw, position) >> 65
+
+
+def _entropy(seed: int, draw: Draw, position: tuple[int, ...]) -> int:
+    # A hash of the text, since numpy takes [seed, 1] and [seed, 1, 0] for the same seed.
+    text = f"{draw.value} {seed} {' '.join(map(str, position))}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")
