@@ -1,0 +1,165 @@
+"""The numbers of real runs against a loop that shares no code with them (``plain_loop.py``)."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from llmtune.cli.prepare import cache_dir
+from llmtune.config.compose import compose_config
+from llmtune.data.loader import TrainLoader
+from llmtune.data.prepare import PreparedData, open_rows
+from llmtune.model.files import resolve_model_folder
+from llmtune.plan.batch import BatchPlan
+from tests.support import TINY, pairs, product, run_cli
+from tests.train import plain_loop
+
+BATCH, RATE, WARMUP, CLIP = 4, 2e-3, 2, 0.3
+TOLERANCE = 1e-5
+SCHEDULES = ("constant", "linear", "cosine")
+
+FACTORS: Any = (("full", "lora"), (False, True), (0, 1, 2, 3), (1, 2), (1, 2), (0.0, 0.1))
+"""Tuner, packing, ZeRO stage, ranks, micro-batches of a step, weight decay."""
+CELLS = pairs(*FACTORS)
+
+
+def conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
+    """Of one to three turns, some with a system message."""
+    draws = random.Random(seed)
+    words = [
+        "red",
+        "blue",
+        "stone",
+        "river",
+        "seven",
+        "lamp",
+        "quick",
+        "north",
+        "paper",
+        "glass",
+        "äpfel",
+        "漢字",
+        ":-)",
+        "3.14",
+    ]
+
+    def text(longest: int) -> str:
+        return " ".join(draws.choices(words, k=draws.randint(1, longest)))
+
+    rows = []
+    for _ in range(count):
+        row = [{"role": "system", "content": text(6)}] if draws.random() < 0.3 else []
+        for _ in range(draws.randint(1, 3)):
+            row += [{"role": "user", "content": text(9)}, {"role": "assistant", "content": text(12)}]
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data: 23 rows to train on, so that no batch size divides them, and 7 that are held out."""
+    folder = tmp_path_factory.mktemp("plain")
+    for name, count, seed in (("train", 23, 1), ("eval", 7, 2)):
+        lines = (json.dumps({"messages": row}) for row in conversations(count, seed))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def make_adapter(base: Path, folder: Path) -> Path:
+    """By peft, with both of its matrices drawn, so that its first step is not one on zeros."""
+    torch.manual_seed(3)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, settings)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    wrapped.save_pretrained(str(folder / "first"))
+    return folder / "first"
+
+
+def documents_of_steps(run: Path, documents: list[plain_loop.Document]) -> list[list[plain_loop.Document]]:
+    """Which documents each step saw: the one thing that only the run can say."""
+    plan = json.loads((run / "plan.json").read_text())
+    rows = open_rows(PreparedData.from_dict(plan["data"]), "train")
+    batch = BatchPlan(BATCH, BATCH, 1, 1)
+    last: Any = plan["steps"]["total_rows"]
+    seed = int(yaml.safe_load((run / "config.yaml").read_text())["seed"])
+    loader = TrainLoader(rows, batch, 0, seed, None, last)  # type: ignore[arg-type]
+    steps = [loader.row_numbers(number * BATCH) for number in range(plan["steps"]["total_steps"])]
+    return [[documents[line - 1] for row in step for _, line in rows.places(row)] for step in steps]
+
+
+def check(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
+    tuner, packing, stage, ranks, accumulation, decay = cell
+    schedule = SCHEDULES[(stage + ranks) % 3]
+    run = tmp_path / "run"
+    overrides = [
+        *(*TINY, f"tuner={tuner}", f"data.packing={packing}", f"zero={stage}", f"launch.nproc={ranks}"),
+        *(f"train.gradient_accumulation_steps={accumulation}", f"optim.weight_decay={decay}"),
+        *(f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'eval.jsonl'}", "precision=fp32"),
+        *(f"train.global_batch_size={BATCH}", "train.num_train_epochs=1.5", f"optim.learning_rate={RATE}"),
+        *(f"schedule.warmup_steps={WARMUP}", f"schedule={schedule}", f"train.max_grad_norm={CLIP}"),
+        *("export=none", f"output_dir={run}"),
+    ]
+    config = compose_config(["model=tiny"]).config
+    base = resolve_model_folder(config.model, cache_dir(config), print)
+    adapter = make_adapter(base, tmp_path) if tuner == "lora" else None
+    if adapter is not None:
+        overrides += [f"tuner.adapter_path={adapter}", "tuner.lora_r=4", "tuner.lora_alpha=8"]
+        overrides += ["tuner.target_modules=[q_proj,v_proj,down_proj]"]
+    done = run_cli(*overrides)
+    assert done.code == 0, done.err
+
+    tokenizer = plain_loop.load_tokenizer(base)
+    train, held_out = (
+        [plain_loop.encode(json.loads(line)["messages"], tokenizer) for line in (folder / name).open()]
+        for name in ("train.jsonl", "eval.jsonl")
+    )
+    steps = documents_of_steps(run, train)
+    found = plain_loop.train(plain_loop.Recipe(base, adapter, steps, held_out, RATE, schedule, WARMUP, decay, CLIP))
+
+    records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    lines = [record for record in records if "loss" in record]
+    assert len(lines) == len(steps) >= 2
+    assert max(found.norms) > CLIP, "some steps must be clipped"
+    assert [line["loss"] for line in lines] == pytest.approx(found.losses, rel=TOLERANCE)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(found.norms, rel=TOLERANCE)
+    assert [line["learning_rate"] for line in lines] == pytest.approx(found.rates, rel=1e-9)
+    assert [line["tokens"] for line in lines] == [sum(len(document.ids) for document in step) for step in steps]
+    evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
+    assert evaluations == pytest.approx(found.eval_losses, rel=TOLERANCE)
+    check_weights(run, found)
+
+
+def check_weights(run: Path, found: plain_loop.Curve) -> None:
+    [file] = [*(run / "adapter").glob("*.safetensors"), *(run / "model").glob("*.safetensors")]
+    written = load_file(file)
+    expected = {name.replace(".default.", "."): weight for name, weight in found.weights.items()}
+    assert written.keys() == expected.keys()
+    for name, weight in expected.items():
+        # AdamW makes a step of full length out of a gradient of any size, so that single elements may differ by one.
+        assert float((written[name] - weight).norm() / weight.norm()) < TOLERANCE, name
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
+def test_a_run_is_what_plain_pytorch_computes(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
+    check(cell, folder, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cell", [cell for cell in product(*FACTORS) if cell not in CELLS], ids=lambda cell: "-".join(map(str, cell))
+)
+def test_every_other_run_is_what_plain_pytorch_computes(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
+    check(cell, folder, tmp_path)
