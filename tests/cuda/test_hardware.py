@@ -246,7 +246,13 @@ def test_fp32_is_planned_at_the_rate_of_fp32(card: str, machine: Any, driver: An
     """Not at that of TF32, which nothing switches on."""
     machine(1, card, 79, CARDS[card].compute_capability)
     driver("580.65.06", 1)
-    job = ["model=llama3_8b", "data.train=x", "train.global_batch_size=8", "zero=0"]
+    job = [
+        "model=llama3_8b",
+        "data.train=x",
+        "train.global_batch_size=8",
+        "zero=0",
+        "train.gradient_checkpointing=true",
+    ]
     seconds = {}
     for precision in ("bf16", "fp32"):
         ladder = resolve_ladder(compose_config([*job, f"precision={precision}"]).config)

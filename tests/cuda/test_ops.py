@@ -49,6 +49,7 @@ def test_cuda_takes_the_op_that_was_built_for_any_machine() -> None:
     assert built.stat().st_mtime_ns == before, "compiled anew"
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_cuda_builds_the_op_without_a_toolkit(tmp_path: Path) -> None:
     done = run([sys.executable, "-c", LOAD], env=without_toolkit(tmp_path), timeout=900)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import pytest
@@ -56,21 +58,29 @@ def test_a_run_with_the_optimizer_on_the_host_is_that_of_a_cpu(on_cpu: Path, tmp
     assert measured.code == 0, measured.err
     # In one process, over all held-out rows.
     assert json.loads(measured.out.splitlines()[-1])["eval_loss"] == pytest.approx(evaluations(on_cpu)[-1], abs=0.1)
+    talk = run([sys.executable, "-m", "llmtune", "chat", f"run={folder}", ON_GPUS], env=GPUS, stdin="hello\n")
+    assert talk.code == 0, talk.err
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_losses(on_cpu: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_losses(on_cpu: Path, tmp_path: Path) -> None:
+    """With copies of its checkpoints elsewhere; after the kill they are all that is left."""
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "llmtune", *JOB, ON_GPUS, f"output_dir={folder}"]
-    environment = {**os.environ, **GPUS}
-    started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoint-2" / "COMPLETE").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+    command += [f"checkpoint.mirror={tmp_path / 'mirror'}", "run_name=stopped"]
+    for number, kind, code in ((2, signal.SIGTERM, 75), (4, signal.SIGKILL, -signal.SIGKILL)):
+        started = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **GPUS}, stdout=DEVNULL, stderr=DEVNULL)
+        place = folder if kind == signal.SIGTERM else tmp_path / "mirror" / "stopped"
+        deadline = time.monotonic() + 120
+        while not (place / f"checkpoint-{number}" / "COMPLETE").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        started.send_signal(kind)
+        assert started.wait(60) == code
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
     done = run(command, env=GPUS)
     assert done.code == 0, done.err
-    assert largest_difference(losses(folder)[-2:], losses(on_cpu)[-2:]) < 1e-5
+    assert "fetching" in done.out
+    assert largest_difference(losses(folder), losses(on_cpu)) < 1e-5
 
 
 def test_a_device_that_is_full_leads_to_the_next_rung(tmp_path: Path) -> None:

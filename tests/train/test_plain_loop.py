@@ -157,6 +157,7 @@ def test_a_run_is_what_plain_pytorch_computes(cell: tuple[Any, ...], folder: Pat
     check(cell, folder, tmp_path)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cell", [cell for cell in product(*FACTORS) if cell not in CELLS], ids=lambda cell: "-".join(map(str, cell))
