@@ -1,0 +1,109 @@
+"""What a rank does with tensors, on fake ones of a GPU.
+
+A CUDA build of torch tells from them whether two devices meet, and whether the host has to wait for a value. They have no
+values, and no backward pass without a driver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError, FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmtune.data.batch import Batch, Collator, Targets, VarlenIndex
+from llmtune.data.store import Row
+from llmtune.engine.corrections import norms_of
+from llmtune.model.loss import sum_token_losses
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="torch without CUDA: it knows no such device"
+)
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+LAYERS = {"llama": GROUPED, "qwen3": GROUPED, "gemma2": GROUPED, "gpt_neox": {}}
+
+
+def row(*lengths: int) -> Row:
+    tokens = sum(lengths)
+    return Row(np.arange(tokens) % 60, np.arange(tokens) % 3 == 0, lengths)
+
+
+def fake(batch: Batch, mode: FakeTensorMode) -> Batch:
+    """The same batch in host memory, without its values."""
+    return batch._map(lambda tensor: mode.from_tensor(tensor))
+
+
+def make_model(kind: str, dtype: torch.dtype, attention: str) -> Any:
+    config = AutoConfig.for_model(kind, **SHAPE, **LAYERS[kind])
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).requires_grad_(
+            False
+        )
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", ["padded", "masked", "packed"])
+def test_a_forward_pass_and_its_loss_stay_on_the_device(kind: str, dtype: torch.dtype, rows: str) -> None:
+    collator = Collator(0, masked=rows == "masked")
+    given = [row(5, 4), row(7)] if rows == "packed" else [row(9), row(4), None]
+    batch = collator.pack(given) if rows == "packed" else collator.pad(given)
+    for attention in ("eager", "sdpa") if kind != "gemma2" else ("eager",):
+        with FakeTensorMode() as mode, torch.no_grad():
+            model = make_model(kind, dtype, attention)
+            there = fake(batch, mode).to("cuda")
+            logits = model(**there.inputs, use_cache=False).logits
+            loss = sum_token_losses(logits, there.targets)
+            total = torch.zeros((), dtype=torch.float64, device="cuda")
+            total += loss
+        assert logits.device.type == loss.device.type == total.device.type == "cuda"
+        assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
+
+
+def test_fake_tensors_tell_what_a_gpu_would() -> None:
+    """The checks above can fail."""
+    batch = Collator(0).pad([row(9)])
+    with FakeTensorMode() as mode, torch.no_grad():
+        model = make_model("llama", torch.float32, "sdpa")
+        here = fake(batch, mode)
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            model(**here.inputs)
+        there = here.to("cuda")
+        loss = sum_token_losses(model(**there.inputs).logits, there.targets)
+        with pytest.raises(DataDependentOutputException):
+            float(loss)
+
+
+def test_every_tensor_of_a_batch_goes_along() -> None:
+    flat = Collator(0, varlen=True).pack([row(5, 4), row(7)])
+    with FakeTensorMode() as mode:
+        there = fake(flat, mode).to("cuda")
+    seen = []
+    for field in fields(there):
+        value = getattr(there, field.name)
+        inside = (
+            [getattr(value, name.name) for name in fields(value)]
+            if isinstance(value, Targets | VarlenIndex)
+            else [value]
+        )
+        seen += [tensor.device.type for tensor in inside if isinstance(tensor, torch.Tensor)]
+    assert seen == ["cuda"] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_norms_and_adamw_ask_the_device_for_nothing(dtype: torch.dtype) -> None:
+    with FakeTensorMode():
+        weights = [torch.zeros(shape, device="cuda", dtype=dtype) for shape in ((4, 8), (8,), (3, 3, 2))]
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        norms = norms_of([weight.grad for weight in weights])  # type: ignore[misc]
+        assert [(norm.device.type, norm.dtype) for norm in norms] == [("cuda", torch.float64)] * 3
+        adamw = torch.optim.AdamW(weights, lr=1e-3)
+        adamw.step()
+        assert all(state["exp_avg"].device.type == "cuda" for state in adamw.state.values())
