@@ -28,20 +28,30 @@ def test_the_embedded_model_is_unpacked_once(smollm2: Path) -> None:
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
-@pytest.mark.process
-def test_smollm2_learns_and_its_merge_is_what_was_trained(smollm2: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def trained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the job."""
+    folder = tmp_path_factory.mktemp("main") / "run"
     done = run_cli(*SHORT, f"output_dir={folder}", timeout=600)
     assert done.code == 0, done.err + done.out
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return folder
+
+
+@pytest.mark.process
+def test_smollm2_learns(trained: Path) -> None:
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert held_out[-1] < 0.9 * held_out[0]
-    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+
+
+@pytest.mark.process
+def test_its_merge_is_what_was_trained(trained: Path) -> None:
+    merged = AutoModelForCausalLM.from_pretrained(trained / "merged")
     assert sum(p.numel() for p in merged.parameters()) == 134_515_008
     data = ["data.train=stdlib_docs@576", "data.val_set_size=12"]
-    trained = json.loads(run_cli("eval", "--json", f"run={folder}").out)["eval_loss"]
-    exported = json.loads(run_cli("eval", "--json", f"base={folder}/merged", *data).out)["eval_loss"]
-    assert exported == pytest.approx(trained, rel=0.02)
+    of_run = json.loads(run_cli("eval", "--json", f"run={trained}").out)["eval_loss"]
+    of_merge = json.loads(run_cli("eval", "--json", f"base={trained}/merged", *data).out)["eval_loss"]
+    assert of_merge == pytest.approx(of_run, rel=0.02)
 
 
 @pytest.mark.process
