@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Part of the cache key; raise it when rows are mixed, split or packed differently.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 #: Held-out prompts that are answered before and after training.
 SAMPLE_PROMPTS = 3
@@ -268,15 +268,17 @@ class _Index:
         elif not sum(counts):
             raise self._nothing_left()
         else:
+            every = Rows(self.stores, np.arange(sum(counts), dtype=np.int64))
             try:
-                keep, held_out = hold_out(sum(counts), 0 if own_eval else self.config.val_set_size, self.seed)
+                size = 0 if own_eval else self.config.val_set_size
+                keep, held_out = hold_out(every.documents("begins"), size, self.seed)
             except DataError as error:
                 # Too few rows are left because many are bad: that is the news.
                 bad_rows = any(store.summary.bad_rows for store in self.stores)
                 raise refuse(self._bad_rows(self.stores), str(error)) if bad_rows else error from None
             if len(held_out):
                 # Data often repeats rows; what is held out must not be trained on all the same.
-                hashes = Rows(self.stores, np.arange(sum(counts), dtype=np.int64)).documents("hashes")
+                hashes = every.documents("hashes")
                 twin = np.isin(hashes[keep], hashes[held_out])
                 keep, twins = keep[~twin], int(twin.sum())
             train = Rows(self.stores, mix(keep, self.sources, counts, self.seed))

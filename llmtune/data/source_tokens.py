@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Part of the cache key; raise it when rows come out differently.
-TOKENS_VERSION = 2
+TOKENS_VERSION = 3
 
 #: Below this many bytes, starting workers takes longer than tokenising.
 SMALL_BYTES = 8_000_000

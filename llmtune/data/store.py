@@ -26,6 +26,7 @@ ROWS, SUMMARY, BAD_ROWS = "rows.arrow", "summary.json", "bad_rows.jsonl"
 
 #: Arrays of one number a row.
 _COLUMNS = {"lengths": np.int32, "trained": np.int32, "hashes": np.uint64, "lines": np.int64, "files": np.int32}
+_COLUMNS |= {"begins": np.bool_}
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
         for block in blocks:
             if not summary.files or summary.files[-1] != block.file:
                 summary.files.append(block.file)
-            for name in ("lengths", "trained", "hashes", "lines"):
+            for name in ("lengths", "trained", "hashes", "lines", "begins"):
                 columns[name].append(getattr(block, name))
             columns["files"].append(np.full(len(block.lengths), len(summary.files) - 1, dtype=np.int32))
             labels += block.labels
@@ -138,7 +139,7 @@ class TokenStore:
         return self.summary.rows
 
     def numbers(self, name: str) -> NDArray[Any]:
-        """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``. Shape (rows,)."""
+        """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``, ``begins``. Shape (rows,)."""
         array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return array
 

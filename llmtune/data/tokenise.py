@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -58,7 +59,9 @@ class TokenBlock:
     trained: NDArray[np.int32]
     """Trained tokens of each row."""
     hashes: NDArray[np.uint64]
-    """Of the ids, to find the same row elsewhere."""
+    """Of the ids of the whole document, to find the same one elsewhere; the pieces of a split document share it."""
+    begins: NDArray[np.bool_]
+    """Whether a row begins a document; the other pieces of a document that was split follow the first."""
     lines: NDArray[np.int64]
     labels: list[str | int | float] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -83,7 +86,7 @@ def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe) -> TokenBlock
             lines.append(line)
         except RowError as error:
             problems.append(Problem(block.file, line, str(error)))
-    rows: list[TokenRow] = []
+    documents: list[list[TokenRow]] = []
     kept: list[int] = []
     overlong: list[int] = []
     for line, outcome in zip(lines, encoder.encode(conversations), strict=True):
@@ -92,15 +95,16 @@ def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe) -> TokenBlock
         elif isinstance(outcome, Overflow):
             overlong.append(outcome.tokens)
         else:
-            rows += outcome
+            documents.append(outcome)
             kept += [line] * len(outcome)
     problems.sort(key=lambda problem: problem.line or 0)
-    return _collect(block, rows, kept, encoder, problems, overlong)
+    made = _collect(block, documents, kept, encoder)
+    made.problems, made.overlong = problems, overlong
+    return made
 
 
-def _collect(
-    block: Block, rows: list[TokenRow], lines: list[int], encoder: Encoder, problems: list[Problem], overlong: list[int]
-) -> TokenBlock:
+def _collect(block: Block, documents: list[list[TokenRow]], lines: list[int], encoder: Encoder) -> TokenBlock:
+    rows = list(itertools.chain.from_iterable(documents))
     ids = np.concatenate([row.ids for row in rows]) if rows else np.zeros(0, dtype=np.int32)
     return TokenBlock(
         file=block.file,
@@ -109,14 +113,20 @@ def _collect(
         mask=np.concatenate([row.mask for row in rows]) if rows else np.zeros(0, dtype=bool),
         lengths=np.array([len(row.ids) for row in rows], dtype=np.int32),
         trained=np.array([row.trained_tokens for row in rows], dtype=np.int32),
-        hashes=np.array([xxhash.xxh3_64_intdigest(row.ids.tobytes()) for row in rows], dtype=np.uint64),
+        hashes=np.array([digest for pieces in documents for digest in _hashes(pieces)], dtype=np.uint64),
+        begins=np.array([number == 0 for pieces in documents for number in range(len(pieces))], dtype=bool),
         lines=np.array(lines, dtype=np.int64),
         labels=[row.label for row in rows if row.label is not None],
-        problems=problems,
-        overlong=overlong,
         truncated=sum(row.truncated for row in rows),
         special=encoder.special.intersection(np.unique(ids).tolist()),
     )
+
+
+def _hashes(pieces: list[TokenRow]) -> list[int]:
+    state = xxhash.xxh3_64()
+    for piece in pieces:
+        state.update(piece.ids.tobytes())
+    return [state.intdigest()] * len(pieces)
 
 
 class Tokeniser:
