@@ -22,10 +22,16 @@ class Message:
 
     role: Role
     content: str
-    train: bool = True
-    """Whether the assistant's words are trained; what others say is not, whatever stands here."""
+    train: bool | None = None
+    """Whether its words are trained; None where the row does not say: the assistant's are, what others say is not."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """More that chat templates read: ``tool_calls``, ``tool_call_id``, ``name``, ``reasoning_content``."""
+    """More that chat templates read: ``tool_calls`` with mappings as arguments, ``tool_call_id``, ``name``,
+    ``reasoning_content``."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether the words of an answer are trained."""
+        return self.train is not False
 
     def to_dict(self) -> dict[str, Any]:
         """As chat templates want it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,8 @@ class PreparedData:
     """Problems for which training is refused."""
     left_out: int
     """Problems of rows that were left out instead."""
+    unknown_fields: list[str] = field(default_factory=list)
+    """Fields of rows, messages and parts that are neither read nor known to be harmless, sorted."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreparedData:
@@ -246,6 +248,7 @@ class _Index:
             "eval_stores": self.names[1] or self.names[0],
             "classes": _classes(every),
             "special_tokens": sorted({token for store in every for token in store.summary.special}),
+            "unknown_fields": sorted({name for store in every for name in store.summary.unknown}),
             "fatal": fatal,
             "left_out": bad_rows + len(leaks) + len(whole) - fatal,
         }

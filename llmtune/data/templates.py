@@ -106,14 +106,14 @@ class ChatTemplate:
         messages = [message.to_dict() for message in conversation.messages]
         text, spans = self._apply(messages, conversation, marks=True)
         answers = [message for message in conversation.messages if message.role is Role.assistant]
-        if all(message.train for message in answers):
+        if all(message.trained for message in answers):
             return text, [Span(start, end, True) for start, end in spans]
         if len(answers) != len(spans):
             raise RowError(
                 f"the chat template marks {len(spans)} places for {len(answers)} answers, so 'train' of a message "
                 "cannot be told apart; take another data.chat_template"
             )
-        return text, [Span(*span, message.train) for span, message in zip(spans, answers, strict=True)]
+        return text, [Span(*span, message.trained) for span, message in zip(spans, answers, strict=True)]
 
     def _derived(self, conversation: Conversation) -> tuple[str, list[Span]]:
         built = self._by_scaffold(conversation)
@@ -137,7 +137,7 @@ class ChatTemplate:
                     f"the chat template renders the answer in message {index} differently with and without what "
                     "surrounds it, so its tokens cannot be told apart; take another data.chat_template"
                 )
-            spans.append(Span(len(prefix), len(upto), message.train))
+            spans.append(Span(len(prefix), len(upto), message.trained))
         return spans
 
     def _by_scaffold(self, conversation: Conversation) -> tuple[str, list[Span]] | None:
@@ -159,7 +159,7 @@ class ChatTemplate:
         for message, following, reach in zip(messages, scaffold.between[1:], scaffold.reaches, strict=True):
             end = position + len(message.content)
             if reach is not None:
-                spans.append(Span(position - reach[0], end + reach[1], message.train))
+                spans.append(Span(position - reach[0], end + reach[1], message.trained))
             parts += (message.content, following)
             position = end + len(following)
         return "".join(parts), spans

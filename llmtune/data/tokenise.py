@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from llmtune.config.data_schema import DataFormat
 from llmtune.data.conversation import Conversation
 from llmtune.data.encode import Encoder, EncodeSettings, Overflow, TokenRow
-from llmtune.data.formats import FORMATS, rename
 from llmtune.data.problems import Problem, RowError
 from llmtune.data.readers import Block, parse_rows
+from llmtune.data.recipe import Recipe
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,14 +32,6 @@ if TYPE_CHECKING:
 
 #: Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to hold in memory.
 AHEAD = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How the rows of a file become tokens."""
-
-    format: DataFormat
-    fields: dict[str, str]
 
 
 Work = tuple[Block, Recipe]
@@ -70,20 +61,24 @@ class TokenBlock:
     truncated: int = 0
     special: frozenset[int] = frozenset()
     """Special tokens that occur."""
+    unknown: frozenset[str] = frozenset()
+    """Fields that no format reads and that are not known to be harmless."""
 
 
 def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe) -> TokenBlock:
     """Parse, render and encode."""
-    read_row = FORMATS[recipe.format]
     lines: list[int] = []
     conversations: list[Conversation] = []
     problems: list[Problem] = []
+    unknown: set[str] = set()
     for line, row in parse_rows(block):
         try:
             if isinstance(row, RowError):
                 raise row
-            conversations.append(read_row(rename(row, recipe.fields)))
+            conversation, unread = recipe.read(row)
+            conversations.append(conversation)
             lines.append(line)
+            unknown |= unread
         except RowError as error:
             problems.append(Problem(block.file, line, str(error)))
     documents: list[list[TokenRow]] = []
@@ -99,7 +94,7 @@ def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe) -> TokenBlock
             kept += [line] * len(outcome)
     problems.sort(key=lambda problem: problem.line or 0)
     made = _collect(block, documents, kept, encoder)
-    made.problems, made.overlong = problems, overlong
+    made.problems, made.overlong, made.unknown = problems, overlong, frozenset(unknown)
     return made
 
 
