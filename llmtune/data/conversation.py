@@ -50,6 +50,11 @@ class Conversation:
     label: str | int | float | None = None
     """Class or value of a classification row; its one or two texts are user messages."""
 
+    @property
+    def uses_tools(self) -> bool:
+        """Whether there are tools, calls of them, or what they gave."""
+        return bool(self.tools) or any(m.role is Role.tool or "tool_calls" in m.extra for m in self.messages)
+
     def prompt(self) -> list[dict[str, Any]]:
         """Everything before the last answer."""
         return [message.to_dict() for message in self.messages[:-1]]

@@ -18,7 +18,7 @@ from llmtune.config.data_schema import DataConfig, Overlong
 from llmtune.data.conversation import Conversation, Role
 from llmtune.data.formats import texts_within
 from llmtune.data.problems import RowError
-from llmtune.data.templates import ChatTemplate, Span
+from llmtune.data.templates import ChatTemplates, Span
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,7 +72,7 @@ class Encoder:
         known: Any = tokenizer
         self.settings = settings
         self.tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._template = ChatTemplates(tokenizer) if tokenizer.chat_template else None
         self._backend = known.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()

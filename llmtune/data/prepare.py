@@ -339,7 +339,9 @@ def _classes(stores: list[TokenStore]) -> list[Any]:
 
 
 def _samples(folder: Path, stores: list[str], sources: list[Source]) -> list[SamplePrompt]:
-    """The first held-out conversations, read again from their files."""
+    """The first held-out conversations, read again from their files. Those with tools, whose prompts are more than messages,
+    are not answered.
+    """
     if json.loads((folder / _SUMMARY).read_text())["eval"] is None:
         return []
     rows = _open(folder, stores, "eval")
@@ -348,5 +350,5 @@ def _samples(folder: Path, stores: list[str], sources: list[Source]) -> list[Sam
     return [
         SamplePrompt(conversation.prompt(), conversation.messages[-1].content)
         for conversation in found
-        if not conversation.plain and len(conversation.messages) > 1
+        if not conversation.plain and not conversation.uses_tools and len(conversation.messages) > 1
     ]
