@@ -183,6 +183,8 @@ def _to_message(entry: Row, place: str, role_field: str, text_field: str) -> Mes
         return Message(role, _content(entry, text_field, place), train)
     # Arrow fills the fields that other rows have with nulls.
     extra: dict[str, Any] = {key: entry[key] for key in EXTRA if entry.get(key) not in (None, [], "")}
+    if not isinstance(extra.get("name", ""), str):
+        raise RowError(f"{place}: 'name' must be text, not {short(extra['name'])}")
     calls = read_tool_calls(entry, place)
     extra |= {"tool_calls": calls} if calls else {}
     extra |= _reasoning(entry, place)

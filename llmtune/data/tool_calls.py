@@ -72,7 +72,12 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
         call = _parse(call, f"{place}: a tool call is no JSON")
     function = call.get("function", call) if isinstance(call, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(name, str) or not name:
+    if (
+        not isinstance(call, Mapping)
+        or not isinstance(function, Mapping)
+        or not isinstance(name, str)
+        or not name.strip()
+    ):
         raise RowError(f"{place}: a tool call must be {{function: {{name, arguments}}}}, not {short(call)}")
     if unread := [key for key in function if key not in ("name", "arguments", "id", "type", "index", "function")]:
         raise RowError(

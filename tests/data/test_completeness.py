@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,7 @@ ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         [],
     ),
+    "short tools": ({"messages": [ASKED, answer()], "tools": [{"type": "function", "function": {"name": "f"}}]}, []),
     "special characters": (
         {
             "messages": [
@@ -223,6 +225,7 @@ def render(template: ChatTemplate, conversation: Conversation) -> str | RowError
 LOST = [
     ("chatml", "call", "the call of 'clockname' in message 1 (assistant) ('clockname' and 2 more"),
     ("chatml", "tools", "the definition of the tool 'clockname' ('clockname' and 5 more"),
+    ("chatml", "short tools", "the definition of the tool 'f' ('f')"),
     ("chatml", "reasoning", "the reasoning of message 1 (assistant) ('thoughttext')"),
     ("llama3", "result", "the call of 'clockname' in message 1 (assistant)"),
     ("qwen", "reasoning", "the reasoning of message 1 (assistant) ('thoughttext')"),
@@ -264,7 +267,7 @@ KEPT = [
     *(
         (name, kind)
         for name in TAKES_CALLS
-        for kind in ("result", "two calls", "short values", "tools", "special characters")
+        for kind in ("result", "two calls", "short values", "tools", "short tools", "special characters")
     ),
     *(("html", kind) for kind in ("special characters", "result")),
     *((name, "words") for name in TEMPLATES),
@@ -350,6 +353,19 @@ def test_a_template_without_tools_does_not_write_a_result_as_an_answer(name: str
     late = {"messages": [ASKED, answer(), {"role": "system", "content": "x"}, answer()]}
     with pytest.raises(RowError, match="not system"):
         template_of(tokenizer, TEMPLATES[name]).render(read(late))
+
+
+def test_pieces_that_fill_a_long_text_are_told_apart_in_no_time(tokenizer: Any) -> None:
+    turns = [
+        {"role": "user", "content": "a" * 200_000},
+        answer("a"),
+        {"role": "user", "content": "ab" * 100_000},
+        answer("b"),
+    ]
+    begun = time.perf_counter()
+    for row in ({"messages": turns}, {"messages": turns[2:] + turns[:2]}):
+        template_of(tokenizer, TEMPLATES["json"]).render(read(row))
+    assert time.perf_counter() - begun < 2
 
 
 def test_a_name_is_looked_for_and_the_name_of_a_result_may_stand_with_its_call(tokenizer: Any) -> None:
