@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -58,3 +59,8 @@ class Conversation:
     def prompt(self) -> list[dict[str, Any]]:
         """Everything before the last answer."""
         return [message.to_dict() for message in self.messages[:-1]]
+
+    def expected(self) -> str:
+        """The last answer: its words, or else the JSON of its calls."""
+        answer = self.messages[-1]
+        return answer.content or json.dumps(answer.extra.get("tool_calls", []), ensure_ascii=False)

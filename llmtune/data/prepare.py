@@ -6,6 +6,7 @@ of those and of how sources are mixed, split and packed. A second start finds bo
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from llmtune.data.fingerprint import digest, hash_tokenizer, identify_file
 from llmtune.data.mixing import hold_out, mix
 from llmtune.data.packing import pack_rows, packing_efficiency
 from llmtune.data.preflight import check_labels, check_leaks, check_overlong
-from llmtune.data.problems import Problem, read_problem_file, refuse, write_problems
+from llmtune.data.problems import Problem, RowError, read_problem_file, refuse, write_problems
 from llmtune.data.source_tokens import Watch, find_conversations, token_folder, tokenise_source
 from llmtune.data.sources import Source, parse_sources, resolve_files
 from llmtune.data.store import Rows, TokenStore, publish_folder
+from llmtune.data.templates import ChatTemplates
 from llmtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -98,6 +100,8 @@ class SamplePrompt:
 
     messages: list[dict[str, Any]]
     expected: str
+    text: str
+    """The messages as the model reads them, with the row's tools, up to where it answers."""
 
 
 def prepare_data(
@@ -138,7 +142,7 @@ def prepare_data(
             stores = [str(token_folder(cache_dir, key)) for key in keys]
             eval_stores = [str(token_folder(cache_dir, key)) for key in eval_keys]
             _Index(config, sources, stores, eval_stores, seed, aside).write()
-            samples = _samples(aside, eval_stores or stores, eval_sources or sources)
+            samples = _samples(aside, eval_stores or stores, eval_sources or sources, tokenizer)
             (aside / _SAMPLES).write_text(json.dumps([asdict(s) for s in samples], ensure_ascii=False, indent=1))
     values = json.loads((folder / _SUMMARY).read_text())
     data = PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
@@ -338,17 +342,23 @@ def _classes(stores: list[TokenStore]) -> list[Any]:
     return sorted(every, key=lambda label: (isinstance(label, str), label))[:MAX_CLASSES]
 
 
-def _samples(folder: Path, stores: list[str], sources: list[Source]) -> list[SamplePrompt]:
-    """The first held-out conversations, read again from their files. Those with tools, whose prompts are more than messages,
-    are not answered.
-    """
-    if json.loads((folder / _SUMMARY).read_text())["eval"] is None:
+def _samples(
+    folder: Path, stores: list[str], sources: list[Source], tokenizer: PreTrainedTokenizerBase
+) -> list[SamplePrompt]:
+    """The first held-out conversations, read again from their files."""
+    if json.loads((folder / _SUMMARY).read_text())["eval"] is None or not tokenizer.chat_template:
         return []
     rows = _open(folder, stores, "eval")
     places = [rows.source_place(number) for number in range(min(SAMPLE_PROMPTS, len(rows)))]
     found = find_conversations([replace(s, limit=None) for s in sources], places)
-    return [
-        SamplePrompt(conversation.prompt(), conversation.messages[-1].content)
-        for conversation in found
-        if not conversation.plain and not conversation.uses_tools and len(conversation.messages) > 1
-    ]
+    templates = ChatTemplates(tokenizer)
+    samples = []
+    for conversation in found:
+        if conversation.plain or len(conversation.messages) < 2:
+            continue
+        # A template may refuse a beginning, although it took the whole.
+        with contextlib.suppress(RowError):
+            samples.append(
+                SamplePrompt(conversation.prompt(), conversation.expected(), templates.render_prompt(conversation))
+            )
+    return samples

@@ -98,7 +98,18 @@ class ChatTemplates:
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """Text and spans of a row, by the template that it needs; see :meth:`ChatTemplate.render`."""
-        return (self._tool_use if conversation.uses_tools else self._default).render(conversation)
+        return self._of(conversation).render(conversation)
+
+    def render_prompt(self, conversation: Conversation) -> str:
+        """The text up to the last answer, with what stands before an answer.
+
+        Raises:
+            RowError: The template refuses it.
+        """
+        return self._of(conversation).render_prompt(conversation)
+
+    def _of(self, conversation: Conversation) -> ChatTemplate:
+        return self._tool_use if conversation.uses_tools else self._default
 
 
 class ChatTemplate:
@@ -136,9 +147,18 @@ class ChatTemplate:
             self._completeness.check(conversation, text)
             return text, spans
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
-            raise RowError(
-                f"the chat template refuses the row: {error}; mend the row, or take another data.chat_template"
-            ) from error
+            raise _refused(error) from error
+
+    def render_prompt(self, conversation: Conversation) -> str:
+        """The text up to the last answer, with what stands before an answer.
+
+        Raises:
+            RowError: The template refuses it.
+        """
+        try:
+            return self._apply(conversation.messages[:-1], conversation, prompt=True)[0]
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
+            raise _refused(error) from error
 
     def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
         text, spans = self._apply(conversation.messages, conversation, marks=True)
@@ -282,3 +302,7 @@ class ChatTemplate:
             **self._variables,
         )
         return texts[0], list(spans[0]) if marks else []
+
+
+def _refused(error: Exception) -> RowError:
+    return RowError(f"the chat template refuses the row: {error}; mend the row, or take another data.chat_template")

@@ -20,6 +20,7 @@ from llmtune.config.data_schema import DataConfig, Overlong
 from llmtune.data.mixing import hold_out
 from llmtune.data.prepare import PreparedData, open_rows, prepare_data, read_samples
 from llmtune.data.source_tokens import TokeniseProgress
+from llmtune.data.templates import load_chat_template
 from llmtune.errors import ConfigError, DataError
 
 
@@ -359,3 +360,32 @@ def test_no_document_is_on_both_sides(pieces: list[int], size: int | float, seed
     assert sorted([*keep.tolist(), *held_out.tolist()]) == list(range(len(begins)))
     assert not set(document[keep]) & set(document[held_out])
     assert len(set(document[held_out])) == wanted
+
+
+def test_a_sample_is_asked_with_all_that_the_row_says_before_its_answer(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = load_chat_template("qwen")
+    call = {"id": "x", "function": {"name": "clock", "arguments": '{"town": "t"}'}}
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    turns = [
+        {"role": "user", "content": "time?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "x", "content": "0:00"},
+        {"role": "assistant", "content": "midnight"},
+    ]
+    source = tmp_path / "a.jsonl"
+    rows = [
+        {"messages": [{**turns[0], "content": f"time {n}?"}, *turns[1:][:length]], "tools": tools}
+        for n, length in ((0, 1), (1, 3))
+    ]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    data = prepare(tokenizer, tmp_path, train=str(write(tmp_path / "b.jsonl", 3)), eval=str(source), max_seq_length=512)
+    samples = read_samples(data)
+    assert [sample.expected for sample in samples] == [
+        '[{"id": "x", "type": "function", "function": {"name": "clock", "arguments": {"town": "t"}}}]',
+        "midnight",
+    ]
+    for sample, whole in zip(samples, texts(data, "eval", tokenizer), strict=True):
+        assert whole.startswith(sample.text)
+        assert '"name": "clock"' in sample.text
+        assert sample.text.endswith("<|im_start|>assistant\n")
