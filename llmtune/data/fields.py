@@ -49,6 +49,7 @@ _LISTS: dict[DataFormat, tuple[str, ...]] = {
 
 _MESSAGE_FIELDS = frozenset({"role", "content", *_SAID})
 _TURN_FIELDS = frozenset({"from", "value", *_SAID})
+_PLAIN = ({"role", "content"}, {"from", "value"})
 _PART_FIELDS = frozenset({"type", "text"})
 _CALL_FIELDS = frozenset({"id", "type", "index", "function", "name", "arguments"})
 
@@ -140,7 +141,9 @@ def find_unknown_fields(row: Mapping[str, Any], data_format: DataFormat) -> set[
     for field in lists:
         entries = row.get(field)
         for number, entry in enumerate(entries if isinstance(entries, list | tuple) else ()):
-            if isinstance(entry, Mapping):
+            # Nothing but who says what, as most messages are.
+            plain = type(entry) is dict and entry.keys() in _PLAIN and list not in map(type, entry.values())
+            if not plain and isinstance(entry, Mapping):
                 unknown.update(_judge_message(entry, field, f"{field}[{number}]", data_format))
     return unknown
 
