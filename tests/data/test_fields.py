@@ -164,7 +164,7 @@ def test_harmless_fields_and_empty_ones_are_ignored_in_silence(data_format: Data
 
 @given(
     more=st.dictionaries(
-        st.text("abcdefghij", min_size=1, max_size=6), st.none() | st.booleans() | st.text(max_size=3)
+        st.text("bcdfghjk", min_size=1, max_size=6), st.none() | st.booleans() | st.text(max_size=3)
     ),
     data_format=st.sampled_from(list(GOOD)),
 )
