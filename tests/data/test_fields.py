@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -162,10 +162,9 @@ def test_harmless_fields_and_empty_ones_are_ignored_in_silence(data_format: Data
     assert unknown == set()
 
 
+@settings(deadline=None)
 @given(
-    more=st.dictionaries(
-        st.text("bcdfghjk", min_size=1, max_size=6), st.none() | st.booleans() | st.text(max_size=3)
-    ),
+    more=st.dictionaries(st.text("bcdfghjk", min_size=1, max_size=6), st.none() | st.booleans() | st.text(max_size=3)),
     data_format=st.sampled_from(list(GOOD)),
 )
 def test_a_field_that_nobody_knows_is_listed(more: dict[str, Any], data_format: DataFormat) -> None:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.config.data_schema import DataFormat
@@ -59,13 +59,14 @@ def test_a_call_may_have_no_arguments(given_as: Any, expected: dict[str, Any]) -
     assert found == {"id": "x", "type": "function", "function": {"name": "now", "arguments": expected}}
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     st.dictionaries(
         st.text(),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
             lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-            max_leaves=8,
+            max_leaves=4,
         ),
     )
 )
