@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -204,8 +204,6 @@ def test_killed_preparation_leaves_no_process_behind(tiny_model: Path, tmp_path:
     source = write(tmp_path / "a.jsonl", 400_000)
     program = f"""
 from pathlib import Path
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from llmtune.config.schema import DataConfig
 from llmtune.data.prepare import prepare_data
@@ -343,6 +341,7 @@ def test_a_text_that_stands_twice_is_not_on_both_sides_and_its_tail_alone_is_no_
     assert data.train.documents >= 2 * len(names[0])
 
 
+@settings(deadline=None)
 @given(
     pieces=st.lists(st.integers(1, 5), min_size=2, max_size=30),
     size=st.integers(0, 5) | st.floats(0.01, 0.9),
