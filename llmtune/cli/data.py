@@ -119,6 +119,8 @@ def _build_report(
 
 
 def _numbers(config: Config, data: PreparedData, lengths: Lengths, padding: Padding) -> dict[str, str]:
+    from llmtune.data.fields import describe_unknown_fields
+
     train, held_out = data.train, data.eval
     share = train.trained_tokens / max(1, train.tokens)
     numbers = {
@@ -138,6 +140,8 @@ def _numbers(config: Config, data: PreparedData, lengths: Lengths, padding: Padd
     }
     if train.packing_efficiency is not None:
         numbers["packing"] = f"rows of {config.data.max_seq_length} filled to {train.packing_efficiency:.2%}"
+    if data.unknown_fields:
+        numbers["not read"] = describe_unknown_fields(data.unknown_fields)
     if data.classes:
         numbers["labels"] = f"{len(data.classes)}: " + ", ".join(map(str, data.classes[:10]))
     return numbers
@@ -159,6 +163,7 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
         "padding": asdict(report.padding) if report.padding else None,
         "problems": [asdict(problem) for problem in report.problems],
         "refused": data.fatal > 0,
+        "unknown_fields": data.unknown_fields,
         "untrained_tokens": untrained,
         "lengths": report.lengths.to_dict() if report.lengths else None,
         "labels": data.classes,

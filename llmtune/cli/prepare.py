@@ -13,6 +13,7 @@ from llmtune.checkpoint import names
 from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.compose import Composed
 from llmtune.config.schema import Config
+from llmtune.data.fields import describe_unknown_fields
 from llmtune.data.prepare import PROBLEMS, PreparedData, prepare_data
 from llmtune.data.source_tokens import TokeniseProgress, Watch
 from llmtune.data.sources import parse_sources
@@ -139,10 +140,13 @@ def _check_data(config: Config, data: PreparedData, tokenizer: Any, model_folder
             f"data.train={config.data.train} is classification data ({', '.join(map(str, data.classes[:4]))} ...): it can be "
             "checked with llmtune data, but a classifier cannot be trained yet"
         )
+    unknown = set(data.unknown_fields)
     if config.data.streaming:
         from llmtune.data.streaming import RowStream
 
-        RowStream(config.data, tokenizer, config.seed, model_folder=model_folder).check()
+        unknown |= RowStream(config.data, tokenizer, config.seed, model_folder=model_folder).check()
+    if unknown:
+        console.say(f"fields of the rows that are not read: {describe_unknown_fields(unknown)}")
     check_stores((*data.train_stores, *data.eval_stores), model_folder, tokenizer)
     untrained = find_untrained_tokens(model_folder, data.special_tokens)
     if untrained:

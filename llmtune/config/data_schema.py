@@ -43,12 +43,13 @@ class DataConfig:
 
     train: Any = MISSING
     """A file, a pattern, a folder, a URL, a Hugging Face id, ``stdlib_docs``, or a list of them; ``@N`` behind it takes N
-    rows drawn with the seed. Instead of a text, a mapping with ``path`` and any of ``format fields limit repeat weight
-    split name revision``."""
+    rows drawn with the seed. Instead of a text, a mapping with ``path`` and any of ``format fields ignore limit repeat
+    weight split name revision``."""
     eval: Any = None
     """The same for evaluation; without it ``val_set_size`` rows are split off the training data."""
     val_set_size: int | float = 0.05
-    """Rows (an integer) or share (a fraction below 1) split off for evaluation; 0 for none."""
+    """Rows of the files (an integer), or a share of them (a fraction below 1), split off for evaluation; 0 for none. A
+    long text is held out whole, whatever ``overlong`` makes of it."""
     format: DataFormat = DataFormat.auto
     """Format of the rows; ``auto`` tells it by the fields of each file's first row."""
     chat_template: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -22,10 +23,16 @@ class Message:
 
     role: Role
     content: str
-    train: bool = True
-    """Whether the assistant's words are trained; what others say is not, whatever stands here."""
+    train: bool | None = None
+    """Whether its words are trained; None where the row does not say: the assistant's are, what others say is not."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """More that chat templates read: ``tool_calls``, ``tool_call_id``, ``name``, ``reasoning_content``."""
+    """More that chat templates read: ``tool_calls`` with mappings as arguments, ``tool_call_id``, ``name``,
+    ``reasoning_content``."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether the words of an answer are trained."""
+        return self.train is not False
 
     def to_dict(self) -> dict[str, Any]:
         """As chat templates want it."""
@@ -44,6 +51,16 @@ class Conversation:
     label: str | int | float | None = None
     """Class or value of a classification row; its one or two texts are user messages."""
 
+    @property
+    def uses_tools(self) -> bool:
+        """Whether there are tools, calls of them, or what they gave."""
+        return bool(self.tools) or any(m.role is Role.tool or "tool_calls" in m.extra for m in self.messages)
+
     def prompt(self) -> list[dict[str, Any]]:
         """Everything before the last answer."""
         return [message.to_dict() for message in self.messages[:-1]]
+
+    def expected(self) -> str:
+        """The last answer: its words, or else the JSON of its calls."""
+        answer = self.messages[-1]
+        return answer.content or json.dumps(answer.extra.get("tool_calls", []), ensure_ascii=False)

@@ -18,7 +18,7 @@ from llmtune.config.data_schema import DataConfig, Overlong
 from llmtune.data.conversation import Conversation, Role
 from llmtune.data.formats import texts_within
 from llmtune.data.problems import RowError
-from llmtune.data.templates import ChatTemplate, Span
+from llmtune.data.templates import ChatTemplates, Span
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,7 +72,7 @@ class Encoder:
         known: Any = tokenizer
         self.settings = settings
         self.tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._template = ChatTemplates(tokenizer) if tokenizer.chat_template else None
         self._backend = known.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -91,6 +91,7 @@ class Encoder:
         for number, conversation in enumerate(conversations):
             try:
                 self._check_special(conversation)
+                self._check_switches(conversation)
                 rendered[conversation.plain].append((number, *self._render(conversation)))
             except RowError as error:
                 outcomes[number] = error
@@ -131,6 +132,16 @@ class Encoder:
         for text in texts_within(list(conversation.tools)) if conversation.tools else ():
             if found := self._special_text.search(text):
                 raise RowError(f"'tools' holds {found[0]!r}, which the tokenizer reads as a special token")
+
+    def _check_switches(self, conversation: Conversation) -> None:
+        for number, message in enumerate(conversation.messages):
+            if message.role is Role.assistant or message.train in (None, self.settings.train_on_inputs):
+                continue
+            said, now = ("to be trained", "false") if message.train else ("not to be trained", "true")
+            raise RowError(
+                f"message {number} ({message.role.value}) says that it is {said}, and data.train_on_inputs={now} decides "
+                f"for all that is not the assistant's; take the field out, or data.train_on_inputs={str(message.train).lower()}"
+            )
 
     def _finish(self, conversation: Conversation, text: Any, spans: list[Span], encoding: Any) -> Outcome:
         ids = np.asarray(encoding.ids, dtype=np.int32)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llmtune.config.data_schema import DataFormat
 from llmtune.data.conversation import Conversation, Message, Role
-from llmtune.data.problems import RowError
+from llmtune.data.fields import MASKED, REASONING, TRAINED
+from llmtune.data.problems import RowError, short
+from llmtune.data.tool_calls import parse_tool_calls, read_tool_calls, read_tools
 
 Row = Mapping[str, Any]
 
@@ -30,7 +31,9 @@ ROLES = {
 }
 
 #: Fields of a message that go to the chat template as they are.
-EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+EXTRA = ("tool_call_id", "name")
+
+_SWITCHES = frozenset((*TRAINED, *MASKED))
 
 
 def from_alpaca(row: Row) -> Conversation:
@@ -63,9 +66,9 @@ def from_prompt_completion(row: Row) -> Conversation:
     if isinstance(row.get("prompt"), list | tuple):
         turns = [*_list(row, "prompt"), *_list(row, "completion")]
         asked = len(_list(row, "prompt"))
-        # Only the completion is trained, also where the prompt holds earlier answers.
+        # Only the completion is trained, also where the prompt holds earlier answers that do not say so.
         messages = [
-            {**turn, "train": False} if index < asked and isinstance(turn, Mapping) and _unsaid(turn) else turn
+            {**turn, "train": False} if index < asked and _is_answer(turn) and not _switches(turn) else turn
             for index, turn in enumerate(turns)
         ]
         return _from_turns({**row, "messages": messages}, "messages", "role", "content")
@@ -160,7 +163,10 @@ def _from_turns(row: Row, field: str, role_field: str, text_field: str) -> Conve
         messages.append(_to_message(entry, place, role_field, text_field))
     if messages[-1].role is not Role.assistant:
         raise RowError(f"the last message is the {messages[-1].role.value}'s; it must be the assistant's")
-    return Conversation(tuple(messages), tools=_tools(row))
+    tools = read_tools(row)
+    for text in texts_within(tools) if tools else ():
+        check_unicode(text, "tools")
+    return Conversation(tuple(messages), tools=tools)
 
 
 def _to_message(entry: Row, place: str, role_field: str, text_field: str) -> Message:
@@ -168,33 +174,63 @@ def _to_message(entry: Row, place: str, role_field: str, text_field: str) -> Mes
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise RowError(f"{place}: {role_field} is {short(name)}; it must be one of {', '.join(ROLES)}")
+    if name == "function_call":
+        calls = parse_tool_calls(_content(entry, text_field, place), place)
+        entry = {**entry, text_field: "", "tool_calls": [*read_tool_calls(entry, place), *calls]}
+    train = _says_train(entry, place)
+    if len(entry) == 2 and text_field in entry:
+        # Nothing but who says what, as most messages are.
+        return Message(role, _content(entry, text_field, place), train)
     # Arrow fills the fields that other rows have with nulls.
-    extra = {key: entry[key] for key in EXTRA if entry.get(key) not in (None, [], "")}
+    extra: dict[str, Any] = {key: entry[key] for key in EXTRA if entry.get(key) not in (None, [], "")}
+    if not isinstance(extra.get("name", ""), str):
+        raise RowError(f"{place}: 'name' must be text, not {short(extra['name'])}")
+    calls = read_tool_calls(entry, place)
+    extra |= {"tool_calls": calls} if calls else {}
+    extra |= _reasoning(entry, place)
     for text in texts_within(extra) if extra else ():
         check_unicode(text, f"{place}: {', '.join(extra)}")
-    if name == "function_call":
-        return Message(
-            role, "", _train(entry, place), {**extra, "tool_calls": [_function_call(entry, place, text_field)]}
-        )
-    if entry.get(text_field) in (None, "") and "tool_calls" in extra:
-        return Message(role, "", _train(entry, place), extra)
-    return Message(role, _content(entry, text_field, place), _train(entry, place), extra)
+    if calls and entry.get(text_field) in (None, ""):
+        return Message(role, "", train, extra)
+    return Message(role, _content(entry, text_field, place), train, extra)
 
 
-def _unsaid(entry: Row) -> bool:
-    """Whether a message does not say if it is trained; Arrow fills in nulls."""
-    return entry.get("train") is None and entry.get("weight") is None
+def _reasoning(entry: Row, place: str) -> dict[str, str]:
+    """What the model thought, under all names by which templates ask for it."""
+    found = {name: entry[name] for name in REASONING if entry.get(name) not in (None, "", [])}
+    for name, text in found.items():
+        if not isinstance(text, str):
+            raise RowError(f"{place}: {name!r} must be text, not {short(text)}")
+    if len(set(found.values())) > 1:
+        raise RowError(f"{place}: {' and '.join(found)} say different things; keep one of them")
+    return {**found, **dict.fromkeys(("reasoning_content", "thinking"), text)} if found else {}
 
 
-def _train(entry: Row, place: str) -> bool:
-    """``train``, or OpenAI's ``weight`` of 0 or 1."""
-    train = entry.get("train")
-    train = entry.get("weight") if train is None else train
-    if train is None:
-        return True
-    if train not in (True, False, 0, 1):
-        raise RowError(f"{place}: 'train' must be true or false, not {short(train)}")
-    return bool(train)
+def _is_answer(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and ROLES.get(str(turn.get("role"))) is Role.assistant
+
+
+def _switches(entry: Row) -> list[str]:
+    """Fields by which a message says whether it is trained; Arrow fills in nulls."""
+    return sorted(name for name in entry.keys() & _SWITCHES if entry[name] is not None)
+
+
+def _says_train(entry: Row, place: str) -> bool | None:
+    """Whether a message is trained, by whatever name it says so: ``train``, OpenAI's ``weight``, ``loss``, ``masked`` ...
+
+    None where it says nothing.
+    """
+    said: dict[str, bool] = {}
+    for name in _switches(entry):
+        value = entry[name]
+        if value not in (True, False):
+            raise RowError(
+                f"{place}: {name!r} must be true or false, not {short(value)}: a message is trained, or it is not"
+            )
+        said[name] = bool(value) is not (name in MASKED)
+    if len(set(said.values())) > 1:
+        raise RowError(f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them")
+    return next(iter(said.values()), None)
 
 
 def _content(entry: Row, field: str, place: str) -> str:
@@ -211,31 +247,6 @@ def _content(entry: Row, field: str, place: str) -> str:
         return _text({**entry, field: value}, field)
     except RowError as error:
         raise RowError(f"{place}: {error}") from error
-
-
-def _function_call(entry: Row, place: str, text_field: str) -> dict[str, Any]:
-    text = _content(entry, text_field, place)
-    try:
-        call = json.loads(text)
-        return {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
-    except (ValueError, TypeError, KeyError) as error:
-        raise RowError(f"{place}: a function_call must be JSON with name and arguments, not {short(text)}") from error
-
-
-def _tools(row: Row) -> tuple[dict[str, Any], ...]:
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools:
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise RowError(f"'tools' is no JSON: {short(tools)}") from error
-    if not tools:
-        return ()
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError(f"'tools' must be a list of function schemas, not {short(tools)}")
-    for text in texts_within(tools):
-        check_unicode(text, "tools")
-    return tuple(tools)
 
 
 def _list(row: Row, field: str, required: bool = True) -> list[Any]:
@@ -303,9 +314,3 @@ def not_utf8(byte: int) -> str:
 
 def _missing(row: Row, field: str) -> str:
     return f"the field {field!r} is missing (the row has: {', '.join(map(str, row))})"
-
-
-def short(value: Any) -> str:
-    """A value for an error message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

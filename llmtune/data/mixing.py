@@ -15,22 +15,34 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def hold_out(rows: int, size: int | float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def hold_out(begins: NDArray[np.bool_], size: int | float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Row numbers for training, in order, and for evaluation, in the order drawn.
 
+    Documents are drawn, each with all of its pieces: a piece between two that are trained on measures how much was
+    learned by heart.
+
     Args:
-        size: Rows, or a share below 1.
+        begins: Whether each row begins a document, or is a further piece of the one before it. Shape (rows,).
+        size: Documents, or a share of them below 1.
 
     Raises:
         DataError: Nothing would be left to train on.
     """
-    count = size if isinstance(size, int) else max(1, round(size * rows)) if size else 0
-    if count >= rows:
+    starts = np.flatnonzero(begins)
+    documents = len(starts)
+    count = size if isinstance(size, int) else max(1, round(size * documents)) if size else 0
+    if count >= documents:
+        cut = f", cut into {len(begins)} pieces but held out whole" if len(begins) > documents else ""
         raise DataError(
-            f"data.val_set_size={size} takes all {rows} row(s) of data.train: add rows, or take data.val_set_size=0"
+            f"data.val_set_size={size} takes all {documents} row(s) of data.train{cut}: add rows, or take "
+            "data.val_set_size=0"
         )
-    held_out = draw_rows(rows, count, seed, Draw.held_out)
-    keep = np.ones(rows, dtype=bool)
+    drawn = draw_rows(documents, count, seed, Draw.held_out)
+    pieces = np.diff(np.append(starts, len(begins)))[drawn]
+    # The pieces of each drawn document, in order: its first row and a count from 0.
+    within = np.arange(pieces.sum(), dtype=np.int64) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    held_out = np.repeat(starts[drawn], pieces) + within
+    keep = np.ones(len(begins), dtype=bool)
     keep[held_out] = False
     return np.flatnonzero(keep).astype(np.int64), held_out
 

@@ -6,10 +6,11 @@ of those and of how sources are mixed, split and packed. A second start finds bo
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,11 @@ from llmtune.data.fingerprint import digest, hash_tokenizer, identify_file
 from llmtune.data.mixing import hold_out, mix
 from llmtune.data.packing import pack_rows, packing_efficiency
 from llmtune.data.preflight import check_labels, check_leaks, check_overlong
-from llmtune.data.problems import Problem, read_problem_file, refuse, write_problems
+from llmtune.data.problems import Problem, RowError, read_problem_file, refuse, write_problems
 from llmtune.data.source_tokens import Watch, find_conversations, token_folder, tokenise_source
 from llmtune.data.sources import Source, parse_sources, resolve_files
 from llmtune.data.store import Rows, TokenStore, publish_folder
+from llmtune.data.templates import ChatTemplates
 from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import ConfigError, DataError
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Part of the cache key; raise it when rows are mixed, split or packed differently.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 #: Held-out prompts that are answered before and after training.
 SAMPLE_PROMPTS = 3
@@ -82,6 +84,8 @@ class PreparedData:
     """Problems for which training is refused."""
     left_out: int
     """Problems of rows that were left out instead."""
+    unknown_fields: list[str] = field(default_factory=list)
+    """Fields of rows, messages and parts that are neither read nor known to be harmless, sorted."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreparedData:
@@ -97,6 +101,8 @@ class SamplePrompt:
 
     messages: list[dict[str, Any]]
     expected: str
+    text: str
+    """The messages as the model reads them, with the row's tools, up to where it answers."""
 
 
 def prepare_data(
@@ -139,7 +145,7 @@ def prepare_data(
             stores = [str(token_folder(cache_dir, key)) for key in keys]
             eval_stores = [str(token_folder(cache_dir, key)) for key in eval_keys]
             _Index(config, sources, stores, eval_stores, seed, aside).write()
-            samples = _samples(aside, eval_stores or stores, eval_sources or sources)
+            samples = _samples(aside, eval_stores or stores, eval_sources or sources, tokenizer)
             (aside / _SAMPLES).write_text(json.dumps([asdict(s) for s in samples], ensure_ascii=False, indent=1))
     values = json.loads((folder / _SUMMARY).read_text())
     data = PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
@@ -249,6 +255,7 @@ class _Index:
             "eval_stores": self.names[1] or self.names[0],
             "classes": _classes(every),
             "special_tokens": sorted({token for store in every for token in store.summary.special}),
+            "unknown_fields": sorted({name for store in every for name in store.summary.unknown}),
             "fatal": fatal,
             "left_out": bad_rows + len(leaks) + len(whole) - fatal,
         }
@@ -271,15 +278,17 @@ class _Index:
         elif not sum(counts):
             raise self._nothing_left()
         else:
+            every = Rows(self.stores, np.arange(sum(counts), dtype=np.int64))
             try:
-                keep, held_out = hold_out(sum(counts), 0 if own_eval else self.config.val_set_size, self.seed)
+                size = 0 if own_eval else self.config.val_set_size
+                keep, held_out = hold_out(every.documents("begins"), size, self.seed)
             except DataError as error:
                 # Too few rows are left because many are bad: that is the news.
                 bad_rows = any(store.summary.bad_rows for store in self.stores)
                 raise refuse(self._bad_rows(self.stores), str(error)) if bad_rows else error from None
             if len(held_out):
                 # Data often repeats rows; what is held out must not be trained on all the same.
-                hashes = Rows(self.stores, np.arange(sum(counts), dtype=np.int64)).documents("hashes")
+                hashes = every.documents("hashes")
                 twin = np.isin(hashes[keep], hashes[held_out])
                 keep, twins = keep[~twin], int(twin.sum())
             train = Rows(self.stores, mix(keep, self.sources, counts, self.seed))
@@ -336,15 +345,23 @@ def _classes(stores: list[TokenStore]) -> list[Any]:
     return sorted(every, key=lambda label: (isinstance(label, str), label))[:MAX_CLASSES]
 
 
-def _samples(folder: Path, stores: list[str], sources: list[Source]) -> list[SamplePrompt]:
+def _samples(
+    folder: Path, stores: list[str], sources: list[Source], tokenizer: PreTrainedTokenizerBase
+) -> list[SamplePrompt]:
     """The first held-out conversations, read again from their files."""
-    if json.loads((folder / _SUMMARY).read_text())["eval"] is None:
+    if json.loads((folder / _SUMMARY).read_text())["eval"] is None or not tokenizer.chat_template:
         return []
     rows = _open(folder, stores, "eval")
     places = [rows.source_place(number) for number in range(min(SAMPLE_PROMPTS, len(rows)))]
     found = find_conversations([replace(s, limit=None) for s in sources], places)
-    return [
-        SamplePrompt(conversation.prompt(), conversation.messages[-1].content)
-        for conversation in found
-        if not conversation.plain and len(conversation.messages) > 1
-    ]
+    templates = ChatTemplates(tokenizer)
+    samples = []
+    for conversation in found:
+        if conversation.plain or len(conversation.messages) < 2:
+            continue
+        # A template may refuse a beginning, although it took the whole.
+        with contextlib.suppress(RowError):
+            samples.append(
+                SamplePrompt(conversation.prompt(), conversation.expected(), templates.render_prompt(conversation))
+            )
+    return samples

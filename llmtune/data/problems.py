@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from llmtune.errors import DataError
 from llmtune.secrets import redact_values
@@ -41,6 +41,12 @@ class Problem:
 def place(file: str, line: int | None) -> str:
     """``file:line``."""
     return file if line is None else f"{file}:{line}"
+
+
+def short(value: Any) -> str:
+    """A value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_problems(problems: Iterable[Problem], file: TextIO) -> None:

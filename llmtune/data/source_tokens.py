@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 from llmtune.config.data_schema import DataConfig, DataFormat
 from llmtune.data.conversation import Conversation
 from llmtune.data.encode import EncodeSettings
+from llmtune.data.fields import without_fields
 from llmtune.data.fingerprint import digest, hash_files
-from llmtune.data.formats import CHAT_FORMATS, FORMATS, detect_format, rename
+from llmtune.data.formats import CHAT_FORMATS, detect_format, rename
 from llmtune.data.problems import RowError, place
 from llmtune.data.readers import Block, count_rows, parse_rows, read_blocks, select_rows
+from llmtune.data.recipe import Recipe
 from llmtune.data.sources import DataFile, Source, is_compressed, resolve_files
 from llmtune.data.store import SUMMARY, publish_folder, write_store
 from llmtune.data.templates import check_chat_template
-from llmtune.data.tokenise import Recipe, TokenBlock, Tokeniser, Work
+from llmtune.data.tokenise import TokenBlock, Tokeniser, Work
 from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
 from llmtune.errors import DataError
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Part of the cache key; raise it when rows come out differently.
-TOKENS_VERSION = 2
+TOKENS_VERSION = 3
 
 #: Below this many bytes, starting workers takes longer than tokenising.
 SMALL_BYTES = 8_000_000
@@ -71,7 +73,8 @@ def tokenise_source(
     shaping = [settings.max_seq_length, settings.overlong.value, settings.train_on_inputs]
     drawn = [source.limit, seed, DRAWS_VERSION] if source.limit else None
     contents = hash_files(files, source, cache)
-    key = digest([TOKENS_VERSION, tokenizer_hash, contents, source.format.value, source.fields, drawn, shaping])
+    columns = [source.fields, sorted(source.ignore)]
+    key = digest([TOKENS_VERSION, tokenizer_hash, contents, source.format.value, *columns, drawn, shaping])
     folder = token_folder(cache, key)
     if not (folder / SUMMARY).is_file():
         recipes = find_recipes(source, files)
@@ -135,10 +138,12 @@ def find_recipe(source: Source, file: DataFile) -> Recipe | None:
             if isinstance(row, RowError):
                 broken = broken or f"{where}: {row}"
                 continue
+            ignore = frozenset(source.ignore)
             if source.format is not DataFormat.auto:
-                return Recipe(source.format, source.fields)
+                return Recipe(source.format, source.fields, ignore)
             try:
-                return Recipe(detect_format(rename(row, source.fields)), source.fields)
+                read = rename(without_fields(row, ignore), source.fields)
+                return Recipe(detect_format(read), source.fields, ignore)
             except RowError as error:
                 raise DataError(f"{where}: {error}") from error
     if broken:
@@ -158,7 +163,7 @@ def find_conversations(sources: Sequence[Source], places: list[tuple[int, str, i
                     continue
                 for line, row in parse_rows(block):
                     if (file.path, line) in wanted and not isinstance(row, RowError) and recipe:
-                        found.setdefault((number, file.path, line), FORMATS[recipe.format](rename(row, recipe.fields)))
+                        found.setdefault((number, file.path, line), recipe.read(row)[0])
     return [found[at] for at in places if at in found]
 
 

@@ -33,6 +33,8 @@ class Source:
     format: DataFormat = DataFormat.auto
     fields: dict[str, str] = field(default_factory=dict)
     """Field of the format -> column of the file."""
+    ignore: tuple[str, ...] = ()
+    """Fields of rows and messages that are left out knowingly, although they may say what is to be learned."""
     limit: int | None = None
     """Rows taken, drawn with the seed."""
     repeat: int = 1
@@ -102,10 +104,13 @@ def _checked(entry: dict[str, Any], key: str) -> dict[str, Any]:
     columns = entry.get("fields", {})
     if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns.values()):
         raise ConfigError(f"{key}.fields={columns}: a mapping such as {{instruction: question, output: answer}}")
+    ignore = entry.get("ignore", [])
+    if not isinstance(ignore, list | tuple) or not all(isinstance(name, str) for name in ignore):
+        raise ConfigError(f"{key}.ignore={ignore}: a list of fields such as [label, score]")
     if "format" not in entry:
-        return {}
+        return {"ignore": tuple(ignore)}
     try:
-        return {"format": DataFormat(entry["format"])}
+        return {"ignore": tuple(ignore), "format": DataFormat(entry["format"])}
     except ValueError as error:
         known = ", ".join(data_format.value for data_format in DataFormat)
         raise ConfigError(f"{key}.format={entry['format']}: must be one of {known}") from error

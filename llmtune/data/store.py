@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 ROWS, SUMMARY, BAD_ROWS = "rows.arrow", "summary.json", "bad_rows.jsonl"
 
 #: Arrays of one number a row.
-_COLUMNS = {"lengths": np.int32, "trained": np.int32, "hashes": np.uint64, "lines": np.int64, "files": np.int32}
+_COLUMNS: dict[str, type[np.generic]] = {
+    "lengths": np.int32,
+    "trained": np.int32,
+    "hashes": np.uint64,
+    "lines": np.int64,
+    "files": np.int32,
+    "begins": np.bool_,
+}
 
 
 @dataclass(slots=True)
@@ -40,6 +47,8 @@ class StoreSummary:
     files: list[str] = field(default_factory=list)
     special: list[int] = field(default_factory=list)
     """Special tokens that occur in the rows."""
+    unknown: list[str] = field(default_factory=list)
+    """Fields that no format reads and that are not known to be harmless."""
     max_id: int = -1
     """The largest token id; -1 where an earlier version did not look."""
 
@@ -73,6 +82,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
     labels: list[str | int | float] = []
     overlong: Counter[int] = Counter()
     special: set[int] = set()
+    unknown: set[str] = set()
     schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("mask", pa.list_(pa.bool_()))])
     with (
         pa.OSFile(str(folder / ROWS), "wb") as file,
@@ -82,12 +92,13 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
         for block in blocks:
             if not summary.files or summary.files[-1] != block.file:
                 summary.files.append(block.file)
-            for name in ("lengths", "trained", "hashes", "lines"):
+            for name in ("lengths", "trained", "hashes", "lines", "begins"):
                 columns[name].append(getattr(block, name))
             columns["files"].append(np.full(len(block.lengths), len(summary.files) - 1, dtype=np.int32))
             labels += block.labels
             overlong.update(block.overlong)
             special |= block.special
+            unknown |= block.unknown
             summary.max_id = max(summary.max_id, int(block.ids.max(initial=-1)))
             summary.rows += len(block.lengths)
             summary.truncated += block.truncated
@@ -97,6 +108,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
                 writer.write_batch(_to_arrow(block, schema))
     summary.overlong = sorted(overlong.items())
     summary.special = sorted(special)
+    summary.unknown = sorted(unknown)
     _write_numbers(columns, labels, summary, folder)
     return summary
 
@@ -138,7 +150,7 @@ class TokenStore:
         return self.summary.rows
 
     def numbers(self, name: str) -> NDArray[Any]:
-        """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``. Shape (rows,)."""
+        """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``, ``begins``. Shape (rows,)."""
         array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return array
 

@@ -24,10 +24,11 @@ from llmtune.data.loader import LoaderSettings, StepBatch, load, share_of_rank
 from llmtune.data.packing import pack_rows
 from llmtune.data.problems import Problem, refuse, write_problems
 from llmtune.data.readers import read_blocks
+from llmtune.data.recipe import Recipe
 from llmtune.data.source_tokens import find_recipe
 from llmtune.data.sources import DataFile, Source, parse_sources, resolve_files
 from llmtune.data.store import Row, join_documents
-from llmtune.data.tokenise import Recipe, TokenBlock, tokenise_block
+from llmtune.data.tokenise import TokenBlock, tokenise_block
 from llmtune.data.vocabulary import check_block
 from llmtune.draws import Draw, generator
 from llmtune.errors import CheckpointError, DataError
@@ -97,8 +98,11 @@ class RowStream:
         blocks, after = self._read_window(cursor)
         return self._arrange(blocks, cursor.window), after
 
-    def check(self) -> None:
+    def check(self) -> set[str]:
         """Look at the first window as a preflight looks at files.
+
+        Returns:
+            Fields of its rows that nobody reads.
 
         Raises:
             DataError: A row cannot be trained on, too many are over-long, or they are for a classifier.
@@ -112,6 +116,7 @@ class RowStream:
                 f"data.max_seq_length={self.config.max_seq_length}, more than "
                 f"data.max_overlong_share={self.config.max_overlong_share:g}"
             )
+        return {name for block in blocks for name in block.unknown}
 
     def _read_window(self, cursor: Cursor) -> tuple[list[TokenBlock], Cursor]:
         after = cursor.copy()

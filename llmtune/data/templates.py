@@ -7,14 +7,18 @@ pieces must add up to the whole text.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
+from llmtune.data.completeness import Completeness
 from llmtune.data.conversation import Conversation, Message, Role
 from llmtune.data.problems import RowError
 from llmtune.data.verbatim import Verbatim, find_verbatim
@@ -58,8 +62,14 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> 
     """Refuse a tokenizer without a template: guessing one trains a model that no other tool prompts right.
 
     Raises:
-        ConfigError: There is no template.
+        ConfigError: There is no template, or there are several and none is named ``default``.
     """
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and named and "default" not in named:
+        raise ConfigError(
+            f"the tokenizer of {model_name} has the chat templates {', '.join(sorted(named))}, and none named default: save "
+            "the one that is meant to a file, and name it with data.chat_template=FILE.jinja"
+        )
     if not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {model_name} has no chat template (a base model?): add data.chat_template=llama3, "
@@ -77,16 +87,46 @@ class _Scaffold:
     """How far the trained span of each answer reaches before and behind its words; None for what others say."""
 
 
-class ChatTemplate:
-    """A tokenizer's template, ready to render many conversations."""
+class ChatTemplates:
+    """All templates of a tokenizer. One named ``tool_use`` is for rows with tools, as transformers has it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        named: Any = tokenizer.chat_template
+        self._default = ChatTemplate(tokenizer)
+        uses_tools = isinstance(named, dict) and "tool_use" in named
+        self._tool_use = ChatTemplate(tokenizer, named["tool_use"]) if uses_tools else self._default
+
+    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """Text and spans of a row, by the template that it needs; see :meth:`ChatTemplate.render`."""
+        return self._of(conversation).render(conversation)
+
+    def render_prompt(self, conversation: Conversation) -> str:
+        """The text up to the last answer, with what stands before an answer.
+
+        Raises:
+            RowError: The template refuses it.
+        """
+        return self._of(conversation).render_prompt(conversation)
+
+    def _of(self, conversation: Conversation) -> ChatTemplate:
+        return self._tool_use if conversation.uses_tools else self._default
+
+
+class ChatTemplate:
+    """One template, ready to render many conversations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None):
+        """
+        Args:
+            text: Of the template; the tokenizer's own where it is not given.
+        """
         # Here, because it imports torch, which commands without data do not need.
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         self._scaffolds: dict[tuple[Role, ...], _Scaffold | None] = {}
-        self._text = str(tokenizer.get_chat_template())
+        self._text = text if text is not None else str(tokenizer.get_chat_template())
         self._variables = dict(tokenizer.special_tokens_map)
+        self._completeness = Completeness(lambda row: self._apply(list(row.messages), row)[0])
         self.marked = _MARK.search(self._text) is not None
         environment: Any = _compile_jinja_template(self._text).environment
         self._verbatim = Verbatim.no if self.marked else find_verbatim(environment.parse(self._text))
@@ -95,36 +135,50 @@ class ChatTemplate:
         """The whole text, and the spans of the answers with what ends their turns, in order.
 
         Raises:
-            RowError: The template refuses the row, or answers cannot be told from what surrounds them.
+            RowError: The template refuses the row, answers cannot be told from what surrounds them, or the text lacks
+                something that the row says.
+        """
+        built = None if self.marked else self._by_scaffold(conversation)
+        if built is not None:
+            # Every word of it is there by construction.
+            return built
+        try:
+            text, spans = self._marked(conversation) if self.marked else self._derived(conversation)
+            self._completeness.check(conversation, text)
+            return text, spans
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
+            raise _refused(error) from error
+
+    def render_prompt(self, conversation: Conversation) -> str:
+        """The text up to the last answer, with what stands before an answer.
+
+        Raises:
+            RowError: The template refuses it.
         """
         try:
-            return self._marked(conversation) if self.marked else self._derived(conversation)
+            return self._apply(conversation.messages[:-1], conversation, prompt=True)[0]
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
-            raise RowError(f"the chat template refuses the row: {error}") from error
+            raise _refused(error) from error
 
     def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        messages = [message.to_dict() for message in conversation.messages]
-        text, spans = self._apply(messages, conversation, marks=True)
+        text, spans = self._apply(conversation.messages, conversation, marks=True)
         answers = [message for message in conversation.messages if message.role is Role.assistant]
-        if all(message.train for message in answers):
+        if all(message.trained for message in answers):
             return text, [Span(start, end, True) for start, end in spans]
         if len(answers) != len(spans):
             raise RowError(
                 f"the chat template marks {len(spans)} places for {len(answers)} answers, so 'train' of a message "
                 "cannot be told apart; take another data.chat_template"
             )
-        return text, [Span(*span, message.train) for span, message in zip(spans, answers, strict=True)]
+        return text, [Span(*span, message.trained) for span, message in zip(spans, answers, strict=True)]
 
     def _derived(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        built = self._by_scaffold(conversation)
-        if built is not None:
-            return built
-        text, _ = self._apply([message.to_dict() for message in conversation.messages], conversation)
+        text, _ = self._apply(conversation.messages, conversation)
         return text, self._by_prefixes(conversation, text)
 
     def _by_prefixes(self, conversation: Conversation, text: str) -> list[Span]:
         """Render up to each answer, and with it."""
-        messages = [message.to_dict() for message in conversation.messages]
+        messages = conversation.messages
         spans = []
         for index, message in enumerate(conversation.messages):
             if message.role is not Role.assistant:
@@ -137,7 +191,7 @@ class ChatTemplate:
                     f"the chat template renders the answer in message {index} differently with and without what "
                     "surrounds it, so its tokens cannot be told apart; take another data.chat_template"
                 )
-            spans.append(Span(len(prefix), len(upto), message.train))
+            spans.append(Span(len(prefix), len(upto), message.trained))
         return spans
 
     def _by_scaffold(self, conversation: Conversation) -> tuple[str, list[Span]] | None:
@@ -159,7 +213,7 @@ class ChatTemplate:
         for message, following, reach in zip(messages, scaffold.between[1:], scaffold.reaches, strict=True):
             end = position + len(message.content)
             if reach is not None:
-                spans.append(Span(position - reach[0], end + reach[1], message.train))
+                spans.append(Span(position - reach[0], end + reach[1], message.trained))
             parts += (message.content, following)
             position = end + len(following)
         return "".join(parts), spans
@@ -168,7 +222,7 @@ class ChatTemplate:
         names = [f"\ue000{number}\ue001" for number in range(len(roles))]
         sample = Conversation(tuple(Message(role, name) for role, name in zip(roles, names, strict=True)))
         try:
-            text, _ = self._apply([message.to_dict() for message in sample.messages], sample)
+            text, _ = self._apply(sample.messages, sample)
             spans = iter(self._by_prefixes(sample, text))
         except (RowError, jinja2.TemplateError, TypeError, ValueError, AttributeError):
             # Whatever is wrong is found, and named, with the row itself.
@@ -188,16 +242,59 @@ class ChatTemplate:
             return None
         return _Scaffold(tuple(between), tuple(reaches))
 
+    @cached_property
+    def _arguments_as_text(self) -> bool:
+        """Whether the template takes the arguments of a call as JSON text; most take a mapping, and write JSON or more.
+
+        One that wants text cannot join a mapping to it, or writes the mapping as Python does.
+        """
+        call = {"id": "callcall0", "type": "function", "function": {"name": "f", "arguments": {"zqkey": "zqvalue"}}}
+        answer = Message(Role.assistant, "", extra={"tool_calls": [call]})
+        result = Message(Role.tool, "c", extra={"tool_call_id": "callcall0", "name": "f"})
+        messages = (Message(Role.user, "a"), answer, result, Message(Role.assistant, "d"))
+        sample = Conversation(messages, tools=({"type": "function", "function": {"name": "f", "parameters": {}}},))
+        written: dict[bool, str | None] = {}
+        for as_text in (False, True):
+            try:
+                written[as_text] = self._apply(messages, sample, as_text=as_text)[0]
+            except (jinja2.TemplateError, TypeError, ValueError, AttributeError):
+                written[as_text] = None
+        as_mapping = written[False]
+        return written[True] is not None and (as_mapping is None or "{'zqkey': 'zqvalue'}" in as_mapping)
+
+    def _to_dict(self, message: Message, as_text: bool | None) -> dict[str, Any]:
+        """As the template wants it."""
+        values = message.to_dict()
+        if "tool_calls" in values and (self._arguments_as_text if as_text is None else as_text):
+            values["tool_calls"] = [
+                {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+                for call in values["tool_calls"]
+                for function in [call["function"]]
+            ]
+        return values
+
     def _apply(
-        self, messages: list[dict[str, Any]], conversation: Conversation, prompt: bool = False, marks: bool = False
+        self,
+        messages: Sequence[Message],
+        conversation: Conversation,
+        prompt: bool = False,
+        marks: bool = False,
+        as_text: bool | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
+        """Render some messages of a conversation.
+
+        Args:
+            prompt: Add what stands before an answer.
+            marks: Also find the places that the template marks.
+            as_text: Whether arguments of calls are JSON text; None is as the template wants them.
+        """
         # What tokenizer.apply_chat_template calls, without the tokenizer around it, which costs half as much again. Its
         # annotation says str for what is a list of texts and one of spans.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
         texts, spans = render(
-            [messages],
+            [[self._to_dict(message, as_text) for message in messages]],
             tools=list(conversation.tools) or None,
             chat_template=self._text,
             return_assistant_tokens_mask=marks,
@@ -205,3 +302,7 @@ class ChatTemplate:
             **self._variables,
         )
         return texts[0], list(spans[0]) if marks else []
+
+
+def _refused(error: Exception) -> RowError:
+    return RowError(f"the chat template refuses the row: {error}; mend the row, or take another data.chat_template")

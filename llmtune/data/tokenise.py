@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -18,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from llmtune.config.data_schema import DataFormat
 from llmtune.data.conversation import Conversation
 from llmtune.data.encode import Encoder, EncodeSettings, Overflow, TokenRow
-from llmtune.data.formats import FORMATS, rename
 from llmtune.data.problems import Problem, RowError
 from llmtune.data.readers import Block, parse_rows
+from llmtune.data.recipe import Recipe
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,14 +32,6 @@ if TYPE_CHECKING:
 
 #: Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to hold in memory.
 AHEAD = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How the rows of a file become tokens."""
-
-    format: DataFormat
-    fields: dict[str, str]
 
 
 Work = tuple[Block, Recipe]
@@ -58,7 +50,9 @@ class TokenBlock:
     trained: NDArray[np.int32]
     """Trained tokens of each row."""
     hashes: NDArray[np.uint64]
-    """Of the ids, to find the same row elsewhere."""
+    """Of the ids of the whole document, to find the same one elsewhere; the pieces of a split document share it."""
+    begins: NDArray[np.bool_]
+    """Whether a row begins a document; the other pieces of a document that was split follow the first."""
     lines: NDArray[np.int64]
     labels: list[str | int | float] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -67,23 +61,27 @@ class TokenBlock:
     truncated: int = 0
     special: frozenset[int] = frozenset()
     """Special tokens that occur."""
+    unknown: frozenset[str] = frozenset()
+    """Fields that no format reads and that are not known to be harmless."""
 
 
 def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe) -> TokenBlock:
     """Parse, render and encode."""
-    read_row = FORMATS[recipe.format]
     lines: list[int] = []
     conversations: list[Conversation] = []
     problems: list[Problem] = []
+    unknown: set[str] = set()
     for line, row in parse_rows(block):
         try:
             if isinstance(row, RowError):
                 raise row
-            conversations.append(read_row(rename(row, recipe.fields)))
+            conversation, unread = recipe.read(row)
+            conversations.append(conversation)
             lines.append(line)
+            unknown |= unread
         except RowError as error:
             problems.append(Problem(block.file, line, str(error)))
-    rows: list[TokenRow] = []
+    documents: list[list[TokenRow]] = []
     kept: list[int] = []
     overlong: list[int] = []
     for line, outcome in zip(lines, encoder.encode(conversations), strict=True):
@@ -92,15 +90,16 @@ def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe) -> TokenBlock
         elif isinstance(outcome, Overflow):
             overlong.append(outcome.tokens)
         else:
-            rows += outcome
+            documents.append(outcome)
             kept += [line] * len(outcome)
     problems.sort(key=lambda problem: problem.line or 0)
-    return _collect(block, rows, kept, encoder, problems, overlong)
+    made = _collect(block, documents, kept, encoder)
+    made.problems, made.overlong, made.unknown = problems, overlong, frozenset(unknown)
+    return made
 
 
-def _collect(
-    block: Block, rows: list[TokenRow], lines: list[int], encoder: Encoder, problems: list[Problem], overlong: list[int]
-) -> TokenBlock:
+def _collect(block: Block, documents: list[list[TokenRow]], lines: list[int], encoder: Encoder) -> TokenBlock:
+    rows = list(itertools.chain.from_iterable(documents))
     ids = np.concatenate([row.ids for row in rows]) if rows else np.zeros(0, dtype=np.int32)
     return TokenBlock(
         file=block.file,
@@ -109,14 +108,20 @@ def _collect(
         mask=np.concatenate([row.mask for row in rows]) if rows else np.zeros(0, dtype=bool),
         lengths=np.array([len(row.ids) for row in rows], dtype=np.int32),
         trained=np.array([row.trained_tokens for row in rows], dtype=np.int32),
-        hashes=np.array([xxhash.xxh3_64_intdigest(row.ids.tobytes()) for row in rows], dtype=np.uint64),
+        hashes=np.array([digest for pieces in documents for digest in _hashes(pieces)], dtype=np.uint64),
+        begins=np.array([number == 0 for pieces in documents for number in range(len(pieces))], dtype=bool),
         lines=np.array(lines, dtype=np.int64),
         labels=[row.label for row in rows if row.label is not None],
-        problems=problems,
-        overlong=overlong,
         truncated=sum(row.truncated for row in rows),
         special=encoder.special.intersection(np.unique(ids).tolist()),
     )
+
+
+def _hashes(pieces: list[TokenRow]) -> list[int]:
+    state = xxhash.xxh3_64()
+    for piece in pieces:
+        state.update(piece.ids.tobytes())
+    return [state.intdigest()] * len(pieces)
 
 
 class Tokeniser:

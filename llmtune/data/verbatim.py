@@ -23,7 +23,7 @@ class Verbatim(Enum):
 
 
 #: Fields of a message that say nothing about its words, and those of a loop. Others may be methods, or messages.
-_FIELDS = {"role", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking"}
+_FIELDS = {"role", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking"}
 _LOOP = {"index", "index0", "revindex", "revindex0", "first", "last", "length"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict[str, str]]],
+    prompts: Sequence[str | list[dict[str, str]]],
     max_new_tokens: int,
     temperature: float = 0.0,
     device: torch.device | None = None,
@@ -24,14 +25,17 @@ def answer(
     """One answer a prompt.
 
     Args:
-        prompts: Lists of ``{role, content}``.
+        prompts: Lists of ``{role, content}``, or texts that have been through the chat template.
         temperature: 0 always takes the likeliest token.
         device: Where the model computes; its parameters may lie elsewhere when they are offloaded.
         synced_ranks: Under ZeRO 3 all ranks generate, and go on until the last has finished.
     """
     from transformers import GenerationConfig
 
-    texts = [str(tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)) for p in prompts]
+    texts = [
+        p if isinstance(p, str) else str(tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True))
+        for p in prompts
+    ]
     # Padding belongs on the left here: what is generated follows the last token.
     encoded = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
     device = device or next(model.parameters()).device

@@ -67,9 +67,9 @@ class SampleAnswers:
         sharded = self.module.zero_stage == 3
         if not (sharded or self.module.rank.is_first):
             return []
-        messages = [prompt.messages for prompt in self.prompts]
+        texts = [prompt.text for prompt in self.prompts]
         device = self.module.rank.device
-        return answer(self.module.model, self.tokenizer, messages, MAX_NEW_TOKENS, device=device, synced_ranks=sharded)
+        return answer(self.module.model, self.tokenizer, texts, MAX_NEW_TOKENS, device=device, synced_ranks=sharded)
 
 
 def samples_reason_to_skip(wanted: bool | str, parameters: int, sharded_or_offloaded: bool, prompts: int) -> str | None:

@@ -78,6 +78,18 @@ def test_a_person_sees_numbers_lengths_and_masks(tmp_path: Path, capfd: pytest.C
     assert "data:image/png;base64,iVBOR" in page
 
 
+def test_fields_that_nobody_reads_are_listed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = Path(write(tmp_path / "a.jsonl", 20))
+    rows = [{**json.loads(line), "mood": "good", "id": 1} for line in source.read_text().splitlines()]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    given = ["data", "model=tiny", f"data.train={source}", f"output_dir={tmp_path}/out"]
+    assert main(given) == 0
+    (line,) = (line for line in capfd.readouterr().out.splitlines() if "not read" in line)
+    assert line.split()[2:] == ["mood"]
+    assert main([*given, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["unknown_fields"] == ["mood"]
+
+
 @pytest.mark.process
 def test_classification_rows_can_be_looked_at_but_not_trained_yet(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -88,7 +88,11 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), m
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
 @given(
     turns=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3),
     system=st.none() | WORDS,
@@ -269,6 +273,20 @@ def test_training_on_inputs_leaves_out_what_a_message_forbids(chatml: Any) -> No
     assert "wrong" not in text
     assert "<|im_start|>user\na<|im_end|>" in text
     assert text.endswith("right<|im_end|>")
+
+
+def test_what_others_say_is_trained_as_the_setting_has_it_or_the_row_is_refused(chatml: Any) -> None:
+    answer = Message(Role.assistant, "b")
+    for said, inputs in ((True, True), (False, False), (None, True), (None, False)):
+        only(encode(chatml, Conversation((Message(Role.user, "a", train=said), answer)), inputs=inputs))
+    for said, inputs, message in (
+        (True, False, "message 0 (user) says that it is to be trained, and data.train_on_inputs=false decides"),
+        (False, True, "message 0 (user) says that it is not to be trained, and data.train_on_inputs=true decides"),
+    ):
+        refused = encode(chatml, Conversation((Message(Role.user, "a", train=said), answer)), inputs=inputs)
+        assert isinstance(refused, RowError)
+        assert message in str(refused)
+        assert f"data.train_on_inputs={str(said).lower()}" in str(refused), "the next step"
 
 
 def test_training_on_inputs_of_plain_texts_trains_all_of_them(families: dict[str, Any]) -> None:

@@ -88,10 +88,10 @@ def test_messages_can_be_left_untrained() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]
     more = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
     row = FORMATS[DataFormat.messages]({"messages": [*turns, *more]})
-    assert [message.train for message in row.messages] == [True, False, True, True]
+    assert [message.train for message in row.messages] == [None, False, None, None]
     plain = [{key: turn[key] for key in ("role", "content")} for turn in [*turns, *more]]
     row = FORMATS[DataFormat.prompt_completion]({"prompt": plain[:3], "completion": plain[3:]})
-    assert [message.train for message in row.messages] == [False, False, False, True], "only the completion is trained"
+    assert [message.train for message in row.messages] == [None, False, None, None], "only the completion is trained"
 
 
 def test_nulls_and_weights_of_completions_are_understood() -> None:
@@ -104,7 +104,7 @@ def test_nulls_and_weights_of_completions_are_understood() -> None:
     ]
     messages = [{"role": role, "content": text, "train": None, "weight": weight} for role, text, weight in turns]
     row = FORMATS[DataFormat.prompt_completion]({"prompt": messages[:3], "completion": messages[3:]})
-    assert [message.train for message in row.messages] == [False, False, False, False, True]
+    assert [message.train for message in row.messages] == [None, False, None, False, True]
 
 
 def test_labels_keep_their_names() -> None:

@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llmtune.config.data_schema import DataConfig, Overlong
+from llmtune.data.mixing import hold_out
 from llmtune.data.prepare import PreparedData, open_rows, prepare_data, read_samples
 from llmtune.data.source_tokens import TokeniseProgress
+from llmtune.data.templates import load_chat_template
 from llmtune.errors import ConfigError, DataError
 
 
@@ -262,3 +266,125 @@ def test_class_names_are_kept(tokenizer: Any, tmp_path: Path) -> None:
     path.write_text("sentence1,sentence2,label\na,b,entailment\nc,d,neutral\ne,f,neutral\n")
     data = prepare(tokenizer, tmp_path, train=str(path), val_set_size=0)
     assert data.classes == ["entailment", "neutral"]
+
+
+def long_texts(path: Path, count: int, words: int) -> str:
+    rows = [{"text": " ".join(f"d{number} w{word}" for word in range(words))} for number in range(count)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def documents_of(data: PreparedData, split: str) -> set[tuple[str, int]]:
+    rows = open_rows(data, split)
+    return {place for number in range(len(rows)) for place in rows.places(number)}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("size", [3, 0.25])
+def test_a_text_that_is_cut_is_held_out_whole(packing: bool, size: int | float, tokenizer: Any, tmp_path: Path) -> None:
+    source = long_texts(tmp_path / "a.jsonl", 12, 60)
+    data = prepare(
+        tokenizer,
+        tmp_path,
+        train=source,
+        overlong=Overlong.split,
+        max_seq_length=32,
+        packing=packing,
+        val_set_size=size,
+    )
+    assert data.eval is not None
+    trained, held_out = documents_of(data, "train"), documents_of(data, "eval")
+    assert (len(trained), len(held_out)) == (9, 3), "documents are counted, not their pieces"
+    assert not trained & held_out
+    assert data.train.documents + data.eval.documents > 40, "they are cut"
+    everything = prepare(
+        tokenizer, tmp_path, train=source, overlong=Overlong.split, max_seq_length=32, packing=packing, val_set_size=0
+    )
+    assert data.train.tokens + data.eval.tokens == everything.train.tokens, "no piece is lost"
+
+
+def test_rows_of_one_line_are_documents_of_their_own(tokenizer: Any, tmp_path: Path) -> None:
+    source = tmp_path / "a.json"
+    source.write_text(json.dumps([{"text": f"Z{number} " + "word " * 60} for number in range(8)]))
+    data = prepare(tokenizer, tmp_path, train=str(source), overlong=Overlong.split, max_seq_length=32, val_set_size=2)
+    names = [
+        {text.split()[0] for text in texts(data, split, tokenizer) if text.startswith("Z")}
+        for split in ("train", "eval")
+    ]
+    assert [len(found) for found in names] == [6, 2]
+    assert not names[0] & names[1]
+
+
+def test_the_only_text_cannot_be_held_out_and_trained_on(tokenizer: Any, tmp_path: Path) -> None:
+    source = long_texts(tmp_path / "a.jsonl", 1, 200)
+    with pytest.raises(DataError, match=r"takes all 1 row\(s\) of data.train, cut into \d+ pieces but held out whole"):
+        prepare(tokenizer, tmp_path, train=source, overlong=Overlong.split, max_seq_length=32)
+    data = prepare(tokenizer, tmp_path, train=source, overlong=Overlong.split, max_seq_length=32, val_set_size=0)
+    assert (data.train.documents > 10, data.eval) == (True, None)
+
+
+def test_a_text_that_stands_twice_is_not_on_both_sides_and_its_tail_alone_is_no_twin(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    texts_of = [f"Z{number} " + "word " * 60 for number in range(8)]
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join(json.dumps({"text": text}) for text in texts_of * 2))
+    split = {"overlong": Overlong.split, "max_seq_length": 32}
+    data = prepare(tokenizer, tmp_path, train=str(source), val_set_size=4, **split)
+    assert data.eval is not None
+    assert data.train.twins > 0
+    names = [
+        {text.split()[0] for text in texts(data, half, tokenizer) if text.startswith("Z")} for half in ("train", "eval")
+    ]
+    assert not names[0] & names[1]
+    # The pieces behind the first are the same in all of these texts, which does not make them one text.
+    assert data.train.documents >= 2 * len(names[0])
+
+
+@settings(deadline=None)
+@given(
+    pieces=st.lists(st.integers(1, 5), min_size=2, max_size=30),
+    size=st.integers(0, 5) | st.floats(0.01, 0.9),
+    seed=st.integers(0, 100),
+)
+def test_no_document_is_on_both_sides(pieces: list[int], size: int | float, seed: int) -> None:
+    begins = np.array([piece == 0 for count in pieces for piece in range(count)])
+    document = np.cumsum(begins) - 1
+    wanted = size if isinstance(size, int) else max(1, round(size * len(pieces)))
+    if wanted >= len(pieces):
+        with pytest.raises(DataError):
+            hold_out(begins, size, seed)
+        return
+    keep, held_out = hold_out(begins, size, seed)
+    assert sorted([*keep.tolist(), *held_out.tolist()]) == list(range(len(begins)))
+    assert not set(document[keep]) & set(document[held_out])
+    assert len(set(document[held_out])) == wanted
+
+
+def test_a_sample_is_asked_with_all_that_the_row_says_before_its_answer(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = load_chat_template("qwen")
+    call = {"id": "x", "function": {"name": "clock", "arguments": '{"town": "t"}'}}
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    turns = [
+        {"role": "user", "content": "time?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "x", "content": "0:00"},
+        {"role": "assistant", "content": "midnight"},
+    ]
+    source = tmp_path / "a.jsonl"
+    rows = [
+        {"messages": [{**turns[0], "content": f"time {n}?"}, *turns[1:][:length]], "tools": tools}
+        for n, length in ((0, 1), (1, 3))
+    ]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    data = prepare(tokenizer, tmp_path, train=str(write(tmp_path / "b.jsonl", 3)), eval=str(source), max_seq_length=512)
+    samples = read_samples(data)
+    assert [sample.expected for sample in samples] == [
+        '[{"id": "x", "type": "function", "function": {"name": "clock", "arguments": {"town": "t"}}}]',
+        "midnight",
+    ]
+    for sample, whole in zip(samples, texts(data, "eval", tokenizer), strict=True):
+        assert whole.startswith(sample.text)
+        assert '"name": "clock"' in sample.text
+        assert sample.text.endswith("<|im_start|>assistant\n")

@@ -186,7 +186,7 @@ def test_an_entry_is_a_path_or_a_mapping() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"path": "a", "wieght": 2}, "data.train.wieght: unknown; a source has fields, format, limit"),
+        ({"path": "a", "wieght": 2}, "data.train.wieght: unknown; a source has fields, format, ignore, limit"),
         ({"path": "a", "limit": 0}, "data.train.limit=0: must be a number above 0"),
         ({"path": "a", "format": "alpacca"}, "data.train.format=alpacca: must be one of auto, alpaca"),
         ({"path": "a", "fields": "x"}, "data.train.fields=x: a mapping such as"),

@@ -190,6 +190,16 @@ def test_a_bad_row_stops_the_stream_or_is_left_out_and_listed(workers: int, toke
     assert json.loads(bad_rows.read_text().splitlines()[0])["line"] == 41
 
 
+def test_fields_that_nobody_reads_are_told_of_the_first_window(tokenizer: Any, tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join(json.dumps({"text": f"{n}", "mood": "good", "id": n}) for n in range(20)))
+    stream = RowStream(DataConfig(train=str(source), streaming=True, max_seq_length=64), tokenizer, 1)
+    assert stream.check() == {"mood"}
+    source.write_text(json.dumps({"text": "a", "score": 0.5}))
+    with pytest.raises(DataError, match=r"a.jsonl:1: the field 'score' \(0.5\) says how good an answer is"):
+        RowStream(DataConfig(train=str(source), streaming=True, max_seq_length=64), tokenizer, 1).check()
+
+
 def test_a_position_of_other_data_is_refused(tokenizer: Any, files: list[str]) -> None:
     (batch,) = loader(tokenizer, files).from_position(None, 1)
     with pytest.raises(CheckpointError, match="another number of sources"):

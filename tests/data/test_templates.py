@@ -42,7 +42,7 @@ def test_text_and_spans_are_those_of_the_template(
     if built is None:
         assert any(message.content != message.content.strip() for message in conversation.messages)
         return
-    text, _ = template._apply([message.to_dict() for message in conversation.messages], conversation)
+    text, _ = template._apply(conversation.messages, conversation)
     assert built == (text, template._by_prefixes(conversation, text))
 
 
@@ -106,9 +106,10 @@ def test_words_that_are_written_twice_are_rendered(cache: Path) -> None:
 def test_a_template_that_looks_at_words_is_rendered(cache: Path) -> None:
     tokenizer: Any = load_smollm2(cache)
     tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] | replace('a', 'b') }}<|im_end|>{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}{{ '!' if 'a' in m['content'] }}<|im_end|>"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
     )
     row = Conversation((Message(Role.user, "aha"), Message(Role.assistant, "ja")))
     text, spans = ChatTemplate(tokenizer).render(row)
-    assert [text[span.start : span.end] for span in spans] == ["jb<|im_end|>"]
+    assert [text[span.start : span.end] for span in spans] == ["ja!<|im_end|>"]
