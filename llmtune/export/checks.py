@@ -58,6 +58,8 @@ def _check(material: Material, folder: Path, source: TensorSource, config: Expor
     else:
         parity = check_parity(sides, tokens, material.dtype, config.parity_bound)
     say(f"parity: {parity.describe()}")
+    if parity.lost is not None:
+        say(f"note: {parity.lost}")
     return parity
 
 
