@@ -1,11 +1,11 @@
 """Whether what was merged is base and adapter: every stored number, and the logits of both models.
 
 Numbers are recomputed from peft's own layers (:mod:`llmtune.export.recompute`); that tells a lost part of the smallest change
-from rounding, which answers cannot do. The logits then tell what numbers cannot: that the folder's configuration makes the same
-function of them. Both models are streamed, so that neither has to fit; base and adapter run in peft, which knows nothing of our
-merge. All arithmetic is fp32, so that what is left is the rounding of the stored weights. A number rounded to ``p`` bits is off
-by at most ``u = 2**-p`` of itself, at random, so a matrix product by about ``u / sqrt(3)``; the bound of the logits is a few times
-that.
+from rounding, which answers cannot do. The logits then tell what numbers cannot: that the folder's configuration makes the
+same function of them. Both models are streamed, so that neither has to fit; base and adapter run in peft, which knows nothing
+of our merge. All arithmetic is fp32, so that what is left is the rounding of the stored weights. A number rounded to ``p``
+bits is off by at most ``u = 2**-p`` of itself, at random, so a matrix product by about ``u / sqrt(3)``; the bound of the
+logits is a few times that.
 """
 
 from __future__ import annotations
