@@ -8,7 +8,9 @@ that is never refused.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +23,14 @@ from llmtune.export.tensors import TensorSource, some
 _ARITHMETIC = 1e-5
 
 
+def half_unit(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Half the distance to the next number of a dtype, in fp32."""
+    kind = torch.finfo(dtype)
+    # Numbers are mantissa * 2**exponent with a mantissa from 1/2 to 1.
+    _, exponent = torch.frexp(numbers.to(dtype).float().abs().clamp(min=kind.tiny))
+    return torch.ldexp(torch.full(exponent.shape, kind.eps / 4), exponent)
+
+
 class HalfUnits:
     """Another source's distances to the next numbers of the stored dtype, halved: the most that one rounding is off by."""
 
@@ -31,11 +41,37 @@ class HalfUnits:
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """In the stored dtype, of which they are powers of two."""
-        kind = torch.finfo(self._dtype)
         for block in self._source.blocks(name):
-            # numbers are mantissa * 2**exponent with a mantissa from 1/2 to 1.
-            _, exponent = torch.frexp(block.to(self._dtype).float().abs().clamp(min=kind.tiny))
-            yield torch.ldexp(torch.tensor(kind.eps / 4), exponent).to(self.specs[name].dtype)
+            yield half_unit(block, self._dtype).to(self.specs[name].dtype)
+
+
+class Shaken:
+    """Another source with every number moved by up to half a unit, at random: as different as two roundings of one model are."""
+
+    def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
+        self._source = source
+        self._half_units = HalfUnits(source, dtype)
+        self.specs = {
+            name: replace(spec, dtype=torch.float32) if spec.dtype.is_floating_point else spec
+            for name, spec in source.specs.items()
+        }
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """In fp32, the same each time."""
+        if not self._source.specs[name].dtype.is_floating_point:
+            yield from self._source.blocks(name)
+            return
+        draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        for block, half in zip(self._source.blocks(name), self._half_units.blocks(name), strict=True):
+            yield block.float() + half.float() * (2 * torch.rand(block.shape, generator=draw) - 1)
+
+
+def shake_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """The same of a model in memory."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(half_unit(parameter, dtype) * (2 * torch.rand(parameter.shape, generator=draw) - 1))
 
 
 class Answers:
@@ -53,13 +89,14 @@ class Answers:
         self._reference = reference
         self._merged = merged
         self._half_units = HalfUnits(merged, dtype)
-        self._units = {id(unit.outer): unit for unit in units}
+        self._outer = {id(unit.outer) for unit in units}
+        self.units = [unit.name for unit in units]
         self._problems: list[str] = []
         self.errors: dict[str, float] = {}
 
     def look(self, unit: Unit, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
         """Compare one module's answers."""
-        if id(unit.outer) not in self._units:
+        if id(unit.outer) not in self._outer:
             return
         name = unit.inner[0][0]
         if len(unit.inner) != 1:

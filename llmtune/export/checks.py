@@ -14,8 +14,8 @@ from llmtune.errors import ExportError
 from llmtune.export.companions import copy_companions, settle_config
 from llmtune.export.lint import check_export, is_renamed
 from llmtune.export.material import Material
-from llmtune.export.parity import Parity, Sides, check_parity, compare_whole, probe_tokens
-from llmtune.export.tensors import SafetensorsSource, TensorSource, is_input_embedding
+from llmtune.export.parity import Parity, Sides, check_numbers, check_parity, compare_whole, probe_tokens
+from llmtune.export.tensors import SafetensorsSource, TensorSource, Without, is_input_embedding
 from llmtune.plan.units import format_bytes
 
 #: Two models in fp32, one after the other, and what computing takes.
@@ -52,8 +52,11 @@ def _check(material: Material, folder: Path, source: TensorSource, config: Expor
         return None
     tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(material))
     sides = Sides(material.request.base, material.base, material.adapter, folder, source, material.base_changes)
-    if is_renamed(folder):
-        _check_memory(material)
+    unfit = _find_unfit(material, folder) if is_renamed(folder) else None
+    if unfit is not None:
+        parity = check_numbers(sides, material.dtype)
+        say(f"note: the logits of this architecture are not compared: {unfit}")
+    elif is_renamed(folder):
         parity = compare_whole(sides, tokens, material.dtype, config.parity_bound)
     else:
         parity = check_parity(sides, tokens, material.dtype, config.parity_bound)
@@ -91,12 +94,16 @@ def _trained_tokens(material: Material) -> list[int]:
     return sorted(found) + list(range(before, after))
 
 
-def _check_memory(material: Material) -> None:
+def _find_unfit(material: Material, folder: Path) -> str | None:
+    """Why a model whose stored names transformers translates, and that is therefore loaded whole, cannot be; None if it can."""
+    if not any(folder.glob("*.safetensors")):
+        return "it can be loaded from safetensors only"
+    base = material.base.source if isinstance(material.base, Without) else material.base
+    if material.base_changes or (material.adapter is not None and not isinstance(base, SafetensorsSource)):
+        return "its base is not in a folder that can be loaded"
     count = sum(spec.nbytes // spec.dtype.itemsize for spec in material.source.specs.values())
     needed = _WHOLE_BYTES_PER_BYTE * count * torch.float32.itemsize
     free = psutil.virtual_memory().available
     if needed > free:
-        raise ExportError(
-            f"parity of this architecture needs the whole model in memory, {format_bytes(needed)} of {format_bytes(free)} that "
-            "are free, because its stored names are translated when it is loaded; export.parity=false leaves it out"
-        )
+        return f"they need the whole model in memory, {format_bytes(needed)} of {format_bytes(free)} that are free"
+    return None

@@ -11,7 +11,8 @@ logits is a few times that.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter
-from llmtune.export.answers import Answers, relative_error
+from llmtune.export.answers import Answers, Shaken, relative_error, shake_parameters
 from llmtune.export.expected import find_expected
 from llmtune.export.recompute import Agreement, Recomputation
 from llmtune.export.streamed_model import StreamedModel, build_skeleton, tied_aliases
-from llmtune.export.tensors import TensorSource
+from llmtune.export.tensors import TensorSource, some
 
 #: Relative error of one rounding.
 ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24}
@@ -33,6 +34,9 @@ _ARITHMETIC = 1e-5
 
 #: The logits of a deep model gather the errors of all modules.
 _LOGIT_ROUNDINGS = 48
+
+#: Of what a random rounding does to the logits, where a model answers otherwise at the least.
+_MOST_SHAKES = 4.0
 
 #: Share of the change below rounding from which on it is worth a word of its own.
 _MUCH_LOST = 0.5
@@ -54,8 +58,8 @@ _TEXTS = (
 class Parity:
     """What was compared, and how near it came."""
 
-    logits: float
-    """Largest relative difference of a position's logits, their mean taken off."""
+    logits: float | None
+    """Largest relative difference of a position's logits, their mean taken off; None where numbers alone were compared."""
     bound: float
     agreement: Agreement
     """Of the stored numbers with recomputed ones."""
@@ -69,7 +73,9 @@ class Parity:
     def describe(self) -> str:
         """One line for the console and the card: which check each module got, and how much of the change is stored."""
         of = "base and adapter" if self.adapted else "the weights before they were rounded"
-        text = f"logits within {self.logits:.1e} of {of} (bound {self.bound:.1e})"
+        text = "logits not compared"
+        if self.logits is not None:
+            text = f"logits within {self.logits:.1e} of {of} (bound {self.bound:.1e})"
         kind = str(self.dtype).removeprefix("torch.")
         if not self.adapted:
             return f"{text}; {self.agreement.tensors} tensors recomputed, every number is the nearest {kind}"
@@ -85,7 +91,7 @@ class Parity:
         if asked:
             text += f"; {len(asked)} modules compared by their answers alone, within {max(asked):.1e}"
         if len(asked) < len(self.answers):
-            text += f"; {len(self.answers) - len(asked)} modules compared by the logits alone"
+            text += f"; {len(self.answers) - len(asked)} modules compared in the logits alone"
         return text
 
     @property
@@ -126,14 +132,20 @@ def check_parity(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: 
     Raises:
         ExportError: They differ by more; the modules are named.
     """
-    bound = _LOGIT_ROUNDINGS * max(ROUNDING[dtype], _ARITHMETIC) if bound is None else bound
     reference = StreamedModel(sides.base_folder, sides.base, sides.adapter, sides.base_changes)
     agreement, answers = _recompute(sides, reference, dtype)
     expected = reference.logits(tokens, answers.look)
     answers.check()
+    del reference
     found = StreamedModel(sides.merged_folder, sides.merged).logits(tokens)
     difference = relative_error(found, expected)
-    _check_logits(difference, bound)
+
+    def shake() -> float:
+        source = Shaken(sides.base, dtype)
+        model = StreamedModel(sides.base_folder, source, sides.adapter, sides.base_changes)
+        return relative_error(model.logits(tokens), expected)
+
+    bound = _check_logits(difference, dtype, bound, shake)
     return Parity(difference, bound, agreement, dtype, answers.errors, sides.adapter is not None)
 
 
@@ -147,42 +159,70 @@ def _recompute(sides: Sides, reference: StreamedModel, dtype: torch.dtype) -> tu
 
 
 def compare_whole(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None) -> Parity:
-    """The same for architectures that cannot be streamed: numbers, and logits with one model in memory at a time.
+    """The same for architectures that cannot be streamed, with one model in memory at a time.
 
     Raises:
-        ExportError: As :func:`check_parity`; or the merged tensors are not in a folder yet.
+        ExportError: As :func:`check_parity`.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    if not list(sides.merged_folder.glob("*.safetensors")):
-        raise ExportError(
-            "parity of this architecture is only checked with export=safetensors; take export.parity=false"
-        )
-    bound = _LOGIT_ROUNDINGS * max(ROUNDING[dtype], _ARITHMETIC) if bound is None else bound
-    skeleton = StreamedModel(sides.base_folder, sides.base, sides.adapter, sides.base_changes)
-    agreement, _ = _recompute(sides, skeleton, dtype)
-    del skeleton
+    numbers = check_numbers(sides, dtype, alone=False)
 
-    def run(folder: Path, adapter: Adapter | None) -> torch.Tensor:
+    def run(folder: Path, adapter: Adapter | None, shaken: bool = False) -> torch.Tensor:
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
+        if shaken:
+            shake_parameters(model, dtype)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter.folder))
         with torch.no_grad():
             logits: torch.Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
         return logits
 
-    difference = relative_error(run(sides.merged_folder, None), run(sides.base_folder, sides.adapter))
-    _check_logits(difference, bound)
-    return Parity(difference, bound, agreement, dtype, {}, sides.adapter is not None)
+    expected = run(sides.base_folder, sides.adapter)
+    difference = relative_error(run(sides.merged_folder, None), expected)
+    bound = _check_logits(
+        difference, dtype, bound, lambda: relative_error(run(sides.base_folder, sides.adapter, shaken=True), expected)
+    )
+    return replace(numbers, logits=difference, bound=bound)
 
 
-def _check_logits(difference: float, bound: float) -> None:
+def check_numbers(sides: Sides, dtype: torch.dtype, alone: bool = True) -> Parity:
+    """Compare the stored numbers of a model that is not run.
+
+    Args:
+        alone: Nothing else is going to be compared.
+
+    Raises:
+        ExportError: Some are wrong; or, ``alone``, there are modules whose numbers cannot be recomputed.
+    """
+    skeleton = StreamedModel(sides.base_folder, sides.base, sides.adapter, sides.base_changes)
+    agreement, answers = _recompute(sides, skeleton, dtype)
+    if alone and answers.units:
+        raise ExportError(
+            f"parity: what the adapter makes of {some(answers.units)} cannot be recomputed, and the model cannot be run here; "
+            "export.parity=false leaves it out"
+        )
+    return Parity(None, 0.0, agreement, dtype, dict.fromkeys(answers.units, math.nan), sides.adapter is not None)
+
+
+def _check_logits(difference: float, dtype: torch.dtype, given: float | None, shake: Callable[[], float]) -> float:
+    """Refuse logits that differ by more than a bound; the bound.
+
+    Args:
+        given: By the user; None takes what rounding explains: so many roundings, or, where a model answers otherwise at the least
+            (experts that are chosen, attention that is all or nothing), a few times what moving its weights by one does.
+        shake: Measures that.
+    """
+    bound = _LOGIT_ROUNDINGS * max(ROUNDING[dtype], _ARITHMETIC) if given is None else given
+    if given is None and bound < difference:
+        bound = max(bound, _MOST_SHAKES * shake())
     if not difference <= bound:
         raise ExportError(
             f"the exported model's logits differ from those of what was trained by {difference:.2e}, the bound is {bound:.1e} "
             "(export.parity_bound); nothing was published"
         )
+    return bound
 
 
 def probe_tokens(tokenizer: Any, vocabulary: int, always: list[int]) -> torch.Tensor:

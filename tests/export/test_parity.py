@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from llmtune.config.export_schema import ExportConfig, ExportFormat
 from llmtune.errors import ExportError
 from llmtune.export.adapter import read_adapter
+from llmtune.export.job import ExportRequest, run_export
 from llmtune.export.lint import check_export
-from llmtune.export.parity import Parity, Sides, check_parity, probe_tokens
+from llmtune.export.parity import Parity, Sides, check_parity, compare_whole, probe_tokens
 from llmtune.export.streamed_model import StreamedModel, is_hollow
 from llmtune.export.tensors import SafetensorsSource
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
@@ -150,6 +153,28 @@ def test_a_configuration_that_makes_another_function_of_the_numbers_is_seen_in_t
     assert compare(base, adapter, merged, bound=10.0).logits > 1e-3
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_model_that_answers_otherwise_at_the_least_has_the_bound_of_its_own_rounding(
+    whole: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Attention that is all or nothing, as experts that are chosen: one rounding of the weights moves the logits by more."""
+    base = make_base("llama", tmp_path / "base", tiny_model, torch.bfloat16)
+    file = base / "model.safetensors"
+    save_file(
+        {name: tensor * (60 if "proj" in name else 1) for name, tensor in load_file(file).items()},
+        file,
+        {"format": "pt"},
+    )
+    adapter = make_adapter(base, tmp_path / "adapter")
+    merged = export(base, adapter, tmp_path / "out")
+    sides = Sides(base, SafetensorsSource(base), read_adapter(adapter), merged, SafetensorsSource(merged))
+    check = compare_whole if whole else check_parity
+    parity = check(sides, probe_tokens(None, 512, []), torch.bfloat16)
+    assert 48 * 2**-9 < parity.logits < parity.bound < 2
+    with pytest.raises(ExportError, match="logits differ"):
+        check(sides, probe_tokens(None, 512, []), torch.bfloat16, 48 * 2**-9)
+
+
 def test_a_change_below_the_rounding_is_told(tiny_model: Path, tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base", tiny_model, torch.bfloat16)
     adapter = make_adapter(base, tmp_path / "adapter")
@@ -165,6 +190,38 @@ def test_a_change_below_the_rounding_is_told(tiny_model: Path, tmp_path: Path) -
     parity = compare(base, adapter, export(base, adapter, tmp_path / "again"), torch.bfloat16)
     assert 0.01 < parity.agreement.total.below_rounding < 0.99
     assert parity.agreement.still == 0
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_experts_whose_names_are_translated_are_compared_whole_or_by_their_numbers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    sizes |= {"num_local_experts": 4} if kind == "Mixtral" else {"num_experts": 4, "moe_intermediate_size": 32}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16().save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    said: list[str] = []
+
+    def run(**settings: Any) -> str:
+        said.clear()
+        request = ExportRequest(tmp_path / "base", "tiny", adapter, None, tmp_path / "out", say=said.append)
+        run_export(request, ExportConfig(**settings))
+        return " ".join(said)
+
+    text = run()
+    assert "parity: logits within" in text
+    assert "4 adapted modules recomputed" in text
+    text = run(format=ExportFormat.pt)
+    assert "the logits of this architecture are not compared: it can be loaded from safetensors only" in text
+    assert "parity: logits not compared; 4 adapted modules recomputed" in text
+    monkeypatch.setattr("llmtune.export.checks._WHOLE_BYTES_PER_BYTE", 10**9)
+    assert "they need the whole model in memory" in run()
+    monkeypatch.setattr("llmtune.export.adapter.Adapter.scale", lambda *_: 0.5)
+    with pytest.raises(ExportError, match=r"4 of 4[15] tensors are not"):
+        run()
 
 
 @pytest.mark.parametrize(
