@@ -9,14 +9,21 @@ from typing import Any
 import psutil
 import torch
 
-from llmtune.config.export_schema import ExportConfig
+from llmtune.config.export_schema import ExportConfig, ExportFormat, GgufType
 from llmtune.errors import ExportError
 from llmtune.export.companions import copy_companions, settle_config
 from llmtune.export.lint import check_export, is_renamed
 from llmtune.export.material import Material
 from llmtune.export.parity import Parity, Sides, check_numbers, check_parity, compare_whole, probe_tokens
-from llmtune.export.tensors import SafetensorsSource, TensorSource, Without, is_input_embedding
+from llmtune.export.tensors import Retyped, SafetensorsSource, TensorSource, Without, is_input_embedding, usual_dtype
 from llmtune.plan.units import format_bytes
+
+#: Formats, and types of GGUF, that are written from the merged fp32 in a dtype of their own; quantised ones are made of fp32.
+_WRITTEN: dict[ExportFormat | GgufType, torch.dtype] = {
+    **dict.fromkeys((ExportFormat.onnx, ExportFormat.torchscript, *GgufType), torch.float32),
+    GgufType.f16: torch.float16,
+    GgufType.bf16: torch.bfloat16,
+}
 
 #: Two models in fp32, one after the other, and what computing takes.
 _WHOLE_BYTES_PER_BYTE = 3
@@ -41,25 +48,29 @@ def check_material(material: Material, config: ExportConfig) -> Parity | None:
         folder = Path(name)
         copy_companions(material.companions, folder)
         settle_config(folder, material.dtype, material.config_changes)
-        return _check(material, folder, material.source, config)
+        dtype = _WRITTEN.get(config.gguf_type if config.format is ExportFormat.gguf else config.format)
+        # These are made of numbers that were never rounded to the base's dtype.
+        source = material.source if dtype is None else Retyped(material.source, dtype)
+        return _check(material, folder, source, config)
 
 
 def _check(material: Material, folder: Path, source: TensorSource, config: ExportConfig) -> Parity | None:
     say = material.request.say
     for note in check_export(folder, source):
         say(f"note: {note}")
-    if not config.parity or not material.computed or material.dtype is None:
+    dtype = usual_dtype(source)
+    if not config.parity or not material.computed or dtype is None:
         return None
     tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(material))
     sides = Sides(material.request.base, material.base, material.adapter, folder, source, material.base_changes)
     unfit = _find_unfit(material, folder) if is_renamed(folder) else None
     if unfit is not None:
-        parity = check_numbers(sides, material.dtype)
+        parity = check_numbers(sides, dtype)
         say(f"note: the logits of this architecture are not compared: {unfit}")
     elif is_renamed(folder):
-        parity = compare_whole(sides, tokens, material.dtype, config.parity_bound)
+        parity = compare_whole(sides, tokens, dtype, config.parity_bound)
     else:
-        parity = check_parity(sides, tokens, material.dtype, config.parity_bound)
+        parity = check_parity(sides, tokens, dtype, config.parity_bound)
     say(f"parity: {parity.describe()}")
     if parity.lost is not None:
         say(f"note: {parity.lost}")

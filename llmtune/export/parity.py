@@ -103,7 +103,7 @@ class Parity:
         kind = str(self.dtype).removeprefix("torch.")
         return (
             f"{below:.0%} of what was trained is smaller than the rounding of {kind} and is not in the merged weights; "
-            "export.dtype=fp32 or export=adapter keeps it"
+            "export.dtype=fp32 (of GGUF, export.gguf_type=f32) or export=adapter keeps it"
         )
 
 
