@@ -13,8 +13,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmtune.config.export_schema import ExportConfig, ExportDtype
 from llmtune.export.adapter import read_adapter
 from llmtune.export.expected import Expectations, find_expected
+from llmtune.export.job import ExportRequest, run_export
 from llmtune.export.merge import MergedSource
 from llmtune.export.recompute import Agreement, Recomputation
 from llmtune.export.streamed_model import StreamedModel
@@ -177,6 +179,17 @@ def test_the_right_merge_passes_and_every_fault_that_changes_a_number_is_refused
         assert problems, f"{fault}: passed, with {count_changed(tensors, stored)} numbers changed"
     # A vector of ones moves by less than bf16 can say in a few steps.
     assert size == "nearly nothing" or unseen <= {"a saved vector is not copied"}, f"changed no number: {unseen}"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("dtype", ExportDtype)
+def test_the_right_merge_is_published_at_every_size(scene: Scene, dtype: ExportDtype, tmp_path: Path) -> None:
+    """With its logits, and as a user gives it."""
+    for adapter in scene.adapters.values():
+        said: list[str] = []
+        request = ExportRequest(scene.base, "tiny", adapter, None, tmp_path / "out", say=said.append)
+        run_export(request, ExportConfig(dtype=dtype))
+        assert any("adapted modules recomputed from peft's layers" in line for line in said), said
 
 
 def assert_as_peft(case: Case) -> None:
