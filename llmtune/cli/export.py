@@ -77,7 +77,10 @@ def _export_zero(given: Config) -> Path:
             )
         base_name = given.base or described.name
         own_weights = None if adapter is not None and given.base else checkpoint
-        request = ExportRequest(described, base_name, adapter, None, output, own_weights, progress, _print)
+        unpacked_from = checkpoint if adapter is not None else None
+        request = ExportRequest(
+            described, base_name, adapter, None, output, own_weights, unpacked_from, progress=progress, say=_print
+        )
         return run_export(request, given.export)
 
 

@@ -6,11 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmtune.checkpoint import names
-from llmtune.checkpoint.manifest import read_manifest
 from llmtune.config.compose import load_config
-from llmtune.config.export_schema import ExportConfig, ExportFormat
+from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat
 from llmtune.config.schema import TunerKind
-from llmtune.errors import CheckpointError
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
 
@@ -35,15 +33,18 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     lora = config.tuner.kind is TunerKind.lora
     trained = run / (names.ADAPTER if lora else names.MODEL)
     as_trained = ExportFormat.adapter if lora else ExportFormat.safetensors
-    if export.format is ExportFormat.none or (export.format is as_trained and not export.upload):
+    # What was trained lies there in its own dtype; another one has to be written.
+    is_there = export.format is as_trained and export.dtype is ExportDtype.auto and not export.upload
+    if export.format is ExportFormat.none or is_there:
         console.say(f"the trained {'adapter' if lora else 'model'}: {trained}")
         return
     # They bring torch along, which a run without an export does not need in this process.
     from llmtune.cli.export import export_run
+    from llmtune.export.identity import is_export_of
     from llmtune.export.upload import upload_export
 
     merged = run / names.MERGED
-    if export.dry_run or not _is_of(merged, trained, export.format):
+    if export.dry_run or not is_export_of(merged, trained, export):
         export_run(run, config, merged, console.say)
     elif export.upload:
         # Cut off when the export was done: what is there already is not sent again.
@@ -54,14 +55,3 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     console.say(f"merged model: {merged}" if is_merged else f"exported {export.format.value}: {merged}")
     console.say(f"{'adapter:     ' if lora else 'trained model:'} {trained}")
     console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')
-
-
-def _is_of(merged: Path, trained: Path, wanted: ExportFormat) -> bool:
-    """Whether the export is that of this very adapter or model, in this format; clocks cannot tell."""
-    from llmtune.export.job import identify
-
-    try:
-        manifest = read_manifest(merged)
-    except CheckpointError:
-        return False
-    return bool(manifest.get("source") == identify(trained) != "" and manifest.get("format") == wanted.value)

@@ -65,9 +65,9 @@ class ExportConfig:
     gguf_type: GgufType = GgufType.f16
     """With ``export=gguf``: ``f32 f16 bf16``, or quantised: ``q8_0 q5_1 q5_0 q4_1 q4_0``."""
     parity: bool = True
-    """Compare the logits of what was written with those of base and adapter before it is published."""
+    """Compare every number of what was written, and its logits, with base and adapter before it is published."""
     parity_bound: float | None = None
-    """Largest allowed relative difference of the logits; unset, what one rounding to the stored dtype explains."""
+    """Largest allowed relative difference of the logits; unset, what rounding to the stored dtype explains."""
     upload: str | None = None
     """Where the published folder is copied to: ``hf://user/name``, or any fsspec URL (``s3://bucket/path``)."""
     upload_private: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmtune.config.data_schema import DataFormat
+from llmtune.config.export_schema import ExportDtype, ExportFormat, MergeOnto
 from llmtune.config.schema import Config, OffloadDevice, Precision, TunerKind
 
 
@@ -16,6 +17,7 @@ def problems(config: Config) -> list[str]:
         *_check_schedule(config),
         *_check_data(config),
         *_check_checkpoint(config),
+        *_check_export(config),
     ]
 
 
@@ -209,4 +211,25 @@ def _check_streaming(config: Config) -> list[str]:
         found.append("data.streaming=true needs train.max_steps: a stream does not know its length")
     if data.eval is None and data.val_set_size:
         found.append("data.streaming=true splits nothing off: add data.eval=FILE, or data.val_set_size=0")
+    return found
+
+
+def _check_export(config: Config) -> list[str]:
+    """What could not be written would be told only after the training."""
+    export, full = config.export, config.tuner.kind is TunerKind.full
+    found = []
+    if export.dtype is not ExportDtype.auto and export.format in (ExportFormat.adapter, ExportFormat.gguf):
+        why = "it is copied as it is" if export.format is ExportFormat.adapter else "take export.gguf_type"
+        found.append(f"export.dtype={export.dtype.value} has no part in export={export.format.value}: {why}")
+    if export.format in (ExportFormat.onnx, ExportFormat.torchscript) and export.dtype not in (
+        ExportDtype.auto,
+        ExportDtype.fp32,
+    ):
+        found.append(
+            f"export.dtype={export.dtype.value}: graphs are written in fp32; take export.dtype=auto, or export=safetensors"
+        )
+    if full and export.format is ExportFormat.adapter:
+        found.append("export=adapter: full fine-tuning has no adapter; take export=safetensors")
+    if full and export.merge_onto is MergeOnto.nf4:
+        found.append("export.merge_onto=nf4: full fine-tuning has no adapter to merge; the key is for QLoRA")
     return found

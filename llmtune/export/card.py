@@ -16,7 +16,6 @@ import yaml
 
 from llmtune import __version__
 from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
-from llmtune.errors import ExportError
 from llmtune.export.card_facts import (
     Facts,
     describe_data,
@@ -33,7 +32,7 @@ from llmtune.export.card_facts import (
 from llmtune.export.card_licence import Licence, copy_licence_files, find_licence
 from llmtune.export.card_usage import Usage, describe_usage
 from llmtune.export.curves import draw_curves
-from llmtune.export.hub import HUB, parse_hub_url
+from llmtune.export.identity import find_repo
 from llmtune.export.material import ExportRequest
 from llmtune.export.task import TEXT, TEXT_TO_TEXT, Task, headed_task, task_of
 from llmtune.model.adapters import WEIGHTS_FILE
@@ -90,18 +89,11 @@ def write_model_card(folder: Path, request: ExportRequest, config: ExportConfig,
 
 def _find_name(request: ExportRequest, config: ExportConfig, facts: Facts) -> str:
     """The repository's name, the run's, or the folder's."""
-    repo = _find_repo(config)
+    repo = find_repo(config)
     if repo is not None:
         return repo.rpartition("/")[2]
     run_name = facts.plan.get("run_name") or facts.get("run_name")
     return str(run_name) if run_name else request.output.name
-
-
-def _find_repo(config: ExportConfig) -> str | None:
-    with contextlib.suppress(ExportError):
-        if config.upload and config.upload.startswith(HUB):
-            return parse_hub_url(config.upload).repo
-    return None
 
 
 def _base_folders(request: ExportRequest, facts: Facts) -> list[Path]:
@@ -119,7 +111,7 @@ def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name
         folder=folder,
         format=config.format,
         name=re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "model",
-        repo=_find_repo(config),
+        repo=find_repo(config),
         base=base if is_hub_id(base) else f"path/to/{base.rstrip('/').rpartition('/')[2]}",
         has_template=_has_template([folder, request.adapter, request.base]),
         task=_find_task(settings, adapter),

@@ -110,6 +110,10 @@ class TokenRows:
 
         def put(rows: torch.Tensor, first: int) -> torch.Tensor:
             inside = (where >= first) & (where < first + len(rows))
-            return rows.index_copy(0, where[inside] - first, new[inside].to(rows.dtype)) if bool(inside.any()) else rows
+            if not bool(inside.any()):
+                return rows
+            # In the finer dtype of the two; whoever stores them rounds them, once.
+            finer = torch.promote_types(rows.dtype, new.dtype)
+            return rows.to(finer).index_copy(0, where[inside] - first, new[inside].to(finer))
 
         return put

@@ -9,14 +9,21 @@ from typing import Any
 import psutil
 import torch
 
-from llmtune.config.export_schema import ExportConfig
+from llmtune.config.export_schema import ExportConfig, ExportFormat, GgufType
 from llmtune.errors import ExportError
 from llmtune.export.companions import copy_companions, settle_config
 from llmtune.export.lint import check_export, is_renamed
 from llmtune.export.material import Material
-from llmtune.export.parity import Parity, Sides, check_parity, compare_whole, probe_tokens
-from llmtune.export.tensors import SafetensorsSource, TensorSource, is_input_embedding
+from llmtune.export.parity import Parity, Sides, check_numbers, check_parity, compare_whole, probe_tokens
+from llmtune.export.tensors import Retyped, SafetensorsSource, TensorSource, Without, is_input_embedding, usual_dtype
 from llmtune.plan.units import format_bytes
+
+#: Formats, and types of GGUF, that are written from the merged fp32 in a dtype of their own; quantised ones are made of fp32.
+_WRITTEN: dict[ExportFormat | GgufType, torch.dtype] = {
+    **dict.fromkeys((ExportFormat.onnx, ExportFormat.torchscript, *GgufType), torch.float32),
+    GgufType.f16: torch.float16,
+    GgufType.bf16: torch.bfloat16,
+}
 
 #: Two models in fp32, one after the other, and what computing takes.
 _WHOLE_BYTES_PER_BYTE = 3
@@ -41,23 +48,32 @@ def check_material(material: Material, config: ExportConfig) -> Parity | None:
         folder = Path(name)
         copy_companions(material.companions, folder)
         settle_config(folder, material.dtype, material.config_changes)
-        return _check(material, folder, material.source, config)
+        dtype = _WRITTEN.get(config.gguf_type if config.format is ExportFormat.gguf else config.format)
+        # These are made of numbers that were never rounded to the base's dtype.
+        source = material.source if dtype is None else Retyped(material.source, dtype)
+        return _check(material, folder, source, config)
 
 
 def _check(material: Material, folder: Path, source: TensorSource, config: ExportConfig) -> Parity | None:
     say = material.request.say
     for note in check_export(folder, source):
         say(f"note: {note}")
-    if not config.parity or not material.computed or material.dtype is None:
+    dtype = usual_dtype(source)
+    if not config.parity or not material.computed or dtype is None:
         return None
     tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(material))
     sides = Sides(material.request.base, material.base, material.adapter, folder, source, material.base_changes)
-    if is_renamed(folder):
-        _check_memory(material)
-        parity = compare_whole(sides, tokens, material.dtype, config.parity_bound)
+    unfit = _find_unfit(material, folder) if is_renamed(folder) else None
+    if unfit is not None:
+        parity = check_numbers(sides, dtype)
+        say(f"note: the logits of this architecture are not compared: {unfit}")
+    elif is_renamed(folder):
+        parity = compare_whole(sides, tokens, dtype, config.parity_bound)
     else:
-        parity = check_parity(sides, tokens, material.dtype, config.parity_bound)
+        parity = check_parity(sides, tokens, dtype, config.parity_bound)
     say(f"parity: {parity.describe()}")
+    if parity.lost is not None:
+        say(f"note: {parity.lost}")
     return parity
 
 
@@ -89,12 +105,16 @@ def _trained_tokens(material: Material) -> list[int]:
     return sorted(found) + list(range(before, after))
 
 
-def _check_memory(material: Material) -> None:
+def _find_unfit(material: Material, folder: Path) -> str | None:
+    """Why a model whose stored names transformers translates, and that is therefore loaded whole, cannot be; None if it can."""
+    if not any(folder.glob("*.safetensors")):
+        return "it can be loaded from safetensors only"
+    base = material.base.source if isinstance(material.base, Without) else material.base
+    if material.base_changes or (material.adapter is not None and not isinstance(base, SafetensorsSource)):
+        return "its base is not in a folder that can be loaded"
     count = sum(spec.nbytes // spec.dtype.itemsize for spec in material.source.specs.values())
     needed = _WHOLE_BYTES_PER_BYTE * count * torch.float32.itemsize
     free = psutil.virtual_memory().available
     if needed > free:
-        raise ExportError(
-            f"parity of this architecture needs the whole model in memory, {format_bytes(needed)} of {format_bytes(free)} that "
-            "are free, because its stored names are translated when it is loaded; export.parity=false leaves it out"
-        )
+        return f"they need the whole model in memory, {format_bytes(needed)} of {format_bytes(free)} that are free"
+    return None

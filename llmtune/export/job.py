@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from llmtune.checkpoint import names
 from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat
 from llmtune.errors import ExportError
 from llmtune.export.bnb_folder import write_bnb_4bit
@@ -18,7 +17,8 @@ from llmtune.export.checks import check_folder, check_material
 from llmtune.export.companions import copy_companions, settle_config, settle_generation
 from llmtune.export.gguf import write_gguf
 from llmtune.export.graphs import write_onnx, write_torchscript
-from llmtune.export.material import ExportRequest, Material, check_places, describe_job, open_material
+from llmtune.export.identity import describe_job, describe_options, identify
+from llmtune.export.material import ExportRequest, Material, check_places, open_material
 from llmtune.export.publish import check_room, restore_replaced, write_export
 from llmtune.export.tensors import SafetensorsSource
 from llmtune.export.torch_file import write_torch_file
@@ -76,6 +76,7 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         "base": request.base_name if is_hub_id(request.base_name) else Path(request.base_name).name,
         "format": config.format.value,
         "source": identify(request.adapter or request.base),
+        "options": describe_options(config),
     }
     write_export(request.output, describe_job(request, config), write, about)
     if config.upload:
@@ -93,12 +94,6 @@ def _say_what_would_be(material: Material, config: ExportConfig) -> None:
     say(f"{len(material.source.specs)} tensors, {format_bytes(material.nbytes)} in {dtype}")
     if config.upload:
         upload_export(request.output, config.upload, config.upload_private, True, say)
-
-
-def identify(folder: Path) -> str:
-    """What tells one published folder from any other: the hash of its manifest; nothing for a folder of somebody else's."""
-    marker = folder / names.COMPLETE
-    return marker.read_text() if marker.is_file() else ""
 
 
 def _write_safetensors(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from llmtune import __version__
 from llmtune.config.export_schema import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter, read_adapter
@@ -56,6 +55,8 @@ class ExportRequest:
     output: Path
     zero: Path | None = None
     """DeepSpeed's own checkpoint, which holds the tensors; ``base`` then only describes the model."""
+    unpacked_from: Path | None = None
+    """DeepSpeed's own checkpoint that ``adapter``, a folder of this start alone, was made from."""
     progress: Progress | None = None
     say: Callable[[str], None] = _silent
     """Told what was checked, and what is worth knowing."""
@@ -185,18 +186,6 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
     config = json.loads(file.read_text()) if file.is_file() else {}
     found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch."), None)
     return found if isinstance(found, torch.dtype) else None
-
-
-def describe_job(request: ExportRequest, config: ExportConfig) -> str:
-    """What is written from what; two starts with the same text write the same bytes."""
-    folders = [folder for folder in (request.base, request.adapter, request.zero) if folder is not None]
-    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
-    about = {
-        "llmtune": __version__,
-        "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-        "settings": {key: str(getattr(config, key)) for key in config.__dataclass_fields__},
-    }
-    return json.dumps(about, sort_keys=True)
 
 
 def check_places(request: ExportRequest) -> None:

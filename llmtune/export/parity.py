@@ -1,14 +1,18 @@
-"""Whether what was merged computes what base and adapter compute: module by module on the same input, and in the logits.
+"""Whether what was merged is base and adapter: every stored number, and the logits of both models.
 
-Both models are streamed, so that neither has to fit; base and adapter run in peft, which knows nothing of our merge. All
-arithmetic is fp32, so that what is left is the rounding of the stored weights. A number rounded to ``p`` bits is off by at
-most ``u = 2**-p`` of itself, at random, so a matrix product by about ``u / sqrt(3)``; the bounds are a few times that.
+Numbers are recomputed from peft's own layers (:mod:`llmtune.export.recompute`); that tells a lost part of the smallest change
+from rounding, which answers cannot do. The logits then tell what numbers cannot: that the folder's configuration makes the
+same function of them. Both models are streamed, so that neither has to fit; base and adapter run in peft, which knows nothing
+of our merge. All arithmetic is fp32, so that what is left is the rounding of the stored weights. A number rounded to ``p``
+bits is off by at most ``u = 2**-p`` of itself, at random, so a matrix product by about ``u / sqrt(3)``; the bound of the
+logits is a few times that.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,10 @@ import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter
-from llmtune.export.streamed_model import StreamedModel, Unit
+from llmtune.export.answers import Answers, Shaken, relative_error, shake_parameters
+from llmtune.export.expected import find_expected
+from llmtune.export.recompute import Agreement, Recomputation
+from llmtune.export.streamed_model import StreamedModel, build_skeleton, tied_aliases
 from llmtune.export.tensors import TensorSource, some
 
 #: Relative error of one rounding.
@@ -25,10 +32,14 @@ ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0
 #: Two orders of summing the same fp32 products.
 _ARITHMETIC = 1e-5
 
-#: A module's answer may be off by this many roundings; and a change larger than two must be there, not half of it missing.
-_MODULE_ROUNDINGS = 4
 #: The logits of a deep model gather the errors of all modules.
 _LOGIT_ROUNDINGS = 48
+
+#: Of what a random rounding does to the logits, where a model answers otherwise at the least.
+_MOST_SHAKES = 4.0
+
+#: Share of the change below rounding from which on it is worth a word of its own.
+_MUCH_LOST = 0.5
 
 _ROWS, _POSITIONS = 4, 24
 _TEXTS = (
@@ -47,26 +58,53 @@ _TEXTS = (
 class Parity:
     """What was compared, and how near it came."""
 
-    logits: float
-    """Largest relative difference of a position's logits, their mean taken off."""
+    logits: float | None
+    """Largest relative difference of a position's logits, their mean taken off; None where numbers alone were compared."""
     bound: float
-    module: float
-    """Largest relative difference of a module's answer; 0 where no module could be compared by itself."""
-    modules: int
-    hidden: int
-    """Modules whose change is smaller than the rounding of the stored dtype, so that the merge loses it."""
+    agreement: Agreement
+    """Of the stored numbers with recomputed ones."""
+    dtype: torch.dtype
+    """What the numbers are rounded to."""
+    answers: dict[str, float]
+    """Modules whose numbers could not be recomputed -> relative difference of what they answer."""
     adapted: bool
     """Whether an adapter was merged; without one, what was compared is the rounding alone."""
 
     def describe(self) -> str:
-        """One line for the console and the card."""
+        """One line for the console and the card: which check each module got, and how much of the change is stored."""
         of = "base and adapter" if self.adapted else "the weights before they were rounded"
-        text = f"logits within {self.logits:.1e} of {of} (bound {self.bound:.1e})"
-        if self.modules:
-            text += f", {self.modules} modules within {self.module:.1e}"
-        if self.hidden:
-            text += f"; {self.hidden} of them change by less than a rounding"
+        text = "logits not compared"
+        if self.logits is not None:
+            text = f"logits within {self.logits:.1e} of {of} (bound {self.bound:.1e})"
+        kind = str(self.dtype).removeprefix("torch.")
+        if not self.adapted:
+            return f"{text}; {self.agreement.tensors} tensors recomputed, every number is the nearest {kind}"
+        total = self.agreement.total
+        text += f"; {len(self.agreement.modules)} adapted modules recomputed from peft's layers, every number is "
+        text += f"the sum rounded once to {kind}"
+        if total.ties:
+            text += f" ({total.ties:,} within the arithmetic of fp32)"
+        text += f"; {total.share:.1%} of the change arrived, {total.below_rounding:.1%} of it lies below the rounding"
+        if self.agreement.still:
+            text += f", and {self.agreement.still} modules stay as they were"
+        asked = [error for error in self.answers.values() if not math.isnan(error)]
+        if asked:
+            text += f"; {len(asked)} modules compared by their answers alone, within {max(asked):.1e}"
+        if len(asked) < len(self.answers):
+            text += f"; {len(self.answers) - len(asked)} modules compared in the logits alone"
         return text
+
+    @property
+    def lost(self) -> str | None:
+        """Advice where most of what was trained is not in the stored numbers; None where it is."""
+        below = self.agreement.total.below_rounding
+        if below < _MUCH_LOST:
+            return None
+        kind = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{below:.0%} of what was trained is smaller than the rounding of {kind} and is not in the merged weights; "
+            "export.dtype=fp32 (of GGUF, export.gguf_type=f32) or export=adapter keeps it"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,56 +132,97 @@ def check_parity(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: 
     Raises:
         ExportError: They differ by more; the modules are named.
     """
-    rounding = max(ROUNDING[dtype], _ARITHMETIC)
-    bound = _LOGIT_ROUNDINGS * rounding if bound is None else bound
     reference = StreamedModel(sides.base_folder, sides.base, sides.adapter, sides.base_changes)
-    comparison = _Comparison(reference, sides.merged, rounding)
-    expected = reference.logits(tokens, comparison.look)
-    if comparison.problems:
-        raise ExportError(
-            f"the merged model is not base and adapter: {len(comparison.problems)} of {comparison.modules} modules answer "
-            f"otherwise: {some(comparison.problems)}; nothing was published"
-        )
+    agreement, answers = _recompute(sides, reference, dtype)
+    expected = reference.logits(tokens, answers.look)
+    answers.check()
+    del reference
     found = StreamedModel(sides.merged_folder, sides.merged).logits(tokens)
-    difference = _relative(found, expected)
-    _check_logits(difference, bound)
-    return Parity(difference, bound, comparison.worst, comparison.modules, comparison.hidden, sides.adapter is not None)
+    difference = relative_error(found, expected)
+
+    def shake() -> float:
+        source = Shaken(sides.base, dtype)
+        model = StreamedModel(sides.base_folder, source, sides.adapter, sides.base_changes)
+        return relative_error(model.logits(tokens), expected)
+
+    bound = _check_logits(difference, dtype, bound, shake)
+    return Parity(difference, bound, agreement, dtype, answers.errors, sides.adapter is not None)
+
+
+def _recompute(sides: Sides, reference: StreamedModel, dtype: torch.dtype) -> tuple[Agreement, Answers]:
+    """Compare all numbers; and what has to be compared by answers, for want of numbers."""
+    expectations = find_expected(reference)
+    merged_aliases = tied_aliases(build_skeleton(sides.merged_folder))
+    agreement = Recomputation(sides.base, sides.merged, reference.aliases, merged_aliases).run(expectations)
+    agreement.check()
+    return agreement, Answers(reference, sides.merged, expectations.unknown, dtype)
 
 
 def compare_whole(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None) -> Parity:
-    """The same for architectures that cannot be streamed: logits only, and one model in memory at a time.
+    """The same for architectures that cannot be streamed, with one model in memory at a time.
 
     Raises:
-        ExportError: As :func:`check_parity`; or the merged tensors are not in a folder yet.
+        ExportError: As :func:`check_parity`.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    if not list(sides.merged_folder.glob("*.safetensors")):
-        raise ExportError(
-            "parity of this architecture is only checked with export=safetensors; take export.parity=false"
-        )
-    bound = _LOGIT_ROUNDINGS * max(ROUNDING[dtype], _ARITHMETIC) if bound is None else bound
+    numbers = check_numbers(sides, dtype, alone=False)
 
-    def run(folder: Path, adapter: Adapter | None) -> torch.Tensor:
+    def run(folder: Path, adapter: Adapter | None, shaken: bool = False) -> torch.Tensor:
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
+        if shaken:
+            shake_parameters(model, dtype)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter.folder))
         with torch.no_grad():
             logits: torch.Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
         return logits
 
-    difference = _relative(run(sides.merged_folder, None), run(sides.base_folder, sides.adapter))
-    _check_logits(difference, bound)
-    return Parity(difference, bound, 0.0, 0, 0, sides.adapter is not None)
+    expected = run(sides.base_folder, sides.adapter)
+    difference = relative_error(run(sides.merged_folder, None), expected)
+    bound = _check_logits(
+        difference, dtype, bound, lambda: relative_error(run(sides.base_folder, sides.adapter, shaken=True), expected)
+    )
+    return replace(numbers, logits=difference, bound=bound)
 
 
-def _check_logits(difference: float, bound: float) -> None:
+def check_numbers(sides: Sides, dtype: torch.dtype, alone: bool = True) -> Parity:
+    """Compare the stored numbers of a model that is not run.
+
+    Args:
+        alone: Nothing else is going to be compared.
+
+    Raises:
+        ExportError: Some are wrong; or, ``alone``, there are modules whose numbers cannot be recomputed.
+    """
+    skeleton = StreamedModel(sides.base_folder, sides.base, sides.adapter, sides.base_changes)
+    agreement, answers = _recompute(sides, skeleton, dtype)
+    if alone and answers.units:
+        raise ExportError(
+            f"parity: what the adapter makes of {some(answers.units)} cannot be recomputed, and the model cannot be run here; "
+            "export.parity=false leaves it out"
+        )
+    return Parity(None, 0.0, agreement, dtype, dict.fromkeys(answers.units, math.nan), sides.adapter is not None)
+
+
+def _check_logits(difference: float, dtype: torch.dtype, given: float | None, shake: Callable[[], float]) -> float:
+    """Refuse logits that differ by more than a bound; the bound.
+
+    Args:
+        given: By the user; None takes what rounding explains: so many roundings, or, where a model answers otherwise at the least
+            (experts that are chosen, attention that is all or nothing), a few times what moving its weights by one does.
+        shake: Measures that.
+    """
+    bound = _LOGIT_ROUNDINGS * max(ROUNDING[dtype], _ARITHMETIC) if given is None else given
+    if given is None and bound < difference:
+        bound = max(bound, _MOST_SHAKES * shake())
     if not difference <= bound:
         raise ExportError(
             f"the exported model's logits differ from those of what was trained by {difference:.2e}, the bound is {bound:.1e} "
             "(export.parity_bound); nothing was published"
         )
+    return bound
 
 
 def probe_tokens(tokenizer: Any, vocabulary: int, always: list[int]) -> torch.Tensor:
@@ -163,51 +242,3 @@ def probe_tokens(tokenizer: Any, vocabulary: int, always: list[int]) -> torch.Te
     for place, token in enumerate(always[: _ROWS * _POSITIONS // 4]):
         rows[place % _ROWS][-1 - place // _ROWS] = token
     return torch.tensor(rows)
-
-
-class _Comparison:
-    """Asks every wrapped module what it would answer with merged weights, while the reference runs."""
-
-    def __init__(self, reference: StreamedModel, merged: TensorSource, rounding: float) -> None:
-        self._reference = reference
-        self._merged = merged
-        self._rounding = rounding
-        self.problems: list[str] = []
-        self.modules = self.hidden = 0
-        self.worst = 0.0
-
-    def look(self, unit: Unit, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Compare one module's answers."""
-        if not unit.wrapped or len(unit.inner) != 1:
-            return
-        found = self._reference.with_weights_of(self._merged, unit, arguments)
-        error = _relative(found, output, centred=False)
-        effect = self._effect(unit, arguments, output)
-        self.modules += 1
-        self.worst = max(self.worst, error)
-        self.hidden += effect < self._rounding
-        missing = effect > 2 * self._rounding and error > effect / 2
-        if not error <= _MODULE_ROUNDINGS * self._rounding or missing:
-            self.problems.append(f"{unit.inner[0][0]} (off by {error:.1e}, the adapter changes it by {effect:.1e})")
-
-    def _effect(self, unit: Unit, arguments: tuple[Any, ...], output: torch.Tensor) -> float:
-        """How much the adapter changes this module's answer; infinite where the base cannot answer, as for new tokens."""
-        try:
-            plain = unit.inner[0][1](*arguments)
-        except IndexError:
-            return math.inf
-        return _relative(plain, output, centred=False)
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor, centred: bool = True) -> float:
-    """Largest over positions of the length of the difference by the length of what is expected; NaN is the largest.
-
-    Args:
-        centred: Take the mean off first; logits mean the same with any number added, unless there is only one.
-    """
-    if centred and expected.shape[-1] > 1:
-        found, expected = found - found.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True)
-    lengths = expected.norm(dim=-1)
-    # A position whose answer is nearly nothing has no relative error to speak of.
-    ratio = (found - expected).norm(dim=-1) / lengths.clamp(min=float(lengths.max()) * 1e-3)
-    return float(ratio.max()) if bool(torch.isfinite(ratio).all()) else math.nan

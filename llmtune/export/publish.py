@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import REPLACED, is_complete
@@ -21,7 +22,7 @@ from llmtune.export.write import Journal
 from llmtune.plan.units import format_bytes
 
 
-def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None], about: dict[str, str]) -> None:
+def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None], about: dict[str, Any]) -> None:
     """Call ``write`` on a folder beside ``folder``, add the manifest, and publish it.
 
     Args:
@@ -62,7 +63,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _write(aside: Path, job: str, write: Callable[[Path, Journal], None], about: dict[str, str]) -> None:
+def _write(aside: Path, job: str, write: Callable[[Path, Journal], None], about: dict[str, Any]) -> None:
     journal = Journal(aside, job)
     write(aside, journal)
     files = {}

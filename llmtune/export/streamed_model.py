@@ -64,7 +64,7 @@ class StreamedModel:
         if adapter is not None:
             _resize(self.model, adapter)
         owners = {name: module for name, module in self.model.named_modules() if module._parameters}
-        self._aliases = tied_aliases(self.model)
+        self.aliases = tied_aliases(self.model)
         _fill_buffers(self.model, source)
         if adapter is not None:
             self.model = _put_on(self.model, adapter)
@@ -113,7 +113,7 @@ class StreamedModel:
         return read_whole(source, self._find(source, wanted)).float()
 
     def _find(self, source: TensorSource, wanted: str) -> str:
-        for name in (wanted, *self._aliases.get(wanted, ())):
+        for name in (wanted, *self.aliases.get(wanted, ())):
             found = find_name(name, source.specs)
             if found is not None:
                 return found
@@ -226,7 +226,9 @@ def _put_on(model: Any, adapter: Adapter) -> Any:
         # peft warns of adapters on tied embeddings; they are what is compared here.
         warnings.simplefilter("ignore")
         wrapped = PeftModel(model, settings, low_cpu_mem_usage=True)
-        set_peft_model_state_dict(wrapped, {key: adapter.read(key) for key in adapter.shapes}, low_cpu_mem_usage=True)
+        # In fp32: peft rounds matrices to the dtype of a base layer that the file brings along, before it can be asked not to.
+        tensors = {key: adapter.read(key).float() for key in adapter.shapes}
+        set_peft_model_state_dict(wrapped, tensors, low_cpu_mem_usage=True)
     return wrapped.float()
 
 

@@ -154,12 +154,12 @@ class Without:
     """Another source, with some of its tensors left out."""
 
     def __init__(self, source: TensorSource, names: Collection[str]) -> None:
-        self._source = source
+        self.source = source
         self.specs = {name: spec for name, spec in source.specs.items() if name not in names}
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """As the source gives them."""
-        return self._source.blocks(name)
+        return self.source.blocks(name)
 
 
 def open_tensors(file: Path) -> Any:

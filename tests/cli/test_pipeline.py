@@ -110,6 +110,11 @@ def test_after_training_any_format_is_written_and_sent(finished: Path, tmp_path:
         assert done.code == 0, done.err + done.out
         assert f"exported {kind}: {tmp_path / 'run' / 'merged'}" in done.out
         assert (sent / file).read_bytes() == (tmp_path / "run" / "merged" / file).read_bytes()
+        if kind == "gguf":
+            other = run_cli(*command, "export=gguf", "export.gguf_type=q8_0")
+            assert other.code == 0, other.err + other.out
+            assert (tmp_path / "run" / "merged" / "model-q8_0.gguf").is_file(), "a changed option is heeded"
+            assert run_cli(*command, "export=gguf").code == 0
         (sent / "COMPLETE").unlink()
         again = run_cli(*command, f"export={kind}", f"export.upload=file://{sent}")
         assert again.code == 0, again.err + again.out

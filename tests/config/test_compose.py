@@ -168,3 +168,20 @@ def test_every_key_of_the_schema_is_read_somewhere() -> None:
     )
     leaves = {key.rsplit(".", 1)[-1] for key in known_keys()}
     assert not {leaf for leaf in leaves if f".{leaf}" not in sources}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["export=adapter", "export.dtype=fp16"], "export.dtype=fp16 has no part in export=adapter"),
+        (["export=gguf", "export.dtype=fp32"], "export.dtype=fp32 has no part in export=gguf: take export.gguf_type"),
+        (["export=onnx", "export.dtype=bf16"], "graphs are written in fp32"),
+        (["tuner=full", "export=adapter"], "full fine-tuning has no adapter"),
+        (["tuner=full", "export.merge_onto=nf4"], "export.merge_onto=nf4: full fine-tuning has no adapter"),
+    ],
+)
+def test_an_export_that_could_not_be_written_is_refused_before_the_training(overrides: list[str], part: str) -> None:
+    assert part in problems(*overrides)
+    right = [text.replace("dtype=fp16", "dtype=auto").replace("=adapter", "=safetensors") for text in overrides]
+    right = [text.replace("dtype=fp32", "dtype=auto").replace("dtype=bf16", "dtype=fp32") for text in right]
+    compose_config([text.replace("nf4", "original") for text in right])

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from llmtune.checkpoint.manifest import find_damage
+from llmtune.cli.export import main
+from llmtune.cli.main import Arguments
 from tests.export.zero_worker import make_model
 from tests.support import run_cli, train_engines
 
@@ -37,3 +39,23 @@ def test_a_lora_checkpoint_of_deepspeed_is_merged_into_its_base(written: Path, t
     done = run_cli(*command, f"output_dir={tmp_path}/other")
     assert done.code == 2
     assert "give base=MODEL, what it was trained from" in done.err
+
+
+@pytest.mark.process
+def test_a_killed_export_of_a_lora_checkpoint_goes_on_where_it_was(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [f"checkpoint={written}/checkpoint", f"base={written}/base", f"output_dir={tmp_path}/out"]
+    command = Arguments("export", [*overrides, "export.max_shard_bytes=4000"])
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmtune.export.job.copy_companions", fail)
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+    shards = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.tmp").glob("*.safetensors")}
+    assert len(shards) > 3
+    main(command)
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.safetensors")} == shards

@@ -1,0 +1,94 @@
+"""What tells one export from another: what it is made from, and the options that shape its bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune import __version__
+from llmtune.checkpoint import names
+from llmtune.checkpoint.find import REPLACED
+from llmtune.checkpoint.manifest import read_manifest
+from llmtune.config.export_schema import ExportConfig, ExportFormat
+from llmtune.errors import CheckpointError, ExportError
+
+if TYPE_CHECKING:
+    from llmtune.export.material import ExportRequest
+
+_WRITTEN = frozenset(ExportFormat) - {ExportFormat.none}
+_MERGED = _WRITTEN - {ExportFormat.adapter}
+
+#: Option -> formats of which some file depends on it; the card is a file too, and says what was compared and where it is.
+SHAPES: dict[str, frozenset[ExportFormat]] = {
+    "format": _WRITTEN,
+    "dtype": _MERGED - {ExportFormat.gguf},
+    "max_shard_bytes": frozenset({ExportFormat.safetensors, ExportFormat.bnb_4bit}),
+    "merge_onto": _MERGED,
+    "gguf_type": frozenset({ExportFormat.gguf}),
+    "parity": _MERGED,
+    "parity_bound": _MERGED,
+    "upload": _WRITTEN,
+    "upload_private": frozenset(),
+    "dry_run": frozenset(),
+}
+
+
+def identify(folder: Path) -> str:
+    """What tells one published folder from any other: the hash of its manifest; nothing for a folder of somebody else's."""
+    marker = folder / names.COMPLETE
+    return marker.read_text() if marker.is_file() else ""
+
+
+def describe_options(config: ExportConfig) -> dict[str, Any]:
+    """The options on which bytes of an export of this format depend, as its manifest notes them."""
+    found: dict[str, Any] = {}
+    for key in config.__dataclass_fields__:
+        if config.format in SHAPES[key]:
+            value = getattr(config, key)
+            found[key] = value.value if isinstance(value, Enum) else value
+    # Of a place the card names the repository on the hub; addresses may hold passwords, and are nobody's business.
+    found["upload"] = find_repo(config)
+    return found
+
+
+def find_repo(config: ExportConfig) -> str | None:
+    """The repository on the hub that the export goes to; None where it goes elsewhere."""
+    from llmtune.export.hub import HUB, parse_hub_url
+
+    with contextlib.suppress(ExportError):
+        if config.upload and config.upload.startswith(HUB):
+            return parse_hub_url(config.upload).repo
+    return None
+
+
+def is_export_of(folder: Path, trained: Path, config: ExportConfig) -> bool:
+    """Whether a folder is the whole export of this very adapter or model, as these options shape it; clocks cannot tell."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return False
+    return manifest.get("source") == identify(trained) != "" and manifest.get("options") == describe_options(config)
+
+
+def describe_job(request: ExportRequest, config: ExportConfig) -> str:
+    """What is written from what; two starts with the same text write the same bytes."""
+    # What was unpacked into a folder of its own for this start stands for what it was unpacked from.
+    adapter = request.unpacked_from or request.adapter
+    folders = [folder for folder in (request.base, adapter, request.zero) if folder is not None]
+    files = sorted({file for folder in folders for file in folder.rglob("*") if file.is_file()} - _own_files(request))
+    about = {
+        "llmtune": __version__,
+        "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "options": describe_options(config),
+    }
+    return json.dumps(about, sort_keys=True)
+
+
+def _own_files(request: ExportRequest) -> set[Path]:
+    """What exports to this place have written, should it lie inside a folder that is exported."""
+    output = request.output
+    folders = [output, *(output.with_name(output.name + end) for end in (".tmp", REPLACED))]
+    return {file for folder in folders for file in folder.rglob("*")}
