@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 #: Whether the forward pass under way was given positions: only then may several documents share a row.
 _has_positions = True
@@ -38,9 +39,12 @@ def _find_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
 def group_heads_only_for_flash() -> None:
     """Have keys and values repeated for every head where only the math kernel would take them grouped.
 
-    SDPA of torch 2.13 takes grouped heads (``enable_gqa``) in FlashAttention's kernel, which is for 16 bits and for Ampere and
-    later, and else in the math kernel, which holds every product of two tokens. Repeated, they fit the memory-efficient kernel.
+    SDPA of torch before 2.14 takes grouped heads (``enable_gqa``) in FlashAttention's kernel, which is for 16 bits and for Ampere
+    and later, and else in the math kernel, which holds every product of two tokens. Repeated, they fit the memory-efficient
+    kernel, which takes them grouped from torch 2.14 on.
     """
+    if Version(torch.__version__) >= Version("2.14"):
+        return
     from transformers.integrations import sdpa_attention
 
     decide = sdpa_attention.use_gqa_in_sdpa

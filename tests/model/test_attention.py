@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.data.batch import Collator
@@ -34,6 +35,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {**SIZES, "alibi": True, "new_decoder_architecture": False},
     "mamba": {**SIZES, "state_size": 4},
 }
+
+#: Whose memory-efficient attention takes grouped heads.
+SINCE_2_14 = Version(torch.__version__) >= Version("2.14")
 
 
 def make_model(family: str, attention: str) -> Any:
@@ -108,10 +112,12 @@ def test_heads_are_grouped_where_flash_attention_takes_them(
     group_heads_only_for_flash()
     group_heads_only_for_flash()
     key: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    assert sdpa_attention.use_gqa_in_sdpa(None, key, key) is grouped
+    assert sdpa_attention.use_gqa_in_sdpa(None, key, key) is (grouped or SINCE_2_14)
 
 
-def test_torch_still_has_no_other_fast_kernel_for_grouped_heads() -> None:
+def test_kernels_for_grouped_heads_are_those_that_torch_names() -> None:
     """Where this fails, look at ``group_heads_only_for_flash``."""
     said = " ".join(str(torch.nn.functional.scaled_dot_product_attention.__doc__).split())
-    assert "It currently works only for Flash_attention and math kernel on CUDA tensor" in said
+    before = "It currently works only for Flash_attention and math kernel on CUDA tensor"
+    since = "Memory-efficient attention also supports GQA on NVIDIA CUDA"
+    assert (before in said, since in said) == (not SINCE_2_14, SINCE_2_14)
