@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, is_complete
 from llmtune.checkpoint.manifest import check_undamaged
 from llmtune.cli.prepare import cache_dir
-from llmtune.config.compose import Composed, load_config, with_overrides
-from llmtune.config.schema import Config, ModelConfig, TunerKind
+from llmtune.config.compose import Composed, with_overrides
+from llmtune.config.schema import Config, TunerKind
+from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
 
@@ -63,7 +64,9 @@ def resolve_target(composed: Composed) -> Target:
         check_undamaged(folder, left_out=names.is_state_file)
         stored = _stored_config(folder, folder / names.CONFIG)
         return from_trained(with_overrides(stored, composed), folder, folder.parent)
-    model = ModelConfig(name_or_path=given.base) if given.base else given.model
+    if given.adapter and "model" in composed.unnamed:
+        raise ConfigError(f"adapter={given.adapter} needs its base model: add base=MODEL")
+    model = replace(given.model, name_or_path=given.base, wheel=None) if given.base else given.model
     folder = resolve_model_folder(model, cache_dir(given))
     adapter = Path(given.adapter).expanduser() if given.adapter else None
     return Target(given, folder, adapter, None, model.name_or_path)
