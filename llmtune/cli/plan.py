@@ -44,12 +44,13 @@ def stdout_for_us() -> Iterator[Any]:
 
 
 def _plan(arguments: Arguments, write: Any) -> int:
+    from llmtune.cli.adapter import adopt_adapter
     from llmtune.cli.quiet import quiet_libraries
     from llmtune.config.compose import compose_config
     from llmtune.plan.advice import list_advice
     from llmtune.plan.resolve import describe_misfit, resolve_ladder
 
-    composed = compose_config(arguments.overrides, arguments.config_dir, planning=True)
+    composed = adopt_adapter(compose_config(arguments.overrides, arguments.config_dir, planning=True))
     config = composed.config
     quiet_libraries()
     ladder = resolve_ladder(config, planning=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.trainer_state import read_trainer_state
+from llmtune.cli.adapter import describe_adapter
 from llmtune.config.compose import Composed
 from llmtune.config.data_schema import name_data
 from llmtune.config.schema import Config
@@ -174,6 +175,8 @@ def describe(request: RunRequest) -> dict[str, str]:
         "derived": "; ".join(plan.notes),
         "run folder": str(request.run_folder),
     }
+    if config.tuner.adapter_path is not None:
+        rows["adapter"] = describe_adapter(config.tuner)
     if request.resume_from:
         rows["resuming"] = str(request.resume_from)
     return rows

@@ -118,13 +118,27 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def put_on(model: Any, adapter: Path) -> Any:
-    """The model with an adapter, in the model's dtype."""
+    """The model with an adapter, in the model's dtype.
+
+    Raises:
+        CheckpointError: It cannot be read, or is another model's.
+    """
     from peft import PeftModel
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
     try:
-        return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        adapted = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        # peft leaves out what does not match, and at most warns; once more, for what it says of it.
+        found: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(adapter), device="cpu"))
     except (ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(f"adapter {adapter}: {str(error).splitlines()[0]}") from error
+    missing = [name for name in found.missing_keys if "lora_" in name]
+    if wrong := [*missing, *found.unexpected_keys]:
+        raise CheckpointError(
+            f"adapter {adapter} is another model's: {len(missing)} of the matrices that its settings announce are not in it, "
+            f"and {len(found.unexpected_keys)} of its tensors have no place, such as {wrong[0]}"
+        )
+    return adapted
 
 
 def from_trained(config: Config, folder: Path, run: Path) -> Target:

@@ -189,7 +189,7 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         model = add_lora(model, config.tuner, _base_name(request), config.seed)
         adapter = request.resume_from or config.tuner.adapter_path
         if adapter is not None:
-            load_adapter(model, Path(adapter))
+            load_adapter(model, Path(adapter).expanduser())
     return TrainModule(model, plan.deepspeed, rank, sum_token_losses)
 
 
