@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from llmtune.config.data_schema import name_data
+from llmtune.secrets import redact
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -91,7 +92,7 @@ def main(arguments: Arguments) -> int:
         "eval_perplexity": perplexity(total / tokens),
         "rows": data.eval.rows,
         "trained_tokens": tokens,
-        "data": describe_held_out(composed, config),
+        "data": redact(describe_held_out(composed, config)),
         "model": str(target.adapter or target.model_folder),
     }
     if arguments.as_json:

@@ -98,7 +98,11 @@ def compose_config(overrides: list[str], config_dir: str | None = None, planning
         except ConfigError as error:
             problems.append(str(error))
     node, choices, unnamed = _compose_named(line, problems, planning)
-    config = to_config(node)
+    try:
+        config = to_config(node)
+    except OmegaConfBaseException as error:
+        # Such as an interpolation of a user's own file that leads nowhere.
+        raise ConfigError.from_problems([*problems, first_line(error)]) from error
     problems += rules.problems(config)
     if problems:
         raise ConfigError.from_problems(problems)

@@ -212,6 +212,16 @@ def test_an_experiment_cannot_look_anything_up_for_a_prompt(tmp_path: Path, monk
     assert composed.config.run_name == "r-42-8"
 
 
+@pytest.mark.parametrize("text", ["run_name: r-${no.such.key}", "run_name: ${", "seed: ${oc.env:NO_SUCH_VARIABLE}"])
+def test_an_interpolation_of_a_file_that_leads_nowhere_is_a_problem_of_the_configuration(
+    text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "broken.yaml").write_text(f"# @package _global_\n{text}\n")
+    with pytest.raises(ConfigError):
+        compose_config(["experiment=broken"], str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("override", "part"),
     [
