@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ PACKAGED: dict[str, tuple[str | None, int | None, str | None, str | None]] = {
 Cell = tuple[str | None, str | None, str | None, str | None, str | None]
 
 
-def expected(cell: Cell) -> dict[str, Any] | str:
-    """What each key must be, or the key that has no value."""
+def expected(cell: Cell) -> dict[str, Any] | list[str]:
+    """What each key must be, or the keys that have no value."""
     experiment_name, model, name, data, train = cell
     experiment = EXPERIMENTS[experiment_name]
     named = name or experiment.name
@@ -77,10 +78,9 @@ def expected(cell: Cell) -> dict[str, Any] | str:
     data_option = data or experiment.data or ("stdlib_docs" if embedded else "files")
     if trained is None and data_option == "stdlib_docs":
         trained = "stdlib_docs@576"
-    if named is None and own_name is None:
-        return "model.name_or_path"
-    if trained is None:
-        return "data.train"
+    values = {"data.train": trained, "model.name_or_path": named or own_name}
+    if trained is None or values["model.name_or_path"] is None:
+        return [key for key, value in values.items() if value is None]
     of_embedded = data_option == "stdlib_docs"
     return {
         "model": option,
@@ -111,13 +111,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def composed(cell: Cell, folder: Path) -> dict[str, Any] | str:
+def composed(cell: Cell, folder: Path) -> dict[str, Any] | list[str]:
     keys = ("experiment", "model", "model.name_or_path", "data", "data.train")
     overrides = [f"{key}={value}" for key, value in zip(keys, cell, strict=True) if value is not None]
     try:
         found = compose_config(overrides, str(folder))
     except ConfigError as error:
-        return str(error).split(" has no value")[0]
+        return re.findall(r"(\S+) has no value", str(error))
     model, data = found.config.model, found.config.data
     return {
         "model": found.choices["model"],
