@@ -34,7 +34,7 @@ def pack_rows(
     """
     bins = _assign(lengths, _placing_order(lengths, capacity, generator(seed, Draw.packing, window)), capacity)
     members = np.argsort(bins, kind="stable").astype(np.int64)
-    counts = np.bincount(bins, minlength=int(bins.max()) + 1 if len(bins) else 0)
+    counts = np.bincount(bins)
     return members, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
