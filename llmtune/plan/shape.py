@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.schema import ModelConfig, TunerConfig, TunerKind
 from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.plan.abilities import attention_kernels, count_experts, is_router, max_positions
 from llmtune.plan.cache import read_cached, write_cached
 
 if TYPE_CHECKING:
@@ -59,8 +60,24 @@ class ModelShape:
     """Heads times head size: what attention costs per pair of positions."""
     causal: bool = True
     """Whether llmtune can train it: other architectures can be planned only."""
+    kernels: tuple[str, ...] = ("eager",)
+    """Names of the attention kernels that it has in transformers."""
+    max_positions: int | None = None
+    """Tokens of the longest row that it has positions for; None where there is no limit."""
+    adapted: tuple[str, ...] = ()
+    """Last parts of the names of the layers that get adapters."""
+    routers: tuple[str, ...] = ()
+    """Layers that choose among experts, which ``all-linear`` leaves alone."""
+    stacked_parameters: int = 0
+    """Of experts that are stacked in one tensor, which is no linear layer and takes no adapter."""
     tensors: tuple[TensorShape, ...] = field(default=(), repr=False)
     """Empty in a plan that was read back from a file."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelShape:
+        """From what JSON made of it."""
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists})
 
     @property
     def frozen_parameters(self) -> int:
@@ -155,7 +172,7 @@ def resolve_shape(config: ModelConfig, tuner: TunerConfig, cache_dir: Path | Non
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
         tensors = tuple(TensorShape(*values) for values in stored.pop("tensors"))
-        return ModelShape(**stored, tensors=tensors)
+        return replace(ModelShape.from_dict(stored), tensors=tensors)
     shape = _count(config, tuner)
     values = asdict(shape)
     values["tensors"] = [list(tensor.values()) for tensor in values["tensors"]]
@@ -184,7 +201,8 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     meta_model, causal = build_meta_model(architecture, config.trust_remote_code)
     model: Any = meta_model
     full = tuner.kind is TunerKind.full
-    adapters = {} if full else _adapter_sizes(model, tuner)
+    routers = find_routers(model, architecture)
+    adapters = {} if full else _adapter_sizes(model, tuner, routers)
     tensors = _tensors(model, adapters, full, tuner)
     numbers: Any = architecture.get_text_config()
     hidden = int(getattr(numbers, "hidden_size", 0) or getattr(numbers, "d_model", 0))
@@ -210,6 +228,13 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         vocab_size=int(getattr(numbers, "vocab_size", 0)),
         attention_width=heads * int(getattr(numbers, "head_dim", None) or hidden // heads),
         causal=causal,
+        kernels=attention_kernels(model),
+        max_positions=max_positions(model, architecture),
+        adapted=tuple(sorted({name.rsplit(".", 1)[-1] for name in adapters})),
+        routers=tuple(routers),
+        stacked_parameters=sum(
+            p.numel() for name, p in model.named_parameters() if p.dim() > 2 and ".experts." in name
+        ),
         tensors=tuple(tensors),
     )
 
@@ -265,14 +290,28 @@ def _embedding_parameters(model: Any) -> list[nn.Parameter]:
     return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
 
-def _adapter_sizes(model: Any, tuner: TunerConfig) -> dict[str, tuple[int, int]]:
+def find_routers(model: Any, architecture: Any) -> list[str]:
+    """Linear layers that choose among the experts of a mixture: an adapter on them would change who answers, not what."""
+    experts = count_experts(architecture)
+    return [name for name, linear in _linear_layers(model).items() if is_router(name, linear, experts)]
+
+
+def _linear_layers(model: Any) -> dict[str, Any]:
+    """What peft takes for linear layers; GPT-2's are called ``Conv1D``, and have their weight transposed."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def _adapter_sizes(model: Any, tuner: TunerConfig, routers: list[str]) -> dict[str, tuple[int, int]]:
     """Adapted layer -> elements of its LoRA matrices, ``r x in`` and ``out x r``."""
     from torch import nn
 
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = _linear_layers(model)
     head = model.get_output_embeddings()
     if tuner.target_modules == "all-linear":
-        adapted = [name for name, module in linear.items() if module is not head]
+        adapted = [name for name, module in linear.items() if module is not head and name not in routers]
     else:
         endings = list(tuner.target_modules)
         matched = {e: [n for n in linear if n == e or n.endswith(f".{e}")] for e in endings}
@@ -282,5 +321,10 @@ def _adapter_sizes(model: Any, tuner: TunerConfig) -> dict[str, tuple[int, int]]
             raise ConfigError(f"tuner.target_modules: {nothing} matches no linear layer; the model has {known}")
         chosen = {name for names in matched.values() for name in names}
         adapted = [name for name in linear if name in chosen]
-    rank = tuner.lora_r
-    return {name: (rank * linear[name].in_features, rank * linear[name].out_features) for name in adapted}
+    sizes = {}
+    for name in adapted:
+        wide, high = (
+            linear[name].weight.shape if isinstance(linear[name], nn.Linear) else linear[name].weight.shape[::-1]
+        )
+        sizes[name] = (tuner.lora_r * high, tuner.lora_r * wide)
+    return sizes
