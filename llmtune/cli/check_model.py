@@ -22,12 +22,13 @@ _SOURCES = (
 )
 
 
-def check_model(config: Config, kernel: str, folder: Path, cache_dir: Path, say: Callable[[str], None]) -> None:
+def check_model(config: Config, kernel: str, folder: Path, cache_dir: Path | None, say: Callable[[str], None]) -> None:
     """Look through a model's files, and try packing on its architecture where rows are packed.
 
     Args:
         kernel: Of attention.
         folder: Of the model.
+        cache_dir: Where answers are remembered; None asks anew.
         say: Told what is worth a line: weights that are tied, or not used.
 
     Raises:
@@ -42,7 +43,7 @@ def check_model(config: Config, kernel: str, folder: Path, cache_dir: Path, say:
         _check_packing(config.model.name_or_path, folder, trusted, cache_dir, kernel)
 
 
-def _check_weights(name: str, folder: Path, trusted: bool, cache_dir: Path) -> list[str]:
+def _check_weights(name: str, folder: Path, trusted: bool, cache_dir: Path | None) -> list[str]:
     key = repr((_sources(), identify_weights(folder)))
     values = None if trusted else read_cached(cache_dir, "weights", key)
     if values is None:
@@ -57,7 +58,7 @@ def _check_weights(name: str, folder: Path, trusted: bool, cache_dir: Path) -> l
     return report.notes()
 
 
-def _check_packing(name: str, folder: Path, trusted: bool, cache_dir: Path, kernel: str) -> None:
+def _check_packing(name: str, folder: Path, trusted: bool, cache_dir: Path | None, kernel: str) -> None:
     key = repr((_sources(), name, (folder / "config.json").read_text(), kernel))
     values = None if trusted else read_cached(cache_dir, "packing", key)
     if values is None:

@@ -13,7 +13,7 @@ import torch
 
 from llmtune.config.schema import TunerConfig
 from llmtune.errors import CheckpointError
-from llmtune.plan.shape import find_routers
+from llmtune.plan.adapted import choose_layers
 from llmtune.process import no_collection
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -43,15 +43,13 @@ def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
     with no_collection():
         from peft import LoraConfig, get_peft_model
 
-    modules = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    left_alone = find_routers(model, model.config) if modules == "all-linear" else []
+    chosen = choose_layers(model, config).peft_settings(config.target_modules)
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=modules,
-        exclude_modules=left_alone or None,
+        **chosen,
         base_model_name_or_path=base,
     )
     torch.manual_seed(seed)

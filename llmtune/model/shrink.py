@@ -86,17 +86,21 @@ def _narrow(small: Any) -> None:
                 setattr(small, name, width)
         elif isinstance(value, list) and "intermediate_size" in name:
             setattr(small, name, [64] * len(value))
-    small.hidden_size = width
+    for part in (small, getattr(small, "ffn_config", None)):
+        if getattr(part, "hidden_size", None):
+            setattr(part, "hidden_size", width)  # noqa: B010
     if heads:
         small.num_attention_heads = kept
     for name in ("head_dim", "kv_channels"):
-        if isinstance(getattr(small, name, None), int):
+        # What is computed from others is no number of its own.
+        if isinstance(vars(small).get(name), int):
             # DeepSeek's is that of the rotated part of a head.
             setattr(small, name, _NARROW if getattr(small, "qk_rope_head_dim", None) else _HEAD_SIZE)
-    for name in ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads"):
-        if getattr(small, name, None):
-            same, one = grouped == heads, grouped == 1
-            setattr(small, name, kept if same else 1 if one else max(1, kept // 2))
+    for part in (small, getattr(small, "attn_config", None)):
+        for name in ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "kv_n_heads"):
+            if getattr(part, name, None):
+                same, one = grouped == heads, grouped == 1
+                setattr(part, name, kept if same else 1 if one else max(1, kept // 2))
     # The inner width of a state-space layer: as many heads as make it whole.
     if getattr(small, "mamba_n_heads", None) or getattr(small, "n_mamba_heads", None):
         expand = int(getattr(small, "mamba_expand", 2))

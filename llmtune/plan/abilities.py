@@ -1,4 +1,4 @@
-"""What an architecture can take: kernels of attention, lengths of rows, adapters."""
+"""What an architecture can take: kernels of attention, lengths of rows, stages of ZeRO."""
 
 from __future__ import annotations
 
@@ -97,21 +97,22 @@ def check_row_length(max_seq_length: int, positions: int | None, name: str) -> N
         )
 
 
-def is_router(name: str, linear: Any, experts: int) -> bool:
-    """Whether a linear layer chooses the experts of a mixture, or weighs a shared one, and is to be left as it is.
+#: Architectures that use a layer's weight without calling the layer, where ZeRO 3 has only a slice of it.
+_NOT_PARTITIONED = ("gemma3n", "gemma3n_text")
+
+
+def check_stage(stage: int, kind: str, name: str) -> None:
+    """Refuse ZeRO 3 for architectures whose weights it cannot gather in time.
 
     Args:
-        name: Path of the layer in the model.
-        experts: Of a layer; 0 for a model without.
+        kind: Of the architecture (``model_type``).
+        name: Of the model, for the message.
+
+    Raises:
+        ConfigError: It would fail in the first backward pass.
     """
-    parts = name.split(".")
-    gate = parts[-1].endswith("gate") and getattr(linear, "out_features", None) in (1, experts)
-    return experts > 0 and (any(part.endswith("router") for part in parts) or gate)
-
-
-def count_experts(architecture: Any) -> int:
-    """Experts of a layer, of which each token takes a few; 0 for a dense model."""
-    text = architecture.get_text_config()
-    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    places = [text, getattr(text, "ffn_config", None)]
-    return next((int(number) for place in places for key in keys if (number := getattr(place, key, None))), 0)
+    if stage == 3 and kind in _NOT_PARTITIONED:
+        raise ConfigError(
+            f"zero=3: {name} ({kind}) uses weights without calling the layers that own them, and DeepSpeed would not have "
+            "gathered them; take zero=2"
+        )

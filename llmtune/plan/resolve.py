@@ -11,7 +11,7 @@ from typing import Any
 
 from llmtune.config.schema import Config, Precision, ScheduleConfig, TrainConfig, TunerKind
 from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
-from llmtune.plan.abilities import check_kernel, check_row_length
+from llmtune.plan.abilities import check_kernel, check_row_length, check_stage
 from llmtune.plan.advice import smallest_change
 from llmtune.plan.batch import BatchPlan
 from llmtune.plan.deepspeed import adamw_parameters, to_deepspeed, with_nvme_path
@@ -132,7 +132,10 @@ def resolve_ladder(config: Config, world_size: int | None = None, planning: bool
     if not planning:
         check_row_length(config.data.max_seq_length, shape.max_positions, config.model.name_or_path)
     kernel = resolve_attention(config, hardware.accelerator, shape.kernels, hardware.compute_capability)
-    return build_ladder(config, hardware, shape, world, kernel)
+    ladder = build_ladder(config, hardware, shape, world, kernel)
+    if not planning and ladder.chosen is not None:
+        check_stage(ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path)
+    return ladder
 
 
 def plan_candidate(config: Config, ladder: Ladder, candidate: Candidate, launched: bool = False) -> Plan:
@@ -307,13 +310,15 @@ def _describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> li
 
 
 def _describe_adapters(config: Config, shape: ModelShape) -> list[str]:
-    """What ``all-linear`` reaches of a mixture of experts, which is not all that the name says."""
+    """What ``all-linear`` reaches where that is not all that the name says."""
     if config.tuner.target_modules != "all-linear" or not shape.adapted:
         return []
-    if not shape.stacked_parameters and not shape.routers:
+    if not shape.stacked_parameters and not shape.left_alone:
         return []
-    text = f"tuner.target_modules=all-linear: adapters on {', '.join(shape.adapted)}; none on the router"
+    text = f"tuner.target_modules=all-linear: adapters on {', '.join(shape.adapted)}"
+    if shape.left_alone:
+        text += f"; none on {', '.join(shape.left_alone)}"
     if shape.stacked_parameters:
         share = shape.stacked_parameters / shape.parameters
-        text += f", and none on the experts, which are stacked in tensors that are no linear layers ({share:.0%} of the model)"
+        text += f"; none on the router and the experts, whose stacked tensors are no linear layers ({share:.0%} of the model)"
     return [text]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.config.schema import ModelConfig, TunerConfig, TunerKind
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.plan.abilities import attention_kernels, count_experts, is_router, max_positions
+from llmtune.plan.abilities import attention_kernels, max_positions
+from llmtune.plan.adapted import AdaptedLayers, choose_layers, matrix_sides, stacked_parameters
 from llmtune.plan.cache import read_cached, write_cached
 
 if TYPE_CHECKING:
@@ -66,10 +67,12 @@ class ModelShape:
     """Tokens of the longest row that it has positions for; None where there is no limit."""
     adapted: tuple[str, ...] = ()
     """Last parts of the names of the layers that get adapters."""
-    routers: tuple[str, ...] = ()
-    """Layers that choose among experts, which ``all-linear`` leaves alone."""
+    left_alone: tuple[str, ...] = ()
+    """Of linear layers that ``all-linear`` does not reach, such as routers of experts; see :mod:`llmtune.plan.adapted`."""
     stacked_parameters: int = 0
     """Of experts that are stacked in one tensor, which is no linear layer and takes no adapter."""
+    kind: str = ""
+    """The architecture's ``model_type``."""
     tensors: tuple[TensorShape, ...] = field(default=(), repr=False)
     """Empty in a plan that was read back from a file."""
 
@@ -201,8 +204,8 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     meta_model, causal = build_meta_model(architecture, config.trust_remote_code)
     model: Any = meta_model
     full = tuner.kind is TunerKind.full
-    routers = find_routers(model, architecture)
-    adapters = {} if full else _adapter_sizes(model, tuner, routers)
+    adapted = None if full else choose_layers(model, tuner)
+    adapters = _adapter_sizes(adapted, tuner.lora_r) if adapted else {}
     tensors = _tensors(model, adapters, full, tuner)
     numbers: Any = architecture.get_text_config()
     hidden = int(getattr(numbers, "hidden_size", 0) or getattr(numbers, "d_model", 0))
@@ -223,20 +226,25 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         largest_adapter_tensor=max((tensor.numel for tensor in tensors if tensor.adapter), default=0),
         layer_parameters=_largest_layer(model, adapters),
         hidden_size=hidden,
-        intermediate_size=int(getattr(numbers, "intermediate_size", None) or 4 * hidden),
+        intermediate_size=_intermediate_size(numbers) or 4 * hidden,
         layers=layers,
         vocab_size=int(getattr(numbers, "vocab_size", 0)),
         attention_width=heads * int(getattr(numbers, "head_dim", None) or hidden // heads),
         causal=causal,
         kernels=attention_kernels(model),
         max_positions=max_positions(model, architecture),
-        adapted=tuple(sorted({name.rsplit(".", 1)[-1] for name in adapters})),
-        routers=tuple(routers),
-        stacked_parameters=sum(
-            p.numel() for name, p in model.named_parameters() if p.dim() > 2 and ".experts." in name
-        ),
+        adapted=tuple(adapted.endings) if adapted else (),
+        left_alone=tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted.left_alone})) if adapted else (),
+        stacked_parameters=stacked_parameters(model),
+        kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )
+
+
+def _intermediate_size(numbers: Any) -> int:
+    """Of the widest layer, where they differ; 0 where none is named."""
+    size = getattr(numbers, "intermediate_size", None) or 0
+    return max(size) if isinstance(size, list | tuple) else int(size)
 
 
 def _tensors(model: Any, adapters: dict[str, tuple[int, int]], full: bool, tuner: TunerConfig) -> list[TensorShape]:
@@ -290,41 +298,7 @@ def _embedding_parameters(model: Any) -> list[nn.Parameter]:
     return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
 
-def find_routers(model: Any, architecture: Any) -> list[str]:
-    """Linear layers that choose among the experts of a mixture: an adapter on them would change who answers, not what."""
-    experts = count_experts(architecture)
-    return [name for name, linear in _linear_layers(model).items() if is_router(name, linear, experts)]
-
-
-def _linear_layers(model: Any) -> dict[str, Any]:
-    """What peft takes for linear layers; GPT-2's are called ``Conv1D``, and have their weight transposed."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-
-
-def _adapter_sizes(model: Any, tuner: TunerConfig, routers: list[str]) -> dict[str, tuple[int, int]]:
+def _adapter_sizes(adapted: AdaptedLayers, rank: int) -> dict[str, tuple[int, int]]:
     """Adapted layer -> elements of its LoRA matrices, ``r x in`` and ``out x r``."""
-    from torch import nn
-
-    linear = _linear_layers(model)
-    head = model.get_output_embeddings()
-    if tuner.target_modules == "all-linear":
-        adapted = [name for name, module in linear.items() if module is not head and name not in routers]
-    else:
-        endings = list(tuner.target_modules)
-        matched = {e: [n for n in linear if n == e or n.endswith(f".{e}")] for e in endings}
-        nothing = [ending for ending in endings if not matched[ending]]
-        if nothing:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ConfigError(f"tuner.target_modules: {nothing} matches no linear layer; the model has {known}")
-        chosen = {name for names in matched.values() for name in names}
-        adapted = [name for name in linear if name in chosen]
-    sizes = {}
-    for name in adapted:
-        wide, high = (
-            linear[name].weight.shape if isinstance(linear[name], nn.Linear) else linear[name].weight.shape[::-1]
-        )
-        sizes[name] = (tuner.lora_r * high, tuner.lora_r * wide)
-    return sizes
+    sides = {name: matrix_sides(layer) for name, layer in adapted.layers.items()}
+    return {name: (rank * inputs, rank * outputs) for name, (inputs, outputs) in sides.items()}
