@@ -30,16 +30,16 @@ def train_all() -> dict[tuple[Any, ...], dict[str, Any]]:
             results = train_engines(
                 [list(cell) for cell in part], 1, Path(folder), timeout=900, module="tests.architectures.worker"
             )
-            found |= dict(zip(part, results, strict=True))
+            for cell, result in zip(part, results, strict=True):
+                if "error" in result:
+                    raise SystemExit(f"{cell} fails: {result['error']}")
+                found[cell] = result
             print(f"{len(found)} of {len(cells)} cells")
     return found
 
 
 def describe(results: list[dict[str, Any]]) -> str:
-    """Of cells that differ in the stage or the tuner only: the largest difference of a loss, or that they are refused."""
-    failed = [result["error"] for result in results if "error" in result]
-    if failed:
-        return f"fails: {failed[0]}"
+    """Of cells that differ in the tuner only: the largest difference of a loss, or that they are refused."""
     refused = sum("refused" in result for result in results)
     if refused:
         return "refused" if refused == len(results) else "refused in part"

@@ -38,7 +38,7 @@ def check_kernel(wanted: str, kernels: tuple[str, ...], name: str) -> None:
     if wanted in _KERNELS and wanted not in kernels:
         raise ConfigError(
             f"model.attn_implementation={wanted}: transformers has no such kernel for the architecture of {name}, only "
-            f"{' and '.join(kernels)}; take model.attn_implementation=auto or {kernels[-1]}"
+            f"{' and '.join(kernels)}; take model.attn_implementation=auto or eager"
         )
 
 

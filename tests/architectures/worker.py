@@ -159,13 +159,12 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
     reference, plain_norms = train_plainly(plain, steps, RATE, EPS)
     unplanned = sorted(trained ^ {f"base_model.model.{name}" if adapters else name for name in planned})
     return {
+        **about,
         "losses": losses,
         "plain": reference,
         "norms": norms,
         "plain_norms": plain_norms,
         "unplanned": unplanned,
-        "kernel": kernel,
-        "adapted": list(shape.adapted),
     }
 
 

@@ -85,8 +85,8 @@ def test_rows_beyond_the_positions_are_refused_with_the_length_that_is_not() -> 
 
 
 def test_a_run_is_refused_and_a_plan_is_not(cache: Path) -> None:
-    config = compose_config(["model=tiny", "data.max_seq_length=1025"]).config
-    with pytest.raises(ConfigError, match="1024 positions"):
+    config = compose_config(["model=tiny", "data.max_seq_length=8193"]).config
+    with pytest.raises(ConfigError, match="8192 positions"):
         resolve_ladder(config)
     assert resolve_ladder(config, planning=True).rungs
 
