@@ -57,8 +57,8 @@ class WeightReport:
         where = f"model.name_or_path={name}"
         if self.missing:
             raise MissingPrerequisiteError(
-                f"{where}: {len(self.missing)} weights of the model are in none of the files of {folder}: "
-                f"{some(self.missing)}. They would be random, and other ones on every rank and after every restart. "
+                f"{where}: {_count(len(self.missing))} in none of the files of {folder}: {some(self.missing)}. "
+                "transformers would draw random numbers instead, and other ones on every rank and after every restart. "
                 f"{self._explain_missing()}"
             )
         if self.reshaped:
@@ -89,6 +89,10 @@ class WeightReport:
             "in the files, and not used": self.unused,
         }
         return [f"weights: {what}: {some(names)}" for what, names in texts.items() if names]
+
+
+def _count(weights: int) -> str:
+    return "one weight of the model is" if weights == 1 else f"{weights} weights of the model are"
 
 
 def some(names: tuple[str, ...]) -> str:

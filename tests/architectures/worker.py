@@ -21,7 +21,7 @@ from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config, Precision, TunerKind
 from llmtune.data.batch import Batch, Collator
 from llmtune.data.store import Row
-from llmtune.engine.distributed import Rank, init_ranks, meet_ranks
+from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
 from llmtune.engine.module import TrainModule, zero_init
 from llmtune.errors import LlmtuneError
 from llmtune.model.adapters import add_lora
@@ -46,9 +46,14 @@ MAX_SEQ_LENGTH = 48
 STEPS, RATE, EPS = 2, 1e-2, 1e-6
 
 
+def make_folder(family: str, rank: Rank) -> Path:
+    """A folder with the random weights of a family, made by rank 0: transformers writes nothing on the others."""
+    return Path(broadcast_object(str(_save(family)) if rank.is_first else None, rank))
+
+
 @functools.cache
-def make_folder(family: str) -> Path:
-    """A folder with the random weights of a family, in fp32."""
+def _save(family: str) -> Path:
+    """The weights are in fp32."""
     numbers = dict(FAMILIES[family])
     kind = str(numbers.pop("model_type", family))
     config = transformers.AutoConfig.for_model(kind, **numbers, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -121,7 +126,7 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
         cell: Family, ZeRO stage, tuner, and ``padded``, ``packed``, or ``unchecked``: packed, and tried on the ranks only.
     """
     family, stage, tuner, rows = cell
-    folder, packed = make_folder(family), rows != "padded"
+    folder, packed = make_folder(family, rank), rows != "padded"
     overrides = [f"model.name_or_path={folder}", "data.train=none.jsonl", f"data.max_seq_length={MAX_SEQ_LENGTH}"]
     overrides += [f"zero={stage}", f"tuner={tuner}", f"data.packing={packed}", "precision=fp32", f"optim.eps={EPS}"]
     config = compose_config([*overrides, "tuner.lora_r=4" if tuner == "lora" else "tuner=full"]).config
