@@ -39,6 +39,7 @@ def test_draws_that_change_get_a_new_version() -> None:
         "window_order": [9, 44, 37],
         "padding": [73, 70, 64],
         "adapter": [94, 26, 22],
+        "packing_probe": [84, 9, 5],
         "dropout": [21, 80, 65],
     }
     assert torch_seed(42, Draw.dropout, 5, 1) == 2212730291861137966

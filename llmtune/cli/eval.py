@@ -65,6 +65,7 @@ def main(arguments: Arguments) -> int:
     from llmtune.errors import DataError
     from llmtune.model.build import sees_padding
     from llmtune.model.loss import sum_token_losses
+    from llmtune.plan.abilities import check_row_length, max_positions
     from llmtune.train.evaluation import perplexity
 
     target = resolve_target(composed)
@@ -79,6 +80,7 @@ def main(arguments: Arguments) -> int:
     asked = config.train.per_device_eval_batch_size
     held_out = open_rows(data, "eval")
     longest = int(held_out.lengths.max())
+    check_row_length(longest, max_positions(model, model.config), target.base_name)
     rows = asked if isinstance(asked, int) else auto_eval_rows(longest, len(tokenizer), free_memory_bytes(device))
     collator = Collator(tokenizer.pad_token_id, masked=sees_padding(model.config))
     batches = iterate_eval(held_out, rows, 0, 1, collator, None)

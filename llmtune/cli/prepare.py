@@ -12,6 +12,7 @@ from typing import Any
 from llmtune.checkpoint import names
 from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.cli.adapter import describe_adapter
+from llmtune.cli.check_model import check_model
 from llmtune.config.compose import Composed
 from llmtune.config.data_schema import name_data
 from llmtune.config.schema import Config
@@ -84,6 +85,7 @@ def resolve_request(
     resume_from = resume_point(folder, config, target.name, console.say)
     cache = cache_dir(config)
     model_folder = resolve_model_folder(config.model, cache, console.say)
+    check_model(config, plan.attn_implementation, model_folder, cache, console.say)
     tokenizer = load_tokenizer(model_folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console))
     _check_data(config, data, tokenizer, model_folder, console)

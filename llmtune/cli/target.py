@@ -74,11 +74,15 @@ def resolve_target(composed: Composed) -> Target:
 
 def load_model(target: Target) -> tuple[Any, Any]:
     """Model (adapter put on, evaluation mode, on the GPUs if there are any) and tokenizer."""
+    from transformers import AutoConfig
+
     from llmtune.data.templates import check_chat_template, load_chat_template
     from llmtune.model.build import WeightsTo, build_model
     from llmtune.model.tokenizer import load_tokenizer
+    from llmtune.plan.abilities import attention_kernels
     from llmtune.plan.hardware import resolve_accelerator
     from llmtune.plan.resolve import resolve_attention
+    from llmtune.plan.shape import build_meta_model
 
     config = target.config
     tokenizer_folder = target.adapter if target.adapter and (target.adapter / "tokenizer.json").is_file() else None
@@ -87,7 +91,9 @@ def load_model(target: Target) -> tuple[Any, Any]:
     )
     check_chat_template(tokenizer, target.base_name)
     accelerator = resolve_accelerator(config.hardware.accelerator)
-    attention = resolve_attention(config, accelerator)
+    trusted = config.model.trust_remote_code
+    architecture = AutoConfig.from_pretrained(str(target.model_folder), trust_remote_code=trusted)
+    attention = resolve_attention(config, accelerator, attention_kernels(build_meta_model(architecture, trusted)[0]))
     places = WeightsTo(place_weights(target.model_folder)) if accelerator == "cuda" else WeightsTo()
     model = build_model(target.model_folder, config.model, config.precision, False, attention, places)
     if target.adapter is not None:

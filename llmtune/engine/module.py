@@ -178,6 +178,14 @@ class TrainModule:
         summed, tokens_seen = sum_over_ranks([float(total), float(count)], self.rank)
         return summed / max(tokens_seen, 1), int(tokens_seen)
 
+    def logits(self, batch: MicroBatch) -> torch.Tensor:
+        """Of a batch, on the host, without gradients and without dropout. Collective under ZeRO 3."""
+        self.engine.eval()
+        with torch.no_grad():
+            logits: torch.Tensor = self.engine(**batch.to(self.rank.device).inputs, use_cache=False).logits
+        self.engine.train()
+        return logits.cpu()
+
     def row_losses(self, batches: Iterable[MicroBatch]) -> list[list[float]]:
         """Summed loss of every row of every batch, without gradients and without dropout. Collective under ZeRO 3."""
         self.engine.eval()

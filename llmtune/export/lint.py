@@ -68,8 +68,10 @@ def is_renamed(folder: Path) -> bool:
     """Whether transformers translates this architecture's stored names, as for fused experts."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    return bool(get_checkpoint_conversion_mapping(model_type))
+    values = json.loads((folder / "config.json").read_text())
+    # By class or by type: GPT-NeoX's head is named by its class only.
+    kinds = [*(values.get("architectures") or ()), values.get("model_type")]
+    return any(get_checkpoint_conversion_mapping(kind) for kind in kinds)
 
 
 def _check_tokens(folder: Path, config: dict[str, Any], source: TensorSource) -> tuple[list[str], list[str]]:

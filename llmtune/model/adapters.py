@@ -14,6 +14,7 @@ from llmtune.config.schema import TunerConfig
 from llmtune.draws import Draw, torch_seed
 from llmtune.errors import CheckpointError
 from llmtune.model.stored_adapter import WEIGHTS_FILE, read_adapter_config, with_peft_defaults
+from llmtune.plan.adapted import choose_layers
 from llmtune.process import no_collection
 
 #: peft's name for the only adapter, which its files leave out.
@@ -40,7 +41,7 @@ def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
     with no_collection():
         from peft import LoraConfig, get_peft_model
 
-    modules = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    chosen = choose_layers(model, config).peft_settings(config.target_modules)
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
@@ -50,7 +51,7 @@ def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
         alpha_pattern=dict(config.alpha_pattern),
         use_rslora=config.use_rslora,
         lora_dropout=config.lora_dropout,
-        target_modules=modules,
+        **chosen,
         base_model_name_or_path=base,
     )
     torch.manual_seed(torch_seed(seed, Draw.adapter))

@@ -1,39 +1,105 @@
-"""What transformers decides about attention, where it decides slowly: by a look at the GPU, or for the slowest kernel."""
+"""What transformers decides about attention, where it decides slowly or without asking: by a look at the GPU, for the slowest
+kernel, or without the borders of the documents that share a row.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from packaging.version import Version
 
-#: Whether the forward pass under way was given positions: only then may several documents share a row.
-_has_positions = True
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What the caller of a forward pass has said."""
+
+    positions: torch.Tensor | None
+    """int64, shape (rows, length): only where they are given may several documents share a row."""
+    masked: bool
+    """Whether the caller said where padding is."""
+
+
+#: The one under way, of a model that :func:`answer_on_host` was told of.
+_pass: _Pass | None = None
+
+#: transformers' functions that make masks, as its models import them.
+_MASK_MAKERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 
 
 def answer_on_host(model: Any) -> None:
-    """Have a causal model's masks made without a look at the positions, which lie on the GPU.
+    """Have a causal model's masks made with the borders of documents, and without a look at the positions, which lie on the GPU.
 
     transformers takes rows for packed ones where their positions restart. Where no positions are given it makes them itself,
     and they do not; where they are given, documents are told apart by them in any case, which is right for one document too.
+
+    Architectures such as OPT, MPT, BLOOM and gpt-oss take positions and do not hand them on to the functions that make their
+    masks, or hand on a mask of ones of their own, so that the documents of a row would see each other. Those functions get the
+    positions here. What is mixed nevertheless, such as the state of a recurrent layer, :mod:`llmtune.train.packing_probe` finds.
     """
     from transformers import masking_utils
 
-    masking_utils.find_packed_sequence_indices = _find_documents
-    model.register_forward_pre_hook(_note_positions, with_kwargs=True)
+    find = masking_utils.find_packed_sequence_indices
+    if not hasattr(find, "knows_borders"):
+        masking_utils.find_packed_sequence_indices = _without_a_look(find)
+    for name in {type(module).__module__ for module in model.modules()}:
+        source = sys.modules.get(name)
+        for maker in _MASK_MAKERS:
+            make = getattr(source, maker, None)
+            if make is not None and not hasattr(make, "knows_borders"):
+                setattr(source, maker, _with_borders(make))
+    model.register_forward_pre_hook(_note_inputs, with_kwargs=True)
+    # Passes of another model, which may be given none, must not find these positions.
+    model.register_forward_hook(_forget_inputs, always_call=True)
 
 
-def _note_positions(_: Any, __: tuple[Any, ...], named: dict[str, Any]) -> None:
-    global _has_positions
-    _has_positions = named.get("position_ids") is not None
+def _with_borders(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A maker of masks that is given the positions of the forward pass where its model does not hand them on."""
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def make_with_borders(*arguments: Any, **named: Any) -> Any:
+        values = signature.bind_partial(*arguments, **named).arguments
+        shape = values["inputs_embeds"].shape[:2]
+        given = _pass.positions if _pass else None
+        if _pass and given is not None and values.get("past_key_values") is None and given.shape == shape:
+            values["position_ids"] = given
+            if not _pass.masked:
+                values["attention_mask"] = None
+        return make(**values)
+
+    make_with_borders.knows_borders = True  # type: ignore[attr-defined]
+    return make_with_borders
 
 
-def _find_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """The number of each token's document in its row, or None where rows hold one each. Shapes: (rows, length)."""
-    if not _has_positions:
-        return None
-    steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
-    return (steps != 1).cumsum(-1)
+def _note_inputs(_: Any, __: tuple[Any, ...], named: dict[str, Any]) -> None:
+    global _pass
+    _pass = _Pass(named.get("position_ids"), named.get("attention_mask") is not None)
+
+
+def _forget_inputs(_: Any, __: tuple[Any, ...], ___: Any) -> None:
+    global _pass
+    _pass = None
+
+
+def _without_a_look(find: Callable[..., Any]) -> Callable[..., Any]:
+    def find_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
+        """The number of each token's document in its row, or None where rows hold one each. Shapes: (rows, length)."""
+        if _pass is None:
+            found: torch.Tensor | None = find(position_ids)
+            return found
+        if _pass.positions is None:
+            return None
+        steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+        return (steps != 1).cumsum(-1)
+
+    find_documents.knows_borders = True  # type: ignore[attr-defined]
+    return find_documents
 
 
 def group_heads_only_for_flash() -> None:

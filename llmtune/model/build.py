@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from llmtune.config.schema import ModelConfig, Precision
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
 from llmtune.model.partition import load_partitions, restore_buffers
+from llmtune.model.weight_report import WeightReport
 from llmtune.process import no_collection
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
@@ -52,20 +53,28 @@ def build_model(
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
+    model: Any
     dtype = DTYPES[precision]
     settings = {"attn_implementation": attn_implementation, "trust_remote_code": config.trust_remote_code}
     try:
         if weights.partitioned is None:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, device_map=weights.device_map, **settings
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, device_map=weights.device_map, output_loading_info=True, **settings
             )
+            model, found = loaded
+            _refuse_random(model, found["missing_keys"], folder)
         else:
             architecture = AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
-            with no_init_weights(), weights.partitioned():
-                model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **settings)
-                # Part of the initialisation that no_init_weights leaves out.
-                model.tie_weights()
-            restore_buffers(model)
+
+            def make(of: torch.dtype) -> Any:
+                return AutoModelForCausalLM.from_config(architecture, dtype=of, **settings)
+
+            with no_init_weights():
+                with weights.partitioned():
+                    model = make(dtype)
+                    # Part of the initialisation that no_init_weights leaves out.
+                    model.tie_weights()
+                restore_buffers(model, make, dtype)
             load_partitions(model, folder, weights.rank)
     except ImportError as error:
         reason = str(error).strip().splitlines()[0]
@@ -78,6 +87,13 @@ def build_model(
         # Frozen embeddings would leave the first checkpoint without an input that needs a gradient.
         model.enable_input_require_grads()
     return model
+
+
+def _refuse_random(model: Any, missing: Iterable[str], folder: Path) -> None:
+    """transformers draws what the files lack, on every rank anew. Before a run it was looked for already."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    random = tuple(sorted(parameters & set(missing)))
+    WeightReport(random, (), (), (), (), ()).refuse(str(folder), folder)
 
 
 def sees_padding(config: Any) -> bool:

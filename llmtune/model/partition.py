@@ -2,86 +2,90 @@
 
 A ZeRO-3 partition is a contiguous slice of the flattened tensor: rank ``r`` of ``w`` owns the elements
 ``[r*P, (r+1)*P)`` with ``P = ceil(n / w)``, padded on the last rank. A safetensors entry is the flattened tensor too,
-so the slice is one read at a computed offset.
+so the slice is one read at a computed offset. Only what transformers computes out of several tensors of the files, such as
+stacked experts, is made whole first, one tensor after the other.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import struct
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmtune.errors import MissingPrerequisiteError
-
-#: safetensors dtype names of floating tensors.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor in a safetensors file."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    """Byte of the file where its data begins."""
-
-
-def read_entries(folder: Path) -> dict[str, Entry]:
-    """Every floating tensor of a model folder, from the headers alone.
-
-    The layout is that of safetensors: an 8-byte little-endian header length, a JSON header, the data.
-    """
-    entries: dict[str, Entry] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header: dict[str, Any] = json.loads(handle.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in DTYPES:
-                start = 8 + length + entry["data_offsets"][0]
-                entries[name] = Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
-    return entries
+from llmtune.model.weight_files import Entry, read_entries, read_slice, read_tensor
+from llmtune.model.weight_names import Conversion, find_missing, match_names
 
 
 def load_partitions(model: Any, folder: Path, rank: int) -> None:
-    """Fill this rank's slice of every parameter that ``zero.Init`` made.
+    """Fill this rank's slice of every parameter that ``zero.Init`` made, and every buffer that the files hold.
 
     Raises:
-        MissingPrerequisiteError: The files do not hold exactly the model's parameters.
+        MissingPrerequisiteError: The files lack a parameter, or hold it in another shape.
     """
     entries = read_entries(folder)
+    matching = match_names(model, entries)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers())
+    done: set[int] = set()
     problems = []
-    for name, parameter in model.named_parameters():
-        entry = entries.get(name)
-        if entry is None:
-            problems.append(f"{name} is not in the files")
-        elif entry.shape != tuple(parameter.ds_shape):
-            problems.append(f"{name} is {entry.shape} in the files and {tuple(parameter.ds_shape)} in the model")
-        else:
-            _load_slice(parameter, entry, rank)
+    for name, source in matching.direct.items():
+        entry, parameter = entries[source], parameters.get(name)
+        shape = tuple(buffers[name].shape if parameter is None else parameter.ds_shape)
+        if entry.shape != shape:
+            problems.append(f"{name} is {entry.shape} in the files and {shape} in the model")
+        elif parameter is None:
+            buffers[name].data.copy_(read_tensor(entry))
+        elif id(parameter) not in done:
+            _load_slice(parameter, lambda start, count, entry=entry: read_slice(entry, start, count), rank)  # type: ignore[misc]
+            done.add(id(parameter))
+    found = set(matching.direct)
+    for conversion in matching.conversions:
+        found |= _load_converted(model, conversion, entries, rank)
+    problems += [f"{name} is not in the files" for name in find_missing(model, found)[0]]
     if problems:
         raise MissingPrerequisiteError(
-            f"{folder} cannot be loaded under ZeRO 3: {'; '.join(problems[:4])}"
-            f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. Its weights are stored under other names "
-            "than the model's; save it once with transformers' save_pretrained, or take zero=2"
+            f"{folder} cannot be loaded: {'; '.join(problems[:4])}"
+            f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}; fetch the model again"
         )
 
 
-def _load_slice(parameter: Any, entry: Entry, rank: int) -> None:
+def _load_converted(model: Any, conversion: Conversion, entries: dict[str, Entry], rank: int) -> set[str]:
+    """Compute some parameters as transformers does, and keep this rank's slices of them; their names."""
+    made = conversion.run(model, lambda name: read_tensor(entries[name]))
+    for name, tensor in made.items():
+        parameter = model.get_parameter(name)
+        if tuple(tensor.shape) != tuple(parameter.ds_shape):
+            raise MissingPrerequisiteError(
+                f"{name} is {tuple(tensor.shape)} as the files have it and {tuple(parameter.ds_shape)} in the model"
+            )
+        flat = tensor.reshape(-1)
+        _load_slice(parameter, lambda start, count, flat=flat: flat[start : start + count], rank)  # type: ignore[misc]
+    return set(made)
+
+
+def _load_slice(parameter: Any, read: Callable[[int, int], torch.Tensor], rank: int) -> None:
+    """
+    Args:
+        read: Gives so many elements of the flattened tensor from a first one on.
+    """
     swapper = parameter.nvme_swapper
     swapped = swapper is not None and swapper.swappable_tensor(parameter)
     if swapped:
         # A slice on NVMe comes into one of the swapper's buffers, is filled, and goes back.
         swapper.swap_in([parameter], async_op=False)
     partition = parameter.ds_tensor
-    _fill(partition, parameter.ds_numel, entry, rank)
+    size = partition.numel()
+    start = rank * size
+    count = max(0, min(size, parameter.ds_numel - start))
+    target = partition.data.view(-1)
+    if count < size:
+        target[count:].zero_()
+    if count:
+        target[:count].copy_(read(start, count))
     if swapped:
         swapper.swap_out_and_release([parameter])
     # hpZ keeps a second slice, for gathers within a node. ``zero.Init`` cut it from memory that nobody had written; it is cut
@@ -90,33 +94,28 @@ def _load_slice(parameter: Any, entry: Entry, rank: int) -> None:
         parameter.ds_secondary_tensor = None
 
 
-def _fill(partition: Any, numel: int, entry: Entry, rank: int) -> None:
-    size = partition.numel()
-    start = rank * size
-    count = max(0, min(size, numel - start))
-    target = partition.data.view(-1)
-    if count < size:
-        target[count:].zero_()
-    if count == 0:
-        return
-    width = entry.dtype.itemsize
-    buffer = bytearray(count * width)
-    with entry.file.open("rb", buffering=0) as handle:
-        view = memoryview(buffer)
-        done = 0
-        while done < len(buffer):
-            done += os.preadv(handle.fileno(), [view[done:]], entry.offset + start * width + done)
-    target[:count].copy_(torch.frombuffer(buffer, dtype=entry.dtype))
+def restore_buffers(model: Any, build: Callable[[torch.dtype], Any], dtype: torch.dtype) -> None:
+    """Give a partitioned model the buffers of one that is not, such as rotary frequencies in fp32.
 
+    ``zero.Init`` casts every float tensor that is made inside it to the training dtype. A model that transformers reads whole
+    has buffers that are computed in fp32, and then have the dtype in which the architecture makes them.
 
-def restore_buffers(model: Any) -> None:
-    """Compute rotary frequencies again in fp32: ``zero.Init`` casts every float tensor made inside it to the training dtype."""
-    for module in model.modules():
-        names = [
-            name for name in getattr(module, "_non_persistent_buffers_set", ()) if module._buffers.get(name) is not None
-        ]
-        floating = [name for name in names if module._buffers[name].is_floating_point()]
-        for name in floating:
-            module._buffers[name] = module._buffers[name].float()
-        if floating:
-            model._init_weights(module)
+    Args:
+        build: Makes the same model once more in a dtype, outside of ``zero.Init``.
+        dtype: Of training.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        values = dict(build(torch.float32).named_buffers())
+    with torch.device("meta"):
+        dtypes = {name: buffer.dtype for name, buffer in build(dtype).named_buffers()}
+    kept = [re.compile(pattern) for pattern in model._get_dtype_plan(dtype)]
+    for owner, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            whole = f"{owner}.{name}" if owner else name
+            floating = values[whole].is_floating_point()
+            wanted = torch.float32 if floating and any(one.search(whole) for one in kept) else dtypes[whole]
+            module._buffers[name] = values[whole].to(buffer.device, wanted)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.schema import ModelConfig, Precision, TunerConfig, TunerKind
+from llmtune.plan.adapted import choose_layers, linear_layers, matrix_sides
 from llmtune.plan.cache import read_cached, write_cached
 from llmtune.plan.lora import lora_rank
 from llmtune.plan.shape import ModelShape, load_architecture
@@ -248,12 +249,13 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any) -> Any:
     class Adapted(nn.Module):
         """``base(x) + B(A(dropout(x))) * scale``."""
 
-        def __init__(self, base: nn.Linear, rank: int):
+        def __init__(self, base: nn.Module, rank: int):
             super().__init__()
+            inputs, outputs = matrix_sides(base)
             self.base = base
             self.dropout = nn.Dropout(tuner.lora_dropout) if tuner.lora_dropout else nn.Identity()
-            self.down = nn.Linear(base.in_features, rank, bias=False, dtype=dtype)
-            self.up = nn.Linear(rank, base.out_features, bias=False, dtype=dtype)
+            self.down = nn.Linear(inputs, rank, bias=False, dtype=dtype)
+            self.up = nn.Linear(rank, outputs, bias=False, dtype=dtype)
 
         def forward(self, inputs: Any) -> Any:
             """The adapted layer."""
@@ -262,12 +264,16 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any) -> Any:
             return self.base(inputs) + update * 2.0
 
     model.requires_grad_(False)
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     wanted = tuner.target_modules
-    for name, module in linear:
-        if wanted == "all-linear" or any(name == ending or name.endswith(f".{ending}") for ending in wanted):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Adapted(module, lora_rank(tuner, name)))
+    if wanted == "all-linear":
+        layers = choose_layers(model, tuner).layers
+    else:
+        # The head, which may be among them, is not part of the trace.
+        endings = tuple(f".{ending}" for ending in wanted)
+        layers = {name: module for name, module in linear_layers(model).items() if f".{name}".endswith(endings)}
+    for name, module in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Adapted(module, lora_rank(tuner, name)))
     return model
 
 

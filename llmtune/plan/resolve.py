@@ -11,6 +11,7 @@ from typing import Any
 
 from llmtune.config.schema import Config, Precision, ScheduleConfig, TrainConfig, TunerKind
 from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
+from llmtune.plan.abilities import check_kernel, check_row_length, check_stage
 from llmtune.plan.advice import smallest_change
 from llmtune.plan.batch import BatchPlan
 from llmtune.plan.deepspeed import adamw_parameters, to_deepspeed, with_nvme_path
@@ -62,7 +63,7 @@ class Plan:
         """The inverse of :meth:`to_dict`."""
         parts = {
             "hardware": Hardware.from_dict(values["hardware"]),
-            "shape": ModelShape(**values["shape"]),
+            "shape": ModelShape.from_dict(values["shape"]),
             "placement": Placement(**values["placement"]),
             "batch": BatchPlan(**values["batch"]),
             "memory": MemoryPlan.from_dict(values["memory"]),
@@ -128,9 +129,13 @@ def resolve_ladder(config: Config, world_size: int | None = None, planning: bool
         raise ConfigError(
             f"model.name_or_path={config.model.name_or_path}: no causal language model; it can be planned only"
         )
-    return build_ladder(
-        config, hardware, shape, world, resolve_attention(config, hardware.accelerator, hardware.compute_capability)
-    )
+    if not planning:
+        check_row_length(config.data.max_seq_length, shape.max_positions, config.model.name_or_path)
+    kernel = resolve_attention(config, hardware.accelerator, shape.kernels, hardware.compute_capability)
+    ladder = build_ladder(config, hardware, shape, world, kernel)
+    if not planning and ladder.chosen is not None:
+        check_stage(ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path)
+    return ladder
 
 
 def plan_candidate(config: Config, ladder: Ladder, candidate: Candidate, launched: bool = False) -> Plan:
@@ -192,21 +197,28 @@ def describe_misfit(config: Config, ladder: Ladder) -> str:
     return "\n".join(lines)
 
 
-def resolve_attention(config: Config, accelerator: str, compute_capability: int = 0) -> str:
-    """The kernel asked for, or the one that is fast here.
+def resolve_attention(config: Config, accelerator: str, kernels: tuple[str, ...], compute_capability: int = 0) -> str:
+    """The kernel asked for, or the one that is fast here, of those that the architecture has.
 
     Args:
+        kernels: Of the architecture (:func:`llmtune.plan.abilities.attention_kernels`).
         compute_capability: Of the GPU; 0 where it is not known.
+
+    Raises:
+        ConfigError: The architecture lacks the kernel asked for.
     """
     wanted = config.model.attn_implementation
     if wanted != "auto":
+        check_kernel(wanted, kernels, config.model.name_or_path)
         return wanted
     # FlashAttention's kernels are for 16 bits, and for Ampere and later.
     can_flash = config.precision is not Precision.fp32 and not 0 < compute_capability < FIRST_WITH_BF16
-    if accelerator == "cuda" and can_flash and config.data.packing and importlib.util.find_spec("flash_attn"):
+    packed = config.data.packing and "flash_attention_2" in kernels
+    if accelerator == "cuda" and can_flash and packed and importlib.util.find_spec("flash_attn"):
         # Its varlen kernels skip what SDPA masks: the attention between the documents of a packed row.
         return "flash_attention_2"
-    return "eager" if accelerator == "cpu" and config.data.max_seq_length <= SHORT_ROW_TOKENS else "sdpa"
+    short = accelerator == "cpu" and config.data.max_seq_length <= SHORT_ROW_TOKENS
+    return "eager" if short or "sdpa" not in kernels else "sdpa"
 
 
 def resolve_steps(train: TrainConfig, schedule: ScheduleConfig, rows: int | None) -> StepsPlan:
@@ -291,6 +303,22 @@ def _describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> li
         state = "on" if candidate.gradient_checkpointing else "off"
         saved = format_bytes(candidate.memory.device.activations)
         notes.append(f"gradient checkpointing: {state} (activations of a micro-batch: {saved} a rank)")
+    notes += _describe_adapters(config, ladder.shape)
     if ladder.activations_origin != "traced":
         notes.append("activations: a rough estimate, because this architecture could not be traced")
     return notes
+
+
+def _describe_adapters(config: Config, shape: ModelShape) -> list[str]:
+    """What ``all-linear`` reaches where that is not all that the name says."""
+    if config.tuner.target_modules != "all-linear" or not shape.adapted:
+        return []
+    if not shape.stacked_parameters and not shape.left_alone:
+        return []
+    text = f"tuner.target_modules=all-linear: adapters on {', '.join(shape.adapted)}"
+    if shape.left_alone:
+        text += f"; none on {', '.join(shape.left_alone)}"
+    if shape.stacked_parameters:
+        share = shape.stacked_parameters / shape.parameters
+        text += f"; none on the router and the experts, whose stacked tensors are no linear layers ({share:.0%} of the model)"
+    return [text]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.schema import ModelConfig, TunerConfig, TunerKind
 from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.plan.abilities import attention_kernels, max_positions
+from llmtune.plan.adapted import AdaptedLayers, choose_layers, matrix_sides, stacked_parameters
 from llmtune.plan.cache import read_cached, write_cached
 from llmtune.plan.lora import check_patterns, lora_rank
 
@@ -60,8 +62,26 @@ class ModelShape:
     """Heads times head size: what attention costs per pair of positions."""
     causal: bool = True
     """Whether llmtune can train it: other architectures can be planned only."""
+    kernels: tuple[str, ...] = ("eager",)
+    """Names of the attention kernels that it has in transformers."""
+    max_positions: int | None = None
+    """Tokens of the longest row that it has positions for; None where there is no limit."""
+    adapted: tuple[str, ...] = ()
+    """Last parts of the names of the layers that get adapters."""
+    left_alone: tuple[str, ...] = ()
+    """Of linear layers that ``all-linear`` does not reach, such as routers of experts; see :mod:`llmtune.plan.adapted`."""
+    stacked_parameters: int = 0
+    """Of experts that are stacked in one tensor, which is no linear layer and takes no adapter."""
+    kind: str = ""
+    """The architecture's ``model_type``."""
     tensors: tuple[TensorShape, ...] = field(default=(), repr=False)
     """Empty in a plan that was read back from a file."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelShape:
+        """From what JSON made of it."""
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists})
 
     @property
     def frozen_parameters(self) -> int:
@@ -157,7 +177,7 @@ def resolve_shape(config: ModelConfig, tuner: TunerConfig, cache_dir: Path | Non
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
         tensors = tuple(TensorShape(*values) for values in stored.pop("tensors"))
-        return ModelShape(**stored, tensors=tensors)
+        return replace(ModelShape.from_dict(stored), tensors=tensors)
     shape = _count(config, tuner)
     values = asdict(shape)
     values["tensors"] = [list(tensor.values()) for tensor in values["tensors"]]
@@ -186,7 +206,8 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     meta_model, causal = build_meta_model(architecture, config.trust_remote_code)
     model: Any = meta_model
     full = tuner.kind is TunerKind.full
-    adapters = {} if full else _adapter_sizes(model, tuner)
+    adapted = None if full else choose_layers(model, tuner)
+    adapters = _adapter_sizes(adapted, tuner) if adapted else {}
     tensors = _tensors(model, adapters, full, tuner)
     numbers: Any = architecture.get_text_config()
     hidden = int(getattr(numbers, "hidden_size", 0) or getattr(numbers, "d_model", 0))
@@ -207,13 +228,25 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         largest_adapter_tensor=max((tensor.numel for tensor in tensors if tensor.adapter), default=0),
         layer_parameters=_largest_layer(model, adapters),
         hidden_size=hidden,
-        intermediate_size=int(getattr(numbers, "intermediate_size", None) or 4 * hidden),
+        intermediate_size=_intermediate_size(numbers) or 4 * hidden,
         layers=layers,
         vocab_size=int(getattr(numbers, "vocab_size", 0)),
         attention_width=heads * int(getattr(numbers, "head_dim", None) or hidden // heads),
         causal=causal,
+        kernels=attention_kernels(model),
+        max_positions=max_positions(model, architecture),
+        adapted=tuple(adapted.endings) if adapted else (),
+        left_alone=tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted.left_alone})) if adapted else (),
+        stacked_parameters=stacked_parameters(model),
+        kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )
+
+
+def _intermediate_size(numbers: Any) -> int:
+    """Of the widest layer, where they differ; 0 where none is named."""
+    size = getattr(numbers, "intermediate_size", None) or 0
+    return max(size) if isinstance(size, list | tuple) else int(size)
 
 
 def _tensors(model: Any, adapters: dict[str, tuple[int, int]], full: bool, tuner: TunerConfig) -> list[TensorShape]:
@@ -277,23 +310,9 @@ def _embedding_parameters(model: Any) -> list[nn.Parameter]:
     return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
 
-def _adapter_sizes(model: Any, tuner: TunerConfig) -> dict[str, tuple[int, int]]:
+def _adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, tuple[int, int]]:
     """Adapted layer -> elements of its LoRA matrices, ``r x in`` and ``out x r``."""
-    from torch import nn
-
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    head = model.get_output_embeddings()
-    if tuner.target_modules == "all-linear":
-        adapted = [name for name, module in linear.items() if module is not head]
-    else:
-        endings = list(tuner.target_modules)
-        matched = {e: [n for n in linear if n == e or n.endswith(f".{e}")] for e in endings}
-        nothing = [ending for ending in endings if not matched[ending]]
-        if nothing:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ConfigError(f"tuner.target_modules: {nothing} matches no linear layer; the model has {known}")
-        chosen = {name for names in matched.values() for name in names}
-        adapted = [name for name in linear if name in chosen]
-    check_patterns(tuner, adapted)
-    ranks = {name: lora_rank(tuner, name) for name in adapted}
-    return {name: (rank * linear[name].in_features, rank * linear[name].out_features) for name, rank in ranks.items()}
+    check_patterns(tuner, adapted.layers)
+    sides = {name: matrix_sides(layer) for name, layer in adapted.layers.items()}
+    ranks = {name: lora_rank(tuner, name) for name in sides}
+    return {name: (ranks[name] * inputs, ranks[name] * outputs) for name, (inputs, outputs) in sides.items()}

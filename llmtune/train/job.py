@@ -23,7 +23,7 @@ from llmtune.engine.distributed import Rank
 from llmtune.engine.module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.adapters import add_lora, load_adapter, to_file_name
-from llmtune.model.build import WeightsTo, build_model, sees_padding
+from llmtune.model.build import DTYPES, WeightsTo, build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.track.console import Console, ProgressLine
@@ -32,6 +32,7 @@ from llmtune.track.tracker import Tracker, Trackers
 from llmtune.train.evaluation import HeldOutLoss
 from llmtune.train.loop import Hook, Job, Progress, run
 from llmtune.train.numbers import NumberWatch
+from llmtune.train.packing_probe import check_module
 from llmtune.train.plotting import LossPlot
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
@@ -84,6 +85,9 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         start = Progress(state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due)
 
     collator = Collator(pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model.config))
+    if config.data.packing:
+        dtype, vocabulary = DTYPES[config.precision], plan.shape.vocab_size
+        check_module(module, collator, vocabulary, dtype, config.model.name_or_path)
     evaluator = HeldOutLoss(
         module,
         open_rows(request.data, "eval") if request.data.eval else None,

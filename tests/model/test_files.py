@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.files import resolve_model_folder
-from llmtune.model.partition import read_entries
 from llmtune.model.tokenizer import end_of_turn_ids, load_tokenizer
+from llmtune.model.weight_files import read_entries
 
 
 def test_the_random_model_is_a_whole_model_folder(tiny_model: Path) -> None:

@@ -1,0 +1,129 @@
+"""Documents of a packed row are tried for leaks: exactly, on any architecture, and on what is right as well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmtune.cli.check_model import check_model
+from llmtune.config.compose import compose_config
+from llmtune.data.batch import Collator
+from llmtune.data.store import Row
+from llmtune.errors import ConfigError
+from llmtune.model.attention import answer_on_host
+from llmtune.model.shrink import MAX_LAYERS, shrink
+from llmtune.train.packing_probe import LENGTHS, LIMITS, SMALL_LIMIT, draw_documents, find_leak, measure_mixing
+from tests.architectures.families import FAMILIES, MIXING
+
+#: Of some architectures, such as RWKV and Falcon, transformers asks for compilers in processes.
+pytestmark = pytest.mark.process
+
+
+def configuration(family: str) -> Any:
+    numbers = dict(FAMILIES[family])
+    return AutoConfig.for_model(str(numbers.pop("model_type", family)), **numbers)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_architecture_is_known_by_a_small_model_of_it(family: str, kernel: str) -> None:
+    found = find_leak(configuration(family), kernel, False)
+    if found is None:
+        # It has no such kernel.
+        assert kernel == "sdpa"
+        return
+    assert (found.largest > SMALL_LIMIT) == (family in MIXING), found
+    # Nothing lies near the limit.
+    assert not SMALL_LIMIT / 3 < found.largest < 3 * SMALL_LIMIT, found
+
+
+@pytest.mark.parametrize(
+    ("family", "numbers", "leaks"),
+    [
+        (
+            "llama",
+            {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8},
+            False,
+        ),
+        ("gemma3_text", {}, False),
+        ("gpt_oss", {}, False),
+        ("deepseek_v3", {}, False),
+        ("qwen3_next", {}, True),
+        ("jamba", {}, True),
+        ("lfm2", {"layer_types": ["conv", "conv", "full_attention"] * 5 + ["conv"], "num_hidden_layers": 16}, True),
+    ],
+)
+def test_models_of_full_size_are_tried_as_small_ones(family: str, numbers: dict[str, Any], leaks: bool) -> None:
+    found = find_leak(AutoConfig.for_model(family, **numbers), "eager", False)
+    assert found is not None
+    assert (found.largest > SMALL_LIMIT) == leaks
+
+
+def test_a_small_model_has_the_kinds_of_layers_of_the_large_one() -> None:
+    large = AutoConfig.for_model("gemma3_text", num_hidden_layers=62)
+    small = shrink(large)
+    assert small.num_hidden_layers == MAX_LAYERS
+    assert set(small.layer_types) == set(large.layer_types) == {"sliding_attention", "full_attention"}
+    assert large.num_hidden_layers == 62, "the model's own configuration is left as it is"
+    assert sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters()) < 1e6
+
+
+def test_the_trial_packs_as_training_does() -> None:
+    seen: list[Any] = []
+
+    def forward(batch: Any) -> torch.Tensor:
+        seen.append(batch)
+        return torch.zeros(*batch.input_ids.shape, 7)
+
+    one, other = draw_documents((3, 2), 97)
+    measure_mixing(forward, Collator(0), (one, other))
+    ids = np.concatenate([one.ids, other.ids])
+    expected = Collator(0).pack(
+        [Row(ids, np.ones(5, bool), (3, 2)), Row(np.concatenate([other.ids, one.ids]), np.ones(5, bool), (2, 3))]
+    )
+    assert torch.equal(seen[0].input_ids, expected.input_ids)
+    assert seen[0].position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "qwen3_moe", "mamba", "rwkv", "recurrent_gemma"])
+def test_the_model_itself_is_judged_in_its_own_precision(family: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configuration(family), attn_implementation="eager").eval()
+    with torch.no_grad():
+        # As much as is learned in training: a model that was just drawn takes little notice of what stands before.
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    model = model.to(dtype)
+    answer_on_host(model)
+    documents = draw_documents((LENGTHS[0] // 2, LENGTHS[1]), 128)
+    with torch.no_grad():
+        found = measure_mixing(lambda batch: model(**batch.inputs, use_cache=False).logits, Collator(0), documents)
+    assert (found.mean_square > LIMITS[dtype]) == (family in MIXING), found
+
+
+def test_what_is_no_number_proves_nothing() -> None:
+    from llmtune.train.packing_probe import _describe_leak
+
+    assert _describe_leak(0.0, SMALL_LIMIT, "m", "llama") is None
+    assert _describe_leak(float("nan"), SMALL_LIMIT, "m", "llama") is not None
+
+
+def test_packing_is_refused_before_the_ranks_with_what_to_do(tmp_path: Path) -> None:
+    from tests.model.test_weights import save_model
+
+    folder = save_model("lfm2", tmp_path / "m")
+    packed, alone = (
+        compose_config([f"model.name_or_path={folder}", "data.train=x.jsonl", f"data.packing={on}"]).config
+        for on in ("true", "false")
+    )
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"data.packing=true: .*transformers' lfm2.*Take data.packing=false"):
+            check_model(packed, "eager", folder, tmp_path / "cache", lambda _: None)
+    check_model(alone, "eager", folder, tmp_path / "cache", lambda _: None)
