@@ -7,9 +7,9 @@ from pathlib import Path
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.manifest import read_manifest
-from llmtune.config.compose import load_config
 from llmtune.config.export_schema import ExportConfig, ExportFormat
 from llmtune.config.schema import TunerKind
+from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
