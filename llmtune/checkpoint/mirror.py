@@ -161,6 +161,18 @@ def find_remote(url: str, run_name: str) -> list[tuple[int, str]]:
     return sorted(found)
 
 
+def read_remote(checkpoint_url: str, name: str) -> bytes | None:
+    """A small file of a checkpoint at a mirror; None where there is none.
+
+    Raises:
+        ConfigError: The protocol is unknown, or its driver is not installed.
+        CheckpointError: The mirror cannot be read.
+    """
+    store = Store(checkpoint_url.rstrip("/"), redact(checkpoint_url))
+    with _reported(checkpoint_url):
+        return persist(store.read, name)
+
+
 def fetch_remote(checkpoint_url: str, run: Path) -> Path:
     """Download a complete checkpoint into ``run``; it appears there whole and verified, or not at all.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def resolve_request(
     Raises:
         LlmtuneError: Of every kind but export, before any rank has begun.
     """
-    config = composed.config
+    rows = plan.batch.global_batch_size
+    config = replace(composed.config, train=replace(composed.config.train, global_batch_size=rows))
     changed = folder.check_owner(config)
     if changed:
         console.say(f"changed since the last start: {', '.join(changed)}")
@@ -87,8 +88,8 @@ def resolve_request(
     tokenizer = load_tokenizer(model_folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console))
     _check_data(config, data, tokenizer, model_folder, console)
-    rows = None if config.data.streaming else data.train.rows
-    steps = resolve_steps(config.train, config.schedule, rows)
+    epoch_rows = None if config.data.streaming else data.train.rows
+    steps = resolve_steps(config.train, config.schedule, epoch_rows, plan.batch.global_batch_size)
     longer = folder.check_length(steps, data.fingerprint)
     if longer:
         console.say(longer)

@@ -277,9 +277,11 @@ def _prepare_first(
     from llmtune.cli.prepare import describe, resolve_request
     from llmtune.launch.ops import ensure_ops
     from llmtune.plan.resolve import resolve_plan
+    from llmtune.train.begun import begun_train
 
     composed = adopt_adapter(composed, target.folder)
-    plan = place_swap(resolve_plan(composed.config, world_size), composed, target)
+    begun = begun_train(composed.config, target.folder, target.name)
+    plan = place_swap(resolve_plan(composed.config, world_size, begun), composed, target)
     check_adapter(composed.config, plan.shape, target.folder)
     request = resolve_request(composed, plan, target, folder, console)
     if request is not None:

@@ -21,7 +21,6 @@ def problems(config: Config) -> list[str]:
 
 def _check_ranges(config: Config) -> list[str]:
     positive = {
-        "train.global_batch_size": config.train.global_batch_size,
         "train.num_train_epochs": config.train.num_train_epochs,
         "train.max_steps": config.train.max_steps,
         "train.logging_steps": config.train.logging_steps,
@@ -76,11 +75,12 @@ def _check_choices(config: Config) -> list[str]:
     """Keys that take a word or a value, which OmegaConf's unions cannot hold to a list."""
     found = []
     for key, value in {
+        "train.global_batch_size": config.train.global_batch_size,
         "train.per_device_train_batch_size": config.train.per_device_train_batch_size,
         "train.gradient_accumulation_steps": config.train.gradient_accumulation_steps,
         "train.per_device_eval_batch_size": config.train.per_device_eval_batch_size,
     }.items():
-        if value != "auto" and not (isinstance(value, int) and value > 0):
+        if value != "auto" and not (type(value) is int and value > 0):
             found.append(f"{key}={value}: 'auto', or an integer above 0")
     rate = config.optim.learning_rate
     if rate != "auto" and (isinstance(rate, str) or rate <= 0):

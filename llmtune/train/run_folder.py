@@ -64,7 +64,7 @@ class RunFolder:
                     "take another output_dir= or run_name="
                 )
             return []
-        if not self._has_work():
+        if not self.has_work():
             return []
         if config.resume_from_checkpoint == "none":
             raise CheckpointError(
@@ -80,7 +80,7 @@ class RunFolder:
             CheckpointError: With what differs.
         """
         file = self.path / names.PLAN
-        if not file.is_file() or not self._has_work():
+        if not file.is_file() or not self.has_work():
             return None
         plan = json.loads(file.read_text())
         if plan["data"]["fingerprint"] != data_fingerprint:
@@ -138,7 +138,7 @@ class RunFolder:
         file = self.path / names.PLAN
         file.write_text(json.dumps(redact_values({**json.loads(file.read_text()), "history": history}), indent=1))
 
-    def _has_work(self) -> bool:
+    def has_work(self) -> bool:
         """Whether there is anything to lose."""
         return bool(find_checkpoints(self.path)) or any("loss" in r for r in read_metrics(self.path / names.METRICS))
 
