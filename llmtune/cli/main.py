@@ -158,7 +158,11 @@ def parse(argv: list[str]) -> Arguments:
                 "tuner.lora_r=$r run_name=r$r; done, or a W&B sweep as in conf/sweep/lora.yaml"
             )
         else:
-            raise ConfigError(f"unknown option {text!r}; llmtune takes KEY=VALUE overrides, see --help")
+            from llmtune.config.foreign import meant_by
+            from llmtune.config.keys import known_keys
+
+            meant = meant_by(name.lstrip("-"), known_keys())
+            raise ConfigError(f"unknown option {text!r}{meant or ';'} llmtune takes KEY=VALUE overrides, see --help")
     return arguments
 
 
