@@ -13,6 +13,7 @@ from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
+from llmtune.train.run_folder import RunFolder
 
 
 def finished_message(run: Path) -> str:
@@ -20,7 +21,9 @@ def finished_message(run: Path) -> str:
     records = read_metrics(run / names.METRICS)
     held_out = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     losses = [record["loss"] for record in records if record.get("loss") is not None]
-    step = records[-1]["step"] if records else 0
+    # A run that began from the checkpoint of its last step has no lines of its own.
+    finished = RunFolder(run).finished_step
+    step = records[-1]["step"] if records else finished or 0
     text = f"finished: {run} is at step {step}"
     if losses:
         text += f"; training loss {losses[0]:.4f} -> {losses[-1]:.4f}"

@@ -81,7 +81,7 @@ def _check_choices(config: Config) -> list[str]:
         "train.per_device_eval_batch_size": config.train.per_device_eval_batch_size,
     }.items():
         if value != "auto" and not (type(value) is int and value > 0):
-            found.append(f"{key}={value}: 'auto', or an integer above 0")
+            found.append(f"{key}={value}: must be above 0 and a whole number, or 'auto'")
     rate = config.optim.learning_rate
     if rate != "auto" and (isinstance(rate, str) or rate <= 0):
         found.append(f"optim.learning_rate={rate}: 'auto', or a number above 0")

@@ -114,7 +114,11 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
 def build_saver(
     request: RunRequest, module: TrainModule, tokenizer: Any, state: TrainerState | None, console: Console
 ) -> CheckpointSaver:
-    """Checkpoints: what is in them, which are kept, and where they are copied to."""
+    """Checkpoints: what is in them, which are kept, and where they are copied to.
+
+    Args:
+        state: Of ``request.resume_from``.
+    """
     config, plan, run = request.config, request.plan, request.run_folder
     lora = config.tuner.kind is TunerKind.lora
     rank_is_host = plan.hardware.accelerator == "cpu"
@@ -146,8 +150,9 @@ def build_saver(
     if module.rank.is_first:
         companions = {**render_companions(module.model, tokenizer, weights, run), **weights.index(module)}
         if chosen.mirror is not None:
-            mirror = Mirror(chosen.mirror, request.run_name, console.say)
-    return CheckpointSaver(module, settings, companions, state, console.say, mirror)
+            mirror = Mirror(chosen.mirror, request.run_name, console.say, request.run_id)
+    start = (request.resume_from, state) if request.resume_from is not None and state is not None else None
+    return CheckpointSaver(module, settings, companions, start, console.say, mirror)
 
 
 def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Collator) -> Steps:

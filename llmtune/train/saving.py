@@ -80,22 +80,24 @@ class CheckpointSaver:
         module: TrainModule,
         settings: SaveSettings,
         companions: dict[str, bytes],
-        start: TrainerState | None,
+        start: tuple[Path, TrainerState] | None,
         say: Callable[[str], None],
         mirror: Mirror | None = None,
     ):
         """
         Args:
             companions: What lies beside the weights; see :func:`render_companions`.
-            start: What the run goes on from.
+            start: The checkpoint that the run goes on from, which may be another run's.
         """
         self.module = module
         self.settings = settings
         self.companions = companions
         self.say = say
         self.mirror = mirror
-        self._best = start.best if start else None
-        self._newest = names.checkpoint_folder(settings.run, start.step) if start else None
+        self._best = start[1].best if start else None
+        self._newest: Path | None = None
+        if start and start[0].resolve().parent == settings.run.resolve():
+            self._newest = names.checkpoint_folder(settings.run, start[1].step)
         self._metrics: Record = {}
         self._pending: PendingSave | None = None
         self._buffers = Buffers(module.rank.device)
