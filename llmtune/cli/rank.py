@@ -27,6 +27,7 @@ from llmtune.launch.environment import (
     has_launcher,
     launched_nodes,
     launched_ranks_on_node,
+    remove_shared_buffers,
     set_allocator_default,
     set_defaults,
     set_network_default,
@@ -168,6 +169,8 @@ def _train_launched(
         # There is nothing to save yet.
         signal.signal(number, lambda *_: os._exit(EXIT_STOPPED))
     _check_run_folder(folder.path, rank)
+    # All have joined. A launcher does not clear up behind its ranks, and these may be killed.
+    remove_shared_buffers(int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"])
     with ExitStack() as stack:
         answer: dict[str, Any] = {}
         if rank.is_first:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 from llmtune.config.data_schema import DataFormat
 from llmtune.config.schema import Config, OffloadDevice, Precision, TunerKind
+from llmtune.config.stored import to_plain
 
 
 def problems(config: Config) -> list[str]:
     """Every broken rule, in words a user can act on."""
     return [
+        *_check_finite(config),
+        *_check_name(config),
         *_check_ranges(config),
         *_check_choices(config),
         *_check_zero(config),
@@ -17,6 +24,31 @@ def problems(config: Config) -> list[str]:
         *_check_data(config),
         *_check_checkpoint(config),
     ]
+
+
+def _check_finite(config: Config) -> list[str]:
+    """``nan`` passes every comparison, and ``inf`` every lower bound."""
+    return [f"{key}={value}: must be a finite number" for key, value in _numbers(to_plain(config), "")]
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Numbers that are not finite, each with its dotted key."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, key)
+
+
+def _check_name(config: Config) -> list[str]:
+    """A name is one folder below ``runs/``, and one place at a mirror."""
+    name = config.run_name
+    if name and (set(name) & set("/\\\0") or name.strip() in ("", ".", "..")):
+        return [f"run_name={name}: a name, without slashes; another folder is named by output_dir="]
+    return []
 
 
 def _check_ranges(config: Config) -> list[str]:

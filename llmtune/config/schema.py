@@ -154,7 +154,7 @@ class TrainConfig:
     gradient_checkpointing: bool | str = "auto"
     """Recompute activations in the backward pass; ``auto`` when they would take too much of the device."""
     logging_steps: int = 1
-    """Optimizer steps between lines of ``metrics.jsonl``."""
+    """Optimizer steps between lines of ``metrics.jsonl``; a line has the mean loss of all tokens trained since the last."""
     eval_steps: int | None = None
     """Optimizer steps between evaluations; there is one at step 0 and at the end in any case."""
     eval_max_rows: int | None = 256

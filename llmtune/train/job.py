@@ -30,6 +30,7 @@ from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.tracker import Tracker, Trackers
 from llmtune.train.evaluation import HeldOutLoss
+from llmtune.train.line_sums import LineSums
 from llmtune.train.loop import Hook, Job, Progress, run
 from llmtune.train.numbers import NumberWatch
 from llmtune.train.plotting import LossPlot
@@ -81,7 +82,8 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     start = Progress()
     if request.resume_from is not None:
         state = load_checkpoint(module, request.resume_from)
-        start = Progress(state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due)
+        line = LineSums.from_dict(state.line)
+        start = Progress(state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due, line)
 
     collator = Collator(pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model.config))
     evaluator = HeldOutLoss(

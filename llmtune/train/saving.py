@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -252,6 +252,7 @@ class CheckpointSaver:
             best=self._best,
             tracker_run_id=_read_text(self.settings.run / names.TRACKER_RUN_ID),
             draws_version=DRAWS_VERSION,
+            line=asdict(progress.line) if progress.line.steps else None,
         )
 
     def _history(self) -> dict[str, bytes]:

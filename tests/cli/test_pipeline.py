@@ -141,6 +141,7 @@ def test_launchers_give_the_same_losses(name: str, finished: Path, tmp_path: Pat
     done = run([*launcher, "scripts/train.py", *arguments, f"output_dir={folder}"], env=env)
     assert done.code == 0, done.out[-2000:] + done.err[-2000:]
     assert losses(folder) == losses(finished)
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{launcher[-1]}_*"))
 
 
 def test_a_launched_rank_reports_a_bad_file_once_and_none_hangs(tmp_path: Path) -> None:
