@@ -45,26 +45,26 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     from llmtune.cli.export import export_run
     from llmtune.export.upload import upload_export
 
-    merged = run / names.MERGED
-    if export.dry_run or not _is_of(merged, trained, export.format):
-        export_run(run, config, merged, console.say)
+    exported = names.export_folder(run, export.format.value)
+    if export.dry_run or not _is_of(exported, trained, export.format):
+        export_run(run, config, exported, console.say)
     elif export.upload:
         # Cut off when the export was done: what is there already is not sent again.
-        upload_export(merged, export.upload, export.upload_private, False, console.say)
+        upload_export(exported, export.upload, export.upload_private, False, console.say)
     if export.dry_run:
         return
     is_merged = lora and export.format is ExportFormat.safetensors
-    console.say(f"merged model: {merged}" if is_merged else f"exported {export.format.value}: {merged}")
+    console.say(f"merged model: {exported}" if is_merged else f"exported {export.format.value}: {exported}")
     console.say(f"{'adapter:     ' if lora else 'trained model:'} {trained}")
     console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')
 
 
-def _is_of(merged: Path, trained: Path, wanted: ExportFormat) -> bool:
+def _is_of(exported: Path, trained: Path, wanted: ExportFormat) -> bool:
     """Whether the export is that of this very adapter or model, in this format; clocks cannot tell."""
     from llmtune.export.job import identify
 
     try:
-        manifest = read_manifest(merged)
+        manifest = read_manifest(exported)
     except CheckpointError:
         return False
     return bool(manifest.get("source") == identify(trained) != "" and manifest.get("format") == wanted.value)

@@ -60,7 +60,15 @@ def _run_folders(run: Path) -> list[Path]:
     """Checkpoints, oldest first, incomplete ones too; then what was trained, and its export."""
     found = ((names.checkpoint_step(folder), folder) for folder in (run.iterdir() if run.is_dir() else []))
     folders = [folder for _, folder in sorted((step, folder) for step, folder in found if step is not None)]
-    folders += [run / name for name in (names.ADAPTER, names.MODEL, names.MERGED) if (run / name).is_dir()]
+    folders += [run / name for name in (names.ADAPTER, names.MODEL) if (run / name).is_dir()]
+    folders += sorted(
+        (
+            folder
+            for folder in (run.iterdir() if run.is_dir() else [])
+            if folder.is_dir() and names.is_export_folder(folder)
+        ),
+        key=lambda folder: (folder.name != names.MERGED, folder.name),
+    )
     if not folders:
         raise CheckpointError(
             f"run={run}: no checkpoint and no trained model in it; verify takes a folder such as runs/NAME"

@@ -20,6 +20,9 @@ from llmtune.errors import ExportError, LlmtuneError
 from llmtune.export.write import Journal
 from llmtune.plan.units import format_bytes
 
+#: Key of the configuration -> entry of the manifest, of what makes an export another one.
+_KINDS = {"export": "format", "export.gguf_type": "gguf_type"}
+
 
 def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None], about: dict[str, str]) -> None:
     """Call ``write`` on a folder beside ``folder``, add the manifest, and publish it.
@@ -45,6 +48,25 @@ def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None],
                 raise
     except OSError as error:
         raise ExportError(f"{folder} was not written: {error}") from error
+
+
+def check_replaceable(folder: Path, about: dict[str, str]) -> None:
+    """Whether what is published at ``folder``, if anything is, is what ``about`` describes: only that is written anew.
+
+    Raises:
+        ExportError: It is of another format, or quantised otherwise.
+    """
+    if not _is_export(folder):
+        return
+    manifest = json.loads((folder / names.MANIFEST).read_text())
+    for key, entry in _KINDS.items():
+        # A GGUF file of an earlier version does not say its type.
+        there, now = manifest.get(entry), about.get(entry)
+        if there is not None and now is not None and there != now:
+            raise ExportError(
+                f"{folder} holds another export ({key}={there}, and this is {key}={now}), which is not removed: take another "
+                "output_dir=, or remove it"
+            )
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:

@@ -108,8 +108,9 @@ def test_after_training_any_format_is_written_and_sent(finished: Path, tmp_path:
         sent = tmp_path / f"sent-{kind}"
         done = run_cli(*command, f"export={kind}", f"export.upload=file://{sent}")
         assert done.code == 0, done.err + done.out
-        assert f"exported {kind}: {tmp_path / 'run' / 'merged'}" in done.out
-        assert (sent / file).read_bytes() == (tmp_path / "run" / "merged" / file).read_bytes()
+        assert f"exported {kind}: {tmp_path / 'run' / f'export-{kind}'}" in done.out
+        assert (sent / file).read_bytes() == (tmp_path / "run" / f"export-{kind}" / file).read_bytes()
+        assert (tmp_path / "run" / "merged" / "model.safetensors").is_file(), "the merged model stays"
         (sent / "COMPLETE").unlink()
         again = run_cli(*command, f"export={kind}", f"export.upload=file://{sent}")
         assert again.code == 0, again.err + again.out
