@@ -41,7 +41,7 @@ class _Job:
     """A checkpoint on its way."""
 
     folder: Path
-    keep: frozenset[str]
+    keep: frozenset[str] | None
 
 
 class Mirror:
@@ -67,16 +67,16 @@ class Mirror:
         self._failures: dict[str, str] = {}
         threading.Thread(target=self._run, name="checkpoint-mirror", daemon=True).start()
 
-    def put(self, folder: Path, keep: set[str]) -> None:
+    def put(self, folder: Path, keep: set[str] | None) -> None:
         """Queue a complete checkpoint; returns at once.
 
         Args:
-            keep: Names of the checkpoints that stay at the mirror once this one is there. Those that wait in the queue
-                and are not among them are dropped from it, so that a slow network does not make the disk fill.
+            keep: Names of the checkpoints that stay at the mirror once this one is there; None for all. Those that wait in
+                the queue and are not among them are dropped from it, so that a slow network does not make the disk fill.
         """
         with self._changed:
-            self._waiting = [job for job in self._waiting if job.folder.name in keep]
-            self._waiting.append(_Job(folder, frozenset(keep)))
+            self._waiting = [job for job in self._waiting if keep is None or job.folder.name in keep]
+            self._waiting.append(_Job(folder, None if keep is None else frozenset(keep)))
             self._changed.notify_all()
 
     @property
@@ -121,6 +121,8 @@ class Mirror:
             return
         with self._changed:
             self._failures.pop(name, None)
+        if job.keep is None:
+            return
         try:
             for _, other in persist(self._store.list_checkpoints):
                 if other != name and other not in job.keep:

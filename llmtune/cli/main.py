@@ -58,6 +58,7 @@ options
   --config-dir DIR   look for group files (experiment/mine.yaml ...) in DIR too
   --json             plan, data, eval, verify, doctor: print one JSON object
   --fix              doctor: mend what is safe to mend
+  --mirror           verify: then copy to checkpoint.mirror what of a run is not there
   --version, --help
 
 exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 export, 7 environment,
@@ -76,6 +77,7 @@ class Arguments:
     show_config: bool = False
     as_json: bool = False
     fix: bool = False
+    mirror: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,6 +152,8 @@ def parse(argv: list[str]) -> Arguments:
             arguments.show_config = True
         elif text == "--json":
             arguments.as_json = True
+        elif text == "--mirror" and arguments.verb == "verify":
+            arguments.mirror = True
         elif text == "--fix" and arguments.verb == "doctor":
             arguments.fix = True
         elif text in ("-m", "--multirun"):

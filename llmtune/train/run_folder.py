@@ -133,6 +133,11 @@ class RunFolder:
         found: dict[str, Any] | None = self._read_plan().get("began_from")
         return found
 
+    def read_name(self) -> str | None:
+        """The run's name, by which a mirror knows it; None where it was never begun."""
+        found: str | None = self._read_plan().get("run_name")
+        return found
+
     def read_run_id(self) -> str | None:
         """What marks this run's place at a mirror; None for a new run, and one of an earlier version."""
         found: str | None = self._read_plan().get("run_id")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmtune.checkpoint import names
-from llmtune.checkpoint.find import is_complete
+from llmtune.checkpoint.find import find_checkpoints, is_complete
 from llmtune.checkpoint.manifest import hash_file, publish, read_manifest, write_manifest
 from llmtune.checkpoint.outbox import Buffers
 from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
@@ -49,8 +49,8 @@ class Mirror(Protocol):
     def busy(self) -> Container[Path]:
         """Folders that are not to be removed yet."""
 
-    def put(self, folder: Path, keep: set[str]) -> None:
-        """Queue a complete checkpoint."""
+    def put(self, folder: Path, keep: set[str] | None) -> None:
+        """Queue a complete checkpoint; the names of what stays there, or None for all."""
 
     def finish(self, timeout_seconds: float) -> list[tuple[str, str]]:
         """Wait for the queue; the checkpoints that did not make it, each with the reason."""
@@ -129,6 +129,10 @@ class CheckpointSaver:
         else:
             how = "training waits while they are written"
         self.say(f"checkpoints of {format_bytes(self._bytes)}: {how}")
+        if self.mirror is not None:
+            # What the last start had no time to copy; what is there already is not sent again.
+            for folder in find_checkpoints(self.settings.run):
+                self.mirror.put(folder, None)
 
     def saw(self, record: Record) -> None:
         """An evaluation: its numbers belong to the checkpoint of its step, and may be the best so far."""
@@ -217,7 +221,10 @@ class CheckpointSaver:
             self.mirror.finish(1.0)
             self.module.rank.phases.beat()
         for name, reason in self.mirror.finish(0.0):
-            self.say(f"warning: {name} is not at checkpoint.mirror: {reason}")
+            self.say(
+                f"warning: {name} is not at checkpoint.mirror: {reason}; the next start copies it first, and so does "
+                f"llmtune verify run={self.settings.run} --mirror"
+            )
         # What was being copied when its time had come.
         prune_checkpoints(self.settings.run, self.settings.retention, self._busy())
 

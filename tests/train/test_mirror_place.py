@@ -11,12 +11,14 @@ import pytest
 from llmtune.checkpoint import names, remote
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.mirror import Mirror
+from llmtune.cli.main import main
+from llmtune.config.stored import dump_redacted
 from llmtune.errors import CheckpointError
 from llmtune.train.mirror_place import settle_run_id
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from tests.support import TINY, run_cli
-from tests.train.test_resume import config_of, make
+from tests.train.test_resume import config_of, damage, make
 
 
 @pytest.fixture(autouse=True)
@@ -125,3 +127,48 @@ def test_none_with_a_used_mirror_ends_with_exit_5_and_leaves_it_as_it_was(tmp_pa
     done = run_cli(*job, f"output_dir={tmp_path}/second", "resume_from_checkpoint=none")
     assert (done.code, "has a place for run_name=r that another run has filled" in done.err) == (5, True), done.err
     assert {path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()} == files
+
+
+def test_what_a_stop_left_no_time_for_is_copied_by_verify(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    mirror, run = tmp_path / "mirror", tmp_path / "run"
+    run_id = start(run, mirror)
+    assert copy(run, mirror, run_id, 5, {5}) == []
+    for step in (10, 15):
+        make(run, step, config_of())
+    damage(run / "checkpoint-15")
+    (run / names.PLAN).write_text(json.dumps({"run_id": run_id, "run_name": "r"}))
+    (run / names.CONFIG).write_text(dump_redacted(config_of(f"checkpoint.mirror={mirror}")))
+    assert main(["verify", f"run={run}", "--mirror"]) == 5
+    assert "ok  " + str(mirror / "r") + " has every checkpoint that is whole" in capfd.readouterr().out
+    assert there(mirror) == ["checkpoint-5", "checkpoint-10"]
+    shutil.rmtree(run / "checkpoint-15")
+    assert main(["verify", f"run={run}", "--mirror", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["not_copied"] == {}
+
+
+def test_verify_says_what_it_could_not_copy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    mirror, run = tmp_path / "mirror", tmp_path / "run"
+    assert copy(tmp_path / "first", mirror, start(tmp_path / "first", mirror), 5, {5}) == []
+    make(run, 10, config_of())
+    (run / names.PLAN).write_text(json.dumps({"run_id": "another", "run_name": "r"}))
+    for stored, given, code, part in (
+        (None, None, 2, "it has none"),
+        ("s3://me:hunter2@b/x", None, 2, "a run folder holds no passwords"),
+        (str(mirror), None, 5, "checkpoint-10 is not at checkpoint.mirror: the place belongs to another run"),
+        (None, str(mirror), 5, "checkpoint-10 is not at checkpoint.mirror: the place belongs to another run"),
+    ):
+        (run / names.CONFIG).write_text(dump_redacted(config_of(f"checkpoint.mirror={stored or 'null'}")))
+        extra = [f"checkpoint.mirror={given}"] if given else []
+        assert main(["verify", f"run={run}", "--mirror", *extra]) == code
+        assert part in capfd.readouterr().err
+    assert there(mirror) == ["checkpoint-5"]
+    assert main(["verify", f"checkpoint={run}/checkpoint-10", "--mirror"]) == 2
+
+
+@pytest.mark.process
+def test_the_next_start_copies_what_is_not_there_first(tmp_path: Path) -> None:
+    job = [*TINY, "export=none", "launch.nproc=1", "run_name=r", "train.save_steps=1", f"output_dir={tmp_path}/run"]
+    assert run_cli(*job, "train.max_steps=2", "train.eval_max_rows=2").code == 0
+    done = run_cli(*job, "train.max_steps=3", "train.eval_max_rows=2", f"checkpoint.mirror={tmp_path}/m")
+    assert done.code == 0, done.err
+    assert there(tmp_path / "m") == ["checkpoint-2", "checkpoint-3"]
