@@ -8,7 +8,7 @@ from pathlib import Path
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, restore_replaced
 from llmtune.checkpoint.manifest import check_undamaged, find_damage
-from llmtune.checkpoint.mirror import fetch_remote, find_remote
+from llmtune.checkpoint.mirror import fetch_remote, find_remote, read_place
 from llmtune.checkpoint.trainer_state import check_draws, read_trainer_state
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError
@@ -87,12 +87,16 @@ def _newer_at_mirror(
     """A copy of a later step than ``here``, fetched. A mirror that is out of reach matters only where there is nothing (-1)."""
     if config.checkpoint.mirror is None:
         return None
+    own_id = folder.read_run_id()
     try:
+        if own_id is not None and read_place(config.checkpoint.mirror, run_name)[0] not in (None, own_id):
+            # Another run's, which is refused before training begins.
+            return None
         remote = find_remote(config.checkpoint.mirror, run_name)
     except CheckpointError as error:
         if here < 0:
             raise
-        say(f"warning: {error}; going on from step {here}, which is here")
+        say(f"warning: {error}; going on from checkpoint-{here}, which is here")
         return None
     if not remote or remote[-1][0] <= here:
         return None

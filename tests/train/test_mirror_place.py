@@ -58,6 +58,9 @@ def test_what_begins_anew_is_refused_a_place_that_is_used(tmp_path: Path) -> Non
     make(started, 5, config_of())
     (started / names.PLAN).write_text(json.dumps({"run_id": "another"}))
     (started / "config.yaml").write_text((started / "checkpoint-5" / "config.yaml").read_text())
+    with pytest.raises(CheckpointError, match=r"checkpoints: checkpoint-10\)"):
+        start(started, mirror)
+    assert not (started / "checkpoint-10").exists(), "another run's is not fetched"
     shutil.rmtree(mirror / "r" / "checkpoint-10")
     with pytest.raises(CheckpointError, match="none that is left"):
         start(started, mirror)

@@ -98,7 +98,7 @@ def test_a_lost_run_folder_comes_back_from_the_mirror(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("llmtune.train.resume.find_remote", unreachable)
     assert resume_point(run, config, "r", said.append) == newest
-    assert "no network; going on from step 15" in said[-1]
+    assert "no network; going on from checkpoint-15" in said[-1]
     shutil.rmtree(run.path)
     run.path.mkdir()
     with pytest.raises(CheckpointError, match="no network"):
