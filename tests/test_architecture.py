@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
 
 #: Who may see the whole ``Config``.
 SEES_CONFIG = {"config", "plan", "cli"}
-SEES_CONFIG_FILES = {"train/job.py", "train/request.py", "train/run_folder.py", "train/resume.py"}
+SEES_CONFIG_FILES = {f"train/{name}.py" for name in ("job", "request", "run_folder", "resume", "begun", "mirror_place")}
 
 DEEPSPEED_FOLDERS = {"engine", "checkpoint", "launch"}
 

@@ -41,22 +41,25 @@ class _Job:
     """A checkpoint on its way."""
 
     folder: Path
-    keep: frozenset[str]
+    keep: frozenset[str] | None
 
 
 class Mirror:
     """Copies complete checkpoints to ``<url>/<run_name>/`` in a thread, which neither training nor the exit waits for."""
 
-    def __init__(self, url: str, run_name: str, say: Callable[[str], None]):
+    def __init__(self, url: str, run_name: str, say: Callable[[str], None], run_id: str = ""):
         """
         Args:
             say: Takes a line for the user; called from the thread, once for a checkpoint that was not copied.
+            run_id: Marks the place as this run's, where nothing is written or removed if it is another's.
 
         Raises:
             ConfigError: The protocol is unknown, or its driver is not installed.
         """
         self.url = _join(url, run_name)
         self._store = Store(self.url, f"checkpoint.mirror={redact(url)}")
+        self._owner = Owner(url, run_name)
+        self._run_id = run_id
         self._say = say
         self._changed = threading.Condition()
         self._waiting: list[_Job] = []
@@ -64,16 +67,16 @@ class Mirror:
         self._failures: dict[str, str] = {}
         threading.Thread(target=self._run, name="checkpoint-mirror", daemon=True).start()
 
-    def put(self, folder: Path, keep: set[str]) -> None:
+    def put(self, folder: Path, keep: set[str] | None) -> None:
         """Queue a complete checkpoint; returns at once.
 
         Args:
-            keep: Names of the checkpoints that stay at the mirror once this one is there. Those that wait in the queue
-                and are not among them are dropped from it, so that a slow network does not make the disk fill.
+            keep: Names of the checkpoints that stay at the mirror once this one is there; None for all. Those that wait in
+                the queue and are not among them are dropped from it, so that a slow network does not make the disk fill.
         """
         with self._changed:
-            self._waiting = [job for job in self._waiting if job.folder.name in keep]
-            self._waiting.append(_Job(folder, frozenset(keep)))
+            self._waiting = [job for job in self._waiting if keep is None or job.folder.name in keep]
+            self._waiting.append(_Job(folder, None if keep is None else frozenset(keep)))
             self._changed.notify_all()
 
     @property
@@ -108,6 +111,7 @@ class Mirror:
         """Copy, then let go at the mirror what is not kept; nothing is raised."""
         name = job.folder.name
         try:
+            self._claim()
             self._copy(job.folder)
         except Exception as error:
             reason = redact(describe_error(error))
@@ -117,12 +121,25 @@ class Mirror:
             return
         with self._changed:
             self._failures.pop(name, None)
+        if job.keep is None:
+            return
         try:
             for _, other in persist(self._store.list_checkpoints):
                 if other != name and other not in job.keep:
                     persist(self._store.remove, other)
         except Exception as error:
             self._say(f"older checkpoints at {redact(self.url)} were not removed: {redact(describe_error(error))}")
+
+    def _claim(self) -> None:
+        """Mark the place, once."""
+        if not self._run_id:
+            return
+        owner = persist(self._owner.read)
+        if owner is None:
+            persist(self._owner.write, self._run_id)
+        elif owner != self._run_id:
+            raise UnfitError("the place belongs to another run; take another run_name= or checkpoint.mirror=")
+        self._run_id = ""
 
     def _copy(self, folder: Path) -> None:
         """Upload and verify every file, the marker last; nothing where the same copy is complete already."""
@@ -142,6 +159,42 @@ class Mirror:
             persist(self._store.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data()))
 
 
+class Owner:
+    """Whose the place of a run at a mirror is: a file beside it, for the place itself holds checkpoints only."""
+
+    def __init__(self, url: str, run_name: str):
+        """
+        Raises:
+            ConfigError: The protocol is unknown, or its driver is not installed.
+        """
+        self._store = Store(url.rstrip("/"), f"checkpoint.mirror={redact(url)}")
+        self._name = f"{run_name}.owner"
+
+    def read(self) -> str | None:
+        """The id of a run; None where nobody has marked it. One attempt."""
+        data = self._store.read(self._name)
+        return data.decode(errors="replace").strip() if data is not None else None
+
+    def write(self, run_id: str) -> None:
+        """Mark the place. One attempt."""
+        open_data = partial(io.BytesIO, run_id.encode())
+        self._store.upload(open_data, self._name, hash_stream(open_data()))
+
+
+def read_place(url: str, run_name: str) -> tuple[str | None, list[str]]:
+    """Who has marked a run's place at a mirror, and the names of the checkpoints there, complete or not.
+
+    Raises:
+        ConfigError: The protocol is unknown, or its driver is not installed.
+        CheckpointError: The mirror cannot be read.
+    """
+    root = _join(url, run_name)
+    with _reported(root):
+        owner = persist(Owner(url, run_name).read)
+        store = Store(root, f"checkpoint.mirror={redact(url)}")
+        return owner, [name for _, name in sorted(persist(store.list_checkpoints))]
+
+
 def find_remote(url: str, run_name: str) -> list[tuple[int, str]]:
     """Complete checkpoints of a run at a mirror, oldest first: step and URL (with the credentials that ``url`` has).
 
@@ -159,6 +212,18 @@ def find_remote(url: str, run_name: str) -> list[tuple[int, str]]:
             if manifest is not None and marker == hash_text(manifest):
                 found.append((step, _join(root, name)))
     return sorted(found)
+
+
+def read_remote(checkpoint_url: str, name: str) -> bytes | None:
+    """A small file of a checkpoint at a mirror; None where there is none.
+
+    Raises:
+        ConfigError: The protocol is unknown, or its driver is not installed.
+        CheckpointError: The mirror cannot be read.
+    """
+    store = Store(checkpoint_url.rstrip("/"), redact(checkpoint_url))
+    with _reported(checkpoint_url):
+        return persist(store.read, name)
 
 
 def fetch_remote(checkpoint_url: str, run: Path) -> Path:

@@ -29,6 +29,8 @@ TRAINER_STATE = "trainer_state.json"
 ADAPTER = "adapter"
 MODEL = "model"
 MERGED = "merged"
+_EXPORT = "export"
+_MERGED_FORMAT = "safetensors"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _STATE_FILE = re.compile(r"optimizer-(\d+)-of-(\d+)\.safetensors")
@@ -40,6 +42,16 @@ STATE_SLICES = "llmtune_slices"
 def checkpoint_folder(run: Path, step: int) -> Path:
     """``checkpoint-<step>`` of a run folder."""
     return run / f"checkpoint-{step}"
+
+
+def export_folder(run: Path, export_format: str) -> Path:
+    """Where a run's export lies: ``merged`` is the safetensors folder, and the other formats stand beside it."""
+    return run / (MERGED if export_format == _MERGED_FORMAT else f"{_EXPORT}-{export_format}")
+
+
+def is_export_folder(folder: Path) -> bool:
+    """Whether a folder of a run has the name of an export."""
+    return folder.name == MERGED or (folder.name.startswith(f"{_EXPORT}-") and not folder.name.endswith(".tmp"))
 
 
 def checkpoint_step(folder: Path) -> int | None:

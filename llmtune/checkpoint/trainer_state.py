@@ -40,6 +40,8 @@ class TrainerState:
     """fp16 only."""
     draws_version: int = 1
     """Of the random draws; checkpoints that do not name it are of the first."""
+    line: dict[str, Any] | None = None
+    """Sums since the last line of ``metrics.jsonl``, where one was begun."""
 
     def to_json(self) -> str:
         """The text of ``trainer_state.json``."""

@@ -111,14 +111,17 @@ def _build_report(
     from llmtune.data.problems import place
     from llmtune.data.report import DataReport
     from llmtune.data.statistics import measure_lengths, measure_padding, show_row
+    from llmtune.plan.batch import settle_batch
 
-    asked = config.train.per_device_train_batch_size
+    asked, global_batch = config.train.per_device_train_batch_size, config.train.global_batch_size
+    if not isinstance(global_batch, int):
+        global_batch = settle_batch(config.train, config.launch.nproc or 1).global_batch_size
     lengths = measure_lengths(rows)
     padding = measure_padding(
         rows,
         config.data.max_seq_length,
-        asked if isinstance(asked, int) else min(AUTO_MICRO_BATCH, config.train.global_batch_size),
-        config.train.global_batch_size,
+        asked if isinstance(asked, int) else min(AUTO_MICRO_BATCH, global_batch),
+        global_batch,
         config.seed,
         data.train.packing_efficiency,
     )

@@ -109,7 +109,8 @@ def _output(given: Config, target: Target) -> Path:
         return Path(given.output_dir).expanduser()
     if given.checkpoint.path:
         checkpoint = Path(given.checkpoint.path).expanduser()
-        return checkpoint.with_name(f"{names.MERGED}-{checkpoint.name}")
+        beside = names.export_folder(checkpoint.parent, given.export.format.value)
+        return beside.with_name(f"{beside.name}-{checkpoint.name}")
     if target.run is not None:
-        return target.run / names.MERGED
+        return names.export_folder(target.run, given.export.format.value)
     raise ConfigError("export base= adapter= needs output_dir=FOLDER")

@@ -11,6 +11,7 @@ from llmtune.config.schema import TunerKind
 from llmtune.config.stored import load_config
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
+from llmtune.train.run_folder import RunFolder
 
 
 def finished_message(run: Path) -> str:
@@ -18,7 +19,9 @@ def finished_message(run: Path) -> str:
     records = read_metrics(run / names.METRICS)
     held_out = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     losses = [record["loss"] for record in records if record.get("loss") is not None]
-    step = records[-1]["step"] if records else 0
+    # A run that began from the checkpoint of its last step has no lines of its own.
+    finished = RunFolder(run).finished_step
+    step = records[-1]["step"] if records else finished or 0
     text = f"finished: {run} is at step {step}"
     if losses:
         text += f"; training loss {losses[0]:.4f} -> {losses[-1]:.4f}"
@@ -43,15 +46,15 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     from llmtune.export.identity import is_export_of
     from llmtune.export.upload import upload_export
 
-    merged = run / names.MERGED
-    if export.dry_run or not is_export_of(merged, trained, export):
-        export_run(run, config, merged, console.say)
+    exported = names.export_folder(run, export.format.value)
+    if export.dry_run or not is_export_of(exported, trained, export):
+        export_run(run, config, exported, console.say)
     elif export.upload:
         # Cut off when the export was done: what is there already is not sent again.
-        upload_export(merged, export.upload, export.upload_private, False, console.say)
+        upload_export(exported, export.upload, export.upload_private, False, console.say)
     if export.dry_run:
         return
     is_merged = lora and export.format is ExportFormat.safetensors
-    console.say(f"merged model: {merged}" if is_merged else f"exported {export.format.value}: {merged}")
+    console.say(f"merged model: {exported}" if is_merged else f"exported {export.format.value}: {exported}")
     console.say(f"{'adapter:     ' if lora else 'trained model:'} {trained}")
     console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')

@@ -58,6 +58,7 @@ options
   --config-dir DIR   look for group files (experiment/mine.yaml ...) in DIR too
   --json             plan, data, eval, verify, doctor: print one JSON object
   --fix              doctor: mend what is safe to mend
+  --mirror           verify: then copy to checkpoint.mirror what of a run is not there
   --version, --help
 
 exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 export, 7 environment,
@@ -76,6 +77,7 @@ class Arguments:
     show_config: bool = False
     as_json: bool = False
     fix: bool = False
+    mirror: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,6 +152,8 @@ def parse(argv: list[str]) -> Arguments:
             arguments.show_config = True
         elif text == "--json":
             arguments.as_json = True
+        elif text == "--mirror" and arguments.verb == "verify":
+            arguments.mirror = True
         elif text == "--fix" and arguments.verb == "doctor":
             arguments.fix = True
         elif text in ("-m", "--multirun"):
@@ -158,7 +162,11 @@ def parse(argv: list[str]) -> Arguments:
                 "tuner.lora_r=$r run_name=r$r; done, or a W&B sweep as in conf/sweep/lora.yaml"
             )
         else:
-            raise ConfigError(f"unknown option {text!r}; llmtune takes KEY=VALUE overrides, see --help")
+            from llmtune.config.foreign import meant_by
+            from llmtune.config.keys import known_keys
+
+            meant = meant_by(name.lstrip("-"), known_keys())
+            raise ConfigError(f"unknown option {text!r}{meant or ';'} llmtune takes KEY=VALUE overrides, see --help")
     return arguments
 
 

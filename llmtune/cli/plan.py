@@ -84,7 +84,7 @@ def to_json(composed: Composed, ladder: Ladder, advice: list[Advice], misfit: st
         "precision": config.precision.value,
         "max_seq_length": config.data.max_seq_length,
         "rows": describe_rows(composed),
-        "global_batch_size": config.train.global_batch_size,
+        "global_batch_size": ladder.rows.global_batch_size,
         "activations": ladder.activations_origin,
         "rungs": [_rung_to_json(rung, ladder) for rung in ladder.rungs],
     }
@@ -159,7 +159,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
     lines = [
         f"{config.model.name_or_path}: {format_count(shape.parameters)} parameters, {config.tuner.kind.value} trains "
         f"{format_count(shape.trainable_parameters)}; {config.precision.value}, {describe_rows(composed)}, "
-        f"{config.train.global_batch_size} a step",
+        f"{ladder.rows.global_batch_size} a step",
         f"{hardware.describe()}; {ladder.world_size} rank(s); a plan fills {USABLE_SHARE:.0%} of a memory at the most",
         "",
         "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines()),

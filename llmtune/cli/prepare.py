@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from llmtune.model.untrained import find_untrained_tokens
 from llmtune.plan.resolve import Plan, resolve_steps
 from llmtune.plan.units import format_bytes, format_count
 from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
+from llmtune.train.mirror_place import settle_run_id
 from llmtune.train.request import RunRequest
-from llmtune.train.resume import resume_point
+from llmtune.train.resume import named_origin, resume_point
 from llmtune.train.run_folder import RunFolder
 
 
@@ -78,28 +79,35 @@ def resolve_request(
     Raises:
         LlmtuneError: Of every kind but export, before any rank has begun.
     """
-    config = composed.config
+    rows = plan.batch.global_batch_size
+    config = replace(composed.config, train=replace(composed.config.train, global_batch_size=rows))
     changed = folder.check_owner(config)
     if changed:
         console.say(f"changed since the last start: {', '.join(changed)}")
     resume_from = resume_point(folder, config, target.name, console.say)
+    run_id = settle_run_id(folder, config, target.name, resume_from, console.say)
     cache = cache_dir(config)
     model_folder = resolve_model_folder(config.model, cache, console.say)
     check_model(config, plan.attn_implementation, model_folder, cache, console.say)
     tokenizer = load_tokenizer(model_folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console))
     _check_data(config, data, tokenizer, model_folder, console)
-    rows = None if config.data.streaming else data.train.rows
-    steps = resolve_steps(config.train, config.schedule, rows)
+    epoch_rows = None if config.data.streaming else data.train.rows
+    steps = resolve_steps(config.train, config.schedule, epoch_rows, plan.batch.global_batch_size)
     longer = folder.check_length(steps, data.fingerprint)
     if longer:
         console.say(longer)
     if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
         return None
-    request = RunRequest(config, plan, steps, data, target.folder, target.name, model_folder, resume_from)
+    request = RunRequest(config, plan, steps, data, target.folder, target.name, model_folder, resume_from, run_id)
     step = _check_resume(resume_from, steps.total_steps, data.fingerprint)
-    extra = {"steps": asdict(steps), "data": asdict(data), "model_folder": str(model_folder), "run_name": target.name}
-    extra |= notes or {}
+    extra: dict[str, Any] = {
+        "steps": asdict(steps),
+        "data": asdict(data),
+        "model_folder": str(model_folder),
+        "run_name": target.name,
+    }
+    extra |= {"began_from": _began_from(config, folder, step), "run_id": run_id, **(notes or {})}
     for note in folder.begin(config, composed.overrides, plan, extra, step):
         console.say(note)
     if data.left_out:
@@ -236,6 +244,15 @@ def _data_name(config: Config) -> str:
     """The name of the first file, without its ending."""
     path = parse_sources(config.data.train, "data.train", config.data.format)[0].path
     return Path(path.split("*")[0].rstrip("/")).name.split(".")[0] or "data"
+
+
+def _began_from(config: Config, folder: RunFolder, step: int) -> dict[str, Any] | None:
+    """For the run folder to remember: the checkpoint that the run was told to begin from."""
+    wanted, began = config.resume_from_checkpoint, folder.read_began()
+    if wanted in ("auto", "none"):
+        return began
+    origin = named_origin(wanted)
+    return began if began is not None and began["origin"] == origin else {"origin": origin, "step": step}
 
 
 def _check_resume(checkpoint: Path | None, total_steps: int, data_fingerprint: str) -> int:

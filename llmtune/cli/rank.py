@@ -27,6 +27,7 @@ from llmtune.launch.environment import (
     has_launcher,
     launched_nodes,
     launched_ranks_on_node,
+    remove_shared_buffers,
     set_allocator_default,
     set_defaults,
     set_network_default,
@@ -168,6 +169,8 @@ def _train_launched(
         # There is nothing to save yet.
         signal.signal(number, lambda *_: os._exit(EXIT_STOPPED))
     _check_run_folder(folder.path, rank)
+    # All have joined. A launcher does not clear up behind its ranks, and these may be killed.
+    remove_shared_buffers(int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"])
     with ExitStack() as stack:
         answer: dict[str, Any] = {}
         if rank.is_first:
@@ -277,9 +280,11 @@ def _prepare_first(
     from llmtune.cli.prepare import describe, resolve_request
     from llmtune.launch.ops import ensure_ops
     from llmtune.plan.resolve import resolve_plan
+    from llmtune.train.begun import begun_train
 
     composed = adopt_adapter(composed, target.folder)
-    plan = place_swap(resolve_plan(composed.config, world_size), composed, target)
+    begun = begun_train(composed.config, target.folder, target.name)
+    plan = place_swap(resolve_plan(composed.config, world_size, begun), composed, target)
     check_adapter(composed.config, plan.shape, target.folder)
     request = resolve_request(composed, plan, target, folder, console)
     if request is not None:

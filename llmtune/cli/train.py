@@ -61,6 +61,7 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     from llmtune.cli.quiet import quiet_environment, quiet_libraries
     from llmtune.config.compose import compose_config
     from llmtune.plan.resolve import resolve_ladder
+    from llmtune.train.begun import begun_train
     from llmtune.train.run_folder import open_run_folder
 
     started = time.monotonic()
@@ -72,7 +73,7 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     composed = adopt_adapter(composed, target.folder)
     quiet_environment()
     # Before the folder: a run that does not fit leaves nothing behind.
-    ladder = resolve_ladder(composed.config)
+    ladder = resolve_ladder(composed.config, begun=begun_train(composed.config, target.folder, target.name))
     check_fits(composed.config, ladder)
     check_adapter(composed.config, ladder.shape, target.folder)
     folder = open_run_folder(target.folder, console.say)

@@ -12,9 +12,17 @@ from llmtune.checkpoint.manifest import find_damage, read_manifest
 from llmtune.config.schema import Config
 from llmtune.errors import EXIT_DONE, CheckpointError, ConfigError
 from llmtune.plan.units import format_bytes
+from llmtune.secrets import redact
 
 if TYPE_CHECKING:
+    from llmtune.checkpoint.mirror import Mirror
     from llmtune.cli.main import Arguments
+
+#: Whoever asks for copies waits for them: a week.
+_COPY_SECONDS = 7 * 86400.0
+
+#: What stands in a stored URL for a password.
+_HIDDEN = "***"
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -24,16 +32,28 @@ def main(arguments: Arguments) -> int:
     from llmtune.cli.plan import stdout_for_us
     from llmtune.config.compose import compose_config
 
-    folders = _named_folders(compose_config(arguments.overrides, arguments.config_dir).config)
-    reports = []
+    config = compose_config(arguments.overrides, arguments.config_dir).config
+    folders = _named_folders(config)
+    mirror = _open_mirror(config) if arguments.mirror else None
+    reports, not_copied = [], list[tuple[str, str]]()
     with stdout_for_us() as write:
         for folder in folders:
             reports.append(_report(folder))
             if not arguments.as_json:
                 write(_to_text(reports[-1]))
         bad = sum(not report["healthy"] for report in reports)
+        if mirror is not None:
+            healthy = [Path(report["path"]) for report in reports if report["healthy"]]
+            not_copied = _copy(mirror, [folder for folder in healthy if names.checkpoint_step(folder) is not None])
         if arguments.as_json:
-            write(json.dumps({"healthy": bad == 0, "folders": reports}, indent=1) + "\n")
+            copies = {} if mirror is None else {"not_copied": dict(not_copied)}
+            write(json.dumps({"healthy": bad == 0, "folders": reports, **copies}, indent=1) + "\n")
+        elif mirror is not None and not not_copied:
+            write(f"ok  {redact(mirror.url)} has every checkpoint that is whole\n")
+    for name, reason in not_copied:
+        sys.stderr.write(f"{name} is not at checkpoint.mirror: {redact(reason)}\n")
+    if not_copied and not bad:
+        return CheckpointError.exit_code
     if bad:
         sys.stderr.write(f"{bad} of {len(reports)} folder(s) cannot be relied on\n")
         return CheckpointError.exit_code
@@ -56,11 +76,50 @@ def _named_folders(config: Config) -> list[Path]:
     return folders
 
 
+def _open_mirror(config: Config) -> Mirror:
+    """The run's own place.
+
+    Raises:
+        ConfigError: No run is named, or none with a mirror.
+        CheckpointError: It is no run folder.
+    """
+    from llmtune.checkpoint.mirror import Mirror
+    from llmtune.config.stored import load_config
+    from llmtune.train.run_folder import RunFolder
+
+    if config.run is None:
+        raise ConfigError("verify --mirror needs run=FOLDER")
+    run = RunFolder(Path(config.run).expanduser())
+    url = config.checkpoint.mirror or load_config(run.path / names.CONFIG).checkpoint.mirror
+    if url is None or _HIDDEN in url:
+        why = "it has none" if url is None else "a run folder holds no passwords"
+        raise ConfigError(f"verify --mirror: name the mirror of {run.path} with checkpoint.mirror=URL ({why})")
+    name = run.read_name()
+    if name is None:
+        raise CheckpointError(f"run={run.path}: no {names.PLAN} in it; verify --mirror takes a run folder")
+    return Mirror(url, name, lambda _: None, run.read_run_id() or "")
+
+
+def _copy(mirror: Mirror, checkpoints: list[Path]) -> list[tuple[str, str]]:
+    """Copy what is not there; what failed, each with the reason."""
+    for folder in checkpoints:
+        mirror.put(folder, None)
+    return mirror.finish(_COPY_SECONDS)
+
+
 def _run_folders(run: Path) -> list[Path]:
     """Checkpoints, oldest first, incomplete ones too; then what was trained, and its export."""
     found = ((names.checkpoint_step(folder), folder) for folder in (run.iterdir() if run.is_dir() else []))
     folders = [folder for _, folder in sorted((step, folder) for step, folder in found if step is not None)]
-    folders += [run / name for name in (names.ADAPTER, names.MODEL, names.MERGED) if (run / name).is_dir()]
+    folders += [run / name for name in (names.ADAPTER, names.MODEL) if (run / name).is_dir()]
+    folders += sorted(
+        (
+            folder
+            for folder in (run.iterdir() if run.is_dir() else [])
+            if folder.is_dir() and names.is_export_folder(folder)
+        ),
+        key=lambda folder: (folder.name != names.MERGED, folder.name),
+    )
     if not folders:
         raise CheckpointError(
             f"run={run}: no checkpoint and no trained model in it; verify takes a folder such as runs/NAME"

@@ -8,6 +8,7 @@ beforehand: unknown groups, options and keys, each with the nearest known one.
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -23,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.config import rules
+from llmtune.config.foreign import meant_by
 from llmtune.config.keys import PROMPTS, known_keys
 from llmtune.config.literal import to_literal, without_interpolations
 from llmtune.config.overrides import Choice, Setting, read_override
@@ -214,7 +216,7 @@ def _compose_node(line: _CommandLine, problems: list[str]) -> tuple[DictConfig, 
             node = compose(PRIMARY, overrides=[*line.choices.values(), *search], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             cause = error.__cause__ or error
-            raise ConfigError.from_problems([*problems, first_line(cause)]) from error
+            raise ConfigError.from_problems([*problems, _explain(cause)]) from error
     choices = {
         str(key): value for key, value in node.hydra.runtime.choices.items() if not str(key).startswith("hydra/")
     }
@@ -225,6 +227,12 @@ def _compose_node(line: _CommandLine, problems: list[str]) -> tuple[DictConfig, 
     for key, value in line.settings.items():
         _update(typed, key, value)
     return typed, choices
+
+
+def _explain(error: BaseException) -> str:
+    """Hydra's error, with what an unknown key of a user's own YAML file may mean."""
+    unknown = re.search(r"Key '([^']+)' (?:is )?not in ", str(error))
+    return first_line(error) + (meant_by(unknown[1], known_keys()) if unknown else "")
 
 
 @cache

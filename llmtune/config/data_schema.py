@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, EnumMeta
 from typing import Any
 
 from omegaconf import MISSING
 
 
-class Overlong(Enum):
+class _ByNameOrValue(EnumMeta):
+    """An enum that is also looked up by its values, as OmegaConf looks up what a YAML file says: ``raise`` can be no name."""
+
+    def __getitem__(cls, name: str) -> Any:
+        members: dict[str, Any] = dict(cls.__members__)
+        by_value = {member.value: member for member in members.values()}
+        return by_value.get(name) or super().__getitem__(name)
+
+
+class Overlong(Enum, metaclass=_ByNameOrValue):
     """What happens to a row of more than ``max_seq_length`` tokens."""
 
     drop = "drop"
@@ -18,7 +27,7 @@ class Overlong(Enum):
     error = "raise"
 
 
-class OnBadRow(Enum):
+class OnBadRow(Enum, metaclass=_ByNameOrValue):
     """What happens to a row that cannot be trained on."""
 
     error = "raise"

@@ -15,11 +15,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from llmtune.config import keys
+from llmtune.config.foreign import meant_by
 from llmtune.config.nearest import nearest
 from llmtune.errors import ConfigError
 
 #: Overlays; every other group needs an option.
 _MAY_BE_NULL = {"experiment", "debug"}
+
+#: Groups of which people expect the name of a file or of the hub -> the key that takes it.
+_NAMED_BY = {"model": "model.name_or_path", "data": "data.train"}
 
 #: Backslashes before a quote, or at the end of what stands in quotes: only there Hydra reads two as one.
 _ESCAPES = re.compile(r"(\\+)(['\"]|\Z)")
@@ -71,7 +75,7 @@ def read_override(text: str, groups: dict[str, set[str]]) -> Choice | Setting:
         return _read_choice(key, value, groups[key])
     known = keys.known_keys()
     if key not in known and not keys.is_free(key):
-        raise ConfigError(f"unknown key {key!r}{nearest(key, known | set(groups))}")
+        raise ConfigError(f"unknown key {key!r}{meant_by(key, known | set(groups))}")
     return Setting(key, _read_value(key, value))
 
 
@@ -109,8 +113,9 @@ def _read_choice(group: str, value: str, options: set[str]) -> Choice:
     if "," in option and all(part.strip() in options for part in option.split(",")):
         raise ConfigError(_describe_sweep(group, option))
     shown = None if option == "null" else option
+    named = f"; what else there is, is named by {_NAMED_BY[group]}={shown}" if shown and group in _NAMED_BY else ""
     raise ConfigError(
-        f"{group}={shown}: no such option{nearest(option, options)} ({group} has: {', '.join(sorted(options))})"
+        f"{group}={shown}: no such option{nearest(option, options)} ({group} has: {', '.join(sorted(options))}){named}"
     )
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 from llmtune.config.data_schema import DataFormat
 from llmtune.config.export_schema import ExportDtype, ExportFormat, MergeOnto
 from llmtune.config.schema import Config, OffloadDevice, Precision, TunerKind
+from llmtune.config.stored import to_plain
 
 
 def problems(config: Config) -> list[str]:
     """Every broken rule, in words a user can act on."""
     return [
+        *_check_finite(config),
+        *_check_name(config),
         *_check_ranges(config),
         *_check_choices(config),
         *_check_zero(config),
@@ -21,9 +28,33 @@ def problems(config: Config) -> list[str]:
     ]
 
 
+def _check_finite(config: Config) -> list[str]:
+    """``nan`` passes every comparison, and ``inf`` every lower bound."""
+    return [f"{key}={value}: must be a finite number" for key, value in _numbers(to_plain(config), "")]
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Numbers that are not finite, each with its dotted key."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, key)
+
+
+def _check_name(config: Config) -> list[str]:
+    """A name is one folder below ``runs/``, and one place at a mirror."""
+    name = config.run_name
+    if name and (set(name) & set("/\\\0") or name.strip() in ("", ".", "..")):
+        return [f"run_name={name}: a name, without slashes; another folder is named by output_dir="]
+    return []
+
+
 def _check_ranges(config: Config) -> list[str]:
     positive = {
-        "train.global_batch_size": config.train.global_batch_size,
         "train.num_train_epochs": config.train.num_train_epochs,
         "train.max_steps": config.train.max_steps,
         "train.logging_steps": config.train.logging_steps,
@@ -78,12 +109,13 @@ def _check_choices(config: Config) -> list[str]:
     """Keys that take a word or a value, which OmegaConf's unions cannot hold to a list."""
     found = []
     for key, value in {
+        "train.global_batch_size": config.train.global_batch_size,
         "train.per_device_train_batch_size": config.train.per_device_train_batch_size,
         "train.gradient_accumulation_steps": config.train.gradient_accumulation_steps,
         "train.per_device_eval_batch_size": config.train.per_device_eval_batch_size,
     }.items():
-        if value != "auto" and not (isinstance(value, int) and value > 0):
-            found.append(f"{key}={value}: 'auto', or an integer above 0")
+        if value != "auto" and not (type(value) is int and value > 0):
+            found.append(f"{key}={value}: must be above 0 and a whole number, or 'auto'")
     rate = config.optim.learning_rate
     if rate != "auto" and (isinstance(rate, str) or rate <= 0):
         found.append(f"optim.learning_rate={rate}: 'auto', or a number above 0")

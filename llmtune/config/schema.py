@@ -136,8 +136,9 @@ class TunerConfig:
 class TrainConfig:
     """Batches, length of the run, evaluation, saving."""
 
-    global_batch_size: int = 8
-    """Rows an optimizer step, over all ranks and micro-batches."""
+    global_batch_size: int | str = "auto"
+    """Rows an optimizer step, over all ranks and micro-batches. ``auto`` is the product of the ranks and the next two keys
+    where both are set, else the smallest multiple of what is known of it that is at least 8. A run that goes on keeps it."""
     per_device_train_batch_size: int | str = "auto"
     """Rows a micro-batch on one rank; ``auto`` derives it."""
     gradient_accumulation_steps: int | str = "auto"
@@ -153,7 +154,7 @@ class TrainConfig:
     gradient_checkpointing: bool | str = "auto"
     """Recompute activations in the backward pass; ``auto`` when they would take too much of the device."""
     logging_steps: int = 1
-    """Optimizer steps between lines of ``metrics.jsonl``."""
+    """Optimizer steps between lines of ``metrics.jsonl``; a line has the mean loss of all tokens trained since the last."""
     eval_steps: int | None = None
     """Optimizer steps between evaluations; there is one at step 0 and at the end in any case."""
     eval_max_rows: int | None = 256

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmtune.checkpoint import names
 from llmtune.checkpoint.manifest import flush, hash_file
-from llmtune.config.export_schema import ExportConfig, GgufType
+from llmtune.config.export_schema import ExportConfig, ExportFormat, GgufType
 from llmtune.errors import ExportError
 from llmtune.export.companions import copy_companions, settle_config
 from llmtune.export.gguf_vocabulary import Vocabulary, add_vocabulary, read_vocabulary
@@ -256,7 +257,8 @@ def _add_about(writer: GGUFWriter, material: Material) -> None:
 
     output = material.request.output
     writer.add_type("model")
-    writer.add_name(output.parent.name if output.name == "merged" else output.name)
+    own_name = output == names.export_folder(output.parent, ExportFormat.gguf.value)
+    writer.add_name(output.parent.name if own_name else output.name)
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, material.request.base_name)
     writer.add_quantization_version(GGML_QUANT_VERSION)

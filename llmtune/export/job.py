@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat
 from llmtune.errors import ExportError
@@ -19,7 +20,7 @@ from llmtune.export.gguf import write_gguf
 from llmtune.export.graphs import write_onnx, write_torchscript
 from llmtune.export.identity import describe_job, describe_options, identify
 from llmtune.export.material import ExportRequest, Material, check_places, open_material
-from llmtune.export.publish import check_room, restore_replaced, write_export
+from llmtune.export.publish import check_replaceable, check_room, restore_replaced, write_export
 from llmtune.export.tensors import SafetensorsSource
 from llmtune.export.torch_file import write_torch_file
 from llmtune.export.upload import check_upload, upload_export
@@ -59,6 +60,8 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     if config.upload:
         check_upload(config.upload, config.dry_run)
     material = open_material(request, config)
+    about = _describe(request, config)
+    check_replaceable(request.output, config.format.value)
     if config.dry_run:
         _say_what_would_be(material, config)
         return request.output
@@ -72,16 +75,20 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
             parity = check_folder(material, folder, config)
         write_model_card(folder, request, config, parity.describe() if parity else None)
 
-    about = {
+    write_export(request.output, describe_job(request, config), write, about)
+    if config.upload:
+        upload_export(request.output, config.upload, config.upload_private, False, request.say)
+    return request.output
+
+
+def _describe(request: ExportRequest, config: ExportConfig) -> dict[str, Any]:
+    """For the manifest."""
+    return {
         "base": request.base_name if is_hub_id(request.base_name) else Path(request.base_name).name,
         "format": config.format.value,
         "source": identify(request.adapter or request.base),
         "options": describe_options(config),
     }
-    write_export(request.output, describe_job(request, config), write, about)
-    if config.upload:
-        upload_export(request.output, config.upload, config.upload_private, False, request.say)
-    return request.output
 
 
 def _say_what_would_be(material: Material, config: ExportConfig) -> None:

@@ -48,6 +48,22 @@ def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None],
         raise ExportError(f"{folder} was not written: {error}") from error
 
 
+def check_replaceable(folder: Path, wanted: str) -> None:
+    """Whether what is published at ``folder``, if anything is, has the format ``wanted``: only that is written anew.
+
+    Raises:
+        ExportError: It has another format.
+    """
+    if not _is_export(folder):
+        return
+    there = json.loads((folder / names.MANIFEST).read_text()).get("format")
+    if there is not None and there != wanted:
+        raise ExportError(
+            f"{folder} holds another export (export={there}, and this is export={wanted}), which is not removed: take another "
+            "output_dir=, or remove it"
+        )
+
+
 def check_room(folder: Path, needed_bytes: int) -> None:
     """Whether the disk of ``folder`` takes ``needed_bytes``; what a killed start left there counts as room.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import socket
 import sys
@@ -182,18 +183,29 @@ def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -
     }
 
 
-def remove_shared_buffers(port: int) -> None:
+def remove_shared_buffers(port: int, address: str = "127.0.0.1") -> None:
     """Delete what DeepSpeed's CPU collectives leave in ``/dev/shm``: 69 MB a rank and run, of memory, for ever.
 
-    The files are named by user, address and port of the process group (``csrc/cpu/comm/shm.cpp``).
+    The files are named by user, address and port of the process group (``csrc/cpu/comm/shm.cpp``). Ranks open them once, when
+    they join it; behind that the names can go, and the memory goes with the last rank, however it ends.
     """
-    for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_*"):
+    for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{glob.escape(address)}_{port}_*"):
         with contextlib.suppress(OSError):
             file.unlink()
 
 
+def hold_port() -> socket.socket:
+    """A socket that holds a free TCP port until it is closed: nobody else is given it, and rank 0 can still listen on it.
+
+    Linux lets two sockets with SO_REUSEADDR, which torch's store sets too, share a port of which one at the most listens.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
+
+
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on now; another program may take it at any time."""
+    with hold_port() as held:
+        return int(held.getsockname()[1])

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmtune.launch.environment import free_port, rank_environment, remove_shared_buffers
+from llmtune.launch.environment import hold_port, rank_environment, remove_shared_buffers
 from llmtune.launch.out_of_memory import note_kills
 from llmtune.launch.processes import RankProcess, end_ranks
 
@@ -23,8 +23,9 @@ class RankGroup:
         """
         self.ranks: list[RankProcess] = []
         self.waits = ahead
-        # Of ranks that wait, perhaps for an hour, only when they need it: others may take it meanwhile.
-        self._port = 0 if ahead else free_port()
+        # Held until the ranks have ended: libraries are imported for seconds before rank 0 listens on it.
+        self._held = hold_port()
+        self._port = int(self._held.getsockname()[1])
         self.folder = Path(tempfile.mkdtemp(prefix="llmtune-"))
         try:
             note_kills(self.folder)
@@ -38,15 +39,14 @@ class RankGroup:
     def tell(self, request_file: str) -> None:
         """What to do and where to meet, to ranks that wait."""
         self.waits = False
-        self._port = free_port()
         for rank in self.ranks:
             rank.tell(f"{self._port} {request_file}")
 
     def end(self) -> None:
         """Kill what still runs, and wait until it is gone."""
         end_ranks(self.ranks)
-        if self._port:
-            remove_shared_buffers(self._port)
+        remove_shared_buffers(self._port)
+        self._held.close()
 
     def close(self) -> None:
         """End, and remove the folder with the reports."""

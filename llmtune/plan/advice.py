@@ -79,13 +79,22 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[tuple[str, Config, Hard
     free.zero.stage = "auto"
     free.train.per_device_train_batch_size = free.train.gradient_accumulation_steps = "auto"
     free.train.gradient_checkpointing = "auto"
+    # What is freed must not change the rows of a step.
+    free.train.global_batch_size = ladder.rows.global_batch_size
+    train = config.train
+    product = train.global_batch_size == "auto" and "auto" not in (
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+    )
     restricted = [
         name
         for name, changed in (
             ("offload=auto", free.offload != config.offload),
             ("zero=auto", config.zero.stage != "auto"),
-            ("train.per_device_train_batch_size=auto", config.train.per_device_train_batch_size != "auto"),
-            ("train.gradient_checkpointing=auto", config.train.gradient_checkpointing != "auto"),
+            (f"train.global_batch_size={ladder.rows.global_batch_size}", product),
+            ("train.per_device_train_batch_size=auto", train.per_device_train_batch_size != "auto"),
+            ("train.gradient_accumulation_steps=auto", train.gradient_accumulation_steps != "auto"),
+            ("train.gradient_checkpointing=auto", train.gradient_checkpointing != "auto"),
         )
         if changed
     ]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from llmtune.config.schema import Config, Precision, TunerKind
+from llmtune.config.schema import Config, Precision, TrainConfig, TunerKind
 from llmtune.plan.activations import ActivationModel, TraceSettings
-from llmtune.plan.batch import BatchPlan, batch_options
+from llmtune.plan.batch import BatchPlan, StepRows, batch_options, settle_batch
 from llmtune.plan.hardware import Hardware
 from llmtune.plan.memory import MemoryPlan, Workload, estimate_memory, fits
 from llmtune.plan.placement import RUNGS, Placement, allowed_stages, make_placement, named_rung
@@ -72,6 +72,7 @@ class Ladder:
     hardware: Hardware
     shape: ModelShape
     world_size: int
+    rows: StepRows
     candidates: tuple[Candidate, ...]
     """Of all rungs that are possible and allowed."""
     rungs: tuple[Rung, ...]
@@ -86,14 +87,22 @@ class Ladder:
 
 
 def build_ladder(
-    config: Config, hardware: Hardware, shape: ModelShape, world_size: int, attn_implementation: str
+    config: Config,
+    hardware: Hardware,
+    shape: ModelShape,
+    world_size: int,
+    attn_implementation: str,
+    begun: TrainConfig | None = None,
 ) -> Ladder:
     """Evaluate every rung and choose.
+
+    Args:
+        begun: What the run was started with, where it goes on.
 
     Raises:
         ConfigError: The batch arithmetic is impossible.
     """
-    search = Search(config, hardware, shape, world_size, attn_implementation)
+    search = Search(config, hardware, shape, world_size, attn_implementation, begun)
     asked = named_rung(config.offload)
     found: dict[str, list[Candidate]] = {}
     blocked: dict[str, str] = {}
@@ -106,7 +115,8 @@ def build_ladder(
     chosen = choose(allowed)
     rungs = tuple(_rung(name, found[name], blocked.get(name), chosen, asked) for name in RUNGS)
     origin = search.origin
-    return Ladder(hardware, shape, world_size, tuple(allowed), rungs, chosen, attn_implementation, origin)
+    rows = settle_batch(config.train, world_size, begun)
+    return Ladder(hardware, shape, world_size, rows, tuple(allowed), rungs, chosen, attn_implementation, origin)
 
 
 def choose(candidates: list[Candidate]) -> Candidate | None:
@@ -184,7 +194,13 @@ class Search:
     """Evaluates candidates; what they share is computed once."""
 
     def __init__(
-        self, config: Config, hardware: Hardware, shape: ModelShape, world_size: int, attn_implementation: str
+        self,
+        config: Config,
+        hardware: Hardware,
+        shape: ModelShape,
+        world_size: int,
+        attn_implementation: str,
+        begun: TrainConfig | None = None,
     ):
         self.config = config
         self.shape = shape
@@ -192,7 +208,8 @@ class Search:
         self.attn_implementation = attn_implementation
         cache = Path(config.paths.cache_dir).expanduser()
         self.trace = ActivationModel(config.model, config.tuner, shape, cache)
-        self.batches = batch_options(config.train, world_size, config.data.max_seq_length, hardware.accelerator)
+        length = config.data.max_seq_length
+        self.batches = batch_options(config.train, world_size, length, hardware.accelerator, begun)
         self.origin = "traced"
 
     def candidates(self, rung: str) -> Iterator[Candidate]:

@@ -88,28 +88,32 @@ class StepsPlan:
         return cls(**values)
 
 
-def resolve_plan(config: Config, world_size: int | None = None) -> Plan:
+def resolve_plan(config: Config, world_size: int | None = None, begun: TrainConfig | None = None) -> Plan:
     """The plan of the ladder's choice.
 
     Args:
         world_size: Ranks that a foreign launcher started; without it, what config and hardware say.
+        begun: What the run was started with, where it goes on.
 
     Raises:
         ConfigError: Numbers contradict each other.
         DoesNotFitError: No rung fits.
         MissingPrerequisiteError: CUDA or the model's configuration is missing.
     """
-    ladder = resolve_ladder(config, world_size)
+    ladder = resolve_ladder(config, world_size, begun=begun)
     if ladder.chosen is None:
         raise DoesNotFitError(describe_misfit(config, ladder))
     return plan_candidate(config, ladder, ladder.chosen, world_size is not None)
 
 
-def resolve_ladder(config: Config, world_size: int | None = None, planning: bool = False) -> Ladder:
+def resolve_ladder(
+    config: Config, world_size: int | None = None, planning: bool = False, begun: TrainConfig | None = None
+) -> Ladder:
     """Every rung of this job.
 
     Args:
         planning: Nothing will run here: hardware that is named need not be there, and neither need the model be trainable.
+        begun: What the run was started with, where it goes on.
 
     Raises:
         As :func:`resolve_plan`, but for a job that does not fit.
@@ -132,7 +136,7 @@ def resolve_ladder(config: Config, world_size: int | None = None, planning: bool
     if not planning:
         check_row_length(config.data.max_seq_length, shape.max_positions, config.model.name_or_path)
     kernel = resolve_attention(config, hardware.accelerator, shape.kernels, hardware.compute_capability)
-    ladder = build_ladder(config, hardware, shape, world, kernel)
+    ladder = build_ladder(config, hardware, shape, world, kernel, begun)
     if not planning and ladder.chosen is not None:
         check_stage(ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path)
     return ladder
@@ -142,6 +146,7 @@ def plan_candidate(config: Config, ladder: Ladder, candidate: Candidate, launche
     """The frozen numbers of one candidate of the ladder."""
     notes = [*ladder.hardware.notes, f"ranks: {ladder.world_size} ({_world_origin(config, launched)})"]
     rate = resolve_learning_rate(config.optim, config.tuner.kind, ladder.shape.parameters, notes)
+    notes += [ladder.rows.origin] if ladder.rows.origin else []
     notes += _describe_choice(config, ladder, candidate)
     optimizer = adamw_parameters(config.optim, rate)
     planned = to_deepspeed(
@@ -174,7 +179,7 @@ def with_changes(ladder: Ladder) -> Any:
     def build(config: Config, hardware: Hardware) -> Ladder:
         world = ladder.world_size * hardware.nodes // ladder.hardware.nodes
         rows = config.train.global_batch_size
-        if rows % world:
+        if isinstance(rows, int) and rows % world:
             config = replace(config, train=replace(config.train, global_batch_size=math.ceil(rows / world) * world))
         shape = ladder.shape if config.tuner.kind is TunerKind.full else resolve_shape(config.model, config.tuner)
         return build_ladder(config, hardware, shape, world, ladder.attn_implementation)
@@ -221,18 +226,19 @@ def resolve_attention(config: Config, accelerator: str, kernels: tuple[str, ...]
     return "eager" if short or "sdpa" not in kernels else "sdpa"
 
 
-def resolve_steps(train: TrainConfig, schedule: ScheduleConfig, rows: int | None) -> StepsPlan:
+def resolve_steps(train: TrainConfig, schedule: ScheduleConfig, rows: int | None, global_batch_size: int) -> StepsPlan:
     """Steps from ``max_steps`` if it is set, else from epochs; warm-up rounded up to whole steps.
 
     Args:
         rows: Of an epoch; None where they are streamed, which goes with ``max_steps``.
+        global_batch_size: Rows of a step, as planned.
 
     Raises:
         ConfigError: Warm-up leaves no step.
     """
     epoch_rows = max(1, round(train.num_train_epochs * (rows or 0)))
-    by_epochs = math.ceil(epoch_rows / train.global_batch_size)
-    origin = f"{train.num_train_epochs:g} epoch(s) of {rows} rows, {train.global_batch_size} a step"
+    by_epochs = math.ceil(epoch_rows / global_batch_size)
+    origin = f"{train.num_train_epochs:g} epoch(s) of {rows} rows, {global_batch_size} a step"
     total = by_epochs
     if rows is None and train.max_steps is not None:
         total, origin = train.max_steps, "train.max_steps of a stream"

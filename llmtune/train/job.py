@@ -30,6 +30,7 @@ from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.tracker import Tracker, Trackers
 from llmtune.train.evaluation import HeldOutLoss
+from llmtune.train.line_sums import LineSums
 from llmtune.train.loop import Hook, Job, Progress, run
 from llmtune.train.numbers import NumberWatch
 from llmtune.train.packing_probe import check_module
@@ -82,7 +83,8 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     start = Progress()
     if request.resume_from is not None:
         state = load_checkpoint(module, request.resume_from)
-        start = Progress(state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due)
+        line = LineSums.from_dict(state.line)
+        start = Progress(state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due, line)
 
     collator = Collator(pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model.config))
     if config.data.packing:
@@ -118,7 +120,11 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
 def build_saver(
     request: RunRequest, module: TrainModule, tokenizer: Any, state: TrainerState | None, console: Console
 ) -> CheckpointSaver:
-    """Checkpoints: what is in them, which are kept, and where they are copied to."""
+    """Checkpoints: what is in them, which are kept, and where they are copied to.
+
+    Args:
+        state: Of ``request.resume_from``.
+    """
     config, plan, run = request.config, request.plan, request.run_folder
     lora = config.tuner.kind is TunerKind.lora
     rank_is_host = plan.hardware.accelerator == "cpu"
@@ -150,8 +156,9 @@ def build_saver(
     if module.rank.is_first:
         companions = {**render_companions(module.model, tokenizer, weights, run), **weights.index(module)}
         if chosen.mirror is not None:
-            mirror = Mirror(chosen.mirror, request.run_name, console.say)
-    return CheckpointSaver(module, settings, companions, state, console.say, mirror)
+            mirror = Mirror(chosen.mirror, request.run_name, console.say, request.run_id)
+    start = (request.resume_from, state) if request.resume_from is not None and state is not None else None
+    return CheckpointSaver(module, settings, companions, start, console.say, mirror)
 
 
 def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Collator) -> Steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -19,6 +19,7 @@ from llmtune.engine.module import StepResult, TrainModule
 from llmtune.errors import CheckpointError, DivergedError, StoppedError
 from llmtune.plan.resolve import StepsPlan
 from llmtune.track.tracker import Record, Trackers
+from llmtune.train.line_sums import LineSums
 from llmtune.train.memory import used_memory_bytes
 from llmtune.train.numbers import NumberWatch
 from llmtune.train.schedule import learning_rate_at
@@ -39,6 +40,8 @@ class Progress:
     """Where the data goes on, as the loader says it; None at the beginning."""
     evaluation_due: bool = False
     """An evaluation of this step was interrupted."""
+    line: LineSums = field(default_factory=LineSums)
+    """Of the steps since the last line of ``metrics.jsonl``."""
 
 
 class Hook(Protocol):
@@ -154,7 +157,7 @@ def run(job: Job) -> Progress:
 
 
 def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Progress:
-    """One optimizer step, and its line of ``metrics.jsonl``."""
+    """One optimizer step, and a line of ``metrics.jsonl`` where one is due."""
     started = time.perf_counter()
     step = progress.step + 1
     job.rank.phases.step = step
@@ -180,9 +183,10 @@ def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Pr
         except DivergedError as error:
             save_before(job, progress, error)
     seconds = time.perf_counter() - started
+    line = progress.line.add(step, result.loss, batch.trained_tokens, result.applied)
     record: dict[str, Any] = {
         "step": step,
-        "loss": result.loss,
+        **line.to_record(result.loss),
         "grad_norm": result.grad_norm,
         "learning_rate": rate,
         "tokens": batch.tokens,
@@ -190,14 +194,14 @@ def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Pr
         "seconds": seconds,
         "memory_bytes": used_memory_bytes(job.rank.device),
     }
-    if not result.applied:
-        record["skipped"] = True
-    pause = job.saver.pause_seconds()
-    if pause is not None:
-        record["save_pause_seconds"] = pause
     if step % job.train.logging_steps == 0 or step == job.steps.total_steps:
+        pause = job.saver.pause_seconds()
+        if pause is not None:
+            record["save_pause_seconds"] = pause
         job.trackers.log(record)
-    return Progress(step, progress.tokens + batch.tokens, progress.skipped + (not result.applied), batch.position)
+        line = LineSums()
+    skipped = progress.skipped + (not result.applied)
+    return Progress(step, progress.tokens + batch.tokens, skipped, batch.position, line=line)
 
 
 def evaluate(job: Job, progress: Progress) -> Progress:

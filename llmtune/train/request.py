@@ -26,6 +26,8 @@ class RunRequest:
     model_folder: Path
     resume_from: Path | None
     """A complete checkpoint, or None for a new run."""
+    run_id: str = ""
+    """What this run's place at ``checkpoint.mirror`` is marked with; without one nothing is looked for there."""
 
     def to_json(self) -> str:
         """For a file or a broadcast."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, restore_replaced
 from llmtune.checkpoint.manifest import check_undamaged, find_damage
-from llmtune.checkpoint.mirror import fetch_remote, find_remote
-from llmtune.checkpoint.trainer_state import check_draws
+from llmtune.checkpoint.mirror import fetch_remote, find_remote, read_place
+from llmtune.checkpoint.trainer_state import check_draws, read_trainer_state
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError
 from llmtune.secrets import redact
@@ -18,6 +18,9 @@ from llmtune.train.run_folder import RunFolder, check_same_run
 
 def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from, every byte of it checked; None for a run from the beginning.
+
+    A checkpoint that ``resume_from_checkpoint`` names begins a run, once: the same command goes on from what the run has saved
+    since, so that a job which is stopped and queued again comes to its end.
 
     Raises:
         CheckpointError: The one that is named is incomplete, damaged, or of a run with another configuration; or all are
@@ -28,12 +31,12 @@ def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable
         return None
     restore_replaced(folder.path)
     if wanted != "auto":
-        found = _named(folder, wanted, say)
+        found = _own_since(folder, config, run_name, wanted, say) or _named(folder, wanted, say)
         check_same_run(found, config)
         check_draws(found)
         return found
     newest = _newest_whole(folder.path, say)
-    newest = _newer_at_mirror(folder, config, run_name, newest, say) or newest
+    newest = _newer_at_mirror(folder, config, run_name, _step(newest), say) or newest
     if newest is not None:
         check_same_run(newest, config)
         check_draws(newest)
@@ -45,20 +48,56 @@ def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable
     return newest
 
 
-def _newer_at_mirror(
-    folder: RunFolder, config: Config, run_name: str, newest: Path | None, say: Callable[[str], None]
+def named_origin(wanted: str) -> str:
+    """A checkpoint that ``resume_from_checkpoint`` names, in the one form in which the run folder remembers it."""
+    return redact(wanted.rstrip("/")) if "://" in wanted else str(Path(wanted).expanduser().resolve())
+
+
+def _own_since(
+    folder: RunFolder, config: Config, run_name: str, wanted: str, say: Callable[[str], None]
 ) -> Path | None:
-    """A copy of a later step than what is here, fetched. A mirror that is out of reach matters only where there is nothing."""
+    """The newest whole checkpoint that the run has saved since it began from ``wanted``; None where it begins now.
+
+    A checkpoint of the run's own folder is gone back to the first time that it is named.
+    """
+    origin, began = named_origin(wanted), folder.read_began()
+    if began is not None and began["origin"] == origin:
+        # What it began from may be gone by now.
+        least = int(began["step"])
+    elif Path(origin).parent == folder.path.resolve():
+        return None
+    else:
+        least = _named_step(wanted, origin) + 1
+    newest = _newest_whole(folder.path, say)
+    here = max(_step(newest), least - 1)
+    newest = _newer_at_mirror(folder, config, run_name, here, say) or newest
+    if newest is None or _step(newest) < least:
+        return None
+    if str(newest.resolve()) != origin:
+        say(
+            f"resume_from_checkpoint={redact(wanted)} is where a run begins, and this one has come to {newest.name}: going on "
+            "from there (another run_name= or output_dir= begins anew)"
+        )
+    return newest
+
+
+def _newer_at_mirror(
+    folder: RunFolder, config: Config, run_name: str, here: int, say: Callable[[str], None]
+) -> Path | None:
+    """A copy of a later step than ``here``, fetched. A mirror that is out of reach matters only where there is nothing (-1)."""
     if config.checkpoint.mirror is None:
         return None
+    own_id = folder.read_run_id()
     try:
+        if own_id is not None and read_place(config.checkpoint.mirror, run_name)[0] not in (None, own_id):
+            # Another run's, which is refused before training begins.
+            return None
         remote = find_remote(config.checkpoint.mirror, run_name)
     except CheckpointError as error:
-        if newest is None:
+        if here < 0:
             raise
-        say(f"warning: {error}; going on from {newest.name}, which is here")
+        say(f"warning: {error}; going on from checkpoint-{here}, which is here")
         return None
-    here = names.checkpoint_step(newest) or 0 if newest else -1
     if not remote or remote[-1][0] <= here:
         return None
     return _fetch(folder, remote[-1][1], say)
@@ -70,6 +109,24 @@ def _named(folder: RunFolder, wanted: str, say: Callable[[str], None]) -> Path:
     found = Path(wanted).expanduser()
     check_undamaged(found)
     return found
+
+
+def _named_step(wanted: str, origin: str) -> int:
+    """-1 for a URL that does not tell, which is refused when it is fetched."""
+    if "://" in wanted:
+        step = names.checkpoint_step(Path(origin))
+        return -1 if step is None else step
+    try:
+        return read_trainer_state(Path(origin)).step
+    except CheckpointError:
+        # With all that is wrong.
+        check_undamaged(Path(origin))
+        raise
+
+
+def _step(checkpoint: Path | None) -> int:
+    """-1 for none."""
+    return names.checkpoint_step(checkpoint) or 0 if checkpoint else -1
 
 
 def _newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:

@@ -64,7 +64,7 @@ class RunFolder:
                     "take another output_dir= or run_name="
                 )
             return []
-        if not self._has_work():
+        if not self.has_work():
             return []
         if config.resume_from_checkpoint == "none":
             raise CheckpointError(
@@ -80,7 +80,7 @@ class RunFolder:
             CheckpointError: With what differs.
         """
         file = self.path / names.PLAN
-        if not file.is_file() or not self._has_work():
+        if not file.is_file() or not self.has_work():
             return None
         plan = json.loads(file.read_text())
         if plan["data"]["fingerprint"] != data_fingerprint:
@@ -128,17 +128,36 @@ class RunFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(source.read_text() if text is None else text)
 
+    def read_began(self) -> dict[str, Any] | None:
+        """``origin`` and ``step`` of the checkpoint that this run was told to begin from; None for others."""
+        found: dict[str, Any] | None = self._read_plan().get("began_from")
+        return found
+
+    def read_name(self) -> str | None:
+        """The run's name, by which a mirror knows it; None where it was never begun."""
+        found: str | None = self._read_plan().get("run_name")
+        return found
+
+    def read_run_id(self) -> str | None:
+        """What marks this run's place at a mirror; None for a new run, and one of an earlier version."""
+        found: str | None = self._read_plan().get("run_id")
+        return found
+
     def read_history(self) -> list[dict[str, Any]]:
         """Rungs of the ladder on which this run ran out of memory."""
-        file = self.path / names.PLAN
-        return list(json.loads(file.read_text()).get("history", [])) if file.is_file() else []
+        return list(self._read_plan().get("history", []))
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Put them into the plan's file."""
         file = self.path / names.PLAN
         file.write_text(json.dumps(redact_values({**json.loads(file.read_text()), "history": history}), indent=1))
 
-    def _has_work(self) -> bool:
+    def _read_plan(self) -> dict[str, Any]:
+        """Empty where there is none."""
+        file = self.path / names.PLAN
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+    def has_work(self) -> bool:
         """Whether there is anything to lose."""
         return bool(find_checkpoints(self.path)) or any("loss" in r for r in read_metrics(self.path / names.METRICS))
 

@@ -8,12 +8,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmtune.checkpoint import names
-from llmtune.checkpoint.find import is_complete
+from llmtune.checkpoint.find import find_checkpoints, is_complete
 from llmtune.checkpoint.manifest import hash_file, publish, read_manifest, write_manifest
 from llmtune.checkpoint.outbox import Buffers
 from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
@@ -49,8 +49,8 @@ class Mirror(Protocol):
     def busy(self) -> Container[Path]:
         """Folders that are not to be removed yet."""
 
-    def put(self, folder: Path, keep: set[str]) -> None:
-        """Queue a complete checkpoint."""
+    def put(self, folder: Path, keep: set[str] | None) -> None:
+        """Queue a complete checkpoint; the names of what stays there, or None for all."""
 
     def finish(self, timeout_seconds: float) -> list[tuple[str, str]]:
         """Wait for the queue; the checkpoints that did not make it, each with the reason."""
@@ -80,22 +80,24 @@ class CheckpointSaver:
         module: TrainModule,
         settings: SaveSettings,
         companions: dict[str, bytes],
-        start: TrainerState | None,
+        start: tuple[Path, TrainerState] | None,
         say: Callable[[str], None],
         mirror: Mirror | None = None,
     ):
         """
         Args:
             companions: What lies beside the weights; see :func:`render_companions`.
-            start: What the run goes on from.
+            start: The checkpoint that the run goes on from, which may be another run's.
         """
         self.module = module
         self.settings = settings
         self.companions = companions
         self.say = say
         self.mirror = mirror
-        self._best = start.best if start else None
-        self._newest = names.checkpoint_folder(settings.run, start.step) if start else None
+        self._best = start[1].best if start else None
+        self._newest: Path | None = None
+        if start and start[0].resolve().parent == settings.run.resolve():
+            self._newest = names.checkpoint_folder(settings.run, start[1].step)
         self._metrics: Record = {}
         self._pending: PendingSave | None = None
         self._buffers = Buffers(module.rank.device)
@@ -127,6 +129,10 @@ class CheckpointSaver:
         else:
             how = "training waits while they are written"
         self.say(f"checkpoints of {format_bytes(self._bytes)}: {how}")
+        if self.mirror is not None:
+            # What the last start had no time to copy; what is there already is not sent again.
+            for folder in find_checkpoints(self.settings.run):
+                self.mirror.put(folder, None)
 
     def saw(self, record: Record) -> None:
         """An evaluation: its numbers belong to the checkpoint of its step, and may be the best so far."""
@@ -215,7 +221,10 @@ class CheckpointSaver:
             self.mirror.finish(1.0)
             self.module.rank.phases.beat()
         for name, reason in self.mirror.finish(0.0):
-            self.say(f"warning: {name} is not at checkpoint.mirror: {reason}")
+            self.say(
+                f"warning: {name} is not at checkpoint.mirror: {reason}; the next start copies it first, and so does "
+                f"llmtune verify run={self.settings.run} --mirror"
+            )
         # What was being copied when its time had come.
         prune_checkpoints(self.settings.run, self.settings.retention, self._busy())
 
@@ -250,6 +259,7 @@ class CheckpointSaver:
             best=self._best,
             tracker_run_id=_read_text(self.settings.run / names.TRACKER_RUN_ID),
             draws_version=DRAWS_VERSION,
+            line=asdict(progress.line) if progress.line.steps else None,
         )
 
     def _history(self) -> dict[str, bytes]:

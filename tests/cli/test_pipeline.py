@@ -108,12 +108,14 @@ def test_after_training_any_format_is_written_and_sent(finished: Path, tmp_path:
         sent = tmp_path / f"sent-{kind}"
         done = run_cli(*command, f"export={kind}", f"export.upload=file://{sent}")
         assert done.code == 0, done.err + done.out
-        assert f"exported {kind}: {tmp_path / 'run' / 'merged'}" in done.out
-        assert (sent / file).read_bytes() == (tmp_path / "run" / "merged" / file).read_bytes()
+        folder = tmp_path / "run" / f"export-{kind}"
+        assert f"exported {kind}: {folder}" in done.out
+        assert (sent / file).read_bytes() == (folder / file).read_bytes()
+        assert (tmp_path / "run" / "merged" / "model.safetensors").is_file(), "the merged model stays"
         if kind == "gguf":
             other = run_cli(*command, "export=gguf", "export.gguf_type=q8_0")
             assert other.code == 0, other.err + other.out
-            assert (tmp_path / "run" / "merged" / "model-q8_0.gguf").is_file(), "a changed option is heeded"
+            assert (folder / "model-q8_0.gguf").is_file(), "a changed option is heeded"
             assert run_cli(*command, "export=gguf").code == 0
         (sent / "COMPLETE").unlink()
         again = run_cli(*command, f"export={kind}", f"export.upload=file://{sent}")
@@ -146,6 +148,7 @@ def test_launchers_give_the_same_losses(name: str, finished: Path, tmp_path: Pat
     done = run([*launcher, "scripts/train.py", *arguments, f"output_dir={folder}"], env=env)
     assert done.code == 0, done.out[-2000:] + done.err[-2000:]
     assert losses(folder) == losses(finished)
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{launcher[-1]}_*"))
 
 
 def test_a_launched_rank_reports_a_bad_file_once_and_none_hangs(tmp_path: Path) -> None:

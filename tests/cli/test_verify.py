@@ -51,7 +51,9 @@ def test_a_whole_run_is_a_line_a_folder_and_exit_0(tmp_path: Path) -> None:
         write_folder(run / f"checkpoint-{step}", WEIGHTS, step=step)
     write_folder(run / "adapter", ADAPTER, "adapter_model.safetensors")
     write_folder(run / "merged", WEIGHTS)
+    write_folder(run / "export-pt", WEIGHTS)
     (run / "checkpoint-110.tmp").mkdir()
+    (run / "export-gguf.tmp").mkdir()
     done = run_cli("verify", f"run={run}")
     assert done.code == 0, done.err
     config = (run / "merged" / "config.yaml").stat().st_size
@@ -61,6 +63,7 @@ def test_a_whole_run_is_a_line_a_folder_and_exit_0(tmp_path: Path) -> None:
         *(f"ok  {run}/checkpoint-{step}  2 files, {model / 1000:.1f} kB, step {step}" for step in (5, 10, 100)),
         f"ok  {run}/adapter  2 files, {adapter} B",
         f"ok  {run}/merged  2 files, {model / 1000:.1f} kB",
+        f"ok  {run}/export-pt  2 files, {model / 1000:.1f} kB",
     ]
 
 

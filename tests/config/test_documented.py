@@ -10,6 +10,8 @@ import pytest
 
 from llmtune.cli.main import HELP, VERBS, parse
 from llmtune.config.compose import compose_config
+from llmtune.plan.batch import settle_batch
+from llmtune.plan.resolve import resolve_ladder
 from tests.support import ROOT
 
 #: The program and what is behind it, up to a comment in another column or a sign of the shell.
@@ -43,6 +45,7 @@ def split(text: str) -> list[str]:
 
 
 COMMANDS = commands()
+ON_NODES = [arguments for name, arguments in COMMANDS if name == "docs/nodes.md" and arguments[0] != "data"]
 
 
 def test_the_examples_are_found() -> None:
@@ -59,3 +62,13 @@ def test_each_composes(number: int, tmp_path: Path) -> None:
             compose_config(parsed.overrides, planning=parsed.verb == "plan")
         except Exception as error:
             pytest.fail(f"{name}: {' '.join(arguments)}: {error}")
+
+
+def test_every_recipe_for_two_nodes_trains_on_sixteen_ranks() -> None:
+    """As its ranks would plan it, on machines that are named because this one is another."""
+    assert len(ON_NODES) >= 3
+    configs = [compose_config([*parse(arguments).overrides, "hardware=16xa100_80gb"]).config for arguments in ON_NODES]
+    assert {settle_batch(config.train, 16).global_batch_size for config in configs} == {16}
+    ladder = resolve_ladder(configs[0], 16, planning=True)
+    assert ladder.chosen is not None
+    assert ladder.chosen.batch.global_batch_size == 16

@@ -52,7 +52,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     model_folder = resolve_on_first(config, rank)
     tokenizer = load_tokenizer(model_folder, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache)
-    steps = resolve_steps(config.train, config.schedule, data.train.rows)
+    steps = resolve_steps(config.train, config.schedule, data.train.rows, plan.batch.global_batch_size)
     load = Path(task["load"]) if task.get("load") else None
     request = RunRequest(config, plan, steps, data, Path(tempfile.gettempdir()), "test", model_folder, load)
     if load is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmtune.checkpoint import names
 from llmtune.checkpoint.manifest import find_damage
 from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
 from llmtune.errors import ExportError
@@ -43,8 +46,8 @@ def test_every_format_is_published_whole_with_a_card(kind: ExportFormat, base: P
 
 
 def test_there_is_an_option_and_a_writer_for_every_format() -> None:
-    names = {file.stem for file in (Path(__file__).parents[2] / "conf" / "export").glob("*.yaml")}
-    assert names == {kind.value for kind in ExportFormat}
+    options = {file.stem for file in (Path(__file__).parents[2] / "conf" / "export").glob("*.yaml")}
+    assert options == {kind.value for kind in ExportFormat}
     assert set(FILES) == set(ExportFormat) - {ExportFormat.none}
 
 
@@ -106,3 +109,38 @@ def test_the_command_line_exports_verifies_and_refuses(base: Path, tmp_path: Pat
     assert done.code == 6
     assert "cut off or damaged" in done.err
     assert find_damage(tmp_path / "out") == [], "the export of before is still there"
+
+
+def test_an_export_is_replaced_by_its_like_only(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out")
+
+    def export(kind: ExportFormat, **settings: Any) -> Path:
+        return run_export(request, ExportConfig(format=kind, parity=False, **settings))
+
+    merged = export(ExportFormat.safetensors)
+    before = (merged / "model.safetensors").read_bytes()
+    for kind in (ExportFormat.gguf, ExportFormat.pt, ExportFormat.adapter):
+        for dry_run in (False, True):
+            with pytest.raises(ExportError, match=f"export=safetensors, and this is export={kind.value}"):
+                export(kind, dry_run=dry_run)
+    assert (merged / "model.safetensors").read_bytes() == before
+    export(ExportFormat.safetensors, dtype=ExportDtype.bf16)
+    assert (merged / "model.safetensors").read_bytes() != before
+    shutil.rmtree(merged)
+    export(ExportFormat.gguf, gguf_type=GgufType.q8_0)
+    export(ExportFormat.gguf)
+    assert (merged / "model-f16.gguf").is_file()
+    assert find_damage(merged) == []
+
+
+@pytest.mark.parametrize("kind", list(FILES), ids=lambda kind: kind.value)
+def test_every_format_has_a_place_of_its_own_in_the_run(kind: ExportFormat) -> None:
+    run = Path("runs/a")
+    others = {names.export_folder(run, other.value) for other in FILES if other is not kind}
+    own = names.export_folder(run, kind.value)
+    assert own not in others
+    assert names.is_export_folder(own)
+    assert own == (run / "merged" if kind is ExportFormat.safetensors else run / f"export-{kind.value}")
+    for other in ("adapter", "model", "checkpoint-10", "export-gguf.tmp", "merged.old.tmp"):
+        assert not names.is_export_folder(run / other)

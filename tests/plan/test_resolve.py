@@ -112,15 +112,15 @@ def test_the_learning_rate_follows_tuner_and_size(tuner: str, model: str, rate: 
 
 def test_steps_come_from_epochs_or_max_steps() -> None:
     schedule = ScheduleConfig(warmup_ratio=0.1)
-    assert resolve_steps(TrainConfig(global_batch_size=8), schedule, 100).total_steps == 13
-    assert resolve_steps(TrainConfig(global_batch_size=8, num_train_epochs=2), schedule, 100).total_steps == 25
-    broken = resolve_steps(TrainConfig(global_batch_size=8, num_train_epochs=1.05), schedule, 8)
+    assert resolve_steps(TrainConfig(), schedule, 100, 8).total_steps == 13
+    assert resolve_steps(TrainConfig(num_train_epochs=2), schedule, 100, 8).total_steps == 25
+    broken = resolve_steps(TrainConfig(num_train_epochs=1.05), schedule, 8, 8)
     assert (broken.total_steps, broken.total_rows) == (1, 8), "no step without rows"
-    steps = resolve_steps(TrainConfig(max_steps=50), schedule, 100)
+    steps = resolve_steps(TrainConfig(max_steps=50), schedule, 100, 8)
     assert (steps.total_steps, steps.warmup_steps) == (50, 5)
-    assert resolve_steps(TrainConfig(max_steps=1), schedule, 100).warmup_steps == 0
+    assert resolve_steps(TrainConfig(max_steps=1), schedule, 100, 8).warmup_steps == 0
     with pytest.raises(ConfigError, match="leaves nothing"):
-        resolve_steps(TrainConfig(), ScheduleConfig(warmup_steps=99), 80)
+        resolve_steps(TrainConfig(), ScheduleConfig(warmup_steps=99), 80, 8)
 
 
 def test_bytes_are_read_and_written_as_people_do() -> None:

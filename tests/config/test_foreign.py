@@ -1,0 +1,90 @@
+"""Names that people bring from other fine-tuners end with the key that they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmtune.cli.main import parse
+from llmtune.config.compose import compose_config, config_groups
+from llmtune.config.foreign import MEANINGS
+from llmtune.config.keys import known_keys
+from llmtune.config.overrides import read_override
+from llmtune.errors import ConfigError
+
+GROUPS = config_groups()
+
+
+def problem(*overrides: str, config_dir: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose_config(list(overrides), str(config_dir) if config_dir else None)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("num_epochs=3", "train.num_train_epochs"),
+        ("cutoff_len=2048", "data.max_seq_length"),
+        ("sequence_len=2048", "data.max_seq_length"),
+        ("lora_rank=8", "tuner.lora_r"),
+        ("load_in_4bit=true", "tuner=lora"),
+        ("bf16=true", "precision=bf16"),
+        ("optim.lr=1e-4", "optim.learning_rate"),
+        ("output=/tmp/x", "output_dir"),
+        ("training_args.per_device_train_batch_size=2", "train.per_device_train_batch_size"),
+        ("trainer.max_steps=2", "train.max_steps"),
+        ("lora.r=8", "tuner.lora_r"),
+        ("LoRA-Alpha=8", "tuner.lora_alpha"),
+        ("+datasets=my.jsonl", "data.train"),
+        ("micro_batch_size=2", "train.per_device_train_batch_size"),
+        ("report_to=wandb", "tracker=wandb"),
+        ("flash_attention=true", "model.attn_implementation=flash_attention_2"),
+        ("adam_beta2=0.95", "optim.betas=[BETA1,BETA2]"),
+    ],
+)
+def test_a_foreign_name_is_answered_with_the_key_it_means(override: str, meant: str) -> None:
+    assert f": did you mean {meant!r}" in problem(override)
+
+
+def test_what_there_is_no_key_for_says_so() -> None:
+    assert "unknown key 'stage'; llmtune does supervised fine-tuning" in problem("stage=dpo")
+    assert "training on weights in 4 or 8 bits is not there yet" in problem("load_in_8bit=true")
+
+
+@pytest.mark.parametrize("name", MEANINGS)
+def test_every_meaning_is_a_key_or_a_group_that_there_is(name: str) -> None:
+    keys = known_keys() | set(GROUPS)
+    target, equals, value = MEANINGS[name].partition(" (")[0].partition("=")
+    if MEANINGS[name].startswith("nothing: "):
+        return
+    assert target in keys
+    if equals and value not in ("NAME@ROWS", "NEW", "[BETA1,BETA2]", "hf://USER/NAME"):
+        read_override(f"{target}={value}", GROUPS)
+
+
+@pytest.mark.parametrize("name", [name for name in MEANINGS if not MEANINGS[name].startswith("nothing: ")])
+def test_each_is_refused_with_its_meaning_in_any_group(name: str) -> None:
+    target = MEANINGS[name].partition(" (")[0]
+    for key in (name, f"trainer.{name}", name.upper()):
+        with pytest.raises(ConfigError) as caught:
+            read_override(f"{key}=1", GROUPS)
+        assert f"unknown key {key!r}: did you mean {target!r}" in str(caught.value)
+
+
+def test_options_and_own_files_are_told_as_well(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown option '--num_epochs=3': did you mean 'train.num_train_epochs'\?"):
+        parse(["--num_epochs=3"])
+    with pytest.raises(ConfigError, match="unknown option '--lora-rank': did you mean 'tuner.lora_r'"):
+        parse(["--lora-rank", "8"])
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("# @package _global_\ntrain:\n  num_epochs: 3\n")
+    assert "did you mean 'train.num_train_epochs'?" in problem("experiment=mine", config_dir=tmp_path)
+
+
+def test_a_model_that_is_no_option_is_told_its_key() -> None:
+    assert "named by model.name_or_path=org/model" in problem("model=org/model")
+    assert "named by data.train=my.jsonl" in problem("data=my.jsonl")
