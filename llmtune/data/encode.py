@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +49,8 @@ class Overflow:
     tokens: int
 
 
+_ALLOW = "If it is meant as one, take data.allow_special_tokens=true"
+
 Outcome = list[TokenRow] | Overflow | RowError
 
 
@@ -58,11 +61,12 @@ class EncodeSettings:
     max_seq_length: int
     overlong: Overlong
     train_on_inputs: bool
+    allow_special_tokens: bool = False
 
     @classmethod
     def from_config(cls, config: DataConfig) -> EncodeSettings:
         """The slice of the configuration."""
-        return cls(config.max_seq_length, config.overlong, config.train_on_inputs)
+        return cls(config.max_seq_length, config.overlong, config.train_on_inputs, config.allow_special_tokens)
 
 
 class Encoder:
@@ -72,7 +76,6 @@ class Encoder:
         known: Any = tokenizer
         self.settings = settings
         self.tokenizer = tokenizer
-        self._template = ChatTemplates(tokenizer) if tokenizer.chat_template else None
         self._backend = known.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -83,6 +86,12 @@ class Encoder:
         texts = sorted({str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self.special))}, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, texts))) if texts else None
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    @cached_property
+    def _template(self) -> ChatTemplates | None:
+        # Plain texts need none, and a tokenizer may have one that is broken.
+        every_answer = self.settings.train_on_inputs
+        return ChatTemplates(self.tokenizer, every_answer) if self.tokenizer.chat_template else None
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Outcome]:
         """The rows of each conversation, or why there are none."""
@@ -118,7 +127,7 @@ class Encoder:
         return self._template.render(conversation)
 
     def _check_special(self, conversation: Conversation) -> None:
-        if self._special_text is None:
+        if self._special_text is None or self.settings.allow_special_tokens:
             return
         for number, message in enumerate(conversation.messages):
             found = self._special_text.search(message.content)
@@ -127,11 +136,11 @@ class Encoder:
             if found:
                 raise RowError(
                     f"the text of message {number} ({message.role.value}) holds {found[0]!r}, which the tokenizer reads as "
-                    "a special token: has it been through a chat template already?"
+                    f"a special token: has it been through a chat template already? {_ALLOW}"
                 )
         for text in texts_within(list(conversation.tools)) if conversation.tools else ():
             if found := self._special_text.search(text):
-                raise RowError(f"'tools' holds {found[0]!r}, which the tokenizer reads as a special token")
+                raise RowError(f"'tools' holds {found[0]!r}, which the tokenizer reads as a special token. {_ALLOW}")
 
     def _check_switches(self, conversation: Conversation) -> None:
         for number, message in enumerate(conversation.messages):
@@ -155,7 +164,10 @@ class Encoder:
             if train and not conversation.plain:
                 end_of_turn = self._check_end(text, end, last, encoding)
         if len(ids) > 1 and self._bos is not None and ids[0] == ids[1] == self._bos:
-            raise RowError("begins with two BOS tokens; take another data.chat_template")
+            if not (conversation.plain and self.settings.allow_special_tokens):
+                raise RowError("begins with two BOS tokens; take another data.chat_template")
+            # The text brings its own, and the tokenizer puts one before it.
+            ids, mask, silent = ids[1:], mask[1:], silent[1:]
         if conversation.plain:
             ids, mask = self._end_text(ids, mask)
         if not mask[1:].any():

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Part of the cache key; raise it when rows come out differently.
-TOKENS_VERSION = 3
+TOKENS_VERSION = 4
 
 #: Below this many bytes, starting workers takes longer than tokenising.
 SMALL_BYTES = 8_000_000
@@ -71,6 +71,7 @@ def tokenise_source(
     files = resolve_files(source)
     settings = EncodeSettings.from_config(config)
     shaping = [settings.max_seq_length, settings.overlong.value, settings.train_on_inputs]
+    shaping.append(settings.allow_special_tokens)
     drawn = [source.limit, seed, DRAWS_VERSION] if source.limit else None
     contents = hash_files(files, source, cache)
     columns = [source.fields, sorted(source.ignore)]
