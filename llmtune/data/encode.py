@@ -86,6 +86,7 @@ class _Rendered:
 
     @property
     def letters(self) -> int:
+        """Of both texts of a pair."""
         return sum(map(len, self.text)) if isinstance(self.text, tuple) else len(self.text)
 
 
