@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
     from llmtune.config.compose import compose_config
     from llmtune.data.prepare import open_rows, prepare_data, read_problems
     from llmtune.data.templates import load_chat_template
-    from llmtune.data.vocabulary import check_stores
+    from llmtune.data.vocabulary import check_padding, find_beyond
     from llmtune.model.files import resolve_model_folder
     from llmtune.model.tokenizer import load_tokenizer
     from llmtune.track.console import Console
@@ -75,8 +75,10 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
     folder = resolve_model_folder(config.model, cache, console.say)
     tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console), strict=False)
-    check_stores((*data.train_stores, *data.eval_stores), folder, tokenizer)
-    problems = list(read_problems(data))
+    check_padding(folder, tokenizer)
+    beyond = list(find_beyond((*data.train_stores, *data.eval_stores), folder, tokenizer))
+    data = replace(data, fatal=data.fatal + len(beyond))
+    problems = [*beyond, *read_problems(data)]
     rows = open_rows(data, "train")
     report = _build_report(config, data, rows, problems, tokenizer)
     report.numbers["read by"] = _describe_reader(composed)

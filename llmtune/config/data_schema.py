@@ -79,6 +79,9 @@ class DataConfig:
     """Share of a source's rows that may be dropped or truncated before llmtune refuses the data."""
     train_on_inputs: bool = False
     """Also train on what the user and the system say."""
+    allow_special_tokens: bool = False
+    """Texts may hold special tokens, such as ``<|im_end|>``, and the tokenizer reads them as such; for texts that have been
+    through a chat template on purpose. Otherwise a row that holds one is refused."""
     on_bad_row: OnBadRow = OnBadRow.error
     """``raise`` refuses data with rows that cannot be trained on; ``skip`` leaves them out and lists them in a file."""
     num_workers: int | str = "auto"

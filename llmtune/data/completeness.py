@@ -15,11 +15,10 @@ import json
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 
-import jinja2
-
 from llmtune.data.conversation import Conversation
 from llmtune.data.pieces import TAG, Kind, Piece, Walk
 from llmtune.data.problems import RowError, short
+from llmtune.template_errors import TEMPLATE_ERRORS
 
 #: Pieces of more letters stand in no template's own words by accident.
 SHORT = 16
@@ -92,7 +91,7 @@ class Completeness:
         """Numbers of the made-up words that do not appear."""
         try:
             return frozenset(find_missing(walk.pieces, [], self._render(disguised)))
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError):
+        except TEMPLATE_ERRORS:
             # The template looks at the words, and refuses these; so the row's own text has to do.
             return frozenset()
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from llmtune.data.conversation import Conversation, Role
 from llmtune.data.formats import texts_within
 from llmtune.data.problems import RowError
 from llmtune.data.templates import ChatTemplates, Span
+from llmtune.data.windows import WINDOW, Pulse, WindowTokeniser
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +48,13 @@ class Overflow:
     """A row that is longer than ``max_seq_length`` and was left out."""
 
     tokens: int
+    """0 of a long text that was not tokenised to its end."""
 
+
+#: Letters that are tokenised together: an encoding takes some 200 bytes for each.
+BATCH_LETTERS = 1 << 20
+
+_ALLOW = "If it is meant as one, take data.allow_special_tokens=true"
 
 Outcome = list[TokenRow] | Overflow | RowError
 
@@ -58,11 +66,28 @@ class EncodeSettings:
     max_seq_length: int
     overlong: Overlong
     train_on_inputs: bool
+    allow_special_tokens: bool = False
 
     @classmethod
     def from_config(cls, config: DataConfig) -> EncodeSettings:
         """The slice of the configuration."""
-        return cls(config.max_seq_length, config.overlong, config.train_on_inputs)
+        return cls(config.max_seq_length, config.overlong, config.train_on_inputs, config.allow_special_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """What goes to the tokenizer."""
+
+    number: int
+    conversation: Conversation
+    text: Any
+    """A text, or the pair of a classification row."""
+    spans: list[Span]
+
+    @property
+    def letters(self) -> int:
+        """Of both texts of a pair."""
+        return sum(map(len, self.text)) if isinstance(self.text, tuple) else len(self.text)
 
 
 class Encoder:
@@ -72,10 +97,10 @@ class Encoder:
         known: Any = tokenizer
         self.settings = settings
         self.tokenizer = tokenizer
-        self._template = ChatTemplates(tokenizer) if tokenizer.chat_template else None
         self._backend = known.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._windows = WindowTokeniser(self._backend)
         added = tokenizer.added_tokens_decoder
         self.special = frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
         #: Tokens that may end a turn; some tokenizers do not call theirs special.
@@ -84,26 +109,88 @@ class Encoder:
         self._special_text = re.compile("|".join(map(re.escape, texts))) if texts else None
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Outcome]:
-        """The rows of each conversation, or why there are none."""
+    @cached_property
+    def _template(self) -> ChatTemplates | None:
+        # Plain texts need none, and a tokenizer may have one that is broken.
+        every_answer = self.settings.train_on_inputs
+        return ChatTemplates(self.tokenizer, every_answer) if self.tokenizer.chat_template else None
+
+    def encode(self, conversations: Sequence[Conversation], pulse: Pulse | None = None) -> list[Outcome]:
+        """The rows of each conversation, or why there are none.
+
+        Args:
+            pulse: Called now and then while a long one is tokenised.
+        """
         outcomes: list[Any] = [None] * len(conversations)
-        rendered: dict[bool, list[tuple[int, Any, list[Span]]]] = {True: [], False: []}
+        rendered: dict[bool, list[_Rendered]] = {True: [], False: []}
         for number, conversation in enumerate(conversations):
             try:
                 self._check_special(conversation)
                 self._check_switches(conversation)
-                rendered[conversation.plain].append((number, *self._render(conversation)))
+                rendered[conversation.plain].append(_Rendered(number, conversation, *self._render(conversation)))
             except RowError as error:
                 outcomes[number] = error
         for plain, entries in rendered.items():
-            texts = [text for _, text, _ in entries]
-            encodings = self._backend.encode_batch(texts, add_special_tokens=plain) if texts else []
-            for (number, text, spans), encoding in zip(entries, encodings, strict=True):
+            for row, encoding in self._tokenise(entries, plain, pulse):
                 try:
-                    outcomes[number] = self._finish(conversations[number], text, spans, encoding)
+                    outcomes[row.number] = self._finish(row.conversation, row.text, row.spans, encoding)
                 except RowError as error:
-                    outcomes[number] = error
+                    outcomes[row.number] = error
         return outcomes
+
+    def _tokenise(self, rows: list[_Rendered], plain: bool, pulse: Pulse | None) -> Iterator[tuple[_Rendered, Any]]:
+        """Each row with its encoding; None of one that is too long, and not to be cut."""
+        done = 0
+
+        def pulse_on(tokens: int) -> None:
+            if pulse is not None:
+                pulse(done + tokens)
+
+        for batch in _batches(rows):
+            if batch[0].letters <= WINDOW:
+                texts = [row.text for row in batch]
+                encodings = self._backend.encode_batch(texts, add_special_tokens=plain)
+                yield from zip(batch, encodings, strict=True)
+                done += sum(map(len, encodings))
+                continue
+            row = batch[0]
+            if row.conversation.label is None:
+                row, encoding = self._tokenise_long(row, plain, pulse_on)
+            else:
+                row, encoding = self._tokenise_long_texts(row, plain, pulse_on)
+            yield row, encoding
+            done += len(encoding) if encoding is not None else 0
+
+    def _tokenise_long(self, row: _Rendered, plain: bool, pulse: Pulse) -> tuple[_Rendered, Any]:
+        limit, overlong = self.settings.max_seq_length, self.settings.overlong
+        # What stands behind the last trained letter does not count.
+        end = max((span.end for span in row.spans if span.train), default=0)
+        # All of a text may be cut anywhere; a chat's last token says how turns end.
+        cuts = overlong is Overlong.truncate and plain and len(row.conversation.messages) == 1
+
+        def enough(tokens: int, letters: int) -> bool:
+            return (cuts or overlong is Overlong.drop) and tokens > limit and letters < end
+
+        encoding = self._windows.encode(row.text, plain, enough, pulse)
+        if encoding.letters == len(row.text):
+            return row, encoding
+        if not cuts:
+            return row, None
+        return replace(row, text=row.text[: encoding.letters], spans=[Span(0, encoding.letters, True)]), encoding
+
+    def _tokenise_long_texts(self, row: _Rendered, plain: bool, pulse: Pulse) -> tuple[_Rendered, Any]:
+        """A classification row, cut to letters of which there are surely too many tokens."""
+
+        def enough(tokens: int, letters: int) -> bool:
+            return tokens > self.settings.max_seq_length
+
+        texts = row.text if isinstance(row.text, tuple) else (row.text,)
+        # A window more, so that the letters at the cut, whose tokens may be others, are cut off by the tokens as well.
+        cut = tuple(text[: self._windows.encode(text, False, enough, pulse).letters + WINDOW] for text in texts)
+        if cut != texts and self.settings.overlong is not Overlong.truncate:
+            return row, None
+        row = replace(row, text=cut if isinstance(row.text, tuple) else cut[0])
+        return row, self._backend.encode_batch([row.text], add_special_tokens=plain)[0]
 
     def _render(self, conversation: Conversation) -> tuple[Any, list[Span]]:
         """What goes to the tokenizer: a text, or the pair of a classification row; and the trained spans of it."""
@@ -118,7 +205,7 @@ class Encoder:
         return self._template.render(conversation)
 
     def _check_special(self, conversation: Conversation) -> None:
-        if self._special_text is None:
+        if self._special_text is None or self.settings.allow_special_tokens:
             return
         for number, message in enumerate(conversation.messages):
             found = self._special_text.search(message.content)
@@ -127,11 +214,11 @@ class Encoder:
             if found:
                 raise RowError(
                     f"the text of message {number} ({message.role.value}) holds {found[0]!r}, which the tokenizer reads as "
-                    "a special token: has it been through a chat template already?"
+                    f"a special token: has it been through a chat template already? {_ALLOW}"
                 )
         for text in texts_within(list(conversation.tools)) if conversation.tools else ():
             if found := self._special_text.search(text):
-                raise RowError(f"'tools' holds {found[0]!r}, which the tokenizer reads as a special token")
+                raise RowError(f"'tools' holds {found[0]!r}, which the tokenizer reads as a special token. {_ALLOW}")
 
     def _check_switches(self, conversation: Conversation) -> None:
         for number, message in enumerate(conversation.messages):
@@ -144,6 +231,10 @@ class Encoder:
             )
 
     def _finish(self, conversation: Conversation, text: Any, spans: list[Span], encoding: Any) -> Outcome:
+        if encoding is None:
+            if self.settings.overlong is Overlong.drop:
+                return Overflow(0)
+            raise RowError(f"the row has more tokens than data.max_seq_length={self.settings.max_seq_length}")
         ids = np.asarray(encoding.ids, dtype=np.int32)
         if conversation.label is not None:
             return self._finish_classification(conversation, text, ids)
@@ -155,7 +246,10 @@ class Encoder:
             if train and not conversation.plain:
                 end_of_turn = self._check_end(text, end, last, encoding)
         if len(ids) > 1 and self._bos is not None and ids[0] == ids[1] == self._bos:
-            raise RowError("begins with two BOS tokens; take another data.chat_template")
+            if not (conversation.plain and self.settings.allow_special_tokens):
+                raise RowError("begins with two BOS tokens; take another data.chat_template")
+            # The text brings its own, and the tokenizer puts one before it.
+            ids, mask, silent = ids[1:], mask[1:], silent[1:]
         if conversation.plain:
             ids, mask = self._end_text(ids, mask)
         if not mask[1:].any():
@@ -230,6 +324,23 @@ class Encoder:
             ids = np.asarray(cut["input_ids"], dtype=np.int32)
             self._backend.no_truncation()
         return [TokenRow(ids, np.zeros(len(ids), dtype=bool), truncated, conversation.label)]
+
+
+def _batches(rows: list[_Rendered]) -> Iterator[list[_Rendered]]:
+    """Rows that are tokenised together, of at most ``BATCH_LETTERS``; long ones alone."""
+    batch: list[_Rendered] = []
+    letters = 0
+    for row in rows:
+        if batch and (row.letters > WINDOW or letters + row.letters > BATCH_LETTERS):
+            yield batch
+            batch, letters = [], 0
+        if row.letters > WINDOW:
+            yield [row]
+            continue
+        batch.append(row)
+        letters += row.letters
+    if batch:
+        yield batch
 
 
 def _all_but(silent: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:

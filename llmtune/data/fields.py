@@ -40,16 +40,17 @@ ROW_FIELDS: dict[DataFormat, frozenset[str]] = {
 #: What ``prompt_completion`` reads beside two lists of messages, which two texts have no place for.
 _BESIDE_LISTS = frozenset({"system", "tools", "functions"})
 
-#: Format -> the fields in which its messages stand.
-_LISTS: dict[DataFormat, tuple[str, ...]] = {
+#: Format -> the fields in which its messages stand, or the turns before them.
+LISTS: dict[DataFormat, tuple[str, ...]] = {
+    DataFormat.alpaca: ("history",),
     DataFormat.sharegpt: ("conversations",),
     DataFormat.messages: ("messages",),
     DataFormat.prompt_completion: ("prompt", "completion"),
 }
 
-_MESSAGE_FIELDS = frozenset({"role", "content", *_SAID})
-_TURN_FIELDS = frozenset({"from", "value", *_SAID})
-_PLAIN = ({"role", "content"}, {"from", "value"})
+#: The two ways of the field to say who speaks, and what.
+SPELLINGS = (("role", "content"), ("from", "value"))
+_PLAIN = tuple(map(set, SPELLINGS))
 _PART_FIELDS = frozenset({"type", "text"})
 _CALL_FIELDS = frozenset({"id", "type", "index", "function", "name", "arguments"})
 
@@ -134,8 +135,8 @@ def find_unknown_fields(row: Mapping[str, Any], data_format: DataFormat) -> set[
         RowError: A field that is not read would change what is learned.
     """
     known = ROW_FIELDS[data_format]
-    lists = _LISTS.get(data_format, ())
-    if lists and data_format is DataFormat.prompt_completion and isinstance(row.get("prompt"), list | tuple):
+    lists = LISTS.get(data_format, ())
+    if data_format is DataFormat.prompt_completion and isinstance(row.get("prompt"), list | tuple):
         known |= _BESIDE_LISTS
     unknown = set(_judge(row, known, "", "")) if not row.keys() <= known else set()
     for field in lists:
@@ -144,17 +145,37 @@ def find_unknown_fields(row: Mapping[str, Any], data_format: DataFormat) -> set[
             # Nothing but who says what, as most messages are.
             plain = type(entry) is dict and entry.keys() in _PLAIN and list not in map(type, entry.values())
             if not plain and isinstance(entry, Mapping):
-                unknown.update(_judge_message(entry, field, f"{field}[{number}]", data_format))
+                unknown.update(_judge_message(entry, field, f"{field}[{number}]"))
     return unknown
+
+
+def says_nothing_else(entry: Mapping[str, Any]) -> bool:
+    """Whether every field of a message is one that is read, so that its words are not there under another name."""
+    return entry.keys() <= _SAID.union(*_PLAIN)
+
+
+def refuse_changing_fields(fields: Mapping[str, Any]) -> None:
+    """Look at fields of which none is read.
+
+    Raises:
+        RowError: One would change what is learned.
+    """
+    for _ in _judge(fields, frozenset(), "", ""):
+        pass
 
 
 def without_fields(row: Mapping[str, Any], ignored: frozenset[str]) -> Mapping[str, Any]:
     """The row without some fields, which its messages and their parts lose as well."""
     return {
-        name: _pruned(value, ignored) if isinstance(value, list | tuple) else value
+        name: prune(value, ignored) if isinstance(value, list | tuple) else value
         for name, value in row.items()
         if name not in ignored
     }
+
+
+def prune(entries: list[Any] | tuple[Any, ...], ignored: frozenset[str]) -> list[Any]:
+    """A list whose mappings lose some fields."""
+    return [without_fields(entry, ignored) if isinstance(entry, Mapping) else entry for entry in entries]
 
 
 def describe_unknown_fields(names: Iterable[str]) -> str:
@@ -164,12 +185,9 @@ def describe_unknown_fields(names: Iterable[str]) -> str:
     return ", ".join(every[:LISTED]) + more
 
 
-def _pruned(values: list[Any] | tuple[Any, ...], ignored: frozenset[str]) -> list[Any]:
-    return [without_fields(value, ignored) if isinstance(value, Mapping) else value for value in values]
-
-
-def _judge_message(message: Mapping[str, Any], field: str, place: str, data_format: DataFormat) -> Iterator[str]:
-    known = _TURN_FIELDS if data_format is DataFormat.sharegpt else _MESSAGE_FIELDS
+def _judge_message(message: Mapping[str, Any], field: str, place: str) -> Iterator[str]:
+    # Where a message has both spellings, they say the same.
+    known = frozenset(_SAID.union(*_PLAIN))
     if not message.keys() <= known:
         yield from _judge(message, known, f"{place}: ", f"{field}[].")
     for name, inner in (("content", _PART_FIELDS), ("value", _PART_FIELDS), ("tool_calls", _CALL_FIELDS)):

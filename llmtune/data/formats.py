@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from llmtune.config.data_schema import DataFormat
 from llmtune.data.conversation import Conversation, Message, Role
-from llmtune.data.fields import MASKED, REASONING, TRAINED
+from llmtune.data.fields import MASKED, REASONING, SPELLINGS, TRAINED, says_nothing_else
 from llmtune.data.problems import RowError, short
 from llmtune.data.tool_calls import parse_tool_calls, read_tool_calls, read_tools
 
 Row = Mapping[str, Any]
 
-#: Names of roles in the formats of the field.
+#: Names of roles in the formats of the field; capitals mean nothing.
 ROLES = {
     "system": Role.system,
     "developer": Role.system,
@@ -24,11 +25,19 @@ ROLES = {
     "model": Role.assistant,
     "chatgpt": Role.assistant,
     "function_call": Role.assistant,
+    "tool_call": Role.assistant,
     "tool": Role.tool,
     "function": Role.tool,
     "observation": Role.tool,
     "function_response": Role.tool,
+    "tool_response": Role.tool,
 }
+
+#: Speakers whose words are the JSON of calls.
+_CALLERS = ("function_call", "tool_call")
+
+#: Who may say nothing: a system prompt that is switched off, and a tool that gives nothing back.
+_MAY_BE_SILENT = (Role.system, Role.tool)
 
 #: Fields of a message that go to the chat template as they are.
 EXTRA = ("tool_call_id", "name")
@@ -53,12 +62,12 @@ def from_alpaca(row: Row) -> Conversation:
 
 def from_sharegpt(row: Row) -> Conversation:
     """``conversations``: a list of ``{from, value}``; optional ``system`` and ``tools`` beside it."""
-    return _from_turns(row, "conversations", "from", "value")
+    return _from_turns(row, "conversations")
 
 
 def from_messages(row: Row) -> Conversation:
     """``messages``: a list of ``{role, content}``, optionally with ``train``, ``tool_calls`` ...; and ``tools``."""
-    return _from_turns(row, "messages", "role", "content")
+    return _from_turns(row, "messages")
 
 
 def from_prompt_completion(row: Row) -> Conversation:
@@ -71,7 +80,7 @@ def from_prompt_completion(row: Row) -> Conversation:
             {**turn, "train": False} if index < asked and _is_answer(turn) and not _switches(turn) else turn
             for index, turn in enumerate(turns)
         ]
-        return _from_turns({**row, "messages": messages}, "messages", "role", "content")
+        return _from_turns({**row, "messages": messages}, "messages")
     prompt, completion = _text(row, "prompt"), _text(row, "completion")
     return Conversation((Message(Role.user, prompt), Message(Role.assistant, completion)), plain=True)
 
@@ -150,17 +159,23 @@ def rename(row: Row, fields: Mapping[str, str]) -> Row:
     return {**{key: row[key] for key in row if key not in taken}, **{key: row[name] for key, name in fields.items()}}
 
 
-def _from_turns(row: Row, field: str, role_field: str, text_field: str) -> Conversation:
+def _from_turns(row: Row, field: str) -> Conversation:
     entries = _list(row, field)
-    messages = []
+    messages: list[Message] = []
     system = _text(row, "system", required=False)
     if system:
         messages.append(Message(Role.system, system))
+    calling = False
     for number, entry in enumerate(entries):
         place = f"{field}[{number}]"
         if not isinstance(entry, Mapping):
-            raise RowError(f"{place} must be {{{role_field}, {text_field}}}, not {short(entry)}")
-        messages.append(_to_message(entry, place, role_field, text_field))
+            raise RowError(f"{place} must be {{{', '.join(SPELLINGS[field == 'conversations'])}}}, not {short(entry)}")
+        message, called = _to_message(entry, place)
+        if called and calling and message.train == messages[-1].train:
+            messages[-1] = _with_more_calls(messages[-1], message)
+        else:
+            messages.append(message)
+        calling = called
     if messages[-1].role is not Role.assistant:
         raise RowError(f"the last message is the {messages[-1].role.value}'s; it must be the assistant's")
     tools = read_tools(row)
@@ -169,30 +184,56 @@ def _from_turns(row: Row, field: str, role_field: str, text_field: str) -> Conve
     return Conversation(tuple(messages), tools=tools)
 
 
-def _to_message(entry: Row, place: str, role_field: str, text_field: str) -> Message:
+def _with_more_calls(message: Message, more: Message) -> Message:
+    """Calls that were written as a turn each, although the model makes them in one."""
+    calls = [*message.extra["tool_calls"], *more.extra["tool_calls"]]
+    return replace(message, extra={**message.extra, **more.extra, "tool_calls": calls})
+
+
+def _message_fields(entry: Row, place: str) -> tuple[str, str]:
+    """The fields of a message that say who speaks and what: ``role`` and ``content``, or ``from`` and ``value``."""
+    found = []
+    for names in zip(*SPELLINGS, strict=True):
+        given = [name for name in names if entry.get(name) is not None] or [name for name in names if name in entry]
+        said = [_find_role(entry[name]) or entry[name] if names[0] == "role" else entry[name] for name in given]
+        if len(given) > 1 and said[0] != said[1]:
+            raise RowError(f"{place}: {given[0]!r} and {given[1]!r} say different things; keep one of them")
+        found.append(given[0] if given else None)
+    speaker = found[0] or "role"
+    return speaker, found[1] or dict(SPELLINGS)[speaker]
+
+
+def _find_role(name: Any) -> Role | None:
+    return (ROLES.get(name) or ROLES.get(name.strip().lower())) if isinstance(name, str) else None
+
+
+def _to_message(entry: Row, place: str) -> tuple[Message, bool]:
+    """A message, and whether its words were the JSON of calls."""
+    role_field, text_field = _message_fields(entry, place)
     name = entry.get(role_field)
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role = _find_role(name)
     if role is None:
         raise RowError(f"{place}: {role_field} is {short(name)}; it must be one of {', '.join(ROLES)}")
-    if name == "function_call":
+    called = str(name).strip().lower() in _CALLERS
+    if called:
         calls = parse_tool_calls(_content(entry, text_field, place), place)
         entry = {**entry, text_field: "", "tool_calls": [*read_tool_calls(entry, place), *calls]}
     train = _says_train(entry, place)
+    silent = role in _MAY_BE_SILENT and (text_field in entry or says_nothing_else(entry))
     if len(entry) == 2 and text_field in entry:
         # Nothing but who says what, as most messages are.
-        return Message(role, _content(entry, text_field, place), train)
+        return Message(role, _content(entry, text_field, place, silent), train), False
     # Arrow fills the fields that other rows have with nulls.
     extra: dict[str, Any] = {key: entry[key] for key in EXTRA if entry.get(key) not in (None, [], "")}
     if not isinstance(extra.get("name", ""), str):
         raise RowError(f"{place}: 'name' must be text, not {short(extra['name'])}")
     calls = read_tool_calls(entry, place)
     extra |= {"tool_calls": calls} if calls else {}
-    extra |= _reasoning(entry, place)
+    thought = _reasoning(entry, place)
+    extra |= thought
     for text in texts_within(extra) if extra else ():
         check_unicode(text, f"{place}: {', '.join(extra)}")
-    if calls and entry.get(text_field) in (None, ""):
-        return Message(role, "", train, extra)
-    return Message(role, _content(entry, text_field, place), train, extra)
+    return Message(role, _content(entry, text_field, place, silent or bool(calls or thought)), train, extra), called
 
 
 def _reasoning(entry: Row, place: str) -> dict[str, str]:
@@ -207,7 +248,7 @@ def _reasoning(entry: Row, place: str) -> dict[str, str]:
 
 
 def _is_answer(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and ROLES.get(str(turn.get("role"))) is Role.assistant
+    return isinstance(turn, Mapping) and Role.assistant in map(_find_role, (turn.get("role"), turn.get("from")))
 
 
 def _switches(entry: Row) -> list[str]:
@@ -233,7 +274,7 @@ def _says_train(entry: Row, place: str) -> bool | None:
     return next(iter(said.values()), None)
 
 
-def _content(entry: Row, field: str, place: str) -> str:
+def _content(entry: Row, field: str, place: str, may_be_empty: bool = False) -> str:
     """Text, or a list of text parts."""
     value = entry.get(field)
     if isinstance(value, list):
@@ -243,8 +284,10 @@ def _content(entry: Row, field: str, place: str) -> str:
                 raise RowError(f"{place}: {field} holds {short(part)}; only text parts can be trained")
             parts.append(part["text"])
         value = "".join(parts)
+    if may_be_empty and (value is None or (isinstance(value, str) and not value.strip())):
+        return value or ""
     try:
-        return _text({**entry, field: value}, field)
+        return _text({**entry, field: value} if field in entry else entry, field)
     except RowError as error:
         raise RowError(f"{place}: {error}") from error
 

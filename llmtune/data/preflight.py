@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,10 +44,11 @@ def _length_that_fits(store: TokenStore, allowed_share: float) -> int | None:
         return None
     total = store.summary.rows + store.summary.dropped
     beyond = store.summary.dropped
-    for tokens, count in store.summary.overlong:
+    # Of long texts it is not known how long they are, but they are the longest.
+    for tokens, count in sorted(store.summary.overlong, key=lambda pair: pair[0] or math.inf):
         beyond -= count
         if beyond / total <= allowed_share:
-            return tokens
+            return tokens or None
     return None
 
 

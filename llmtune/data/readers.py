@@ -6,6 +6,7 @@ takes the memory of a few blocks, and the costly parsing of JSON is shared among
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import itertools
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llmtune.data.formats import Row, not_utf8
+from llmtune.data.json_files import describe_broken, find_rows, is_whole, may_be_around_rows
 from llmtune.data.problems import RowError
 from llmtune.data.sources import DataFile, Source, open_system
 from llmtune.data.stdlib_docs import read_stdlib_docs
@@ -121,17 +123,12 @@ def _parse_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return RowError(not_utf8(line[error.start]))
     except json.JSONDecodeError as error:
-        return RowError(_broken(error))
+        return RowError(describe_broken(error))
     except ValueError as error:
         # A number of thousands of digits.
         return RowError(f"broken JSON: {error}")
     except RecursionError:
         return RowError("broken JSON: nested too deeply")
-
-
-def _broken(error: json.JSONDecodeError) -> str:
-    near = error.doc[max(0, error.pos - 20) : error.pos + 20]
-    return f"broken JSON at column {error.colno}: {error.msg}: {near!r}"
 
 
 def _checked(row: Any) -> Row | RowError:
@@ -159,61 +156,45 @@ def _read_jsonl(file: DataFile, source: Source, start: tuple[int, int]) -> Itera
         if position:
             # Where a packed file cannot seek, fsspec reads on to the place.
             stream.seek(position)
-        rest = b""
+        # Of the line that has not ended yet, which may be longer than memory can hold twice.
+        rest: list[bytes] = []
         while chunk := stream.read(BLOCK_BYTES):
             head, separator, tail = chunk.rpartition(b"\n")
             if not separator:
-                rest += chunk
+                rest.append(chunk)
                 continue
-            content = rest + head
-            rest = tail
+            content = b"".join((*rest, head))
+            rest = [tail]
             position += len(content) + 1
             first, line = line, line + content.count(b"\n") + 1
             yield Block(file.path, first, content, (position, line))
-        if rest:
-            yield Block(file.path, line, rest, (position + len(rest), line + 1))
+        if content := b"".join(rest):
+            rest.clear()
+            yield Block(file.path, line, content, (position + len(content), line + 1))
+
+
+def _read_lines(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+    """JSON lines; a file of this name may hold a list, or objects over several lines, all the same."""
+    with closing(open_file(file.path)) as stream:
+        begin = stream.read(BLOCK_BYTES)
+        if may_be_around_rows(begin):
+            begin += stream.readline()
+    yield from (_read_json if is_whole(begin) else _read_jsonl)(file, source, start)
 
 
 def _read_json(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    """A list of rows, each with its line; JSON lines under this name are told by their first letter."""
+    """A list of rows, an object around one, or objects over several lines; JSON lines under this name are told as such."""
     with closing(open_file(file.path)) as stream:
         data = stream.read()
+    if not is_whole(data) and data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b""):
+        yield from _read_jsonl(file, source, start)
+        return
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(f"{file.path}:{line}: {not_utf8(data[error.start])}") from error
-    begin = text.lstrip()[:1]
-    if begin == "{":
-        yield from _read_jsonl(file, source, start)
-    elif begin == "[":
-        yield from _in_blocks(file.path, _list_items(file.path, text), start[0])
-    elif begin:
-        raise DataError(f"{file.path}:1: must hold a list of rows, or a row a line, not {text.lstrip()[:20]!r}")
-
-
-def _list_items(path: str, text: str) -> Iterator[tuple[int, Any]]:
-    """Elements of a JSON list with the lines on which they begin."""
-    decoder = json.JSONDecoder()
-    position, line = text.index("[") + 1, 1 + text[: text.index("[")].count("\n")
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            line += text[position] == "\n"
-            position += 1
-        if text[position : position + 1] == "]":
-            break
-        try:
-            row, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            at = text.count("\n", 0, error.pos) + 1
-            raise DataError(f"{path}:{at}: {_broken(error)}") from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{line}: broken JSON: {error}") from error
-        yield line, row
-        line += text.count("\n", position, end)
-        position = end
-    if rest := text[position + 1 :].strip():
-        raise DataError(f"{path}:{line}: something stands behind the list: {rest[:20]!r}; one object a line is .jsonl")
+    yield from _in_blocks(file.path, find_rows(file.path, text, source), start[0])
 
 
 def _read_csv(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
@@ -330,7 +311,7 @@ def _arrow_blocks(path: str, batches: Iterator[pa.RecordBatch], skip: int) -> It
 
 
 READERS: dict[str, Callable[[DataFile, Source, tuple[int, int]], Iterator[Block]]] = {
-    "jsonl": _read_jsonl,
+    "jsonl": _read_lines,
     "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,

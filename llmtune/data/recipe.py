@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llmtune.config.data_schema import DataFormat
 from llmtune.data.fields import find_unknown_fields, without_fields
 from llmtune.data.formats import FORMATS, Row, rename
+from llmtune.data.json_text import with_lists
 
 if TYPE_CHECKING:
     from llmtune.data.conversation import Conversation
@@ -32,6 +33,6 @@ class Recipe:
         """
         if self.ignore:
             row = without_fields(row, self.ignore)
-        row = rename(row, self.fields)
+        row = with_lists(rename(row, self.fields), self.format, self.ignore)
         conversation = FORMATS[self.format](row)
         return conversation, find_unknown_fields(row, self.format)

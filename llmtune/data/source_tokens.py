@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Part of the cache key; raise it when rows come out differently.
-TOKENS_VERSION = 3
+TOKENS_VERSION = 4
 
 #: Below this many bytes, starting workers takes longer than tokenising.
 SMALL_BYTES = 8_000_000
@@ -71,6 +71,7 @@ def tokenise_source(
     files = resolve_files(source)
     settings = EncodeSettings.from_config(config)
     shaping = [settings.max_seq_length, settings.overlong.value, settings.train_on_inputs]
+    shaping.append(settings.allow_special_tokens)
     drawn = [source.limit, seed, DRAWS_VERSION] if source.limit else None
     contents = hash_files(files, source, cache)
     columns = [source.fields, sorted(source.ignore)]
@@ -81,8 +82,9 @@ def tokenise_source(
         if any(recipe.format in CHAT_FORMATS for recipe in recipes.values()):
             check_chat_template(tokenizer, tokenizer.name_or_path)
         with publish_folder(folder) as aside, Tokeniser(tokenizer, settings, _workers(config, files)) as tokeniser:
-            blocks = tokeniser.map(read_source(source, files, recipes, seed))
-            write_store(_watched(blocks, source, files, watch), aside)
+            watched = _Watched(source, files, watch)
+            blocks = tokeniser.map(read_source(source, files, recipes, seed), watched.pulse)
+            write_store(watched.count(blocks), aside)
     return key
 
 
@@ -194,22 +196,39 @@ def file_size(file: DataFile) -> int:
     return path.stat().st_size if path.is_file() else SMALL_BYTES
 
 
-def _watched(
-    blocks: Iterator[TokenBlock], source: Source, files: list[DataFile], watch: Watch | None
-) -> Iterator[TokenBlock]:
-    started = time.monotonic()
-    rows = tokens = 0
-    sizes = {file.path: file_size(file) for file in files}
-    # Only of lines of JSON that lie here, not compressed, are position and size both in bytes of the file.
-    known = all(file.kind == "jsonl" and not is_compressed(file.path) and "://" not in file.path for file in files)
-    before, current = 0, ""
-    for block in blocks:
-        yield block
-        rows += len(block.lengths)
-        tokens += len(block.ids)
-        if block.file != current:
-            before += sizes.get(current, 0)
-            current = block.file
-        if watch is not None:
-            share = (before + block.position) / max(1, sum(sizes.values())) if known and not source.limit else None
-            watch(TokeniseProgress(source.path, rows, tokens, time.monotonic() - started, share))
+class _Watched:
+    """Counts the blocks of a source, and tells how far it is: behind each block, and while one takes its time."""
+
+    def __init__(self, source: Source, files: list[DataFile], watch: Watch | None):
+        self._source, self._watch = source, watch
+        self._started = time.monotonic()
+        self._rows = self._tokens = 0
+        self._sizes = {file.path: file_size(file) for file in files}
+        # Only of lines of JSON that lie here, not compressed, are position and size both in bytes of the file.
+        known = all(file.kind == "jsonl" and not is_compressed(file.path) and "://" not in file.path for file in files)
+        self._known = known and not source.limit
+        self._before, self._position, self._current = 0, 0, ""
+
+    def count(self, blocks: Iterator[TokenBlock]) -> Iterator[TokenBlock]:
+        """The blocks, on their way to whoever writes them."""
+        for block in blocks:
+            yield block
+            self._rows += len(block.lengths)
+            self._tokens += len(block.ids)
+            if block.file != self._current:
+                self._before += self._sizes.get(self._current, 0)
+                self._current = block.file
+            self._position = block.position
+            self.pulse(0)
+
+    def pulse(self, tokens: int) -> None:
+        """Tell how far it is.
+
+        Args:
+            tokens: Of the text that is being tokenised.
+        """
+        if self._watch is None:
+            return
+        share = (self._before + self._position) / max(1, sum(self._sizes.values())) if self._known else None
+        seconds = time.monotonic() - self._started
+        self._watch(TokeniseProgress(self._source.path, self._rows, self._tokens + tokens, seconds, share))

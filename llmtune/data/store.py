@@ -42,7 +42,7 @@ class StoreSummary:
     rows: int = 0
     truncated: int = 0
     overlong: list[tuple[int, int]] = field(default_factory=list)
-    """(tokens, rows of as many) that were dropped as too long."""
+    """(tokens, rows of as many) that were dropped as too long; 0 tokens of long texts, which were not counted."""
     bad_rows: int = 0
     files: list[str] = field(default_factory=list)
     special: list[int] = field(default_factory=list)

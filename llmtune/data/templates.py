@@ -16,13 +16,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
-
 from llmtune.data.completeness import Completeness
 from llmtune.data.conversation import Conversation, Message, Role
 from llmtune.data.problems import RowError
+from llmtune.data.thinking import explain_difference
 from llmtune.data.verbatim import Verbatim, find_verbatim
 from llmtune.errors import ConfigError
+from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> 
     """Refuse a tokenizer without a template: guessing one trains a model that no other tool prompts right.
 
     Raises:
-        ConfigError: There is no template, or there are several and none is named ``default``.
+        ConfigError: There is no template, it is no Jinja, or there are several and none is named ``default``.
     """
     named = tokenizer.chat_template
     if isinstance(named, dict) and named and "default" not in named:
@@ -75,6 +75,13 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> 
             f"the tokenizer of {model_name} has no chat template (a base model?): add data.chat_template=llama3, "
             "llama2, chatml, mistral, qwen, or a .jinja file"
         )
+    try:
+        ChatTemplates(tokenizer)
+    except TEMPLATE_ERRORS as error:
+        raise ConfigError(
+            f"the chat template of {model_name}, or data.chat_template, is no Jinja: {describe_template_error(error)}; mend "
+            "it, or name another with data.chat_template"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +97,15 @@ class _Scaffold:
 class ChatTemplates:
     """All templates of a tokenizer. One named ``tool_use`` is for rows with tools, as transformers has it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, every_answer: bool = False):
+        """
+        Args:
+            every_answer: Find the places of answers that are not trained too, so that all else can be trained.
+        """
         named: Any = tokenizer.chat_template
-        self._default = ChatTemplate(tokenizer)
+        self._default = ChatTemplate(tokenizer, every_answer=every_answer)
         uses_tools = isinstance(named, dict) and "tool_use" in named
-        self._tool_use = ChatTemplate(tokenizer, named["tool_use"]) if uses_tools else self._default
+        self._tool_use = ChatTemplate(tokenizer, named["tool_use"], every_answer) if uses_tools else self._default
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """Text and spans of a row, by the template that it needs; see :meth:`ChatTemplate.render`."""
@@ -115,11 +126,13 @@ class ChatTemplates:
 class ChatTemplate:
     """One template, ready to render many conversations."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, every_answer: bool = False):
         """
         Args:
             text: Of the template; the tokenizer's own where it is not given.
+            every_answer: As :class:`ChatTemplates` has it.
         """
+        self._every_answer = every_answer
         # Here, because it imports torch, which commands without data do not need.
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -146,7 +159,7 @@ class ChatTemplate:
             text, spans = self._marked(conversation) if self.marked else self._derived(conversation)
             self._completeness.check(conversation, text)
             return text, spans
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
+        except TEMPLATE_ERRORS as error:
             raise _refused(error) from error
 
     def render_prompt(self, conversation: Conversation) -> str:
@@ -157,7 +170,7 @@ class ChatTemplate:
         """
         try:
             return self._apply(conversation.messages[:-1], conversation, prompt=True)[0]
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
+        except TEMPLATE_ERRORS as error:
             raise _refused(error) from error
 
     def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
@@ -177,7 +190,7 @@ class ChatTemplate:
         return text, self._by_prefixes(conversation, text)
 
     def _by_prefixes(self, conversation: Conversation, text: str) -> list[Span]:
-        """Render up to each answer, and with it."""
+        """Render up to each answer, and with it. Untrained ones whose places cannot be told are left out."""
         messages = conversation.messages
         spans = []
         for index, message in enumerate(conversation.messages):
@@ -187,8 +200,11 @@ class ChatTemplate:
             whole = text if index == len(messages) - 1 else self._apply(messages[: index + 1], conversation)[0]
             upto = whole.rstrip()
             if not (upto.startswith(prefix) and text.startswith(upto)):
+                if not message.trained and not self._every_answer:
+                    continue
                 raise RowError(
-                    f"the chat template renders the answer in message {index} differently with and without what "
+                    explain_difference(f"message {index}", prefix, upto, text)
+                    or f"the chat template renders the answer in message {index} differently with and without what "
                     "surrounds it, so its tokens cannot be told apart; take another data.chat_template"
                 )
             spans.append(Span(len(prefix), len(upto), message.trained))
@@ -224,7 +240,7 @@ class ChatTemplate:
         try:
             text, _ = self._apply(sample.messages, sample)
             spans = iter(self._by_prefixes(sample, text))
-        except (RowError, jinja2.TemplateError, TypeError, ValueError, AttributeError):
+        except (RowError, *TEMPLATE_ERRORS):
             # Whatever is wrong is found, and named, with the row itself.
             return None
         between, reaches, position = [], [], 0
@@ -257,7 +273,7 @@ class ChatTemplate:
         for as_text in (False, True):
             try:
                 written[as_text] = self._apply(messages, sample, as_text=as_text)[0]
-            except (jinja2.TemplateError, TypeError, ValueError, AttributeError):
+            except TEMPLATE_ERRORS:
                 written[as_text] = None
         as_mapping = written[False]
         return written[True] is not None and (as_mapping is None or "{'zqkey': 'zqvalue'}" in as_mapping)
@@ -305,4 +321,6 @@ class ChatTemplate:
 
 
 def _refused(error: Exception) -> RowError:
-    return RowError(f"the chat template refuses the row: {error}; mend the row, or take another data.chat_template")
+    return RowError(
+        f"the chat template refuses the row: {describe_template_error(error)}; mend the row, or take another data.chat_template"
+    )

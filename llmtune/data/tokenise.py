@@ -10,7 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
@@ -24,6 +24,7 @@ from llmtune.data.encode import Encoder, EncodeSettings, Overflow, TokenRow
 from llmtune.data.problems import Problem, RowError
 from llmtune.data.readers import Block, parse_rows
 from llmtune.data.recipe import Recipe
+from llmtune.data.windows import Pulse
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 #: Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to hold in memory.
 AHEAD = 3
+
+#: Seconds between two signs of life of whoever waits for a worker.
+PULSE_SECONDS = 0.5
 
 
 Work = tuple[Block, Recipe]
@@ -57,7 +61,7 @@ class TokenBlock:
     labels: list[str | int | float] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     overlong: list[int] = field(default_factory=list)
-    """Tokens of the rows that were dropped as too long."""
+    """Tokens of the rows that were dropped as too long; 0 of long texts, which were not counted."""
     truncated: int = 0
     special: frozenset[int] = frozenset()
     """Special tokens that occur."""
@@ -65,8 +69,12 @@ class TokenBlock:
     """Fields that no format reads and that are not known to be harmless."""
 
 
-def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe) -> TokenBlock:
-    """Parse, render and encode."""
+def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe, pulse: Pulse | None = None) -> TokenBlock:
+    """Parse, render and encode.
+
+    Args:
+        pulse: Called now and then while a long text is tokenised.
+    """
     lines: list[int] = []
     conversations: list[Conversation] = []
     problems: list[Problem] = []
@@ -84,7 +92,7 @@ def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe) -> TokenBlock
     documents: list[list[TokenRow]] = []
     kept: list[int] = []
     overlong: list[int] = []
-    for line, outcome in zip(lines, encoder.encode(conversations), strict=True):
+    for line, outcome in zip(lines, encoder.encode(conversations, pulse), strict=True):
         if isinstance(outcome, RowError):
             problems.append(Problem(block.file, line, str(outcome)))
         elif isinstance(outcome, Overflow):
@@ -149,8 +157,11 @@ class Tokeniser:
             server: Any = forkserver
             server._forkserver._stop()
 
-    def map(self, work: Iterable[Work]) -> Iterator[TokenBlock]:
+    def map(self, work: Iterable[Work], pulse: Pulse | None = None) -> Iterator[TokenBlock]:
         """The tokens of each block, in the order of the blocks; only a few are held at a time.
+
+        Args:
+            pulse: Called now and then while a block takes its time, with the tokens that a long text has so far.
 
         Raises:
             DataError: A worker was killed.
@@ -160,18 +171,24 @@ class Tokeniser:
             for block, recipe in work:
                 # Workers take seconds to import what they need; meanwhile this process does their work.
                 if self._pool is None or self._started is None or not self._started.done():
-                    yield tokenise_block(block, self._encoder, recipe)
+                    yield tokenise_block(block, self._encoder, recipe, pulse)
                     continue
                 waiting.append(self._pool.submit(_work, block, recipe))
                 if len(waiting) > self._ahead:
-                    yield waiting.popleft().result()
+                    yield _await(waiting.popleft(), pulse)
             while waiting:
-                yield waiting.popleft().result()
+                yield _await(waiting.popleft(), pulse)
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that tokenised the data was ended from outside, most likely because memory ran out; take "
                 "data.num_workers=1"
             ) from error
+
+
+def _await(block: Future[TokenBlock], pulse: Pulse | None) -> TokenBlock:
+    while pulse is not None and not wait([block], PULSE_SECONDS).done:
+        pulse(0)
+    return block.result()
 
 
 def _end_with_parent() -> None:

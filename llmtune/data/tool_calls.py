@@ -30,19 +30,31 @@ def read_tool_calls(entry: Mapping[str, Any], place: str) -> list[dict[str, Any]
 
 
 def parse_tool_calls(text: str, place: str) -> list[dict[str, Any]]:
-    """The calls of a ``function_call`` turn, whose text is the JSON of one, or of a list of them.
+    """The calls of a ``function_call`` turn, whose text is the JSON of one, of a list of them, or of several in a row.
 
     Raises:
         RowError: It is not.
     """
-    try:
-        calls = json.loads(text)
-    except ValueError as error:
-        raise _no_function_call(text, place) from error
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+    calls: list[Any] = []
+    decoder = json.JSONDecoder()
+    position = _between(text, 0)
+    while position < len(text):
+        try:
+            call, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise _no_function_call(text, place) from error
+        calls += call if isinstance(call, list) else [call]
+        position = _between(text, position)
+    if not calls or not all(isinstance(call, dict) and ("name" in call or "function" in call) for call in calls):
         raise _no_function_call(text, place)
     return [_read_call(call, place) for call in calls]
+
+
+def _between(text: str, position: int) -> int:
+    """Where the next call begins."""
+    while text[position : position + 1] in {" ", "\t", "\r", "\n", ","}:
+        position += 1
+    return position
 
 
 def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:

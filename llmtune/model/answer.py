@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.model.tokenizer import end_of_turn_ids
+from llmtune.errors import DataError
+from llmtune.model.tokenizer import end_of_turn_ids, render_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,15 +30,17 @@ def answer(
         temperature: 0 always takes the likeliest token.
         device: Where the model computes; its parameters may lie elsewhere when they are offloaded.
         synced_ranks: Under ZeRO 3 all ranks generate, and go on until the last has finished.
+
+    Raises:
+        ConfigError: The chat template refuses a conversation.
+        DataError: A prompt holds a token that the model has no embedding for.
     """
     from transformers import GenerationConfig
 
-    texts = [
-        p if isinstance(p, str) else str(tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True))
-        for p in prompts
-    ]
+    texts = [p if isinstance(p, str) else render_prompt(tokenizer, p) for p in prompts]
     # Padding belongs on the left here: what is generated follows the last token.
     encoded = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+    _check_tokens(model, tokenizer, encoded["input_ids"])
     device = device or next(model.parameters()).device
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     settings = GenerationConfig(
@@ -59,3 +62,13 @@ def answer(
     model.train(was_training)
     new = output[:, encoded["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _check_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> None:
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    largest = int(ids.max()) if ids.numel() else -1
+    if rows is not None and largest >= rows:
+        raise DataError(
+            f"the prompt holds token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model has embeddings for "
+            f"{rows}: take the tokenizer that the model was saved with, or another data.chat_template"
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError
 from llmtune.process import no_collection
+from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,12 +44,36 @@ def load_tokenizer(folder: Path, config: ModelConfig, chat_template: str | None 
     return tokenizer
 
 
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """A conversation as text, up to where the model answers.
+
+    Raises:
+        ConfigError: The chat template refuses it.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TEMPLATE_ERRORS as error:
+        roles = [message["role"] for message in messages]
+        advice = "leave chat.system out, or take" if "system" in roles else "take"
+        raise ConfigError(
+            f"the chat template refuses the conversation ({', '.join(roles)}): {describe_template_error(error)}; {advice} "
+            "another data.chat_template"
+        ) from error
+
+
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the end-of-text token, and what the chat template puts behind an answer."""
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     ids = {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
-        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False)).rstrip()
+    if tokenizer.chat_template and (rendered := _render_sample(tokenizer)):
         ids.add(tokenizer(rendered, add_special_tokens=False)["input_ids"][-1])
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return sorted(token for token in ids if token is not None and token in special)
+
+
+def _render_sample(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation that the chat template takes: some want a system prompt. Empty where it takes none."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for conversation in (messages, [{"role": "system", "content": "c"}, *messages]):
+        with contextlib.suppress(*TEMPLATE_ERRORS):
+            return str(tokenizer.apply_chat_template(conversation, tokenize=False)).rstrip()
+    return ""

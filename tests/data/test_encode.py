@@ -346,6 +346,40 @@ def test_text_that_was_rendered_already_is_refused(chatml: Any) -> None:
     refused = encode(chatml, talk("Hi", "Hello<|im_end|>"))
     assert isinstance(refused, RowError)
     assert "message 1 (assistant) holds '<|im_end|>'" in str(refused)
+    assert "take data.allow_special_tokens=true" in str(refused), "the next step"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("turns", [("Hi", "Hello!"), ("Hi", "Hello!", "And?", "Bye.")])
+def test_texts_with_special_tokens_on_purpose_have_the_tokens_of_their_chats(
+    name: str, turns: tuple[str, ...], families: dict[str, Any]
+) -> None:
+    """What has been through the template by hand is trained as what goes through it here."""
+    tokenizer = families[name]
+    chat = only(encode(tokenizer, talk(*turns)))
+    text = tokenizer.decode(chat.ids.tolist())
+    encoder = Encoder(tokenizer, EncodeSettings(512, Overlong.drop, False, allow_special_tokens=True))
+    row = only(encoder.encode([Conversation((Message(Role.assistant, text),), plain=True)])[0])
+    start = 0 if chat.ids[0] == tokenizer.bos_token_id else 1
+    assert row.ids[start:].tolist() == chat.ids.tolist(), "one BOS, one end"
+    assert row.ids[0] == tokenizer.bos_token_id
+    assert row.mask[1:].all()
+
+
+def test_special_tokens_on_purpose_may_stand_in_chats_and_tools(families: dict[str, Any]) -> None:
+    encoder = Encoder(families["qwen"], EncodeSettings(512, Overlong.drop, False, allow_special_tokens=True))
+    tools = ({"type": "function", "function": {"name": "f<|im_end|>", "parameters": {}}},)
+    row = only(encoder.encode([talk("What is <|im_start|>?", "A token, as is <|im_end|>.", tools=tools)])[0])
+    assert trained_text(row, families["qwen"]) == "A token, as is <|im_end|>.<|im_end|>"
+
+
+def test_a_template_that_is_no_jinja_is_named_by_its_line(chatml: Any) -> None:
+    tokenizer = build_tokenizer(512)
+    tokenizer.chat_template = "{{ messages }}\n{% for m in messages %}"
+    with pytest.raises(ConfigError, match=r"the chat template of org/model, .* is no Jinja: line 2: .*name another"):
+        check_chat_template(tokenizer, "org/model")
+    text = Conversation((Message(Role.assistant, "a text needs no template"),), plain=True)
+    assert trained_text(only(encode(tokenizer, text)), tokenizer).startswith("a text needs no template")
 
 
 def test_templates_are_found_by_name_or_file(tmp_path: Path) -> None:

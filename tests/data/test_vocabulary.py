@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from llmtune.cli.main import main
 from llmtune.config.compose import compose_config
 from llmtune.data.prepare import prepare_data
 from llmtune.data.streaming import RowStream
 from llmtune.data.vocabulary import check_block, check_stores, embedding_rows
-from llmtune.errors import DataError
+from llmtune.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -61,6 +63,43 @@ def test_the_row_is_named(bad_line: int | None, streaming: bool, model: Any, tmp
     assert f"has {embedding_rows(folder)}, its tokenizer {len(tokenizer)}" in text
 
 
+def test_every_row_is_listed_by_the_data_verb(model: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, tokenizer = model
+    own = tmp_path / "model"
+    shutil.copytree(folder, own)
+    tokenizer.save_pretrained(own)
+    train, held_out = write_rows(tmp_path, tokenizer, 17), write_rows(tmp_path, tokenizer, 3, count=5)
+    given = [f"model.name_or_path={own}", f"data.train={train}", f"output_dir={tmp_path / 'out'}", "data.num_workers=0"]
+    for sources, expected in (
+        (["data.val_set_size=4"], [(str(train), 17)]),
+        ([f"data.eval={held_out}"], [(str(train), 17), (str(held_out), 3)]),
+        (["data.val_set_size=0", "data.overlong=truncate"], [(str(train), 17)]),
+    ):
+        assert main(["data", "--json", *given, *sources]) == DataError.exit_code
+        found = json.loads(capfd.readouterr().out)
+        beyond = [problem for problem in found["problems"] if "has no embedding" in problem["message"]]
+        assert [(problem["file"], problem["line"]) for problem in beyond] == expected
+        assert found["refused"]
+        assert found["rows"] > 0, "the rest of the report is there all the same"
+    assert main(["data", *given, "data.val_set_size=0"]) == DataError.exit_code
+    assert f"{train}:17: token {len(tokenizer) - 1} (" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("known_end", [True, False])
+def test_a_padding_token_beyond_the_embedding_is_refused(known_end: bool, model: Any, tmp_path: Path) -> None:
+    folder, tokenizer = model
+    last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    check_stores([], folder, tokenizer)
+    tokenizer.pad_token = last
+    advice = "take model.pad_token='<|im_end|>'"
+    if not known_end:
+        tokenizer.eos_token, advice = last, "take one that it has"
+    with pytest.raises(ConfigError) as caught:
+        check_stores([], folder, tokenizer)
+    assert f"the padding token {len(tokenizer) - 1} (" in str(caught.value)
+    assert advice in str(caught.value)
+
+
 def test_a_block_is_searched_row_by_row(model: Any) -> None:
     folder, tokenizer = model
     rows = embedding_rows(folder)
@@ -80,3 +119,5 @@ def test_a_model_that_does_not_say_is_not_asked(tmp_path: Path) -> None:
     assert embedding_rows(tmp_path) is None
     (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 7}}')
     assert embedding_rows(tmp_path) == 7
+    (tmp_path / "config.json").write_text('{"audio_config": {"vocab_size": 3}, "llm_config": {"vocab_size": 9}}')
+    assert embedding_rows(tmp_path) == 9

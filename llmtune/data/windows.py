@@ -1,0 +1,245 @@
+"""Long texts are tokenised in windows: exactly the tokens of the whole text, in the memory of one window.
+
+An encoding takes some 200 bytes a letter, so that of a text of 60 MB would take 12 GB. Windows overlap, and are joined where
+it is certain that a token begins in the whole text too:
+
+* In the middle of the overlap both windows have the same tokens at the same places. What a window's border changes (a prefix
+  that the tokenizer puts before a text, a word or a special token that is cut) is left behind, or not yet reached.
+* There a word of the pre-tokenizer begins. It goes from left to right, so that what follows is that of the whole text; and
+  the model sees each word by itself.
+* Or, where a text has no words (SentencePiece), no token of the vocabulary holds the two letters around the place. Then no
+  merge of BPE goes across it, and no piece of Unigram lies across it, so that both sides are tokenised independently.
+
+Where there is no such place, the window grows, to the whole text if need be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Letters of a window; shorter texts are tokenised whole.
+WINDOW = 1 << 16
+
+#: Letters that two windows share.
+OVERLAP = 1 << 12
+
+#: Letters from the borders of the overlap on that are not looked at.
+MARGIN = 1 << 10
+
+#: Called between windows with the tokens that a text has so far, so that whoever waits sees that it goes on.
+Pulse = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LongEncoding:
+    """What is used of an ``Encoding`` of tokenizers."""
+
+    ids: NDArray[np.int32]
+    """Shape (tokens,)."""
+    starts: NDArray[np.int32]
+    """First letter of each token of the text; the tokens that are put around it have none. Shape (tokens of the text,)."""
+    ends: NDArray[np.int32]
+    """The letter behind the last."""
+    before: int
+    """Tokens that are put before the text."""
+    letters: int
+    """Of the text that are tokenised: all of them, or as many as were enough."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def char_to_token(self, at: int) -> int | None:
+        """The first token of a letter; None where no token has it."""
+        first = int(np.searchsorted(self.ends, at, side="right"))
+        # A space that the tokenizer puts before a word may be a token without letters, just behind the word's first.
+        for token in range(first, min(first + 2, len(self.starts))):
+            if self.starts[token] <= at < self.ends[token]:
+                return self.before + token
+        return None
+
+    def token_to_chars(self, token: int) -> tuple[int, int] | None:
+        """First letter of a token, and the one behind its last; None of a token that the text does not have."""
+        token -= self.before
+        return (int(self.starts[token]), int(self.ends[token])) if 0 <= token < len(self.starts) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Tokens of a part of the text, with places in the text. Shapes: (tokens,)."""
+
+    begin: int
+    end: int
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    ends: NDArray[np.int32]
+    words: NDArray[np.int32]
+    """Which word of the pre-tokenizer each token is of; -1 for none."""
+
+    def within(self, low: int, high: int) -> tuple[int, int]:
+        """The first token that lies between two places, and the one behind the last."""
+        return int(np.searchsorted(self.starts, low)), int(np.searchsorted(self.ends, high, side="right"))
+
+
+class _NotLocalError(Exception):
+    """Tokens depend on what stands far away."""
+
+
+class WindowTokeniser:
+    """Tokenises long texts."""
+
+    def __init__(self, backend: Any, window: int = WINDOW, overlap: int = OVERLAP, margin: int = MARGIN):
+        """
+        Args:
+            backend: A ``Tokenizer`` of tokenizers, without truncation and padding.
+            window: Letters of a window.
+            overlap: Letters that two windows share.
+            margin: Letters from its borders on that are not looked at.
+        """
+        self._backend = backend
+        self._window, self._overlap, self._margin = window, overlap, margin
+
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool,
+        enough: Callable[[int, int], bool] | None = None,
+        pulse: Pulse | None = None,
+    ) -> LongEncoding:
+        """The tokens of a text.
+
+        Args:
+            add_special_tokens: Put the tokens around it that the tokenizer puts around texts.
+            enough: Told of tokens and letters so far; true stops.
+        """
+        before, behind = self._around if add_special_tokens else ([], [])
+        parts: tuple[list[NDArray[np.int32]], ...] = ([np.array(before, dtype=np.int32)], [], [])
+        tokens = letters = 0
+        try:
+            for part, letters in self._parts(text):
+                for arrays, array in zip(parts, part, strict=True):
+                    # A copy: the part of a window would hold the whole of it.
+                    arrays.append(array.copy())
+                tokens += len(part[0])
+                if pulse is not None:
+                    pulse(tokens)
+                if enough is not None and enough(tokens, letters):
+                    break
+        except _NotLocalError:
+            whole = self._encode(text, 0, len(text))
+            parts, letters = ([*parts[0][:1], whole.ids], [whole.starts], [whole.ends]), len(text)
+        parts[0].append(np.array(behind if letters == len(text) else [], dtype=np.int32))
+        ids, starts, ends = map(_drain, parts)
+        return LongEncoding(ids, starts, ends, len(before), letters)
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The tokens that are put before and behind a text."""
+        # Not every vocabulary has every letter.
+        for text in ("a", "A", "0", "."):
+            encoding = self._backend.encode(text, add_special_tokens=True)
+            own = [number for number, special in enumerate(encoding.special_tokens_mask) if not special]
+            if own:
+                return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+        return self._backend.encode("", add_special_tokens=True).ids, []
+
+    def _parts(self, text: str) -> Iterator[tuple[tuple[NDArray[np.int32], ...], int]]:
+        """Tokens from one joint to the next, and the letters up to there."""
+        window, done = self._encode(text, 0, self._window), 0
+        while window.end < len(text):
+            following = self._encode(text, window.end - self._overlap, self._window)
+            joint = self._join(text, window, following)
+            # A joint in front of the last one would give nothing.
+            if joint is not None and joint[0] > done:
+                here, there = joint
+                yield (
+                    (window.ids[done:here], window.starts[done:here], window.ends[done:here]),
+                    int(following.starts[there]),
+                )
+                window, done = following, there
+                continue
+            grown = self._encode(text, window.begin, 2 * (window.end - window.begin))
+            if not np.array_equal(grown.starts[: done + 1], window.starts[: done + 1]):
+                # What stands far behind changes what stands here.
+                raise _NotLocalError
+            window = grown
+        yield (window.ids[done:], window.starts[done:], window.ends[done:]), len(text)
+
+    def _encode(self, text: str, begin: int, letters: int) -> _Window:
+        end = min(len(text), begin + letters)
+        encoding = self._backend.encode(text[begin:end], add_special_tokens=False)
+        offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2) + begin
+        words = [-1 if word is None else word for word in encoding.word_ids]
+        ids = np.array(encoding.ids, dtype=np.int32)
+        return _Window(begin, end, ids, offsets[:, 0], offsets[:, 1], np.array(words, dtype=np.int32))
+
+    def _join(self, text: str, window: _Window, following: _Window) -> tuple[int, int] | None:
+        """A token that is certain to begin in the whole text where it begins in both windows, by its number in each."""
+        low, high = following.begin + self._margin, window.end - self._margin
+        (first, last), (other, other_last) = window.within(low, high), following.within(low, high)
+        for name in ("ids", "starts", "ends"):
+            if not np.array_equal(getattr(window, name)[first:last], getattr(following, name)[other:other_last]):
+                return None
+        # Those next to white space first, which nothing that groups letters or digits counts across.
+        middle, shift = (first + last) // 2, other - first
+        numbers = sorted(
+            range(first + 1, last), key=lambda n: (not _is_spaced(text, int(window.starts[n])), abs(n - middle))
+        )
+        return next(((n, n + shift) for n in numbers if self._is_border(text, window, following, n, n + shift)), None)
+
+    def _is_border(self, text: str, window: _Window, following: _Window, here: int, there: int) -> bool:
+        at = int(window.starts[here])
+        if window.ends[here - 1] > at or text[at - 1].isdigit() or text[at].isdigit():
+            return False
+        for part, number in ((window, here), (following, there)):
+            before, behind = part.words[number - 1 : number + 1]
+            if before < 0 or behind < 0 or before == behind:
+                return self._never_joined(int(window.ids[here - 1]), int(window.ids[here]))
+        return True
+
+    def _never_joined(self, before: int, behind: int) -> bool:
+        """Whether no token holds the last letter of one token and the first of another next to each other."""
+        if self._pairs is None:
+            return False
+        first, second = self._backend.id_to_token(before), self._backend.id_to_token(behind)
+        unknown = {getattr(self._backend.model, "unk_token", None), self._unknown}
+        # Bytes of letters that the vocabulary does not have, and unknown letters, which may become one token.
+        if any(token is None or token in unknown or token.startswith("<0x") for token in (first, second)):
+            return False
+        return first[-1] + second[0] not in self._pairs
+
+    @cached_property
+    def _unknown(self) -> str | None:
+        number = getattr(self._backend.model, "unk_id", None)
+        return None if number is None else self._backend.id_to_token(number)
+
+    @cached_property
+    def _pairs(self) -> frozenset[str] | None:
+        """Letters that follow each other in a token; None where tokens depend on more than their letters."""
+        model: Any = self._backend.model
+        kind = type(model).__name__
+        pure = kind == "Unigram" or (
+            kind == "BPE" and not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
+        )
+        if not pure:
+            return None
+        every = self._backend.get_vocab(with_added_tokens=False)
+        return frozenset(token[at : at + 2] for token in every for at in range(len(token) - 1))
+
+
+def _drain(arrays: list[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """All of them in one, after which they are gone."""
+    joined = np.concatenate(arrays)
+    arrays.clear()
+    return joined
+
+
+def _is_spaced(text: str, at: int) -> bool:
+    return text[at - 1].isspace() or text[at].isspace()
