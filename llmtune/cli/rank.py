@@ -35,9 +35,9 @@ from llmtune.launch.environment import (
 from llmtune.launch.processes import follow_supervisor
 from llmtune.launch.rank import hold_output, redirect_output, report_failure, to_user_error
 from llmtune.launch.self_watch import SelfWatch
-from llmtune.launch.signals import raise_stops
+from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.launch.stacks import answer_with_stacks
-from llmtune.process import STOP_SIGNALS, die_with_parent, no_collection
+from llmtune.process import die_with_parent, no_collection
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from llmtune.engine.distributed import Rank
     from llmtune.train.request import RunRequest
     from llmtune.train.run_folder import RunFolder
-
-_NOT_EXPORTED = "stopped during the export; the model is trained, and the same command goes on with the export"
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -141,6 +139,7 @@ def run_launched(arguments: Arguments) -> NoReturn:
         ensure_ops(accelerator, Placement(0), console.say)
         load_ops(accelerator, Placement(0))
         with ExitStack() as stack:
+            stack.enter_context(raise_stops(NOT_BEGUN))
             watch = SelfWatch(rank, folder.path, lambda text: _tell(stream, text))
             stack.callback(watch.remove)
             _train_launched(composed, target, folder, console, watch)
@@ -164,9 +163,6 @@ def _train_launched(
     from llmtune.train.request import RunRequest
 
     rank = init_ranks(phases=PhaseLog(watch.record))
-    for number in STOP_SIGNALS:
-        # There is nothing to save yet.
-        signal.signal(number, lambda *_: os._exit(EXIT_STOPPED))
     _check_run_folder(folder.path, rank)
     with ExitStack() as stack:
         answer: dict[str, Any] = {}
@@ -296,7 +292,7 @@ def _finish_first(composed: Composed, target: RunTarget, console: Console) -> No
     from llmtune.cli.finish import finished_message, maybe_export
 
     console.say(finished_message(target.folder))
-    with raise_stops(_NOT_EXPORTED):
+    with raise_stops(NOT_EXPORTED):
         maybe_export(target.folder, composed.config.export, console)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from llmtune.errors import ConfigError
 from llmtune.launch.environment import launched_world_size
 from llmtune.launch.lock import hold_lock
-from llmtune.launch.signals import raise_stops
+from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.launch.slurm import adopt_slurm
 from llmtune.plan.units import format_seconds
 from llmtune.secrets import restrict_umask
@@ -24,11 +23,6 @@ if TYPE_CHECKING:
     from llmtune.cli.prepare import RunTarget
     from llmtune.config.compose import Composed
 
-#: Outside of training, Ctrl-C is an interrupt as everywhere.
-_SCHEDULERS_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_NOT_BEGUN = "stopped before training began; nothing is lost, the same command starts again"
-_NOT_EXPORTED = "stopped during the export; the model is trained, and the same command goes on with the export"
-
 
 def main(arguments: Arguments) -> int:
     """Run the whole job."""
@@ -37,19 +31,19 @@ def main(arguments: Arguments) -> int:
     if launched_world_size() is not None:
         from llmtune.cli.rank import run_launched
 
-        run_launched(arguments)
+        with raise_stops(NOT_BEGUN):
+            run_launched(arguments)
     return _supervise(arguments)
 
 
 def _supervise(arguments: Arguments) -> int:
-    with ExitStack() as lock:
-        with raise_stops(_NOT_BEGUN, _SCHEDULERS_SIGNALS):
-            composed, target, console = _train(arguments, lock)
-        with raise_stops(_NOT_EXPORTED, _SCHEDULERS_SIGNALS):
-            from llmtune.cli.finish import finished_message, maybe_export
+    with ExitStack() as lock, raise_stops(NOT_BEGUN) as stop:
+        composed, target, console = _train(arguments, lock)
+        stop.message = NOT_EXPORTED
+        from llmtune.cli.finish import finished_message, maybe_export
 
-            console.say(finished_message(target.folder))
-            maybe_export(target.folder, composed.config.export, console)
+        console.say(finished_message(target.folder))
+        maybe_export(target.folder, composed.config.export, console)
     return 0
 
 
