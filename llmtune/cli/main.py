@@ -128,10 +128,10 @@ def main(argv: list[str] | None = None) -> int:
         return _report(known or error, known.exit_code if known else EXIT_UNEXPECTED, trace)
 
 
-def run() -> NoReturn:
-    """The program ``llmtune``: :func:`main`, and a quick end."""
+def run(argv: list[str] | None = None) -> NoReturn:
+    """The program ``llmtune``: :func:`main`, which signals end, and a quick end."""
     ending = end_on_signals()
-    code = main()
+    code = main(argv)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(code))
     if ending.received:

@@ -24,7 +24,6 @@ from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, ConfigError, LlmtuneErr
 from llmtune.launch.affinity import bind_to_gpu
 from llmtune.launch.environment import (
     FAILURE_DIR,
-    has_launcher,
     launched_nodes,
     launched_ranks_on_node,
     set_allocator_default,
@@ -32,6 +31,8 @@ from llmtune.launch.environment import (
     set_network_default,
     set_thread_default,
 )
+from llmtune.launch.launcher import Launcher
+from llmtune.launch.meeting import await_ranks
 from llmtune.launch.processes import follow_supervisor
 from llmtune.launch.rank import hold_output, redirect_output, report_failure, to_user_error
 from llmtune.launch.self_watch import SelfWatch
@@ -109,9 +110,9 @@ def import_libraries(tuner: str) -> None:
         import_peft()
 
 
-def run_launched(arguments: Arguments) -> NoReturn:
+def run_launched(arguments: Arguments, launcher: Launcher) -> NoReturn:
     """A rank of a foreign launcher: rank 0 prepares, the others get what it resolved, or its error."""
-    if has_launcher():
+    if launcher.stays:
         die_with_parent()
     # Before anything imports torch.
     set_thread_default(launched_ranks_on_node())
@@ -132,7 +133,7 @@ def run_launched(arguments: Arguments) -> NoReturn:
     if accelerator == "cuda":
         bind_to_gpu(int(os.environ["LOCAL_RANK"]))
     stream = redirect_output(folder.path / names.LOG)
-    rank = int(os.environ["RANK"])
+    rank = launcher.rank
     console = Console(stream if rank == 0 else None)
     try:
         # What the process group needs; rank 0 builds the rest when it has planned.
@@ -142,7 +143,10 @@ def run_launched(arguments: Arguments) -> NoReturn:
             stack.enter_context(raise_stops(NOT_BEGUN))
             watch = SelfWatch(rank, folder.path, lambda text: _tell(stream, text))
             stack.callback(watch.remove)
+            # Held until this rank ends.
+            meeting = await_ranks(launcher)
             _train_launched(composed, target, folder, console, watch)
+            del meeting
     except StoppedError as error:
         console.say(str(error))
         _exit_now(EXIT_STOPPED)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from llmtune.errors import ConfigError
-from llmtune.launch.environment import launched_world_size
+from llmtune.launch.launcher import adopt_launcher
 from llmtune.launch.lock import hold_lock
 from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
-from llmtune.launch.slurm import adopt_slurm
 from llmtune.plan.units import format_seconds
 from llmtune.secrets import restrict_umask
 from llmtune.track.console import Console
@@ -27,12 +26,12 @@ if TYPE_CHECKING:
 def main(arguments: Arguments) -> int:
     """Run the whole job."""
     restrict_umask()
-    adopt_slurm(os.environ)
-    if launched_world_size() is not None:
+    launcher = adopt_launcher(os.environ, Console(sys.stdout).say)
+    if launcher is not None:
         from llmtune.cli.rank import run_launched
 
         with raise_stops(NOT_BEGUN):
-            run_launched(arguments)
+            run_launched(arguments, launcher)
     return _supervise(arguments)
 
 
