@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 import pytest
 
-from llmtune.config.compose import compose_config, dump_redacted, load_config, redact_config
+from llmtune.config.compose import compose_config
+from llmtune.config.stored import dump_redacted, load_config, redact_config
 from llmtune.errors import CheckpointError
 from llmtune.secrets import (
     SECRET_NAMES,

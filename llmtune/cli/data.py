@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.config.data_schema import name_data
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
+    from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
     from llmtune.data.prepare import PreparedData
     from llmtune.data.problems import Problem
@@ -77,9 +79,11 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
     problems = list(read_problems(data))
     rows = open_rows(data, "train")
     report = _build_report(config, data, rows, problems, tokenizer)
+    report.numbers["read by"] = _describe_reader(composed)
     untrained = _untrained(folder, data, tokenizer)
     if arguments.as_json:
-        write(json.dumps(to_json(data, report, untrained), ensure_ascii=False) + "\n")
+        named = {"data": config.data.train, "model": config.model.name_or_path, "read_by": report.numbers["read by"]}
+        write(json.dumps(named | to_json(data, report, untrained), ensure_ascii=False) + "\n")
     else:
         for text in to_text(report, untrained):
             write(text + "\n")
@@ -89,6 +93,16 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
     if data.fatal:
         sys.stderr.write(f"error: training on this data is refused: {data.fatal:,} problem(s)\n")
     return DataError.exit_code if data.fatal else 0
+
+
+def _describe_reader(composed: Composed) -> str:
+    """Whose tokens and masks these are."""
+    name = composed.config.model.name_or_path
+    if "model" in composed.unnamed:
+        return (
+            f"{name}, the default model, because none is named: add model= or model.name_or_path= for another's tokens"
+        )
+    return name
 
 
 def _build_report(
@@ -114,7 +128,12 @@ def _build_report(
         for number in range(0, len(rows), step)[:SHOWN_ROWS]
     ]
     return DataReport(
-        f"Data: {config.data.train}", _numbers(config, data, lengths, padding), lengths, padding, problems, shown
+        f"Data: {name_data(config.data.train)}",
+        _numbers(config, data, lengths, padding),
+        lengths,
+        padding,
+        problems,
+        shown,
     )
 
 
@@ -148,7 +167,7 @@ def _numbers(config: Config, data: PreparedData, lengths: Lengths, padding: Padd
 
 
 def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dict[str, Any]:
-    """The report as plain values; ``rows`` counts documents, ``packed_rows`` what the model sees."""
+    """The counts as plain values; ``rows`` counts documents, ``packed_rows`` what the model sees."""
     train = data.train
     return {
         "rows": train.documents,

@@ -28,7 +28,7 @@ def main(arguments: Arguments) -> int:
     use_own_ninja()
     rows, bad = [], 0
     with stdout_for_us() as write:
-        for finding in find_all(Path(config.paths.cache_dir)):
+        for finding in find_all(Path(config.paths.cache_dir).expanduser()):
             mended = ""
             if finding.state != "ok" and arguments.fix and finding.fix is not None:
                 reason = finding.fix()

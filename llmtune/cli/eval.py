@@ -6,8 +6,13 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from llmtune.config.data_schema import name_data
+from llmtune.secrets import redact
+
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
+    from llmtune.config.compose import Composed
+    from llmtune.config.schema import Config
 
 #: Most rows of a forward pass where none are asked for: there is no micro-batch to go by.
 AUTO_EVAL_ROWS = 8
@@ -26,6 +31,19 @@ def auto_eval_rows(length: int, vocabulary: int, free_bytes: int) -> int:
     """
     row = LOGIT_BYTES * length * vocabulary
     return max(1, min(AUTO_EVAL_ROWS, int(LOGITS_SHARE * free_bytes / row)))
+
+
+def describe_held_out(composed: Composed, config: Config) -> str:
+    """Which rows are scored.
+
+    Args:
+        config: With what is stored of a run, whose rows they are where the command line names none.
+    """
+    own = config.data.eval
+    text = name_data(own) if own is not None else f"rows held out of {name_data(config.data.train)}"
+    if "data" in composed.unnamed and config is composed.config:
+        text += " (questions about Python: no data is named; add data.eval=FILE or data.train=FILE for other rows)"
+    return text
 
 
 def main(arguments: Arguments) -> int:
@@ -74,6 +92,7 @@ def main(arguments: Arguments) -> int:
         "eval_perplexity": perplexity(total / tokens),
         "rows": data.eval.rows,
         "trained_tokens": tokens,
+        "data": redact(describe_held_out(composed, config)),
         "model": str(target.adapter or target.model_folder),
     }
     if arguments.as_json:

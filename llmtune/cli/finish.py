@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmtune.checkpoint import names
-from llmtune.config.compose import load_config
 from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat
 from llmtune.config.schema import TunerKind
+from llmtune.config.stored import load_config
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
 

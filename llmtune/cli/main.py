@@ -178,6 +178,11 @@ def parse(argv: list[str]) -> Arguments:
             arguments.as_json = True
         elif text == "--fix" and arguments.verb == "doctor":
             arguments.fix = True
+        elif text in ("-m", "--multirun"):
+            raise ConfigError(
+                f"{text}: a command is one run. Start one command a value, such as for r in 8 16; do python -m llmtune "
+                "tuner.lora_r=$r run_name=r$r; done, or a W&B sweep as in conf/sweep/lora.yaml"
+            )
         else:
             raise ConfigError(f"unknown option {text!r}; llmtune takes KEY=VALUE overrides, see --help")
     return arguments

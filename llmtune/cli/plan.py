@@ -17,7 +17,7 @@ from llmtune.secrets import redact
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
-    from llmtune.config.schema import Config
+    from llmtune.config.compose import Composed
     from llmtune.plan.advice import Advice
     from llmtune.plan.ladder import Ladder, Rung
 
@@ -44,28 +44,30 @@ def stdout_for_us() -> Iterator[Any]:
 
 
 def _plan(arguments: Arguments, write: Any) -> int:
+    from llmtune.cli.adapter import adopt_adapter
     from llmtune.cli.quiet import quiet_libraries
     from llmtune.config.compose import compose_config
     from llmtune.plan.advice import list_advice
     from llmtune.plan.resolve import describe_misfit, resolve_ladder
 
-    config = compose_config(arguments.overrides, arguments.config_dir).config
+    composed = adopt_adapter(compose_config(arguments.overrides, arguments.config_dir, planning=True))
+    config = composed.config
     quiet_libraries()
     ladder = resolve_ladder(config, planning=True)
     advice = list_advice(config, ladder)
     misfit = describe_misfit(config, ladder) if ladder.chosen is None else None
     if arguments.as_json:
-        write(json.dumps(to_json(config, ladder, advice, misfit), indent=1) + "\n")
+        write(json.dumps(to_json(composed, ladder, advice, misfit), indent=1) + "\n")
         return DoesNotFitError.exit_code if misfit else 0
-    write(to_text(config, ladder, advice))
+    write(to_text(composed, ladder, advice))
     if misfit:
         raise DoesNotFitError(misfit)
     return 0
 
 
-def to_json(config: Config, ladder: Ladder, advice: list[Advice], misfit: str | None) -> dict[str, Any]:
+def to_json(composed: Composed, ladder: Ladder, advice: list[Advice], misfit: str | None) -> dict[str, Any]:
     """The ladder as plain values. Bytes of a GPU are one rank's; host, NVMe and what is written are one machine's."""
-    chosen = ladder.chosen
+    config, chosen = composed.config, ladder.chosen
     found: dict[str, Any] = {
         "fits": chosen is not None,
         "chosen": chosen.placement.rung if chosen else None,
@@ -81,6 +83,7 @@ def to_json(config: Config, ladder: Ladder, advice: list[Advice], misfit: str | 
         "usable_share": USABLE_SHARE,
         "precision": config.precision.value,
         "max_seq_length": config.data.max_seq_length,
+        "rows": describe_rows(composed),
         "global_batch_size": config.train.global_batch_size,
         "activations": ladder.activations_origin,
         "rungs": [_rung_to_json(rung, ladder) for rung in ladder.rungs],
@@ -124,14 +127,24 @@ def host_bytes(rung: Rung, ladder: Ladder) -> int:
     return (memory.host.total + device) * ladder.cluster.ranks_on_node
 
 
-def to_text(config: Config, ladder: Ladder, advice: list[Advice]) -> str:
+def describe_rows(composed: Composed) -> str:
+    """How long rows are planned to be, and why where nobody named data."""
+    length = f"rows of {composed.config.data.max_seq_length} tokens"
+    if "data" not in composed.unnamed:
+        return length
+    if composed.choices["data"] == "stdlib_docs":
+        return f"{length} (the default job's: no model and no data is named)"
+    return f"{length} (no data is named; data.max_seq_length= plans for others)"
+
+
+def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
     """A table to read at a glance, the reasons, and the advice."""
     import io
 
     from rich.console import Console
     from rich.table import Table
 
-    shape, hardware = ladder.shape, ladder.hardware
+    config, shape, hardware = composed.config, ladder.shape, ladder.hardware
     cpu = hardware.accelerator == "cpu"
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("rung")
@@ -145,7 +158,7 @@ def to_text(config: Config, ladder: Ladder, advice: list[Advice]) -> str:
     Console(file=stream, width=width, highlight=False, no_color=True).print(table)
     lines = [
         f"{config.model.name_or_path}: {format_count(shape.parameters)} parameters, {config.tuner.kind.value} trains "
-        f"{format_count(shape.trainable_parameters)}; {config.precision.value}, rows of {config.data.max_seq_length} tokens, "
+        f"{format_count(shape.trainable_parameters)}; {config.precision.value}, {describe_rows(composed)}, "
         f"{config.train.global_batch_size} a step",
         f"{hardware.describe()}; {ladder.world_size} rank(s); a plan fills {USABLE_SHARE:.0%} of a memory at the most",
         "",

@@ -11,7 +11,9 @@ from typing import Any
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.trainer_state import read_trainer_state
+from llmtune.cli.adapter import describe_adapter
 from llmtune.config.compose import Composed
+from llmtune.config.data_schema import name_data
 from llmtune.config.schema import Config
 from llmtune.data.fields import describe_unknown_fields
 from llmtune.data.prepare import PROBLEMS, PreparedData, prepare_data
@@ -179,6 +181,8 @@ def describe(request: RunRequest) -> dict[str, str]:
         "derived": "; ".join(plan.notes),
         "run folder": str(request.run_folder),
     }
+    if config.tuner.adapter_path is not None:
+        rows["adapter"] = describe_adapter(config.tuner)
     if request.resume_from:
         rows["resuming"] = str(request.resume_from)
     return rows
@@ -188,9 +192,9 @@ def describe_data(config: Config, data: PreparedData) -> str:
     """Rows, tokens, what was left out, and what is held out."""
     train, held_out = data.train, data.eval
     if config.data.streaming:
-        text = f"streamed from {config.data.train}"
+        text = f"streamed from {name_data(config.data.train)}"
     else:
-        rows = f"{train.rows} rows"
+        rows = f"{name_data(config.data.train)}: {train.rows} rows"
         if train.packing_efficiency is not None:
             rows += f" of {train.documents} packed (filled to {train.packing_efficiency:.1%})"
         text = f"{rows}, {format_count(train.tokens)} tokens, {format_count(train.trained_tokens)} trained"
@@ -199,7 +203,10 @@ def describe_data(config: Config, data: PreparedData) -> str:
     text += "".join(f", {count} {what}" for what, count in counts.items() if count)
     if held_out is None:
         return f"{text}; held out: none"
-    return f"{text}; held out: {held_out.rows} rows" + (f", {held_out.dropped} dropped" if held_out.dropped else "")
+    origin = f" of {name_data(config.data.eval)}" if config.data.eval is not None else ""
+    return f"{text}; held out: {held_out.rows} rows{origin}" + (
+        f", {held_out.dropped} dropped" if held_out.dropped else ""
+    )
 
 
 def describe_memory(plan: Plan) -> str:

@@ -272,12 +272,15 @@ def _tell(stream: IO[str], text: str) -> None:
 def _prepare_first(
     composed: Composed, target: RunTarget, folder: RunFolder, console: Console, world_size: int
 ) -> RunRequest | None:
+    from llmtune.cli.adapter import adopt_adapter, check_adapter
     from llmtune.cli.descent import place_swap
     from llmtune.cli.prepare import describe, resolve_request
     from llmtune.launch.ops import ensure_ops
     from llmtune.plan.resolve import resolve_plan
 
+    composed = adopt_adapter(composed, target.folder)
     plan = place_swap(resolve_plan(composed.config, world_size), composed, target)
+    check_adapter(composed.config, plan.shape, target.folder)
     request = resolve_request(composed, plan, target, folder, console)
     if request is not None:
         console.page("llmtune", describe(request))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, is_complete
 from llmtune.checkpoint.manifest import check_undamaged
 from llmtune.cli.prepare import cache_dir
-from llmtune.config.compose import Composed, load_config, with_overrides
-from llmtune.config.schema import Config, ModelConfig, TunerKind
+from llmtune.config.compose import Composed, with_overrides
+from llmtune.config.schema import Config, TunerKind
+from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
 
@@ -63,7 +64,9 @@ def resolve_target(composed: Composed) -> Target:
         check_undamaged(folder, left_out=names.is_state_file)
         stored = _stored_config(folder, folder / names.CONFIG)
         return from_trained(with_overrides(stored, composed), folder, folder.parent)
-    model = ModelConfig(name_or_path=given.base) if given.base else given.model
+    if given.adapter and "model" in composed.unnamed:
+        raise ConfigError(f"adapter={given.adapter} needs its base model: add base=MODEL")
+    model = replace(given.model, name_or_path=given.base, wheel=None) if given.base else given.model
     folder = resolve_model_folder(model, cache_dir(given))
     adapter = Path(given.adapter).expanduser() if given.adapter else None
     return Target(given, folder, adapter, None, model.name_or_path)
@@ -115,13 +118,27 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def put_on(model: Any, adapter: Path) -> Any:
-    """The model with an adapter, in the model's dtype."""
+    """The model with an adapter, in the model's dtype.
+
+    Raises:
+        CheckpointError: It cannot be read, or is another model's.
+    """
     from peft import PeftModel
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
     try:
-        return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        adapted = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        # peft leaves out what does not match, and at most warns; once more, for what it says of it.
+        found: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(adapter), device="cpu"))
     except (ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(f"adapter {adapter}: {str(error).splitlines()[0]}") from error
+    missing = [name for name in found.missing_keys if "lora_" in name]
+    if wrong := [*missing, *found.unexpected_keys]:
+        raise CheckpointError(
+            f"adapter {adapter} is another model's: {len(missing)} of the matrices that its settings announce are not in it, "
+            f"and {len(found.unexpected_keys)} of its tensors have no place, such as {wrong[0]}"
+        )
+    return adapted
 
 
 def from_trained(config: Config, folder: Path, run: Path) -> Target:

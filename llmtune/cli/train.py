@@ -48,6 +48,7 @@ def _supervise(arguments: Arguments) -> int:
 
 def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, Console]:
     """Until the model is trained; ``lock`` then holds the run folder."""
+    from llmtune.cli.adapter import adopt_adapter, check_adapter
     from llmtune.cli.descent import Descent, check_fits, start_ahead
     from llmtune.cli.prepare import lock_file, resolve_target
     from llmtune.cli.quiet import quiet_environment, quiet_libraries
@@ -61,10 +62,12 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     if composed.config.launch.hostfile is not None:
         _hand_over(arguments, composed)
     target = resolve_target(composed)
+    composed = adopt_adapter(composed, target.folder)
     quiet_environment()
     # Before the folder: a run that does not fit leaves nothing behind.
     ladder = resolve_ladder(composed.config)
     check_fits(composed.config, ladder)
+    check_adapter(composed.config, ladder.shape, target.folder)
     folder = open_run_folder(target.folder, console.say)
     lock.enter_context(hold_lock(lock_file(folder)))
     with start_ahead(ladder, composed.config, folder) as ahead:

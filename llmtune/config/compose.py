@@ -1,36 +1,39 @@
 """Compose ``conf/`` and the command line's overrides into one typed config, reporting every problem at once.
 
-Hydra does the composition through its compose API, because llmtune has verbs and exit codes of its own. What Hydra
-would report one at a time is looked for beforehand: unknown groups, options and keys, each with the nearest known one.
+Hydra composes the groups through its compose API, because llmtune has verbs and exit codes of its own; the values of single
+keys are put on top by llmtune, so that a text arrives as it was typed. What Hydra would report one at a time is looked for
+beforehand: unknown groups, options and keys, each with the nearest known one.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+import copy
+from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.config import rules
+from llmtune.config.keys import PROMPTS, known_keys
+from llmtune.config.literal import to_literal, without_interpolations
+from llmtune.config.overrides import Choice, Setting, read_override
 from llmtune.config.schema import Config
+from llmtune.config.stored import dump_yaml, first_line, read_key, set_key, to_config
 from llmtune.errors import ConfigError
-from llmtune.secrets import redact_values
 
 PRIMARY = "train"
 
-#: Overlays; every other group needs an option.
-_MAY_BE_NULL = {"experiment", "debug"}
+#: Groups that wait for a name -> the key of that name, the option in ``conf/train.yaml``, and that of the default job.
+_NAMED = {"model": ("name_or_path", "custom", "smollm2_135m"), "data": ("train", "files", "stdlib_docs")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,103 +44,87 @@ class Composed:
     choices: dict[str, str | None]
     """Config group -> chosen option."""
     overrides: list[str]
-    """The overrides as Hydra took them."""
-    yaml: str
-    """The composed config as text."""
+    """The overrides as they were typed."""
+    unnamed: frozenset[str]
+    """Of ``model`` and ``data``, what neither the command line nor an experiment named: the default job's is taken."""
+
+    @property
+    def yaml(self) -> str:
+        """The composed config as text."""
+        return dump_yaml(self.config)
+
+    @property
+    def keys(self) -> list[str]:
+        """Groups and dotted keys of the command line."""
+        keys = [override.lstrip("+~").partition("=")[0] for override in self.overrides]
+        return ["checkpoint.path" if key == "checkpoint" else key for key in keys]
 
     def explicit(self, key: str) -> bool:
         """Whether the command line set ``key`` (a group or a dotted key)."""
-        return any(override.lstrip("+~").split("=", 1)[0] == key for override in self.overrides)
+        return key in self.keys
 
 
-def compose_config(overrides: list[str], config_dir: str | None = None) -> Composed:
+@dataclass(slots=True)
+class _CommandLine:
+    """Overrides, taken apart."""
+
+    choices: dict[str, str]
+    """Config group -> what Hydra is given."""
+    settings: dict[str, Any]
+    """Dotted key -> value, in the order in which they were typed."""
+    config_dir: str | None
+
+
+def compose_config(overrides: list[str], config_dir: str | None = None, planning: bool = False) -> Composed:
     """Compose, type and check.
 
     Args:
         overrides: Hydra overrides; ``+group=x`` and ``group=x`` mean the same.
         config_dir: A folder of a user's own group files, looked into first.
+        planning: Nothing will be trained: where a model or an experiment is named and no data, rows are as long as
+            ``data.max_seq_length`` is by itself, and not as those of the embedded data.
 
     Raises:
         ConfigError: With every problem that was found.
     """
     groups = config_groups(config_dir)
     problems: list[str] = []
-    good: list[str] = []
-    for text in map(_spell_out, overrides):
-        problem, override = _check_override(text, groups)
-        if problem:
-            problems.append(problem)
-        elif not override.endswith("='None'"):
-            good.append(override)
-    good = _own_choices(good)
-    node, choices = _compose_node(good, config_dir, problems)
-    config = to_config(node)
+    line = _CommandLine({}, {}, config_dir)
+    typed = OmegaConf.structured(Config)
+    for text in overrides:
+        try:
+            override = read_override(text, groups)
+            _keep(override, line, typed)
+        except ConfigError as error:
+            problems.append(str(error))
+    node, choices, unnamed = _compose_named(line, problems, planning)
+    try:
+        config = to_config(node)
+    except OmegaConfBaseException as error:
+        # Such as an interpolation of a user's own file that leads nowhere.
+        raise ConfigError.from_problems([*problems, first_line(error)]) from error
     problems += rules.problems(config)
     if problems:
         raise ConfigError.from_problems(problems)
-    return Composed(config, choices, good, OmegaConf.to_yaml(node, resolve=True))
-
-
-def load_config(path: Path) -> Config:
-    """The typed config of a run folder's ``config.yaml``.
-
-    Raises:
-        ConfigError: The file is missing, or holds keys that this version does not know.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path.parent} is not a run folder: it has no {path.name}")
-    try:
-        return to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
+    return Composed(config, choices, list(overrides), unnamed)
 
 
 def with_overrides(stored: Config, composed: Composed) -> Config:
     """A run's stored config with what the command line said on top: whole groups, and single keys."""
-    node = OmegaConf.structured(stored)
-    given = OmegaConf.structured(composed.config)
-    keys = [override.lstrip("+~").split("=", 1)[0] for override in composed.overrides]
+    config = copy.deepcopy(stored)
+    known = known_keys()
     # Overlays such as debug=trace are no keys; of what they set, only this matters to a stored run.
-    for key in [*(key for key in keys if OmegaConf.select(given, key) is not None or key in known_keys()), "trace"]:
-        OmegaConf.update(node, key, OmegaConf.select(given, key), merge=False)
-    return to_config(node)
-
-
-def dump_yaml(config: Config) -> str:
-    """The config as text that :func:`load_config` reads."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def dump_redacted(config: Config) -> str:
-    """The config as text for a file that is kept: without secrets."""
-    return dump_yaml(redact_config(config))
-
-
-def redact_config(config: Config) -> Config:
-    """The config with ``***NAME***`` for secrets; compare two of these, since a stored config is one."""
-    values = redact_values(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
-    return to_config(OmegaConf.merge(OmegaConf.structured(Config), values))
-
-
-def to_config(node: Any) -> Config:
-    """A composed node as a plain :class:`Config`.
-
-    Raises:
-        ConfigError: A mandatory value is missing.
-    """
-    missing = sorted(OmegaConf.missing_keys(node))
-    if missing:
-        raise ConfigError.from_problems([f"{key} has no value: add {key}=VALUE" for key in missing])
-    config = OmegaConf.to_object(node)
-    assert isinstance(config, Config)
+    for key in [*composed.keys, "trace"]:
+        value = read_key(composed.config, key)
+        if value is not None or key in known:
+            set_key(config, key, copy.deepcopy(value))
     return config
 
 
 def config_groups(config_dir: str | None = None) -> dict[str, set[str]]:
     """Config group -> its options, from the packaged ``conf/`` and a user's own folder."""
     groups: dict[str, set[str]] = {}
-    roots = [Path(str(resources.files("llmtune.conf")))] + ([Path(config_dir)] if config_dir else [])
-    for root in roots:
+    for root in _roots(config_dir):
         if not root.is_dir():
             raise ConfigError(f"--config-dir {root}: no such folder")
         for file in root.glob("*/*.yaml"):
@@ -147,148 +134,121 @@ def config_groups(config_dir: str | None = None) -> dict[str, set[str]]:
     return groups
 
 
-def known_keys() -> set[str]:
-    """Every dotted key of the schema."""
-    return set(_walk(Config, ""))
+def _roots(config_dir: str | None) -> list[Path]:
+    own = [Path(config_dir).expanduser()] if config_dir else []
+    return [*own, Path(str(resources.files("llmtune.conf")))]
 
 
-def _walk(cls: type, prefix: str) -> Iterator[str]:
-    hints = get_type_hints(cls)
-    for item in fields(cls):
-        hint = hints[item.name]
-        yield prefix + item.name
-        if is_dataclass(hint):
-            yield from _walk(hint, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+def _keep(override: Choice | Setting, line: _CommandLine, typed: DictConfig) -> None:
+    """Remember a choice, or a setting whose type is right; later ones win.
 
-
-def _text_keys(cls: type = Config, prefix: str = "") -> set[str]:
-    """Dotted keys of type ``str``; ``data.train`` is not among them, because it may be a list."""
-    found = set()
-    for name, hint in get_type_hints(cls).items():
-        if is_dataclass(hint):
-            found |= _text_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-        elif hint in (str, str | None):
-            found.add(prefix + name)
-    return found
-
-
-def _own_choices(overrides: list[str]) -> list[str]:
-    """A model or data named by path are not the defaults: drop what the default's YAML says about shape, wheel, lengths."""
-    values = dict(override.split("=", 1) for override in overrides if "=" in override)
-    if "model.name_or_path" in values:
-        if not values.keys() & {"model", "experiment"}:
-            overrides = ["model='custom'", *overrides]
-        if "model.wheel" not in values:
-            overrides = [*overrides, "model.wheel=null"]
-    own_files = "data.train" in values and not values["data.train"].startswith("stdlib_docs")
-    if own_files and not values.keys() & {"data", "experiment"}:
-        overrides = ["data='files'", *overrides]
-    return overrides
-
-
-def _spell_out(text: str) -> str:
-    """``checkpoint=FOLDER`` names a target, as ``run=FOLDER`` does, and is short for ``checkpoint.path=FOLDER``."""
-    key, equals, value = text.partition("=")
-    return f"checkpoint.path={value}" if equals and key.lstrip("+") == "checkpoint" else text
-
-
-def _check_override(text: str, groups: dict[str, set[str]]) -> tuple[str | None, str]:
-    """A problem, or the override in the form that Hydra wants."""
-    try:
-        text, override = _parse(text)
-    except HydraException as error:
-        return f"{text!r} is not KEY=VALUE: {_first_line(error)}", text
-    key = override.key_or_group
-    if override.is_delete():
-        return (None, text) if key in groups else (f"{text!r}: only a config group can be removed with ~", text)
-    value_text = text.split("=", 1)[1]
-    if key in groups:
-        value = override.value()
-        # Quoted, because Hydra takes the option 3 of zero=3 for a number and refuses it.
-        return _check_option(key, value, groups[key]), f"{key}='{value}'"
-    if key.startswith(("model.config.", "zero.deepspeed.")):
-        return None, f"++{key}={value_text}"
-    keys = known_keys()
-    if key not in keys:
-        return f"unknown key {key!r}{_nearest(key, keys | set(groups))}", text
-    # Free dictionaries are closed to new keys unless they are added by force.
-    force = "++" if key in ("model.config", "zero.deepspeed") else ""
-    return _check_value(key, override), f"{force}{key}={value_text}"
-
-
-def _parse(text: str) -> tuple[str, Override]:
-    """Parse an override; the value of a key that takes text is quoted first, and so are paths that are not grammar.
-
-    Raises:
-        HydraException: The text is no override.
+    Args:
+        typed: An empty schema to try values on, so that a wrong type is reported with its key.
     """
-    parser = OverridesParser.create()
-    key = text.partition("=")[0].lstrip("+")
-    if key in _text_keys():
-        text = _quote(text)
+    if isinstance(override, Choice):
+        line.choices.pop(override.group, None)
+        # Hydra takes no null; an overlay is off by itself.
+        if override.option is not None or override.text.startswith("~"):
+            line.choices[override.group] = override.text
+        return
     try:
-        return text, parser.parse_override(text)
-    except HydraException:
-        if key not in ("data.train", "data.eval"):
-            raise
-        return _quote(text), parser.parse_override(_quote(text))
-
-
-def _quote(text: str) -> str:
-    """Quote a value, so that commas, brackets and ``#`` in it are not Hydra's grammar."""
-    name, _, value = text.partition("=")
-    if value in ("null", "") or value[0] in "'\"":
-        return text
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{name}='{escaped}'"
-
-
-def _check_option(group: str, value: Any, options: set[str]) -> str | None:
-    if str(value) in options or (value is None and group in _MAY_BE_NULL):
-        return None
-    known = ", ".join(sorted(options))
-    return f"{group}={value}: no such option{_nearest(str(value), options)} ({group} has: {known})"
-
-
-def _check_value(key: str, override: Override) -> str | None:
-    """Set the one key in a copy of the schema, so that a wrong type is reported with its key."""
-    try:
-        OmegaConf.update(OmegaConf.structured(Config), key, override.value(), merge=True)
+        _update(typed, override.key, override.value)
     except OmegaConfBaseException as error:
-        return f"{key}={override.value()}: {_first_line(error)}"
-    return None
+        raise ConfigError(f"{override.key}={override.value}: {first_line(error)}") from error
+    line.settings.pop(override.key, None)
+    line.settings[override.key] = override.value
 
 
-def _compose_node(
-    overrides: list[str], config_dir: str | None, problems: list[str]
-) -> tuple[DictConfig, dict[str, str | None]]:
-    ConfigStore.instance().store("schema", Config)
-    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+def _compose_named(
+    line: _CommandLine, problems: list[str], planning: bool
+) -> tuple[DictConfig, dict[str, str | None], frozenset[str]]:
+    """Compose, and where nobody named a model or data, compose the default job's.
+
+    What an experiment names is seen only in what was composed, so that its groups wait for a name at first.
+    """
+    given = set(line.settings)
+    node, choices = _compose_node(line, problems)
+    free = {group for group, (_, option, _) in _NAMED.items() if group not in line.choices and choices[group] == option}
+    unnamed = {group for group in free if OmegaConf.is_missing(node[group], _NAMED[group][0])}
+    if "model" in unnamed and line.settings.get("base"):
+        line.settings["model.name_or_path"] = line.settings["base"]
+        unnamed.discard("model")
+    defaults = unnamed | ({"data"} if "data" in free and _is_embedded(node) else set())
+    if planning and "data" in unnamed and ("model" not in unnamed or choices["experiment"]):
+        line.settings["data.train"] = _NAMED["data"][2]
+        defaults.discard("data")
+    for group in defaults:
+        line.choices[group] = f"{group}='{_NAMED[group][2]}'"
+    if defaults or line.settings.keys() - given:
+        node, choices = _compose_node(line, problems)
+    _drop_wheel(node, choices["model"], line)
+    return node, choices, frozenset(unnamed)
+
+
+def _is_embedded(node: DictConfig) -> bool:
+    """Whether all training data is the embedded one."""
+    if OmegaConf.is_missing(node.data, "train"):
+        return False
+    sources = node.data.train
+    listed = sources if OmegaConf.is_list(sources) else [sources]
+    return len(listed) > 0 and all(str(source).partition("@")[0] == _NAMED["data"][2] for source in listed)
+
+
+def _drop_wheel(node: DictConfig, option: str | None, line: _CommandLine) -> None:
+    """A wheel holds the model that its option names, and none that an experiment or the command line put in its place."""
+    if node.model.wheel is None or "model.wheel" in line.settings:
+        return
+    files = [file for root in _roots(line.config_dir) if (file := root / "model" / f"{option}.yaml").is_file()]
+    own = yaml.safe_load(files[0].read_text(encoding="utf-8")) if files else {}
+    if own.get("wheel") == node.model.wheel and own.get("name_or_path") != OmegaConf.select(node, "model.name_or_path"):
+        node.model.wheel = None
+
+
+def _compose_node(line: _CommandLine, problems: list[str]) -> tuple[DictConfig, dict[str, str | None]]:
+    _store_schema()
+    folder = Path(line.config_dir).expanduser().resolve() if line.config_dir else None
+    search = [f"hydra.searchpath=['file://{_quoted(str(folder))}']"] if folder else []
     GlobalHydra.instance().clear()
     with initialize_config_module("llmtune.conf", version_base=None):
         try:
-            node = compose(PRIMARY, overrides=overrides + search, return_hydra_config=True)
+            node = compose(PRIMARY, overrides=[*line.choices.values(), *search], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             cause = error.__cause__ or error
-            raise ConfigError.from_problems([*problems, _first_line(cause)]) from error
+            raise ConfigError.from_problems([*problems, first_line(cause)]) from error
     choices = {
         str(key): value for key, value in node.hydra.runtime.choices.items() if not str(key).startswith("hydra/")
     }
     plain = OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"])
     typed = OmegaConf.merge(OmegaConf.structured(Config), plain)
     assert isinstance(typed, DictConfig)
+    _keep_prompts(typed)
+    for key, value in line.settings.items():
+        _update(typed, key, value)
     return typed, choices
 
 
-def _nearest(word: str, known: set[str]) -> str:
-    """``": did you mean ...?"``, or nothing. A key is also compared without its group."""
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
-    if not close:
-        tails: dict[str, str] = {key.rsplit(".", 1)[-1]: key for key in sorted(known)}
-        tail = difflib.get_close_matches(word.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.75)
-        close = [tails[tail[0]]] if tail else []
-    return f": did you mean {close[0]!r}?" if close else ""
+@cache
+def _store_schema() -> None:
+    ConfigStore.instance().store("schema", Config)
 
 
-def _first_line(error: BaseException) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines()[:2] if line.strip())
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("'", "\\'")
+
+
+def _update(node: DictConfig, key: str, value: Any) -> None:
+    parts = key.split(".")
+    for owner in (".".join(parts[:count]) for count in range(2, len(parts))):
+        if OmegaConf.select(node, owner) is None:
+            # A dictionary that is null until something is put into it, such as model.config.
+            OmegaConf.update(node, owner, {}, merge=False, force_add=True)
+    OmegaConf.update(node, key, to_literal(value), merge=True, force_add=True)
+
+
+def _keep_prompts(node: DictConfig) -> None:
+    """Leave what a model is told as it stands in the YAML file."""
+    for key in PROMPTS:
+        group, _, name = key.partition(".")
+        text = OmegaConf.to_container(node[group], resolve=False)[name]  # type: ignore[call-overload, index]
+        if isinstance(text, str):
+            OmegaConf.update(node, key, without_interpolations(text))

@@ -37,6 +37,12 @@ class DataFormat(Enum):
     classification = "classification"
 
 
+def name_data(value: Any) -> str:
+    """What ``data.train`` or ``data.eval`` names, for a reader."""
+    entries = value if isinstance(value, list) else [value]
+    return ", ".join(str(entry.get("path") if isinstance(entry, dict) else entry) for entry in entries)
+
+
 @dataclass(slots=True)
 class DataConfig:
     """Which rows are trained on, and how they become tokens."""

@@ -146,6 +146,12 @@ def _check_tuner(config: Config) -> list[str]:
     found = []
     if tuner.kind is TunerKind.full and tuner.adapter_path:
         found.append(f"tuner.adapter_path={tuner.adapter_path} needs tuner=lora; full fine-tuning has no adapter")
+    for key, pattern, kinds in (
+        ("rank_pattern", tuner.rank_pattern, int),
+        ("alpha_pattern", tuner.alpha_pattern, (int, float)),
+    ):
+        if wrong := {name: value for name, value in pattern.items() if not isinstance(value, kinds) or value <= 0}:
+            found.append(f"tuner.{key}={wrong}: numbers above 0 by module, such as {{q_proj: 8}}")
     modules = tuner.target_modules
     if modules != "all-linear" and not (
         isinstance(modules, list) and modules and all(isinstance(name, str) for name in modules)

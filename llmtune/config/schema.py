@@ -115,11 +115,17 @@ class TunerConfig:
     kind: TunerKind = MISSING
     """``full``, ``lora``, or ``qlora`` (LoRA on weights in 4 bits; it can be planned, not trained yet)."""
     adapter_path: str | None = None
-    """A peft adapter folder to go on from."""
+    """A peft adapter folder to go on from; its ranks, scales and modules are taken, and need not be set."""
     lora_r: int = 16
     """Rank of the adapters."""
-    lora_alpha: int = 32
+    lora_alpha: int | float = 32
     """Scale: the update is ``lora_alpha / lora_r * B @ A``."""
+    rank_pattern: dict[str, Any] = field(default_factory=dict)
+    """Name or regular expression of modules -> another rank, as in peft: ``{q_proj: 8}``."""
+    alpha_pattern: dict[str, Any] = field(default_factory=dict)
+    """The same for ``lora_alpha``."""
+    use_rslora: bool = False
+    """Divide ``lora_alpha`` by the square root of the rank (rsLoRA)."""
     lora_dropout: float = 0.0
     """Dropout on the adapters' input."""
     target_modules: Any = "all-linear"

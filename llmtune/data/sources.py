@@ -145,7 +145,8 @@ def resolve_files(source: Source) -> list[DataFile]:
     elif "://" not in path and _HUB_ID.fullmatch(path) and _kind(path) is None:
         return [DataFile(path, "hub")]
     else:
-        raise DataError(f"{source.path}: no such file (data.train and data.eval are relative to {Path.cwd()})")
+        several = "; several names are a list: data.train=[a.jsonl,b.jsonl]" if "," in path else ""
+        raise DataError(f"{source.path}: no such file (data.train and data.eval are relative to {Path.cwd()}){several}")
     prefix = "" if "://" not in path else path.split("://")[0] + "://"
     return [DataFile(prefix + name.removeprefix(prefix), _checked_kind(name)) for name in _as_given(names, path)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,9 +14,15 @@ from llmtune.checkpoint.content import check_adapter_trained, check_tensors
 from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.task import headed_task
 from llmtune.export.tensors import open_tensors, some
-from llmtune.model.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
-
-_PREFIX = "base_model.model."
+from llmtune.model.stored_adapter import (
+    CHANGES_BASE,
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    read_adapter_config,
+    with_peft_defaults,
+)
+from llmtune.plan.lora import lora_scale, match_pattern
 
 #: Ends of peft's names -> the part that a tensor plays in its module. Older versions wrote some with ``.weight``.
 _PARTS = {
@@ -37,7 +42,7 @@ _PARTS = {
     "weight": "weight",
     "bias": "bias",
 }
-_NAME = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
+_NAME = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 
 #: Settings that say how an adapter was trained, started or found, and nothing about what it is.
 _HARMLESS = {
@@ -48,9 +53,6 @@ _HARMLESS = {
     *("runtime_config", "megatron_core", "qalora_group_size", "eva_config", "corda_config", "lora_ga_config"),
     *("loftq_config", "velora_config", "init_lora_weights", "prune_temporary_fields"),
 }
-
-#: Starts that also change the base; the adapter is then the difference to a base that nobody stored.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(slots=True)
@@ -82,11 +84,11 @@ class Adapter:
         Raises:
             ExportError: The matrices have another rank than the settings say.
         """
-        expected = int(self._setting(module, "rank_pattern", self.settings["r"]))
+        expected = int(match_pattern(self.settings["rank_pattern"], module, self.settings["r"]))
         if rank != expected:
             raise ExportError(f"{self.folder}: {module} has rank {rank}, {CONFIG_FILE} says {expected}")
-        alpha = float(self._setting(module, "alpha_pattern", self.settings["lora_alpha"]))
-        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+        alpha = float(match_pattern(self.settings["alpha_pattern"], module, self.settings["lora_alpha"]))
+        return lora_scale(alpha, rank, bool(self.settings["use_rslora"]))
 
     def token_indices(self, module: str) -> tuple[int, ...]:
         """The rows of an embedding that were trained; a plain list is for the input embedding."""
@@ -94,13 +96,6 @@ class Adapter:
         if isinstance(given, dict):
             given = next((rows for name, rows in given.items() if module.endswith(name)), [])
         return tuple(int(row) for row in given)
-
-    def _setting(self, module: str, pattern: str, default: Any) -> Any:
-        """peft takes the first key of a pattern that the module's name ends with."""
-        for key, value in (self.settings.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        return default
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -110,7 +105,7 @@ def read_adapter(folder: Path) -> Adapter:
         ExportError: It cannot be read or merged, a tensor is none of an adapter, or it was never trained.
     """
     try:
-        settings = read_adapter_config(folder)
+        settings = with_peft_defaults(read_adapter_config(folder))
     except CheckpointError as error:
         raise ExportError(f"cannot be read as an adapter: {error}") from error
     _check_settings(folder, settings)
@@ -212,7 +207,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder / CONFIG_FILE}: merging with {', '.join(unknown)} is not supported; merge it with peft"
         )
     start = str(settings.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGES_BASE):
+    if start.startswith(CHANGES_BASE):
         raise ExportError(
             f"{folder / CONFIG_FILE}: init_lora_weights={start} changed the base before training, and the changed base is "
             "not here. Load it with peft and store it with save_pretrained(..., "

@@ -35,7 +35,7 @@ from llmtune.export.curves import draw_curves
 from llmtune.export.identity import find_repo
 from llmtune.export.material import ExportRequest
 from llmtune.export.task import TEXT, TEXT_TO_TEXT, Task, headed_task, task_of
-from llmtune.model.adapters import WEIGHTS_FILE
+from llmtune.model.stored_adapter import WEIGHTS_FILE
 from llmtune.secrets import redact, redact_values
 
 CARD, CURVES = "README.md", "loss.png"

@@ -17,7 +17,7 @@ import yaml
 from llmtune import __version__
 from llmtune.checkpoint import names
 from llmtune.export.material import ExportRequest
-from llmtune.model.adapters import CONFIG_FILE
+from llmtune.model.stored_adapter import CONFIG_FILE
 from llmtune.plan.memory import MemoryPlan
 from llmtune.plan.placement import Placement
 from llmtune.plan.units import format_bytes

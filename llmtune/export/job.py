@@ -24,7 +24,7 @@ from llmtune.export.tensors import SafetensorsSource
 from llmtune.export.torch_file import write_torch_file
 from llmtune.export.upload import check_upload, upload_export
 from llmtune.export.write import Journal, write_shards
-from llmtune.model.adapters import CONFIG_FILE, WEIGHTS_FILE
+from llmtune.model.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
 from llmtune.plan.units import format_bytes
 
 #: Configuration, tokenizer and card beside the weights.

@@ -14,7 +14,7 @@ from llmtune.checkpoint.tensor_file import TensorFile
 from llmtune.errors import ExportError
 from llmtune.export.tensors import TensorSource, some
 from llmtune.export.zero_files import ZeroSource
-from llmtune.model.adapters import CONFIG_FILE, WEIGHTS_FILE
+from llmtune.model.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
 
 _PREFIX = "base_model.model."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +13,8 @@ import torch
 from llmtune.config.schema import TunerConfig
 from llmtune.draws import Draw, torch_seed
 from llmtune.errors import CheckpointError
+from llmtune.model.stored_adapter import WEIGHTS_FILE, read_adapter_config, with_peft_defaults
 from llmtune.process import no_collection
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 #: peft's name for the only adapter, which its files leave out.
 _INFIX = ".default."
@@ -47,7 +44,11 @@ def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,
+        # peft's annotation says int; it divides.
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        use_rslora=config.use_rslora,
         lora_dropout=config.lora_dropout,
         target_modules=modules,
         base_model_name_or_path=base,
@@ -117,33 +118,18 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 def _check_settings(model: Any, folder: Path) -> None:
     """The same matrices mean something else under another scale or kind of adapter."""
-    here, there = model.peft_config["default"], read_adapter_config(folder)
-    keys = ("r", "lora_alpha", "use_rslora", "use_dora", "bias")
+    here, there = model.peft_config["default"], with_peft_defaults(read_adapter_config(folder))
     different = [
-        f"{key}: {there.get(key)} there, {getattr(here, key)} here"
-        for key in keys
-        if there.get(key) != getattr(here, key)
+        f"{key}: {there[key]} there, {getattr(here, key)} here"
+        for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
+        if there[key] != getattr(here, key)
     ]
     if there.get("peft_type") != "LORA" or different:
         raise CheckpointError(
-            f"{folder} is an adapter of another kind ({there.get('peft_type')}; {'; '.join(different)}); "
-            "set tuner.lora_r and tuner.lora_alpha as it was trained"
+            f"{folder} is an adapter of another kind ({there.get('peft_type')}; {'; '.join(different)})"
         )
 
 
 def write_adapter_config(model: Any, folder: Path) -> None:
     """``adapter_config.json`` as peft writes it."""
     model.peft_config["default"].save_pretrained(str(folder))
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The settings of an adapter folder.
-
-    Raises:
-        CheckpointError: There is no adapter.
-    """
-    try:
-        values: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}: no adapter here ({CONFIG_FILE}: {error})") from error
-    return values

@@ -15,6 +15,7 @@ from typing import Any
 
 from llmtune.config.schema import ModelConfig, Precision, TunerConfig, TunerKind
 from llmtune.plan.cache import read_cached, write_cached
+from llmtune.plan.lora import lora_rank
 from llmtune.plan.shape import ModelShape, load_architecture
 
 #: After the first layer, its input is no intermediate result; from the second on, each adds the same.
@@ -247,17 +248,18 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any) -> Any:
     class Adapted(nn.Module):
         """``base(x) + B(A(dropout(x))) * scale``."""
 
-        def __init__(self, base: nn.Linear):
+        def __init__(self, base: nn.Linear, rank: int):
             super().__init__()
             self.base = base
             self.dropout = nn.Dropout(tuner.lora_dropout) if tuner.lora_dropout else nn.Identity()
-            self.down = nn.Linear(base.in_features, tuner.lora_r, bias=False, dtype=dtype)
-            self.up = nn.Linear(tuner.lora_r, base.out_features, bias=False, dtype=dtype)
+            self.down = nn.Linear(base.in_features, rank, bias=False, dtype=dtype)
+            self.up = nn.Linear(rank, base.out_features, bias=False, dtype=dtype)
 
         def forward(self, inputs: Any) -> Any:
             """The adapted layer."""
             update = self.up(self.down(self.dropout(inputs)))
-            return self.base(inputs) + update * (tuner.lora_alpha / tuner.lora_r)
+            # The scale's size takes no memory.
+            return self.base(inputs) + update * 2.0
 
     model.requires_grad_(False)
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -265,7 +267,7 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any) -> Any:
     for name, module in linear:
         if wanted == "all-linear" or any(name == ending or name.endswith(f".{ending}") for ending in wanted):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Adapted(module))
+            setattr(model.get_submodule(parent), child, Adapted(module, lora_rank(tuner, name)))
     return model
 
 

@@ -15,7 +15,7 @@ from llmtune import __version__
 
 #: What the values depend on beside model and settings; of llmtune itself, the files that compute them.
 _LIBRARIES = ("torch", "transformers")
-_SOURCES = ("activations.py", "shape.py")
+_SOURCES = ("activations.py", "lora.py", "shape.py")
 
 
 def read_cached(folder: Path | None, kind: str, key: str) -> Any:

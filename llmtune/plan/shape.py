@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.config.schema import ModelConfig, TunerConfig, TunerKind
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.cache import read_cached, write_cached
+from llmtune.plan.lora import check_patterns, lora_rank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,12 +147,13 @@ def resolve_shape(config: ModelConfig, tuner: TunerConfig, cache_dir: Path | Non
         cache_dir: Where shapes are remembered, so that a second start need not build the model to count it.
 
     Raises:
-        ConfigError: ``tuner.target_modules`` matches nothing.
+        ConfigError: ``tuner.target_modules`` matches nothing, or the order of a pattern's keys decides.
     """
     identity = _identify(config)
     if identity is None:
         return _count(config, tuner)
-    key = repr((identity, tuner.kind, tuner.lora_r, tuner.target_modules))
+    patterns = (tuner.rank_pattern, tuner.alpha_pattern)
+    key = repr((identity, tuner.kind, tuner.lora_r, *patterns, tuner.target_modules))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
         tensors = tuple(TensorShape(*values) for values in stored.pop("tensors"))
@@ -227,9 +229,19 @@ def _tensors(model: Any, adapters: dict[str, tuple[int, int]], full: bool, tuner
         found.append(TensorShape(name, parameter.numel(), full, parameter.dim() <= 1, quantized=quantized))
         owner = name.removesuffix(".weight")
         if name.endswith(".weight") and owner in adapters:
-            for matrix, numel in zip("AB", adapters[owner], strict=True):
-                found.append(TensorShape(f"{owner}.lora_{matrix}.default.weight", numel, True, False, adapter=True))
+            found += _matrices(owner, adapters[owner])
+    # A tied head, whose weight has the name of the embedding.
+    seen = {tensor.name.partition(".lora_")[0] for tensor in found if tensor.adapter}
+    for owner in adapters.keys() - seen:
+        found += _matrices(owner, adapters[owner])
     return found
+
+
+def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
+    return [
+        TensorShape(f"{owner}.lora_{matrix}.default.weight", numel, True, False, adapter=True)
+        for matrix, numel in zip("AB", sizes, strict=True)
+    ]
 
 
 def _matrix_parameters(model: Any, numbers: Any) -> int:
@@ -282,5 +294,6 @@ def _adapter_sizes(model: Any, tuner: TunerConfig) -> dict[str, tuple[int, int]]
             raise ConfigError(f"tuner.target_modules: {nothing} matches no linear layer; the model has {known}")
         chosen = {name for names in matched.values() for name in names}
         adapted = [name for name in linear if name in chosen]
-    rank = tuner.lora_r
-    return {name: (rank * linear[name].in_features, rank * linear[name].out_features) for name in adapted}
+    check_patterns(tuner, adapted)
+    ranks = {name: lora_rank(tuner, name) for name in adapted}
+    return {name: (rank * linear[name].in_features, rank * linear[name].out_features) for name, rank in ranks.items()}

@@ -12,8 +12,8 @@ from llmtune.checkpoint.retention import Retention
 from llmtune.checkpoint.save import load_checkpoint
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weights import WeightFiles
-from llmtune.config.compose import dump_yaml
 from llmtune.config.schema import TrackerKind, TunerKind
+from llmtune.config.stored import to_plain
 from llmtune.data.batch import Collator
 from llmtune.data.loader import LoaderSettings, Steps, TrainLoader
 from llmtune.data.prepare import open_rows, read_samples
@@ -189,7 +189,7 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         model = add_lora(model, config.tuner, _base_name(request), config.seed)
         adapter = request.resume_from or config.tuner.adapter_path
         if adapter is not None:
-            load_adapter(model, Path(adapter))
+            load_adapter(model, Path(adapter).expanduser())
     return TrainModule(model, plan.deepspeed, rank, sum_token_losses)
 
 
@@ -222,11 +222,9 @@ def build_hooks(request: RunRequest, rank: Rank, console: Console, module: Train
 
 
 def _wandb(request: RunRequest, console: Console) -> list[Tracker]:
-    from omegaconf import OmegaConf
-
     from llmtune.track.wandb_tracker import WandbTracker
 
-    settings: Any = OmegaConf.to_container(OmegaConf.create(dump_yaml(request.config)))
+    settings: Any = to_plain(request.config)
     try:
         tracker = WandbTracker(request.config.tracker, request.run_folder, request.run_name, settings)
     except Exception as error:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.config.compose import dump_yaml, to_config
 from llmtune.config.schema import Config
+from llmtune.config.stored import from_plain, to_plain
 from llmtune.data.prepare import PreparedData
 from llmtune.plan.resolve import Plan, StepsPlan
 
@@ -31,7 +31,7 @@ class RunRequest:
         """For a file or a broadcast."""
         return json.dumps(
             {
-                "config": dump_yaml(self.config),
+                "config": to_plain(self.config),
                 "plan": self.plan.to_dict(),
                 "steps": asdict(self.steps),
                 "data": asdict(self.data),
@@ -45,12 +45,9 @@ class RunRequest:
     @classmethod
     def from_json(cls, text: str) -> RunRequest:
         """The inverse of :meth:`to_json`."""
-        from omegaconf import OmegaConf
-
         values: dict[str, Any] = json.loads(text)
-        config = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(values["config"]))
         return cls(
-            config=to_config(config),
+            config=from_plain(values["config"]),
             plan=Plan.from_dict(values["plan"]),
             steps=StepsPlan.from_dict(values["steps"]),
             data=PreparedData.from_dict(values["data"]),

@@ -20,8 +20,8 @@ from llmtune import __version__
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, sweep_incomplete
 from llmtune.checkpoint.trainer_state import read_trainer_state
-from llmtune.config.compose import dump_redacted, load_config, redact_config
 from llmtune.config.schema import Config
+from llmtune.config.stored import dump_redacted, load_config, redact_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.plan.resolve import Plan, StepsPlan
 from llmtune.secrets import close_to_others, redact, redact_values

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from llmtune.cli.finish import maybe_export
-from llmtune.config.compose import compose_config, dump_yaml
+from llmtune.config.compose import compose_config
+from llmtune.config.stored import dump_yaml
 
 
 class Silent:

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from llmtune.config.compose import compose_config, known_keys
+from llmtune.config.compose import compose_config
+from llmtune.config.keys import known_keys
 from tests.support import ROOT, run
 
 SWEEP = yaml.safe_load((ROOT / "conf" / "sweep" / "lora.yaml").read_text())

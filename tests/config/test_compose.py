@@ -7,16 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmtune.config.compose import (
-    Composed,
-    compose_config,
-    config_groups,
-    dump_yaml,
-    known_keys,
-    load_config,
-    with_overrides,
-)
+from llmtune.config.compose import Composed, compose_config, config_groups, with_overrides
+from llmtune.config.keys import known_keys
 from llmtune.config.schema import OffloadDevice, Precision, TunerKind
+from llmtune.config.stored import dump_yaml, load_config
 from llmtune.errors import ConfigError
 from tests.support import ROOT
 

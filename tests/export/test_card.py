@@ -22,8 +22,9 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from llmtune.config.compose import compose_config, dump_redacted
+from llmtune.config.compose import compose_config
 from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
+from llmtune.config.stored import dump_redacted
 from llmtune.export.card import write_model_card
 from llmtune.export.material import ExportRequest
 from llmtune.plan.memory import DeviceBytes, HostBytes, MemoryPlan

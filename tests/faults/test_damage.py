@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.checkpoint.manifest import find_damage
-from llmtune.config.compose import load_config
+from llmtune.config.stored import load_config
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from tests.faults.conftest import Undisturbed

@@ -11,8 +11,9 @@ from llmtune.checkpoint import remote
 from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
 from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.trainer_state import TrainerState
-from llmtune.config.compose import compose_config, dump_redacted
+from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config
+from llmtune.config.stored import dump_redacted
 from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import CheckpointError
 from llmtune.train.resume import resume_point

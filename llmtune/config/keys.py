@@ -1,0 +1,68 @@
+"""The dotted keys of the schema, by what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, get_origin, get_type_hints
+
+from llmtune.config.schema import Config
+
+#: Dictionaries that take any key.
+FREE = ("model.config", "zero.deepspeed")
+
+#: Keys that take a file name, a mapping, or a list of both.
+SOURCES = ("data.train", "data.eval")
+
+#: Keys that take a word or a list of names.
+NAMES = ("tuner.target_modules",)
+
+#: What a model is told. Nothing is looked up for it, not even in a YAML file: that may be somebody else's, and ask for
+#: variables of the environment.
+PROMPTS = ("chat.prompt", "chat.system")
+
+
+def known_keys() -> set[str]:
+    """Every dotted key, groups included."""
+    return set(_hints())
+
+
+def is_text(key: str) -> bool:
+    """Whether the key takes a text and nothing else; ``data.train`` does not, because it may be a list."""
+    return _hints().get(key) in (str, str | None)
+
+
+def may_be_null(key: str) -> bool:
+    """Whether a key that takes a text can be unset."""
+    return _hints().get(key) == str | None
+
+
+def takes_list(key: str) -> bool:
+    """Whether the key takes a list of numbers."""
+    return get_origin(_hints().get(key)) is list
+
+
+def enum_name(key: str, text: str) -> str:
+    """The name of the enum's member whose value this is (``raise`` is called ``error``), else the text itself."""
+    hint = _hints().get(key)
+    members = list(hint) if isinstance(hint, type) and issubclass(hint, Enum) else []
+    return next((member.name for member in members if member.value == text), text)
+
+
+def is_free(key: str) -> bool:
+    """Whether the key lies in a dictionary that takes any key."""
+    return key in FREE or key.startswith(tuple(f"{name}." for name in FREE))
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return dict(_walk(Config, ""))
+
+
+def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, hint in get_type_hints(cls).items():
+        yield prefix + name, hint
+        if is_dataclass(hint):
+            yield from _walk(hint, f"{prefix}{name}.")  # type: ignore[arg-type]

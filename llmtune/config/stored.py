@@ -1,0 +1,129 @@
+"""Configs as text and back: a run's ``config.yaml``, and what the ranks are given."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmtune.config.literal import from_literal, to_literal
+from llmtune.config.schema import Config
+from llmtune.errors import ConfigError
+from llmtune.secrets import redact_values
+
+
+def load_config(path: Path) -> Config:
+    """The typed config of a run folder's ``config.yaml``.
+
+    Raises:
+        ConfigError: The file is missing, or holds keys that this version does not know.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path.parent} is not a run folder: it has no {path.name}")
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {first_line(error)}") from error
+
+
+def parse_yaml(text: str) -> Config:
+    """The inverse of :func:`dump_yaml`; every text stands for itself, whatever it looks like.
+
+    Raises:
+        OmegaConfBaseException: It is not a config of this version.
+        ConfigError: A mandatory value is missing.
+    """
+    return from_plain(yaml.safe_load(text) or {})
+
+
+def from_plain(values: dict[str, Any]) -> Config:
+    """A config from what :func:`to_plain` makes of one.
+
+    Raises:
+        As :func:`parse_yaml`.
+    """
+    return to_config(OmegaConf.merge(OmegaConf.structured(Config), to_literal(values)))
+
+
+def to_plain(config: Any) -> Any:
+    """A config as dictionaries and lists, with the names of enums."""
+    if is_dataclass(config):
+        return {item.name: to_plain(getattr(config, item.name)) for item in fields(config)}
+    if isinstance(config, Enum):
+        return config.name
+    if isinstance(config, dict):
+        return {key: to_plain(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [to_plain(value) for value in config]
+    return config
+
+
+def dump_yaml(config: Config) -> str:
+    """The config as text that :func:`load_config` reads."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def dump_redacted(config: Config) -> str:
+    """The config as text for a file that is kept: without secrets."""
+    return dump_yaml(redact_config(config))
+
+
+def redact_config(config: Config) -> Config:
+    """The config with ``***NAME***`` for secrets; compare two of these, since a stored config is one."""
+    return from_plain(redact_values(to_plain(config)))
+
+
+def to_config(node: Any) -> Config:
+    """A composed node as a plain :class:`Config`.
+
+    Raises:
+        ConfigError: A mandatory value is missing.
+    """
+    missing = sorted(OmegaConf.missing_keys(node))
+    if missing:
+        raise ConfigError.from_problems([f"{key} has no value: add {key}=VALUE" for key in missing])
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, Config)
+    _take_literally(config)
+    return config
+
+
+def read_key(config: Any, key: str) -> Any:
+    """The value of a dotted key, in dictionaries too; None where there is none."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
+    return config
+
+
+def first_line(error: BaseException) -> str:
+    """An error of a library in one line."""
+    return " ".join(line.strip() for line in str(error).splitlines()[:2] if line.strip())
+
+
+def set_key(config: Any, key: str, value: Any) -> None:
+    """Put a value at a dotted key, in dictionaries too."""
+    part, _, rest = key.partition(".")
+    if rest:
+        inner = config.get(part) if isinstance(config, dict) else getattr(config, part)
+        if inner is None:
+            inner = {}
+        set_key(inner, rest, value)
+        value = inner
+    if isinstance(config, dict):
+        config[part] = value
+    else:
+        setattr(config, part, value)
+
+
+def _take_literally(config: Any) -> None:
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            _take_literally(value)
+        else:
+            setattr(config, item.name, from_literal(value))

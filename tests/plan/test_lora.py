@@ -1,0 +1,81 @@
+"""Patterns of ranks and scales mean what they mean to peft, in the plan too."""
+
+from __future__ import annotations
+
+import pytest
+from peft.utils.other import get_pattern_key
+
+from llmtune.config.compose import compose_config
+from llmtune.errors import ConfigError
+from llmtune.plan.lora import lora_scale, match_pattern
+from llmtune.plan.shape import resolve_shape
+
+MODULES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.10.self_attn.q_proj",
+    "model.layers.1.mlp.up_proj",
+    "lm_head",
+]
+PATTERNS = [
+    "q_proj",
+    "0.self_attn.q_proj",
+    r"layers\.1\..*",
+    "^model.layers.0.*",
+    "proj",
+    "lm_head",
+    "model",
+    r".*\.(up|q)_proj",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_key_matches_what_it_matches_for_peft(pattern: str) -> None:
+    for module in MODULES:
+        theirs = get_pattern_key([pattern], module)
+        assert match_pattern({pattern: 5}, module, 9) == (5 if theirs == pattern else 9), module
+
+
+def test_the_plan_counts_each_modules_own_rank() -> None:
+    config = compose_config(
+        ["model=tiny", "tuner.target_modules=q_proj,v_proj", "tuner.rank_pattern={q_proj: 2}"]
+    ).config
+    shape = resolve_shape(config.model, config.tuner)
+    ranks = {
+        (tensor.name.split(".")[4], tensor.name.split(".")[5]): tensor.numel
+        for tensor in shape.tensors
+        if tensor.adapter
+    }
+    assert ranks == {
+        ("q_proj", "lora_A"): 2 * 64,
+        ("q_proj", "lora_B"): 2 * 64,
+        ("v_proj", "lora_A"): 16 * 64,
+        ("v_proj", "lora_B"): 16 * 32,
+    }
+
+
+def test_a_pattern_whose_order_decides_is_refused() -> None:
+    given = ["model=tiny", "tuner.alpha_pattern={q_proj: 2, 0.self_attn.q_proj: 3}"]
+    config = compose_config(given).config
+    with pytest.raises(
+        ConfigError, match=r"layers.0.self_attn.q_proj is 2 by the first key that matches and 3 in the stored"
+    ):
+        resolve_shape(config.model, config.tuner)
+    # The same keys the other way round are stored as they are given.
+    config.tuner.alpha_pattern = {"0.self_attn.q_proj": 3, "q_proj": 2}
+    assert resolve_shape(config.model, config.tuner).adapter_parameters > 0
+
+
+def test_the_scale_of_rank_stabilised_adapters() -> None:
+    assert (lora_scale(32, 16, use_rslora=False), lora_scale(32, 16, use_rslora=True)) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("tuner.rank_pattern={q_proj: 0}", "numbers above 0 by module"),
+        ("tuner.alpha_pattern={q_proj: a}", "numbers above 0 by module"),
+    ],
+)
+def test_a_pattern_holds_numbers(override: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        compose_config(["model=tiny", override])
