@@ -119,13 +119,14 @@ def run_launched(arguments: Arguments, launcher: Launcher) -> NoReturn:
     set_allocator_default()
     set_network_default()
     from llmtune.cli.prepare import resolve_target
+    from llmtune.cli.settings import find_problems
     from llmtune.config.compose import compose_config
     from llmtune.launch.ops import ensure_ops, load_ops
     from llmtune.plan.hardware import resolve_accelerator
     from llmtune.plan.placement import Placement
     from llmtune.train.run_folder import open_run_folder
 
-    composed = _on_nodes(compose_config(arguments.overrides, arguments.config_dir))
+    composed = _on_nodes(compose_config(arguments.overrides, arguments.config_dir, more_rules=find_problems))
     target = resolve_target(composed)
     folder = open_run_folder(target.folder, lambda _: None)
     accelerator = resolve_accelerator(composed.config.hardware.accelerator)

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from llmtune.errors import ConfigError
 from llmtune.launch.launcher import adopt_launcher
 from llmtune.launch.lock import hold_lock
 from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
@@ -52,13 +51,14 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     from llmtune.cli.descent import Descent, check_fits, start_ahead
     from llmtune.cli.prepare import lock_file, resolve_target
     from llmtune.cli.quiet import quiet_environment, quiet_libraries
+    from llmtune.cli.settings import find_problems
     from llmtune.config.compose import compose_config
     from llmtune.plan.resolve import resolve_ladder
     from llmtune.train.run_folder import open_run_folder
 
     started = time.monotonic()
     console = Console(sys.stdout)
-    composed = compose_config(arguments.overrides, arguments.config_dir)
+    composed = compose_config(arguments.overrides, arguments.config_dir, more_rules=find_problems)
     if composed.config.launch.hostfile is not None:
         _hand_over(arguments, composed)
     target = resolve_target(composed)
@@ -82,8 +82,5 @@ def _hand_over(arguments: Arguments, composed: Composed) -> NoReturn:
     """``launch.hostfile``: DeepSpeed's runner starts the ranks, each with these arguments."""
     from llmtune.launch.hostfile import hand_over
 
-    launch = composed.config.launch
-    if launch.nproc is not None:
-        raise ConfigError(f"launch.nproc={launch.nproc}: with launch.hostfile the file says how many ranks, as slots=N")
     folder = ["--config-dir", str(Path(arguments.config_dir).resolve())] if arguments.config_dir else []
-    hand_over(Path(str(launch.hostfile)).expanduser(), ["train", *folder, *arguments.overrides])
+    hand_over(Path(str(composed.config.launch.hostfile)).expanduser(), ["train", *folder, *arguments.overrides])

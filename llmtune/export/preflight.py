@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from collections.abc import Callable
@@ -22,13 +23,7 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
     """
     if config.format is ExportFormat.none:
         return
-    if config.upload:
-        from llmtune.export.upload import check_upload
-
-        try:
-            check_upload(config.upload, config.dry_run)
-        except ExportError as error:
-            raise ConfigError(str(error)) from error
+    _check_upload(config, config.dry_run)
     check = _CHECKS.get(config.format)
     if check is None:
         return
@@ -39,6 +34,26 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
             f"{error} (export={config.format.value} was asked for after the training, which has not begun; export=none "
             "trains without)"
         ) from error
+
+
+def check_address(config: ExportConfig) -> None:
+    """
+    Raises:
+        ConfigError: ``export.upload`` is no address, whatever is installed here.
+    """
+    with contextlib.suppress(MissingPrerequisiteError):
+        _check_upload(config, dry_run=True)
+
+
+def _check_upload(config: ExportConfig, dry_run: bool) -> None:
+    if config.format is ExportFormat.none or not config.upload:
+        return
+    from llmtune.export.upload import check_upload
+
+    try:
+        check_upload(config.upload, dry_run)
+    except ExportError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_gguf(base: Path) -> None:
