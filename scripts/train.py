@@ -5,7 +5,7 @@ Started by itself it is ``python -m llmtune train``.
 
 import sys
 
-from llmtune.cli.main import main
+from llmtune.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run(["train", *sys.argv[1:]])

@@ -36,6 +36,19 @@ DRIVERS = {
 }
 
 
+def check_protocol(url: str, key: str) -> None:
+    """Whether fsspec knows how such a URL is read, driver installed or not; no network is used.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    protocol = url.split("::")[-1].partition("://")[0]
+    if "://" in url and protocol not in fsspec.available_protocols():
+        raise ConfigError(
+            f"{key}={redact(url)}: {protocol}:// is not known; take a URL of fsspec such as s3://bucket/folder, or a folder"
+        )
+
+
 class UnfitError(Exception):
     """What is to be copied is not there, or not as its manifest says: trying again does not help."""
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 import difflib
 import gc
 import importlib
+import os
+import signal
 import sys
 import traceback
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from llmtune import __version__
-from llmtune.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, LlmtuneError
+from llmtune.errors import (
+    EXIT_BY_SIGNAL,
+    EXIT_DONE,
+    EXIT_STOPPED,
+    EXIT_UNEXPECTED,
+    ConfigError,
+    LlmtuneError,
+    StoppedError,
+)
+from llmtune.launch.ending import end_now
 from llmtune.launch.rank import to_user_error
+from llmtune.launch.signals import Interrupted, end_on_signals, received_stop
 from llmtune.secrets import redact, remember_names
 
 #: Verb -> (module with ``main(arguments) -> exit code``, what it does).
@@ -62,7 +74,8 @@ options
   --version, --help
 
 exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 export, 7 environment,
-            75 stopped by a signal and saved: the same command goes on
+            75 training stopped by a signal, saved: the same command goes on,
+            130 and 143 any other verb ended by Ctrl-C (SIGINT) and by SIGTERM
 
 Every key, its type and meaning: llmtune/config/schema.py; every option: conf/."""
 
@@ -101,18 +114,31 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_DONE
         module = importlib.import_module(VERBS[arguments.verb][0])
         return int(module.main(arguments))
-    except LlmtuneError as error:
+    except StoppedError as error:
         return _report(error, error.exit_code, trace)
     except KeyboardInterrupt as error:
-        return _report(error, 130, trace)
+        return _report(
+            error, error.exit_code if isinstance(error, Interrupted) else EXIT_BY_SIGNAL + signal.SIGINT, trace
+        )
     except Exception as error:
+        number = received_stop()
+        if number is not None:
+            # Sent to the whole group, the signal has ended a worker too, and its end was noticed first.
+            stop = Interrupted(number)
+            return _report(stop, stop.exit_code, trace)
         known = to_user_error(error)
         return _report(known or error, known.exit_code if known else EXIT_UNEXPECTED, trace)
 
 
-def run() -> NoReturn:
-    """The program ``llmtune``: :func:`main`, and a quick end."""
-    code = main()
+def run(argv: list[str] | None = None) -> NoReturn:
+    """The program ``llmtune``: :func:`main`, which signals end, and a quick end."""
+    ending = end_on_signals()
+    code = main(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(code))
+    if ending.received:
+        sys.stdout.flush()
+        end_now(code)
     # At its end Python looks several times through all that torch and transformers have made: a second, for nothing.
     gc.freeze()
     sys.exit(code)
@@ -192,7 +218,7 @@ def _report(error: BaseException, code: int, trace: bool) -> int:
     elif isinstance(error, LlmtuneError):
         text = f"error: {error}"
     elif isinstance(error, KeyboardInterrupt):
-        text = "interrupted"
+        text = str(error) or "ended by SIGINT"
     else:
         text = f"error: {type(error).__name__}: {error}\nAdd debug=trace for the traceback."
     sys.stderr.write(redact(text) + "\n")

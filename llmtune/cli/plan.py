@@ -46,11 +46,12 @@ def stdout_for_us() -> Iterator[Any]:
 def _plan(arguments: Arguments, write: Any) -> int:
     from llmtune.cli.adapter import adopt_adapter
     from llmtune.cli.quiet import quiet_libraries
+    from llmtune.cli.settings import find_problems
     from llmtune.config.compose import compose_config
     from llmtune.plan.advice import list_advice
     from llmtune.plan.resolve import describe_misfit, resolve_ladder
 
-    composed = adopt_adapter(compose_config(arguments.overrides, arguments.config_dir, planning=True))
+    composed = adopt_adapter(compose_config(arguments.overrides, arguments.config_dir, True, find_problems))
     config = composed.config
     quiet_libraries()
     ladder = resolve_ladder(config, planning=True)

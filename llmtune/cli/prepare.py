@@ -23,6 +23,7 @@ from llmtune.data.sources import parse_sources
 from llmtune.data.templates import load_chat_template
 from llmtune.data.vocabulary import check_stores
 from llmtune.errors import CheckpointError, ConfigError
+from llmtune.export.preflight import check_exportable
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained import find_untrained_tokens
@@ -89,6 +90,7 @@ def resolve_request(
     cache = cache_dir(config)
     model_folder = resolve_model_folder(config.model, cache, console.say)
     check_model(config, plan.attn_implementation, model_folder, cache, console.say)
+    check_exportable(config.export, model_folder)
     tokenizer = load_tokenizer(model_folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console))
     _check_data(config, data, tokenizer, model_folder, console)

@@ -24,7 +24,6 @@ from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, ConfigError, LlmtuneErr
 from llmtune.launch.affinity import bind_to_gpu
 from llmtune.launch.environment import (
     FAILURE_DIR,
-    has_launcher,
     launched_nodes,
     launched_ranks_on_node,
     remove_shared_buffers,
@@ -33,12 +32,14 @@ from llmtune.launch.environment import (
     set_network_default,
     set_thread_default,
 )
+from llmtune.launch.launcher import Launcher
+from llmtune.launch.meeting import await_ranks
 from llmtune.launch.processes import follow_supervisor
 from llmtune.launch.rank import hold_output, redirect_output, report_failure, to_user_error
 from llmtune.launch.self_watch import SelfWatch
-from llmtune.launch.signals import raise_stops
+from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.launch.stacks import answer_with_stacks
-from llmtune.process import STOP_SIGNALS, die_with_parent, no_collection
+from llmtune.process import die_with_parent, no_collection
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
     from llmtune.engine.distributed import Rank
     from llmtune.train.request import RunRequest
     from llmtune.train.run_folder import RunFolder
-
-_NOT_EXPORTED = "stopped during the export; the model is trained, and the same command goes on with the export"
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -112,22 +111,23 @@ def import_libraries(tuner: str) -> None:
         import_peft()
 
 
-def run_launched(arguments: Arguments) -> NoReturn:
+def run_launched(arguments: Arguments, launcher: Launcher) -> NoReturn:
     """A rank of a foreign launcher: rank 0 prepares, the others get what it resolved, or its error."""
-    if has_launcher():
+    if launcher.stays:
         die_with_parent()
     # Before anything imports torch.
     set_thread_default(launched_ranks_on_node())
     set_allocator_default()
     set_network_default()
     from llmtune.cli.prepare import resolve_target
+    from llmtune.cli.settings import find_problems
     from llmtune.config.compose import compose_config
     from llmtune.launch.ops import ensure_ops, load_ops
     from llmtune.plan.hardware import resolve_accelerator
     from llmtune.plan.placement import Placement
     from llmtune.train.run_folder import open_run_folder
 
-    composed = _on_nodes(compose_config(arguments.overrides, arguments.config_dir))
+    composed = _on_nodes(compose_config(arguments.overrides, arguments.config_dir, more_rules=find_problems))
     target = resolve_target(composed)
     folder = open_run_folder(target.folder, lambda _: None)
     accelerator = resolve_accelerator(composed.config.hardware.accelerator)
@@ -135,16 +135,20 @@ def run_launched(arguments: Arguments) -> NoReturn:
     if accelerator == "cuda":
         bind_to_gpu(int(os.environ["LOCAL_RANK"]))
     stream = redirect_output(folder.path / names.LOG)
-    rank = int(os.environ["RANK"])
+    rank = launcher.rank
     console = Console(stream if rank == 0 else None)
     try:
         # What the process group needs; rank 0 builds the rest when it has planned.
         ensure_ops(accelerator, Placement(0), console.say)
         load_ops(accelerator, Placement(0))
         with ExitStack() as stack:
+            stack.enter_context(raise_stops(NOT_BEGUN))
             watch = SelfWatch(rank, folder.path, lambda text: _tell(stream, text))
             stack.callback(watch.remove)
+            # Held until this rank ends.
+            meeting = await_ranks(launcher)
             _train_launched(composed, target, folder, console, watch)
+            del meeting
     except StoppedError as error:
         console.say(str(error))
         _exit_now(EXIT_STOPPED)
@@ -165,9 +169,6 @@ def _train_launched(
     from llmtune.train.request import RunRequest
 
     rank = init_ranks(phases=PhaseLog(watch.record))
-    for number in STOP_SIGNALS:
-        # There is nothing to save yet.
-        signal.signal(number, lambda *_: os._exit(EXIT_STOPPED))
     _check_run_folder(folder.path, rank)
     # All have joined. A launcher does not clear up behind its ranks, and these may be killed.
     remove_shared_buffers(int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"])
@@ -304,7 +305,7 @@ def _finish_first(composed: Composed, target: RunTarget, console: Console) -> No
     from llmtune.cli.finish import finished_message, maybe_export
 
     console.say(finished_message(target.folder))
-    with raise_stops(_NOT_EXPORTED):
+    with raise_stops(NOT_EXPORTED):
         maybe_export(target.folder, composed.config.export, console)
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from llmtune.errors import ConfigError
-from llmtune.launch.environment import launched_world_size
+from llmtune.launch.launcher import adopt_launcher
 from llmtune.launch.lock import hold_lock
-from llmtune.launch.signals import raise_stops
-from llmtune.launch.slurm import adopt_slurm
+from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.plan.units import format_seconds
 from llmtune.secrets import restrict_umask
 from llmtune.track.console import Console
@@ -24,32 +21,27 @@ if TYPE_CHECKING:
     from llmtune.cli.prepare import RunTarget
     from llmtune.config.compose import Composed
 
-#: Outside of training, Ctrl-C is an interrupt as everywhere.
-_SCHEDULERS_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_NOT_BEGUN = "stopped before training began; nothing is lost, the same command starts again"
-_NOT_EXPORTED = "stopped during the export; the model is trained, and the same command goes on with the export"
-
 
 def main(arguments: Arguments) -> int:
     """Run the whole job."""
     restrict_umask()
-    adopt_slurm(os.environ)
-    if launched_world_size() is not None:
+    launcher = adopt_launcher(os.environ, Console(sys.stdout).say)
+    if launcher is not None:
         from llmtune.cli.rank import run_launched
 
-        run_launched(arguments)
+        with raise_stops(NOT_BEGUN):
+            run_launched(arguments, launcher)
     return _supervise(arguments)
 
 
 def _supervise(arguments: Arguments) -> int:
-    with ExitStack() as lock:
-        with raise_stops(_NOT_BEGUN, _SCHEDULERS_SIGNALS):
-            composed, target, console = _train(arguments, lock)
-        with raise_stops(_NOT_EXPORTED, _SCHEDULERS_SIGNALS):
-            from llmtune.cli.finish import finished_message, maybe_export
+    with ExitStack() as lock, raise_stops(NOT_BEGUN) as stop:
+        composed, target, console = _train(arguments, lock)
+        stop.message = NOT_EXPORTED
+        from llmtune.cli.finish import finished_message, maybe_export
 
-            console.say(finished_message(target.folder))
-            maybe_export(target.folder, composed.config.export, console)
+        console.say(finished_message(target.folder))
+        maybe_export(target.folder, composed.config.export, console)
     return 0
 
 
@@ -59,6 +51,7 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     from llmtune.cli.descent import Descent, check_fits, start_ahead
     from llmtune.cli.prepare import lock_file, resolve_target
     from llmtune.cli.quiet import quiet_environment, quiet_libraries
+    from llmtune.cli.settings import find_problems
     from llmtune.config.compose import compose_config
     from llmtune.plan.resolve import resolve_ladder
     from llmtune.train.begun import begun_train
@@ -66,7 +59,7 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
 
     started = time.monotonic()
     console = Console(sys.stdout)
-    composed = compose_config(arguments.overrides, arguments.config_dir)
+    composed = compose_config(arguments.overrides, arguments.config_dir, more_rules=find_problems)
     if composed.config.launch.hostfile is not None:
         _hand_over(arguments, composed)
     target = resolve_target(composed)
@@ -90,8 +83,5 @@ def _hand_over(arguments: Arguments, composed: Composed) -> NoReturn:
     """``launch.hostfile``: DeepSpeed's runner starts the ranks, each with these arguments."""
     from llmtune.launch.hostfile import hand_over
 
-    launch = composed.config.launch
-    if launch.nproc is not None:
-        raise ConfigError(f"launch.nproc={launch.nproc}: with launch.hostfile the file says how many ranks, as slots=N")
     folder = ["--config-dir", str(Path(arguments.config_dir).resolve())] if arguments.config_dir else []
-    hand_over(Path(str(launch.hostfile)).expanduser(), ["train", *folder, *arguments.overrides])
+    hand_over(Path(str(composed.config.launch.hostfile)).expanduser(), ["train", *folder, *arguments.overrides])

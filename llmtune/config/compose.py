@@ -8,8 +8,10 @@ beforehand: unknown groups, options and keys, each with the nearest known one.
 from __future__ import annotations
 
 import copy
+import itertools
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -20,7 +22,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.config import rules
@@ -36,6 +38,13 @@ PRIMARY = "train"
 
 #: Groups that wait for a name -> the key of that name, the option in ``conf/train.yaml``, and that of the default job.
 _NAMED = {"model": ("name_or_path", "custom", "smollm2_135m"), "data": ("train", "files", "stdlib_docs")}
+
+
+#: Groups whose options set the keys of the same name; those of all others are overlays, which set any key.
+_GROUPS_OF_KEYS = {item.name for item in fields(Config)}
+_HEADER = re.compile(r"#\s*@")
+_PACKAGE = re.compile(r"#\s*@package\s+_global_\s*")
+_NO_VALUE = "no value"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,12 @@ class _CommandLine:
     config_dir: str | None
 
 
-def compose_config(overrides: list[str], config_dir: str | None = None, planning: bool = False) -> Composed:
+def compose_config(
+    overrides: list[str],
+    config_dir: str | None = None,
+    planning: bool = False,
+    more_rules: Callable[[Config], list[str]] | None = None,
+) -> Composed:
     """Compose, type and check.
 
     Args:
@@ -85,6 +99,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None, planning
         config_dir: A folder of a user's own group files, looked into first.
         planning: Nothing will be trained: where a model or an experiment is named and no data, rows are as long as
             ``data.max_seq_length`` is by itself, and not as those of the embedded data.
+        more_rules: Gives the problems that only higher layers see, for the one report.
 
     Raises:
         ConfigError: With every problem that was found.
@@ -99,13 +114,17 @@ def compose_config(overrides: list[str], config_dir: str | None = None, planning
             _keep(override, line, typed)
         except ConfigError as error:
             problems.append(str(error))
+    problems += _take_out_misplaced(line)
     node, choices, unnamed = _compose_named(line, problems, planning)
+    problems += _fill_in_missing(node)
     try:
         config = to_config(node)
     except OmegaConfBaseException as error:
         # Such as an interpolation of a user's own file that leads nowhere.
         raise ConfigError.from_problems([*problems, first_line(error)]) from error
     problems += rules.problems(config)
+    if more_rules is not None:
+        problems += more_rules(config)
     if problems:
         raise ConfigError.from_problems(problems)
     return Composed(config, choices, list(overrides), unnamed)
@@ -159,6 +178,35 @@ def _keep(override: Choice | Setting, line: _CommandLine, typed: DictConfig) -> 
         raise ConfigError(f"{override.key}={override.value}: {first_line(error)}") from error
     line.settings.pop(override.key, None)
     line.settings[override.key] = override.value
+
+
+def _fill_in_missing(node: DictConfig) -> list[str]:
+    """Put something where a mandatory value is missing, so that the rules are tried on the rest; what is missing."""
+    missing, defaults = sorted(OmegaConf.missing_keys(node)), Config()
+    for key in missing:
+        default = read_key(defaults, key)
+        _update(node, key, _NO_VALUE if default is None or default == MISSING else default)
+    return [f"{key} has no value: add {key}=VALUE" for key in missing]
+
+
+def _take_out_misplaced(line: _CommandLine) -> list[str]:
+    """Overlays of a user's own without the header that has Hydra put their keys where they are meant to be."""
+    problems = []
+    for group, text in list(line.choices.items()):
+        name = text.partition("=")[2].strip("'")
+        found = [file for root in _roots(line.config_dir) if (file := root / group / f"{name}.yaml").is_file()]
+        if group in _GROUPS_OF_KEYS or not found:
+            continue
+        lines = filter(None, map(str.strip, found[0].read_text(encoding="utf-8").splitlines()))
+        # Hydra reads no further, not even behind a comment (``ConfigSource._get_header_dict``).
+        header = itertools.takewhile(_HEADER.match, lines)
+        if not any(_PACKAGE.fullmatch(entry) for entry in header):
+            del line.choices[group]
+            problems.append(
+                f"{group}={name}: {found[0]} needs '# @package _global_' as its first line, or Hydra takes its keys for "
+                f"those of {group!r}, which has none"
+            )
+    return problems
 
 
 def _compose_named(

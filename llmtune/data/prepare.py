@@ -22,6 +22,7 @@ from llmtune.data.mixing import hold_out, mix
 from llmtune.data.packing import pack_rows, packing_efficiency
 from llmtune.data.preflight import check_labels, check_leaks, check_overlong
 from llmtune.data.problems import Problem, RowError, read_problem_file, refuse, write_problems
+from llmtune.data.settings import check_eval_sources, check_streamed_sources
 from llmtune.data.source_tokens import Watch, find_conversations, token_folder, tokenise_source
 from llmtune.data.sources import Source, parse_sources, resolve_files
 from llmtune.data.store import Rows, TokenStore, publish_folder
@@ -127,7 +128,7 @@ def prepare_data(
     sources = parse_sources(config.train, "data.train", config.format)
     eval_sources = parse_sources(config.eval, "data.eval", config.format)
     tokenizer_hash = hash_tokenizer(tokenizer)
-    _check_eval_sources(eval_sources)
+    check_eval_sources(eval_sources)
     stream = None
     if config.streaming:
         stream, sources = _identify_stream(sources), []
@@ -155,27 +156,15 @@ def prepare_data(
     return data
 
 
-def _check_eval_sources(sources: list[Source]) -> None:
-    for source in sources:
-        for name, value in (("repeat", source.repeat), ("weight", source.weight)):
-            if value not in (1, None):
-                raise ConfigError(
-                    f"data.eval: {name}={value} of {source.path}: evaluation takes each row once; leave it out"
-                )
-
-
 def _identify_stream(sources: list[Source]) -> list[list[str]]:
     """Names and sizes of the files of a stream, which are too large to be hashed.
 
     Raises:
         ConfigError: A source cannot be streamed.
     """
+    check_streamed_sources(sources)
     files = []
     for source in sources:
-        # An absent limit is None, an absent repeat 1.
-        for name, value, absent in (("limit", source.limit, None), ("repeat", source.repeat, 1)):
-            if value != absent:
-                raise ConfigError(f"data.streaming=true with {name}={value} of {source.path}: a stream has no {name}")
         for file in resolve_files(source):
             if file.kind == "hub" and not Path(file.path).is_dir():
                 raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -144,18 +145,23 @@ class Tokeniser:
             # Not forked from here: threads of torch and tokenizers may run. The fork server imports once, for all workers.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__, "transformers.utils.chat_template_utils"])
+            _start_server()
             self._pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, settings))
             self._started = self._pool.submit(_nothing)
 
     def __enter__(self) -> Tokeniser:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            # Left alone, the fork server would hold what it imported for as long as the training runs.
-            server: Any = forkserver
-            server._forkserver._stop()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is None:
+            return
+        server: Any = forkserver
+        if kind is not None and not issubclass(kind, Exception):
+            # Interrupted: nobody waits for workers that still import, or for what they were given.
+            _kill(*(self._pool._processes or ()), server._forkserver._forkserver_pid)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        # Left alone, the fork server would hold what it imported for as long as the training runs.
+        server._forkserver._stop()
 
     def map(self, work: Iterable[Work], pulse: Pulse | None = None) -> Iterator[TokenBlock]:
         """The tokens of each block, in the order of the blocks; only a few are held at a time.
@@ -191,6 +197,26 @@ def _await(block: Future[TokenBlock], pulse: Pulse | None) -> TokenBlock:
     return block.result()
 
 
+def _start_server() -> None:
+    """Start the fork server with SIGINT blocked, which its workers inherit.
+
+    Ctrl-C goes to the whole group. A server that it ends while it imports leaves a pool that waits for its workers for ever;
+    the parent ends them all.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill(*pids: int | None) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+
+
 def _end_with_parent() -> None:
     """Wait for the end of the process that asked for this worker, however it ends."""
     parent = multiprocessing.parent_process()
@@ -206,8 +232,6 @@ _WORKER: list[Encoder] = []
 def _start_worker(tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings) -> None:
     # Not PR_SET_PDEATHSIG: the parent that it knows is the fork server, which lives as long as its workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Ctrl-C goes to the whole group; the parent ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The workers are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _WORKER.append(Encoder(tokenizer, settings))

@@ -49,13 +49,7 @@ def write_onnx(material: Material, folder: Path, _journal: Journal, config: Expo
         ExportError: The model is no encoder or small decoder, or the graph does not compute what transformers does.
         MissingPrerequisiteError: A package of the extra ``onnx`` is missing.
     """
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise MissingPrerequisiteError(
-                f'export=onnx needs {package} ({error}): pip install "llmtune[onnx]"'
-            ) from error
+    import_onnx()
     file = folder / ONNX_FILE
     model = _prepare(material, folder, config)
     with refusing(model, "ONNX"):
@@ -65,6 +59,33 @@ def write_onnx(material: Material, folder: Path, _journal: Journal, config: Expo
     # What the check needs was computed; the session makes a copy of the weights.
     del model
     check_graph(_open_onnx(file, names, output), checks, ONNX_FILE)
+
+
+def import_onnx() -> None:
+    """The packages that write a graph and run it.
+
+    Raises:
+        MissingPrerequisiteError: One is missing.
+    """
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise MissingPrerequisiteError(
+                f'export=onnx needs {package} ({error}): pip install "llmtune[onnx]"'
+            ) from error
+
+
+def check_size(parameters: int) -> None:
+    """
+    Raises:
+        ExportError: There are too many for a graph.
+    """
+    if parameters > MOST_PARAMETERS:
+        raise ExportError(
+            f"a graph is made of the whole model in memory, and {format_count(parameters)} parameters are more than "
+            f"{format_count(MOST_PARAMETERS)}; take export=gguf or export=safetensors"
+        )
 
 
 def write_torchscript(material: Material, folder: Path, _journal: Journal, config: ExportConfig) -> None:
@@ -94,11 +115,7 @@ def _prepare(material: Material, folder: Path, config: ExportConfig) -> GraphMod
             "export=safetensors for another dtype"
         )
     count = sum(math.prod(spec.shape) for spec in material.source.specs.values())
-    if count > MOST_PARAMETERS:
-        raise ExportError(
-            f"a graph is made of the whole model in memory, and {format_count(count)} parameters are more than "
-            f"{format_count(MOST_PARAMETERS)}; take export=gguf or export=safetensors"
-        )
+    check_size(count)
     check_room(folder, 2 * 4 * count)
     copy_companions(material.companions, folder)
     settle_config(folder, torch.float32, material.config_changes)

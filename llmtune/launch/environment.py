@@ -14,18 +14,8 @@ import psutil
 
 from llmtune.plan.gpus import ALLOCATOR_VARIABLES, EXACT_PINS, knows_exact_pins
 
-#: Set by every launcher (torchrun, deepspeed) in the processes that it starts.
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 #: Where a supervised rank leaves its error for the supervisor.
 FAILURE_DIR = "LLMTUNE_FAILURE_DIR"
-
-
-def launched_world_size() -> int | None:
-    """Ranks that a foreign launcher started, of which this process is one; None without one."""
-    if all(name in os.environ for name in _LAUNCHER_VARIABLES):
-        return int(os.environ["WORLD_SIZE"])
-    return None
 
 
 def set_defaults(accelerator: str, ranks_on_node: int) -> None:
@@ -110,14 +100,6 @@ def launched_nodes() -> int:
     """Machines that a foreign launcher started ranks on: DeepSpeed's variable, torchrun's, or by their number."""
     given = os.environ.get("CROSS_SIZE") or os.environ.get("GROUP_WORLD_SIZE")
     return int(given) if given else -(-int(os.environ["WORLD_SIZE"]) // launched_ranks_on_node())
-
-
-def has_launcher() -> bool:
-    """Whether the parent is one of the launchers that stay until their ranks end: torchrun, or DeepSpeed's.
-
-    Not so Slurm's daemon, which ends the tasks of a step itself, nor a shell in which somebody has set the variables.
-    """
-    return "TORCHELASTIC_RUN_ID" in os.environ or {"CROSS_RANK", "LOCAL_SIZE"} <= os.environ.keys()
 
 
 def set_network_default() -> None:

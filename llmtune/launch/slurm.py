@@ -24,8 +24,8 @@ _COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 _ADVICE = "start one task a GPU: srun --ntasks-per-node=GPUS python -m llmtune ..."
 
 
-def adopt_slurm(environ: MutableMapping[str, str]) -> None:
-    """Add a launcher's variables where this process is one of several tasks of a step; nothing elsewhere.
+def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
+    """Add a launcher's variables where this process is one of several tasks of a step; whether it is.
 
     MASTER_ADDR and MASTER_PORT stay what the user has set.
 
@@ -33,10 +33,12 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
         MissingPrerequisiteError: Slurm's variables are missing or contradict each other.
     """
     if all(name in environ for name in _RANK_VARIABLES):
-        return
-    for name, value in derive_rank(environ).items():
+        return False
+    derived = derive_rank(environ)
+    for name, value in derived.items():
         if name in _RANK_VARIABLES or name not in environ:
             environ[name] = value
+    return bool(derived)
 
 
 def derive_rank(environ: Mapping[str, str]) -> dict[str, str]:

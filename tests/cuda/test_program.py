@@ -108,6 +108,7 @@ def test_allocator_settings_stand_before_torch_is_imported(given: dict[str, str]
         "sys.meta_path.insert(0, Finder())\n"
     )
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    place["TORCHELASTIC_RUN_ID"] = "none"
     environment = {**os.environ, **place, **given, "PYTHONPATH": str(tmp_path), "LLMTUNE_TEST_START": "cold"}
     environment["SEEN"] = str(tmp_path / "seen")
     environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)

@@ -159,17 +159,7 @@ class Run:
 
     def alive(self) -> list[int]:
         """Processes of this run."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                # Gone meanwhile, or a zombie.
-                with contextlib.suppress(OSError):
-                    named = (entry / "comm").read_text().strip() == comm_of(self.mark)
-                    if named and (entry / "statm").read_text().startswith("0 "):
-                        continue
-                    if named or f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
-                        found.append(int(entry.name))
-        return found
+        return alive(self.mark)
 
     def count_orphans(self) -> int:
         """Processes that are still there a while after the supervisor's end."""
@@ -206,6 +196,21 @@ class Run:
 
     def _console_file(self) -> Path:
         return self.traces / f"console-{self.starts}.txt"
+
+
+def alive(mark: str) -> list[int]:
+    """Processes with this mark in their environment, or as their name."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            # Gone meanwhile, or a zombie.
+            with contextlib.suppress(OSError):
+                named = (entry / "comm").read_text().strip() == comm_of(mark)
+                if named and (entry / "statm").read_text().startswith("0 "):
+                    continue
+                if named or f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+    return found
 
 
 @dataclass(frozen=True)

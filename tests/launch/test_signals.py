@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from llmtune.errors import EXIT_STOPPED, DataError, LlmtuneError, StoppedError
 from llmtune.launch import watch
-from llmtune.launch.signals import raise_stops
+from llmtune.launch.signals import END_SECONDS, raise_stops
 from llmtune.launch.watch import Limits
 from tests.launch.fakes import alive, end_of, run_fakes, start_supervisor, wait_until
 from tests.support import ROOT, run
@@ -171,15 +173,36 @@ def test_where_there_is_nothing_to_save_a_signal_ends_the_work_with_a_message() 
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
-def test_only_the_signals_named_are_taken() -> None:
-    with pytest.raises(KeyboardInterrupt), raise_stops("stopped", (signal.SIGTERM,)):
-        work_until(signal.SIGINT)
+def test_an_error_of_the_work_stays_what_it_is() -> None:
     with pytest.raises(LlmtuneError, match="other"), raise_stops("stopped"):
         raise LlmtuneError("other")
 
 
+def test_an_error_that_a_signal_brought_about_is_a_stop() -> None:
+    """As when the signal has ended a worker before it was handled here."""
+
+    def work() -> None:
+        try:
+            work_until(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise DataError("a process was ended from outside") from None
+
+    with pytest.raises(StoppedError, match="nothing lost"), raise_stops("nothing lost"):
+        work()
+
+
+def test_what_a_stop_means_changes_with_the_work() -> None:
+    def work() -> None:
+        with raise_stops("nothing lost") as stop:
+            stop.message = "the rest goes on"
+            work_until(signal.SIGINT)
+
+    with pytest.raises(StoppedError, match="the rest goes on"):
+        work()
+
+
 @pytest.mark.process
-@pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 75)])
 def test_a_stop_before_there_are_ranks(number: str, expected: int) -> None:
     program = f"""
 import os, signal, sys
@@ -189,4 +212,80 @@ sys.exit(main.main([]))
 """
     done = run([sys.executable, "-c", program], cwd=ROOT)
     assert done.code == expected
-    assert ("stopped before training began" in done.err) == (expected == 75)
+    assert "stopped before training began" in done.err
+
+
+#: What a program does when the signal comes, and its end as a shell gives it.
+STUBBORN = {
+    "a library that swallows every exception": """
+        while True:
+            try:
+                time.sleep(0.1)
+            except BaseException:
+                pass
+    """,
+    "a call into C that does not come back": """
+        mutex = ctypes.create_string_buffer(64)
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    """,
+    "a clean-up that never ends": """
+        try:
+            time.sleep(600)
+        finally:
+            threading.Event().wait()
+    """,
+}
+
+
+def start_program(work: str, folder: Path) -> subprocess.Popen[str]:
+    """The program, whose verb does ``work``, with a child and an orphaned grandchild in sessions of their own."""
+    program = f"""
+import ctypes, os, subprocess, sys, threading, time
+from pathlib import Path
+from llmtune.cli import main
+def work():
+{textwrap.indent(textwrap.dedent(work), "    ")}
+def verb(arguments):
+    sleeps = "echo $$ > {folder}/$0; exec sleep 600"
+    subprocess.Popen(["sh", "-c", sleeps, "child"], start_new_session=True)
+    subprocess.Popen(["sh", "-c", f"sh -c '{{sleeps}}' grandchild & wait"], start_new_session=True)
+    while len(list(Path("{folder}").iterdir())) < 2:
+        time.sleep(0.01)
+    print("works", flush=True)
+    work()
+main.importlib.import_module = lambda name: type("verb", (), dict(main=staticmethod(verb)))
+sys.argv = ["llmtune", "plan"]
+main.run()
+"""
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("work", STUBBORN.values(), ids=STUBBORN)
+def test_a_program_that_does_not_end_by_itself_is_ended_with_all_it_started(
+    work: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    with start_program(work, tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "works\n"
+        time.sleep(0.2)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+    left = [file.name for file in tmp_path.iterdir() if Path(f"/proc/{file.read_text().strip()}/statm").exists()]
+    assert not left
+
+
+@pytest.mark.process
+def test_the_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    with start_program(STUBBORN["a clean-up that never ends"], tmp_path) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert time.monotonic() - started < END_SECONDS - 1

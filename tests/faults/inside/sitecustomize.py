@@ -166,7 +166,7 @@ def _patch_resume(module: Any) -> None:
 
 
 def _patch_mirror(module: Any) -> None:
-    """``llmtune.checkpoint.mirror``: a store that fails."""
+    """``llmtune.checkpoint.remote``: a store that fails."""
     if "FAULT_MIRROR" not in os.environ:
         return
     import fsspec
@@ -199,7 +199,7 @@ _PATCHES: dict[str, Callable[[Any], None]] = {
     "llmtune.checkpoint.tensor_file": _patch_tensor_file,
     "llmtune.checkpoint.manifest": _patch_manifest,
     "llmtune.checkpoint.save": _patch_save,
-    "llmtune.checkpoint.mirror": _patch_mirror,
+    "llmtune.checkpoint.remote": _patch_mirror,
     "llmtune.train.job": _patch_job,
     "llmtune.train.resume": _patch_resume,
 }

@@ -1,0 +1,100 @@
+"""What would end the export after days of training is found before it: packages, a token, a model that a format cannot hold."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from llmtune.config.export_schema import ExportConfig, ExportFormat
+from llmtune.errors import ConfigError, ExportError, MissingPrerequisiteError
+
+
+def check_exportable(config: ExportConfig, base: Path) -> None:
+    """Whether what is trained on ``base`` can be exported as asked, as far as its configuration and tokenizer tell.
+
+    Reads no weights and uses no network. What the configuration alone tells is in ``llmtune.config.rules``.
+
+    Raises:
+        ConfigError: ``export.upload`` is no address.
+        MissingPrerequisiteError: A package or a token is missing, or the format has no place for this model.
+    """
+    if config.format is ExportFormat.none:
+        return
+    _check_upload(config, config.dry_run)
+    check = _CHECKS.get(config.format)
+    if check is None:
+        return
+    try:
+        check(base)
+    except ExportError as error:
+        raise MissingPrerequisiteError(
+            f"{error} (export={config.format.value} was asked for after the training, which has not begun; export=none "
+            "trains without)"
+        ) from error
+
+
+def check_address(config: ExportConfig) -> None:
+    """
+    Raises:
+        ConfigError: ``export.upload`` is no address, whatever is installed here.
+    """
+    with contextlib.suppress(MissingPrerequisiteError):
+        _check_upload(config, dry_run=True)
+
+
+def _check_upload(config: ExportConfig, dry_run: bool) -> None:
+    if config.format is ExportFormat.none or not config.upload:
+        return
+    from llmtune.export.upload import check_upload
+
+    try:
+        check_upload(config.upload, dry_run)
+    except ExportError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_gguf(base: Path) -> None:
+    _require("gguf", "export=gguf")
+    from llmtune.export.gguf import read_settings
+    from llmtune.export.gguf_vocabulary import read_vocabulary
+
+    settings, _ = read_settings(base)
+    read_vocabulary(base, settings.vocab_size)
+
+
+def _check_onnx(base: Path) -> None:
+    from llmtune.export.graphs import import_onnx
+
+    import_onnx()
+    _check_graph(base)
+
+
+def _check_graph(base: Path) -> None:
+    from llmtune.export.graph_model import find_loader
+    from llmtune.export.graphs import check_size
+    from llmtune.export.tensors import SafetensorsSource
+
+    find_loader(base)
+    check_size(sum(math.prod(spec.shape) for spec in SafetensorsSource(base).specs.values()))
+
+
+def _check_bnb(_base: Path) -> None:
+    _require("bitsandbytes", "export=bnb_4bit")
+
+
+def _require(package: str, wanted: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise MissingPrerequisiteError(f"{wanted} needs {package} ({error}): pip install {package}") from error
+
+
+_CHECKS: dict[ExportFormat, Callable[[Path], None]] = {
+    ExportFormat.gguf: _check_gguf,
+    ExportFormat.onnx: _check_onnx,
+    ExportFormat.torchscript: _check_graph,
+    ExportFormat.bnb_4bit: _check_bnb,
+}
