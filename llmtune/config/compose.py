@@ -116,8 +116,8 @@ def compose_config(
             problems.append(str(error))
     problems += _take_out_misplaced(line)
     node, choices, unnamed = _compose_named(line, problems, planning)
-    problems += _fill_in_missing(node)
     try:
+        problems += _fill_in_missing(node)
         config = to_config(node)
     except OmegaConfBaseException as error:
         # Such as an interpolation of a user's own file that leads nowhere.

@@ -139,7 +139,8 @@ def test_quotes_are_read_as_hydra_reads_them(inner: str, mark: str) -> None:
         # No quoted text as a whole: it stands for itself.
         assert unquote(text) == text
     else:
-        assert unquote(text) == value
+        # What Hydra takes for several values, such as 'a','b', is one text here.
+        assert unquote(text) == (value if isinstance(value, str) else text)
 
 
 def test_null_unsets_what_can_be_unset_and_is_refused_elsewhere() -> None:
@@ -164,7 +165,7 @@ def test_null_unsets_what_can_be_unset_and_is_refused_elsewhere() -> None:
 @example(texts=["1e5"] * len(TEXT_KEYS))
 @example(texts=["2024-01-01"] * len(TEXT_KEYS))
 def test_all_texts_of_a_config_survive_the_file_and_the_way_to_the_ranks(texts: list[str]) -> None:
-    wanted = {key: text for key, text in zip(TEXT_KEYS, texts, strict=True) if key not in RULED}
+    wanted = {key: text for key, text in zip(TEXT_KEYS, texts, strict=True) if key not in RULED and key != "run_name"}
     composed = compose_config(["tuner=lora", *(f"{key}={text}" for key, text in wanted.items())])
     config = composed.config
     assert {key: read_key(config, key) for key in wanted} == wanted

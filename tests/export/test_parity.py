@@ -233,8 +233,9 @@ def test_experts_whose_names_are_translated_are_compared_whole_or_by_their_numbe
 
     def run(**settings: Any) -> str:
         said.clear()
-        request = ExportRequest(tmp_path / "base", "tiny", adapter, None, tmp_path / "out", say=said.append)
-        run_export(request, ExportConfig(**settings))
+        config = ExportConfig(**settings)
+        output = tmp_path / f"out-{config.format.value}"
+        run_export(ExportRequest(tmp_path / "base", "tiny", adapter, None, output, say=said.append), config)
         return " ".join(said)
 
     text = run()
