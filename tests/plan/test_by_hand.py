@@ -102,3 +102,17 @@ def test_an_evaluation_of_many_rows_needs_room_for_its_logits_unless_there_is_no
     assert min(logits_of(*many)) > 0.8 * needed
     assert max(logits_of(*many, "data.val_set_size=0")) < 0.2 * needed
     assert min(logits_of(*many, "data.val_set_size=0", "data.eval=b.jsonl")) > 0.8 * needed
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (3, 4)])
+def test_four_bits_are_half_a_byte_a_byte_a_block_and_four_a_block_of_blocks(stage: int, ranks: int) -> None:
+    """Layers are quantised; embedding, head and norms are bf16; bitsandbytes leaves the scales on every rank."""
+    shape = shape_of("tuner=qlora")
+    norms = (2 * 32 + 1) * 4096
+    quantized = PARAMETERS - 2 * HEAD - norms
+    assert shape.quantized_parameters == quantized
+    placement = make_placement(stage, "none", TunerKind.qlora)
+    found = state_bytes(shape, placement, resolve_zero_sizes(shape, placement, ranks, "cuda"), Precision.bf16, ranks)
+    scales = quantized / 64 + 4 * quantized / (64 * 256)
+    packed = quantized // 2 + 2 * (2 * HEAD + norms)
+    assert found.weights.device == pytest.approx(packed / ranks + scales, rel=1e-6)
