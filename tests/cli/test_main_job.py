@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.support import ROOT, run, run_cli
 
-#: The embedded job in six steps of half its rows; ``scripts/demo.sh`` runs all of it.
+#: The embedded job in four steps of half its rows; ``scripts/demo.sh`` runs all of it.
 SHORT = [
-    *("train.max_steps=6", "train.global_batch_size=4", "optim.learning_rate=2e-3", "data.val_set_size=12"),
+    *("train.max_steps=4", "train.global_batch_size=4", "optim.learning_rate=2e-3", "data.val_set_size=8"),
     "train.sample_answers=false",
 ]
 
@@ -48,7 +48,7 @@ def test_smollm2_learns(trained: Path) -> None:
 def test_its_merge_is_what_was_trained(trained: Path) -> None:
     merged = AutoModelForCausalLM.from_pretrained(trained / "merged")
     assert sum(p.numel() for p in merged.parameters()) == 134_515_008
-    data = ["data.train=stdlib_docs@576", "data.val_set_size=12"]
+    data = ["data.train=stdlib_docs@576", "data.val_set_size=8"]
     of_run = json.loads(run_cli("eval", "--json", f"run={trained}").out)["eval_loss"]
     of_merge = json.loads(run_cli("eval", "--json", f"base={trained}/merged", *data).out)["eval_loss"]
     assert of_merge == pytest.approx(of_run, rel=0.02)
