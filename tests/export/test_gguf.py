@@ -577,7 +577,7 @@ def real_model(smollm2: Path) -> tuple[Path, Any, list[int], list[int]]:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("kind", ["f32", pytest.param("f16", marks=pytest.mark.slow), "q8_0"])
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("f32", "f16")), "q8_0"])
 def test_the_real_model_says_the_same_when_transformers_reads_it(kind: str, real_model: Any, tmp_path: Path) -> None:
     folder, original, expected_top, expected_greedy = real_model
     file = write(folder, tmp_path / "out", kind)

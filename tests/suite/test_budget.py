@@ -30,13 +30,15 @@ def test_a_test_over_its_limit_is_named_unless_it_is_marked(calm: list[float]) -
     for given in (report("a", 19.9), report("b", 20.1), report("c", 99, slow=True), report("d", 25, "setup")):
         watched.pytest_runtest_logreport(given)
     assert [problem.split(": ")[1].split(" (make")[0] for problem in watched.judge()] == ["d (setup)", "b"]
+    assert watched.is_fatal
     calm[0] = 1.5
     assert watched.judge() == [], "a slow machine has more time"
     assert not watched.is_fatal
     calm[0] = 1.0
-    late = Budget(None)
-    late.pytest_runtest_logreport(report("e", 30.1))
-    assert (len(late.judge()), late.is_fatal) == (1, True)
+    for seconds, fatal in ((29.9, False), (30.1, True)):
+        shared = Budget(None)
+        shared.pytest_runtest_logreport(report("e", seconds, "setup"))
+        assert (len(shared.judge()), shared.is_fatal) == (1, fatal)
 
 
 def test_a_suite_may_take_half_as_long_again(calm: list[float]) -> None:
