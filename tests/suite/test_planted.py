@@ -137,6 +137,8 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProce
         f"import pytest; sys.exit(pytest.main({['-x', '-q', '-p', 'no:cacheprovider', *tests]!r}))"
     )
     environment = {**os.environ, "PYTHONPATH": str(folder), "LLMTUNE_TEST_CACHE": str(folder.parent / "cache")}
+    # Only this process starts for real: its tests start theirs as the ordinary suite does.
+    environment.pop("LLMTUNE_TEST_START", None)
     return subprocess.run(
         [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
