@@ -133,12 +133,12 @@ def copied(tmp_path: Path) -> Path:
 def run_tests(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     """The named tests of the ordinary suite, on this copy of the source."""
     program = (
+        # Only this process starts for real: its tests start theirs as the ordinary suite does.
+        "import os; os.environ.pop('LLMTUNE_TEST_START', None); "
         f"import sys; sys.path[:0] = [{str(folder)!r}]; import llmtune; assert llmtune.__file__.startswith({str(folder)!r}); "
         f"import pytest; sys.exit(pytest.main({['-x', '-q', '-p', 'no:cacheprovider', *tests]!r}))"
     )
     environment = {**os.environ, "PYTHONPATH": str(folder), "LLMTUNE_TEST_CACHE": str(folder.parent / "cache")}
-    # Only this process starts for real: its tests start theirs as the ordinary suite does.
-    environment.pop("LLMTUNE_TEST_START", None)
     return subprocess.run(
         [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
