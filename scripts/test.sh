@@ -37,7 +37,7 @@ cores=$(nproc)
 
 printf '== tests that start no process\n'
 status=0
-LLMTUNE_SUITE_BUDGET=$(budget 180 "$@") \
+LLMTUNE_SUITE_BUDGET=$([ "$tier" != --fast ] || budget 180 "$@") \
     .venv/bin/python -m pytest -n "$((cores < 8 ? cores : 8))" -m 'not process and not slow' "$@" || status=$?
 if [ "$tier" != --fast ]; then
     printf '== tests that start processes\n'

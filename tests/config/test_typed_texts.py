@@ -152,7 +152,7 @@ def test_null_unsets_what_can_be_unset_and_is_refused_elsewhere() -> None:
                 typed(key, "null")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     texts=st.lists(
         TEXTS.filter(lambda text: text != "null" and not is_quoted(text)),
@@ -173,7 +173,7 @@ def test_all_texts_of_a_config_survive_the_file_and_the_way_to_the_ranks(texts: 
     assert with_overrides(compose_config(["model=tiny"]).config, composed).chat == config.chat
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(text=TEXTS)
 @example(text="???")
 @example(text="${oc.env:HOME}")
