@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from allpairspy import AllPairs
 
-from llmtune.launch.environment import free_port, remove_shared_buffers, set_defaults
+from llmtune.launch.environment import hold_port, remove_shared_buffers, set_defaults
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,6 +98,12 @@ def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
     """Between two curves of one length."""
     assert len(a) == len(b) > 0
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now; another program may take it at any time."""
+    with hold_port() as held:
+        return int(held.getsockname()[1])
 
 
 def wait_for_all(ranks: Sequence[subprocess.Popen[Any]], timeout: float) -> list[int | None]:

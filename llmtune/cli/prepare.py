@@ -80,8 +80,8 @@ def resolve_request(
     Raises:
         LlmtuneError: Of every kind but export, before any rank has begun.
     """
-    rows = plan.batch.global_batch_size
-    config = replace(composed.config, train=replace(composed.config.train, global_batch_size=rows))
+    step_rows = plan.batch.global_batch_size
+    config = replace(composed.config, train=replace(composed.config.train, global_batch_size=step_rows))
     changed = folder.check_owner(config)
     if changed:
         console.say(f"changed since the last start: {', '.join(changed)}")
@@ -95,7 +95,7 @@ def resolve_request(
     data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console))
     _check_data(config, data, tokenizer, model_folder, console)
     epoch_rows = None if config.data.streaming else data.train.rows
-    steps = resolve_steps(config.train, config.schedule, epoch_rows, plan.batch.global_batch_size)
+    steps = resolve_steps(config.train, config.schedule, epoch_rows, step_rows)
     longer = folder.check_length(steps, data.fingerprint)
     if longer:
         console.say(longer)

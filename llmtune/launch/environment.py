@@ -185,9 +185,3 @@ def hold_port() -> socket.socket:
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
     return held
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now; another program may take it at any time."""
-    with hold_port() as held:
-        return int(held.getsockname()[1])

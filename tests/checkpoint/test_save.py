@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.manifest import find_damage
-from llmtune.launch.environment import free_port, remove_shared_buffers, set_defaults
-from tests.support import ROOT
+from llmtune.launch.environment import remove_shared_buffers, set_defaults
+from tests.support import ROOT, free_port
 
 
 @pytest.mark.process

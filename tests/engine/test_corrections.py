@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmtune.engine.corrections import undo_stage0_dummy_step
-from tests.support import ROOT, run
+from tests.support import ROOT, free_port, run
 
 
 @pytest.mark.process
@@ -35,8 +35,6 @@ assert undo_stage0_dummy_step(engine.optimizer)
 print("after", len(state), torch.equal(master, start))
 """
     import sys
-
-    from llmtune.launch.environment import free_port
 
     done = run([sys.executable, "-c", script], cwd=ROOT, env={"PORT": str(free_port())})
     assert "before 1 False" in done.out, done.err[-2000:]

@@ -11,9 +11,9 @@ import pytest
 
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.launch import launcher as launchers
-from llmtune.launch.environment import free_port
 from llmtune.launch.launcher import Launcher, adopt_launcher
 from llmtune.launch.meeting import await_ranks
+from tests.support import free_port
 
 PLACE = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 ALL = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **PLACE}
