@@ -22,7 +22,7 @@ class Draw(StrEnum):
     """What is drawn. The position that goes with it is named in brackets."""
 
     source_rows = "source_rows"
-    """The rows that ``limit`` takes of a source."""
+    """The rows that ``limit`` takes of a source; of two sources with as many rows it takes the same numbers."""
     held_out = "held_out"
     """The rows that ``data.val_set_size`` takes away from training."""
     share = "share"
