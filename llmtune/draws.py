@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Stands in every checkpoint. Raise it when any draw comes out differently: a run that began with others is refused then.
-DRAWS_VERSION = 2
+DRAWS_VERSION = 3
 
 
 class Draw(StrEnum):
     """What is drawn. The position that goes with it is named in brackets."""
 
     source_rows = "source_rows"
-    """The rows that ``limit`` takes of a source; of two sources with as many rows it takes the same numbers."""
+    """The rows that ``limit`` takes of a source. [hash of what is in its files]"""
     held_out = "held_out"
     """The rows that ``data.val_set_size`` takes away from training."""
     share = "share"

@@ -107,7 +107,7 @@ def compose_config(
     groups = config_groups(config_dir)
     problems: list[str] = []
     line = _CommandLine({}, {}, config_dir)
-    typed = OmegaConf.structured(Config)
+    typed = copy.deepcopy(_schema())
     for text in overrides:
         try:
             override = read_override(text, groups)
@@ -255,26 +255,45 @@ def _drop_wheel(node: DictConfig, option: str | None, line: _CommandLine) -> Non
 
 
 def _compose_node(line: _CommandLine, problems: list[str]) -> tuple[DictConfig, dict[str, str | None]]:
-    _store_schema()
-    folder = Path(line.config_dir).expanduser().resolve() if line.config_dir else None
-    search = [f"hydra.searchpath=['file://{_quoted(str(folder))}']"] if folder else []
-    GlobalHydra.instance().clear()
-    with initialize_config_module("llmtune.conf", version_base=None):
-        try:
-            node = compose(PRIMARY, overrides=[*line.choices.values(), *search], return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            cause = error.__cause__ or error
-            raise ConfigError.from_problems([*problems, _explain(cause)]) from error
-    choices = {
-        str(key): value for key, value in node.hydra.runtime.choices.items() if not str(key).startswith("hydra/")
-    }
-    plain = OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"])
-    typed = OmegaConf.merge(OmegaConf.structured(Config), plain)
+    try:
+        if line.config_dir:
+            folder = Path(line.config_dir).expanduser().resolve()
+            plain, choices = _compose_groups(
+                *line.choices.values(), f"hydra.searchpath=['file://{_quoted(str(folder))}']"
+            )
+        else:
+            plain, choices = _compose_packaged(*line.choices.values())
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError.from_problems([*problems, _explain(error.__cause__ or error)]) from error
+    # A copy, in which the schema is left as it is.
+    typed = OmegaConf.merge(_schema(), plain)
     assert isinstance(typed, DictConfig)
     _keep_prompts(typed)
     for key, value in line.settings.items():
         _update(typed, key, value)
-    return typed, choices
+    return typed, dict(choices)
+
+
+def _compose_groups(*overrides: str) -> tuple[DictConfig, dict[str, str | None]]:
+    """Hydra's part: the chosen options on top of each other; and each group's choice."""
+    _store_schema()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("llmtune.conf", version_base=None):
+        node = compose(PRIMARY, overrides=list(overrides), return_hydra_config=True)
+    choices = {
+        str(key): value for key, value in node.hydra.runtime.choices.items() if not str(key).startswith("hydra/")
+    }
+    return OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"]), choices
+
+
+#: For what composes several configs: the packaged files do not change while a process lives.
+_compose_packaged = cache(_compose_groups)
+
+
+@cache
+def _schema() -> DictConfig:
+    """To be copied, not changed."""
+    return OmegaConf.structured(Config)
 
 
 def _explain(error: BaseException) -> str:

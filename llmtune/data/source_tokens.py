@@ -83,7 +83,7 @@ def tokenise_source(
             check_chat_template(tokenizer, tokenizer.name_or_path)
         with publish_folder(folder) as aside, Tokeniser(tokenizer, settings, _workers(config, files)) as tokeniser:
             watched = _Watched(source, files, watch)
-            blocks = tokeniser.map(read_source(source, files, recipes, seed), watched.pulse)
+            blocks = tokeniser.map(read_source(source, files, recipes, seed, contents), watched.pulse)
             write_store(watched.count(blocks), aside)
     return key
 
@@ -107,8 +107,14 @@ def find_recipes(source: Source, files: list[DataFile]) -> dict[str, Recipe]:
     return recipes
 
 
-def read_source(source: Source, files: list[DataFile], recipes: dict[str, Recipe], seed: int) -> Iterator[Work]:
+def read_source(
+    source: Source, files: list[DataFile], recipes: dict[str, Recipe], seed: int, contents: list[list[str]]
+) -> Iterator[Work]:
     """The blocks of a source with their recipes, only the drawn rows where ``limit`` is set.
+
+    Args:
+        contents: Name and content hash of each file. No two sources draw the same numbers, and a source that is moved
+            draws those that it drew.
 
     Raises:
         DataError: A file cannot be read.
@@ -123,7 +129,9 @@ def read_source(source: Source, files: list[DataFile], recipes: dict[str, Recipe
     if source.limit is not None:
         count = count_rows(blocks())
         if source.limit < count:
-            chosen = select_rows(blocks(), draw_rows(count, source.limit, seed, Draw.source_rows).tolist())
+            position = int(digest([content for _, content in contents]), 16)
+            drawn = draw_rows(count, source.limit, seed, Draw.source_rows, position)
+            chosen = select_rows(blocks(), drawn.tolist())
     return ((block, recipes[block.file]) for block in chosen)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import largest_difference, matrix, train_engines
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("pretend_gpu")]
 
 PLACEMENTS = [
     *((stage, rung) for stage, rungs in {0: ["none"], 1: ["none", "optimizer_cpu"]}.items() for rung in rungs),

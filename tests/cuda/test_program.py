@@ -18,7 +18,7 @@ import pytest
 from tests.cli.test_fallback import JOB as LARGE_JOB
 from tests.support import ROOT, TINY, Finished, largest_difference, losses, run, run_cli
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("pretend_gpu")]
 
 JOB = [
     *(*TINY, "tuner=full", "zero=3", "precision=fp32", "model.attn_implementation=eager", "data.packing=true"),

@@ -147,6 +147,17 @@ def test_sources_are_limited_repeated_and_weighted(tokenizer: Any, tmp_path: Pat
     assert counts({"path": str(one), "weight": 3, "repeat": 2}, {"path": str(two), "weight": 1}) == (60, 20)
 
 
+def test_limited_sources_of_one_size_give_different_rows_wherever_they_lie(tokenizer: Any, tmp_path: Path) -> None:
+    def drawn(folder: str, name: str) -> list[str]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        source = f"{write(tmp_path / folder / name, 100, name=name)}@5"
+        data = prepare(tokenizer, tmp_path / folder / "cache", train=source, val_set_size=0)
+        return [text.rpartition(" ")[2] for text in texts(data, "train", tokenizer)]
+
+    assert len(drawn("here", "a.jsonl")) == 5
+    assert drawn("here", "a.jsonl") == drawn("there", "a.jsonl") != drawn("here", "b.jsonl")
+
+
 def test_a_held_out_row_of_a_repeated_source_is_not_trained(tokenizer: Any, tmp_path: Path) -> None:
     source = {"path": str(write(tmp_path / "a.jsonl", 20)), "repeat": 3}
     data = prepare(tokenizer, tmp_path, train=source, val_set_size=5)

@@ -12,6 +12,7 @@ from llmtune.config.schema import Precision
 from llmtune.model.adapters import add_lora
 from llmtune.plan.activations import ActivationModel, TraceSettings, loss_bytes
 from llmtune.plan.shape import load_architecture, resolve_shape
+from tests.support import matrix
 
 #: Some layers of SmolLM2's width, so that a real pass is quick.
 MODEL = ["model=smollm2_135m", "model.config.num_hidden_layers=5"]
@@ -50,13 +51,12 @@ def kept_bytes(config: Any, settings: TraceSettings) -> int:
     return sum(saved.values())
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32])
-@pytest.mark.parametrize(("rows", "packed"), [(1, False), (3, False), (3, True)])
-def test_kept_activations_are_within_five_percent(
-    tuner: str, kernel: str, precision: Precision, rows: int, packed: bool
-) -> None:
+@pytest.mark.parametrize(
+    "cells",
+    matrix(["full", "lora"], ["sdpa", "eager"], [*DTYPES], [(1, False), (3, False), (3, True)], size=1),
+)
+def test_kept_activations_are_within_five_percent(cells: list[Any]) -> None:
+    ((tuner, kernel, precision, (rows, packed)),) = cells
     config = compose_config([*MODEL, f"tuner={tuner}"]).config
     shape = resolve_shape(config.model, config.tuner)
     settings = TraceSettings(rows, 192, False, kernel, precision, False, masked=packed)

@@ -118,11 +118,14 @@ def test_a_start_that_ended_behind_its_fetch_goes_on_and_another_run_does_not(tm
 
 def test_a_run_that_began_with_other_draws_is_refused(tmp_path: Path) -> None:
     config = config_of()
-    older = make(tmp_path, 5, config, draws_version=1)
+    older = make(tmp_path, 5, config, draws_version=DRAWS_VERSION - 1)
     text = (older / "trainer_state.json").read_text()
-    assert '"draws_version": 1' in text
+    assert f'"draws_version": {DRAWS_VERSION - 1}' in text
     for chosen in (config, config_of(f"resume_from_checkpoint={older}")):
-        with pytest.raises(CheckpointError, match=r"version 1 of the random draws, and this llmtune has version 2"):
+        with pytest.raises(
+            CheckpointError,
+            match=rf"version {DRAWS_VERSION - 1} of the random draws, and this llmtune has version {DRAWS_VERSION}",
+        ):
             resume_point(RunFolder(tmp_path), chosen, "r", print)
     make(tmp_path, 10, config)
     assert resume_point(RunFolder(tmp_path), config, "r", print) == tmp_path / "checkpoint-10"
