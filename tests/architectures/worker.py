@@ -71,7 +71,7 @@ def _save(family: str) -> Path:
         # What transformers draws for the padding token is nothing, at which the root of gemma3n's sizes has no slope.
         embedding = model.get_input_embeddings().weight
         embedding[0] = embedding[1]
-    folder = Path(tempfile.mkdtemp(prefix=f"llmtune-{family}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{family}-", dir=Path(sys.argv[2]).parent))
     model.save_pretrained(folder)
     return folder
 

@@ -48,7 +48,7 @@ def storages() -> dict[int, int]:
 def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     """Predicted and measured bytes of this rank: what stands right before an optimizer step, and on disk."""
     config = compose_config(task["overrides"]).config
-    folder = broadcast_object(tempfile.mkdtemp(prefix="llmtune-test-") if rank.is_first else None, rank)
+    folder = broadcast_object(tempfile.mkdtemp(dir=Path(sys.argv[2]).parent) if rank.is_first else None, rank)
     shape = resolve_shape(config.model, config.tuner)
     placement = make_placement(task["stage"], task["rung"], config.tuner.kind)
     sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
@@ -101,8 +101,10 @@ def measure_steps(module: TrainModule, before: dict[int, int], batch: BatchPlan,
 if __name__ == "__main__":
     this = init_ranks()
     ask_cpu_once()
-    # What the libraries made on import is not looked through again and again.
+    # What the libraries made on import is not looked through again and again. Nothing else may freeze after this: what a
+    # process imports late (``llmtune.process.no_collection``) would take the tensors that are there out of the count.
     gc.freeze()
+    gc.freeze = lambda: None
     results = []
     for one in json.loads(sys.argv[1]):
         results.append(run_task(one, this))

@@ -9,7 +9,13 @@ import pytest
 
 from tests.support import train_engines
 
-BASE = ["model=tiny", "data.train=stdlib_docs@200", "data.max_seq_length=256", "data.overlong=truncate"]
+BASE = [
+    "model=tiny",
+    "data.train=stdlib_docs@200",
+    "data.max_seq_length=256",
+    "data.overlong=truncate",
+    "train.global_batch_size=4",
+]
 CELLS = [
     *(("fp32", stage, "none") for stage in "0123"),
     *(("bf16", stage, "none") for stage in "0123"),
@@ -31,9 +37,9 @@ def test_the_step_changes_nothing(tmp_path: Path) -> None:
         }
         for precision, stage, rung in CELLS
     ]
-    poisoned = train_engines([{**task, "poison": BAD} for task in tasks], 2, tmp_path)
-    without = train_engines([{**task, "leave_out": BAD} for task in tasks], 2, tmp_path)
-    for cell, found, expected in zip(CELLS, poisoned, without, strict=True):
+    pairs = [{**task, kind: BAD} for task in tasks for kind in ("poison", "leave_out")]
+    results = train_engines(pairs, 2, tmp_path)
+    for cell, found, expected in zip(CELLS, results[::2], results[1::2], strict=True):
         assert found["applied"] == [step != BAD for step in range(LAST)], cell
         assert math.isfinite(found["losses"][BAD]), "only the gradient is bad"
         assert not math.isfinite(found["norms"][BAD]), cell
