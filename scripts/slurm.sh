@@ -33,14 +33,19 @@ newest_checkpoint() {
 command=("${PYTHON:-python}" -m llmtune)
 if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
     command=(srun --kill-on-bad-exit=1 "${command[@]}")
+    # Since Slurm 22.05 srun does not take it from sbatch: each rank would have one core.
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+        export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    fi
 fi
 
 before=$(newest_checkpoint)
 # In the background, for bash looks at signals only between two commands, and in wait.
 "${command[@]}" "$@" &
 job=$!
-trap 'caught=yes; kill -USR1 "$job" 2>/dev/null' USR1
-trap 'caught=yes; kill -TERM "$job" 2>/dev/null' TERM
+asked=
+trap 'caught=yes; asked=${asked:-USR1}; kill -USR1 "$job" 2>/dev/null' USR1
+trap 'caught=yes; asked=${asked:-TERM}; kill -TERM "$job" 2>/dev/null' TERM
 code=127
 while :; do
     caught=
@@ -60,6 +65,10 @@ case $code in
     exit "$code"
     ;;
 esac
+if [ "$asked" = TERM ]; then
+    echo "slurm.sh: ended by Slurm (scancel, or preemption, after which Slurm itself queues it again); exit code $code" >&2
+    exit "$code"
+fi
 in_vain=0
 if [ "$(newest_checkpoint)" = "$before" ]; then
     read -r in_vain 2>/dev/null <"$in_vain_file"

@@ -56,6 +56,7 @@ PYTHON = """
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, save)
     (run.parent / f"called-{rank}").write_text(json.dumps(sys.argv[1:]))
+    (run.parent / f"cores-{rank}").write_text(os.environ.get("SRUN_CPUS_PER_TASK", ""))
     play = json.loads(os.environ["PLAY"])
     for step in play.get("checkpoints", []):
         (run / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
@@ -123,9 +124,12 @@ def wait_for(*files: Path) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "code", "requeued"), [(signal.SIGUSR1, 0, 1), (signal.SIGTERM, 75, 0)])
 @pytest.mark.parametrize("tasks", [1, 2])
-def test_a_signal_to_the_batch_script_reaches_every_rank(tasks: int, number: signal.Signals, slurm: Slurm) -> None:
+def test_a_signal_to_the_batch_script_reaches_every_rank(
+    tasks: int, number: signal.Signals, code: int, requeued: int, slurm: Slurm
+) -> None:
+    """A job that was cancelled is not queued again."""
     ranks = ["-"] if tasks == 1 else ["0", "1"]
     job = slurm.start(tasks=tasks, end="save")
     wait_for(*(slurm.folder / f"ready-{rank}" for rank in ranks))
@@ -133,8 +137,7 @@ def test_a_signal_to_the_batch_script_reaches_every_rank(tasks: int, number: sig
     # Slurm's second one comes while ranks save.
     time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(30) == 0
-    assert slurm.requeued == 1
+    assert (job.wait(30), slurm.requeued) == (code, requeued)
     for rank in ranks:
         assert (slurm.folder / f"heard-{rank}").exists()
 
@@ -144,6 +147,13 @@ def test_arguments_arrive_as_they_were_typed(slurm: Slurm) -> None:
     assert slurm.end(*odd, end=0) == 0
     called = json.loads((slurm.folder / "called--").read_text())
     assert called == ["-m", "llmtune", f"output_dir={slurm.run}", *odd]
+
+
+@pytest.mark.parametrize(("given", "handed_on"), [(None, ""), ("8", "8")])
+def test_every_rank_keeps_its_cores(given: str | None, handed_on: str, slurm: Slurm) -> None:
+    slurm.environment |= {} if given is None else {"SLURM_CPUS_PER_TASK": given}
+    assert slurm.end(tasks=2, end=0) == 0
+    assert [(slurm.folder / f"cores-{rank}").read_text() for rank in range(2)] == [handed_on] * 2
 
 
 @pytest.mark.parametrize("end", [0, 2, 3, 4, 5, 7, 1, 130])
