@@ -38,6 +38,8 @@ def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable
         return found
     newest = _newest_whole(folder.path, say)
     newest = _newer_at_mirror(folder, config, run_name, _step(newest), say) or newest
+    if newest is None and not find_checkpoints(folder.path):
+        newest = _where_it_began(folder, say)
     if newest is not None:
         check_same_run(newest, config)
         check_draws(newest)
@@ -93,6 +95,19 @@ def _own_since(
             "from there (another run_name= or output_dir= begins anew)"
         )
     return newest
+
+
+def _where_it_began(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that this run was told to begin from by an earlier command, where it has saved nothing since."""
+    began = folder.read_began()
+    if began is None:
+        return None
+    origin = Path(began["origin"])
+    if find_damage(origin):
+        say(f"warning: this run began from {origin}, which is gone or damaged, and has saved nothing: beginning anew")
+        return None
+    say(f"this run began from {origin}, and has saved nothing since")
+    return origin
 
 
 def _is_own_copy(origin: str, config: Config, run_name: str) -> bool:

@@ -13,6 +13,7 @@ from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.errors import CheckpointError, ConfigError
+from llmtune.train.begun import begun_train
 from llmtune.train.mirror_place import settle_run_id, withdraw_left_copies
 from llmtune.train.resume import began_from, resume_point
 from llmtune.train.run_folder import RunFolder
@@ -188,3 +189,22 @@ def test_a_run_folder_for_a_checkpoint_is_told_which_there_are(tmp_path: Path) -
         begin(tmp_path / "second", f"resume_from_checkpoint={tmp_path}/first")
     with pytest.raises(CheckpointError, match="COMPLETE is missing"):
         begin(tmp_path / "second", f"resume_from_checkpoint={tmp_path}/nothing")
+
+
+def test_what_a_run_began_from_counts_until_it_has_saved_something(tmp_path: Path) -> None:
+    """A later command need not name it again: it would train the base instead, and say nothing."""
+    rows = "train.global_batch_size=24"
+    run, path, said = tmp_path / "run", make(tmp_path / "other", 8, config_of(rows)), list[str]()
+    assert begun_train(config_of(), run, "r") is None
+    assert begin(run, rows, f"resume_from_checkpoint={path}") == path
+    assert begin(run, rows, said=said) == path
+    assert f"this run began from {path}, and has saved nothing since" in said
+    stored = begun_train(config_of(), run, "r")
+    assert stored is not None
+    assert stored.global_batch_size == 24, "rows a step are kept, too"
+    newer = make(run, 10, config_of(rows))
+    assert begin(run, rows) == newer
+    shutil.rmtree(newer)
+    shutil.rmtree(path)
+    assert begin(run, rows, said=said) is None
+    assert "gone or damaged, and has saved nothing: beginning anew" in said[-1]
