@@ -43,7 +43,8 @@ def check_protocol(url: str, key: str) -> None:
         ConfigError: It does not.
     """
     protocol = url.split("::")[-1].partition("://")[0]
-    if "://" in url and protocol not in fsspec.available_protocols():
+    # Those that fsspec brings along or finds installed, and those that a program has registered.
+    if "://" in url and protocol not in {*fsspec.available_protocols(), *fsspec.registry}:
         raise ConfigError(
             f"{key}={redact(url)}: {protocol}:// is not known; take a URL of fsspec such as s3://bucket/folder, or a folder"
         )

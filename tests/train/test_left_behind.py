@@ -6,7 +6,9 @@ import functools
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from llmtune.checkpoint import names, remote
 from llmtune.checkpoint.find import find_checkpoints
@@ -208,3 +210,10 @@ def test_what_a_run_began_from_counts_until_it_has_saved_something(tmp_path: Pat
     shutil.rmtree(path)
     assert begin(run, rows, said=said) is None
     assert "gone or damaged, and has saved nothing: beginning anew" in said[-1]
+
+
+def test_a_protocol_that_a_program_has_registered_is_known() -> None:
+    with pytest.raises(ConfigError, match="registered-by-us:// is not known"):
+        remote.check_protocol("registered-by-us://place", "checkpoint.mirror")
+    fsspec.register_implementation("registered-by-us", LocalFileSystem)
+    remote.check_protocol("registered-by-us://place", "checkpoint.mirror")
