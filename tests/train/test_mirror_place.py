@@ -120,12 +120,13 @@ def test_a_name_that_reads_like_a_pattern_removes_its_own_copies_only(name: str,
     url = f"memory://{tmp_path.name}"
     for number, run_name in enumerate(("exp1", "expl", name)):
         copies = Mirror(url, run_name, print, run_name)
-        for step in (4, 8):
+        # Removes its own copies of the steps of which the others have theirs.
+        for step in (4, 8, 12) if run_name == name else (8,):
             copies.put(make(tmp_path / f"run-{number}", step, config_of()), {f"checkpoint-{step}"})
             assert copies.finish(30) == []
     found = {path.removeprefix(f"/{tmp_path.name}/").rpartition("/")[0] for path in system.find(f"/{tmp_path.name}")}
-    assert found == {"", *(f"{run_name}/checkpoint-8" for run_name in ("exp1", "expl", name))}
-    assert withdraw_copies(url, name, name, 8) == ["checkpoint-8"]
+    assert found == {"", "exp1/checkpoint-8", "expl/checkpoint-8", f"{name}/checkpoint-12"}
+    assert withdraw_copies(url, name, name, 8) == ["checkpoint-12"]
     assert [find_remote(url, run_name) != [] for run_name in ("exp1", "expl", name)] == [True, True, False]
 
 

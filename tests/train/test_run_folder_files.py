@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,3 +170,9 @@ def test_a_file_that_is_no_json_is_none(tmp_path: Path) -> None:
     for data, found in ((b"", None), (b"\xff", None), (b"{", None), (b"[1]", [1]), (b"0", 0)):
         (tmp_path / "file").write_bytes(data)
         assert read_json(tmp_path / "file") == found
+
+
+def test_nothing_in_a_run_folder_is_written_in_place() -> None:
+    """But for files that grow, of which readers pass over a line that is cut off."""
+    for file in (*(ROOT / "llmtune" / "train").glob("*.py"), ROOT / "llmtune" / "track" / "metrics.py"):
+        assert not re.search(r"\.write_(text|bytes)\(|open\(\"w", file.read_text()), file
