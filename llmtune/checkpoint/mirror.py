@@ -159,6 +159,11 @@ class Mirror:
             persist(self._store.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data()))
 
 
+def owner_file(run_name: str) -> str:
+    """The name of the file that says whose a run's place is."""
+    return f"{run_name}.owner"
+
+
 class Owner:
     """Whose the place of a run at a mirror is: a file beside it, for the place itself holds checkpoints only."""
 
@@ -168,7 +173,7 @@ class Owner:
             ConfigError: The protocol is unknown, or its driver is not installed.
         """
         self._store = Store(url.rstrip("/"), f"checkpoint.mirror={redact(url)}")
-        self._name = f"{run_name}.owner"
+        self._name = owner_file(run_name)
 
     def read(self) -> str | None:
         """The id of a run; None where nobody has marked it. One attempt."""
@@ -193,6 +198,27 @@ def read_place(url: str, run_name: str) -> tuple[str | None, list[str]]:
         owner = persist(Owner(url, run_name).read)
         store = Store(root, f"checkpoint.mirror={redact(url)}")
         return owner, [name for _, name in sorted(persist(store.list_checkpoints))]
+
+
+def withdraw_copies(url: str, run_name: str, run_id: str, step: int) -> list[str]:
+    """Take the marker from a run's own copies of ``step`` and later ones, so that no start goes on from them; their names.
+
+    The files go with the next copy, which removes what the run folder does not keep.
+
+    Raises:
+        ConfigError: The protocol is unknown, or its driver is not installed.
+        CheckpointError: The mirror cannot be read or written.
+    """
+    root = _join(url, run_name)
+    store = Store(root, f"checkpoint.mirror={redact(url)}")
+    with _reported(root):
+        if persist(Owner(url, run_name).read) not in (None, run_id):
+            return []
+        found = [name for at, name in sorted(persist(store.list_checkpoints)) if at >= step]
+        found = [name for name in found if persist(store.read, f"{name}/{names.COMPLETE}") is not None]
+        for name in found:
+            persist(store.unmark, name)
+    return found
 
 
 def find_remote(url: str, run_name: str) -> list[tuple[int, str]]:

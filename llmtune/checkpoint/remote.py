@@ -43,7 +43,8 @@ def check_protocol(url: str, key: str) -> None:
         ConfigError: It does not.
     """
     protocol = url.split("::")[-1].partition("://")[0]
-    if "://" in url and protocol not in fsspec.available_protocols():
+    # Those that fsspec brings along or finds installed, and those that a program has registered.
+    if "://" in url and protocol not in {*fsspec.available_protocols(), *fsspec.registry}:
         raise ConfigError(
             f"{key}={redact(url)}: {protocol}:// is not known; take a URL of fsspec such as s3://bucket/folder, or a folder"
         )
@@ -125,12 +126,31 @@ class Store:
         found = ((names.checkpoint_step(Path(path)), Path(path).name) for path in paths)
         return [(step, name) for step, name in found if step is not None]
 
-    def remove(self, name: str) -> None:
-        """Remove what lies under a name, the marker first, so that it is never half-gone with its marker."""
+    def unmark(self, name: str) -> None:
+        """From here on it is no complete checkpoint."""
         with suppress(FileNotFoundError):
             self.system.rm_file(self.at(f"{name}/{names.COMPLETE}"))
+
+    def remove(self, name: str) -> None:
+        """Remove what lies under a name, the marker first, so that it is never half-gone with its marker."""
+        self.unmark(name)
         with suppress(FileNotFoundError):
-            self.system.rm(self.at(name), recursive=True)
+            self._remove_all(self.at(name))
+
+    def _remove_all(self, folder: str) -> None:
+        """File by file. ``rm`` of fsspec takes a name with ``*``, ``?`` or ``[`` for a pattern, and other runs go with it."""
+        if isinstance(self._driver, LocalFileSystem):
+            self._driver.rm(folder, recursive=True)
+            return
+        found = self.system.find(folder, withdirs=True, detail=True)
+        folders = {folder, *(path for path, entry in found.items() if entry["type"] == "directory")}
+        for path in found.keys() - folders:
+            with suppress(FileNotFoundError):
+                self._driver.rm_file(path)
+        for path in sorted(folders, reverse=True):
+            # Object stores have none.
+            with suppress(OSError, ValueError, NotImplementedError):
+                self._driver.rmdir(path)
 
     def _create(self, path: str) -> Any:
         try:

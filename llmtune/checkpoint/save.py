@@ -7,7 +7,6 @@ their own if there is memory for the copies, and tell rank 0 by one more file ea
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -20,7 +19,7 @@ from typing import Any
 from llmtune.checkpoint import names
 from llmtune.checkpoint.content import check_adapter_trained, check_tensors
 from llmtune.checkpoint.find import REPLACED
-from llmtune.checkpoint.manifest import flush, hash_file, publish, write_manifest
+from llmtune.checkpoint.manifest import hash_file, publish, write_manifest
 from llmtune.checkpoint.outbox import Buffers, Outbox
 from llmtune.checkpoint.state_files import load_state_files, put_states
 from llmtune.checkpoint.trainer_state import TrainerState, read_trainer_state
@@ -29,6 +28,7 @@ from llmtune.engine.distributed import any_rank, gather_objects
 from llmtune.engine.module import TrainModule
 from llmtune.engine.state import optimizer_steps, read_loss_scale, write_loss_scale
 from llmtune.errors import CheckpointError
+from llmtune.whole_file import write_whole
 
 #: Between two looks of rank 0 at what the others have written.
 _POLL_SECONDS = 0.02
@@ -137,7 +137,7 @@ class PendingSave:
                 # Without this rank's report nothing is published.
                 return
             report = {"files": self._outbox.entries, "tensors": _describe(self._outbox)}
-            _write_whole(aside / _report_name(self._rank.rank), json.dumps(report).encode())
+            write_whole(aside / _report_name(self._rank.rank), json.dumps(report).encode())
 
     def _publish_if_first(self) -> None:
         if self._rank.is_first:
@@ -178,7 +178,7 @@ class PendingSave:
             tensors |= report["tensors"]
         for name, data in {**self._request.companions, names.TRAINER_STATE: self._state_text()}.items():
             (aside / name).parent.mkdir(exist_ok=True)
-            _write_whole(aside / name, data)
+            write_whole(aside / name, data)
             files[name] = hash_file(aside / name)
         for number in range(len(reports)):
             (aside / _report_name(number)).unlink()
@@ -259,14 +259,6 @@ def _replace(aside: Path, folder: Path) -> None:
         folder.rename(old)
     publish(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """A small file, flushed, under its name only when it is whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    flush(part)
-    os.replace(part, path)
 
 
 def _report_name(rank: int) -> str:

@@ -30,9 +30,9 @@ from llmtune.model.untrained import find_untrained_tokens
 from llmtune.plan.resolve import Plan, resolve_steps
 from llmtune.plan.units import format_bytes, format_count
 from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
-from llmtune.train.mirror_place import settle_run_id
+from llmtune.train.mirror_place import settle_run_id, withdraw_left_copies
 from llmtune.train.request import RunRequest
-from llmtune.train.resume import named_origin, resume_point
+from llmtune.train.resume import began_from, resume_point
 from llmtune.train.run_folder import RunFolder
 
 
@@ -103,14 +103,12 @@ def resolve_request(
         return None
     request = RunRequest(config, plan, steps, data, target.folder, target.name, model_folder, resume_from, run_id)
     step = _check_resume(resume_from, steps.total_steps, data.fingerprint)
-    extra: dict[str, Any] = {
-        "steps": asdict(steps),
-        "data": asdict(data),
-        "model_folder": str(model_folder),
-        "run_name": target.name,
-    }
-    extra |= {"began_from": _began_from(config, folder, step), "run_id": run_id, **(notes or {})}
-    for note in folder.begin(config, composed.overrides, plan, extra, step):
+    about: dict[str, Any] = {"steps": asdict(steps), "data": asdict(data), "model_folder": str(model_folder)}
+    about |= {"run_name": target.name, "run_id": run_id, "began_from": began_from(folder, config), **(notes or {})}
+    if resume_from is not None:
+        first_left = folder.first_left(step, resume_from)
+        withdraw_left_copies(config, target.name, run_id, first_left, console.say)
+    for note in folder.begin(config, composed.overrides, {**plan.to_dict(), **about}, step, resume_from):
         console.say(note)
     if data.left_out:
         shutil.copyfile(Path(data.folder) / PROBLEMS, target.folder / names.BAD_ROWS)
@@ -246,15 +244,6 @@ def _data_name(config: Config) -> str:
     """The name of the first file, without its ending."""
     path = parse_sources(config.data.train, "data.train", config.data.format)[0].path
     return Path(path.split("*")[0].rstrip("/")).name.split(".")[0] or "data"
-
-
-def _began_from(config: Config, folder: RunFolder, step: int) -> dict[str, Any] | None:
-    """For the run folder to remember: the checkpoint that the run was told to begin from."""
-    wanted, began = config.resume_from_checkpoint, folder.read_began()
-    if wanted in ("auto", "none"):
-        return began
-    origin = named_origin(wanted)
-    return began if began is not None and began["origin"] == origin else {"origin": origin, "step": step}
 
 
 def _check_resume(checkpoint: Path | None, total_steps: int, data_fingerprint: str) -> int:

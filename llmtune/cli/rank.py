@@ -34,12 +34,12 @@ from llmtune.launch.environment import (
 )
 from llmtune.launch.launcher import Launcher
 from llmtune.launch.meeting import await_ranks
-from llmtune.launch.processes import follow_supervisor
+from llmtune.launch.processes import follow_launcher, follow_supervisor
 from llmtune.launch.rank import hold_output, redirect_output, report_failure, to_user_error
 from llmtune.launch.self_watch import SelfWatch
 from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.launch.stacks import answer_with_stacks
-from llmtune.process import die_with_parent, no_collection
+from llmtune.process import no_collection
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def import_libraries(tuner: str) -> None:
 def run_launched(arguments: Arguments, launcher: Launcher) -> NoReturn:
     """A rank of a foreign launcher: rank 0 prepares, the others get what it resolved, or its error."""
     if launcher.stays:
-        die_with_parent()
+        follow_launcher()
     # Before anything imports torch.
     set_thread_default(launched_ranks_on_node())
     set_allocator_default()

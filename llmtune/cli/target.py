@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from llmtune.config.schema import Config, TunerKind
 from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
+from llmtune.whole_file import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -156,11 +156,9 @@ def from_trained(config: Config, folder: Path, run: Path) -> Target:
 
 def _base_folder(config: Config, run: Path) -> Path:
     """Where the run's base lies: where it lay in training, or wherever the configuration finds it now."""
-    plan = run / names.PLAN
-    if plan.is_file():
-        folder = Path(json.loads(plan.read_text()).get("model_folder", ""))
-        if folder.is_dir() and list(folder.glob("*.safetensors")):
-            return folder
+    name = (read_json(run / names.PLAN) or {}).get("model_folder")
+    if name and list(Path(name).glob("*.safetensors")):
+        return Path(name)
     return resolve_model_folder(config.model, cache_dir(config))
 
 

@@ -44,7 +44,9 @@ def main(arguments: Arguments) -> int:
         bad = sum(not report["healthy"] for report in reports)
         if mirror is not None:
             healthy = [Path(report["path"]) for report in reports if report["healthy"]]
-            not_copied = _copy(mirror, [folder for folder in healthy if names.checkpoint_step(folder) is not None])
+            run = Path(str(config.run)).expanduser()
+            checkpoints = [folder for folder in healthy if names.checkpoint_step(folder) is not None]
+            not_copied = _copy(mirror, run, checkpoints)
         if arguments.as_json:
             copies = {} if mirror is None else {"not_copied": dict(not_copied)}
             write(json.dumps({"healthy": bad == 0, "folders": reports, **copies}, indent=1) + "\n")
@@ -100,11 +102,18 @@ def _open_mirror(config: Config) -> Mirror:
     return Mirror(url, name, lambda _: None, run.read_run_id() or "")
 
 
-def _copy(mirror: Mirror, checkpoints: list[Path]) -> list[tuple[str, str]]:
-    """Copy what is not there; what failed, each with the reason."""
-    for folder in checkpoints:
-        mirror.put(folder, None)
-    return mirror.finish(_COPY_SECONDS)
+def _copy(mirror: Mirror, run: Path, checkpoints: list[Path]) -> list[tuple[str, str]]:
+    """Copy what is not there; what failed, each with the reason.
+
+    Raises:
+        CheckpointError: The run is under way, which copies itself: two that write to one place undo each other's work.
+    """
+    from llmtune.launch.lock import hold_lock
+
+    with hold_lock(run / names.LOCK):
+        for folder in checkpoints:
+            mirror.put(folder, None)
+        return mirror.finish(_COPY_SECONDS)
 
 
 def _run_folders(run: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 from llmtune.config.data_schema import DataFormat
 from llmtune.config.export_schema import ExportDtype, ExportFormat, MergeOnto
 from llmtune.config.schema import Config, OffloadDevice, Precision, TunerKind
-from llmtune.config.stored import to_plain
+from llmtune.config.stored import read_key, to_plain
 
 
 def problems(config: Config) -> list[str]:
@@ -17,6 +17,7 @@ def problems(config: Config) -> list[str]:
     return [
         *_check_finite(config),
         *_check_name(config),
+        *_check_places(config),
         *_check_ranges(config),
         *_check_choices(config),
         *_check_zero(config),
@@ -51,6 +52,23 @@ def _check_name(config: Config) -> list[str]:
     if name and (set(name) & set("/\\\0") or name.strip() in ("", ".", "..")):
         return [f"run_name={name}: a name, without slashes; another folder is named by output_dir="]
     return []
+
+
+#: Places that an empty text would make the current folder, or the root of the machine.
+PLACES = (
+    "resume_from_checkpoint",
+    "checkpoint.mirror",
+    "checkpoint.path",
+    "tuner.adapter_path",
+    "offload.nvme_path",
+    "paths.cache_dir",
+)
+
+
+def _check_places(config: Config) -> list[str]:
+    """As of ``checkpoint.mirror=$PLACE`` where a script has not set the variable."""
+    found = [key for key in PLACES if (value := read_key(config, key)) is not None and not value.strip()]
+    return [f"{key}= is empty: name a place, or leave the key out" for key in found]
 
 
 def _check_ranges(config: Config) -> list[str]:

@@ -25,10 +25,22 @@ def load_config(path: Path) -> Config:
     """
     if not path.is_file():
         raise ConfigError(f"{path.parent} is not a run folder: it has no {path.name}")
+    return load_bytes(path.read_bytes(), str(path))
+
+
+def load_bytes(stored: bytes, where: str) -> Config:
+    """The same of a file's bytes, wherever they come from.
+
+    Args:
+        where: What an error names.
+
+    Raises:
+        ConfigError: They hold keys that this version does not know, or are no configuration.
+    """
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
+        return parse_yaml(stored.decode())
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {first_line(error)}") from error
+        raise ConfigError(f"{where}: {first_line(error)}") from error
 
 
 def parse_yaml(text: str) -> Config:
@@ -36,9 +48,12 @@ def parse_yaml(text: str) -> Config:
 
     Raises:
         OmegaConfBaseException: It is not a config of this version.
-        ConfigError: A mandatory value is missing.
+        ConfigError: A mandatory value is missing, or it is something else than keys and values.
     """
-    return from_plain(yaml.safe_load(text) or {})
+    values = yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise ConfigError(f"no configuration, but {str(values)[:40]!r}")
+    return from_plain(values)
 
 
 def from_plain(values: dict[str, Any]) -> Config:

@@ -20,7 +20,7 @@ from llmtune.data.conversation import Conversation, Role
 from llmtune.data.formats import texts_within
 from llmtune.data.problems import RowError
 from llmtune.data.templates import ChatTemplates, Span
-from llmtune.data.windows import WINDOW, Pulse, WindowTokeniser
+from llmtune.data.windows import WINDOW, LongEncoding, Pulse, WindowTokeniser
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -238,7 +238,10 @@ class Encoder:
         ids = np.asarray(encoding.ids, dtype=np.int32)
         if conversation.label is not None:
             return self._finish_classification(conversation, text, ids)
-        mask, silent = np.zeros(len(ids), dtype=bool), np.zeros(len(ids), dtype=bool)
+        if conversation.plain:
+            ids = self._end_text(ids, encoding)
+        mask = np.zeros(len(ids), dtype=bool)
+        silent = np.zeros(len(ids) if self.settings.train_on_inputs else 0, dtype=bool)
         end_of_turn = self._eos
         for start, end, train in spans:
             first, last = _token_range(encoding, start, end)
@@ -251,7 +254,7 @@ class Encoder:
             # The text brings its own, and the tokenizer puts one before it.
             ids, mask, silent = ids[1:], mask[1:], silent[1:]
         if conversation.plain:
-            ids, mask = self._end_text(ids, mask)
+            mask[-1] = True
         if not mask[1:].any():
             spoken = any(message.role is Role.assistant for message in conversation.messages)
             raise RowError("no token is trained" + ("" if spoken else ": there is no answer of the assistant"))
@@ -263,15 +266,16 @@ class Encoder:
             return [replace(cut, mask=_all_but(silent, len(cut.ids))) for cut in rows]
         return rows
 
-    def _end_text(self, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> tuple[Any, Any]:
-        """Plain text ends with the end-of-text token, which is trained, whether or not the tokenizer put it there."""
+    def _end_text(self, ids: NDArray[np.int32], encoding: Any) -> NDArray[np.int32]:
+        """Plain text ends with the end-of-text token, whether or not the tokenizer put it there."""
         if self._eos is None:
             raise RowError("the tokenizer has no end-of-text token to end a text with")
-        if ids[-1] == self._eos:
-            mask[-1] = True
-            return ids, mask
-        # Others, such as BERT's [SEP], stay where they are.
-        return np.append(ids, np.int32(self._eos)), np.append(mask, True)
+        if len(ids) and ids[-1] == self._eos:
+            return ids
+        # Others, such as BERT's [SEP], stay where they are. A long text has room for one more; all of it is not copied.
+        return (
+            encoding.ids_and(self._eos) if isinstance(encoding, LongEncoding) else np.append(ids, np.int32(self._eos))
+        )
 
     def _check_end(self, text: str, end: int, last: int, encoding: Any) -> int:
         """The last trained token of an answer, white space aside, which must be one that ends a turn."""

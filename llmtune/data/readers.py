@@ -95,13 +95,22 @@ def count_rows(blocks: Iterator[Block]) -> int:
 def _unparsed(block: Block) -> Iterator[tuple[int, Any]]:
     """Rows with their lines, JSON lines still as bytes."""
     if isinstance(block.content, bytes):
-        for number, line in enumerate(block.content.split(b"\n"), block.first):
+        for number, line in enumerate(_lines(block.content), block.first):
             if line.strip():
                 yield number, line
     elif isinstance(block.content, list):
         yield from block.content
     else:
         yield from enumerate(map(_without_nulls, block.content.to_pylist()), block.first)
+
+
+def _lines(content: bytes) -> Iterator[bytes]:
+    """One at a time: of a long one there is no second copy where it is a block of its own."""
+    begin = 0
+    while (end := content.find(b"\n", begin)) >= 0:
+        yield content[begin:end]
+        begin = end + 1
+    yield content[begin:]
 
 
 def _without_nulls(row: Any) -> Any:
@@ -156,19 +165,31 @@ def _read_jsonl(file: DataFile, source: Source, start: tuple[int, int]) -> Itera
         if position:
             # Where a packed file cannot seek, fsspec reads on to the place.
             stream.seek(position)
-        # Of the line that has not ended yet, which may be longer than memory can hold twice.
-        rest: list[bytes] = []
+        # Of the line that has not ended yet.
+        rest = bytearray()
         while chunk := stream.read(BLOCK_BYTES):
+            if len(rest) > BLOCK_BYTES:
+                # A long line is a block of its own, so that no more than its parsed text is held beside it.
+                head, separator, chunk = chunk.partition(b"\n")
+                rest += head
+                if not separator:
+                    continue
+                content = bytes(rest)
+                rest.clear()
+                position += len(content) + 1
+                yield Block(file.path, line, content, (position, line + 1))
+                line += 1
             head, separator, tail = chunk.rpartition(b"\n")
             if not separator:
-                rest.append(chunk)
+                rest += chunk
                 continue
-            content = b"".join((*rest, head))
-            rest = [tail]
+            content = bytes(rest + head)
+            rest = bytearray(tail)
             position += len(content) + 1
             first, line = line, line + content.count(b"\n") + 1
             yield Block(file.path, first, content, (position, line))
-        if content := b"".join(rest):
+        if rest:
+            content = bytes(rest)
             rest.clear()
             yield Block(file.path, line, content, (position + len(content), line + 1))
 
@@ -194,6 +215,7 @@ def _read_json(file: DataFile, source: Source, start: tuple[int, int]) -> Iterat
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(f"{file.path}:{line}: {not_utf8(data[error.start])}") from error
+    del data
     yield from _in_blocks(file.path, find_rows(file.path, text, source), start[0])
 
 

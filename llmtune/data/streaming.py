@@ -176,7 +176,7 @@ class RowStream:
             start = (cursor.places[number][0], cursor.places[number][1])
             for block in read_blocks(file, source, start) if recipe else ():
                 cursor.places[number] = list(block.next)
-                made = tokenise_block(block, self._encoder, recipe)  # type: ignore[arg-type]
+                (made,) = tokenise_block(block, self._encoder, recipe)  # type: ignore[arg-type]
                 if self._model_folder is not None:
                     check_block(made.ids, made.lengths, (made.file, made.lines), self._model_folder, self._tokenizer)
                 yield made

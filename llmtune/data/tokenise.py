@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 #: Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to hold in memory.
 AHEAD = 3
 
+#: Of a block of tokens that is written at once.
+MOST_TOKENS = 1 << 20
+
 #: Seconds between two signs of life of whoever waits for a worker.
 PULSE_SECONDS = 0.5
 
@@ -70,11 +73,15 @@ class TokenBlock:
     """Fields that no format reads and that are not known to be harmless."""
 
 
-def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe, pulse: Pulse | None = None) -> TokenBlock:
+def tokenise_block(
+    block: Block, encoder: Encoder, recipe: Recipe, pulse: Pulse | None = None, most_tokens: int | None = None
+) -> Iterator[TokenBlock]:
     """Parse, render and encode.
 
     Args:
         pulse: Called now and then while a long text is tokenised.
+        most_tokens: Of a block of tokens, where it has several rows; None for all in one. One row of many megabytes, which is
+            split, becomes many rows, of which no second copy is made.
     """
     lines: list[int] = []
     conversations: list[Conversation] = []
@@ -90,8 +97,8 @@ def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe, pulse: Pulse 
             unknown |= unread
         except RowError as error:
             problems.append(Problem(block.file, line, str(error)))
-    documents: list[list[TokenRow]] = []
-    kept: list[int] = []
+    rows: list[TokenRow] = []
+    places: list[tuple[int, int, bool]] = []
     overlong: list[int] = []
     for line, outcome in zip(lines, encoder.encode(conversations, pulse), strict=True):
         if isinstance(outcome, RowError):
@@ -99,16 +106,33 @@ def tokenise_block(block: Block, encoder: Encoder, recipe: Recipe, pulse: Pulse 
         elif isinstance(outcome, Overflow):
             overlong.append(outcome.tokens)
         else:
-            documents.append(outcome)
-            kept += [line] * len(outcome)
+            whole = _hash(outcome)
+            places += [(line, whole, number == 0) for number in range(len(outcome))]
+            rows += outcome
     problems.sort(key=lambda problem: problem.line or 0)
-    made = _collect(block, documents, kept, encoder)
-    made.problems, made.overlong, made.unknown = problems, overlong, frozenset(unknown)
-    return made
+    for begin, end in itertools.pairwise(_borders(rows, most_tokens)):
+        made = _collect(block, rows[begin:end], places[begin:end], encoder)
+        if begin == 0:
+            made.problems, made.overlong, made.unknown = problems, overlong, frozenset(unknown)
+        yield made
 
 
-def _collect(block: Block, documents: list[list[TokenRow]], lines: list[int], encoder: Encoder) -> TokenBlock:
-    rows = list(itertools.chain.from_iterable(documents))
+def _borders(rows: list[TokenRow], most_tokens: int | None) -> list[int]:
+    """Where blocks of at most so many tokens begin, and the end; one block at the least."""
+    borders, tokens = [0], 0
+    for number, row in enumerate(rows):
+        if most_tokens is not None and tokens and tokens + len(row.ids) > most_tokens:
+            borders.append(number)
+            tokens = 0
+        tokens += len(row.ids)
+    return [*borders, len(rows)]
+
+
+def _collect(block: Block, rows: list[TokenRow], places: list[tuple[int, int, bool]], encoder: Encoder) -> TokenBlock:
+    """
+    Args:
+        places: Of each row its line, the hash of its document, and whether it begins that.
+    """
     ids = np.concatenate([row.ids for row in rows]) if rows else np.zeros(0, dtype=np.int32)
     return TokenBlock(
         file=block.file,
@@ -117,20 +141,21 @@ def _collect(block: Block, documents: list[list[TokenRow]], lines: list[int], en
         mask=np.concatenate([row.mask for row in rows]) if rows else np.zeros(0, dtype=bool),
         lengths=np.array([len(row.ids) for row in rows], dtype=np.int32),
         trained=np.array([row.trained_tokens for row in rows], dtype=np.int32),
-        hashes=np.array([digest for pieces in documents for digest in _hashes(pieces)], dtype=np.uint64),
-        begins=np.array([number == 0 for pieces in documents for number in range(len(pieces))], dtype=bool),
-        lines=np.array(lines, dtype=np.int64),
+        hashes=np.array([whole for _, whole, _ in places], dtype=np.uint64),
+        begins=np.array([begins for _, _, begins in places], dtype=bool),
+        lines=np.array([line for line, _, _ in places], dtype=np.int64),
         labels=[row.label for row in rows if row.label is not None],
         truncated=sum(row.truncated for row in rows),
         special=encoder.special.intersection(np.unique(ids).tolist()),
     )
 
 
-def _hashes(pieces: list[TokenRow]) -> list[int]:
+def _hash(pieces: list[TokenRow]) -> int:
+    """Of a document as a whole."""
     state = xxhash.xxh3_64()
     for piece in pieces:
         state.update(piece.ids.tobytes())
-    return [state.intdigest()] * len(pieces)
+    return state.intdigest()
 
 
 class Tokeniser:
@@ -172,18 +197,18 @@ class Tokeniser:
         Raises:
             DataError: A worker was killed.
         """
-        waiting: deque[Future[TokenBlock]] = deque()
+        waiting: deque[Future[list[TokenBlock]]] = deque()
         try:
             for block, recipe in work:
                 # Workers take seconds to import what they need; meanwhile this process does their work.
                 if self._pool is None or self._started is None or not self._started.done():
-                    yield tokenise_block(block, self._encoder, recipe, pulse)
+                    yield from tokenise_block(block, self._encoder, recipe, pulse, MOST_TOKENS)
                     continue
                 waiting.append(self._pool.submit(_work, block, recipe))
                 if len(waiting) > self._ahead:
-                    yield _await(waiting.popleft(), pulse)
+                    yield from _await(waiting.popleft(), pulse)
             while waiting:
-                yield _await(waiting.popleft(), pulse)
+                yield from _await(waiting.popleft(), pulse)
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that tokenised the data was ended from outside, most likely because memory ran out; take "
@@ -191,7 +216,7 @@ class Tokeniser:
             ) from error
 
 
-def _await(block: Future[TokenBlock], pulse: Pulse | None) -> TokenBlock:
+def _await(block: Future[list[TokenBlock]], pulse: Pulse | None) -> list[TokenBlock]:
     while pulse is not None and not wait([block], PULSE_SECONDS).done:
         pulse(0)
     return block.result()
@@ -244,5 +269,5 @@ def _nothing() -> None:
     """The first task, which is done when a worker has started."""
 
 
-def _work(block: Block, recipe: Recipe) -> TokenBlock:
-    return tokenise_block(block, _WORKER[0], recipe)
+def _work(block: Block, recipe: Recipe) -> list[TokenBlock]:
+    return list(tokenise_block(block, _WORKER[0], recipe, most_tokens=MOST_TOKENS))

@@ -15,6 +15,8 @@ Where there is no such place, the window grows, to the whole text if need be.
 
 from __future__ import annotations
 
+import bisect
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,37 +40,87 @@ MARGIN = 1 << 10
 Pulse = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True)
 class LongEncoding:
-    """What is used of an ``Encoding`` of tokenizers."""
+    """What is used of an ``Encoding`` of tokenizers. Of each token it holds the id alone: letters are asked for at the borders
+    of what is trained, and the windows around these are tokenised again.
+    """
 
-    ids: NDArray[np.int32]
-    """Shape (tokens,)."""
-    starts: NDArray[np.int32]
-    """First letter of each token of the text; the tokens that are put around it have none. Shape (tokens of the text,)."""
-    ends: NDArray[np.int32]
-    """The letter behind the last."""
-    before: int
-    """Tokens that are put before the text."""
-    letters: int
-    """Of the text that are tokenised: all of them, or as many as were enough."""
+    def __init__(self, again: Callable[[int, int], _Window], before: list[int]):
+        """
+        Args:
+            again: The window from one letter to another.
+            before: Tokens that are put before the text.
+        """
+        self.letters = 0
+        """Of the text that are tokenised: all of them, or as many as were enough."""
+        self._again = again
+        self._ids = array("i", before)
+        self._parts: list[_Part] = []
+        #: Of each part: the letter where the next one begins, and the number of its first token.
+        self._letters, self._numbers = array("q"), array("q")
+        self._known: dict[int, tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
+
+    def add(self, window: _Window, first: int, last: int, letters: int) -> None:
+        """The tokens that follow: some of a window, up to a letter of the text."""
+        self._parts.append(_Part(window.begin, window.end, first, last))
+        self._letters.append(letters)
+        self._numbers.append(len(self._ids))
+        self._remember(len(self._parts) - 1, window)
+        self._ids.frombytes(window.ids[first:last].tobytes())
+        self.letters = letters
+
+    def close(self, behind: list[int]) -> None:
+        """The tokens that are put behind the text, and room for one more."""
+        self._ids.extend([*behind, 0])
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """Shape (tokens,)."""
+        return np.frombuffer(self._ids, dtype=np.int32)[:-1]
+
+    def ids_and(self, token: int) -> NDArray[np.int32]:
+        """The same with one more token behind. Shape (tokens + 1,)."""
+        self._ids[-1] = token
+        return np.frombuffer(self._ids, dtype=np.int32)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._ids) - 1
 
     def char_to_token(self, at: int) -> int | None:
         """The first token of a letter; None where no token has it."""
-        first = int(np.searchsorted(self.ends, at, side="right"))
+        number = bisect.bisect_right(self._letters, at)
+        if number == len(self._parts):
+            return None
+        starts, ends = self._offsets(number)
+        first = int(np.searchsorted(ends, at, side="right"))
         # A space that the tokenizer puts before a word may be a token without letters, just behind the word's first.
-        for token in range(first, min(first + 2, len(self.starts))):
-            if self.starts[token] <= at < self.ends[token]:
-                return self.before + token
+        for token in range(first, min(first + 2, len(starts))):
+            if starts[token] <= at < ends[token]:
+                return self._numbers[number] + token
         return None
 
     def token_to_chars(self, token: int) -> tuple[int, int] | None:
         """First letter of a token, and the one behind its last; None of a token that the text does not have."""
-        token -= self.before
-        return (int(self.starts[token]), int(self.ends[token])) if 0 <= token < len(self.starts) else None
+        number = bisect.bisect_right(self._numbers, token) - 1
+        if number < 0:
+            return None
+        starts, ends = self._offsets(number)
+        at = token - self._numbers[number]
+        return (int(starts[at]), int(ends[at])) if at < len(starts) else None
+
+    def _offsets(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """First letters, and those behind the last, of the tokens of a part."""
+        if number not in self._known:
+            self._remember(number, self._again(self._parts[number].begin, self._parts[number].end))
+        return self._known[number]
+
+    def _remember(self, number: int, window: _Window) -> None:
+        part = self._parts[number]
+        # A row is asked about from its beginning to its end, and never far back.
+        while len(self._known) > 1:
+            del self._known[next(iter(self._known))]
+        # Copies: a view would hold the whole window.
+        self._known[number] = window.starts[part.first : part.last].copy(), window.ends[part.first : part.last].copy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +138,20 @@ class _Window:
     def within(self, low: int, high: int) -> tuple[int, int]:
         """The first token that lies between two places, and the one behind the last."""
         return int(np.searchsorted(self.starts, low)), int(np.searchsorted(self.ends, high, side="right"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The tokens of a window from one joint to the next."""
+
+    begin: int
+    """First letter of the window."""
+    end: int
+    """The letter behind its last."""
+    first: int
+    """The first token of the part, counted in the window."""
+    last: int
+    """The token behind its last."""
 
 
 class _NotLocalError(Exception):
@@ -120,24 +186,24 @@ class WindowTokeniser:
             enough: Told of tokens and letters so far; true stops.
         """
         before, behind = self._around if add_special_tokens else ([], [])
-        parts: tuple[list[NDArray[np.int32]], ...] = ([np.array(before, dtype=np.int32)], [], [])
-        tokens = letters = 0
+
+        def again(begin: int, end: int) -> _Window:
+            return self._encode(text, begin, end - begin)
+
+        encoding, tokens = LongEncoding(again, before), 0
         try:
-            for part, letters in self._parts(text):
-                for arrays, array in zip(parts, part, strict=True):
-                    # A copy: the part of a window would hold the whole of it.
-                    arrays.append(array.copy())
-                tokens += len(part[0])
+            for window, first, last, letters in self._parts(text):
+                encoding.add(window, first, last, letters)
+                tokens += last - first
                 if pulse is not None:
                     pulse(tokens)
                 if enough is not None and enough(tokens, letters):
                     break
         except _NotLocalError:
-            whole = self._encode(text, 0, len(text))
-            parts, letters = ([*parts[0][:1], whole.ids], [whole.starts], [whole.ends]), len(text)
-        parts[0].append(np.array(behind if letters == len(text) else [], dtype=np.int32))
-        ids, starts, ends = map(_drain, parts)
-        return LongEncoding(ids, starts, ends, len(before), letters)
+            whole, encoding = again(0, len(text)), LongEncoding(again, before)
+            encoding.add(whole, 0, len(whole.ids), len(text))
+        encoding.close(behind if encoding.letters == len(text) else [])
+        return encoding
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
@@ -150,8 +216,8 @@ class WindowTokeniser:
                 return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
         return self._backend.encode("", add_special_tokens=True).ids, []
 
-    def _parts(self, text: str) -> Iterator[tuple[tuple[NDArray[np.int32], ...], int]]:
-        """Tokens from one joint to the next, and the letters up to there."""
+    def _parts(self, text: str) -> Iterator[tuple[_Window, int, int, int]]:
+        """Windows, each with its first token and the one behind its last between two joints, and the letters up to there."""
         window, done = self._encode(text, 0, self._window), 0
         while window.end < len(text):
             following = self._encode(text, window.end - self._overlap, self._window)
@@ -159,10 +225,7 @@ class WindowTokeniser:
             # A joint in front of the last one would give nothing.
             if joint is not None and joint[0] > done:
                 here, there = joint
-                yield (
-                    (window.ids[done:here], window.starts[done:here], window.ends[done:here]),
-                    int(following.starts[there]),
-                )
+                yield window, done, here, int(following.starts[there])
                 window, done = following, there
                 continue
             grown = self._encode(text, window.begin, 2 * (window.end - window.begin))
@@ -170,7 +233,7 @@ class WindowTokeniser:
                 # What stands far behind changes what stands here.
                 raise _NotLocalError
             window = grown
-        yield (window.ids[done:], window.starts[done:], window.ends[done:]), len(text)
+        yield window, done, len(window.ids), len(text)
 
     def _encode(self, text: str, begin: int, letters: int) -> _Window:
         end = min(len(text), begin + letters)
@@ -232,13 +295,6 @@ class WindowTokeniser:
             return None
         every = self._backend.get_vocab(with_added_tokens=False)
         return frozenset(token[at : at + 2] for token in every for at in range(len(token) - 1))
-
-
-def _drain(arrays: list[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """All of them in one, after which they are gone."""
-    joined = np.concatenate(arrays)
-    arrays.clear()
-    return joined
 
 
 def _is_spaced(text: str, at: int) -> bool:

@@ -18,6 +18,8 @@ UNATTENDED_SECONDS = 60.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: The number of processes that MPI's launchers (Open MPI; MPICH and Intel MPI) tell each of them.
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+#: Set in the tasks of ``srun --pty``.
+_SLURM_TERMINAL = "SLURM_PTY_PORT"
 _ADVICE = "let torchrun, deepspeed or srun start the ranks (docs/nodes.md)"
 
 
@@ -81,7 +83,8 @@ def adopt_launcher(environ: MutableMapping[str, str], say: Callable[[str], None]
             f"{_given(environ)}, as by a launcher, but not {' and '.join(missing)}: where do the {world_size} ranks meet? "
             f"{_unset(environ)}"
         )
-    _number(environ, "MASTER_PORT")
+    if not 0 < _number(environ, "MASTER_PORT") < 1 << 16:
+        raise MissingPrerequisiteError(f"MASTER_PORT={environ['MASTER_PORT']} is no port; {_unset(environ)}")
     _complete_node(environ, name)
     launcher = Launcher(
         name,
@@ -89,7 +92,7 @@ def adopt_launcher(environ: MutableMapping[str, str], say: Callable[[str], None]
         world_size,
         f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}",
         name in (_TORCHRUN, _DEEPSPEED),
-        f"The environment says {_given(environ)}. {_unset(environ)}" if name == _VARIABLES_ALONE else "",
+        _advice_alone(environ, name),
     )
     # Each pod and each shell has a console of its own; the ranks of the others share one.
     if rank == 0 or name in (_KUBERNETES, _VARIABLES_ALONE):
@@ -111,6 +114,19 @@ def _name(environ: Mapping[str, str], from_slurm: bool) -> str:
     if "KUBERNETES_SERVICE_HOST" in environ and "LOCAL_RANK" not in environ:
         return _KUBERNETES
     return _VARIABLES_ALONE
+
+
+def _advice_alone(environ: Mapping[str, str], name: str) -> str:
+    """What to do where others may never come; empty where a launcher sees to them."""
+    if name == _VARIABLES_ALONE:
+        return f"The environment says {_given(environ)}. {_unset(environ)}"
+    if name == _SLURM and _SLURM_TERMINAL in environ:
+        # A shell that somebody opened on a node has the variables of its step, and so has all that is started in it.
+        return (
+            f"This is task {environ['SLURM_PROCID']} of srun --pty. In a shell that it opened, start the ranks with srun, or "
+            "with env -u SLURM_PROCID python -m llmtune, which starts those of this machine itself"
+        )
+    return ""
 
 
 def _complete_node(environ: MutableMapping[str, str], name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
@@ -16,10 +17,16 @@ def hold_lock(path: Path) -> Iterator[None]:
     """Hold the lock file ``path`` for the length of the block.
 
     Raises:
-        CheckpointError: Another process holds it.
+        CheckpointError: Another process holds it, or it cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror}; free space there, or take another output_dir="
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -29,6 +36,7 @@ def hold_lock(path: Path) -> Iterator[None]:
                 "wait for it, or take another run_name= or output_dir="
             ) from error
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        # For whoever is refused. A full disk has no room for it.
+        with contextlib.suppress(OSError):
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield

@@ -11,11 +11,11 @@ import contextlib
 import fcntl
 import os
 import select
-import signal
 import sys
 import time
 from pathlib import Path
 
+from llmtune.process import STOP_SIGNALS
 from llmtune.secrets import redact, split_unfinished
 
 #: A line that is not ended, such as a progress bar, is shown after this pause.
@@ -31,7 +31,8 @@ def start_filter(log: Path) -> int:
     """Start a filter that appends to ``log``; the file descriptor to print to.
 
     The filter holds a shared lock on the log while it lives, for :func:`wait_for_filters`. It has a process group of its
-    own and ignores SIGINT and SIGTERM, so that what ends the rank lets the filter finish.
+    own and no signal that asks for an end reaches it (Slurm sends those to every process of a step), so that what ends the
+    rank lets the filter finish, and a rank that saves has somewhere to print to.
     """
     read_end, write_end = os.pipe()
     target = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -46,7 +47,7 @@ def start_filter(log: Path) -> int:
         os.environ,
         file_actions=[(os.POSIX_SPAWN_DUP2, source, to) for source, to in ((read_end, 0), (target, 1), (target, 2))],
         setpgroup=0,
-        setsigmask=(signal.SIGINT, signal.SIGTERM),
+        setsigmask=STOP_SIGNALS,
     )
     os.close(read_end)
     os.close(target)

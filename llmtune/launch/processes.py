@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from llmtune.errors import EXIT_UNEXPECTED
 from llmtune.process import die_with_parent
@@ -79,6 +80,33 @@ def end_ranks(ranks: Sequence[RankProcess]) -> None:
         rank.kill()
     for rank in ranks:
         rank.wait()
+
+
+def follow_launcher() -> None:
+    """Called by a rank of a launcher that stays: end with it, also with one that ended before this call.
+
+    Nobody tells a process that its parent has gone before it asks, only that another has adopted it.
+    """
+    die_with_parent()
+    parent = os.getppid()
+    if not may_be_launcher(parent):
+        os.write(2, f"the launcher of this rank has ended (process {parent} is no launcher): ending too\n".encode())
+        os._exit(EXIT_UNEXPECTED)
+
+
+def may_be_launcher(pid: int) -> bool:
+    """Whether a process can have started a rank: a Python program, or what it put in between, which has its variables.
+
+    What adopts orphans (``init``, ``systemd``, ``tini``, a shell) is neither.
+    """
+    folder = Path(f"/proc/{pid}")
+    try:
+        if "python" in (folder / "exe").readlink().name:
+            return True
+        return b"\0LOCAL_RANK=" in b"\0" + (folder / "environ").read_bytes()
+    except OSError:
+        # Somebody else's, or in another container. Nobody's ranks are started by another user's first process.
+        return pid != 1
 
 
 def follow_supervisor() -> None:

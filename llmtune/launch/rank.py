@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import resource
@@ -9,11 +11,10 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from llmtune.errors import EXIT_UNEXPECTED, DoesNotFitError, LlmtuneError, RollbackError
+from llmtune.errors import EXIT_UNEXPECTED, DoesNotFitError, LlmtuneError, MissingPrerequisiteError, RollbackError
 from llmtune.launch.environment import FAILURE_DIR
 from llmtune.launch.log_filter import start_filter
 from llmtune.launch.memory_errors import memory_pool
@@ -37,7 +38,11 @@ def redirect_output(log: Path) -> IO[str]:
     return console
 
 
-@contextmanager
+#: A full disk or quota, and a file system that has become read-only.
+_DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@contextlib.contextmanager
 def hold_output(file: Path) -> Iterator[None]:
     """In the block, what this process and its libraries print goes to ``file``: there is no log yet, and the console is the
     supervisor's."""
@@ -57,9 +62,15 @@ def hold_output(file: Path) -> Iterator[None]:
 
 
 def to_user_error(error: BaseException) -> LlmtuneError | None:
-    """An error with advice for those that have one: ours, and memory that ran out."""
+    """An error with advice for those that have one: ours, memory that ran out, and a disk that takes nothing more."""
     if isinstance(error, LlmtuneError):
         return error
+    if isinstance(error, OSError) and error.errno in _DISK_REFUSES:
+        where = f" ({redact(str(error.filename))})" if error.filename else ""
+        return MissingPrerequisiteError(
+            f"{error.strerror}{where}: free space, or name another place (output_dir=, paths.cache_dir=, TMPDIR). The same "
+            "command then goes on"
+        )
     # Before it is cut: half a secret is not recognised.
     text = redact(str(error))
     if memory_pool(error) is not None:
@@ -89,8 +100,10 @@ def limit_memory(limit_bytes: int, accelerator: str, local_rank: int) -> None:
 def report_failure(error: BaseException, rank: int, console: IO[str], trace: bool) -> int:
     """Traceback to the log; the message to the supervisor, or to the console where there is none. Returns the exit code."""
     story = redact("".join(traceback.format_exception(error)))
-    sys.stderr.write(story)
-    sys.stderr.flush()
+    # The log may lie on the disk whose end this is about.
+    with contextlib.suppress(OSError):
+        sys.stderr.write(story)
+        sys.stderr.flush()
     known = to_user_error(error)
     message = story.rstrip() if trace else redact(str(known) if known else f"{type(error).__name__}: {error}")
     code = known.exit_code if known else EXIT_UNEXPECTED

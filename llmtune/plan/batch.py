@@ -164,7 +164,9 @@ def _check_divides(key: str, value: int, rows: int, rows_per_rank: int, world_si
 
 
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    # Up to the root: somebody may ask for a billion.
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _number(value: int | str) -> int | None:

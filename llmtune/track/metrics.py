@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from llmtune.errors import CheckpointError
 from llmtune.track.tracker import Record
+from llmtune.whole_file import write_whole
 
 
 class MetricsFile:
@@ -58,6 +58,4 @@ def cut_metrics(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = "".join(json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(kept, encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, kept)

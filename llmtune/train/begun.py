@@ -37,8 +37,14 @@ def _find(config: Config, folder: Path, run_name: str) -> bytes | None:
     wanted = config.resume_from_checkpoint
     if wanted == "none":
         return None
-    own = [folder, *reversed(find_checkpoints(folder))] if RunFolder(folder).has_work() else []
-    for place in [*own, *([Path(wanted).expanduser()] if wanted != "auto" and "://" not in wanted else [])]:
+    places = [folder, *reversed(find_checkpoints(folder))] if RunFolder(folder).has_work() else []
+    if wanted == "auto":
+        # An earlier command may have named where it begins, and nothing have been saved since.
+        began = RunFolder(folder).read_began()
+        places += [Path(began["origin"])] if began is not None else []
+    elif "://" not in wanted:
+        places.append(Path(wanted).expanduser())
+    for place in places:
         if (place / names.CONFIG).is_file():
             return (place / names.CONFIG).read_bytes()
     if "://" in wanted:

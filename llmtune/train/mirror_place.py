@@ -6,9 +6,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from llmtune.checkpoint.mirror import read_place
+from llmtune.checkpoint.mirror import owner_file, read_place, withdraw_copies
 from llmtune.config.schema import Config
-from llmtune.errors import CheckpointError
+from llmtune.errors import CheckpointError, ConfigError
 from llmtune.secrets import redact
 from llmtune.train.run_folder import RunFolder
 
@@ -22,12 +22,18 @@ def settle_run_id(
         resume_from: What it goes on from.
 
     Raises:
-        ConfigError: The driver of the mirror is not installed.
+        ConfigError: The driver of the mirror is not installed, or the mirror is the run folder itself.
         CheckpointError: The place holds copies that this run did not write, and is not going on from.
     """
     stored, mirror = folder.read_run_id(), config.checkpoint.mirror
     if mirror is None:
         return stored or uuid.uuid4().hex
+    own_place = Path(mirror.removeprefix("file://")).expanduser() / run_name
+    if own_place.resolve() == folder.path.resolve():
+        raise ConfigError(
+            f"checkpoint.mirror={mirror}: copies of run_name={run_name} would lie in {own_place}, which is the run folder "
+            "itself; name a place elsewhere"
+        )
     try:
         owner, copies = read_place(mirror, run_name)
     except CheckpointError as error:
@@ -40,11 +46,31 @@ def settle_run_id(
     if stored is None and goes_on:
         return owner or uuid.uuid4().hex
     unmarked = owner is None and (goes_on or not copies)
-    if unmarked or (owner is not None and owner == stored):
+    marked = owner is not None and owner == stored
+    # What begins at the beginning would leave them as where the run stands.
+    anew = config.resume_from_checkpoint == "none" and copies
+    if (unmarked or marked) and not anew:
         return stored or uuid.uuid4().hex
-    held = ", ".join(copies[-3:]) or "none that is left"
+    held = ", ".join(copies[-3:]) or f"none that is left; {owner_file(run_name)} says whose it is"
     raise CheckpointError(
         f"checkpoint.mirror={redact(mirror)} has a place for run_name={run_name} that another run has filled (checkpoints: "
         f"{held}), and this one begins anew (resume_from_checkpoint={redact(config.resume_from_checkpoint)}); nothing there "
         "was changed. Take another run_name= or checkpoint.mirror=, or remove it"
     )
+
+
+def withdraw_left_copies(config: Config, run_name: str, run_id: str, step: int, say: Callable[[str], None]) -> None:
+    """Where the run is taken back by ``resume_from_checkpoint``: its copies of ``step`` and later are no more where it stands.
+
+    Without this, the start after the next stop would fetch what was left behind.
+    """
+    mirror = config.checkpoint.mirror
+    if mirror is None or config.resume_from_checkpoint in ("auto", "none"):
+        return
+    try:
+        withdrawn = withdraw_copies(mirror, run_name, run_id, step)
+    except CheckpointError as error:
+        say(f"warning: {error}; later copies of this run there still count")
+        return
+    if withdrawn:
+        say(f"{', '.join(withdrawn)} at checkpoint.mirror={redact(mirror)}: left behind, and not gone on from any more")

@@ -15,6 +15,7 @@ from llmtune.data.loader import StepBatch, Steps
 from llmtune.engine.distributed import gather_objects
 from llmtune.engine.module import StepResult, TrainModule
 from llmtune.errors import DivergedError, RollbackError
+from llmtune.whole_file import read_json, write_whole
 
 #: Steps that a spike is measured against, and the fewest of them.
 _WINDOW, _FEWEST = 64, 16
@@ -66,7 +67,7 @@ class NumberWatch:
         if len(self.skipped_steps) >= MAX_ROLLBACKS:
             raise DivergedError(f"{what}. There were {MAX_ROLLBACKS} rollbacks in this run: the rows are not the cause")
         if self.module.rank.is_first:
-            self._file.write_text(json.dumps(sorted({*self.skipped_steps, step})))
+            write_whole(self._file, json.dumps(sorted({*self.skipped_steps, step})))
         raise RollbackError(f"{what}. Going back to the newest checkpoint; this step is left out on the way")
 
     def _blame(self, batch: StepBatch) -> str:
@@ -104,4 +105,4 @@ class NumberWatch:
 
 
 def _read(file: Path) -> frozenset[int]:
-    return frozenset(json.loads(file.read_text())) if file.is_file() else frozenset()
+    return frozenset(read_json(file) or ())

@@ -26,8 +26,8 @@ class RunRequest:
     model_folder: Path
     resume_from: Path | None
     """A complete checkpoint, or None for a new run."""
-    run_id: str = ""
-    """What this run's place at ``checkpoint.mirror`` is marked with; without one nothing is looked for there."""
+    run_id: str
+    """What this run's place at ``checkpoint.mirror`` is marked with."""
 
     def to_json(self) -> str:
         """For a file or a broadcast."""
@@ -41,6 +41,7 @@ class RunRequest:
                 "run_name": self.run_name,
                 "model_folder": str(self.model_folder),
                 "resume_from": str(self.resume_from) if self.resume_from else None,
+                "run_id": self.run_id,
             }
         )
 
@@ -57,4 +58,5 @@ class RunRequest:
             run_name=values["run_name"],
             model_folder=Path(values["model_folder"]),
             resume_from=Path(values["resume_from"]) if values["resume_from"] else None,
+            run_id=values["run_id"],
         )

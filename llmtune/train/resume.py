@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, restore_replaced
 from llmtune.checkpoint.manifest import check_undamaged, find_damage
-from llmtune.checkpoint.mirror import fetch_remote, find_remote, read_place
+from llmtune.checkpoint.mirror import fetch_remote, find_remote, read_place, read_remote
 from llmtune.checkpoint.trainer_state import check_draws, read_trainer_state
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError
 from llmtune.secrets import redact
-from llmtune.train.run_folder import RunFolder, check_same_run
+from llmtune.train.run_folder import ForeignRunError, RunFolder, check_same_config, check_same_run
 
 
 def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable[[str], None]) -> Path | None:
@@ -31,12 +32,14 @@ def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable
         return None
     restore_replaced(folder.path)
     if wanted != "auto":
-        found = _own_since(folder, config, run_name, wanted, say) or _named(folder, wanted, say)
+        found = _own_since(folder, config, run_name, wanted, say) or _named(folder, config, run_name, wanted, say)
         check_same_run(found, config)
         check_draws(found)
         return found
     newest = _newest_whole(folder.path, say)
     newest = _newer_at_mirror(folder, config, run_name, _step(newest), say) or newest
+    if newest is None and not find_checkpoints(folder.path):
+        newest = _where_it_began(folder, say)
     if newest is not None:
         check_same_run(newest, config)
         check_draws(newest)
@@ -53,18 +56,31 @@ def named_origin(wanted: str) -> str:
     return redact(wanted.rstrip("/")) if "://" in wanted else str(Path(wanted).expanduser().resolve())
 
 
+def began_from(folder: RunFolder, config: Config) -> dict[str, Any] | None:
+    """For the run folder to remember: the checkpoint that the run was told to begin from, and its step."""
+    wanted, began = config.resume_from_checkpoint, folder.read_began()
+    if wanted in ("auto", "none"):
+        return began
+    origin = named_origin(wanted)
+    return began if began is not None and began["origin"] == origin else _origin(wanted, origin)
+
+
+def _origin(wanted: str, origin: str) -> dict[str, Any]:
+    return {"origin": origin, "step": _named_step(wanted, origin)}
+
+
 def _own_since(
     folder: RunFolder, config: Config, run_name: str, wanted: str, say: Callable[[str], None]
 ) -> Path | None:
     """The newest whole checkpoint that the run has saved since it began from ``wanted``; None where it begins now.
 
-    A checkpoint of the run's own folder is gone back to the first time that it is named.
+    A checkpoint of the run's own folder, or of its place at the mirror, is gone back to the first time that it is named.
     """
     origin, began = named_origin(wanted), folder.read_began()
     if began is not None and began["origin"] == origin:
         # What it began from may be gone by now.
         least = int(began["step"])
-    elif Path(origin).parent == folder.path.resolve():
+    elif _is_within(origin, str(folder.path)) or _is_own_copy(origin, config, run_name):
         return None
     else:
         least = _named_step(wanted, origin) + 1
@@ -81,10 +97,36 @@ def _own_since(
     return newest
 
 
+def _where_it_began(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that this run was told to begin from by an earlier command, where it has saved nothing since."""
+    began = folder.read_began()
+    if began is None:
+        return None
+    origin = Path(began["origin"])
+    if find_damage(origin):
+        say(f"warning: this run began from {origin}, which is gone or damaged, and has saved nothing: beginning anew")
+        return None
+    say(f"this run began from {origin}, and has saved nothing since")
+    return origin
+
+
+def _is_own_copy(origin: str, config: Config, run_name: str) -> bool:
+    mirror = config.checkpoint.mirror
+    return mirror is not None and _is_within(origin, f"{mirror.rstrip('/')}/{run_name}")
+
+
+def _is_within(origin: str, place: str) -> bool:
+    return origin.rpartition("/")[0] == named_origin(place)
+
+
 def _newer_at_mirror(
     folder: RunFolder, config: Config, run_name: str, here: int, say: Callable[[str], None]
 ) -> Path | None:
-    """A copy of a later step than ``here``, fetched. A mirror that is out of reach matters only where there is nothing (-1)."""
+    """The newest whole copy of a later step than ``here``, fetched. Where nothing is here (-1), one must be read.
+
+    Raises:
+        CheckpointError: It is of another run; or the mirror is out of reach, or every copy there damaged, and nothing is here.
+    """
     if config.checkpoint.mirror is None:
         return None
     own_id = folder.read_run_id()
@@ -98,13 +140,26 @@ def _newer_at_mirror(
             raise
         say(f"warning: {error}; going on from checkpoint-{here}, which is here")
         return None
-    if not remote or remote[-1][0] <= here:
-        return None
-    return _fetch(folder, remote[-1][1], say)
+    failure: CheckpointError | None = None
+    for url in (url for step, url in reversed(remote) if step > here):
+        try:
+            stored = read_remote(url, names.CONFIG)
+            if stored is not None:
+                # Another run's would be fetched for nothing, and stand in the way of this one.
+                check_same_config(stored, redact(url), config, "checkpoint.mirror=")
+            return _fetch(folder, url, say)
+        except ForeignRunError:
+            raise
+        except CheckpointError as error:
+            failure = error
+            say(f"passed over: {error}")
+    if failure is not None and here < 0:
+        raise failure
+    return None
 
 
-def _named(folder: RunFolder, wanted: str, say: Callable[[str], None]) -> Path:
-    if "://" in wanted:
+def _named(folder: RunFolder, config: Config, run_name: str, wanted: str, say: Callable[[str], None]) -> Path:
+    if "://" in wanted or _is_own_copy(named_origin(wanted), config, run_name):
         return _fetch(folder, wanted, say)
     found = Path(wanted).expanduser()
     check_undamaged(found)
@@ -119,6 +174,11 @@ def _named_step(wanted: str, origin: str) -> int:
     try:
         return read_trainer_state(Path(origin)).step
     except CheckpointError:
+        if inside := find_checkpoints(Path(origin)):
+            raise CheckpointError(
+                f"resume_from_checkpoint={wanted} is a run folder: name one of its checkpoints, of which {inside[-1]} "
+                "is the newest"
+            ) from None
         # With all that is wrong.
         check_undamaged(Path(origin))
         raise

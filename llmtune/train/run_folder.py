@@ -21,11 +21,12 @@ from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, sweep_incomplete
 from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.schema import Config
-from llmtune.config.stored import dump_redacted, load_config, redact_config
+from llmtune.config.stored import dump_redacted, load_bytes, redact_config
 from llmtune.errors import CheckpointError, ConfigError
-from llmtune.plan.resolve import Plan, StepsPlan
+from llmtune.plan.resolve import StepsPlan
 from llmtune.secrets import close_to_others, redact, redact_values
 from llmtune.track.metrics import cut_metrics, read_metrics
+from llmtune.whole_file import read_json, write_whole
 
 #: What makes a run this run; anything else may differ between two starts.
 IDENTITY = ("model", "data", "tuner", "optim", "schedule", "precision", "seed")
@@ -34,6 +35,10 @@ NO_IDENTITY = {"data.num_workers", "data.dataloader_num_workers", "data.pin_memo
 TRAIN_IDENTITY = ("train.global_batch_size", "train.max_grad_norm")
 #: Where a run lies and how it is started says nothing of what changed in it.
 _NO_DIFFERENCE = {"run_name", "output_dir", "resume_from_checkpoint", "trace", "paths.cache_dir"}
+
+
+class ForeignRunError(CheckpointError):
+    """A checkpoint or a run folder belongs to a run with another configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +50,8 @@ class RunFolder:
     @property
     def finished_step(self) -> int | None:
         """Last step of a run that went to its end."""
-        file = self.path / names.FINISHED
-        return int(json.loads(file.read_text())["step"]) if file.is_file() else None
+        finished = read_json(self.path / names.FINISHED)
+        return int(finished["step"]) if finished else None
 
     def check_owner(self, config: Config) -> list[str]:
         """Refuse a folder of another run, or of no run; what else differs from the last start, in words.
@@ -56,7 +61,9 @@ class RunFolder:
         """
         stored = self.path / names.CONFIG
         if not stored.is_file():
-            others = [entry.name for entry in self.path.iterdir() if entry.name not in (names.LOCK, names.LOG)]
+            # Hidden ones are marks of our own, and what file systems and desktops put into every folder.
+            own = (names.LOG, names.SAVE_REQUEST)
+            others = [entry.name for entry in self.path.iterdir() if entry.name[0] != "." and entry.name not in own]
             # Checkpoints without it were fetched by a start that ended before its first step; each has its own configuration.
             if others and not find_checkpoints(self.path):
                 raise CheckpointError(
@@ -79,10 +86,9 @@ class RunFolder:
         Raises:
             CheckpointError: With what differs.
         """
-        file = self.path / names.PLAN
-        if not file.is_file() or not self.has_work():
+        plan = self._read_plan()
+        if not plan or not self.has_work():
             return None
-        plan = json.loads(file.read_text())
         if plan["data"]["fingerprint"] != data_fingerprint:
             raise CheckpointError(
                 f"the rows of data.train are not those that {self.path} was started with (a file, the tokenizer or "
@@ -98,24 +104,50 @@ class RunFolder:
             return f"longer than before: {before} -> {steps.total_steps} steps; the schedule now runs to the new end"
         return None
 
-    def begin(self, config: Config, overrides: list[str], plan: Plan, extra: dict[str, Any], step: int) -> list[str]:
-        """Write what describes the run, and set aside what lies beyond ``step``; sentences on what went."""
+    def begin(
+        self, config: Config, overrides: list[str], plan: dict[str, Any], step: int, resume_from: Path | None
+    ) -> list[str]:
+        """Write what describes the run, and set aside the checkpoints that it has gone back behind; sentences on what went.
+
+        Args:
+            plan: What ``plan.json`` holds.
+            step: Of ``resume_from``; -1 for a new run, none of whose old lines count.
+            resume_from: The checkpoint that it goes on from, which may be another run's.
+
+        Raises:
+            CheckpointError: The disk refused; what described the run before still does.
+        """
+        try:
+            return self._begin(config, overrides, plan, step, resume_from)
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir={self.path} cannot be written: {error.strerror or error}. Free space there, or take another "
+                "output_dir=; the same command then goes on"
+            ) from error
+
+    def _begin(
+        self, config: Config, overrides: list[str], plan: dict[str, Any], step: int, resume_from: Path | None
+    ) -> list[str]:
         notes = [f"removed what a save that was cut off left behind: {name}" for name in sweep_incomplete(self.path)]
         for folder in find_checkpoints(self.path):
-            if (names.checkpoint_step(folder) or 0) > step >= 0:
+            if resume_from is not None and (names.checkpoint_step(folder) or 0) >= self.first_left(step, resume_from):
                 aside = folder.with_name(f"superseded-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-                notes.append(f"{folder.name} is beyond step {step} and was renamed to {aside.name}")
+                notes.append(f"{folder.name} is not on the way from {resume_from} and was renamed to {aside.name}")
         (self.path / names.FINISHED).unlink(missing_ok=True)
         # Meant for a run that is no more.
         (self.path / names.SAVE_REQUEST).unlink(missing_ok=True)
         cut_metrics(self.path / names.METRICS, step)
-        (self.path / names.CONFIG).write_text(dump_redacted(config))
-        (self.path / names.OVERRIDES).write_text("".join(f"- {json.dumps(redact(text))}\n" for text in overrides))
-        (self.path / names.PLAN).write_text(json.dumps(redact_values({**plan.to_dict(), **extra}), indent=1))
-        (self.path / names.ENVIRONMENT).write_text(json.dumps(describe_environment(), indent=1))
+        write_whole(self.path / names.CONFIG, dump_redacted(config))
+        write_whole(self.path / names.OVERRIDES, "".join(f"- {json.dumps(redact(text))}\n" for text in overrides))
+        write_whole(self.path / names.PLAN, json.dumps(redact_values(plan), indent=1))
+        write_whole(self.path / names.ENVIRONMENT, json.dumps(describe_environment(), indent=1))
         return notes
+
+    def first_left(self, step: int, resume_from: Path) -> int:
+        """The first step of which a checkpoint of this run is left behind: one of the same step stands on another way, too."""
+        return step + 1 if resume_from.resolve() == names.checkpoint_folder(self.path, step).resolve() else step
 
     def restore(self, checkpoint: Path) -> None:
         """What a checkpoint that was fetched brings along, where the run folder has lost it."""
@@ -126,7 +158,7 @@ class RunFolder:
             if target.exists() or (text is None and not source.is_file()):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(source.read_text() if text is None else text)
+            write_whole(target, source.read_bytes() if text is None else text)
 
     def read_began(self) -> dict[str, Any] | None:
         """``origin`` and ``step`` of the checkpoint that this run was told to begin from; None for others."""
@@ -149,13 +181,12 @@ class RunFolder:
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Put them into the plan's file."""
-        file = self.path / names.PLAN
-        file.write_text(json.dumps(redact_values({**json.loads(file.read_text()), "history": history}), indent=1))
+        plan = {**self._read_plan(), "history": history}
+        write_whole(self.path / names.PLAN, json.dumps(redact_values(plan), indent=1))
 
     def _read_plan(self) -> dict[str, Any]:
-        """Empty where there is none."""
-        file = self.path / names.PLAN
-        return dict(json.loads(file.read_text())) if file.is_file() else {}
+        """Empty where there is none that is whole."""
+        return dict(read_json(self.path / names.PLAN) or {})
 
     def has_work(self) -> bool:
         """Whether there is anything to lose."""
@@ -202,18 +233,30 @@ def check_same_run(folder: Path, config: Config) -> list[str]:
         CheckpointError: With those that do.
     """
     stored = folder / names.CONFIG
+    if not stored.is_file():
+        raise CheckpointError(f"{folder}: no {names.CONFIG} in it")
+    return check_same_config(stored.read_bytes(), str(folder), config)
+
+
+def check_same_config(stored: bytes, where: str, config: Config, other: str = "output_dir=") -> list[str]:
+    """The same for the text of a stored configuration.
+
+    Args:
+        where: The run folder or checkpoint that it is of.
+        other: What to take another one of.
+    """
     try:
-        old = load_config(stored)
+        old = load_bytes(stored, f"{where}/{names.CONFIG}")
     except ConfigError as error:
-        raise CheckpointError(f"{stored} was written by another version: {error}") from error
+        raise CheckpointError(f"{where} was written by another version: {error}") from error
     # What is stored holds no secrets.
     differences = _differences(redact_config(old), redact_config(config))
     wrong = [(key, a, b) for key, a, b in differences if is_identity(key)]
     if wrong:
-        raise CheckpointError(
-            f"{folder} belongs to a run with another configuration:\n"
+        raise ForeignRunError(
+            f"{where} belongs to a run with another configuration:\n"
             + "\n".join(f"  {key}: {a} there, {b} now" for key, a, b in wrong)
-            + "\nTake the old values, or another run_name= or output_dir="
+            + f"\nTake the old values, or another run_name= or {other}"
         )
     return [f"{key}: {a} -> {b}" for key, a, b in differences if key not in _NO_DIFFERENCE]
 

@@ -12,6 +12,7 @@ from llmtune.engine.module import TrainModule
 from llmtune.model.answer import answer
 from llmtune.track.console import Console
 from llmtune.train.loop import Progress
+from llmtune.whole_file import read_json, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,10 +58,10 @@ class SampleAnswers:
         if not self.module.rank.is_first:
             return
         blank = [{"prompt": p.messages[-1]["content"], "expected": p.expected} for p in self.prompts]
-        samples = json.loads(self.path.read_text()) if self.path.is_file() and moment == "after" else blank
+        samples = (read_json(self.path) if moment == "after" else None) or blank
         for sample, text in zip(samples, answers, strict=True):
             sample[moment] = text
-        self.path.write_text(json.dumps(samples, ensure_ascii=False, indent=1))
+        write_whole(self.path, json.dumps(samples, ensure_ascii=False, indent=1))
 
     def _answers(self) -> list[str]:
         """Under ZeRO 3 all ranks generate together, since each forward pass gathers weights; else rank 0 alone."""

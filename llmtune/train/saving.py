@@ -31,6 +31,7 @@ from llmtune.plan.units import format_bytes
 from llmtune.track.tracker import Record
 from llmtune.train.loop import Progress
 from llmtune.train.memory import spare_host_memory_bytes
+from llmtune.whole_file import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,8 +97,10 @@ class CheckpointSaver:
         self.mirror = mirror
         self._best = start[1].best if start else None
         self._newest: Path | None = None
-        if start and start[0].resolve().parent == settings.run.resolve():
-            self._newest = names.checkpoint_folder(settings.run, start[1].step)
+        own = names.checkpoint_folder(settings.run, start[1].step) if start else None
+        # Another run's, or one that was set aside, is saved here first.
+        if start and own is not None and start[0].resolve() == own.resolve():
+            self._newest = own
         self._metrics: Record = {}
         self._pending: PendingSave | None = None
         self._buffers = Buffers(module.rank.device)
@@ -243,7 +246,7 @@ class CheckpointSaver:
                 raise CheckpointError(f"{checkpoint} could not be saved, so that there is no trained model to publish")
             link_result(checkpoint, result)
             finished = {"step": progress.step, "tokens": progress.tokens, "best": self._best}
-            (run / names.FINISHED).write_text(json.dumps(finished))
+            write_whole(run / names.FINISHED, json.dumps(finished))
             if self._best is not None:
                 self.say(f"best {self._best['metric']}: {self._best['value']:.4f} at step {self._best['step']}")
         return result

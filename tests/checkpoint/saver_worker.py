@@ -59,14 +59,14 @@ def refuse_on(number: int, rank: Rank, names: str) -> None:
         return original(path, flags, *rest, **more)
 
     os.open = refusing
-    write_whole = save._write_whole
+    write_whole = save.write_whole
 
     def refuse_small(path: Path, data: bytes) -> None:
         if path.name.startswith(("written", names)):
             raise OSError(errno.ENOSPC, "No space left on device")
         write_whole(path, data)
 
-    save._write_whole = refuse_small
+    save.write_whole = refuse_small
 
 
 if __name__ == "__main__":

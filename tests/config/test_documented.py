@@ -15,7 +15,9 @@ from llmtune.plan.resolve import resolve_ladder
 from tests.support import ROOT
 
 #: The program and what is behind it, up to a comment in another column or a sign of the shell.
-_COMMAND = re.compile(r"(?:python -m llmtune|scripts/train\.py|--module llmtune)((?: +(?!  )[^\s`]+)*)")
+_COMMAND = re.compile(
+    r"(?:python -m llmtune|scripts/train\.py|scripts/slurm\.sh|--module llmtune)((?: +(?!  )[^\s`]+)*)"
+)
 #: Behind the command of an example.
 _ENDS = ("|", "&&", "2>", ">", "#")
 

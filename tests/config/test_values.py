@@ -16,6 +16,7 @@ from llmtune.config.compose import compose_config, config_groups
 from llmtune.config.data_schema import OnBadRow, Overlong
 from llmtune.config.keys import is_free, known_keys
 from llmtune.config.overrides import Setting, read_override
+from llmtune.config.rules import PLACES
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_yaml, parse_yaml
 from llmtune.errors import ConfigError
@@ -162,3 +163,10 @@ def test_other_run_names_are_taken(name: str) -> None:
 
 def test_every_key_is_known() -> None:
     assert {key for key, _, _ in hints(Config)} <= known_keys()
+
+
+@pytest.mark.parametrize("key", PLACES)
+@pytest.mark.parametrize("text", ["", " "])
+def test_a_variable_that_a_script_has_not_set_is_no_place(key: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"{re.escape(key)}= is empty: name a place, or leave the key out"):
+        compose_config(["model=tiny", f"{key}={text}"])

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llmtune.data.windows import WindowTokeniser
+from llmtune.data.windows import LongEncoding, WindowTokeniser
 from tests.data.tokenizers import load_smollm2
 
 #: What the small tokenizers learn from, and what the texts are made of.
@@ -153,6 +153,14 @@ def tokenizers(cache: Path) -> dict[str, Tokenizer]:
     return {**made, "SmolLM2": load_smollm2(cache).backend_tokenizer}
 
 
+def own_tokens(windows: LongEncoding) -> range:
+    """The tokens of the text, without those that are put around it."""
+    found = [token for token in range(-2, len(windows) + 2) if windows.token_to_chars(token) is not None]
+    own = range(found[0], found[-1] + 1) if found else range(0)
+    assert found == list(own)
+    return own
+
+
 def check(backend: Tokenizer, text: str, window: int = 240) -> int:
     """Compare with the whole text; the number of windows."""
     pulses: list[int] = []
@@ -161,8 +169,12 @@ def check(backend: Tokenizer, text: str, window: int = 240) -> int:
         tokeniser = WindowTokeniser(backend, window, overlap=120, margin=30)
         windows = tokeniser.encode(text, around, pulse=pulses.append)
         assert windows.ids.tolist() == whole.ids
-        own = slice(windows.before, windows.before + len(windows.starts))
-        assert list(zip(windows.starts.tolist(), windows.ends.tolist(), strict=True)) == whole.offsets[own]
+        own = own_tokens(windows)
+        assert len(own) == len(backend.encode(text, add_special_tokens=False))
+        assert [windows.token_to_chars(token) for token in own] == [whole.offsets[token] for token in own]
+        # Windows are tokenised again in whatever order they are asked about.
+        for token in own[:: -max(1, len(own) // 5)]:
+            assert windows.token_to_chars(token) == whole.offsets[token]
         assert windows.letters == len(text)
         assert len(windows) == len(whole)
     return len(pulses) // 2
@@ -225,7 +237,7 @@ def test_letters_and_tokens_find_each_other_as_in_an_encoding(tokenizers: dict[s
             encoding = windows.encode(text, around)
             for at in range(len(text)):
                 assert encoding.char_to_token(at) == whole.char_to_token(at)
-            for token in range(encoding.before, encoding.before + len(encoding.starts)):
+            for token in own_tokens(encoding):
                 assert encoding.token_to_chars(token) == whole.token_to_chars(token)
             assert encoding.token_to_chars(len(encoding)) is None
 
@@ -238,4 +250,13 @@ def test_enough_is_enough(tokenizers: dict[str, Tokenizer]) -> None:
     assert encoding.letters < 1000
     whole = backend.encode(text)
     assert encoding.ids.tolist() == whole.ids[: len(encoding)], "no end where the text does not end"
-    assert encoding.ends[-1] <= encoding.letters <= whole.offsets[len(encoding)][0]
+    last = encoding.token_to_chars(len(encoding) - 1)
+    assert last is not None
+    assert last[1] <= encoding.letters <= whole.offsets[len(encoding)][0]
+
+
+def test_there_is_room_for_one_more_token(tokenizers: dict[str, Tokenizer]) -> None:
+    encoding = WindowTokeniser(tokenizers["WordPiece"], 240, 120, 30).encode("one two " * 500, True)
+    ids = encoding.ids.tolist()
+    assert encoding.ids_and(7).tolist() == [*ids, 7]
+    assert (encoding.ids.tolist(), len(encoding)) == (ids, len(ids))

@@ -54,7 +54,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     data = prepare_data(config.data, tokenizer, config.seed, cache)
     steps = resolve_steps(config.train, config.schedule, data.train.rows, plan.batch.global_batch_size)
     load = Path(task["load"]) if task.get("load") else None
-    request = RunRequest(config, plan, steps, data, Path(tempfile.gettempdir()), "test", model_folder, load)
+    request = RunRequest(config, plan, steps, data, Path(tempfile.gettempdir()), "test", model_folder, load, "")
     if load is not None:
         # What is loaded must not be right by accident.
         torch.manual_seed(999)

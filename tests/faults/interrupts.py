@@ -19,7 +19,7 @@ from tests.faults.harness import GRACE_SECONDS, alive
 from tests.processes import MARK
 from tests.support import ROOT
 
-MOMENTS = 16
+MOMENTS = 30
 #: Signal, how often, to whom.
 WAYS = [
     (number, times, target)
@@ -68,7 +68,7 @@ class Outcome:
 
 
 def draw_interrupts(verbs: Sequence[str]) -> list[Interrupt]:
-    """Sixteen moments a verb, evenly over its time, and the eight ways twice each, in another order for each verb."""
+    """Thirty moments a verb, evenly over its time, and each of the eight ways three or four times, in another order for each."""
     return [
         Interrupt(verb, (number + 0.5) / MOMENTS, *WAYS[(3 * number + place) % len(WAYS)])
         for place, verb in enumerate(verbs)

@@ -46,6 +46,12 @@ FOUND = {
     ),
     "DeepSpeed's launcher": ({**ALL, "CROSS_RANK": "0", "LOCAL_SIZE": "4"}, "DeepSpeed's launcher", False, ""),
     "srun": (STEP, "Slurm", False, r"Slurm: rank 0 of 4, waiting for 3 others at gpu1:\d+$"),
+    "a shell of srun --pty": (
+        {**STEP, "SLURM_PTY_PORT": "40123"},
+        "Slurm",
+        True,
+        r"Slurm: rank 0 of 4, waiting for 3 others at gpu1:\d+ for 60 s$",
+    ),
     "a batch script of Slurm": ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None, False, ""),
     "a pod of a PyTorchJob": (
         {"RANK": "1", "WORLD_SIZE": "2", **PLACE, **POD},
@@ -97,6 +103,8 @@ REFUSED = {
     "a rank too many": ({**ALL, "RANK": "4"}, "RANK=4 is not one of WORLD_SIZE=4 ranks; .*unset RANK"),
     "no number": ({**ALL, "WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a number; .*unset RANK"),
     "a port that is none": ({**ALL, "MASTER_PORT": "tcp://1"}, "MASTER_PORT='tcp://1' is not a number"),
+    "a port too high": ({**ALL, "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port; .*unset RANK"),
+    "a port of nothing": ({**ALL, "MASTER_PORT": "0"}, "MASTER_PORT=0 is no port"),
     "several ranks a pod": (
         {"RANK": "0", "WORLD_SIZE": "16", **PLACE, **POD, "PET_NPROC_PER_NODE": "8"},
         "8 ranks on this machine: take torchrun -m llmtune",
@@ -159,6 +167,14 @@ def test_a_rank_that_nobody_joins_gives_up_with_advice(rank: int, monkeypatch: p
     assert f"The environment says RANK={rank} WORLD_SIZE=2" in said
     assert "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT" in said
     assert given_up.value.exit_code == 7
+
+
+def test_a_shell_of_srun_is_told_how_to_start_ranks_in_it() -> None:
+    found = adopt_launcher({**STEP, "SLURM_PTY_PORT": "40123"}, lambda _: None)
+    assert found is not None
+    assert "task 0 of srun --pty" in found.unattended
+    without = {name: value for name, value in STEP.items() if name != "SLURM_PROCID"}
+    assert adopt_launcher({**without, "SLURM_PTY_PORT": "40123"}, lambda _: None) is None, "as it is told"
 
 
 def test_a_port_that_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 from llmtune.launch.log_filter import wait_for_filters
 from llmtune.launch.out_of_memory import RanOutOfMemoryError
 from llmtune.launch.supervisor import run_ranks
+from llmtune.process import STOP_SIGNALS
 from tests.support import ROOT
 
 VALUE = "planted-hf_0123456789"
@@ -148,8 +149,10 @@ def test_signals_to_the_filter_are_the_ranks_business(tmp_path: Path) -> None:
     rank = Rank(tmp_path, body, HF_TOKEN=VALUE)
     rank.wait_for("ready")
     (log_filter,) = rank.filters()
-    os.kill(log_filter, signal.SIGINT)
-    os.kill(log_filter, signal.SIGTERM)
+    for number in STOP_SIGNALS:
+        os.kill(log_filter, number)
+    # Each would have ended it by now.
+    time.sleep(0.1)
     os.killpg(rank.process.pid, signal.SIGTERM)
     assert rank.finish() == "ready\nsaved\n"
     assert rank.process.returncode == 75

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,9 +16,10 @@ import pytest
 from llmtune.errors import CheckpointError, DataError, DoesNotFitError, LlmtuneError, StoppedError
 from llmtune.launch.lock import hold_lock
 from llmtune.launch.outcome import RanksFailedError, read_reports
-from llmtune.launch.processes import RankProcess
+from llmtune.launch.processes import RankProcess, may_be_launcher
 from llmtune.launch.rank import to_user_error
 from tests.launch.fakes import alive, pid_of, run_fakes, start_supervisor, wait_until
+from tests.processes import cold
 
 
 @pytest.mark.process
@@ -211,3 +215,48 @@ def test_a_rank_that_ended_without_a_word_is_not_taken_for_one_that_lost_it() ->
             time.sleep(0.5)
             fail(RuntimeError("Connection closed by peer"))
         """)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("parent", "environment", "expected"),
+    [
+        (sys.executable, {}, True),
+        ("/bin/sh", {"LOCAL_RANK": "1"}, True),
+        ("/bin/sh", {"NOT_LOCAL_RANK": "1"}, False),
+        ("/bin/sleep", {}, False),
+    ],
+    ids=["a Python program", "a script between launcher and rank", "another script", "what adopts orphans"],
+)
+def test_what_may_have_started_a_rank(parent: str, environment: dict[str, str], expected: bool) -> None:
+    command = {
+        sys.executable: [sys.executable, "-S", "-c", "import time; time.sleep(600)"],
+        "/bin/sh": ["/bin/sh", "-c", "read line"],
+        "/bin/sleep": ["/bin/sleep", "600"],
+    }[parent]
+    with cold():
+        process = subprocess.Popen(command, env={"PATH": os.environ["PATH"], **environment}, stdin=subprocess.PIPE)
+    try:
+        time.sleep(0.1)
+        assert may_be_launcher(process.pid) is expected
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_that_nobody_can_look_into_may_be_one_but_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "readlink", refuse)
+    assert may_be_launcher(os.getpid())
+    assert not may_be_launcher(1)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("file", [None, "/tmp/llmtune-x/request.json"])
+def test_a_disk_that_takes_nothing_more_is_an_error_with_advice(number: int, file: str | None) -> None:
+    known = to_user_error(OSError(number, os.strerror(number), file))
+    assert known is not None
+    assert (known.exit_code, os.strerror(number) in str(known), (file or "TMPDIR") in str(known)) == (7, True, True)
+    assert to_user_error(OSError(errno.EPIPE, "Broken pipe")) is None

@@ -9,7 +9,7 @@ import pytest
 
 from llmtune.config.schema import TrainConfig
 from llmtune.errors import ConfigError
-from llmtune.plan.batch import StepRows, batch_options, settle_batch
+from llmtune.plan.batch import StepRows, _divisors, batch_options, settle_batch
 
 
 def resolve(world: int = 1, length: int = 2048, accelerator: str = "cuda", **values: Any) -> tuple[int, int]:
@@ -132,3 +132,9 @@ def test_what_is_set_since_the_start_counts() -> None:
     assert settle_batch(TrainConfig(global_batch_size=32), 1, begun) == StepRows(32, None, None)
     with pytest.raises(ConfigError, match=r"go on with one of \[1, 2, 4, 8, 16\] ranks"):
         settle_batch(TrainConfig(), 3, begun)
+
+
+def test_a_billion_rows_a_step_are_counted_at_once() -> None:
+    for number in range(1, 300):
+        assert _divisors(number) == [size for size in range(1, number + 1) if number % size == 0]
+    assert len(_divisors(10**12)) == 169

@@ -6,14 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from llmtune.checkpoint import names, remote
 from llmtune.checkpoint.find import find_checkpoints
-from llmtune.checkpoint.mirror import Mirror
+from llmtune.checkpoint.mirror import Mirror, find_remote, withdraw_copies
 from llmtune.cli.main import main
 from llmtune.config.stored import dump_redacted
 from llmtune.errors import CheckpointError
+from llmtune.launch.lock import hold_lock
 from llmtune.train.mirror_place import settle_run_id
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
@@ -111,6 +113,23 @@ def test_copies_that_the_run_did_not_write_are_not_removed_though_nobody_looked(
     assert (mirror / "r" / "checkpoint-10" / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["exp*", "exp?", "exp[0-9]", "a b#c%20", "exp[lr=1e-4]"])
+def test_a_name_that_reads_like_a_pattern_removes_its_own_copies_only(name: str, tmp_path: Path) -> None:
+    """At an object store; ``memory://`` is one, in this process."""
+    system = fsspec.filesystem("memory")
+    url = f"memory://{tmp_path.name}"
+    for number, run_name in enumerate(("exp1", "expl", name)):
+        copies = Mirror(url, run_name, print, run_name)
+        # Removes its own copies of the steps of which the others have theirs.
+        for step in (4, 8, 12) if run_name == name else (8,):
+            copies.put(make(tmp_path / f"run-{number}", step, config_of()), {f"checkpoint-{step}"})
+            assert copies.finish(30) == []
+    found = {path.removeprefix(f"/{tmp_path.name}/").rpartition("/")[0] for path in system.find(f"/{tmp_path.name}")}
+    assert found == {"", "exp1/checkpoint-8", "expl/checkpoint-8", f"{name}/checkpoint-12"}
+    assert withdraw_copies(url, name, name, 8) == ["checkpoint-12"]
+    assert [find_remote(url, run_name) != [] for run_name in ("exp1", "expl", name)] == [True, True, False]
+
+
 def test_a_mirror_out_of_reach_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object) -> None:
         raise CheckpointError("no network")
@@ -126,6 +145,9 @@ def test_none_with_a_used_mirror_ends_with_exit_5_and_leaves_it_as_it_was(tmp_pa
     job = [*TINY, "train.max_steps=1", "export=none", "launch.nproc=1", "run_name=r", f"checkpoint.mirror={tmp_path}/m"]
     first = run_cli(*job, f"output_dir={tmp_path}/first")
     assert (first.code, there(tmp_path / "m")) == (0, ["checkpoint-1"]), first.err
+    assert (tmp_path / "m" / "r.owner").read_text() == RunFolder(tmp_path / "first").read_run_id(), (
+        "it has marked its place"
+    )
     files = {path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()}
     done = run_cli(*job, f"output_dir={tmp_path}/second", "resume_from_checkpoint=none")
     assert (done.code, "has a place for run_name=r that another run has filled" in done.err) == (5, True), done.err
@@ -147,6 +169,21 @@ def test_what_a_stop_left_no_time_for_is_copied_by_verify(tmp_path: Path, capfd:
     shutil.rmtree(run / "checkpoint-15")
     assert main(["verify", f"run={run}", "--mirror", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["not_copied"] == {}
+
+
+def test_verify_does_not_copy_beside_a_run_that_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    mirror, run = tmp_path / "mirror", tmp_path / "run"
+    start(run, mirror)
+    make(run, 10, config_of())
+    (run / names.PLAN).write_text(json.dumps({"run_id": "a", "run_name": "r"}))
+    (run / names.CONFIG).write_text(dump_redacted(config_of(f"checkpoint.mirror={mirror}")))
+    with hold_lock(run / names.LOCK):
+        assert main(["verify", f"run={run}"]) == 0
+        assert main(["verify", f"run={run}", "--mirror"]) == 5
+        assert "another run is using this folder" in capfd.readouterr().err
+    assert there(mirror) == []
+    assert main(["verify", f"run={run}", "--mirror"]) == 0
+    assert there(mirror) == ["checkpoint-10"]
 
 
 def test_verify_says_what_it_could_not_copy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

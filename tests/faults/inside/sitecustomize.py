@@ -135,7 +135,12 @@ def _patch_manifest(module: Any) -> None:
 def _patch_save(module: Any) -> None:
     """``llmtune.checkpoint.save``: the small files, beginning and end."""
     replace = module._replace
-    module._write_whole = _before(module._write_whole, lambda path, data: _before_file(path))
+
+    def write(path: Path, data: Any) -> None:
+        _before_file(path)
+        reach(f"write:{_step_of(path)}")
+
+    module.write_whole = _before(module.write_whole, write)
 
     def begin(own: Any, request: Any, *rest: Any) -> None:
         step = request.state.step
