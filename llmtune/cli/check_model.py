@@ -11,36 +11,52 @@ from typing import Any
 import llmtune
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
-from llmtune.model.weight_files import identify_weights, is_quantized
+from llmtune.model.quantized import check_trainable, has_known_names, method_of, quantization
+from llmtune.model.weight_files import identify_weights, read_entries
 from llmtune.model.weight_report import WeightReport
 from llmtune.plan.cache import read_cached, write_cached
 
 #: What the remembered answers depend on beside the model.
 _SOURCES = (
     *("model/weight_names.py", "model/weight_files.py", "model/weight_check.py", "model/weight_report.py"),
-    *("model/attention.py", "model/shrink.py", "train/packing_probe.py"),
+    *("model/quantized.py", "model/attention.py", "model/shrink.py", "train/packing_probe.py"),
 )
 
 
-def check_model(config: Config, kernel: str, folder: Path, cache_dir: Path | None, say: Callable[[str], None]) -> None:
+def check_model(
+    config: Config, kernel: str, stage: int, folder: Path, cache_dir: Path | None, say: Callable[[str], None]
+) -> None:
     """Look through a model's files, and try packing on its architecture where rows are packed.
 
     Args:
         kernel: Of attention.
+        stage: Of ZeRO.
         folder: Of the model.
         cache_dir: Where answers are remembered; None asks anew.
         say: Told what is worth a line: weights that are tied, or not used.
 
     Raises:
         MissingPrerequisiteError: The files lack weights, or hold them in other shapes.
-        ConfigError: Documents of a packed row would see each other.
+        ConfigError: Documents of a packed row would see each other, or weights in fewer bits cannot be trained on so.
     """
-    trusted = config.model.trust_remote_code
-    if not is_quantized(folder):
-        for note in _check_weights(config.model.name_or_path, folder, trusted, cache_dir):
+    name, trusted = config.model.name_or_path, config.model.trust_remote_code
+    settings = quantization(folder)
+    if settings is not None:
+        check_trainable(settings, read_entries(folder), config.tuner.kind, stage, name)
+    if settings is None or has_known_names(settings):
+        for note in _check_weights(name, folder, trusted, cache_dir):
             say(note)
+    if settings is not None:
+        say(_describe_comparison(settings))
     if config.data.packing:
-        _check_packing(config.model.name_or_path, folder, trusted, cache_dir, kernel)
+        _check_packing(name, folder, trusted, cache_dir, kernel)
+
+
+def _describe_comparison(settings: dict[str, Any]) -> str:
+    method = method_of(settings)
+    if has_known_names(settings):
+        return f"weights: those that {method} packed are compared with the model by their names, not by their shapes"
+    return f"weights: what the files lack was not looked for, because the names that {method} gives are not known here"
 
 
 def _check_weights(name: str, folder: Path, trusted: bool, cache_dir: Path | None) -> list[str]:

@@ -89,7 +89,8 @@ def resolve_request(
     run_id = settle_run_id(folder, config, target.name, resume_from, console.say)
     cache = cache_dir(config)
     model_folder = resolve_model_folder(config.model, cache, console.say)
-    check_model(config, plan.attn_implementation, model_folder, cache, console.say)
+    stage = plan.placement.zero_stage
+    check_model(config, plan.attn_implementation, stage, model_folder, cache, console.say)
     check_exportable(config.export, model_folder)
     tokenizer = load_tokenizer(model_folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console))

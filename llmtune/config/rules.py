@@ -200,7 +200,9 @@ def _check_tuner(config: Config) -> list[str]:
         ("rank_pattern", tuner.rank_pattern, int),
         ("alpha_pattern", tuner.alpha_pattern, (int, float)),
     ):
-        if wrong := {name: value for name, value in pattern.items() if not isinstance(value, kinds) or value <= 0}:
+        # A truth value is an integer to Python, and what is no number is not at most 0.
+        right = {n for n, v in pattern.items() if isinstance(v, kinds) and not isinstance(v, bool) and 0 < v < math.inf}
+        if wrong := {name: value for name, value in pattern.items() if name not in right}:
             found.append(f"tuner.{key}={wrong}: numbers above 0 by module, such as {{q_proj: 8}}")
     modules = tuner.target_modules
     if modules != "all-linear" and not (

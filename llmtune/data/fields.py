@@ -98,29 +98,38 @@ _CHANGES: list[tuple[re.Pattern[str], str]] = [
     ),
     (
         re.compile(
-            r"labels?|kto(_.*)?|(.*_)?preference(s|_.*)?|preferred(_.*)?|(.*_)?(chosen|rejected)(_.*)?|negatives?|"
-            r"(.*_)?(scores?|ratings?|rewards?|votes?)(_.*)?|upvotes|downvotes|(.*_)?rank(s|ing|ings)?|winner|loser|"
-            r"margin|advantages?|quality|(un)?desirable|feedback|(is_)?(correct|preferred|accepted|good|bad)|"
-            r"correctness|thumbs?(_.*)?"
+            r"labels?|kto(_.*)?|(.*_)?preference(s|_.*)?|(dis|un|non_?)?preferred(_.*)?|"
+            r"(.*_)?(chosen|rejected)(_.*)?|(hard_)?negatives?(_.*)?|"
+            r"(.*_)?(scores?|ratings?|rewards?|votes?)(_.*)?|upvotes|downvotes|(.*_)?rank(s|ing|ings)?|"
+            r"(.*_)?(winner|loser|better|worse|best|worst)(_.*)?|margin|advantages?|quality|(un)?desirable|feedback|"
+            r"(is_)?(in)?(correct|valid|accurate)|(is_)?(wrong|preferred|accepted|good|bad|safe|unsafe|toxic|harmful|harmless)|"
+            r"(in)?correctness|helpfulness|harmlessness|toxicity|polarity|grades?|verdict|judge?ments?|thumbs?(_.*)?|"
+            r"(is_)?(passed|failed|success|successful)"
         ),
         "says how good an answer is, and every answer is learned as one to give: keep the rows that are to be learned, and "
         "take the field out",
     ),
     (
-        re.compile(r"(.*_)?(images?|audios?|videos?|pixel_values|speech|voice)(_.*)?|media|attachments?"),
+        re.compile(
+            r"(.*_)?(images?|imgs?|photos?|pictures?|audios?|videos?|pixels?|speech|voice)(_.*)?|media|attachments?|"
+            r"(mm|multi_?modal)_(data|inputs?)"
+        ),
         "is no text, and only text can be trained",
     ),
     (
         re.compile(
-            r"masks?|loss_scale|loss_weights?|weights|(sample|row|example|importance)_weights?|(no|ignore|skip)_(loss|train)|"
-            r"(train|training|loss)_(detail|on)s?(_.*)?"
+            r"masks?|loss_scale|losses|weights|(sample|row|example|instance|importance|token|turn|message|loss)_weights?|"
+            r"(.*_)?(is|do|to|no|not|on|in|for|use|with|has|should|compute|calculate|apply|include|exclude|ignore|skip)_"
+            r"(loss|train|training|trained|learn|learned|learning|supervision|supervised|grad|gradients?|backprop)|"
+            r"(train|training|loss)_(detail|on)s?(_.*)?|supervised?|learn|learned|learnable|ignored?|skip|skipped"
         ),
         "says what is trained, and only 'train' in a message can say so, true or false",
     ),
     (
         re.compile(
             r"system(_(prompt|message|instruction|content))?|tools|functions|(available_)?tools|tool_(calls|call|use|uses)|"
-            r"function_call|reasoning(_content|_details)?|thinking|chat_template(_kwargs)?|enable_thinking|refusal"
+            r"function_call|reasoning(_content|_details|_text|_effort)?|thinking(_content|_budget)?|thoughts?|chain_of_thoughts?|"
+            r"cot|rationales?|chat_template(_kwargs)?|enable_thinking|refusal|documents|builtin_tools|add_generation_prompt"
         ),
         "belongs to the text, and is not read here: give it the name by which the format knows it, in the file or with fields "
         "of the source",

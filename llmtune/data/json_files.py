@@ -13,6 +13,7 @@ from typing import Any
 
 from llmtune.data.fields import refuse_changing_fields
 from llmtune.data.formats import MARKS
+from llmtune.data.json_objects import DECODER
 from llmtune.data.problems import RowError, short
 from llmtune.data.sources import Source
 from llmtune.errors import DataError
@@ -114,17 +115,14 @@ def _choose(path: str, line: int, lists: list[str], source: Source) -> str:
 
 def _find_field(text: str, begin: int, name: str) -> int:
     """Where the value of a field of the object begins that begins at ``begin``, and is known to be whole."""
-    decoder = json.JSONDecoder()
-    position, found = begin + 1, begin
+    position = begin + 1
     while True:
         position = _skip(text, position, _BETWEEN)
-        if text[position] == "}":
-            return found
-        key, position = decoder.raw_decode(text, position)
+        key, position = DECODER.raw_decode(text, position)
         position = _skip(text, _skip(text, position, _SPACE) + 1, _SPACE)
-        # Of a field that is there twice, JSON readers take the last.
-        found = position if key == name else found
-        _, position = decoder.raw_decode(text, position)
+        if key == name:
+            return position
+        _, position = DECODER.raw_decode(text, position)
 
 
 def _list_items(path: str, text: str, begin: int, line: int, whole_file: bool) -> Iterator[tuple[int, Any]]:
@@ -145,7 +143,7 @@ def _list_items(path: str, text: str, begin: int, line: int, whole_file: bool) -
 
 def _decode(path: str, text: str, position: int, line: int) -> tuple[Any, int]:
     try:
-        return json.JSONDecoder().raw_decode(text, position)
+        return DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
         at = text.count("\n", 0, error.pos) + 1
         raise DataError(f"{path}:{at}: {describe_broken(error)}") from error

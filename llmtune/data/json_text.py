@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from llmtune.config.data_schema import DataFormat
 from llmtune.data.fields import LISTS, prune
+from llmtune.data.json_objects import parse_json
 from llmtune.data.problems import RowError, short
 
 #: What marks an element of a list as a message.
@@ -51,7 +51,7 @@ def with_lists(
 
 def _parse(text: str, field: str, quiet: bool) -> Any:
     try:
-        parsed = json.loads(text)
+        parsed = parse_json(text)
     except (ValueError, RecursionError) as error:
         if quiet:
             return text
@@ -66,7 +66,7 @@ def _parse_message(entry: Any) -> Any:
     if not isinstance(entry, str) or entry.lstrip()[:1] != "{":
         return entry
     try:
-        return json.loads(entry)
+        return parse_json(entry)
     except (ValueError, RecursionError):
         return entry
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llmtune.data.formats import Row, not_utf8
 from llmtune.data.json_files import describe_broken, find_rows, is_whole, may_be_around_rows
+from llmtune.data.json_objects import parse_json
 from llmtune.data.problems import RowError
 from llmtune.data.sources import DataFile, Source, open_system
 from llmtune.data.stdlib_docs import read_stdlib_docs
@@ -128,13 +129,13 @@ def _pruned(value: Any) -> Any:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return RowError(not_utf8(line[error.start]))
     except json.JSONDecodeError as error:
         return RowError(describe_broken(error))
     except ValueError as error:
-        # A number of thousands of digits.
+        # A number of thousands of digits, or a name that stands twice.
         return RowError(f"broken JSON: {error}")
     except RecursionError:
         return RowError("broken JSON: nested too deeply")

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmtune.data.completeness import Completeness
 from llmtune.data.conversation import Conversation, Message, Role
+from llmtune.data.marks import Marks
 from llmtune.data.problems import RowError
+from llmtune.data.speakers import Speakers
 from llmtune.data.thinking import explain_difference
 from llmtune.data.verbatim import Verbatim, find_verbatim
 from llmtune.errors import ConfigError
@@ -139,7 +141,10 @@ class ChatTemplate:
         self._scaffolds: dict[tuple[Role, ...], _Scaffold | None] = {}
         self._text = text if text is not None else str(tokenizer.get_chat_template())
         self._variables = dict(tokenizer.special_tokens_map)
-        self._completeness = Completeness(lambda row: self._apply(list(row.messages), row)[0])
+        self._closing = str(tokenizer.eos_token or "")
+        self._completeness = Completeness(lambda row: self._apply(row.messages, row)[0])
+        self._speakers = Speakers(lambda row: self._apply(row.messages, row)[0])
+        self._marks = Marks(lambda row: self._apply(row.messages, row, marks=True))
         self.marked = _MARK.search(self._text) is not None
         environment: Any = _compile_jinja_template(self._text).environment
         self._verbatim = Verbatim.no if self.marked else find_verbatim(environment.parse(self._text))
@@ -158,6 +163,7 @@ class ChatTemplate:
         try:
             text, spans = self._marked(conversation) if self.marked else self._derived(conversation)
             self._completeness.check(conversation, text)
+            self._speakers.check(conversation, text)
             return text, spans
         except TEMPLATE_ERRORS as error:
             raise _refused(error) from error
@@ -174,16 +180,10 @@ class ChatTemplate:
             raise _refused(error) from error
 
     def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        text, spans = self._apply(conversation.messages, conversation, marks=True)
-        answers = [message for message in conversation.messages if message.role is Role.assistant]
-        if all(message.trained for message in answers):
-            return text, [Span(start, end, True) for start, end in spans]
-        if len(answers) != len(spans):
-            raise RowError(
-                f"the chat template marks {len(spans)} places for {len(answers)} answers, so 'train' of a message "
-                "cannot be told apart; take another data.chat_template"
-            )
-        return text, [Span(*span, message.trained) for span, message in zip(spans, answers, strict=True)]
+        text, marks = self._apply(conversation.messages, conversation, marks=True)
+        owners = self._marks.owners(conversation, len(marks))
+        trained = [conversation.messages[number].trained for number in owners]
+        return text, [Span(*mark, train) for mark, train in zip(marks, trained, strict=True)]
 
     def _derived(self, conversation: Conversation) -> tuple[str, list[Span]]:
         text, _ = self._apply(conversation.messages, conversation)
@@ -198,7 +198,7 @@ class ChatTemplate:
                 continue
             prefix, _ = self._apply(messages[:index], conversation, prompt=True)
             whole = text if index == len(messages) - 1 else self._apply(messages[: index + 1], conversation)[0]
-            upto = whole.rstrip()
+            upto = self._without_closing(whole.rstrip(), prefix, text)
             if not (upto.startswith(prefix) and text.startswith(upto)):
                 if not message.trained and not self._every_answer:
                     continue
@@ -210,12 +210,21 @@ class ChatTemplate:
             spans.append(Span(len(prefix), len(upto), message.trained))
         return spans
 
+    def _without_closing(self, upto: str, prefix: str, text: str) -> str:
+        """Up to an answer, without the end-of-text token that some templates put behind whatever is last, as Phi-3's does."""
+        if text.startswith(upto) or not self._closing or not upto.endswith(self._closing):
+            return upto
+        shorter = upto.removesuffix(self._closing).rstrip()
+        return shorter if text.startswith(shorter) and len(shorter) > len(prefix) else upto
+
     def _by_scaffold(self, conversation: Conversation) -> tuple[str, list[Span]] | None:
         """Text and spans without rendering, which is half of the time that a row takes; None where words may matter."""
         messages = conversation.messages
         if self._verbatim is Verbatim.no or conversation.tools or any(message.extra for message in messages):
             return None
-        if self._verbatim is Verbatim.trimmed and any(m.content != m.content.strip() for m in messages):
+        if self._verbatim is Verbatim.trimmed and any(
+            not m.content or m.content != m.content.strip() for m in messages
+        ):
             return None
         roles = tuple(message.role for message in messages)
         if roles not in self._scaffolds:
@@ -240,6 +249,7 @@ class ChatTemplate:
         try:
             text, _ = self._apply(sample.messages, sample)
             spans = iter(self._by_prefixes(sample, text))
+            self._speakers.check(sample, text)
         except (RowError, *TEMPLATE_ERRORS):
             # Whatever is wrong is found, and named, with the row itself.
             return None

@@ -6,7 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from llmtune.data.json_objects import DECODER, parse_json
 from llmtune.data.problems import RowError, short
+
+#: Fields of a function that is called.
+_READ = ("name", "arguments", "id", "type", "index")
+
+#: Names under which a call has its function's name and arguments.
+_ELSEWHERE = ("name", "arguments", "parameters", "params", "args", "kwargs", "input", "inputs")
 
 
 def read_tool_calls(entry: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
@@ -36,11 +43,10 @@ def parse_tool_calls(text: str, place: str) -> list[dict[str, Any]]:
         RowError: It is not.
     """
     calls: list[Any] = []
-    decoder = json.JSONDecoder()
     position = _between(text, 0)
     while position < len(text):
         try:
-            call, position = decoder.raw_decode(text, position)
+            call, position = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise _no_function_call(text, place) from error
         calls += call if isinstance(call, list) else [call]
@@ -82,7 +88,8 @@ def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 def _read_call(call: Any, place: str) -> dict[str, Any]:
     if isinstance(call, str):
         call = _parse(call, f"{place}: a tool call is no JSON")
-    function = call.get("function", call) if isinstance(call, Mapping) else None
+    function = call.get("function") if isinstance(call, Mapping) else None
+    function = call if function is None else function
     name = function.get("name") if isinstance(function, Mapping) else None
     if (
         not isinstance(call, Mapping)
@@ -91,7 +98,15 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
         or not name.strip()
     ):
         raise RowError(f"{place}: a tool call must be {{function: {{name, arguments}}}}, not {short(call)}")
-    if unread := [key for key in function if key not in ("name", "arguments", "id", "type", "index", "function")]:
+    told = {key: value for key, value in function.items() if value not in (None, "")}
+    # Beside the function, where only what says nothing of the call may stand.
+    beside = [key for key in _ELSEWHERE if function is not call and call.get(key) not in (None, "", [], {})]
+    if beside:
+        raise RowError(
+            f"{place}: the call of {name!r} has the field {beside[0]!r} beside its function, where it is not read; name and "
+            "arguments stand in the function"
+        )
+    if unread := [key for key in told if key not in _READ]:
         raise RowError(
             f"{place}: the call of {name!r} has the field {unread[0]!r}, which is not read; a call has name and arguments"
         )
@@ -113,9 +128,10 @@ def _read_arguments(arguments: Any, name: str, place: str) -> dict[str, Any]:
 
 def _parse(text: str, message: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise RowError(f"{message}: {short(text)}") from error
+        why = "" if isinstance(error, json.JSONDecodeError) else f" ({error})"
+        raise RowError(f"{message}{why}: {short(text)}") from error
 
 
 def _no_function_call(text: str, place: str) -> RowError:

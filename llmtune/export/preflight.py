@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llmtune.config.export_schema import ExportConfig, ExportFormat
 from llmtune.errors import ConfigError, ExportError, MissingPrerequisiteError
+from llmtune.model.quantized import quantization
 
 
 def check_exportable(config: ExportConfig, base: Path) -> None:
@@ -25,15 +26,24 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
         return
     _check_upload(config, config.dry_run)
     check = _CHECKS.get(config.format)
-    if check is None:
-        return
     try:
-        check(base)
+        if config.format is not ExportFormat.adapter:
+            _check_base(base)
+        if check is not None:
+            check(base)
     except ExportError as error:
         raise MissingPrerequisiteError(
             f"{error} (export={config.format.value} was asked for after the training, which has not begun; export=none "
             "trains without)"
         ) from error
+
+
+def _check_base(base: Path) -> None:
+    """Weights in fewer bits can be unpacked for a merge where they are bitsandbytes' 4 bits."""
+    if quantization(base) is not None:
+        from llmtune.export.bnb_base import check_plain_or_4bit
+
+        check_plain_or_4bit(base)
 
 
 def check_address(config: ExportConfig) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from llmtune.config.schema import ModelConfig, Precision
-from llmtune.errors import MissingPrerequisiteError
+from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
 from llmtune.model.partition import load_partitions, restore_buffers
+from llmtune.model.quantized import find_meaningless, quantization
+from llmtune.model.weight_files import read_entries
 from llmtune.model.weight_report import WeightReport
 from llmtune.process import no_collection
 
@@ -47,6 +49,7 @@ def build_model(
         weights: Where they go; without it, whole to the host.
 
     Raises:
+        ConfigError: Weights in fewer bits are to be cut into slices, whose bytes are no numbers of the model.
         MissingPrerequisiteError: ``model.attn_implementation`` needs a package that is not there.
     """
     with no_collection():
@@ -63,6 +66,8 @@ def build_model(
             )
             model, found = loaded
             _refuse_random(model, found["missing_keys"], folder)
+        elif quantization(folder) is not None:
+            raise ConfigError(f"{folder} holds weights in fewer bits, which ZeRO 3 cannot cut into slices")
         else:
             architecture = AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
 
@@ -90,10 +95,15 @@ def build_model(
 
 
 def _refuse_random(model: Any, missing: Iterable[str], folder: Path) -> None:
-    """transformers draws what the files lack, on every rank anew. Before a run it was looked for already."""
+    """transformers draws what the files lack, on every rank anew, and takes packed numbers for weights. Before a run both were
+    looked for already."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     random = tuple(sorted(parameters & set(missing)))
-    WeightReport(random, (), (), (), (), ()).refuse(str(folder), folder)
+    meaningless: list[str] = []
+    if quantization(folder) is None:
+        stored = read_entries(folder)
+        meaningless = find_meaningless({name: name for name in parameters & stored.keys()}, stored, parameters)
+    WeightReport(random, (), (), (), (), (), tuple(meaningless)).refuse(str(folder), folder)
 
 
 def sees_padding(config: Any) -> bool:

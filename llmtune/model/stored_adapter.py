@@ -6,6 +6,7 @@ Only the small files and headers are read, and torch is not needed, so that the 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from llmtune.config.schema import TunerConfig
 from llmtune.errors import CheckpointError, ConfigError
+from llmtune.plan.lora import match_pattern
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -178,13 +180,21 @@ def find_misfits(stored: StoredAdapter, built: dict[str, int], model: str) -> li
     if lacking:
         problems.append(f"{len(lacking)} that {model} needs are not in it, such as {lacking[0]}")
     for name, shape in stored.shapes.items():
-        elements = 1
-        for size in shape:
-            elements *= size
-        if name in built and elements != built[name]:
-            problems.append(f"{name} is {' x '.join(map(str, shape))} there and has {built[name]} elements in {model}")
+        if name not in built:
+            continue
+        rank = _rank(stored, name)
+        other = built[name] // rank
+        wanted = (rank, other) if name.endswith(_MATRICES[0]) else (other, rank)
+        if shape != wanted:
+            there, here = (" x ".join(map(str, sides)) for sides in (shape, wanted))
+            problems.append(f"{name} is {there} there and {here} in {model}")
             break
     return problems
+
+
+def _rank(stored: StoredAdapter, tensor: str) -> int:
+    module = tensor.removeprefix(PREFIX).rpartition(".lora_")[0]
+    return int(match_pattern(stored.settings["rank_pattern"], module, stored.settings["r"]))
 
 
 def _targets(stored: StoredAdapter) -> str | list[str]:
@@ -214,8 +224,11 @@ def _check_kind(stored: StoredAdapter) -> None:
             "plain adapter of it"
         )
     numbers = {"r": settings["r"], **settings["rank_pattern"]}
-    if wrong := [f"{key}={rank}" for key, rank in numbers.items() if not isinstance(rank, int) or rank < 1]:
+    if wrong := [f"{key}={rank}" for key, rank in numbers.items() if type(rank) is not int or rank < 1]:
         raise CheckpointError(f"{place}: {wrong[0]} is no rank")
+    scales = {"lora_alpha": settings["lora_alpha"], **settings["alpha_pattern"]}
+    if wrong := [f"{key}={json.dumps(scale)}" for key, scale in scales.items() if not _is_scale(scale)]:
+        raise CheckpointError(f"{place}: {wrong[0]} is no scale; a number other than 0 is")
     known = _SAID_ELSEWHERE | _CARRIED
     foreign = sorted(
         key for key, value in settings.items() if key not in known and value and value != PEFT_DEFAULTS.get(key, False)
@@ -231,6 +244,11 @@ def _check_kind(stored: StoredAdapter) -> None:
         )
     if not stored.shapes:
         raise CheckpointError(f"{stored.folder / WEIGHTS_FILE} holds no tensors")
+
+
+def _is_scale(value: Any) -> bool:
+    """Whether something is learned with it: with 0 nothing is, and peft divides a text by the rank in vain."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value != 0
 
 
 def _whole(value: Any) -> Any:

@@ -151,8 +151,3 @@ def identify_weights(folder: Path) -> str:
             f"{name} {entry.kind} {entry.shape} {entry.file.name} {status.st_size} {status.st_mtime_ns}".encode()
         )
     return digest.hexdigest()
-
-
-def is_quantized(folder: Path) -> bool:
-    """Whether the files hold weights in fewer bits, under names that only their quantizer knows."""
-    return bool(json.loads((folder / "config.json").read_text()).get("quantization_config"))

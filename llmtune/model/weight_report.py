@@ -36,6 +36,8 @@ class WeightReport:
     """Buffers that are not in the files and keep the values that the architecture gives them."""
     unused: tuple[str, ...]
     """In the files, and no part of the model."""
+    meaningless: tuple[str, ...] = ()
+    """Stored as packed numbers, and the folder does not say how to unpack them."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WeightReport:
@@ -60,6 +62,11 @@ class WeightReport:
                 f"{where}: {_count(len(self.missing))} in none of the files of {folder}: {some(self.missing)}. "
                 "transformers would draw random numbers instead, and other ones on every rank and after every restart. "
                 f"{self._explain_missing()}"
+            )
+        if self.meaningless:
+            raise MissingPrerequisiteError(
+                f"{where}: {folder} holds packed numbers in the place of {some(self.meaningless)}, and its config.json has no "
+                "quantization_config that says how to unpack them; put the model's own config.json back, or fetch the model again"
             )
         if self.reshaped:
             raise MissingPrerequisiteError(

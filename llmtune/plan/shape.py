@@ -43,8 +43,6 @@ class ModelShape:
     trainable_parameters: int
     adapter_parameters: int
     """0 for full fine-tuning."""
-    embedding_parameters: int
-    """Of input embeddings and head; once where they are tied."""
     tied: bool
     head_parameters: int
     """Of the output projection, tied or not; 0 where the model has none."""
@@ -82,11 +80,6 @@ class ModelShape:
         """From what JSON made of it."""
         lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **lists})
-
-    @property
-    def frozen_parameters(self) -> int:
-        """What is kept as it is."""
-        return self.parameters + self.adapter_parameters - self.trainable_parameters
 
     @property
     def quantized_parameters(self) -> int:
@@ -220,7 +213,6 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         parameters=sum(tensor.numel for tensor in base),
         trainable_parameters=sum(tensor.numel for tensor in tensors if tensor.trained),
         adapter_parameters=sum(tensor.numel for tensor in tensors if tensor.adapter),
-        embedding_parameters=sum(parameter.numel() for parameter in set(_embedding_parameters(model))),
         tied=tied,
         head_parameters=head.weight.numel() if head is not None else 0,
         matrix_parameters=_matrix_parameters(model, numbers),
@@ -303,11 +295,6 @@ def _largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
         own = sum(sum(sizes) for owner, sizes in adapters.items() if owner.startswith(f"{name}.{index}."))
         sizes.append(own + sum(parameter.numel() for parameter in block.parameters()))
     return max(sizes)
-
-
-def _embedding_parameters(model: Any) -> list[nn.Parameter]:
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
 
 def _adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, tuple[int, int]]:

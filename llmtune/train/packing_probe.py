@@ -14,6 +14,7 @@ what is above rounding only, and it is the only trial where the small model cann
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,11 @@ class Mixing:
     largest: float
     """Largest difference of a logit, in units of the logits' spread."""
     mean_square: float
-    """Root mean square of all differences, in the same unit."""
+    """Root mean square of all differences, in the same unit; only where every logit is a number."""
+    numberless_alone: tuple[int, ...] = ()
+    """Documents for which the model has logits that are NaN where nothing stands before them, 0 and 1."""
+    numberless_behind: tuple[int, ...] = ()
+    """The same of documents behind the other one."""
 
 
 def measure_mixing(forward: Callable[[Batch], torch.Tensor], collator: Collator, documents: tuple[Row, Row]) -> Mixing:
@@ -75,10 +80,18 @@ def measure_mixing(forward: Callable[[Batch], torch.Tensor], collator: Collator,
     logits = forward(batch).float()
     rows = logits.reshape(2, len(one.ids) + len(other.ids), -1)
     first, second = len(one.ids), len(other.ids)
-    behind = torch.cat([rows[0, first:], rows[1, second:]])
-    alone = torch.cat([rows[1, :second], rows[0, :first]])
-    spread = float((alone - alone.mean()).square().mean().sqrt()) or 1.0
-    difference = behind - alone
+    alone, behind = (rows[0, :first], rows[1, :second]), (rows[1, second:], rows[0, first:])
+    numberless = [
+        tuple(number for number, document in enumerate(pair) if bool(document.isnan().any()))
+        for pair in (alone, behind)
+    ]
+    if any(numberless):
+        return Mixing(math.nan, math.nan, *numberless)
+    one_by_one, packed = torch.cat(alone), torch.cat(behind)
+    # Some models give tokens that cannot follow a logit of minus infinity.
+    finite = one_by_one[one_by_one.isfinite()]
+    spread = (float(finite.sub(finite.mean()).square().mean().sqrt()) if len(finite) else 0.0) or 1.0
+    difference = torch.where(packed == one_by_one, 0.0, packed - one_by_one)
     return Mixing(float(difference.abs().max()) / spread, float(difference.square().mean().sqrt()) / spread)
 
 
@@ -135,8 +148,11 @@ def try_architecture(architecture: Any, kernel: str, name: str, trust_remote_cod
         name: Of the model, as the user has it.
     """
     mixing = find_leak(architecture, kernel, trust_remote_code)
-    if mixing is None:
+    if mixing is None or mixing.numberless_alone:
+        # Random weights may come to NaN in an architecture whose trained ones do not.
         return None
+    if mixing.numberless_behind:
+        return _describe_numberless(mixing, name)
     return _describe_leak(mixing.largest, SMALL_LIMIT, name, architecture.model_type)
 
 
@@ -157,6 +173,23 @@ def _describe_leak(size: float, limit: float, name: str, kind: str) -> str | Non
     )
 
 
+def _describe_numberless(mixing: Mixing, name: str) -> str:
+    def named(documents: tuple[int, ...]) -> str:
+        return " and ".join(("the first", "the second")[number] for number in documents)
+
+    where = "of two documents of random tokens that were packed into a row, logits of"
+    if mixing.numberless_alone:
+        return (
+            f"model.name_or_path={name}: the model answers with NaN: {where} {named(mixing.numberless_alone)} are no numbers "
+            "where nothing stands before it. That is not packing: weights are NaN or infinite, or overflow in this precision "
+            "(of precision=fp16, take bf16 or fp32). Fetch the model again, or look where its training went wrong"
+        )
+    return (
+        f"data.packing=true: {name} answers with NaN behind another document: {where} {named(mixing.numberless_behind)} are no "
+        f"numbers behind the other one, and are numbers where it stands first. {_ADVICE}"
+    )
+
+
 def check_module(module: TrainModule, collator: Collator, vocabulary: int, dtype: torch.dtype, name: str) -> None:
     """Try the model that is about to be trained. Collective: all ranks compute the same documents and decide alike.
 
@@ -166,10 +199,15 @@ def check_module(module: TrainModule, collator: Collator, vocabulary: int, dtype
         name: Of the model, as the user has it.
 
     Raises:
-        ConfigError: On every rank: documents of a row see each other.
+        ConfigError: On every rank: documents of a row see each other, or the model answers with NaN.
     """
     mixing = measure_mixing(module.logits, collator, draw_documents(LENGTHS, vocabulary))
-    (summed,) = sum_over_ranks([mixing.mean_square], module.rank)
-    problem = _describe_leak(summed / module.rank.world_size, LIMITS[dtype], name, module.model.config.model_type)
+    pairs = (mixing.numberless_alone, mixing.numberless_behind)
+    flags = [float(document in documents) for documents in pairs for document in (0, 1)]
+    size, *counts = sum_over_ranks([mixing.mean_square, *flags], module.rank)
+    if any(counts):
+        alone, behind = (tuple(n for n in (0, 1) if counts[2 * pair + n]) for pair in (0, 1))
+        raise ConfigError(_describe_numberless(Mixing(math.nan, math.nan, alone, behind), name))
+    problem = _describe_leak(size / module.rank.world_size, LIMITS[dtype], name, module.model.config.model_type)
     if problem is not None:
         raise ConfigError(problem)

@@ -137,7 +137,7 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
         check_row_length(config.data.max_seq_length, shape.max_positions, family)
         kernel = resolve_attention(config, "cpu", shape.kernels)
         if rows != "unchecked":
-            check_model(config, kernel, folder, None, lambda _: None)
+            check_model(config, kernel, int(stage), folder, None, lambda _: None)
         module = build(config, shape, folder, kernel, rank)
         collator = Collator(0, masked=sees_padding(module.model.config))
         if packed:

@@ -40,7 +40,27 @@ CHANGING: list[tuple[str, Any]] = [
     *(("loss", False), ("train", 0), ("masked", True), ("loss_mask", [0, 1]), ("sample_weight", 2.0), ("mask", 1)),
     *(("input_ids", [1, 2]), ("labels", [-100, 2]), ("chat_template_kwargs", {"enable_thinking": False})),
     *(("system_prompt", "Be brief."), ("reasoning", "because"), ("refusal", "no"), ("train_detail", [{"begin": 0}])),
+    *(("negative_answer", "no"), ("hard_negatives", ["no"]), ("dispreferred", "no"), ("non_preferred_answer", "no")),
+    *(("is_safe", False), ("toxic", True), ("better_response_id", 1), ("winner_model", "b"), ("is_wrong", True)),
+    *(("incorrect", True), ("valid", False), ("passed", False), ("helpfulness", 0.5), ("verdict", "no"), ("best", "x")),
+    *(("img", "a.png"), ("photo", "a.png"), ("mm_inputs", [1]), ("pictures", ["a"]), ("pixel", 1)),
+    *(("is_loss", False), ("include_in_loss", False), ("calculate_loss", False), ("do_train", False), ("skip", True)),
+    *(("ignore", True), ("learnable", False), ("not_trained", True), ("use_for_training", False), ("turn_weight", 0.1)),
+    *(("thought", "hm"), ("thoughts", "hm"), ("rationale", "hm"), ("chain_of_thought", "hm"), ("cot", "hm")),
+    *(("documents", ["a"]), ("reasoning_effort", "high"), ("thinking_budget", 3), ("add_generation_prompt", True)),
 ]
+
+#: Fields whose names look like those, and that say nothing of what is learned.
+LOOKING_SO = (
+    "weight_loss",
+    "body_weight",
+    "hair_loss",
+    "skipping",
+    "training_ground",
+    "learner",
+    "safety_belt",
+    "validity",
+)
 
 
 @pytest.mark.parametrize("data_format", GOOD, ids=lambda data_format: data_format.value)
@@ -108,6 +128,12 @@ def test_so_it_is_in_a_part_of_a_message_and_in_a_call() -> None:
         with pytest.raises(RowError) as caught:
             read(part, call)
         assert str(caught.value).startswith(f"messages[1].{where} (")
+
+
+@pytest.mark.parametrize("data_format", GOOD, ids=lambda data_format: data_format.value)
+def test_a_name_that_only_looks_so_is_listed(data_format: DataFormat) -> None:
+    _, unknown = Recipe(data_format, {}).read({**GOOD[data_format], **dict.fromkeys(LOOKING_SO, "x")})
+    assert unknown == set(LOOKING_SO)
 
 
 @pytest.mark.parametrize("name", [*TRAINED, *MASKED])

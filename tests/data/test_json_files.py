@@ -32,7 +32,6 @@ FILES: dict[str, tuple[str, list[int]]] = {
     "an object around them, over lines": ("\n" + pretty({"data": ROWS}), [4, 8, 12, 16]),
     "an object that says more": (pretty({"version": "1.1", "rows": ROWS, "n": {"of": [{}]}}), [4, 8, 12, 16]),
     "by the name of the split": (json.dumps({"test": [{"a": 1}], "train": ROWS}), [1, 1, 1, 1]),
-    "a name that is there twice": (f'{{"data": [{{"text": "x"}}], "data": {json.dumps(ROWS)}}}', [1, 1, 1, 1]),
     "objects over lines": ("\n".join(map(pretty, ROWS)), [1, 5, 9, 13]),
     "objects over lines, with commas": (",\n".join(map(pretty, ROWS)), [1, 5, 9, 13]),
     "objects whose first field is on the first line": (

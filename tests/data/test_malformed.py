@@ -28,6 +28,10 @@ def turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
 #: Name, the file's bytes behind a good first line, and what is said.
 BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "cut_json": (b'{"instruction": "x", "out', "broken JSON at column 22: Unterminated string"),
+    "a_name_twice": (
+        b'{"instruction": "x", "output": "a", "output": "b"}',
+        "broken JSON: the name 'output' stands twice in an object, of which one would be dropped",
+    ),
     "two_objects": (line(GOOD) + line(GOOD), "broken JSON at column 38: Extra data"),
     "no_object": (b"[1, 2]", "a row must be an object with named fields, not list"),
     "deep_json": (b"[" * 100_000, "broken JSON: nested too deeply"),
@@ -54,6 +58,10 @@ BAD_CHATS: dict[str, tuple[bytes, str]] = {
     "no_message": (b'{"messages": ["x"]}', "messages[0] must be {role, content}, not 'x'"),
     "role": (line(turns(("bot", "x"))), "messages[0]: role is 'bot'; it must be one of system, developer, user"),
     "no_content": (line(turns(("user", None), ("assistant", "x"))), "messages[0]: the field 'content' is empty"),
+    "content_twice": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}',
+        "broken JSON: the name 'content' stands twice in an object",
+    ),
     "user_last": (line(turns(("user", "x"))), "the last message is the user's; it must be the assistant's"),
     "surrogate_in_a_call": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": '

@@ -85,6 +85,9 @@ def test_what_the_message_says_can_be_trained_is_trained() -> None:
 
 @pytest.mark.parametrize("answer", ["hello", "I was thinking <think>hard</think>"])
 def test_other_differences_are_not_said_to_be_thinking(answer: str) -> None:
-    text = encode(ENDS, "hi", answer, "more", "yes")
-    assert "differently with and without what surrounds it" in text
-    assert "thinking" not in text.replace(answer, "")
+    between = encode(ENDS, "hi", answer, "more", "yes")
+    assert "does not end a trained answer with a special token" in between
+    before = encode(ENDS.replace("\nOK '", "\n' + ('Last: ' if loop.last else 'OK ')"), "hi", answer, "more", "yes")
+    assert "differently with and without what surrounds it" in before
+    for text in (between, before):
+        assert "thinking" not in text.replace(answer, "")

@@ -125,3 +125,30 @@ def test_reasoning_is_one_text() -> None:
         read({"content": "b", "reasoning": "x", "thinking": "y"})
     with pytest.raises(RowError, match="'thinking' must be text, not True"):
         read({"content": "b", "thinking": True})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"function": {"name": "add"}, "arguments": {"a": 1}}, "has the field 'arguments' beside its function"),
+        ({"function": {"name": "add"}, "arguments": '{"a": 1}'}, "has the field 'arguments' beside its function"),
+        ({"function": {"name": "add"}, "parameters": {"a": 1}}, "has the field 'parameters' beside its function"),
+        ({"function": {"name": "add"}, "input": {"a": 1}}, "has the field 'input' beside its function"),
+        ({"name": "sub", "function": {"name": "add", "arguments": {}}}, "has the field 'name' beside its function"),
+        ({"function": {"name": "add", "function": {"arguments": {"a": 1}}}}, "has the field 'function', which is not"),
+        ({"function": {"name": "add", "parameters": {"a": 1}}}, "has the field 'parameters', which is not read"),
+        ({"name": "add", "input": "a"}, "has the field 'input', which is not read"),
+        ({"name": "add", "arguments": '{"a": 1, "a": 2}'}, "the name 'a' stands twice in an object"),
+        ('{"name": "add", "name": "sub"}', "the name 'name' stands twice in an object"),
+    ],
+)
+def test_nothing_of_a_call_is_dropped(call: Any, message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        read({"content": "", "tool_calls": [call]})
+
+
+def test_fields_of_a_call_that_hold_nothing_do_not_matter() -> None:
+    """As exports write them that know one set of fields for all rows."""
+    function = {"name": "add", "arguments": {"a": 1}, "parameters": None, "function": None}
+    call = {"type": "function", "function": function, "name": None, "arguments": "", "input": {}}
+    assert read({"content": "", "tool_calls": [call]}).messages[1].extra == {"tool_calls": [CALL]}

@@ -57,6 +57,26 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_for_gguf(tiny_model
         check_exportable(ExportConfig(ExportFormat.gguf), base)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gptq", "bits": 4}]
+)
+@pytest.mark.parametrize("kind", [one for one in ExportFormat if one.value not in ("none", "adapter")])
+def test_a_base_that_cannot_be_unpacked_is_refused_for_whatever_is_merged(
+    kind: ExportFormat, settings: dict[str, object], tiny_model: Path, tmp_path: Path
+) -> None:
+    base = with_config(tiny_model, tmp_path, quantization_config=settings)
+    with pytest.raises(
+        MissingPrerequisiteError, match=r"the weights are quantised .*the training, which has not begun"
+    ):
+        check_exportable(ExportConfig(kind), base)
+    for other in (ExportFormat.none, ExportFormat.adapter):
+        check_exportable(ExportConfig(other), base)
+    (base / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    )
+    check_exportable(ExportConfig(ExportFormat.safetensors), base)
+
+
 @pytest.mark.parametrize("kind", [ExportFormat.onnx, ExportFormat.torchscript])
 def test_what_no_graph_is_made_of_is_refused(kind: ExportFormat, tiny_model: Path, tmp_path: Path) -> None:
     base = with_config(tiny_model, tmp_path, architectures=["WhisperForConditionalGeneration"])

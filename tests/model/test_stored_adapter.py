@@ -203,6 +203,10 @@ def edit(folder: Path, change_tensors: Callable[[dict[str, torch.Tensor]], Any])
             "belong to no adapted layer",
         ),
         (lambda tensors: tensors.update({sorted(tensors)[0]: torch.ones(4, 99)}), "is 4 x 99 there"),
+        (
+            lambda tensors: tensors.update({name: tensor.T.contiguous() for name, tensor in tensors.items()}),
+            "is 64 x 4 there and 4 x 64 in random",
+        ),
         (lambda tensors: tensors.update({sorted(tensors)[0]: torch.full((4, 64), float("nan"))}), "holds NaN"),
         (lambda tensors: tensors.clear(), "holds no tensors"),
     ],
@@ -215,6 +219,24 @@ def test_tensors_that_do_not_fit_are_refused(
     with pytest.raises(CheckpointError) as caught:
         adopted(folder)
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_alpha": 0},
+        {"lora_alpha": "8"},
+        {"lora_alpha": True},
+        {"lora_alpha": float("nan")},
+        {"alpha_pattern": {"q_proj": 0}},
+    ],
+    ids=str,
+)
+def test_a_scale_that_is_none_is_refused(settings: dict[str, Any], base: Callable[[], Any], tmp_path: Path) -> None:
+    """With 0 nothing would be learned, and a text would end the ranks."""
+    change(write(base(), tmp_path / "adapter"), **settings)
+    with pytest.raises(CheckpointError, match="is no scale; a number other than 0 is"):
+        adopted(tmp_path / "adapter")
 
 
 def test_an_adapter_of_another_rank_than_its_settings_is_refused(base: Callable[[], Any], tmp_path: Path) -> None:

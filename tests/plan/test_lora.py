@@ -73,6 +73,9 @@ def test_the_scale_of_rank_stabilised_adapters() -> None:
     ("override", "part"),
     [
         ("tuner.rank_pattern={q_proj: 0}", "numbers above 0 by module"),
+        ("tuner.rank_pattern={q_proj: true}", "numbers above 0 by module"),
+        ("tuner.alpha_pattern={q_proj: nan}", "numbers above 0 by module"),
+        ("tuner.alpha_pattern={q_proj: inf}", "numbers above 0 by module"),
         ("tuner.alpha_pattern={q_proj: a}", "numbers above 0 by module"),
     ],
 )

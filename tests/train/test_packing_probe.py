@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,17 @@ from llmtune.data.store import Row
 from llmtune.errors import ConfigError
 from llmtune.model.attention import answer_on_host
 from llmtune.model.shrink import MAX_LAYERS, shrink
-from llmtune.train.packing_probe import LENGTHS, LIMITS, SMALL_LIMIT, draw_documents, find_leak, measure_mixing
+from llmtune.train.packing_probe import (
+    LENGTHS,
+    LIMITS,
+    SMALL_LIMIT,
+    Mixing,
+    check_module,
+    draw_documents,
+    find_leak,
+    measure_mixing,
+    try_architecture,
+)
 from tests.architectures.families import FAMILIES, MIXING
 
 #: Of some architectures, such as RWKV and Falcon, transformers asks for compilers in processes.
@@ -125,5 +136,89 @@ def test_packing_is_refused_before_the_ranks_with_what_to_do(tmp_path: Path) -> 
     )
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"data.packing=true: .*transformers' lfm2.*Take data.packing=false"):
-            check_model(packed, "eager", folder, tmp_path / "cache", lambda _: None)
-    check_model(alone, "eager", folder, tmp_path / "cache", lambda _: None)
+            check_model(packed, "eager", 0, folder, tmp_path / "cache", lambda _: None)
+    check_model(alone, "eager", 0, folder, tmp_path / "cache", lambda _: None)
+
+
+def logits_of(bad: dict[tuple[int, int], float]) -> Any:
+    """A model that answers the same everywhere, but for some positions."""
+
+    def forward(batch: Any) -> torch.Tensor:
+        logits = torch.linspace(-1, 1, 7).expand(*batch.input_ids.shape, 7).clone()
+        for place, value in bad.items():
+            logits[place] = value
+        return logits
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("place", "alone", "behind"),
+    [((0, 1), (0,), ()), ((1, 0), (1,), ()), ((0, 4), (), (1,)), ((1, 3), (), (0,)), ((0, 3), (), (1,))],
+)
+def test_documents_without_numbers_are_named(place: tuple[int, int], alone: Any, behind: Any) -> None:
+    found = measure_mixing(logits_of({place: float("nan")}), Collator(0), draw_documents((3, 2), 97))
+    assert (found.numberless_alone, found.numberless_behind) == (alone, behind)
+
+
+def test_infinite_logits_are_numbers_where_both_have_them() -> None:
+    """Some architectures give tokens that cannot be said a logit of minus infinity."""
+    everywhere = {(row, position): float("-inf") for row in range(2) for position in range(5)}
+
+    def forward(batch: Any) -> torch.Tensor:
+        logits = logits_of({})(batch)
+        logits[..., 0] = float("-inf")
+        return logits
+
+    found = measure_mixing(forward, Collator(0), draw_documents((3, 2), 97))
+    assert (found.largest, found.numberless_alone, found.numberless_behind) == (0.0, (), ())
+    assert measure_mixing(logits_of(everywhere), Collator(0), draw_documents((3, 2), 97)).largest == 0.0
+    leak = measure_mixing(logits_of({(0, 4): float("-inf")}), Collator(0), draw_documents((3, 2), 97))
+    assert leak.largest > SMALL_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (
+            {(0, 1): float("nan"), (1, 0): float("nan")},
+            r"model.name_or_path=m: the model answers with NaN: .* logits of the first and the second are no numbers where "
+            r"nothing stands before it.*take bf16 or fp32",
+        ),
+        ({(1, 3): float("nan")}, r"the model answers with NaN: .* logits of the second are no numbers where nothing"),
+        (
+            {(0, 50): float("nan")},
+            r"data.packing=true: m answers with NaN behind another .* logits of the second are no",
+        ),
+        ({(0, 50): 3.0}, r"data.packing=true: m does not keep the documents of a row apart"),
+    ],
+)
+def test_a_model_that_answers_with_nan_is_no_leak(bad: dict[tuple[int, int], float], message: str) -> None:
+    module: Any = SimpleNamespace(
+        logits=logits_of(bad),
+        rank=SimpleNamespace(world_size=1),
+        model=SimpleNamespace(config=SimpleNamespace(model_type="llama")),
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_module(module, Collator(0), 97, torch.float32, "m")
+
+
+def test_a_model_whose_weights_are_nan_is_told_so() -> None:
+    model = AutoModelForCausalLM.from_config(configuration("llama"), attn_implementation="eager").eval()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+        found = measure_mixing(
+            lambda batch: model(**batch.inputs, use_cache=False).logits, Collator(0), draw_documents((9, 5), 128)
+        )
+    assert (found.numberless_alone, found.numberless_behind) == ((0, 1), (0, 1))
+
+
+def test_a_small_model_that_answers_with_nan_alone_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are random; those of the model itself are tried before step 1."""
+    nan = float("nan")
+    said = {}
+    for case, found in {"alone": Mixing(nan, nan, (0, 1), (0, 1)), "behind": Mixing(nan, nan, (), (1,))}.items():
+        monkeypatch.setattr("llmtune.train.packing_probe.find_leak", lambda *_, found=found: found)
+        said[case] = try_architecture(configuration("llama"), "eager", "m", False)
+    assert said["alone"] is None
+    assert "m answers with NaN behind another document" in str(said["behind"])
