@@ -15,18 +15,22 @@ from llmtune.config.literal import from_literal, to_literal
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.secrets import redact_values
+from llmtune.trust import read_foreign
+
+#: Of a stored configuration, which lists some hundred sources at the most.
+_MOST_BYTES = 16 << 20
 
 
 def load_config(path: Path) -> Config:
-    """The typed config of a run folder's ``config.yaml``.
+    """The typed config of a run folder's ``config.yaml``, which may be anybody's: no variable is looked up for it.
 
     Raises:
-        ConfigError: The file is missing, or holds keys that this version does not know.
+        ConfigError: The file is missing, is a link to elsewhere, or holds keys that this version does not know.
     """
     if not path.is_file():
         raise ConfigError(f"{path.parent} is not a run folder: it has no {path.name}")
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
+        return parse_yaml(read_foreign(path, ConfigError, _MOST_BYTES))
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {first_line(error)}") from error
 

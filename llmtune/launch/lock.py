@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmtune.errors import CheckpointError
+from llmtune.trust import open_lock
 
 
 @contextmanager
@@ -17,13 +18,13 @@ def hold_lock(path: Path) -> Iterator[None]:
 
     Raises:
         CheckpointError: Another process holds it.
+        MissingPrerequisiteError: Something else is in its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
             raise CheckpointError(
                 f"{path.parent}: another run is using this folder (process {file.read().strip() or 'unknown'}); "
                 "wait for it, or take another run_name= or output_dir="
