@@ -41,19 +41,25 @@ def find_objection(file: Path, most_bytes: int | None = MOST_BYTES) -> str | Non
     Args:
         most_bytes: Its largest size; None for weights, which are mapped and not read whole.
     """
+    return _locate(file, most_bytes)[1]
+
+
+def _locate(file: Path, most_bytes: int | None) -> tuple[Path, str | None]:
+    """Where a file really lies, and what :func:`find_objection` says of it."""
     try:
         place = file.resolve(strict=True)
         status = place.stat()
     except (OSError, RuntimeError) as error:
         # Python before 3.13 raises RuntimeError for links that go round in a circle.
-        return f"cannot be opened ({getattr(error, 'strerror', None) or 'links in a circle'})"
+        return file, f"cannot be opened ({getattr(error, 'strerror', None) or 'links in a circle'})"
+    reason = None
     if not any(place.is_relative_to(root) for root in _roots(file.parent)):
-        return f"is a link that leads out of its folder, to {place}"
-    if not stat.S_ISREG(status.st_mode):
-        return "is no regular file"
-    if most_bytes is not None and status.st_size > most_bytes:
-        return f"has {status.st_size:,} bytes, more than the {most_bytes:,} that such a file may have"
-    return None
+        reason = f"is a link that leads out of its folder, to {place}; put the file itself there, or take the link away"
+    elif not stat.S_ISREG(status.st_mode):
+        reason = "is no regular file"
+    elif most_bytes is not None and status.st_size > most_bytes:
+        reason = f"has {status.st_size:,} bytes, more than the {most_bytes:,} that such a file may have"
+    return place, reason
 
 
 def open_foreign(file: Path, error: type[LlmtuneError], most_bytes: int = MOST_BYTES) -> BinaryIO:
@@ -62,18 +68,18 @@ def open_foreign(file: Path, error: type[LlmtuneError], most_bytes: int = MOST_B
     Raises:
         LlmtuneError: Of the class ``error``, where it may not be opened.
     """
-    reason = find_objection(file, most_bytes)
+    place, reason = _locate(file, most_bytes)
     if reason is None:
         try:
             # Whoever may write to the folder can put a link or a pipe in its place meanwhile.
-            descriptor = os.open(file.resolve(), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as cause:
             raise error(f"{file}: {cause.strerror}") from cause
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return os.fdopen(descriptor, "rb")
         os.close(descriptor)
         reason = "is no regular file"
-    raise error(f"{file} {reason}; {_MEND_FILE}")
+    raise error(f"{file} {reason}")
 
 
 def check_foreign(file: Path, error: type[LlmtuneError], most_bytes: int | None = MOST_BYTES) -> None:
@@ -84,7 +90,7 @@ def check_foreign(file: Path, error: type[LlmtuneError], most_bytes: int | None 
     """
     reason = find_objection(file, most_bytes)
     if reason is not None:
-        raise error(f"{file} {reason}; {_MEND_FILE}")
+        raise error(f"{file} {reason}")
 
 
 def copy_foreign(file: Path, target: Path, error: type[LlmtuneError], most_bytes: int = MOST_BYTES) -> None:
@@ -106,9 +112,6 @@ def read_foreign(file: Path, error: type[LlmtuneError], most_bytes: int = MOST_B
     """
     with open_foreign(file, error, most_bytes) as source:
         return source.read(most_bytes).decode("utf-8")
-
-
-_MEND_FILE = "put the file itself there, or take it away"
 
 
 def _roots(folder: Path) -> tuple[Path, ...]:

@@ -18,6 +18,8 @@ from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.own_code import describe_own_code, explain_own_code
+from llmtune.model.stored_adapter import CONFIG_FILE
+from llmtune.trust import read_foreign
 
 if TYPE_CHECKING:
     import torch
@@ -172,6 +174,7 @@ def put_on(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
+    _check_settings(adapter)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
         # peft leaves out what does not match, and at most warns; once more, for what it says of it.
@@ -187,6 +190,24 @@ def put_on(model: Any, adapter: Path) -> Any:
     return adapted
 
 
+def _check_settings(adapter: Path) -> None:
+    """Refuse what has peft import a module that the adapter names.
+
+    Raises:
+        CheckpointError: The settings do, or cannot be read.
+    """
+    file = adapter / CONFIG_FILE
+    try:
+        settings = json.loads(read_foreign(file, CheckpointError))
+        named = settings.get("megatron_config") and settings.get("megatron_core")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); fetch or copy it again") from error
+    if named:
+        raise CheckpointError(
+            f"{file}: megatron_config has peft import {named}, which only a training with Megatron needs"
+        )
+
+
 def from_trained(config: Config, folder: Path, run: Path) -> Target:
     """What was trained: an adapter on its base, or the whole model in ``folder``."""
     if config.tuner.kind is TunerKind.full:
@@ -196,12 +217,25 @@ def from_trained(config: Config, folder: Path, run: Path) -> Target:
 
 def _base_folder(config: Config, run: Path) -> Path:
     """Where the run's base lies: where it lay in training, or wherever the configuration finds it now."""
-    plan = run / names.PLAN
-    if plan.is_file():
-        folder = Path(json.loads(plan.read_text()).get("model_folder", ""))
-        if folder.is_dir() and list(folder.glob("*.safetensors")):
-            return folder
+    noted = _noted_base(run / names.PLAN)
+    if noted is not None and noted.is_dir() and list(noted.glob("*.safetensors")):
+        return noted
     return resolve_model_folder(config.model, cache_dir(config))
+
+
+def _noted_base(plan: Path) -> Path | None:
+    """The folder that a run's plan calls its base.
+
+    Raises:
+        CheckpointError: The plan cannot be read.
+    """
+    if not plan.is_file():
+        return None
+    try:
+        noted = json.loads(read_foreign(plan, CheckpointError)).get("model_folder")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{plan} is damaged ({error}); without it, the base is looked for by its name") from error
+    return Path(noted) if isinstance(noted, str) and noted else None
 
 
 def trained_folder(run: Path, config: Config) -> Path:

@@ -18,18 +18,17 @@ def locate_cache(paths: PathsConfig) -> Path:
     """The folder that the configuration names, whatever it is like.
 
     Raises:
-        MissingPrerequisiteError: It is to lie in the home of a user who has none.
+        MissingPrerequisiteError: None is named, or it is to lie in the home of a user who has none.
     """
     text = paths.cache_dir
+    if not text:
+        raise MissingPrerequisiteError(f"{KEY} is empty; {INSTEAD}")
     try:
-        folder = Path(text).expanduser()
-    except RuntimeError:
-        folder = Path()
-    if not text or (text.startswith("~") and not folder.is_absolute()):
+        return Path(text).expanduser()
+    except RuntimeError as error:
         raise MissingPrerequisiteError(
             f"{KEY}={text}: HOME is not set, and this user (uid {os.getuid()}) has no home; {INSTEAD}"
-        )
-    return folder
+        ) from error
 
 
 def open_cache(paths: PathsConfig) -> Path:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmtune.errors import ConfigError
+from llmtune.trust import read_foreign
 
 KEY = "model.trust_remote_code"
 
@@ -21,8 +22,8 @@ def find_own_code(folder: Path) -> list[str]:
     found: set[str] = set()
     for name in _FILES:
         try:
-            named = json.loads((folder / name).read_text(encoding="utf-8")).get(_NAMED)
-        except (OSError, ValueError, AttributeError):
+            named = json.loads(read_foreign(folder / name, ConfigError)).get(_NAMED)
+        except (ConfigError, ValueError, AttributeError, RecursionError):
             continue
         values = named.values() if isinstance(named, dict) else [named]
         for value in values:

@@ -13,7 +13,7 @@ from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
 from llmtune.cli.main import main
 from llmtune.config.compose import compose_config
 from llmtune.config.stored import dump_yaml
-from llmtune.errors import ConfigError
+from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.own_code import find_own_code
 from tests.export.conftest import make_adapter
 from tests.support import TINY
@@ -35,7 +35,7 @@ class PlantedTokenizer(PreTrainedTokenizerFast):
     pass
 """
 ALLOWED = "model.trust_remote_code=true"
-ROWS = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
+ROW = '{{"messages": [{{"role": "user", "content": "hi"}}, {{"role": "assistant", "content": "{answer}"}}]}}\n'
 
 
 @pytest.fixture
@@ -64,6 +64,8 @@ def plant_run(folder: Path, tiny_model: Path, marker: Path, rows: Path) -> tuple
     config = compose_config(
         [*TINY, "tuner=full", "precision=fp32", ALLOWED, f"data.eval={rows}", f"data.train={rows}"]
     ).config
+    rows.with_name("train.jsonl").write_text(ROW.format(answer="to train on"))
+    config.data.train = str(rows.with_name("train.jsonl"))
     config.model.config = None
     config.model.name_or_path = str(model)
     for place in (folder, model):
@@ -80,7 +82,7 @@ def test_a_runs_own_configuration_does_not_turn_it_on(
     verb: list[str], place: int, tiny_model: Path, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(ROWS)
+    rows.write_text(ROW.format(answer="held out"))
     given = plant_run(tmp_path / f"planted-{verb[0]}-{place}", tiny_model, marker, rows)[place]
     code = main([*verb, given])
     said = capsys.readouterr().err
@@ -152,3 +154,28 @@ def test_a_stored_configuration_does_not_say_where_this_call_writes(
     target = resolve_target(compose_config([f"checkpoint={folder}"]))
     assert Path(target.config.paths.cache_dir) == cache
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
+def test_settings_of_an_adapter_that_are_none_are_an_error(
+    text: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    code = main(["chat", f"base={tiny_model}", f"adapter={tmp_path}", "chat.prompt=hi"])
+    assert code == CheckpointError.exit_code
+    assert "adapter_config.json is damaged" in capsys.readouterr().err
+
+
+def test_an_adapter_does_not_have_a_module_imported(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "planted_megatron.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    adapter = make_adapter(tiny_model, tmp_path / "adapter")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings |= {"megatron_config": {"a": 1}, "megatron_core": "planted_megatron"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    code = main(["chat", f"base={tiny_model}", f"adapter={adapter}", "chat.prompt=hi"])
+    assert not (tmp_path / "it-ran").exists()
+    assert code == CheckpointError.exit_code
+    assert "has peft import planted_megatron" in capsys.readouterr().err

@@ -141,13 +141,12 @@ def test_without_a_home_nothing_shared_takes_its_place(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     paths = compose_config(["model=tiny"]).config.paths
-    for home_variable in (None, ""):
-        if home_variable is not None:
-            monkeypatch.setenv("HOME", home_variable)
-        with pytest.raises(
-            MissingPrerequisiteError, match=r"HOME is not set, .* name a folder of your own with LLMTUNE_CACHE"
-        ):
-            locate_cache(paths)
+    with pytest.raises(
+        MissingPrerequisiteError, match=r"HOME is not set, .* name a folder of your own with LLMTUNE_CACHE"
+    ):
+        locate_cache(paths)
+    with pytest.raises(MissingPrerequisiteError, match="name a folder of your own"):
+        locate_cache(PathsConfig(""))
 
 
 @pytest.mark.parametrize("how", ["variable", "key"])
