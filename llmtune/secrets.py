@@ -73,7 +73,7 @@ def describe_secret_overrides(overrides: Iterable[str]) -> str:
     if not keys:
         return ""
     return (
-        f"note: {', '.join(keys)} holds a secret, and every user of a machine can read the command lines on it (ps). Keep the "
+        f"note: there is a secret in {', '.join(keys)}, and every user of a machine can read the command lines on it (ps). Keep the "
         "secret in the environment, and name it in a file of --config-dir: ${oc.env:NAME}"
     )
 

@@ -211,7 +211,7 @@ def test_a_secret_on_the_command_line_is_said_without_the_secret(
     secret = ["checkpoint.mirror=ftp://me:planted-password@host/x", "run_name=r-planted-key-123", "seed=7"]
     assert main(["--cfg", "job", "model=tiny", *secret]) == 0
     said = capsys.readouterr().err
-    assert said.startswith("note: checkpoint.mirror, run_name holds a secret, and every user")
+    assert said.startswith("note: there is a secret in checkpoint.mirror, run_name, and every user")
     assert "planted" not in said
     assert main(["--cfg", "job", "model=tiny", "checkpoint.mirror=s3://bucket/x"]) == 0
     assert capsys.readouterr().err == ""
@@ -219,7 +219,7 @@ def test_a_secret_on_the_command_line_is_said_without_the_secret(
 
 def test_a_secret_does_not_go_onto_the_command_lines_of_other_machines(bare: Path) -> None:
     (bare / "hosts").write_text("a slots=1\n")
-    with pytest.raises(ConfigError, match=r"launch.hostfile: checkpoint.mirror holds a secret.*oc.env:NAME") as caught:
+    with pytest.raises(ConfigError, match=r"launch.hostfile: there is a secret in checkpoint.mirror.*oc.env:NAME") as caught:
         hand_over(bare / "hosts", ["train", "checkpoint.mirror=ftp://me:planted-password@host/x"])
     assert "planted" not in str(caught.value)
 
