@@ -73,8 +73,8 @@ def describe_secret_overrides(overrides: Iterable[str]) -> str:
     if not keys:
         return ""
     return (
-        f"note: there is a secret in {', '.join(keys)}, and every user of a machine can read the command lines on it (ps). Keep the "
-        "secret in the environment, and name it in a file of --config-dir: ${oc.env:NAME}"
+        f"note: there is a secret in {', '.join(keys)}, and every user of a machine can read the command lines on it (ps). "
+        "Keep it in the environment, and name it in a file of --config-dir: ${oc.env:NAME}"
     )
 
 

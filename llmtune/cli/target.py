@@ -88,7 +88,8 @@ def _from_stored(stored: Config, composed: Composed, folder: Path, run: Path) ->
 
     It says neither that code is run nor where this call keeps its files: the command line does.
     """
-    asks = f"the configuration in {run}" if stored.model.trust_remote_code else None
+    place = composed.config.run or composed.config.checkpoint.path
+    asks = f"the configuration in {place}" if stored.model.trust_remote_code else None
     plain = replace(stored, model=replace(stored.model, trust_remote_code=False), paths=composed.config.paths)
     return replace(from_trained(with_overrides(plain, composed), folder, run), code_asked_by=asks)
 

@@ -18,6 +18,9 @@ from llmtune.trust import require_own
 #: Beginnings of names that DeepSpeed's runner hands on and ranks do not need; MLflow's are mostly keys.
 _HANDED_ON = ("MLFLOW",)
 
+#: Names of variables that say which libraries, modules and programs a process loads.
+_EXECUTED = re.compile(r"(LD_|DYLD_|PYTHON).*|PATH|BASH_ENV|ENV|.*(PLUGIN|PRELOAD|INJECTION).*")
+
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
 
 
@@ -86,11 +89,19 @@ def runner_environment() -> dict[str, str]:
     So do the lines of ``.deepspeed_env``. The ranks take their keys from ``.env``, or from the environment of their machine.
 
     Raises:
-        MissingPrerequisiteError: The working folder's ``.deepspeed_env`` is another user's: it says what ranks load.
+        MissingPrerequisiteError: The working folder's ``.deepspeed_env`` is another user's, or says what ranks execute: the
+            folder may have come from somebody else.
     """
     listed = Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env"))
     if listed.is_file():
         require_own(listed, "DeepSpeed's variables for all nodes", "start llmtune in another folder")
+    if not listed.is_absolute() and listed.is_file():
+        names = (line.partition("=")[0].strip() for line in listed.read_text(errors="replace").splitlines())
+        if executed := sorted(filter(_EXECUTED.fullmatch, names)):
+            raise MissingPrerequisiteError(
+                f"{listed} in the working folder sets {', '.join(executed)}, which says what every node executes; move it to "
+                "~/.deepspeed_env"
+            )
     return {name: value for name, value in os.environ.items() if not name.startswith(_HANDED_ON)}
 
 

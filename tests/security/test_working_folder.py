@@ -219,7 +219,9 @@ def test_a_secret_on_the_command_line_is_said_without_the_secret(
 
 def test_a_secret_does_not_go_onto_the_command_lines_of_other_machines(bare: Path) -> None:
     (bare / "hosts").write_text("a slots=1\n")
-    with pytest.raises(ConfigError, match=r"launch.hostfile: there is a secret in checkpoint.mirror.*oc.env:NAME") as caught:
+    with pytest.raises(
+        ConfigError, match=r"launch.hostfile: there is a secret in checkpoint.mirror.*oc.env:NAME"
+    ) as caught:
         hand_over(bare / "hosts", ["train", "checkpoint.mirror=ftp://me:planted-password@host/x"])
     assert "planted" not in str(caught.value)
 
@@ -237,7 +239,7 @@ def test_deepspeeds_runner_gets_no_variables_that_it_would_show(
     (bare / "hosts").write_text("a slots=1\n")
     hand_over(bare / "hosts", ["train"])
     assert given == environment
-    (bare / ".deepspeed_env").write_text("LD_PRELOAD=/x.so\n")
+    (bare / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
     with pytest.raises(MissingPrerequisiteError, match=r"variables for all nodes: \.deepspeed_env belongs to"):
         runner_environment()
 
@@ -268,3 +270,15 @@ def test_another_users_settings_of_a_tracker_are_refused(bare: Path, another_use
     (bare / "wandb" / "settings").write_text("[default]\nproject = theirs\n")
     with pytest.raises(MissingPrerequisiteError, match="W&B's settings: wandb/settings belongs to"):
         check_working_folder()
+
+
+@pytest.mark.parametrize("name", ["LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PATH", "BASH_ENV", "NCCL_NET_PLUGIN"])
+def test_the_working_folder_does_not_say_what_other_machines_execute(name: str, bare: Path) -> None:
+    (bare / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\nMY_PATH=/x\n")
+    runner_environment()
+    (bare / ".deepspeed_env").write_text(f"NCCL_DEBUG=INFO\n{name}=/planted\n")
+    with pytest.raises(MissingPrerequisiteError, match=f"sets {name}, which says what every node executes; move it"):
+        runner_environment()
+    (bare / "home").write_text(f"{name}=/x\n")
+    os.environ["DS_ENV_FILE"] = str(bare / "home")
+    runner_environment()
