@@ -1,6 +1,10 @@
 """``python -m llmtune [VERB] [overrides]``."""
 
-from llmtune.cli.main import run
+from llmtune.safe_path import leave_working_folder
 
 if __name__ == "__main__":
+    # Before anything else is imported.
+    leave_working_folder()
+    from llmtune.cli.main import run
+
     run()

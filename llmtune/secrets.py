@@ -9,14 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, quote_plus
-
-from llmtune.errors import CheckpointError
 
 #: Lists, with commas, the *names* of variables that came from ``.env``, so that ranks know them too.
 SECRET_NAMES = "LLMTUNE_SECRET_NAMES"
@@ -71,6 +67,17 @@ def redact_values(value: Any) -> Any:
     return value
 
 
+def describe_secret_overrides(overrides: Iterable[str]) -> str:
+    """What to do about secrets on the command line, which every user of the machine reads in ``ps``; empty without any."""
+    keys = [text.partition("=")[0].lstrip("+") for text in overrides if redact(text) != text]
+    if not keys:
+        return ""
+    return (
+        f"note: there is a secret in {', '.join(keys)}, and every user of a machine can read the command lines on it (ps). "
+        "Keep it in the environment, and name it in a file of --config-dir: ${oc.env:NAME}"
+    )
+
+
 def has_secrets() -> bool:
     """Whether this environment holds any."""
     return _known().pattern is not None
@@ -96,24 +103,6 @@ def remember_names(names: Iterable[str]) -> None:
 def restrict_umask() -> None:
     """Nothing that this process and its children create from now on can be written by others."""
     os.umask(os.umask(0o022) | 0o022)
-
-
-def close_to_others(folder: Path) -> str | None:
-    """Take the right to write from everybody but owner and group; a sentence where there was something to take.
-
-    Raises:
-        CheckpointError: The folder is not ours to change, or shared on purpose like ``/tmp``.
-    """
-    status = folder.stat()
-    if not status.st_mode & stat.S_IWOTH:
-        return None
-    if status.st_uid != os.getuid() or status.st_mode & stat.S_ISVTX:
-        raise CheckpointError(
-            f"output_dir={folder}: everybody may write there, so that what is loaded from it could be anybody's; "
-            f"take another output_dir=, or have its owner run: chmod o-w {folder}"
-        )
-    folder.chmod(stat.S_IMODE(status.st_mode) & ~stat.S_IWOTH)
-    return f"{folder} could be written by everybody; took that right away (chmod o-w)"
 
 
 def _listed_names() -> set[str]:

@@ -52,7 +52,7 @@ _READ_ONCE = (
     *("LD_", "PYTHON", "LC_", "LANG", "HF_", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE", "PYTORCH_"),
     *("CUDA_", "DS_ACCELERATOR", "MPL"),
 )
-_READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "HF_TOKEN")
+_READ_LATER = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "HF_TOKEN")
 
 #: Processes of one test can be told by the value of this variable; ``/proc/PID/environ`` of a fork is its parent's.
 MARK = "LLMTUNE_FAULT_ID"
@@ -96,7 +96,7 @@ class Nursery:
         """For real, which takes as long as the imports do; once a test session."""
         own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        for name in ("OMP_NUM_THREADS", "RANK", "PYTHONPATH", "PYTHONUNBUFFERED"):
+        for name in ("OMP_NUM_THREADS", "RANK", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED"):
             environment.pop(name, None)
         _RealPopen(
             [sys.executable, "-m", "tests.processes", str(other.fileno())],
@@ -331,7 +331,8 @@ def _run(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=unbuffered or stream is sys.stderr)  # type: ignore[union-attr]
     path = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    sys.path[:] = ["" if kind == "-c" else os.getcwd(), *path, *_SYS_PATH]
+    first = [] if os.environ.get("PYTHONSAFEPATH") else ["" if kind == "-c" else os.getcwd()]
+    sys.path[:] = [*first, *path, *_SYS_PATH]
     importlib.invalidate_caches()
     try:
         for folder in path:

@@ -15,10 +15,8 @@ import pytest
 
 from llmtune.config.compose import compose_config
 from llmtune.config.stored import dump_redacted, load_config, redact_config
-from llmtune.errors import CheckpointError
 from llmtune.secrets import (
     SECRET_NAMES,
-    close_to_others,
     has_secrets,
     redact,
     redact_values,
@@ -180,21 +178,3 @@ def test_others_may_not_write_what_is_created(tmp_path: Path) -> None:
         assert os.umask(0) == 0o077, "what was forbidden before stays forbidden"
     finally:
         os.umask(before)
-
-
-def test_a_folder_that_everybody_may_write_is_closed_or_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tmp_path.chmod(0o775)
-    assert close_to_others(tmp_path) is None
-    tmp_path.chmod(0o777)
-    assert "chmod o-w" in (close_to_others(tmp_path) or "")
-    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o775
-    tmp_path.chmod(0o1777)
-    with pytest.raises(CheckpointError, match="take another output_dir="):
-        close_to_others(tmp_path)
-    tmp_path.chmod(0o777)
-    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.raises(CheckpointError, match="everybody may write there"):
-        close_to_others(tmp_path)
-    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o777

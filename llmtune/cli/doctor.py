@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import EXIT_DONE, MissingPrerequisiteError
@@ -19,6 +18,7 @@ def main(arguments: Arguments) -> int:
     """Print every finding; exit code 7 where something would stop a run and was not mended."""
     from llmtune.cli.plan import stdout_for_us
     from llmtune.cli.quiet import quiet_libraries
+    from llmtune.config.cache_folder import locate_cache
     from llmtune.config.compose import compose_config
     from llmtune.launch.environment import use_own_ninja
     from llmtune.launch.health import find_all
@@ -28,7 +28,7 @@ def main(arguments: Arguments) -> int:
     use_own_ninja()
     rows, bad = [], 0
     with stdout_for_us() as write:
-        for finding in find_all(Path(config.paths.cache_dir).expanduser()):
+        for finding in find_all(locate_cache(config.paths)):
             mended = ""
             if finding.state != "ok" and arguments.fix and finding.fix is not None:
                 reason = finding.fix()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from llmtune import __version__
+from llmtune.cli.dotenv_file import load_dotenv_file
 from llmtune.errors import (
     EXIT_BY_SIGNAL,
     EXIT_DONE,
@@ -25,7 +26,8 @@ from llmtune.errors import (
 from llmtune.launch.ending import end_now
 from llmtune.launch.rank import to_user_error
 from llmtune.launch.signals import Interrupted, end_on_signals, received_stop
-from llmtune.secrets import redact, remember_names
+from llmtune.safe_path import leave_working_folder
+from llmtune.secrets import describe_secret_overrides, redact, restrict_umask
 
 #: Verb -> (module with ``main(arguments) -> exit code``, what it does).
 VERBS = {
@@ -105,8 +107,13 @@ def main(argv: list[str] | None = None) -> int:
         if "--version" in argv:
             _print(f"llmtune {__version__}")
             return EXIT_DONE
-        _load_dotenv()
+        left_out = load_dotenv_file()
         arguments = parse(argv)
+        _say_once(describe_secret_overrides(arguments.overrides))
+        if left_out:
+            _say_once(
+                f"note: .env: only keys and tokens are taken from it, and not {', '.join(left_out)}; set them in the environment"
+            )
         if arguments.show_config:
             from llmtune.config.compose import compose_config
 
@@ -132,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str] | None = None) -> NoReturn:
     """The program ``llmtune``: :func:`main`, which signals end, and a quick end."""
+    leave_working_folder()
+    restrict_umask()
     ending = end_on_signals()
     code = main(argv)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -202,14 +211,6 @@ def _take_value(rest: list[str]) -> None:
         rest.pop(0)
 
 
-def _load_dotenv() -> None:
-    """Keys such as WANDB_API_KEY and HF_TOKEN from ``.env`` of the current folder; the environment wins."""
-    from dotenv import dotenv_values, load_dotenv
-
-    remember_names(dotenv_values(".env"))
-    load_dotenv(".env", override=False)
-
-
 def _report(error: BaseException, code: int, trace: bool) -> int:
     if trace:
         text = "".join(traceback.format_exception(error)).rstrip()
@@ -223,6 +224,12 @@ def _report(error: BaseException, code: int, trace: bool) -> int:
         text = f"error: {type(error).__name__}: {error}\nAdd debug=trace for the traceback."
     sys.stderr.write(redact(text) + "\n")
     return code
+
+
+def _say_once(text: str) -> None:
+    """A note beside the results; of ranks that a launcher started, the first says it for all."""
+    if text and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{redact(text)}\n")
 
 
 def _print(text: str) -> None:

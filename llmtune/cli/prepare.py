@@ -13,6 +13,7 @@ from llmtune.checkpoint import names
 from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.cli.adapter import describe_adapter
 from llmtune.cli.check_model import check_model
+from llmtune.config.cache_folder import open_cache
 from llmtune.config.compose import Composed
 from llmtune.config.data_schema import name_data
 from llmtune.config.schema import Config
@@ -232,8 +233,12 @@ def describe_memory(plan: Plan) -> str:
 
 
 def cache_dir(config: Config) -> Path:
-    """Folder of converted models and tokenised data."""
-    return Path(config.paths.cache_dir).expanduser()
+    """Folder of converted models and tokenised data.
+
+    Raises:
+        MissingPrerequisiteError: It is another user's, or cannot be made.
+    """
+    return open_cache(config.paths)
 
 
 def lock_file(folder: RunFolder) -> Path:

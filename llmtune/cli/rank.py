@@ -73,6 +73,7 @@ def main(arguments: list[str]) -> NoReturn:
         request = RunRequest.from_json(text)
         trace = request.config.trace
         _limit_memory(request)
+        _own_swap(request)
         _train(request, Console(stream if rank == 0 else None))
     except BaseException as error:
         _exit_now(report_failure(error, rank, stream, trace))
@@ -191,6 +192,7 @@ def _train_launched(
             _check_shared_files(request, rank)
             load_ops(request.plan.hardware.accelerator, request.plan.placement)
             _limit_memory(request)
+            _own_swap(request)
             _run_watched(request, rank, console, watch)
         if rank.is_first:
             _finish_first(composed, target, console)
@@ -333,6 +335,15 @@ def _limit_memory(request: RunRequest) -> None:
     if limit is not None:
         limit_bytes = parse_bytes(limit, "launch.memory_limit")
         limit_memory(limit_bytes, request.plan.hardware.accelerator, int(os.environ["LOCAL_RANK"]))
+
+
+def _own_swap(request: RunRequest) -> None:
+    """On every machine, before DeepSpeed makes the folder for all to read."""
+    from llmtune.launch.nvme import make_swap_folder, swap_folder
+
+    path = request.config.offload.nvme_path
+    if request.plan.placement.uses_nvme and path is not None:
+        make_swap_folder(swap_folder(path, request.run_folder))
 
 
 def _exit_now(code: int) -> NoReturn:

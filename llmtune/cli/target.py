@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,9 @@ from llmtune.config.schema import Config, TunerKind
 from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
-from llmtune.whole_file import read_json
+from llmtune.model.own_code import describe_own_code, explain_own_code
+from llmtune.model.stored_adapter import CONFIG_FILE
+from llmtune.trust import read_foreign
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +39,8 @@ class Target:
     adapter: Path | None
     run: Path | None
     base_name: str
+    code_asked_by: str | None = None
+    """The stored configuration that turns on ``model.trust_remote_code``, which only the command line can."""
 
 
 def resolve_target(composed: Composed) -> Target:
@@ -55,15 +61,20 @@ def resolve_target(composed: Composed) -> Target:
         run = Path(given.run).expanduser()
         stored = _stored_config(run, run / names.CONFIG)
         folder = trained_folder(run, stored)
+        if not folder.resolve().is_relative_to(run.resolve()):
+            raise CheckpointError(
+                f"{folder} is a link that leads out of the run, to {folder.resolve()}; where that is what you mean, say "
+                f"checkpoint={folder.resolve()}"
+            )
         check_undamaged(folder, left_out=names.is_state_file)
-        return from_trained(with_overrides(stored, composed), folder, run)
+        return _from_stored(stored, composed, folder, run)
     if given.checkpoint.path:
         folder = Path(given.checkpoint.path).expanduser()
         if not is_complete(folder):
             raise CheckpointError(f"checkpoint={folder}: not a complete checkpoint")
         check_undamaged(folder, left_out=names.is_state_file)
         stored = _stored_config(folder, folder / names.CONFIG)
-        return from_trained(with_overrides(stored, composed), folder, folder.parent)
+        return _from_stored(stored, composed, folder, folder.parent)
     if given.adapter and "model" in composed.unnamed:
         raise ConfigError(f"adapter={given.adapter} needs its base model: add base=MODEL")
     model = replace(given.model, name_or_path=given.base, wheel=None) if given.base else given.model
@@ -72,34 +83,66 @@ def resolve_target(composed: Composed) -> Target:
     return Target(given, folder, adapter, None, model.name_or_path)
 
 
+def _from_stored(stored: Config, composed: Composed, folder: Path, run: Path) -> Target:
+    """What was trained, as its own configuration describes it, which may be anybody's.
+
+    It says neither that code is run nor where this call keeps its files: the command line does.
+    """
+    place = composed.config.run or composed.config.checkpoint.path
+    asks = f"the configuration in {place}" if stored.model.trust_remote_code else None
+    plain = replace(stored, model=replace(stored.model, trust_remote_code=False), paths=composed.config.paths)
+    return replace(from_trained(with_overrides(plain, composed), folder, run), code_asked_by=asks)
+
+
 def load_model(target: Target) -> tuple[Any, Any]:
-    """Model (adapter put on, evaluation mode, on the GPUs if there are any) and tokenizer."""
+    """Model (adapter put on, evaluation mode, on the GPUs if there are any) and tokenizer.
+
+    Raises:
+        ConfigError: The model needs Python code of its own, and the command line does not allow it.
+        CheckpointError: The adapter cannot be read, or is another model's.
+    """
+    if target.config.model.trust_remote_code and (note := describe_own_code(target.model_folder)):
+        sys.stderr.write(f"{note}\n")
+    tokenizer = _load_tokenizer(target)
+    with explain_own_code(target.model_folder, target.code_asked_by):
+        model = _load_weights(target)
+    if target.adapter is not None:
+        model = put_on(model, target.adapter)
+    model.config.use_cache = True
+    return model.eval(), tokenizer
+
+
+def _load_tokenizer(target: Target) -> Any:
+    """That of the adapter, which may have tokens of its own, or else the base's. Code is the base's alone."""
+    from llmtune.data.templates import check_chat_template, load_chat_template
+    from llmtune.model.tokenizer import load_tokenizer
+
+    folder, code_of = target.model_folder, None
+    if target.adapter is not None and (target.adapter / "tokenizer.json").is_file():
+        folder, code_of = target.adapter, target.model_folder
+    template = load_chat_template(target.config.data.chat_template)
+    with explain_own_code(folder, target.code_asked_by):
+        tokenizer = load_tokenizer(folder, target.config.model, template, code_of)
+    check_chat_template(tokenizer, target.base_name)
+    return tokenizer
+
+
+def _load_weights(target: Target) -> Any:
     from transformers import AutoConfig
 
-    from llmtune.data.templates import check_chat_template, load_chat_template
     from llmtune.model.build import WeightsTo, build_model
-    from llmtune.model.tokenizer import load_tokenizer
     from llmtune.plan.abilities import attention_kernels
     from llmtune.plan.hardware import resolve_accelerator
     from llmtune.plan.resolve import resolve_attention
     from llmtune.plan.shape import build_meta_model
 
     config = target.config
-    tokenizer_folder = target.adapter if target.adapter and (target.adapter / "tokenizer.json").is_file() else None
-    tokenizer = load_tokenizer(
-        tokenizer_folder or target.model_folder, config.model, load_chat_template(config.data.chat_template)
-    )
-    check_chat_template(tokenizer, target.base_name)
     accelerator = resolve_accelerator(config.hardware.accelerator)
     trusted = config.model.trust_remote_code
     architecture = AutoConfig.from_pretrained(str(target.model_folder), trust_remote_code=trusted)
     attention = resolve_attention(config, accelerator, attention_kernels(build_meta_model(architecture, trusted)[0]))
     places = WeightsTo(place_weights(target.model_folder)) if accelerator == "cuda" else WeightsTo()
-    model = build_model(target.model_folder, config.model, config.precision, False, attention, places)
-    if target.adapter is not None:
-        model = put_on(model, target.adapter)
-    model.config.use_cache = True
-    return model.eval(), tokenizer
+    return build_model(target.model_folder, config.model, config.precision, False, attention, places)
 
 
 def place_weights(folder: Path) -> Any:
@@ -132,6 +175,7 @@ def put_on(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
+    _check_settings(adapter)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
         # peft leaves out what does not match, and at most warns; once more, for what it says of it.
@@ -147,6 +191,24 @@ def put_on(model: Any, adapter: Path) -> Any:
     return adapted
 
 
+def _check_settings(adapter: Path) -> None:
+    """Refuse what has peft import a module that the adapter names.
+
+    Raises:
+        CheckpointError: The settings do, or cannot be read.
+    """
+    file = adapter / CONFIG_FILE
+    try:
+        settings = json.loads(read_foreign(file, CheckpointError))
+        named = settings.get("megatron_config") and settings.get("megatron_core")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); fetch or copy it again") from error
+    if named:
+        raise CheckpointError(
+            f"{file}: megatron_config has peft import {named}, which only a training with Megatron needs"
+        )
+
+
 def from_trained(config: Config, folder: Path, run: Path) -> Target:
     """What was trained: an adapter on its base, or the whole model in ``folder``."""
     if config.tuner.kind is TunerKind.full:
@@ -156,10 +218,25 @@ def from_trained(config: Config, folder: Path, run: Path) -> Target:
 
 def _base_folder(config: Config, run: Path) -> Path:
     """Where the run's base lies: where it lay in training, or wherever the configuration finds it now."""
-    name = (read_json(run / names.PLAN) or {}).get("model_folder")
-    if name and list(Path(name).glob("*.safetensors")):
-        return Path(name)
+    noted = _noted_base(run / names.PLAN)
+    if noted is not None and noted.is_dir() and list(noted.glob("*.safetensors")):
+        return noted
     return resolve_model_folder(config.model, cache_dir(config))
+
+
+def _noted_base(plan: Path) -> Path | None:
+    """The folder that a run's plan calls its base; None also where a crash of the machine has cut the plan off.
+
+    Raises:
+        CheckpointError: The plan may not be opened.
+    """
+    if not plan.is_file():
+        return None
+    try:
+        noted = json.loads(read_foreign(plan, CheckpointError)).get("model_folder")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return Path(noted) if isinstance(noted, str) and noted else None
 
 
 def trained_folder(run: Path, config: Config) -> Path:

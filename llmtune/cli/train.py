@@ -13,7 +13,6 @@ from llmtune.launch.launcher import adopt_launcher
 from llmtune.launch.lock import hold_lock
 from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.plan.units import format_seconds
-from llmtune.secrets import restrict_umask
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 def main(arguments: Arguments) -> int:
     """Run the whole job."""
-    restrict_umask()
     launcher = adopt_launcher(os.environ, Console(sys.stdout).say)
     if launcher is not None:
         from llmtune.cli.rank import run_launched

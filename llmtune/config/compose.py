@@ -33,6 +33,7 @@ from llmtune.config.overrides import Choice, Setting, read_override
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_yaml, first_line, read_key, set_key, to_config
 from llmtune.errors import ConfigError
+from llmtune.trust import find_owner_problem
 
 PRIMARY = "train"
 
@@ -45,6 +46,8 @@ _GROUPS_OF_KEYS = {item.name for item in fields(Config)}
 _HEADER = re.compile(r"#\s*@")
 _PACKAGE = re.compile(r"#\s*@package\s+_global_\s*")
 _NO_VALUE = "no value"
+#: A resolver's name and what it is asked for, such as ``${oc.env:HF_TOKEN}``; the name may be put together by others.
+_LOOKUP = re.compile(r"\$\{[^:\n]*:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,8 @@ def with_overrides(stored: Config, composed: Composed) -> Config:
 def config_groups(config_dir: str | None = None) -> dict[str, set[str]]:
     """Config group -> its options, from the packaged ``conf/`` and a user's own folder."""
     groups: dict[str, set[str]] = {}
+    if config_dir:
+        _check_lookups(Path(config_dir).expanduser())
     for root in _roots(config_dir):
         if not root.is_dir():
             raise ConfigError(f"--config-dir {root}: no such folder")
@@ -153,6 +158,21 @@ def config_groups(config_dir: str | None = None) -> dict[str, set[str]]:
             if file.parent.name != "sweep":
                 groups.setdefault(file.parent.name, set()).add(file.stem)
     return groups
+
+
+def _check_lookups(root: Path) -> None:
+    """Refuse another user's files that look something up, such as a key in the environment, to put it into a URL.
+
+    Raises:
+        ConfigError: With the first such file.
+    """
+    for file in sorted(file for depth in ("*", "*/*", "*/*/*") for file in root.glob(f"{depth}.yaml")):
+        problem = find_owner_problem(file)
+        if problem is not None and _LOOKUP.search(file.read_text(encoding="utf-8", errors="replace")):
+            raise ConfigError(
+                f"--config-dir {root}: {file} {problem}, and it looks things up (${{...:...}}), which can send your keys "
+                "elsewhere. Read it, and copy it into a folder of your own"
+            )
 
 
 def _roots(config_dir: str | None) -> list[Path]:

@@ -15,17 +15,22 @@ from llmtune.config.literal import from_literal, to_literal
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.secrets import redact_values
+from llmtune.trust import open_foreign
+
+#: Of a stored configuration, which lists some hundred sources at the most.
+_MOST_BYTES = 16 << 20
 
 
 def load_config(path: Path) -> Config:
-    """The typed config of a run folder's ``config.yaml``.
+    """The typed config of a run folder's ``config.yaml``, which may be anybody's: no variable is looked up for it.
 
     Raises:
-        ConfigError: The file is missing, or holds keys that this version does not know.
+        ConfigError: The file is missing, is a link to elsewhere, or holds keys that this version does not know.
     """
     if not path.is_file():
         raise ConfigError(f"{path.parent} is not a run folder: it has no {path.name}")
-    return load_bytes(path.read_bytes(), str(path))
+    with open_foreign(path, ConfigError, _MOST_BYTES) as file:
+        return load_bytes(file.read(_MOST_BYTES), str(path))
 
 
 def load_bytes(stored: bytes, where: str) -> Config:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.data_schema import DataConfig, OnBadRow
 from llmtune.data.fingerprint import digest, hash_tokenizer, identify_file
 from llmtune.data.mixing import hold_out, mix
@@ -29,6 +30,7 @@ from llmtune.data.store import Rows, TokenStore, publish_folder
 from llmtune.data.templates import ChatTemplates
 from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import ConfigError, DataError
+from llmtune.trust import require_own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,6 +150,7 @@ def prepare_data(
             _Index(config, sources, stores, eval_stores, seed, aside).write()
             samples = _samples(aside, eval_stores or stores, eval_sources or sources, tokenizer)
             (aside / _SAMPLES).write_text(json.dumps([asdict(s) for s in samples], ensure_ascii=False, indent=1))
+    require_own(folder, KEY, INSTEAD)
     values = json.loads((folder / _SUMMARY).read_text())
     data = PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
     if strict and data.fatal:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.data_schema import DataConfig, DataFormat
 from llmtune.data.conversation import Conversation
 from llmtune.data.encode import EncodeSettings
@@ -24,6 +25,7 @@ from llmtune.data.templates import check_chat_template
 from llmtune.data.tokenise import TokenBlock, Tokeniser, Work
 from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
 from llmtune.errors import DataError
+from llmtune.trust import require_own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +69,7 @@ def tokenise_source(
     Raises:
         DataError: A file cannot be read, or there is no row in it.
         ConfigError: The rows are chats, and the tokenizer has no chat template.
+        MissingPrerequisiteError: The tokens in the cache are another user's, or others may write to them.
     """
     files = resolve_files(source)
     settings = EncodeSettings.from_config(config)
@@ -85,6 +88,7 @@ def tokenise_source(
             watched = _Watched(source, files, watch)
             blocks = tokeniser.map(read_source(source, files, recipes, seed, contents), watched.pulse)
             write_store(watched.count(blocks), aside)
+    require_own(folder, KEY, INSTEAD)
     return key
 
 

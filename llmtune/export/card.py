@@ -16,6 +16,7 @@ import yaml
 
 from llmtune import __version__
 from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
+from llmtune.errors import ExportError
 from llmtune.export.card_facts import (
     Facts,
     describe_data,
@@ -37,6 +38,7 @@ from llmtune.export.material import ExportRequest
 from llmtune.export.task import TEXT, TEXT_TO_TEXT, Task, headed_task, task_of
 from llmtune.model.stored_adapter import WEIGHTS_FILE
 from llmtune.secrets import redact, redact_values
+from llmtune.trust import read_foreign
 
 CARD, CURVES = "README.md", "loss.png"
 
@@ -284,7 +286,7 @@ def _escape(text: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(ExportError, ValueError):
+        found = json.loads(read_foreign(path, ExportError))
         return found if isinstance(found, dict) else {}
     return {}

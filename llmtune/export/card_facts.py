@@ -16,12 +16,14 @@ import yaml
 
 from llmtune import __version__
 from llmtune.checkpoint import names
+from llmtune.errors import ExportError
 from llmtune.export.material import ExportRequest
 from llmtune.model.stored_adapter import CONFIG_FILE
 from llmtune.plan.memory import MemoryPlan
 from llmtune.plan.placement import Placement
 from llmtune.plan.units import format_bytes
 from llmtune.secrets import redact_values
+from llmtune.trust import read_foreign
 
 #: A table: what is said, and its value.
 Rows = list[tuple[str, str]]
@@ -297,22 +299,24 @@ def _get(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(ExportError, ValueError):
+        found = json.loads(read_foreign(path, ExportError))
         return found if isinstance(found, dict) else {}
     return {}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(ExportError, ValueError, yaml.YAMLError):
+        found = yaml.safe_load(read_foreign(path, ExportError))
         return found if isinstance(found, dict) else {}
     return {}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Whole lines of a metrics file; a half-written one, as a crash leaves it, is passed over."""
-    return list(_parse_lines(path.read_text(encoding="utf-8"))) if path.is_file() else []
+    with contextlib.suppress(ExportError, UnicodeDecodeError):
+        return list(_parse_lines(read_foreign(path, ExportError)))
+    return []
 
 
 def _parse_lines(text: str) -> Iterator[dict[str, Any]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
+from llmtune.errors import ExportError
+from llmtune.trust import check_foreign, copy_foreign, find_objection
 
 #: What a licence's text begins with -> the hub's name of it; the first that is found counts.
 _TEXTS = (
@@ -51,10 +53,24 @@ def find_licence(folders: Sequence[Path]) -> Licence:
 
 
 def copy_licence_files(files: Sequence[Path], folder: Path) -> None:
-    """Put the texts beside the weights, as most licences ask for."""
+    """Put the texts beside the weights, as most licences ask for.
+
+    Raises:
+        ExportError: One is a link that leads out of its folder.
+    """
     for file in files:
         if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
+            copy_foreign(file, folder / file.name, ExportError, _MOST_BYTES)
+
+
+def check_licences(folder: Path) -> None:
+    """Refuse, before anything is written, what :func:`copy_licence_files` would.
+
+    Raises:
+        ExportError: With the first one.
+    """
+    for file in _licence_files(folder):
+        check_foreign(file, ExportError, _MOST_BYTES)
 
 
 def _licence_files(folder: Path) -> Iterator[Path]:
@@ -65,6 +81,8 @@ def _licence_files(folder: Path) -> Iterator[Path]:
 
 def _read_card(file: Path) -> dict[str, str]:
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        if find_objection(file, _MOST_BYTES) is not None:
+            return {}
         match = re.match(r"---\n(.*?)\n---", file.read_text(encoding="utf-8"), re.DOTALL)
         given = yaml.safe_load(match[1]) if match else None
         if isinstance(given, dict) and isinstance(given.get("license"), str):
@@ -74,5 +92,7 @@ def _read_card(file: Path) -> dict[str, str]:
 
 
 def _read_text(file: Path) -> dict[str, str]:
+    if find_objection(file, _MOST_BYTES) is not None:
+        return {}
     start = file.read_text(encoding="utf-8", errors="replace")[:2000]
     return next(({"license": name} for pattern, name in _TEXTS if re.search(pattern, start, re.IGNORECASE)), {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,14 @@ import torch
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.tensor_file import INDEX_FILE
+from llmtune.errors import ExportError
 from llmtune.export.task import TEXT, TEXT_TO_TEXT, find_architecture, task_of
 from llmtune.model.tokenizer import end_of_turn_ids
+from llmtune.trust import check_foreign, copy_foreign
 
 #: Beside weights. Weights, state and our own files are left out.
 _KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 _LEFT_OUT = {names.MANIFEST, names.TRAINER_STATE, "adapter_config.json", INDEX_FILE}
 #: Scripts that DeepSpeed puts into its checkpoints.
@@ -24,10 +26,27 @@ _LEFT_OUT |= {"zero_to_fp32.py", "zero_to_torch.py"}
 
 
 def copy_companions(sources: list[Path], folder: Path) -> None:
-    """Copy configuration and tokenizer files; a later source wins."""
+    """Copy configuration and tokenizer files; a later source wins.
+
+    Raises:
+        ExportError: A file is a link that leads out of its folder, or no file to be copied.
+    """
     for source in sources:
         for file in _companions(source):
-            shutil.copyfile(file, folder / file.name)
+            copy_foreign(file, folder / file.name, ExportError)
+
+
+def check_companions(folder: Path) -> None:
+    """Refuse a folder with links to files elsewhere, of which an export would publish the contents.
+
+    Raises:
+        ExportError: With the first one.
+    """
+    for file in _companions(folder):
+        check_foreign(file, ExportError)
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and (file.suffix in _WEIGHT_SUFFIXES or file.name in _LEFT_OUT):
+            check_foreign(file, ExportError, most_bytes=None)
 
 
 def settle_config(folder: Path, dtype: torch.dtype | None, changes: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from llmtune.export.companions import copy_companions, settle_config, settle_gen
 from llmtune.export.gguf import write_gguf
 from llmtune.export.graphs import write_onnx, write_torchscript
 from llmtune.export.identity import describe_job, describe_options, identify
-from llmtune.export.material import ExportRequest, Material, check_places, open_material
+from llmtune.export.material import ExportRequest, Material, check_links, check_places, open_material
 from llmtune.export.publish import check_replaceable, check_room, restore_replaced, write_export
 from llmtune.export.tensors import SafetensorsSource
 from llmtune.export.torch_file import write_torch_file
@@ -56,6 +56,7 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         )
         raise ExportError(f"export.dtype={config.dtype.value} has no part in export={config.format.value}: {key}")
     check_places(request)
+    check_links(request)
     restore_replaced(request.output)
     if config.upload:
         check_upload(config.upload, config.dry_run)

@@ -14,6 +14,8 @@ from llmtune.config.export_schema import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter, read_adapter
 from llmtune.export.bnb_base import open_base
+from llmtune.export.card_licence import check_licences
+from llmtune.export.companions import check_companions
 from llmtune.export.heads import HeadedSource, find_head
 from llmtune.export.masters import MastersSource, find_masters
 from llmtune.export.merge import MergedSource
@@ -197,3 +199,20 @@ def check_places(request: ExportRequest) -> None:
     sources = [folder.resolve() for folder in (request.base, request.adapter, request.zero) if folder is not None]
     if any(source == request.output.resolve() or request.output.resolve() in source.parents for source in sources):
         raise ExportError(f"output_dir={request.output} holds what is exported; take another output_dir=")
+
+
+def check_links(request: ExportRequest) -> None:
+    """What is exported must lie in the folders that were named, and not be links to files elsewhere: an export is published.
+
+    Raises:
+        ExportError: A link leads out of its folder.
+    """
+    # Settings of an adapter lie beside the folder that DeepSpeed's ranks wrote.
+    beside = (
+        {request.zero.parent, *(folder for folder in request.zero.iterdir() if folder.is_dir())}
+        if request.zero
+        else set()
+    )
+    for folder in filter(None, (request.base, request.adapter, request.zero, *sorted(beside))):
+        check_companions(folder)
+        check_licences(folder)

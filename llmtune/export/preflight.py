@@ -10,6 +10,8 @@ from pathlib import Path
 
 from llmtune.config.export_schema import ExportConfig, ExportFormat
 from llmtune.errors import ConfigError, ExportError, MissingPrerequisiteError
+from llmtune.export.card_licence import check_licences
+from llmtune.export.companions import check_companions
 from llmtune.model.quantized import quantization
 
 
@@ -20,16 +22,18 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
 
     Raises:
         ConfigError: ``export.upload`` is no address.
-        MissingPrerequisiteError: A package or a token is missing, or the format has no place for this model.
+        MissingPrerequisiteError: A package or a token is missing, the format has no place for this model, or links in its
+            folder lead out of it.
     """
     if config.format is ExportFormat.none:
         return
     _check_upload(config, config.dry_run)
-    check = _CHECKS.get(config.format)
     try:
         if config.format is not ExportFormat.adapter:
+            check_companions(base)
             _check_base(base)
-        if check is not None:
+        check_licences(base)
+        if (check := _CHECKS.get(config.format)) is not None:
             check(base)
     except ExportError as error:
         raise MissingPrerequisiteError(

@@ -20,6 +20,7 @@ from llmtune.checkpoint.manifest import flush, hash_file, mark_complete, write_m
 from llmtune.errors import ExportError, LlmtuneError
 from llmtune.export.write import Journal
 from llmtune.plan.units import format_bytes
+from llmtune.trust import require_own
 
 
 def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None], about: dict[str, Any]) -> None:
@@ -37,6 +38,8 @@ def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None],
     aside = folder.with_name(folder.name + ".tmp")
     try:
         aside.mkdir(parents=True, exist_ok=True)
+        # Its name can be guessed, and in a folder that all share another may have made it, with links in it to be written over.
+        require_own(aside, "output_dir", "take another output_dir=", ExportError)
         with _locked(aside):
             try:
                 _write(aside, job, write, about)

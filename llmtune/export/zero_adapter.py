@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from llmtune.errors import ExportError
 from llmtune.export.tensors import TensorSource, some
 from llmtune.export.zero_files import ZeroSource
 from llmtune.model.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
+from llmtune.trust import copy_foreign
 
 _PREFIX = "base_model.model."
 
@@ -124,7 +124,7 @@ def write_adapter(source: ZeroSource, output: Path, dtype: torch.dtype = torch.f
     settings = find_settings(source)
     if settings is None:
         return False
-    shutil.copyfile(settings, output / CONFIG_FILE)
+    copy_foreign(settings, output / CONFIG_FILE, ExportError)
     return True
 
 

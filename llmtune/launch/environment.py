@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 
+from llmtune.errors import MissingPrerequisiteError
 from llmtune.plan.gpus import ALLOCATOR_VARIABLES, EXACT_PINS, knows_exact_pins
+from llmtune.trust import find_owner_problem
 
 #: Where a supervised rank leaves its error for the supervisor.
 FAILURE_DIR = "LLMTUNE_FAILURE_DIR"
@@ -140,13 +142,25 @@ def interface_towards(host: str, port: int) -> str | None:
 
 
 def extensions_dir() -> Path:
-    """Compiled DeepSpeed ops, one folder an environment: two that share one rebuild each other's ops for ever."""
+    """Compiled DeepSpeed ops, one folder an environment: two that share one rebuild each other's ops for ever.
+
+    An environment that others may write to has none: what is compiled is loaded into every rank.
+
+    Raises:
+        MissingPrerequisiteError: It is to lie in the home of a user who has none.
+    """
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given)
     own = Path(sys.prefix)
-    if sys.prefix != sys.base_prefix and os.access(own, os.W_OK):
+    if sys.prefix != sys.base_prefix and os.access(own, os.W_OK) and find_owner_problem(own) is None:
         return own / "torch_extensions"
-    return Path.home() / ".cache" / "torch_extensions"
+    try:
+        return Path.home() / ".cache" / "torch_extensions"
+    except RuntimeError as error:
+        raise MissingPrerequisiteError(
+            f"HOME is not set, and this user (uid {os.getuid()}) has no home for DeepSpeed's compiled ops; name a folder of "
+            "your own with TORCH_EXTENSIONS_DIR"
+        ) from error
 
 
 def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -> dict[str, str]:

@@ -6,7 +6,9 @@ import functools
 import os
 import resource
 import shutil
+import stat
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,10 +17,11 @@ from pathlib import Path
 import psutil
 
 from llmtune.launch.environment import extensions_dir
-from llmtune.launch.ops import build_in_child, is_built, needed_ops, stale_locks
+from llmtune.launch.ops import build_in_child, find_foreign_op, is_built, needed_ops, stale_locks
 from llmtune.launch.versions import TRIED_DEEPSPEED, bad_pairs, installed, unmet_requirements
 from llmtune.plan.gpus import has_nvlink, hidden_gpus
 from llmtune.plan.units import format_bytes
+from llmtune.trust import find_owner_problem, owner_command
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy")
 
@@ -47,8 +50,11 @@ def find_all(cache: Path) -> Iterator[Finding]:
     yield from _packages()
     yield from _cuda()
     yield from _compiler()
-    yield from _locks()
-    yield from _ops()
+    owners = list(_owners(cache))
+    yield from owners
+    if all(finding.state != "bad" for finding in owners):
+        yield from _locks()
+        yield from _ops()
     yield from _limits()
     yield from _disks(cache)
     yield from _tokens()
@@ -142,6 +148,29 @@ def _compiler() -> Iterator[Finding]:
         yield Finding("libaio", "note", "not installed: offload to NVMe does not work", "apt-get install libaio-dev")
 
 
+def _owners(cache: Path) -> Iterator[Finding]:
+    """Whether others may have written what is loaded or believed."""
+    extensions = extensions_dir()
+    places = {"DeepSpeed's compiled ops": find_foreign_op() or extensions, "cache": cache, "Python": Path(sys.prefix)}
+    clean = True
+    for what, path in places.items():
+        problem = find_owner_problem(path) if path.exists() else None
+        if problem is not None:
+            clean = False
+            # Whoever may write to Python's own folder could do worse than change what llmtune then keeps elsewhere.
+            state = "note" if what == "Python" else "bad"
+            yield Finding("owners", state, f"{what}: {path} {problem}", owner_command(path))
+    for path in dict.fromkeys((extensions, cache)):
+        for parent in filter(Path.exists, path.absolute().parents):
+            mode = parent.stat().st_mode
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                clean = False
+                message = f"{parent}: everybody may put another folder in the place of {path}"
+                yield Finding("owners", "note", message, f"chmod o-w {parent}")
+    if clean:
+        yield Finding("owners", "ok", "compiled ops, cache and Python are this user's or root's")
+
+
 def _locks() -> Iterator[Finding]:
     found = stale_locks()
     for lock in found:
@@ -167,7 +196,7 @@ def _ops() -> Iterator[Finding]:
                 "ops",
                 "note",
                 f"{short} is not compiled yet: the first run that needs it waits a minute or two",
-                f"python -m llmtune.launch.ops {name}",
+                f"python -P -m llmtune.launch.ops {name}",
                 functools.partial(build_in_child, name),
             )
 

@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.secrets import describe_secret_overrides
+from llmtune.trust import require_own
+
+#: Beginnings of names that DeepSpeed's runner hands on and ranks do not need; MLflow's are mostly keys.
+_HANDED_ON = ("MLFLOW",)
+
+#: Names of variables that say which libraries, modules and programs a process loads.
+_EXECUTED = re.compile(r"(LD_|DYLD_|PYTHON).*|PATH|BASH_ENV|ENV|.*(PLUGIN|PRELOAD|INJECTION).*")
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
 
@@ -50,10 +58,11 @@ def hand_over(path: Path, arguments: Sequence[str]) -> NoReturn:
         ConfigError: The file is not right.
         MissingPrerequisiteError: What reaches the other machines is missing.
     """
+    _check_arguments(arguments)
     command = runner_command(path, arguments)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execvpe(command[0], command, os.environ)
+    os.execvpe(command[0], command, runner_environment())
 
 
 def runner_command(path: Path, arguments: Sequence[str]) -> list[str]:
@@ -72,6 +81,37 @@ def runner_command(path: Path, arguments: Sequence[str]) -> list[str]:
     # The rank's number is in the environment too; as an argument it would stand before the verb.
     runner = ["-m", "deepspeed.launcher.runner", "--hostfile", str(path), "--no_local_rank", "--module", "llmtune"]
     return [sys.executable, *runner, *(map(quote_for_pdsh, arguments) if several else arguments)]
+
+
+def runner_environment() -> dict[str, str]:
+    """What DeepSpeed's runner is given: it hands variables on as arguments of pdsh and ssh, which all users of every machine see.
+
+    So do the lines of ``.deepspeed_env``. The ranks take their keys from ``.env``, or from the environment of their machine.
+
+    Raises:
+        MissingPrerequisiteError: The working folder's ``.deepspeed_env`` is another user's, or says what ranks execute: the
+            folder may have come from somebody else.
+    """
+    listed = Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env"))
+    if listed.is_file():
+        require_own(listed, "DeepSpeed's variables for all nodes", "start llmtune in another folder")
+    if not listed.is_absolute() and listed.is_file():
+        names = (line.partition("=")[0].strip() for line in listed.read_text(errors="replace").splitlines())
+        if executed := sorted(filter(_EXECUTED.fullmatch, names)):
+            raise MissingPrerequisiteError(
+                f"{listed} in the working folder sets {', '.join(executed)}, which says what every node executes; move it to "
+                "~/.deepspeed_env"
+            )
+    return {name: value for name, value in os.environ.items() if not name.startswith(_HANDED_ON)}
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: A password would stand on the command line of every machine.
+    """
+    if shown := describe_secret_overrides(arguments):
+        raise ConfigError(f"launch.hostfile: {shown.removeprefix('note: ')}")
 
 
 def quote_for_pdsh(argument: str) -> str:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmtune.errors import CheckpointError
+from llmtune.trust import open_lock
 
 
 @contextmanager
@@ -18,10 +19,11 @@ def hold_lock(path: Path) -> Iterator[None]:
 
     Raises:
         CheckpointError: Another process holds it, or it cannot be made.
+        MissingPrerequisiteError: Something else is in its place.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = open_lock(path)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written: {error.strerror}; free space there, or take another output_dir="
@@ -30,7 +32,6 @@ def hold_lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
             raise CheckpointError(
                 f"{path.parent}: another run is using this folder (process {file.read().strip() or 'unknown'}); "
                 "wait for it, or take another run_name= or output_dir="

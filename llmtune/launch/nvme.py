@@ -7,6 +7,7 @@ import mmap
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
 from llmtune.launch.ops import build_in_child
 from llmtune.plan.hardware import check_nvme_path
 from llmtune.plan.units import format_bytes
+from llmtune.trust import make_own
 
 #: Written and read once by the probe: enough for a rate, too little to wear a drive.
 PROBE_BYTES = 64 * 2**20
@@ -37,11 +39,26 @@ def swap_folder(nvme_path: str, run_folder: Path) -> Path:
     return Path(nvme_path).expanduser() / f"llmtune-swap-{digest}"
 
 
+def make_swap_folder(folder: Path) -> None:
+    """Make the folder where it is missing, for nobody else to open: weights and moments lie in it.
+
+    Every rank does, since each machine of several has its own drive.
+
+    Raises:
+        MissingPrerequisiteError: One is there that is another user's.
+    """
+    make_own(folder, "offload.nvme_path", "take another offload.nvme_path=")
+
+
 @contextmanager
 def hold_swap_folder(folder: Path) -> Iterator[None]:
-    """Make the folder anew; nothing of it is left afterwards, however the block ends."""
+    """Make the folder anew; nothing of it is left afterwards, however the block ends.
+
+    Raises:
+        MissingPrerequisiteError: One is there that is another user's.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make_swap_folder(folder)
     try:
         yield
     finally:
@@ -108,11 +125,12 @@ def probe_disk(folder: Path) -> DiskProbe:
     Raises:
         MissingPrerequisiteError: The file system refuses it (tmpfs and some network file systems do).
     """
-    path = folder / f".llmtune-probe-{os.getpid()}"
+    # A drive for scratch files is often open to all, and a name that can be guessed may be a link that another has put there.
+    path = folder / f".llmtune-probe-{uuid.uuid4().hex}"
     block = mmap.mmap(-1, 4 * 2**20)
     block.write(os.urandom(4096) * (len(block) // 4096))
     try:
-        write = _time_blocks(path, os.O_WRONLY | os.O_CREAT, lambda file: os.write(file, block))
+        write = _time_blocks(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, lambda file: os.write(file, block))
         read = _time_blocks(path, os.O_RDONLY, lambda file: os.readv(file, [block]))
     except OSError as error:
         raise MissingPrerequisiteError(

@@ -20,6 +20,7 @@ import psutil
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.launch.environment import extensions_dir, set_defaults
 from llmtune.plan.placement import Placement
+from llmtune.trust import find_owner_problem, make_own, open_lock, require_own
 
 #: Op -> why; by the names of DeepSpeed's builders.
 CPU_OPS = {
@@ -31,6 +32,12 @@ CUDA_OPS = {name: CPU_OPS[name] for name in ("AsyncIOBuilder",)}
 
 #: Seconds after which somebody who waits for another process's build is told so.
 _PATIENCE_SECONDS = 3.0
+
+#: Compiled and loaded along with AsyncIO.
+_PINNED = "pin_memory"
+
+#: Where else compiled ops may lie.
+INSTEAD = "name a folder of your own with TORCH_EXTENSIONS_DIR"
 
 #: Builder -> name of the compiled module.
 MODULES = {
@@ -51,8 +58,41 @@ def is_built(name: str) -> bool:
     return bool(list(extensions_dir().glob(f"**/{MODULES[name]}.so")))
 
 
+def find_foreign_op() -> Path | None:
+    """What another user may have put in the place of a compiled op: its folder, the op's own, or the file."""
+    top = extensions_dir()
+    if not top.is_dir():
+        return None
+    below = [
+        path
+        for module in (*MODULES.values(), _PINNED)
+        for name in (module, f"{module}.so")
+        for path in top.glob(f"**/{name}")
+    ]
+    # Between them torch puts one folder for each version of Python.
+    between = {folder for path in below for folder in path.parents if top in folder.parents}
+    return next((path for path in (top, *sorted(between), *below) if find_owner_problem(path) is not None), None)
+
+
+def require_own_ops() -> None:
+    """Refuse compiled ops that others may have written: every rank loads them as code.
+
+    Raises:
+        MissingPrerequisiteError: With what is another's, and what to do.
+    """
+    foreign = find_foreign_op()
+    if foreign is not None:
+        require_own(foreign, "DeepSpeed's compiled ops", INSTEAD)
+
+
 def missing_ops(accelerator: str, placement: Placement) -> list[str]:
-    """Those that are not compiled yet."""
+    """Those that are not compiled yet.
+
+    Raises:
+        MissingPrerequisiteError: What is compiled may be another user's.
+    """
+    if needed_ops(accelerator, placement):
+        require_own_ops()
     return [name for name in needed_ops(accelerator, placement) if not is_built(name)]
 
 
@@ -106,9 +146,13 @@ def hold_ops(say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
 
 
 def _ops_lock() -> IO[str]:
-    folder = extensions_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    return (folder / ".llmtune-build.lock").open("w")
+    """
+    Raises:
+        MissingPrerequisiteError: The folder is another user's, or something in it that would be loaded.
+    """
+    make_own(extensions_dir(), "DeepSpeed's compiled ops", INSTEAD)
+    require_own_ops()
+    return open_lock(extensions_dir() / ".llmtune-build.lock")
 
 
 def ensure_ops(accelerator: str, placement: Placement, say: Callable[[str], None]) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 import xxhash
 
+from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.random_model import write_random_model
 from llmtune.plan.shape import unreachable_model
+from llmtune.trust import open_lock, require_own
 
 #: What a hub snapshot must bring; other weight formats of the same model are left out.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
@@ -150,11 +152,16 @@ def _check_architecture(config: ModelConfig, folder: Path) -> None:
 
 
 def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
-    """``folder``, made by ``make`` the first time; never seen half-written, and made once by concurrent processes."""
+    """``folder``, made by ``make`` the first time; never seen half-written, and made once by concurrent processes.
+
+    Raises:
+        MissingPrerequisiteError: It is another user's, others may write to it, or ``make`` wrote no weights.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.is_dir():
+        require_own(folder, KEY, INSTEAD)
         return folder
-    with folder.with_suffix(".lock").open("w") as lock:
+    with open_lock(folder.with_suffix(".lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
             aside = folder.with_suffix(".tmp")
@@ -165,6 +172,7 @@ def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
                     f"{folder.name}: no weights were written; convert it in a process of its own"
                 )
             aside.rename(folder)
+    require_own(folder, KEY, INSTEAD)
     return folder
 
 

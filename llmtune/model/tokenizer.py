@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(folder: Path, config: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: Path, config: ModelConfig, chat_template: str | None = None, code_of: Path | None = None
+) -> PreTrainedTokenizerBase:
     """Load, set the padding token if there is none, and replace the chat template if one is given.
 
     Args:
         chat_template: Text of a Jinja template.
+        code_of: The base's folder, where ``folder`` is an adapter's. To allow a base's own code is not to allow that of an
+            adapter, which may be somebody else's: the base's class then reads the adapter's tokens.
 
     Raises:
         ConfigError: ``model.pad_token`` is no token, or the tokenizer has no fast implementation.
@@ -27,7 +31,11 @@ def load_tokenizer(folder: Path, config: ModelConfig, chat_template: str | None 
     with no_collection():
         from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
+    if config.trust_remote_code and code_of is not None:
+        kind = type(AutoTokenizer.from_pretrained(str(code_of), trust_remote_code=True))
+        tokenizer = kind.from_pretrained(str(folder))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
     if not tokenizer.is_fast:
         raise ConfigError(
             f"{folder}: the tokenizer has no fast implementation (tokenizer.json), and masks need token offsets"

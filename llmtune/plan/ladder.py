@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
+from llmtune.config.cache_folder import find_cache
 from llmtune.config.schema import Config, Precision, TrainConfig, TunerKind
 from llmtune.plan.activations import ActivationModel, TraceSettings
 from llmtune.plan.batch import BatchPlan, StepRows, batch_options, settle_batch
@@ -206,8 +206,7 @@ class Search:
         self.shape = shape
         self.cluster = Cluster(hardware, world_size)
         self.attn_implementation = attn_implementation
-        cache = Path(config.paths.cache_dir).expanduser()
-        self.trace = ActivationModel(config.model, config.tuner, shape, cache)
+        self.trace = ActivationModel(config.model, config.tuner, shape, find_cache(config.paths))
         length = config.data.max_seq_length
         self.batches = batch_options(config.train, world_size, length, hardware.accelerator, begun)
         self.origin = "traced"

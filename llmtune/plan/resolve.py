@@ -6,9 +6,9 @@ import importlib.util
 import math
 import os
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from llmtune.config.cache_folder import find_cache
 from llmtune.config.schema import Config, Precision, ScheduleConfig, TrainConfig, TunerKind
 from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
 from llmtune.plan.abilities import check_kernel, check_row_length, check_stage
@@ -128,7 +128,7 @@ def resolve_ladder(
             # hardware.nvme_bytes alone is for planning.
             hardware = replace(hardware, nvme_bytes=0)
     world = world_size or _resolve_world_size(config, hardware)
-    shape = resolve_shape(config.model, config.tuner, Path(config.paths.cache_dir).expanduser())
+    shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
     if not planning and not shape.causal:
         raise ConfigError(
             f"model.name_or_path={config.model.name_or_path}: no causal language model; it can be planned only"

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
 
 from llmtune.config.schema import TrackerConfig, TrackerMode
+from llmtune.errors import MissingPrerequisiteError
 from llmtune.secrets import redact, redact_values
 from llmtune.track.tracker import Record
+from llmtune.trust import require_own
+
+_SETTING = re.compile(r"^\s*([^\s=:#;\[][^\s=:]*)\s*[=:]", re.MULTILINE)
+#: What ``wandb init`` and ``wandb offline`` write about a project.
+_HARMLESS = {"project", "entity", "mode", "disabled"}
 
 
 class WandbTracker:
@@ -19,9 +26,13 @@ class WandbTracker:
         """
         Args:
             settings: The resolved config, as plain values; secrets are taken out of it.
+
+        Raises:
+            MissingPrerequisiteError: The working folder says where W&B is to send the key.
         """
         import wandb
 
+        check_working_folder()
         mode = config.mode
         self.note = ""
         if mode is TrackerMode.online and not _has_key():
@@ -55,6 +66,26 @@ class WandbTracker:
     def finish(self) -> None:
         """Upload what is left."""
         self._run.finish()
+
+
+def check_working_folder() -> None:
+    """Refuse ``wandb/settings`` of the working folder, which W&B reads by itself, where it is another's or says too much.
+
+    The folder may have come from somebody else. A server, a proxy or unchecked certificates of their choice are given the key.
+
+    Raises:
+        MissingPrerequisiteError: With what it says.
+    """
+    for file in (Path(folder, "settings") for folder in ("wandb", ".wandb")):
+        if not file.is_file():
+            continue
+        require_own(file, "W&B's settings", "run llmtune from another folder")
+        keys = set(_SETTING.findall(file.read_text(encoding="utf-8", errors="replace"))) - _HARMLESS
+        if keys:
+            raise MissingPrerequisiteError(
+                f"{file} in the working folder sets {', '.join(sorted(keys))}, which is not taken from there; move it to "
+                "~/.config/wandb/settings, or set it in the environment (WANDB_BASE_URL)"
+            )
 
 
 def _has_key() -> bool:

@@ -24,8 +24,9 @@ from llmtune.config.schema import Config
 from llmtune.config.stored import dump_redacted, load_bytes, redact_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.plan.resolve import StepsPlan
-from llmtune.secrets import close_to_others, redact, redact_values
+from llmtune.secrets import redact, redact_values
 from llmtune.track.metrics import cut_metrics, read_metrics
+from llmtune.trust import check_links, close_run_folder
 from llmtune.whole_file import read_json, write_whole
 
 #: What makes a run this run; anything else may differ between two starts.
@@ -197,7 +198,7 @@ def open_run_folder(path: Path, say: Callable[[str], None]) -> RunFolder:
     """Make the folder where it is missing; nobody else may write into it.
 
     Raises:
-        CheckpointError: It cannot be made or written.
+        CheckpointError: It cannot be made or written, others may write into it, or links lead out of it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -205,7 +206,8 @@ def open_run_folder(path: Path, say: Callable[[str], None]) -> RunFolder:
         raise CheckpointError(f"output_dir={path}: {error.strerror}; take another output_dir=") from error
     if not os.access(path, os.W_OK):
         raise CheckpointError(f"output_dir={path}: not writable; take another output_dir=")
-    note = close_to_others(path)
+    check_links(path)
+    note = close_run_folder(path)
     if note:
         say(note)
     return RunFolder(path)

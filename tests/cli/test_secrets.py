@@ -56,7 +56,7 @@ def crashed(tmp_path: Path) -> tuple[Finished, Path]:
     """A run of two ranks, and its folder."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    (tmp_path / ".env").write_text(f"MY_SERVICE={FROM_FILE}\nHF_TOKEN=hf_which_the_environment_overrides\n")
+    (tmp_path / ".env").write_text(f"MY_SERVICE_PASS={FROM_FILE}\nHF_TOKEN=hf_which_the_environment_overrides\n")
     folder = tmp_path / "run"
     before = os.umask(0)
     try:
@@ -78,7 +78,7 @@ def test_no_secret_is_found_below_the_run_folder_after_a_crash(crashed: tuple[Fi
     assert done.code == 1, done.out[-2000:] + done.err
     log = (folder / "train.log").read_text()
     assert log.count("'HF_TOKEN': '***HF_TOKEN***'") >= 2, "printed, and in the traceback"
-    assert "MY_SERVICE=***MY_SERVICE***" in log, "printed by a program that the rank started"
+    assert "MY_SERVICE_PASS=***MY_SERVICE_PASS***" in log, "printed by a program that the rank started"
     assert "WANDB_API_KEY=***WANDB_API_KEY***" in log
     assert list(folder.glob("checkpoint-*")), "crashed later than the first checkpoint"
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
@@ -99,7 +99,7 @@ def test_no_secret_is_found_below_the_run_folder_after_a_crash(crashed: tuple[Fi
 @pytest.mark.process
 @pytest.mark.parametrize("trace", [[], ["debug=trace"]])
 def test_messages_on_the_terminal_hold_no_secret(tmp_path: Path, trace: list[str]) -> None:
-    (tmp_path / ".env").write_text(f"MY_SERVICE={FROM_FILE}\n")
+    (tmp_path / ".env").write_text(f"MY_SERVICE_PASS={FROM_FILE}\n")
     url = f"https://me:{URL_PASSWORD}@127.0.0.1:9/{FROM_FILE}.jsonl"
     for arguments in (["data", f"data.train=[{url}]", *TINY, *trace], [f"no_such_key={FROM_FILE}"]):
         done = run_cli(*arguments, cwd=tmp_path)
@@ -110,8 +110,8 @@ def test_messages_on_the_terminal_hold_no_secret(tmp_path: Path, trace: list[str
 
 @pytest.mark.process
 def test_a_printed_configuration_holds_no_secret(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text(f"MY_SERVICE={FROM_FILE}\n")
-    done = run_cli("--cfg", "job", "run_name=${oc.env:MY_SERVICE}", f"model.revision={FROM_FILE}", cwd=tmp_path)
+    (tmp_path / ".env").write_text(f"MY_SERVICE_PASS={FROM_FILE}\n")
+    done = run_cli("--cfg", "job", "run_name=${oc.env:MY_SERVICE_PASS}", f"model.revision={FROM_FILE}", cwd=tmp_path)
     assert done.code == 0, done.err
     assert FROM_FILE not in done.out
-    assert "revision: '***MY_SERVICE***'" in done.out or "revision: ***MY_SERVICE***" in done.out
+    assert "revision: '***MY_SERVICE_PASS***'" in done.out or "revision: ***MY_SERVICE_PASS***" in done.out

@@ -1,0 +1,1 @@
+"""What a stranger gives cannot run, read or destroy anything."""
