@@ -160,11 +160,21 @@ class Buffers:
         """Give the memory back."""
         self._wait()
         self._kept.clear()
+        if self._source is not None:
+            # torch keeps pinned memory that was freed, for the next who asks for some.
+            _empty_pinned_cache()
 
     def _wait(self) -> None:
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
+
+
+def _empty_pinned_cache() -> None:
+    # The first is newer than the oldest torch that llmtune takes.
+    empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None:
+        empty()
 
 
 def _key(file: str, spec: TensorSpec) -> str:

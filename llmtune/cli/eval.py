@@ -82,7 +82,7 @@ def main(arguments: Arguments) -> int:
     longest = int(held_out.lengths.max())
     check_row_length(longest, max_positions(model, model.config), target.base_name)
     rows = asked if isinstance(asked, int) else auto_eval_rows(longest, len(tokenizer), free_memory_bytes(device))
-    collator = Collator(tokenizer.pad_token_id, masked=sees_padding(model.config))
+    collator = Collator(tokenizer.pad_token_id, masked=sees_padding(model))
     batches = iterate_eval(held_out, rows, 0, 1, collator, None)
     with torch.no_grad():
         for batch in (batch.to(device) for batch in batches):

@@ -134,7 +134,7 @@ def run_launched(arguments: Arguments, launcher: Launcher) -> NoReturn:
     accelerator = resolve_accelerator(composed.config.hardware.accelerator)
     set_defaults(accelerator, launched_ranks_on_node())
     if accelerator == "cuda":
-        bind_to_gpu(int(os.environ["LOCAL_RANK"]))
+        bind_to_gpu(int(os.environ["LOCAL_RANK"]), launched_ranks_on_node())
     stream = redirect_output(folder.path / names.LOG)
     rank = launcher.rank
     console = Console(stream if rank == 0 else None)
@@ -319,7 +319,7 @@ def _train(request: RunRequest, console: Console) -> None:
     from llmtune.train.job import run_job
 
     if request.plan.hardware.accelerator == "cuda":
-        bind_to_gpu(int(os.environ["LOCAL_RANK"]))
+        bind_to_gpu(int(os.environ["LOCAL_RANK"]), launched_ranks_on_node())
     load_ops(request.plan.hardware.accelerator, request.plan.placement)
     rank = init_ranks(phases=PhaseLog(phase_file(Path(os.environ[FAILURE_DIR]), int(os.environ["RANK"]))))
     run_job(request, rank, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from llmtune.checkpoint.find import find_checkpoints, is_complete
 from llmtune.checkpoint.manifest import check_undamaged
 from llmtune.cli.prepare import cache_dir
 from llmtune.config.compose import Composed, with_overrides
-from llmtune.config.schema import Config, TunerKind
+from llmtune.config.schema import Config, Precision, TunerKind
 from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
@@ -131,28 +132,37 @@ def _load_weights(target: Target) -> Any:
     from transformers import AutoConfig
 
     from llmtune.model.build import WeightsTo, build_model
+    from llmtune.plan import hardware
     from llmtune.plan.abilities import attention_kernels
-    from llmtune.plan.hardware import resolve_accelerator
     from llmtune.plan.resolve import resolve_attention
     from llmtune.plan.shape import build_meta_model
 
     config = target.config
-    accelerator = resolve_accelerator(config.hardware.accelerator)
+    accelerator = hardware.resolve_accelerator(config.hardware.accelerator)
+    capability = hardware.visible_gpus()[0].compute_capability if accelerator == "cuda" else 0
     trusted = config.model.trust_remote_code
     architecture = AutoConfig.from_pretrained(str(target.model_folder), trust_remote_code=trusted)
-    attention = resolve_attention(config, accelerator, attention_kernels(build_meta_model(architecture, trusted)[0]))
-    places = WeightsTo(place_weights(target.model_folder)) if accelerator == "cuda" else WeightsTo()
+    kernels = attention_kernels(build_meta_model(architecture, trusted)[0])
+    attention = resolve_attention(config, accelerator, kernels, capability)
+    places = WeightsTo(place_weights(target.model_folder, config.precision)) if accelerator == "cuda" else WeightsTo()
     return build_model(target.model_folder, config.model, config.precision, False, attention, places)
 
 
-def place_weights(folder: Path) -> Any:
-    """transformers' ``device_map``: the first GPU where the model fits into it, else all of them, and the host for the rest."""
+def place_weights(folder: Path, precision: Precision) -> Any:
+    """transformers' ``device_map``: the first GPU where the model fits into it, else all of them, and the host for the rest.
+
+    Args:
+        precision: Of the weights once they are loaded; that of the files may be another.
+    """
     import torch
+
+    from llmtune.model.build import DTYPES
+    from llmtune.model.weight_files import read_entries
 
     device = torch.accelerator.current_accelerator()
     assert device is not None
     free, _ = torch.get_device_module(device).mem_get_info(0)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    weights = DTYPES[precision].itemsize * sum(math.prod(entry.shape) for entry in read_entries(folder).values())
     return {"": f"{device.type}:0"} if weights < WEIGHTS_SHARE * free else "auto"
 
 

@@ -59,8 +59,9 @@ def step_in_few_kernels(optimizer: Any) -> bool:
             return bool(optimizer._skip_invalid_grad_norm())
         optimizer.overflow = False
         optimizer._global_grad_norm = norm / optimizer.loss_scale_config.cur_scale
-        optimizer._update_scale(False)
         scale = optimizer.unscale_and_clip_grads(norm, apply_scale=False)
+        # DeepSpeed does this before: see :func:`grow_loss_scale_behind_step`.
+        optimizer._update_scale(False)
         with torch.no_grad():
             gradients = [torch.zeros_like(master) for master in masters]
             found = [(whole, half.grad) for whole, half in zip(gradients, halves, strict=True) if half.grad is not None]
@@ -75,6 +76,36 @@ def step_in_few_kernels(optimizer: Any) -> bool:
         return False
 
     optimizer.step = step
+    return True
+
+
+def grow_loss_scale_behind_step(optimizer: Any) -> bool:
+    """In fp16 under ZeRO, let the loss scale grow when the step is done; True if that is a change.
+
+    Stages 1 to 3 double the scale, every 1,000 steps without an overflow, before they divide the gradients by it: those of that
+    step, which were made with the scale before, count half, are clipped half as much, and stage 3 reports half their norm.
+    """
+    if not getattr(getattr(optimizer, "loss_scaler", None), "dynamic", False):
+        return False
+    update, step = optimizer._update_scale, optimizer.step
+    waiting: list[bool] = []
+
+    def note(has_overflow: bool = False) -> None:
+        if has_overflow:
+            # Nothing is divided by it in this step.
+            update(has_overflow)
+        else:
+            waiting.append(has_overflow)
+
+    def step_and_grow(*given: Any, **named: Any) -> Any:
+        waiting.clear()
+        result = step(*given, **named)
+        if waiting:
+            update(waiting.pop())
+        return result
+
+    optimizer._update_scale = note
+    optimizer.step = step_and_grow
     return True
 
 

@@ -51,7 +51,7 @@ def init_ranks(timeout_minutes: float = 60, phases: PhaseLog | None = None) -> R
     device = torch.device("cpu") if on_host else torch.device(accelerator.device_name(local_rank))
     if not on_host:
         accelerator.set_device(local_rank)
-        phases.device_peak = lambda: (accelerator.max_memory_allocated(), accelerator.total_memory())
+        phases.device_peak = lambda: _device_peak(accelerator, local_rank)
     deepspeed.init_distributed(
         dist_backend="gloo" if on_host else accelerator.communication_backend_name(),
         timeout=timedelta(minutes=timeout_minutes),
@@ -60,6 +60,17 @@ def init_ranks(timeout_minutes: float = 60, phases: PhaseLog | None = None) -> R
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     control = None if on_host else dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
     return Rank(dist.get_rank(), local_rank, dist.get_world_size(), device, phases, on_node, control)
+
+
+def _device_peak(accelerator: Any, local_rank: int) -> tuple[int, int]:
+    """Bytes that were allocated on this rank's GPU at most, and those that may be.
+
+    By the GPU's number: the threads that save ask too, and the current GPU of a new thread is the first.
+    """
+    module = torch.get_device_module(accelerator.device_name())
+    # Of ``launch.memory_limit``; torch 2.7 does not tell.
+    share = getattr(module, "get_per_process_memory_fraction", lambda _: 1.0)(local_rank)
+    return accelerator.max_memory_allocated(local_rank), int(share * accelerator.total_memory(local_rank))
 
 
 def meet_ranks(rank: Rank) -> None:

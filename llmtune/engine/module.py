@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from llmtune.engine.corrections import (
+    grow_loss_scale_behind_step,
     keep_norm_precision,
     keep_overflow_on_device,
     missing_loss_scale,
@@ -99,6 +100,7 @@ class TrainModule:
             step_in_few_kernels(self.engine.optimizer)
         keep_norm_precision(self.engine.optimizer, self.zero_stage)
         keep_overflow_on_device(self.engine.optimizer)
+        grow_loss_scale_behind_step(self.engine.optimizer)
         if self.placement.optimizer == "nvme":
             check_swapped_offsets(self.engine.optimizer)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from llmtune.launch.environment import extensions_dir
-from llmtune.launch.ops import build_in_child, find_foreign_op, is_built, needed_ops, stale_locks
+from llmtune.launch.ops import build_in_child, find_foreign_op, has_libaio, is_built, needed_ops, stale_locks
 from llmtune.launch.versions import TRIED_DEEPSPEED, bad_pairs, installed, unmet_requirements
 from llmtune.plan.gpus import has_nvlink, hidden_gpus
 from llmtune.plan.units import format_bytes
@@ -134,15 +134,7 @@ def _compiler() -> Iterator[Finding]:
         )
     else:
         yield Finding("compiler", "ok", "g++, ninja and Python's headers")
-    # Asked of the compiler: the header lies in different places.
-    probe = subprocess.run(
-        ["g++", "-E", "-"] if "g++" not in missing else ["false"],
-        input="#include <libaio.h>\n",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if probe.returncode == 0:
+    if has_libaio():
         yield Finding("libaio", "ok", "headers are there")
     else:
         yield Finding("libaio", "note", "not installed: offload to NVMe does not work", "apt-get install libaio-dev")

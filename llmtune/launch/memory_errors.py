@@ -15,7 +15,7 @@ from llmtune.errors import LlmtuneError
 _DEVICE = re.compile(
     "|".join(
         (
-            r"(?:CUDA|HIP|XPU) out of memory",
+            r"(?:CUDA|HIP|XPU) out of memory|torch\.(?:cuda\.)?OutOfMemoryError",
             # Of the CUDA runtime and driver, and through NCCL: "Cuda failure 2 'out of memory'".
             r"(?i:(?:cuda|hip|nccl)\b.*\bout of memory)",
             r"cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY",
@@ -42,6 +42,8 @@ _HOST = re.compile(
             r"could not (?:initialize a memory object|reserve memory)",
             # /dev/shm, which is memory.
             r"(?:unable to (?:write to|resize|allocate).*(?:torch_|shm)|shared memory).*No space left on device",
+            # A worker of torch's loader, whom the kernel chose, or whose batches filled it.
+            r"DataLoader worker \(pid.*\) is killed by signal: (?:Killed|Bus error)",
             r"CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
             r"\b[Oo]ut of memory\b",
         )

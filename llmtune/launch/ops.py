@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.machinery
+import importlib.util
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TextIO
+from types import ModuleType
+from typing import IO, Any, TextIO
 
 import psutil
 
@@ -51,6 +54,17 @@ def needed_ops(accelerator: str, placement: Placement | None) -> list[str]:
     needed = ["ShareMemCommBuilder"] if accelerator == "cpu" else []
     needed += ["AsyncIOBuilder"] if placement is None or placement.uses_nvme else []
     return needed
+
+
+def has_libaio() -> bool:
+    """Whether the compiler finds the headers of libaio, which lie in different places."""
+    try:
+        probe = subprocess.run(
+            ["g++", "-E", "-"], input="#include <libaio.h>\n", capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return False
+    return probe.returncode == 0
 
 
 def is_built(name: str) -> bool:
@@ -102,6 +116,8 @@ def stale_locks() -> list[Path]:
     All of llmtune's processes load and build ops under :func:`hold_ops`, a lock that the kernel drops with its holder. While
     nobody holds it, a lock file of torch's is stale, unless a compiler of another program works in its folder.
     """
+    if not _can_build():
+        return []
     with _ops_lock() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,6 +145,9 @@ def hold_ops(say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     Args:
         say: Prints a line to the user, where another process builds first.
     """
+    if not _can_build():
+        yield
+        return
     with _ops_lock() as lock:
         deadline: float | None = time.monotonic() + _PATIENCE_SECONDS
         while True:
@@ -143,6 +162,14 @@ def hold_ops(say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
         for stale in _idle_locks():
             stale.unlink(missing_ok=True)
         yield
+
+
+def _can_build() -> bool:
+    """Whether ops can be compiled here: not in an image that is read-only, or another user's."""
+    folder = extensions_dir()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
 
 
 def _ops_lock() -> IO[str]:
@@ -184,13 +211,20 @@ def load_ops(accelerator: str, placement: Placement) -> None:
 def build_op(name: str) -> bool:
     """Compile and load one op in this process, inside :func:`hold_ops`; False where the machine cannot.
 
+    Where nothing can be written, torch cannot take its lock, and what is compiled already is loaded as it is.
+
     Always by DeepSpeed's builders for CPUs: no source of these ops calls CUDA, and the builders for CUDA want its toolkit,
     whose headers and libraries they never use, and compile anew where a GPU comes or goes. DeepSpeed keeps loaded modules by
     name, so that those for CUDA find what was loaded here.
     """
     from deepspeed.ops.op_builder import cpu
+    from deepspeed.ops.op_builder.builder import OpBuilder
 
     builder = getattr(cpu, name)()
+    if not _can_build():
+        OpBuilder.jit_load = _load_compiled
+        builder.load()
+        return True
     if name == "AsyncIOBuilder":
         # Compiled for any CPU of the kind, so that an image built on one machine runs on the next; disks set the pace.
         builder.cpu_arch = lambda: ""
@@ -199,6 +233,27 @@ def build_op(name: str) -> bool:
         return False
     builder.load(verbose=False)
     return True
+
+
+def _load_compiled(builder: Any, verbose: bool = False) -> ModuleType:
+    """In the place of DeepSpeed's ``jit_load``: the module as it lies there.
+
+    Raises:
+        OSError: It was not compiled.
+    """
+    folder = extensions_dir()
+    file = next(folder.glob(f"**/{builder.name}.so"), None)
+    if file is None:
+        raise PermissionError(
+            f"{builder.name} is not compiled in {folder}, which cannot be written: set TORCH_EXTENSIONS_DIR to a folder that can"
+        )
+    loader = importlib.machinery.ExtensionFileLoader(builder.name, str(file))
+    spec = importlib.util.spec_from_loader(builder.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    builder._loaded_ops[builder.name] = module
+    return module
 
 
 def build_in_child(name: str) -> str | None:

@@ -42,11 +42,15 @@ def answer_on_host(model: Any) -> None:
     masks, or hand on a mask of ones of their own, so that the documents of a row would see each other. Those functions get the
     positions here. What is mixed nevertheless, such as the state of a recurrent layer, :mod:`llmtune.train.packing_probe` finds.
     """
-    from transformers import masking_utils
+    from transformers import masking_utils, modeling_flash_attention_utils
 
     find = masking_utils.find_packed_sequence_indices
     if not hasattr(find, "knows_borders"):
         masking_utils.find_packed_sequence_indices = _without_a_look(find)
+    # FlashAttention's asks in every layer.
+    ask = modeling_flash_attention_utils._is_packed_sequence
+    if not hasattr(ask, "knows_borders"):
+        modeling_flash_attention_utils._is_packed_sequence = _without_asking(ask)
     for name in {type(module).__module__ for module in model.modules()}:
         source = sys.modules.get(name)
         for maker in _MASK_MAKERS:
@@ -100,6 +104,15 @@ def _without_a_look(find: Callable[..., Any]) -> Callable[..., Any]:
 
     find_documents.knows_borders = True  # type: ignore[attr-defined]
     return find_documents
+
+
+def _without_asking(ask: Callable[..., Any]) -> Callable[..., Any]:
+    def is_packed(position_ids: torch.Tensor | None, batch_size: int) -> Any:
+        """Whether the positions, shape (1, length), restart: not where the model made them itself."""
+        return False if _pass is not None and _pass.positions is None else ask(position_ids, batch_size)
+
+    is_packed.knows_borders = True  # type: ignore[attr-defined]
+    return is_packed
 
 
 def group_heads_only_for_flash() -> None:

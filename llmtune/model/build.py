@@ -106,7 +106,12 @@ def _refuse_random(model: Any, missing: Iterable[str], folder: Path) -> None:
     WeightReport(random, (), (), (), (), (), tuple(meaningless)).refuse(str(folder), folder)
 
 
-def sees_padding(config: Any) -> bool:
-    """Whether tokens see what comes after them, so that a model must be told where padding is; a transformers config."""
-    text = config.get_text_config()
-    return getattr(text, "is_causal", True) is False or bool(getattr(text, "use_bidirectional_attention", False))
+def sees_padding(model: Any) -> bool:
+    """Whether tokens see what comes after them, so that the model must be told where padding is.
+
+    Configurations say it of some; of BERT and its kin, which look ahead unless they are told to be decoders, the layers do.
+    """
+    text = model.config.get_text_config()
+    if getattr(text, "is_causal", True) is False or bool(getattr(text, "use_bidirectional_attention", False)):
+        return True
+    return any(getattr(module, "is_causal", True) is False for module in model.modules())

@@ -42,6 +42,9 @@ KNOWN: dict[str, set[str]] = {
     },
 }
 
+#: Keys whose kernels only nvcc compiles, in each rank by itself; llmtune builds its ops before any rank starts.
+NEED_NVCC = {"zero_optimization.zero_quantized_gradients", "zero_optimization.zero_quantized_weights"}
+
 #: What llmtune decides itself -> the key to set instead.
 OWNED = {
     "train_batch_size": "train.global_batch_size",
@@ -100,6 +103,11 @@ def _problems(values: dict[str, Any], section: str) -> list[str]:
         path = f"{section}.{key}" if section else key
         if path in OWNED:
             found.append(f"zero.deepspeed.{path}: llmtune decides this; set {OWNED[path]}")
+        elif path in NEED_NVCC and value:
+            found.append(
+                f"zero.deepspeed.{path}={value}: llmtune does not build DeepSpeed's quantizer, which needs the CUDA toolkit; "
+                "leave the key out. zero_hpz_partition_size keeps gathers within a node without it"
+            )
         elif key not in KNOWN[section]:
             close = difflib.get_close_matches(key, KNOWN[section], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""

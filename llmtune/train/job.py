@@ -86,7 +86,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         line = LineSums.from_dict(state.line)
         start = Progress(state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due, line)
 
-    collator = Collator(pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model.config))
+    collator = Collator(pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model))
     if config.data.packing:
         dtype, vocabulary = DTYPES[config.precision], plan.shape.vocab_size
         check_module(module, collator, vocabulary, dtype, config.model.name_or_path)

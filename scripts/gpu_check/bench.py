@@ -10,13 +10,18 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.launch.ops import has_libaio
 from scripts.gpu_check.commands import Clock, Commands, Finished, RunFailedError
 from scripts.gpu_check.compare import Curve
 from scripts.gpu_check.jobs import Job, Trained
 
-#: What a machine may lack: half precision, direct I/O, or the library for it.
-_LACKS = re.compile(r"precision=(bf16|fp16): |offload on NVMe: |offload\.nvme_path=\S+ no direct I/O|libaio")
-_ENVIRONMENT = 7
+#: Exit codes of what llmtune refuses because of the machine: bf16 of an old card is a setting that cannot work there.
+_REFUSED = (ConfigError.exit_code, MissingPrerequisiteError.exit_code)
+#: What a machine may lack: half precision, or direct I/O.
+_LACKS = re.compile(r"precision=(bf16|fp16): |offload\.nvme_path=\S+ no direct I/O")
+#: The op for NVMe. A machine may lack libaio; with it, an op that cannot be had is what these checks are for.
+_LACKS_OP = re.compile(r"DeepSpeed's AsyncIO ")
 #: Of a run on the CPU, which may be a small one.
 _REFERENCE_SECONDS = 400.0
 
@@ -130,7 +135,7 @@ def trained(done: Finished, folder: Path, whose: str = "") -> Trained:
     Raises:
         SkippedError, RunFailedError: It has not.
     """
-    if done.code == _ENVIRONMENT and _LACKS.search(done.err):
+    if done.code in _REFUSED and (_LACKS.search(done.err) or (_LACKS_OP.search(done.err) and not has_libaio())):
         raise SkippedError(f"{whose}{done.err.strip().splitlines()[-1].removeprefix('error: ')}")
     try:
         done.check()

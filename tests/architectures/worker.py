@@ -139,7 +139,7 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
         if rows != "unchecked":
             check_model(config, kernel, int(stage), folder, None, lambda _: None)
         module = build(config, shape, folder, kernel, rank)
-        collator = Collator(0, masked=sees_padding(module.model.config))
+        collator = Collator(0, masked=sees_padding(module.model))
         if packed:
             check_module(module, collator, shape.vocab_size, DTYPES[Precision.fp32], family)
     except LlmtuneError as error:

@@ -62,6 +62,19 @@ def test_copies_are_of_the_moment_and_their_memory_is_used_again(tmp_path: Path)
     assert buffers.nbytes == 0
 
 
+@pytest.mark.parametrize(("source", "emptied"), [(None, 0), ("cpu", 0), ("cuda", 1)])
+def test_pinned_memory_that_is_given_back_is_not_kept_by_torch(
+    source: str | None, emptied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its allocator keeps what was freed; a run that has released its copies has no memory to spare."""
+    freed: list[int] = []
+    buffers = Buffers(torch.device(source) if source else None)
+    buffers.copy("b.safetensors", torch.zeros(4), SPECS["b.safetensors"][0])
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: freed.append(len(buffers._kept)), raising=False)
+    buffers.release()
+    assert freed == [0] * emptied, "when nobody has it any more"
+
+
 @pytest.mark.parametrize("hold", [False, True])
 def test_a_full_disk_is_said_when_all_tensors_were_taken(
     hold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,10 @@ import psutil
 import pytest
 from rich.console import Console
 
+from llmtune.config.schema import Precision
+from llmtune.errors import LlmtuneError
+from llmtune.plan.hardware import Hardware
+from llmtune.plan.resolve import _check_precision
 from scripts.gpu_check import __main__ as program
 from scripts.gpu_check.bench import Bench, SkippedError, trained
 from scripts.gpu_check.checks import Check, all_checks, select
@@ -25,6 +29,7 @@ from scripts.gpu_check.speed import judge_plan
 from tests.support import ROOT
 
 RIGHT = Curve([6.26, 6.07, 5.73], 6.25, 5.58)
+BUILD = "DeepSpeed's AsyncIO cannot be built: CUDA_HOME is not set; It needs g++, ninja, and libaio for NVMe: apt-get install"
 MACHINE = Machine("cuda", 1, "1 x Some Card, 80.0 GB", "570.1", {"torch": "2.13.0"})
 
 
@@ -59,6 +64,12 @@ def test_what_a_run_ends_with_decides_between_failed_and_skipped(tmp_path: Path)
     lacks = Finished(7, "", "error: precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32\n")
     with pytest.raises(SkippedError, match="^precision=fp16: this CPU has no"):
         trained(lacks, tmp_path)
+    # As planning says it of a V100.
+    with pytest.raises(LlmtuneError) as refusal:
+        _check_precision(Precision.bf16, Hardware("cuda", 1, 10**9, 10**9, name="V100", compute_capability=70))
+    old = Finished(refusal.value.exit_code, "", f"error: {refusal.value}\n")
+    with pytest.raises(SkippedError, match=r"^precision=bf16: V100 \(compute capability 7.0\) has no bf16"):
+        trained(old, tmp_path)
     # A GPU that CUDA cannot use is no reason to skip.
     for broken in (
         Finished(7, "", "error: hardware.accelerator=cuda, but torch sees no CUDA device"),
@@ -76,6 +87,17 @@ def test_what_a_run_ends_with_decides_between_failed_and_skipped(tmp_path: Path)
     skipped, failed = run_one(skip, tmp_path), run_one(fail, tmp_path)
     assert (skipped.state, skipped.skipped) == ("skipped", "no half precision here")
     assert (failed.state, failed.problems) == ("failed", ["exit code 3"])
+
+
+@pytest.mark.parametrize("said", ["offload on NVMe: DeepSpeed's AsyncIO op does not load (no nvcc)", BUILD])
+def test_an_op_that_cannot_be_had_is_skipped_only_without_its_library(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = Finished(7, "", f"error: {said}\n")
+    for has_library, kind in ((True, RunFailedError), (False, SkippedError)):
+        monkeypatch.setattr("scripts.gpu_check.bench.has_libaio", lambda answer=has_library: answer)
+        with pytest.raises(kind, match="AsyncIO"):
+            trained(done, tmp_path)
 
 
 def run_one(check: Any, folder: Path) -> Result:

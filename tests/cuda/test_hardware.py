@@ -345,21 +345,27 @@ def test_the_doctor_says_why_the_gpus_are_not_used(
 
 
 @pytest.mark.parametrize(
-    ("rank", "visible", "bound_before", "expected"),
+    ("rank", "ranks", "visible", "bound_before", "expected", "threads"),
     [
-        (0, None, range(192), range(96)),
-        (1, None, range(192), range(96, 192)),
-        (1, "5,4", range(192), range(96)),
-        # A task of Slurm that sees its own GPU only.
-        (3, "7", range(192), range(96, 192)),
-        (0, None, range(8), None),
+        # Eight share the cores of two sockets, four those of one.
+        (0, 8, None, range(192), range(96), 24),
+        (1, 8, None, range(192), range(96, 192), 24),
+        (1, 2, "5,4", range(192), range(96), 96),
+        # Both are near the same socket.
+        (1, 2, "4,6", range(192), range(96), 48),
+        (0, 1, None, range(192), range(96), 96),
+        # A task of Slurm that sees its own GPU only, and does not know the others'.
+        (3, 8, "7", range(192), range(96, 192), 24),
+        (0, 8, None, range(8), None, None),
     ],
 )
 def test_ranks_keep_to_the_cores_near_their_gpu(
     rank: int,
+    ranks: int,
     visible: str | None,
     bound_before: range,
     expected: range | None,
+    threads: int | None,
     driver: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -370,5 +376,10 @@ def test_ranks_keep_to_the_cores_near_their_gpu(
     monkeypatch.setattr(os, "cpu_count", lambda: 192)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(bound_before))
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: bound.append(cores))
-    assert bind_to_gpu(rank) == (None if expected is None else set(expected))
+    # Those that every rank is given of the machine's.
+    told: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 192 // ranks)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    assert bind_to_gpu(rank, ranks) == (None if expected is None else set(expected))
+    assert told == ([] if threads is None else [threads])
     assert bound == ([] if expected is None else [set(expected)])

@@ -19,6 +19,9 @@ from tests.support import ROOT, TINY, run
 
 #: Loads the op as a rank on a GPU does, then asks DeepSpeed for CUDA's.
 LOAD = """
+import torch.utils.cpp_extension
+# Wherever torch has found a toolkit, which may also be in /usr/local.
+torch.utils.cpp_extension.CUDA_HOME = None
 from llmtune.launch.ops import build_op, hold_ops
 with hold_ops():
     assert build_op("AsyncIOBuilder")
@@ -55,6 +58,24 @@ def test_cuda_builds_the_op_without_a_toolkit(tmp_path: Path) -> None:
     done = run([sys.executable, "-c", LOAD], env=without_toolkit(tmp_path), timeout=900)
     assert done.out.split() == [str(tmp_path / "async_io" / "async_io.so"), "1048576"], done.err[-2000:]
     assert "march=native" not in (tmp_path / "async_io" / "build.ninja").read_text(), "it runs on the next machine too"
+
+
+@pytest.mark.process
+def test_an_image_that_is_read_only_loads_what_was_compiled_in_it(tmp_path: Path) -> None:
+    assert ops.build_in_child("AsyncIOBuilder") is None
+    image = tmp_path / "image"
+    for name in ("async_io", "pin_memory"):
+        (image / name).mkdir(parents=True)
+        shutil.copy(extensions_dir() / name / f"{name}.so", image / name)
+    before = sorted(image.rglob("*"))
+    # The superuser may write anywhere, so that it has to be told; torch's lock and the build's would be new files.
+    read_only = "import os\nos.access = lambda path, mode: False\n"
+    done = run([sys.executable, "-c", read_only + LOAD], env=without_toolkit(image))
+    assert done.out.split() == [str(image / "async_io" / "async_io.so"), "1048576"], done.err[-2000:]
+    assert sorted(image.rglob("*")) == before
+    empty = tmp_path / "empty"
+    refused = run([sys.executable, "-c", read_only + LOAD], env=without_toolkit(empty))
+    assert f"not compiled in {empty}, which cannot be written: set TORCH_EXTENSIONS_DIR" in refused.err
 
 
 HOLD = """

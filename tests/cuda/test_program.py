@@ -25,7 +25,14 @@ JOB = [
     *("train.global_batch_size=4", "train.max_steps=6", "train.save_steps=2", "train.eval_max_rows=8"),
     *("launch.nproc=2", "export=none", "optim.learning_rate=1e-3", "data.max_seq_length=512"),
 ]
-GPUS = {"PYTHONPATH": str(ROOT / "tests" / "cuda" / "inside"), "PRETEND_DEVICES": "2"}
+
+
+def python_path(first: Path) -> str:
+    """With what finds this llmtune, where that is not the one that is installed."""
+    return os.pathsep.join(filter(None, (str(first), os.environ.get("PYTHONPATH"))))
+
+
+GPUS = {"PYTHONPATH": python_path(ROOT / "tests" / "cuda" / "inside"), "PRETEND_DEVICES": "2"}
 ON_GPUS = "hardware.accelerator=cuda"
 
 
@@ -109,7 +116,7 @@ def test_allocator_settings_stand_before_torch_is_imported(given: dict[str, str]
     )
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
     place["TORCHELASTIC_RUN_ID"] = "none"
-    environment = {**os.environ, **place, **given, "PYTHONPATH": str(tmp_path), "LLMTUNE_TEST_START": "cold"}
+    environment = {**os.environ, **place, **given, "PYTHONPATH": python_path(tmp_path), "LLMTUNE_TEST_START": "cold"}
     environment["SEEN"] = str(tmp_path / "seen")
     environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
     command = [sys.executable, "scripts/train.py", "model=tiny", f"output_dir={tmp_path}/run"]

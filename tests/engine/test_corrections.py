@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llmtune.engine.corrections import undo_stage0_dummy_step
+from llmtune.engine.corrections import grow_loss_scale_behind_step, undo_stage0_dummy_step
 from tests.support import ROOT, free_port, run
 
 
@@ -79,3 +80,48 @@ def test_deepspeed_still_waits_for_the_device_with_every_offloaded_tensor() -> N
 
     source = inspect.getsource(DeepSpeedZeroOptimizer.update_offload_overflow_tracker)
     assert "if grad is not None and self._has_inf_or_nan(grad.data):" in source
+
+
+@pytest.mark.parametrize(("overflow", "divided_by", "left_at"), [(False, 8.0, 16.0), (True, 4.0, 4.0)])
+def test_the_scale_grows_behind_a_step_and_shrinks_at_once(overflow: bool, divided_by: float, left_at: float) -> None:
+    """What overflows is thrown away, so that nothing is divided by what it shrinks to."""
+    scaler = SimpleNamespace(dynamic=True, cur_scale=8.0)
+    seen: list[float] = []
+
+    def update(has_overflow: bool = False) -> None:
+        scaler.cur_scale *= 0.5 if has_overflow else 2.0
+
+    optimizer = SimpleNamespace(loss_scaler=scaler, _update_scale=update)
+
+    def step() -> None:
+        optimizer._update_scale(overflow)
+        seen.append(scaler.cur_scale)
+
+    optimizer.step = step
+    assert grow_loss_scale_behind_step(optimizer)
+    optimizer.step()
+    assert (seen, scaler.cur_scale) == ([divided_by], left_at)
+
+
+def test_a_scale_that_never_changes_is_left_alone() -> None:
+    """That of bf16 and fp32."""
+    assert not grow_loss_scale_behind_step(SimpleNamespace(loss_scaler=SimpleNamespace(dynamic=False)))
+    assert not grow_loss_scale_behind_step(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
+
+
+def test_deepspeed_still_lets_the_loss_scale_grow_before_it_divides_by_it() -> None:
+    """Where this fails, look at ``grow_loss_scale_behind_step`` and at ``step_in_few_kernels``."""
+    import inspect
+
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    for optimizer, update in (
+        (FP16_UnfusedOptimizer, "self._update_scale(False)"),
+        (DeepSpeedZeroOptimizer, "self._update_scale(self.overflow)"),
+        (DeepSpeedZeroOptimizer_Stage3, "self._loss_scale_update_and_overflow_cleanup()"),
+    ):
+        # Of the class: a decorator hides that of the method.
+        source = inspect.getsource(optimizer).partition("    def step(self, closure=None):")[2]
+        assert 0 < source.index(update) < source.index("self.unscale_and_clip_grads("), optimizer

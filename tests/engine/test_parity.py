@@ -106,3 +106,23 @@ def test_fp16_scales_its_loss_and_resumes_with_the_scale(tmp_path: Path) -> None
         assert rest["losses"] == whole["losses"][3:], stage
         state = json.loads((Path(folders[stage]) / "trainer_state.json").read_text())
         assert state["loss_scale"]["cur_scale"] > 1
+
+
+@pytest.mark.process
+def test_a_loss_scale_that_grows_changes_no_step(tmp_path: Path) -> None:
+    """It is what the loss was multiplied by that the gradients are divided by, also in the step behind which it grows."""
+    base = [*FAST, "precision=fp16", "tuner=full"]
+    stages = [("0", "none"), ("1", "none"), ("2", "none"), ("3", "none")]
+    # Every value of it is a power of two: as long as fp16 holds the gradients, it changes none of their digits.
+    kept, grows = {"cur_scale": 1024.0}, {"cur_scale": 1024.0, "scale_window": 1}
+    tasks = [
+        {"overrides": [*base, f"zero={stage}", f"offload={rung}"], "first": 0, "last": 5, "loss_scale": scale}
+        for stage, rung in stages
+        for scale in (kept, grows)
+    ]
+    found = train_engines(tasks, 1, tmp_path)
+    for stage, plain, grown in zip(stages, found[::2], found[1::2], strict=True):
+        assert all(grown["applied"]), stage
+        assert grown["loss_scale"] >= 4 * plain["loss_scale"] == 4 * 1024.0, stage
+        assert largest_difference(grown["losses"], plain["losses"]) < 1e-3, stage
+        assert grown["norms"] == pytest.approx(plain["norms"], rel=1e-3), stage

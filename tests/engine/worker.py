@@ -24,6 +24,7 @@ from llmtune.data.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
 from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
 from llmtune.engine.module import TrainModule
+from llmtune.engine.state import read_loss_scale, write_loss_scale
 from llmtune.launch.ops import load_ops
 from llmtune.model.adapters import to_file_name
 from llmtune.model.files import resolve_model_folder
@@ -61,6 +62,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     module = build_module(request, rank)
     if load is not None:
         assert load_checkpoint(module, load).step == task["first"]
+    write_loss_scale(module, task.get("loss_scale", {}))
     collator = Collator(int(tokenizer.pad_token_id))
     loader = TrainLoader(open_rows(data, "train"), plan.batch, rank.rank, config.seed, collator)
     seen, norms, applied = [], [], []
@@ -80,10 +82,11 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
             pending = save(module, task, config, tokenizer)
     if pending is not None:
         pending.finish()
+    scale = read_loss_scale(module).get("cur_scale")
     module.engine.destroy()
     # hpZ's groups outlive their engine, and the next one would not make its own.
     deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    return {"losses": seen, "norms": norms, "applied": applied}
+    return {"losses": seen, "norms": norms, "applied": applied, "loss_scale": scale}
 
 
 def resolve_on_first(config: Config, rank: Rank) -> Path:

@@ -20,6 +20,9 @@ DEVICE = [
     "NCCL error in: ProcessGroupNCCL.cpp:268, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
     "Failed to CUDA calloc async 608 bytes, Cuda failure 2 'out of memory'",
     "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "[rank0]: torch.OutOfMemoryError: Allocation on device 0 would exceed allowed memory. (out of memory)",
 ]
 
 HOST = [
@@ -38,6 +41,8 @@ HOST = [
     "Unable to allocate 1.00 GiB for an array with shape (134217728,) and data type float64",
     "libgomp: Thread creation failed: Resource temporarily unavailable",
     "can't start new thread",
+    "DataLoader worker (pid 4711) is killed by signal: Killed.",
+    "DataLoader worker (pid 4711) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared",
     "unable to write to file </torch_4711_0>: No space left on device (28)",
     "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
     "Caught OutOfMemoryError in pin memory thread for device 0. CUDA error: out of memory",
@@ -53,6 +58,8 @@ NEITHER = [
     "[Errno 28] No space left on device: 'checkpoint-3/model.safetensors'",
     "could not create a primitive descriptor for a matmul primitive",
     "cannot allocate memory in static TLS block",
+    "DataLoader worker (pid 4711) is killed by signal: Segmentation fault.",
+    "out of resource: shared memory, Required: 262144, Hardware limit: 232448",
     "Expected all tensors to be on the same device",
 ]
 

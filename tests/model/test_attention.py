@@ -14,6 +14,7 @@ from llmtune.data.batch import Collator
 from llmtune.data.store import Row
 from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
 from llmtune.model.build import sees_padding
+from llmtune.model.loss import sum_token_losses
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
 GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -58,7 +59,7 @@ def test_tokens_before_padding_are_the_same_without_a_mask(family: str, attentio
     if family in ("bloom", "gemma2", "mamba") and attention == "sdpa":
         pytest.skip("has no SDPA")
     model = make_model(family, attention)
-    assert not sees_padding(model.config)
+    assert not sees_padding(model)
     rows = make_rows([12, 7, 3])
     with torch.no_grad():
         with_mask = model(**Collator(0, masked=True).pad(rows).inputs, use_cache=False).logits
@@ -70,6 +71,29 @@ def test_tokens_before_padding_are_the_same_without_a_mask(family: str, attentio
         torch.testing.assert_close(without[number, real], with_mask[number, real], rtol=0, atol=2e-6)
     assert torch.isfinite(without).all(), "padding may be anything but no number, which would spoil its gradients"
     assert torch.equal(without, on_host)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_flash_attention_asks_for_borders_only_where_there_may_be_some(given: bool) -> None:
+    """In each layer, of positions on the GPU; ``meta`` has no answer for the host."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    model = make_model("llama", "eager")
+    answer_on_host(model)
+    answers: list[bool] = []
+    positions = torch.arange(6).view(1, 6)
+    there = positions.to("meta")
+    model.model.layers[1].register_forward_pre_hook(
+        lambda *_: answers.append(bool(flash._is_packed_sequence(there, 1)))
+    )
+    inputs = {"input_ids": positions, **({"position_ids": positions} if given else {})}
+    with torch.no_grad():
+        if given:
+            with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+                model(**inputs, use_cache=False)
+        else:
+            model(**inputs, use_cache=False)
+    assert answers == ([] if given else [False])
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen3_moe"])
@@ -85,11 +109,57 @@ def test_documents_of_a_packed_row_are_still_told_apart(family: str) -> None:
 
 
 def test_models_that_look_ahead_are_told_where_padding_is() -> None:
-    config = AutoConfig.for_model("llama", **GATED, is_causal=False)
-    assert sees_padding(config)
-    assert sees_padding(
-        AutoConfig.for_model("gemma3_text", **FAMILIES["gemma3_text"], use_bidirectional_attention=True)
-    )
+    plain = {**SIZES, "intermediate_size": 48}
+    for family, about, looks_ahead in (
+        ("llama", {**GATED, "is_causal": False}, True),
+        ("gemma3_text", {**FAMILIES["gemma3_text"], "use_bidirectional_attention": True}, True),
+        ("bert", plain, True),
+        ("bert", {**plain, "is_decoder": True}, False),
+        ("roberta", plain, True),
+        ("electra", plain, True),
+        ("electra", {**plain, "is_decoder": True}, False),
+    ):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **about))
+        assert sees_padding(model) is looks_ahead, (family, about)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "sdpa, heads repeated"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_without_a_mask_is_the_same_to_the_last_bit(
+    family: str, attention: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and logits of real tokens in any case; the gradient of every weight where grouped heads are added up alike.
+
+    transformers groups heads in SDPA only where there is no mask: their gradients are then added up in the kernel, and behind it
+    else. Nothing else differs, as with heads that are repeated in both.
+    """
+    if family in ("bloom", "gemma2", "mamba") and attention != "eager":
+        pytest.skip("has no SDPA")
+    if attention == "sdpa, heads repeated":
+        monkeypatch.setattr("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *_: False)
+    rows = make_rows([40, 7, 3, 25])
+    found: list[dict[str, torch.Tensor]] = []
+    for masked in (True, False):
+        model = make_model(family, attention.partition(",")[0]).to(dtype)
+        answer_on_host(model)
+        batch = Collator(0, masked=masked).pad(rows)
+        logits = model(**batch.inputs, use_cache=False).logits
+        loss = sum_token_losses(logits, batch.targets)
+        loss.backward()
+        real = torch.cat([logits[number, : len(row.ids)] for number, row in enumerate(rows)])
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        found.append({"loss": loss, "logits": real, **gradients})
+    with_mask, without = found
+    assert with_mask.keys() == without.keys()
+    different = {name for name, value in without.items() if not torch.equal(value, with_mask[name])}
+    if attention != "sdpa" or "num_key_value_heads" not in FAMILIES[family]:
+        # Padding is sent to experts too, to others without a mask, and its zeros stand elsewhere in their sums.
+        assert [name for name in different if ".experts." not in name] == []
+    assert not different & {"loss", "logits"}
+    close = 1e-5 if dtype is torch.float32 else 2e-2
+    for name in different:
+        assert (without[name] - with_mask[name]).norm() <= close * with_mask[name].norm(), name
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError
 from llmtune.plan.placement import Placement
-from llmtune.plan.raw_keys import KNOWN, OWNED, merge_raw, resize
+from llmtune.plan.raw_keys import KNOWN, OWNED, check_raw, merge_raw, resize
 from llmtune.plan.resolve import plan_candidate, resolve_ladder
 from llmtune.plan.shape import TensorShape, resolve_shape
 from llmtune.plan.zero_sizes import parameter_groups, resolve_zero_sizes, sub_groups
@@ -89,12 +89,21 @@ def test_raw_keys_are_merged_and_planned_with() -> None:
         ("zero.deepspeed={gradient_clipping:0.3}", "set train.max_grad_norm"),
         ("zero.deepspeed={elasticity:{enabled:false}}", "zero.deepspeed.elasticity"),
         ("zero.deepspeed={aio:7}", "a section of keys"),
+        ("zero.deepspeed={zero_optimization:{zero_quantized_weights:true}}", "quantizer, which needs the CUDA toolkit"),
+        (
+            "zero.deepspeed={zero_optimization:{zero_quantized_gradients:true}}",
+            "quantizer, which needs the CUDA toolkit",
+        ),
     ],
 )
 def test_raw_keys_that_deepspeed_ignores_are_errors(override: str, part: str) -> None:
     config = compose_config(["model=tiny", override]).config
     with pytest.raises(ConfigError, match=part):
         resolve_ladder(config)
+
+
+def test_a_raw_key_for_kernels_that_is_off_needs_none() -> None:
+    check_raw({"zero_optimization": {"zero_quantized_weights": False, "zero_hpz_partition_size": 2}})
 
 
 @pytest.mark.process

@@ -129,7 +129,10 @@ def _module(device: Any) -> ModuleType:
             name="NVIDIA Pretend", total_memory=_total_memory(), major=9, minor=0, uuid=f"p-{index(which)}"
         )
 
+    shares: dict[int, float] = {}
+
     def limit(fraction: float, which: Any = None) -> None:
+        shares[index(which)] = fraction
         device.limit(index(which), int(fraction * _total_memory()))
 
     memory = {
@@ -143,6 +146,7 @@ def _module(device: Any) -> ModuleType:
         "get_device_properties": properties,
         "get_device_name": lambda which=None: properties(which).name,
         "set_per_process_memory_fraction": limit,
+        "get_per_process_memory_fraction": lambda which=None: shares.get(index(which), 1.0),
         "empty_cache": lambda: None,
     }
     # Kernels are the CPU's, and so are their random numbers.
