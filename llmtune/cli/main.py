@@ -25,7 +25,8 @@ from llmtune.errors import (
 from llmtune.launch.ending import end_now
 from llmtune.launch.rank import to_user_error
 from llmtune.launch.signals import Interrupted, end_on_signals, received_stop
-from llmtune.secrets import redact, remember_names
+from llmtune.secrets import remember_names
+from llmtune.terminal import to_terminal
 
 #: Verb -> (module with ``main(arguments) -> exit code``, what it does).
 VERBS = {
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.show_config:
             from llmtune.config.compose import compose_config
 
-            _print(redact(compose_config(arguments.overrides, arguments.config_dir).yaml.rstrip()))
+            _print(compose_config(arguments.overrides, arguments.config_dir).yaml.rstrip())
             return EXIT_DONE
         module = importlib.import_module(VERBS[arguments.verb][0])
         return int(module.main(arguments))
@@ -221,9 +222,9 @@ def _report(error: BaseException, code: int, trace: bool) -> int:
         text = str(error) or "ended by SIGINT"
     else:
         text = f"error: {type(error).__name__}: {error}\nAdd debug=trace for the traceback."
-    sys.stderr.write(redact(text) + "\n")
+    sys.stderr.write(to_terminal(text + "\n"))
     return code
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(to_terminal(text + "\n"))

@@ -41,6 +41,7 @@ from llmtune.launch.self_watch import SelfWatch
 from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.launch.stacks import answer_with_stacks
 from llmtune.process import die_with_parent, no_collection
+from llmtune.terminal import to_terminal
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def _join(texts: list[str | None]) -> str:
 def _tell(stream: IO[str], text: str) -> None:
     """A line of a rank whose console is silent."""
     with contextlib.suppress(OSError, ValueError):
-        stream.write(f"\n{text}\n")
+        stream.write(to_terminal(f"\n{text}\n"))
         stream.flush()
 
 

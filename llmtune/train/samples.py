@@ -10,6 +10,7 @@ from llmtune.checkpoint import names
 from llmtune.data.prepare import SamplePrompt
 from llmtune.engine.module import TrainModule
 from llmtune.model.answer import answer
+from llmtune.secrets import redact_values
 from llmtune.track.console import Console
 from llmtune.train.loop import Progress
 
@@ -60,7 +61,7 @@ class SampleAnswers:
         samples = json.loads(self.path.read_text()) if self.path.is_file() and moment == "after" else blank
         for sample, text in zip(samples, answers, strict=True):
             sample[moment] = text
-        self.path.write_text(json.dumps(samples, ensure_ascii=False, indent=1))
+        self.path.write_text(json.dumps(redact_values(samples), ensure_ascii=False, indent=1))
 
     def _answers(self) -> list[str]:
         """Under ZeRO 3 all ranks generate together, since each forward pass gathers weights; else rank 0 alone."""
