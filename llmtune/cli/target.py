@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ from llmtune.config.schema import Config, TunerKind
 from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
+from llmtune.model.stored_adapter import read_adapter_config
+from llmtune.plain_json import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +133,8 @@ def put_on(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
+    # Before peft follows them: it matches their patterns with every module.
+    read_adapter_config(adapter)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
         # peft leaves out what does not match, and at most warns; once more, for what it says of it.
@@ -158,7 +161,7 @@ def _base_folder(config: Config, run: Path) -> Path:
     """Where the run's base lies: where it lay in training, or wherever the configuration finds it now."""
     plan = run / names.PLAN
     if plan.is_file():
-        folder = Path(json.loads(plan.read_text()).get("model_folder", ""))
+        folder = Path(parse_json(plan.read_text()).get("model_folder", ""))
         if folder.is_dir() and list(folder.glob("*.safetensors")):
             return folder
     return resolve_model_folder(config.model, cache_dir(config))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from llmtune.config.data_schema import DataFormat
 from llmtune.data.fields import LISTS, prune
 from llmtune.data.problems import RowError, short
+from llmtune.plain_json import parse_json
 
 #: What marks an element of a list as a message.
 _SPEAKERS = ("role", "from")
@@ -51,8 +51,8 @@ def with_lists(
 
 def _parse(text: str, field: str, quiet: bool) -> Any:
     try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json(text)
+    except ValueError as error:
         if quiet:
             return text
         raise RowError(
@@ -66,8 +66,8 @@ def _parse_message(entry: Any) -> Any:
     if not isinstance(entry, str) or entry.lstrip()[:1] != "{":
         return entry
     try:
-        return json.loads(entry)
-    except (ValueError, RecursionError):
+        return parse_json(entry)
+    except ValueError:
         return entry
 
 

@@ -11,7 +11,6 @@ import csv
 import io
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,9 +19,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from llmtune.data.formats import Row, not_utf8
 from llmtune.data.json_files import describe_broken, find_rows, is_whole, may_be_around_rows
 from llmtune.data.problems import RowError
+from llmtune.data.size_bounds import MAX_ROW_BYTES, lines_of, read_whole, refuse_row
 from llmtune.data.sources import DataFile, Source, open_system
 from llmtune.data.stdlib_docs import read_stdlib_docs
 from llmtune.errors import DataError, MissingPrerequisiteError
+from llmtune.plain_json import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -119,16 +120,14 @@ def _pruned(value: Any) -> Any:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return RowError(not_utf8(line[error.start]))
     except json.JSONDecodeError as error:
         return RowError(describe_broken(error))
     except ValueError as error:
-        # A number of thousands of digits.
+        # A number of thousands of digits, or thousands of brackets.
         return RowError(f"broken JSON: {error}")
-    except RecursionError:
-        return RowError("broken JSON: nested too deeply")
 
 
 def _checked(row: Any) -> Row | RowError:
@@ -162,6 +161,8 @@ def _read_jsonl(file: DataFile, source: Source, start: tuple[int, int]) -> Itera
             head, separator, tail = chunk.rpartition(b"\n")
             if not separator:
                 rest.append(chunk)
+                if len(rest) * BLOCK_BYTES > MAX_ROW_BYTES:
+                    raise refuse_row(file.path, line)
                 continue
             content = b"".join((*rest, head))
             rest = [tail]
@@ -178,14 +179,14 @@ def _read_lines(file: DataFile, source: Source, start: tuple[int, int]) -> Itera
     with closing(open_file(file.path)) as stream:
         begin = stream.read(BLOCK_BYTES)
         if may_be_around_rows(begin):
-            begin += stream.readline()
+            begin += stream.readline(MAX_ROW_BYTES)
     yield from (_read_json if is_whole(begin) else _read_jsonl)(file, source, start)
 
 
 def _read_json(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
     """A list of rows, an object around one, or objects over several lines; JSON lines under this name are told as such."""
     with closing(open_file(file.path)) as stream:
-        data = stream.read()
+        data = read_whole(file.path, stream)
     if not is_whole(data) and data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b""):
         yield from _read_jsonl(file, source, start)
         return
@@ -198,12 +199,12 @@ def _read_json(file: DataFile, source: Source, start: tuple[int, int]) -> Iterat
 
 
 def _read_csv(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(MAX_ROW_BYTES)
     with closing(open_file(file.path)) as stream:
         # Bytes that are no UTF-8 stay in the row, where they are found and named.
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         delimiter = "\t" if ".tsv" in file.path.lower() else ","
-        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        reader = csv.DictReader(lines_of(file.path, text), delimiter=delimiter, strict=True)
 
         def rows() -> Iterator[tuple[int, Any]]:
             try:

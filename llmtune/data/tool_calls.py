@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from llmtune.data.problems import RowError, short
+from llmtune.plain_json import decode_json, parse_json
 
 
 def read_tool_calls(entry: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
@@ -36,12 +36,11 @@ def parse_tool_calls(text: str, place: str) -> list[dict[str, Any]]:
         RowError: It is not.
     """
     calls: list[Any] = []
-    decoder = json.JSONDecoder()
     position = _between(text, 0)
     while position < len(text):
         try:
-            call, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
+            call, position = decode_json(text, position)
+        except ValueError as error:
             raise _no_function_call(text, place) from error
         calls += call if isinstance(call, list) else [call]
         position = _between(text, position)
@@ -113,8 +112,8 @@ def _read_arguments(arguments: Any, name: str, place: str) -> dict[str, Any]:
 
 def _parse(text: str, message: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise RowError(f"{message}: {short(text)}") from error
 
 

@@ -201,7 +201,7 @@ def remove_shared_buffers(port: int, address: str = "127.0.0.1") -> None:
 
 
 def hold_port() -> socket.socket:
-    """A socket that holds a free TCP port until it is closed: nobody else is given it, and rank 0 can still listen on it.
+    """A socket that holds a free TCP port until it is closed: nobody else is given it, and somebody could still listen on it.
 
     Linux lets two sockets with SO_REUSEADDR, which torch's store sets too, share a port of which one at the most listens.
     """

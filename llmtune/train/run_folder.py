@@ -23,6 +23,7 @@ from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_redacted, load_config, redact_config
 from llmtune.errors import CheckpointError, ConfigError
+from llmtune.plain_json import parse_json
 from llmtune.plan.resolve import Plan, StepsPlan
 from llmtune.secrets import close_to_others, redact, redact_values
 from llmtune.track.metrics import cut_metrics, read_metrics
@@ -46,7 +47,7 @@ class RunFolder:
     def finished_step(self) -> int | None:
         """Last step of a run that went to its end."""
         file = self.path / names.FINISHED
-        return int(json.loads(file.read_text())["step"]) if file.is_file() else None
+        return int(parse_json(file.read_text())["step"]) if file.is_file() else None
 
     def check_owner(self, config: Config) -> list[str]:
         """Refuse a folder of another run, or of no run; what else differs from the last start, in words.
@@ -82,7 +83,7 @@ class RunFolder:
         file = self.path / names.PLAN
         if not file.is_file() or not self.has_work():
             return None
-        plan = json.loads(file.read_text())
+        plan = parse_json(file.read_text())
         if plan["data"]["fingerprint"] != data_fingerprint:
             raise CheckpointError(
                 f"the rows of data.train are not those that {self.path} was started with (a file, the tokenizer or "
@@ -150,12 +151,12 @@ class RunFolder:
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Put them into the plan's file."""
         file = self.path / names.PLAN
-        file.write_text(json.dumps(redact_values({**json.loads(file.read_text()), "history": history}), indent=1))
+        file.write_text(json.dumps(redact_values({**parse_json(file.read_text()), "history": history}), indent=1))
 
     def _read_plan(self) -> dict[str, Any]:
         """Empty where there is none."""
         file = self.path / names.PLAN
-        return dict(json.loads(file.read_text())) if file.is_file() else {}
+        return dict(parse_json(file.read_text())) if file.is_file() else {}
 
     def has_work(self) -> bool:
         """Whether there is anything to lose."""
