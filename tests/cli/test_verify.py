@@ -64,6 +64,7 @@ def test_a_whole_run_is_a_line_a_folder_and_exit_0(tmp_path: Path) -> None:
         f"ok  {run}/adapter  2 files, {adapter} B",
         f"ok  {run}/merged  2 files, {model / 1000:.1f} kB",
         f"ok  {run}/export-pt  2 files, {model / 1000:.1f} kB",
+        "checked for damage, not for tampering (key=PUBLIC.pem checks signatures)",
     ]
 
 
