@@ -52,7 +52,7 @@ def main(arguments: Arguments) -> int:
             copies = {} if mirror is None else {"not_copied": dict(not_copied)}
             write(to_json_line({"healthy": bad == 0, "folders": reports, **copies}, indent=1) + "\n")
         else:
-            if key is None:
+            if not bad and key is None:
                 write("checked for damage, not for tampering (key=PUBLIC.pem checks signatures)\n")
             elif not bad:
                 write(f"all files are as they were signed with the private key of {key}\n")

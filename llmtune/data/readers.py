@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 #: Bytes of a block of text; some thousand rows of a chat.
 BLOCK_BYTES = 1 << 20
 
+#: What pyarrow raises beside its own errors, for names that are no UTF-8 and lengths that no memory has.
+_BAD_VALUES = (UnicodeError, MemoryError, OverflowError)
+
 #: Rows of a block of anything else.
 BLOCK_ROWS = 1000
 
@@ -102,11 +105,24 @@ def _unparsed(block: Block) -> Iterator[tuple[int, Any]]:
     elif isinstance(block.content, list):
         yield from block.content
     else:
-        yield from enumerate(map(_without_nulls, block.content.to_pylist()), block.first)
+        yield from enumerate(map(_without_nulls, _to_rows(block.content)), block.first)
+
+
+def _to_rows(batch: pa.RecordBatch) -> list[Any]:
+    """The rows, or what is wrong with each: pyarrow does not validate the names of fields within fields."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [RowError(not_utf8(error.object[error.start]))]
+        return [row for number in range(batch.num_rows) for row in _to_rows(batch.slice(number, 1))]
+    return rows
 
 
 def _without_nulls(row: Any) -> Any:
     """Without the nulls that Arrow puts where one struct lacks the fields of another; those of columns stay."""
+    if isinstance(row, RowError):
+        return row
     return {key: _pruned(value) for key, value in row.items()}
 
 
@@ -227,9 +243,8 @@ def _read_parquet(file: DataFile, source: Source, start: tuple[int, int]) -> Ite
         try:
             batches = pq.ParquetFile(stream).iter_batches(batch_size=BLOCK_ROWS)
             yield from _arrow_blocks(file.path, batches, start[0])
-        except pa.ArrowException as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{file.path}: not a Parquet file that pyarrow reads ({reason})") from error
+        except (pa.ArrowException, *_BAD_VALUES) as error:
+            raise DataError(f"{file.path}: not a Parquet file that pyarrow reads ({_reason(error)})") from error
 
 
 def _read_arrow(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
@@ -245,9 +260,8 @@ def _read_arrow(file: DataFile, source: Source, start: tuple[int, int]) -> Itera
                 stream.seek(0)
                 batches = iter(pa.ipc.open_stream(stream))
             yield from _arrow_blocks(file.path, batches, start[0])
-        except pa.ArrowException as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{file.path}: not an Arrow file that pyarrow reads ({reason})") from error
+        except (pa.ArrowException, *_BAD_VALUES) as error:
+            raise DataError(f"{file.path}: not an Arrow file that pyarrow reads ({_reason(error)})") from error
 
 
 def _read_hub(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
@@ -264,9 +278,8 @@ def _read_hub(file: DataFile, source: Source, start: tuple[int, int]) -> Iterato
             tables = loaded.with_format("arrow").iter(batch_size=BLOCK_ROWS)
             batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
         yield from _arrow_blocks(file.path, batches, start[0])
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{file.path}: not a data set that pyarrow reads ({reason})") from error
+    except (pa.ArrowException, *_BAD_VALUES) as error:
+        raise DataError(f"{file.path}: not a data set that pyarrow reads ({_reason(error)})") from error
 
 
 def load_hub(path: str, source: Source) -> Any:
@@ -311,6 +324,10 @@ def _in_blocks(path: str, rows: Iterator[tuple[int, Any]], skip: int) -> Iterato
             block = []
     if block:
         yield Block(path, block[0][0], block, (number, 0))
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def check_batch(batch: pa.RecordBatch, where: str) -> None:

@@ -151,7 +151,17 @@ def test_json_is_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     size = sum(path.stat().st_size for path in good.iterdir() if path.name not in ("manifest.json", "COMPLETE"))
     assert json.loads(out) == {
         "healthy": True,
-        "folders": [{"path": str(good), "healthy": True, "problems": [], "files": 2, "bytes": size, "step": 10}],
+        "folders": [
+            {
+                "path": str(good),
+                "healthy": True,
+                "problems": [],
+                "checked_for": "damage",
+                "files": 2,
+                "bytes": size,
+                "step": 10,
+            }
+        ],
     }
     flip_bit(good)
     code, out, _ = verify(capsys, f"checkpoint={good}", "--json")

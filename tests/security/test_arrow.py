@@ -85,6 +85,28 @@ def test_text_that_is_no_utf8_is_refused_in_arrow_and_in_parquet(tmp_path: Path)
         read(tmp_path / "rows.parquet", "parquet")
 
 
+def test_names_and_lengths_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, pa.record_batch({"turns of talk": pa.array(["first", "other", "third"])}), stream=True)
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"turns of talk", b"turns \xc0f talk"))
+    with pytest.raises(DataError, match="rows.arrow: not an Arrow file that pyarrow reads .*utf-8"):
+        read(file)
+    # The length of the data behind the description of the batch.
+    messages = pa.ipc.MessageReader.open_stream(io.BytesIO(content))
+    messages.read_next_message()
+    length = struct.pack("<q", messages.read_next_message().body.size)
+    assert content.count(length) >= 1
+    file.write_bytes(content.replace(length, struct.pack("<q", 2**62)))
+    with pytest.raises(DataError, match="rows.arrow: not an Arrow file that pyarrow reads"):
+        read(file)
+
+
+def test_a_field_in_a_field_whose_name_is_no_utf8_makes_bad_rows(tmp_path: Path) -> None:
+    file = write(tmp_path, pa.record_batch({"turn": pa.array([{"role": "a"}, {"role": "b"}])}))
+    file.write_bytes(file.read_bytes().replace(b"role", b"rol\xff"))
+    assert [str(row) for row in read(file)] == ["not UTF-8 (byte 0xff); save the file as UTF-8"] * 2
+
+
 def test_right_files_of_every_kind_are_read_as_they_are(tmp_path: Path) -> None:
     columns = {
         "text": pa.array(TEXTS),

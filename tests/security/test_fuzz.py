@@ -17,8 +17,8 @@ from tests.support import ROOT
 
 #: For the ordinary suite, always the same ones; and for the slow tier, minutes of others.
 SHORT = settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=20_000, deadline=20_000, suppress_health_check=list(HealthCheck))
-LONG_NATIVE = settings(max_examples=30_000, deadline=20_000, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=6_000, deadline=20_000, suppress_health_check=list(HealthCheck))
+LONG_NATIVE = settings(max_examples=10_000, deadline=20_000, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("name", [*READERS, *NATIVE_READERS])
