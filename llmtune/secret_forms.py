@@ -12,23 +12,22 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from llmtune.secret_urls import users_of
 
 #: Words for what opens something, in names of variables, of parts of a connection string, and of fields in JSON.
 SECRET_WORDS = re.compile(
-    r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|(?<!COM)(?<!BY)(?<!SUR)PASS$|_PASS_|(?<=_)(PWD|PSWD|PW)$"
+    r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|(?<!ASK)(?<!BY)(?<!COM)(?<!SUR)PASS$|_PASS_|(?<=_)(PWD|PSWD|PW)$"
     r"|API_?KEY|ACCESS_?KEY|ACCOUNT_?KEY|PRIVATE_?KEY|SHARED_?KEY|SIGNATURE|CREDENTIAL|_KEY$|_PAT$|(?<![A-Z0-9])SAS(?![A-Z0-9])"
     r"|CONN(ECTION)?_?STR(ING)?|WEBHOOK|(?<![A-Z0-9])DSN$|(?<![A-Z0-9])AUTH$|AUTH_?CONFIG|AUTHORIZATION|(?<![A-Z0-9])JWT"
     r"|COOKIE(?!CUTTER)|(?<![A-Z0-9])BEARER",
     re.IGNORECASE,
 )
 #: The same where a name is no variable's: ``pwd`` and ``auth`` alone are none of the shell's folders there.
-_PART_WORDS = re.compile(rf"{SECRET_WORDS.pattern}|^(pwd|pw|pass|auth|key|sig|sas|uid_token)$", re.IGNORECASE)
+_PART_WORDS = re.compile(rf"{SECRET_WORDS.pattern}|^(pwd|pw|pass|auth|key|sig|sas)$", re.IGNORECASE)
 
 #: Below this, what is left of a value in base64 would be found by chance.
 _MIN_ENCODED = 8
@@ -51,9 +50,10 @@ def secret_parts(value: str, is_secret: bool) -> Iterator[str]:
         is_secret: Whether its name says that all of it is secret; a password in a URL is in any case.
     """
     for user in users_of(value):
-        # A token alone, or a password, percent-encoded or not.
-        secret = user.partition(":")[2] or user
-        yield from (secret, unquote(secret))
+        name, _, password = user.partition(":")
+        # A token alone has letters and digits; a name is a word that may stand anywhere.
+        secret = password or (name if not (name.isalpha() or name.isdigit()) else "")
+        yield from (secret, unquote(secret)) if secret else ()
     for name, part in _URL_VALUE.findall(value) if "://" in value else ():
         if _PART_WORDS.search(name):
             yield part
@@ -84,16 +84,14 @@ def _leaves(value: Any, name: str) -> Iterator[str]:
             yield decoded.partition(":")[2]
 
 
-@dataclass(frozen=True, slots=True)
-class Spelled:
+class Spelled(NamedTuple):
     """A character that is no letter and no digit, or some backslashes, in all spellings."""
 
     sign: str
     pattern: re.Pattern[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(NamedTuple):
     """One way of writing a value: texts that stand as they are, and characters with many spellings, in turn."""
 
     parts: tuple[str | Spelled, ...]

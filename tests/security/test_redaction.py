@@ -134,6 +134,7 @@ def test_what_opens_something_in_a_url_is_hidden_whoevers_it_is() -> None:
 
 
 ORDINARY = [
+    *("the research of ksshaskpass goes on in /no/such/folder", "100%|####| 5/5 [00:01<00:00, 4.2it/s] loss=1.5"),
     *("https://host:8080/a@b", "http://[::1]:80/x@y", "ssh://git@host/x", "git+ssh://git@github.com/x", "a@b.de"),
     *("hf://datasets/user/name@main/file", "s3://bucket/a:b@c", "sftp://deploy-user@host/x", "max_tokens=5&x=1"),
     "abfss://container-with-name1@acc.dfs.core.windows.net/p",
@@ -145,6 +146,8 @@ ORDINARY = [
 def test_ordinary_text_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_abcDEF123456")
     monkeypatch.setenv("OLDPWD", "/no/such/folder")
+    monkeypatch.setenv("SSH_ASKPASS", "ksshaskpass")
+    monkeypatch.setenv("GIT_REMOTE", "https://research@host.example/x")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     for text in ORDINARY:
         assert redact(text) == text
