@@ -269,7 +269,11 @@ def main() -> None:
     reader = NATIVE_READERS[sys.argv[1]][0]
     while length := sys.stdin.buffer.read(4):
         content = sys.stdin.buffer.read(struct.unpack("<I", length)[0])
-        sys.stdout.write("read\n" if read_one(reader, content) else "refused\n")
+        try:
+            answer = "read" if read_one(reader, content) else "refused"
+        except BaseException as error:
+            answer = f"raised {type(error).__name__}: {error}".replace("\n", " ")
+        sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -43,20 +41,48 @@ def test_many_changed_files_are_read_or_refused(name: str) -> None:
 @pytest.mark.parametrize("name", NATIVE_READERS)
 def test_many_changed_files_end_no_process(name: str) -> None:
     """In one that a crash may end."""
-    files = NATIVE_READERS[name][1]
-    with _child(name) as child:
+    child = Child(name)
 
-        @LONG_NATIVE
-        @given(changed(files))
-        def fuzz(content: bytes) -> None:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            child.stdin.write(struct.pack("<I", len(content)) + content)
-            child.stdin.flush()
-            answer = child.stdout.readline()
-            assert answer in (b"read\n", b"refused\n"), (child.wait(), content)
+    @LONG_NATIVE
+    @given(changed(NATIVE_READERS[name][1]))
+    def fuzz(content: bytes) -> None:
+        answer = child.ask(content)
+        assert answer in ("read", "refused"), (answer, content)
 
+    try:
         fuzz()
+    finally:
+        child.end()
+
+
+class Child:
+    """A process that reads files, started again when one ended it."""
+
+    def __init__(self, name: str):
+        self._command = [sys.executable, "-m", "tests.security.fuzz", name]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, content: bytes) -> str:
+        """What became of a file."""
+        if self._process is None:
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(self._command, cwd=ROOT, stdin=pipe, stdout=pipe)
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(struct.pack("<I", len(content)) + content)
+        process.stdin.flush()
+        answer = process.stdout.readline().decode().strip()
+        if not answer:
+            self._process = None
+            return f"ended the process with {process.wait()}"
+        return answer
+
+    def end(self) -> None:
+        """No process is left."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
 
 def _fuzz(name: str, how: settings) -> None:
@@ -68,17 +94,6 @@ def _fuzz(name: str, how: settings) -> None:
         read_one(reader, content)
 
     fuzz()
-
-
-@contextmanager
-def _child(name: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "tests.security.fuzz", name]
-    child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.wait()
 
 
 @SHORT
