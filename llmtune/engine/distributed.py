@@ -135,4 +135,4 @@ def _to_bytes(value: Any) -> torch.Tensor:
 
 
 def _from_bytes(text: torch.Tensor) -> Any:
-    return json.loads(bytes(text.tolist()))
+    return json.loads(text.numpy().tobytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -63,10 +64,10 @@ def write_forms(file: Path, planted: dict[str, str]) -> None:
 
 
 def find_traces(folder: Path, planted: dict[str, str]) -> list[tuple[str, str]]:
-    """Files below a folder with what they show of which secret; tensors are numbers, which may be any four letters."""
+    """Files below a folder with what they show of which secret; tensors and pictures may hold any four letters."""
     found = []
     for file in (path for path in folder.rglob("*") if path.is_file()):
-        content = file.read_bytes()
+        content = re.sub(rb"data:image/png;base64,[A-Za-z0-9+/=]+", b"", file.read_bytes())
         for name, value in planted.items():
             shown = {value} if file.suffix in (".safetensors", ".npy", ".png") else {value, *traces(value)}
             found += [(str(file), name) for text in shown if text.encode() in content]
