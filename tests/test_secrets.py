@@ -54,11 +54,11 @@ def test_harmless_variables_are_left_alone(name: str, monkeypatch: pytest.Monkey
     assert redact(VALUE) == VALUE
 
 
-@pytest.mark.parametrize("value", ["", "true", "1234567", "disabled", "/usr/bin", "~"])
-def test_short_values_words_and_paths_are_no_secrets(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", ["", "true", "disabled", "/usr/bin", "~"])
+def test_words_and_paths_are_no_secrets(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", value)
     assert not has_secrets()
-    assert redact("true /usr/bin disabled 1234567") == "true /usr/bin disabled 1234567"
+    assert redact("true /usr/bin disabled") == "true /usr/bin disabled"
 
 
 @pytest.mark.process
@@ -121,6 +121,8 @@ def test_a_secret_within_another_does_not_uncover_it(monkeypatch: pytest.MonkeyP
         ("https://host:80?mail=a@b", "https://host:80?mail=a@b"),
         ("a@b.de", "a@b.de"),
     ],
+    # pytest puts the names of tests into the environment, where passwords in URLs are secrets.
+    ids=map(str, range(10)),
 )
 def test_passwords_in_urls(text: str, shown: str) -> None:
     assert redact(text) == shown

@@ -16,10 +16,12 @@ import xxhash
 
 from llmtune import __version__
 from llmtune.checkpoint import names
+from llmtune.checkpoint.signature import Signer, with_sha256
 from llmtune.errors import CheckpointError
+from llmtune.plain_json import parse_json
 
 #: Files of a published folder that the manifest does not list.
-_OWN = {names.MANIFEST, names.COMPLETE}
+_OWN = {names.MANIFEST, names.SIGNATURE, names.COMPLETE}
 
 _HASHING_THREADS = 4
 
@@ -33,12 +35,24 @@ def hash_file(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 
-def write_manifest(folder: Path, files: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
-    """``manifest.json``: files with size and hash, and what ``about`` says of their origin."""
+def write_manifest(
+    folder: Path, files: dict[str, dict[str, Any]], about: dict[str, Any], signer: Signer | None = None
+) -> None:
+    """``manifest.json``: files with size and hash, and what ``about`` says of their origin.
+
+    Args:
+        signer: Signs it; every file is read once more for its SHA-256.
+    """
+    if signer is not None:
+        files = with_sha256(folder, files)
     manifest = {"llmtune_version": __version__, **about, "files": dict(sorted(files.items()))}
-    path = folder / names.MANIFEST
-    path.write_text(json.dumps(manifest, indent=1))
-    flush(path)
+    text = json.dumps(manifest, indent=1).encode()
+    written = {names.MANIFEST: text} | ({names.SIGNATURE: signer.sign(text)} if signer is not None else {})
+    # One that is left of another manifest would be wrong.
+    (folder / names.SIGNATURE).unlink(missing_ok=True)
+    for name, data in written.items():
+        (folder / name).write_bytes(data)
+        flush(folder / name)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -121,25 +135,32 @@ def _look(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{names.COMPLETE} is missing: it was never finished"]
     try:
         text = (folder / names.MANIFEST).read_bytes()
-        manifest: dict[str, Any] = json.loads(text)
+        manifest: dict[str, Any] = parse_json(text)
         files = {str(name): (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in manifest["files"].items()}
         expected = marker.read_text(errors="replace")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return {}, [f"{names.MANIFEST} cannot be read ({error})"]
     if expected != xxhash.xxh3_128(text).hexdigest():
         return {}, [f"{names.MANIFEST} is not the one that {names.COMPLETE} was written for"]
-    problems = []
-    for name, (size, _) in files.items():
-        path = folder / name
-        if not _stays_inside(name, path):
-            problems.append(f"{name} leads out of the folder")
-        elif not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
+    problems = [problem for name, (size, _) in files.items() if (problem := _look_at(folder, name, size))]
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     problems += [f"{name} is not in {names.MANIFEST}" for name in sorted(present - files.keys() - _OWN)]
     return manifest, problems
+
+
+def _look_at(folder: Path, name: str, size: int) -> str | None:
+    """What is wrong with a file that a manifest lists, without reading it."""
+    path = folder / name
+    try:
+        if not _stays_inside(name, path):
+            return f"{name} leads out of the folder"
+        if not path.is_file():
+            return f"{name} is missing"
+        found = path.stat().st_size
+    except OSError as error:
+        # A name that is too long for any file, for one.
+        return f"{name} cannot be there ({error.strerror})"
+    return None if found == size else f"{name} has {found} bytes instead of {size}"
 
 
 def _stays_inside(name: str, path: Path) -> bool:

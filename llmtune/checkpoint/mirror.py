@@ -154,7 +154,9 @@ class Mirror:
             persist(self._store.remove, folder.name)
         for name, entry in files.items():
             persist(self._store.upload, partial(open_source, folder / name), f"{folder.name}/{name}", entry)
-        for name, data in ((names.MANIFEST, manifest), (names.COMPLETE, marker)):
+        signature = _local_bytes(folder / names.SIGNATURE)
+        signed = [] if signature is None else [(names.SIGNATURE, signature)]
+        for name, data in (*signed, (names.MANIFEST, manifest), (names.COMPLETE, marker)):
             open_data = partial(io.BytesIO, data)
             persist(self._store.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data()))
 
@@ -285,8 +287,11 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
             aside.mkdir(parents=True)
             for name, entry in files.items():
                 persist(store.download, name, aside / name, entry)
-            (aside / names.MANIFEST).write_bytes(manifest)
-            flush(aside / names.MANIFEST)
+            signature = persist(store.read, names.SIGNATURE)
+            for name, data in ((names.MANIFEST, manifest), (names.SIGNATURE, signature)):
+                if data is not None:
+                    (aside / name).write_bytes(data)
+                    flush(aside / name)
             # Either incomplete, or a damaged copy of this very checkpoint.
             (folder / names.COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)

@@ -23,6 +23,7 @@ TRACKER_RUN_ID = "wandb/run_id"
 SKIPPED_STEPS = "skipped_steps.json"
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.json.sig"
 COMPLETE = "COMPLETE"
 TRAINER_STATE = "trainer_state.json"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from llmtune.checkpoint import names
 from llmtune.checkpoint.manifest import flush
 from llmtune.errors import ConfigError
+from llmtune.plain_json import parse_json
 from llmtune.secrets import redact
 
 T = TypeVar("T")
@@ -166,14 +166,14 @@ def list_files(marker: bytes, manifest: bytes) -> dict[str, dict[str, Any]]:
     if marker != hash_text(manifest):
         raise UnfitError(f"{names.MANIFEST} is not the one that {names.COMPLETE} was written for")
     try:
-        listed = json.loads(manifest)["files"].items()
+        listed = parse_json(manifest)["files"].items()
         files = {name: {"size": entry["size"], "xxh3_128": entry["xxh3_128"]} for name, entry in listed}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnfitError(f"{names.MANIFEST} cannot be read ({describe_error(error)})") from error
     for name in files:
         path = PurePosixPath(name)
         inside = name == path.as_posix() != "." and not path.is_absolute() and ".." not in path.parts
-        if not inside or "\0" in name or name in (names.MANIFEST, names.COMPLETE):
+        if not inside or "\0" in name or name in (names.MANIFEST, names.SIGNATURE, names.COMPLETE):
             raise UnfitError(f"{names.MANIFEST} lists {name!r}, which is no file of a checkpoint")
     return files
 

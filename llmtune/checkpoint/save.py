@@ -21,6 +21,7 @@ from llmtune.checkpoint.content import check_adapter_trained, check_tensors
 from llmtune.checkpoint.find import REPLACED
 from llmtune.checkpoint.manifest import hash_file, publish, write_manifest
 from llmtune.checkpoint.outbox import Buffers, Outbox
+from llmtune.checkpoint.signature import Signer
 from llmtune.checkpoint.state_files import load_state_files, put_states
 from llmtune.checkpoint.trainer_state import TrainerState, read_trainer_state
 from llmtune.checkpoint.weights import WeightFiles, put_weights
@@ -45,6 +46,8 @@ class SaveRequest:
     """Small files of rank 0's: configuration, tokenizer, metrics so far."""
     about: dict[str, Any]
     """More for the manifest."""
+    signer: Signer | None = None
+    """On rank 0, where checkpoints are signed."""
     published: Callable[[Path], None] = lambda _: None
     """Called on rank 0 behind the last step, in whatever thread that is."""
 
@@ -183,7 +186,7 @@ class PendingSave:
         for number in range(len(reports)):
             (aside / _report_name(number)).unlink()
         about = {"kind": "checkpoint", **self._request.about, "pause_seconds": self.pause_seconds, "tensors": tensors}
-        write_manifest(aside, files, about)
+        write_manifest(aside, files, about, self._request.signer)
         _replace(aside, self.folder)
         self._request.published(self.folder)
 

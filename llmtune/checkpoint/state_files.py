@@ -28,6 +28,7 @@ from llmtune.engine.state import (
     write_state,
 )
 from llmtune.errors import CheckpointError
+from llmtune.plain_json import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def _read_index(folder: Path) -> dict[str, tuple[int, list[StoredSlice]]]:
     for file in sorted(folder / name for name in read_manifest(folder)["files"] if names.is_state_file(name)):
         try:
             with safe_open(str(file), framework="pt") as handle:
-                where: dict[str, Any] = json.loads(handle.metadata()[names.STATE_SLICES])
+                where: dict[str, Any] = parse_json(handle.metadata()[names.STATE_SLICES])
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{file}: not a state file of llmtune ({error})") from error
         for name, (start, numel, total) in where.items():

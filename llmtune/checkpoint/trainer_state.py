@@ -12,6 +12,7 @@ from llmtune.checkpoint import names
 from llmtune.checkpoint.manifest import read_manifest
 from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import CheckpointError
+from llmtune.plain_json import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def read_trainer_state(folder: Path) -> TrainerState:
     """
     read_manifest(folder)
     try:
-        return TrainerState(**json.loads((folder / names.TRAINER_STATE).read_text()))
+        return TrainerState(**parse_json((folder / names.TRAINER_STATE).read_text()))
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {names.TRAINER_STATE} cannot be read ({error})") from error
 

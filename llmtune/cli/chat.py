@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from llmtune.terminal import show_controls
+
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
 
@@ -32,11 +34,11 @@ def main(arguments: Arguments) -> int:
         return said
 
     if settings.prompt is not None:
-        sys.stdout.write(reply(settings.prompt) + "\n")
+        sys.stdout.write(show_controls(reply(settings.prompt) + "\n"))
         return 0
     interactive = sys.stdin.isatty()
     if interactive:
-        sys.stdout.write(f"{target.adapter or target.model_folder} (end with Ctrl-D)\n")
+        sys.stdout.write(show_controls(f"{target.adapter or target.model_folder} (end with Ctrl-D)\n"))
     while True:
         if interactive:
             sys.stdout.write("> ")
@@ -45,5 +47,5 @@ def main(arguments: Arguments) -> int:
         if not line:
             return 0
         if line.strip():
-            sys.stdout.write(reply(line.strip()) + "\n")
+            sys.stdout.write(show_controls(reply(line.strip()) + "\n"))
             sys.stdout.flush()

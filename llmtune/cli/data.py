@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import asdict, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.config.data_schema import name_data
 from llmtune.errors import DataError
+from llmtune.terminal import GREEN, GREY, colour, show_controls, to_json_line
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -48,7 +48,7 @@ def main(arguments: Arguments) -> int:
             # Nothing to count: a program that reads the report still gets one.
             if arguments.as_json:
                 problem = {"file": None, "line": None, "message": str(error)}
-                write(json.dumps({"rows": 0, "problems": [problem], "refused": True}, ensure_ascii=False) + "\n")
+                write(to_json_line({"rows": 0, "problems": [problem], "refused": True}, letters=True) + "\n")
             raise
 
 
@@ -85,7 +85,7 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
     untrained = _untrained(folder, data, tokenizer)
     if arguments.as_json:
         named = {"data": config.data.train, "model": config.model.name_or_path, "read_by": report.numbers["read by"]}
-        write(json.dumps(named | to_json(data, report, untrained), ensure_ascii=False) + "\n")
+        write(to_json_line(named | to_json(data, report, untrained), letters=True) + "\n")
     else:
         for text in to_text(report, untrained):
             write(text + "\n")
@@ -112,7 +112,7 @@ def _build_report(
 ) -> DataReport:
     from llmtune.data.problems import place
     from llmtune.data.report import DataReport
-    from llmtune.data.statistics import measure_lengths, measure_padding, show_row
+    from llmtune.data.statistics import measure_lengths, measure_padding, redact_texts, show_row
     from llmtune.plan.batch import settle_batch
 
     asked, global_batch = config.train.per_device_train_batch_size, config.train.global_batch_size
@@ -129,7 +129,7 @@ def _build_report(
     )
     step = max(1, len(rows) // SHOWN_ROWS)
     shown = [
-        (place(*rows.place(rows.first_document(number))), show_row(rows, number, tokenizer))
+        (place(*rows.place(rows.first_document(number))), redact_texts(show_row(rows, number, tokenizer)))
         for number in range(0, len(rows), step)[:SHOWN_ROWS]
     ]
     return DataReport(
@@ -228,7 +228,7 @@ def _write_files(report: DataReport, folder: Path, colours: bool, write: Any) ->
 
     for where, pieces in report.rows:
         write(f"\n{where}\n")
-        write(_coloured(pieces, colours) + "\n")
+        write.in_colour(_coloured(pieces, colours) + "\n")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         picture = folder / "lengths.png"
@@ -248,9 +248,9 @@ def _coloured(pieces: list[Piece], colours: bool) -> str:
         text = piece.text if len(piece.text) <= left else piece.text[:left] + " ..."
         left -= len(text)
         if colours:
-            parts.append(f"\x1b[32m{text}\x1b[0m" if piece.trained else f"\x1b[90m{text}\x1b[0m")
+            parts.append(colour(text, GREEN if piece.trained else GREY))
         else:
-            parts.append(f"[[{text}]]" if piece.trained else text)
+            parts.append(f"[[{show_controls(text)}]]" if piece.trained else show_controls(text))
         if left <= 0:
             break
     return "".join(parts)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
 from llmtune.errors import EXIT_DONE, MissingPrerequisiteError
+from llmtune.terminal import to_json_line
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -52,7 +52,7 @@ def main(arguments: Arguments) -> int:
                     safe = " (doctor --fix does it)" if finding.fix else ""
                     write(f"{'':<23}-> {finding.command}{safe}\n")
         if arguments.as_json:
-            write(json.dumps({"healthy": bad == 0, "findings": rows}, indent=1) + "\n")
+            write(to_json_line({"healthy": bad == 0, "findings": rows}, indent=1) + "\n")
     if bad:
         sys.stderr.write(f"{bad} finding(s) would stop a run\n")
         return MissingPrerequisiteError.exit_code

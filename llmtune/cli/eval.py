@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
 from llmtune.config.data_schema import name_data
-from llmtune.secrets import redact
+from llmtune.terminal import to_json_line, to_terminal
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -94,11 +93,11 @@ def main(arguments: Arguments) -> int:
         "eval_perplexity": perplexity(total / tokens),
         "rows": data.eval.rows,
         "trained_tokens": tokens,
-        "data": redact(describe_held_out(composed, config)),
+        "data": describe_held_out(composed, config),
         "model": str(target.adapter or target.model_folder),
     }
     if arguments.as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.write(to_terminal(to_json_line(result) + "\n"))
     else:
-        sys.stdout.write("".join(f"{key:<16} {value}\n" for key, value in result.items()))
+        sys.stdout.write(to_terminal("".join(f"{key:<16} {value}\n" for key, value in result.items())))
     return 0

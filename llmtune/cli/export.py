@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.checkpoint import names
+from llmtune.checkpoint.signature import read_signer
 from llmtune.cli.progress import show_progress
 from llmtune.config.schema import Config, ModelConfig
 from llmtune.errors import ConfigError, ExportError
@@ -16,7 +17,7 @@ from llmtune.export.job import run_export
 from llmtune.export.material import ExportRequest
 from llmtune.export.zero_adapter import has_adapter, write_adapter
 from llmtune.export.zero_files import ZeroSource, is_zero_checkpoint
-from llmtune.secrets import redact
+from llmtune.terminal import to_terminal
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -40,7 +41,7 @@ def main(arguments: Arguments) -> int:
         target = resolve_target(composed)
         written = _export(target, given, _output(given, target), _print)
     if not given.export.dry_run:
-        sys.stdout.write(f"exported {written}\n")
+        _print(f"exported {written}")
     return 0
 
 
@@ -55,7 +56,14 @@ def export_run(run: Path, config: Config, output: Path, say: Callable[[str], Non
 def _export(target: Target, config: Config, output: Path, say: Callable[[str], None]) -> Path:
     with show_progress(f"writing {output.name}") as progress:
         request = ExportRequest(
-            target.model_folder, target.base_name, target.adapter, target.run, output, progress=progress, say=say
+            target.model_folder,
+            target.base_name,
+            target.adapter,
+            target.run,
+            output,
+            progress=progress,
+            say=say,
+            signer=read_signer(config.checkpoint.sign),
         )
         return run_export(request, config.export)
 
@@ -79,7 +87,16 @@ def _export_zero(given: Config) -> Path:
         own_weights = None if adapter is not None and given.base else checkpoint
         unpacked_from = checkpoint if adapter is not None else None
         request = ExportRequest(
-            described, base_name, adapter, None, output, own_weights, unpacked_from, progress=progress, say=_print
+            described,
+            base_name,
+            adapter,
+            None,
+            output,
+            own_weights,
+            unpacked_from,
+            progress=progress,
+            say=_print,
+            signer=read_signer(given.checkpoint.sign),
         )
         return run_export(request, given.export)
 
@@ -100,7 +117,7 @@ def _describing_folder(given: Config, checkpoint: Path) -> Path:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(f"{redact(text)}\n")
+    sys.stdout.write(to_terminal(f"{text}\n"))
 
 
 def _output(given: Config, target: Target) -> Path:

@@ -28,6 +28,7 @@ from llmtune.launch.rank import to_user_error
 from llmtune.launch.signals import Interrupted, end_on_signals, received_stop
 from llmtune.safe_path import leave_working_folder
 from llmtune.secrets import describe_secret_overrides, redact, restrict_umask
+from llmtune.terminal import to_terminal
 
 #: Verb -> (module with ``main(arguments) -> exit code``, what it does).
 VERBS = {
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.show_config:
             from llmtune.config.compose import compose_config
 
-            _print(redact(compose_config(arguments.overrides, arguments.config_dir).yaml.rstrip()))
+            _print(compose_config(arguments.overrides, arguments.config_dir).yaml.rstrip())
             return EXIT_DONE
         module = importlib.import_module(VERBS[arguments.verb][0])
         return int(module.main(arguments))
@@ -222,7 +223,7 @@ def _report(error: BaseException, code: int, trace: bool) -> int:
         text = str(error) or "ended by SIGINT"
     else:
         text = f"error: {type(error).__name__}: {error}\nAdd debug=trace for the traceback."
-    sys.stderr.write(redact(text) + "\n")
+    sys.stderr.write(to_terminal(text + "\n"))
     return code
 
 
@@ -233,4 +234,4 @@ def _say_once(text: str) -> None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(to_terminal(text + "\n"))

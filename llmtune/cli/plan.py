@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from llmtune.errors import DoesNotFitError
 from llmtune.plan.memory import USABLE_SHARE
 from llmtune.plan.units import format_bytes, format_count
 from llmtune.secrets import redact
+from llmtune.terminal import to_json_line, to_terminal
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -28,14 +28,29 @@ def main(arguments: Arguments) -> int:
         return _plan(arguments, write)
 
 
+class Output:
+    """Writes to standard output; see :func:`stdout_for_us`."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def __call__(self, text: str) -> None:
+        """Without secrets, and without what a terminal would obey."""
+        self._stream.write(to_terminal(text))
+
+    def in_colour(self, text: str) -> None:
+        """A text with colours of ours, made with :func:`~llmtune.terminal.colour`; all else as above."""
+        self._stream.write(redact(text))
+
+
 @contextmanager
-def stdout_for_us() -> Iterator[Any]:
-    """A writer to standard output, without secrets, which libraries cannot reach meanwhile: they print to standard error."""
+def stdout_for_us() -> Iterator[Output]:
+    """A writer to standard output, which libraries cannot reach meanwhile: they print to standard error."""
     sys.stdout.flush()
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        yield lambda text: own.write(redact(text))
+        yield Output(own)
     finally:
         own.flush()
         sys.stdout.flush()
@@ -58,7 +73,7 @@ def _plan(arguments: Arguments, write: Any) -> int:
     advice = list_advice(config, ladder)
     misfit = describe_misfit(config, ladder) if ladder.chosen is None else None
     if arguments.as_json:
-        write(json.dumps(to_json(composed, ladder, advice, misfit), indent=1) + "\n")
+        write(to_json_line(to_json(composed, ladder, advice, misfit), indent=1) + "\n")
         return DoesNotFitError.exit_code if misfit else 0
     write(to_text(composed, ladder, advice))
     if misfit:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.checkpoint import names
+from llmtune.checkpoint.signature import read_signer
 from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.cli.adapter import describe_adapter
 from llmtune.cli.check_model import check_model
@@ -81,6 +82,8 @@ def resolve_request(
     Raises:
         LlmtuneError: Of every kind but export, before any rank has begun.
     """
+    # Rank 0 reads it again when it has built the model.
+    read_signer(composed.config.checkpoint.sign)
     step_rows = plan.batch.global_batch_size
     config = replace(composed.config, train=replace(composed.config.train, global_batch_size=step_rows))
     changed = folder.check_owner(config)

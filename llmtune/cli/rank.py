@@ -26,6 +26,7 @@ from llmtune.launch.environment import (
     FAILURE_DIR,
     launched_nodes,
     launched_ranks_on_node,
+    meeting_file,
     remove_shared_buffers,
     set_allocator_default,
     set_defaults,
@@ -40,6 +41,7 @@ from llmtune.launch.self_watch import SelfWatch
 from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.launch.stacks import answer_with_stacks
 from llmtune.process import no_collection
+from llmtune.terminal import to_terminal
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
@@ -255,8 +257,9 @@ def _check_shared_files(request: RunRequest, rank: Rank) -> None:
     needed = [request.model_folder, Path(request.data.folder), *map(Path, request.data.train_stores)]
     if request.resume_from is not None:
         needed.append(request.resume_from)
-    needed = [path for path in broadcast_object([path for path in needed if path.exists()], rank) if not path.exists()]
-    missing = gather_objects(f"{needed[0]} on {socket.gethostname()}" if needed else None, rank)
+    there = broadcast_object([str(path) for path in needed if path.exists()], rank)
+    absent = [path for path in there if not Path(path).exists()]
+    missing = gather_objects(f"{absent[0]} on {socket.gethostname()}" if absent else None, rank)
     if any(missing):
         raise ConfigError(
             f"missing: {_join(missing)}. Rank 0 prepares the model and the rows for all: paths.cache_dir (and HF_HOME) have "
@@ -271,7 +274,7 @@ def _join(texts: list[str | None]) -> str:
 def _tell(stream: IO[str], text: str) -> None:
     """A line of a rank whose console is silent."""
     with contextlib.suppress(OSError, ValueError):
-        stream.write(f"\n{text}\n")
+        stream.write(to_terminal(f"\n{text}\n"))
         stream.flush()
 
 
@@ -321,7 +324,8 @@ def _train(request: RunRequest, console: Console) -> None:
     if request.plan.hardware.accelerator == "cuda":
         bind_to_gpu(int(os.environ["LOCAL_RANK"]), launched_ranks_on_node())
     load_ops(request.plan.hardware.accelerator, request.plan.placement)
-    rank = init_ranks(phases=PhaseLog(phase_file(Path(os.environ[FAILURE_DIR]), int(os.environ["RANK"]))))
+    folder = Path(os.environ[FAILURE_DIR])
+    rank = init_ranks(phases=PhaseLog(phase_file(folder, int(os.environ["RANK"]))), meeting=meeting_file(folder))
     run_job(request, rank, console)
     meet_ranks(rank)
 

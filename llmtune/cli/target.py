@@ -19,7 +19,7 @@ from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.own_code import describe_own_code, explain_own_code
-from llmtune.model.stored_adapter import CONFIG_FILE
+from llmtune.model.stored_adapter import CONFIG_FILE, read_adapter_config
 from llmtune.trust import read_foreign
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ def put_on(model: Any, adapter: Path) -> Any:
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
     _check_settings(adapter)
+    # Before peft follows them: it matches their patterns with every module.
+    read_adapter_config(adapter)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
         # peft leaves out what does not match, and at most warns; once more, for what it says of it.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.manifest import find_damage, read_manifest
+from llmtune.checkpoint.signature import find_forgery, read_public_key
 from llmtune.config.schema import Config
 from llmtune.errors import EXIT_DONE, CheckpointError, ConfigError
 from llmtune.plan.units import format_bytes
-from llmtune.secrets import redact
+from llmtune.terminal import to_json_line, to_terminal
 
 if TYPE_CHECKING:
     from llmtune.checkpoint.mirror import Mirror
@@ -34,11 +34,14 @@ def main(arguments: Arguments) -> int:
 
     config = compose_config(arguments.overrides, arguments.config_dir).config
     folders = _named_folders(config)
+    key = Path(config.key).expanduser() if config.key else None
+    if key is not None:
+        read_public_key(key)
     mirror = _open_mirror(config) if arguments.mirror else None
     reports, not_copied = [], list[tuple[str, str]]()
     with stdout_for_us() as write:
         for folder in folders:
-            reports.append(_report(folder))
+            reports.append(_report(folder, key))
             if not arguments.as_json:
                 write(_to_text(reports[-1]))
         bad = sum(not report["healthy"] for report in reports)
@@ -49,11 +52,16 @@ def main(arguments: Arguments) -> int:
             not_copied = _copy(mirror, run, checkpoints)
         if arguments.as_json:
             copies = {} if mirror is None else {"not_copied": dict(not_copied)}
-            write(json.dumps({"healthy": bad == 0, "folders": reports, **copies}, indent=1) + "\n")
-        elif mirror is not None and not not_copied:
-            write(f"ok  {redact(mirror.url)} has every checkpoint that is whole\n")
+            write(to_json_line({"healthy": bad == 0, "folders": reports, **copies}, indent=1) + "\n")
+        else:
+            if not bad and key is None:
+                write("checked for damage, not for tampering (key=PUBLIC.pem checks signatures)\n")
+            elif not bad:
+                write(f"all files are as they were signed with the private key of {key}\n")
+            if mirror is not None and not not_copied:
+                write(f"ok  {mirror.url} has every checkpoint that is whole\n")
     for name, reason in not_copied:
-        sys.stderr.write(f"{name} is not at checkpoint.mirror: {redact(reason)}\n")
+        sys.stderr.write(to_terminal(f"{name} is not at checkpoint.mirror: {reason}\n"))
     if not_copied and not bad:
         return CheckpointError.exit_code
     if bad:
@@ -136,10 +144,22 @@ def _run_folders(run: Path) -> list[Path]:
     return folders
 
 
-def _report(folder: Path) -> dict[str, Any]:
-    """What ``--json`` prints of a folder; numbers only where it is whole."""
+def _report(folder: Path, key: Path | None) -> dict[str, Any]:
+    """What ``--json`` prints of a folder; numbers only where it is whole.
+
+    Args:
+        key: Of whoever has to have signed it.
+    """
     problems = _find_problems(folder)
-    report: dict[str, Any] = {"path": str(folder), "healthy": not problems, "problems": problems}
+    if key is not None and folder.is_dir():
+        problems += find_forgery(folder, key)
+    checked = "damage" if key is None else "damage and tampering"
+    report: dict[str, Any] = {
+        "path": str(folder),
+        "healthy": not problems,
+        "problems": problems,
+        "checked_for": checked,
+    }
     if not problems:
         manifest = read_manifest(folder)
         sizes = [entry["size"] for entry in manifest["files"].values()]

@@ -188,6 +188,8 @@ class CheckpointConfig:
     """When the next checkpoint would not fit: ``stop``; ``prune`` older ones, never the last; ``skip`` it."""
     mirror: str | None = None
     """URL (``s3://bucket/folder``, ``gs://``, ``oss://``, another disk) that complete checkpoints are copied to."""
+    sign: str | None = None
+    """Private ed25519 key (PEM): checkpoints, what was trained and exports get a signature, which ``verify key=`` checks."""
 
 
 @dataclass(slots=True)
@@ -366,5 +368,7 @@ class Config:
     """Base model, instead of the configured one."""
     adapter: str | None = None
     """Adapter folder to put on ``base``."""
+    key: str | None = None
+    """Public ed25519 key (PEM) with which ``verify`` checks who wrote a folder."""
     trace: bool = False
     """Print tracebacks (``debug=trace``)."""

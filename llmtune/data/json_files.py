@@ -13,7 +13,7 @@ from typing import Any
 
 from llmtune.data.fields import refuse_changing_fields
 from llmtune.data.formats import MARKS
-from llmtune.data.json_objects import DECODER
+from llmtune.data.json_objects import decode_json, parse_json
 from llmtune.data.problems import RowError, short
 from llmtune.data.sources import Source
 from llmtune.errors import DataError
@@ -35,10 +35,10 @@ def is_whole(begin: bytes) -> bool:
     if not first.startswith(b"{"):
         return first.startswith(b"[")
     try:
-        row = json.loads(first)
+        row = parse_json(first)
     except UnicodeDecodeError:
         return False
-    except (ValueError, RecursionError):
+    except ValueError:
         # One line that is broken, or an object over several: then the next one goes on with a field, or ends it.
         return first == b"{" or rest.lstrip()[:1] in {b'"', b"}", b"]", b","}
     return not rest.strip() and bool(_lists_of_rows(row, None))
@@ -118,11 +118,11 @@ def _find_field(text: str, begin: int, name: str) -> int:
     position = begin + 1
     while True:
         position = _skip(text, position, _BETWEEN)
-        key, position = DECODER.raw_decode(text, position)
+        key, position = decode_json(text, position)
         position = _skip(text, _skip(text, position, _SPACE) + 1, _SPACE)
         if key == name:
             return position
-        _, position = DECODER.raw_decode(text, position)
+        _, position = decode_json(text, position)
 
 
 def _list_items(path: str, text: str, begin: int, line: int, whole_file: bool) -> Iterator[tuple[int, Any]]:
@@ -143,11 +143,11 @@ def _list_items(path: str, text: str, begin: int, line: int, whole_file: bool) -
 
 def _decode(path: str, text: str, position: int, line: int) -> tuple[Any, int]:
     try:
-        return DECODER.raw_decode(text, position)
+        return decode_json(text, position)
     except json.JSONDecodeError as error:
         at = text.count("\n", 0, error.pos) + 1
         raise DataError(f"{path}:{at}: {describe_broken(error)}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path}:{line}: broken JSON: {error}") from error
 
 

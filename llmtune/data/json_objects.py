@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from llmtune import plain_json
+
 
 def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object, for ``object_pairs_hook``.
@@ -20,14 +22,22 @@ def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-#: Parses JSON as all data is parsed.
-DECODER = json.JSONDecoder(object_pairs_hook=without_twins)
+_DECODER = json.JSONDecoder(object_pairs_hook=without_twins)
 
 
-def parse_json(text: str) -> Any:
-    """A value of JSON.
+def parse_json(text: str | bytes) -> Any:
+    """A value of JSON, as all data is parsed.
 
     Raises:
-        ValueError: It is none, or a name stands twice in an object.
+        ValueError: It is none, is nested too deeply, or a name stands twice in an object.
     """
-    return DECODER.decode(text)
+    return plain_json.parse_json(text, without_twins)
+
+
+def decode_json(text: str, start: int) -> tuple[Any, int]:
+    """The value that begins at a place of a text, and where it ends.
+
+    Raises:
+        ValueError: As :func:`parse_json`.
+    """
+    return plain_json.decode_json(text, start, _DECODER)

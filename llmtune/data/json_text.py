@@ -52,7 +52,7 @@ def with_lists(
 def _parse(text: str, field: str, quiet: bool) -> Any:
     try:
         parsed = parse_json(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if quiet:
             return text
         raise RowError(
@@ -67,7 +67,7 @@ def _parse_message(entry: Any) -> Any:
         return entry
     try:
         return parse_json(entry)
-    except (ValueError, RecursionError):
+    except ValueError:
         return entry
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmtune.data.store import Rows
 from llmtune.draws import Draw, draw_rows
+from llmtune.secrets import redact_pieces
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -133,3 +134,9 @@ def show_row(rows: Rows, number: int, tokenizer: PreTrainedTokenizerBase) -> lis
         for begin, end in itertools.pairwise(borders)
         if end > begin
     ]
+
+
+def redact_texts(pieces: list[Piece]) -> list[Piece]:
+    """The pieces without secrets, also where one begins in a piece and ends in another."""
+    shown = redact_pieces([piece.text for piece in pieces])
+    return [replace(piece, text=text) for piece, text in zip(pieces, shown, strict=True)]

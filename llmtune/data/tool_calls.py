@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmtune.data.json_objects import DECODER, parse_json
+from llmtune.data.json_objects import decode_json, parse_json
 from llmtune.data.problems import RowError, short
 
 #: Fields of a function that is called.
@@ -46,8 +46,8 @@ def parse_tool_calls(text: str, place: str) -> list[dict[str, Any]]:
     position = _between(text, 0)
     while position < len(text):
         try:
-            call, position = DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
+            call, position = decode_json(text, position)
+        except ValueError as error:
             raise _no_function_call(text, place) from error
         calls += call if isinstance(call, list) else [call]
         position = _between(text, position)
@@ -129,7 +129,7 @@ def _read_arguments(arguments: Any, name: str, place: str) -> dict[str, Any]:
 def _parse(text: str, message: str) -> Any:
     try:
         return parse_json(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         why = "" if isinstance(error, json.JSONDecodeError) else f" ({error})"
         raise RowError(f"{message}{why}: {short(text)}") from error
 

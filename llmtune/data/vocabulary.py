@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 from llmtune.data.problems import Problem
 from llmtune.data.store import TokenStore
 from llmtune.errors import ConfigError, DataError
+from llmtune.plain_json import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,7 +26,7 @@ def embedding_rows(model_folder: Path) -> int | None:
     file = model_folder / "config.json"
     if not file.is_file():
         return None
-    config: dict[str, Any] = json.loads(file.read_text())
+    config: dict[str, Any] = parse_json(file.read_text())
     # Of models that see or hear as well, the part that reads text has its own.
     parts = (config, *(config.get(name) or {} for name in _TEXT_PARTS))
     return next((int(part["vocab_size"]) for part in parts if part.get("vocab_size")), None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,8 +40,13 @@ def import_deepspeed() -> None:
     import deepspeed  # noqa: F401
 
 
-def init_ranks(timeout_minutes: float = 60, phases: PhaseLog | None = None) -> Rank:
-    """Join the process group that the environment describes (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` ...)."""
+def init_ranks(timeout_minutes: float = 60, phases: PhaseLog | None = None, meeting: Path | None = None) -> Rank:
+    """Join the process group that the environment describes (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` ...).
+
+    Args:
+        meeting: A file in a folder of this user alone, at which ranks of one machine meet: torch's server at ``MASTER_ADDR``
+            listens on all interfaces, and believes whoever connects.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -52,10 +59,18 @@ def init_ranks(timeout_minutes: float = 60, phases: PhaseLog | None = None) -> R
     if not on_host:
         accelerator.set_device(local_rank)
         phases.device_peak = lambda: _device_peak(accelerator, local_rank)
+    init_method = None
+    if meeting is not None:
+        # By a descriptor, which stays open: torch ends a path at the first # or ?.
+        folder = os.open(meeting.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        init_method = f"file:///proc/self/fd/{folder}/{meeting.name}"
     deepspeed.init_distributed(
         dist_backend="gloo" if on_host else accelerator.communication_backend_name(),
         timeout=timedelta(minutes=timeout_minutes),
         verbose=False,
+        init_method=init_method,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
     )
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     control = None if on_host else dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
@@ -99,17 +114,36 @@ def any_rank(flags: Sequence[bool], rank: Rank) -> list[bool]:
 
 
 def gather_objects(value: Any, rank: Rank) -> list[Any]:
-    """The values of all ranks, in order, on every rank."""
+    """The values of all ranks, in order, on every rank. They travel as JSON: torch would unpickle what another sends.
+
+    Args:
+        value: Plain values; tuples arrive as lists.
+    """
     if rank.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * rank.world_size
-    dist.all_gather_object(values, value, group=rank.control)
-    return values
+        return [_from_bytes(_to_bytes(value))]
+    mine = _to_bytes(value)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(rank.world_size)]
+    dist.all_gather(sizes, torch.tensor([mine.numel()]), group=rank.control)
+    longest = max(int(size) for size in sizes)
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(rank.world_size)]
+    dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - mine.numel())), group=rank.control)
+    return [_from_bytes(text[: int(size)]) for text, size in zip(texts, sizes, strict=True)]
 
 
 def broadcast_object(value: Any, rank: Rank) -> Any:
-    """Rank 0's value on every rank."""
-    values = [value if rank.is_first else None]
+    """Rank 0's value on every rank, as :func:`gather_objects` has it."""
+    text = _to_bytes(value if rank.is_first else None)
     if rank.world_size > 1:
-        dist.broadcast_object_list(values, src=0, group=rank.control)
-    return values[0]
+        size = torch.tensor([text.numel()])
+        dist.broadcast(size, src=0, group=rank.control)
+        text = text if rank.is_first else torch.zeros(int(size), dtype=torch.uint8)
+        dist.broadcast(text, src=0, group=rank.control)
+    return _from_bytes(text)
+
+
+def _to_bytes(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(text: torch.Tensor) -> Any:
+    return json.loads(text.numpy().tobytes())

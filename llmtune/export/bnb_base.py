@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from llmtune.checkpoint.tensor_file import TensorSpec
 from llmtune.errors import ExportError
 from llmtune.export.nf4 import dequantise, load_bitsandbytes, quantised_names
 from llmtune.export.tensors import SafetensorsSource, TensorSource, some
+from llmtune.plain_json import parse_json
 
 _STATE_NAME = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _NEEDED = ("absmax", "quant_map")
@@ -117,7 +117,7 @@ class Bnb4bitSource:
 
     def _plain_spec(self, name: str) -> TensorSpec:
         try:
-            about = json.loads(bytes(self._stored.tensor(self._states[name]).tolist()))
+            about = parse_json(bytes(self._stored.tensor(self._states[name]).tolist()))
             shape, dtype = tuple(about["shape"]), getattr(torch, about["dtype"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ExportError(f"{self.folder}: {self._states[name]} is damaged ({error!r}); fetch it again") from error
@@ -128,7 +128,7 @@ def _method(folder: Path) -> str | None:
     """How ``config.json`` says that the weights are quantised."""
     file = folder / "config.json"
     try:
-        settings: Any = json.loads(file.read_text()).get("quantization_config") if file.is_file() else None
+        settings: Any = parse_json(file.read_text()).get("quantization_config") if file.is_file() else None
     except (OSError, ValueError, AttributeError) as error:
         raise ExportError(f"{file} cannot be read ({error}); fetch or copy it again") from error
     if not settings:

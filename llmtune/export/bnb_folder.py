@@ -29,6 +29,7 @@ from llmtune.export.nf4 import (
 )
 from llmtune.export.tensors import TensorSource, row_ranges
 from llmtune.export.write import Journal, write_shards
+from llmtune.plain_json import parse_json
 
 _STATE = "quant_state.bitsandbytes__nf4"
 
@@ -146,7 +147,7 @@ def _settle_offsets(
         file.write_text(json.dumps(found))
         flush(file)
         journal.note(_OFFSETS, hash_file(file))
-    offsets: dict[str, float] = json.loads(file.read_text())
+    offsets: dict[str, float] = parse_json(file.read_text())
     return offsets
 
 
@@ -161,5 +162,5 @@ def _declare(folder: Path, dtype: torch.dtype | None) -> None:
         bnb_4bit_compute_dtype=torch.float16 if dtype == torch.float16 else torch.bfloat16,
     )
     file = folder / "config.json"
-    described = {**json.loads(file.read_text()), "quantization_config": settings.to_dict()}
+    described = {**parse_json(file.read_text()), "quantization_config": settings.to_dict()}
     file.write_text(json.dumps(described, indent=2) + "\n")

@@ -6,7 +6,6 @@ It has no clock, no host and no path of this machine, so that the same inputs ma
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from llmtune.export.identity import find_repo
 from llmtune.export.material import ExportRequest
 from llmtune.export.task import TEXT, TEXT_TO_TEXT, Task, headed_task, task_of
 from llmtune.model.stored_adapter import WEIGHTS_FILE
+from llmtune.plain_json import parse_json
 from llmtune.secrets import redact, redact_values
 from llmtune.trust import read_foreign
 
@@ -287,6 +287,6 @@ def _escape(text: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     with contextlib.suppress(ExportError, ValueError):
-        found = json.loads(read_foreign(path, ExportError))
+        found = parse_json(read_foreign(path, ExportError))
         return found if isinstance(found, dict) else {}
     return {}

@@ -19,6 +19,7 @@ from llmtune.checkpoint import names
 from llmtune.errors import ExportError
 from llmtune.export.material import ExportRequest
 from llmtune.model.stored_adapter import CONFIG_FILE
+from llmtune.plain_json import parse_json
 from llmtune.plan.memory import MemoryPlan
 from llmtune.plan.placement import Placement
 from llmtune.plan.units import format_bytes
@@ -300,7 +301,7 @@ def _get(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     with contextlib.suppress(ExportError, ValueError):
-        found = json.loads(read_foreign(path, ExportError))
+        found = parse_json(read_foreign(path, ExportError))
         return found if isinstance(found, dict) else {}
     return {}
 
@@ -322,6 +323,6 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def _parse_lines(text: str) -> Iterator[dict[str, Any]]:
     for line in text.split("\n"):
         with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
+            record = parse_json(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record

@@ -14,6 +14,7 @@ from llmtune.checkpoint.tensor_file import INDEX_FILE
 from llmtune.errors import ExportError
 from llmtune.export.task import TEXT, TEXT_TO_TEXT, find_architecture, task_of
 from llmtune.model.tokenizer import end_of_turn_ids
+from llmtune.plain_json import parse_json
 from llmtune.trust import check_foreign, copy_foreign
 
 #: Beside weights. Weights, state and our own files are left out.
@@ -59,7 +60,7 @@ def settle_config(folder: Path, dtype: torch.dtype | None, changes: dict[str, An
     file = folder / "config.json"
     if not file.is_file():
         return
-    config: dict[str, Any] = json.loads(file.read_text())
+    config: dict[str, Any] = parse_json(file.read_text())
     before = json.dumps(config)
     config.pop("quantization_config", None)
     if dtype is not None:

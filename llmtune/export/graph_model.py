@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from llmtune.export.task import (
     task_of,
 )
 from llmtune.export.tensors import some
+from llmtune.plain_json import parse_json
 
 #: Largest difference between an output of the graph and transformers', both in fp32.
 MOST_DIFFERENCE = 1e-3
@@ -88,7 +88,7 @@ def find_loader(folder: Path) -> tuple[str, str]:
 
 
 def _has_both_halves(folder: Path) -> bool:
-    return bool(json.loads((folder / "config.json").read_text()).get("is_encoder_decoder"))
+    return bool(parse_json((folder / "config.json").read_text()).get("is_encoder_decoder"))
 
 
 def load_graph_model(folder: Path, loader: str, architecture: str) -> GraphModel:

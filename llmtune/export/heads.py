@@ -6,7 +6,6 @@ number of classes is that of the head's last rows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from llmtune.export.lint import is_renamed
 from llmtune.export.streamed_model import build_skeleton
 from llmtune.export.task import Task, find_architecture, headed_task, task_of
 from llmtune.export.tensors import TensorSource, find_name, is_embedding, row_ranges, some, usual_dtype
+from llmtune.plain_json import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def _find_headed(folder: Path, task: Task) -> str:
     """The architecture with this task's head."""
     from transformers.models.auto import modeling_auto
 
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    model_type = parse_json((folder / "config.json").read_text()).get("model_type")
     found = getattr(modeling_auto, task.mapping).get(model_type)
     if not isinstance(found, str):
         raise ExportError(
@@ -123,7 +123,7 @@ def _find_headed(folder: Path, task: Task) -> str:
 
 def _label(folder: Path, count: int) -> dict[str, Any]:
     """Names for the classes; the base's where it has as many."""
-    known = json.loads((folder / "config.json").read_text()).get("id2label") or {}
+    known = parse_json((folder / "config.json").read_text()).get("id2label") or {}
     if len(known) == count:
         return {}
     labels = [f"LABEL_{number}" for number in range(count)]

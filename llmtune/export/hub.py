@@ -6,7 +6,6 @@ Large files are sent before the commit; the hub knows them by their hash, so tha
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 from llmtune.checkpoint import names
 from llmtune.checkpoint.remote import UnfitError, hash_text, list_files
 from llmtune.errors import ExportError, MissingPrerequisiteError
+from llmtune.plain_json import parse_json
 from llmtune.plan.units import format_bytes
 from llmtune.secrets import redact
 
@@ -85,7 +85,7 @@ def check_token(url: str) -> str:
 def is_export_manifest(text: bytes) -> bool:
     """Whether this is the manifest of an export; those of checkpoints name no format."""
     with suppress(ValueError, TypeError, KeyError):
-        manifest = json.loads(text)
+        manifest = parse_json(text)
         return isinstance(manifest["files"], dict) and isinstance(manifest["format"], str)
     return False
 

@@ -76,7 +76,7 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
             parity = check_folder(material, folder, config)
         write_model_card(folder, request, config, parity.describe() if parity else None)
 
-    write_export(request.output, describe_job(request, config), write, about)
+    write_export(request.output, describe_job(request, config), write, about, request.signer)
     if config.upload:
         upload_export(request.output, config.upload, config.upload_private, False, request.say)
     return request.output

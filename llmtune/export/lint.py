@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from llmtune.errors import ExportError
 from llmtune.export.companions import has_tokenizer
 from llmtune.export.streamed_model import build_skeleton, tied_aliases
 from llmtune.export.tensors import TensorSource, find_name, is_embedding, some
+from llmtune.plain_json import parse_json
 from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -29,7 +29,7 @@ def check_export(folder: Path, source: TensorSource) -> list[str]:
         raise ExportError(
             f"{folder.name}: no config.json, so that nothing can load the weights; give base= its model folder"
         )
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config: dict[str, Any] = parse_json((folder / "config.json").read_text())
     problems = find_unfit_names(folder, source)
     token_problems, notes = _check_tokens(folder, config, source)
     problems += token_problems
@@ -69,7 +69,7 @@ def is_renamed(folder: Path) -> bool:
     """Whether transformers translates this architecture's stored names, as for fused experts."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    values = json.loads((folder / "config.json").read_text())
+    values = parse_json((folder / "config.json").read_text())
     # By class or by type: GPT-NeoX's head is named by its class only.
     kinds = [*(values.get("architectures") or ()), values.get("model_type")]
     return any(get_checkpoint_conversion_mapping(kind) for kind in kinds)
@@ -85,7 +85,7 @@ def _check_tokens(folder: Path, config: dict[str, Any], source: TensorSource) ->
     if rows - {vocabulary}:
         problems.append(f"config.json has vocab_size {vocabulary}, the embeddings have {sorted(rows)} rows")
     for file in ("config.json", "generation_config.json"):
-        values = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+        values = parse_json((folder / file).read_text()) if (folder / file).is_file() else {}
         for key in _SPECIAL:
             ids = values.get(key)
             for token in ids if isinstance(ids, list) else [ids]:

@@ -5,7 +5,6 @@ The model files of the same checkpoint hold these numbers rounded to the trainin
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from llmtune.checkpoint.tensor_file import TensorSpec
 from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.pieces import Piece, PiecedTensor, find_gap
 from llmtune.export.tensors import SafetensorsSource, open_tensors, some
+from llmtune.plain_json import parse_json
 
 #: What a state file calls the master weight among a parameter's tensors.
 _MASTER = "master"
@@ -90,7 +90,7 @@ def _read_slices(folder: Path) -> dict[str, tuple[int, list[Piece]]]:
     for file in files:
         handle = open_tensors(file)
         try:
-            where: dict[str, Any] = json.loads(handle.metadata()[names.STATE_SLICES])
+            where: dict[str, Any] = parse_json(handle.metadata()[names.STATE_SLICES])
             for name, (start, numel, total) in where.items():
                 values = handle.get_tensor(f"{name}/{_MASTER}").reshape(-1)
                 if values.numel() != int(numel) or numels.setdefault(name, int(total)) != int(total):

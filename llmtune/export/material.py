@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmtune.checkpoint.signature import Signer
 from llmtune.config.export_schema import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.adapter import Adapter, read_adapter
@@ -34,6 +34,7 @@ from llmtune.export.tensors import (
 from llmtune.export.write import Progress
 from llmtune.export.zero_adapter import has_adapter, open_base_part, open_model_part
 from llmtune.export.zero_files import ZeroSource
+from llmtune.plain_json import parse_json
 
 DTYPES = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
 
@@ -62,6 +63,8 @@ class ExportRequest:
     progress: Progress | None = None
     say: Callable[[str], None] = _silent
     """Told what was checked, and what is worth knowing."""
+    signer: Signer | None = None
+    """Signs what is published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,7 @@ def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
 def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
     """Output embeddings that are the input once more: transformers keeps one matrix, and peft trains that one."""
     file = folder / "config.json"
-    if not file.is_file() or not json.loads(file.read_text()).get("tie_word_embeddings"):
+    if not file.is_file() or not parse_json(file.read_text()).get("tie_word_embeddings"):
         return []
     inputs = list(filter(is_input_embedding, base.specs))
     outputs = list(filter(is_output_embedding, base.specs))
@@ -185,7 +188,7 @@ def _are_equal(source: TensorSource, one: str, other: str) -> bool:
 def _stored_dtype(folder: Path) -> torch.dtype | None:
     """What ``config.json`` says that the model is in."""
     file = folder / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    config = parse_json(file.read_text()) if file.is_file() else {}
     found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch."), None)
     return found if isinstance(found, torch.dtype) else None
 

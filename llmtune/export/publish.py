@@ -11,19 +11,28 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import REPLACED, is_complete
 from llmtune.checkpoint.manifest import flush, hash_file, mark_complete, write_manifest
+from llmtune.checkpoint.signature import Signer
 from llmtune.errors import ExportError, LlmtuneError
 from llmtune.export.write import Journal
+from llmtune.plain_json import parse_json
 from llmtune.plan.units import format_bytes
 from llmtune.trust import require_own
 
 
-def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None], about: dict[str, Any]) -> None:
+def write_export(
+    folder: Path,
+    job: str,
+    write: Callable[[Path, Journal], None],
+    about: dict[str, Any],
+    signer: Signer | None = None,
+) -> None:
     """Call ``write`` on a folder beside ``folder``, add the manifest, and publish it.
 
     Args:
@@ -42,7 +51,7 @@ def write_export(folder: Path, job: str, write: Callable[[Path, Journal], None],
         require_own(aside, "output_dir", "take another output_dir=", ExportError)
         with _locked(aside):
             try:
-                _write(aside, job, write, about)
+                _write(aside, job, write, partial(write_manifest, about=about, signer=signer))
                 _swap(aside, folder)
             except (OSError, LlmtuneError):
                 shutil.rmtree(aside, ignore_errors=True)
@@ -59,7 +68,7 @@ def check_replaceable(folder: Path, wanted: str) -> None:
     """
     if not _is_export(folder):
         return
-    there = json.loads((folder / names.MANIFEST).read_text()).get("format")
+    there = parse_json((folder / names.MANIFEST).read_text()).get("format")
     if there is not None and there != wanted:
         raise ExportError(
             f"{folder} holds another export (export={there}, and this is export={wanted}), which is not removed: take another "
@@ -82,16 +91,22 @@ def check_room(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _write(aside: Path, job: str, write: Callable[[Path, Journal], None], about: dict[str, Any]) -> None:
+def _write(
+    aside: Path,
+    job: str,
+    write: Callable[[Path, Journal], None],
+    describe: Callable[[Path, dict[str, dict[str, Any]]], None],
+) -> None:
     journal = Journal(aside, job)
     write(aside, journal)
     files = {}
-    for file in sorted(file for file in aside.rglob("*") if file.is_file() and file != journal.path):
+    own = (journal.path, aside / names.MANIFEST, aside / names.SIGNATURE)
+    for file in sorted(file for file in aside.rglob("*") if file.is_file() and file not in own):
         name = file.relative_to(aside).as_posix()
         if name not in journal.entries:
             flush(file)
         files[name] = journal.entries.get(name) or hash_file(file)
-    write_manifest(aside, files, about)
+    describe(aside, files)
     journal.close()
     mark_complete(aside)
 
@@ -132,6 +147,6 @@ def _locked(aside: Path) -> Iterator[None]:
 def _is_export(folder: Path) -> bool:
     """Only an export's manifest names a format; checkpoints and trained models have manifests too."""
     try:
-        return is_complete(folder) and "format" in json.loads((folder / names.MANIFEST).read_text())
+        return is_complete(folder) and "format" in parse_json((folder / names.MANIFEST).read_text())
     except (OSError, json.JSONDecodeError):
         return False

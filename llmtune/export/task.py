@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from llmtune.plain_json import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ TASKS = (TEXT, TEXT_TO_TEXT, TEXT_CLASSES, TOKEN_CLASSES, ANSWERS, MASKED_WORDS,
 def find_architecture(folder: Path) -> str:
     """What ``config.json`` names; empty where it names none or is not there."""
     file = folder / "config.json"
-    named = json.loads(file.read_text()).get("architectures") if file.is_file() else None
+    named = parse_json(file.read_text()).get("architectures") if file.is_file() else None
     return str(named[0]) if named else ""
 
 

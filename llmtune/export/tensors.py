@@ -6,7 +6,6 @@ safetensors, a checkpoint's master weights, DeepSpeed's files, or one of these w
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from llmtune.checkpoint.tensor_file import DTYPE_NAMES, INDEX_FILE, TensorSpec
 from llmtune.errors import ExportError
+from llmtune.plain_json import parse_json
 
 #: Elements of a block: 4 MiB in fp32. The C library holds several freed pieces of a size; larger ones cost more memory, and no
 #: time was won with them.
@@ -200,7 +200,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        found: dict[str, str] = parse_json(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{index} is no index of safetensors ({error})") from error
     outside = [name for name in found.values() if Path(name).name != name]

@@ -125,22 +125,22 @@ def _upload_to_store(folder: Path, url: str, say: Say) -> None:
     found = persist(_look, store)
     missing = [name for name, entry in files.items() if not persist(_holds, store, name, entry)]
     stale = found.listed - files.keys()
-    ends = {names.MANIFEST: manifest, names.COMPLETE: marker}
-    if (
-        not (found.unfinished or missing or stale)
-        and {name: persist(store.read, name) for name in (names.MANIFEST, names.COMPLETE)} == ends
-    ):
+    signature = (folder / names.SIGNATURE).read_bytes() if (folder / names.SIGNATURE).is_file() else None
+    ends = {names.SIGNATURE: signature, names.MANIFEST: manifest, names.COMPLETE: marker}
+    if not (found.unfinished or missing or stale) and {name: persist(store.read, name) for name in ends} == ends:
         say(f"{redact(url)} holds this export already: {len(files)} files, read back and compared")
         return
     # From here to the end the place is nobody's export.
     listed = {**{name: {"size": 0, "xxh3_128": ""} for name in found.listed}, **files}
     persist(_write, store, UPLOADING, json.dumps({"format": "upload", "files": listed}).encode())
-    for name in (names.COMPLETE, names.MANIFEST, *sorted(stale)):
+    for name in (names.COMPLETE, names.MANIFEST, names.SIGNATURE, *sorted(stale)):
         persist(_remove, store, name)
     for count, name in enumerate(missing, start=1):
         persist(store.upload, partial(open_source, folder / name), name, files[name])
         say(f"uploaded {name}  {format_bytes(files[name]['size'])}  ({count}/{len(missing)})")
     persist(_write, store, names.MANIFEST, manifest)
+    if signature is not None:
+        persist(_write, store, names.SIGNATURE, signature)
     persist(_remove, store, UPLOADING)
     persist(_write, store, names.COMPLETE, marker)
     there = f", {len(files) - len(missing)} were there" if len(missing) < len(files) else ""

@@ -37,6 +37,8 @@ _OTHERS = (
 _EXPERT_KEYS = ("ds_autoep_layers", "autoep_layers", "ds_zero_partition_groups")
 
 _FLAT_12, _FLAT_3 = "single_partition_of_fp32_groups", "fp32_flat_groups"
+#: Ranks that are missing, of which so many are looked for at the most.
+_NAMED_RANKS = 1000
 _AGAIN = "copy the whole folder again, or take an older checkpoint"
 
 
@@ -85,7 +87,15 @@ class ZeroSource:
             states = _read_states(self.folder)
             self.world_size = len(states.flats)
             self._find_tensors(states)
-        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        except (
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RuntimeError,
+            MemoryError,
+        ) as error:
             # The files say where everything is; they may say anything.
             raise ExportError(
                 f"{self.folder} is not as DeepSpeed writes it ({type(error).__name__}: {error}); {_AGAIN}"
@@ -206,7 +216,8 @@ def _optimizer_files(folder: Path) -> list[Path]:
             f"{folder} holds no *_optim_states.pt: a checkpoint of ZeRO stage 0, or only a part of one; "
             "for stage 0 convert mp_rank_00_model_states.pt"
         )
-    missing = [str(rank) for rank in range(max(ranks)) if rank not in ranks]
+    # A name may hold any number.
+    missing = [str(rank) for rank in range(min(max(ranks), len(ranks) + _NAMED_RANKS)) if rank not in ranks]
     if missing:
         raise ExportError(f"{folder}: *_optim_states.pt of rank {some(missing)} is missing; {_AGAIN}")
     return [ranks[rank] for rank in sorted(ranks)]
@@ -222,7 +233,7 @@ def _check_same_run(folder: Path, files: list[Path], states: list[Mapping[str, A
             f"one of two runs left files of the other; {_AGAIN}"
         )
     if ranks[0] != len(files):
-        missing = [str(rank) for rank in range(len(files), ranks[0])]
+        missing = [str(rank) for rank in range(len(files), min(ranks[0], len(files) + _NAMED_RANKS))]
         what = f"*_optim_states.pt of rank {some(missing)} is missing" if missing else "there are more files than that"
         raise ExportError(f"{folder} was written by {ranks[0]} ranks, and {what}; {_AGAIN}")
     for file, state in zip(files, states, strict=True):

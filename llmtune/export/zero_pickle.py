@@ -32,6 +32,9 @@ _SIGNATURE = b"PK\x03\x04"
 #: Linux counts no memory for such a mapping; ``mmap`` has the name from Python 3.13 on.
 _NO_RESERVE = 0x4000
 
+#: Bytes of a tensor that may be larger than its storage: some programs store a mask or positions expanded.
+_MAX_EXPANDED_BYTES = 64 << 20
+
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -166,8 +169,10 @@ class _Archive:
     def storage(self, saved: Any) -> StoredStorage:
         """The storage that a tensor of the pickle names."""
         kind, dtype, key, _, numel = saved
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(numel, int) or numel < 0:
-            raise ExportError(f"{self.file} holds a storage of another kind than tensors have: {kind} {dtype}")
+        known = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
+        if not known or not isinstance(numel, int) or numel < 0:
+            # What it holds instead is not written out: lists within each other may be longer than memory.
+            raise ExportError(f"{self.file} holds a storage of another kind than tensors have")
         if key not in self._storages:
             nbytes = numel * dtype.itemsize
             first, size = self._place(f"data/{key}") if nbytes else (0, 0)
@@ -230,6 +235,9 @@ def _make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any)
     last = tensor.offset + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
     if tensor.numel and (last + 1) * dtype.itemsize > storage.data.numel():
         raise ValueError(f"a tensor of shape {tensor.shape} goes beyond its storage")
+    # A stride of 0 shows one number many times, and whoever copies such a tensor writes each of them.
+    if tensor.numel * dtype.itemsize > max(storage.data.numel(), _MAX_EXPANDED_BYTES):
+        raise ValueError(f"a tensor of shape {tensor.shape} is made of a storage of {storage.data.numel()} bytes")
     return tensor
 
 

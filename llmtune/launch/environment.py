@@ -164,9 +164,13 @@ def extensions_dir() -> Path:
 
 
 def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -> dict[str, str]:
-    """The whole environment of one rank of this node."""
+    """The whole environment of one rank of this node, whose ranks talk to each other alone.
+
+    They meet at :func:`meeting_file`; the address and the port only give their shared memory a name of its own.
+    """
     return {
         **os.environ,
+        **loopback_only(),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -177,6 +181,26 @@ def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -
         "MASTER_PORT": str(port),
         FAILURE_DIR: str(failure_dir),
     }
+
+
+def meeting_file(failure_dir: Path) -> Path:
+    """Where ranks of this node meet; the folder is the supervisor's, of one attempt, and closed to other users."""
+    return failure_dir / "meeting"
+
+
+def loopback_only() -> dict[str, str]:
+    """Have gloo and NCCL listen on the loopback interface alone, whatever is set for runs on several machines.
+
+    By themselves they take the address of the machine's name, and NCCL the first interface that is not the loopback; what
+    listens there takes part in the run of whoever connects. Empty where there is no such interface.
+    """
+    names = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.address == "127.0.0.1" for address in addresses)
+    ]
+    # Without the sign of equality, NCCL takes every interface whose name begins so.
+    return {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": f"={names[0]}"} if names else {}
 
 
 def remove_shared_buffers(port: int, address: str = "127.0.0.1") -> None:
@@ -191,7 +215,7 @@ def remove_shared_buffers(port: int, address: str = "127.0.0.1") -> None:
 
 
 def hold_port() -> socket.socket:
-    """A socket that holds a free TCP port until it is closed: nobody else is given it, and rank 0 can still listen on it.
+    """A socket that holds a free TCP port until it is closed: nobody else is given it, and somebody could still listen on it.
 
     Linux lets two sockets with SO_REUSEADDR, which torch's store sets too, share a port of which one at the most listens.
     """

@@ -21,7 +21,9 @@ _HANDED_ON = ("MLFLOW",)
 #: Names of variables that say which libraries, modules and programs a process loads.
 _EXECUTED = re.compile(r"(LD_|DYLD_|PYTHON).*|PATH|BASH_ENV|ENV|.*(PLUGIN|PRELOAD|INJECTION).*")
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(?:#.*)?")
+#: A name or an address: pdsh and ssh take what begins with a hyphen for an option, and have signs of their own.
+_HOST = re.compile(r"(?:[A-Za-z_][A-Za-z0-9._-]*@)?[A-Za-z0-9][A-Za-z0-9._-]*")
+_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,4})\s*(?:#.*)?")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -43,6 +45,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
         match = _LINE.fullmatch(text)
         if match is None or int(match[2]) == 0:
             raise ConfigError(f"{path}:{number}: {text!r} is not 'HOST slots=N' with N ranks of one GPU each")
+        if not _HOST.fullmatch(match[1]):
+            raise ConfigError(
+                f"{path}:{number}: {match[1]!r} is no name or address of a machine: letters, digits, '.', '-' and '_', of which "
+                "a letter or a digit comes first, and perhaps USER@ before it; it would be given to ssh"
+            )
         if match[1] in slots:
             raise ConfigError(f"{path}:{number}: {match[1]} is there twice; give all its slots in one line")
         slots[match[1]] = int(match[2])

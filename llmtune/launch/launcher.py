@@ -6,6 +6,7 @@ operator, which starts one process a pod: https://www.kubeflow.org/docs/componen
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 #: Set in the tasks of ``srun --pty``.
 _SLURM_TERMINAL = "SLURM_PTY_PORT"
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _ADVICE = "let torchrun, deepspeed or srun start the ranks (docs/nodes.md)"
 
 
@@ -135,7 +137,7 @@ def _complete_node(environ: MutableMapping[str, str], name: str) -> None:
         _number(environ, "LOCAL_RANK")
         return
     a_node = environ.get("LOCAL_WORLD_SIZE") or environ.get("PET_NPROC_PER_NODE", "1")
-    if a_node.isdigit() and int(a_node) > 1:
+    if _NUMBER.fullmatch(a_node) and int(a_node) > 1:
         torchrun = "take torchrun -m llmtune ... as the command, which starts them" if name == _KUBERNETES else _ADVICE
         raise MissingPrerequisiteError(
             f"{_given(environ)} without LOCAL_RANK, and {a_node} ranks on this machine: {torchrun}"
@@ -160,7 +162,7 @@ def _refuse_others(environ: Mapping[str, str]) -> None:
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
-    if not environ[name].isdigit():
+    if not _NUMBER.fullmatch(environ[name]):
         raise MissingPrerequisiteError(f"{name}={environ[name]!r} is not a number; {_unset(environ)}")
     return int(environ[name])
 

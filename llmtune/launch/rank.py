@@ -19,6 +19,7 @@ from llmtune.launch.environment import FAILURE_DIR
 from llmtune.launch.log_filter import start_filter
 from llmtune.launch.memory_errors import memory_pool
 from llmtune.secrets import has_secrets, redact
+from llmtune.terminal import to_terminal
 
 
 def redirect_output(log: Path) -> IO[str]:
@@ -117,6 +118,6 @@ def report_failure(error: BaseException, rank: int, console: IO[str], trace: boo
             report["rollback"] = True
         (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(report))
     elif known is not None or rank == 0:
-        console.write(f"\nerror (rank {rank}): {message}\n")
+        console.write(to_terminal(f"\nerror (rank {rank}): {message}\n"))
         console.flush()
     return code

@@ -1,4 +1,4 @@
-"""The ranks of one attempt: their processes, the folder in which they report, and the port at which they meet."""
+"""The ranks of one attempt: their processes, the folder in which they meet and report, and a port that nobody else has."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RankGroup:
         """
         self.ranks: list[RankProcess] = []
         self.waits = ahead
-        # Held until the ranks have ended: libraries are imported for seconds before rank 0 listens on it.
+        # Nobody listens on it. It names the shared memory of DeepSpeed's collectives, and no other run is given it meanwhile.
         self._held = hold_port()
         self._port = int(self._held.getsockname()[1])
         self.folder = Path(tempfile.mkdtemp(prefix="llmtune-"))
@@ -37,7 +37,7 @@ class RankGroup:
             raise
 
     def tell(self, request_file: str) -> None:
-        """What to do and where to meet, to ranks that wait."""
+        """What to do, and the port, to ranks that wait."""
         self.waits = False
         for rank in self.ranks:
             rank.tell(f"{self._port} {request_file}")

@@ -20,7 +20,10 @@ _FIRST_PORT, _PORTS = 15000, 16384
 #: Steps of one job that run at the same time take other ports than those of the job after it.
 _PORTS_A_JOB = 31
 
-_COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+_COUNT = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
+#: Slurm itself lists no more nodes (``MAX_SLURM_NODES``); one name has brackets for racks, chassis and the like.
+_MAX_NODES, _MAX_BRACKETS = 65536, 8
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _ADVICE = "start one task a GPU: srun --ntasks-per-node=GPUS python -m llmtune ..."
 
 
@@ -83,7 +86,15 @@ def expand_hosts(text: str) -> list[str]:
     Raises:
         ValueError: It is no such list.
     """
-    return [host for part in _split(text) for host in _expand(part)]
+    hosts: list[str] = []
+    for part in _split(text):
+        if part.count("[") > _MAX_BRACKETS:
+            raise ValueError(part)
+        for host in _expand(part):
+            hosts.append(host)
+            if len(hosts) > _MAX_NODES:
+                raise ValueError(text)
+    return hosts
 
 
 def expand_counts(text: str) -> list[int]:
@@ -97,7 +108,10 @@ def expand_counts(text: str) -> list[int]:
         match = _COUNT.fullmatch(part.strip())
         if match is None:
             raise ValueError(part)
-        counts += [int(match[1])] * int(match[2] or 1)
+        nodes = int(match[2] or 1)
+        if len(counts) + nodes > _MAX_NODES:
+            raise ValueError(text)
+        counts += [int(match[1])] * nodes
     return counts
 
 
@@ -128,7 +142,7 @@ def _expand(part: str) -> Iterator[str]:
     for numbers in inside.split(","):
         first, _, last = numbers.partition("-")
         last = last or first
-        if not (first.isdigit() and last.isdigit()) or int(last) < int(first):
+        if not (_NUMBER.fullmatch(first) and _NUMBER.fullmatch(last)) or int(last) < int(first):
             raise ValueError(part)
         for number in range(int(first), int(last) + 1):
             name = f"{before}{number:0{len(first)}d}"
@@ -170,7 +184,7 @@ def _sees_one_gpu(environ: Mapping[str, str]) -> bool:
 
 def _port(environ: Mapping[str, str]) -> int:
     step = environ.get("SLURM_STEP_ID", "0")
-    job = _number(environ, "SLURM_JOB_ID", "SLURM_JOBID") * _PORTS_A_JOB + (int(step) if step.isdigit() else 0)
+    job = _number(environ, "SLURM_JOB_ID", "SLURM_JOBID") * _PORTS_A_JOB + (int(step) if _NUMBER.fullmatch(step) else 0)
     return _FIRST_PORT + job % _PORTS
 
 
@@ -184,6 +198,6 @@ def _text(environ: Mapping[str, str], *names: str) -> tuple[str, str]:
 
 def _number(environ: Mapping[str, str], *names: str) -> int:
     name, text = _text(environ, *names)
-    if not text.isdigit():
+    if not _NUMBER.fullmatch(text):
         raise MissingPrerequisiteError(f"{name}={text!r} is not a number, though this is a task of a Slurm step")
     return int(text)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from importlib import metadata
@@ -18,6 +19,7 @@ from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.random_model import write_random_model
+from llmtune.plain_json import parse_json
 from llmtune.plan.shape import unreachable_model
 from llmtune.trust import open_lock, require_own
 
@@ -58,6 +60,10 @@ def resolve_model_folder(config: ModelConfig, cache_dir: Path, say: Callable[[st
         folder = local
     else:
         folder = _from_hub(config)
+        if config.revision is None and (commit := _commit_of(folder)):
+            say(
+                f"{name} has no model.revision, so it is what its authors publish now; model.revision={commit} keeps it"
+            )
     if not list(folder.glob("*.safetensors")):
         raise MissingPrerequisiteError(
             f"model.name_or_path={name}: {folder} holds no *.safetensors (it has: "
@@ -136,9 +142,15 @@ def _from_hub(config: ModelConfig) -> Path:
         raise MissingPrerequisiteError(unreachable_model(config.name_or_path, error) + hint) from error
 
 
+def _commit_of(snapshot: Path) -> str | None:
+    """The commit of a folder of the hub's cache (``models--.../snapshots/<commit>``)."""
+    in_cache = snapshot.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", snapshot.name)
+    return snapshot.name if in_cache else None
+
+
 def _check_architecture(config: ModelConfig, folder: Path) -> None:
     """The numbers that the plan was made from must be the model's."""
-    real: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    real: dict[str, Any] = parse_json((folder / "config.json").read_text())
     different = [
         f"{key}: model.config says {value}, {folder}/config.json says {real[key]}"
         for key, value in (config.config or {}).items()

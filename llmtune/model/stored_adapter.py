@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmtune.config.schema import TunerConfig
 from llmtune.errors import CheckpointError, ConfigError
+from llmtune.model.patterns import pattern_problem
+from llmtune.model.safetensors_header import read_header
+from llmtune.plain_json import parse_json
 from llmtune.plan.lora import match_pattern
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -108,11 +111,8 @@ def read_stored_adapter(folder: Path) -> StoredAdapter:
         )
         raise CheckpointError(f"{folder}: no {WEIGHTS_FILE} in it{old}")
     try:
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header: dict[str, Any] = json.loads(handle.read(min(length, file.stat().st_size)))
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        shapes = {name: entry.shape for name, entry in read_header(file).items()}
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read as an adapter ({error})") from error
     return StoredAdapter(folder, settings, shapes)
 
@@ -124,12 +124,30 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         CheckpointError: There is no adapter.
     """
     try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        values = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no adapter here ({CONFIG_FILE}: {error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{folder}: no adapter here ({CONFIG_FILE} holds no settings)")
+    for key, pattern in _patterns(values):
+        if problem := pattern_problem(pattern):
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE}: {key} has the pattern {pattern[:80]!r}, which is not matched: {problem}; write the "
+                "modules' names out"
+            )
     return values
+
+
+def _patterns(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Settings that peft takes for regular expressions."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        yield from ((key, str(pattern)) for pattern in (settings.get(key) or {}))
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = settings.get(key)
+        if isinstance(value, str):
+            yield key, value
+        elif key == "layers_pattern" and isinstance(value, list):
+            yield from ((key, str(pattern)) for pattern in value)
 
 
 def with_peft_defaults(settings: dict[str, Any]) -> dict[str, Any]:

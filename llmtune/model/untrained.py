@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.errors import MissingPrerequisiteError
+from llmtune.model.safetensors_header import read_header
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,24 +47,16 @@ def _open_embeddings(file: Path) -> list[NDArray[np.generic]]:
     Raises:
         MissingPrerequisiteError: It is no safetensors file.
     """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        try:
-            header = json.loads(opened.read(length)) if 8 + length <= size else None
-        except ValueError:
-            header = None
-    if not isinstance(header, dict) or size < 8 + length + max(
-        (about.get("data_offsets", [0, 0])[1] for about in header.values()), default=0
-    ):
+    try:
+        header = read_header(file)
+    except ValueError as error:
         raise MissingPrerequisiteError(
-            f"{file}: no whole safetensors file (cut off, or a pointer of Git LFS: run git lfs pull in its folder)"
-        )
+            f"{file}: no whole safetensors file (cut off, or a pointer of Git LFS: run git lfs pull in its folder; {error})"
+        ) from error
     found: list[NDArray[np.generic]] = []
     for name, about in header.items():
-        if name.endswith(_EMBEDDINGS) and about["dtype"] in _DTYPES and len(about["shape"]) == 2:
-            start = 8 + length + about["data_offsets"][0]
-            found.append(np.memmap(file, _DTYPES[about["dtype"]], "r", start, tuple(about["shape"])))
+        if name.endswith(_EMBEDDINGS) and about.kind in _DTYPES and len(about.shape) == 2:
+            found.append(np.memmap(file, _DTYPES[about.kind], "r", about.start, about.shape))
     return found
 
 

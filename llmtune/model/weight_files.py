@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune.errors import MissingPrerequisiteError
+from llmtune.model.safetensors_header import read_header
+from llmtune.plain_json import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def weight_files(folder: Path) -> list[Path]:
             "model with transformers' save_pretrained"
         )
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(parse_json(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MissingPrerequisiteError(f"{index} is no index of safetensors ({error}); fetch it again") from error
     gone = [name for name in names if not (folder / name).is_file()]
@@ -93,24 +94,15 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     for file in weight_files(folder):
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            try:
-                header: Any = json.loads(handle.read(length)) if 8 + length <= size else None
-            except ValueError:
-                header = None
-        tensors = {name: about for name, about in (header or {}).items() if name != "__metadata__"}
-        if not isinstance(header, dict) or size < 8 + length + max(
-            (about["data_offsets"][1] for about in tensors.values()), default=0
-        ):
+        try:
+            header = read_header(file)
+        except ValueError as error:
             raise MissingPrerequisiteError(
-                f"{file}: no whole safetensors file (cut off, or a pointer of Git LFS: run git lfs pull in its folder)"
-            )
-        for name, about in tensors.items():
-            if about["dtype"] in DTYPES:
-                start = 8 + length + about["data_offsets"][0]
-                entries[name] = Entry(file, about["dtype"], tuple(about["shape"]), start)
+                f"{file}: no whole safetensors file (cut off, or a pointer of Git LFS: run git lfs pull in its folder; {error})"
+            ) from error
+        for name, about in header.items():
+            if about.kind in DTYPES:
+                entries[name] = Entry(file, about.kind, about.shape, about.start)
     return entries
 
 

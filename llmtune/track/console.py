@@ -10,7 +10,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from llmtune.plan.units import format_bytes, format_seconds
-from llmtune.secrets import redact
+from llmtune.terminal import to_terminal
 from llmtune.track.tracker import Record
 
 #: Seconds between progress lines where the output is no terminal.
@@ -20,7 +20,7 @@ PLAIN_INTERVAL_SECONDS = 10.0
 class Console:
     """Writes to the user's terminal, wherever the libraries' output was sent; silent on all ranks but the first.
 
-    Secrets are taken out of texts, not of what is written: a table breaks them over lines.
+    Secrets and controls are taken out of texts, not of what is written: a table breaks them over lines, and has colours.
     """
 
     def __init__(self, stream: IO[str] | None):
@@ -37,31 +37,31 @@ class Console:
     def say(self, text: str) -> None:
         """One line or paragraph."""
         self._close_line()
-        self._rich.print(redact(text), markup=False)
+        self._rich.print(to_terminal(text), markup=False)
 
     def page(self, title: str, rows: dict[str, str]) -> None:
         """A titled list of names and values."""
         self._close_line()
         width = max(map(len, rows), default=0)
-        self._rich.print(f"\n{title}", style="bold", markup=False)
+        self._rich.print(f"\n{to_terminal(title)}", style="bold", markup=False)
         for name, value in rows.items():
-            self._rich.print(f"  {name:<{width}}  {redact(value)}", markup=False)
+            self._rich.print(f"  {name:<{width}}  {to_terminal(value)}", markup=False)
         self._rich.print()
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
         """Columns side by side."""
         self._close_line()
-        table = Table(title=title, show_lines=True, width=None if self.is_terminal else 120)
+        table = Table(title=to_terminal(title), show_lines=True, width=None if self.is_terminal else 120)
         for name in header:
             table.add_column(name, ratio=1, overflow="fold")
         for row in rows:
-            table.add_row(*(redact(cell).replace("[", r"\[") for cell in row))
+            table.add_row(*(to_terminal(cell).replace("[", r"\[") for cell in row))
         RichConsole(file=self._out, width=None if self.is_terminal else 120).print(table)
 
     def progress(self, text: str) -> None:
         """The progress line: written over on a terminal, a line of its own elsewhere."""
         if self.is_terminal:
-            self._out.write(f"\r\x1b[2K{redact(text)}")
+            self._out.write(f"\r\x1b[2K{to_terminal(text)}")
             self._out.flush()
             self._line_open = True
         else:

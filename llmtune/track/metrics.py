@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import CheckpointError
+from llmtune.plain_json import parse_json
 from llmtune.track.tracker import Record
 from llmtune.whole_file import write_whole
 
@@ -45,7 +46,7 @@ def read_metrics(path: Path) -> list[Record]:
     records = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict) and "step" in record:

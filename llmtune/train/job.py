@@ -10,6 +10,7 @@ from llmtune.checkpoint import names
 from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.retention import Retention
 from llmtune.checkpoint.save import load_checkpoint
+from llmtune.checkpoint.signature import read_signer
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weights import WeightFiles
 from llmtune.config.schema import TrackerKind, TunerKind
@@ -150,6 +151,7 @@ def build_saver(
             "placement": plan.placement.rung,
             "versions": describe_environment(),
         },
+        signer=read_signer(chosen.sign) if module.rank.is_first else None,
     )
     companions: dict[str, bytes] = {}
     mirror: Mirror | None = None

@@ -10,6 +10,7 @@ from llmtune.checkpoint import names
 from llmtune.data.prepare import SamplePrompt
 from llmtune.engine.module import TrainModule
 from llmtune.model.answer import answer
+from llmtune.secrets import redact_values
 from llmtune.track.console import Console
 from llmtune.train.loop import Progress
 from llmtune.whole_file import read_json, write_whole
@@ -61,7 +62,7 @@ class SampleAnswers:
         samples = (read_json(self.path) if moment == "after" else None) or blank
         for sample, text in zip(samples, answers, strict=True):
             sample[moment] = text
-        write_whole(self.path, json.dumps(samples, ensure_ascii=False, indent=1))
+        write_whole(self.path, json.dumps(redact_values(samples), ensure_ascii=False, indent=1))
 
     def _answers(self) -> list[str]:
         """Under ZeRO 3 all ranks generate together, since each forward pass gathers weights; else rank 0 alone."""

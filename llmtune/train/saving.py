@@ -18,6 +18,7 @@ from llmtune.checkpoint.manifest import hash_file, publish, read_manifest, write
 from llmtune.checkpoint.outbox import Buffers
 from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
 from llmtune.checkpoint.save import DiskRefusedError, PendingSave, SaveRequest, begin_save
+from llmtune.checkpoint.signature import Signer
 from llmtune.checkpoint.state_files import state_specs
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weights import WeightFiles, write_model_config
@@ -71,6 +72,8 @@ class SaveSettings:
     planned_host_bytes: int
     """Of a rank at its peak, by the plan."""
     about: dict[str, Any]
+    signer: Signer | None = None
+    """On rank 0, where checkpoints are signed."""
 
 
 class CheckpointSaver:
@@ -171,6 +174,7 @@ class CheckpointSaver:
             weights=self.settings.weights,
             companions={**self.companions, **self._history()},
             about=about,
+            signer=self.settings.signer,
             published=self._published,
         )
         self._pending = begin_save(self.module, request, self._buffers if background else None)
@@ -244,7 +248,7 @@ class CheckpointSaver:
             checkpoint = names.checkpoint_folder(run, progress.step)
             if not is_complete(checkpoint):
                 raise CheckpointError(f"{checkpoint} could not be saved, so that there is no trained model to publish")
-            link_result(checkpoint, result)
+            link_result(checkpoint, result, self.settings.signer)
             finished = {"step": progress.step, "tokens": progress.tokens, "best": self._best}
             write_whole(run / names.FINISHED, json.dumps(finished))
             if self._best is not None:
@@ -336,7 +340,7 @@ def render_companions(
     return {**files, names.CONFIG: (run / names.CONFIG).read_bytes()}
 
 
-def link_result(checkpoint: Path, result: Path) -> None:
+def link_result(checkpoint: Path, result: Path, signer: Signer | None = None) -> None:
     """The model of a complete checkpoint under another name, hard-linked; hashes are those of the checkpoint's manifest."""
     manifest = read_manifest(checkpoint)
     aside = result.with_name(result.name + ".tmp")
@@ -353,6 +357,6 @@ def link_result(checkpoint: Path, result: Path) -> None:
             # No hard links on this file system.
             shutil.copyfile(checkpoint / name, aside / name)
             files[name] = hash_file(aside / name)
-    write_manifest(aside, files, {"kind": "result", "from": checkpoint.name, "step": manifest["step"]})
+    write_manifest(aside, files, {"kind": "result", "from": checkpoint.name, "step": manifest["step"]}, signer)
     shutil.rmtree(result, ignore_errors=True)
     publish(aside, result)

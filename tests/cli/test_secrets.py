@@ -1,13 +1,15 @@
-"""A real run that prints its whole environment and crashes with it leaves no secret below its folder."""
+"""A real run that prints its whole environment, in every form, and crashes with it leaves no secret below its folder."""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
 import pytest
 
+from tests.security.planted import FORMS, plant, traces
 from tests.support import ROOT, TINY, Finished, run_cli
 
 WANDB_KEY = "0123456789abcdef0123456789abcdefplanted1"
@@ -15,7 +17,10 @@ HF_TOKEN = "hf_planted2ABCDEFGHIJKLMNOPQRSTUV"
 FROM_FILE = "planted3-only-in-the-file"
 URL_PASSWORD = "planted4-of-a-url"
 
-#: Every Python process prints its environment at its start; rank 1 crashes with it in its third step.
+#: One of each kind of name.
+PLANTED = plant(25)
+
+#: Every Python process prints its environment at its start; rank 1 crashes with it, in all forms, in its third step.
 SITECUSTOMIZE = """
 import importlib.machinery, os, subprocess, sys
 
@@ -25,6 +30,7 @@ def crash(train_step):
     def wrapped(self, *arguments):
         wrapped.calls += 1
         if wrapped.calls == 3:
+            print(open(os.environ["FORMS"], encoding="utf-8", newline="").read(), flush=True)
             os.write(1, f"{dict(os.environ)}\\n".encode())
             subprocess.run(["env"])
             raise RuntimeError(str(os.environ))
@@ -51,12 +57,30 @@ if os.environ.get("RANK") == "1":
 """
 
 
+def write_forms(file: Path, planted: dict[str, str]) -> None:
+    """A text with every form of every secret."""
+    lines = [form(value) for value in planted.values() for form in FORMS.values()]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
+
+
+def find_traces(folder: Path, planted: dict[str, str]) -> list[tuple[str, str]]:
+    """Files below a folder with what they show of which secret; tensors and pictures may hold any four letters."""
+    found = []
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        content = re.sub(rb"data:image/png;base64,[A-Za-z0-9+/=]+", b"", file.read_bytes())
+        for name, value in planted.items():
+            shown = {value} if file.suffix in (".safetensors", ".npy", ".png") else {value, *traces(value)}
+            found += [(str(file), name) for text in shown if text.encode() in content]
+    return found
+
+
 @pytest.fixture
 def crashed(tmp_path: Path) -> tuple[Finished, Path]:
     """A run of two ranks, and its folder."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
     (tmp_path / ".env").write_text(f"MY_SERVICE_PASS={FROM_FILE}\nHF_TOKEN=hf_which_the_environment_overrides\n")
+    write_forms(tmp_path / "forms", PLANTED)
     folder = tmp_path / "run"
     before = os.umask(0)
     try:
@@ -65,7 +89,13 @@ def crashed(tmp_path: Path) -> tuple[Finished, Path]:
             *("tracker=wandb", "tracker.mode=offline", "export=none", f"output_dir={folder}", "launch.max_restarts=0"),
             f"tracker.project=llmtune-{HF_TOKEN}",
             cwd=tmp_path,
-            env={"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "WANDB_API_KEY": WANDB_KEY, "HF_TOKEN": HF_TOKEN},
+            env={
+                **PLANTED,
+                "FORMS": str(tmp_path / "forms"),
+                "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}",
+                "WANDB_API_KEY": WANDB_KEY,
+                "HF_TOKEN": HF_TOKEN,
+            },
         )
     finally:
         os.umask(before)
@@ -87,6 +117,9 @@ def test_no_secret_is_found_below_the_run_folder_after_a_crash(crashed: tuple[Fi
     files = [path for path in folder.rglob("*") if path.is_file()]
     found = [(path.name, secret) for path in files for secret in secrets if secret in path.read_bytes()]
     assert not found
+    assert not find_traces(folder, PLANTED)
+    for name in PLANTED:
+        assert log.count(f"***{name}***") > len(FORMS) // 2, "all forms of it were printed"
     assert not any(secret.decode() in done.err for secret in secrets)
     assert "***HF_TOKEN***" in done.err
 

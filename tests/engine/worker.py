@@ -31,7 +31,7 @@ from llmtune.model.files import resolve_model_folder
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan import resolve
-from llmtune.plan.resolve import resolve_plan, resolve_steps, with_nvme
+from llmtune.plan.resolve import Plan, resolve_plan, resolve_steps, with_nvme
 from llmtune.train.job import build_module
 from llmtune.train.request import RunRequest
 from llmtune.train.saving import render_companions
@@ -44,7 +44,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         pretend_fp16()
     cache = Path(config.paths.cache_dir)
     # One plan for all ranks, as the supervisor makes it.
-    plan = broadcast_object(resolve_plan(config, rank.world_size), rank)
+    plan = Plan.from_dict(broadcast_object(resolve_plan(config, rank.world_size).to_dict(), rank))
     if plan.placement.uses_nvme:
         load_ops(plan.hardware.accelerator, plan.placement)
         # A folder a task: engines of one process would find each other's swap files.

@@ -106,8 +106,8 @@ PLANTED = [
     Planted(
         "a secret is printed as it is",
         "secrets.py",
-        "text = known.pattern.sub(lambda match: known.replacements[match[0]], text)",
-        "text = known.pattern.sub(lambda match: match[0], text)",
+        "(*match.span(), _label(known, match[0]))",
+        "(*match.span(), match[0])",
         ("tests/test_secrets.py",),
     ),
 ]

@@ -1,0 +1,80 @@
+"""Regular expressions of other people's settings, which Python matches by trying: some would take years for one name.
+
+An expression is refused by what it is made of, before anything is matched. What is bounded is the number of ways in which it can
+be tried on a name: those of a repeat times those of what follows it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+# Moved in Python 3.11, and part of no public interface; the checks of a pattern's structure have no other source.
+from re import _constants as kinds  # type: ignore[attr-defined]
+from re import _parser as parser  # type: ignore[attr-defined]
+from typing import Any
+
+#: Ways of one expression on one name: milliseconds. A pattern with three ``.*`` has a million.
+MAX_WAYS = 20_000_000
+#: Characters that a repeat without an end is counted for; names of modules are shorter.
+_NAME_LENGTH = 200
+MAX_LENGTH = 5_000
+
+_SINGLE = {kinds.LITERAL, kinds.NOT_LITERAL, kinds.ANY, kinds.IN}
+_REPEATS = {kinds.MAX_REPEAT, kinds.MIN_REPEAT}
+
+
+def pattern_problem(pattern: str) -> str | None:
+    """Why an expression is not to be matched; None where it is harmless."""
+    if len(pattern) > MAX_LENGTH:
+        return f"it has {len(pattern)} characters"
+    try:
+        ways = _ways(parser.parse(pattern))
+    except _CostlyError as error:
+        return str(error)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"it is no regular expression ({str(error) or type(error).__name__})"
+    return None if ways <= MAX_WAYS else "it can be tried on a name in too many ways"
+
+
+class _CostlyError(Exception):
+    """What makes an expression costly whatever it is matched with."""
+
+
+def _ways(items: Any) -> float:
+    return math.prod(_ways_of(kind, argument) for kind, argument in items)
+
+
+def _ways_of(kind: Any, argument: Any) -> float:
+    if kind in _REPEATS or kind is kinds.POSSESSIVE_REPEAT:
+        least, most, inner = argument
+        endless = most is kinds.MAXREPEAT
+        if endless or most > 1:
+            # Repeats of what may itself match in several ways multiply with each character.
+            single = len(inner) == 1 and inner[0][0] in _SINGLE
+            if not single and (endless or _ways(inner) > 1):
+                raise _CostlyError("it repeats what can itself be matched in several ways, such as (a+)+ or (a|b)*")
+            return _NAME_LENGTH if endless else min(_NAME_LENGTH, most - least + 1)
+        return (most - least + 1) * _ways(inner)
+    if kind is kinds.BRANCH:
+        _, branches = argument
+        # Of names that differ in their first character, one at the most goes on.
+        heads = [_head(branch) for branch in branches]
+        distinct = None not in heads and len(set(heads)) == len(heads)
+        inner = [_ways(branch) for branch in branches]
+        return max(inner) if distinct else sum(inner)
+    if kind is kinds.SUBPATTERN:
+        return _ways(argument[-1])
+    if kind is kinds.ATOMIC_GROUP:
+        return _ways(argument)
+    if kind in (kinds.ASSERT, kinds.ASSERT_NOT):
+        return _ways(argument[1])
+    if kind in (kinds.GROUPREF, kinds.GROUPREF_EXISTS):
+        raise _CostlyError("it refers back to what it matched")
+    return 1
+
+
+def _head(branch: Any) -> Any:
+    """The character that a branch begins with, if it is one."""
+    kind, argument = branch[0] if len(branch) else (None, None)
+    return argument if kind is kinds.LITERAL else None
