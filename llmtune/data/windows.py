@@ -92,12 +92,9 @@ class LongEncoding:
         if number == len(self._parts):
             return None
         starts, ends = self._offsets(number)
-        first = int(np.searchsorted(ends, at, side="right"))
-        # A space that the tokenizer puts before a word may be a token without letters, just behind the word's first.
-        for token in range(first, min(first + 2, len(starts))):
-            if starts[token] <= at < ends[token]:
-                return self._numbers[number] + token
-        return None
+        # Letters do not always rise from token to token: a space that the tokenizer puts before a word may be a token of none.
+        having = np.flatnonzero((starts <= at) & (at < ends))
+        return self._numbers[number] + int(having[0]) if len(having) else None
 
     def token_to_chars(self, token: int) -> tuple[int, int] | None:
         """First letter of a token, and the one behind its last; None of a token that the text does not have."""
