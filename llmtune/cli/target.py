@@ -122,7 +122,7 @@ def _load_tokenizer(target: Target) -> Any:
     if target.adapter is not None and (target.adapter / "tokenizer.json").is_file():
         folder, code_of = target.adapter, target.model_folder
     template = load_chat_template(target.config.data.chat_template)
-    with explain_own_code(folder, target.code_asked_by):
+    with explain_own_code(folder, target.code_asked_by, of_adapter=code_of is not None):
         tokenizer = load_tokenizer(folder, target.config.model, template, code_of)
     check_chat_template(tokenizer, target.base_name)
     return tokenizer

@@ -38,11 +38,12 @@ def describe_own_code(folder: Path) -> str:
 
 
 @contextmanager
-def explain_own_code(folder: Path, asked_by: str | None) -> Iterator[None]:
+def explain_own_code(folder: Path, asked_by: str | None, of_adapter: bool = False) -> Iterator[None]:
     """In the block, a library's refusal to run a model's code becomes an error with the next step.
 
     Args:
         asked_by: Whose stored configuration asked for it in vain.
+        of_adapter: Whether the folder is an adapter's, whose code never runs.
 
     Raises:
         ConfigError: The folder needs code of its own.
@@ -53,7 +54,12 @@ def explain_own_code(folder: Path, asked_by: str | None) -> Iterator[None]:
         if KEY.partition(".")[2] not in str(error):
             raise
         asked = f" {asked_by} asks for that itself, which does not count: it may be anybody's." if asked_by else ""
+        advice = f"Read it; if you trust it, add {KEY}=true to this command"
+        if of_adapter:
+            advice = (
+                f"It need not: the code of an adapter never runs, but {KEY}=true has the base's class read its tokens"
+            )
+        classes = ", ".join(find_own_code(folder)) or "of another repository"
         raise ConfigError(
-            f"{folder} needs Python code of its own ({', '.join(find_own_code(folder)) or 'of another repository'}), which would "
-            f"run as you.{asked} Read it; if you trust it, add {KEY}=true to this command"
+            f"{folder} needs Python code of its own ({classes}), which would run as you.{asked} {advice}"
         ) from error

@@ -117,7 +117,7 @@ def test_to_allow_a_bases_code_is_not_to_allow_an_adapters(
 ) -> None:
     """Base and adapter may be of different authors."""
     adapter = make_adapter(tiny_model, tmp_path / "planted-adapter")
-    for file in tiny_model.glob("*token*"):
+    for file in (*tiny_model.glob("*token*"), *tiny_model.glob("*.jinja")):
         shutil.copyfile(file, adapter / file.name)
     settings = json.loads((adapter / "tokenizer_config.json").read_text())
     settings |= {
@@ -127,9 +127,13 @@ def test_to_allow_a_bases_code_is_not_to_allow_an_adapters(
     (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
     (adapter / "planted.py").write_text(CODE.format(marker=str(marker)))
     command = ["chat", f"base={tiny_model}", f"adapter={adapter}", "chat.prompt=hi", "chat.max_new_tokens=1"]
-    codes = [main(command), main([*command, ALLOWED])]
+    assert main(command) == ConfigError.exit_code
+    said = capsys.readouterr().err
+    assert "the code of an adapter never runs" in said
+    assert f"{ALLOWED} has the base's class read its tokens" in said
+    code = main([*command, ALLOWED])
     assert not marker.exists(), "the adapter's code ran"
-    assert codes[1] == 0, capsys.readouterr().err
+    assert code == 0, capsys.readouterr().err
 
 
 def test_code_of_another_repository_is_named_too(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
 import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from llmtune.checkpoint import names
 from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
@@ -34,26 +34,16 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[str, list[str]]]:
-    """A stranger's server: its address, and the paths that it was asked for."""
-    asked: list[str] = []
+class Server(MemoryFileSystem):
+    """A stranger's server, at ``planted://``, and the paths that it was asked for."""
 
-    class Listener(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_error(404)
+    protocol = "planted"
+    asked: ClassVar[list[str]] = []
 
-        do_HEAD = do_GET  # noqa: N815
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            pass
-
-    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{listener.server_port}", asked
-    listener.shutdown()
-    listener.server_close()
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        cls.asked.append(str(path))
+        return str(MemoryFileSystem._strip_protocol(str(path).removeprefix("planted://")))
 
 
 @pytest.mark.parametrize("text", LOOKUPS)
@@ -73,19 +63,20 @@ def test_every_text_of_a_stored_configuration_stands_for_itself(text: str, tmp_p
 
 
 def test_a_strangers_run_sends_no_key_to_the_server_that_it_names(
-    server: tuple[str, list[str]], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    address, asked = server
+    monkeypatch.setattr(Server, "asked", [])
+    fsspec.register_implementation("planted", Server, clobber=True)
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(tiny_model, checkpoint)
     config = compose_config([*TINY, "tuner=full", "precision=fp32"]).config
-    config.data.train = f"{address}/${{oc.env:AWS_SECRET_ACCESS_KEY}}.jsonl"
+    config.data.train = "planted://server/${oc.env:AWS_SECRET_ACCESS_KEY}.jsonl"
     (checkpoint / names.CONFIG).write_text(dump_yaml(config))
     write_manifest(checkpoint, {file.name: hash_file(file) for file in checkpoint.iterdir()}, {"step": 1})
     mark_complete(checkpoint)
     assert main(["eval", f"checkpoint={checkpoint}"]) not in (0, 1)
-    assert asked, "the server was asked for the rows"
-    assert not any(SECRET in path for path in asked)
+    assert Server.asked, "the server was asked for the rows"
+    assert not any(SECRET in path for path in Server.asked)
     assert SECRET not in capsys.readouterr().err
 
 
