@@ -230,7 +230,7 @@ def _report(error: BaseException, code: int, trace: bool) -> int:
 def _say_once(text: str) -> None:
     """A note beside the results; of ranks that a launcher started, the first says it for all."""
     if text and os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{redact(text)}\n")
+        sys.stderr.write(to_terminal(f"{redact(text)}\n"))
 
 
 def _print(text: str) -> None:

@@ -20,6 +20,7 @@ from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.own_code import describe_own_code, explain_own_code
 from llmtune.model.stored_adapter import CONFIG_FILE, read_adapter_config
+from llmtune.terminal import to_terminal
 from llmtune.trust import read_foreign
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def load_model(target: Target) -> tuple[Any, Any]:
         CheckpointError: The adapter cannot be read, or is another model's.
     """
     if target.config.model.trust_remote_code and (note := describe_own_code(target.model_folder)):
-        sys.stderr.write(f"{note}\n")
+        sys.stderr.write(to_terminal(f"{note}\n"))
     tokenizer = _load_tokenizer(target)
     with explain_own_code(target.model_folder, target.code_asked_by):
         model = _load_weights(target)

@@ -168,7 +168,7 @@ def _can_build() -> bool:
     """Whether ops can be compiled here: not in an image that is read-only, or another user's."""
     folder = extensions_dir()
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return os.access(folder, os.W_OK)
 
 

@@ -71,6 +71,7 @@ def test_a_link_that_leads_out_is_not_exported(
     adapter = make_adapter(base, tmp_path / "adapter")
     folder = {"base": base, "adapter": adapter}[where]
     (folder / name).unlink(missing_ok=True)
+    (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(victim)
     output = tmp_path / "out"
     code = export(f"base={base}", f"adapter={adapter}", f"output_dir={output}")
