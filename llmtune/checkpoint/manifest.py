@@ -98,6 +98,8 @@ def check_undamaged(folder: Path, left_out: Callable[[str], bool] = lambda _: Fa
     Raises:
         CheckpointError: With all that is wrong.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     problems = find_damage(folder, left_out)
     if problems:
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from llmtune.errors import DoesNotFitError
 from llmtune.plan.memory import USABLE_SHARE
-from llmtune.plan.units import format_bytes, format_count
+from llmtune.plan.units import format_bytes, format_count, format_seconds
 from llmtune.secrets import redact
 from llmtune.terminal import to_json_line, to_terminal
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from llmtune.config.compose import Composed
     from llmtune.plan.advice import Advice
     from llmtune.plan.ladder import Ladder, Rung
+
+#: Letters of the column that says why, where the terminal has fewer columns.
+_LEAST_OF_REASON = 24
 
 
 def main(arguments: Arguments) -> int:
@@ -155,30 +158,17 @@ def describe_rows(composed: Composed) -> str:
 
 def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
     """A table to read at a glance, the reasons, and the advice."""
-    import io
-
-    from rich.console import Console
-    from rich.table import Table
-
     config, shape, hardware = composed.config, ladder.shape, ladder.hardware
     cpu = hardware.accelerator == "cpu"
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("rung")
-    for column in ("ZeRO", "micro", "ckpt", "a rank" if cpu else "a GPU", "host", "NVMe", "checkpoint", "tokens/s"):
-        table.add_column(column, justify="right")
-    table.add_column("why", overflow="fold", min_width=24)
-    for rung in ladder.rungs:
-        table.add_row(*_row(rung, ladder))
-    stream = io.StringIO()
-    width = max(100, min(160, _terminal_width()))
-    Console(file=stream, width=width, highlight=False, no_color=True).print(table)
+    rungs = _render_rungs(ladder)
     lines = [
         f"{config.model.name_or_path}: {format_count(shape.parameters)} parameters, {config.tuner.kind.value} trains "
         f"{format_count(shape.trainable_parameters)}; {config.precision.value}, {describe_rows(composed)}, "
         f"{ladder.rows.global_batch_size} a step",
         f"{hardware.describe()}; {ladder.world_size} rank(s); a plan fills {USABLE_SHARE:.0%} of a memory at the most",
+        *hardware.notes,
         "",
-        "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines()),
+        rungs,
         "",
     ]
     if ladder.chosen is not None:
@@ -193,13 +183,40 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
                 f"   NVMe: {format_bytes(written)} written a step, {format_bytes(1000 * written)} in 1,000 steps"
             )
         seconds = ladder.chosen.speed
-        lines.append(f"   a step of full rows: {seconds.step_seconds:.3g} s, bound by {seconds.bound_by}")
+        lines.append(f"   a step of full rows: {_describe_time(seconds.step_seconds)}, bound by {seconds.bound_by}")
     if ladder.activations_origin != "traced":
         lines.append("   activations are a rough estimate, because this architecture could not be traced")
     if advice:
         lines += ["", "would change the result, and is never done by itself:"]
         lines += [_advice_line(item) for item in advice]
     return "\n".join(lines) + "\n"
+
+
+def _render_rungs(ladder: Ladder) -> str:
+    """The table, as wide as the terminal; one that is too narrow breaks its lines, and loses no letter of them."""
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    def make(*last: str) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("rung", no_wrap=True)
+        place = "a rank" if ladder.hardware.accelerator == "cpu" else "a GPU"
+        for column in ("ZeRO", "micro", "ckpt", place, "host", "NVMe", "checkpoint", "tokens/s"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for name in last:
+            table.add_column(name, overflow="fold")
+        for rung in ladder.rungs:
+            table.add_row(*_row(rung, ladder)[: len(table.columns)])
+        return table
+
+    stream = io.StringIO()
+    console = Console(file=stream, width=1000, highlight=False, no_color=True)
+    numbers = console.measure(make()).maximum
+    console.width = max(numbers + 2 + _LEAST_OF_REASON, min(160, _terminal_width()))
+    console.print(make("why"))
+    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())
 
 
 def _row(rung: Rung, ladder: Ladder) -> list[str]:
@@ -226,6 +243,10 @@ def _row(rung: Rung, ladder: Ladder) -> list[str]:
 def _advice_line(item: Advice) -> str:
     override = f" ({item.override})" if item.override else " (not an option of llmtune yet)"
     return f"   {item.change}: saves {format_bytes(item.saves_bytes)} of a rank's {item.where}{override}"
+
+
+def _describe_time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 120 else format_seconds(seconds)
 
 
 def _terminal_width() -> int:

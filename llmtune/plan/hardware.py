@@ -13,7 +13,7 @@ import psutil
 
 from llmtune.config.schema import Accelerator, HardwareConfig
 from llmtune.errors import MissingPrerequisiteError
-from llmtune.plan.cards import UNKNOWN, Card, find_card
+from llmtune.plan.cards import CARDS, UNKNOWN, Card, find_card
 from llmtune.plan.gpus import check_hidden_gpus, check_kernels, has_nvlink, visible_gpus
 from llmtune.plan.units import format_bytes, parse_bytes
 
@@ -165,7 +165,7 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
     if config.gpu_name and card not in (find_card(config.gpu_name), find_card(config.gpu_name, device_bytes)):
         notes.append(f"hardware.gpu_name={config.gpu_name}: this machine has {first.name}, which is planned for")
     hardware = _with_card(card, name, count, device_bytes, host_bytes)
-    hardware = replace(hardware, compute_capability=first.compute_capability, notes=tuple(notes))
+    hardware = replace(hardware, compute_capability=first.compute_capability, notes=(*notes, *hardware.notes))
     return hardware if count == 1 or has_nvlink() else replace(hardware, link_bandwidth=card.pcie_bandwidth)
 
 
@@ -196,6 +196,16 @@ def _with_card(card: Card, name: str, count: int, memory: int, host_bytes: int) 
         link_bandwidth=card.link_bandwidth,
         pcie_bandwidth=card.pcie_bandwidth,
         host_memory_bandwidth=min(SERVER_MEMORY_BANDWIDTH, 40e9 * count),
+        notes=(_describe_unknown(name),) if card is UNKNOWN else (),
+    )
+
+
+def _describe_unknown(name: str) -> str:
+    known = next((card for card in CARDS if name and name.upper() in card.split()), None)
+    meant = f" (did you mean {known!r}?)" if known else ""
+    return (
+        f"hardware.gpu_name={name or 'none'}: no card that is known{meant}; {UNKNOWN.flops / 1e12:.0f} TFLOP/s are assumed, "
+        "unless hardware.gpu_flops says more"
     )
 
 

@@ -304,7 +304,10 @@ def _describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> li
         fitting = "the only one that fits" if len(others) < 2 else f"the fastest of {len(others)} that fit"
         if candidate is not ladder.chosen:
             fitting = "further down the ladder, because memory ran out"
-        notes.append(f"placement: {candidate.placement.rung}, ZeRO {candidate.placement.zero_stage} ({fitting})")
+        if config.offload.optimizer.value != "auto" and candidate is ladder.chosen:
+            notes.append(f"placement: {candidate.placement.rung} as set, with ZeRO {candidate.placement.zero_stage}")
+        else:
+            notes.append(f"placement: {candidate.placement.rung}, ZeRO {candidate.placement.zero_stage} ({fitting})")
     if config.train.gradient_checkpointing == "auto":
         state = "on" if candidate.gradient_checkpointing else "off"
         saved = format_bytes(candidate.memory.device.activations)

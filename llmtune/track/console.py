@@ -107,11 +107,11 @@ class _Lasting:
 class ProgressLine:
     """Step, loss, speed, time left, memory."""
 
-    def __init__(self, console: Console, total_steps: int, first_step: int):
+    def __init__(self, console: Console, total_steps: int):
         self._console = console
         self._total = total_steps
-        self._first = first_step
-        self._started = time.monotonic()
+        #: Time and step of the first record: what comes before it, such as the first evaluation, comes once.
+        self._first: tuple[float, int] | None = None
         self._shown = float("-inf")
 
     def log(self, record: Record) -> None:
@@ -123,16 +123,23 @@ class ProgressLine:
             )
             return
         now = time.monotonic()
+        self._first = self._first or (now, record["step"])
         last = record["step"] >= self._total
         if not (self._console.is_terminal or last or now - self._shown >= PLAIN_INTERVAL_SECONDS):
             return
         self._shown = now
-        done = record["step"] - self._first
-        left = (now - self._started) / max(done, 1) * (self._total - record["step"])
+        left = self._time_left(now, record["step"])
         self._console.progress(
             f"step {record['step']}/{self._total}  loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s  "
-            f"ETA {format_seconds(left)}  memory {format_bytes(record['memory_bytes'])}"
+            f"ETA {left}  memory {format_bytes(record['memory_bytes'])}"
         )
+
+    def _time_left(self, now: float, step: int) -> str:
+        assert self._first is not None
+        began, first = self._first
+        if step == first and step < self._total:
+            return "-"
+        return format_seconds((now - began) / max(step - first, 1) * (self._total - step))
 
     def finish(self) -> None:
         """Nothing to close."""

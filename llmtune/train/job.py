@@ -213,7 +213,7 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console, start: Pro
     config = request.config
     trackers: list[Tracker] = [
         MetricsFile(request.run_folder / names.METRICS),
-        ProgressLine(console, request.steps.total_steps, start.step),
+        ProgressLine(console, request.steps.total_steps),
     ]
     if config.tracker.kind is TrackerKind.wandb:
         trackers += _wandb(request, console)

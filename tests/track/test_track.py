@@ -6,6 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_failing_tracker_is_left_out_and_the_others_go_on() -> None:
 
 def test_the_progress_line_has_what_a_person_looks_for() -> None:
     out = io.StringIO()
-    progress = ProgressLine(Console(out), total_steps=2, first_step=0)
+    progress = ProgressLine(Console(out), total_steps=2)
     progress.log({"step": 0, "eval_loss": 3.5, "eval_perplexity": 33.1})
     progress.log(line(1))
     progress.log(line(2))
@@ -83,6 +84,17 @@ def test_the_progress_line_has_what_a_person_looks_for() -> None:
     assert "step 0/2  held-out loss 3.5000  perplexity 33.10" in text
     for part in ("step 2/2", "loss 1.5000", "5 tokens/s", "ETA 0:00", "memory 1.0 GB"):
         assert part in text
+
+
+def test_the_time_left_is_that_of_steps_and_not_of_what_came_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("llmtune.track.console.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    progress = ProgressLine(Console(out), total_steps=30)
+    for step, seconds in ((10, 1000.0), (11, 1040.0), (12, 1080.0), (30, 1800.0)):
+        clock[0] = seconds
+        progress.log(line(step))
+    found = [text.partition("ETA ")[2].split()[0] for text in out.getvalue().splitlines()]
+    assert found == ["-", "12:40", "12:00", "0:00"]
 
 
 def test_brackets_in_answers_are_no_markup() -> None:

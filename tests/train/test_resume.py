@@ -131,6 +131,12 @@ def test_a_run_that_began_with_other_draws_is_refused(tmp_path: Path) -> None:
     assert resume_point(RunFolder(tmp_path), config, "r", print) == tmp_path / "checkpoint-10"
 
 
+def test_a_checkpoint_that_is_not_there_is_not_called_damaged(tmp_path: Path) -> None:
+    config = config_of(f"resume_from_checkpoint={tmp_path / 'none'}")
+    with pytest.raises(CheckpointError, match=r"/none: no such folder$"):
+        resume_point(RunFolder(tmp_path), config, "r", print)
+
+
 @pytest.mark.process
 def test_dropout_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
     """Interrupted or not, with or without workers that make the batches."""
