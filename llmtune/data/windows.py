@@ -40,6 +40,10 @@ MARGIN = 1 << 10
 Pulse = Callable[[int], None]
 
 
+#: No number of a token: what is asked for lies behind a part.
+_BEHIND = -1
+
+
 class LongEncoding:
     """What is used of an ``Encoding`` of tokenizers. Of each token it holds the id alone: letters are asked for at the borders
     of what is trained, and the windows around these are tokenised again.
@@ -89,12 +93,24 @@ class LongEncoding:
     def char_to_token(self, at: int) -> int | None:
         """The first token of a letter; None where no token has it."""
         number = bisect.bisect_right(self._letters, at)
-        if number == len(self._parts):
+        found = self._find(number, at)
+        # Where a space that the tokenizer puts before a word is a token without letters, a part may begin with it, and the
+        # next token with a letter before it.
+        found = self._find(number + 1, at) if found == _BEHIND else found
+        return None if found == _BEHIND else found
+
+    def _find(self, number: int, at: int) -> int | None:
+        """The first token of a letter in a part; None where no token has it, ``_BEHIND`` where all of them end before."""
+        if number >= len(self._parts):
             return None
         starts, ends = self._offsets(number)
-        # Letters do not always rise from token to token: a space that the tokenizer puts before a word may be a token of none.
-        having = np.flatnonzero((starts <= at) & (at < ends))
-        return self._numbers[number] + int(having[0]) if len(having) else None
+        first = int(np.searchsorted(ends, at, side="right"))
+        if first == len(ends):
+            return _BEHIND
+        for token in range(first, min(first + 2, len(starts))):
+            if starts[token] <= at < ends[token]:
+                return self._numbers[number] + token
+        return None
 
     def token_to_chars(self, token: int) -> tuple[int, int] | None:
         """First letter of a token, and the one behind its last; None of a token that the text does not have."""
