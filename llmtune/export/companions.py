@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint import names
-from llmtune.checkpoint.tensor_file import INDEX_FILE
 from llmtune.errors import ExportError
 from llmtune.export.task import TEXT, TEXT_TO_TEXT, find_architecture, task_of
 from llmtune.model.tokenizer import end_of_turn_ids
+from llmtune.model.weight_files import INDEX_FILE
 from llmtune.plain_json import parse_json
 from llmtune.trust import check_foreign, copy_foreign
+
+if TYPE_CHECKING:
+    import torch
 
 #: Beside weights. Weights, state and our own files are left out.
 _KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
