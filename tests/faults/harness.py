@@ -171,7 +171,9 @@ class Run:
     def shared_memory(self) -> list[Path]:
         """What is left of the ranks' buffers in ``/dev/shm``."""
         ports = {event["port"] for event in self.events() if event["port"]}
-        return [path for port in ports for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")]
+        # Other launchers name another address, and their files may be older than this run.
+        names = [f"deepspeed_allreduce_buffer_*_127.0.0.1_{port}_*" for port in ports]
+        return [path for name in names for path in Path("/dev/shm").glob(name)]
 
     def resumed_step(self) -> int:
         """Where the last attempt of the last command went on."""
