@@ -207,19 +207,19 @@ def test_a_text_of_words_is_cut_into_windows(name: str, tokenizers: dict[str, To
 
 #: Texts without an end of a word, as a file that is no text may be.
 ENDLESS = {
-    "a letter": "a" * 6000,
-    "letters": "".join(random.Random(1).choices("abcdefghij", k=6000)),
-    "digits": "".join(random.Random(2).choices("0123456789", k=6000)),
+    "a letter": "a" * 1500,
+    "letters": "".join(random.Random(1).choices("abcdefghij", k=1500)),
+    "digits": "".join(random.Random(2).choices("0123456789", k=1500)),
     # Windows count threes from their own ends, and agree with each other, though not with the whole text.
-    "digits that are no threes": "".join(random.Random(2).choices("0123456789", k=6001)),
-    "spaces": "one" + " " * 6000 + "two",
-    "lines": "one" + "\n" * 6000,
-    "signs": "=-" * 3000,
-    "unknown": "\u0f3a" * 3000 + " one " * 300,
-    "emoji": "👩‍👩‍👧" * 800,
-    "characters": "日本語東京都" * 1000,
-    "special tokens": "<|end|>" * 800,
-    "digits and words": "1234567 one " * 30 + "1234567890" * 300 + " two" * 200,
+    "digits that are no threes": "".join(random.Random(2).choices("0123456789", k=1501)),
+    "spaces": "one" + " " * 1500 + "two",
+    "lines": "one" + "\n" * 1500,
+    "signs": "=-" * 750,
+    "unknown": "\u0f3a" * 750 + " one " * 75,
+    "emoji": "👩‍👩‍👧" * 200,
+    "characters": "日本語東京都" * 250,
+    "special tokens": "<|end|>" * 200,
+    "digits and words": "1234567 one " * 30 + "1234567890" * 75 + " two" * 200,
 }
 
 
