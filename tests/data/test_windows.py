@@ -223,8 +223,13 @@ ENDLESS = {
 }
 
 
+#: The other kinds of tokenizers are in the slow tier.
+ORDINARY = ("byte-level BPE with a prefix", "Unigram")
+EACH = [name if name in ORDINARY else pytest.param(name, marks=pytest.mark.slow) for name in (*KINDS, "SmolLM2")]
+
+
 @pytest.mark.parametrize("text", ENDLESS)
-@pytest.mark.parametrize("name", [*KINDS, "SmolLM2"])
+@pytest.mark.parametrize("name", EACH)
 def test_so_does_a_text_without_words(name: str, text: str, tokenizers: dict[str, Tokenizer]) -> None:
     check(tokenizers[name], ENDLESS[text])
 
