@@ -27,7 +27,7 @@ from llmtune.launch.ending import end_now
 from llmtune.launch.rank import to_user_error
 from llmtune.launch.signals import Interrupted, end_on_signals, received_stop
 from llmtune.safe_path import leave_working_folder
-from llmtune.secrets import describe_secret_overrides, redact, restrict_umask
+from llmtune.secrets import describe_secret_overrides, restrict_umask
 from llmtune.terminal import to_terminal
 
 #: Verb -> (module with ``main(arguments) -> exit code``, what it does).
@@ -230,7 +230,7 @@ def _report(error: BaseException, code: int, trace: bool) -> int:
 def _say_once(text: str) -> None:
     """A note beside the results; of ranks that a launcher started, the first says it for all."""
     if text and os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(to_terminal(f"{redact(text)}\n"))
+        sys.stderr.write(to_terminal(text + "\n"))
 
 
 def _print(text: str) -> None:

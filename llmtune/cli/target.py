@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.files import resolve_model_folder
 from llmtune.model.own_code import describe_own_code, explain_own_code
-from llmtune.model.stored_adapter import CONFIG_FILE, read_adapter_config
+from llmtune.model.stored_adapter import read_adapter_config
+from llmtune.plain_json import parse_json
 from llmtune.terminal import to_terminal
 from llmtune.trust import read_foreign
 
@@ -186,8 +186,7 @@ def put_on(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
-    _check_settings(adapter)
-    # Before peft follows them: it matches their patterns with every module.
+    # Before peft follows its settings.
     read_adapter_config(adapter)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
@@ -202,24 +201,6 @@ def put_on(model: Any, adapter: Path) -> Any:
             f"and {len(found.unexpected_keys)} of its tensors have no place, such as {wrong[0]}"
         )
     return adapted
-
-
-def _check_settings(adapter: Path) -> None:
-    """Refuse what has peft import a module that the adapter names.
-
-    Raises:
-        CheckpointError: The settings do, or cannot be read.
-    """
-    file = adapter / CONFIG_FILE
-    try:
-        settings = json.loads(read_foreign(file, CheckpointError))
-        named = settings.get("megatron_config") and settings.get("megatron_core")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); fetch or copy it again") from error
-    if named:
-        raise CheckpointError(
-            f"{file}: megatron_config has peft import {named}, which only a training with Megatron needs"
-        )
 
 
 def from_trained(config: Config, folder: Path, run: Path) -> Target:
@@ -246,8 +227,8 @@ def _noted_base(plan: Path) -> Path | None:
     if not plan.is_file():
         return None
     try:
-        noted = json.loads(read_foreign(plan, CheckpointError)).get("model_folder")
-    except (ValueError, AttributeError, RecursionError):
+        noted = parse_json(read_foreign(plan, CheckpointError)).get("model_folder")
+    except (ValueError, AttributeError):
         return None
     return Path(noted) if isinstance(noted, str) and noted else None
 

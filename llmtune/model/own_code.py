@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from llmtune.errors import ConfigError
+from llmtune.plain_json import parse_json
 from llmtune.trust import read_foreign
 
 KEY = "model.trust_remote_code"
@@ -22,8 +22,8 @@ def find_own_code(folder: Path) -> list[str]:
     found: set[str] = set()
     for name in _FILES:
         try:
-            named = json.loads(read_foreign(folder / name, ConfigError)).get(_NAMED)
-        except (ConfigError, ValueError, AttributeError, RecursionError):
+            named = parse_json(read_foreign(folder / name, ConfigError)).get(_NAMED)
+        except (ConfigError, ValueError, AttributeError):
             continue
         values = named.values() if isinstance(named, dict) else [named]
         for value in values:

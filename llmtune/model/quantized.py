@@ -6,7 +6,6 @@ names are known, the files are compared with the model by the names of the weigh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from llmtune.config.schema import TunerKind
 from llmtune.errors import ConfigError
 from llmtune.model.weight_files import Entry
+from llmtune.plain_json import parse_json
 
 #: ``quant_method`` of quantizers whose names are known -> the key of its settings that names a layout, and the known ones.
 _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -40,7 +40,7 @@ _SMALL_FLOATS = ("F8_E4M3", "F8_E5M2")
 
 def quantization(folder: Path) -> dict[str, Any] | None:
     """``quantization_config`` of a model folder's ``config.json``; None where the weights are stored as they are."""
-    settings = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    settings = parse_json((folder / "config.json").read_bytes()).get("quantization_config")
     return dict(settings) if settings else None
 
 

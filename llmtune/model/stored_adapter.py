@@ -18,6 +18,7 @@ from llmtune.model.patterns import pattern_problem
 from llmtune.model.safetensors_header import read_header
 from llmtune.plain_json import parse_json
 from llmtune.plan.lora import match_pattern
+from llmtune.trust import read_foreign
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -121,18 +122,25 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The settings of an adapter folder, as they stand in its file.
 
     Raises:
-        CheckpointError: There is no adapter.
+        CheckpointError: There is no adapter; or its settings have peft import a module, or match patterns that take years.
     """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: no adapter here (it has no {CONFIG_FILE})")
     try:
-        values = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no adapter here ({CONFIG_FILE}: {error})") from error
+        values = parse_json(read_foreign(file, CheckpointError))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); fetch or copy it again") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{folder}: no adapter here ({CONFIG_FILE} holds no settings)")
+        raise CheckpointError(f"{file} is damaged (it holds no settings); fetch or copy it again")
+    if values.get("megatron_config") and (named := values.get("megatron_core")):
+        raise CheckpointError(
+            f"{file}: megatron_config has peft import {named}, which only a training with Megatron needs"
+        )
     for key, pattern in _patterns(values):
         if problem := pattern_problem(pattern):
             raise CheckpointError(
-                f"{folder / CONFIG_FILE}: {key} has the pattern {pattern[:80]!r}, which is not matched: {problem}; write the "
+                f"{file}: {key} has the pattern {pattern[:80]!r}, which is not matched: {problem}; write the "
                 "modules' names out"
             )
     return values

@@ -97,6 +97,9 @@ def resolve_hardware(
     named = planning and config.accelerator is Accelerator.cuda and config.gpu_memory_bytes is not None
     hardware = _named(config) if named else _probed(config, planning, ranks_on_node)
     hardware = replace(hardware, nodes=config.nodes, **_given(config))
+    known = find_card(hardware.name, hardware.device_memory_bytes) is not None or config.gpu_flops is not None
+    if hardware.accelerator == "cuda" and not known:
+        hardware = replace(hardware, notes=(*hardware.notes, _describe_unknown(hardware.name)))
     if nvme_path is not None and config.nvme_bytes is None:
         folder = check_nvme_path(nvme_path)
         hardware = replace(hardware, nvme_bytes=shutil.disk_usage(folder).free)
@@ -165,7 +168,7 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
     if config.gpu_name and card not in (find_card(config.gpu_name), find_card(config.gpu_name, device_bytes)):
         notes.append(f"hardware.gpu_name={config.gpu_name}: this machine has {first.name}, which is planned for")
     hardware = _with_card(card, name, count, device_bytes, host_bytes)
-    hardware = replace(hardware, compute_capability=first.compute_capability, notes=(*notes, *hardware.notes))
+    hardware = replace(hardware, compute_capability=first.compute_capability, notes=tuple(notes))
     return hardware if count == 1 or has_nvlink() else replace(hardware, link_bandwidth=card.pcie_bandwidth)
 
 
@@ -196,16 +199,15 @@ def _with_card(card: Card, name: str, count: int, memory: int, host_bytes: int) 
         link_bandwidth=card.link_bandwidth,
         pcie_bandwidth=card.pcie_bandwidth,
         host_memory_bandwidth=min(SERVER_MEMORY_BANDWIDTH, 40e9 * count),
-        notes=(_describe_unknown(name),) if card is UNKNOWN else (),
     )
 
 
 def _describe_unknown(name: str) -> str:
     known = next((card for card in CARDS if name and name.upper() in card.split()), None)
-    meant = f" (did you mean {known!r}?)" if known else ""
+    meant = f" (did you mean hardware.gpu_name={known!r}?)" if known else ""
     return (
-        f"hardware.gpu_name={name or 'none'}: no card that is known{meant}; {UNKNOWN.flops / 1e12:.0f} TFLOP/s are assumed, "
-        "unless hardware.gpu_flops says more"
+        f"the speed of {name or 'a GPU without a name'} is not known{meant}: {UNKNOWN.flops / 1e12:.0f} TFLOP/s are assumed; "
+        "hardware.gpu_flops= sets another"
     )
 
 

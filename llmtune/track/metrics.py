@@ -47,7 +47,7 @@ def read_metrics(path: Path) -> list[Record]:
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
             record = parse_json(line)
-        except json.JSONDecodeError:
+        except ValueError:
             continue
         if isinstance(record, dict) and "step" in record:
             records.append(record)

@@ -30,7 +30,11 @@ def test_a_terminal_of_any_width_gets_every_letter(
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("FOO9000", "no card that is known; 60 TFLOP/s"), ("4090", "did you mean 'RTX 4090'?"), ("RTX 4090", None)],
+    [
+        ("FOO9000", "the speed of FOO9000 is not known: 60 TFLOP/s"),
+        ("4090", "did you mean hardware.gpu_name='RTX 4090'?"),
+        ("RTX 4090", None),
+    ],
 )
 def test_the_speed_of_an_unknown_card_is_said_to_be_assumed(
     name: str, said: str | None, capfd: pytest.CaptureFixture[str]
@@ -39,6 +43,9 @@ def test_the_speed_of_an_unknown_card_is_said_to_be_assumed(
     out = capfd.readouterr().out
     assert (said or "RTX 4090") in out
     assert ("are assumed" in out) == (said is not None)
+    set_speed = ["hardware.gpu_flops=1e14", f"hardware.gpu_name={name}", "hardware.gpus_per_node=1"]
+    assert main(["plan", *SMALL_CARDS, *set_speed]) == 0
+    assert "are assumed" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.01234, "0.0123 s"), (119.0, "119 s"), (8766.0, "2:26:06")])
