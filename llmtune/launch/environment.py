@@ -89,8 +89,8 @@ def use_own_ninja() -> None:
 
 
 def set_thread_default(ranks_on_node: int) -> None:
-    """Share the cores among the ranks; torch reads the variable once, when it is first imported."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks_on_node)))
+    """Share the cores that this process may use among the ranks; torch reads the variable once, when it is first imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks_on_node)))
 
 
 def launched_ranks_on_node() -> int:

@@ -261,9 +261,9 @@ def _resolve_world_size(config: Config, hardware: Hardware) -> int:
         raise ConfigError(f"launch.nproc={wanted}: with hardware.nodes={hardware.nodes} leave it out")
     if hardware.accelerator == "cuda" and wanted > hardware.device_count:
         raise ConfigError(f"launch.nproc={wanted}: there are {hardware.device_count} GPU(s)")
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     if hardware.accelerator == "cpu" and wanted > 4 * cores:
-        raise ConfigError(f"launch.nproc={wanted}: this machine has {cores} cores")
+        raise ConfigError(f"launch.nproc={wanted}: this process may use {cores} cores")
     return wanted
 
 

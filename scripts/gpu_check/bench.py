@@ -120,7 +120,7 @@ class Bench:
 
     def _train_reference(self, job: Job, folder: Path) -> Trained:
         # While the device's runs go on beside it, half of the cores are theirs.
-        cores = str(max(1, (os.cpu_count() or 1) // 2))
+        cores = str(max(1, len(os.sched_getaffinity(0)) // 2))
         environment = {"OMP_NUM_THREADS": cores} if self.device != "cpu" else None
         arguments = [*job.arguments, "hardware.accelerator=cpu", f"output_dir={folder}"]
         done = self.commands.llmtune(
