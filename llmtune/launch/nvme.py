@@ -79,7 +79,7 @@ def check_nvme(
         DoesNotFitError: There is too little space, on this disk or for the checkpoints.
     """
     folder = check_nvme_path(nvme_path)
-    reason = build_in_child("AsyncIOBuilder")
+    reason = build_in_child("AsyncIOBuilder", say)
     if reason is not None:
         raise MissingPrerequisiteError(
             f"offload on NVMe: DeepSpeed's AsyncIO op does not load ({reason}); run: apt-get install libaio-dev, then "

@@ -189,8 +189,7 @@ def ensure_ops(accelerator: str, placement: Placement, say: Callable[[str], None
         MissingPrerequisiteError: An op cannot be built here.
     """
     for name in missing_ops(accelerator, placement):
-        say(f"building DeepSpeed's {name.removesuffix('Builder')} (once an environment, about a minute) ...")
-        reason = build_in_child(name)
+        reason = build_in_child(name, say)
         if reason is not None:
             raise MissingPrerequisiteError(
                 f"DeepSpeed's {name.removesuffix('Builder')} cannot be built: {reason}\n"
@@ -256,8 +255,17 @@ def _load_compiled(builder: Any, verbose: bool = False) -> ModuleType:
     return module
 
 
-def build_in_child(name: str) -> str | None:
-    """Compile one op in a process of its own, whose output is kept off the console; what it said, where it failed."""
+def build_in_child(name: str, say: Callable[[str], None] = lambda _: None) -> str | None:
+    """Compile one op, or try whether it loads, in a process of its own, whose output is kept off the console.
+
+    Args:
+        say: Told of a build, which takes a while.
+
+    Returns:
+        What the process said, where it failed.
+    """
+    if not is_built(name):
+        say(f"building DeepSpeed's {name.removesuffix('Builder')} (once an environment, about a minute) ...")
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, "-m", "llmtune.launch.ops", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

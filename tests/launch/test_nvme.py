@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,19 @@ def test_too_little_space_is_said_before_anything_starts(tmp_path: Path) -> None
     assert "reads" in said[0]
     with pytest.raises(DoesNotFitError, match=r"swap files and checkpoints need 1000.00 TB"):
         check_nvme(str(tmp_path / "swap"), 10**15, 0, tmp_path, said.append)
+
+
+def test_a_build_of_the_op_is_told_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "empty"))
+
+    def compile_nothing(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        assert said == ["building DeepSpeed's AsyncIO (once an environment, about a minute) ..."]
+        return subprocess.CompletedProcess([], 1, "", "no compiler")
+
+    monkeypatch.setattr(subprocess, "run", compile_nothing)
+    with pytest.raises(MissingPrerequisiteError, match="no compiler"):
+        check_nvme(str(tmp_path / "swap"), 1, 1, tmp_path, said.append)
 
 
 def test_the_swap_folder_is_the_runs_own_and_goes_with_it(tmp_path: Path) -> None:
