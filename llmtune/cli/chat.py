@@ -21,10 +21,13 @@ def main(arguments: Arguments) -> int:
 
     from llmtune.cli.target import load_model, resolve_target
     from llmtune.model.answer import answer
+    from llmtune.track.console import Console
+    from llmtune.track.status import Status
 
-    target = resolve_target(composed)
     settings = composed.config.chat
-    model, tokenizer = load_model(target)
+    with Status(Console(sys.stderr), "loading the model"):
+        target = resolve_target(composed)
+        model, tokenizer = load_model(target)
     history = [{"role": "system", "content": settings.system}] if settings.system else []
 
     def reply(text: str) -> str:

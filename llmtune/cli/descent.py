@@ -28,6 +28,7 @@ from llmtune.launch.supervisor import run_ranks
 from llmtune.launch.watch import Limits
 from llmtune.plan.ladder import next_candidate
 from llmtune.plan.resolve import describe_misfit, plan_candidate, with_nvme
+from llmtune.track.status import Status
 
 if TYPE_CHECKING:
     from llmtune.cli.prepare import RunTarget
@@ -110,7 +111,10 @@ class Descent:
 
     def _prepare(self, candidate: Candidate) -> RunRequest | None:
         plan = place_swap(plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target)
-        return resolve_request(self.composed, plan, self.target, self.folder, self.console, {"history": self.history})
+        with Status(self.console, "preparing the model and the data"):
+            return resolve_request(
+                self.composed, plan, self.target, self.folder, self.console, {"history": self.history}
+            )
 
     def _take_ahead(self) -> RankGroup | None:
         """Once: a further attempt may be on another rung, with other variables."""

@@ -65,11 +65,14 @@ def main(arguments: Arguments) -> int:
     from llmtune.model.build import sees_padding
     from llmtune.model.loss import sum_token_losses
     from llmtune.plan.abilities import check_row_length, max_positions
+    from llmtune.track.console import Console
+    from llmtune.track.status import Status
     from llmtune.train.evaluation import perplexity
 
-    target = resolve_target(composed)
-    config = target.config
-    model, tokenizer = load_model(target)
+    with Status(Console(sys.stderr), "loading the model"):
+        target = resolve_target(composed)
+        config = target.config
+        model, tokenizer = load_model(target)
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir(config))
     check_stores((*data.train_stores, *data.eval_stores), target.model_folder, tokenizer)
     if data.eval is None:
@@ -83,7 +86,7 @@ def main(arguments: Arguments) -> int:
     rows = asked if isinstance(asked, int) else auto_eval_rows(longest, len(tokenizer), free_memory_bytes(device))
     collator = Collator(tokenizer.pad_token_id, masked=sees_padding(model))
     batches = iterate_eval(held_out, rows, 0, 1, collator, None)
-    with torch.no_grad():
+    with torch.no_grad(), Status(Console(sys.stderr), f"taking the held-out loss of {data.eval.rows} rows"):
         for batch in (batch.to(device) for batch in batches):
             output = model(**batch.inputs, use_cache=False)
             total += float(sum_token_losses(output.logits, batch.targets))

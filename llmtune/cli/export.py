@@ -54,15 +54,15 @@ def export_run(run: Path, config: Config, output: Path, say: Callable[[str], Non
 
 
 def _export(target: Target, config: Config, output: Path, say: Callable[[str], None]) -> Path:
-    with show_progress(f"writing {output.name}") as progress:
+    with show_progress(f"writing {output.name}", say) as shown:
         request = ExportRequest(
             target.model_folder,
             target.base_name,
             target.adapter,
             target.run,
             output,
-            progress=progress,
-            say=say,
+            progress=shown.progress,
+            say=shown.say,
             signer=read_signer(config.checkpoint.sign),
         )
         return run_export(request, config.export)
@@ -76,7 +76,10 @@ def _export_zero(given: Config) -> Path:
     output = Path(given.output_dir).expanduser()
     described = _describing_folder(given, checkpoint)
     zero = ZeroSource(checkpoint)
-    with tempfile.TemporaryDirectory(prefix="llmtune-") as scratch, show_progress(f"writing {output.name}") as progress:
+    with (
+        tempfile.TemporaryDirectory(prefix="llmtune-") as scratch,
+        show_progress(f"writing {output.name}", _print) as shown,
+    ):
         adapter = Path(scratch) if has_adapter(zero) else None
         if adapter is not None and not write_adapter(zero, adapter):
             raise ExportError(
@@ -94,8 +97,8 @@ def _export_zero(given: Config) -> Path:
             output,
             own_weights,
             unpacked_from,
-            progress=progress,
-            say=_print,
+            progress=shown.progress,
+            say=shown.say,
             signer=read_signer(given.checkpoint.sign),
         )
         return run_export(request, given.export)

@@ -68,11 +68,14 @@ def _plan(arguments: Arguments, write: Any) -> int:
     from llmtune.config.compose import compose_config
     from llmtune.plan.advice import list_advice
     from llmtune.plan.resolve import describe_misfit, resolve_ladder
+    from llmtune.track.console import Console
+    from llmtune.track.status import Status
 
     composed = adopt_adapter(compose_config(arguments.overrides, arguments.config_dir, True, find_problems))
     config = composed.config
     quiet_libraries()
-    ladder = resolve_ladder(config, planning=True)
+    with Status(Console(sys.stderr), "loading the libraries and planning"):
+        ladder = resolve_ladder(config, planning=True)
     advice = list_advice(config, ladder)
     misfit = describe_misfit(config, ladder) if ladder.chosen is None else None
     if arguments.as_json:

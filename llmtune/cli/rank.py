@@ -43,6 +43,7 @@ from llmtune.launch.stacks import answer_with_stacks
 from llmtune.process import no_collection
 from llmtune.terminal import to_terminal
 from llmtune.track.console import Console
+from llmtune.track.status import Status
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -325,8 +326,10 @@ def _train(request: RunRequest, console: Console) -> None:
         bind_to_gpu(int(os.environ["LOCAL_RANK"]), launched_ranks_on_node())
     load_ops(request.plan.hardware.accelerator, request.plan.placement)
     folder = Path(os.environ[FAILURE_DIR])
-    rank = init_ranks(phases=PhaseLog(phase_file(folder, int(os.environ["RANK"]))), meeting=meeting_file(folder))
-    run_job(request, rank, console)
+    phases = PhaseLog(phase_file(folder, int(os.environ["RANK"])))
+    with Status(console, phases.describe) if console.is_heard else contextlib.nullcontext():
+        rank = init_ranks(phases=phases, meeting=meeting_file(folder))
+        run_job(request, rank, console)
     meet_ranks(rank)
 
 

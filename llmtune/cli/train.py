@@ -14,6 +14,7 @@ from llmtune.launch.lock import hold_lock
 from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.plan.units import format_seconds
 from llmtune.track.console import Console
+from llmtune.track.status import Status
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -64,7 +65,8 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     composed = adopt_adapter(composed, target.folder)
     quiet_environment()
     # Before the folder: a run that does not fit leaves nothing behind.
-    ladder = resolve_ladder(composed.config, begun=begun_train(composed.config, target.folder, target.name))
+    with Status(console, "loading the libraries and planning"):
+        ladder = resolve_ladder(composed.config, begun=begun_train(composed.config, target.folder, target.name))
     check_fits(composed.config, ladder)
     check_adapter(composed.config, ladder.shape, target.folder)
     folder = open_run_folder(target.folder, console.say)

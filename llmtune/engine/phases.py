@@ -14,12 +14,20 @@ from pathlib import Path
 _WIDTH = 240
 #: A rank that has this share of its limit is near enough to it for its end to be suspicious.
 _NEAR_LIMIT = 0.9
+#: Phases that may last.
+_FOR_PEOPLE = {
+    "start": "starting the ranks",
+    "load": "loading the model",
+    "answer": "answering held-out prompts",
+    "evaluate": "taking the held-out loss",
+    "save": "saving",
+}
 #: Between two looks at the memory of a GPU.
 _DEVICE_SECONDS = 0.5
 
 
 class PhaseLog:
-    """Phase, step and peak memory of one rank; phases are ``start load forward backward step evaluate save``.
+    """Phase, step and peak memory of one rank; phases are ``start load answer forward backward step evaluate save``.
 
     A record that no longer changes is how the supervisor knows that a run hangs, so that every write counts up.
     """
@@ -31,6 +39,7 @@ class PhaseLog:
         """Bytes that were allocated on the GPU at most, and those that may be."""
         self._seen, self._seen_at = (0, 0), 0.0
         self._phase = "start"
+        self._first_step: int | None = None
         self._beats = 0
         self._lock = threading.Lock()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600) if path is not None else None
@@ -39,7 +48,15 @@ class PhaseLog:
         """Note the phase; costs a system call."""
         with self._lock:
             self._phase = phase
+            if self._first_step is None and phase == "forward":
+                self._first_step = self.step
             self._write()
+
+    def describe(self) -> str | None:
+        """What the rank does, for people; None in the steps after its first, each of which has a line of its own."""
+        if self._phase in _FOR_PEOPLE:
+            return _FOR_PEOPLE[self._phase]
+        return f"step {self.step}, the first of this start" if self.step == self._first_step else None
 
     def beat(self) -> None:
         """Say that long work within a phase gets on; from any thread."""

@@ -10,10 +10,10 @@ from typing import Any
 from llmtune.launch.out_of_memory import phase_file
 
 #: Phases that follow the step which they name.
-_AFTER_STEP = ("evaluate", "save")
-#: Phases before the first step or evaluation, in which nothing is noted for a long time: imports, weights.
-_START_UP = ("start", "load")
-_START_UP_FACTOR = 10
+_AFTER_STEP = ("evaluate", "save", "answer")
+#: Phases in which nothing is noted for a long time: imports, weights, answers that are generated.
+_WITHOUT_NOTES = ("start", "load", "answer")
+_WITHOUT_NOTES_FACTOR = 10
 
 #: Most seconds that count as watched between two looks.
 _LONGEST_LOOK = 1.0
@@ -67,5 +67,5 @@ class HangWatch:
         if self._still_seconds < self._timeout:
             return False
         phases = [read_phase(self._folder, rank)["phase"] for rank in self._ranks]
-        starting = any(phase in _START_UP for phase in phases)
-        return self._still_seconds >= self._timeout * (_START_UP_FACTOR if starting else 1)
+        patient = any(phase in _WITHOUT_NOTES for phase in phases)
+        return self._still_seconds >= self._timeout * (_WITHOUT_NOTES_FACTOR if patient else 1)

@@ -135,11 +135,11 @@ def next_candidate(
     """Where to go when memory ran out although the plan said it fits: the fastest that needs clearly less of that memory.
 
     Args:
-        phase: Where it happened. What stands still decides in ``load``, ``step`` and ``save``; there a smaller micro-batch
-            does not help.
+        phase: Where it happened. What stands still decides in ``load``, ``step``, ``save`` and ``answer``; there a smaller
+            micro-batch does not help.
         pool: ``device`` or ``host``.
     """
-    standing = phase in ("load", "step", "save")
+    standing = phase in ("load", "step", "save", "answer")
     cpu = ladder.hardware.accelerator == "cpu"
 
     def needs(candidate: Candidate) -> int:

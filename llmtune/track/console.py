@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any, cast
 
 from rich.console import Console as RichConsole
@@ -24,10 +27,16 @@ class Console:
     """
 
     def __init__(self, stream: IO[str] | None):
+        self.is_heard = stream is not None
+        """Whether anybody reads it."""
         opened = stream or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
         self._out = cast("IO[str]", _Lasting(opened))
         self._rich = RichConsole(file=self._out, highlight=False, soft_wrap=True)
         self._line_open = False
+        #: Threads that say what is under way write between the lines of others. A signal's handler may come in between.
+        self._lock = threading.RLock()
+        self.said_at = time.monotonic()
+        """When something was last written."""
 
     @property
     def is_terminal(self) -> bool:
@@ -36,36 +45,54 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line or paragraph."""
-        self._close_line()
-        self._rich.print(to_terminal(text), markup=False)
+        with self._writing():
+            self._close_line()
+            self._rich.print(to_terminal(text), markup=False)
 
     def page(self, title: str, rows: dict[str, str]) -> None:
         """A titled list of names and values."""
-        self._close_line()
         width = max(map(len, rows), default=0)
-        self._rich.print(f"\n{to_terminal(title)}", style="bold", markup=False)
-        for name, value in rows.items():
-            self._rich.print(f"  {name:<{width}}  {to_terminal(value)}", markup=False)
-        self._rich.print()
+        with self._writing():
+            self._close_line()
+            self._rich.print(f"\n{to_terminal(title)}", style="bold", markup=False)
+            for name, value in rows.items():
+                self._rich.print(f"  {name:<{width}}  {to_terminal(value)}", markup=False)
+            self._rich.print()
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
         """Columns side by side."""
-        self._close_line()
         table = Table(title=to_terminal(title), show_lines=True, width=None if self.is_terminal else 120)
         for name in header:
             table.add_column(name, ratio=1, overflow="fold")
         for row in rows:
             table.add_row(*(to_terminal(cell).replace("[", r"\[") for cell in row))
-        RichConsole(file=self._out, width=None if self.is_terminal else 120).print(table)
+        with self._writing():
+            self._close_line()
+            RichConsole(file=self._out, width=None if self.is_terminal else 120).print(table)
 
     def progress(self, text: str) -> None:
         """The progress line: written over on a terminal, a line of its own elsewhere."""
-        if self.is_terminal:
-            self._out.write(f"\r\x1b[2K{to_terminal(text)}")
-            self._out.flush()
-            self._line_open = True
-        else:
-            self.say(text)
+        with self._writing():
+            if self.is_terminal:
+                self._out.write(f"\r\x1b[2K{to_terminal(text)}")
+                self._out.flush()
+                self._line_open = True
+            else:
+                self.say(text)
+
+    def clear_progress(self) -> None:
+        """Take the progress line off a terminal."""
+        with self._writing():
+            if self._line_open:
+                self._out.write("\r\x1b[2K")
+                self._out.flush()
+                self._line_open = False
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock:
+            yield
+            self.said_at = time.monotonic()
 
     def _close_line(self) -> None:
         if self._line_open:

@@ -66,6 +66,7 @@ class SampleAnswers:
 
     def _answers(self) -> list[str]:
         """Under ZeRO 3 all ranks generate together, since each forward pass gathers weights; else rank 0 alone."""
+        self.module.rank.phases.enter("answer")
         sharded = self.module.zero_stage == 3
         if not (sharded or self.module.rank.is_first):
             return []
