@@ -1,7 +1,9 @@
 """The ordinary suite has a budget of time, and so has each test, measured in the speed of the machine that it runs on.
 
 The machine's speed is that of a short calculation on two cores, before the first test and after the last, against what it
-takes on a quiet machine with two cores of 2026. A slow or busy machine gets more time, a fast one no less.
+takes on a quiet machine with two cores of 2026. A slow or busy machine gets more time, a fast one no less. Where tests run side
+by side, each has the speed that they leave it, and the calculation is made now and then between them too; the suite's own budget
+knows no such excuse.
 
 What is over its limit is listed. In CI (``CI`` is set) a test that is over it fails the run, and so does a whole tier, or what
 several tests share, that is over it by half.
@@ -10,6 +12,7 @@ several tests share, that is over it by half.
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +28,8 @@ TOLERANCE = 1.5
 TEST_SECONDS = 20.0
 #: Printed at the end.
 SLOWEST = 15
+#: Seconds between two looks at the speed that tests leave each other.
+LOOK_SECONDS = 60.0
 
 _LOOP = "import time; t = time.perf_counter(); sum(i * i % 7 for i in range(6_000_000)); print(time.perf_counter() - t)"
 #: The loop's on each of two cores at the same time: AMD EPYC, Python 3.11, 2026-11-25.
@@ -42,16 +47,20 @@ def calibrate() -> float:
 class Budget:
     """Seconds of every test of this session, its set-up apart."""
 
-    def __init__(self, suite: tuple[float, float] | None):
+    def __init__(self, suite: tuple[float, float] | None, side_by_side: bool = False):
         """
         Args:
             suite: Seconds of the whole tier, and when it began; None where a part of it runs.
+            side_by_side: Whether several tests run at a time.
         """
         self.suite = suite
+        self.side_by_side = side_by_side
         self.found: list[str] = []
         self.is_fatal = False
         self.started = time.monotonic()
         self.scale = calibrate()
+        self.looked = time.monotonic()
+        self.beside: list[float] = []
         self.seconds: dict[str, float] = {}
         self.tests: set[str] = set()
         self.slow: set[str] = set()
@@ -63,11 +72,14 @@ class Budget:
         self.tests.add(report.nodeid)
         if "slow" in report.keywords:
             self.slow.add(name)
+        if self.side_by_side and time.monotonic() - self.looked > LOOK_SECONDS:
+            self.beside.append(calibrate())
+            self.looked = time.monotonic()
 
     def judge(self) -> list[str]:
         """What takes longer than it may."""
         scale = max(self.scale, calibrate())
-        limit = TEST_SECONDS * scale
+        limit = TEST_SECONDS * max(scale, statistics.median(self.beside or [1.0]))
         found = [
             f"{seconds:.1f} s of {limit:.1f} s: {test} (make it shorter, or mark it slow)"
             for test, seconds in sorted(self.seconds.items(), key=lambda pair: -pair[1])
@@ -93,7 +105,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     given = os.environ.get(SUITE_BUDGET, "").split()
     suite = (float(given[0]), float(given[1])) if len(given) == 2 else None
-    config.pluginmanager.register(Budget(suite), "llmtune-budget")
+    workers = getattr(config.option, "numprocesses", None) or 1
+    config.pluginmanager.register(Budget(suite, workers > 1), "llmtune-budget")
 
 
 @pytest.hookimpl(wrapper=True)

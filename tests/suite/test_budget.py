@@ -41,6 +41,20 @@ def test_a_test_over_its_limit_is_named_unless_it_is_marked(calm: list[float]) -
         assert (len(shared.judge()), shared.is_fatal) == (1, fatal)
 
 
+def test_tests_that_run_side_by_side_have_the_speed_that_they_leave_each_other(
+    calm: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "LOOK_SECONDS", 0.0)
+    watched = Budget((900, time.time() - 1360), side_by_side=True)
+    calm[0] = 1.5
+    for given in (report("a", 29.9), report("b", 30.1), report("c", 1)):
+        watched.pytest_runtest_logreport(given)
+    calm[0] = 1.0
+    suite, slow = watched.judge()
+    assert suite.startswith("the suite took"), "they are no excuse for the suite"
+    assert "30.1 s of 30.0 s: b" in slow
+
+
 def test_a_suite_may_take_half_as_long_again(calm: list[float]) -> None:
     assert Budget((900, time.time() - 1340)).judge() == []
     (problem,) = Budget((900, time.time() - 1360)).judge()
