@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from llmtune.launch.launcher import adopt_launcher
-from llmtune.launch.lock import hold_lock
+from llmtune.launch.lock import hold_lock, removed_if_unused
 from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.plan.units import format_seconds
 from llmtune.track.console import Console
@@ -52,9 +52,10 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     from llmtune.cli.quiet import quiet_environment, quiet_libraries
     from llmtune.cli.settings import find_problems
     from llmtune.config.compose import compose_config
+    from llmtune.data.sources import check_local_files
     from llmtune.plan.resolve import resolve_ladder
     from llmtune.train.begun import begun_train
-    from llmtune.train.run_folder import open_run_folder
+    from llmtune.train.run_folder import RunFolder, open_run_folder
 
     started = time.monotonic()
     console = Console(sys.stdout)
@@ -63,17 +64,20 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
         _hand_over(arguments, composed)
     target = resolve_target(composed)
     composed = adopt_adapter(composed, target.folder)
+    if RunFolder(target.folder).finished_step is None:
+        check_local_files(composed.config.data)
     quiet_environment()
     # Before the folder: a run that does not fit leaves nothing behind.
     with Status(console, "loading the libraries and planning"):
         ladder = resolve_ladder(composed.config, begun=begun_train(composed.config, target.folder, target.name))
     check_fits(composed.config, ladder)
     check_adapter(composed.config, ladder.shape, target.folder)
-    folder = open_run_folder(target.folder, console.say)
-    lock.enter_context(hold_lock(lock_file(folder)))
-    with start_ahead(ladder, composed.config, folder) as ahead:
-        quiet_libraries()
-        trained = Descent(composed, ladder, target, folder, console, ahead).run()
+    with removed_if_unused(lock_file(RunFolder(target.folder))):
+        folder = open_run_folder(target.folder, console.say)
+        lock.enter_context(hold_lock(lock_file(folder)))
+        with start_ahead(ladder, composed.config, folder) as ahead:
+            quiet_libraries()
+            trained = Descent(composed, ladder, target, folder, console, ahead).run()
     if trained:
         console.say(f"trained in {format_seconds(time.monotonic() - started)}, start-up included")
     return composed, target, console

@@ -212,7 +212,7 @@ class ScheduleConfig:
 
     lr_scheduler_type: SchedulerType = SchedulerType.cosine
     """``cosine`` and ``linear`` fall to 0 at the last step; ``constant`` stays."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: float = 0.05
     """Share of all steps over which the rate rises linearly."""
     warmup_steps: int | None = None
     """Warm-up in optimizer steps, instead of the ratio."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.data_schema import DataFormat
+from llmtune.config.data_schema import DataConfig, DataFormat
 from llmtune.errors import ConfigError, DataError, MissingPrerequisiteError
 
 if TYPE_CHECKING:
@@ -114,6 +114,18 @@ def _checked(entry: dict[str, Any], key: str) -> dict[str, Any]:
     except ValueError as error:
         known = ", ".join(data_format.value for data_format in DataFormat)
         raise ConfigError(f"{key}.format={entry['format']}: must be one of {known}") from error
+
+
+def check_local_files(config: DataConfig) -> None:
+    """Find out in no time whether files of this machine are there, before a model is fetched or loaded.
+
+    Raises:
+        DataError: One is not there.
+    """
+    for key, given in (("data.train", config.train), ("data.eval", config.eval)):
+        for source in parse_sources(given, key, config.format) if given is not None else ():
+            if "://" not in source.path:
+                resolve_files(source)
 
 
 def resolve_files(source: Source) -> list[DataFile]:

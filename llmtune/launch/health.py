@@ -227,7 +227,7 @@ def _limits() -> Iterator[Finding]:
             "/dev/shm",
             "note",
             f"{len(left)} buffers of ranks that are gone hold {format_bytes(held)} of memory",
-            "rm /dev/shm/deepspeed_allreduce_buffer_*",
+            f"rm {' '.join(map(str, left))}",
             functools.partial(_remove_all, left),
         )
     memory = psutil.virtual_memory()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from llmtune.errors import CheckpointError
 from llmtune.trust import open_lock
@@ -21,23 +22,48 @@ def hold_lock(path: Path) -> Iterator[None]:
         CheckpointError: Another process holds it, or it cannot be made.
         MissingPrerequisiteError: Something else is in its place.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open_lock(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error.strerror}; free space there, or take another output_dir="
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{path.parent}: another run is using this folder (process {file.read().strip() or 'unknown'}); "
-                "wait for it, or take another run_name= or output_dir="
-            ) from error
+    with _take(path) as file:
         file.truncate(0)
         # For whoever is refused. A full disk has no room for it.
         with contextlib.suppress(OSError):
             os.write(file.fileno(), str(os.getpid()).encode())
         yield
+
+
+def _take(path: Path) -> IO[str]:
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open_lock(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be written: {error.strerror}; free space there, or take another output_dir="
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with file:
+                holder = file.read().strip() or "unknown"
+            raise CheckpointError(
+                f"{path.parent}: another run is using this folder (process {holder}); "
+                "wait for it, or take another run_name= or output_dir="
+            ) from error
+        # Its holder may have removed it, with the folder, since it was opened here; then others take another file.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()
+
+
+@contextmanager
+def removed_if_unused(path: Path) -> Iterator[None]:
+    """Leave no folder behind that a block made, took the lock of, and wrote nothing into before it failed."""
+    was_there = path.parent.exists()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if not was_there and os.listdir(path.parent) == [path.name]:
+                path.unlink()
+                path.parent.rmdir()
+        raise

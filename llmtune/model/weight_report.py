@@ -91,7 +91,7 @@ class WeightReport:
     def notes(self) -> list[str]:
         """What is as it should be and worth a line in the log."""
         texts = {
-            "tied by the configuration, and not in the files": self.tied,
+            "tied by the configuration (one weight under two names), and not in the files": self.tied,
             "buffers that are not in the files, and have the architecture's own values": self.defaults,
             "in the files, and not used": self.unused,
         }

@@ -62,7 +62,11 @@ def test_a_model_that_transformers_saved_is_whole(family: str, tmp_path: Path) -
 def test_tied_and_sharded_models_are_whole(tied: bool, shard: str, tmp_path: Path) -> None:
     save_model("llama", tmp_path, tied, max_shard_size=shard)
     assert len(list(tmp_path.glob("*.safetensors"))) == (1 if shard == "1GB" else len(list(tmp_path.glob("*-of-*"))))
-    named = ["weights: tied by the configuration, and not in the files: lm_head.weight"] if tied else []
+    named = (
+        ["weights: tied by the configuration (one weight under two names), and not in the files: lm_head.weight"]
+        if tied
+        else []
+    )
     assert look(tmp_path) == named
 
 

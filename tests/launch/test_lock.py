@@ -1,0 +1,58 @@
+"""Who holds a run folder, and what is left of one that was not used."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from llmtune.errors import CheckpointError
+from llmtune.launch.lock import hold_lock, removed_if_unused
+
+
+def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / ".lock"
+    with hold_lock(lock), pytest.raises(CheckpointError, match="another run is using this folder"), hold_lock(lock):
+        pass
+    with hold_lock(lock):
+        pass
+
+
+def test_a_lock_that_its_holder_removed_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "run" / ".lock"
+    real, removed = fcntl.flock, []
+
+    def remove_before_the_first(file: object, how: int) -> None:
+        if not removed:
+            removed.append(lock.unlink())
+        real(file, how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", remove_before_the_first)
+    with hold_lock(lock):
+        assert lock.is_file(), "whoever comes next must meet the file that is held"
+        with pytest.raises(CheckpointError, match="another run"), hold_lock(lock):
+            pass
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_only_a_folder_that_was_made_in_vain_goes(was_there: bool, writes: bool, fails: bool, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    if was_there:
+        run.mkdir()
+
+    def use() -> None:
+        with removed_if_unused(run / ".lock"), hold_lock(run / ".lock"):
+            if writes:
+                (run / "config.yaml").touch()
+            if fails:
+                raise ValueError("boom")
+
+    if fails:
+        with pytest.raises(ValueError, match="boom"):
+            use()
+    else:
+        use()
+    assert run.exists() == (was_there or writes or not fails)
