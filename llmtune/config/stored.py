@@ -16,6 +16,7 @@ from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.secrets import redact_values
 from llmtune.trust import open_foreign
+from llmtune.yaml_text import to_yaml
 
 #: Of a stored configuration, which lists some hundred sources at the most.
 _MOST_BYTES = 16 << 20
@@ -85,7 +86,7 @@ def to_plain(config: Any) -> Any:
 
 def dump_yaml(config: Config) -> str:
     """The config as text that :func:`load_config` reads."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+    return to_yaml(to_plain(config))
 
 
 def dump_redacted(config: Config) -> str:

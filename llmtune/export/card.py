@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmtune import __version__
 from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
 from llmtune.errors import ExportError
@@ -39,6 +37,7 @@ from llmtune.model.stored_adapter import WEIGHTS_FILE
 from llmtune.plain_json import parse_json
 from llmtune.secrets import redact, redact_values
 from llmtune.trust import read_foreign
+from llmtune.yaml_text import to_yaml
 
 CARD, CURVES = "README.md", "loss.png"
 
@@ -85,7 +84,7 @@ def write_model_card(folder: Path, request: ExportRequest, config: ExportConfig,
         _describe_licence(base, licence),
     ]
     body = redact("\n".join(part for part in parts if part))
-    header = yaml.safe_dump(redact_values(front), sort_keys=False, allow_unicode=True, width=float("inf"))
+    header = to_yaml(redact_values(front), width=float("inf"))
     (folder / CARD).write_text(f"---\n{header}---\n\n{body}", encoding="utf-8")
 
 

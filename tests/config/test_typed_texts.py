@@ -181,6 +181,7 @@ def test_all_texts_of_a_config_survive_the_file_and_the_way_to_the_ranks(texts: 
 @example(text="${oc.env:HOME}")
 @example(text="'")
 @example(text="\\${seed}")
+@example(text="\x85")
 def test_a_text_survives_the_run_folder(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     config = compose_once()
     config.chat.prompt = text
