@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from importlib import metadata
@@ -278,11 +278,21 @@ def is_identity(key: str) -> bool:
 
 def _differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     before, after = _flatten(old), _flatten(new)
-    return [
-        (key, before.get(key), after.get(key))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        found += list(_compare(key, before.get(key), after.get(key)))
+    return found
+
+
+def _compare(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What differs; of two dictionaries, their keys that do."""
+    if before == after:
+        return
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            yield from _compare(f"{key}.{name}", before.get(name), after.get(name))
+    else:
+        yield key, before, after
 
 
 def _flatten(config: Config) -> dict[str, Any]:

@@ -68,6 +68,9 @@ def test_a_named_checkpoint_must_be_whole_and_of_this_run(tmp_path: Path) -> Non
     assert resume_point(run, named, "r", print) == folder
     with pytest.raises(CheckpointError, match="seed: 42 there, 7 now"):
         resume_point(run, config_of(f"resume_from_checkpoint={folder}", "seed=7"), "r", print)
+    # Of a long value, that of it which differs.
+    with pytest.raises(CheckpointError, match=r":\n  model.config.num_hidden_layers: 2 there, 3 now\nTake"):
+        resume_point(run, config_of(f"resume_from_checkpoint={folder}", "model.config.num_hidden_layers=3"), "r", print)
     damage(folder)
     with pytest.raises(CheckpointError, match=r"is damaged: trainer_state.json"):
         resume_point(run, named, "r", print)
