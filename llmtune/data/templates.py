@@ -24,6 +24,7 @@ from llmtune.data.speakers import Speakers
 from llmtune.data.thinking import explain_difference
 from llmtune.data.verbatim import Verbatim, find_verbatim
 from llmtune.errors import ConfigError
+from llmtune.template_bounds import bounded_template
 from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 
 if TYPE_CHECKING:
@@ -313,20 +314,25 @@ class ChatTemplate:
             prompt: Add what stands before an answer.
             marks: Also find the places that the template marks.
             as_text: Whether arguments of calls are JSON text; None is as the template wants them.
+
+        Raises:
+            ConfigError: The template does not end.
         """
         # What tokenizer.apply_chat_template calls, without the tokenizer around it, which costs half as much again. Its
         # annotation says str for what is a list of texts and one of spans.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
-        texts, spans = render(
-            [[self._to_dict(message, as_text) for message in messages]],
-            tools=list(conversation.tools) or None,
-            chat_template=self._text,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=prompt,
-            **self._variables,
-        )
+        values = [self._to_dict(message, as_text) for message in messages]
+        with bounded_template():
+            texts, spans = render(
+                [values],
+                tools=list(conversation.tools) or None,
+                chat_template=self._text,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
         return texts[0], list(spans[0]) if marks else []
 
 

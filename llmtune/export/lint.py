@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmtune.errors import ExportError
+from llmtune.errors import ConfigError, ExportError
 from llmtune.export.companions import has_tokenizer
 from llmtune.export.streamed_model import build_skeleton, tied_aliases
 from llmtune.export.tensors import TensorSource, find_name, is_embedding, some
 from llmtune.plain_json import parse_json
+from llmtune.template_bounds import bounded_template
 from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -123,9 +124,10 @@ def _check_tokenizer(folder: Path, vocabulary: int, notes: list[str]) -> list[st
 
 def _check_template(tokenizer: Any) -> list[str]:
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
-        )
-    except TEMPLATE_ERRORS as error:
+        with bounded_template():
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+            )
+    except (*TEMPLATE_ERRORS, ConfigError) as error:
         return [f"the chat template fails on a question of a user ({describe_template_error(error)})"]
     return [] if "Hello" in str(text) else ["the chat template leaves out what a user asks"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError
 from llmtune.process import no_collection
+from llmtune.template_bounds import bounded_template
 from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
     """A conversation as text, up to where the model answers.
 
     Raises:
-        ConfigError: The chat template refuses it.
+        ConfigError: The chat template refuses it, or does not end.
     """
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        with bounded_template():
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except TEMPLATE_ERRORS as error:
         roles = [message["role"] for message in messages]
         advice = "leave chat.system out, or take" if "system" in roles else "take"
@@ -82,6 +84,6 @@ def _render_sample(tokenizer: PreTrainedTokenizerBase) -> str:
     """A conversation that the chat template takes: some want a system prompt. Empty where it takes none."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for conversation in (messages, [{"role": "system", "content": "c"}, *messages]):
-        with contextlib.suppress(*TEMPLATE_ERRORS):
+        with contextlib.suppress(*TEMPLATE_ERRORS), bounded_template():
             return str(tokenizer.apply_chat_template(conversation, tokenize=False)).rstrip()
     return ""

@@ -1,0 +1,108 @@
+"""A chat template is a program of somebody else's, and may never end: it gets so much of the processor's time, and no more."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+from llmtune.errors import ConfigError
+
+#: Of the processor's time for one conversation; the templates of published models take milliseconds.
+SECONDS = 10.0
+_POLL_SECONDS = 0.2
+
+
+class _EndlessError(BaseException):
+    """Raised in the middle of a template. No ``except Exception`` on the way takes it for its own."""
+
+
+@dataclass(slots=True)
+class _Render:
+    thread: int
+    clock: int
+    """Of the thread's own time: one that has to wait for others is not slow."""
+    deadline: float
+    is_stopped: bool = False
+
+
+class _Watch:
+    """One thread for all renderings of a process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.renders: dict[int, _Render] = {}
+        self._thread: threading.Thread | None = None
+
+    def add(self, render: _Render) -> None:
+        with self.lock:
+            self.renders[render.thread] = render
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, name="template-bounds", daemon=True)
+                self._thread.start()
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(_POLL_SECONDS)
+            with self.lock:
+                for render in self.renders.values():
+                    if not render.is_stopped and time.clock_gettime(render.clock) > render.deadline:
+                        render.is_stopped = True
+                        _raise_in(render.thread, _EndlessError)
+
+
+_watch = _Watch()
+
+
+def _forget() -> None:
+    """The child of a fork has no thread but its own."""
+    global _watch
+    _watch = _Watch()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+class bounded_template:  # noqa: N801 - a context manager reads as a function
+    """In the block, this thread renders one template.
+
+    Raises:
+        ConfigError: At the end of the block, where it took too long.
+    """
+
+    __slots__ = ("_render",)
+
+    def __enter__(self) -> None:
+        thread = threading.get_ident()
+        clock = time.pthread_getcpuclockid(thread)
+        self._render = _Render(thread, clock, time.clock_gettime(clock) + SECONDS)
+        _watch.add(self._render)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._end()
+        except _EndlessError:
+            # It came between the last line of the block and this one.
+            self._end()
+        if self._render.is_stopped:
+            raise ConfigError(
+                f"the chat template has not ended after {SECONDS:g} s of computing, for one conversation: take another "
+                "data.chat_template, or mend it"
+            ) from None
+
+    def _end(self) -> None:
+        with _watch.lock:
+            _watch.renders.pop(self._render.thread, None)
+            if self._render.is_stopped:
+                # Where it is raised already, there is nothing to take back.
+                _raise_in(self._render.thread, None)
+
+
+def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+    """Raise an exception in a thread as soon as it is at its next instruction; with None, take that back."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind) if kind else None)

@@ -1,0 +1,134 @@
+"""A stranger's chat template may loop: it is ended, wherever it is rendered, and nothing else is."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtune import template_bounds
+from llmtune.config.schema import ModelConfig
+from llmtune.data.conversation import Conversation, Message, Role
+from llmtune.data.templates import ChatTemplates, check_chat_template
+from llmtune.errors import ConfigError
+from llmtune.export.lint import _check_template
+from llmtune.model.tokenizer import end_of_turn_ids, load_tokenizer, render_prompt
+from llmtune.template_bounds import bounded_template
+
+#: More than a machine does in a lifetime, by means that Jinja's sandbox allows.
+ENDLESS = {
+    "loops in loops": "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3,
+    "a macro": "{% macro f(n) %}{% for a in range(9) %}{{ f(n - 1) if n else '' }}{% endfor %}{% endmacro %}{{ f(90) }}",
+    "lipsum": "{{ lipsum(n=10**12) }}",
+    "filters": "{% for a in range(99999) %}{{ range(99999)|map('string')|join|length }}{% endfor %}",
+}
+ROW = Conversation((Message(Role.user, "a"), Message(Role.assistant, "b")))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_bounds, "SECONDS", 0.3)
+
+
+def tokenizer_with(template: str, folder: Path) -> Any:
+    tokenizer = load_tokenizer(folder, ModelConfig(name_or_path="random"), None)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_that_does_not_end_is_ended(template: str, tiny_model: Path) -> None:
+    tokenizer = tokenizer_with(template, tiny_model)
+    check_chat_template(tokenizer, "m")
+    ways: list[Callable[[], object]] = [
+        lambda: ChatTemplates(tokenizer).render(ROW),
+        lambda: ChatTemplates(tokenizer).render_prompt(ROW),
+        lambda: render_prompt(tokenizer, [{"role": "user", "content": "a"}]),
+        lambda: end_of_turn_ids(tokenizer),
+    ]
+    for way in ways:
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match=r"the chat template has not ended after 0.3 s"):
+            way()
+        assert time.monotonic() - began < 10
+    (problem,) = _check_template(tokenizer)
+    assert "has not ended" in problem
+
+
+def test_other_threads_are_ended_too_and_what_follows_is_not(tiny_model: Path) -> None:
+    tokenizer = tokenizer_with(ENDLESS["loops in loops"], tiny_model)
+    found: list[BaseException | None] = []
+
+    def render() -> None:
+        try:
+            ChatTemplates(tokenizer).render(ROW)
+        except BaseException as error:
+            found.append(error)
+        # Nothing is left that would end this.
+        sum(number % 7 for number in range(3_000_000))
+        found.append(None)
+
+    threads = [threading.Thread(target=render) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(type(error).__name__ for error in found) == ["ConfigError"] * 3 + ["NoneType"] * 3
+
+
+def test_waiting_is_not_computing() -> None:
+    with bounded_template():
+        time.sleep(1.0)
+
+
+def test_time_is_counted_for_each_template_anew() -> None:
+    for _ in range(6):
+        with bounded_template():
+            began = time.thread_time()
+            while time.thread_time() - began < 0.1:
+                pass
+
+
+def test_what_a_template_raises_is_not_lost() -> None:
+    with pytest.raises(ValueError, match="of the template"), bounded_template():
+        raise ValueError("of the template")
+
+
+def test_the_moment_of_the_end_is_safe() -> None:
+    """Blocks that end about when their time does: each raises the one error or none, and nothing comes later."""
+    raised = 0
+    for number in range(12):
+        try:
+            with bounded_template():
+                began = time.thread_time()
+                while time.thread_time() - began < 0.28 + 0.02 * number:
+                    pass
+        except ConfigError:
+            raised += 1
+        time.sleep(0.01)
+        sum(range(1000))
+    assert 0 < raised < 12
+
+
+@pytest.mark.process
+def test_a_child_of_a_fork_is_watched_too() -> None:
+    with bounded_template():
+        pass
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with bounded_template():
+                while True:
+                    pass
+        except ConfigError:
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
