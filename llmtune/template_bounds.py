@@ -38,6 +38,7 @@ class _Watch:
         self._thread: threading.Thread | None = None
 
     def add(self, render: _Render) -> None:
+        """Look at it from now on."""
         with self.lock:
             self.renders[render.thread] = render
             if self._thread is None:
