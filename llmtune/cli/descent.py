@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.cli.prepare import describe, resolve_request
+from llmtune.cli.ranks_ahead import RanksAhead, Surroundings
 from llmtune.config.schema import OffloadDevice
 from llmtune.errors import DoesNotFitError, LlmtuneError
-from llmtune.launch.environment import restored_environment, return_freed_memory, set_defaults
+from llmtune.launch.environment import restored_environment
 from llmtune.launch.nvme import check_nvme, hold_swap_folder, swap_folder
 from llmtune.launch.ops import ensure_ops
 from llmtune.launch.out_of_memory import MemoryEvent, RanOutOfMemoryError
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
     from llmtune.plan.ladder import Candidate, Ladder
-    from llmtune.plan.placement import Placement
     from llmtune.plan.resolve import Plan
     from llmtune.track.console import Console
     from llmtune.train.request import RunRequest
@@ -52,11 +52,11 @@ class Descent:
         target: RunTarget,
         folder: RunFolder,
         console: Console,
-        ahead: RankGroup | None = None,
+        ahead: RanksAhead | None = None,
     ):
         """
         Args:
-            ahead: Ranks of the first attempt that wait already; see :func:`start_ahead`.
+            ahead: Where ranks of the first attempt may wait already.
         """
         self.ahead = ahead
         self.composed = composed
@@ -111,6 +111,8 @@ class Descent:
 
     def _prepare(self, candidate: Candidate) -> RunRequest | None:
         plan = place_swap(plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target)
+        if self.ahead is not None:
+            self.ahead.start(Surroundings.of(plan))
         with Status(self.console, "preparing the model and the data"):
             return resolve_request(
                 self.composed, plan, self.target, self.folder, self.console, {"history": self.history}
@@ -119,7 +121,7 @@ class Descent:
     def _take_ahead(self) -> RankGroup | None:
         """Once: a further attempt may be on another rung, with other variables."""
         ahead, self.ahead = self.ahead, None
-        return ahead
+        return ahead.take() if ahead is not None else None
 
     def _wait_for_restart(self, failure: RanksFailedError, request: RunRequest) -> None:
         wait_seconds = self.restarts.take(failure, _step(request.resume_from))
@@ -239,33 +241,6 @@ def hold_nvme(config: Config, plan: Plan, run_folder: Path, console: Console) ->
         yield
 
 
-@contextmanager
-def start_ahead(ladder: Ladder, config: Config, folder: RunFolder) -> Iterator[RankGroup | None]:
-    """Ranks that import their libraries while this process reads the model and the data; ended where nobody took them.
-
-    None for a run that is finished and for one that ran out of memory before: there may be nothing to do, or elsewhere.
-    """
-    candidate = ladder.chosen
-    if candidate is None or folder.finished_step is not None or folder.read_history():
-        yield None
-        return
-    with restored_environment():
-        set_rank_defaults(ladder.hardware.accelerator, ladder.world_size, candidate.placement)
-        group = RankGroup(["-m", "llmtune.cli.rank", "--ahead", config.tuner.kind.value], ladder.world_size, ahead=True)
-    try:
-        yield group
-    finally:
-        if group.waits:
-            group.close()
-
-
-def set_rank_defaults(accelerator: str, world_size: int, placement: Placement) -> None:
-    """The variables that ranks of a placement are started with."""
-    set_defaults(accelerator, world_size)
-    if placement.uses_nvme:
-        return_freed_memory()
-
-
 def run_request(request: RunRequest, console: Console, ahead: RankGroup | None = None) -> None:
     """Start the ranks of one attempt, or tell those that were started ahead, and wait for their end."""
     plan = request.plan
@@ -275,7 +250,7 @@ def run_request(request: RunRequest, console: Console, ahead: RankGroup | None =
         tempfile.TemporaryDirectory(prefix="llmtune-") as folder,
         hold_nvme(request.config, plan, request.run_folder, console),
     ):
-        set_rank_defaults(plan.hardware.accelerator, plan.world_size, plan.placement)
+        Surroundings.of(plan).set_variables()
         ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
         path = Path(folder) / "request.json"
         path.write_text(request.to_json())

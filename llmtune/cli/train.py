@@ -47,9 +47,10 @@ def _supervise(arguments: Arguments) -> int:
 def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, Console]:
     """Until the model is trained; ``lock`` then holds the run folder."""
     from llmtune.cli.adapter import adopt_adapter, check_adapter
-    from llmtune.cli.descent import Descent, check_fits, start_ahead
+    from llmtune.cli.descent import Descent, check_fits
     from llmtune.cli.prepare import lock_file, resolve_target
     from llmtune.cli.quiet import quiet_environment, quiet_libraries
+    from llmtune.cli.ranks_ahead import RanksAhead, Surroundings
     from llmtune.cli.settings import find_problems
     from llmtune.config.compose import compose_config
     from llmtune.data.sources import check_local_files
@@ -64,20 +65,23 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
         _hand_over(arguments, composed)
     target = resolve_target(composed)
     composed = adopt_adapter(composed, target.folder)
-    if RunFolder(target.folder).finished_step is None:
-        check_local_files(composed.config.data)
     quiet_environment()
-    # Before the folder: a run that does not fit leaves nothing behind.
-    with Status(console, "loading the libraries and planning"):
-        ladder = resolve_ladder(composed.config, begun=begun_train(composed.config, target.folder, target.name))
-    check_fits(composed.config, ladder)
-    check_adapter(composed.config, ladder.shape, target.folder)
-    with removed_if_unused(lock_file(RunFolder(target.folder))):
+    there = RunFolder(target.folder)
+    if there.finished_step is None:
+        check_local_files(composed.config.data)
+    with RanksAhead(composed.config.tuner.kind.value) as ahead, removed_if_unused(lock_file(there)):
+        # Not for a run that is finished, nor for one that ran out of memory: there may be nothing to do, or elsewhere.
+        is_first = there.finished_step is None and not there.read_history()
+        ahead.start(Surroundings.guess(composed.config) if is_first else None)
+        # Before the folder: a run that does not fit leaves nothing behind.
+        with Status(console, "loading the libraries and planning"):
+            ladder = resolve_ladder(composed.config, begun=begun_train(composed.config, target.folder, target.name))
+        check_fits(composed.config, ladder)
+        check_adapter(composed.config, ladder.shape, target.folder)
         folder = open_run_folder(target.folder, console.say)
         lock.enter_context(hold_lock(lock_file(folder)))
-        with start_ahead(ladder, composed.config, folder) as ahead:
-            quiet_libraries()
-            trained = Descent(composed, ladder, target, folder, console, ahead).run()
+        quiet_libraries()
+        trained = Descent(composed, ladder, target, folder, console, ahead if is_first else None).run()
     if trained:
         console.say(f"trained in {format_seconds(time.monotonic() - started)}, start-up included")
     return composed, target, console

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import sys
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from llmtune.errors import MissingPrerequisiteError
@@ -84,6 +85,27 @@ def hidden_gpus() -> str | None:
     except Exception:
         return None
     return f"{count} NVIDIA GPU(s) with driver {driver}" if count else None
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use, as NVML and ``CUDA_VISIBLE_DEVICES`` say, in no time; 0 where NVML does not.
+
+    Whether torch can use them is another question: :func:`visible_gpus`.
+    """
+    if "pynvml" not in sys.modules and not _can_load("libnvidia-ml.so.1"):
+        return 0
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        count = int(pynvml.nvmlDeviceGetCount())
+    except Exception:
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count
+    named = takewhile(_names_gpus, visible.split(","))
+    return sum(not name.strip().isdigit() or int(name) < count for name in named)
 
 
 def check_hidden_gpus() -> None:

@@ -15,12 +15,17 @@ from tests.support import TINY, losses, run
 #: Tells what stood when the ranks were started, and what the supervisor has left of their variables afterwards.
 _PROGRAM = """
 import os, sys
-from llmtune.cli import descent, main
-real = descent.RankGroup
-def spy(*arguments, **named):
-    print("torch before ranks:", "torch" in sys.modules, flush=True)
-    return real(*arguments, **named)
-descent.RankGroup = spy
+from llmtune.cli import main, ranks_ahead
+from llmtune.plan import resolve
+def spy(module, name, what):
+    real = getattr(module, name)
+    def call(*arguments, **named):
+        made = real(*arguments, **named)
+        print(what, "torch" in sys.modules, flush=True)
+        return made
+    setattr(module, name, call)
+spy(ranks_ahead, "RankGroup", "ranks are started; torch:")
+spy(resolve, "resolve_ladder", "the plan is made; torch:")
 code = main.main()
 print("threads left:", os.environ.get("OMP_NUM_THREADS"), os.environ.get("TOKENIZERS_PARALLELISM"), flush=True)
 sys.exit(code)
@@ -39,7 +44,10 @@ def test_a_run_that_starts_cold_trains_and_its_ranks_do_not_wait_for_torch(
     resolve_ladder(compose_config(JOB).config)
     done = run([sys.executable, "-c", _PROGRAM, *JOB, f"output_dir={tmp_path}/run"])
     assert done.code == 0, done.out + done.err
-    assert "torch before ranks: False" in done.out, "the supervisor plans without it"
+    told = [line for line in done.out.splitlines() if "; torch:" in line]
+    assert told == ["the plan is made; torch: False", "ranks are started; torch: False"], (
+        "the supervisor plans without it"
+    )
     assert "threads left: None None" in done.out, "what ranks are given is theirs alone"
     assert len(losses(tmp_path / "run")) == 2
     versions = json.loads((tmp_path / "run" / "environment.json").read_text())

@@ -69,6 +69,39 @@ def test_a_run_with_the_optimizer_on_the_host_is_that_of_a_cpu(on_cpu: Path, tmp
     assert talk.code == 0, talk.err
 
 
+#: Tells when ranks are started, and when the plan for them is there.
+_TELLING = """
+import sys
+from llmtune.cli import main, ranks_ahead
+from llmtune.plan import resolve
+real = ranks_ahead.RankGroup, resolve.resolve_ladder
+def start(command, world_size, ahead):
+    print(f"{world_size} rank(s) started", flush=True)
+    return real[0](command, world_size, ahead)
+def plan(*arguments, **named):
+    made = real[1](*arguments, **named)
+    print("planned", flush=True)
+    return made
+ranks_ahead.RankGroup, resolve.resolve_ladder = start, plan
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("counted", "told"),
+    [("2", ["2 rank(s) started", "planned"]), ("1", ["1 rank(s) started", "planned", "2 rank(s) started"])],
+)
+def test_ranks_are_started_before_the_plan_and_anew_if_it_is_for_others(
+    counted: str, told: list[str], on_cpu: Path, tmp_path: Path
+) -> None:
+    job = [text for text in JOB if not text.startswith("launch.nproc")]
+    command = [sys.executable, "-c", _TELLING, *job, ON_GPUS, f"output_dir={tmp_path}/run"]
+    done = run(command, env={**GPUS, "PRETEND_NVML": counted}, timeout=200)
+    assert done.code == 0, done.err
+    assert [line for line in done.out.splitlines() if line in (*told, "planned")] == told
+    assert largest_difference(losses(tmp_path / "run"), losses(on_cpu)) < 1e-5
+
+
 def test_a_run_that_was_stopped_and_killed_goes_on_to_the_same_losses(on_cpu: Path, tmp_path: Path) -> None:
     """With copies of its checkpoints elsewhere; after the kill they are all that is left."""
     folder = tmp_path / "run"

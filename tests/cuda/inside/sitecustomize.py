@@ -2,6 +2,7 @@
 
     PRETEND_DEVICES   how many there are
     PRETEND_MEMORY    bytes of each
+    PRETEND_NVML      how many NVML counts, where that is another number
 
 DeepSpeed is given the pretend accelerator as soon as it looks for one, and llmtune's planning is shown the cards.
 """
@@ -66,7 +67,19 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _make_nvml() -> ModuleType:
+    """The module, with what llmtune asks it first; whatever else it asks, such a driver does not know."""
+    nvml = ModuleType("pynvml")
+    count = int(os.environ.get("PRETEND_NVML", os.environ["PRETEND_DEVICES"]))
+    nvml.nvmlInit = lambda: None  # type: ignore[attr-defined]
+    nvml.nvmlDeviceGetCount = lambda: count  # type: ignore[attr-defined]
+    return nvml
+
+
 if "PRETEND_DEVICES" in os.environ:
+    if "RANK" not in os.environ:
+        # torch asks it in ranks, and for more.
+        sys.modules["pynvml"] = _make_nvml()
     sys.path.append(str(Path(__file__).parent.parent.parent.parent))
     sys.meta_path.insert(0, _Finder())
     # A test's process may begin with libraries that are imported already.

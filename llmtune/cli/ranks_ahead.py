@@ -1,0 +1,93 @@
+"""Ranks that import their libraries while the supervisor plans and prepares: on a GPU machine either takes a dozen seconds."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from llmtune.config.schema import Accelerator, Config
+from llmtune.launch.environment import restored_environment, return_freed_memory, set_defaults
+from llmtune.launch.rank_group import RankGroup
+from llmtune.plan.gpus import count_gpus
+
+if TYPE_CHECKING:
+    from llmtune.plan.resolve import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What ranks are started with, and cannot be given later."""
+
+    accelerator: str
+    world_size: int
+    uses_nvme: bool
+
+    @classmethod
+    def of(cls, plan: Plan) -> Surroundings:
+        """Those that a plan is for."""
+        return cls(plan.hardware.accelerator, plan.world_size, plan.placement.uses_nvme)
+
+    @classmethod
+    def guess(cls, config: Config) -> Surroundings | None:
+        """Those that the plan will most likely come to, found out without torch; None where that is open.
+
+        None on a CPU too: there planning needs no torch, as a rule, and its ranks would take the cores that it has.
+        """
+        if config.offload.nvme_path is not None or config.hardware.nodes > 1:
+            return None
+        gpus = count_gpus()
+        wanted = config.hardware.accelerator
+        accelerator = wanted.value
+        if wanted is Accelerator.auto:
+            accelerator = os.environ.get("DS_ACCELERATOR", "cuda" if gpus else "cpu")
+        ranks = config.launch.nproc or config.hardware.gpus_per_node or gpus
+        return cls("cuda", ranks, False) if accelerator == "cuda" and 0 < ranks <= gpus else None
+
+    def set_variables(self) -> None:
+        """In the environment, for the ranks."""
+        set_defaults(self.accelerator, self.world_size)
+        if self.uses_nvme:
+            return_freed_memory()
+
+
+class RanksAhead:
+    """Ranks of the first attempt, ended with the block where nobody told them what to do."""
+
+    def __init__(self, tuner: str):
+        self._tuner = tuner
+        self._surroundings: Surroundings | None = None
+        self._group: RankGroup | None = None
+
+    def __enter__(self) -> RanksAhead:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self, surroundings: Surroundings | None) -> None:
+        """Start them, or start others where these were started with something else."""
+        if surroundings == self._surroundings:
+            return
+        self.close()
+        self._surroundings = surroundings
+        if surroundings is None:
+            return
+        with restored_environment():
+            surroundings.set_variables()
+            command = ["-m", "llmtune.cli.rank", "--ahead", self._tuner]
+            self._group = RankGroup(command, surroundings.world_size, ahead=True)
+
+    def take(self) -> RankGroup | None:
+        """For an attempt; a second one starts its own, which may be on another rung, with other variables."""
+        group, waits = self._group, self._group is not None and self._group.waits
+        return group if waits else None
+
+    def close(self) -> None:
+        """End those that wait."""
+        if self._group is not None and self._group.waits:
+            self._group.close()
+        self._group = self._surroundings = None
