@@ -20,8 +20,8 @@ PLACEMENTS = [
 ]
 TUNERS, PRECISIONS, ROWS, RANKS = ["full", "lora"], ["fp32", "bf16", "fp16"], ["padded", "packed"], [1, 2]
 
-#: Largest difference of a loss of about 6.
-CLOSE = {"fp32": 1e-6, "bf16": 2e-4, "fp16": 2e-4}
+#: Largest difference of a loss of about 6. In 16 bits two ranks round other sums: 2.04e-4 was seen, with one thread.
+CLOSE = {"fp32": 1e-6, "bf16": 4e-4, "fp16": 4e-4}
 STEPS, SAVED = 3, 1
 
 
