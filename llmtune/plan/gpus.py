@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import os
 import sys
@@ -128,12 +129,20 @@ def check_hidden_gpus() -> None:
 
 def knows_exact_pins() -> bool:
     """Whether the installed torch knows the setting; an older one refuses the word."""
-    try:
-        version = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
+    version = _torch_version()
+    if version is None:
         return False
     major, minor = version.split(".")[:2]
     return (int(major), int(minor)) >= _FIRST_WITH_EXACT_PINS
+
+
+@functools.cache
+def _torch_version() -> str | None:
+    """Of the installed one, which is asked for with every placement, and looked up on the disk."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def pins_exactly() -> bool:

@@ -125,11 +125,15 @@ def sub_groups(groups: list[list[TensorShape]], world_size: int, sub_group_size:
             found.append(group)
             continue
         current: list[TensorShape] = []
-        for index, tensor in enumerate(group):
+        held = 0
+        for tensor in group:
             current.append(tensor)
-            if rank_numel(current, world_size) >= sub_group_size or index == len(group) - 1:
+            held += partition_numel(tensor.numel, world_size)
+            if held >= sub_group_size:
                 found.append(current)
-                current = []
+                current, held = [], 0
+        if current:
+            found.append(current)
     return found
 
 

@@ -298,7 +298,7 @@ def test_host_memory_is_what_the_control_groups_leave(
 def test_allocators_are_told_what_they_know_and_users_win(
     torch_version: str, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpus.importlib.metadata, "version", lambda _: torch_version)
+    monkeypatch.setattr(gpus, "_torch_version", lambda: torch_version)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     set_allocator_default()
