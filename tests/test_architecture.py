@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -68,14 +70,14 @@ def test_the_package_is_what_the_layers_name() -> None:
     assert len(FILES) > 40
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_a_file_imports_only_lower_layers(path: Path) -> None:
+def imports_higher_layers(path: Path) -> Iterator[str]:
+    """A file imports only what lies lower."""
     folder = relative(path).split("/")[0]
-    if folder not in LAYERS:
-        return
-    used = {name.split(".")[1] for name in imports(path) if name.startswith("llmtune.") and name.count(".")}
-    above = (used & set(LAYERS)) - LAYERS[folder] - {folder}
-    assert not above, f"{relative(path)} imports {above}"
+    if folder in LAYERS:
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("llmtune.") and name.count(".")}
+        above = (used & set(LAYERS)) - LAYERS[folder] - {folder}
+        if above:
+            yield f"imports {above}"
 
 
 def test_no_import_cycle() -> None:
@@ -96,46 +98,95 @@ def test_no_import_cycle() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_a_file_tells_one_story(path: Path) -> None:
+def tells_several_stories(path: Path) -> Iterator[str]:
+    """A file says what it is for, and is short, and so are its functions."""
     text = path.read_text()
-    assert len(text.splitlines()) <= MAX_FILE_LINES
+    if len(text.splitlines()) > MAX_FILE_LINES:
+        yield f"has {len(text.splitlines())} lines"
     tree = ast.parse(text)
-    assert ast.get_docstring(tree), f"{relative(path)} has no docstring"
+    if not ast.get_docstring(tree):
+        yield "has no docstring"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
-            assert lines <= MAX_FUNCTION_LINES, f"{relative(path)}:{node.lineno} {node.name} has {lines} lines"
+            if lines > MAX_FUNCTION_LINES:
+                yield f"line {node.lineno}: {node.name} has {lines} lines"
             names = [a.arg for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
-            assert len(names) <= MAX_ARGUMENTS, f"{relative(path)}:{node.lineno} {node.name} takes {names}"
+            if len(names) > MAX_ARGUMENTS:
+                yield f"line {node.lineno}: {node.name} takes {names}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_deepspeed_stays_behind_its_doors(path: Path) -> None:
+def lets_deepspeed_out(path: Path) -> Iterator[str]:
+    """DeepSpeed stays behind its doors."""
     if relative(path).split("/")[0] not in DEEPSPEED_FOLDERS:
-        assert not any(name.split(".")[0] == "deepspeed" for name in imports(path))
+        yield from sorted(f"imports {name}" for name in imports(path) if name.split(".")[0] == "deepspeed")
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_what_is_random_is_drawn_in_one_place(path: Path) -> None:
-    """So that every draw has a name of its own. Numbers that are the same in every run are another matter."""
+def draws_by_itself(path: Path) -> Iterator[str]:
+    """What is random is drawn in one place, so that every draw has a name. Numbers that are the same in every run are not."""
     if relative(path) not in ("draws.py", "model/random_model.py", "export/graph_model.py", "export/answers.py"):
         text = path.read_text()
-        assert "random" not in imports(path)
-        assert "default_rng" not in text
-        assert "Generator()." not in text
-        assert text.count("manual_seed(") == text.count("manual_seed(torch_seed(")
+        if "random" in imports(path):
+            yield "imports random"
+        yield from (f"has {word}" for word in ("default_rng", "Generator().") if word in text)
+        if text.count("manual_seed(") != text.count("manual_seed(torch_seed("):
+            yield "seeds torch with something else than torch_seed"
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_only_the_builders_see_the_whole_config(path: Path) -> None:
-    if "llmtune.config.schema.Config" in imports(path):
-        assert relative(path).split("/")[0] in SEES_CONFIG or relative(path) in SEES_CONFIG_FILES
+def sees_the_whole_config(path: Path) -> Iterator[str]:
+    """Only the builders do."""
+    sees = "llmtune.config.schema.Config" in imports(path)
+    if sees and relative(path).split("/")[0] not in SEES_CONFIG and relative(path) not in SEES_CONFIG_FILES:
+        yield "imports Config"
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_no_drawers(path: Path) -> None:
-    assert path.stem not in {"utils", "common", "helpers", "misc", "manager"}
+def is_a_drawer(path: Path) -> Iterator[str]:
+    """There are none."""
+    if path.stem in {"utils", "common", "helpers", "misc", "manager"}:
+        yield "is a drawer"
+
+
+RULES = (
+    *(imports_higher_layers, tells_several_stories, lets_deepspeed_out, draws_by_itself, sees_the_whole_config),
+    is_a_drawer,
+)
+
+
+@pytest.mark.parametrize("broken", RULES, ids=lambda rule: rule.__name__)
+def test_no_file_breaks_the_rule(broken: Callable[[Path], Iterator[str]]) -> None:
+    assert [f"{relative(path)}: {problem}" for path in FILES for problem in broken(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "name", "text", "problem"),
+    [
+        (imports_higher_layers, "data/a.py", "from llmtune.train.loop import run", "imports {'train'}"),
+        (tells_several_stories, "data/a.py", '"""A."""\n' * 401, "has 401 lines"),
+        (tells_several_stories, "data/a.py", "a = 1", "has no docstring"),
+        (tells_several_stories, "data/a.py", '"""A."""\ndef f():\n' + "    a\n" * 60, "line 2: f has 61 lines"),
+        (tells_several_stories, "a.py", '"""A."""\ndef f(a, b, c, d, e, f, g, h): ...', "line 2: f takes "),
+        (lets_deepspeed_out, "train/a.py", "import deepspeed.comm", "imports deepspeed.comm"),
+        (draws_by_itself, "data/a.py", "import random", "imports random"),
+        (draws_by_itself, "data/a.py", "rng = np.random.default_rng(1)", "has default_rng"),
+        (draws_by_itself, "data/a.py", "torch.manual_seed(1)", "seeds torch"),
+        (sees_the_whole_config, "data/a.py", "from llmtune.config.schema import Config", "imports Config"),
+        (is_a_drawer, "data/utils.py", "", "is a drawer"),
+    ],
+)
+def test_a_rule_finds_what_breaks_it(
+    broken: Callable[[Path], Iterator[str]],
+    name: str,
+    text: str,
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    (found,) = broken(path)
+    assert found.startswith(problem)
 
 
 def test_every_public_function_says_what_it_is_for() -> None:
