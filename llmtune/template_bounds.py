@@ -1,4 +1,8 @@
-"""A chat template is a program of somebody else's, and may never end: it gets so much of the processor's time, and no more."""
+"""A chat template is a program of somebody else's, and may never end: it gets so much of the processor's time, and no more.
+
+What is ended are loops, at their next instruction. A single operation on huge numbers or texts cannot be ended from here;
+powers, which make the largest out of three letters, are refused before a template is compiled.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,15 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
+import jinja2
+
 from llmtune.errors import ConfigError
 
 #: Of the processor's time for one conversation; the templates of published models take milliseconds.
 SECONDS = 10.0
 _POLL_SECONDS = 0.2
+#: Of a power in a template.
+_MOST_EXPONENT = 64
 
 
 class _EndlessError(BaseException):
@@ -49,8 +57,15 @@ class _Watch:
         while True:
             time.sleep(_POLL_SECONDS)
             with self.lock:
-                for render in self.renders.values():
-                    if not render.is_stopped and time.clock_gettime(render.clock) > render.deadline:
+                for render in list(self.renders.values()):
+                    try:
+                        is_over = time.clock_gettime(render.clock) > render.deadline
+                    except OSError:
+                        # The thread has ended.
+                        del self.renders[render.thread]
+                        continue
+                    if is_over:
+                        # At each look again, in case something swallowed the one before.
                         render.is_stopped = True
                         _raise_in(render.thread, _EndlessError)
 
@@ -68,7 +83,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 class bounded_template:  # noqa: N801 - a context manager reads as a function
-    """In the block, this thread renders one template.
+    """In the block, this thread renders or compiles one template. Such blocks do not nest.
 
     Raises:
         ConfigError: At the end of the block, where it took too long.
@@ -102,6 +117,22 @@ class bounded_template:  # noqa: N801 - a context manager reads as a function
             if self._render.is_stopped:
                 # Where it is raised already, there is nothing to take back.
                 _raise_in(self._render.thread, None)
+
+
+def refuse_powers(tree: jinja2.nodes.Template) -> None:
+    """Jinja computes what is constant when it compiles a template, and ``9**9**9`` for ever.
+
+    Raises:
+        ConfigError: The template has a power of a power, or one with an exponent that is not a small number.
+    """
+    for power in tree.find_all(jinja2.nodes.Pow):
+        exponent = power.right.value if isinstance(power.right, jinja2.nodes.Const) else None
+        is_small = isinstance(exponent, int | float) and abs(exponent) <= _MOST_EXPONENT
+        if not is_small or power.left.find(jinja2.nodes.Pow):
+            raise ConfigError(
+                f"the chat template raises to a power that may be any, in line {power.lineno}: take another data.chat_template, "
+                "or mend it"
+            )
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:

@@ -6,6 +6,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from llmtune.terminal import show_controls
+from llmtune.track.console import Console
+from llmtune.track.status import Status
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -13,19 +15,18 @@ if TYPE_CHECKING:
 
 def main(arguments: Arguments) -> int:
     """Answer ``chat.prompt``, or each line of the standard input with the conversation so far."""
-    from llmtune.cli.quiet import quiet_libraries
     from llmtune.config.compose import compose_config
 
     composed = compose_config(arguments.overrides, arguments.config_dir)
-    quiet_libraries()
-
-    from llmtune.cli.target import load_model, resolve_target
-    from llmtune.model.answer import answer
-    from llmtune.track.console import Console
-    from llmtune.track.status import Status
-
     settings = composed.config.chat
-    with Status(Console(sys.stderr), "loading the model"):
+    with Status(Console(sys.stderr), "loading the libraries and the model"):
+        from llmtune.cli.quiet import quiet_libraries
+
+        quiet_libraries()
+
+        from llmtune.cli.target import load_model, resolve_target
+        from llmtune.model.answer import answer
+
         target = resolve_target(composed)
         model, tokenizer = load_model(target)
     history = [{"role": "system", "content": settings.system}] if settings.system else []

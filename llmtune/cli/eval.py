@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune.config.data_schema import name_data
 from llmtune.terminal import to_json_line, to_terminal
+from llmtune.track.console import Console
+from llmtune.track.status import Status
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -47,10 +49,21 @@ def describe_held_out(composed: Composed, config: Config) -> str:
 
 def main(arguments: Arguments) -> int:
     """Evaluate all held-out rows in this process."""
-    from llmtune.cli.quiet import quiet_libraries
     from llmtune.config.compose import compose_config
 
     composed = compose_config(arguments.overrides, arguments.config_dir)
+    with Status(Console(sys.stderr), "loading the libraries") as status:
+        result = _evaluate(composed, status)
+    if arguments.as_json:
+        sys.stdout.write(to_terminal(to_json_line(result) + "\n"))
+    else:
+        sys.stdout.write(to_terminal("".join(f"{key:<16} {value}\n" for key, value in result.items())))
+    return 0
+
+
+def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
+    from llmtune.cli.quiet import quiet_libraries
+
     quiet_libraries()
 
     import torch
@@ -65,14 +78,13 @@ def main(arguments: Arguments) -> int:
     from llmtune.model.build import sees_padding
     from llmtune.model.loss import sum_token_losses
     from llmtune.plan.abilities import check_row_length, max_positions
-    from llmtune.track.console import Console
-    from llmtune.track.status import Status
     from llmtune.train.evaluation import perplexity
 
-    with Status(Console(sys.stderr), "loading the model"):
-        target = resolve_target(composed)
-        config = target.config
-        model, tokenizer = load_model(target)
+    status.doing = "loading the model"
+    target = resolve_target(composed)
+    config = target.config
+    model, tokenizer = load_model(target)
+    status.doing = "preparing the data"
     data = prepare_data(config.data, tokenizer, config.seed, cache_dir(config))
     check_stores((*data.train_stores, *data.eval_stores), target.model_folder, tokenizer)
     if data.eval is None:
@@ -86,12 +98,13 @@ def main(arguments: Arguments) -> int:
     rows = asked if isinstance(asked, int) else auto_eval_rows(longest, len(tokenizer), free_memory_bytes(device))
     collator = Collator(tokenizer.pad_token_id, masked=sees_padding(model))
     batches = iterate_eval(held_out, rows, 0, 1, collator, None)
-    with torch.no_grad(), Status(Console(sys.stderr), f"taking the held-out loss of {data.eval.rows} rows"):
+    status.doing = f"taking the held-out loss of {data.eval.rows} rows"
+    with torch.no_grad():
         for batch in (batch.to(device) for batch in batches):
             output = model(**batch.inputs, use_cache=False)
             total += float(sum_token_losses(output.logits, batch.targets))
             tokens += len(batch.targets)
-    result = {
+    return {
         "eval_loss": total / tokens,
         "eval_perplexity": perplexity(total / tokens),
         "rows": data.eval.rows,
@@ -99,8 +112,3 @@ def main(arguments: Arguments) -> int:
         "data": describe_held_out(composed, config),
         "model": str(target.adapter or target.model_folder),
     }
-    if arguments.as_json:
-        sys.stdout.write(to_terminal(to_json_line(result) + "\n"))
-    else:
-        sys.stdout.write(to_terminal("".join(f"{key:<16} {value}\n" for key, value in result.items())))
-    return 0

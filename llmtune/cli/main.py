@@ -120,7 +120,11 @@ def main(argv: list[str] | None = None) -> int:
 
             _print(compose_config(arguments.overrides, arguments.config_dir).yaml.rstrip())
             return EXIT_DONE
-        module = importlib.import_module(VERBS[arguments.verb][0])
+        from llmtune.track.console import Console
+        from llmtune.track.status import Status
+
+        with Status(Console(sys.stderr), "loading the libraries"):
+            module = importlib.import_module(VERBS[arguments.verb][0])
         return int(module.main(arguments))
     except StoppedError as error:
         return _report(error, error.exit_code, trace)

@@ -13,7 +13,7 @@ import socket
 import sys
 import traceback
 import uuid
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from llmtune.cli.prepare import RunTarget
     from llmtune.config.compose import Composed
     from llmtune.engine.distributed import Rank
+    from llmtune.engine.phases import PhaseLog
     from llmtune.train.request import RunRequest
     from llmtune.train.run_folder import RunFolder
 
@@ -172,7 +173,9 @@ def _train_launched(
     from llmtune.launch.ops import load_ops
     from llmtune.train.request import RunRequest
 
-    rank = init_ranks(phases=PhaseLog(watch.record))
+    phases = PhaseLog(watch.record)
+    with _telling(console, phases):
+        rank = init_ranks(phases=phases)
     _check_run_folder(folder.path, rank)
     # All have joined. A launcher does not clear up behind its ranks, and these may be killed.
     remove_shared_buffers(int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"])
@@ -196,7 +199,8 @@ def _train_launched(
             load_ops(request.plan.hardware.accelerator, request.plan.placement)
             _limit_memory(request)
             _own_swap(request)
-            _run_watched(request, rank, console, watch)
+            with _telling(console, phases):
+                _run_watched(request, rank, console, watch)
         if rank.is_first:
             _finish_first(composed, target, console)
 
@@ -327,10 +331,15 @@ def _train(request: RunRequest, console: Console) -> None:
     load_ops(request.plan.hardware.accelerator, request.plan.placement)
     folder = Path(os.environ[FAILURE_DIR])
     phases = PhaseLog(phase_file(folder, int(os.environ["RANK"])))
-    with Status(console, phases.describe) if console.is_heard else contextlib.nullcontext():
+    with _telling(console, phases):
         rank = init_ranks(phases=phases, meeting=meeting_file(folder))
         run_job(request, rank, console)
     meet_ranks(rank)
+
+
+def _telling(console: Console, phases: PhaseLog) -> AbstractContextManager[object]:
+    """What this rank does is told where it takes long, if anybody listens to it."""
+    return Status(console, phases.describe) if console.is_heard else contextlib.nullcontext()
 
 
 def _limit_memory(request: RunRequest) -> None:

@@ -24,7 +24,7 @@ from llmtune.data.speakers import Speakers
 from llmtune.data.thinking import explain_difference
 from llmtune.data.verbatim import Verbatim, find_verbatim
 from llmtune.errors import ConfigError
-from llmtune.template_bounds import bounded_template
+from llmtune.template_bounds import bounded_template, refuse_powers
 from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 
 if TYPE_CHECKING:
@@ -147,8 +147,12 @@ class ChatTemplate:
         self._speakers = Speakers(lambda row: self._apply(row.messages, row)[0])
         self._marks = Marks(lambda row: self._apply(row.messages, row, marks=True))
         self.marked = _MARK.search(self._text) is not None
-        environment: Any = _compile_jinja_template(self._text).environment
-        self._verbatim = Verbatim.no if self.marked else find_verbatim(environment.parse(self._text))
+        environment: Any = _compile_jinja_template("").environment
+        tree = environment.parse(self._text)
+        refuse_powers(tree)
+        with bounded_template():
+            _compile_jinja_template(self._text)
+        self._verbatim = Verbatim.no if self.marked else find_verbatim(tree)
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The whole text, and the spans of the answers with what ends their turns, in order.

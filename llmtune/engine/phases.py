@@ -7,7 +7,8 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 #: Bytes of the record; written over itself at every change, in one call.
@@ -43,6 +44,16 @@ class PhaseLog:
         self._beats = 0
         self._lock = threading.Lock()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600) if path is not None else None
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """Another phase for the length of the block."""
+        before = self._phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
 
     def enter(self, phase: str) -> None:
         """Note the phase; costs a system call."""

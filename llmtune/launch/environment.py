@@ -89,8 +89,14 @@ def use_own_ninja() -> None:
 
 
 def set_thread_default(ranks_on_node: int) -> None:
-    """Share the cores that this process may use among the ranks; torch reads the variable once, when it is first imported."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks_on_node)))
+    """Share the cores among the ranks; torch reads the variable once, when it is first imported.
+
+    Those of a process that starts ranks are for all of them. A rank may have been given cores of its own, as Slurm does:
+    then it takes these, and no more than its share of the machine.
+    """
+    mine, share = len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // ranks_on_node
+    threads = min(mine, share) if "RANK" in os.environ else mine // ranks_on_node
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 
 def launched_ranks_on_node() -> int:

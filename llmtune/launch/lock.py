@@ -13,6 +13,9 @@ from typing import IO
 from llmtune.errors import CheckpointError
 from llmtune.trust import open_lock
 
+#: Lock files that this process holds.
+_held: set[Path] = set()
+
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
@@ -27,7 +30,11 @@ def hold_lock(path: Path) -> Iterator[None]:
         # For whoever is refused. A full disk has no room for it.
         with contextlib.suppress(OSError):
             os.write(file.fileno(), str(os.getpid()).encode())
-        yield
+        _held.add(path)
+        try:
+            yield
+        finally:
+            _held.discard(path)
 
 
 def _take(path: Path) -> IO[str]:
@@ -57,13 +64,16 @@ def _take(path: Path) -> IO[str]:
 
 @contextmanager
 def removed_if_unused(path: Path) -> Iterator[None]:
-    """Leave no folder behind that a block made, took the lock of, and wrote nothing into before it failed."""
+    """Leave no folder behind that a block made, took the lock of, and wrote nothing into before it failed.
+
+    It must still hold the lock then: another process may be in the folder, which has written no more yet.
+    """
     was_there = path.parent.exists()
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            if not was_there and os.listdir(path.parent) == [path.name]:
+            if path in _held and not was_there and os.listdir(path.parent) == [path.name]:
                 path.unlink()
                 path.parent.rmdir()
         raise

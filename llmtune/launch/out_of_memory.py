@@ -18,7 +18,7 @@ class MemoryEvent:
 
     rank: int
     phase: str
-    """``start``, ``load``, ``forward``, ``backward``, ``step``, ``evaluate`` or ``save``."""
+    """``start``, ``load``, ``answer``, ``forward``, ``backward``, ``step``, ``evaluate`` or ``save``."""
     step: int
     """The optimizer step under way; 0 before the first."""
     peak_bytes: int

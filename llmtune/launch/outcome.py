@@ -81,7 +81,7 @@ class Aftermath:
         if known is not None:
             return RanksFailedError(known["message"], _first_line(known["message"]), self.step, rollback=True)
         if self.end.cause is Cause.hang:
-            seconds = f"{limits.hang_timeout:g} s (launch.hang_timeout; ten times as long while ranks start)"
+            seconds = f"{limits.hang_timeout:g} s (launch.hang_timeout; ten times as long while ranks start or answer)"
             reason = f"no rank got on for {seconds}; {self.stacks}"
             return RanksFailedError(f"{reason}. {_GO_ON}", reason, self.step)
         failed = self.end.first_failed

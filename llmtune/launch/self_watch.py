@@ -46,7 +46,7 @@ class SelfWatch:
 
     @contextmanager
     def watch(self, timeout_seconds: float) -> Iterator[None]:
-        """In the block, end the process after so many seconds without a change; ten times as many before the first step."""
+        """In the block, end the process after so many seconds without a change; ten times as many while it starts or answers."""
         thread = threading.Thread(target=self._look, args=(timeout_seconds,), name="self-watch", daemon=True)
         thread.start()
         try:
@@ -67,7 +67,7 @@ class SelfWatch:
         late.start()
         stands = read_phase(self._folder, 0)
         where = f"rank {self._rank} on {socket.gethostname()} ({stands['phase']}, step {stands['step']})"
-        why = f"{where} did not get on for {timeout_seconds:g} s (launch.hang_timeout; before the first step ten times that)"
+        why = f"{where} did not get on for {timeout_seconds:g} s (launch.hang_timeout; ten times that while it starts or answers)"
         try:
             saved = f"its stacks are in {self._write_stacks(why)}"
         except OSError as error:

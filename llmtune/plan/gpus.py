@@ -105,8 +105,12 @@ def count_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return count
-    named = takewhile(_names_gpus, visible.split(","))
-    return sum(not name.strip().isdigit() or int(name) < count for name in named)
+    # CUDA stops reading at the first that is none.
+    return sum(1 for _ in takewhile(lambda name: _names_gpus(name) and _is_there(name, count), visible.split(",")))
+
+
+def _is_there(name: str, count: int) -> bool:
+    return not name.strip().isdigit() or int(name) < count
 
 
 def check_hidden_gpus() -> None:

@@ -32,7 +32,7 @@ class Console:
         opened = stream or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
         self._out = cast("IO[str]", _Lasting(opened))
         self._rich = RichConsole(file=self._out, highlight=False, soft_wrap=True)
-        self._line_open = False
+        self._line_open = self._line_passes = False
         #: Threads that say what is under way write between the lines of others. A signal's handler may come in between.
         self._lock = threading.RLock()
         self.said_at = time.monotonic()
@@ -70,23 +70,26 @@ class Console:
             self._close_line()
             RichConsole(file=self._out, width=None if self.is_terminal else 120).print(table)
 
-    def progress(self, text: str) -> None:
-        """The progress line: written over on a terminal, a line of its own elsewhere."""
+    def progress(self, text: str, passing: bool = False) -> None:
+        """The progress line: written over on a terminal, a line of its own elsewhere.
+
+        Args:
+            passing: On a terminal it goes as soon as there is another line.
+        """
         with self._writing():
             if self.is_terminal:
                 self._out.write(f"\r\x1b[2K{to_terminal(text)}")
                 self._out.flush()
-                self._line_open = True
+                self._line_open, self._line_passes = True, passing
             else:
                 self.say(text)
 
-    def clear_progress(self) -> None:
-        """Take the progress line off a terminal."""
+    def clear_passing(self) -> None:
+        """Take a passing line off a terminal."""
         with self._writing():
-            if self._line_open:
-                self._out.write("\r\x1b[2K")
+            if self._line_passes:
+                self._close_line()
                 self._out.flush()
-                self._line_open = False
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -96,8 +99,8 @@ class Console:
 
     def _close_line(self) -> None:
         if self._line_open:
-            self._out.write("\n")
-            self._line_open = False
+            self._out.write("\r\x1b[2K" if self._line_passes else "\n")
+            self._line_open = self._line_passes = False
 
 
 class _Lasting:

@@ -33,7 +33,6 @@ class Status:
         self._quiet = quiet_seconds
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="status", daemon=True)
-        self._shown_at: float | None = None
 
     def __enter__(self) -> Status:
         self._thread.start()
@@ -44,8 +43,7 @@ class Status:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        if self._console.said_at == self._shown_at:
-            self._console.clear_progress()
+        self._console.clear_passing()
 
     def _watch(self) -> None:
         told, since, patience = None, time.monotonic(), self._quiet
@@ -56,7 +54,6 @@ class Status:
                 told, since, patience = doing, now, self._quiet
             if doing is None or now - max(self._console.said_at, since) < patience:
                 continue
-            self._console.progress(f"{doing} ... {format_seconds(now - since)}")
-            self._shown_at = self._console.said_at
+            self._console.progress(f"{doing} ... {format_seconds(now - since)}", passing=True)
             if not self._console.is_terminal:
                 patience = min(2 * patience, MOST_SECONDS)

@@ -38,6 +38,16 @@ TRAIN_IDENTITY = ("train.global_batch_size", "train.max_grad_norm")
 _NO_DIFFERENCE = {"run_name", "output_dir", "resume_from_checkpoint", "trace", "paths.cache_dir"}
 
 
+class _Unset:
+    """In the place of a key that one of two dictionaries lacks, where null is a value."""
+
+    def __repr__(self) -> str:
+        return "not set"
+
+
+_UNSET = _Unset()
+
+
 class ForeignRunError(CheckpointError):
     """A checkpoint or a run folder belongs to a run with another configuration."""
 
@@ -289,8 +299,8 @@ def _compare(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]
     if before == after:
         return
     if isinstance(before, dict) and isinstance(after, dict):
-        for name in sorted(before.keys() | after.keys()):
-            yield from _compare(f"{key}.{name}", before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys(), key=str):
+            yield from _compare(f"{key}.{name}", before.get(name, _UNSET), after.get(name, _UNSET))
     else:
         yield key, before, after
 

@@ -66,13 +66,13 @@ class SampleAnswers:
 
     def _answers(self) -> list[str]:
         """Under ZeRO 3 all ranks generate together, since each forward pass gathers weights; else rank 0 alone."""
-        self.module.rank.phases.enter("answer")
         sharded = self.module.zero_stage == 3
         if not (sharded or self.module.rank.is_first):
             return []
         texts = [prompt.text for prompt in self.prompts]
         device = self.module.rank.device
-        return answer(self.module.model, self.tokenizer, texts, MAX_NEW_TOKENS, device=device, synced_ranks=sharded)
+        with self.module.rank.phases.within("answer"):
+            return answer(self.module.model, self.tokenizer, texts, MAX_NEW_TOKENS, device=device, synced_ranks=sharded)
 
 
 def samples_reason_to_skip(wanted: bool | str, parameters: int, sharded_or_offloaded: bool, prompts: int) -> str | None:

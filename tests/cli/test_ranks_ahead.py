@@ -37,6 +37,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ("0,1,2", 3),
         (" 0, 1", 2),
         ("0,9", 1),
+        ("0,9,1", 1),
         ("GPU-4bd0,GPU-2f11", 2),
         ("MIG-77aa", 1),
         ("0,-1,2", 1),
@@ -54,6 +55,10 @@ def test_gpus_are_counted_as_cuda_counts_them(
 @pytest.mark.parametrize(
     ("gpus", "overrides", "guessed"),
     [
+        (8, ["DS_ACCELERATOR=cpu"], None),
+        (8, ["DS_ACCELERATOR=cuda"], ("cuda", 8)),
+        (0, ["DS_ACCELERATOR=cuda"], None),
+        (8, ["DS_ACCELERATOR=cpu", "hardware.accelerator=cuda"], ("cuda", 8)),
         (8, [], ("cuda", 8)),
         (8, ["launch.nproc=2"], ("cuda", 2)),
         (8, ["hardware.gpus_per_node=4"], ("cuda", 4)),
@@ -67,9 +72,16 @@ def test_gpus_are_counted_as_cuda_counts_them(
     ],
 )
 def test_what_ranks_are_started_with_is_guessed(
-    gpus: int, overrides: list[str], guessed: tuple[str, int] | None, nvml: list[int]
+    gpus: int,
+    overrides: list[str],
+    guessed: tuple[str, int] | None,
+    nvml: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nvml[0] = gpus
+    if overrides and overrides[0].startswith("DS_ACCELERATOR="):
+        monkeypatch.setenv("DS_ACCELERATOR", overrides[0].partition("=")[2])
+        overrides = overrides[1:]
     found = Surroundings.guess(compose_config(["model=tiny", *overrides]).config)
     assert found == (Surroundings(*guessed, uses_nvme=False) if guessed else None)
 

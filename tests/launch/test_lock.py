@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -44,7 +47,9 @@ def test_only_a_folder_that_was_made_in_vain_goes(was_there: bool, writes: bool,
         run.mkdir()
 
     def use() -> None:
-        with removed_if_unused(run / ".lock"), hold_lock(run / ".lock"):
+        # The lock is released last, as it is by the command.
+        with ExitStack() as held, removed_if_unused(run / ".lock"):
+            held.enter_context(hold_lock(run / ".lock"))
             if writes:
                 (run / "config.yaml").touch()
             if fails:
@@ -56,3 +61,31 @@ def test_only_a_folder_that_was_made_in_vain_goes(was_there: bool, writes: bool,
     else:
         use()
     assert run.exists() == (was_there or writes or not fails)
+
+
+@pytest.mark.process
+def test_who_is_refused_leaves_the_folder_to_its_holder(tmp_path: Path) -> None:
+    """Both were started before the folder was there, and the other has written nothing into it yet."""
+    lock = tmp_path / "run" / ".lock"
+
+    def start_second() -> None:
+        with ExitStack() as held, removed_if_unused(lock):
+            # Meanwhile the other has made the folder.
+            program = (
+                "import sys; from pathlib import Path; from llmtune.launch.lock import hold_lock\n"
+                "with hold_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
+            )
+            other = subprocess.Popen(
+                [sys.executable, "-c", program, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            others.append(other)
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            held.enter_context(hold_lock(lock))
+
+    others: list[subprocess.Popen[str]] = []
+    with pytest.raises(CheckpointError, match="another run is using this folder"):
+        start_second()
+    assert lock.is_file()
+    others[0].communicate("\n")
+    assert others[0].returncode == 0

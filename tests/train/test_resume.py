@@ -71,6 +71,9 @@ def test_a_named_checkpoint_must_be_whole_and_of_this_run(tmp_path: Path) -> Non
     # Of a long value, that of it which differs.
     with pytest.raises(CheckpointError, match=r":\n  model.config.num_hidden_layers: 2 there, 3 now\nTake"):
         resume_point(run, config_of(f"resume_from_checkpoint={folder}", "model.config.num_hidden_layers=3"), "r", print)
+    # A null is not the same as nothing, which leaves the base's own value.
+    with pytest.raises(CheckpointError, match=r"model.config.rope_scaling: not set there, None now"):
+        resume_point(run, config_of(f"resume_from_checkpoint={folder}", "+model.config.rope_scaling=null"), "r", print)
     damage(folder)
     with pytest.raises(CheckpointError, match=r"is damaged: trainer_state.json"):
         resume_point(run, named, "r", print)
