@@ -128,7 +128,7 @@ def refuse_powers(tree: jinja2.nodes.Template) -> None:
     for power in tree.find_all(jinja2.nodes.Pow):
         exponent = power.right.value if isinstance(power.right, jinja2.nodes.Const) else None
         is_small = isinstance(exponent, int | float) and abs(exponent) <= _MOST_EXPONENT
-        if not is_small or power.left.find(jinja2.nodes.Pow):
+        if not is_small or isinstance(power.left, jinja2.nodes.Pow) or power.left.find(jinja2.nodes.Pow):
             raise ConfigError(
                 f"the chat template raises to a power that may be any, in line {power.lineno}: take another data.chat_template, "
                 "or mend it"
