@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import jinja2
 
@@ -119,12 +120,21 @@ class bounded_template:  # noqa: N801 - a context manager reads as a function
                 _raise_in(self._render.thread, None)
 
 
-def refuse_powers(tree: jinja2.nodes.Template) -> None:
+def refuse_powers(text: str) -> None:
     """Jinja computes what is constant when it compiles a template, and ``9**9**9`` for ever.
 
     Raises:
         ConfigError: The template has a power of a power, or one with an exponent that is not a small number.
     """
+    # Here, because it imports torch.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment: Any = _compile_jinja_template("").environment
+    try:
+        tree = environment.parse(text)
+    except jinja2.TemplateError:
+        # Whoever compiles it says so.
+        return
     for power in tree.find_all(jinja2.nodes.Pow):
         exponent = power.right.value if isinstance(power.right, jinja2.nodes.Const) else None
         is_small = isinstance(exponent, int | float) and abs(exponent) <= _MOST_EXPONENT

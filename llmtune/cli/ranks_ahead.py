@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from llmtune.config.schema import Accelerator, Config
+from llmtune.config.schema import Config
 from llmtune.launch.environment import restored_environment, return_freed_memory, set_defaults
 from llmtune.launch.rank_group import RankGroup
 from llmtune.plan.gpus import count_gpus
+from llmtune.plan.hardware import choose_accelerator
 
 if TYPE_CHECKING:
     from llmtune.plan.resolve import Plan
@@ -38,12 +38,9 @@ class Surroundings:
         if config.offload.nvme_path is not None or config.hardware.nodes > 1:
             return None
         gpus = count_gpus()
-        wanted = config.hardware.accelerator
-        accelerator = wanted.value
-        if wanted is Accelerator.auto:
-            accelerator = os.environ.get("DS_ACCELERATOR", "cuda" if gpus else "cpu")
         ranks = config.launch.nproc or config.hardware.gpus_per_node or gpus
-        return cls("cuda", ranks, False) if accelerator == "cuda" and 0 < ranks <= gpus else None
+        is_cuda = choose_accelerator(config.hardware.accelerator, gpus) == "cuda"
+        return cls("cuda", ranks, False) if is_cuda and 0 < ranks <= gpus else None
 
     def set_variables(self) -> None:
         """In the environment, for the ranks."""
@@ -83,8 +80,7 @@ class RanksAhead:
 
     def take(self) -> RankGroup | None:
         """For an attempt; a second one starts its own, which may be on another rung, with other variables."""
-        group, waits = self._group, self._group is not None and self._group.waits
-        return group if waits else None
+        return self._group if self._group is not None and self._group.waits else None
 
     def close(self) -> None:
         """End those that wait."""

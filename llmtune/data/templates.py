@@ -147,12 +147,10 @@ class ChatTemplate:
         self._speakers = Speakers(lambda row: self._apply(row.messages, row)[0])
         self._marks = Marks(lambda row: self._apply(row.messages, row, marks=True))
         self.marked = _MARK.search(self._text) is not None
-        environment: Any = _compile_jinja_template("").environment
-        tree = environment.parse(self._text)
-        refuse_powers(tree)
+        refuse_powers(self._text)
         with bounded_template():
-            _compile_jinja_template(self._text)
-        self._verbatim = Verbatim.no if self.marked else find_verbatim(tree)
+            environment: Any = _compile_jinja_template(self._text).environment
+        self._verbatim = Verbatim.no if self.marked else find_verbatim(environment.parse(self._text))
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The whole text, and the spans of the answers with what ends their turns, in order.

@@ -10,7 +10,7 @@ from llmtune.export.companions import has_tokenizer
 from llmtune.export.streamed_model import build_skeleton, tied_aliases
 from llmtune.export.tensors import TensorSource, find_name, is_embedding, some
 from llmtune.plain_json import parse_json
-from llmtune.template_bounds import bounded_template
+from llmtune.template_bounds import bounded_template, refuse_powers
 from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -124,6 +124,7 @@ def _check_tokenizer(folder: Path, vocabulary: int, notes: list[str]) -> list[st
 
 def _check_template(tokenizer: Any) -> list[str]:
     try:
+        refuse_powers(str(tokenizer.get_chat_template()))
         with bounded_template():
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError
 from llmtune.process import no_collection
-from llmtune.template_bounds import bounded_template
+from llmtune.template_bounds import bounded_template, refuse_powers
 from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    named: Any = tokenizer.chat_template
+    for text in named.values() if isinstance(named, dict) else filter(None, [named]):
+        refuse_powers(text)
     return tokenizer
 
 

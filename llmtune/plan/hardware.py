@@ -237,12 +237,16 @@ def _given(config: HardwareConfig) -> dict[str, Any]:
     return values
 
 
+def choose_accelerator(wanted: Accelerator, gpus: int) -> str:
+    """What is asked for, by the configuration or by DeepSpeed's variable, or what there is; not looked at any further."""
+    if wanted is not Accelerator.auto:
+        return wanted.value
+    return os.environ.get("DS_ACCELERATOR", "cuda" if gpus else "cpu")
+
+
 def _accelerator(wanted: Accelerator, cuda_devices: int) -> str:
-    name = wanted.value
-    origin = "hardware.accelerator"
-    if name == "auto":
-        name = os.environ.get("DS_ACCELERATOR", "cuda" if cuda_devices else "cpu")
-        origin = "DS_ACCELERATOR"
+    name = choose_accelerator(wanted, cuda_devices)
+    origin = "DS_ACCELERATOR" if wanted is Accelerator.auto else "hardware.accelerator"
     if name not in ("cuda", "cpu"):
         raise MissingPrerequisiteError(f"{origin}={name}: llmtune knows cuda and cpu")
     if name == "cpu" and wanted is Accelerator.auto and "DS_ACCELERATOR" not in os.environ:

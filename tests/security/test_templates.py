@@ -71,8 +71,13 @@ def test_a_template_that_does_not_end_is_ended(template: str, tiny_model: Path) 
 
 @pytest.mark.parametrize("template", POWERS)
 def test_a_power_that_nobody_can_compute_is_refused_before_it_is_compiled(template: str, tiny_model: Path) -> None:
-    with pytest.raises(ConfigError, match="the chat template raises to a power that may be any, in line 1"):
-        check_chat_template(tokenizer_with(template, tiny_model), "m")
+    tokenizer = tokenizer_with(template, tiny_model)
+    refused = "the chat template raises to a power that may be any, in line 1"
+    with pytest.raises(ConfigError, match=refused):
+        check_chat_template(tokenizer, "m")
+    with pytest.raises(ConfigError, match=refused):
+        load_tokenizer(tiny_model, ModelConfig(name_or_path="random"), template)
+    assert refused in _check_template(tokenizer)[0]
 
 
 def test_a_small_power_is_a_number_like_any(tiny_model: Path) -> None:
