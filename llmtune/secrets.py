@@ -171,11 +171,17 @@ def _listed_names() -> set[str]:
 
 
 def _known() -> _Known:
+    return _known_in(tuple(os.environ.items()))
+
+
+# An environment rarely changes, and a page or a log asks for each of its texts.
+@lru_cache(maxsize=4)
+def _known_in(environment: tuple[tuple[str, str], ...]) -> _Known:
     listed = {name for name in _listed_names() if not _SETTING_NAME.match(name)}
-    secret = {name for name in os.environ if name != SECRET_NAMES and (name in listed or SECRET_WORDS.search(name))}
+    secret = {name for name, _ in environment if name != SECRET_NAMES and (name in listed or SECRET_WORDS.search(name))}
     # Of all others only passwords in URLs are secret.
-    found = secret | {name for name, value in os.environ.items() if "://" in value}
-    return _compile(tuple((name, os.environ[name], name in secret) for name in sorted(found)))
+    found = sorted((name, value) for name, value in environment if name in secret or "://" in value)
+    return _compile(tuple((name, value, name in secret) for name, value in found))
 
 
 @lru_cache(maxsize=4)

@@ -31,7 +31,7 @@ from llmtune.config.keys import PROMPTS, known_keys
 from llmtune.config.literal import to_literal, without_interpolations
 from llmtune.config.overrides import Choice, Setting, read_override
 from llmtune.config.schema import Config
-from llmtune.config.stored import dump_yaml, first_line, read_key, set_key, to_config
+from llmtune.config.stored import dump_yaml, first_line, read_key, schema, set_key, to_config
 from llmtune.errors import ConfigError
 from llmtune.trust import find_owner_problem
 
@@ -110,7 +110,7 @@ def compose_config(
     groups = config_groups(config_dir)
     problems: list[str] = []
     line = _CommandLine({}, {}, config_dir)
-    typed = copy.deepcopy(_schema())
+    typed = copy.deepcopy(schema())
     for text in overrides:
         try:
             override = read_override(text, groups)
@@ -286,7 +286,7 @@ def _compose_node(line: _CommandLine, problems: list[str]) -> tuple[DictConfig, 
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError.from_problems([*problems, _explain(error.__cause__ or error)]) from error
     # A copy, in which the schema is left as it is.
-    typed = OmegaConf.merge(_schema(), plain)
+    typed = OmegaConf.merge(schema(), plain)
     assert isinstance(typed, DictConfig)
     _keep_prompts(typed)
     for key, value in line.settings.items():
@@ -308,12 +308,6 @@ def _compose_groups(*overrides: str) -> tuple[DictConfig, dict[str, str | None]]
 
 #: For what composes several configs: the packaged files do not change while a process lives.
 _compose_packaged = cache(_compose_groups)
-
-
-@cache
-def _schema() -> DictConfig:
-    """To be copied, not changed."""
-    return OmegaConf.structured(Config)
 
 
 def _explain(error: BaseException) -> str:

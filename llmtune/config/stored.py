@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.config.literal import from_literal, to_literal
@@ -68,7 +69,13 @@ def from_plain(values: dict[str, Any]) -> Config:
     Raises:
         As :func:`parse_yaml`.
     """
-    return to_config(OmegaConf.merge(OmegaConf.structured(Config), to_literal(values)))
+    return to_config(OmegaConf.merge(schema(), to_literal(values)))
+
+
+@cache
+def schema() -> DictConfig:
+    """All keys with their types and defaults; to be merged with, which copies it, and not to be changed."""
+    return OmegaConf.structured(Config)
 
 
 def to_plain(config: Any) -> Any:
@@ -96,7 +103,13 @@ def dump_redacted(config: Config) -> str:
 
 def redact_config(config: Config) -> Config:
     """The config with ``***NAME***`` for secrets; compare two of these, since a stored config is one."""
-    return from_plain(redact_values(to_plain(config)))
+    return _redacted(config)
+
+
+def _redacted(config: Any) -> Any:
+    if is_dataclass(config) and not isinstance(config, type):
+        return replace(config, **{item.name: _redacted(getattr(config, item.name)) for item in fields(config)})
+    return redact_values(config)
 
 
 def to_config(node: Any) -> Config:

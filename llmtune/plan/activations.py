@@ -131,6 +131,14 @@ def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings)
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
+    class PeakTracker(MemTracker):
+        """Books the whole's peak, and not each module's, which takes half of the time of a trace."""
+
+        def _update_peak_stats(self, *args: Any) -> None:
+            modules, self.memory_tracking = self.memory_tracking, {}  # type: ignore[assignment]
+            super()._update_peak_stats(*args)
+            self.memory_tracking = modules
+
     dtype = _dtype(settings.precision)
     model = _build(architecture, tuner, settings, TRACED_LAYERS, dtype)
     after: list[int] = []
@@ -138,7 +146,7 @@ def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings)
         _to_fake(model)
         hidden = architecture.get_text_config().hidden_size
         inputs = torch.empty(settings.rows, settings.length, hidden, dtype=dtype, requires_grad=True)
-        tracker = MemTracker()
+        tracker = PeakTracker()
         tracker.track_external(model, inputs)
         for layer in _layers(model):
             layer.register_forward_hook(
