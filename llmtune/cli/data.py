@@ -8,8 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.data_schema import name_data
+from llmtune.config.data_schema import DataConfig, DataFormat, name_data
 from llmtune.errors import DataError
+from llmtune.plan.units import counted
 from llmtune.terminal import GREEN, GREY, colour, show_controls, to_json_line
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
     problems = [*beyond, *read_problems(data)]
     rows = open_rows(data, "train")
     report = _build_report(config, data, rows, problems, tokenizer)
+    report.numbers["read as"] = _describe_format(config.data, data.formats)
     report.numbers["read by"] = _describe_reader(composed)
     untrained = _untrained(folder, data, tokenizer)
     if arguments.as_json:
@@ -93,7 +95,7 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
             report, Path(config.output_dir or f"{resolve_target(composed).folder}-data").expanduser(), colours, write
         )
     if data.fatal:
-        sys.stderr.write(f"error: training on this data is refused: {data.fatal:,} problem(s)\n")
+        sys.stderr.write(f"error: training on this data is refused: {counted(data.fatal, 'problem')}\n")
     return DataError.exit_code if data.fatal else 0
 
 
@@ -105,6 +107,17 @@ def _describe_reader(composed: Composed) -> str:
             f"{name}, the default model, because none is named: add model= or model.name_or_path= for another's tokens"
         )
     return name
+
+
+def _describe_format(config: DataConfig, formats: list[str]) -> str:
+    """What the rows are, and what makes a text of them."""
+    from llmtune.data.formats import CHAT_FORMATS
+
+    found = ", ".join(formats)
+    if not {DataFormat(name) for name in formats} & set(CHAT_FORMATS):
+        return f"{found}, without a chat template"
+    template = f"data.chat_template={config.chat_template}" if config.chat_template else "the tokenizer's own"
+    return f"{found}; chat template: {template}"
 
 
 def _build_report(
@@ -187,6 +200,7 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
         "padding": asdict(report.padding) if report.padding else None,
         "problems": [asdict(problem) for problem in report.problems],
         "refused": data.fatal > 0,
+        "formats": data.formats,
         "unknown_fields": data.unknown_fields,
         "untrained_tokens": untrained,
         "lengths": report.lengths.to_dict() if report.lengths else None,

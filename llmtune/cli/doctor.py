@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from llmtune.errors import EXIT_DONE, MissingPrerequisiteError
+from llmtune.plan.units import counted
 from llmtune.terminal import to_json_line
 
 if TYPE_CHECKING:
@@ -54,6 +55,6 @@ def main(arguments: Arguments) -> int:
         if arguments.as_json:
             write(to_json_line({"healthy": bad == 0, "findings": rows}, indent=1) + "\n")
     if bad:
-        sys.stderr.write(f"{bad} finding(s) would stop a run\n")
+        sys.stderr.write(f"{counted(bad, 'finding')} would stop a run\n")
         return MissingPrerequisiteError.exit_code
     return EXIT_DONE

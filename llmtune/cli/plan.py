@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from llmtune.errors import DoesNotFitError
 from llmtune.plan.memory import USABLE_SHARE
-from llmtune.plan.units import format_bytes, format_count, format_seconds
+from llmtune.plan.units import counted, format_bytes, format_count, format_seconds
 from llmtune.secrets import redact
 from llmtune.terminal import to_json_line, to_terminal
 
@@ -168,7 +168,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
         f"{config.model.name_or_path}: {format_count(shape.parameters)} parameters, {config.tuner.kind.value} trains "
         f"{format_count(shape.trainable_parameters)}; {config.precision.value}, {describe_rows(composed)}, "
         f"{ladder.rows.global_batch_size} a step",
-        f"{hardware.describe()}; {ladder.world_size} rank(s); a plan fills {USABLE_SHARE:.0%} of a memory at the most",
+        f"{hardware.describe()}; {counted(ladder.world_size, 'rank')}; a plan fills {USABLE_SHARE:.0%} of a memory at the most",
         *hardware.notes,
         "",
         rungs,

@@ -11,7 +11,7 @@ from llmtune.checkpoint.manifest import find_damage, read_manifest
 from llmtune.checkpoint.signature import find_forgery, read_public_key
 from llmtune.config.schema import Config
 from llmtune.errors import EXIT_DONE, CheckpointError, ConfigError
-from llmtune.plan.units import format_bytes
+from llmtune.plan.units import counted, format_bytes
 from llmtune.terminal import to_json_line, to_terminal
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def main(arguments: Arguments) -> int:
     if not_copied and not bad:
         return CheckpointError.exit_code
     if bad:
-        sys.stderr.write(f"{bad} of {len(reports)} folder(s) cannot be relied on\n")
+        sys.stderr.write(f"{bad} of {counted(len(reports), 'folder')} cannot be relied on\n")
         return CheckpointError.exit_code
     return EXIT_DONE
 
@@ -175,9 +175,10 @@ def _find_problems(folder: Path) -> list[str]:
     if not any((folder / name).is_file() for name in (names.MANIFEST, names.COMPLETE)):
         return [f"not written by llmtune (no {names.MANIFEST}), so it cannot be checked"]
     problems = find_damage(folder)
+    damaged = {problem.split(" ", 1)[0] for problem in problems}
     for file in sorted(folder.rglob("*.safetensors")):
-        # A link is among the damage already, and may lead anywhere.
-        if file.is_file() and not file.is_symlink():
+        # A link is among the damage already, and may lead anywhere. What is damaged is said once.
+        if file.is_file() and not file.is_symlink() and str(file.relative_to(folder)) not in damaged:
             problems += check_tensors(file)
             problems += check_adapter_trained(file) if file.name == _ADAPTER_FILE else []
     return problems

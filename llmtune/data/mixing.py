@@ -10,6 +10,7 @@ import numpy as np
 from llmtune.data.sources import Source
 from llmtune.draws import Draw, draw_rows
 from llmtune.errors import DataError
+from llmtune.plan.units import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +35,7 @@ def hold_out(begins: NDArray[np.bool_], size: int | float, seed: int) -> tuple[N
     if count >= documents:
         cut = f", cut into {len(begins)} pieces but held out whole" if len(begins) > documents else ""
         raise DataError(
-            f"data.val_set_size={size} takes all {documents} row(s) of data.train{cut}: add rows, or take "
+            f"data.val_set_size={size} takes all of data.train, which has {counted(documents, 'row')}{cut}: add rows, or take "
             "data.val_set_size=0"
         )
     drawn = draw_rows(documents, count, seed, Draw.held_out)

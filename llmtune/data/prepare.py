@@ -89,6 +89,8 @@ class PreparedData:
     """Problems of rows that were left out instead."""
     unknown_fields: list[str] = field(default_factory=list)
     """Fields of rows, messages and parts that are neither read nor known to be harmless, sorted."""
+    formats: list[str] = field(default_factory=list)
+    """As what the files were read, sorted."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreparedData:
@@ -248,6 +250,7 @@ class _Index:
             "classes": _classes(every),
             "special_tokens": sorted({token for store in every for token in store.summary.special}),
             "unknown_fields": sorted({name for store in every for name in store.summary.unknown}),
+            "formats": sorted({name for store in every for name in store.summary.formats}),
             "fatal": fatal,
             "left_out": bad_rows + len(leaks) + len(whole) - fatal,
         }
@@ -325,8 +328,8 @@ class _Index:
         if dropped and not any(store.summary.bad_rows for store in self.stores):
             files = ", ".join(name for store in self.stores for name in store.summary.files[:1])
             return DataError(
-                f"{files}: all {dropped} row(s) are longer than data.max_seq_length={self.config.max_seq_length}: raise it, "
-                "or take data.overlong=truncate"
+                f"{files}: all rows are longer than data.max_seq_length={self.config.max_seq_length} ({dropped:,} left out): "
+                "raise it, or take data.overlong=truncate"
             )
         return refuse(self._bad_rows(self.stores), f"No row of data.train={self.config.train} can be trained on")
 

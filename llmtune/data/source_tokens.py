@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Part of the cache key; raise it when rows come out differently.
-TOKENS_VERSION = 5
+TOKENS_VERSION = 6
 
 #: Below this many bytes, starting workers takes longer than tokenising.
 SMALL_BYTES = 8_000_000

@@ -49,6 +49,8 @@ class StoreSummary:
     """Special tokens that occur in the rows."""
     unknown: list[str] = field(default_factory=list)
     """Fields that no format reads and that are not known to be harmless."""
+    formats: list[str] = field(default_factory=list)
+    """As what its files were read."""
     max_id: int = -1
     """The largest token id; -1 where an earlier version did not look."""
 
@@ -83,6 +85,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
     overlong: Counter[int] = Counter()
     special: set[int] = set()
     unknown: set[str] = set()
+    formats: set[str] = set()
     schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("mask", pa.list_(pa.bool_()))])
     with (
         pa.OSFile(str(folder / ROWS), "wb") as file,
@@ -99,6 +102,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
             overlong.update(block.overlong)
             special |= block.special
             unknown |= block.unknown
+            formats.add(block.format)
             summary.max_id = max(summary.max_id, int(block.ids.max(initial=-1)))
             summary.rows += len(block.lengths)
             summary.truncated += block.truncated
@@ -109,6 +113,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
     summary.overlong = sorted(overlong.items())
     summary.special = sorted(special)
     summary.unknown = sorted(unknown)
+    summary.formats = sorted(formats)
     _write_numbers(columns, labels, summary, folder)
     return summary
 

@@ -71,6 +71,8 @@ class TokenBlock:
     """Special tokens that occur."""
     unknown: frozenset[str] = frozenset()
     """Fields that no format reads and that are not known to be harmless."""
+    format: str = ""
+    """As what the rows were read."""
 
 
 def tokenise_block(
@@ -112,6 +114,7 @@ def tokenise_block(
     problems.sort(key=lambda problem: problem.line or 0)
     for begin, end in itertools.pairwise(_borders(rows, most_tokens)):
         made = _collect(block, rows[begin:end], places[begin:end], encoder)
+        made.format = recipe.format.value
         if begin == 0:
             made.problems, made.overlong, made.unknown = problems, overlong, frozenset(unknown)
         yield made

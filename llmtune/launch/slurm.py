@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, MutableMapping
 
 from llmtune.errors import MissingPrerequisiteError
+from llmtune.plan.units import counted
 
 #: Only ``srun`` sets them, in the tasks of a step: a batch script and a shell of ``salloc`` have the job's variables alone.
 _STEP_VARIABLES = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
@@ -59,7 +60,9 @@ def derive_rank(environ: Mapping[str, str]) -> dict[str, str]:
     counts = _tasks_a_node(environ, len(hosts))
     node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else _node_of(rank, counts)
     if len(counts) != len(hosts) or sum(counts) != world_size:
-        raise MissingPrerequisiteError(f"Slurm says {world_size} tasks, as {counts} on {len(hosts)} node(s); {_ADVICE}")
+        raise MissingPrerequisiteError(
+            f"Slurm says {world_size} tasks, as {counts} on {counted(len(hosts), 'node')}; {_ADVICE}"
+        )
     if not (0 <= rank < world_size and 0 <= node < len(hosts) and 0 <= local_rank < counts[node]):
         raise MissingPrerequisiteError(
             f"Slurm says task {rank} of {world_size}, {local_rank} of {counts} on node {node}; {_ADVICE}"

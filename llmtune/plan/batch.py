@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llmtune.config.schema import TrainConfig
 from llmtune.errors import ConfigError
+from llmtune.plan.units import counted
 
 #: ``auto`` fills a micro-batch up to this many tokens; more rarely makes a GPU faster and always costs activations. A CPU
 #: gains nothing from large micro-batches and loses what they pad (SmolLM2-135M on 2 cores: 354 tokens/s at 2 rows, 316 at 8).
@@ -29,7 +30,7 @@ class BatchPlan:
         """The arithmetic, for the page before step 1."""
         return (
             f"{self.global_batch_size} rows = {self.micro_batch_size} a micro-batch x "
-            f"{self.accumulation_steps} accumulated x {self.world_size} rank(s)"
+            f"{self.accumulation_steps} accumulated x {counted(self.world_size, 'rank')}"
         )
 
 
@@ -94,10 +95,10 @@ def _derive(micro: int | None, accumulation: int | None, world_size: int) -> tup
     if micro and accumulation:
         return unit, (
             f"rows a step: {unit}, train.per_device_train_batch_size={micro} x "
-            f"train.gradient_accumulation_steps={accumulation} x {world_size} rank(s)"
+            f"train.gradient_accumulation_steps={accumulation} x {counted(world_size, 'rank')}"
         )
     rows = math.ceil(AUTO_GLOBAL_BATCH_ROWS / unit) * unit
-    factors = [f"{world_size} rank(s)"]
+    factors = [counted(world_size, "rank")]
     factors += [f"micro-batches of {micro}"] if micro else []
     factors += [f"{accumulation} accumulated micro-batches"] if accumulation else []
     return (
@@ -134,8 +135,8 @@ def _settle_micro(rows: int, micro: int | None, accumulation: int | None, world_
         if micro * accumulation != rows_per_rank:
             raise ConfigError(
                 f"train.per_device_train_batch_size={micro} x train.gradient_accumulation_steps={accumulation} x "
-                f"{world_size} rank(s) are {micro * accumulation * world_size} rows, not train.global_batch_size={rows}: "
-                "leave one of the three to auto"
+                f"{counted(world_size, 'rank')} are {micro * accumulation * world_size} rows, not "
+                f"train.global_batch_size={rows}: leave one of the three to auto"
             )
     elif accumulation is not None:
         _check_divides("train.gradient_accumulation_steps", accumulation, rows, rows_per_rank, world_size)

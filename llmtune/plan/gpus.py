@@ -12,6 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from llmtune.errors import MissingPrerequisiteError
+from llmtune.plan.units import counted
 
 #: Where torch reads the settings of its allocators; the first wins.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -85,7 +86,7 @@ def hidden_gpus() -> str | None:
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
     except Exception:
         return None
-    return f"{count} NVIDIA GPU(s) with driver {driver}" if count else None
+    return f"{counted(count, 'NVIDIA GPU')} with driver {driver}" if count else None
 
 
 def count_gpus() -> int:

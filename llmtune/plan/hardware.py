@@ -15,7 +15,7 @@ from llmtune.config.schema import Accelerator, HardwareConfig
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.plan.cards import CARDS, UNKNOWN, Card, find_card
 from llmtune.plan.gpus import check_hidden_gpus, check_kernels, has_nvlink, visible_gpus
-from llmtune.plan.units import format_bytes, parse_bytes
+from llmtune.plan.units import counted, format_bytes, parse_bytes
 
 #: Between the ranks of one CPU, through gloo on the loopback (measured on 2 cores: 0.7 to 1.3 GB/s).
 CPU_LINK_BANDWIDTH = 1e9
@@ -76,7 +76,7 @@ class Hardware:
         nodes = f"{self.nodes} x " if self.nodes > 1 else ""
         name = f" {self.name}" if self.name else ""
         return (
-            f"{nodes}{self.device_count} GPU(s){name} of {format_bytes(self.device_memory_bytes)}, "
+            f"{nodes}{counted(self.device_count, 'GPU')}{name} of {format_bytes(self.device_memory_bytes)}, "
             f"host {format_bytes(self.host_memory_bytes)}{nvme}"
         )
 
@@ -158,7 +158,7 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
     count = config.gpus_per_node or found
     if count > found:
         raise MissingPrerequisiteError(
-            f"hardware.gpus_per_node={count}: this machine has {found} GPU(s); take hardware=probe to use what is there"
+            f"hardware.gpus_per_node={count}: this machine has {counted(found, 'GPU')}; take hardware=probe to use what is there"
         )
     first = gpus[0]
     check_kernels(first)

@@ -22,7 +22,7 @@ from llmtune.plan.memory import USABLE_SHARE, MemoryPlan
 from llmtune.plan.placement import Placement
 from llmtune.plan.raw_keys import check_raw, merge_raw
 from llmtune.plan.shape import ModelShape, resolve_shape
-from llmtune.plan.units import format_bytes, format_count, parse_bytes
+from llmtune.plan.units import counted, format_bytes, format_count, parse_bytes
 
 #: Up to this length eager attention is the faster one on a CPU (SmolLM2-135M, 8 x 128 tokens on 2 cores: 419 against 316
 #: tokens/s), and its quadratic memory is small.
@@ -193,8 +193,8 @@ def describe_misfit(config: Config, ladder: Ladder) -> str:
     tuner = "full fine-tuning" if config.tuner.kind is TunerKind.full else f"LoRA r={config.tuner.lora_r}"
     lines = [
         f"{config.model.name_or_path} does not fit: {format_count(shape.parameters)} parameters, {tuner} "
-        f"({format_count(shape.trainable_parameters)} trainable), {ladder.world_size} rank(s), {config.precision.value}, "
-        f"rows of {config.data.max_seq_length} tokens",
+        f"({format_count(shape.trainable_parameters)} trainable), {counted(ladder.world_size, 'rank')}, "
+        f"{config.precision.value}, rows of {config.data.max_seq_length} tokens",
         f"  has            {ladder.hardware.describe()}, of which {USABLE_SHARE:.0%} may be planned",
     ]
     lines += [f"  {rung.name:<14} {rung.reason}" for rung in ladder.rungs]
@@ -238,7 +238,7 @@ def resolve_steps(train: TrainConfig, schedule: ScheduleConfig, rows: int | None
     """
     epoch_rows = max(1, round(train.num_train_epochs * (rows or 0)))
     by_epochs = math.ceil(epoch_rows / global_batch_size)
-    origin = f"{train.num_train_epochs:g} epoch(s) of {rows} rows, {global_batch_size} a step"
+    origin = f"{counted(train.num_train_epochs, 'epoch')} of {rows} rows, {global_batch_size} a step"
     total = by_epochs
     if rows is None and train.max_steps is not None:
         total, origin = train.max_steps, "train.max_steps of a stream"
@@ -260,7 +260,7 @@ def _resolve_world_size(config: Config, hardware: Hardware) -> int:
     if hardware.nodes > 1:
         raise ConfigError(f"launch.nproc={wanted}: with hardware.nodes={hardware.nodes} leave it out")
     if hardware.accelerator == "cuda" and wanted > hardware.device_count:
-        raise ConfigError(f"launch.nproc={wanted}: there are {hardware.device_count} GPU(s)")
+        raise ConfigError(f"launch.nproc={wanted}: this machine has {counted(hardware.device_count, 'GPU')}")
     cores = len(os.sched_getaffinity(0))
     if hardware.accelerator == "cpu" and wanted > 4 * cores:
         raise ConfigError(f"launch.nproc={wanted}: this process may use {cores} cores")

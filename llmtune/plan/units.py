@@ -44,6 +44,12 @@ def format_count(count: float) -> str:
     return f"{count:.0f}"
 
 
+def counted(count: float, noun: str) -> str:
+    """``1 rank``, ``1,000 ranks``, ``0.5 epochs``: a number of what English counts with an s."""
+    number = f"{count:g}" if isinstance(count, float) else f"{count:,}"
+    return f"{number} {noun}{'' if count == 1 else 's'}"
+
+
 def format_seconds(seconds: float) -> str:
     """``1:02:03`` or ``2:03``."""
     minutes, rest = divmod(round(seconds), 60)

@@ -28,7 +28,7 @@ from llmtune.engine.distributed import any_rank, gather_objects, sum_over_ranks
 from llmtune.engine.module import TrainModule
 from llmtune.errors import CheckpointError
 from llmtune.model.adapters import write_adapter_config
-from llmtune.plan.units import format_bytes
+from llmtune.plan.units import counted, format_bytes
 from llmtune.track.tracker import Record
 from llmtune.train.loop import Progress
 from llmtune.train.memory import spare_host_memory_bytes
@@ -126,7 +126,7 @@ class CheckpointSaver:
         if self.settings.on_disk_low is not OnDiskLow.stop:
             wanted = 1
         present = len(list_kept(self.settings.run)) if limit is not None else 0
-        self._check_disk(max(1, wanted - present), f"{wanted} checkpoint(s) of {format_bytes(self._bytes)}")
+        self._check_disk(max(1, wanted - present), f"{counted(wanted, 'checkpoint')} of {format_bytes(self._bytes)}")
         if self._has_memory():
             self._buffers.reserve(self._own_files)
             how = (

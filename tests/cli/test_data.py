@@ -78,6 +78,45 @@ def test_a_person_sees_numbers_lengths_and_masks(tmp_path: Path, capfd: pytest.C
     assert "data:image/png;base64,iVBOR" in page
 
 
+ROWS: dict[str, dict[str, object]] = {
+    "messages": {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+    "alpaca": {"instruction": "Say so.", "output": "So."},
+    "prompt_completion": {"prompt": "Why?", "completion": " So."},
+    "text": {"text": "So it is."},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "expected"),
+    [
+        ("messages", [], "messages; chat template: the tokenizer's own"),
+        ("alpaca", ["data.chat_template=chatml"], "alpaca; chat template: data.chat_template=chatml"),
+        ("prompt_completion", [], "prompt_completion, without a chat template"),
+        ("text", ["data.format=text"], "text, without a chat template"),
+    ],
+)
+def test_what_the_rows_are_read_as_is_said(
+    kind: str, overrides: list[str], expected: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(ROWS[kind]) + "\n" for _ in range(3)))
+    given = [
+        "data",
+        "model=tiny",
+        f"data.train={source}",
+        "data.val_set_size=0",
+        f"output_dir={tmp_path}/out",
+        *overrides,
+    ]
+    # The second time all of it comes from the cache.
+    for _ in range(2):
+        assert main(given) == 0
+        (line,) = (line for line in capfd.readouterr().out.splitlines() if line.strip().startswith("read as"))
+        assert line.split("read as")[1].strip() == expected
+    assert main([*given, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["formats"] == [kind]
+
+
 def test_fields_that_nobody_reads_are_listed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = Path(write(tmp_path / "a.jsonl", 20))
     rows = [{**json.loads(line), "mood": "good", "id": 1} for line in source.read_text().splitlines()]

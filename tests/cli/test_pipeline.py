@@ -39,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in (
         "parameters",
         "8 rows = ",
-        "2 rank(s)",
+        "2 ranks",
         "held-out loss",
         "step 20/20",
         "Held-out prompts",

@@ -123,7 +123,7 @@ def test_damage_is_named_and_exit_5(damage: str, tmp_path: Path, capsys: pytest.
     first, *problems = out.splitlines()
     assert first == f"BAD {folder}"
     assert problems[0].startswith(f"      {message}")
-    assert "1 of 1 folder(s)" in err
+    assert "1 of 1 folder" in err
 
 
 def test_every_problem_has_its_line_and_whole_folders_stay_ok(

@@ -101,7 +101,7 @@ def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu(
     with pytest.raises(MissingPrerequisiteError) as caught:
         probe()
     assert caught.value.exit_code == 7
-    for part in ("8 NVIDIA GPU(s)", version, torch.__version__, built or "CPUs only", "scripts/setup.sh"):
+    for part in ("8 NVIDIA GPUs", version, torch.__version__, built or "CPUs only", "scripts/setup.sh"):
         assert part in str(caught.value)
     assert probe("hardware.accelerator=cpu").accelerator == "cpu", "who asks for it gets it"
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -338,7 +338,7 @@ def test_the_doctor_says_why_the_gpus_are_not_used(
     (finding,) = health._cuda()
     assert (finding.state, finding.command) == ("bad", "bash scripts/setup.sh")
     assert said in finding.message
-    assert "2 NVIDIA GPU(s) with driver 535.104.05" in finding.message
+    assert "2 NVIDIA GPUs with driver 535.104.05" in finding.message
     driver("535.104.05", 0)
     (finding,) = health._cuda()
     assert finding.state == "ok"

@@ -58,7 +58,7 @@ def test_a_run_with_the_optimizer_on_the_host_is_that_of_a_cpu(on_cpu: Path, tmp
     folder = tmp_path / "run"
     done = on_gpus(*JOB, ON_GPUS, "offload=optimizer_cpu", "train.sample_answers=true", f"output_dir={folder}")
     assert done.code == 0, done.err
-    assert "2 GPU(s) NVIDIA A100-SXM4-80GB" in done.out
+    assert "2 GPUs NVIDIA A100-SXM4-80GB" in done.out
     assert largest_difference(losses(folder), losses(on_cpu)) < 1e-5
     assert largest_difference(evaluations(folder), evaluations(on_cpu)) < 1e-5
     measured = on_gpus("eval", f"run={folder}", ON_GPUS, "--json", "train.eval_max_rows=8")

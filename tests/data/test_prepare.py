@@ -268,7 +268,7 @@ def test_dropped_rows_are_counted_and_none_left_is_an_error(tokenizer: Any, tmp_
 
 
 def test_a_split_that_takes_everything_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="data.val_set_size=5 takes all 5"):
+    with pytest.raises(DataError, match="data.val_set_size=5 takes all of data.train, which has 5 rows"):
         prepare(tokenizer, tmp_path, train=str(write(tmp_path / "a.jsonl", 5)), val_set_size=5)
 
 
@@ -328,7 +328,9 @@ def test_rows_of_one_line_are_documents_of_their_own(tokenizer: Any, tmp_path: P
 
 def test_the_only_text_cannot_be_held_out_and_trained_on(tokenizer: Any, tmp_path: Path) -> None:
     source = long_texts(tmp_path / "a.jsonl", 1, 200)
-    with pytest.raises(DataError, match=r"takes all 1 row\(s\) of data.train, cut into \d+ pieces but held out whole"):
+    with pytest.raises(
+        DataError, match=r"takes all of data.train, which has 1 row, cut into \d+ pieces but held out whole"
+    ):
         prepare(tokenizer, tmp_path, train=source, overlong=Overlong.split, max_seq_length=32)
     data = prepare(tokenizer, tmp_path, train=source, overlong=Overlong.split, max_seq_length=32, val_set_size=0)
     assert (data.train.documents > 10, data.eval) == (True, None)

@@ -126,7 +126,7 @@ def test_the_users_address_and_port_win() -> None:
     [
         ("SLURM_STEP_NODELIST", "gpu[08-", "SLURM_STEP_NODELIST='gpu[08-' is no list of hosts"),
         ("SLURM_TASKS_PER_NODE", "4x2", "SLURM_TASKS_PER_NODE='4x2' is no list of task counts"),
-        ("SLURM_TASKS_PER_NODE", "4,4", "11 tasks, as [4, 4] on 3 node(s)"),
+        ("SLURM_TASKS_PER_NODE", "4,4", "11 tasks, as [4, 4] on 3 nodes"),
         ("SLURM_PROCID", "first", "SLURM_PROCID='first' is not a number"),
         ("SLURM_PROCID", "11", "task 11 of 11"),
         ("SLURM_LOCALID", "", "SLURM_LOCALID is not set"),

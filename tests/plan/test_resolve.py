@@ -17,7 +17,7 @@ from llmtune.plan.placement import Placement
 from llmtune.plan.resolve import Plan, resolve_ladder, resolve_plan, resolve_steps
 from llmtune.plan.shape import resolve_shape
 from llmtune.plan.states import state_bytes
-from llmtune.plan.units import format_bytes, format_count, format_seconds, parse_bytes
+from llmtune.plan.units import counted, format_bytes, format_count, format_seconds, parse_bytes
 from llmtune.plan.zero_sizes import resolve_zero_sizes
 
 
@@ -76,6 +76,21 @@ def test_70b_on_this_machine_is_refused_with_what_is_missing() -> None:
 def test_named_gpus_that_are_not_there_are_a_missing_prerequisite() -> None:
     with pytest.raises(MissingPrerequisiteError, match="torch sees no CUDA device"):
         resolve_plan(compose_config(["experiment=llama3_70b_lora_8xa100"]).config)
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [
+        (0, "rank", "0 ranks"),
+        (1, "NVIDIA GPU", "1 NVIDIA GPU"),
+        (1200, "row", "1,200 rows"),
+        (0.5, "epoch", "0.5 epochs"),
+        (1.0, "epoch", "1 epoch"),
+        (3.0, "epoch", "3 epochs"),
+    ],
+)
+def test_numbers_are_told_from_one(count: float, noun: str, text: str) -> None:
+    assert counted(count, noun) == text
 
 
 def test_a_plan_survives_json() -> None:

@@ -84,7 +84,7 @@ def test_what_was_signed_is_right_by_its_key_and_by_no_other(
     assert main(["verify", f"run={tmp_path / 'run'}", f"key={other}"]) == 5
     captured = capsys.readouterr()
     assert f"is not a signature of this manifest.json with the private key of {other}" in captured.out
-    assert "1 of 1 folder(s) cannot be relied on" in captured.err
+    assert "1 of 1 folder cannot be relied on" in captured.err
 
 
 def test_without_a_key_only_damage_is_looked_for_and_that_is_said(
