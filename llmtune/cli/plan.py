@@ -94,6 +94,7 @@ def to_json(composed: Composed, ladder: Ladder, advice: list[Advice], misfit: st
         "fits": chosen is not None,
         "chosen": chosen.placement.rung if chosen else None,
         "zero_stage": chosen.placement.zero_stage if chosen else None,
+        "refusals": list(ladder.refusals),
         "advice": [asdict(item) for item in advice],
         "model": {
             "name_or_path": config.model.name_or_path,
@@ -189,6 +190,8 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
         lines.append(f"   a step of full rows: {_describe_time(seconds.step_seconds)}, bound by {seconds.bound_by}")
     if ladder.activations_origin != "traced":
         lines.append("   activations are a rough estimate, because this architecture could not be traced")
+    if ladder.refusals:
+        lines += ["", "would not be trained here:", *(f"   {reason}" for reason in ladder.refusals)]
     if advice:
         lines += ["", "would change the result, and is never done by itself:"]
         lines += [_advice_line(item) for item in advice]

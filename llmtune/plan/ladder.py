@@ -79,6 +79,8 @@ class Ladder:
     chosen: Candidate | None
     attn_implementation: str
     activations_origin: str
+    refusals: tuple[str, ...] = ()
+    """Of a job that is only planned: why it would not be trained here."""
 
     @property
     def cluster(self) -> Cluster:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmtune.config.cache_folder import find_cache
 from llmtune.config.schema import Config, Precision, ScheduleConfig, TrainConfig, TunerKind
-from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
+from llmtune.errors import ConfigError, DoesNotFitError, LlmtuneError, MissingPrerequisiteError
 from llmtune.plan.abilities import check_kernel, check_row_length, check_stage
 from llmtune.plan.advice import smallest_change
 from llmtune.plan.batch import BatchPlan
@@ -112,34 +113,40 @@ def resolve_ladder(
     """Every rung of this job.
 
     Args:
-        planning: Nothing will run here: hardware that is named need not be there, and neither need the model be trainable.
+        planning: Nothing will run here: hardware that is named need not be there, and what would keep the job from being
+            trained is noted in the ladder.
         begun: What the run was started with, where it goes on.
 
     Raises:
         As :func:`resolve_plan`, but for a job that does not fit.
     """
+    refusals: list[str] = []
+
+    def require(check: Callable[..., None], *values: Any) -> None:
+        try:
+            check(*values)
+        except LlmtuneError as error:
+            if not planning:
+                raise
+            refusals.append(str(error))
+
     check_raw(config.zero.deepspeed)
     on_node = max(1, world_size // config.hardware.nodes) if world_size else None
     hardware = resolve_hardware(config.hardware, config.offload.nvme_path, planning, on_node)
     _check_precision(config.precision, hardware)
-    if not planning:
-        _check_trainable(config, hardware, world_size)
-        if config.offload.nvme_path is None:
-            # hardware.nvme_bytes alone is for planning.
-            hardware = replace(hardware, nvme_bytes=0)
+    require(_check_trainable, config, hardware, world_size)
+    if not planning and config.offload.nvme_path is None:
+        # hardware.nvme_bytes alone is for planning.
+        hardware = replace(hardware, nvme_bytes=0)
     world = world_size or _resolve_world_size(config, hardware)
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
-    if not planning and not shape.causal:
-        raise ConfigError(
-            f"model.name_or_path={config.model.name_or_path}: no causal language model; it can be planned only"
-        )
-    if not planning:
-        check_row_length(config.data.max_seq_length, shape.max_positions, config.model.name_or_path)
+    require(_check_causal, shape, config.model.name_or_path)
+    require(check_row_length, config.data.max_seq_length, shape.max_positions, config.model.name_or_path)
     kernel = resolve_attention(config, hardware.accelerator, shape.kernels, hardware.compute_capability)
     ladder = build_ladder(config, hardware, shape, world, kernel, begun)
-    if not planning and ladder.chosen is not None:
-        check_stage(ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path)
-    return ladder
+    if ladder.chosen is not None:
+        require(check_stage, ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path)
+    return replace(ladder, refusals=tuple(refusals))
 
 
 def plan_candidate(config: Config, ladder: Ladder, candidate: Candidate, launched: bool = False) -> Plan:
@@ -271,6 +278,11 @@ def _world_origin(config: Config, launched: bool) -> str:
     if launched:
         return "from the launcher"
     return "launch.nproc" if config.launch.nproc else "one a GPU, or one on a CPU"
+
+
+def _check_causal(shape: ModelShape, name: str) -> None:
+    if not shape.causal:
+        raise ConfigError(f"model.name_or_path={name}: no causal language model; it can be planned only")
 
 
 def _check_trainable(config: Config, hardware: Hardware, world_size: int | None) -> None:

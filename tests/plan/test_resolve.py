@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,7 @@ def test_a_job_that_cannot_run_here_can_be_planned() -> None:
     )
     assert ladder.chosen is not None
     assert ladder.chosen.memory.device.weights < 8e9
+    assert ladder.refusals == ("tuner=qlora can be planned, not trained yet: take tuner=lora",)
     with pytest.raises(ConfigError, match="planned, not trained"):
         resolve_ladder(compose_config(["model=tiny", "tuner=qlora"]).config)
     bert = ["model.name_or_path=x", "model.config.model_type=t5", "data.train=a.jsonl", "tuner=full"]
@@ -178,3 +180,27 @@ def test_another_model_in_the_same_folder_is_counted_anew(tiny_model: Path, tmp_
     second = shapes.resolve_shape(config.model, config.tuner, tmp_path / "cache")
     assert (first.layers, second.layers) == (2, 5)
     assert second.parameters > first.parameters
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reasons"),
+    [
+        (["model=tiny"], []),
+        (["model=tiny", "data.max_seq_length=9999"], [r"data.max_seq_length=9999: .* has \d+ positions"]),
+        (["model=tiny", "tuner=qlora", "data.max_seq_length=9999"], ["tuner=qlora", "data.max_seq_length=9999"]),
+        (
+            ["model=llama3_8b", "hardware=8xa100_80gb", "hardware.nodes=2", "zero=3"],
+            ["starts the ranks of one machine"],
+        ),
+        (["model.name_or_path=x", "model.config.model_type=t5", "data.train=a.jsonl"], ["no causal language model"]),
+    ],
+)
+def test_a_plan_says_why_its_job_would_be_refused(overrides: list[str], reasons: list[str]) -> None:
+    config = compose_config(overrides, planning=True).config
+    found = resolve_ladder(config, planning=True).refusals
+    assert len(found) == len(reasons)
+    for reason, text in zip(reasons, found, strict=True):
+        assert re.search(reason, text)
+    if reasons:
+        with pytest.raises((ConfigError, MissingPrerequisiteError)):
+            resolve_ladder(config)
