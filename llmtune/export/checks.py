@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ _WRITTEN: dict[ExportFormat | GgufType, torch.dtype] = {
     GgufType.f16: torch.float16,
     GgufType.bf16: torch.bfloat16,
 }
+
+#: Types of GGUF that hold each number by itself.
+_AS_THEY_ARE = (GgufType.f32, GgufType.f16, GgufType.bf16)
 
 #: Two models in fp32, one after the other, and what computing takes.
 _WHOLE_BYTES_PER_BYTE = 3
@@ -51,10 +55,21 @@ def check_material(material: Material, config: ExportConfig) -> Parity | None:
         dtype = _WRITTEN.get(config.gguf_type if config.format is ExportFormat.gguf else config.format)
         # These are made of numbers that were never rounded to the base's dtype.
         source = material.source if dtype is None else Retyped(material.source, dtype)
-        return _check(material, folder, source, config)
+        return _check(material, folder, source, config, _quantised(config))
 
 
-def _check(material: Material, folder: Path, source: TensorSource, config: ExportConfig) -> Parity | None:
+def _quantised(config: ExportConfig) -> str | None:
+    """In how few bits the file holds the numbers that are compared; None where it holds them as they are."""
+    if config.format is ExportFormat.bnb_4bit:
+        return "4 bits (NF4)"
+    return (
+        config.gguf_type.value if config.format is ExportFormat.gguf and config.gguf_type not in _AS_THEY_ARE else None
+    )
+
+
+def _check(
+    material: Material, folder: Path, source: TensorSource, config: ExportConfig, quantised: str | None = None
+) -> Parity | None:
     say = material.request.say
     for note in check_export(folder, source):
         say(f"note: {note}")
@@ -71,6 +86,7 @@ def _check(material: Material, folder: Path, source: TensorSource, config: Expor
         parity = compare_whole(sides, tokens, dtype, config.parity_bound)
     else:
         parity = check_parity(sides, tokens, dtype, config.parity_bound)
+    parity = replace(parity, quantised=quantised)
     say(f"parity: {parity.describe()}")
     if parity.lost is not None:
         say(f"note: {parity.lost}")

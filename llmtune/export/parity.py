@@ -69,9 +69,18 @@ class Parity:
     """Modules whose numbers could not be recomputed -> relative difference of what they answer."""
     adapted: bool
     """Whether an adapter was merged; without one, what was compared is the rounding alone."""
+    quantised: str | None = None
+    """As what the numbers are stored after they were compared, where that is coarser than ``dtype``."""
 
     def describe(self) -> str:
         """One line for the console and the card: which check each module got, and how much of the change is stored."""
+        return self._describe() + (
+            f". That is of the numbers before they are stored as {self.quantised}, which is not compared"
+            if self.quantised
+            else ""
+        )
+
+    def _describe(self) -> str:
         of = "base and adapter" if self.adapted else "the weights before they were rounded"
         text = "logits not compared"
         if self.logits is not None:

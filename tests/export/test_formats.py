@@ -42,7 +42,15 @@ def test_every_format_is_published_whole_with_a_card(kind: ExportFormat, base: P
     assert json.loads((folder / "manifest.json").read_text())["format"] == kind.value
     assert "tiny" in (folder / "README.md").read_text()
     assert not list(tmp_path.glob("out.*"))
-    assert any("parity: logits within" in line for line in said) is (kind is not ExportFormat.adapter)
+    lines = [line for line in said if line.startswith("parity: logits within")]
+    assert len(lines) == (kind is not ExportFormat.adapter)
+    coarser = {
+        ExportFormat.gguf: "as q8_0, which is not compared",
+        ExportFormat.bnb_4bit: "as 4 bits (NF4), which is not",
+    }
+    for line in lines:
+        assert ("before they are stored" in line) is (kind in coarser)
+        assert coarser.get(kind, "") in line
 
 
 def test_there_is_an_option_and_a_writer_for_every_format() -> None:
