@@ -7,15 +7,22 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 #: ``prctl`` option of Linux: the signal a process gets when its parent ends.
 _PR_SET_PDEATHSIG = 1
 
 
-#: Ctrl-C; what schedulers and ``kill`` send; Slurm's warning some time before that (``sbatch --signal=USR1@600``).
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+#: Ctrl-C; what schedulers and ``kill`` send; the end of the terminal.
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: And Slurm's warning some time before SIGTERM (``sbatch --signal=USR1@600``).
+STOP_SIGNALS = (*END_SIGNALS, signal.SIGUSR1)
+
+
+def without_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Without SIGHUP where it is ignored, which is how ``nohup`` asks a program to outlive its terminal."""
+    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def die_with_parent() -> None:

@@ -26,6 +26,7 @@ from llmtune.errors import (
 from llmtune.launch.ending import end_now
 from llmtune.launch.rank import to_user_error
 from llmtune.launch.signals import Interrupted, end_on_signals, received_stop
+from llmtune.process import END_SIGNALS, without_ignored
 from llmtune.safe_path import leave_working_folder
 from llmtune.secrets import describe_secret_overrides, restrict_umask
 from llmtune.terminal import to_terminal
@@ -78,7 +79,7 @@ options
 
 exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 export, 7 environment,
             75 training stopped by a signal, saved: the same command goes on,
-            130 and 143 any other verb ended by Ctrl-C (SIGINT) and by SIGTERM
+            130, 143 and 129 any other verb ended by Ctrl-C (SIGINT), by SIGTERM and with its terminal (SIGHUP)
 
 Every key, its type and meaning: llmtune/config/schema.py; every option: conf/."""
 
@@ -148,7 +149,7 @@ def run(argv: list[str] | None = None) -> NoReturn:
     restrict_umask()
     ending = end_on_signals()
     code = main(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in without_ignored(END_SIGNALS):
         signal.signal(number, lambda *_: os._exit(code))
     if ending.received:
         sys.stdout.flush()

@@ -13,7 +13,7 @@ from types import FrameType
 
 from llmtune.errors import EXIT_BY_SIGNAL, EXIT_STOPPED, StoppedError
 from llmtune.launch.ending import adopt_orphans, end_now
-from llmtune.process import STOP_SIGNALS
+from llmtune.process import END_SIGNALS, STOP_SIGNALS, without_ignored
 
 #: For the clean-up behind an interrupted verb; what is still there then is ended.
 END_SECONDS = 5.0
@@ -110,7 +110,7 @@ def raise_stops(message: str) -> Iterator[Ending]:
 
 
 def end_on_signals() -> Ending:
-    """The handlers of the program, for its whole life: SIGINT and SIGTERM end it in seconds, wherever it stands.
+    """The handlers of the program, for its whole life: those of ``END_SIGNALS`` end it in seconds, wherever it stands.
 
     A thread sees to that. It hears of a signal from the interpreter's own handler in C, and looks which handler Python has for
     it now: those that remember signals are left alone.
@@ -118,7 +118,7 @@ def end_on_signals() -> Ending:
     ending = Ending()
     read, write = os.pipe()
     os.set_blocking(write, False)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in without_ignored(END_SIGNALS):
         signal.signal(number, ending)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
@@ -153,7 +153,7 @@ def _watch(read: int) -> None:
 
 @contextmanager
 def _handle(numbers: Sequence[signal.Signals], handler: signal._HANDLER) -> Iterator[None]:
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    previous = {number: signal.signal(number, handler) for number in without_ignored(numbers)}
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from types import FrameType
 from llmtune.checkpoint import names
 from llmtune.engine.distributed import Rank, any_rank
 from llmtune.errors import EXIT_STOPPED
-from llmtune.process import STOP_SIGNALS
+from llmtune.process import STOP_SIGNALS, without_ignored
 
 
 class Stop:
@@ -24,7 +24,7 @@ class Stop:
         self._signalled = False
         self._armed = False
         self._agreed = False
-        for number in STOP_SIGNALS:
+        for number in without_ignored(STOP_SIGNALS):
             signal.signal(number, self._handle)
 
     def arm(self) -> None:

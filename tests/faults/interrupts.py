@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM at any moment of any verb: trials, and ``python -m tests.faults.interrupts FILE`` for their table."""
+"""SIGINT, SIGTERM and SIGHUP at any moment of any verb: trials; ``python -m tests.faults.interrupts FILE`` makes their table."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ WAYS = [
     for times in (1, 2)
     for target in ("group", "main process")
 ]
+# The end of a terminal, which comes once.
+WAYS += [(signal.SIGHUP, 1, "group"), (signal.SIGHUP, 1, "main process")]
 #: Of the second signal behind the first.
 BETWEEN_SECONDS = 0.2
 #: "In seconds": what the program gives itself, and what a busy machine adds.
@@ -68,7 +70,7 @@ class Outcome:
 
 
 def draw_interrupts(verbs: Sequence[str]) -> list[Interrupt]:
-    """Thirty moments a verb, evenly over its time, and each of the eight ways three or four times, in another order for each."""
+    """Thirty moments a verb, evenly over its time, and each of the ten ways three times, in another order for each."""
     return [
         Interrupt(verb, (number + 0.5) / MOMENTS, *WAYS[(3 * number + place) % len(WAYS)])
         for place, verb in enumerate(verbs)

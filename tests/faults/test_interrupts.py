@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end every verb in seconds, at any moment, with the documented exit code and no process left."""
+"""Ctrl-C, SIGTERM and SIGHUP end every verb in seconds, at any moment, with the documented exit code and no process left."""
 
 from __future__ import annotations
 
@@ -119,6 +119,7 @@ def until_it_tokenises(console: Path, process: subprocess.Popen[bytes]) -> None:
         ("data", signal.SIGTERM, 2, "group"),
         ("train", signal.SIGINT, 1, "group"),
         ("train", signal.SIGTERM, 1, "main process"),
+        ("train", signal.SIGHUP, 1, "group"),
     ],
 )
 def test_tokenising_ends_with_all_its_workers(

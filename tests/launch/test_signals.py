@@ -36,7 +36,7 @@ def saved(folder: Path, what: str = "saved") -> bool:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_lets_all_ranks_save(number: signal.Signals, tmp_path: Path) -> None:
     supervisor = start_supervisor(SAVES, tmp_path)
     supervisor.send_signal(number)
@@ -45,6 +45,21 @@ def test_a_signal_lets_all_ranks_save(number: signal.Signals, tmp_path: Path) ->
     assert saved(tmp_path)
     assert f"{number.name}: saving after the current step" in out
     assert "stopped after step 3 and saved" in out
+
+
+@pytest.mark.process
+def test_nohup_keeps_a_run_going_without_its_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        supervisor = start_supervisor(SAVES, tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    supervisor.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert supervisor.poll() is None
+    assert not saved(tmp_path, "saving")
+    supervisor.send_signal(signal.SIGTERM)
+    assert end_of(supervisor)[0] == EXIT_STOPPED
 
 
 @pytest.mark.process
@@ -202,7 +217,7 @@ def test_what_a_stop_means_changes_with_the_work() -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 75)])
+@pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 75), ("SIGHUP", 75)])
 def test_a_stop_before_there_are_ranks(number: str, expected: int) -> None:
     program = f"""
 import os, signal, sys
@@ -262,7 +277,7 @@ main.run()
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("work", STUBBORN.values(), ids=STUBBORN)
 def test_a_program_that_does_not_end_by_itself_is_ended_with_all_it_started(
     work: str, number: signal.Signals, tmp_path: Path
