@@ -189,6 +189,13 @@ def test_a_rule_finds_what_breaks_it(
     assert found.startswith(problem)
 
 
+def test_tests_join_ranks_with_their_ops_loaded_under_the_lock() -> None:
+    own = {"joined.py", "test_distributed.py", Path(__file__).name}
+    bare = [path.name for path in (ROOT / "tests").rglob("*.py") if "init_ranks(" in path.read_text()]
+    assert "joined.py" in bare
+    assert set(bare) <= own
+
+
 def test_every_public_function_says_what_it_is_for() -> None:
     silent = []
     for path in FILES:

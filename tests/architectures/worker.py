@@ -21,7 +21,7 @@ from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config, Precision, TunerKind
 from llmtune.data.batch import Batch, Collator
 from llmtune.data.store import Row
-from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
+from llmtune.engine.distributed import Rank, broadcast_object, meet_ranks
 from llmtune.engine.module import TrainModule, zero_init
 from llmtune.errors import LlmtuneError
 from llmtune.model.adapters import add_lora
@@ -38,6 +38,7 @@ from llmtune.train.packing_probe import check_module
 from tests.architectures.families import FAMILIES
 from tests.architectures.plain import load_plainly, train_plainly
 from tests.engine.worker import ask_cpu_once
+from tests.joined import join_ranks
 
 #: Tokens of the documents of a step; some are longer than the windows of attention.
 LENGTHS = (24, 9, 17, 14)
@@ -176,7 +177,7 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
 def main(cells: list[list[Any]], result: Path) -> None:
     """All cells, one after the other; written after each, so that a failing one can be told."""
     transformers.logging.set_verbosity_error()
-    rank = init_ranks()
+    rank = join_ranks()
     ask_cpu_once()
     found: list[dict[str, Any]] = []
     for cell in cells:

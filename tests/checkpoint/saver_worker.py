@@ -17,8 +17,9 @@ from llmtune.checkpoint.outbox import Buffers
 from llmtune.checkpoint.tensor_file import TensorSpec
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weights import WeightFiles
-from llmtune.engine.distributed import Rank, init_ranks, meet_ranks
+from llmtune.engine.distributed import Rank, meet_ranks
 from llmtune.errors import CheckpointError
+from tests.joined import join_ranks
 
 
 def stand_in(rank: Rank, value: float) -> None:
@@ -70,7 +71,7 @@ def refuse_on(number: int, rank: Rank, names: str) -> None:
 
 
 if __name__ == "__main__":
-    this, run = init_ranks(), Path(sys.argv[1])
+    this, run = join_ranks(), Path(sys.argv[1])
     said = {}
     for mode in (False, True):
         step = 10 if mode else 1

@@ -15,10 +15,11 @@ from tests.support import ROOT
 
 device = pretend.register()
 
-from llmtune.engine.distributed import init_ranks, meet_ranks  # noqa: E402
+from llmtune.engine.distributed import meet_ranks  # noqa: E402
 from llmtune.engine.module import TrainModule  # noqa: E402
 from llmtune.launch.memory_errors import memory_pool  # noqa: E402
 from tests.engine.worker import ask_cpu_once, run_task  # noqa: E402
+from tests.joined import join_ranks  # noqa: E402
 
 #: Of this step.
 places: Counter[str] = Counter()
@@ -54,7 +55,7 @@ if __name__ == "__main__":
     pretend.show_gpus()
     if limit := os.environ.get("PRETEND_LIMIT"):
         device.limit(0, int(limit))
-    rank = init_ranks()
+    rank = join_ranks("cuda")
     ask_cpu_once()
     waits: list[dict[str, int]] = []
     count_waits(waits)

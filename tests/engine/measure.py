@@ -15,7 +15,7 @@ import torch
 
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import TunerKind
-from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
+from llmtune.engine.distributed import Rank, broadcast_object, meet_ranks
 from llmtune.engine.module import TrainModule, zero_init
 from llmtune.launch.ops import load_ops
 from llmtune.model.adapters import add_lora
@@ -29,6 +29,7 @@ from llmtune.plan.states import state_bytes
 from llmtune.plan.zero_sizes import resolve_zero_sizes
 from tests.engine.rows import random_rows
 from tests.engine.worker import ask_cpu_once, resolve_on_first
+from tests.joined import join_ranks
 
 #: Storages below this are counters, scalars and DeepSpeed's placeholders.
 SMALL_BYTES = 300
@@ -105,7 +106,7 @@ def measure_steps(module: TrainModule, before: dict[int, int], batch: BatchPlan,
 
 
 if __name__ == "__main__":
-    this = init_ranks()
+    this = join_ranks()
     ask_cpu_once()
     # What the libraries made on import is not looked through again and again. Nothing else may freeze after this: what a
     # process imports late (``llmtune.process.no_collection``) would take the tensors that are there out of the count.

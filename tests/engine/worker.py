@@ -22,7 +22,7 @@ from llmtune.config.schema import Config, Precision, TunerKind
 from llmtune.data.batch import Collator, Targets
 from llmtune.data.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
-from llmtune.engine.distributed import Rank, broadcast_object, init_ranks, meet_ranks
+from llmtune.engine.distributed import Rank, broadcast_object, meet_ranks
 from llmtune.engine.module import TrainModule
 from llmtune.engine.state import read_loss_scale, write_loss_scale
 from llmtune.launch.ops import load_ops
@@ -35,6 +35,7 @@ from llmtune.plan.resolve import Plan, resolve_plan, resolve_steps, with_nvme
 from llmtune.train.job import build_module
 from llmtune.train.request import RunRequest
 from llmtune.train.saving import render_companions
+from tests.joined import join_ranks
 
 
 def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: A
 
 
 if __name__ == "__main__":
-    this = init_ranks()
+    this = join_ranks()
     ask_cpu_once()
     results = [run_task(task, this) for task in json.loads(sys.argv[1])]
     if this.is_first:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from llmtune.engine.distributed import Rank, init_ranks, meet_ranks
+from llmtune.engine.distributed import Rank, meet_ranks
 from tests.engine import worker
+from tests.joined import join_ranks
 
 #: Odd sizes, so that parameters lie across the ends of partitions and every kind of padding is there.
 VOCAB, HIDDEN, INNER, ROWS = 67, 24, 37, 5
@@ -130,7 +131,7 @@ def live_masters(module: Any) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    this = init_ranks()
+    this = join_ranks()
     worker.ask_cpu_once()
     for todo in json.loads(sys.argv[1]):
         (write_own if "masters" in todo else write_zero)(todo, this)
