@@ -1,6 +1,6 @@
 """``python -m llmtune [VERB] [overrides]``."""
 
-from llmtune.safe_path import leave_working_folder
+from llmtune.security.working_folder import leave_working_folder
 
 if __name__ == "__main__":
     # Before anything else is imported.

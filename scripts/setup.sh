@@ -216,7 +216,7 @@ main() {
     .venv/bin/pip install -q --no-deps --require-hashes -r requirements-dev.lock
     .venv/bin/pip install -q --no-deps -e .
     say "building DeepSpeed's ops (2 to 4 minutes on 2 cores)"
-    .venv/bin/python -m llmtune.launch.ops
+    .venv/bin/python -m llmtune.launch.preflight.deepspeed_ops
     echo "$stamp" >.venv/llmtune-setup
 }
 

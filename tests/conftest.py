@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmtune.launch.environment import extensions_dir, use_own_ninja
+from llmtune.launch.launchers.environment import extensions_dir, use_own_ninja
 from tests import processes
 
 pytest_plugins = ["tests.suite.tiers", "tests.suite.budget", "pytester"]
@@ -84,7 +84,7 @@ def started_cold() -> Iterator[None]:
 def smollm2(cache: Path) -> Path:
     """The folder of the embedded model; unpacking it takes ten seconds."""
     from llmtune.config.compose import compose_config
-    from llmtune.model.files import resolve_model_folder
+    from llmtune.model.source import resolve_model_folder
 
     return resolve_model_folder(compose_config([]).config.model, cache)
 
@@ -93,6 +93,6 @@ def smollm2(cache: Path) -> Path:
 def tiny_model(cache: Path) -> Path:
     """The folder of the tiny random model."""
     from llmtune.config.compose import compose_config
-    from llmtune.model.files import resolve_model_folder
+    from llmtune.model.source import resolve_model_folder
 
     return resolve_model_folder(compose_config(["model=tiny"]).config.model, cache)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from llmtune.engine.distributed import Rank, init_ranks
-from llmtune.launch.ops import load_ops
-from llmtune.plan.placement import Placement
+from llmtune.launch.preflight.deepspeed_ops import load_ops
+from llmtune.plan.memory.placement import Placement
 
 
 def join_ranks(accelerator: str = "cpu") -> Rank:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from allpairspy import AllPairs
 
-from llmtune.launch.environment import hold_port, remove_shared_buffers, set_defaults
+from llmtune.launch.launchers.environment import hold_port, remove_shared_buffers, set_defaults
 
 ROOT = Path(__file__).parent.parent
 

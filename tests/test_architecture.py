@@ -14,32 +14,51 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llmtune"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-#: Folder -> folders it may import, transitively closed; ``errors`` is open to all.
+#: Folders from the lowest to the highest, and which of those below each may import; the modules beside them are open to all.
 LAYERS: dict[str, set[str]] = {
-    "config": set(),
-    "plan": {"config"},
-    "launch": {"config", "plan"},
-    "data": {"config", "plan"},
-    "model": {"config", "plan"},
-    "engine": {"config", "plan"},
-    "checkpoint": {"config", "plan", "engine"},
-    "track": {"config", "plan"},
-    "train": {"config", "plan", "data", "model", "engine", "checkpoint", "track"},
-    "export": {"config", "plan", "engine", "checkpoint", "model"},
-    "cli": {
-        *("config", "plan", "launch", "data", "model", "engine", "checkpoint", "track", "train", "export"),
+    "security": set(),
+    "storage": {"security"},
+    "config": {"security", "storage"},
+    "plan": {"security", "storage", "config"},
+    "track": {"security", "storage", "config", "plan"},
+    "data": {"security", "storage", "config", "plan"},
+    "model": {"security", "storage", "config", "plan"},
+    "engine": {"security", "storage", "config", "plan"},
+    "checkpoint": {"security", "storage", "config", "plan", "engine"},
+    "train": {"security", "storage", "config", "plan", "track", "data", "model", "engine", "checkpoint"},
+    "export": {"security", "storage", "config", "plan", "model", "checkpoint"},
+    "launch": {"security", "storage", "config", "plan"},
+    "doctor": {"security", "storage", "config", "plan", "launch"},
+    "run": {
+        *("security", "storage", "config", "plan", "track", "data", "model", "engine", "checkpoint", "train", "export"),
+        *("launch", "doctor"),
     },
+    "cli": {
+        *("security", "storage", "config", "plan", "track", "data", "model", "engine", "checkpoint", "train", "export"),
+        *("launch", "doctor", "run"),
+    },
+}
+#: Folders within a folder, from the lowest to the highest; what stands beside them is above all of them.
+ROOMS: dict[str, list[str]] = {
+    "plan": ["devices", "memory"],
+    "data": ["rows", "read", "tokenize", "store", "load", "report"],
+    "model": ["adapter", "weights"],
+    "export": ["sources", "publish", "merge", "formats", "verify", "card"],
+    "launch": ["launchers", "preflight", "supervise"],
 }
 
 #: Who may see the whole ``Config``.
-SEES_CONFIG = {"config", "plan", "cli"}
-SEES_CONFIG_FILES = {f"train/{name}.py" for name in ("job", "request", "run_folder", "resume", "begun", "mirror_place")}
+SEES_CONFIG = {"config", "plan", "run", "cli"}
+SEES_CONFIG_FILES = {
+    f"train/{name}.py" for name in ("build", "request", "run_folder", "resume", "begun", "mirror_place")
+}
 
 DEEPSPEED_FOLDERS = {"engine", "checkpoint", "launch"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_ARGUMENTS = 7
+MAX_MODULES = 15
 
 
 def relative(path: Path) -> str:
@@ -78,6 +97,23 @@ def imports_higher_layers(path: Path) -> Iterator[str]:
         above = (used & set(LAYERS)) - LAYERS[folder] - {folder}
         if above:
             yield f"imports {above}"
+
+
+def imports_higher_rooms(path: Path) -> Iterator[str]:
+    """A room of a folder imports none above it; what stands beside the rooms may be imported by all and import all."""
+    folder, *rooms = relative(path).split("/")
+    order = ROOMS.get(folder, [])
+    if len(rooms) > 1 and rooms[0] in order:
+        own = order.index(rooms[0])
+        inside = {name.split(".")[2] for name in imports(path) if name.startswith(f"llmtune.{folder}.")}
+        yield from (f"imports {folder}/{room}" for room in order[own + 1 :] if room in inside)
+
+
+def is_in_a_crowd(path: Path) -> Iterator[str]:
+    """A folder whose modules can be taken in at a glance."""
+    beside = [other for other in path.parent.glob("*.py") if other.name != "__init__.py"]
+    if path.name == "__init__.py" and len(beside) > MAX_MODULES:
+        yield f"has {len(beside)} modules beside it"
 
 
 def test_no_import_cycle() -> None:
@@ -124,7 +160,12 @@ def lets_deepspeed_out(path: Path) -> Iterator[str]:
 
 def draws_by_itself(path: Path) -> Iterator[str]:
     """What is random is drawn in one place, so that every draw has a name. Numbers that are the same in every run are not."""
-    if relative(path) not in ("draws.py", "model/random_model.py", "export/graph_model.py", "export/answers.py"):
+    if relative(path) not in (
+        "draws.py",
+        "model/random_model.py",
+        "export/formats/graph/model.py",
+        "export/verify/answers.py",
+    ):
         text = path.read_text()
         if "random" in imports(path):
             yield "imports random"
@@ -148,7 +189,7 @@ def is_a_drawer(path: Path) -> Iterator[str]:
 
 RULES = (
     *(imports_higher_layers, tells_several_stories, lets_deepspeed_out, draws_by_itself, sees_the_whole_config),
-    is_a_drawer,
+    *(is_a_drawer, imports_higher_rooms, is_in_a_crowd),
 )
 
 
@@ -171,6 +212,7 @@ def test_no_file_breaks_the_rule(broken: Callable[[Path], Iterator[str]]) -> Non
         (draws_by_itself, "data/a.py", "torch.manual_seed(1)", "seeds torch"),
         (sees_the_whole_config, "data/a.py", "from llmtune.config.schema import Config", "imports Config"),
         (is_a_drawer, "data/utils.py", "", "is a drawer"),
+        (imports_higher_rooms, "data/rows/a.py", "from llmtune.data.load.loader import load", "imports data/load"),
     ],
 )
 def test_a_rule_finds_what_breaks_it(
@@ -183,10 +225,25 @@ def test_a_rule_finds_what_breaks_it(
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     (found,) = broken(path)
     assert found.startswith(problem)
+
+
+def test_a_folder_of_sixteen_modules_is_found(tmp_path: Path) -> None:
+    for name in ("__init__", *"abcdefghijklmno"):
+        (tmp_path / f"{name}.py").touch()
+    assert list(is_in_a_crowd(tmp_path / "__init__.py")) == []
+    (tmp_path / "p.py").touch()
+    assert list(is_in_a_crowd(tmp_path / "__init__.py")) == ["has 16 modules beside it"]
+
+
+def test_every_room_stands_on_a_floor() -> None:
+    for folder, order in ROOMS.items():
+        assert sorted(order) == sorted(
+            p.name for p in (PACKAGE / folder).iterdir() if p.is_dir() and list(p.glob("*.py"))
+        )
 
 
 def test_tests_join_ranks_with_their_ops_loaded_under_the_lock() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT, run
+
+
+def test_every_folder_is_a_package_of_the_wheel() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    folders = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "llmtune").rglob("__init__.py")}
+    assert set(settings["options"]["packages"].split()) == folders | {"llmtune.conf"}
 
 
 @pytest.mark.process

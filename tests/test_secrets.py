@@ -15,7 +15,7 @@ import pytest
 
 from llmtune.config.compose import compose_config
 from llmtune.config.stored import dump_redacted, load_config, redact_config
-from llmtune.secrets import (
+from llmtune.security.redaction import (
     SECRET_NAMES,
     has_secrets,
     redact,
@@ -70,7 +70,7 @@ def test_what_came_from_a_file_is_secret_whatever_its_name(monkeypatch: pytest.M
     assert redact(VALUE) == "***MINE***"
     remember_names(["OTHER"])
     assert redact(VALUE) == "***MINE***"
-    child = f"from llmtune.secrets import redact; print(redact({VALUE!r}))"
+    child = f"from llmtune.security.redaction import redact; print(redact({VALUE!r}))"
     assert subprocess.check_output([sys.executable, "-c", child], text=True) == "***MINE***\n"
 
 

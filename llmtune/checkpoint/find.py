@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from llmtune.checkpoint import names
+from llmtune.storage import layout
 
 #: Behind the name of a checkpoint that is being replaced by one of the same step.
 REPLACED = ".old.tmp"
@@ -15,18 +15,18 @@ def find_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first. A folder without its marker does not exist."""
     if not run.is_dir():
         return []
-    found = [(names.checkpoint_step(folder), folder) for folder in run.iterdir()]
+    found = [(layout.checkpoint_step(folder), folder) for folder in run.iterdir()]
     return [folder for step, folder in sorted((s, f) for s, f in found if s is not None) if is_complete(folder)]
 
 
 def is_complete(folder: Path) -> bool:
     """Whether the folder was published."""
-    return (folder / names.COMPLETE).is_file()
+    return (folder / layout.COMPLETE).is_file()
 
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a published folder; the marker goes first, so that none is left half-gone."""
-    (folder / names.COMPLETE).unlink(missing_ok=True)
+    (folder / layout.COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -35,7 +35,7 @@ def sweep_incomplete(run: Path) -> list[str]:
     restore_replaced(run)
     swept = []
     for folder in sorted(run.iterdir()) if run.is_dir() else []:
-        half = folder.name.endswith(".tmp") or (names.checkpoint_step(folder) is not None and not is_complete(folder))
+        half = folder.name.endswith(".tmp") or (layout.checkpoint_step(folder) is not None and not is_complete(folder))
         if folder.is_dir() and half:
             shutil.rmtree(folder)
             swept.append(folder.name)

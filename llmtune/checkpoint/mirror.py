@@ -17,10 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from llmtune.checkpoint import names
 from llmtune.checkpoint.find import is_complete
-from llmtune.checkpoint.manifest import find_damage, flush, publish
-from llmtune.checkpoint.remote import (
+from llmtune.errors import CheckpointError, LlmtuneError
+from llmtune.security.redaction import redact
+from llmtune.storage import layout
+from llmtune.storage.manifest import find_damage, flush, publish
+from llmtune.storage.remote import (
     Store,
     UnfitError,
     describe_error,
@@ -30,8 +32,6 @@ from llmtune.checkpoint.remote import (
     open_source,
     persist,
 )
-from llmtune.errors import CheckpointError, LlmtuneError
-from llmtune.secrets import redact
 
 T = TypeVar("T")
 
@@ -143,20 +143,20 @@ class Mirror:
 
     def _copy(self, folder: Path) -> None:
         """Upload and verify every file, the marker last; nothing where the same copy is complete already."""
-        marker, manifest = (_local_bytes(folder / name) for name in (names.COMPLETE, names.MANIFEST))
+        marker, manifest = (_local_bytes(folder / name) for name in (layout.COMPLETE, layout.MANIFEST))
         if marker is None or manifest is None:
             raise UnfitError("skipped, because it was pruned")
         files = list_files(marker, manifest)
-        if persist(self._store.read, f"{folder.name}/{names.COMPLETE}") == marker:
+        if persist(self._store.read, f"{folder.name}/{layout.COMPLETE}") == marker:
             return
         if folder.name in (name for _, name in persist(self._store.list_checkpoints)):
             # A copy that was cut off, or another checkpoint of the same step.
             persist(self._store.remove, folder.name)
         for name, entry in files.items():
             persist(self._store.upload, partial(open_source, folder / name), f"{folder.name}/{name}", entry)
-        signature = _local_bytes(folder / names.SIGNATURE)
-        signed = [] if signature is None else [(names.SIGNATURE, signature)]
-        for name, data in (*signed, (names.MANIFEST, manifest), (names.COMPLETE, marker)):
+        signature = _local_bytes(folder / layout.SIGNATURE)
+        signed = [] if signature is None else [(layout.SIGNATURE, signature)]
+        for name, data in (*signed, (layout.MANIFEST, manifest), (layout.COMPLETE, marker)):
             open_data = partial(io.BytesIO, data)
             persist(self._store.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data()))
 
@@ -217,7 +217,7 @@ def withdraw_copies(url: str, run_name: str, run_id: str, step: int) -> list[str
         if persist(Owner(url, run_name).read) not in (None, run_id):
             return []
         found = [name for at, name in sorted(persist(store.list_checkpoints)) if at >= step]
-        found = [name for name in found if persist(store.read, f"{name}/{names.COMPLETE}") is not None]
+        found = [name for name in found if persist(store.read, f"{name}/{layout.COMPLETE}") is not None]
         for name in found:
             persist(store.unmark, name)
     return found
@@ -235,8 +235,8 @@ def find_remote(url: str, run_name: str) -> list[tuple[int, str]]:
     found = []
     with _reported(root):
         for step, name in persist(store.list_checkpoints):
-            marker = persist(store.read, f"{name}/{names.COMPLETE}")
-            manifest = persist(store.read, f"{name}/{names.MANIFEST}") if marker else None
+            marker = persist(store.read, f"{name}/{layout.COMPLETE}")
+            manifest = persist(store.read, f"{name}/{layout.MANIFEST}") if marker else None
             if manifest is not None and marker == hash_text(manifest):
                 found.append((step, _join(root, name)))
     return sorted(found)
@@ -265,15 +265,15 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
     match = re.search(r"checkpoint-(\d+)/*$", checkpoint_url)
     if match is None:
         raise CheckpointError(f"{shown}: the URL of a checkpoint ends in checkpoint-<step>")
-    folder = names.checkpoint_folder(run, int(match[1]))
+    folder = layout.checkpoint_folder(run, int(match[1]))
     store = Store(checkpoint_url.rstrip("/"), shown)
     with _reported(checkpoint_url):
-        marker, manifest = (persist(store.read, name) for name in (names.COMPLETE, names.MANIFEST))
+        marker, manifest = (persist(store.read, name) for name in (layout.COMPLETE, layout.MANIFEST))
         if marker is None or manifest is None:
-            raise UnfitError(f"no complete checkpoint is there (no {names.COMPLETE} or no {names.MANIFEST})")
+            raise UnfitError(f"no complete checkpoint is there (no {layout.COMPLETE} or no {layout.MANIFEST})")
         files = list_files(marker, manifest)
     if is_complete(folder):
-        if marker != _local_bytes(folder / names.COMPLETE) and manifest != _local_bytes(folder / names.MANIFEST):
+        if marker != _local_bytes(folder / layout.COMPLETE) and manifest != _local_bytes(folder / layout.MANIFEST):
             raise CheckpointError(
                 f"{folder} is another checkpoint than {shown}; move it away to fetch that one, "
                 f"or go on from it with resume_from_checkpoint={folder}"
@@ -287,13 +287,13 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
             aside.mkdir(parents=True)
             for name, entry in files.items():
                 persist(store.download, name, aside / name, entry)
-            signature = persist(store.read, names.SIGNATURE)
-            for name, data in ((names.MANIFEST, manifest), (names.SIGNATURE, signature)):
+            signature = persist(store.read, layout.SIGNATURE)
+            for name, data in ((layout.MANIFEST, manifest), (layout.SIGNATURE, signature)):
                 if data is not None:
                     (aside / name).write_bytes(data)
                     flush(aside / name)
             # Either incomplete, or a damaged copy of this very checkpoint.
-            (folder / names.COMPLETE).unlink(missing_ok=True)
+            (folder / layout.COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             publish(aside, folder)
     finally:

@@ -6,9 +6,9 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, remove_checkpoint
-from llmtune.plain_json import parse_json
+from llmtune.storage import layout
+from llmtune.storage.plain_json import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,10 @@ def list_kept(run: Path) -> list[Kept]:
     found = []
     for folder in find_checkpoints(run):
         try:
-            metrics = parse_json((folder / names.MANIFEST).read_text()).get("metrics", {})
+            metrics = parse_json((folder / layout.MANIFEST).read_text()).get("metrics", {})
         except (OSError, ValueError):
             metrics = {}
-        found.append(Kept(folder, names.checkpoint_step(folder) or 0, metrics))
+        found.append(Kept(folder, layout.checkpoint_step(folder) or 0, metrics))
     return found
 
 

@@ -16,20 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoint import names
-from llmtune.checkpoint.content import check_adapter_trained, check_tensors
 from llmtune.checkpoint.find import REPLACED
-from llmtune.checkpoint.manifest import hash_file, publish, write_manifest
-from llmtune.checkpoint.outbox import Buffers, Outbox
-from llmtune.checkpoint.signature import Signer
-from llmtune.checkpoint.state_files import load_state_files, put_states
+from llmtune.checkpoint.optimizer_files import load_state_files, put_states
 from llmtune.checkpoint.trainer_state import TrainerState, read_trainer_state
-from llmtune.checkpoint.weights import WeightFiles, put_weights
+from llmtune.checkpoint.weight_files import WeightFiles, put_weights
+from llmtune.checkpoint.writer import Buffers, Outbox
 from llmtune.engine.distributed import any_rank, gather_objects
-from llmtune.engine.module import TrainModule
-from llmtune.engine.state import optimizer_steps, read_loss_scale, write_loss_scale
+from llmtune.engine.optimizer_state import optimizer_steps, read_loss_scale, write_loss_scale
+from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
-from llmtune.whole_file import write_whole
+from llmtune.storage import layout
+from llmtune.storage.atomic import write_whole
+from llmtune.storage.manifest import hash_file, publish, write_manifest
+from llmtune.storage.signature import Signer
+from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
 
 #: Between two looks of rank 0 at what the others have written.
 _POLL_SECONDS = 0.02
@@ -161,7 +161,7 @@ class PendingSave:
         """Open weights again and look at every number."""
         found = []
         for name in self._outbox.files:
-            if names.is_state_file(name):
+            if layout.is_state_file(name):
                 continue
             found += check_tensors(aside / name)
             if self._request.weights.adapter_only and self._request.state.optimizer_steps > 0:
@@ -179,7 +179,7 @@ class PendingSave:
         for report in reports:
             files |= report["files"]
             tensors |= report["tensors"]
-        for name, data in {**self._request.companions, names.TRAINER_STATE: self._state_text()}.items():
+        for name, data in {**self._request.companions, layout.TRAINER_STATE: self._state_text()}.items():
             (aside / name).parent.mkdir(exist_ok=True)
             write_whole(aside / name, data)
             files[name] = hash_file(aside / name)

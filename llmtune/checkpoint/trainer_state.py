@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoint import names
-from llmtune.checkpoint.manifest import read_manifest
 from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import CheckpointError
-from llmtune.plain_json import parse_json
+from llmtune.storage import layout
+from llmtune.storage.manifest import read_manifest
+from llmtune.storage.plain_json import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ def read_trainer_state(folder: Path) -> TrainerState:
     """
     read_manifest(folder)
     try:
-        return TrainerState(**parse_json((folder / names.TRAINER_STATE).read_text()))
+        return TrainerState(**parse_json((folder / layout.TRAINER_STATE).read_text()))
     except (OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: {names.TRAINER_STATE} cannot be read ({error})") from error
+        raise CheckpointError(f"{folder}: {layout.TRAINER_STATE} cannot be read ({error})") from error
 
 
 def check_draws(folder: Path) -> None:

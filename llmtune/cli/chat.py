@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from llmtune.terminal import show_controls
+from llmtune.security.terminal import show_controls
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 
@@ -20,12 +20,12 @@ def main(arguments: Arguments) -> int:
     composed = compose_config(arguments.overrides, arguments.config_dir)
     settings = composed.config.chat
     with Status(Console(sys.stderr), "loading the libraries and the model"):
-        from llmtune.cli.quiet import quiet_libraries
+        from llmtune.cli.output import quiet_libraries
 
         quiet_libraries()
 
-        from llmtune.cli.target import load_model, resolve_target
-        from llmtune.model.answer import answer
+        from llmtune.model.generate import answer
+        from llmtune.run.artifact import load_model, resolve_target
 
         target = resolve_target(composed)
         model, tokenizer = load_model(target)

@@ -8,20 +8,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.data_schema import DataConfig, DataFormat, name_data
+from llmtune.config.groups.data import DataConfig, DataFormat, name_data
 from llmtune.errors import DataError
-from llmtune.plan.units import counted
-from llmtune.terminal import GREEN, GREY, colour, show_controls, to_json_line
+from llmtune.security.terminal import GREEN, GREY, colour, show_controls, to_json_line
+from llmtune.units import counted
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
     from llmtune.data.prepare import PreparedData
-    from llmtune.data.problems import Problem
-    from llmtune.data.report import DataReport
-    from llmtune.data.statistics import Lengths, Padding, Piece
-    from llmtune.data.store import Rows
+    from llmtune.data.report.html import DataReport
+    from llmtune.data.report.statistics import Lengths, Padding, Piece
+    from llmtune.data.rows.problems import Problem
+    from llmtune.data.store.token_store import Rows
 
 #: Rows that are printed.
 SHOWN_ROWS = 3
@@ -54,14 +54,14 @@ def main(arguments: Arguments) -> int:
 
 
 def _report(arguments: Arguments, write: Any, colours: bool) -> int:
-    from llmtune.cli.prepare import cache_dir, resolve_target, watch_tokenising
-    from llmtune.cli.quiet import quiet_libraries
+    from llmtune.cli.output import quiet_libraries
     from llmtune.config.compose import compose_config
     from llmtune.data.prepare import open_rows, prepare_data, read_problems
-    from llmtune.data.templates import load_chat_template
-    from llmtune.data.vocabulary import check_padding, find_beyond
-    from llmtune.model.files import resolve_model_folder
+    from llmtune.data.store.vocabulary import check_padding, find_beyond
+    from llmtune.data.tokenize.chat_template import load_chat_template
+    from llmtune.model.source import resolve_model_folder
     from llmtune.model.tokenizer import load_tokenizer
+    from llmtune.run.prepare import cache_dir, resolve_target, watch_tokenising
     from llmtune.track.console import Console
 
     composed = compose_config(arguments.overrides, arguments.config_dir)
@@ -111,7 +111,7 @@ def _describe_reader(composed: Composed) -> str:
 
 def _describe_format(config: DataConfig, formats: list[str]) -> str:
     """What the rows are, and what makes a text of them."""
-    from llmtune.data.formats import CHAT_FORMATS
+    from llmtune.data.rows.formats import CHAT_FORMATS
 
     found = ", ".join(formats)
     if not {DataFormat(name) for name in formats} & set(CHAT_FORMATS):
@@ -123,10 +123,10 @@ def _describe_format(config: DataConfig, formats: list[str]) -> str:
 def _build_report(
     config: Config, data: PreparedData, rows: Rows, problems: list[Problem], tokenizer: Any
 ) -> DataReport:
-    from llmtune.data.problems import place
-    from llmtune.data.report import DataReport
-    from llmtune.data.statistics import measure_lengths, measure_padding, redact_texts, show_row
-    from llmtune.plan.batch import settle_batch
+    from llmtune.data.report.html import DataReport
+    from llmtune.data.report.statistics import measure_lengths, measure_padding, redact_texts, show_row
+    from llmtune.data.rows.problems import place
+    from llmtune.plan.batch_sizes import settle_batch
 
     asked, global_batch = config.train.per_device_train_batch_size, config.train.global_batch_size
     if not isinstance(global_batch, int):
@@ -156,7 +156,7 @@ def _build_report(
 
 
 def _numbers(config: Config, data: PreparedData, lengths: Lengths, padding: Padding) -> dict[str, str]:
-    from llmtune.data.fields import describe_unknown_fields
+    from llmtune.data.rows.fields import describe_unknown_fields
 
     train, held_out = data.train, data.eval
     share = train.trained_tokens / max(1, train.tokens)
@@ -212,7 +212,7 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
 
 def to_text(report: DataReport, untrained: list[str]) -> list[str]:
     """The report for a terminal, but for its rows."""
-    from llmtune.data.problems import describe
+    from llmtune.data.rows.problems import describe
 
     width = max(map(len, report.numbers))
     lines = [report.title, *(f"  {name:<{width}}  {value}" for name, value in report.numbers.items())]
@@ -238,7 +238,7 @@ def _histogram(lengths: Lengths) -> list[str]:
 
 def _write_files(report: DataReport, folder: Path, colours: bool, write: Any) -> None:
     """Rows in two colours, the picture and the page."""
-    from llmtune.data.report import write_page, write_picture
+    from llmtune.data.report.html import write_page, write_picture
 
     for where, pieces in report.rows:
         write(f"\n{where}\n")
@@ -271,6 +271,6 @@ def _coloured(pieces: list[Piece], colours: bool) -> str:
 
 
 def _untrained(folder: Path, data: PreparedData, tokenizer: Any) -> list[str]:
-    from llmtune.model.untrained import find_untrained_tokens
+    from llmtune.model.untrained_tokens import find_untrained_tokens
 
     return [str(token) for token in tokenizer.convert_ids_to_tokens(find_untrained_tokens(folder, data.special_tokens))]

@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from llmtune.errors import EXIT_DONE, MissingPrerequisiteError
-from llmtune.plan.units import counted
-from llmtune.terminal import to_json_line
+from llmtune.security.terminal import to_json_line
+from llmtune.units import counted
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -17,12 +17,12 @@ MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 
 def main(arguments: Arguments) -> int:
     """Print every finding; exit code 7 where something would stop a run and was not mended."""
+    from llmtune.cli.output import quiet_libraries
     from llmtune.cli.plan import stdout_for_us
-    from llmtune.cli.quiet import quiet_libraries
     from llmtune.config.cache_folder import locate_cache
     from llmtune.config.compose import compose_config
-    from llmtune.launch.environment import use_own_ninja
-    from llmtune.launch.health import find_all
+    from llmtune.doctor.checks import find_all
+    from llmtune.launch.launchers.environment import use_own_ninja
 
     config = compose_config(arguments.overrides, arguments.config_dir).config
     quiet_libraries()

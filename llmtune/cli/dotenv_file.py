@@ -11,8 +11,8 @@ import os
 import re
 from pathlib import Path
 
-from llmtune.secrets import remember_names
-from llmtune.trust import require_own
+from llmtune.security.redaction import remember_names
+from llmtune.security.trust import require_own
 
 #: Names of keys, tokens and passwords, and of the users and accounts that they belong to.
 _KEYS = re.compile(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.data_schema import name_data
-from llmtune.terminal import to_json_line, to_terminal
+from llmtune.config.groups.data import name_data
+from llmtune.security.terminal import to_json_line, to_terminal
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 
@@ -62,23 +62,23 @@ def main(arguments: Arguments) -> int:
 
 
 def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
-    from llmtune.cli.quiet import quiet_libraries
+    from llmtune.cli.output import quiet_libraries
 
     quiet_libraries()
 
     import torch
 
-    from llmtune.cli.prepare import cache_dir
-    from llmtune.cli.target import free_memory_bytes, load_model, resolve_target
-    from llmtune.data.batch import Collator
-    from llmtune.data.loader import iterate_eval
+    from llmtune.data.load.collate import Collator
+    from llmtune.data.load.loader import iterate_eval
     from llmtune.data.prepare import open_rows, prepare_data
-    from llmtune.data.vocabulary import check_stores
+    from llmtune.data.store.vocabulary import check_stores
     from llmtune.errors import DataError
     from llmtune.model.build import sees_padding
     from llmtune.model.loss import sum_token_losses
     from llmtune.plan.abilities import check_row_length, max_positions
-    from llmtune.train.evaluation import perplexity
+    from llmtune.run.artifact import free_memory_bytes, load_model, resolve_target
+    from llmtune.run.prepare import cache_dir
+    from llmtune.train.hooks.evaluation import perplexity
 
     status.doing = "loading the model"
     target = resolve_target(composed)

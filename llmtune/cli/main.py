@@ -23,13 +23,13 @@ from llmtune.errors import (
     LlmtuneError,
     StoppedError,
 )
-from llmtune.launch.ending import end_now
-from llmtune.launch.rank import to_user_error
-from llmtune.launch.signals import Interrupted, end_on_signals, received_stop
+from llmtune.launch.supervise.ending import end_now
+from llmtune.launch.supervise.rank_report import to_user_error
+from llmtune.launch.supervise.signals import Interrupted, end_on_signals, received_stop
 from llmtune.process import END_SIGNALS, without_ignored
-from llmtune.safe_path import leave_working_folder
-from llmtune.secrets import describe_secret_overrides, restrict_umask
-from llmtune.terminal import to_terminal
+from llmtune.security.redaction import describe_secret_overrides, restrict_umask
+from llmtune.security.terminal import to_terminal
+from llmtune.security.working_folder import leave_working_folder
 
 #: Verb -> (module with ``main(arguments) -> exit code``, what it does).
 VERBS = {

@@ -10,10 +10,10 @@ from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
 from llmtune.errors import DoesNotFitError
-from llmtune.plan.memory import USABLE_SHARE
-from llmtune.plan.units import counted, format_bytes, format_count, format_seconds
-from llmtune.secrets import redact
-from llmtune.terminal import to_json_line, to_terminal
+from llmtune.plan.memory.peak_memory import USABLE_SHARE
+from llmtune.security.redaction import redact
+from llmtune.security.terminal import to_json_line, to_terminal
+from llmtune.units import counted, format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
@@ -42,7 +42,7 @@ class Output:
         self._stream.write(to_terminal(text))
 
     def in_colour(self, text: str) -> None:
-        """A text with colours of ours, made with :func:`~llmtune.terminal.colour`; all else as above."""
+        """A text with colours of ours, made with :func:`~llmtune.security.terminal.colour`; all else as above."""
         self._stream.write(redact(text))
 
 
@@ -62,12 +62,12 @@ def stdout_for_us() -> Iterator[Output]:
 
 
 def _plan(arguments: Arguments, write: Any) -> int:
-    from llmtune.cli.adapter import adopt_adapter
-    from llmtune.cli.quiet import quiet_libraries
-    from llmtune.cli.settings import find_problems
+    from llmtune.cli.output import quiet_libraries
     from llmtune.config.compose import compose_config
     from llmtune.plan.advice import list_advice
-    from llmtune.plan.resolve import describe_misfit, resolve_ladder
+    from llmtune.plan.plan import describe_misfit, resolve_ladder
+    from llmtune.run.adapter import adopt_adapter
+    from llmtune.run.settings import find_problems
     from llmtune.track.console import Console
     from llmtune.track.status import Status
 

@@ -9,27 +9,27 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from llmtune.launch.launcher import adopt_launcher
-from llmtune.launch.lock import hold_lock, removed_if_unused
-from llmtune.launch.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
-from llmtune.plan.units import format_seconds
+from llmtune.launch.launchers.launcher import adopt_launcher
+from llmtune.launch.supervise.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
+from llmtune.storage.lock import hold_lock, removed_if_unused
 from llmtune.track.console import Console
 from llmtune.track.status import Status
+from llmtune.units import format_seconds
 
 if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
-    from llmtune.cli.prepare import RunTarget
     from llmtune.config.compose import Composed
+    from llmtune.run.prepare import RunTarget
 
 
 def main(arguments: Arguments) -> int:
     """Run the whole job."""
     launcher = adopt_launcher(os.environ, Console(sys.stdout).say)
     if launcher is not None:
-        from llmtune.cli.rank import run_launched
+        from llmtune.run.rank import run_launched
 
         with raise_stops(NOT_BEGUN):
-            run_launched(arguments, launcher)
+            run_launched(arguments.overrides, arguments.config_dir, launcher)
     return _supervise(arguments)
 
 
@@ -37,7 +37,7 @@ def _supervise(arguments: Arguments) -> int:
     with ExitStack() as lock, raise_stops(NOT_BEGUN) as stop:
         composed, target, console = _train(arguments, lock)
         stop.message = NOT_EXPORTED
-        from llmtune.cli.finish import finished_message, maybe_export
+        from llmtune.run.finish import finished_message, maybe_export
 
         console.say(finished_message(target.folder))
         maybe_export(target.folder, composed.config.export, console)
@@ -46,15 +46,15 @@ def _supervise(arguments: Arguments) -> int:
 
 def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, Console]:
     """Until the model is trained; ``lock`` then holds the run folder."""
-    from llmtune.cli.adapter import adopt_adapter, check_adapter
-    from llmtune.cli.descent import Descent, check_fits
-    from llmtune.cli.prepare import lock_file, resolve_target
-    from llmtune.cli.quiet import quiet_environment, quiet_libraries
-    from llmtune.cli.ranks_ahead import RanksAhead, Surroundings
-    from llmtune.cli.settings import find_problems
+    from llmtune.cli.output import quiet_environment, quiet_libraries
     from llmtune.config.compose import compose_config
-    from llmtune.data.sources import check_local_files
-    from llmtune.plan.resolve import resolve_ladder
+    from llmtune.data.read.sources import check_local_files
+    from llmtune.plan.plan import resolve_ladder
+    from llmtune.run.adapter import adopt_adapter, check_adapter
+    from llmtune.run.fallback import Descent, check_fits
+    from llmtune.run.prepare import lock_file, resolve_target
+    from llmtune.run.ranks_ahead import RanksAhead, Surroundings
+    from llmtune.run.settings import find_problems
     from llmtune.train.begun import begun_train
     from llmtune.train.run_folder import RunFolder, open_run_folder
 
@@ -89,7 +89,7 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
 
 def _hand_over(arguments: Arguments, composed: Composed) -> NoReturn:
     """``launch.hostfile``: DeepSpeed's runner starts the ranks, each with these arguments."""
-    from llmtune.launch.hostfile import hand_over
+    from llmtune.launch.launchers.hostfile import hand_over
 
     folder = ["--config-dir", str(Path(arguments.config_dir).resolve())] if arguments.config_dir else []
     hand_over(Path(str(composed.config.launch.hostfile)).expanduser(), ["train", *folder, *arguments.overrides])

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.checkpoint import names
-from llmtune.checkpoint.manifest import find_damage, read_manifest
-from llmtune.checkpoint.signature import find_forgery, read_public_key
 from llmtune.config.schema import Config
 from llmtune.errors import EXIT_DONE, CheckpointError, ConfigError
-from llmtune.plan.units import counted, format_bytes
-from llmtune.terminal import to_json_line, to_terminal
+from llmtune.security.terminal import to_json_line, to_terminal
+from llmtune.storage import layout
+from llmtune.storage.manifest import find_damage, read_manifest
+from llmtune.storage.signature import find_forgery, read_public_key
+from llmtune.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from llmtune.checkpoint.mirror import Mirror
@@ -48,7 +48,7 @@ def main(arguments: Arguments) -> int:
         if mirror is not None:
             healthy = [Path(report["path"]) for report in reports if report["healthy"]]
             run = Path(str(config.run)).expanduser()
-            checkpoints = [folder for folder in healthy if names.checkpoint_step(folder) is not None]
+            checkpoints = [folder for folder in healthy if layout.checkpoint_step(folder) is not None]
             not_copied = _copy(mirror, run, checkpoints)
         if arguments.as_json:
             copies = {} if mirror is None else {"not_copied": dict(not_copied)}
@@ -100,13 +100,13 @@ def _open_mirror(config: Config) -> Mirror:
     if config.run is None:
         raise ConfigError("verify --mirror needs run=FOLDER")
     run = RunFolder(Path(config.run).expanduser())
-    url = config.checkpoint.mirror or load_config(run.path / names.CONFIG).checkpoint.mirror
+    url = config.checkpoint.mirror or load_config(run.path / layout.CONFIG).checkpoint.mirror
     if url is None or _HIDDEN in url:
         why = "it has none" if url is None else "a run folder holds no passwords"
         raise ConfigError(f"verify --mirror: name the mirror of {run.path} with checkpoint.mirror=URL ({why})")
     name = run.read_name()
     if name is None:
-        raise CheckpointError(f"run={run.path}: no {names.PLAN} in it; verify --mirror takes a run folder")
+        raise CheckpointError(f"run={run.path}: no {layout.PLAN} in it; verify --mirror takes a run folder")
     return Mirror(url, name, lambda _: None, run.read_run_id() or "")
 
 
@@ -116,9 +116,9 @@ def _copy(mirror: Mirror, run: Path, checkpoints: list[Path]) -> list[tuple[str,
     Raises:
         CheckpointError: The run is under way, which copies itself: two that write to one place undo each other's work.
     """
-    from llmtune.launch.lock import hold_lock
+    from llmtune.storage.lock import hold_lock
 
-    with hold_lock(run / names.LOCK):
+    with hold_lock(run / layout.LOCK):
         for folder in checkpoints:
             mirror.put(folder, None)
         return mirror.finish(_COPY_SECONDS)
@@ -126,16 +126,16 @@ def _copy(mirror: Mirror, run: Path, checkpoints: list[Path]) -> list[tuple[str,
 
 def _run_folders(run: Path) -> list[Path]:
     """Checkpoints, oldest first, incomplete ones too; then what was trained, and its export."""
-    found = ((names.checkpoint_step(folder), folder) for folder in (run.iterdir() if run.is_dir() else []))
+    found = ((layout.checkpoint_step(folder), folder) for folder in (run.iterdir() if run.is_dir() else []))
     folders = [folder for _, folder in sorted((step, folder) for step, folder in found if step is not None)]
-    folders += [run / name for name in (names.ADAPTER, names.MODEL) if (run / name).is_dir()]
+    folders += [run / name for name in (layout.ADAPTER, layout.MODEL) if (run / name).is_dir()]
     folders += sorted(
         (
             folder
             for folder in (run.iterdir() if run.is_dir() else [])
-            if folder.is_dir() and names.is_export_folder(folder)
+            if folder.is_dir() and layout.is_export_folder(folder)
         ),
-        key=lambda folder: (folder.name != names.MERGED, folder.name),
+        key=lambda folder: (folder.name != layout.MERGED, folder.name),
     )
     if not folders:
         raise CheckpointError(
@@ -168,12 +168,12 @@ def _report(folder: Path, key: Path | None) -> dict[str, Any]:
 
 
 def _find_problems(folder: Path) -> list[str]:
-    from llmtune.checkpoint.content import check_adapter_trained, check_tensors
+    from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
 
     if not folder.is_dir():
         return ["no such folder"]
-    if not any((folder / name).is_file() for name in (names.MANIFEST, names.COMPLETE)):
-        return [f"not written by llmtune (no {names.MANIFEST}), so it cannot be checked"]
+    if not any((folder / name).is_file() for name in (layout.MANIFEST, layout.COMPLETE)):
+        return [f"not written by llmtune (no {layout.MANIFEST}), so it cannot be checked"]
     problems = find_damage(folder)
     damaged = {problem.split(" ", 1)[0] for problem in problems}
     for file in sorted(folder.rglob("*.safetensors")):

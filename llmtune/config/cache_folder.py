@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmtune.config.schema import PathsConfig
 from llmtune.errors import MissingPrerequisiteError
-from llmtune.trust import make_own, require_own
+from llmtune.security.trust import make_own, require_own
 
 KEY = "paths.cache_dir"
 INSTEAD = "name a folder of your own with LLMTUNE_CACHE or paths.cache_dir="

@@ -33,7 +33,7 @@ from llmtune.config.overrides import Choice, Setting, read_override
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_yaml, first_line, read_key, schema, set_key, to_config
 from llmtune.errors import ConfigError
-from llmtune.trust import find_owner_problem
+from llmtune.security.trust import find_owner_problem
 
 PRIMARY = "train"
 

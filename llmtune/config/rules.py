@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from llmtune.config.data_schema import DataFormat
-from llmtune.config.export_schema import ExportDtype, ExportFormat, MergeOnto
+from llmtune.config.groups.data import DataFormat
+from llmtune.config.groups.export import ExportDtype, ExportFormat, MergeOnto
 from llmtune.config.schema import Config, OffloadDevice, Precision, TunerKind
 from llmtune.config.stored import read_key, to_plain
 

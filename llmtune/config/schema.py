@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from llmtune.config.data_schema import DataConfig
-from llmtune.config.export_schema import ExportConfig
+from llmtune.config.groups.data import DataConfig
+from llmtune.config.groups.export import ExportConfig
 
 
 class Precision(Enum):
@@ -335,7 +335,7 @@ class PathsConfig:
 
 @dataclass(slots=True)
 class Config:
-    """Everything; seen whole only by ``config/``, ``plan/``, ``train/job.py`` and ``cli/``."""
+    """Everything; seen whole only by ``config/``, ``plan/``, ``train/build.py`` and ``cli/``."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -15,9 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from llmtune.config.literal import from_literal, to_literal
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
-from llmtune.secrets import redact_values
-from llmtune.trust import open_foreign
-from llmtune.yaml_text import to_yaml
+from llmtune.security.redaction import redact_values
+from llmtune.security.trust import open_foreign
+from llmtune.storage.yaml_text import to_yaml
 
 #: Of a stored configuration, which lists some hundred sources at the most.
 _MOST_BYTES = 16 << 20

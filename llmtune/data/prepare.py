@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.config.cache_folder import INSTEAD, KEY
-from llmtune.config.data_schema import DataConfig, OnBadRow
-from llmtune.data.fingerprint import digest, hash_tokenizer, identify_file
-from llmtune.data.mixing import hold_out, mix
-from llmtune.data.packing import pack_rows, packing_efficiency
-from llmtune.data.preflight import check_labels, check_leaks, check_overlong
-from llmtune.data.problems import Problem, RowError, read_problem_file, refuse, write_problems
+from llmtune.config.groups.data import DataConfig, OnBadRow
+from llmtune.data.read.fingerprint import digest, hash_tokenizer, identify_file
+from llmtune.data.read.sources import Source, parse_sources, resolve_files
+from llmtune.data.report.preflight import check_labels, check_leaks, check_overlong
+from llmtune.data.rows.problems import Problem, RowError, read_problem_file, refuse, write_problems
 from llmtune.data.settings import check_eval_sources, check_streamed_sources
-from llmtune.data.source_tokens import Watch, find_conversations, token_folder, tokenise_source
-from llmtune.data.sources import Source, parse_sources, resolve_files
-from llmtune.data.store import Rows, TokenStore, publish_folder
-from llmtune.data.templates import ChatTemplates
+from llmtune.data.store.mixing import hold_out, mix
+from llmtune.data.store.packing import pack_rows, packing_efficiency
+from llmtune.data.store.token_store import Rows, TokenStore, publish_folder
+from llmtune.data.tokenize.chat_template import ChatTemplates
+from llmtune.data.tokenized_source import Watch, find_conversations, token_folder, tokenise_source
 from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import ConfigError, DataError
-from llmtune.trust import require_own
+from llmtune.security.trust import require_own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

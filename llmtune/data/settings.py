@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llmtune.config.data_schema import DataConfig
-from llmtune.data.sources import Source, parse_sources
-from llmtune.data.templates import load_chat_template
+from llmtune.config.groups.data import DataConfig
+from llmtune.data.read.sources import Source, parse_sources
+from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llmtune.engine.phases import PhaseLog
+from llmtune.engine.heartbeat import PhaseLog
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune import __version__
-from llmtune.checkpoint import names
 from llmtune.checkpoint.find import REPLACED
-from llmtune.checkpoint.manifest import read_manifest
-from llmtune.config.export_schema import ExportConfig, ExportFormat
+from llmtune.config.groups.export import ExportConfig, ExportFormat
 from llmtune.errors import CheckpointError, ExportError
+from llmtune.storage import layout
+from llmtune.storage.manifest import read_manifest
 
 if TYPE_CHECKING:
-    from llmtune.export.material import ExportRequest
+    from llmtune.export.model import ExportRequest
 
 _WRITTEN = frozenset(ExportFormat) - {ExportFormat.none}
 _MERGED = _WRITTEN - {ExportFormat.adapter}
@@ -38,7 +38,7 @@ SHAPES: dict[str, frozenset[ExportFormat]] = {
 
 def identify(folder: Path) -> str:
     """What tells one published folder from any other: the hash of its manifest; nothing for a folder of somebody else's."""
-    marker = folder / names.COMPLETE
+    marker = folder / layout.COMPLETE
     return marker.read_text() if marker.is_file() else ""
 
 
@@ -56,7 +56,7 @@ def describe_options(config: ExportConfig) -> dict[str, Any]:
 
 def find_repo(config: ExportConfig) -> str | None:
     """The repository on the hub that the export goes to; None where it goes elsewhere."""
-    from llmtune.export.hub import HUB, parse_hub_url
+    from llmtune.export.publish.hub import HUB, parse_hub_url
 
     with contextlib.suppress(ExportError):
         if config.upload and config.upload.startswith(HUB):

@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from llmtune.config.export_schema import ExportConfig, ExportFormat
+from llmtune.config.groups.export import ExportConfig, ExportFormat
 from llmtune.errors import ConfigError, ExportError, MissingPrerequisiteError
-from llmtune.export.card_licence import check_licences
-from llmtune.export.companions import check_companions
-from llmtune.model.quantized import quantization
+from llmtune.export.card.licence import check_licences
+from llmtune.export.formats.model_files import check_companions
+from llmtune.model.weights.quantized import quantization
 
 
 def check_exportable(config: ExportConfig, base: Path) -> None:
@@ -45,7 +45,7 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
 def _check_base(base: Path) -> None:
     """Weights in fewer bits can be unpacked for a merge where they are bitsandbytes' 4 bits."""
     if quantization(base) is not None:
-        from llmtune.export.bnb_base import check_plain_or_4bit
+        from llmtune.export.sources.bitsandbytes import check_plain_or_4bit
 
         check_plain_or_4bit(base)
 
@@ -62,7 +62,7 @@ def check_address(config: ExportConfig) -> None:
 def _check_upload(config: ExportConfig, dry_run: bool) -> None:
     if config.format is ExportFormat.none or not config.upload:
         return
-    from llmtune.export.upload import check_upload
+    from llmtune.export.publish.upload import check_upload
 
     try:
         check_upload(config.upload, dry_run)
@@ -72,24 +72,24 @@ def _check_upload(config: ExportConfig, dry_run: bool) -> None:
 
 def _check_gguf(base: Path) -> None:
     _require("gguf", "export=gguf")
-    from llmtune.export.gguf import read_settings
-    from llmtune.export.gguf_vocabulary import read_vocabulary
+    from llmtune.export.formats.gguf.vocabulary import read_vocabulary
+    from llmtune.export.formats.gguf.writer import read_settings
 
     settings, _ = read_settings(base)
     read_vocabulary(base, settings.vocab_size)
 
 
 def _check_onnx(base: Path) -> None:
-    from llmtune.export.graphs import import_onnx
+    from llmtune.export.formats.graph.writers import import_onnx
 
     import_onnx()
     _check_graph(base)
 
 
 def _check_graph(base: Path) -> None:
-    from llmtune.export.graph_model import find_loader
-    from llmtune.export.graphs import check_size
-    from llmtune.export.tensors import SafetensorsSource
+    from llmtune.export.formats.graph.model import find_loader
+    from llmtune.export.formats.graph.writers import check_size
+    from llmtune.export.sources.base import SafetensorsSource
 
     find_loader(base)
     check_size(sum(math.prod(spec.shape) for spec in SafetensorsSource(base).specs.values()))

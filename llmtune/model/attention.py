@@ -40,7 +40,8 @@ def answer_on_host(model: Any) -> None:
 
     Architectures such as OPT, MPT, BLOOM and gpt-oss take positions and do not hand them on to the functions that make their
     masks, or hand on a mask of ones of their own, so that the documents of a row would see each other. Those functions get the
-    positions here. What is mixed nevertheless, such as the state of a recurrent layer, :mod:`llmtune.train.packing_probe` finds.
+    positions here. What is mixed nevertheless, such as the state of a recurrent layer,
+    :mod:`llmtune.train.hooks.packing_probe` finds.
     """
     from transformers import masking_utils, modeling_flash_attention_utils
 

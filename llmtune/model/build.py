@@ -13,10 +13,10 @@ import torch
 from llmtune.config.schema import ModelConfig, Precision
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
-from llmtune.model.partition import load_partitions, restore_buffers
-from llmtune.model.quantized import find_meaningless, quantization
-from llmtune.model.weight_files import read_entries
-from llmtune.model.weight_report import WeightReport
+from llmtune.model.weights.files import read_entries
+from llmtune.model.weights.quantized import find_meaningless, quantization
+from llmtune.model.weights.report import WeightReport
+from llmtune.model.weights.zero3_loading import load_partitions, restore_buffers
 from llmtune.process import no_collection
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmtune.errors import ConfigError
-from llmtune.plain_json import parse_json
-from llmtune.trust import read_foreign
+from llmtune.security.trust import read_foreign
+from llmtune.storage.plain_json import parse_json
 
 KEY = "model.trust_remote_code"
 

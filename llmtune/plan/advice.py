@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from llmtune.config.schema import Config, OffloadConfig, TunerKind
-from llmtune.plan.hardware import Hardware
+from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder
-from llmtune.plan.memory import USABLE_SHARE
-from llmtune.plan.placement import Placement
-from llmtune.plan.units import format_bytes
+from llmtune.plan.memory.peak_memory import USABLE_SHARE
+from llmtune.plan.memory.placement import Placement
+from llmtune.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)

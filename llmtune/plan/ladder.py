@@ -11,16 +11,16 @@ from itertools import product
 
 from llmtune.config.cache_folder import find_cache
 from llmtune.config.schema import Config, Precision, TrainConfig, TunerKind
-from llmtune.plan.activations import ActivationModel, TraceSettings
-from llmtune.plan.batch import BatchPlan, StepRows, batch_options, settle_batch
-from llmtune.plan.hardware import Hardware
-from llmtune.plan.memory import MemoryPlan, Workload, estimate_memory, fits
-from llmtune.plan.placement import RUNGS, Placement, allowed_stages, make_placement, named_rung
-from llmtune.plan.raw_keys import resize
-from llmtune.plan.shape import ModelShape
+from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, settle_batch
+from llmtune.plan.deepspeed_overrides import resize
+from llmtune.plan.devices.hardware import Hardware
+from llmtune.plan.memory.activations import ActivationModel, TraceSettings
+from llmtune.plan.memory.model_shape import ModelShape
+from llmtune.plan.memory.peak_memory import MemoryPlan, Workload, estimate_memory, fits
+from llmtune.plan.memory.placement import RUNGS, Placement, allowed_stages, make_placement, named_rung
+from llmtune.plan.memory.zero_buffers import ZeroSizes, resolve_zero_sizes
+from llmtune.plan.memory.zero_states import element_bytes, state_bytes
 from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
-from llmtune.plan.states import element_bytes, state_bytes
-from llmtune.plan.zero_sizes import ZeroSizes, resolve_zero_sizes
 
 #: Candidates as fast as this share of the fastest count as equal; the simplest of them is taken.
 EQUAL_SPEED = 0.985

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtune.config.schema import Precision
-from llmtune.plan.batch import BatchPlan
-from llmtune.plan.hardware import CPU_LINK_BANDWIDTH, Hardware
-from llmtune.plan.placement import Placement
-from llmtune.plan.shape import ModelShape
-from llmtune.plan.states import NF4_BYTES, element_bytes
+from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.plan.devices.hardware import CPU_LINK_BANDWIDTH, Hardware
+from llmtune.plan.memory.model_shape import ModelShape
+from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.zero_states import NF4_BYTES, element_bytes
 
 #: Bytes of host memory that CPU Adam touches a parameter: reads weight, gradient and two moments, writes three of them
 #: (fp32), and the weight's copy in the training dtype.

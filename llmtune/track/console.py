@@ -12,9 +12,9 @@ from typing import IO, Any, cast
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from llmtune.plan.units import format_bytes, format_seconds
-from llmtune.terminal import to_terminal
+from llmtune.security.terminal import to_terminal
 from llmtune.track.tracker import Record
+from llmtune.units import format_bytes, format_seconds
 
 #: Seconds between progress lines where the output is no terminal.
 PLAIN_INTERVAL_SECONDS = 10.0

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import CheckpointError
-from llmtune.plain_json import parse_json
+from llmtune.storage.atomic import write_whole
+from llmtune.storage.plain_json import parse_json
 from llmtune.track.tracker import Record
-from llmtune.whole_file import write_whole
 
 
 class MetricsFile:

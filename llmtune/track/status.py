@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from llmtune.plan.units import format_seconds
 from llmtune.track.console import Console
+from llmtune.units import format_seconds
 
 #: Seconds of silence before the first line, and the most between two lines about one thing; in between they double.
 QUIET_SECONDS, MOST_SECONDS = 5.0, 60.0

@@ -10,9 +10,9 @@ from typing import Any
 
 from llmtune.config.schema import TrackerConfig, TrackerMode
 from llmtune.errors import MissingPrerequisiteError
-from llmtune.secrets import redact, redact_values
+from llmtune.security.redaction import redact, redact_values
+from llmtune.security.trust import require_own
 from llmtune.track.tracker import Record
-from llmtune.trust import require_own
 
 _SETTING = re.compile(r"^\s*([^\s=:#;\[][^\s=:]*)\s*[=:]", re.MULTILINE)
 #: What ``wandb init`` and ``wandb offline`` write about a project.

@@ -7,12 +7,12 @@ from pathlib import Path
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.mirror import find_remote, read_remote
 from llmtune.config.schema import Config, TrainConfig
 from llmtune.config.stored import parse_yaml
 from llmtune.errors import ConfigError
+from llmtune.storage import layout
 from llmtune.train.run_folder import RunFolder
 
 
@@ -45,11 +45,11 @@ def _find(config: Config, folder: Path, run_name: str) -> bytes | None:
     elif "://" not in wanted:
         places.append(Path(wanted).expanduser())
     for place in places:
-        if (place / names.CONFIG).is_file():
-            return (place / names.CONFIG).read_bytes()
+        if (place / layout.CONFIG).is_file():
+            return (place / layout.CONFIG).read_bytes()
     if "://" in wanted:
-        return read_remote(wanted, names.CONFIG)
+        return read_remote(wanted, layout.CONFIG)
     if wanted != "auto" or config.checkpoint.mirror is None:
         return None
     remote = find_remote(config.checkpoint.mirror, run_name)
-    return read_remote(remote[-1][1], names.CONFIG) if remote else None
+    return read_remote(remote[-1][1], layout.CONFIG) if remote else None

@@ -12,18 +12,18 @@ import torch
 
 from llmtune.checkpoint.find import is_complete
 from llmtune.config.schema import ScheduleConfig, TrainConfig
-from llmtune.data.loader import StepBatch, Steps
+from llmtune.data.load.loader import StepBatch, Steps
 from llmtune.draws import Draw, torch_seed
 from llmtune.engine.distributed import Rank
-from llmtune.engine.module import StepResult, TrainModule
+from llmtune.engine.train_module import StepResult, TrainModule
 from llmtune.errors import CheckpointError, DivergedError, StoppedError
-from llmtune.plan.resolve import StepsPlan
+from llmtune.plan.plan import StepsPlan
 from llmtune.track.tracker import Record, Trackers
+from llmtune.train.divergence import NumberWatch
 from llmtune.train.line_sums import LineSums
-from llmtune.train.memory import used_memory_bytes
-from llmtune.train.numbers import NumberWatch
+from llmtune.train.memory_usage import used_memory_bytes
 from llmtune.train.schedule import learning_rate_at
-from llmtune.train.stop import Stop
+from llmtune.train.stop_request import Stop
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from llmtune.checkpoint.mirror import owner_file, read_place, withdraw_copies
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, ConfigError
-from llmtune.secrets import redact
+from llmtune.security.redaction import redact
 from llmtune.train.run_folder import RunFolder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from llmtune.config.schema import Config
 from llmtune.config.stored import from_plain, to_plain
 from llmtune.data.prepare import PreparedData
-from llmtune.plan.resolve import Plan, StepsPlan
+from llmtune.plan.plan import Plan, StepsPlan
 
 
 @dataclass(frozen=True, slots=True)

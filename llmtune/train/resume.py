@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, restore_replaced
-from llmtune.checkpoint.manifest import check_undamaged, find_damage
 from llmtune.checkpoint.mirror import fetch_remote, find_remote, read_place, read_remote
 from llmtune.checkpoint.trainer_state import check_draws, read_trainer_state
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError
-from llmtune.secrets import redact
+from llmtune.security.redaction import redact
+from llmtune.storage import layout
+from llmtune.storage.manifest import check_undamaged, find_damage
 from llmtune.train.run_folder import ForeignRunError, RunFolder, check_same_config, check_same_run
 
 
@@ -143,7 +143,7 @@ def _newer_at_mirror(
     failure: CheckpointError | None = None
     for url in (url for step, url in reversed(remote) if step > here):
         try:
-            stored = read_remote(url, names.CONFIG)
+            stored = read_remote(url, layout.CONFIG)
             if stored is not None:
                 # Another run's would be fetched for nothing, and stand in the way of this one.
                 check_same_config(stored, redact(url), config, "checkpoint.mirror=")
@@ -169,7 +169,7 @@ def _named(folder: RunFolder, config: Config, run_name: str, wanted: str, say: C
 def _named_step(wanted: str, origin: str) -> int:
     """-1 for a URL that does not tell, which is refused when it is fetched."""
     if "://" in wanted:
-        step = names.checkpoint_step(Path(origin))
+        step = layout.checkpoint_step(Path(origin))
         return -1 if step is None else step
     try:
         return read_trainer_state(Path(origin)).step
@@ -186,7 +186,7 @@ def _named_step(wanted: str, origin: str) -> int:
 
 def _step(checkpoint: Path | None) -> int:
     """-1 for none."""
-    return names.checkpoint_step(checkpoint) or 0 if checkpoint else -1
+    return layout.checkpoint_step(checkpoint) or 0 if checkpoint else -1
 
 
 def _newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:

@@ -17,17 +17,17 @@ from typing import Any
 import xxhash
 
 from llmtune import __version__
-from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints, sweep_incomplete
 from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_redacted, load_bytes, redact_config
 from llmtune.errors import CheckpointError, ConfigError
-from llmtune.plan.resolve import StepsPlan
-from llmtune.secrets import redact, redact_values
+from llmtune.plan.plan import StepsPlan
+from llmtune.security.redaction import redact, redact_values
+from llmtune.security.trust import check_links, close_run_folder
+from llmtune.storage import layout
+from llmtune.storage.atomic import read_json, write_whole
 from llmtune.track.metrics import cut_metrics, read_metrics
-from llmtune.trust import check_links, close_run_folder
-from llmtune.whole_file import read_json, write_whole
 
 #: What makes a run this run; anything else may differ between two starts.
 IDENTITY = ("model", "data", "tuner", "optim", "schedule", "precision", "seed")
@@ -61,7 +61,7 @@ class RunFolder:
     @property
     def finished_step(self) -> int | None:
         """Last step of a run that went to its end."""
-        finished = read_json(self.path / names.FINISHED)
+        finished = read_json(self.path / layout.FINISHED)
         return int(finished["step"]) if finished else None
 
     def check_owner(self, config: Config) -> list[str]:
@@ -70,10 +70,10 @@ class RunFolder:
         Raises:
             CheckpointError: With every difference.
         """
-        stored = self.path / names.CONFIG
+        stored = self.path / layout.CONFIG
         if not stored.is_file():
             # Hidden ones are marks of our own, and what file systems and desktops put into every folder.
-            own = (names.LOG, names.SAVE_REQUEST)
+            own = (layout.LOG, layout.SAVE_REQUEST)
             others = [entry.name for entry in self.path.iterdir() if entry.name[0] != "." and entry.name not in own]
             # Checkpoints without it were fetched by a start that ended before its first step; each has its own configuration.
             if others and not find_checkpoints(self.path):
@@ -141,29 +141,29 @@ class RunFolder:
     ) -> list[str]:
         notes = [f"removed what a save that was cut off left behind: {name}" for name in sweep_incomplete(self.path)]
         for folder in find_checkpoints(self.path):
-            if resume_from is not None and (names.checkpoint_step(folder) or 0) >= self.first_left(step, resume_from):
+            if resume_from is not None and (layout.checkpoint_step(folder) or 0) >= self.first_left(step, resume_from):
                 aside = folder.with_name(f"superseded-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
                 notes.append(f"{folder.name} is not on the way from {resume_from} and was renamed to {aside.name}")
-        (self.path / names.FINISHED).unlink(missing_ok=True)
+        (self.path / layout.FINISHED).unlink(missing_ok=True)
         # Meant for a run that is no more.
-        (self.path / names.SAVE_REQUEST).unlink(missing_ok=True)
-        cut_metrics(self.path / names.METRICS, step)
-        write_whole(self.path / names.CONFIG, dump_redacted(config))
-        write_whole(self.path / names.OVERRIDES, "".join(f"- {json.dumps(redact(text))}\n" for text in overrides))
-        write_whole(self.path / names.PLAN, json.dumps(redact_values(plan), indent=1))
-        write_whole(self.path / names.ENVIRONMENT, json.dumps(describe_environment(), indent=1))
+        (self.path / layout.SAVE_REQUEST).unlink(missing_ok=True)
+        cut_metrics(self.path / layout.METRICS, step)
+        write_whole(self.path / layout.CONFIG, dump_redacted(config))
+        write_whole(self.path / layout.OVERRIDES, "".join(f"- {json.dumps(redact(text))}\n" for text in overrides))
+        write_whole(self.path / layout.PLAN, json.dumps(redact_values(plan), indent=1))
+        write_whole(self.path / layout.ENVIRONMENT, json.dumps(describe_environment(), indent=1))
         return notes
 
     def first_left(self, step: int, resume_from: Path) -> int:
         """The first step of which a checkpoint of this run is left behind: one of the same step stands on another way, too."""
-        return step + 1 if resume_from.resolve() == names.checkpoint_folder(self.path, step).resolve() else step
+        return step + 1 if resume_from.resolve() == layout.checkpoint_folder(self.path, step).resolve() else step
 
     def restore(self, checkpoint: Path) -> None:
         """What a checkpoint that was fetched brings along, where the run folder has lost it."""
         state = read_trainer_state(checkpoint)
-        for name, text in ((names.METRICS, None), (names.TRACKER_RUN_ID, state.tracker_run_id)):
+        for name, text in ((layout.METRICS, None), (layout.TRACKER_RUN_ID, state.tracker_run_id)):
             target = self.path / name
             source = checkpoint / name
             if target.exists() or (text is None and not source.is_file()):
@@ -193,15 +193,15 @@ class RunFolder:
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Put them into the plan's file."""
         plan = {**self._read_plan(), "history": history}
-        write_whole(self.path / names.PLAN, json.dumps(redact_values(plan), indent=1))
+        write_whole(self.path / layout.PLAN, json.dumps(redact_values(plan), indent=1))
 
     def _read_plan(self) -> dict[str, Any]:
         """Empty where there is none that is whole."""
-        return dict(read_json(self.path / names.PLAN) or {})
+        return dict(read_json(self.path / layout.PLAN) or {})
 
     def has_work(self) -> bool:
         """Whether there is anything to lose."""
-        return bool(find_checkpoints(self.path)) or any("loss" in r for r in read_metrics(self.path / names.METRICS))
+        return bool(find_checkpoints(self.path)) or any("loss" in r for r in read_metrics(self.path / layout.METRICS))
 
 
 def open_run_folder(path: Path, say: Callable[[str], None]) -> RunFolder:
@@ -244,9 +244,9 @@ def check_same_run(folder: Path, config: Config) -> list[str]:
     Raises:
         CheckpointError: With those that do.
     """
-    stored = folder / names.CONFIG
+    stored = folder / layout.CONFIG
     if not stored.is_file():
-        raise CheckpointError(f"{folder}: no {names.CONFIG} in it")
+        raise CheckpointError(f"{folder}: no {layout.CONFIG} in it")
     return check_same_config(stored.read_bytes(), str(folder), config)
 
 
@@ -258,7 +258,7 @@ def check_same_config(stored: bytes, where: str, config: Config, other: str = "o
         other: What to take another one of.
     """
     try:
-        old = load_bytes(stored, f"{where}/{names.CONFIG}")
+        old = load_bytes(stored, f"{where}/{layout.CONFIG}")
     except ConfigError as error:
         raise CheckpointError(f"{where} was written by another version: {error}") from error
     # What is stored holds no secrets.

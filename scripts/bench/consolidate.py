@@ -138,9 +138,9 @@ def write_model_states(step: Path, groups: list[OrderedDict[str, torch.Size]], s
 
 def run_llmtune(checkpoint: Path, output: Path) -> float:
     """Our side."""
-    from llmtune.export.tensors import Retyped
-    from llmtune.export.write import Journal, write_shards
-    from llmtune.export.zero_files import ZeroSource
+    from llmtune.export.publish.shards import Journal, write_shards
+    from llmtune.export.sources.base import Retyped
+    from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
 
     started = time.perf_counter()
     output.mkdir()

@@ -53,7 +53,7 @@ def run_llmtune(source: Path, folder: Path, model: Path, workers: str) -> dict[s
     """Tokens and seconds of llmtune."""
     from transformers import AutoTokenizer
 
-    from llmtune.config.data_schema import DataConfig
+    from llmtune.config.groups.data import DataConfig
     from llmtune.data.prepare import open_rows, prepare_data
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -148,9 +148,9 @@ def main() -> None:
 
 def embedded_model() -> Path:
     """The folder of SmolLM2-135M, from llmtune's cache."""
-    from llmtune.cli.prepare import cache_dir
     from llmtune.config.compose import compose_config
-    from llmtune.model.files import resolve_model_folder
+    from llmtune.model.source import resolve_model_folder
+    from llmtune.run.prepare import cache_dir
 
     config = compose_config(["model=smollm2_135m"]).config
     return resolve_model_folder(config.model, cache_dir(config))

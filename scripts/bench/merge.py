@@ -31,7 +31,7 @@ import merge_peers
 import torch
 from watch import anonymous_bytes
 
-from llmtune.checkpoint.tensor_file import TensorFile, TensorSpec, plan_shards, write_index
+from llmtune.storage.safetensors_writer import TensorFile, TensorSpec, plan_shards, write_index
 
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, RANK = 2048, 5632, 32000, 32, 8, 64
 SHARD_BYTES = 2_000_000_000
@@ -136,9 +136,9 @@ def run_llmtune(base: Path, adapter: Path, output: Path, parity: bool) -> dict[s
     """Our export, called as the command calls it; seconds that it waited for the disk are counted on the way."""
     from transformers import AutoTokenizer, GenerationConfig  # noqa: F401 - so that it is not timed
 
-    from llmtune.config.export_schema import ExportConfig
-    from llmtune.export.job import run_export
-    from llmtune.export.material import ExportRequest
+    from llmtune.config.groups.export import ExportConfig
+    from llmtune.export.model import ExportRequest
+    from llmtune.export.pipeline import run_export
 
     waited, flush = 0.0, os.fsync
 
@@ -320,11 +320,11 @@ class Projection:
     @classmethod
     def of(cls, shapes: dict[str, tuple[int, int]], shards: int, import_bytes: float) -> Projection:
         """For an fp32 adapter of rank ``RANK`` on the layers of ``shapes``; as if its pages were copied."""
-        from llmtune.export import write
-        from llmtune.export.tensors import BLOCK_ELEMENTS
+        from llmtune.export.publish import shards
+        from llmtune.storage.row_blocks import BLOCK_ELEMENTS
 
         # Rounded blocks: waiting, one being written, one just computed. In fp32: the product and the base's rows.
-        blocks = BLOCK_ELEMENTS * ((write._AHEAD + 2) * 2 + 2 * 4)
+        blocks = BLOCK_ELEMENTS * ((shards._AHEAD + 2) * 2 + 2 * 4)
         adapter = max(RANK * (out + width) * 4 for out, width in shapes.values())
         return cls(import_bytes, blocks + adapter, shards)
 
@@ -336,7 +336,7 @@ class Projection:
 
 def show_flat(root: Path, peers: Path, repeats: int, targets: Targets) -> None:
     """Peaks at three sizes, what the constants say, and what they say of 70B."""
-    from llmtune.export import write
+    from llmtune.export.publish import shards
 
     peaks, imports = [], 0.0
     for size, layers in LAYERS.items():
@@ -344,7 +344,7 @@ def show_flat(root: Path, peers: Path, repeats: int, targets: Targets) -> None:
         found = [place.run("llmtune") for _ in range(repeats)]
         files = len(list(place.base.glob("*.safetensors")))
         shutil.rmtree(root / size)
-        at_once = max(1, min(files, len(os.sched_getaffinity(0)) // 2, write._MOST_SHARDS))
+        at_once = max(1, min(files, len(os.sched_getaffinity(0)) // 2, shards._MOST_SHARDS))
         imports = max(imports, *(result["import_bytes"] for result in found))
         said = Projection.of(SHAPES, at_once, imports).peak_bytes
         peaks.append(middle(found, "peak_bytes"))
@@ -359,9 +359,9 @@ def show_flat(root: Path, peers: Path, repeats: int, targets: Targets) -> None:
         spread <= 0.1, f"flat from 0.4B to 4B: largest median peak {spread:.1%} above the smallest; at most 10%"
     )
     llama = linears(8192, 28672, 1024)
-    for shards in (1, write._MOST_SHARDS):
-        far = Projection.of(llama, shards, imports).peak_bytes
-        text = f"{shards} shards at once ({2 * shards} cores or more): {far / 1e9:.2f} GB"
+    for count in (1, shards._MOST_SHARDS):
+        far = Projection.of(llama, count, imports).peak_bytes
+        text = f"{count} shards at once ({2 * count} cores or more): {far / 1e9:.2f} GB"
         targets.check(far <= MOST_BYTES_70B, f"Llama-3-70B, largest tensor 2.1 GB, projected, {text}")
 
 

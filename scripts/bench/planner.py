@@ -12,11 +12,11 @@ import sys
 from dataclasses import dataclass, field, replace
 
 from llmtune.config.compose import compose_config
-from llmtune.plan.batch import BatchPlan
-from llmtune.plan.hardware import resolve_hardware
+from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.plan.devices.hardware import resolve_hardware
 from llmtune.plan.ladder import Candidate, Search
-from llmtune.plan.placement import Placement
-from llmtune.plan.shape import resolve_shape
+from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.placement import Placement
 
 GIB = 2**30
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.launch.ops import has_libaio
+from llmtune.launch.preflight.deepspeed_ops import has_libaio
 from scripts.gpu_check.commands import Clock, Commands, Finished, RunFailedError
 from scripts.gpu_check.compare import Curve
 from scripts.gpu_check.jobs import Job, Trained

@@ -216,7 +216,7 @@ class _PeakData:
         """Read it from ``/proc``."""
         for child in descendants(process.pid):
             try:
-                if "llmtune.cli.rank" not in child.cmdline():
+                if "llmtune.run.rank" not in child.cmdline():
                     continue
                 status = Path(f"/proc/{child.pid}/status").read_text()
             except (OSError, psutil.Error):

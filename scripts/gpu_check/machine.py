@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmtune.errors import MissingPrerequisiteError
-from llmtune.plan import hardware
-from llmtune.plan.gpus import hidden_gpus
-from llmtune.plan.units import format_bytes
+from llmtune.plan.devices import hardware
+from llmtune.plan.devices.gpus import hidden_gpus
+from llmtune.units import format_bytes
 
 PACKAGES = ("llmtune", "torch", "deepspeed", "transformers", "peft", "bitsandbytes")
 

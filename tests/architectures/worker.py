@@ -16,25 +16,25 @@ import numpy as np
 import torch
 import transformers
 
-from llmtune.cli.check_model import check_model
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config, Precision, TunerKind
-from llmtune.data.batch import Batch, Collator
-from llmtune.data.store import Row
+from llmtune.data.load.collate import Batch, Collator
+from llmtune.data.store.token_store import Row
 from llmtune.engine.distributed import Rank, broadcast_object, meet_ranks
-from llmtune.engine.module import TrainModule, zero_init
+from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import LlmtuneError
-from llmtune.model.adapters import add_lora
+from llmtune.model.adapter.lora import add_lora
 from llmtune.model.build import DTYPES, WeightsTo, build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.plan.abilities import check_row_length, check_stage
-from llmtune.plan.batch import BatchPlan
-from llmtune.plan.deepspeed import adamw_parameters, to_deepspeed
-from llmtune.plan.placement import make_placement
-from llmtune.plan.resolve import resolve_attention
-from llmtune.plan.shape import ModelShape, resolve_shape
-from llmtune.plan.zero_sizes import resolve_zero_sizes
-from llmtune.train.packing_probe import check_module
+from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed
+from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
+from llmtune.plan.memory.placement import make_placement
+from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
+from llmtune.plan.plan import resolve_attention
+from llmtune.run.check_model import check_model
+from llmtune.train.hooks.packing_probe import check_module
 from tests.architectures.families import FAMILIES
 from tests.architectures.plain import load_plainly, train_plainly
 from tests.engine.worker import ask_cpu_once

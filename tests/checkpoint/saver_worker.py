@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from llmtune.checkpoint import save
-from llmtune.checkpoint.outbox import Buffers
-from llmtune.checkpoint.tensor_file import TensorSpec
 from llmtune.checkpoint.trainer_state import TrainerState
-from llmtune.checkpoint.weights import WeightFiles
+from llmtune.checkpoint.weight_files import WeightFiles
+from llmtune.checkpoint.writer import Buffers
 from llmtune.engine.distributed import Rank, meet_ranks
 from llmtune.errors import CheckpointError
+from llmtune.storage.safetensors_writer import TensorSpec
 from tests.joined import join_ranks
 
 

@@ -17,11 +17,11 @@ import pytest
 import xxhash
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
-from llmtune.checkpoint import names, remote
 from llmtune.checkpoint.find import find_checkpoints
-from llmtune.checkpoint.manifest import check_undamaged, hash_file, mark_complete, write_manifest
 from llmtune.checkpoint.mirror import Mirror, fetch_remote, find_remote
 from llmtune.errors import CheckpointError, ConfigError
+from llmtune.storage import layout, remote
+from llmtune.storage.manifest import check_undamaged, hash_file, mark_complete, write_manifest
 from tests.support import ROOT
 
 TIMEOUT = 30
@@ -101,7 +101,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FaultyFileSystem]]:
 
 def write_checkpoint(run: Path, step: int, content: str = "") -> Path:
     """A complete checkpoint with a file in a folder of its own and an empty one."""
-    folder = names.checkpoint_folder(run, step)
+    folder = layout.checkpoint_folder(run, step)
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(f"weights of {step} {content}".encode() * 1000)
     (folder / "tokenizer" / "vocab.txt").write_text("a b c")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmtune.checkpoint.manifest import hash_file
-from llmtune.checkpoint.outbox import Buffers, Outbox
-from llmtune.checkpoint.tensor_file import TensorFile, TensorSpec
+from llmtune.checkpoint.writer import Buffers, Outbox
+from llmtune.storage.manifest import hash_file
+from llmtune.storage.safetensors_writer import TensorFile, TensorSpec
 
 SPECS = {
     "a.safetensors": [TensorSpec("x", torch.float32, (3, 2)), TensorSpec("y", torch.bfloat16, (5,))],

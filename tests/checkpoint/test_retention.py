@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llmtune.checkpoint.find import REPLACED, find_checkpoints, restore_replaced, sweep_incomplete
-from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
 from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
+from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
 
 
 def make(run: Path, step: int, **metrics: float) -> Path:

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from llmtune.checkpoint.find import find_checkpoints
-from llmtune.checkpoint.manifest import find_damage
-from llmtune.launch.environment import remove_shared_buffers, set_defaults
+from llmtune.launch.launchers.environment import remove_shared_buffers, set_defaults
+from llmtune.storage.manifest import find_damage
 from tests.support import ROOT, free_port
 
 

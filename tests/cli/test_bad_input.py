@@ -9,7 +9,7 @@ import pytest
 
 from llmtune.cli.main import main, parse
 from llmtune.errors import ConfigError
-from llmtune.plan.hardware import fp16_supported
+from llmtune.plan.devices.hardware import fp16_supported
 
 TINY = [
     "model=tiny",

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from llmtune.cli.main import main
-from llmtune.launch import health, ops
-from llmtune.launch.versions import bad_pairs
+from llmtune.doctor import checks
+from llmtune.doctor.versions import bad_pairs
+from llmtune.launch.preflight import deepspeed_ops
 from tests.support import run_cli
 
 
@@ -32,7 +33,7 @@ def test_a_stale_lock_is_found_and_a_run_removes_it(
     findings = json.loads(capfd.readouterr().out)["findings"]
     assert any(str(lock) in finding["message"] and finding["command"] == f"rm {lock}" for finding in findings)
 
-    with ops.hold_ops():
+    with deepspeed_ops.hold_ops():
         assert not lock.exists()
 
 
@@ -40,12 +41,12 @@ def test_fix_removes_the_lock(extensions: Path) -> None:
     lock = extensions / "async_io" / "lock"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
-        assert ops.stale_locks() == [lock]
-        (finding,) = health._locks()
+        assert deepspeed_ops.stale_locks() == [lock]
+        (finding,) = checks._locks()
         assert finding.fix is not None
         assert finding.fix() is None
-        assert not ops.stale_locks()
-        (clean,) = health._locks()
+        assert not deepspeed_ops.stale_locks()
+        (clean,) = checks._locks()
     assert clean.state == "ok"
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from llmtune.cli.finish import maybe_export
 from llmtune.config.compose import compose_config
 from llmtune.config.stored import dump_yaml
+from llmtune.run.finish import maybe_export
 
 
 class Silent:
@@ -41,7 +41,7 @@ def test_what_was_trained_is_the_export_only_if_nothing_else_was_asked_for(
     config = compose_config(["model=tiny", *overrides]).config
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     done: list[Any] = []
-    monkeypatch.setattr("llmtune.cli.export.export_run", lambda *arguments: done.append(arguments))
+    monkeypatch.setattr("llmtune.run.exporting.export_run", lambda *arguments: done.append(arguments))
     console: Any = Silent()
     maybe_export(tmp_path, config.export, console)
     assert bool(done) is written

@@ -9,7 +9,7 @@ import pytest
 from llmtune.cli import plan
 from llmtune.cli.main import main
 from llmtune.config.compose import compose_config
-from llmtune.plan.resolve import resolve_plan
+from llmtune.plan.plan import resolve_plan
 from tests.support import TINY
 
 SMALL_CARDS = ["model=tiny", "hardware=2x3090", "hardware.gpu_memory_bytes=24GB", "hardware.host_memory_bytes=64GB"]

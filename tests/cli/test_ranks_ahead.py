@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from llmtune.cli import ranks_ahead
-from llmtune.cli.ranks_ahead import RanksAhead, Surroundings
 from llmtune.config.compose import compose_config
-from llmtune.plan.gpus import count_gpus
+from llmtune.plan.devices.gpus import count_gpus
+from llmtune.run import ranks_ahead
+from llmtune.run.ranks_ahead import RanksAhead, Surroundings
 
 
 @pytest.fixture

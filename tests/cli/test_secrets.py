@@ -46,7 +46,7 @@ class Loader(importlib.machinery.SourceFileLoader):
 class Finder:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name != "llmtune.engine.module":
+        if name != "llmtune.engine.train_module":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         spec.loader = Loader(name, spec.origin)

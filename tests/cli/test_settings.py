@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from llmtune.cli import main
-from llmtune.cli.settings import find_problems
 from llmtune.config.compose import compose_config
+from llmtune.run.settings import find_problems
 from tests.support import TINY
 
 REFUSED = {

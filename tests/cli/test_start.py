@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from llmtune.config.compose import compose_config
-from llmtune.plan.resolve import resolve_ladder
+from llmtune.plan.plan import resolve_ladder
 from tests.support import TINY, losses, run
 
 #: Tells what stood when the ranks were started, and what the supervisor has left of their variables afterwards.
 _PROGRAM = """
 import os, sys
-from llmtune.cli import main, ranks_ahead
-from llmtune.plan import resolve
+from llmtune.cli import main
+from llmtune.plan import plan as planner
+from llmtune.run import ranks_ahead
 def spy(module, name, what):
     real = getattr(module, name)
     def call(*arguments, **named):
@@ -25,7 +26,7 @@ def spy(module, name, what):
         return made
     setattr(module, name, call)
 spy(ranks_ahead, "RankGroup", "ranks are started; torch:")
-spy(resolve, "resolve_ladder", "the plan is made; torch:")
+spy(planner, "resolve_ladder", "the plan is made; torch:")
 code = main.main()
 print("threads left:", os.environ.get("OMP_NUM_THREADS"), os.environ.get("TOKENIZERS_PARALLELISM"), flush=True)
 sys.exit(code)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmtune.checkpoint import content
-from llmtune.checkpoint.content import check_adapter_trained, check_tensors
-from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
 from llmtune.cli.main import main
+from llmtune.storage import tensor_checks
+from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
+from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
 from tests.support import run_cli
 
 WEIGHTS = {"layer.weight": torch.ones(64, 8), "layer.bias": torch.zeros(8)}
@@ -227,7 +227,7 @@ def test_nan_is_found_in_every_block_of_every_float(
 ) -> None:
     # Two rows a block, the last block with one.
     row_bytes = 3 * max(dtype.itemsize, 4 if dtype.itemsize == 1 else 0)
-    monkeypatch.setattr(content, "BLOCK_BYTES", 2 * row_bytes + 1)
+    monkeypatch.setattr(tensor_checks, "BLOCK_BYTES", 2 * row_bytes + 1)
     values = torch.ones(7, 3)
     file = tmp_path / "x.safetensors"
     save_file({"a": values.to(dtype)}, file)
@@ -239,14 +239,14 @@ def test_nan_is_found_in_every_block_of_every_float(
 
 def test_blocks_hold_no_more_than_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    compare = content._not_finite
+    compare = tensor_checks._not_finite
 
     def measured(block: torch.Tensor) -> str | None:
         sizes.append(block.nbytes)
         return compare(block)
 
-    monkeypatch.setattr(content, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(content, "_not_finite", measured)
+    monkeypatch.setattr(tensor_checks, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(tensor_checks, "_not_finite", measured)
     save_file({"flat": torch.ones(5000), "matrix": torch.ones(100, 50)}, tmp_path / "x.safetensors")
     assert check_tensors(tmp_path / "x.safetensors") == []
     assert sum(sizes) == 40_000

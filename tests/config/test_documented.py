@@ -10,8 +10,8 @@ import pytest
 
 from llmtune.cli.main import HELP, VERBS, parse
 from llmtune.config.compose import compose_config
-from llmtune.plan.batch import settle_batch
-from llmtune.plan.resolve import resolve_ladder
+from llmtune.plan.batch_sizes import settle_batch
+from llmtune.plan.plan import resolve_ladder
 from tests.support import ROOT
 
 #: The program and what is behind it, up to a comment in another column or a sign of the shell.

@@ -11,9 +11,10 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from llmtune.config import data_schema, export_schema, schema
+from llmtune.config import schema
 from llmtune.config.compose import compose_config, config_groups
-from llmtune.config.data_schema import OnBadRow, Overlong
+from llmtune.config.groups import data, export
+from llmtune.config.groups.data import OnBadRow, Overlong
 from llmtune.config.keys import is_free, known_keys
 from llmtune.config.overrides import Setting, read_override
 from llmtune.config.rules import PLACES
@@ -39,7 +40,7 @@ def hints(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 def docstrings(cls: type) -> dict[str, str]:
     """What stands behind each field of a class."""
-    for module in (schema, data_schema, export_schema):
+    for module in (schema, data, export):
         for node in ast.parse(Path(str(module.__file__)).read_text()).body:
             if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
                 return {

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmtune.yaml_text import to_yaml
+from llmtune.storage.yaml_text import to_yaml
 
 #: Letters with a meaning in YAML, ends of lines, controls, and what is written in two units of UTF-16.
 LETTERS = st.one_of(

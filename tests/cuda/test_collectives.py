@@ -10,7 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from llmtune.engine import distributed
-from llmtune.engine.corrections import keep_norm_precision
+from llmtune.engine.deepspeed_fixes import keep_norm_precision
 from llmtune.engine.distributed import Rank
 
 

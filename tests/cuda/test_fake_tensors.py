@@ -15,9 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.data.batch import Batch, Collator, Targets, VarlenIndex
-from llmtune.data.store import Row
-from llmtune.engine.corrections import norms_of
+from llmtune.data.load.collate import Batch, Collator, Targets, VarlenIndex
+from llmtune.data.store.token_store import Row
+from llmtune.engine.deepspeed_fixes import norms_of
 from llmtune.model.loss import sum_token_losses
 
 pytestmark = pytest.mark.skipif(

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from llmtune.config.schema import Precision
 from llmtune.errors import LlmtuneError
-from llmtune.plan.hardware import Hardware
-from llmtune.plan.resolve import _check_precision
+from llmtune.plan.devices.hardware import Hardware
+from llmtune.plan.plan import _check_precision
 from scripts.gpu_check import __main__ as program
 from scripts.gpu_check.bench import Bench, SkippedError, trained
 from scripts.gpu_check.checks import Check, all_checks, select
@@ -172,7 +172,7 @@ def test_checks_are_chosen_by_pattern_or_by_part_of_their_name() -> None:
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtune.plan.hardware.visible_gpus", list)
+    monkeypatch.setattr("llmtune.plan.devices.hardware.visible_gpus", list)
     assert program.main([]) == 7
     assert "error: no GPU: " in capsys.readouterr().err
 

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from llmtune.config.compose import compose_config
+from llmtune.doctor import checks
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.launch import health
-from llmtune.launch.affinity import bind_to_gpu
-from llmtune.launch.environment import set_allocator_default
-from llmtune.plan import gpus, memory
-from llmtune.plan.cards import CARDS, find_card
-from llmtune.plan.hardware import Hardware, probe_host_memory_bytes, resolve_hardware
-from llmtune.plan.memory import MemoryPlan
-from llmtune.plan.resolve import Plan, resolve_ladder, resolve_plan
+from llmtune.launch.launchers.environment import set_allocator_default
+from llmtune.launch.preflight.affinity import bind_to_gpu
+from llmtune.plan.devices import gpus
+from llmtune.plan.devices.cards import CARDS, find_card
+from llmtune.plan.devices.hardware import Hardware, probe_host_memory_bytes, resolve_hardware
+from llmtune.plan.memory import peak_memory
+from llmtune.plan.memory.peak_memory import MemoryPlan
+from llmtune.plan.plan import Plan, resolve_ladder, resolve_plan
 
 GIB = 2**30
 EXPERIMENT = ["experiment=llama3_70b_lora_8xa100", "data.train=x.jsonl"]
@@ -316,9 +317,9 @@ def test_pinned_memory_is_planned_as_it_is_rounded(monkeypatch: pytest.MonkeyPat
         assert found.placement.zero_stage == 2
         return found.memory
 
-    monkeypatch.setattr(memory, "pins_exactly", lambda: True)
+    monkeypatch.setattr(peak_memory, "pins_exactly", lambda: True)
     exact = host().host.optimizer
-    monkeypatch.setattr(memory, "pins_exactly", lambda: False)
+    monkeypatch.setattr(peak_memory, "pins_exactly", lambda: False)
     rounded = host().host.optimizer
     parameters = 6_738_415_616
     expected = (2**35 - 4 * parameters) + (2**34 - 2 * parameters)
@@ -335,12 +336,12 @@ def test_the_doctor_says_why_the_gpus_are_not_used(
     machine(0, "", 0, 0)
     driver("535.104.05", 2)
     monkeypatch.setattr(torch.version, "cuda", built)
-    (finding,) = health._cuda()
+    (finding,) = checks._cuda()
     assert (finding.state, finding.command) == ("bad", "bash scripts/setup.sh")
     assert said in finding.message
     assert "2 NVIDIA GPUs with driver 535.104.05" in finding.message
     driver("535.104.05", 0)
-    (finding,) = health._cuda()
+    (finding,) = checks._cuda()
     assert finding.state == "ok"
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.launch import ops
-from llmtune.launch.environment import extensions_dir
+from llmtune.launch.launchers.environment import extensions_dir
+from llmtune.launch.preflight import deepspeed_ops
 from tests.support import ROOT, TINY, run
 
 #: Loads the op as a rank on a GPU does, then asks DeepSpeed for CUDA's.
@@ -22,7 +22,7 @@ LOAD = """
 import torch.utils.cpp_extension
 # Wherever torch has found a toolkit, which may also be in /usr/local.
 torch.utils.cpp_extension.CUDA_HOME = None
-from llmtune.launch.ops import build_op, hold_ops
+from llmtune.launch.preflight.deepspeed_ops import build_op, hold_ops
 with hold_ops():
     assert build_op("AsyncIOBuilder")
 from deepspeed.accelerator import get_accelerator
@@ -45,7 +45,7 @@ def without_toolkit(folder: Path) -> dict[str, str]:
 def test_cuda_takes_the_op_that_was_built_for_any_machine() -> None:
     built = extensions_dir() / "async_io" / "async_io.so"
     # Whoever came here first has built it.
-    assert ops.build_in_child("AsyncIOBuilder") is None
+    assert deepspeed_ops.build_in_child("AsyncIOBuilder") is None
     before = built.stat().st_mtime_ns
     done = run([sys.executable, "-c", LOAD], env=without_toolkit(extensions_dir()))
     assert done.out.split() == [str(built), "1048576"], done.err[-2000:]
@@ -62,7 +62,7 @@ def test_cuda_builds_the_op_without_a_toolkit(tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_an_image_that_is_read_only_loads_what_was_compiled_in_it(tmp_path: Path) -> None:
-    assert ops.build_in_child("AsyncIOBuilder") is None
+    assert deepspeed_ops.build_in_child("AsyncIOBuilder") is None
     image = tmp_path / "image"
     for name in ("async_io", "pin_memory"):
         (image / name).mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_an_image_that_is_read_only_loads_what_was_compiled_in_it(tmp_path: Path
 
 HOLD = """
 import sys, time
-from llmtune.launch.ops import extensions_dir, hold_ops
+from llmtune.launch.preflight.deepspeed_ops import extensions_dir, hold_ops
 with hold_ops():
     (extensions_dir() / "async_io").mkdir(exist_ok=True)
     (extensions_dir() / "async_io" / "lock").touch()
@@ -96,26 +96,26 @@ def test_a_lock_is_stale_as_soon_as_its_holder_is_gone(tmp_path: Path, monkeypat
     holder = subprocess.Popen([sys.executable, "-c", HOLD], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    assert ops.stale_locks() == [], "it is at work"
+    assert deepspeed_ops.stale_locks() == [], "it is at work"
     assert lock.exists()
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert ops.stale_locks() == [lock]
-    with ops.hold_ops():
+    assert deepspeed_ops.stale_locks() == [lock]
+    with deepspeed_ops.hold_ops():
         assert not lock.exists()
 
 
 def test_who_waits_is_told_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(ops, "_PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(deepspeed_ops, "_PATIENCE_SECONDS", 0.01)
     said: list[str] = []
-    with ops.hold_ops():
+    with deepspeed_ops.hold_ops():
 
         def give_up(text: str) -> None:
             said.append(text)
             raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt), ops.hold_ops(give_up):
+        with pytest.raises(KeyboardInterrupt), deepspeed_ops.hold_ops(give_up):
             pass
     assert said == ["waiting for another process that builds DeepSpeed's ops ..."]
 

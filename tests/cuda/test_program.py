@@ -72,9 +72,10 @@ def test_a_run_with_the_optimizer_on_the_host_is_that_of_a_cpu(on_cpu: Path, tmp
 #: Tells when ranks are started, and when the plan for them is there.
 _TELLING = """
 import sys
-from llmtune.cli import main, ranks_ahead
-from llmtune.plan import resolve
-real = ranks_ahead.RankGroup, resolve.resolve_ladder
+from llmtune.cli import main
+from llmtune.plan import plan as planner
+from llmtune.run import ranks_ahead
+real = ranks_ahead.RankGroup, planner.resolve_ladder
 def start(command, world_size, ahead):
     print(f"{world_size} rank(s) started", flush=True)
     return real[0](command, world_size, ahead)
@@ -82,7 +83,7 @@ def plan(*arguments, **named):
     made = real[1](*arguments, **named)
     print("planned", flush=True)
     return made
-ranks_ahead.RankGroup, resolve.resolve_ladder = start, plan
+ranks_ahead.RankGroup, planner.resolve_ladder = start, plan
 sys.exit(main.main())
 """
 

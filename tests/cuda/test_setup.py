@@ -79,7 +79,7 @@ echo "$new" >"$MACHINE/torch"
 VENV_PYTHON = f"""#!/bin/sh
 case "$*" in
 *version_info*) cat "$MACHINE/venv-version" ;;
-"-m llmtune.launch.ops") echo "ops" >>"$MACHINE/log" ;;
+"-m llmtune.launch.preflight.deepspeed_ops") echo "ops" >>"$MACHINE/log" ;;
 *) PYTHONPATH=$MACHINE/site exec {sys.executable} -S "$@" ;;
 esac
 """

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from llmtune.cli.eval import AUTO_EVAL_ROWS, auto_eval_rows
-from llmtune.cli.target import place_weights
 from llmtune.config.schema import Precision
+from llmtune.run.artifact import place_weights
 
 GIB = 2**30
 

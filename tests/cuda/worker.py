@@ -16,8 +16,8 @@ from tests.support import ROOT
 device = pretend.register()
 
 from llmtune.engine.distributed import meet_ranks  # noqa: E402
-from llmtune.engine.module import TrainModule  # noqa: E402
-from llmtune.launch.memory_errors import memory_pool  # noqa: E402
+from llmtune.engine.train_module import TrainModule  # noqa: E402
+from llmtune.launch.supervise.memory_errors import memory_pool  # noqa: E402
 from tests.engine.worker import ask_cpu_once, run_task  # noqa: E402
 from tests.joined import join_ranks  # noqa: E402
 

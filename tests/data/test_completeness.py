@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.config.data_schema import DataFormat
-from llmtune.data.conversation import Conversation, Role
-from llmtune.data.problems import RowError
-from llmtune.data.recipe import Recipe
-from llmtune.data.templates import ChatTemplate, ChatTemplates, check_chat_template, load_chat_template
+from llmtune.config.groups.data import DataFormat
+from llmtune.data.rows.conversation import Conversation, Role
+from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.recipe import Recipe
+from llmtune.data.tokenize.chat_template import ChatTemplate, ChatTemplates, check_chat_template, load_chat_template
 from llmtune.errors import ConfigError
 from llmtune.model.random_model import build_tokenizer
 
@@ -466,7 +466,7 @@ def test_whatever_the_words_are_what_a_template_forgets_is_missed(
 def test_the_file_and_line_are_named(tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from llmtune.config.data_schema import DataConfig
+    from llmtune.config.groups.data import DataConfig
     from llmtune.data.prepare import prepare_data
     from llmtune.errors import DataError
 

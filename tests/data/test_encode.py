@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llmtune.config.data_schema import Overlong
-from llmtune.data.conversation import Conversation, Message, Role
-from llmtune.data.encode import Encoder, EncodeSettings, Overflow, TokenRow
-from llmtune.data.problems import RowError
-from llmtune.data.templates import check_chat_template, load_chat_template
+from llmtune.config.groups.data import Overlong
+from llmtune.data.rows.conversation import Conversation, Message, Role
+from llmtune.data.rows.problems import RowError
+from llmtune.data.tokenize.chat_template import check_chat_template, load_chat_template
+from llmtune.data.tokenize.encode import Encoder, EncodeSettings, Overflow, TokenRow
 from llmtune.errors import ConfigError
 from llmtune.model.random_model import build_tokenizer
 from tests.data.tokenizers import FAMILIES, load_smollm2, with_template

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llmtune.config.data_schema import DataConfig, DataFormat
-from llmtune.data.fields import HARMLESS, MASKED, ROW_FIELDS, TRAINED
+from llmtune.config.groups.data import DataConfig, DataFormat
 from llmtune.data.prepare import PreparedData, prepare_data
-from llmtune.data.problems import RowError
-from llmtune.data.recipe import Recipe
-from llmtune.data.sources import parse_sources
+from llmtune.data.read.sources import parse_sources
+from llmtune.data.rows.fields import HARMLESS, MASKED, ROW_FIELDS, TRAINED
+from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.recipe import Recipe
 from llmtune.errors import ConfigError, DataError
 
 QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

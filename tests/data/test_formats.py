@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from llmtune.config.data_schema import DataFormat
-from llmtune.data.formats import FORMATS, detect_format, rename
+from llmtune.config.groups.data import DataFormat
+from llmtune.data.rows.formats import FORMATS, detect_format, rename
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 

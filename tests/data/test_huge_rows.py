@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from llmtune.config.data_schema import DataConfig, OnBadRow, Overlong
-from llmtune.data import encode, tokenise
-from llmtune.data.encode import Encoder, EncodeSettings, Overflow, TokenRow
-from llmtune.data.formats import FORMATS, detect_format
+from llmtune.config.groups.data import DataConfig, OnBadRow, Overlong
 from llmtune.data.prepare import open_rows, prepare_data, read_problems
-from llmtune.data.problems import RowError
-from llmtune.data.source_tokens import TokeniseProgress
-from llmtune.data.windows import WindowTokeniser
+from llmtune.data.rows.formats import FORMATS, detect_format
+from llmtune.data.rows.problems import RowError
+from llmtune.data.tokenize import encode, workers
+from llmtune.data.tokenize.encode import Encoder, EncodeSettings, Overflow, TokenRow
+from llmtune.data.tokenize.windows import WindowTokeniser
+from llmtune.data.tokenized_source import TokeniseProgress
 
 LONG = "one two three four. "
 
@@ -105,7 +105,7 @@ def test_a_huge_text_is_split_in_little_memory_and_loses_nothing(tokenizer: Any,
 def test_the_progress_goes_on_within_a_row(
     workers: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenise, "PULSE_SECONDS", 0.05)
+    monkeypatch.setattr(workers, "PULSE_SECONDS", 0.05)
     file = write(tmp_path, *[text(200_000)] * 8, text(1_000_000))
     config = DataConfig(train=str(file), val_set_size=0, num_workers=workers, overlong=Overlong.split)
     seen: list[TokeniseProgress] = []
@@ -119,7 +119,7 @@ def test_the_progress_goes_on_within_a_row(
 
 
 def test_whoever_waits_for_a_worker_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise, "PULSE_SECONDS", 0.01)
+    monkeypatch.setattr(workers, "PULSE_SECONDS", 0.01)
     block: Future[Any] = Future()
     pulses: list[int] = []
 
@@ -128,7 +128,7 @@ def test_whoever_waits_for_a_worker_gives_signs_of_life(monkeypatch: pytest.Monk
         if len(pulses) == 3:
             block.set_result("done")
 
-    assert tokenise._await(block, pulse) == "done"
+    assert workers._await(block, pulse) == "done"
     assert pulses == [0, 0, 0]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from llmtune.data.json_files import is_whole, may_be_around_rows
-from llmtune.data.readers import BLOCK_BYTES, parse_rows, read_blocks
-from llmtune.data.sources import DataFile, Source
+from llmtune.data.read.json_files import is_whole, may_be_around_rows
+from llmtune.data.read.readers import BLOCK_BYTES, parse_rows, read_blocks
+from llmtune.data.read.sources import DataFile, Source
 from llmtune.errors import DataError
 
 ROWS = [{"instruction": f"q {number}", "output": f"a [{number}], {{b}}\n"} for number in range(4)]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.data.batch import IGNORE, Collator
-from llmtune.data.loader import LoaderSettings, TrainLoader, iterate_eval
-from llmtune.data.packing import pack_rows
-from llmtune.data.store import Rows
+from llmtune.data.load.collate import IGNORE, Collator
+from llmtune.data.load.loader import LoaderSettings, TrainLoader, iterate_eval
+from llmtune.data.store.packing import pack_rows
+from llmtune.data.store.token_store import Rows
 from llmtune.errors import CheckpointError
-from llmtune.plan.batch import BatchPlan
+from llmtune.plan.batch_sizes import BatchPlan
 from tests.data.stores import make_rows
 from tests.model.test_loss import loss_of
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from llmtune.config.data_schema import DataConfig, OnBadRow
+from llmtune.config.groups.data import DataConfig, OnBadRow
 from llmtune.data.prepare import open_rows, prepare_data, read_problems
 from llmtune.errors import DataError
 

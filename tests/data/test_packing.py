@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-from llmtune.data.batch import Batch, Collator
-from llmtune.data.packing import pack_rows, packing_efficiency
-from llmtune.data.store import Row
+from llmtune.data.load.collate import Batch, Collator
+from llmtune.data.store.packing import pack_rows, packing_efficiency
+from llmtune.data.store.token_store import Row
 from tests.model.test_loss import loss_of
 
 CAPACITY = 4096

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llmtune.config.data_schema import DataConfig, Overlong
-from llmtune.data.mixing import hold_out
+from llmtune.config.groups.data import DataConfig, Overlong
 from llmtune.data.prepare import PreparedData, open_rows, prepare_data, read_samples
-from llmtune.data.source_tokens import TokeniseProgress
-from llmtune.data.templates import load_chat_template
+from llmtune.data.store.mixing import hold_out
+from llmtune.data.tokenize.chat_template import load_chat_template
+from llmtune.data.tokenized_source import TokeniseProgress
 from llmtune.errors import ConfigError, DataError
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from llmtune.config.data_schema import DataFormat
-from llmtune.data.readers import count_rows, parse_rows, read_blocks, select_rows
-from llmtune.data.sources import Source, parse_sources, resolve_files
-from llmtune.data.stdlib_docs import read_stdlib_docs
+from llmtune.config.groups.data import DataFormat
+from llmtune.data.read.readers import count_rows, parse_rows, read_blocks, select_rows
+from llmtune.data.read.sources import Source, parse_sources, resolve_files
+from llmtune.data.read.stdlib_docs import read_stdlib_docs
 from llmtune.errors import ConfigError, DataError, MissingPrerequisiteError
 
 ROWS = [{"instruction": f"question {number} ä", "output": "x" * (number % 5 + 1)} for number in range(2500)]
@@ -72,7 +72,7 @@ def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.json", "a.arrow"])
 def test_reading_goes_on_behind_any_block(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtune.data.readers.BLOCK_BYTES", 20_000)
+    monkeypatch.setattr("llmtune.data.read.readers.BLOCK_BYTES", 20_000)
     source = Source(str(write(tmp_path / name)))
     (file,) = resolve_files(source)
     blocks = list(read_blocks(file, source))

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from llmtune.config.data_schema import DataFormat
-from llmtune.data.conversation import Conversation
-from llmtune.data.problems import RowError
-from llmtune.data.recipe import Recipe
-from llmtune.data.templates import ChatTemplate, load_chat_template
+from llmtune.config.groups.data import DataFormat
+from llmtune.data.rows.conversation import Conversation
+from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.recipe import Recipe
+from llmtune.data.tokenize.chat_template import ChatTemplate, load_chat_template
 from llmtune.model.random_model import build_tokenizer
 from tests.data.test_completeness import ASKED, JSON_CALL, RESULT, SAID, TEMPLATES, TOOLS, answer, call, over_messages
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from llmtune.config.data_schema import DataConfig, DataFormat
-from llmtune.data.conversation import Conversation
-from llmtune.data.formats import ROLES, detect_format
+from llmtune.config.groups.data import DataConfig, DataFormat
 from llmtune.data.prepare import open_rows, prepare_data
-from llmtune.data.problems import RowError
-from llmtune.data.recipe import Recipe
-from llmtune.data.statistics import show_row
-from llmtune.data.templates import load_chat_template
+from llmtune.data.report.statistics import show_row
+from llmtune.data.rows.conversation import Conversation
+from llmtune.data.rows.formats import ROLES, detect_format
+from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.recipe import Recipe
+from llmtune.data.tokenize.chat_template import load_chat_template
 
 CALL = {"name": "add", "arguments": {"a": 1}}
 MORE = {"name": "now", "arguments": {}}

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from llmtune.config.data_schema import DataConfig, OnBadRow
-from llmtune.data.batch import Collator
-from llmtune.data.loader import LoaderSettings, StepBatch
+from llmtune.config.groups.data import DataConfig, OnBadRow
+from llmtune.data.load.collate import Collator
+from llmtune.data.load.loader import LoaderSettings, StepBatch
+from llmtune.data.load.streaming import RowStream, StreamLoader
 from llmtune.data.prepare import prepare_data
-from llmtune.data.streaming import RowStream, StreamLoader
 from llmtune.errors import CheckpointError, ConfigError, DataError
-from llmtune.plan.batch import BatchPlan
+from llmtune.plan.batch_sizes import BatchPlan
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A window is some blocks; files of tests are smaller than one usual block."""
-    monkeypatch.setattr("llmtune.data.readers.BLOCK_BYTES", 400)
+    monkeypatch.setattr("llmtune.data.read.readers.BLOCK_BYTES", 400)
 
 
 def loader(
@@ -119,7 +119,7 @@ def test_sources_without_weights_take_turns(tokenizer: Any, files: list[str]) ->
 def test_a_window_may_end_with_the_last_block_of_a_pass(
     buffer: int, tokenizer: Any, files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmtune.data.readers.BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr("llmtune.data.read.readers.BLOCK_BYTES", 1 << 20)
     steps = list(loader(tokenizer, files[0], shuffle_buffer=buffer).from_position(None, 45))
     seen = Counter(name for step in names(steps, tokenizer) for name in step)
     assert seen == {f"a{number}": 4 for number in range(90)}

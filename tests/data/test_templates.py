@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
 
-from llmtune.data.conversation import Conversation, Message, Role
-from llmtune.data.templates import ChatTemplate
-from llmtune.data.verbatim import Verbatim, find_verbatim
+from llmtune.data.rows.conversation import Conversation, Message, Role
+from llmtune.data.tokenize.chat_template import ChatTemplate
+from llmtune.data.tokenize.static_template import Verbatim, find_verbatim
 from tests.data.tokenizers import FAMILIES, load_smollm2, with_template
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from llmtune.config.data_schema import Overlong
-from llmtune.data.conversation import Conversation, Message, Role
-from llmtune.data.encode import Encoder, EncodeSettings, TokenRow
-from llmtune.data.problems import RowError
-from llmtune.data.templates import load_chat_template
+from llmtune.config.groups.data import Overlong
+from llmtune.data.rows.conversation import Conversation, Message, Role
+from llmtune.data.rows.problems import RowError
+from llmtune.data.tokenize.chat_template import load_chat_template
+from llmtune.data.tokenize.encode import Encoder, EncodeSettings, TokenRow
 from llmtune.model.random_model import build_tokenizer
 
 #: Opens thinking in the prompt, and keeps none of it in the text: DeepSeek-R1.

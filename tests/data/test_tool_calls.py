@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.config.data_schema import DataFormat
-from llmtune.data.problems import RowError
-from llmtune.data.recipe import Recipe
+from llmtune.config.groups.data import DataFormat
+from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.recipe import Recipe
 
 ASKED = {"role": "user", "content": "a"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

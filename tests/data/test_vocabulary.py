@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from llmtune.cli.main import main
 from llmtune.config.compose import compose_config
+from llmtune.data.load.streaming import RowStream
 from llmtune.data.prepare import prepare_data
-from llmtune.data.streaming import RowStream
-from llmtune.data.vocabulary import check_block, check_stores, embedding_rows
+from llmtune.data.store.vocabulary import check_block, check_stores, embedding_rows
 from llmtune.errors import ConfigError, DataError
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llmtune.data.windows import LongEncoding, WindowTokeniser
+from llmtune.data.tokenize.windows import LongEncoding, WindowTokeniser
 from tests.data.tokenizers import load_smollm2
 
 #: What the small tokenizers learn from, and what the texts are made of.

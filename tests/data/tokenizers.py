@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from llmtune.data.templates import load_chat_template
+from llmtune.data.tokenize.chat_template import load_chat_template
 
 #: Template -> (special tokens, BOS, end of turn).
 FAMILIES: dict[str, tuple[tuple[str, ...], str, str]] = {

@@ -16,17 +16,17 @@ import torch
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import TunerKind
 from llmtune.engine.distributed import Rank, broadcast_object, meet_ranks
-from llmtune.engine.module import TrainModule, zero_init
-from llmtune.launch.ops import load_ops
-from llmtune.model.adapters import add_lora
+from llmtune.engine.train_module import TrainModule, zero_init
+from llmtune.launch.preflight.deepspeed_ops import load_ops
+from llmtune.model.adapter.lora import add_lora
 from llmtune.model.build import WeightsTo, build_model
 from llmtune.model.loss import sum_token_losses
-from llmtune.plan.batch import BatchPlan
-from llmtune.plan.deepspeed import adamw_parameters, to_deepspeed, with_nvme_path
-from llmtune.plan.placement import make_placement
-from llmtune.plan.shape import resolve_shape
-from llmtune.plan.states import state_bytes
-from llmtune.plan.zero_sizes import resolve_zero_sizes
+from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed, with_nvme_path
+from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.placement import make_placement
+from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
+from llmtune.plan.memory.zero_states import state_bytes
 from tests.engine.rows import random_rows
 from tests.engine.worker import ask_cpu_once, resolve_on_first
 from tests.joined import join_ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmtune.data.batch import Batch, Targets
+from llmtune.data.load.collate import Batch, Targets
 
 
 def random_rows(rows: int, length: int, vocab: int, seed: int) -> Batch:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmtune.engine.corrections import grow_loss_scale_behind_step, undo_stage0_dummy_step
+from llmtune.engine.deepspeed_fixes import grow_loss_scale_behind_step, undo_stage0_dummy_step
 from tests.support import ROOT, free_port, run
 
 
@@ -18,12 +18,12 @@ def test_stage_0_in_bf16_makes_a_dummy_step_that_is_taken_back(tmp_path: Path) -
     script = """
 import os
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["PORT"])
-from llmtune.launch.environment import set_defaults
+from llmtune.launch.launchers.environment import set_defaults
 set_defaults("cpu", 1)
 from tests.joined import join_ranks
 join_ranks()
 import deepspeed, torch
-from llmtune.engine.corrections import undo_stage0_dummy_step
+from llmtune.engine.deepspeed_fixes import undo_stage0_dummy_step
 model = torch.nn.Linear(4, 4, bias=False)
 start = model.weight.detach().to(torch.bfloat16).float()
 adam = {"type": "AdamW", "params": {"lr": 0.5, "weight_decay": 0.5, "torch_adam": True}}

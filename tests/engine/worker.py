@@ -13,28 +13,28 @@ from typing import Any
 import deepspeed.utils.groups
 import torch
 
-from llmtune.checkpoint.outbox import Buffers
 from llmtune.checkpoint.save import PendingSave, SaveRequest, begin_save, load_checkpoint
 from llmtune.checkpoint.trainer_state import TrainerState
-from llmtune.checkpoint.weights import WeightFiles
+from llmtune.checkpoint.weight_files import WeightFiles
+from llmtune.checkpoint.writer import Buffers
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config, Precision, TunerKind
-from llmtune.data.batch import Collator, Targets
-from llmtune.data.loader import TrainLoader
+from llmtune.data.load.collate import Collator, Targets
+from llmtune.data.load.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
 from llmtune.engine.distributed import Rank, broadcast_object, meet_ranks
-from llmtune.engine.module import TrainModule
-from llmtune.engine.state import read_loss_scale, write_loss_scale
-from llmtune.launch.ops import load_ops
-from llmtune.model.adapters import to_file_name
-from llmtune.model.files import resolve_model_folder
+from llmtune.engine.optimizer_state import read_loss_scale, write_loss_scale
+from llmtune.engine.train_module import TrainModule
+from llmtune.launch.preflight.deepspeed_ops import load_ops
+from llmtune.model.adapter.lora import to_file_name
 from llmtune.model.loss import sum_token_losses
+from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
-from llmtune.plan import resolve
-from llmtune.plan.resolve import Plan, resolve_plan, resolve_steps, with_nvme
-from llmtune.train.job import build_module
+from llmtune.plan import plan
+from llmtune.plan.plan import Plan, resolve_plan, resolve_steps, with_nvme
+from llmtune.train.build import build_module
+from llmtune.train.checkpointing import render_companions
 from llmtune.train.request import RunRequest
-from llmtune.train.saving import render_companions
 from tests.joined import join_ranks
 
 
@@ -119,7 +119,7 @@ def pretend_fp16() -> None:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
-    resolve.fp16_supported = lambda _: True
+    plan.fp16_supported = lambda _: True
 
 
 def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: Any) -> PendingSave:

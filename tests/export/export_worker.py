@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoint.tensor_file import TensorFile
-from llmtune.config.export_schema import ExportConfig
-from llmtune.export.job import ExportRequest, run_export
+from llmtune.config.groups.export import ExportConfig
+from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.storage.safetensors_writer import TensorFile
 
 write = TensorFile.write
 

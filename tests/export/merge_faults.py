@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmtune.checkpoint.tensor_file import TensorSpec
+from llmtune.storage.safetensors_writer import TensorSpec
 
 Tensors = dict[str, torch.Tensor]
 

@@ -14,17 +14,17 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmtune.config.export_schema import ExportConfig
+from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
-from llmtune.export.adapter import read_adapter
-from llmtune.export.bnb_base import Bnb4bitSource, is_bnb_folder, open_base
-from llmtune.export.bnb_folder import write_bnb_4bit
-from llmtune.export.job import ExportRequest, run_export
-from llmtune.export.material import Material, open_material
-from llmtune.export.merge import MergedSource
-from llmtune.export.nf4 import Nf4RoundTrip, quantised_names
-from llmtune.export.tensors import SafetensorsSource, TensorSource, read_whole
-from llmtune.export.write import Journal
+from llmtune.export.formats.bitsandbytes import write_bnb_4bit
+from llmtune.export.merge.adapter import read_adapter
+from llmtune.export.merge.merged_source import MergedSource
+from llmtune.export.model import Material, open_material
+from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.export.publish.shards import Journal
+from llmtune.export.sources.base import SafetensorsSource, TensorSource, read_whole
+from llmtune.export.sources.bitsandbytes import Bnb4bitSource, is_bnb_folder, open_base
+from llmtune.export.sources.nf4 import Nf4RoundTrip, quantised_names
 from tests.export.conftest import TOKENS, make_adapter, make_base
 from tests.export.test_nf4 import load_in_4bit, plain_weights
 
@@ -128,7 +128,7 @@ class Ending:
 def test_what_was_killed_goes_on_with_the_shard_that_it_was_in(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmtune.export.write._MOST_SHARDS", 1)
+    monkeypatch.setattr("llmtune.export.publish.shards._MOST_SHARDS", 1)
     whole = open_one(tiny_model)
     expected = write(whole, tmp_path / "whole", max_shard_bytes=20_000)
     folder = tmp_path / "killed"

@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from llmtune.config.compose import compose_config
-from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
+from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
 from llmtune.config.stored import dump_redacted
-from llmtune.export.card import write_model_card
-from llmtune.export.material import ExportRequest
-from llmtune.plan.memory import DeviceBytes, HostBytes, MemoryPlan
+from llmtune.export.card.card import write_model_card
+from llmtune.export.model import ExportRequest
+from llmtune.plan.memory.peak_memory import DeviceBytes, HostBytes, MemoryPlan
 from tests.export.conftest import make_adapter
 from tests.support import TINY, run_cli
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmtune.checkpoint import names
-from llmtune.checkpoint.manifest import find_damage
-from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
+from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
 from llmtune.errors import ExportError
-from llmtune.export.job import run_export
-from llmtune.export.material import ExportRequest
+from llmtune.export.model import ExportRequest
+from llmtune.export.pipeline import run_export
+from llmtune.storage import layout
+from llmtune.storage.manifest import find_damage
 from tests.export.conftest import make_adapter
 from tests.support import run_cli
 
@@ -61,7 +61,7 @@ def test_there_is_an_option_and_a_writer_for_every_format() -> None:
 
 def test_a_wrong_merge_is_published_in_no_format(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
-    monkeypatch.setattr("llmtune.export.adapter.Adapter.scale", lambda *_: 0.5)
+    monkeypatch.setattr("llmtune.export.merge.adapter.Adapter.scale", lambda *_: 0.5)
     for kind in (ExportFormat.safetensors, ExportFormat.gguf, ExportFormat.pt):
         request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out")
         with pytest.raises(ExportError, match="14 of 20 tensors are not what the base and peft's layers come to"):
@@ -145,10 +145,10 @@ def test_an_export_is_replaced_by_its_like_only(base: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", list(FILES), ids=lambda kind: kind.value)
 def test_every_format_has_a_place_of_its_own_in_the_run(kind: ExportFormat) -> None:
     run = Path("runs/a")
-    others = {names.export_folder(run, other.value) for other in FILES if other is not kind}
-    own = names.export_folder(run, kind.value)
+    others = {layout.export_folder(run, other.value) for other in FILES if other is not kind}
+    own = layout.export_folder(run, kind.value)
     assert own not in others
-    assert names.is_export_folder(own)
+    assert layout.is_export_folder(own)
     assert own == (run / "merged" if kind is ExportFormat.safetensors else run / f"export-{kind.value}")
     for other in ("adapter", "model", "checkpoint-10", "export-gguf.tmp", "merged.old.tmp"):
-        assert not names.is_export_folder(run / other)
+        assert not layout.is_export_folder(run / other)

@@ -33,11 +33,11 @@ from transformers import (
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.tokenization_utils_base import generate_merges
 
-from llmtune.config.export_schema import ExportConfig, ExportFormat, GgufType
+from llmtune.config.groups.export import ExportConfig, ExportFormat, GgufType
 from llmtune.errors import ExportError
-from llmtune.export.gguf import write_gguf
-from llmtune.export.material import ExportRequest, open_material
-from llmtune.export.write import Journal
+from llmtune.export.formats.gguf.writer import write_gguf
+from llmtune.export.model import ExportRequest, open_material
+from llmtune.export.publish.shards import Journal
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
 
 #: An interpreter that has llama-cpp-python.

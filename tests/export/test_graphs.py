@@ -17,13 +17,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
-from llmtune.checkpoint.tensor_file import TensorSpec
-from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat
+from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat
 from llmtune.errors import ExportError, MissingPrerequisiteError
-from llmtune.export.graph_model import GraphModel, check_graph, find_loader, load_graph_model, make_checks
-from llmtune.export.graphs import write_onnx, write_torchscript
-from llmtune.export.material import ExportRequest, open_material
-from llmtune.export.write import Journal
+from llmtune.export.formats.graph.model import GraphModel, check_graph, find_loader, load_graph_model, make_checks
+from llmtune.export.formats.graph.writers import write_onnx, write_torchscript
+from llmtune.export.model import ExportRequest, open_material
+from llmtune.export.publish.shards import Journal
+from llmtune.storage.safetensors_writer import TensorSpec
 from tests.export.conftest import copy_tokenizer, make_adapter
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaConfig, RobertaConfig
 
-from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat
+from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat
 from llmtune.errors import ExportError
-from llmtune.export.job import ExportRequest, run_export
+from llmtune.export.pipeline import ExportRequest, run_export
 from tests.export.conftest import TOKENS, copy_tokenizer
 
 SIZES: dict[str, Any] = {

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
-from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
+from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
 from llmtune.export.identity import SHAPES, describe_job, describe_options, is_export_of
-from llmtune.export.job import ExportRequest, run_export
+from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
 from tests.export.conftest import make_adapter
 
 #: Every option but the format with another value than its default.
@@ -70,7 +70,7 @@ def test_an_option_is_in_the_identity_exactly_if_it_shapes_a_file(
     kind: ExportFormat, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("check_upload", "upload_export"):
-        monkeypatch.setattr(f"llmtune.export.job.{name}", lambda *_: None)
+        monkeypatch.setattr(f"llmtune.export.pipeline.{name}", lambda *_: None)
     adapter = published(make_adapter(base, tmp_path / "adapter"))
     plain, output = ExportConfig(format=kind), tmp_path / "out"
     request = ExportRequest(base, "tiny", adapter, None, output)

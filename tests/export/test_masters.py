@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmtune.checkpoint.tensor_file import TensorSpec
-from llmtune.config.export_schema import ExportConfig, ExportDtype
-from llmtune.engine.state import KINDS
+from llmtune.checkpoint.slices import Piece, PiecedTensor, find_gap
+from llmtune.config.groups.export import ExportConfig, ExportDtype
+from llmtune.engine.optimizer_state import KINDS
 from llmtune.errors import ExportError
-from llmtune.export import masters
-from llmtune.export.masters import MastersSource, find_masters, has_masters
-from llmtune.export.material import ExportRequest, open_material
-from llmtune.export.pieces import Piece, PiecedTensor, find_gap
-from llmtune.export.tensors import read_whole
-from llmtune.export.write import Journal, write_shards
-from llmtune.train.saving import link_result
+from llmtune.export.model import ExportRequest, open_material
+from llmtune.export.publish.shards import Journal, write_shards
+from llmtune.export.sources import master_weights
+from llmtune.export.sources.base import read_whole
+from llmtune.export.sources.master_weights import MastersSource, find_masters, has_masters
+from llmtune.storage.safetensors_writer import TensorSpec
+from llmtune.train.checkpointing import link_result
 from tests.support import TINY, train_engines
 
 #: ZeRO stage and place of the optimizer's state.
@@ -81,8 +81,8 @@ def test_masters_are_the_live_optimizers(place: str, checkpoints: Path) -> None:
 
 @pytest.mark.process
 def test_a_model_of_masters_is_written_in_small_blocks(checkpoints: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("llmtune.export.tensors.BLOCK_ELEMENTS", 64 * 3)
-    monkeypatch.setattr("llmtune.export.tensors._LEAST_ROWS", 1)
+    monkeypatch.setattr("llmtune.storage.row_blocks.BLOCK_ELEMENTS", 64 * 3)
+    monkeypatch.setattr("llmtune.storage.row_blocks._LEAST_ROWS", 1)
     for place in ("0-none", "3-none"):
         output = tmp_path / place
         output.mkdir()
@@ -199,4 +199,4 @@ def test_a_block_in_one_piece_is_no_copy(tmp_path: Path) -> None:
 
 def test_the_header_that_is_read_is_the_one_that_is_written() -> None:
     """The names are llmtune.checkpoint's; were they changed there alone, nothing would be found."""
-    assert KINDS[0] == masters._MASTER
+    assert KINDS[0] == master_weights._MASTER

@@ -13,11 +13,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat
+from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat
 from llmtune.errors import ExportError
-from llmtune.export.changes import LowRank
-from llmtune.export.job import ExportRequest, run_export
-from llmtune.export.tensors import BLOCK_ELEMENTS, row_ranges
+from llmtune.export.merge.deltas import LowRank
+from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.storage.row_blocks import BLOCK_ELEMENTS, row_ranges
 from tests.export.conftest import TOKENS, make_adapter, make_base
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -144,7 +144,7 @@ def test_rows_of_a_block_have_the_bits_of_the_whole(tiny_model: Path, tmp_path: 
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=[*LINEARS, "embed_tokens", "lm_head"])
     whole = load_file(export(base, adapter, tmp_path / "whole") / "model.safetensors")
     assert BLOCK_ELEMENTS > 512 * 48
-    monkeypatch.setattr("llmtune.export.tensors.BLOCK_ELEMENTS", 48 * 16)
+    monkeypatch.setattr("llmtune.storage.row_blocks.BLOCK_ELEMENTS", 48 * 16)
     pieces = load_file(export(base, adapter, tmp_path / "pieces") / "model.safetensors")
     assert all(torch.equal(pieces[name], tensor) for name, tensor in whole.items())
 

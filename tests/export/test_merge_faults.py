@@ -13,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmtune.config.export_schema import ExportConfig, ExportDtype
-from llmtune.export.adapter import read_adapter
-from llmtune.export.expected import Expectations, find_expected
-from llmtune.export.job import ExportRequest, run_export
-from llmtune.export.merge import MergedSource
-from llmtune.export.recompute import Agreement, Recomputation
-from llmtune.export.streamed_model import StreamedModel
-from llmtune.export.tensors import Retyped, SafetensorsSource, read_whole
+from llmtune.config.groups.export import ExportConfig, ExportDtype
+from llmtune.export.merge.adapter import read_adapter
+from llmtune.export.merge.merged_source import MergedSource
+from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.export.sources.base import Retyped, SafetensorsSource, read_whole
+from llmtune.export.verify.expected import Expectations, find_expected
+from llmtune.export.verify.recompute import Agreement, Recomputation
+from llmtune.export.verify.streamed_model import StreamedModel
 from tests.export.conftest import make_base
 from tests.export.merge_faults import FAULTS, Case, Held, Tensors
 

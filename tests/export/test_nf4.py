@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import ExportError
-from llmtune.export.adapter import read_adapter
-from llmtune.export.merge import MergedSource
-from llmtune.export.nf4 import Nf4RoundTrip, dequantise, mean_scale, quantise, quantised_names
-from llmtune.export.tensors import Retyped, SafetensorsSource, TensorSource, read_whole
+from llmtune.export.merge.adapter import read_adapter
+from llmtune.export.merge.merged_source import MergedSource
+from llmtune.export.sources.base import Retyped, SafetensorsSource, TensorSource, read_whole
+from llmtune.export.sources.nf4 import Nf4RoundTrip, dequantise, mean_scale, quantise, quantised_names
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
 
 #: Rows of 48 and 112 numbers; the tiny model's are multiples of 64.
@@ -107,9 +107,9 @@ def test_rows_at_a_time_have_the_bits_of_the_whole(
     torch.manual_seed(3)
     tensor = torch.randn(shape).to(dtype)
     packed, state = functional.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4")
-    monkeypatch.setattr("llmtune.export.tensors.BLOCK_ELEMENTS", 5 * shape[1])
-    monkeypatch.setattr("llmtune.export.tensors._LEAST_ROWS", 1)
-    monkeypatch.setattr("llmtune.export.nf4._PIECE_ELEMENTS", 128)
+    monkeypatch.setattr("llmtune.storage.row_blocks.BLOCK_ELEMENTS", 5 * shape[1])
+    monkeypatch.setattr("llmtune.storage.row_blocks._LEAST_ROWS", 1)
+    monkeypatch.setattr("llmtune.export.sources.nf4._PIECE_ELEMENTS", 128)
     source = write_tensor(tensor, tmp_path)
     ours, described = quantise(source, "w", transposed=False)
     assert torch.equal(ours, packed)
@@ -195,6 +195,6 @@ def test_files_that_leave_out_the_first_part_of_names_are_matched(tiny_model: Pa
 @pytest.mark.process
 @pytest.mark.usefixtures("started_cold")
 def test_loading_bitsandbytes_says_nothing() -> None:
-    code = "from llmtune.export.nf4 import load_bitsandbytes; load_bitsandbytes()"
+    code = "from llmtune.export.sources.nf4 import load_bitsandbytes; load_bitsandbytes()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""

@@ -13,14 +13,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat, GgufType
+from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat, GgufType
 from llmtune.errors import ExportError
-from llmtune.export.adapter import read_adapter
-from llmtune.export.job import ExportRequest, run_export
-from llmtune.export.lint import check_export
-from llmtune.export.parity import Parity, Sides, check_parity, compare_whole, probe_tokens
-from llmtune.export.streamed_model import StreamedModel, is_hollow
-from llmtune.export.tensors import SafetensorsSource
+from llmtune.export.merge.adapter import read_adapter
+from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.export.sources.base import SafetensorsSource
+from llmtune.export.verify.parity import Parity, Sides, check_parity, compare_whole, probe_tokens
+from llmtune.export.verify.serving_checks import check_export
+from llmtune.export.verify.streamed_model import StreamedModel
+from llmtune.model.skeleton import is_hollow
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
 from tests.export.test_merge import KINDS, export
 
@@ -244,9 +245,9 @@ def test_experts_whose_names_are_translated_are_compared_whole_or_by_their_numbe
     text = run(format=ExportFormat.pt)
     assert "the logits of this architecture are not compared: it can be loaded from safetensors only" in text
     assert "parity: logits not compared; 4 adapted modules recomputed" in text
-    monkeypatch.setattr("llmtune.export.checks._WHOLE_BYTES_PER_BYTE", 10**9)
+    monkeypatch.setattr("llmtune.export.verify.checks._WHOLE_BYTES_PER_BYTE", 10**9)
     assert "they need the whole model in memory" in run()
-    monkeypatch.setattr("llmtune.export.adapter.Adapter.scale", lambda *_: 0.5)
+    monkeypatch.setattr("llmtune.export.merge.adapter.Adapter.scale", lambda *_: 0.5)
     with pytest.raises(ExportError, match=r"4 of 4[15] tensors are not"):
         run()
 

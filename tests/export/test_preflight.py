@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.config.export_schema import ExportConfig, ExportFormat
+from llmtune.config.groups.export import ExportConfig, ExportFormat
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.export.preflight import check_exportable
 from tests.support import TINY, run_cli
@@ -85,7 +85,7 @@ def test_what_no_graph_is_made_of_is_refused(kind: ExportFormat, tiny_model: Pat
 
 
 def test_a_model_too_large_for_a_graph_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtune.export.graphs.MOST_PARAMETERS", 1000)
+    monkeypatch.setattr("llmtune.export.formats.graph.writers.MOST_PARAMETERS", 1000)
     with pytest.raises(MissingPrerequisiteError, match="more than 1"):
         check_exportable(ExportConfig(ExportFormat.torchscript), tiny_model)
 

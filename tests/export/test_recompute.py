@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from llmtune.errors import ExportError
-from llmtune.export import parity
-from llmtune.export.adapter import read_adapter
-from llmtune.export.answers import HalfUnits
-from llmtune.export.changes import LowRank
-from llmtune.export.expected import Delta, Expectations, Expected, find_expected
-from llmtune.export.parity import Sides, check_parity, probe_tokens
-from llmtune.export.recompute import Comparison, Recomputation, compare_tensor
-from llmtune.export.streamed_model import StreamedModel
-from llmtune.export.tensors import SafetensorsSource, TensorSource
+from llmtune.export.merge.adapter import read_adapter
+from llmtune.export.merge.deltas import LowRank
+from llmtune.export.sources.base import SafetensorsSource, TensorSource
+from llmtune.export.verify import parity
+from llmtune.export.verify.answers import HalfUnits
+from llmtune.export.verify.expected import Delta, Expectations, Expected, find_expected
+from llmtune.export.verify.parity import Sides, check_parity, probe_tokens
+from llmtune.export.verify.recompute import Comparison, Recomputation, compare_tensor
+from llmtune.export.verify.streamed_model import StreamedModel
 from tests.export.conftest import make_adapter, make_base
 from tests.export.merge_faults import Held
 from tests.export.test_merge import export

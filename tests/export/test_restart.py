@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.checkpoint.manifest import find_damage
-from llmtune.config.export_schema import ExportConfig
+from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
-from llmtune.export.job import ExportRequest, run_export
-from llmtune.export.write import JOURNAL, Journal
+from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.export.publish.shards import JOURNAL, Journal
+from llmtune.storage.manifest import find_damage
 from tests.export.conftest import make_adapter
 
 SEED = 20261122
@@ -74,7 +74,7 @@ def test_finished_shards_are_not_written_again(base: Path, tmp_path: Path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmtune.export.job.copy_companions", fail)
+        patch.setattr("llmtune.export.pipeline.copy_companions", fail)
         with pytest.raises(KeyboardInterrupt):
             run_export(request, config)
     shards = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.tmp").glob("*.safetensors")}
@@ -129,7 +129,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
-    monkeypatch.setattr("llmtune.export.job._COMPANION_BYTES", 10**16)
+    monkeypatch.setattr("llmtune.export.pipeline._COMPANION_BYTES", 10**16)
     with pytest.raises(ExportError, match=r"free, the export needs 10000\.00 TB; take an output_dir= on a larger disk"):
         run_export(ExportRequest(base, "tiny", adapter, None, tmp_path / "out"), ExportConfig())
     assert not list(tmp_path.glob("out*"))

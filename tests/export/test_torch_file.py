@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.config.export_schema import ExportConfig, ExportDtype, ExportFormat
-from llmtune.export.job import run_export
-from llmtune.export.material import ExportRequest, open_material
-from llmtune.export.torch_file import write_torch_file
-from llmtune.export.write import Journal
+from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat
+from llmtune.export.formats.torch_file import write_torch_file
+from llmtune.export.model import ExportRequest, open_material
+from llmtune.export.pipeline import run_export
+from llmtune.export.publish.shards import Journal
 from tests.export.conftest import TOKENS, make_adapter, make_base
 
 

@@ -17,12 +17,12 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
-from llmtune.checkpoint import remote
 from llmtune.checkpoint.find import is_complete
-from llmtune.checkpoint.manifest import check_undamaged
 from llmtune.errors import ExportError, MissingPrerequisiteError
-from llmtune.export.publish import write_export
-from llmtune.export.upload import UPLOADING, check_upload, upload_export
+from llmtune.export.publish.folder import write_export
+from llmtune.export.publish.upload import UPLOADING, check_upload, upload_export
+from llmtune.storage import remote
+from llmtune.storage.manifest import check_undamaged
 from tests.support import run
 
 
@@ -377,9 +377,9 @@ def upload_in_process(folder: Path, hub: Hub, url: str = "hf://user/name", **env
     """Both outputs and the error, if there was one, of an upload in a process of its own."""
     code = (
         "import sys, pathlib\n"
-        "from llmtune.checkpoint import remote\n"
+        "from llmtune.storage import remote\n"
         "from llmtune.errors import LlmtuneError\n"
-        "from llmtune.export.upload import upload_export\n"
+        "from llmtune.export.publish.upload import upload_export\n"
         "remote.FIRST_WAIT_SECONDS = 0.01\n"
         "try:\n"
         f"    upload_export(pathlib.Path({str(folder)!r}), {url!r}, True, False, print)\n"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmtune.checkpoint.manifest import find_damage
 from llmtune.cli.export import main
 from llmtune.cli.main import Arguments
+from llmtune.storage.manifest import find_damage
 from tests.export.zero_worker import make_model
 from tests.support import run_cli, train_engines
 
@@ -52,7 +52,7 @@ def test_a_killed_export_of_a_lora_checkpoint_goes_on_where_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmtune.export.job.copy_companions", fail)
+        patch.setattr("llmtune.export.pipeline.copy_companions", fail)
         with pytest.raises(KeyboardInterrupt):
             main(command)
     shards = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.tmp").glob("*.safetensors")}

@@ -19,13 +19,19 @@ import torch
 from safetensors.torch import load_file
 
 from llmtune.errors import ExportError
-from llmtune.export.adapter import read_adapter
-from llmtune.export.merge import MergedSource
-from llmtune.export.tensors import Retyped, read_whole
-from llmtune.export.write import Journal, write_shards
-from llmtune.export.zero_adapter import has_adapter, open_adapter_part, open_base_part, open_model_part, write_adapter
-from llmtune.export.zero_files import ZeroSource, find_step_folder, is_zero_checkpoint
-from llmtune.export.zero_pickle import Inert, StoredTensor, read_archive
+from llmtune.export.merge.adapter import read_adapter
+from llmtune.export.merge.merged_source import MergedSource
+from llmtune.export.publish.shards import Journal, write_shards
+from llmtune.export.sources.base import Retyped, read_whole
+from llmtune.export.sources.deepspeed.adapter import (
+    has_adapter,
+    open_adapter_part,
+    open_base_part,
+    open_model_part,
+    write_adapter,
+)
+from llmtune.export.sources.deepspeed.checkpoint import ZeroSource, find_step_folder, is_zero_checkpoint
+from llmtune.export.sources.deepspeed.pickle_reader import Inert, StoredTensor, read_archive
 from tests.support import run, train_engines
 
 FROZEN = ["model.norm", "layers.0.mlp"]
@@ -95,8 +101,8 @@ def test_tensors_have_the_bits_of_deepspeeds_own_conversion(name: str, checkpoin
     expected = convert(checkpoints / name)
     module = read_archive(model_states(checkpoints / name))["module"]
     for block_elements in (1 << 22, 50):
-        monkeypatch.setattr("llmtune.export.tensors.BLOCK_ELEMENTS", block_elements)
-        monkeypatch.setattr("llmtune.export.tensors._LEAST_ROWS", 1)
+        monkeypatch.setattr("llmtune.storage.row_blocks.BLOCK_ELEMENTS", block_elements)
+        monkeypatch.setattr("llmtune.storage.row_blocks._LEAST_ROWS", 1)
         source = ZeroSource(checkpoints / name)
         assert source.world_size == (3 if name in OF_THREE_RANKS else 2)
         for tensor, values in expected.items():
@@ -201,7 +207,7 @@ def test_every_way_to_name_a_checkpoint_finds_it(checkpoints: Path, tmp_path: Pa
 @pytest.mark.usefixtures("started_cold")
 def test_deepspeed_is_not_needed(checkpoints: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from llmtune.export.zero_files import ZeroSource; "
+        "import sys; from pathlib import Path; from llmtune.export.sources.deepspeed.checkpoint import ZeroSource; "
         "source = ZeroSource(Path(sys.argv[1])); assert source.trained; "
         "print(sum(block.numel() for name in source.specs for block in source.blocks(name)), 'deepspeed' in sys.modules)"
     )

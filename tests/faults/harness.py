@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints
-from llmtune.checkpoint.manifest import find_damage
+from llmtune.storage import layout
+from llmtune.storage.manifest import find_damage
 from tests.processes import MARK, comm_of
 from tests.support import ROOT
 
@@ -154,7 +154,7 @@ class Run:
         for folder in find_checkpoints(self.path):
             # It may be pruned while we look.
             with contextlib.suppress(OSError):
-                found[folder.name] = (folder / names.COMPLETE).read_text()
+                found[folder.name] = (folder / layout.COMPLETE).read_text()
         return found
 
     def alive(self) -> list[int]:
@@ -267,7 +267,7 @@ def read_lines(run: Path) -> tuple[dict[int, list[Any]], dict[int, list[Any]]]:
     """Training and evaluation lines by step."""
     losses: dict[int, list[Any]] = {}
     evaluations: dict[int, list[Any]] = {}
-    for text in (run / names.METRICS).read_text().splitlines():
+    for text in (run / layout.METRICS).read_text().splitlines():
         line = json.loads(text)
         if "eval_loss" in line:
             evaluations.setdefault(line["step"], []).append(line["eval_loss"])
@@ -326,8 +326,8 @@ def judge_folder(run: Run) -> list[str]:
     for folder in find_checkpoints(run.path):
         problems += [f"{folder.name}: {text}" for text in find_damage(folder)]
     problems += [f"{path.name} was left behind" for path in run.path.iterdir() if path.name.endswith(".tmp")]
-    if not (run.path / names.FINISHED).is_file():
-        problems.append(f"no {names.FINISHED}")
+    if not (run.path / layout.FINISHED).is_file():
+        problems.append(f"no {layout.FINISHED}")
     return problems
 
 
@@ -364,8 +364,8 @@ def copy_run(reference: Reference, folder: Path, overrides: Sequence[str] = ("ze
     """A copy of a finished run, as it was before its last step was published."""
     run = Run(folder, overrides)
     shutil.copytree(reference.path, run.path)
-    (run.path / names.FINISHED).unlink()
-    shutil.rmtree(run.path / names.ADAPTER, ignore_errors=True)
+    (run.path / layout.FINISHED).unlink()
+    shutil.rmtree(run.path / layout.ADAPTER, ignore_errors=True)
     return run
 
 

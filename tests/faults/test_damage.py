@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.checkpoint.manifest import find_damage
 from llmtune.config.stored import load_config
+from llmtune.storage.manifest import find_damage
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from tests.faults.conftest import Undisturbed

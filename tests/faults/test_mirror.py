@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.checkpoint import names
-from llmtune.checkpoint.manifest import find_damage
+from llmtune.storage import layout
+from llmtune.storage.manifest import find_damage
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import KEPT, STEPS, Reference, Run, Table, judge, judge_folder, judge_losses
 
@@ -68,7 +68,7 @@ def lay_strangers_copies(place: Path, reference: Reference) -> dict[Path, bytes]
     """Checkpoints of another run at this one's place, one of a step that this one comes to, and one that was cut off."""
     for step in (STEPS, 2 * STEPS):
         shutil.copytree(reference.path / f"checkpoint-{STEPS}", place / f"checkpoint-{step}")
-    (place / f"checkpoint-{2 * STEPS}" / names.COMPLETE).unlink()
+    (place / f"checkpoint-{2 * STEPS}" / layout.COMPLETE).unlink()
     place.with_name(f"{place.name}.owner").write_text("somebody else")
     return read_all(place.parent)
 

@@ -10,21 +10,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llmtune.launch.supervisor import run_ranks
-from llmtune.launch.watch import Limits
+from llmtune.launch.supervise.supervisor import run_ranks
+from llmtune.launch.supervise.watch import Limits
 from tests.support import ROOT
 
 #: What every fake rank has: its number, its folder, its phase log, and what a real rank does first.
 PRELUDE = """
 import json, os, signal, sys, time
 from pathlib import Path
-from llmtune.engine.phases import PhaseLog
+from llmtune.engine.heartbeat import PhaseLog
 from llmtune.errors import DataError, LlmtuneError, StoppedError
-from llmtune.launch.environment import FAILURE_DIR
-from llmtune.launch.out_of_memory import phase_file
-from llmtune.launch.processes import follow_supervisor
-from llmtune.launch.rank import report_failure
-from llmtune.launch.stacks import answer_with_stacks
+from llmtune.launch.launchers.environment import FAILURE_DIR
+from llmtune.launch.supervise.out_of_memory import phase_file
+from llmtune.launch.supervise.processes import follow_supervisor
+from llmtune.launch.supervise.rank_report import report_failure
+from llmtune.launch.supervise.stacks import answer_with_stacks
 rank = int(os.environ["RANK"])
 failures = Path(os.environ[FAILURE_DIR])
 out = Path(os.environ.get("OUT", failures))
@@ -48,8 +48,8 @@ def meet():
 _SUPERVISOR = """
 import sys
 from pathlib import Path
-from llmtune.launch.supervisor import run_ranks
-from llmtune.launch.watch import Limits
+from llmtune.launch.supervise.supervisor import run_ranks
+from llmtune.launch.supervise.watch import Limits
 from llmtune.errors import LlmtuneError
 try:
     limits = Limits(*map(float, sys.argv[3:]))

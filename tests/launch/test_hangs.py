@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmtune.engine.phases import PhaseLog
-from llmtune.launch import progress
-from llmtune.launch.out_of_memory import phase_file
-from llmtune.launch.outcome import RanksFailedError
-from llmtune.launch.progress import HangWatch, finished_step, read_phase
-from llmtune.launch.watch import Limits
+from llmtune.engine.heartbeat import PhaseLog
+from llmtune.launch.supervise import phase_records
+from llmtune.launch.supervise.out_of_memory import phase_file
+from llmtune.launch.supervise.outcome import RanksFailedError
+from llmtune.launch.supervise.phase_records import HangWatch, finished_step, read_phase
+from llmtune.launch.supervise.watch import Limits
 from tests.launch.fakes import run_fakes
 
 
@@ -96,7 +96,7 @@ def test_a_supervisor_that_was_suspended_with_its_ranks_sees_no_hang(
     log = PhaseLog(phase_file(tmp_path, 0))
     log.enter("forward")
     now = 0.0
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(phase_records, "time", SimpleNamespace(monotonic=lambda: now))
     watch = HangWatch(tmp_path, 1, 10.0)
     assert not watch.is_hung()
     for seconds in [1.0] * 8 + [86400.0]:

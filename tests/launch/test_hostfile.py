@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.launch import environment
-from llmtune.launch.hostfile import quote_for_pdsh, read_hostfile, runner_command
+from llmtune.launch.launchers import environment
+from llmtune.launch.launchers.hostfile import quote_for_pdsh, read_hostfile, runner_command
 from tests.support import run_cli
 
 

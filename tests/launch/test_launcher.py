@@ -10,9 +10,9 @@ import time
 import pytest
 
 from llmtune.errors import MissingPrerequisiteError
-from llmtune.launch import launcher as launchers
-from llmtune.launch.launcher import Launcher, adopt_launcher
-from llmtune.launch.meeting import await_ranks
+from llmtune.launch.launchers import launcher as launchers
+from llmtune.launch.launchers.launcher import Launcher, adopt_launcher
+from llmtune.launch.launchers.meeting import await_ranks
 from tests.support import free_port
 
 PLACE = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import CheckpointError
-from llmtune.launch.lock import hold_lock, removed_if_unused
+from llmtune.storage.lock import hold_lock, removed_if_unused
 
 
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_who_is_refused_leaves_the_folder_to_its_holder(tmp_path: Path) -> None:
         with ExitStack() as held, removed_if_unused(lock):
             # Meanwhile the other has made the folder.
             program = (
-                "import sys; from pathlib import Path; from llmtune.launch.lock import hold_lock\n"
+                "import sys; from pathlib import Path; from llmtune.storage.lock import hold_lock\n"
                 "with hold_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
             )
             other = subprocess.Popen(

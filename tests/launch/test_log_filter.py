@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.launch.log_filter import wait_for_filters
-from llmtune.launch.out_of_memory import RanOutOfMemoryError
-from llmtune.launch.supervisor import run_ranks
+from llmtune.launch.supervise.log_filter import wait_for_filters
+from llmtune.launch.supervise.out_of_memory import RanOutOfMemoryError
+from llmtune.launch.supervise.supervisor import run_ranks
 from llmtune.process import STOP_SIGNALS
 from tests.support import ROOT
 
@@ -27,7 +27,7 @@ class Rank:
 
     def __init__(self, folder: Path, body: str, **environment: str):
         self.log = folder / "train.log"
-        start = "from llmtune.launch.rank import redirect_output\nredirect_output(Path(sys.argv[1]))\n"
+        start = "from llmtune.launch.supervise.rank_report import redirect_output\nredirect_output(Path(sys.argv[1]))\n"
         script = "import os, signal, subprocess, sys, time\nfrom pathlib import Path\n" + start + textwrap.dedent(body)
         clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
         self.process = subprocess.Popen(
@@ -173,7 +173,7 @@ def test_the_supervisor_reads_what_went_through_the_filter(tmp_path: Path, monke
     script = f"""
 import os
 from pathlib import Path
-from llmtune.launch.rank import redirect_output
+from llmtune.launch.supervise.rank_report import redirect_output
 redirect_output(Path({str(log)!r}))
 if os.environ["RANK"] == "1":
     os.write(2, b"what():  std::bad_alloc {VALUE}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmtune.errors import CheckpointError
-from llmtune.launch.memory_errors import memory_pool, memory_pool_of_text
+from llmtune.launch.supervise.memory_errors import memory_pool, memory_pool_of_text
 
 DEVICE = [
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.06 GiB is free.",

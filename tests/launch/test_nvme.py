@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
-from llmtune.launch.nvme import check_nvme, disk_behind, hold_swap_folder, probe_disk, swap_folder
+from llmtune.launch.preflight.nvme import check_nvme, disk_behind, hold_swap_folder, probe_disk, swap_folder
 
 
 def test_the_probe_measures_and_cleans_up(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.engine.phases import PhaseLog
+from llmtune.engine.heartbeat import PhaseLog
 from llmtune.errors import CheckpointError
-from llmtune.launch import out_of_memory
-from llmtune.launch.memory_errors import memory_pool
-from llmtune.launch.out_of_memory import find_event, note_kills, phase_file
+from llmtune.launch.supervise import out_of_memory
+from llmtune.launch.supervise.memory_errors import memory_pool
+from llmtune.launch.supervise.out_of_memory import find_event, note_kills, phase_file
 
 ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.launch.environment import hold_port, remove_shared_buffers
+from llmtune.launch.launchers.environment import hold_port, remove_shared_buffers
 
 
 def test_rank_0_listens_on_a_port_that_is_held_and_nobody_else_gets_it() -> None:

@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
-from llmtune.checkpoint import names
 from llmtune.checkpoint.find import find_checkpoints
-from llmtune.cli import descent
-from llmtune.cli.descent import Descent
-from llmtune.cli.prepare import RunTarget
 from llmtune.config.compose import Composed
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, LlmtuneError, StoppedError
-from llmtune.launch import restart, watch
-from llmtune.launch.outcome import RanksFailedError
-from llmtune.launch.restart import Restarts
+from llmtune.launch.supervise import restart, watch
+from llmtune.launch.supervise.outcome import RanksFailedError
+from llmtune.launch.supervise.restart import Restarts
+from llmtune.run import fallback
+from llmtune.run.fallback import Descent
+from llmtune.run.prepare import RunTarget
+from llmtune.storage import layout
 from llmtune.track.console import Console
 from llmtune.train.run_folder import RunFolder
 from tests.launch.fakes import run_fakes
@@ -106,11 +106,11 @@ class FakeRun:
         monkeypatch.setenv("OUT", str(folder))
         monkeypatch.setattr(restart, "FIRST_WAIT_SECONDS", 0.01)
         monkeypatch.setattr(watch, "GRACE_SECONDS", 0.5)
-        monkeypatch.setattr(descent, "plan_candidate", lambda *_: None)
-        monkeypatch.setattr(descent, "place_swap", lambda *_: None)
-        monkeypatch.setattr(descent, "describe", lambda _: {})
-        monkeypatch.setattr(descent, "resolve_request", self._resolve)
-        monkeypatch.setattr(descent, "run_request", lambda request, *_: self.attempt(request))
+        monkeypatch.setattr(fallback, "plan_candidate", lambda *_: None)
+        monkeypatch.setattr(fallback, "place_swap", lambda *_: None)
+        monkeypatch.setattr(fallback, "describe", lambda _: {})
+        monkeypatch.setattr(fallback, "resolve_request", self._resolve)
+        monkeypatch.setattr(fallback, "run_request", lambda request, *_: self.attempt(request))
         self.attempt: Callable[[Any], None] = lambda _: None
 
     def _resolve(self, composed: Any, *_: Any) -> Any:
@@ -136,7 +136,7 @@ class FakeRun:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / names.RESTARTS).read_text().splitlines()]
+        return [json.loads(line) for line in (self.folder / layout.RESTARTS).read_text().splitlines()]
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_errors_with_advice_are_not_tried_again(fake: FakeRun) -> None:
     with pytest.raises(LlmtuneError, match="rows.jsonl:3"):
         fake.go()
     assert fake.resumed == [None]
-    assert not (fake.folder / names.RESTARTS).exists()
+    assert not (fake.folder / layout.RESTARTS).exists()
 
 
 @pytest.mark.process

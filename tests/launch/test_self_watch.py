@@ -15,8 +15,8 @@ from tests.support import ROOT
 _PRELUDE = """
 import sys, threading, time
 from pathlib import Path
-from llmtune.engine.phases import PhaseLog
-from llmtune.launch.self_watch import SelfWatch
+from llmtune.engine.heartbeat import PhaseLog
+from llmtune.launch.supervise.self_watch import SelfWatch
 run = Path(sys.argv[1])
 watch = SelfWatch(3, run, lambda text: print(text, flush=True))
 phases = PhaseLog(watch.record)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import EXIT_STOPPED, DataError, LlmtuneError, StoppedError
-from llmtune.launch import watch
-from llmtune.launch.signals import END_SECONDS, raise_stops
-from llmtune.launch.watch import Limits
+from llmtune.launch.supervise import watch
+from llmtune.launch.supervise.signals import END_SECONDS, raise_stops
+from llmtune.launch.supervise.watch import Limits
 from tests.launch.fakes import alive, end_of, run_fakes, start_supervisor, wait_until
 from tests.support import ROOT, run
 

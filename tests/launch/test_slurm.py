@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmtune.errors import MissingPrerequisiteError
-from llmtune.launch.slurm import adopt_slurm, derive_rank, expand_counts, expand_hosts
+from llmtune.launch.launchers.slurm import adopt_slurm, derive_rank, expand_counts, expand_hosts
 
 #: Task 5 of ``srun --ntasks=11`` on three nodes of 4, 4 and 3.
 STEP = {

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import CheckpointError, DataError, DoesNotFitError, LlmtuneError, StoppedError
-from llmtune.launch.lock import hold_lock
-from llmtune.launch.outcome import RanksFailedError, read_reports
-from llmtune.launch.processes import RankProcess, may_be_launcher
-from llmtune.launch.rank import to_user_error
+from llmtune.launch.supervise.outcome import RanksFailedError, read_reports
+from llmtune.launch.supervise.processes import RankProcess, may_be_launcher
+from llmtune.launch.supervise.rank_report import to_user_error
+from llmtune.storage.lock import hold_lock
 from tests.launch.fakes import alive, pid_of, run_fakes, start_supervisor, wait_until
 from tests.processes import cold
 
@@ -123,7 +123,7 @@ def test_no_rank_outlives_a_killed_supervisor(tmp_path: Path) -> None:
 def test_a_rank_whose_supervisor_died_before_it_looked_does_not_begin() -> None:
     environment = {**os.environ, "RANK": "0"}
     orphan = "import os\nos.environ['LLMTUNE_SUPERVISOR'] = '1'\n"
-    body = "from llmtune.launch.processes import follow_supervisor\nfollow_supervisor()\nos._exit(42)\n"
+    body = "from llmtune.launch.supervise.processes import follow_supervisor\nfollow_supervisor()\nos._exit(42)\n"
     process = RankProcess(0, ["-c", orphan + body], environment)
     assert wait_until(lambda: process.exit_code() is not None)
     assert process.exit_code() == 1

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from llmtune.launch.environment import set_thread_default
+from llmtune.launch.launchers.environment import set_thread_default
 
 
 @pytest.mark.parametrize(

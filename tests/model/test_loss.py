@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmtune.data.batch import IGNORE, Targets
+from llmtune.data.load.collate import IGNORE, Targets
 from llmtune.model.loss import sum_token_losses
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmtune.cli.check_model import check_model
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import ModelConfig, Precision
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.build import WeightsTo, build_model
+from llmtune.run.check_model import check_model
 from tests.model.test_weights import Tensors, change, save_model
 
 BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -15,13 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmtune.cli.adapter import adopt_adapter, check_adapter
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, ConfigError
-from llmtune.model.adapters import add_lora, load_adapter
-from llmtune.model.stored_adapter import CONFIG_FILE, PEFT_DEFAULTS, WEIGHTS_FILE, read_stored_adapter
-from llmtune.plan.shape import resolve_shape
+from llmtune.model.adapter.lora import add_lora, load_adapter
+from llmtune.model.adapter.stored_adapter import CONFIG_FILE, PEFT_DEFAULTS, WEIGHTS_FILE, read_stored_adapter
+from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.run.adapter import adopt_adapter, check_adapter
 
 #: What versions of peft before 0.6 did not write; 0.18 and later write more.
 NEWER_KEYS = {"rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "loftq_config", "megatron_core"}

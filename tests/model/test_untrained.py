@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import MissingPrerequisiteError
-from llmtune.model.untrained import find_untrained_tokens
+from llmtune.model.untrained_tokens import find_untrained_tokens
 
 
 def test_embeddings_of_no_length_are_found(tiny_model: Path, tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.cli.check_model import check_model
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import ModelConfig, Precision
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.model.build import build_model
-from llmtune.model.weight_check import compare_weights
-from llmtune.plan.shape import build_meta_model
+from llmtune.model.weights.check import compare_weights
+from llmtune.plan.memory.model_shape import build_meta_model
+from llmtune.run.check_model import check_model
 from tests.architectures.families import FAMILIES
 
 Tensors = dict[str, torch.Tensor]

@@ -9,9 +9,9 @@ import torch
 
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Precision
-from llmtune.model.adapters import add_lora
-from llmtune.plan.activations import ActivationModel, TraceSettings, loss_bytes
-from llmtune.plan.shape import load_architecture, resolve_shape
+from llmtune.model.adapter.lora import add_lora
+from llmtune.plan.memory.activations import ActivationModel, TraceSettings, loss_bytes
+from llmtune.plan.memory.model_shape import load_architecture, resolve_shape
 from tests.support import matrix
 
 #: Some layers of SmolLM2's width, so that a real pass is quick.

@@ -9,7 +9,7 @@ import pytest
 
 from llmtune.config.schema import TrainConfig
 from llmtune.errors import ConfigError
-from llmtune.plan.batch import StepRows, _divisors, batch_options, settle_batch
+from llmtune.plan.batch_sizes import StepRows, _divisors, batch_options, settle_batch
 
 
 def resolve(world: int = 1, length: int = 2048, accelerator: str = "cuda", **values: Any) -> tuple[int, int]:

@@ -7,8 +7,8 @@ from peft.utils.other import get_pattern_key
 
 from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError
-from llmtune.plan.lora import lora_scale, match_pattern
-from llmtune.plan.shape import resolve_shape
+from llmtune.plan.memory.lora import lora_scale, match_pattern
+from llmtune.plan.memory.model_shape import resolve_shape
 
 MODULES = [
     "model.layers.0.self_attn.q_proj",

@@ -13,13 +13,13 @@ import pytest
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Precision, ScheduleConfig, TrainConfig
 from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
-from llmtune.plan import shape as shapes
-from llmtune.plan.placement import Placement
-from llmtune.plan.resolve import Plan, resolve_ladder, resolve_plan, resolve_steps
-from llmtune.plan.shape import resolve_shape
-from llmtune.plan.states import state_bytes
-from llmtune.plan.units import counted, format_bytes, format_count, format_seconds, parse_bytes
-from llmtune.plan.zero_sizes import resolve_zero_sizes
+from llmtune.plan.memory import model_shape as shapes
+from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
+from llmtune.plan.memory.zero_states import state_bytes
+from llmtune.plan.plan import Plan, resolve_ladder, resolve_plan, resolve_steps
+from llmtune.units import counted, format_bytes, format_count, format_seconds, parse_bytes
 
 
 def test_the_70b_shape_is_exact() -> None:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from llmtune import trust
+from llmtune.security import trust
 
 
 @pytest.fixture

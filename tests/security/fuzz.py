@@ -18,18 +18,18 @@ import torch
 import xxhash
 from hypothesis import strategies as st
 
-from llmtune.checkpoint.manifest import find_damage
-from llmtune.config.data_schema import DataFormat
-from llmtune.data.formats import FORMATS, detect_format
-from llmtune.data.problems import RowError
-from llmtune.data.readers import parse_rows, read_blocks
-from llmtune.data.sources import DataFile, Source
+from llmtune.config.groups.data import DataFormat
+from llmtune.data.read.readers import parse_rows, read_blocks
+from llmtune.data.read.sources import DataFile, Source
+from llmtune.data.rows.formats import FORMATS, detect_format
+from llmtune.data.rows.problems import RowError
 from llmtune.errors import LlmtuneError
-from llmtune.export.zero_files import ZeroSource
-from llmtune.launch.hostfile import read_hostfile
-from llmtune.launch.slurm import expand_counts, expand_hosts
-from llmtune.model.safetensors_header import read_header
-from llmtune.model.stored_adapter import read_adapter_config
+from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
+from llmtune.launch.launchers.hostfile import read_hostfile
+from llmtune.launch.launchers.slurm import expand_counts, expand_hosts
+from llmtune.model.adapter.stored_adapter import read_adapter_config
+from llmtune.storage.manifest import find_damage
+from llmtune.storage.safetensors_header import read_header
 
 #: Rows of every kind that a file may begin as.
 ROWS: list[Any] = [

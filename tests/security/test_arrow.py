@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmtune.config.data_schema import DataFormat
-from llmtune.data import readers
-from llmtune.data.readers import parse_rows, read_blocks
-from llmtune.data.sources import DataFile, Source
+from llmtune.config.groups.data import DataFormat
+from llmtune.data.read import readers
+from llmtune.data.read.readers import parse_rows, read_blocks
+from llmtune.data.read.sources import DataFile, Source
 from llmtune.errors import DataError
 
 TEXTS = ["first row", "second row", None, "päß 日本 👩‍💻 שלום\tend"]

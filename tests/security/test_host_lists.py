@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.launch.hostfile import read_hostfile
-from llmtune.launch.launcher import adopt_launcher
-from llmtune.launch.slurm import derive_rank, expand_counts, expand_hosts
+from llmtune.launch.launchers.hostfile import read_hostfile
+from llmtune.launch.launchers.launcher import adopt_launcher
+from llmtune.launch.launchers.slurm import derive_rank, expand_counts, expand_hosts
 
 OPTIONS = [
     "-oProxyCommand=touch${IFS}/tmp/x",

@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 import torch
 
-from llmtune.checkpoint.manifest import find_damage, write_manifest
-from llmtune.config.data_schema import DataFormat
-from llmtune.data import readers, size_bounds
-from llmtune.data.problems import RowError
-from llmtune.data.readers import parse_rows, read_blocks
-from llmtune.data.sources import DataFile, Source
-from llmtune.data.tool_calls import parse_tool_calls, read_tools
+from llmtune.config.groups.data import DataFormat
+from llmtune.data.read import readers, size_bounds
+from llmtune.data.read.readers import parse_rows, read_blocks
+from llmtune.data.read.sources import DataFile, Source
+from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.tool_calls import parse_tool_calls, read_tools
 from llmtune.errors import CheckpointError, DataError, ExportError
-from llmtune.export.zero_files import ZeroSource
-from llmtune.export.zero_pickle import read_archive
-from llmtune.model.patterns import pattern_problem
-from llmtune.model.safetensors_header import read_header
-from llmtune.model.stored_adapter import read_adapter_config
-from llmtune.plain_json import MAX_DEPTH, check_depth, decode_json, parse_json
+from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
+from llmtune.export.sources.deepspeed.pickle_reader import read_archive
+from llmtune.model.adapter.patterns import pattern_problem
+from llmtune.model.adapter.stored_adapter import read_adapter_config
+from llmtune.storage.manifest import find_damage, write_manifest
+from llmtune.storage.plain_json import MAX_DEPTH, check_depth, decode_json, parse_json
+from llmtune.storage.safetensors_header import read_header
 from tests.security.archives import tensor, write_archive
 
 #: A slow machine with a busy neighbour; what was quadratic or exponential took minutes, or for ever.

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from llmtune.checkpoint import names
-from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
 from llmtune.cli.main import main
 from llmtune.config.compose import compose_config
-from llmtune.config.export_schema import ExportConfig, ExportFormat
+from llmtune.config.groups.export import ExportConfig, ExportFormat
 from llmtune.config.stored import dump_yaml, load_config
 from llmtune.errors import CheckpointError, ConfigError, ExportError, MissingPrerequisiteError
 from llmtune.export.preflight import check_exportable
-from llmtune.launch.lock import hold_lock
-from llmtune.model import files
+from llmtune.model import source
+from llmtune.security.trust import copy_foreign, find_objection, open_foreign
+from llmtune.storage import layout
+from llmtune.storage.lock import hold_lock
+from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
 from llmtune.train.run_folder import open_run_folder
-from llmtune.trust import copy_foreign, find_objection, open_foreign
 from tests.export.conftest import make_adapter, make_base
 from tests.support import TINY
 
@@ -211,13 +211,13 @@ def test_a_run_whose_result_is_a_link_is_not_taken_for_its_own(
     private = tmp_path / "private"
     shutil.copytree(tiny_model, private)
     config = dump_yaml(compose_config([*TINY, "tuner=full", "precision=fp32"]).config)
-    (private / names.CONFIG).write_text(config)
+    (private / layout.CONFIG).write_text(config)
     write_manifest(private, {file.name: hash_file(file) for file in private.iterdir()}, {"step": 1})
     mark_complete(private)
     run = tmp_path / "run"
     run.mkdir()
-    (run / names.CONFIG).write_text(config)
-    (run / names.MODEL).symlink_to(private)
+    (run / layout.CONFIG).write_text(config)
+    (run / layout.MODEL).symlink_to(private)
     assert export(f"run={run}", f"output_dir={tmp_path / 'out'}") == CheckpointError.exit_code
     assert f"is a link that leads out of the run, to {private}" in capsys.readouterr().err
     assert export(f"checkpoint={private}", f"output_dir={tmp_path / 'out'}") == 0, "it is the user who names it now"
@@ -225,13 +225,13 @@ def test_a_run_whose_result_is_a_link_is_not_taken_for_its_own(
 
 def test_a_stored_configuration_that_is_a_link_is_not_read(tmp_path: Path, victim: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / names.CONFIG).symlink_to(victim)
+    (tmp_path / "run" / layout.CONFIG).symlink_to(victim)
     with pytest.raises(ConfigError, match="leads out of its folder") as caught:
-        load_config(tmp_path / "run" / names.CONFIG)
+        load_config(tmp_path / "run" / layout.CONFIG)
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [names.PLAN, names.METRICS, names.LOCK, names.LOG, "anything"])
+@pytest.mark.parametrize("name", [layout.PLAN, layout.METRICS, layout.LOCK, layout.LOG, "anything"])
 @pytest.mark.parametrize("there", [True, False])
 def test_a_run_does_not_write_through_links_in_its_folder(name: str, there: bool, tmp_path: Path, victim: Path) -> None:
     run = tmp_path / "run"
@@ -282,8 +282,8 @@ def test_a_link_in_the_place_of_a_cached_models_lock_empties_nothing(tmp_path: P
 
     folder.with_suffix(".lock").symlink_to(victim)
     with pytest.raises(MissingPrerequisiteError, match="something else than a lock file"):
-        files._cached(folder, make)
+        source._cached(folder, make)
     assert SECRET in victim.read_text()
     folder.with_suffix(".lock").unlink()
-    assert files._cached(folder, make) == folder
-    assert files._cached(folder, make) == folder
+    assert source._cached(folder, make) == folder
+    assert source._cached(folder, make) == folder

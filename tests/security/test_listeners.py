@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from llmtune.engine import distributed
-from llmtune.launch.environment import loopback_only, meeting_file, rank_environment
+from llmtune.launch.launchers.environment import loopback_only, meeting_file, rank_environment
 from tests.security.listeners import descendants, is_loopback, listening
 from tests.support import ROOT, TINY
 
@@ -85,7 +85,7 @@ def test_ranks_are_told_to_stay_on_this_machine(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_meeting_place_is_closed_to_other_users() -> None:
-    from llmtune.launch.rank_group import RankGroup
+    from llmtune.launch.supervise.rank_group import RankGroup
 
     group = RankGroup([], 0)
     try:

@@ -8,15 +8,15 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from llmtune.checkpoint import names
-from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
 from llmtune.checkpoint.mirror import Mirror, read_place
+from llmtune.storage import layout
+from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
 
 TIMEOUT = 30
 
 
 def make_checkpoint(run: Path, step: int, contents: str) -> Path:
-    folder = names.checkpoint_folder(run, step)
+    folder = layout.checkpoint_folder(run, step)
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_text(contents)
     write_manifest(

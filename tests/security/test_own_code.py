@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.checkpoint import names
-from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
 from llmtune.cli.main import main
 from llmtune.config.compose import compose_config
 from llmtune.config.stored import dump_yaml
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.own_code import find_own_code
+from llmtune.storage import layout
+from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
 from tests.export.conftest import make_adapter
 from tests.support import TINY
 
@@ -60,7 +60,7 @@ def plant_model(folder: Path, tiny_model: Path, marker: Path) -> Path:
 def plant_run(folder: Path, tiny_model: Path, marker: Path, rows: Path) -> tuple[str, str]:
     """A run as a stranger hands it over, complete by its own marks; and how it is named, whole and by its checkpoint."""
     folder.mkdir()
-    model = plant_model(folder / names.MODEL, tiny_model, marker)
+    model = plant_model(folder / layout.MODEL, tiny_model, marker)
     config = compose_config(
         [*TINY, "tuner=full", "precision=fp32", ALLOWED, f"data.eval={rows}", f"data.train={rows}"]
     ).config
@@ -69,7 +69,7 @@ def plant_run(folder: Path, tiny_model: Path, marker: Path, rows: Path) -> tuple
     config.model.config = None
     config.model.name_or_path = str(model)
     for place in (folder, model):
-        (place / names.CONFIG).write_text(dump_yaml(config))
+        (place / layout.CONFIG).write_text(dump_yaml(config))
     files = {file.name: hash_file(file) for file in sorted(model.iterdir())}
     write_manifest(model, files, {"step": 1})
     mark_complete(model)
@@ -105,7 +105,7 @@ def test_a_run_that_asks_for_code_and_needs_none_goes_on_working(
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_model, folder)
     config = compose_config([*TINY, "tuner=full", "precision=fp32", ALLOWED]).config
-    (folder / names.CONFIG).write_text(dump_yaml(config))
+    (folder / layout.CONFIG).write_text(dump_yaml(config))
     write_manifest(folder, {file.name: hash_file(file) for file in folder.iterdir()}, {"step": 1})
     mark_complete(folder)
     assert main(["chat", f"checkpoint={folder}", "chat.prompt=hi", "chat.max_new_tokens=1"]) == 0
@@ -147,12 +147,12 @@ def test_code_of_another_repository_is_named_too(tmp_path: Path) -> None:
 def test_a_stored_configuration_does_not_say_where_this_call_writes(
     tiny_model: Path, tmp_path: Path, cache: Path
 ) -> None:
-    from llmtune.cli.target import resolve_target
+    from llmtune.run.artifact import resolve_target
 
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_model, folder)
     config = compose_config([*TINY, "tuner=full", f"paths.cache_dir={tmp_path / 'elsewhere'}"]).config
-    (folder / names.CONFIG).write_text(dump_yaml(config))
+    (folder / layout.CONFIG).write_text(dump_yaml(config))
     write_manifest(folder, {file.name: hash_file(file) for file in folder.iterdir()}, {"step": 1})
     mark_complete(folder)
     target = resolve_target(compose_config([f"checkpoint={folder}"]))

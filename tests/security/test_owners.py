@@ -12,17 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmtune import trust
 from llmtune.cli.main import main
 from llmtune.config.cache_folder import find_cache, locate_cache, open_cache
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import ModelConfig, PathsConfig
+from llmtune.doctor import checks
 from llmtune.errors import CheckpointError, ExportError, MissingPrerequisiteError
-from llmtune.export.publish import write_export
-from llmtune.launch import health, ops
-from llmtune.launch.nvme import hold_swap_folder, make_swap_folder, probe_disk
-from llmtune.model.files import resolve_model_folder
-from llmtune.trust import close_run_folder, find_owner_problem, make_own, require_own
+from llmtune.export.publish.folder import write_export
+from llmtune.launch.preflight import deepspeed_ops
+from llmtune.launch.preflight.nvme import hold_swap_folder, make_swap_folder, probe_disk
+from llmtune.model.source import resolve_model_folder
+from llmtune.security import trust
+from llmtune.security.trust import close_run_folder, find_owner_problem, make_own, require_own
 from tests.support import TINY, run_cli
 
 
@@ -211,16 +212,19 @@ SPOILT: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("what", SPOILT)
 def test_ops_that_others_may_have_written_are_not_loaded(what: str, extensions: Path) -> None:
     place = SPOILT[what](extensions)
-    from llmtune.plan.placement import Placement
+    from llmtune.plan.memory.placement import Placement
 
-    assert ops.missing_ops("cpu", Placement(0)) == []
-    with ops.hold_ops():
+    assert deepspeed_ops.missing_ops("cpu", Placement(0)) == []
+    with deepspeed_ops.hold_ops():
         pass
     place.chmod(0o777)
-    for attempt in (lambda: ops.missing_ops("cpu", Placement(0)), lambda: ops.load_ops("cpu", Placement(0))):
+    for attempt in (
+        lambda: deepspeed_ops.missing_ops("cpu", Placement(0)),
+        lambda: deepspeed_ops.load_ops("cpu", Placement(0)),
+    ):
         with pytest.raises(MissingPrerequisiteError, match=f"compiled ops: {place} may be written by everybody"):
             attempt()
-    (finding, *_) = health._owners(extensions.parent / "no-cache")
+    (finding, *_) = checks._owners(extensions.parent / "no-cache")
     assert (finding.state, finding.command) == (
         "bad",
         f"chmod -R go-w {place}",
@@ -230,7 +234,7 @@ def test_ops_that_others_may_have_written_are_not_loaded(what: str, extensions: 
 def test_another_users_folder_of_ops_is_refused(extensions: Path, another_user: int) -> None:
     with (
         pytest.raises(MissingPrerequisiteError, match="or name a folder of your own with TORCH_EXTENSIONS_DIR"),
-        ops.hold_ops(),
+        deepspeed_ops.hold_ops(),
     ):
         pass
     assert not list(extensions.glob(".llmtune*"))
@@ -240,7 +244,7 @@ def test_a_new_folder_of_ops_is_for_nobody_else(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new"))
     before = os.umask(0)
     try:
-        with ops.hold_ops():
+        with deepspeed_ops.hold_ops():
             pass
     finally:
         os.umask(before)
@@ -248,7 +252,7 @@ def test_a_new_folder_of_ops_is_for_nobody_else(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_environment_that_others_may_write_holds_no_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmtune.launch.environment import extensions_dir
+    from llmtune.launch.launchers.environment import extensions_dir
 
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))

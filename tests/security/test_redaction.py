@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.data.report import DataReport, write_page
-from llmtune.data.statistics import Piece, redact_texts
-from llmtune.secrets import has_secrets, redact, redact_pieces, redact_values, split_unfinished
+from llmtune.data.report.html import DataReport, write_page
+from llmtune.data.report.statistics import Piece, redact_texts
+from llmtune.security.redaction import has_secrets, redact, redact_pieces, redact_values, split_unfinished
 from tests.security.planted import FORMS, plant, traces
 
 

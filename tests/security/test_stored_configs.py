@@ -10,13 +10,13 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from llmtune.checkpoint import names
-from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
 from llmtune.cli.main import main
 from llmtune.config.compose import compose_config
 from llmtune.config.keys import is_text, known_keys
 from llmtune.config.stored import dump_yaml, load_config, read_key, set_key
 from llmtune.errors import ConfigError
+from llmtune.storage import layout
+from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
 from tests.support import TINY
 
 SECRET = "planted-aws-secret"
@@ -55,8 +55,8 @@ def test_every_text_of_a_stored_configuration_stands_for_itself(text: str, tmp_p
         set_key(config, key, text)
     config.data.train = [text, {"path": text}]
     config.model.config = {"model_type": text}
-    (tmp_path / names.CONFIG).write_text(dump_yaml(config))
-    stored = load_config(tmp_path / names.CONFIG)
+    (tmp_path / layout.CONFIG).write_text(dump_yaml(config))
+    stored = load_config(tmp_path / layout.CONFIG)
     assert stored == config, "our own files survive the round trip"
     assert {read_key(stored, key) for key in keys} == {text}
     assert SECRET not in dump_yaml(stored)
@@ -71,7 +71,7 @@ def test_a_strangers_run_sends_no_key_to_the_server_that_it_names(
     shutil.copytree(tiny_model, checkpoint)
     config = compose_config([*TINY, "tuner=full", "precision=fp32"]).config
     config.data.train = "planted://server/${oc.env:AWS_SECRET_ACCESS_KEY}.jsonl"
-    (checkpoint / names.CONFIG).write_text(dump_yaml(config))
+    (checkpoint / layout.CONFIG).write_text(dump_yaml(config))
     write_manifest(checkpoint, {file.name: hash_file(file) for file in checkpoint.iterdir()}, {"step": 1})
     mark_complete(checkpoint)
     assert main(["eval", f"checkpoint={checkpoint}"]) not in (0, 1)

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from llmtune.config.schema import ModelConfig
-from llmtune.model import files
+from llmtune.model import source
 from tests.support import ROOT
 
 #: File -> extras of setup.cfg that it holds, and what installs it.
@@ -104,9 +104,9 @@ def test_a_model_of_the_hub_is_named_with_its_commit(
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").touch()
     (snapshot / "config.json").write_text("{}")
-    monkeypatch.setattr(files, "_from_hub", lambda _: snapshot)
+    monkeypatch.setattr(source, "_from_hub", lambda _: snapshot)
     said: list[str] = []
-    found = files.resolve_model_folder(ModelConfig(name_or_path="a/b", revision=revision), tmp_path, said.append)
+    found = source.resolve_model_folder(ModelConfig(name_or_path="a/b", revision=revision), tmp_path, said.append)
     assert found == snapshot
     note = f"a/b has no model.revision, so it is what its authors publish now; model.revision={commit} keeps it"
     assert said == ([note] if told else [])

@@ -14,10 +14,10 @@ import pytest
 
 from llmtune import template_bounds
 from llmtune.config.schema import ModelConfig
-from llmtune.data.conversation import Conversation, Message, Role
-from llmtune.data.templates import ChatTemplates, check_chat_template
+from llmtune.data.rows.conversation import Conversation, Message, Role
+from llmtune.data.tokenize.chat_template import ChatTemplates, check_chat_template
 from llmtune.errors import ConfigError
-from llmtune.export.lint import _check_template
+from llmtune.export.verify.serving_checks import _check_template
 from llmtune.model.tokenizer import end_of_turn_ids, load_tokenizer, render_prompt
 from llmtune.template_bounds import bounded_template
 

@@ -17,8 +17,8 @@ import llmtune
 from llmtune.cli import chat, main
 from llmtune.cli.data import _coloured
 from llmtune.cli.plan import Output
-from llmtune.data.statistics import Piece
-from llmtune.terminal import GREEN, GREY, PLAIN, show_controls, to_json_line, to_terminal
+from llmtune.data.report.statistics import Piece
+from llmtune.security.terminal import GREEN, GREY, PLAIN, show_controls, to_json_line, to_terminal
 from llmtune.track.console import Console
 
 ORDERS = [
@@ -81,9 +81,9 @@ def test_an_answer_of_a_model_gives_no_orders(
     class Target:
         adapter, model_folder = None, Path("/m")
 
-    monkeypatch.setattr("llmtune.cli.target.resolve_target", lambda _: Target)
-    monkeypatch.setattr("llmtune.cli.target.load_model", lambda _: (None, None))
-    monkeypatch.setattr("llmtune.model.answer.answer", lambda *_: ["fine\x1b]52;c;cm0gLXJmIH4=\x07 👩‍💻\n\tend"])
+    monkeypatch.setattr("llmtune.run.artifact.resolve_target", lambda _: Target)
+    monkeypatch.setattr("llmtune.run.artifact.load_model", lambda _: (None, None))
+    monkeypatch.setattr("llmtune.model.generate.answer", lambda *_: ["fine\x1b]52;c;cm0gLXJmIH4=\x07 👩‍💻\n\tend"])
     arguments = main.Arguments("chat", ["model=tiny", "chat.prompt=hello"])
     assert chat.main(arguments) == 0
     assert capsys.readouterr().out == "fine\\x1b]52;c;cm0gLXJmIH4=\\x07 👩‍💻\n\tend\n"
@@ -111,7 +111,7 @@ def _is_safe(argument: ast.expr) -> bool:
 
 def test_nothing_is_written_to_the_standard_streams_past_it() -> None:
     past, seen = [], 0
-    for file in sorted((Path(llmtune.__file__).parent / "cli").glob("*.py")):
+    for file in sorted(f for folder in ("cli", "run") for f in (Path(llmtune.__file__).parent / folder).glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             call: Any = node
             if isinstance(node, ast.Call) and ast.unparse(call.func) in ("sys.stdout.write", "sys.stderr.write"):

@@ -12,9 +12,9 @@ import pytest
 from llmtune.cli.dotenv_file import load_dotenv_file
 from llmtune.cli.main import main
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.launch import hostfile
-from llmtune.launch.hostfile import hand_over, runner_environment
-from llmtune.safe_path import leave_working_folder
+from llmtune.launch.launchers import hostfile
+from llmtune.launch.launchers.hostfile import hand_over, runner_environment
+from llmtune.security.working_folder import leave_working_folder
 from llmtune.track.wandb_tracker import check_working_folder
 from tests.support import ROOT, TINY, run_cli
 

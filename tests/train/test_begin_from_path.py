@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from llmtune.checkpoint import names, remote
 from llmtune.checkpoint.mirror import Mirror
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError
+from llmtune.storage import layout, remote
 from llmtune.train.resume import named_origin, resume_point
 from llmtune.train.run_folder import RunFolder
 from tests.support import ROOT, TINY, losses, run_cli
@@ -27,7 +27,7 @@ from tests.train.test_resume import config_of, damage, make
 
 def remember(run: Path, origin: Path | str, step: int) -> None:
     """What ``begin`` writes."""
-    (run / names.PLAN).write_text(json.dumps({"began_from": {"origin": named_origin(str(origin)), "step": step}}))
+    (run / layout.PLAN).write_text(json.dumps({"began_from": {"origin": named_origin(str(origin)), "step": step}}))
 
 
 def point(run: Path, wanted: Path | str, said: list[str] | None = None, *overrides: str) -> Path | None:

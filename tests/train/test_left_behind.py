@@ -10,11 +10,11 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from llmtune.checkpoint import names, remote
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.errors import CheckpointError, ConfigError
+from llmtune.storage import layout, remote
 from llmtune.train.begun import begun_train
 from llmtune.train.mirror_place import settle_run_id, withdraw_left_copies
 from llmtune.train.resume import began_from, resume_point
@@ -169,7 +169,7 @@ def test_none_refuses_a_place_with_copies_even_where_the_mark_is_its_own(tmp_pat
     assert there(mirror) == ["checkpoint-4"]
     shutil.rmtree(mirror / "r")
     assert begin(run, copies, "resume_from_checkpoint=none") is None
-    (run / names.PLAN).unlink()
+    (run / layout.PLAN).unlink()
     (mirror / "r.owner").write_text("another")
     with pytest.raises(CheckpointError, match=r"none that is left; r\.owner says whose it is"):
         begin(run, copies, "resume_from_checkpoint=none")

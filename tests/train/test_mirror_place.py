@@ -9,13 +9,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from llmtune.checkpoint import names, remote
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.mirror import Mirror, find_remote, withdraw_copies
 from llmtune.cli.main import main
 from llmtune.config.stored import dump_redacted
 from llmtune.errors import CheckpointError
-from llmtune.launch.lock import hold_lock
+from llmtune.storage import layout, remote
+from llmtune.storage.lock import hold_lock
 from llmtune.train.mirror_place import settle_run_id
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
@@ -34,7 +34,7 @@ def start(run: Path, mirror: Path, *overrides: str, said: list[str] | None = Non
     config, folder = config_of(f"checkpoint.mirror={mirror}", *overrides), RunFolder(run)
     say = print if said is None else said.append
     run_id = settle_run_id(folder, config, "r", resume_point(folder, config, "r", say), say)
-    (run / names.PLAN).write_text(json.dumps({"run_id": run_id}))
+    (run / layout.PLAN).write_text(json.dumps({"run_id": run_id}))
     return run_id
 
 
@@ -58,7 +58,7 @@ def test_what_begins_anew_is_refused_a_place_that_is_used(tmp_path: Path) -> Non
         start(tmp_path / "third", mirror, f"resume_from_checkpoint={path}")
     started = tmp_path / "fourth"
     make(started, 5, config_of())
-    (started / names.PLAN).write_text(json.dumps({"run_id": "another"}))
+    (started / layout.PLAN).write_text(json.dumps({"run_id": "another"}))
     (started / "config.yaml").write_text((started / "checkpoint-5" / "config.yaml").read_text())
     with pytest.raises(CheckpointError, match=r"checkpoints: checkpoint-10\)"):
         start(started, mirror)
@@ -161,8 +161,8 @@ def test_what_a_stop_left_no_time_for_is_copied_by_verify(tmp_path: Path, capfd:
     for step in (10, 15):
         make(run, step, config_of())
     damage(run / "checkpoint-15")
-    (run / names.PLAN).write_text(json.dumps({"run_id": run_id, "run_name": "r"}))
-    (run / names.CONFIG).write_text(dump_redacted(config_of(f"checkpoint.mirror={mirror}")))
+    (run / layout.PLAN).write_text(json.dumps({"run_id": run_id, "run_name": "r"}))
+    (run / layout.CONFIG).write_text(dump_redacted(config_of(f"checkpoint.mirror={mirror}")))
     assert main(["verify", f"run={run}", "--mirror"]) == 5
     assert "ok  " + str(mirror / "r") + " has every checkpoint that is whole" in capfd.readouterr().out
     assert there(mirror) == ["checkpoint-5", "checkpoint-10"]
@@ -175,9 +175,9 @@ def test_verify_does_not_copy_beside_a_run_that_does(tmp_path: Path, capfd: pyte
     mirror, run = tmp_path / "mirror", tmp_path / "run"
     start(run, mirror)
     make(run, 10, config_of())
-    (run / names.PLAN).write_text(json.dumps({"run_id": "a", "run_name": "r"}))
-    (run / names.CONFIG).write_text(dump_redacted(config_of(f"checkpoint.mirror={mirror}")))
-    with hold_lock(run / names.LOCK):
+    (run / layout.PLAN).write_text(json.dumps({"run_id": "a", "run_name": "r"}))
+    (run / layout.CONFIG).write_text(dump_redacted(config_of(f"checkpoint.mirror={mirror}")))
+    with hold_lock(run / layout.LOCK):
         assert main(["verify", f"run={run}"]) == 0
         assert main(["verify", f"run={run}", "--mirror"]) == 5
         assert "another run is using this folder" in capfd.readouterr().err
@@ -190,14 +190,14 @@ def test_verify_says_what_it_could_not_copy(tmp_path: Path, capfd: pytest.Captur
     mirror, run = tmp_path / "mirror", tmp_path / "run"
     assert copy(tmp_path / "first", mirror, start(tmp_path / "first", mirror), 5, {5}) == []
     make(run, 10, config_of())
-    (run / names.PLAN).write_text(json.dumps({"run_id": "another", "run_name": "r"}))
+    (run / layout.PLAN).write_text(json.dumps({"run_id": "another", "run_name": "r"}))
     for stored, given, code, part in (
         (None, None, 2, "it has none"),
         ("s3://me:hunter2@b/x", None, 2, "a run folder holds no passwords"),
         (str(mirror), None, 5, "checkpoint-10 is not at checkpoint.mirror: the place belongs to another run"),
         (None, str(mirror), 5, "checkpoint-10 is not at checkpoint.mirror: the place belongs to another run"),
     ):
-        (run / names.CONFIG).write_text(dump_redacted(config_of(f"checkpoint.mirror={stored or 'null'}")))
+        (run / layout.CONFIG).write_text(dump_redacted(config_of(f"checkpoint.mirror={stored or 'null'}")))
         extra = [f"checkpoint.mirror={given}"] if given else []
         assert main(["verify", f"run={run}", "--mirror", *extra]) == code
         assert part in capfd.readouterr().err

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from llmtune.config.schema import OnNan
-from llmtune.data.loader import StepBatch
+from llmtune.data.load.loader import StepBatch
 from llmtune.engine.distributed import Rank
-from llmtune.engine.module import StepResult
+from llmtune.engine.train_module import StepResult
 from llmtune.errors import DivergedError, RollbackError
-from llmtune.train.numbers import MAX_ROLLBACKS, NumberWatch
+from llmtune.train.divergence import MAX_ROLLBACKS, NumberWatch
 
 #: Two micro-batches of two rows; the last one only fills up.
 STEP = StepBatch([], 4, 4, {}, [[7, 3], [5, None]])

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.cli.check_model import check_model
 from llmtune.config.compose import compose_config
-from llmtune.data.batch import Collator
-from llmtune.data.store import Row
+from llmtune.data.load.collate import Collator
+from llmtune.data.store.token_store import Row
 from llmtune.errors import ConfigError
 from llmtune.model.attention import answer_on_host
 from llmtune.model.shrink import MAX_LAYERS, shrink
-from llmtune.train.packing_probe import (
+from llmtune.run.check_model import check_model
+from llmtune.train.hooks.packing_probe import (
     LENGTHS,
     LIMITS,
     SMALL_LIMIT,
@@ -120,7 +120,7 @@ def test_the_model_itself_is_judged_in_its_own_precision(family: str, dtype: tor
 
 
 def test_what_is_no_number_proves_nothing() -> None:
-    from llmtune.train.packing_probe import _describe_leak
+    from llmtune.train.hooks.packing_probe import _describe_leak
 
     assert _describe_leak(0.0, SMALL_LIMIT, "m", "llama") is None
     assert _describe_leak(float("nan"), SMALL_LIMIT, "m", "llama") is not None
@@ -218,7 +218,7 @@ def test_a_small_model_that_answers_with_nan_alone_decides_nothing(monkeypatch: 
     nan = float("nan")
     said = {}
     for case, found in {"alone": Mixing(nan, nan, (0, 1), (0, 1)), "behind": Mixing(nan, nan, (), (1,))}.items():
-        monkeypatch.setattr("llmtune.train.packing_probe.find_leak", lambda *_, found=found: found)
+        monkeypatch.setattr("llmtune.train.hooks.packing_probe.find_leak", lambda *_, found=found: found)
         said[case] = try_architecture(configuration("llama"), "eager", "m", False)
     assert said["alone"] is None
     assert "m answers with NaN behind another document" in str(said["behind"])

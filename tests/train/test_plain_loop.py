@@ -14,12 +14,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llmtune.cli.prepare import cache_dir
 from llmtune.config.compose import compose_config
-from llmtune.data.loader import TrainLoader
+from llmtune.data.load.loader import TrainLoader
 from llmtune.data.prepare import PreparedData, open_rows
-from llmtune.model.files import resolve_model_folder
-from llmtune.plan.batch import BatchPlan
+from llmtune.model.source import resolve_model_folder
+from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.run.prepare import cache_dir
 from tests.support import TINY, pairs, product, run_cli
 from tests.train import plain_loop
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.checkpoint import remote
-from llmtune.checkpoint.manifest import hash_file, mark_complete, write_manifest
 from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.config.compose import compose_config
@@ -16,6 +14,8 @@ from llmtune.config.schema import Config
 from llmtune.config.stored import dump_redacted
 from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import CheckpointError
+from llmtune.storage import remote
+from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from tests.support import TINY, losses, run_cli

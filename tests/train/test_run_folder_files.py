@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 
-from llmtune import whole_file
-from llmtune.checkpoint import names
 from llmtune.errors import CheckpointError
-from llmtune.launch.lock import hold_lock
+from llmtune.storage import atomic, layout
+from llmtune.storage.atomic import read_json, write_whole
+from llmtune.storage.lock import hold_lock
 from llmtune.track.metrics import cut_metrics
-from llmtune.train.numbers import _read
+from llmtune.train.divergence import _read
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
-from llmtune.whole_file import read_json, write_whole
 from tests.faults.harness import can_mount, fill, small_disk
 from tests.support import ROOT
 from tests.train.test_resume import config_of as compose
@@ -39,7 +38,9 @@ def start(run: Path) -> None:
 
 
 def describing(run: Path) -> dict[str, bytes]:
-    return {name: (run / name).read_bytes() for name in (names.CONFIG, names.OVERRIDES, names.PLAN, names.ENVIRONMENT)}
+    return {
+        name: (run / name).read_bytes() for name in (layout.CONFIG, layout.OVERRIDES, layout.PLAN, layout.ENVIRONMENT)
+    }
 
 
 @pytest.mark.parametrize("last", ["write", "flush", "replace"])
@@ -72,11 +73,11 @@ def test_a_full_disk_leaves_the_description_of_the_run_as_it_was(tmp_path: Path)
         run.mkdir()
         start(run)
         make(run, 4, config_of())
-        (run / names.METRICS).write_text('{"step": 1, "loss": 1.0}\n')
+        (run / layout.METRICS).write_text('{"step": 1, "loss": 1.0}\n')
         before = describing(run)
         ballast = fill(disk)
         for _ in range(2):
-            with hold_lock(run / names.LOCK):
+            with hold_lock(run / layout.LOCK):
                 with pytest.raises(CheckpointError, match=r"No space left on device\. Free space there") as refusal:
                     start(run)
                 assert refusal.value.exit_code == 5
@@ -91,11 +92,11 @@ def test_what_a_crash_of_the_machine_cut_off_is_passed_over(tmp_path: Path) -> N
     folder = RunFolder(tmp_path)
     assert folder.read_run_id() == "a"
     for text in ("", '{"step"', '{"run_id": "a"'):
-        for name in (names.PLAN, names.FINISHED, names.SKIPPED_STEPS):
+        for name in (layout.PLAN, layout.FINISHED, layout.SKIPPED_STEPS):
             (tmp_path / name).write_text(text)
         assert (folder.finished_step, folder.read_run_id(), folder.read_began()) == (None, None, None)
         assert folder.read_history() == []
-        assert _read(tmp_path / names.SKIPPED_STEPS) == frozenset()
+        assert _read(tmp_path / layout.SKIPPED_STEPS) == frozenset()
         start(tmp_path)
         assert folder.read_run_id() == "a"
 
@@ -104,7 +105,6 @@ def test_what_a_crash_of_the_machine_cut_off_is_passed_over(tmp_path: Path) -> N
 KILLED = """
 import os, sys
 from pathlib import Path
-from llmtune import whole_file
 from tests.train.test_run_folder_files import start
 at, calls = int(sys.argv[2]), 0
 fsync, replace = os.fsync, os.replace
@@ -127,11 +127,11 @@ def test_a_first_start_that_is_killed_anywhere_does_not_stand_in_the_way_of_the_
     moment: int, tmp_path: Path
 ) -> None:
     (tmp_path / ".nfs0001").touch()
-    (tmp_path / names.LOG).touch()
+    (tmp_path / layout.LOG).touch()
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(moment)], cwd=ROOT, check=False)
     assert killed.returncode == 9
     start(tmp_path)
-    assert json.loads((tmp_path / names.PLAN).read_text())["run_id"] == "a"
+    assert json.loads((tmp_path / layout.PLAN).read_text())["run_id"] == "a"
     assert not list(tmp_path.glob(".*.part"))
 
 
@@ -157,7 +157,7 @@ def test_metrics_are_cut_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(whole_file.os, "fsync", refuse)
+        patch.setattr(atomic.os, "fsync", refuse)
         with pytest.raises(OSError, match="No space"):
             cut_metrics(file, 2)
     assert file.read_text() == text + '{"step": 5'

@@ -7,7 +7,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from llmtune.config.schema import SchedulerType
-from llmtune.train.samples import samples_reason_to_skip
+from llmtune.train.hooks.samples import samples_reason_to_skip
 from llmtune.train.schedule import learning_rate_at
 
 

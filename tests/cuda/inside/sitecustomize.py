@@ -41,10 +41,10 @@ def _register_always(_: ModuleType) -> None:
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "deepspeed.accelerator.real_accelerator": _register,
     # It limits the memory of a rank before that looks for an accelerator.
-    "llmtune.launch.rank": _register,
-    "llmtune.plan.hardware": _show_gpus,
+    "llmtune.launch.supervise.rank_report": _register,
+    "llmtune.plan.devices.hardware": _show_gpus,
     # Of ``eval`` and ``chat``, which need no DeepSpeed.
-    "llmtune.cli.target": _register_always,
+    "llmtune.run.artifact": _register_always,
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llmtune.launch.environment import extensions_dir, use_own_ninja
+from llmtune.launch.launchers.environment import extensions_dir, use_own_ninja
 
 NAME = "pretend"
 BACKEND = "pretend_ccl"
@@ -186,8 +186,8 @@ def _module(device: Any) -> ModuleType:
 
 def show_gpus() -> None:
     """Have llmtune's planning see them, as cards that it knows."""
-    from llmtune.plan import hardware
-    from llmtune.plan.gpus import Gpu
+    from llmtune.plan.devices import hardware
+    from llmtune.plan.devices.gpus import Gpu
 
     count = int(os.environ.get("PRETEND_DEVICES", 2))
     hardware.visible_gpus = lambda: [Gpu("NVIDIA A100-SXM4-80GB", _total_memory(), 80)] * count

@@ -86,7 +86,7 @@ def _before(function: Callable[..., Any], act: Callable[..., None]) -> Callable[
 
 
 def _patch_module(module: Any) -> None:
-    """``llmtune.engine.module``: steps and evaluations."""
+    """``llmtune.engine.train_module``: steps and evaluations."""
     train_step, evaluate = module.TrainModule.train_step, module.TrainModule.evaluate
 
     @functools.wraps(train_step)
@@ -117,14 +117,14 @@ def _patch_module(module: Any) -> None:
 
 
 def _patch_tensor_file(module: Any) -> None:
-    """``llmtune.checkpoint.tensor_file``: the large files."""
+    """``llmtune.storage.safetensors_writer``: the large files."""
     kind = module.TensorFile
     kind.__init__ = _before(kind.__init__, lambda _, path, *rest, **named: _before_file(path))
     kind.write = _before(kind.write, lambda self, _: reach(f"write:{_step_of(self.path)}"))
 
 
 def _patch_manifest(module: Any) -> None:
-    """``llmtune.checkpoint.manifest``: the manifest, the marker, and what is flushed."""
+    """``llmtune.storage.manifest``: the manifest, the marker, and what is flushed."""
     module.flush = _before(module.flush, lambda path: reach(f"write:{_step_of(path)}"))
     module.write_manifest = _before(
         module.write_manifest, lambda folder, *rest, **named: _before_file(folder / "manifest.json")
@@ -156,7 +156,7 @@ def _patch_save(module: Any) -> None:
 
 
 def _patch_job(module: Any) -> None:
-    """``llmtune.train.job``: the model is being built."""
+    """``llmtune.train.build``: the model is being built."""
 
     def begin(*_: Any, **__: Any) -> None:
         note("load")
@@ -171,7 +171,7 @@ def _patch_resume(module: Any) -> None:
 
 
 def _patch_mirror(module: Any) -> None:
-    """``llmtune.checkpoint.remote``: a store that fails."""
+    """``llmtune.storage.remote``: a store that fails."""
     if "FAULT_MIRROR" not in os.environ:
         return
     import fsspec
@@ -200,12 +200,12 @@ def _patch_mirror(module: Any) -> None:
 
 
 _PATCHES: dict[str, Callable[[Any], None]] = {
-    "llmtune.engine.module": _patch_module,
-    "llmtune.checkpoint.tensor_file": _patch_tensor_file,
-    "llmtune.checkpoint.manifest": _patch_manifest,
+    "llmtune.engine.train_module": _patch_module,
+    "llmtune.storage.safetensors_writer": _patch_tensor_file,
+    "llmtune.storage.manifest": _patch_manifest,
     "llmtune.checkpoint.save": _patch_save,
-    "llmtune.checkpoint.remote": _patch_mirror,
-    "llmtune.train.job": _patch_job,
+    "llmtune.storage.remote": _patch_mirror,
+    "llmtune.train.build": _patch_job,
     "llmtune.train.resume": _patch_resume,
 }
 
@@ -233,7 +233,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _is_of_the_run() -> bool:
     """Not in compilers, wrappers and other Python programs that a process starts."""
-    return any(word in ("llmtune", "llmtune.cli.rank") for word in sys.orig_argv)
+    return any(word in ("llmtune", "llmtune.run.rank") for word in sys.orig_argv)
 
 
 def _sleep(seconds: float) -> None:

@@ -1,0 +1,66 @@
+"""A tensor that lies in pieces: slices of many ranks, mapped, put together a block of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmtune.storage.row_blocks import row_ranges
+from llmtune.storage.safetensors_writer import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements of a flattened tensor from ``start`` on."""
+
+    start: int
+    values: torch.Tensor
+    """One dimension."""
+
+    @property
+    def end(self) -> int:
+        """The first element that is no longer in it."""
+        return self.start + self.values.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class PiecedTensor:
+    """A tensor, and where its elements are."""
+
+    spec: TensorSpec
+    pieces: tuple[Piece, ...]
+    """In order, without gap and without overlap."""
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Rows as a source gives them: views where a block lies in one piece, copies where it does not."""
+        shape = self.spec.shape
+        width = math.prod(shape[1:])
+        if not math.prod(shape):
+            yield torch.empty(shape, dtype=self.spec.dtype)
+            return
+        for first, last in row_ranges(shape):
+            block = self._elements(first * width, last * width)
+            yield block.reshape(last - first, *shape[1:]) if shape else block.reshape(())
+
+    def _elements(self, first: int, last: int) -> torch.Tensor:
+        parts = [
+            piece.values[max(first - piece.start, 0) : last - piece.start]
+            for piece in self.pieces
+            if piece.start < last and piece.end > first
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def find_gap(pieces: Sequence[Piece], numel: int) -> str | None:
+    """What keeps sorted pieces from being a tensor of ``numel`` elements; None if nothing does."""
+    reached = 0
+    for piece in pieces:
+        if piece.start != reached:
+            kind = "missing" if piece.start > reached else "there twice"
+            first, last = sorted((reached, piece.start))
+            return f"elements {first} to {last} of {numel} are {kind}"
+        reached = piece.end
+    return None if reached == numel else f"it has {numel} elements, and {reached} are there"

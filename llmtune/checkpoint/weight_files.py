@@ -1,0 +1,133 @@
+"""The trained weights from the live ranks: gathered a few at a time and shared out, so that no rank holds the model twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.checkpoint.writer import Outbox
+from llmtune.engine.train_module import TrainModule
+from llmtune.storage.safetensors_writer import INDEX_FILE, TensorSpec, describe_shards, plan_shards
+
+#: peft's name.
+ADAPTER_FILE = "adapter_model.safetensors"
+
+#: Tensors gathered by one collective: many small ones cost as many round trips.
+_GATHERED_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """Which files a model's weights become."""
+
+    adapter_only: bool
+    """Trained adapters in one file, instead of the whole model in shards."""
+    max_shard_bytes: int = 5_000_000_000
+    file_name: Callable[[str], str] = str
+    """A parameter's name in the file."""
+
+    def shards(self, module: TrainModule) -> list[tuple[str, list[TensorSpec]]]:
+        """File names, and the tensors of each."""
+        tensors = _tensors(module, self.adapter_only)
+        specs = [TensorSpec(self.file_name(name), tensor.dtype, _shape(tensor)) for name, tensor in tensors]
+        return [(ADAPTER_FILE, specs)] if self.adapter_only else plan_shards(specs, self.max_shard_bytes)
+
+    def index(self, module: TrainModule) -> dict[str, bytes]:
+        """The index file, where there is more than one shard."""
+        shards = self.shards(module)
+        return {INDEX_FILE: describe_shards(shards).encode()} if len(shards) > 1 else {}
+
+    def own_specs(self, module: TrainModule) -> dict[str, list[TensorSpec]]:
+        """The files that this rank writes, and the tensors in each."""
+        return dict(self.shards(module)[module.rank.rank :: module.rank.world_size])
+
+
+def put_weights(module: TrainModule, files: WeightFiles, outbox: Outbox) -> None:
+    """Adapters or the whole model; the shards are dealt out among the ranks. Collective under ZeRO 3."""
+    rank = module.rank
+    tensors = [tensor for _, tensor in _tensors(module, files.adapter_only)]
+    # From NVMe weights come through a handful of buffers.
+    limit = 0 if module.placement.param == "nvme" else _GATHERED_BYTES
+    with _at_rest(module):
+        for number, (name, specs) in enumerate(files.shards(module)):
+            mine = number % rank.world_size == rank.rank
+            if mine:
+                outbox.start(name, specs)
+            shard, tensors = tensors[: len(specs)], tensors[len(specs) :]
+            for batch in _batches(shard, specs, limit):
+                with _whole(module, batch):
+                    if mine:
+                        for tensor in batch:
+                            outbox.put(tensor.data)
+
+
+def write_model_config(model: Any, folder: Path) -> None:
+    """``config.json`` and ``generation_config.json`` beside full weights."""
+    config = model.config.to_dict()
+    config["use_cache"] = True
+    config["architectures"] = [type(model).__name__]
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(str(folder))
+
+
+def _tensors(module: TrainModule, adapter_only: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, tied ones once, and the buffers that belong to a saved model."""
+    for name, parameter in module.model.named_parameters():
+        if parameter.requires_grad or not adapter_only:
+            yield name, parameter
+    if adapter_only:
+        return
+    for name, buffer in module.model.named_buffers():
+        owner = module.model.get_submodule(name.rpartition(".")[0])
+        persistent = name.rpartition(".")[2] not in owner._non_persistent_buffers_set
+        if persistent:
+            yield name, buffer
+
+
+def _batches(tensors: list[torch.Tensor], specs: list[TensorSpec], limit: int) -> Iterator[list[torch.Tensor]]:
+    batch: list[torch.Tensor] = []
+    size = 0
+    for tensor, spec in zip(tensors, specs, strict=True):
+        if batch and size + spec.nbytes > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(tensor)
+        size += spec.nbytes
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _at_rest(module: TrainModule) -> Iterator[None]:
+    """Under ZeRO 3 weights that were prefetched for a next layer may still be on their way, and cannot be gathered then."""
+    if module.zero_stage < 3:
+        yield
+        return
+    optimizer = module.engine.optimizer
+    optimizer.checkpoint_event_prologue()
+    try:
+        yield
+    finally:
+        optimizer.checkpoint_event_epilogue()
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _whole(module: TrainModule, tensors: list[torch.Tensor]) -> AbstractContextManager[Any]:
+    """Gathered on every rank for the length of the block."""
+    partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if module.zero_stage < 3 or not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned)
+    return context

@@ -1,0 +1,1 @@
+"""The schema of groups that are large: one file a group."""

@@ -1,0 +1,1 @@
+"""Rows become the batches of a rank."""

@@ -1,0 +1,170 @@
+"""Rows become the tensors of a forward pass: padded, or packed with positions that restart at each document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmtune.data.store.token_store import Row, Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: Label of a position that is not trained; torch's own default.
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenIndex:
+    """Where documents begin in a flattened batch: what FlashAttention's varlen kernels take."""
+
+    cu_seq_lens: torch.Tensor
+    """First token of each document, and the number of tokens, int32. Shape (documents + 1,)."""
+    max_length: int
+    """Tokens of the longest document."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What is trained in a batch. Found on the host, so that no step asks a GPU where it is."""
+
+    positions: torch.Tensor
+    """Of the logits that are judged, in the flattened batch: ``row * length + column``. Shape (trained tokens,)."""
+    tokens: torch.Tensor
+    """The tokens that follow there. Shape (trained tokens,)."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def of_labels(cls, labels: torch.Tensor) -> Targets:
+        """Those of labels as transformers has them: not shifted, ``IGNORE`` where nothing is trained. Shape (rows, length)."""
+        following = labels[:, 1:]
+        rows, columns = (following != IGNORE).nonzero(as_tuple=True)
+        return cls(rows * labels.shape[1] + columns, following[rows, columns])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one forward pass, padded on the right. Shapes: (rows, longest row)."""
+
+    input_ids: torch.Tensor
+    targets: Targets
+    attention_mask: torch.Tensor | None = None
+    """1 for tokens, 0 for padding; None for causal models, whose tokens see nothing that comes after them."""
+    position_ids: torch.Tensor | None = None
+    """Position in the document; None where rows hold one each. The model keeps documents apart where they restart."""
+    varlen: VarlenIndex | None = None
+    """For FlashAttention, which reads no mask: then the batch is one row."""
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """``input_ids`` where trained, ``IGNORE`` elsewhere; not shifted."""
+        labels = torch.full_like(self.input_ids, IGNORE)
+        labels.view(-1)[self.targets.positions + 1] = self.targets.tokens
+        return labels
+
+    def split(self) -> list[Batch]:
+        """The same, a batch for each row."""
+        tensors = (self.input_ids, self.labels, self.attention_mask, self.position_ids)
+        pieces = ([None] * len(self.input_ids) if tensor is None else tensor.split(1) for tensor in tensors)
+        return [
+            Batch(ids, Targets.of_labels(labels), mask, positions, self.varlen)
+            for ids, labels, mask, positions in zip(*pieces, strict=True)
+        ]
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """Arguments of the model's forward."""
+        given: dict[str, Any] = {"input_ids": self.input_ids}
+        if self.attention_mask is not None:
+            given["attention_mask"] = self.attention_mask
+        if self.position_ids is not None:
+            given["position_ids"] = self.position_ids
+        if self.varlen is not None:
+            for side in ("q", "k"):
+                given[f"cu_seq_lens_{side}"] = self.varlen.cu_seq_lens
+                given[f"max_length_{side}"] = self.varlen.max_length
+        return given
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked host memory; the name that torch's DataLoader calls."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Any) -> Batch:
+        values = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                value = change(value)
+            elif isinstance(value, VarlenIndex):
+                value = VarlenIndex(change(value.cu_seq_lens), value.max_length)
+            elif isinstance(value, Targets):
+                value = Targets(change(value.positions), change(value.tokens))
+            values[field.name] = value
+        return Batch(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """How rows become batches."""
+
+    pad_token_id: int
+    varlen: bool = False
+    """Flatten packed rows for FlashAttention."""
+    masked: bool = False
+    """Say where padding is. Causal models compute the same without it, and attention takes its fast kernels only where there
+    is no mask."""
+
+    def collate(self, rows: Rows, numbers: Sequence[int | None]) -> Batch:
+        """The batch of some rows; None makes an empty row, which trains nothing."""
+        picked = [rows.row(number) if number is not None else None for number in numbers]
+        return self.pack(picked) if rows.packed else self.pad(picked)
+
+    def pad(self, rows: Sequence[Row | None]) -> Batch:
+        """One document a row."""
+        input_ids, labels = self._fill(rows)
+        if not self.masked:
+            return Batch(input_ids, Targets.of_labels(labels))
+        attention_mask = torch.zeros_like(input_ids)
+        for number, row in enumerate(rows):
+            # One visible token of an empty row: attention over nothing is NaN.
+            attention_mask[number, : len(row.ids) if row else 1] = 1
+        return Batch(input_ids, Targets.of_labels(labels), attention_mask)
+
+    def pack(self, rows: Sequence[Row | None]) -> Batch:
+        """Several documents a row; what is left of a row is a document of padding, which trains nothing."""
+        input_ids, labels = self._fill(rows)
+        height, width = input_ids.shape
+        lengths = []
+        for row in rows:
+            documents = list(row.documents) if row else []
+            rest = width - sum(documents)
+            lengths.append(documents + ([rest] if rest else []))
+        position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+        if not self.varlen:
+            return Batch(input_ids, Targets.of_labels(labels), position_ids=position_ids)
+        flat = torch.tensor([0, *(length for row in lengths for length in row)], dtype=torch.int32)
+        index = VarlenIndex(torch.cumsum(flat, 0, dtype=torch.int32), int(flat.max()))
+        shape = (1, height * width)
+        targets = Targets.of_labels(labels.view(shape))
+        return Batch(input_ids.view(shape), targets, position_ids=position_ids.view(shape), varlen=index)
+
+    def _fill(self, rows: Sequence[Row | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max((len(row.ids) for row in rows if row), default=1)
+        input_ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.long)
+        labels = torch.full((len(rows), width), IGNORE, dtype=torch.long)
+        for number, row in enumerate(rows):
+            if row is None:
+                continue
+            ids = torch.tensor(row.ids, dtype=torch.long)
+            input_ids[number, : len(ids)] = ids
+            labels[number, : len(ids)] = torch.where(torch.tensor(row.mask), ids, torch.tensor(IGNORE))
+        return input_ids, labels

@@ -1,0 +1,205 @@
+"""Rows in a fixed order, batch by batch: a pure function of seed and position.
+
+The order of rows knows nothing of ranks or micro-batches, and a position is a number. So resuming is starting at another
+position, and any number of ranks sees the same global batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llmtune.data.load.collate import Batch, Collator
+from llmtune.data.store.token_store import Rows
+from llmtune.draws import Draw, generator
+from llmtune.errors import CheckpointError
+from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.process import die_with_parent
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What one rank does in one optimizer step."""
+
+    micro_batches: list[Batch]
+    trained_tokens: int
+    """Of the whole global batch: the loss's denominator, the same on all ranks."""
+    tokens: int
+    """Of the whole global batch, padding excluded."""
+    position: Mapping[str, Any]
+    """Where the data goes on after this step, for the checkpoint."""
+    rows: list[list[int | None]] = field(default_factory=list)
+    """Number of each row of the micro-batches, for :meth:`Steps.places`; None for those that fill up."""
+
+    def pin_memory(self) -> StepBatch:
+        """The same in page-locked host memory."""
+        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
+
+
+class Steps(Protocol):
+    """The data of a run, step by step."""
+
+    def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
+        """The next ``steps`` steps behind a position; None is the beginning."""
+
+    def places(self, row: int) -> list[str]:
+        """File and line of the documents of a row; none where that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderSettings:
+    """How batches are made ahead."""
+
+    workers: int = 0
+    """Processes of this rank that do it; 0 for none."""
+    pin_memory: bool = False
+
+
+class TrainLoader:
+    """Global batches of the training rows, and this rank's share of them."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        batch: BatchPlan,
+        rank: int,
+        seed: int,
+        collator: Collator,
+        last_row: int | None = None,
+        settings: LoaderSettings = LoaderSettings(),
+    ):
+        """
+        Args:
+            last_row: Rows after which the stream ends, counted over epochs; the step that reaches it is smaller.
+        """
+        self.rows = rows
+        self.batch = batch
+        self.rank = rank
+        self.seed = seed
+        self.collator = collator
+        self.last_row = last_row
+        self.settings = settings
+        self._lengths = rows.lengths
+        self._trained = rows.trained_tokens
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
+        """The next ``steps`` steps behind a position; None is the beginning.
+
+        Raises:
+            CheckpointError: The position is that of other rows.
+        """
+        first = 0
+        if position is not None:
+            there = {key: position.get(key) for key in ("rows", "seed")}
+            here = {"rows": len(self.rows), "seed": self.seed}
+            if there != here or not isinstance(position.get("next_row"), int):
+                raise CheckpointError(
+                    f"the checkpoint's place in the data is {dict(position)}, of other data than {here}"
+                )
+            first = int(position["next_row"])
+        size = self.batch.global_batch_size
+        starts = range(first, first + steps * size, size)
+        yield from load(_StepsAt(self), starts, self.settings)
+
+    def step_at(self, first_row: int) -> StepBatch:
+        """The step whose global batch begins at a row, counted over epochs."""
+        # Longest first: rows of a micro-batch, and those of the ranks at the same moment, are of like length, so that
+        # little is padded and no rank waits. The sum that the step computes does not depend on it.
+        numbers = self.row_numbers(first_row)
+        chosen = sorted(numbers, key=lambda row: (-self._lengths[row], row))
+        mine = share_of_rank(chosen, self.batch, self.rank)
+        index = np.asarray(chosen, dtype=np.int64)
+        position = {"next_row": first_row + len(numbers), "rows": len(self.rows), "seed": self.seed}
+        return StepBatch(
+            [self.collator.collate(self.rows, numbers) for numbers in mine],
+            int(self._trained[index].sum()),
+            int(self._lengths[index].sum()),
+            position,
+            mine,
+        )
+
+    def places(self, row: int) -> list[str]:
+        """File and line of the documents of a row."""
+        return [f"{file}:{line}" for file, line in self.rows.places(row)]
+
+    def row_numbers(self, first_row: int) -> list[int]:
+        """Rows of the global batch, in order; fewer than its size only in the last step of whole epochs."""
+        end = first_row + self.batch.global_batch_size
+        end = end if self.last_row is None else min(end, self.last_row)
+        return [self._row_at(position) for position in range(first_row, end)]
+
+    def _row_at(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self._lengths))
+        if epoch != self._epoch:
+            self._order = generator(self.seed, Draw.order, epoch).permutation(len(self._lengths))
+            self._epoch = epoch
+        return int(self._order[offset])
+
+
+def share_of_rank(rows: Sequence[Any], batch: BatchPlan, rank: int) -> list[list[Any]]:
+    """The micro-batches of a rank out of the global batch; None fills it up."""
+    slots: list[Any] = [*rows, *[None] * (batch.global_batch_size - len(rows))]
+    micro, world = batch.micro_batch_size, batch.world_size
+    starts = [(number * world + rank) * micro for number in range(batch.accumulation_steps)]
+    return [slots[start : start + micro] for start in starts]
+
+
+def load(items: Any, order: Sequence[int] | None, settings: LoaderSettings) -> Iterator[Any]:
+    """Items of a torch data set, in order, made ahead by worker processes where there are any."""
+    # batch_size None: an item is a batch already.
+    loader: DataLoader[Any] = DataLoader(
+        items,
+        batch_size=None,
+        sampler=order,
+        num_workers=settings.workers,
+        pin_memory=settings.pin_memory,
+        worker_init_fn=_start_worker if settings.workers else None,
+        # It draws a seed for its workers whether it has any or not: not from where dropout is drawn.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+class _StepsAt(Dataset[StepBatch]):
+    """For torch's DataLoader: the item ``n`` is the step that begins at row ``n``."""
+
+    def __init__(self, loader: TrainLoader):
+        self._loader = loader
+
+    def __getitem__(self, first_row: int) -> StepBatch:
+        return self._loader.step_at(first_row)
+
+
+def _start_worker(_: int) -> None:
+    """In a worker process: one thread, no signals of the rank's, and an end together with the rank."""
+    import signal
+
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def iterate_eval(
+    rows: Rows, batch_size: int, rank: int, world_size: int, collator: Collator, max_rows: int | None
+) -> Iterator[Batch]:
+    """This rank's evaluation batches, the same number on every rank, since ZeRO 3 gathers weights in each of them."""
+    count = min(len(rows), max_rows or len(rows))
+    # By length, so that little is padded.
+    order = np.argsort(rows.lengths[:count], kind="stable").tolist()
+    rounds = -(-count // (batch_size * world_size))
+    for number in range(rounds):
+        start = (number * world_size + rank) * batch_size
+        chosen: list[int | None] = order[start : start + batch_size]
+        yield collator.collate(rows, chosen or [None])

@@ -1,0 +1,291 @@
+"""Rows tokenised while training, for data larger than the disk.
+
+The stream is cut into windows of whole blocks. Within a window rows are shuffled, and packed, as a function of seed and
+window number alone. So a position is small (where the files stood when the window began, and how many of its rows are
+done), resuming makes one window again, and any number of ranks sees the same global batches: each rank tokenises the
+whole stream and takes its share.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from llmtune.config.groups.data import DataConfig, DataFormat, OnBadRow
+from llmtune.data.load.collate import Collator
+from llmtune.data.load.loader import LoaderSettings, StepBatch, load, share_of_rank
+from llmtune.data.read.readers import read_blocks
+from llmtune.data.read.sources import DataFile, Source, parse_sources, resolve_files
+from llmtune.data.rows.problems import Problem, refuse, write_problems
+from llmtune.data.rows.recipe import Recipe
+from llmtune.data.store.packing import pack_rows
+from llmtune.data.store.token_store import Row, join_documents
+from llmtune.data.store.vocabulary import check_block
+from llmtune.data.tokenize.encode import Encoder, EncodeSettings
+from llmtune.data.tokenize.workers import TokenBlock, tokenise_block
+from llmtune.data.tokenized_source import find_recipe
+from llmtune.draws import Draw, generator
+from llmtune.errors import CheckpointError, DataError
+from llmtune.plan.batch_sizes import BatchPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Cursor:
+    """Where the stream stands."""
+
+    window: int = 0
+    """Windows begun, which seeds their shuffling."""
+    row: int = 0
+    """Rows of the window that are done."""
+    files: list[int] = field(default_factory=list)
+    """Number of the file in which each source stands."""
+    places: list[list[int]] = field(default_factory=list)
+    """Where each source stands in that file, as readers say it."""
+    taken: list[int] = field(default_factory=list)
+    """Rows taken of each source."""
+
+    def copy(self) -> Cursor:
+        """One that moves by itself."""
+        return replace(self, files=list(self.files), places=[list(p) for p in self.places], taken=list(self.taken))
+
+
+class RowStream:
+    """The rows of all sources, tokenised, window by window, without end."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        bad_rows: Path | None = None,
+        model_folder: Path | None = None,
+    ):
+        """
+        Args:
+            bad_rows: File that gets the rows that were left out.
+            model_folder: Of the model that is to know all tokens.
+        """
+        self._model_folder = model_folder
+        self._tokenizer = tokenizer
+        self.config = config
+        self.seed = seed
+        self._bad_rows = bad_rows
+        self._encoder = Encoder(tokenizer, EncodeSettings.from_config(config))
+        self._sources = parse_sources(config.train, "data.train", config.format)
+        self._files = [resolve_files(source) for source in self._sources]
+        self._recipes: dict[str, Recipe | None] = {}
+
+    def start(self) -> Cursor:
+        """The beginning."""
+        count = len(self._sources)
+        return Cursor(0, 0, [0] * count, [[0, 1] for _ in range(count)], [0] * count)
+
+    def window(self, cursor: Cursor) -> tuple[list[Row], Cursor]:
+        """The rows of the window that begins at the cursor, and the cursor behind it.
+
+        Raises:
+            DataError: There is a bad row, or a source without any row that can be trained on.
+        """
+        blocks, after = self._read_window(cursor)
+        return self._arrange(blocks, cursor.window), after
+
+    def check(self) -> set[str]:
+        """Look at the first window as a preflight looks at files.
+
+        Returns:
+            Fields of its rows that nobody reads.
+
+        Raises:
+            DataError: A row cannot be trained on, too many are over-long, or they are for a classifier.
+        """
+        blocks, _ = self._read_window(self.start())
+        cut = sum(len(block.overlong) + block.truncated for block in blocks)
+        total = sum(len(block.lengths) + len(block.overlong) for block in blocks)
+        if cut > self.config.max_overlong_share * total:
+            raise DataError(
+                f"data.train={self.config.train}: {cut:,} of the stream's first {total:,} rows are longer than "
+                f"data.max_seq_length={self.config.max_seq_length}, more than "
+                f"data.max_overlong_share={self.config.max_overlong_share:g}"
+            )
+        return {name for block in blocks for name in block.unknown}
+
+    def _read_window(self, cursor: Cursor) -> tuple[list[TokenBlock], Cursor]:
+        after = cursor.copy()
+        blocks: list[TokenBlock] = []
+        readers: dict[int, Iterator[TokenBlock]] = {}
+        count = 0
+        idle = [0] * len(self._files)
+        while count < self.config.shuffle_buffer:
+            number = self._next_source(after)
+            if number is None:
+                # All have been read once; the next pass begins a window of its own, unless this one has nothing yet.
+                if count:
+                    break
+                number = 0
+                self._rewind(after, range(len(self._files)), idle)
+            block = next(readers.setdefault(number, self._read(number, after)), None)
+            if block is None:
+                del readers[number]
+                if self._weighted:
+                    self._rewind(after, [number], idle)
+                continue
+            self._report(block)
+            blocks.append(block)
+            after.taken[number] += len(block.lengths)
+            count += len(block.lengths)
+            if len(block.lengths):
+                idle = [0 if n == number or not self._weighted else passes for n, passes in enumerate(idle)]
+        after.window, after.row = cursor.window + 1, 0
+        return blocks, after
+
+    def _rewind(self, cursor: Cursor, numbers: Iterable[int], idle: list[int]) -> None:
+        """Begin sources again; those that gave nothing since the last time never will."""
+        for number in numbers:
+            idle[number] += 1
+            # The first time, the window may just have begun at the end of a pass.
+            if idle[number] > 2:
+                raise DataError(f"data.train: {self._sources[number].path} has no row that can be trained on")
+            cursor.files[number], cursor.places[number] = 0, [0, 1]
+
+    @property
+    def _weighted(self) -> bool:
+        return self._sources[0].weight is not None
+
+    def _next_source(self, cursor: Cursor) -> int | None:
+        """The source that is furthest behind its weight. Without weights they take turns until each has ended."""
+        unread = [n for n, files in enumerate(self._files) if cursor.files[n] < len(files) or self._weighted]
+        if not unread:
+            return None
+        return min(unread, key=lambda n: (cursor.taken[n] / (self._sources[n].weight or 1), n))
+
+    def _read(self, number: int, cursor: Cursor) -> Iterator[TokenBlock]:
+        """Blocks of a source from the cursor on, which moves along."""
+        source, files = self._sources[number], self._files[number]
+        while cursor.files[number] < len(files):
+            file = files[cursor.files[number]]
+            recipe = self._recipe(source, file)
+            start = (cursor.places[number][0], cursor.places[number][1])
+            for block in read_blocks(file, source, start) if recipe else ():
+                cursor.places[number] = list(block.next)
+                (made,) = tokenise_block(block, self._encoder, recipe)  # type: ignore[arg-type]
+                if self._model_folder is not None:
+                    check_block(made.ids, made.lengths, (made.file, made.lines), self._model_folder, self._tokenizer)
+                yield made
+            cursor.files[number] += 1
+            cursor.places[number] = [0, 1]
+
+    def _recipe(self, source: Source, file: DataFile) -> Recipe | None:
+        if file.path not in self._recipes:
+            recipe = find_recipe(source, file)
+            if recipe is not None and recipe.format is DataFormat.classification:
+                raise DataError(f"{file.path}: classification rows; a classifier cannot be trained yet")
+            self._recipes[file.path] = recipe
+        return self._recipes[file.path]
+
+    def _report(self, block: TokenBlock) -> None:
+        problems: list[Problem] = block.problems
+        if problems and self.config.on_bad_row is OnBadRow.error:
+            raise refuse(problems, "Mend them, or leave bad rows out with data.on_bad_row=skip")
+        if problems and self._bad_rows is not None:
+            with self._bad_rows.open("a", encoding="utf-8") as file:
+                write_problems(problems, file)
+
+    def _arrange(self, blocks: list[TokenBlock], window: int) -> list[Row]:
+        documents = []
+        for block in blocks:
+            ends = np.cumsum(block.lengths)
+            for end, length in zip(ends.tolist(), block.lengths.tolist(), strict=True):
+                documents.append((block.ids[end - length : end], block.mask[end - length : end]))
+        groups = [[number] for number in range(len(documents))]
+        if self.config.packing:
+            lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int32)
+            members, starts = pack_rows(lengths, self.config.max_seq_length, self.seed, window)
+            groups = [members[begin:end].tolist() for begin, end in itertools.pairwise(starts)]
+        order = generator(self.seed, Draw.window_order, window).permutation(len(groups)).tolist()
+        return [join_documents([documents[member] for member in groups[number]]) for number in order]
+
+
+class StreamLoader:
+    """Global batches of a stream, and this rank's share of them."""
+
+    def __init__(self, stream: RowStream, batch: BatchPlan, rank: int, collator: Collator, settings: LoaderSettings):
+        self.stream = stream
+        self.batch = batch
+        self.rank = rank
+        self.collator = collator
+        # One process keeps the order.
+        self.settings = replace(settings, workers=min(settings.workers, 1))
+
+    def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
+        """The next ``steps`` steps behind a position; None is the beginning.
+
+        Raises:
+            CheckpointError: The position is not one of a stream of so many sources.
+            DataError: A row of the stream cannot be trained on.
+        """
+        start = self.stream.start()
+        cursor = start
+        if position is not None:
+            try:
+                cursor = Cursor(**position)
+            except TypeError as error:
+                raise CheckpointError(
+                    f"the checkpoint's place in the data is {dict(position)}, not a stream's"
+                ) from error
+            if len(cursor.files) != len(start.files):
+                raise CheckpointError("the checkpoint's place in the data is that of another number of sources")
+        for item in load(_Stream(self, cursor, steps), None, self.settings):
+            if isinstance(item, DataError):
+                raise item
+            yield item
+
+    def places(self, row: int) -> list[str]:
+        """Not known: a stream's rows have no numbers."""
+        return []
+
+    def steps(self, cursor: Cursor, steps: int) -> Iterator[StepBatch]:
+        """Batches from the cursor on."""
+        size = self.batch.global_batch_size
+        rows, after = self.stream.window(cursor)
+        for _ in range(steps):
+            chosen: list[Row] = []
+            while len(chosen) < size:
+                if cursor.row == len(rows):
+                    cursor = after
+                    rows, after = self.stream.window(cursor)
+                taken = rows[cursor.row : cursor.row + size - len(chosen)]
+                chosen += taken
+                cursor = replace(cursor, row=cursor.row + len(taken))
+            chosen.sort(key=lambda row: -len(row.ids))
+            mine = share_of_rank(chosen, self.batch, self.rank)
+            collate = self.collator.pack if self.stream.config.packing else self.collator.pad
+            yield StepBatch(
+                [collate(rows_of) for rows_of in mine],
+                sum(int(np.count_nonzero(row.mask)) for row in chosen),
+                sum(len(row.ids) for row in chosen),
+                asdict(cursor),
+            )
+
+
+class _Stream(IterableDataset[Any]):
+    """For torch's DataLoader. An error is handed over as an item: the loader would wrap it into a traceback."""
+
+    def __init__(self, loader: StreamLoader, cursor: Cursor, steps: int):
+        self._loader = loader
+        self._cursor = cursor
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[StepBatch | DataError]:
+        try:
+            yield from self._loader.steps(self._cursor, self._steps)
+        except DataError as error:
+            yield error

@@ -1,0 +1,1 @@
+"""Sources become blocks of rows: files, folders, URLs, data sets of the hub."""

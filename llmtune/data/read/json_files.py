@@ -1,0 +1,156 @@
+"""Rows of a file that is JSON as a whole: a list, an object around one, or objects of several lines each.
+
+JSON lines are told apart by the first line: where it is a whole object, and no object around a list of rows, each line is a
+row of its own, and a line that is broken breaks no other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from llmtune.data.read.sources import Source
+from llmtune.data.rows.fields import refuse_changing_fields
+from llmtune.data.rows.formats import MARKS
+from llmtune.data.rows.json_objects import decode_json, parse_json
+from llmtune.data.rows.problems import RowError, short
+from llmtune.errors import DataError
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_BOM = b"\xef\xbb\xbf"
+_AROUND = re.compile(rb'\s*\{\s*"[^"]*"\s*:\s*(\[\s*\{|["0-9])')
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
+
+
+def is_whole(begin: bytes) -> bool:
+    """Whether a file is JSON as a whole, and no JSON lines.
+
+    Args:
+        begin: Its first bytes: all of the first line where :func:`may_be_around_rows` says so, or a million.
+    """
+    first, _, rest = begin.removeprefix(_BOM).lstrip().partition(b"\n")
+    first = first.strip()
+    if not first.startswith(b"{"):
+        return first.startswith(b"[")
+    try:
+        row = parse_json(first)
+    except UnicodeDecodeError:
+        return False
+    except ValueError:
+        # One line that is broken, or an object over several: then the next one goes on with a field, or ends it.
+        return first == b"{" or rest.lstrip()[:1] in {b'"', b"}", b"]", b","}
+    return not rest.strip() and bool(_lists_of_rows(row, None))
+
+
+def may_be_around_rows(begin: bytes) -> bool:
+    """Whether the first line may be an object around a list of rows, so that all of it is needed to tell."""
+    return _AROUND.match(begin.removeprefix(_BOM)) is not None and b"\n" not in begin
+
+
+def find_rows(path: str, text: str, source: Source) -> Iterator[tuple[int, Any]]:
+    """Rows with the lines on which they begin.
+
+    Raises:
+        DataError: The file is no JSON; of several lists in an object it cannot be told which holds the rows; or a field
+            beside them would change what is learned.
+    """
+    begin = _skip(text, 0, _SPACE)
+    line = 1 + text.count("\n", 0, begin)
+    if text[begin : begin + 1] == "[":
+        yield from _list_items(path, text, begin, line, whole_file=True)
+        return
+    if text[begin : begin + 1] != "{":
+        raise DataError(f"{path}:1: must hold a list of rows, or a row a line, not {text[begin : begin + 20]!r}")
+    first, end = _decode(path, text, begin, line)
+    if _skip(text, end, _SPACE) == len(text) and (lists := _lists_of_rows(first, source)):
+        chosen = _choose(path, line, lists, source)
+        try:
+            refuse_changing_fields({name: value for name, value in first.items() if name not in lists})
+        except RowError as error:
+            raise DataError(f"{path}:{line}: beside the rows in {chosen!r}, {error}") from error
+        at = _find_field(text, begin, chosen)
+        yield from _list_items(path, text, at, 1 + text.count("\n", 0, at), whole_file=False)
+        return
+    position = begin
+    while position < len(text):
+        row, end = _decode(path, text, position, line)
+        yield line, row
+        following = _skip(text, end, _BETWEEN)
+        line += text.count("\n", position, following)
+        position = following
+
+
+def describe_broken(error: json.JSONDecodeError) -> str:
+    """What is wrong, and what stands there."""
+    near = error.doc[max(0, error.pos - 20) : error.pos + 20]
+    return f"broken JSON at column {error.colno}: {error.msg}: {near!r}"
+
+
+def _lists_of_rows(row: Any, source: Source | None) -> list[str]:
+    """Fields of an object that hold lists of rows; none where the object is a row itself."""
+    if not isinstance(row, dict):
+        return []
+    named = set(source.fields.values()) if source else set()
+    if row.keys() & named or any(marks <= row.keys() for marks, _ in MARKS):
+        return []
+    return [
+        name
+        for name, value in row.items()
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    ]
+
+
+def _choose(path: str, line: int, lists: list[str], source: Source) -> str:
+    if len(lists) == 1:
+        return lists[0]
+    if source.split in lists:
+        return source.split
+    raise DataError(
+        f"{path}:{line}: the object has lists of rows in {', '.join(map(repr, lists))}; say which with split: "
+        f"{short(lists[0])} of the source"
+    )
+
+
+def _find_field(text: str, begin: int, name: str) -> int:
+    """Where the value of a field of the object begins that begins at ``begin``, and is known to be whole."""
+    position = begin + 1
+    while True:
+        position = _skip(text, position, _BETWEEN)
+        key, position = decode_json(text, position)
+        position = _skip(text, _skip(text, position, _SPACE) + 1, _SPACE)
+        if key == name:
+            return position
+        _, position = decode_json(text, position)
+
+
+def _list_items(path: str, text: str, begin: int, line: int, whole_file: bool) -> Iterator[tuple[int, Any]]:
+    """Elements of a JSON list with the lines on which they begin."""
+    position = begin + 1
+    before = begin
+    while True:
+        position = _skip(text, position, _BETWEEN)
+        line += text.count("\n", before, position)
+        if text[position : position + 1] == "]":
+            break
+        row, end = _decode(path, text, position, line)
+        yield line, row
+        before, position = position, end
+    if whole_file and (rest := text[position + 1 :].strip()):
+        raise DataError(f"{path}:{line}: something stands behind the list: {rest[:20]!r}; one object a line is .jsonl")
+
+
+def _decode(path: str, text: str, position: int, line: int) -> tuple[Any, int]:
+    try:
+        return decode_json(text, position)
+    except json.JSONDecodeError as error:
+        at = text.count("\n", 0, error.pos) + 1
+        raise DataError(f"{path}:{at}: {describe_broken(error)}") from error
+    except ValueError as error:
+        raise DataError(f"{path}:{line}: broken JSON: {error}") from error
+
+
+def _skip(text: str, position: int, what: re.Pattern[str]) -> int:
+    match = what.match(text, position)
+    return match.end() if match else position

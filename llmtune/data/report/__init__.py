@@ -1,0 +1,1 @@
+"""What somebody looks at before training: checks, numbers, a page."""

@@ -1,0 +1,95 @@
+"""What no single row shows: over-long shares, validation rows that are trained on, labels of two kinds."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtune.data.rows.problems import Problem, place
+from llmtune.data.store.token_store import Rows, TokenStore
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def check_overlong(stores: Sequence[TokenStore], max_seq_length: int, allowed_share: float) -> list[Problem]:
+    """A source of which more than the allowed share was dropped or truncated."""
+    found = []
+    for store in stores:
+        summary = store.summary
+        cut = summary.truncated + summary.dropped
+        total = summary.rows + summary.dropped
+        if total and cut / total > allowed_share:
+            what = "dropped" if summary.dropped else "truncated"
+            enough = _length_that_fits(store, allowed_share)
+            hint = f"; data.max_seq_length={enough} would do" if enough else ""
+            found.append(
+                Problem(
+                    summary.files[0] if summary.files else "",
+                    None,
+                    f"{cut:,} of {total:,} rows ({cut / total:.1%}) are {what} because they are longer than "
+                    f"data.max_seq_length={max_seq_length}, more than data.max_overlong_share={allowed_share:g}{hint}",
+                )
+            )
+    return found
+
+
+def _length_that_fits(store: TokenStore, allowed_share: float) -> int | None:
+    """The shortest length at which few enough rows are too long; None where truncation hid the lengths."""
+    if store.summary.truncated:
+        return None
+    total = store.summary.rows + store.summary.dropped
+    beyond = store.summary.dropped
+    # Of long texts it is not known how long they are, but they are the longest.
+    for tokens, count in sorted(store.summary.overlong, key=lambda pair: pair[0] or math.inf):
+        beyond -= count
+        if beyond / total <= allowed_share:
+            return tokens or None
+    return None
+
+
+def check_leaks(train: Rows, held_out: Rows | None) -> tuple[list[Problem], NDArray[np.bool_]]:
+    """Evaluation rows that stand in training too, and which of the evaluation rows they are. Shape (rows,)."""
+    if held_out is None or not len(held_out):
+        return [], np.zeros(0, dtype=bool)
+    train_hashes, eval_hashes = train.documents("hashes"), held_out.documents("hashes")
+    leaks = np.isin(eval_hashes, train_hashes)
+    numbers = np.flatnonzero(leaks)
+    if not len(numbers):
+        return [], leaks
+    twins: dict[int, int] = {}
+    for number in np.flatnonzero(np.isin(train_hashes, eval_hashes[leaks])).tolist():
+        twins.setdefault(int(train_hashes[number]), number)
+    found = []
+    for number in numbers.tolist():
+        there = place(*train.place(twins[int(eval_hashes[number])]))
+        message = f"the validation row stands in the training rows too ({there})"
+        found.append(Problem(*held_out.place(number), message))
+    return found, leaks
+
+
+def check_labels(stores: Sequence[TokenStore]) -> list[Problem]:
+    """Labels that are text in some rows and numbers in others."""
+    seen: dict[str, tuple[str, int, Any]] = {}
+    rows_of: Counter[str] = Counter()
+    for store in stores:
+        for row, label in enumerate(store.labels()):
+            kind = "text" if isinstance(label, str) else "a number"
+            rows_of[kind] += 1
+            if kind not in seen:
+                seen[kind] = (*store.place(row), label)
+    if len(seen) < 2:
+        return []
+    (first, (file, line, label)), (second, (other, at, another)) = seen.items()
+    return [
+        Problem(
+            other,
+            at,
+            f"mixed label types: {another!r} is {second} ({rows_of[second]:,} rows), but {label!r} in {file}:{line} is "
+            f"{first} ({rows_of[first]:,} rows)",
+        )
+    ]

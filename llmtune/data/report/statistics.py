@@ -1,0 +1,142 @@
+"""Numbers and examples of prepared data, for those who look before they train."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtune.data.store.token_store import Rows
+from llmtune.draws import Draw, draw_rows
+from llmtune.security.redaction import redact_pieces
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+#: Bars of the histogram.
+BARS = 12
+
+#: Rows over which padding is averaged, drawn in the order of training.
+PADDING_ROWS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long documents are, in tokens."""
+
+    count: int
+    mean: float
+    shortest: int
+    p50: int
+    p95: int
+    p99: int
+    longest: int
+    edges: list[int]
+    """Borders of the histogram's bars: a bar holds ``edges[i] <= tokens < edges[i + 1]``, the last one also its end."""
+    rows: list[int]
+    """Documents in each bar."""
+    trained: list[int]
+    """Trained tokens in each bar."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Share of the places in a batch that hold no token, by how rows are put together."""
+
+    to_max_length: float
+    """Every row padded to ``max_seq_length``."""
+    random: float
+    """Micro-batches of random rows, each padded to its longest."""
+    grouped: float
+    """What llmtune does without packing: the rows of a step sorted by length before they are divided."""
+    packed: float | None
+    """What is left with packing; None where it is off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Neighbouring tokens that are all trained or all not."""
+
+    text: str
+    trained: bool
+
+
+def measure_lengths(rows: Rows) -> Lengths:
+    """Histogram and percentiles of the documents."""
+    lengths, trained = rows.documents("lengths"), rows.documents("trained")
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, math.ceil((high - low + 1) / BARS))
+    edges = list(range(low, high + width + 1, width))
+    bars = (lengths - low) // width
+    count = len(edges) - 1
+    p50, p95, p99 = (int(value) for value in np.percentile(lengths, [50, 95, 99], method="higher"))
+    return Lengths(
+        count=len(lengths),
+        mean=float(lengths.mean()),
+        shortest=low,
+        p50=p50,
+        p95=p95,
+        p99=p99,
+        longest=high,
+        edges=edges,
+        rows=np.bincount(bars, minlength=count).tolist(),
+        trained=np.bincount(bars, weights=trained, minlength=count).astype(int).tolist(),
+    )
+
+
+def measure_padding(
+    rows: Rows, max_seq_length: int, micro_batch: int, global_batch: int, seed: int, efficiency: float | None
+) -> Padding:
+    """What padding costs.
+
+    Args:
+        micro_batch: Rows of a forward pass.
+        global_batch: Rows of an optimizer step.
+        efficiency: Of packing, where it is on.
+    """
+    lengths = rows.documents("lengths")
+    order = draw_rows(len(lengths), PADDING_ROWS, seed, Draw.padding)
+    drawn = lengths[order]
+    in_steps = np.concatenate(
+        [np.sort(drawn[at : at + global_batch])[::-1] for at in range(0, len(drawn), global_batch)] or [drawn]
+    )
+    return Padding(
+        to_max_length=1 - float(lengths.mean()) / max_seq_length,
+        random=_padding(drawn, micro_batch),
+        grouped=_padding(in_steps, micro_batch),
+        packed=None if efficiency is None else 1 - efficiency,
+    )
+
+
+def _padding(lengths: NDArray[Any], micro_batch: int) -> float:
+    places = sum(
+        int(lengths[at : at + micro_batch].max()) * len(lengths[at : at + micro_batch])
+        for at in range(0, len(lengths), micro_batch)
+    )
+    return 1 - float(lengths.sum()) / max(1, places)
+
+
+def show_row(rows: Rows, number: int, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """A row as text, in pieces that are trained or not."""
+    row = rows.row(number)
+    ids, mask = row.ids, row.mask
+    borders = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
+    return [
+        Piece(str(tokenizer.decode(ids[begin:end].tolist())), bool(mask[begin]))
+        for begin, end in itertools.pairwise(borders)
+        if end > begin
+    ]
+
+
+def redact_texts(pieces: list[Piece]) -> list[Piece]:
+    """The pieces without secrets, also where one begins in a piece and ends in another."""
+    shown = redact_pieces([piece.text for piece in pieces])
+    return [replace(piece, text=text) for piece, text in zip(pieces, shown, strict=True)]

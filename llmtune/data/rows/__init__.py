@@ -1,0 +1,1 @@
+"""A row of a file becomes a conversation, whatever its format."""

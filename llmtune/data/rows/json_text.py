@@ -1,0 +1,79 @@
+"""Lists that a row holds as JSON text: CSV, and many exports, have no other way to write a conversation into a field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmtune.config.groups.data import DataFormat
+from llmtune.data.rows.fields import LISTS, prune
+from llmtune.data.rows.json_objects import parse_json
+from llmtune.data.rows.problems import RowError, short
+
+#: What marks an element of a list as a message.
+_SPEAKERS = ("role", "from")
+
+
+def with_lists(
+    row: Mapping[str, Any], data_format: DataFormat, ignored: frozenset[str] = frozenset()
+) -> Mapping[str, Any]:
+    """The row with lists where it has JSON of them, and with messages where a list has JSON of those.
+
+    Two texts of ``prompt_completion`` are taken for lists only where both are lists of messages: a prompt may be JSON.
+
+    Args:
+        ignored: Fields that messages lose, as :func:`~llmtune.data.rows.fields.without_fields` has it.
+
+    Raises:
+        RowError: A field that must be a list begins like one, and is no JSON.
+    """
+    changed: dict[str, Any] = {}
+    for field in LISTS.get(data_format, ()):
+        value = row.get(field)
+        if data_format is DataFormat.alpaca and isinstance(value, str) and not value.strip():
+            # CSV knows no difference between empty and missing.
+            changed[field] = None
+        elif isinstance(value, str) and value.lstrip()[:1] == "[":
+            changed[field] = _parse(value, field, quiet=data_format is DataFormat.prompt_completion)
+        elif isinstance(value, list | tuple) and any(isinstance(entry, str) for entry in value):
+            changed[field] = [_parse_message(entry) for entry in value]
+    if data_format is DataFormat.prompt_completion and changed:
+        both = {**row, **changed}
+        if not all(_holds_messages(both.get(field)) for field in LISTS[data_format]):
+            return row
+    if not changed:
+        return row
+    return {
+        **row,
+        **{name: prune(value, ignored) if isinstance(value, list) else value for name, value in changed.items()},
+    }
+
+
+def _parse(text: str, field: str, quiet: bool) -> Any:
+    try:
+        parsed = parse_json(text)
+    except ValueError as error:
+        if quiet:
+            return text
+        raise RowError(
+            f"{field!r} is text that begins like a list, and no JSON ({error}): {short(text)}; write it with json.dumps"
+        ) from error
+    return [_parse_message(entry) for entry in parsed] if isinstance(parsed, list) else parsed
+
+
+def _parse_message(entry: Any) -> Any:
+    """A message of a list whose elements are JSON; anything else as it is, for whoever reads it to refuse."""
+    if not isinstance(entry, str) or entry.lstrip()[:1] != "{":
+        return entry
+    try:
+        return parse_json(entry)
+    except ValueError:
+        return entry
+
+
+def _holds_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(isinstance(entry, Mapping) and any(name in entry for name in _SPEAKERS) for entry in value)
+    )

@@ -1,0 +1,89 @@
+"""What is wrong with the data: found row by row, named by ``file:line``, counted, and reported together."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from llmtune.errors import DataError
+from llmtune.security.redaction import redact_values
+
+#: Kinds of problem that an error message lists; the rest is counted.
+LISTED_KINDS = 8
+
+
+class RowError(Exception):
+    """A row cannot be used; whoever reads the file knows its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong."""
+
+    file: str
+    line: int | None
+    """Counted from 1: a line of a text file, a row of Parquet and Arrow; None where the whole file is meant."""
+    message: str
+
+    def __str__(self) -> str:
+        return f"{place(self.file, self.line)}: {self.message}"
+
+    @property
+    def kind(self) -> str:
+        """The message without what differs from row to row, by which problems are counted together."""
+        return re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\(.*?\)|\d+", "_", self.message)
+
+
+def place(file: str, line: int | None) -> str:
+    """``file:line``."""
+    return file if line is None else f"{file}:{line}"
+
+
+def short(value: Any) -> str:
+    """A value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_problems(problems: Iterable[Problem], file: TextIO) -> None:
+    """A line of JSON for each, behind what stands in the file."""
+    file.writelines(json.dumps(redact_values(asdict(problem)), ensure_ascii=False) + "\n" for problem in problems)
+
+
+def read_problem_file(path: Path) -> Iterator[Problem]:
+    """The problems that were written to a file, one at a time: there may be millions."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield Problem(**json.loads(line))
+
+
+def group_by_kind(problems: Iterable[Problem]) -> list[tuple[Problem, int]]:
+    """The first problem of each kind, in the order met, and how many there are of it; they are gone through once."""
+    first: dict[str, Problem] = {}
+    counts: dict[str, int] = {}
+    for problem in problems:
+        kind = problem.kind
+        first.setdefault(kind, problem)
+        counts[kind] = counts.get(kind, 0) + 1
+    return [(problem, counts[kind]) for kind, problem in first.items()]
+
+
+def describe(problems: Iterable[Problem]) -> Iterator[str]:
+    """A line for each kind: the first place, and the count."""
+    kinds = group_by_kind(problems)
+    for problem, count in kinds[:LISTED_KINDS]:
+        yield str(problem) + (f" ({count:,} like it)" if count > 1 else "")
+    if len(kinds) > LISTED_KINDS:
+        yield f"and {len(kinds) - LISTED_KINDS} other kinds of problem"
+
+
+def refuse(problems: Iterable[Problem], advice: str) -> DataError:
+    """The error of rows that cannot be trained on."""
+    lines = list(describe(problems))
+    if len(lines) == 1:
+        return DataError(f"{lines[0]}\n{advice}")
+    return DataError("problems in the data:\n" + "\n".join(f"  {line}" for line in lines) + f"\n{advice}")

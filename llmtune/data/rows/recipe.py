@@ -1,0 +1,38 @@
+"""How the rows of a file become conversations: its format, the names of its columns, and what of them is ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmtune.config.groups.data import DataFormat
+from llmtune.data.rows.fields import find_unknown_fields, without_fields
+from llmtune.data.rows.formats import FORMATS, Row, rename
+from llmtune.data.rows.json_text import with_lists
+
+if TYPE_CHECKING:
+    from llmtune.data.rows.conversation import Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the rows of a file are read."""
+
+    format: DataFormat
+    fields: Mapping[str, str]
+    """Field of the format -> column of the file."""
+    ignore: frozenset[str] = frozenset()
+    """Fields that are left out knowingly."""
+
+    def read(self, row: Row) -> tuple[Conversation, set[str]]:
+        """The conversation of a row, and the fields that nobody reads.
+
+        Raises:
+            RowError: The row cannot be used.
+        """
+        if self.ignore:
+            row = without_fields(row, self.ignore)
+        row = with_lists(rename(row, self.fields), self.format, self.ignore)
+        conversation = FORMATS[self.format](row)
+        return conversation, find_unknown_fields(row, self.format)

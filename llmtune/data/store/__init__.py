@@ -1,0 +1,1 @@
+"""Tokenised rows on disk: mixed, packed, read back."""

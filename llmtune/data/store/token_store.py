@@ -1,0 +1,318 @@
+"""Tokenised rows on disk: one Arrow file a source, mapped into memory, with small arrays of numbers beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtune.data.rows.problems import Problem, read_problem_file, write_problems
+from llmtune.data.tokenize.workers import TokenBlock
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+ROWS, SUMMARY, BAD_ROWS = "rows.arrow", "summary.json", "bad_rows.jsonl"
+
+#: Arrays of one number a row.
+_COLUMNS: dict[str, type[np.generic]] = {
+    "lengths": np.int32,
+    "trained": np.int32,
+    "hashes": np.uint64,
+    "lines": np.int64,
+    "files": np.int32,
+    "begins": np.bool_,
+}
+
+
+@dataclass(slots=True)
+class StoreSummary:
+    """Counts of one source."""
+
+    rows: int = 0
+    truncated: int = 0
+    overlong: list[tuple[int, int]] = field(default_factory=list)
+    """(tokens, rows of as many) that were dropped as too long; 0 tokens of long texts, which were not counted."""
+    bad_rows: int = 0
+    files: list[str] = field(default_factory=list)
+    special: list[int] = field(default_factory=list)
+    """Special tokens that occur in the rows."""
+    unknown: list[str] = field(default_factory=list)
+    """Fields that no format reads and that are not known to be harmless."""
+    formats: list[str] = field(default_factory=list)
+    """As what its files were read."""
+    max_id: int = -1
+    """The largest token id; -1 where an earlier version did not look."""
+
+    @property
+    def dropped(self) -> int:
+        """Rows left out because they are too long."""
+        return sum(count for _, count in self.overlong)
+
+
+@contextlib.contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write aside; it gets its name when it is whole."""
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        # Where another process published the same rows first, the rename fails and theirs are as good.
+        with contextlib.suppress(OSError):
+            aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
+    """Write blocks as they come; only their numbers stay in memory."""
+    import pyarrow as pa
+
+    summary = StoreSummary()
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    labels: list[str | int | float] = []
+    overlong: Counter[int] = Counter()
+    special: set[int] = set()
+    unknown: set[str] = set()
+    formats: set[str] = set()
+    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("mask", pa.list_(pa.bool_()))])
+    with (
+        pa.OSFile(str(folder / ROWS), "wb") as file,
+        pa.ipc.new_file(file, schema) as writer,
+        (folder / BAD_ROWS).open("w", encoding="utf-8") as bad_rows,
+    ):
+        for block in blocks:
+            if not summary.files or summary.files[-1] != block.file:
+                summary.files.append(block.file)
+            for name in ("lengths", "trained", "hashes", "lines", "begins"):
+                columns[name].append(getattr(block, name))
+            columns["files"].append(np.full(len(block.lengths), len(summary.files) - 1, dtype=np.int32))
+            labels += block.labels
+            overlong.update(block.overlong)
+            special |= block.special
+            unknown |= block.unknown
+            formats.add(block.format)
+            summary.max_id = max(summary.max_id, int(block.ids.max(initial=-1)))
+            summary.rows += len(block.lengths)
+            summary.truncated += block.truncated
+            summary.bad_rows += len(block.problems)
+            write_problems(block.problems, bad_rows)
+            if len(block.lengths):
+                writer.write_batch(_to_arrow(block, schema))
+    summary.overlong = sorted(overlong.items())
+    summary.special = sorted(special)
+    summary.unknown = sorted(unknown)
+    summary.formats = sorted(formats)
+    _write_numbers(columns, labels, summary, folder)
+    return summary
+
+
+def _to_arrow(block: TokenBlock, schema: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    offsets = pa.array(np.concatenate([[0], np.cumsum(block.lengths)]).astype(np.int32))
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (block.ids, block.mask)]
+    return pa.RecordBatch.from_arrays(lists, schema=schema)
+
+
+def _write_numbers(columns: dict[str, list[Any]], labels: list[Any], summary: StoreSummary, folder: Path) -> None:
+    for name, dtype in _COLUMNS.items():
+        values = np.concatenate(columns[name]) if columns[name] else np.zeros(0, dtype=dtype)
+        np.save(folder / f"{name}.npy", values)
+    if labels:
+        (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False))
+    (folder / SUMMARY).write_text(json.dumps(asdict(summary)))
+
+
+def _read_summary(file: Path) -> StoreSummary:
+    # Those that an earlier version left in the cache hold counts that nothing reads.
+    known = {f.name for f in fields(StoreSummary)}
+    values = {name: value for name, value in json.loads(file.read_text()).items() if name in known}
+    values["overlong"] = [(tokens, count) for tokens, count in values["overlong"]]
+    return StoreSummary(**values)
+
+
+class TokenStore:
+    """The rows of one source."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.summary = _read_summary(folder / SUMMARY)
+        self._opened: dict[int, tuple[Any, Any, Any]] = {}
+
+    def __len__(self) -> int:
+        return self.summary.rows
+
+    def numbers(self, name: str) -> NDArray[Any]:
+        """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``, ``begins``. Shape (rows,)."""
+        array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return array
+
+    def place(self, row: int) -> tuple[str, int]:
+        """File and line of a row."""
+        return self.summary.files[int(self.numbers("files")[row])], int(self.numbers("lines")[row])
+
+    def labels(self) -> list[Any]:
+        """Labels of a classification source, row by row."""
+        file = self.folder / "labels.json"
+        return list(json.loads(file.read_text())) if file.is_file() else []
+
+    def problems(self) -> Iterator[Problem]:
+        """Rows that cannot be used."""
+        return read_problem_file(self.folder / BAD_ROWS)
+
+    @property
+    def max_id(self) -> int:
+        """The largest token id; -1 of no rows."""
+        if self.summary.max_id >= 0 or not len(self):
+            return self.summary.max_id
+        return max(int(self.read(row)[0].max(initial=-1)) for row in range(len(self)))
+
+    def read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Token ids and mask of a row. Shapes: (length,)."""
+        number, at = _locate(row, self._ends)
+        offsets, ids, mask = self._batch(number)
+        begin, end = int(offsets[at]), int(offsets[at + 1])
+        return ids[begin:end], _view_bits(mask, begin, end)
+
+    def _batch(self, number: int) -> tuple[Any, Any, Any]:
+        if number not in self._opened:
+            batch = self._reader.get_batch(number)
+            ids, mask = batch.column(0), batch.column(1)
+            self._opened[number] = (_view(ids.offsets, np.int32), _view(ids.values, np.int32), mask.values)
+        return self._opened[number]
+
+    @cached_property
+    def _reader(self) -> Any:
+        import pyarrow as pa
+
+        return pa.ipc.open_file(pa.memory_map(str(self.folder / ROWS)))
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """Row number behind each record batch."""
+        counts = [self._reader.get_batch(number).num_rows for number in range(self._reader.num_record_batches)]
+        return np.cumsum(counts, dtype=np.int64)
+
+
+def _view(array: pa.Array, dtype: type[np.int32]) -> NDArray[np.int32]:
+    """The numbers of an Arrow array where they lie. Its own ``to_numpy`` imports pandas, a fifth of a second in every rank."""
+    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
+
+
+def _view_bits(array: pa.Array, begin: int, end: int) -> NDArray[np.bool_]:
+    """Elements ``[begin, end)`` of an Arrow array of booleans, which are eight a byte, the lowest bit first."""
+    first, last = array.offset + begin, array.offset + end
+    packed = np.frombuffer(array.buffers()[1], np.uint8)[first // 8 : -(-last // 8)]
+    return np.unpackbits(packed, bitorder="little")[first % 8 : first % 8 + last - first].view(np.bool_)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as the model sees it. Shapes: (length,)."""
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    documents: tuple[int, ...]
+    """Lengths of the documents in it, in order; one where nothing is packed."""
+
+
+def join_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Row:
+    """The row of some documents, of ids and mask each. The first token of each is not trained: what stands before it is
+    another's.
+    """
+    masks = [mask.copy() for _, mask in documents]
+    for mask in masks:
+        mask[:1] = False
+    return Row(np.concatenate([ids for ids, _ in documents]), np.concatenate(masks), tuple(map(len, masks)))
+
+
+def _locate(number: int, ends: NDArray[np.int64]) -> tuple[int, int]:
+    """In which of the parts that end there something lies, and its number in that part."""
+    part = int(np.searchsorted(ends, number, side="right"))
+    return part, number - (int(ends[part - 1]) if part else 0)
+
+
+class Rows:
+    """The rows of a split, of all its sources, in a fixed order; packed where ``starts`` is given."""
+
+    def __init__(self, stores: Sequence[TokenStore], index: NDArray[np.int64], starts: NDArray[np.int64] | None = None):
+        """
+        Args:
+            index: Row numbers, counted over all stores. Shape (documents,).
+            starts: Where in ``index`` each packed row begins, and the end. Shape (packed rows + 1,).
+        """
+        self.stores = stores
+        self.index = index
+        self.packed = starts is not None
+        self._starts = np.arange(len(index) + 1, dtype=np.int64) if starts is None else starts
+        self._ends = np.cumsum([len(store) for store in stores], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row. Shape (rows,)."""
+        return self._sum(self.documents("lengths"))
+
+    @cached_property
+    def trained_tokens(self) -> NDArray[np.int64]:
+        """Trained tokens of each row. Shape (rows,)."""
+        return self._sum(self.documents("trained"))
+
+    def documents(self, name: str) -> NDArray[Any]:
+        """A number of each document, in the order of ``index``. Shape (documents,)."""
+        if not self.stores:
+            return np.zeros(0, dtype=_COLUMNS[name])
+        every = [store.numbers(name) for store in self.stores]
+        whole = every[0] if len(every) == 1 else np.concatenate(every)
+        picked: NDArray[Any] = whole[self.index]
+        return picked
+
+    def row(self, number: int) -> Row:
+        """One row."""
+        begin, end = int(self._starts[number]), int(self._starts[number + 1])
+        return join_documents([self._read(int(document)) for document in self.index[begin:end]])
+
+    def place(self, document: int) -> tuple[str, int]:
+        """File and line of a document, by its number in ``index``."""
+        store, row = self._locate(int(self.index[document]))
+        return store.place(row)
+
+    def places(self, number: int) -> list[tuple[str, int]]:
+        """File and line of every document of a row."""
+        return [self.place(document) for document in range(int(self._starts[number]), int(self._starts[number + 1]))]
+
+    def source_place(self, document: int) -> tuple[int, str, int]:
+        """Number of the store, file and line of a document."""
+        store, row = self._locate(int(self.index[document]))
+        return self.stores.index(store), *store.place(row)
+
+    def first_document(self, number: int) -> int:
+        """Number in ``index`` of the first document of a row."""
+        return int(self._starts[number])
+
+    def _read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        store, at = self._locate(row)
+        return store.read(at)
+
+    def _locate(self, row: int) -> tuple[TokenStore, int]:
+        number, at = _locate(row, self._ends)
+        return self.stores[number], at
+
+    def _sum(self, values: NDArray[Any]) -> NDArray[np.int64]:
+        sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+        result: NDArray[np.int64] = np.diff(sums[self._starts])
+        return result

@@ -1,0 +1,1 @@
+"""Conversations become token ids with a mask of what is trained."""

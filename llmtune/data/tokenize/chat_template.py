@@ -1,0 +1,344 @@
+"""Chat templates: which one, and a conversation rendered by it with the places of the answers.
+
+Where a template marks what the assistant says (``{% generation %}``), the marks decide. Elsewhere the places are derived:
+the template is rendered up to each answer and with it, and what the answer added is the answer and its end of turn; the
+pieces must add up to the whole text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmtune.data.rows.conversation import Conversation, Message, Role
+from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.speakers import Speakers
+from llmtune.data.tokenize.completeness import Completeness
+from llmtune.data.tokenize.marks import Marks
+from llmtune.data.tokenize.static_template import Verbatim, find_verbatim
+from llmtune.data.tokenize.thinking import explain_difference
+from llmtune.errors import ConfigError
+from llmtune.template_bounds import bounded_template, refuse_powers
+from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Span(NamedTuple):
+    """What an answer adds to the text, its end of turn included."""
+
+    start: int
+    """First character."""
+    end: int
+    """The character behind the last."""
+    train: bool
+    """Whether the message is to be trained."""
+
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def load_chat_template(name: str | None) -> str | None:
+    """The text of a named template of ``conf/chat_template/`` or of a ``.jinja`` file.
+
+    Raises:
+        ConfigError: Neither exists.
+    """
+    if name is None:
+        return None
+    folder = Path(str(resources.files("llmtune.conf"))) / "chat_template"
+    path = Path(name).expanduser() if name.endswith(".jinja") else folder / f"{name}.jinja"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.jinja")))
+        raise ConfigError(f"data.chat_template={name}: no such template; there are {known}, or a .jinja file")
+    return path.read_text(encoding="utf-8")
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
+    """Refuse a tokenizer without a template: guessing one trains a model that no other tool prompts right.
+
+    Raises:
+        ConfigError: There is no template, it is no Jinja, or there are several and none is named ``default``.
+    """
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and named and "default" not in named:
+        raise ConfigError(
+            f"the tokenizer of {model_name} has the chat templates {', '.join(sorted(named))}, and none named default: save "
+            "the one that is meant to a file, and name it with data.chat_template=FILE.jinja"
+        )
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {model_name} has no chat template (a base model?): add data.chat_template=llama3, "
+            "llama2, chatml, mistral, qwen, or a .jinja file"
+        )
+    try:
+        ChatTemplates(tokenizer)
+    except TEMPLATE_ERRORS as error:
+        raise ConfigError(
+            f"the chat template of {model_name}, or data.chat_template, is no Jinja: {describe_template_error(error)}; mend "
+            "it, or name another with data.chat_template"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaffold:
+    """What a template puts around the messages of a sequence of roles."""
+
+    between: tuple[str, ...]
+    """Before the first message, between two, and behind the last."""
+    reaches: tuple[tuple[int, int] | None, ...]
+    """How far the trained span of each answer reaches before and behind its words; None for what others say."""
+
+
+class ChatTemplates:
+    """All templates of a tokenizer. One named ``tool_use`` is for rows with tools, as transformers has it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, every_answer: bool = False):
+        """
+        Args:
+            every_answer: Find the places of answers that are not trained too, so that all else can be trained.
+        """
+        named: Any = tokenizer.chat_template
+        self._default = ChatTemplate(tokenizer, every_answer=every_answer)
+        uses_tools = isinstance(named, dict) and "tool_use" in named
+        self._tool_use = ChatTemplate(tokenizer, named["tool_use"], every_answer) if uses_tools else self._default
+
+    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """Text and spans of a row, by the template that it needs; see :meth:`ChatTemplate.render`."""
+        return self._of(conversation).render(conversation)
+
+    def render_prompt(self, conversation: Conversation) -> str:
+        """The text up to the last answer, with what stands before an answer.
+
+        Raises:
+            RowError: The template refuses it.
+        """
+        return self._of(conversation).render_prompt(conversation)
+
+    def _of(self, conversation: Conversation) -> ChatTemplate:
+        return self._tool_use if conversation.uses_tools else self._default
+
+
+class ChatTemplate:
+    """One template, ready to render many conversations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, every_answer: bool = False):
+        """
+        Args:
+            text: Of the template; the tokenizer's own where it is not given.
+            every_answer: As :class:`ChatTemplates` has it.
+        """
+        self._every_answer = every_answer
+        # Here, because it imports torch, which commands without data do not need.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        self._scaffolds: dict[tuple[Role, ...], _Scaffold | None] = {}
+        self._text = text if text is not None else str(tokenizer.get_chat_template())
+        self._variables = dict(tokenizer.special_tokens_map)
+        self._closing = str(tokenizer.eos_token or "")
+        self._completeness = Completeness(lambda row: self._apply(row.messages, row)[0])
+        self._speakers = Speakers(lambda row: self._apply(row.messages, row)[0])
+        self._marks = Marks(lambda row: self._apply(row.messages, row, marks=True))
+        self.marked = _MARK.search(self._text) is not None
+        refuse_powers(self._text)
+        with bounded_template():
+            environment: Any = _compile_jinja_template(self._text).environment
+        self._verbatim = Verbatim.no if self.marked else find_verbatim(environment.parse(self._text))
+
+    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The whole text, and the spans of the answers with what ends their turns, in order.
+
+        Raises:
+            RowError: The template refuses the row, answers cannot be told from what surrounds them, or the text lacks
+                something that the row says.
+        """
+        built = None if self.marked else self._by_scaffold(conversation)
+        if built is not None:
+            # Every word of it is there by construction.
+            return built
+        try:
+            text, spans = self._marked(conversation) if self.marked else self._derived(conversation)
+            self._completeness.check(conversation, text)
+            self._speakers.check(conversation, text)
+            return text, spans
+        except TEMPLATE_ERRORS as error:
+            raise _refused(error) from error
+
+    def render_prompt(self, conversation: Conversation) -> str:
+        """The text up to the last answer, with what stands before an answer.
+
+        Raises:
+            RowError: The template refuses it.
+        """
+        try:
+            return self._apply(conversation.messages[:-1], conversation, prompt=True)[0]
+        except TEMPLATE_ERRORS as error:
+            raise _refused(error) from error
+
+    def _marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        text, marks = self._apply(conversation.messages, conversation, marks=True)
+        owners = self._marks.owners(conversation, len(marks))
+        trained = [conversation.messages[number].trained for number in owners]
+        return text, [Span(*mark, train) for mark, train in zip(marks, trained, strict=True)]
+
+    def _derived(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        text, _ = self._apply(conversation.messages, conversation)
+        return text, self._by_prefixes(conversation, text)
+
+    def _by_prefixes(self, conversation: Conversation, text: str) -> list[Span]:
+        """Render up to each answer, and with it. Untrained ones whose places cannot be told are left out."""
+        messages = conversation.messages
+        spans = []
+        for index, message in enumerate(conversation.messages):
+            if message.role is not Role.assistant:
+                continue
+            prefix, _ = self._apply(messages[:index], conversation, prompt=True)
+            whole = text if index == len(messages) - 1 else self._apply(messages[: index + 1], conversation)[0]
+            upto = self._without_closing(whole.rstrip(), prefix, text)
+            if not (upto.startswith(prefix) and text.startswith(upto)):
+                if not message.trained and not self._every_answer:
+                    continue
+                raise RowError(
+                    explain_difference(f"message {index}", prefix, upto, text)
+                    or f"the chat template renders the answer in message {index} differently with and without what "
+                    "surrounds it, so its tokens cannot be told apart; take another data.chat_template"
+                )
+            spans.append(Span(len(prefix), len(upto), message.trained))
+        return spans
+
+    def _without_closing(self, upto: str, prefix: str, text: str) -> str:
+        """Up to an answer, without the end-of-text token that some templates put behind whatever is last, as Phi-3's does."""
+        if text.startswith(upto) or not self._closing or not upto.endswith(self._closing):
+            return upto
+        shorter = upto.removesuffix(self._closing).rstrip()
+        return shorter if text.startswith(shorter) and len(shorter) > len(prefix) else upto
+
+    def _by_scaffold(self, conversation: Conversation) -> tuple[str, list[Span]] | None:
+        """Text and spans without rendering, which is half of the time that a row takes; None where words may matter."""
+        messages = conversation.messages
+        if self._verbatim is Verbatim.no or conversation.tools or any(message.extra for message in messages):
+            return None
+        if self._verbatim is Verbatim.trimmed and any(
+            not m.content or m.content != m.content.strip() for m in messages
+        ):
+            return None
+        roles = tuple(message.role for message in messages)
+        if roles not in self._scaffolds:
+            self._scaffolds[roles] = self._learn_scaffold(roles)
+        scaffold = self._scaffolds[roles]
+        if scaffold is None:
+            return None
+        parts = [scaffold.between[0]]
+        position = len(parts[0])
+        spans = []
+        for message, following, reach in zip(messages, scaffold.between[1:], scaffold.reaches, strict=True):
+            end = position + len(message.content)
+            if reach is not None:
+                spans.append(Span(position - reach[0], end + reach[1], message.trained))
+            parts += (message.content, following)
+            position = end + len(following)
+        return "".join(parts), spans
+
+    def _learn_scaffold(self, roles: tuple[Role, ...]) -> _Scaffold | None:
+        names = [f"\ue000{number}\ue001" for number in range(len(roles))]
+        sample = Conversation(tuple(Message(role, name) for role, name in zip(roles, names, strict=True)))
+        try:
+            text, _ = self._apply(sample.messages, sample)
+            spans = iter(self._by_prefixes(sample, text))
+            self._speakers.check(sample, text)
+        except (RowError, *TEMPLATE_ERRORS):
+            # Whatever is wrong is found, and named, with the row itself.
+            return None
+        between, reaches, position = [], [], 0
+        for role, name in zip(roles, names, strict=True):
+            start = text.find(name, position)
+            if start < 0:
+                return None
+            between.append(text[position:start])
+            position = start + len(name)
+            span = next(spans) if role is Role.assistant else None
+            reaches.append((start - span.start, span.end - position) if span else None)
+        between.append(text[position:])
+        if any("\ue000" in part for part in between):
+            # Words that are written more than once.
+            return None
+        return _Scaffold(tuple(between), tuple(reaches))
+
+    @cached_property
+    def _arguments_as_text(self) -> bool:
+        """Whether the template takes the arguments of a call as JSON text; most take a mapping, and write JSON or more.
+
+        One that wants text cannot join a mapping to it, or writes the mapping as Python does.
+        """
+        call = {"id": "callcall0", "type": "function", "function": {"name": "f", "arguments": {"zqkey": "zqvalue"}}}
+        answer = Message(Role.assistant, "", extra={"tool_calls": [call]})
+        result = Message(Role.tool, "c", extra={"tool_call_id": "callcall0", "name": "f"})
+        messages = (Message(Role.user, "a"), answer, result, Message(Role.assistant, "d"))
+        sample = Conversation(messages, tools=({"type": "function", "function": {"name": "f", "parameters": {}}},))
+        written: dict[bool, str | None] = {}
+        for as_text in (False, True):
+            try:
+                written[as_text] = self._apply(messages, sample, as_text=as_text)[0]
+            except TEMPLATE_ERRORS:
+                written[as_text] = None
+        as_mapping = written[False]
+        return written[True] is not None and (as_mapping is None or "{'zqkey': 'zqvalue'}" in as_mapping)
+
+    def _to_dict(self, message: Message, as_text: bool | None) -> dict[str, Any]:
+        """As the template wants it."""
+        values = message.to_dict()
+        if "tool_calls" in values and (self._arguments_as_text if as_text is None else as_text):
+            values["tool_calls"] = [
+                {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+                for call in values["tool_calls"]
+                for function in [call["function"]]
+            ]
+        return values
+
+    def _apply(
+        self,
+        messages: Sequence[Message],
+        conversation: Conversation,
+        prompt: bool = False,
+        marks: bool = False,
+        as_text: bool | None = None,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Render some messages of a conversation.
+
+        Args:
+            prompt: Add what stands before an answer.
+            marks: Also find the places that the template marks.
+            as_text: Whether arguments of calls are JSON text; None is as the template wants them.
+
+        Raises:
+            ConfigError: The template does not end.
+        """
+        # What tokenizer.apply_chat_template calls, without the tokenizer around it, which costs half as much again. Its
+        # annotation says str for what is a list of texts and one of spans.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template
+        values = [self._to_dict(message, as_text) for message in messages]
+        with bounded_template():
+            texts, spans = render(
+                [values],
+                tools=list(conversation.tools) or None,
+                chat_template=self._text,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
+        return texts[0], list(spans[0]) if marks else []
+
+
+def _refused(error: Exception) -> RowError:
+    return RowError(
+        f"the chat template refuses the row: {describe_template_error(error)}; mend the row, or take another data.chat_template"
+    )

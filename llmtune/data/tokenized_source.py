@@ -1,0 +1,246 @@
+"""The tokens of one source: taken from the cache, or made by the workers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.config.cache_folder import INSTEAD, KEY
+from llmtune.config.groups.data import DataConfig, DataFormat
+from llmtune.data.read.fingerprint import digest, hash_files
+from llmtune.data.read.readers import Block, count_rows, parse_rows, read_blocks, select_rows
+from llmtune.data.read.sources import DataFile, Source, is_compressed, resolve_files
+from llmtune.data.rows.conversation import Conversation
+from llmtune.data.rows.fields import without_fields
+from llmtune.data.rows.formats import CHAT_FORMATS, detect_format, rename
+from llmtune.data.rows.problems import RowError, place
+from llmtune.data.rows.recipe import Recipe
+from llmtune.data.store.token_store import SUMMARY, publish_folder, write_store
+from llmtune.data.tokenize.chat_template import check_chat_template
+from llmtune.data.tokenize.encode import EncodeSettings
+from llmtune.data.tokenize.workers import TokenBlock, Tokeniser, Work
+from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
+from llmtune.errors import DataError
+from llmtune.security.trust import require_own
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Part of the cache key; raise it when rows come out differently.
+TOKENS_VERSION = 6
+
+#: Below this many bytes, starting workers takes longer than tokenising.
+SMALL_BYTES = 8_000_000
+
+#: Most workers that ``auto`` takes.
+MAX_AUTO_WORKERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TokeniseProgress:
+    """How far a source is."""
+
+    source: str
+    rows: int
+    tokens: int
+    seconds: float
+    share: float | None
+    """Of the source's bytes; None where its size says nothing about the rows."""
+
+
+Watch = Callable[[TokeniseProgress], None]
+
+
+def tokenise_source(
+    source: Source,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_hash: str,
+    seed: int,
+    cache: Path,
+    watch: Watch | None,
+) -> str:
+    """Make sure that the tokens of a source lie in the cache; their key there.
+
+    Raises:
+        DataError: A file cannot be read, or there is no row in it.
+        ConfigError: The rows are chats, and the tokenizer has no chat template.
+        MissingPrerequisiteError: The tokens in the cache are another user's, or others may write to them.
+    """
+    files = resolve_files(source)
+    settings = EncodeSettings.from_config(config)
+    shaping = [settings.max_seq_length, settings.overlong.value, settings.train_on_inputs]
+    shaping.append(settings.allow_special_tokens)
+    drawn = [source.limit, seed, DRAWS_VERSION] if source.limit else None
+    contents = hash_files(files, source, cache)
+    columns = [source.fields, sorted(source.ignore)]
+    key = digest([TOKENS_VERSION, tokenizer_hash, contents, source.format.value, *columns, drawn, shaping])
+    folder = token_folder(cache, key)
+    if not (folder / SUMMARY).is_file():
+        recipes = find_recipes(source, files)
+        if any(recipe.format in CHAT_FORMATS for recipe in recipes.values()):
+            check_chat_template(tokenizer, tokenizer.name_or_path)
+        with publish_folder(folder) as aside, Tokeniser(tokenizer, settings, _workers(config, files)) as tokeniser:
+            watched = _Watched(source, files, watch)
+            blocks = tokeniser.map(read_source(source, files, recipes, seed, contents), watched.pulse)
+            write_store(watched.count(blocks), aside)
+    require_own(folder, KEY, INSTEAD)
+    return key
+
+
+def token_folder(cache: Path, key: str) -> Path:
+    """Where the tokens of a source lie in the cache."""
+    return cache / "data" / "tokens" / key
+
+
+def find_recipes(source: Source, files: list[DataFile]) -> dict[str, Recipe]:
+    """How each file that has rows is read, by its path.
+
+    Raises:
+        DataError: A file cannot be read, its format cannot be told, or there is no row at all.
+    """
+    recipes = {file.path: recipe for file in files if (recipe := find_recipe(source, file))}
+    if not recipes:
+        raise DataError(
+            f"{source.path}: the file has no rows" if len(files) == 1 else f"{source.path}: no file has rows"
+        )
+    return recipes
+
+
+def read_source(
+    source: Source, files: list[DataFile], recipes: dict[str, Recipe], seed: int, contents: list[list[str]]
+) -> Iterator[Work]:
+    """The blocks of a source with their recipes, only the drawn rows where ``limit`` is set.
+
+    Args:
+        contents: Name and content hash of each file. No two sources draw the same numbers, and a source that is moved
+            draws those that it drew.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    filled = [file for file in files if file.path in recipes]
+
+    def blocks() -> Iterator[Block]:
+        for file in filled:
+            yield from read_blocks(file, source)
+
+    chosen = blocks()
+    if source.limit is not None:
+        count = count_rows(blocks())
+        if source.limit < count:
+            position = int(digest([content for _, content in contents]), 16)
+            drawn = draw_rows(count, source.limit, seed, Draw.source_rows, position)
+            chosen = select_rows(blocks(), drawn.tolist())
+    return ((block, recipes[block.file]) for block in chosen)
+
+
+def find_recipe(source: Source, file: DataFile) -> Recipe | None:
+    """How a file's rows are read; ``auto`` looks at the first row that can be parsed. None for a file without rows.
+
+    Raises:
+        DataError: The format cannot be told, or no row can be parsed.
+    """
+    broken: str | None = None
+    for block in read_blocks(file, source):
+        for line, row in parse_rows(block):
+            where = place(file.path, line)
+            if isinstance(row, RowError):
+                broken = broken or f"{where}: {row}"
+                continue
+            ignore = frozenset(source.ignore)
+            if source.format is not DataFormat.auto:
+                return Recipe(source.format, source.fields, ignore)
+            try:
+                read = rename(without_fields(row, ignore), source.fields)
+                return Recipe(detect_format(read), source.fields, ignore)
+            except RowError as error:
+                raise DataError(f"{where}: {error}") from error
+    if broken:
+        raise DataError(f"{broken} (and no other row of the file can be read)")
+    return None
+
+
+def find_conversations(sources: Sequence[Source], places: list[tuple[int, str, int]]) -> list[Conversation]:
+    """The conversations that stand at some places (number of the source, file, line), in that order."""
+    found: dict[tuple[int, str, int], Conversation] = {}
+    for number in sorted({number for number, _, _ in places}):
+        wanted = {(path, line) for source, path, line in places if source == number}
+        for file in resolve_files(sources[number]):
+            recipe = find_recipe(sources[number], file) if file.path in {path for path, _ in wanted} else None
+            for block in read_blocks(file, sources[number]) if recipe else ():
+                if not _may_hold(block, wanted):
+                    continue
+                for line, row in parse_rows(block):
+                    if (file.path, line) in wanted and not isinstance(row, RowError) and recipe:
+                        found.setdefault((number, file.path, line), recipe.read(row)[0])
+    return [found[at] for at in places if at in found]
+
+
+def _may_hold(block: Block, wanted: set[tuple[str, int]]) -> bool:
+    if isinstance(block.content, bytes):
+        last = block.first + block.content.count(b"\n")
+    elif isinstance(block.content, list):
+        last = block.content[-1][0]
+    else:
+        last = block.first + block.content.num_rows
+    return any(file == block.file and block.first <= line <= last for file, line in wanted)
+
+
+def _workers(config: DataConfig, files: list[DataFile]) -> int:
+    """Processes that tokenise; 0 for none."""
+    if isinstance(config.num_workers, int):
+        return config.num_workers
+    if sum(file_size(file) for file in files) < SMALL_BYTES:
+        return 0
+    return min(len(os.sched_getaffinity(0)), MAX_AUTO_WORKERS)
+
+
+def file_size(file: DataFile) -> int:
+    """Bytes of a file on disk; what lies elsewhere counts as large."""
+    if file.kind == "builtin":
+        return 0
+    path = Path(file.path)
+    return path.stat().st_size if path.is_file() else SMALL_BYTES
+
+
+class _Watched:
+    """Counts the blocks of a source, and tells how far it is: behind each block, and while one takes its time."""
+
+    def __init__(self, source: Source, files: list[DataFile], watch: Watch | None):
+        self._source, self._watch = source, watch
+        self._started = time.monotonic()
+        self._rows = self._tokens = 0
+        self._sizes = {file.path: file_size(file) for file in files}
+        # Only of lines of JSON that lie here, not compressed, are position and size both in bytes of the file.
+        known = all(file.kind == "jsonl" and not is_compressed(file.path) and "://" not in file.path for file in files)
+        self._known = known and not source.limit
+        self._before, self._position, self._current = 0, 0, ""
+
+    def count(self, blocks: Iterator[TokenBlock]) -> Iterator[TokenBlock]:
+        """The blocks, on their way to whoever writes them."""
+        for block in blocks:
+            yield block
+            self._rows += len(block.lengths)
+            self._tokens += len(block.ids)
+            if block.file != self._current:
+                self._before += self._sizes.get(self._current, 0)
+                self._current = block.file
+            self._position = block.position
+            self.pulse(0)
+
+    def pulse(self, tokens: int) -> None:
+        """Tell how far it is.
+
+        Args:
+            tokens: Of the text that is being tokenised.
+        """
+        if self._watch is None:
+            return
+        share = (self._before + self._position) / max(1, sum(self._sizes.values())) if self._known else None
+        seconds = time.monotonic() - self._started
+        self._watch(TokeniseProgress(self._source.path, self._rows, self._tokens + tokens, seconds, share))

@@ -1,0 +1,84 @@
+"""Versions of the libraries: what llmtune asks for, what it was tried with, and pairs that are known to break."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+#: DeepSpeed whose buffers the plan computes and whose mistakes ``engine/deepspeed_fixes.py`` takes back.
+TRIED_DEEPSPEED = "0.19"
+
+
+@dataclass(frozen=True, slots=True)
+class BadPair:
+    """Two versions that do not go together."""
+
+    first: str
+    first_versions: str
+    second: str
+    second_versions: str
+    symptom: str
+    command: str
+
+
+KNOWN_BAD = [
+    BadPair(
+        *("deepspeed", "<0.14.4", "numpy", ">=2"),
+        "importing deepspeed fails: cannot import name 'BUFSIZE' from 'numpy'",
+        "pip install 'deepspeed>=0.19.8,<0.20'",
+    ),
+    BadPair(
+        *("deepspeed", "<0.16.3", "torch", ">=2.6"),
+        "torch.load refuses DeepSpeed's checkpoints (weights_only became the default)",
+        "pip install 'deepspeed>=0.19.8,<0.20'",
+    ),
+    BadPair(
+        *("peft", "<0.18", "transformers", ">=5"),
+        "peft imports what transformers 5 no longer has",
+        "pip install 'peft>=0.21,<0.22'",
+    ),
+    BadPair(
+        *("bitsandbytes", "<0.43", "torch", ">=2.5"),
+        "bitsandbytes finds no CUDA library of that torch",
+        "pip install -U bitsandbytes",
+    ),
+]
+
+
+def installed(package: str) -> str | None:
+    """Its version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def bad_pairs(versions: dict[str, str | None]) -> list[BadPair]:
+    """The pairs of the table that are installed."""
+    return [
+        pair
+        for pair in KNOWN_BAD
+        if _within(versions.get(pair.first), pair.first_versions)
+        and _within(versions.get(pair.second), pair.second_versions)
+    ]
+
+
+def unmet_requirements() -> list[tuple[str, str | None]]:
+    """What this installation of llmtune asks for and does not have: (requirement, installed version)."""
+    unmet = []
+    for text in metadata.requires("llmtune") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = installed(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            unmet.append((f"{requirement.name}{requirement.specifier}", version))
+    return unmet
+
+
+def _within(version: str | None, specifier: str) -> bool:
+    return version is not None and Version(version) in SpecifierSet(specifier, prereleases=True)

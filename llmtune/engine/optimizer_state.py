@@ -1,0 +1,176 @@
+"""The optimizer's state by parameter name: which slice of which parameter this rank holds, in every ZeRO stage.
+
+Master weights and moments lie in flat fp32 tensors whose layout depends on stage and world size. What leaves this file
+does not: a name, an offset in the flattened parameter, and the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import Any
+
+import torch
+
+from llmtune.engine.nvme_swap import swapped_in
+from llmtune.engine.train_module import TrainModule
+
+#: The fp32 copy of the weight, and AdamW's two moments.
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+_LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True, slots=True)
+class StateSlice:
+    """Elements ``[start, start + numel)`` of a flattened parameter, and where this rank keeps them."""
+
+    name: str
+    start: int
+    numel: int
+    parameter_numel: int
+    flat: torch.Tensor
+    """The fp32 tensor that the optimizer updates; the key of its state."""
+    flat_offset: int
+    sub_group: int = -1
+    """Of stage 3, whose states may be on NVMe; -1 elsewhere."""
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The slice inside ``tensor``, which has the layout of ``flat``."""
+        return tensor.data.view(-1).narrow(0, self.flat_offset, self.numel)
+
+
+def state_slices(module: TrainModule) -> list[StateSlice]:
+    """What this rank holds, by sub-group; slices of all ranks cover every trained parameter, and without ZeRO each rank's do."""
+    names = {id(parameter): name for name, parameter in module.model.named_parameters()}
+    if module.zero_stage == 3:
+        return sorted(_stage3_slices(module, names), key=lambda piece: piece.sub_group)
+    if module.zero_stage > 0:
+        return list(_stage12_slices(module, names))
+    return list(_stage0_slices(module, names))
+
+
+def by_residence(module: TrainModule, slices: list[StateSlice], write_back: bool = False) -> Iterator[list[StateSlice]]:
+    """The slices in batches whose states are in memory until the next batch is asked for.
+
+    Everything below reads and writes inside such a batch: with the optimizer on NVMe a batch is a sub-group.
+    """
+    for sub_group, batch in groupby(slices, key=lambda piece: piece.sub_group):
+        if sub_group < 0:
+            yield list(batch)
+            continue
+        with swapped_in(module.engine.optimizer, sub_group, write_back):
+            yield list(batch)
+
+
+def owned_slices(module: TrainModule) -> list[StateSlice]:
+    """The slices that this rank writes: an equal share where every rank holds everything."""
+    slices = state_slices(module)
+    if module.zero_stage > 0 or module.rank.world_size == 1:
+        return slices
+    owned = []
+    for piece in slices:
+        size = math.ceil(piece.numel / module.rank.world_size)
+        start = module.rank.rank * size
+        count = min(size, piece.numel - start)
+        if count > 0:
+            owned.append(
+                StateSlice(piece.name, start, count, piece.parameter_numel, piece.flat, piece.flat_offset + start)
+            )
+    return owned
+
+
+def view_state(module: TrainModule, piece: StateSlice, kind: str) -> torch.Tensor:
+    """The numbers where they lie, for the length of the batch of :func:`by_residence`; before the first step, zeros."""
+    if kind == "master":
+        return piece.view(piece.flat)
+    state = module.adam.state.get(piece.flat)
+    return piece.view(state[kind]) if state else torch.zeros(piece.numel)
+
+
+def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> None:
+    """Create the moments that the optimizer would create at its first step, as zeros, and set its step counter."""
+    for flat in {id(piece.flat): piece.flat for piece in slices}.values():
+        state = module.adam.state[flat]
+        # The fused kernel wants it where the numbers are.
+        state["step"] = torch.tensor(float(steps), device=flat.device)
+        for kind in KINDS[1:]:
+            if kind in state:
+                # Kept as the same tensor: the swapper of NVMe knows it.
+                state[kind].data.zero_()
+            else:
+                state[kind] = torch.zeros_like(flat.data)
+
+
+def write_state(module: TrainModule, piece: StateSlice, kind: str, values: torch.Tensor) -> None:
+    """Put numbers into this rank's slice; the state must exist."""
+    target = piece.flat if kind == "master" else module.adam.state[piece.flat][kind]
+    with torch.no_grad():
+        piece.view(target).copy_(values)
+
+
+def optimizer_steps(module: TrainModule) -> int:
+    """Steps that AdamW has counted: fewer than the run's where steps were skipped."""
+    counts = [int(state["step"]) for state in module.adam.state.values() if "step" in state]
+    return max(counts, default=0)
+
+
+def read_loss_scale(module: TrainModule) -> dict[str, float]:
+    """The dynamic loss scaler of fp16; empty otherwise."""
+    scaler = _loss_scaler(module)
+    return {} if scaler is None else {key: getattr(scaler, key) for key in _LOSS_SCALE_FIELDS if hasattr(scaler, key)}
+
+
+def write_loss_scale(module: TrainModule, values: dict[str, float]) -> None:
+    """Put the loss scaler where :func:`read_loss_scale` found it."""
+    scaler = _loss_scaler(module)
+    if scaler is not None:
+        for key, value in values.items():
+            setattr(scaler, key, value)
+
+
+def _loss_scaler(module: TrainModule) -> Any:
+    if "fp16" not in module.config:
+        return None
+    optimizer = module.engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+
+
+def _stage0_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
+    optimizer = module.engine.optimizer
+    if hasattr(optimizer, "fp32_groups"):
+        pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
+    else:
+        # fp32: the parameters are their own masters.
+        own = [parameter for group in module.adam.param_groups for parameter in group["params"]]
+        pairs = zip(chain(own), chain(own), strict=True)
+    for parameter, master in pairs:
+        yield StateSlice(names[id(parameter)], 0, parameter.numel(), parameter.numel(), master, 0)
+
+
+def _stage12_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
+    optimizer = module.engine.optimizer
+    for parameters, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                name = names[id(parameter)]
+                yield StateSlice(name, here.start, here.numel, parameter.numel(), flat, there.start)
+
+
+def _stage3_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
+    optimizer = module.engine.optimizer
+    for parameter in module.model.parameters():
+        if not parameter.requires_grad:
+            continue
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        # Not ds_tensor.numel(), which is that of a placeholder while the slice is on NVMe.
+        start = module.rank.rank * parameter.ds_tensor.ds_numel
+        # The last rank's slice is padded.
+        count = min(int(size), parameter.ds_numel - start)
+        if count > 0:
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            yield StateSlice(names[id(parameter)], start, count, parameter.ds_numel, flat, int(offset), int(group))

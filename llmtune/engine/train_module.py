@@ -1,0 +1,235 @@
+"""The training module: a model and DeepSpeed's engine around it, driven one optimizer step at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+
+from llmtune.engine.deepspeed_fixes import (
+    grow_loss_scale_behind_step,
+    keep_norm_precision,
+    keep_overflow_on_device,
+    missing_loss_scale,
+    norms_of,
+    step_in_few_kernels,
+    undo_stage0_dummy_step,
+)
+from llmtune.engine.distributed import Rank, sum_over_ranks
+from llmtune.engine.nvme_swap import check_swapped_offsets
+from llmtune.plan.deepspeed_config import read_placement
+from llmtune.plan.memory.model_shape import TensorShape
+from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.zero_buffers import parameter_groups
+
+LossFunction = Callable[[torch.Tensor, Any], torch.Tensor]
+"""(logits, targets of the batch) -> sum of token losses, a scalar."""
+
+
+class MicroBatch(Protocol):
+    """What a forward pass takes."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """Arguments of the model's forward."""
+
+    @property
+    def targets(self) -> Sized:
+        """What the loss function takes; as long as there are trained tokens."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+
+    def split(self) -> list[Self]:
+        """The same, a batch for each row."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float
+    """Mean over the trained tokens of the whole step, over all ranks and micro-batches."""
+    grad_norm: float
+    """Global 2-norm of the gradient, before clipping."""
+    applied: bool
+    """False where the step was skipped because a gradient was not finite."""
+
+
+def zero_init(deepspeed_config: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Inside it, ZeRO 3 keeps only this rank's slice of every parameter that is made. What is in it is not sent to anybody.
+
+    DeepSpeed broadcasts every parameter from rank 0 before it cuts it, here 141 GB of uninitialised memory for a 70B model.
+    The weights are read slice by slice afterwards.
+    """
+    import deepspeed
+
+    class Init(deepspeed.zero.Init):
+        """Without the broadcast."""
+
+        def _zero_init_param(self, param: Any) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+
+    context: AbstractContextManager[Any] = Init(config_dict_or_path=deepspeed_config)
+    return context
+
+
+class TrainModule:
+    """Forward, backward, optimizer step, evaluation."""
+
+    def __init__(self, model: Any, deepspeed_config: dict[str, Any], rank: Rank, loss_function: LossFunction):
+        import deepspeed
+
+        self.rank = rank
+        self.loss_function = loss_function
+        self.placement = read_placement(deepspeed_config)
+        self.zero_stage = self.placement.zero_stage
+        self.config = deepspeed_config
+        # DeepSpeed writes into the dictionary it is given.
+        copy = {key: dict(value) if isinstance(value, dict) else value for key, value in deepspeed_config.items()}
+        copy["optimizer"] = {"type": "AdamW", "params": dict(deepspeed_config["optimizer"]["params"])}
+        groups = group_parameters(model, self.placement, rank.world_size)
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy)
+        if self.zero_stage == 0:
+            undo_stage0_dummy_step(self.engine.optimizer)
+            step_in_few_kernels(self.engine.optimizer)
+        keep_norm_precision(self.engine.optimizer, self.zero_stage)
+        keep_overflow_on_device(self.engine.optimizer)
+        grow_loss_scale_behind_step(self.engine.optimizer)
+        if self.placement.optimizer == "nvme":
+            check_swapped_offsets(self.engine.optimizer)
+
+    @property
+    def model(self) -> Any:
+        """The model inside the engine."""
+        return self.engine.module
+
+    @property
+    def adam(self) -> Any:
+        """The AdamW object inside DeepSpeed's wrapper."""
+        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        trained_tokens: int,
+        learning_rate: float,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> StepResult | None:
+        """One optimizer step over all micro-batches. A step whose gradient is not finite changes nothing.
+
+        Args:
+            trained_tokens: Of the whole step, over all ranks: the loss is divided by it once, so that accumulation and
+                ranks change nothing. DeepSpeed averages gradients over ranks, hence the factor ``world_size``.
+            interrupted: Asked on every rank between micro-batches, with the same answer on all. True gives the step up:
+                None is returned, and the state is that of the step before.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        scale = self.rank.world_size / max(trained_tokens, 1)
+        total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
+        norm: float | None = None
+        self.engine.train()
+        phases = self.rank.phases
+        for number, batch in enumerate(micro_batches):
+            if number and interrupted():
+                return None
+            phases.enter("forward")
+            loss = self._loss(batch)
+            phases.enter("backward")
+            self.engine.backward(loss * (scale * missing_loss_scale(self.engine.optimizer)), scale_wrt_gas=False)
+            total += loss.detach()
+            if self.engine.is_gradient_accumulation_boundary():
+                norm = self._whole_grad_norm()
+            phases.enter("step")
+            if norm is None or math.isfinite(norm) or hasattr(self.engine.optimizer, "overflow"):
+                self.engine.step()
+            else:
+                self._leave_step_out()
+        reported = self.engine.get_global_grad_norm()
+        norm = norm if norm is not None else float(reported) if reported is not None else 0.0
+        (summed,) = sum_over_ranks([float(total)], self.rank)
+        applied = bool(self.engine.was_step_applied()) and math.isfinite(norm)
+        return StepResult(summed / max(trained_tokens, 1), norm, applied)
+
+    def evaluate(
+        self, batches: Iterable[MicroBatch], interrupted: Callable[[], bool] = lambda: False
+    ) -> tuple[float, int] | None:
+        """Mean loss over the trained tokens of all ranks' batches, and their number; None where it was interrupted.
+
+        Args:
+            interrupted: Asked on every rank before each batch, with the same answer on all.
+        """
+        self.rank.phases.enter("evaluate")
+        self.engine.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
+        count = 0
+        with torch.no_grad():
+            for batch in batches:
+                if interrupted():
+                    return None
+                total += self._loss(batch)
+                count += len(batch.targets)
+                self.rank.phases.beat()
+        self.engine.train()
+        summed, tokens_seen = sum_over_ranks([float(total), float(count)], self.rank)
+        return summed / max(tokens_seen, 1), int(tokens_seen)
+
+    def logits(self, batch: MicroBatch) -> torch.Tensor:
+        """Of a batch, on the host, without gradients and without dropout. Collective under ZeRO 3."""
+        self.engine.eval()
+        with torch.no_grad():
+            logits: torch.Tensor = self.engine(**batch.to(self.rank.device).inputs, use_cache=False).logits
+        self.engine.train()
+        return logits.cpu()
+
+    def row_losses(self, batches: Iterable[MicroBatch]) -> list[list[float]]:
+        """Summed loss of every row of every batch, without gradients and without dropout. Collective under ZeRO 3."""
+        self.engine.eval()
+        found = []
+        with torch.no_grad():
+            for batch in batches:
+                logits = self.engine(**batch.to(self.rank.device).inputs, use_cache=False).logits
+                rows = zip(logits.split(1), batch.split(), strict=True)
+                found.append([float(self.loss_function(one, row.to(one.device).targets)) for one, row in rows])
+        self.engine.train()
+        return found
+
+    def _loss(self, batch: MicroBatch) -> torch.Tensor:
+        batch = batch.to(self.rank.device)
+        output = self.engine(**batch.inputs, use_cache=False)
+        return self.loss_function(output.logits, batch.targets)
+
+    def _leave_step_out(self) -> None:
+        """Without ZeRO in fp32, where no wrapper of DeepSpeed's looks at gradients: count the micro-batch only."""
+        self.engine.set_gradient_accumulation_boundary(False)
+        self.engine.step()
+        self.engine._is_gradient_accumulation_boundary = None
+        self.engine.zero_grad()
+
+    def _whole_grad_norm(self) -> float | None:
+        """Without ZeRO in fp32, where gradients are whole on every rank and no wrapper of DeepSpeed's has a norm."""
+        if self.zero_stage > 0 or hasattr(self.engine.optimizer, "overflow"):
+            return None
+        norms = norms_of([p.grad for p in self.model.parameters() if p.grad is not None])
+        return float(torch.linalg.vector_norm(torch.stack(list(norms)))) if norms else 0.0
+
+
+def group_parameters(model: Any, placement: Placement, world_size: int) -> list[dict[str, Any]]:
+    """The groups of the plan (:func:`llmtune.plan.memory.zero_buffers.parameter_groups`), with the live parameters in them."""
+    by_name = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shapes = [
+        TensorShape(name, getattr(p, "ds_numel", p.numel()), True, len(getattr(p, "ds_shape", p.shape)) <= 1)
+        for name, p in by_name.items()
+    ]
+    groups: list[dict[str, Any]] = []
+    for group in parameter_groups(shapes, placement, world_size):
+        groups.append({"params": [by_name[tensor.name] for tensor in group]})
+        if group[0].vector:
+            groups[-1]["weight_decay"] = 0.0
+    return groups

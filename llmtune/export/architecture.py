@@ -1,0 +1,90 @@
+"""What a model is for, told by its architecture's name: the class that loads it, and what the hub and peft call it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtune.storage.plain_json import parse_json
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A kind of answer."""
+
+    hub: str
+    """The hub's ``pipeline_tag``."""
+    loader: str
+    """Class of transformers."""
+    ends: tuple[str, ...]
+    """Of the names of architectures."""
+    peft: str
+    """peft's ``task_type``; empty where it has none."""
+    mapping: str = ""
+    """Table of transformers from ``model_type`` to the architecture, where peft may have trained a new head."""
+    heads: tuple[str, ...] = ()
+    """Modules that peft adds to ``modules_to_save`` by itself; a model has one of them."""
+
+
+TEXT = Task("text-generation", "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM")
+TEXT_TO_TEXT = Task("text-generation", "AutoModelForSeq2SeqLM", ("ForConditionalGeneration",), "SEQ_2_SEQ_LM")
+TEXT_CLASSES = Task(
+    "text-classification",
+    "AutoModelForSequenceClassification",
+    ("ForSequenceClassification",),
+    "SEQ_CLS",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    ("classifier", "score"),
+)
+TOKEN_CLASSES = Task(
+    "token-classification",
+    "AutoModelForTokenClassification",
+    ("ForTokenClassification",),
+    "TOKEN_CLS",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    ("classifier", "score"),
+)
+ANSWERS = Task(
+    "question-answering",
+    "AutoModelForQuestionAnswering",
+    ("ForQuestionAnswering",),
+    "QUESTION_ANS",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    ("qa_outputs",),
+)
+MASKED_WORDS = Task("fill-mask", "AutoModelForMaskedLM", ("ForMaskedLM",), "")
+STATES = Task("feature-extraction", "AutoModel", ("Model",), "FEATURE_EXTRACTION")
+
+#: ``LMHeadModel`` before ``Model``.
+TASKS = (TEXT, TEXT_TO_TEXT, TEXT_CLASSES, TOKEN_CLASSES, ANSWERS, MASKED_WORDS, STATES)
+
+
+def find_architecture(folder: Path) -> str:
+    """What ``config.json`` names; empty where it names none or is not there."""
+    file = folder / "config.json"
+    named = parse_json(file.read_text()).get("architectures") if file.is_file() else None
+    return str(named[0]) if named else ""
+
+
+def headed_task(task_type: str | None) -> Task | None:
+    """The task of an adapter for which peft trains a head; None for others.
+
+    Args:
+        task_type: Of ``adapter_config.json``.
+    """
+    return next((task for task in TASKS if task.heads and task.peft == task_type), None)
+
+
+def task_of(architecture: str) -> Task | None:
+    """What an architecture is for; None where its name does not tell."""
+    return next((task for task in TASKS if architecture.endswith(task.ends)), None)
+
+
+def is_renamed(folder: Path) -> bool:
+    """Whether transformers translates this architecture's stored names, as for fused experts."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    values = parse_json((folder / "config.json").read_text())
+    # By class or by type: GPT-NeoX's head is named by its class only.
+    kinds = [*(values.get("architectures") or ()), values.get("model_type")]
+    return any(get_checkpoint_conversion_mapping(kind) for kind in kinds)

@@ -1,0 +1,328 @@
+"""What a run's files, its adapter and its base say about a model, as rows of tables; what is not known is left out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmtune import __version__
+from llmtune.errors import ExportError
+from llmtune.export.model import ExportRequest
+from llmtune.model.adapter.stored_adapter import CONFIG_FILE
+from llmtune.plan.memory.peak_memory import MemoryPlan
+from llmtune.plan.memory.placement import Placement
+from llmtune.security.redaction import redact_values
+from llmtune.security.trust import read_foreign
+from llmtune.storage import layout
+from llmtune.storage.plain_json import parse_json
+from llmtune.units import format_bytes
+
+#: A table: what is said, and its value.
+Rows = list[tuple[str, str]]
+
+_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|bz2|xz)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known about how a model was made, without secrets; paths and clocks are not taken from it into the card."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Lines up to the step that is exported."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    step: int | None = None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of the run's configuration by its dotted key."""
+        return _get(self.config, key, default)
+
+    @property
+    def tuner(self) -> str | None:
+        """``full``, ``lora``, ``qlora``; None where nothing was trained, or nobody knows."""
+        if self.config:
+            return str(self.get("tuner.kind"))
+        return "lora" if self.adapter else None
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Evaluation lines with a loss or another metric."""
+        return [record for record in self.metrics if any(key.startswith("eval_") for key in record)]
+
+
+def read_facts(request: ExportRequest) -> Facts:
+    """Read what there is; a file that is missing or broken is as good as none."""
+    trained = request.adapter or (request.base if request.run is not None else None)
+    adapter = _read_json(request.adapter / CONFIG_FILE) if request.adapter is not None else {}
+    if request.run is None:
+        return Facts(adapter=redact_values(adapter))
+    # A checkpoint has the configuration and the metrics of its own time.
+    places = [place for place in (trained, request.run) if place is not None]
+    step = _find_step(trained) if trained is not None else None
+    metrics = next((lines for place in places if (lines := _read_lines(place / layout.METRICS))), [])
+    if step is not None:
+        metrics = [record for record in metrics if record["step"] <= step]
+    return Facts(
+        config=redact_values(next((found for place in places if (found := _read_yaml(place / layout.CONFIG))), {})),
+        plan=redact_values(_read_json(request.run / layout.PLAN)),
+        environment=redact_values(_read_json(request.run / layout.ENVIRONMENT)),
+        metrics=metrics,
+        adapter=redact_values(adapter),
+        step=step if step is not None else (metrics[-1]["step"] if metrics else None),
+    )
+
+
+def list_sources(value: Any) -> list[str]:
+    """What ``data.train`` or ``data.eval`` names, without folders of this machine and without what signs a URL."""
+    if value is None:
+        return []
+    found = []
+    for entry in value if isinstance(value, list) else [value]:
+        path = str(entry.get("path", "")) if isinstance(entry, dict) else str(entry)
+        if "://" in path:
+            found.append(path.partition("?")[0].partition("#")[0])
+        else:
+            found.append(path if _is_hub_source(path) else path.rstrip("/").rpartition("/")[2])
+    return found
+
+
+def find_hub_datasets(facts: Facts) -> list[str]:
+    """Data sets of the hub among the sources."""
+    named = [name.partition("@")[0] for key in ("train", "eval") for name in list_sources(facts.get(f"data.{key}"))]
+    return sorted({name for name in named if _is_hub_source(name)})
+
+
+def describe_data(facts: Facts) -> Rows:
+    """Names, counts and hashes."""
+    rows: Rows = []
+    for key, label in (("train", "training data"), ("eval", "held-out data")):
+        if sources := list_sources(facts.get(f"data.{key}")):
+            rows.append((label, ", ".join(sources)))
+        if counts := _get(facts.plan, f"data.{key}"):
+            rows.append((label.replace("data", "rows"), _describe_counts(counts)))
+    share = facts.get("data.val_set_size")
+    if facts.config and facts.get("data.eval") is None and share:
+        rows.append(("held out", f"{share} {'of the rows' if share < 1 else 'rows'}, split off the training data"))
+    rows += _rows(
+        ("fingerprint of the rows", _get(facts.plan, "data.fingerprint")),
+        ("tokenised sources", ", ".join(_stores(facts))),
+        ("trained on", _describe_mask(facts)),
+        ("chat template", str(facts.get("data.chat_template") or "").rpartition("/")[2]),
+    )
+    return rows
+
+
+def describe_settings(facts: Facts) -> Rows:
+    """What was trained, and how."""
+    plan, adapter, get = facts.plan, facts.adapter, facts.get
+    trainable, parameters = (_get(plan, f"shape.{key}") for key in ("trainable_parameters", "parameters"))
+    micro, accumulated = (_get(plan, f"batch.{key}") for key in ("micro_batch_size", "accumulation_steps"))
+    batch = _get(plan, "batch.global_batch_size", get("train.global_batch_size"))
+    planned = _get(plan, "steps.total_steps")
+    steps = f"{facts.step} of {planned}" if facts.step is not None and planned else planned
+    schedule, warmup = get("schedule.lr_scheduler_type"), _get(plan, "steps.warmup_steps")
+    tuned = bool(adapter)
+    return _rows(
+        ("tuner", facts.tuner),
+        ("rank", adapter.get("r")),
+        ("alpha", adapter.get("lora_alpha")),
+        ("dropout", adapter.get("lora_dropout")),
+        ("variant", ", ".join(name for name, key in _VARIANTS.items() if adapter.get(key))),
+        ("target modules", _describe_targets(adapter.get("target_modules")) if tuned else None),
+        ("also trained", _describe_targets(adapter.get("modules_to_save")) if tuned else None),
+        ("trainable parameters", f"{trainable:,} of {parameters:,}" if trainable and parameters else None),
+        ("learning rate", plan.get("learning_rate", get("optim.learning_rate"))),
+        ("schedule", f"{schedule}, {warmup} steps of warm-up" if schedule and warmup is not None else schedule),
+        ("optimizer", f"AdamW, betas {get('optim.betas')}, weight decay {get('optim.weight_decay')}" if get("optim") else None),
+        ("gradient clipping", get("train.max_grad_norm")),
+        ("batch", f"{batch} rows{f' ({micro} a micro-batch, {accumulated} accumulated)' if micro else ''}" if batch else None),
+        ("optimizer steps", steps),
+        ("precision", get("precision")),
+        ("sequence length", get("data.max_seq_length")),
+        ("packing", _yes(get("data.packing"))),
+        ("seed", get("seed")),
+    )  # fmt: skip
+
+
+#: Name of a variant of LoRA -> the key of peft that turns it on.
+_VARIANTS = {"DoRA": "use_dora", "rsLoRA": "use_rslora"}
+
+
+def describe_metrics(facts: Facts) -> list[tuple[str, str, str]]:
+    """Metric, before training, after it; held out where it says so."""
+    evaluations, train = facts.evaluations, [r for r in facts.metrics if r.get("loss") is not None]
+    found = []
+    if train:
+        found.append(("training loss (first and last step)", _format(train[0]["loss"]), _format(train[-1]["loss"])))
+    if evaluations:
+        first = evaluations[0] if evaluations[0]["step"] == 0 else {}
+        for key, value in read_metrics_after(facts).items():
+            label = f"held-out {key.replace('_', ' ')}"
+            found.append((label, _format(first.get(f"eval_{key}")), _format(value)))
+    return found
+
+
+def read_metrics_after(facts: Facts) -> dict[str, float]:
+    """The held-out metrics of the step that is exported, without ``eval_``."""
+    last = facts.evaluations[-1] if facts.evaluations else {}
+    return {
+        key.removeprefix("eval_"): float(value)
+        for key, value in last.items()
+        if key.startswith("eval_") and isinstance(value, int | float)
+    }
+
+
+def describe_plan(facts: Facts) -> Rows:
+    """Where it ran, what was predicted, and what was measured."""
+    plan = facts.plan
+    if not plan:
+        return []
+    hardware = plan.get("hardware", {})
+    steps = [record for record in facts.metrics if "tokens_per_second" in record]
+    speeds = [record["tokens_per_second"] for record in (steps[1:] or steps)]
+    memory = [record["memory_bytes"] for record in facts.metrics if record.get("memory_bytes")]
+    devices = f"{hardware.get('device_count')} x {hardware.get('name')}"
+    nodes = hardware.get("nodes", 1)
+    predicted = plan.get("tokens_per_second")
+    return _rows(
+        ("hardware", (f"{nodes} nodes of {devices}" if nodes > 1 else devices) if hardware.get("name") else None),
+        ("world size", plan.get("world_size")),
+        ("placement", _describe_placement(plan)),
+        ("gradient checkpointing", _yes(plan.get("gradient_checkpointing"))),
+        ("attention", plan.get("attn_implementation")),
+        ("predicted memory of a rank", _describe_memory(plan)),
+        ("measured memory of a rank", f"{format_bytes(max(memory))} at its peak" if memory else None),
+        ("predicted speed", f"{predicted:,.0f} tokens/s" if predicted else None),
+        ("measured speed", f"{statistics.median(speeds):,.0f} tokens/s (median)" if speeds else None),
+        ("out of memory", f"{len(plan['history'])} times, gone on with another placement" if plan.get("history") else None),
+    )  # fmt: skip
+
+
+def describe_versions(facts: Facts) -> list[tuple[str, str, str]]:
+    """Package, version that trained, version that exported."""
+    trained = facts.environment
+    found = [("llmtune", str(trained.get("llmtune", "")), __version__)]
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append((package, str(trained.get(package, "")), metadata.version(package)))
+    return found
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this is a name on the hub and no folder of this machine."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).expanduser().exists()
+
+
+def _is_hub_source(path: str) -> bool:
+    return is_hub_id(path.partition("@")[0]) and not _DATA_FILE.search(path.partition("@")[0])
+
+
+def _describe_counts(counts: Mapping[str, Any]) -> str:
+    text = f"{counts.get('rows') or 0:,} ({counts.get('tokens') or 0:,} tokens, {counts.get('trained_tokens') or 0:,} trained on)"
+    left_out = [f"{counts[key]:,} {key}" for key in ("dropped", "truncated", "skipped", "twins") if counts.get(key)]
+    if counts.get("packing_efficiency"):
+        left_out.append(f"packed to {counts['packing_efficiency']:.1%}")
+    return "; ".join([text, *left_out])
+
+
+def _describe_mask(facts: Facts) -> str | None:
+    given = facts.get("data.train_on_inputs")
+    return None if given is None else ("all tokens" if given else "the answers alone")
+
+
+def _stores(facts: Facts) -> list[str]:
+    """The hashes by which tokenised sources are kept; their folder is this machine's affair."""
+    return [Path(store).name for store in _get(facts.plan, "data.train_stores", [])]
+
+
+def _describe_targets(given: Any) -> str | None:
+    """Last parts of module names, sorted: peft stores them in any order."""
+    if isinstance(given, str):
+        return given
+    return ", ".join(sorted({str(name).rpartition(".")[2] for name in given or []})) or None
+
+
+def _describe_placement(plan: Mapping[str, Any]) -> str | None:
+    with contextlib.suppress(KeyError, TypeError, StopIteration):
+        return Placement(**plan["placement"]).describe()
+    return None
+
+
+def _describe_memory(plan: Mapping[str, Any]) -> str | None:
+    with contextlib.suppress(KeyError, TypeError):
+        memory = MemoryPlan.from_dict(plan["memory"])
+        parts = {"accelerator": memory.device.total, "host": memory.host.total, "NVMe": memory.nvme}
+        return ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items() if size)
+    return None
+
+
+def _find_step(trained: Path) -> int | None:
+    """The step that a folder of weights was written at."""
+    step = layout.checkpoint_step(trained)
+    if step is None:
+        given = _read_json(trained / layout.MANIFEST).get("step")
+        step = given if isinstance(given, int) else None
+    return step
+
+
+def _rows(*pairs: tuple[str, Any]) -> Rows:
+    return [(label, str(value)) for label, value in pairs if value is not None and value != ""]
+
+
+def _yes(value: Any) -> str | None:
+    return None if value is None else ("yes" if value else "no")
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
+
+
+def _get(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        if not isinstance(found, Mapping) or found.get(part) is None:
+            return default
+        found = found[part]
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(ExportError, ValueError):
+        found = parse_json(read_foreign(path, ExportError))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(ExportError, ValueError, yaml.YAMLError):
+        found = yaml.safe_load(read_foreign(path, ExportError))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a metrics file; a half-written one, as a crash leaves it, is passed over."""
+    with contextlib.suppress(ExportError, UnicodeDecodeError):
+        return list(_parse_lines(read_foreign(path, ExportError)))
+    return []
+
+
+def _parse_lines(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            record = parse_json(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record

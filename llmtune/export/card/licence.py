@@ -1,0 +1,98 @@
+"""The licence of a base, as its own files name it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from llmtune.errors import ExportError
+from llmtune.security.trust import check_foreign, copy_foreign, find_objection
+
+#: What a licence's text begins with -> the hub's name of it; the first that is found counts.
+_TEXTS = (
+    (r"Apache License\s+Version 2\.0", "apache-2.0"),
+    (r"MIT License", "mit"),
+    (r"LLAMA 2 COMMUNITY LICENSE", "llama2"),
+    (r"LLAMA 3\.1 COMMUNITY LICENSE", "llama3.1"),
+    (r"LLAMA 3\.2 COMMUNITY LICENSE", "llama3.2"),
+    (r"LLAMA 3\.3 COMMUNITY LICENSE", "llama3.3"),
+    (r"META LLAMA 3 COMMUNITY LICENSE", "llama3"),
+)
+_FILES = re.compile(r"(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)([._-].*)?", re.IGNORECASE)
+_MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Licence:
+    """What is known; possibly nothing."""
+
+    front_matter: dict[str, str] = field(default_factory=dict)
+    """``license``, ``license_name``, ``license_link`` as the hub knows them."""
+    files: tuple[Path, ...] = ()
+    """Texts that go with the weights."""
+
+    @property
+    def shown(self) -> str:
+        """Its name."""
+        return self.front_matter.get("license_name") or self.front_matter.get("license", "")
+
+
+def find_licence(folders: Sequence[Path]) -> Licence:
+    """From the front matter of the base's card, or else from the text of its licence."""
+    files = {file.name: file for folder in reversed(folders) for file in _licence_files(folder)}
+    named = next((found for folder in folders if (found := _read_card(folder / "README.md"))), None)
+    return Licence(
+        named or next(filter(None, (_read_text(file) for file in files.values())), {}),
+        tuple(file for _, file in sorted(files.items())),
+    )
+
+
+def copy_licence_files(files: Sequence[Path], folder: Path) -> None:
+    """Put the texts beside the weights, as most licences ask for.
+
+    Raises:
+        ExportError: One is a link that leads out of its folder.
+    """
+    for file in files:
+        if not (folder / file.name).exists():
+            copy_foreign(file, folder / file.name, ExportError, _MOST_BYTES)
+
+
+def check_licences(folder: Path) -> None:
+    """Refuse, before anything is written, what :func:`copy_licence_files` would.
+
+    Raises:
+        ExportError: With the first one.
+    """
+    for file in _licence_files(folder):
+        check_foreign(file, ExportError, _MOST_BYTES)
+
+
+def _licence_files(folder: Path) -> Iterator[Path]:
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if file.is_file() and _FILES.fullmatch(file.name) and file.stat().st_size <= _MOST_BYTES:
+            yield file
+
+
+def _read_card(file: Path) -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        if find_objection(file, _MOST_BYTES) is not None:
+            return {}
+        match = re.match(r"---\n(.*?)\n---", file.read_text(encoding="utf-8"), re.DOTALL)
+        given = yaml.safe_load(match[1]) if match else None
+        if isinstance(given, dict) and isinstance(given.get("license"), str):
+            keys = ("license", "license_name", "license_link")
+            return {key: given[key] for key in keys if isinstance(given.get(key), str)}
+    return {}
+
+
+def _read_text(file: Path) -> dict[str, str]:
+    if find_objection(file, _MOST_BYTES) is not None:
+        return {}
+    start = file.read_text(encoding="utf-8", errors="replace")[:2000]
+    return next(({"license": name} for pattern, name in _TEXTS if re.search(pattern, start, re.IGNORECASE)), {})

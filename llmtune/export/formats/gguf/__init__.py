@@ -1,0 +1,1 @@
+"""GGUF, as llama.cpp reads it."""

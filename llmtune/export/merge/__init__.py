@@ -1,0 +1,1 @@
+"""An adapter and its base become one stream of tensors."""

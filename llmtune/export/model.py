@@ -1,0 +1,221 @@
+"""What an export is made of, opened and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
+from llmtune.errors import ExportError
+from llmtune.export.card.licence import check_licences
+from llmtune.export.formats.model_files import check_companions
+from llmtune.export.merge.adapter import Adapter, read_adapter
+from llmtune.export.merge.heads import HeadedSource, find_head
+from llmtune.export.merge.merged_source import MergedSource
+from llmtune.export.publish.shards import Progress
+from llmtune.export.sources.base import (
+    Retyped,
+    SafetensorsSource,
+    TensorSource,
+    Without,
+    is_embedding,
+    is_input_embedding,
+    is_output_embedding,
+    usual_dtype,
+)
+from llmtune.export.sources.bitsandbytes import open_base
+from llmtune.export.sources.deepspeed.adapter import has_adapter, open_base_part, open_model_part
+from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
+from llmtune.export.sources.master_weights import MastersSource, find_masters
+from llmtune.export.sources.nf4 import Nf4RoundTrip, quantised_names
+from llmtune.model.skeleton import build_skeleton
+from llmtune.storage.plain_json import parse_json
+from llmtune.storage.signature import Signer
+
+DTYPES = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
+
+
+def _silent(_: str) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRequest:
+    """What is exported, and to where."""
+
+    base: Path
+    """Model folder; for full fine-tuning, the trained model itself."""
+    base_name: str
+    """How the model card calls the base."""
+    adapter: Path | None
+    """None for full fine-tuning."""
+    run: Path | None
+    """Whose files describe the training."""
+    output: Path
+    zero: Path | None = None
+    """DeepSpeed's own checkpoint, which holds the tensors; ``base`` then only describes the model."""
+    unpacked_from: Path | None = None
+    """DeepSpeed's own checkpoint that ``adapter``, a folder of this start alone, was made from."""
+    progress: Progress | None = None
+    say: Callable[[str], None] = _silent
+    """Told what was checked, and what is worth knowing."""
+    signer: Signer | None = None
+    """Signs what is published."""
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """A model to be written in some format."""
+
+    request: ExportRequest
+    base: TensorSource
+    """What the adapter is for; without one, the trained model itself."""
+    source: TensorSource
+    """The tensors as they are to be stored, an adapter merged."""
+    companions: list[Path]
+    """Folders with configuration and tokenizer; a later one wins."""
+    config_changes: dict[str, Any]
+    """Keys of ``config.json`` that are no longer the base's."""
+    adapter: Adapter | None
+    merged: MergedSource | None
+    """What the adapter changes; None without one."""
+    base_changes: dict[str, Any] = field(default_factory=dict)
+    """Those of them that describe a head which the adapter brings."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What most of the floating numbers are stored in."""
+        return usual_dtype(self.source)
+
+    @property
+    def computed(self) -> bool:
+        """Whether the tensors are others than the stored ones."""
+        return self.source is not self.base
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors as they are stored."""
+        return sum(spec.nbytes for spec in self.source.specs.values())
+
+
+def open_material(request: ExportRequest, config: ExportConfig) -> Material:
+    """Open what is exported.
+
+    Raises:
+        ExportError: Something is missing, damaged, or does not belong together.
+    """
+    base = _open_base(request, config)
+    source, companions, changes = base, [request.base], {}
+    adapter, merged = None, None
+    base_changes: dict[str, Any] = {}
+    if request.adapter is not None:
+        adapter = read_adapter(request.adapter)
+        _note_other_base(request, adapter)
+        head = find_head(request.base, base, adapter)
+        if head is not None:
+            base, base_changes = HeadedSource(base, adapter, head), head.changes
+        # Only adapters on embeddings ask for it; building the model takes tens of megabytes.
+        embeds = any(is_embedding(f"{module}.weight") for module in adapter.modules)
+        output = _output_embedding(request.base, base_changes) if embeds else None
+        merged = MergedSource(base, adapter, output)
+        source, changes = merged, base_changes | merged.config_changes
+        companions.append(request.adapter)
+    dtype = DTYPES.get(config.dtype)
+    if request.zero is not None and dtype is None:
+        dtype = _stored_dtype(request.base)
+    if dtype is not None:
+        source = Retyped(source, dtype)
+    return Material(request, base, source, companions, changes, adapter, merged, base_changes)
+
+
+def _note_other_base(request: ExportRequest, adapter: Adapter) -> None:
+    """Bases of equal shapes cannot be told apart by an adapter's tensors; the name that it was given may tell."""
+    named = str(adapter.settings.get("base_model_name_or_path") or "")
+    known = {Path(request.base_name).name.lower(), request.base.resolve().name.lower()}
+    # A run knows its base by itself, wherever that lay.
+    if named and request.run is None and Path(named).name.lower() not in known:
+        request.say(f"note: the adapter names {named} as its base, and is merged into {request.base_name}")
+
+
+def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
+    """The trained model, or what the adapter is added to."""
+    if request.zero is not None:
+        zero = ZeroSource(request.zero)
+        return open_base_part(zero) if has_adapter(zero) else open_model_part(zero)
+    if request.adapter is None:
+        if config.merge_onto is MergeOnto.nf4:
+            raise ExportError("export.merge_onto=nf4: there is no adapter to merge; the key is for QLoRA")
+        # Rounded to bf16, master weights are the stored ones; other dtypes gain digits from them.
+        finer = config.dtype in (ExportDtype.fp32, ExportDtype.fp16)
+        checkpoint = find_masters(request.base) if finer else None
+        return MastersSource(checkpoint) if checkpoint is not None else open_base(request.base)
+    base = open_base(request.base)
+    if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
+        base = Nf4RoundTrip(base, quantised_names(request.base, base))
+    copies = _tied_copies(request.base, base)
+    return Without(base, copies) if copies else base
+
+
+def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
+    """What the model calls the matrix of its logits."""
+    if not (folder / "config.json").is_file():
+        return "lm_head.weight"
+    skeleton = build_skeleton(folder, changes)
+    layer = skeleton.get_output_embeddings()
+    return next((f"{name}.weight" for name, module in skeleton.named_modules() if module is layer), None)
+
+
+def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
+    """Output embeddings that are the input once more: transformers keeps one matrix, and peft trains that one."""
+    file = folder / "config.json"
+    if not file.is_file() or not parse_json(file.read_text()).get("tie_word_embeddings"):
+        return []
+    inputs = list(filter(is_input_embedding, base.specs))
+    outputs = list(filter(is_output_embedding, base.specs))
+    return [name for name in outputs if any(_are_equal(base, name, other) for other in inputs)]
+
+
+def _are_equal(source: TensorSource, one: str, other: str) -> bool:
+    if replace(source.specs[one], name=other) != source.specs[other]:
+        return False
+    return all(map(torch.equal, source.blocks(one), source.blocks(other)))
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """What ``config.json`` says that the model is in."""
+    file = folder / "config.json"
+    config = parse_json(file.read_text()) if file.is_file() else {}
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def check_places(request: ExportRequest) -> None:
+    """The output must not be, or lie around, what it is made from.
+
+    Raises:
+        ExportError: It would replace its own source.
+    """
+    sources = [folder.resolve() for folder in (request.base, request.adapter, request.zero) if folder is not None]
+    if any(source == request.output.resolve() or request.output.resolve() in source.parents for source in sources):
+        raise ExportError(f"output_dir={request.output} holds what is exported; take another output_dir=")
+
+
+def check_links(request: ExportRequest) -> None:
+    """What is exported must lie in the folders that were named, and not be links to files elsewhere: an export is published.
+
+    Raises:
+        ExportError: A link leads out of its folder.
+    """
+    # Settings of an adapter lie beside the folder that DeepSpeed's ranks wrote.
+    beside = (
+        {request.zero.parent, *(folder for folder in request.zero.iterdir() if folder.is_dir())}
+        if request.zero
+        else set()
+    )
+    for folder in filter(None, (request.base, request.adapter, request.zero, *sorted(beside))):
+        check_companions(folder)
+        check_licences(folder)

@@ -1,0 +1,1 @@
+"""A folder that is written aside, named in one step, and uploaded."""

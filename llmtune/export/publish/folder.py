@@ -1,0 +1,152 @@
+"""Write an export aside, describe it, and give it its name in one rename.
+
+What was killed is gone on with: finished files wait aside, listed in a journal. What failed leaves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmtune.checkpoint.find import REPLACED, is_complete
+from llmtune.errors import ExportError, LlmtuneError
+from llmtune.export.publish.shards import Journal
+from llmtune.security.trust import require_own
+from llmtune.storage import layout
+from llmtune.storage.manifest import flush, hash_file, mark_complete, write_manifest
+from llmtune.storage.plain_json import parse_json
+from llmtune.storage.signature import Signer
+from llmtune.units import format_bytes
+
+
+def write_export(
+    folder: Path,
+    job: str,
+    write: Callable[[Path, Journal], None],
+    about: dict[str, Any],
+    signer: Signer | None = None,
+) -> None:
+    """Call ``write`` on a folder beside ``folder``, add the manifest, and publish it.
+
+    Args:
+        job: Says what is written from what; the rest of another job that was killed is not gone on with.
+
+    Raises:
+        ExportError: The folder exists and is not an export, another export is writing it, or the disk refuses.
+    """
+    restore_replaced(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
+        raise ExportError(f"{folder} exists and is not an export of llmtune; take another output_dir=")
+    aside = folder.with_name(folder.name + ".tmp")
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        # Its name can be guessed, and in a folder that all share another may have made it, with links in it to be written over.
+        require_own(aside, "output_dir", "take another output_dir=", ExportError)
+        with _locked(aside):
+            try:
+                _write(aside, job, write, partial(write_manifest, about=about, signer=signer))
+                _swap(aside, folder)
+            except (OSError, LlmtuneError):
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise ExportError(f"{folder} was not written: {error}") from error
+
+
+def check_replaceable(folder: Path, wanted: str) -> None:
+    """Whether what is published at ``folder``, if anything is, has the format ``wanted``: only that is written anew.
+
+    Raises:
+        ExportError: It has another format.
+    """
+    if not _is_export(folder):
+        return
+    there = parse_json((folder / layout.MANIFEST).read_text()).get("format")
+    if there is not None and there != wanted:
+        raise ExportError(
+            f"{folder} holds another export (export={there}, and this is export={wanted}), which is not removed: take another "
+            "output_dir=, or remove it"
+        )
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Whether the disk of ``folder`` takes ``needed_bytes``; what a killed start left there counts as room.
+
+    Raises:
+        ExportError: It does not.
+    """
+    used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free + used
+    if free < needed_bytes:
+        raise ExportError(
+            f"{folder.parent} has {format_bytes(free)} free, the export needs {format_bytes(needed_bytes)}; "
+            "take an output_dir= on a larger disk"
+        )
+
+
+def _write(
+    aside: Path,
+    job: str,
+    write: Callable[[Path, Journal], None],
+    describe: Callable[[Path, dict[str, dict[str, Any]]], None],
+) -> None:
+    journal = Journal(aside, job)
+    write(aside, journal)
+    files = {}
+    own = (journal.path, aside / layout.MANIFEST, aside / layout.SIGNATURE)
+    for file in sorted(file for file in aside.rglob("*") if file.is_file() and file not in own):
+        name = file.relative_to(aside).as_posix()
+        if name not in journal.entries:
+            flush(file)
+        files[name] = journal.entries.get(name) or hash_file(file)
+    describe(aside, files)
+    journal.close()
+    mark_complete(aside)
+
+
+def _swap(aside: Path, folder: Path) -> None:
+    """The old export keeps another name until the new one has taken its place."""
+    old = folder.with_name(folder.name + REPLACED)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Give the old export its name back that an end between two renames left without."""
+    old = folder.with_name(folder.name + REPLACED)
+    if old.is_dir():
+        if folder.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.rename(folder)
+
+
+@contextlib.contextmanager
+def _locked(aside: Path) -> Iterator[None]:
+    """One export at a time; the lock goes with the process that holds it."""
+    descriptor = os.open(aside, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ExportError(f"another export is writing {aside}; wait for it, or take another output_dir=") from error
+    finally:
+        os.close(descriptor)
+
+
+def _is_export(folder: Path) -> bool:
+    """Only an export's manifest names a format; checkpoints and trained models have manifests too."""
+    try:
+        return is_complete(folder) and "format" in parse_json((folder / layout.MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        return False

@@ -1,0 +1,199 @@
+"""A published export goes to the Hugging Face hub in one commit, so that nobody ever sees half of it.
+
+Large files are sent before the commit; the hub knows them by their hash, so that a second start does not send them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.errors import ExportError, MissingPrerequisiteError
+from llmtune.security.redaction import redact
+from llmtune.storage import layout
+from llmtune.storage.plain_json import parse_json
+from llmtune.storage.remote import UnfitError, hash_text, list_files
+from llmtune.units import format_bytes
+
+HUB = "hf://"
+
+_URL = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<branch>[\w./-]+))?/*")
+#: First parts of addresses that are not those of models.
+_NO_MODELS = ("datasets", "spaces", "models", "buckets")
+#: What the hub puts into a new repository.
+_OF_THE_HUB = {".gitattributes"}
+#: HTTP answers after which another try may help.
+_PASSING = {408, 409, 412, 425, 429}
+_BLOCK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class HubPlace:
+    """A branch of a model repository."""
+
+    repo: str
+    branch: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    """A repository as it stands."""
+
+    commit: str
+    files: dict[str, Any]
+    """Path -> the hub's description of the file."""
+    stale: frozenset[str]
+    """Files of the export that lies there."""
+
+
+def parse_hub_url(url: str) -> HubPlace:
+    """``hf://user/name`` or ``hf://user/name@branch``.
+
+    Raises:
+        ExportError: It is neither.
+    """
+    match = _URL.fullmatch(url)
+    if match is None or match["repo"].split("/")[0] in _NO_MODELS:
+        raise ExportError(
+            f"export.upload={redact(url)}: a model on the hub is hf://user/name, a branch of it hf://user/name@branch"
+        )
+    return HubPlace(match["repo"], match["branch"])
+
+
+def check_token(url: str) -> str:
+    """The token of the environment.
+
+    Raises:
+        MissingPrerequisiteError: There is none.
+    """
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not token:
+        raise MissingPrerequisiteError(
+            f"export.upload={redact(url)}: HF_TOKEN is not set; put a token with the right to write "
+            "(https://huggingface.co/settings/tokens) into the environment or into .env"
+        )
+    return token
+
+
+def is_export_manifest(text: bytes) -> bool:
+    """Whether this is the manifest of an export; those of checkpoints name no format."""
+    with suppress(ValueError, TypeError, KeyError):
+        manifest = parse_json(text)
+        return isinstance(manifest["files"], dict) and isinstance(manifest["format"], str)
+    return False
+
+
+def upload_to_hub(folder: Path, url: str, private: bool, say: Callable[[str], None]) -> None:
+    """One attempt; a further one sends only what is still missing.
+
+    Raises:
+        UnfitError: Trying again does not help.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    place = parse_hub_url(url)
+    try:
+        _upload(HfApi(token=check_token(url)), place, folder, private, say)
+    except OfflineModeIsEnabled as error:
+        raise UnfitError("was not filled: HF_HUB_OFFLINE is set; unset it") from error
+    except HFValidationError as error:
+        raise UnfitError(f"is no name of a repository: {error}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 500
+        if 400 <= status < 500 and status not in _PASSING:
+            raise UnfitError(
+                f"was not filled: {_first_line(error)}. Does HF_TOKEN have the right to write to {place.repo}?"
+            ) from error
+        raise
+
+
+def _upload(api: Any, place: HubPlace, folder: Path, private: bool, say: Callable[[str], None]) -> None:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    api.create_repo(place.repo, private=private, exist_ok=True)
+    if place.branch is not None:
+        api.create_branch(place.repo, branch=place.branch, exist_ok=True)
+    remote = _look(api, place, private, say)
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    adds = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=file)
+        for name, file in files.items()
+        if not _is_same(file, remote.files.get(name))
+    ]
+    deletes = [
+        CommitOperationDelete(path_in_repo=name, is_folder=False) for name in sorted(remote.stale - files.keys())
+    ]
+    if not adds and not deletes:
+        say(f"{HUB}{place.repo} holds this export already: {len(files)} files, compared by their hashes")
+        return
+    for count, add in enumerate(adds, start=1):
+        api.preupload_lfs_files(place.repo, [add], revision=place.branch, free_memory=False)
+        size = format_bytes(files[add.path_in_repo].stat().st_size)
+        say(f"sent {add.path_in_repo}  {size}  ({count}/{len(adds)})")
+    commit = api.create_commit(
+        place.repo,
+        [*adds, *deletes],
+        commit_message="Upload an export of llmtune",
+        revision=place.branch,
+        parent_commit=remote.commit,
+    )
+    there = _list(api, place.repo, commit.oid)
+    wrong = [name for name, file in files.items() if not _is_same(file, there.get(name))]
+    if wrong:
+        raise OSError(f"{', '.join(wrong[:5])} arrived with other contents than they were sent with")
+    say(f"uploaded {len(adds)} files to {HUB}{place.repo} in one commit; all compared by their hashes")
+
+
+def _look(api: Any, place: HubPlace, private: bool, say: Callable[[str], None]) -> _Remote:
+    """
+    Raises:
+        UnfitError: Something lies there which is no export of llmtune's.
+    """
+    info = api.repo_info(place.repo, revision=place.branch)
+    if private and info.private is False:
+        say(f"{HUB}{place.repo} was there before and is public")
+    files = _list(api, place.repo, info.sha)
+    others = sorted(files.keys() - _OF_THE_HUB)
+    if not others:
+        return _Remote(info.sha, files, frozenset())
+    text = _read(api, place.repo, info.sha) if layout.MANIFEST in files else b""
+    if not is_export_manifest(text):
+        raise UnfitError(
+            f"holds {', '.join(others[:5])}, which is no export of llmtune; take another repository or branch"
+        )
+    return _Remote(info.sha, files, frozenset(files.keys() & list_files(hash_text(text), text).keys()))
+
+
+def _list(api: Any, repo: str, commit: str) -> dict[str, Any]:
+    tree = api.list_repo_tree(repo, recursive=True, revision=commit)
+    return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+
+
+def _read(api: Any, repo: str, commit: str) -> bytes:
+    """The manifest that lies there."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(api.hf_hub_download(repo, layout.MANIFEST, revision=commit, local_dir=folder)).read_bytes()
+
+
+def _is_same(file: Path, remote: Any | None) -> bool:
+    """Whether the hub has these bytes: it names large files by their SHA-256, others as git does."""
+    if remote is None or remote.size != file.stat().st_size:
+        return False
+    large = remote.lfs is not None
+    digest = hashlib.sha256() if large else hashlib.sha1(f"blob {remote.size}\0".encode(), usedforsecurity=False)
+    with file.open("rb") as source:
+        while block := source.read(_BLOCK_BYTES):
+            digest.update(block)
+    return bool(digest.hexdigest() == (remote.lfs.sha256 if large else remote.blob_id))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

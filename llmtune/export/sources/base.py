@@ -1,0 +1,204 @@
+"""A model as a stream: what tensors it has, and each of them block by block; never the whole in memory.
+
+Everything that exports reads a :class:`TensorSource` and does not care where the numbers come from: a folder of
+safetensors, a checkpoint's master weights, DeepSpeed's files, or one of these with an adapter on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llmtune.errors import ExportError
+from llmtune.storage.plain_json import parse_json
+from llmtune.storage.row_blocks import row_ranges
+from llmtune.storage.safetensors_writer import DTYPE_NAMES, INDEX_FILE, TensorSpec
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_ONE_FILE = "model.safetensors"
+
+#: What architectures call the modules that turn tokens into vectors, and vectors into tokens.
+_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+_OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output")
+
+
+class TensorSource(Protocol):
+    """Tensors by name, in the order in which they are to be written."""
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Name, dtype and shape of every tensor, as it should be stored."""
+        ...
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The rows of one tensor from first to last, a few at a time, in the stored dtype or a finer one."""
+        ...
+
+
+def read_whole(source: TensorSource, name: str) -> torch.Tensor:
+    """One tensor in its stored dtype and shape."""
+    spec = source.specs[name]
+    blocks = [block.to(spec.dtype).reshape(-1) for block in source.blocks(name)]
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).reshape(spec.shape)
+
+
+def usual_dtype(source: TensorSource) -> torch.dtype | None:
+    """What most of the floating numbers are stored in; None where there are none."""
+    sizes: dict[torch.dtype, int] = {}
+    for spec in source.specs.values():
+        if spec.dtype.is_floating_point:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+
+def find_name(wanted: str, names: Collection[str]) -> str | None:
+    """A model's tensor among a file's: files may leave out, or add, the first part of what the model calls it."""
+    roots = sorted({name.split(".", 1)[0] for name in names})
+    tries = [wanted, wanted.split(".", 1)[-1], *(f"{root}.{wanted}" for root in roots)]
+    return next((name for name in tries if name in names), None)
+
+
+def is_input_embedding(name: str) -> bool:
+    """Whether a tensor is the matrix that turns tokens into vectors."""
+    return _is_weight_of(name, _INPUT_EMBEDDINGS)
+
+
+def is_output_embedding(name: str) -> bool:
+    """Whether a tensor is the matrix that turns vectors into tokens."""
+    return _is_weight_of(name, _OUTPUT_EMBEDDINGS)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor has a row for every token."""
+    return is_input_embedding(name) or is_output_embedding(name)
+
+
+def _is_weight_of(name: str, modules: Collection[str]) -> bool:
+    module, _, kind = name.rpartition(".")
+    return kind == "weight" and module.rpartition(".")[2] in modules
+
+
+class SafetensorsSource:
+    """The weights of a model folder, mapped and not read: pages that were used can be given back at any time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file.
+
+        Raises:
+            ExportError: A shard is missing, cut off, or holds other tensors than the index says.
+        """
+        self.folder = folder
+        self.specs: dict[str, TensorSpec] = {}
+        self._handles: dict[str, Any] = {}
+        self.files = _weight_files(folder)
+        for file in self.files:
+            handle = open_tensors(file)
+            for name in handle.keys():  # noqa: SIM118 - no mapping
+                self.specs[name] = _spec(handle, name, file)
+                self._handles[name] = handle
+        _check_index(folder, self._handles)
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Views of the file's own bytes."""
+        tensor = self.tensor(name)
+        for first, last in row_ranges(tuple(tensor.shape)):
+            yield tensor[first:last] if tensor.ndim else tensor
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, mapped."""
+        found: torch.Tensor = self._handles[name].get_tensor(name)
+        return found
+
+
+class Retyped:
+    """Another source, with its floating tensors stored in one dtype."""
+
+    def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
+        self._source = source
+        self.specs = {
+            name: replace(spec, dtype=dtype) if spec.dtype.is_floating_point else spec
+            for name, spec in source.specs.items()
+        }
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """As the source gives them; whoever writes them rounds them, once."""
+        return self._source.blocks(name)
+
+
+class Without:
+    """Another source, with some of its tensors left out."""
+
+    def __init__(self, source: TensorSource, names: Collection[str]) -> None:
+        self.source = source
+        self.specs = {name: spec for name, spec in source.specs.items() if name not in names}
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """As the source gives them."""
+        return self.source.blocks(name)
+
+
+def open_tensors(file: Path) -> Any:
+    """A safetensors file, with its header checked against its length.
+
+    Raises:
+        ExportError: It cannot be read.
+    """
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{file} is cut off or damaged ({error}); fetch or copy it again") from error
+
+
+def _spec(handle: Any, name: str, file: Path) -> TensorSpec:
+    piece = handle.get_slice(name)
+    if piece.get_dtype() not in _DTYPES:
+        raise ExportError(f"{file}: {name} has dtype {piece.get_dtype()}; only {', '.join(_DTYPES)} can be exported")
+    return TensorSpec(name, _DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What transformers would load; some folders hold a second copy under other names."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+    elif (folder / _ONE_FILE).is_file():
+        files = [folder / _ONE_FILE]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ExportError(f"{folder} holds no *.safetensors; convert older formats with transformers' save_pretrained")
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ExportError(f"{folder}: {INDEX_FILE} names {some(missing)}, which is missing; fetch or copy it again")
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = parse_json(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{index} is no index of safetensors ({error})") from error
+    outside = [name for name in found.values() if Path(name).name != name]
+    if outside:
+        raise ExportError(f"{index} names {outside[0]}, which is not a file of its folder")
+    return found
+
+
+def _check_index(folder: Path, found: Iterable[str]) -> None:
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return
+    missing = sorted(_weight_map(index).keys() - set(found))
+    if missing:
+        raise ExportError(f"{folder}: {INDEX_FILE} names tensors that no file holds: {some(missing)}")
+
+
+def some(names: list[str], shown: int = 4) -> str:
+    """A few of many, and how many there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -1,0 +1,138 @@
+"""A base that is stored as bitsandbytes 4-bit weights: its dequantised tensors, under their plain names, as a stream."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.errors import ExportError
+from llmtune.export.sources.base import SafetensorsSource, TensorSource, some
+from llmtune.export.sources.nf4 import dequantise, load_bitsandbytes, quantised_names
+from llmtune.storage.plain_json import parse_json
+from llmtune.storage.safetensors_writer import TensorSpec
+
+_STATE_NAME = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
+_NEEDED = ("absmax", "quant_map")
+_NESTED = ("nested_absmax", "nested_quant_map")
+
+
+def open_base(folder: Path) -> TensorSource:
+    """The plain tensors of a model folder, quantised by bitsandbytes to 4 bits or not at all.
+
+    Raises:
+        ExportError: It is quantised otherwise, or something is missing or damaged.
+    """
+    check_plain_or_4bit(folder)
+    return Bnb4bitSource(folder) if is_bnb_folder(folder) else SafetensorsSource(folder)
+
+
+def is_bnb_folder(folder: Path) -> bool:
+    """Whether ``config.json`` says that bitsandbytes quantised the weights to 4 bits."""
+    return _method(folder) == "bitsandbytes 4-bit"
+
+
+def check_plain_or_4bit(folder: Path) -> None:
+    """Refuse weights in other quantisations, which would be taken for what they are not.
+
+    Raises:
+        ExportError: With what to do.
+    """
+    method = _method(folder)
+    if method in (None, "bitsandbytes 4-bit"):
+        return
+    cure = "name the model that it was quantised from with base="
+    if method == "bitsandbytes 8-bit":
+        cure += ", or store it with transformers: from_pretrained(...).dequantize().save_pretrained(...)"
+    raise ExportError(
+        f"{folder / 'config.json'}: the weights are quantised ({method}); exported can be plain weights and bitsandbytes "
+        f"4-bit: {cure}"
+    )
+
+
+class Bnb4bitSource:
+    """A folder that bitsandbytes quantised to 4 bits: the dequantised tensors, in the dtype that they were quantised from."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what each tensor was; none is dequantised yet.
+
+        Raises:
+            ExportError: The folder is quantised otherwise, or a tensor's statistics are missing or damaged.
+        """
+        check_plain_or_4bit(folder)
+        self.folder = folder
+        self._stored = SafetensorsSource(folder)
+        self._states = {
+            match["weight"]: name for name in self._stored.specs if (match := _STATE_NAME.fullmatch(name)) is not None
+        }
+        self._check_whole()
+        columns = quantised_names(folder, self._stored) if self._states else {}
+        self._transposed = {name: columns.get(name, False) for name in self._states}
+        statistics = {f"{weight}.{part}" for weight in self._states for part in (*_NEEDED, *_NESTED)}
+        self.specs = {
+            name: self._plain_spec(name) if name in self._states else spec
+            for name, spec in self._stored.specs.items()
+            if name not in statistics and not _STATE_NAME.fullmatch(name)
+        }
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Rows, dequantised; of other tensors views of the file's own bytes."""
+        if name not in self._states:
+            yield from self._stored.blocks(name)
+            return
+        parts = {
+            part: self._stored.tensor(f"{name}.{part}")
+            for part in (*_NEEDED, *_NESTED, self._states[name].removeprefix(f"{name}."))
+            if f"{name}.{part}" in self._stored.specs
+        }
+        try:
+            state = load_bitsandbytes().QuantState.from_dict(parts, torch.device("cpu"))
+        except (KeyError, ValueError, AssertionError) as error:
+            raise ExportError(
+                f"{self.folder}: the statistics of {name} are damaged ({error!r}); fetch it again"
+            ) from error
+        yield from dequantise(self._stored.tensor(name), state, self._transposed[name])
+
+    def _check_whole(self) -> None:
+        """Every packed weight has its statistics, and the other way round."""
+        wanted = [name for weight in self._states for name in (weight, *(f"{weight}.{part}" for part in _NEEDED))]
+        lost = [name for name in wanted if name not in self._stored.specs]
+        if lost:
+            raise ExportError(
+                f"{self.folder}: 4-bit weights are incomplete without {some(lost)}; fetch or copy it again"
+            )
+        bare = [
+            name
+            for name, spec in self._stored.specs.items()
+            if name not in self._states and spec.dtype == torch.uint8 and name.endswith(".weight")
+        ]
+        if bare:
+            raise ExportError(
+                f"{self.folder}: {some(bare)} are packed and lie without what says how; store the model again with "
+                "bitsandbytes 0.41.3 or newer"
+            )
+
+    def _plain_spec(self, name: str) -> TensorSpec:
+        try:
+            about = parse_json(bytes(self._stored.tensor(self._states[name]).tolist()))
+            shape, dtype = tuple(about["shape"]), getattr(torch, about["dtype"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ExportError(f"{self.folder}: {self._states[name]} is damaged ({error!r}); fetch it again") from error
+        return TensorSpec(name, dtype, shape[::-1] if self._transposed[name] else shape)
+
+
+def _method(folder: Path) -> str | None:
+    """How ``config.json`` says that the weights are quantised."""
+    file = folder / "config.json"
+    try:
+        settings: Any = parse_json(file.read_text()).get("quantization_config") if file.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ExportError(f"{file} cannot be read ({error}); fetch or copy it again") from error
+    if not settings:
+        return None
+    in_4bit, in_8bit = (bool(settings.get(key)) for key in ("load_in_4bit", "load_in_8bit"))
+    method = str(settings.get("quant_method") or ("bitsandbytes" if in_4bit or in_8bit else "unknown"))
+    return method if method != "bitsandbytes" else f"bitsandbytes {'8' if in_8bit else '4'}-bit"

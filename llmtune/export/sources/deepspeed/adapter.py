@@ -1,0 +1,145 @@
+"""Parts of DeepSpeed's checkpoint: the whole model, or an adapter under peft's names of files and the base below it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from llmtune.errors import ExportError
+from llmtune.export.sources.base import TensorSource, some
+from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
+from llmtune.model.adapter.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
+from llmtune.security.trust import copy_foreign
+from llmtune.storage.safetensors_writer import TensorFile
+
+_PREFIX = "base_model.model."
+
+#: A part of an adapter, with the adapter's own name, which files leave out.
+_PART = re.compile(
+    r"\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save|"
+    r"trainable_tokens_delta)\.(?P<adapter>[^.]+)(?P<rest>\.weight|\.bias|)$"
+)
+
+#: What peft puts between a module and its own tensor.
+_WRAPPERS = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.[^.]+$)")
+
+#: What bitsandbytes keeps beside a quantised weight.
+_QUANTISED = (".absmax", ".quant_map", ".SCB")
+
+
+class Renamed:
+    """Some tensors of another source, under other names."""
+
+    def __init__(self, source: TensorSource, names: dict[str, str]) -> None:
+        """Choose.
+
+        Args:
+            names: New name -> name in the source, in the order in which they are to be written.
+        """
+        self._source, self._names = source, names
+        self.specs = {name: replace(source.specs[own], name=name) for name, own in names.items()}
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """As the source gives them."""
+        return self._source.blocks(self._names[name])
+
+
+def has_adapter(source: ZeroSource) -> bool:
+    """Whether a LoRA adapter was trained."""
+    return any(_PART.search(name) for name in source.trained)
+
+
+def open_model_part(source: ZeroSource) -> Renamed:
+    """Everything in a full fine-tuning's checkpoint, tied tensors once: so transformers stores models."""
+    return Renamed(source, {name: name for name in source.specs if name not in source.shared})
+
+
+def open_adapter_part(source: ZeroSource) -> Renamed:
+    """Everything that was trained, fp32, as peft's files name it.
+
+    Raises:
+        ExportError: There is no adapter, or more than one.
+    """
+    parts = [match for match in map(_PART.search, source.trained) if match]
+    adapters = sorted({match["adapter"] for match in parts})
+    if not adapters:
+        raise ExportError(f"{source.folder}: no adapter was trained here, such as *.lora_A.default.weight")
+    if len(adapters) > 1:
+        raise ExportError(f"{source.folder} holds several adapters ({some(adapters)}); only one can be exported")
+    names: dict[str, str] = {}
+    for name in source.specs:
+        owner = source.shared.get(name, name)
+        part = _PART.search(name)
+        # Of second names peft stores those of whole modules; rows of tokens it ties again by itself.
+        if owner in source.trained and (name == owner or (part and part["part"] == "modules_to_save")):
+            names[_file_name(name)] = name
+    return Renamed(source, names)
+
+
+def open_base_part(source: ZeroSource) -> Renamed:
+    """The model below the adapter under its own names, where frozen parameters are in the checkpoint; tied ones once.
+
+    Raises:
+        ExportError: They are not, or they are quantised.
+    """
+    names: dict[str, str] = {}
+    for name in source.specs:
+        if not _PART.search(name) and name not in source.shared:
+            names[_WRAPPERS.sub("", name.removeprefix(_PREFIX))] = name
+    weights = [name for name, own in names.items() if own not in source.trained and name.endswith(".weight")]
+    if not weights:
+        raise ExportError(
+            f"{source.folder} holds the adapter alone (it was saved with exclude_frozen_parameters); "
+            "name the model below it with base="
+        )
+    quantised = [name for name in names if name.endswith(_QUANTISED) or ".quant_state" in name]
+    quantised += [name for name in weights if not source.specs[names[name]].dtype.is_floating_point]
+    if quantised:
+        raise ExportError(
+            f"{source.folder} holds the model below the adapter only quantised ({some(quantised)}); "
+            "name the model that it was quantised from with base="
+        )
+    return Renamed(source, names)
+
+
+def write_adapter(source: ZeroSource, output: Path, dtype: torch.dtype = torch.float32) -> bool:
+    """Write an adapter's folder as peft does; whether settings lay beside the checkpoint and were copied too.
+
+    Without settings (``adapter_config.json``) peft cannot load the folder.
+
+    Raises:
+        ExportError: There is no adapter.
+    """
+    part = open_adapter_part(source)
+    specs = [replace(spec, dtype=dtype) for spec in part.specs.values()]
+    output.mkdir(parents=True, exist_ok=True)
+    with TensorFile(output / WEIGHTS_FILE, specs) as file:
+        for spec in specs:
+            for block in part.blocks(spec.name):
+                file.write(block.to(dtype))
+    settings = find_settings(source)
+    if settings is None:
+        return False
+    copy_foreign(settings, output / CONFIG_FILE, ExportError)
+    return True
+
+
+def find_settings(source: ZeroSource) -> Path | None:
+    """``adapter_config.json``: transformers' Trainer puts it next to the folder of the ranks' files."""
+    places = (source.folder / CONFIG_FILE, source.folder.parent / CONFIG_FILE)
+    return next((file for file in places if file.is_file()), None)
+
+
+def _file_name(name: str) -> str:
+    """peft leaves the adapter's name out, of a module that was saved whole also that it is one, and has vectors of its own."""
+    match = _PART.search(name)
+    if match is None:
+        return name
+    stem = name[: match.start()]
+    if match["part"] == "modules_to_save":
+        return stem + match["rest"]
+    return f"{stem}.{match['part']}" + ("" if match["part"] == "lora_magnitude_vector" else match["rest"])

@@ -1,0 +1,129 @@
+"""The fp32 master weights of a full fine-tuning's checkpoint, put together from the slices of its ranks.
+
+The model files of the same checkpoint hold these numbers rounded to the training dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.checkpoint.slices import Piece, PiecedTensor, find_gap
+from llmtune.errors import CheckpointError, ExportError
+from llmtune.export.sources.base import SafetensorsSource, open_tensors, some
+from llmtune.storage import layout
+from llmtune.storage.manifest import read_manifest
+from llmtune.storage.plain_json import parse_json
+from llmtune.storage.safetensors_writer import TensorSpec
+
+#: What a state file calls the master weight among a parameter's tensors.
+_MASTER = "master"
+
+
+def has_masters(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of llmtune with a whole model and its master weights."""
+    return bool(_state_files(folder)) and any(folder.glob("model*.safetensors"))
+
+
+def find_masters(folder: Path) -> Path | None:
+    """The checkpoint with a trained model's master weights: the folder itself, or the one that a run's result was made from."""
+    if has_masters(folder):
+        return folder
+    try:
+        checkpoint = folder.parent / str(read_manifest(folder).get("from"))
+        read_manifest(checkpoint)
+    except CheckpointError:
+        return None
+    return checkpoint if has_masters(checkpoint) else None
+
+
+class MastersSource:
+    """A checkpoint's model in fp32, one block at a time, from any ZeRO stage, number of ranks and placement."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file; nothing is read but headers.
+
+        Raises:
+            ExportError: A file is missing or damaged, or slices do not make up the parameters of the model.
+        """
+        self.folder = folder
+        slices = _read_slices(folder)
+        if not has_masters(folder):
+            raise ExportError(
+                f"{folder} holds no whole model (model*.safetensors), and so no whole model's master weights"
+            )
+        self._model = SafetensorsSource(folder)
+        self._masters: dict[str, PiecedTensor] = {}
+        self.specs = dict(self._model.specs)
+        for name, (numel, pieces) in slices.items():
+            if name not in self.specs:
+                raise ExportError(f"{folder}: {name} has master weights and is not in the model files; {_NEXT}")
+            spec = replace(self.specs[name], dtype=torch.float32)
+            _check_covered(folder, spec, numel, pieces)
+            self._masters[name] = PiecedTensor(spec, tuple(pieces))
+            self.specs[name] = spec
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Trained parameters from the slices; what was not trained as the model files have it."""
+        return self._masters[name].blocks() if name in self._masters else self._model.blocks(name)
+
+
+_NEXT = "fetch or copy the checkpoint again, or take another with checkpoint="
+
+
+def _state_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob(layout.STATE_FILES) if layout.state_file_ranks(file.name))
+
+
+def _read_slices(folder: Path) -> dict[str, tuple[int, list[Piece]]]:
+    """Parameter -> its number of elements, and its slices in order."""
+    files = _state_files(folder)
+    _check_ranks(folder, files)
+    numels: dict[str, int] = {}
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    for file in files:
+        handle = open_tensors(file)
+        try:
+            where: dict[str, Any] = parse_json(handle.metadata()[layout.STATE_SLICES])
+            for name, (start, numel, total) in where.items():
+                values = handle.get_tensor(f"{name}/{_MASTER}").reshape(-1)
+                if values.numel() != int(numel) or numels.setdefault(name, int(total)) != int(total):
+                    raise ExportError(f"{file}: {name} has another size than its header says; {_NEXT}")
+                pieces[name].append(Piece(int(start), values))
+        except ExportError:
+            raise
+        except Exception as error:
+            # safetensors has its own errors for what is missing; a header may hold anything.
+            raise ExportError(f"{file} is not a state file of llmtune ({error}); {_NEXT}") from error
+    return {name: (numels[name], sorted(found, key=lambda p: (p.start, p.end))) for name, found in pieces.items()}
+
+
+def _check_ranks(folder: Path, files: list[Path]) -> None:
+    """One file of every rank, all from the same number of ranks."""
+    if not files:
+        raise ExportError(f"{folder} holds no {layout.STATE_FILES}, and so no master weights")
+    found = [ranks for ranks in (layout.state_file_ranks(file.name) for file in files) if ranks]
+    sizes = sorted({world_size for _, world_size in found})
+    if len(sizes) > 1:
+        raise ExportError(f"{folder} holds state files of {sizes[0]} and of {sizes[1]} ranks; {_NEXT}")
+    here = {rank for rank, _ in found}
+    missing = [layout.state_file(rank, sizes[0]) for rank in range(sizes[0]) if rank not in here]
+    if missing:
+        raise ExportError(f"{folder}: {some(missing)} of {sizes[0]} state files is missing; {_NEXT}")
+
+
+def _check_covered(folder: Path, spec: TensorSpec, numel: int, pieces: list[Piece]) -> None:
+    expected = math.prod(spec.shape)
+    if numel != expected:
+        raise ExportError(
+            f"{folder}: {spec.name} has {expected} elements in the model files and {numel} in its masters"
+        )
+    gap = find_gap(pieces, numel)
+    if gap:
+        raise ExportError(f"{folder}: the master weights of {spec.name} are not complete: {gap}; {_NEXT}")

@@ -1,0 +1,144 @@
+"""What must hold before anything is published: others can load it, and it computes what was trained."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from llmtune.config.groups.export import ExportConfig, ExportFormat, GgufType
+from llmtune.errors import ExportError
+from llmtune.export.architecture import is_renamed
+from llmtune.export.formats.model_files import copy_companions, settle_config
+from llmtune.export.model import Material
+from llmtune.export.sources.base import (
+    Retyped,
+    SafetensorsSource,
+    TensorSource,
+    Without,
+    is_input_embedding,
+    usual_dtype,
+)
+from llmtune.export.verify.parity import Parity, Sides, check_numbers, check_parity, compare_whole, probe_tokens
+from llmtune.export.verify.serving_checks import check_export
+from llmtune.units import format_bytes
+
+#: Formats, and types of GGUF, that are written from the merged fp32 in a dtype of their own; quantised ones are made of fp32.
+_WRITTEN: dict[ExportFormat | GgufType, torch.dtype] = {
+    **dict.fromkeys((ExportFormat.onnx, ExportFormat.torchscript, *GgufType), torch.float32),
+    GgufType.f16: torch.float16,
+    GgufType.bf16: torch.bfloat16,
+}
+
+#: Types of GGUF that hold each number by itself.
+_AS_THEY_ARE = (GgufType.f32, GgufType.f16, GgufType.bf16)
+
+#: Two models in fp32, one after the other, and what computing takes.
+_WHOLE_BYTES_PER_BYTE = 3
+
+
+def check_folder(material: Material, folder: Path, config: ExportConfig) -> Parity | None:
+    """Check a model folder that was written aside; None where there was nothing to compare.
+
+    Raises:
+        ExportError: It would be refused by what serves it, or is another model.
+    """
+    return _check(material, folder, SafetensorsSource(folder), config)
+
+
+def check_material(material: Material, config: ExportConfig) -> Parity | None:
+    """The same for a model that is going to be written in a format that transformers does not read.
+
+    Raises:
+        ExportError: As :func:`check_folder`.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmtune-") as name:
+        folder = Path(name)
+        copy_companions(material.companions, folder)
+        settle_config(folder, material.dtype, material.config_changes)
+        dtype = _WRITTEN.get(config.gguf_type if config.format is ExportFormat.gguf else config.format)
+        # These are made of numbers that were never rounded to the base's dtype.
+        source = material.source if dtype is None else Retyped(material.source, dtype)
+        return _check(material, folder, source, config, _quantised(config))
+
+
+def _quantised(config: ExportConfig) -> str | None:
+    """In how few bits the file holds the numbers that are compared; None where it holds them as they are."""
+    if config.format is ExportFormat.bnb_4bit:
+        return "4 bits (NF4)"
+    return (
+        config.gguf_type.value if config.format is ExportFormat.gguf and config.gguf_type not in _AS_THEY_ARE else None
+    )
+
+
+def _check(
+    material: Material, folder: Path, source: TensorSource, config: ExportConfig, quantised: str | None = None
+) -> Parity | None:
+    say = material.request.say
+    for note in check_export(folder, source):
+        say(f"note: {note}")
+    dtype = usual_dtype(source)
+    if not config.parity or not material.computed or dtype is None:
+        return None
+    tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(material))
+    sides = Sides(material.request.base, material.base, material.adapter, folder, source, material.base_changes)
+    unfit = _find_unfit(material, folder) if is_renamed(folder) else None
+    if unfit is not None:
+        parity = check_numbers(sides, dtype)
+        say(f"note: the logits of this architecture are not compared: {unfit}")
+    elif is_renamed(folder):
+        parity = compare_whole(sides, tokens, dtype, config.parity_bound)
+    else:
+        parity = check_parity(sides, tokens, dtype, config.parity_bound)
+    parity = replace(parity, quantised=quantised)
+    say(f"parity: {parity.describe()}")
+    if parity.lost is not None:
+        say(f"note: {parity.lost}")
+    return parity
+
+
+def _tokenizer(folder: Path) -> Any:
+    """None where there is none."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+
+
+def _rows(source: TensorSource) -> int:
+    """Rows of the first embedding, which every token must stay below."""
+    found = [spec.shape[0] for name, spec in source.specs.items() if is_input_embedding(name)]
+    if not found:
+        raise ExportError(
+            "parity: no embedding of tokens was found, so no text can be tried; export.parity=false leaves it out"
+        )
+    return found[0]
+
+
+def _trained_tokens(material: Material) -> list[int]:
+    """Tokens whose rows the adapter brings: trained one by one, or added to the vocabulary."""
+    if material.adapter is None:
+        return []
+    found = {row for module in material.adapter.modules for row in material.adapter.token_indices(module)}
+    before, after = _rows(material.base), _rows(material.source)
+    return sorted(found) + list(range(before, after))
+
+
+def _find_unfit(material: Material, folder: Path) -> str | None:
+    """Why a model whose stored names transformers translates, and that is therefore loaded whole, cannot be; None if it can."""
+    if not any(folder.glob("*.safetensors")):
+        return "it can be loaded from safetensors only"
+    base = material.base.source if isinstance(material.base, Without) else material.base
+    if material.base_changes or (material.adapter is not None and not isinstance(base, SafetensorsSource)):
+        return "its base is not in a folder that can be loaded"
+    count = sum(spec.nbytes // spec.dtype.itemsize for spec in material.source.specs.values())
+    needed = _WHOLE_BYTES_PER_BYTE * count * torch.float32.itemsize
+    free = psutil.virtual_memory().available
+    if needed > free:
+        return f"they need the whole model in memory, {format_bytes(needed)} of {format_bytes(free)} that are free"
+    return None

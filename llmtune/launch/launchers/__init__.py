@@ -1,0 +1,1 @@
+"""Which launcher started this process, and what it says."""

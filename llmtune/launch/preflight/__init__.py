@@ -1,0 +1,1 @@
+"""What must be there before ranks start: compiled ops, a swap folder, cores."""

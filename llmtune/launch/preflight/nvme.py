@@ -1,0 +1,170 @@
+"""The swap folder on NVMe: checked before any rank starts, emptied before and after every run."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
+from llmtune.launch.preflight.deepspeed_ops import build_in_child
+from llmtune.plan.devices.hardware import check_nvme_path
+from llmtune.security.trust import make_own
+from llmtune.units import format_bytes
+
+#: Written and read once by the probe: enough for a rate, too little to wear a drive.
+PROBE_BYTES = 64 * 2**20
+#: Below this an optimizer step of a large model takes hours; it works all the same.
+SLOW_BANDWIDTH = 500e6
+
+
+@dataclass(frozen=True, slots=True)
+class DiskProbe:
+    """Bytes a second of one stream, past the page cache."""
+
+    read: float
+    write: float
+
+
+def swap_folder(nvme_path: str, run_folder: Path) -> Path:
+    """The run's own folder: two runs may share a drive."""
+    digest = hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:12]
+    return Path(nvme_path).expanduser() / f"llmtune-swap-{digest}"
+
+
+def make_swap_folder(folder: Path) -> None:
+    """Make the folder where it is missing, for nobody else to open: weights and moments lie in it.
+
+    Every rank does, since each machine of several has its own drive.
+
+    Raises:
+        MissingPrerequisiteError: One is there that is another user's.
+    """
+    make_own(folder, "offload.nvme_path", "take another offload.nvme_path=")
+
+
+@contextmanager
+def hold_swap_folder(folder: Path) -> Iterator[None]:
+    """Make the folder anew; nothing of it is left afterwards, however the block ends.
+
+    Raises:
+        MissingPrerequisiteError: One is there that is another user's.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    make_swap_folder(folder)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_nvme(
+    nvme_path: str, swap_bytes: int, checkpoint_bytes: int, run_folder: Path, say: Callable[[str], None]
+) -> DiskProbe:
+    """Everything that would stop an NVMe run later: the op, direct reads and writes, space.
+
+    Args:
+        swap_bytes: Of all ranks of this machine.
+        checkpoint_bytes: Of the checkpoints that will stand in the run folder at once.
+
+    Raises:
+        MissingPrerequisiteError: The op does not load, or the file system has no direct I/O.
+        DoesNotFitError: There is too little space, on this disk or for the checkpoints.
+    """
+    folder = check_nvme_path(nvme_path)
+    reason = build_in_child("AsyncIOBuilder", say)
+    if reason is not None:
+        raise MissingPrerequisiteError(
+            f"offload on NVMe: DeepSpeed's AsyncIO op does not load ({reason}); run: apt-get install libaio-dev, then "
+            "python -m llmtune doctor --fix"
+        )
+    _check_space(folder, swap_bytes, checkpoint_bytes, run_folder)
+    probe = probe_disk(folder)
+    say(
+        f"NVMe: {folder} ({disk_behind(folder)}) reads {format_bytes(probe.read)}/s, writes {format_bytes(probe.write)}/s "
+        f"(one stream, direct); swap {format_bytes(swap_bytes)}"
+    )
+    if min(probe.read, probe.write) < SLOW_BANDWIDTH:
+        say("NVMe: this is slow for a drive; every optimizer step reads and writes all states")
+    return probe
+
+
+def disk_behind(folder: Path) -> str:
+    """The block device of a folder's file system, such as ``nvme0n1``; a disk that turns is said to."""
+    number = os.stat(folder).st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not device.exists():
+        return "no local block device"
+    path = device.resolve()
+    # A partition has no queue of its own.
+    whole = path if (path / "queue").is_dir() else path.parent
+    try:
+        turns = (whole / "queue" / "rotational").read_text().strip() == "1"
+    except OSError:
+        turns = False
+    kind = (
+        ""
+        if whole.name.startswith("nvme")
+        else ", the kernel takes it for a turning disk"
+        if turns
+        else ", no NVMe drive"
+    )
+    return whole.name + kind
+
+
+def probe_disk(folder: Path) -> DiskProbe:
+    """Write and read a file past the page cache (``O_DIRECT``), as DeepSpeed's swapper does.
+
+    Raises:
+        MissingPrerequisiteError: The file system refuses it (tmpfs and some network file systems do).
+    """
+    # A drive for scratch files is often open to all, and a name that can be guessed may be a link that another has put there.
+    path = folder / f".llmtune-probe-{uuid.uuid4().hex}"
+    block = mmap.mmap(-1, 4 * 2**20)
+    block.write(os.urandom(4096) * (len(block) // 4096))
+    try:
+        write = _time_blocks(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, lambda file: os.write(file, block))
+        read = _time_blocks(path, os.O_RDONLY, lambda file: os.readv(file, [block]))
+    except OSError as error:
+        raise MissingPrerequisiteError(
+            f"offload.nvme_path={folder}: no direct I/O here ({error.strerror}); name a folder on a local disk with ext4 or xfs"
+        ) from error
+    finally:
+        path.unlink(missing_ok=True)
+    return DiskProbe(PROBE_BYTES / read, PROBE_BYTES / write)
+
+
+def _time_blocks(path: Path, flags: int, move: Callable[[int], int]) -> float:
+    file = os.open(path, flags | os.O_DIRECT, 0o600)
+    started, done = time.perf_counter(), 0
+    try:
+        while done < PROBE_BYTES:
+            done += move(file)
+        if flags & os.O_WRONLY:
+            os.fsync(file)
+    finally:
+        os.close(file)
+    return time.perf_counter() - started
+
+
+def _check_space(folder: Path, swap_bytes: int, checkpoint_bytes: int, run_folder: Path) -> None:
+    """Swap and checkpoints, added up where they share a disk."""
+    same = os.stat(folder).st_dev == os.stat(run_folder).st_dev
+    needs = {folder: swap_bytes + (checkpoint_bytes if same else 0)}
+    if not same:
+        needs[run_folder] = checkpoint_bytes
+    for path, needed in needs.items():
+        free = shutil.disk_usage(path).free
+        if needed > free:
+            what = "swap files and checkpoints" if same else "swap files" if path == folder else "checkpoints"
+            raise DoesNotFitError(
+                f"{path}: {what} need {format_bytes(needed)}, free are {format_bytes(free)}; free "
+                f"{format_bytes(needed - free)}, or take another offload.nvme_path= or output_dir="
+            )

@@ -1,0 +1,1 @@
+"""N ranks of this machine: started, watched, signalled, ended."""

@@ -1,0 +1,87 @@
+"""A rank of a foreign launcher watches itself: nobody else sees that it no longer gets on."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from llmtune.errors import EXIT_UNEXPECTED
+from llmtune.launch.supervise.out_of_memory import phase_file
+from llmtune.launch.supervise.phase_records import HangWatch, read_phase
+
+_LOOK_SECONDS = 0.5
+#: To write the stacks, after which the rank ends without: with the network, the run folder's file system may be gone too.
+_WRITE_SECONDS = 15.0
+
+
+class SelfWatch:
+    """Ends this process when its own phase record no longer changes.
+
+    A rank that waits in vain for one whose node or network is gone would otherwise wait for the process group's timeout.
+    """
+
+    def __init__(self, rank: int, run_folder: Path, say: Callable[[str], None]):
+        self._rank = rank
+        self._run = run_folder
+        self._say = say
+        self._folder = Path(tempfile.mkdtemp(prefix="llmtune-"))
+        self._over = threading.Event()
+
+    @property
+    def record(self) -> Path:
+        """Where the rank's phase log is to write."""
+        return phase_file(self._folder, 0)
+
+    def remove(self) -> None:
+        """Leave no record behind."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @contextmanager
+    def watch(self, timeout_seconds: float) -> Iterator[None]:
+        """In the block, end the process after so many seconds without a change; ten times as many while it starts or answers."""
+        thread = threading.Thread(target=self._look, args=(timeout_seconds,), name="self-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+
+    def _look(self, timeout_seconds: float) -> None:
+        watch = HangWatch(self._folder, 1, timeout_seconds)
+        while not self._over.wait(min(_LOOK_SECONDS, timeout_seconds / 4)):
+            if watch.is_hung():
+                self._end(timeout_seconds)
+
+    def _end(self, timeout_seconds: float) -> None:
+        late = threading.Timer(_WRITE_SECONDS, os._exit, (EXIT_UNEXPECTED,))
+        late.daemon = True
+        late.start()
+        stands = read_phase(self._folder, 0)
+        where = f"rank {self._rank} on {socket.gethostname()} ({stands['phase']}, step {stands['step']})"
+        why = f"{where} did not get on for {timeout_seconds:g} s (launch.hang_timeout; ten times that while it starts or answers)"
+        try:
+            saved = f"its stacks are in {self._write_stacks(why)}"
+        except OSError as error:
+            saved = f"its stacks could not be saved ({error.strerror})"
+        self._say(
+            f"{why}: another rank, its node or the network may be gone; {saved}; ending, so that the launcher can"
+        )
+        self.remove()
+        os._exit(EXIT_UNEXPECTED)
+
+    def _write_stacks(self, why: str) -> Path:
+        file = self._run / f"stacks-rank{self._rank}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.txt"
+        with file.open("w") as out:
+            out.write(why + "\n\n")
+            out.flush()
+            faulthandler.dump_traceback(out, all_threads=True)
+        return file

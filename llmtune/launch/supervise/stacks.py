@@ -1,0 +1,61 @@
+"""Where every thread of every rank stands, asked of ranks that no longer get on."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from llmtune.launch.supervise.phase_records import read_phase
+from llmtune.launch.supervise.processes import RankProcess
+
+_ANSWER_SECONDS = 2.0
+
+
+def stack_file(folder: Path, rank: int) -> Path:
+    """Where a rank answers."""
+    return folder / f"stack-{rank}.txt"
+
+
+def answer_with_stacks(folder: Path, rank: int) -> None:
+    """Called by a rank: write its stacks when SIGUSR2 comes, from C, so that a thread stuck in a library is no hindrance."""
+    # Not closed: it lives as long as the process.
+    answer = os.open(stack_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    faulthandler.register(signal.SIGUSR2, file=answer, all_threads=True, chain=False)
+
+
+def save_stacks(ranks: Sequence[RankProcess], folder: Path, run_folder: Path, why: str) -> str:
+    """Ask all ranks and write their answers to ``run_folder``; a sentence that says where, and who was silent."""
+    for rank in ranks:
+        # Before that file is there, the signal would end the rank.
+        if rank.exit_code() is None and stack_file(folder, rank.number).exists():
+            rank.send(signal.SIGUSR2)
+    time.sleep(_ANSWER_SECONDS)
+    parts, silent = [why], []
+    for rank in ranks:
+        record = read_phase(folder, rank.number)
+        stack = _read(stack_file(folder, rank.number))
+        if rank.exit_code() is not None:
+            stack = f"ended with exit code {rank.exit_code()}\n"
+        elif not stack:
+            silent.append(str(rank.number))
+            stack = "no answer\n"
+        parts.append(f"==== rank {rank.number}: {record['phase']}, step {record['step']}, pid {rank.pid}\n{stack}")
+    not_heard = f"no answer from rank {', '.join(silent)}" if silent else ""
+    file = run_folder / f"stacks-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.txt"
+    try:
+        file.write_text("\n\n".join([*parts, not_heard]).rstrip() + "\n")
+    except OSError as error:
+        return f"their stacks could not be saved ({error.strerror})"
+    return f"their stacks are in {file}" + (f", {not_heard}" if not_heard else "")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

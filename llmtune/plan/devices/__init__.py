@@ -1,0 +1,1 @@
+"""The machine: its accelerators, what they can do, and what they are called."""

@@ -1,0 +1,313 @@
+"""What the run may use: named in the config, or probed on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llmtune.config.schema import Accelerator, HardwareConfig
+from llmtune.errors import MissingPrerequisiteError
+from llmtune.plan.devices.cards import CARDS, UNKNOWN, Card, find_card
+from llmtune.plan.devices.gpus import check_hidden_gpus, check_kernels, has_nvlink, visible_gpus
+from llmtune.units import counted, format_bytes, parse_bytes
+
+#: Between the ranks of one CPU, through gloo on the loopback (measured on 2 cores: 0.7 to 1.3 GB/s).
+CPU_LINK_BANDWIDTH = 1e9
+#: A node's memory, two sockets of eight channels; of the 400 GB/s of the data sheet the optimizer reaches about this.
+SERVER_MEMORY_BANDWIDTH = 250e9
+CPU_MEMORY_BANDWIDTH = 15e9
+#: Eight adapters of 200 Gb/s.
+NETWORK_BANDWIDTH = 160e9
+#: Four drives of PCIe 4 under DeepNVMe.
+NVME_READ_BANDWIDTH, NVME_WRITE_BANDWIDTH = 10e9, 5e9
+#: Share of the CPU's own matrix multiplication that a training step reaches (SmolLM2-135M on 2 cores).
+CPU_EFFICIENCY = 0.35
+#: Of one core, without and with bf16 instructions (2 EPYC cores: 200 GFLOP/s in fp32, 440 in bf16).
+CPU_FLOPS_PER_CORE = {False: 100e9, True: 220e9}
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One node, and how many of it. Bandwidths are bytes a second."""
+
+    accelerator: str
+    """``cuda`` or ``cpu``."""
+    device_count: int
+    """Accelerators of a node; 1 for a CPU, whose ranks share one memory."""
+    device_memory_bytes: int
+    """Memory of one accelerator; of the whole host for a CPU."""
+    host_memory_bytes: int
+    """Memory of a node, as far as this process may use it."""
+    nodes: int = 1
+    name: str = ""
+    nvme_bytes: int = 0
+    """Free space of a node's NVMe drives; 0 where no rung may use them."""
+    flops: float = 0.0
+    efficiency: float = 0.5
+    link_bandwidth: float = CPU_LINK_BANDWIDTH
+    pcie_bandwidth: float = CPU_MEMORY_BANDWIDTH
+    network_bandwidth: float = NETWORK_BANDWIDTH
+    host_memory_bandwidth: float = CPU_MEMORY_BANDWIDTH
+    nvme_read_bandwidth: float = NVME_READ_BANDWIDTH
+    nvme_write_bandwidth: float = NVME_WRITE_BANDWIDTH
+    fp32_flops: float = 0.0
+    """Of plain fp32, without TF32; 0 where half of ``flops`` is near enough."""
+    compute_capability: int = 0
+    """Of NVIDIA's GPUs (:class:`llmtune.plan.devices.gpus.Gpu`); 0 where it is not known."""
+    notes: tuple[str, ...] = ()
+    """Where the machine is another one than was named."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Hardware:
+        """From plain values."""
+        return cls(**{**values, "notes": tuple(values.get("notes", ()))})
+
+    def describe(self) -> str:
+        """One phrase for messages."""
+        nvme = f", NVMe {format_bytes(self.nvme_bytes)}" if self.nvme_bytes else ""
+        if self.accelerator == "cpu":
+            return f"CPU with {format_bytes(self.host_memory_bytes)} of memory{nvme}"
+        nodes = f"{self.nodes} x " if self.nodes > 1 else ""
+        name = f" {self.name}" if self.name else ""
+        return (
+            f"{nodes}{counted(self.device_count, 'GPU')}{name} of {format_bytes(self.device_memory_bytes)}, "
+            f"host {format_bytes(self.host_memory_bytes)}{nvme}"
+        )
+
+
+def resolve_hardware(
+    config: HardwareConfig, nvme_path: str | None = None, planning: bool = False, ranks_on_node: int | None = None
+) -> Hardware:
+    """Fill what the config leaves open from this machine.
+
+    Args:
+        planning: Nothing will run here, so that hardware which is named need not be there.
+        ranks_on_node: That a foreign launcher started here; each may see one GPU only.
+
+    Raises:
+        MissingPrerequisiteError: CUDA was asked for and there is none, torch cannot use the GPUs that there are, or
+            ``offload.nvme_path`` cannot be used.
+    """
+    named = planning and config.accelerator is Accelerator.cuda and config.gpu_memory_bytes is not None
+    hardware = _named(config) if named else _probed(config, planning, ranks_on_node)
+    hardware = replace(hardware, nodes=config.nodes, **_given(config))
+    known = find_card(hardware.name, hardware.device_memory_bytes) is not None or config.gpu_flops is not None
+    if hardware.accelerator == "cuda" and not known:
+        hardware = replace(hardware, notes=(*hardware.notes, _describe_unknown(hardware.name)))
+    if nvme_path is not None and config.nvme_bytes is None:
+        folder = check_nvme_path(nvme_path)
+        hardware = replace(hardware, nvme_bytes=shutil.disk_usage(folder).free)
+    return hardware
+
+
+def resolve_accelerator(wanted: Accelerator) -> str:
+    """``cuda`` or ``cpu``.
+
+    Raises:
+        As :func:`resolve_hardware`.
+    """
+    return _accelerator(wanted, len(visible_gpus()))
+
+
+def check_nvme_path(nvme_path: str) -> Path:
+    """The folder, made where its parent is there.
+
+    Raises:
+        MissingPrerequisiteError: It cannot be made or written.
+    """
+    folder = Path(nvme_path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MissingPrerequisiteError(
+            f"offload.nvme_path={nvme_path}: {error.strerror}; name a folder on a local disk"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise MissingPrerequisiteError(f"offload.nvme_path={nvme_path}: not writable; name a folder on a local disk")
+    return folder
+
+
+def _named(config: HardwareConfig) -> Hardware:
+    """A machine from the config alone."""
+    memory = parse_bytes(config.gpu_memory_bytes, "hardware.gpu_memory_bytes")
+    card = find_card(config.gpu_name, memory) or UNKNOWN
+    host = config.host_memory_bytes
+    host_bytes = parse_bytes(host, "hardware.host_memory_bytes") if host is not None else probe_host_memory_bytes()
+    return _with_card(card, config.gpu_name or "", config.gpus_per_node or 1, memory, host_bytes)
+
+
+def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -> Hardware:
+    gpus = visible_gpus()
+    accelerator = _accelerator(config.accelerator, len(gpus))
+    notes: list[str] = []
+    host_bytes = _within(config.host_memory_bytes, "host_memory_bytes", probe_host_memory_bytes(), planning, notes)
+    if accelerator == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        flops = config.gpu_flops or _cpu_flops(cores)
+        return Hardware(
+            "cpu", 1, host_bytes, host_bytes, name="CPU", flops=flops, efficiency=CPU_EFFICIENCY, notes=tuple(notes)
+        )
+    # A task of Slurm often sees the one GPU that is its own.
+    found = max(len(gpus), ranks_on_node or 0)
+    count = config.gpus_per_node or found
+    if count > found:
+        raise MissingPrerequisiteError(
+            f"hardware.gpus_per_node={count}: this machine has {counted(found, 'GPU')}; take hardware=probe to use what is there"
+        )
+    first = gpus[0]
+    check_kernels(first)
+    device_bytes = _within(config.gpu_memory_bytes, "gpu_memory_bytes", first.memory_bytes, planning, notes)
+    name = config.gpu_name if planning and config.gpu_name else first.name
+    card = find_card(name, device_bytes) or UNKNOWN
+    if config.gpu_name and card not in (find_card(config.gpu_name), find_card(config.gpu_name, device_bytes)):
+        notes.append(f"hardware.gpu_name={config.gpu_name}: this machine has {first.name}, which is planned for")
+    hardware = _with_card(card, name, count, device_bytes, host_bytes)
+    hardware = replace(hardware, compute_capability=first.compute_capability, notes=tuple(notes))
+    return hardware if count == 1 or has_nvlink() else replace(hardware, link_bandwidth=card.pcie_bandwidth)
+
+
+def _within(given: Any, key: str, probed: int, planning: bool, notes: list[str]) -> int:
+    """Bytes of a memory: those that are named, as far as they are there."""
+    if given is None:
+        return probed
+    wanted = parse_bytes(given, f"hardware.{key}")
+    if planning or wanted <= probed:
+        return wanted
+    # What a data sheet calls 80 GB is a little less to programs.
+    if wanted > 1.05 * probed:
+        notes.append(f"hardware.{key}={given}: this machine has {format_bytes(probed)}, which is planned for")
+    return probed
+
+
+def _with_card(card: Card, name: str, count: int, memory: int, host_bytes: int) -> Hardware:
+    return Hardware(
+        accelerator="cuda",
+        device_count=count,
+        device_memory_bytes=memory,
+        host_memory_bytes=host_bytes,
+        name=name,
+        flops=card.flops,
+        fp32_flops=card.fp32_flops,
+        compute_capability=card.compute_capability,
+        efficiency=card.efficiency,
+        link_bandwidth=card.link_bandwidth,
+        pcie_bandwidth=card.pcie_bandwidth,
+        host_memory_bandwidth=min(SERVER_MEMORY_BANDWIDTH, 40e9 * count),
+    )
+
+
+def _describe_unknown(name: str) -> str:
+    known = next((card for card in CARDS if name and name.upper() in card.split()), None)
+    meant = f" (did you mean hardware.gpu_name={known!r}?)" if known else ""
+    return (
+        f"the speed of {name or 'a GPU without a name'} is not known{meant}: {UNKNOWN.flops / 1e12:.0f} TFLOP/s are assumed; "
+        "hardware.gpu_flops= sets another"
+    )
+
+
+def _given(config: HardwareConfig) -> dict[str, Any]:
+    """What the config says about speeds and drives, by the names of :class:`Hardware`."""
+    given: dict[str, Any] = {
+        "nvme_bytes": config.nvme_bytes,
+        "link_bandwidth": config.gpu_link_bandwidth,
+        "pcie_bandwidth": config.pcie_bandwidth,
+        "network_bandwidth": config.network_bandwidth,
+        "host_memory_bandwidth": config.host_memory_bandwidth,
+        "nvme_read_bandwidth": config.nvme_read_bandwidth,
+        "nvme_write_bandwidth": config.nvme_write_bandwidth,
+    }
+    keys = {"link_bandwidth": "gpu_link_bandwidth"}
+    values: dict[str, Any] = {
+        name: parse_bytes(value, f"hardware.{keys.get(name, name)}")
+        for name, value in given.items()
+        if value is not None
+    }
+    for name, number in (
+        ("flops", config.gpu_flops),
+        ("efficiency", config.compute_efficiency),
+    ):
+        if number is not None:
+            values[name] = number
+    return values
+
+
+def choose_accelerator(wanted: Accelerator, gpus: int) -> str:
+    """What is asked for, by the configuration or by DeepSpeed's variable, or what there is; not looked at any further."""
+    if wanted is not Accelerator.auto:
+        return wanted.value
+    return os.environ.get("DS_ACCELERATOR", "cuda" if gpus else "cpu")
+
+
+def _accelerator(wanted: Accelerator, cuda_devices: int) -> str:
+    name = choose_accelerator(wanted, cuda_devices)
+    origin = "DS_ACCELERATOR" if wanted is Accelerator.auto else "hardware.accelerator"
+    if name not in ("cuda", "cpu"):
+        raise MissingPrerequisiteError(f"{origin}={name}: llmtune knows cuda and cpu")
+    if name == "cpu" and wanted is Accelerator.auto and "DS_ACCELERATOR" not in os.environ:
+        check_hidden_gpus()
+    if name == "cuda" and not cuda_devices:
+        raise MissingPrerequisiteError(
+            f"{origin}=cuda, but torch sees no CUDA device: install a CUDA build of torch and check nvidia-smi, "
+            "or take hardware=probe hardware.accelerator=cpu"
+        )
+    return name
+
+
+def probe_host_memory_bytes(root: Path = Path("/")) -> int:
+    """Physical memory, or the lowest limit of the control groups that this process is in (containers, jobs of Slurm).
+
+    Args:
+        root: Of the file system; for tests.
+    """
+    limits = [psutil.virtual_memory().total]
+    for file in _memory_limits(root):
+        try:
+            text = file.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+def _memory_limits(root: Path) -> Iterator[Path]:
+    """Files with the limits of this process's control group and of those around it, of both versions."""
+    mounted = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = ["0::/", "0:memory:/"]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            place, name = mounted, "memory.max"
+        elif "memory" in controllers.split(","):
+            place, name = mounted / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = Path(path.lstrip("/"))
+        for folder in (own, *own.parents):
+            yield place / folder / name
+
+
+def _cpu_flops(cores: int) -> float:
+    """bf16 operations a second by what the cores have; not measured, so that two starts of a run plan the same."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        flags = ""
+    has_bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
+    return cores * CPU_FLOPS_PER_CORE[has_bf16]
+
+
+def fp16_supported(accelerator: str) -> bool:
+    """Whether DeepSpeed takes fp16 there: on GPUs, and on CPUs whose mkldnn has it."""
+    import torch
+
+    return accelerator == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

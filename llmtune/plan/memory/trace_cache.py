@@ -1,0 +1,55 @@
+"""What planning found out about a model, on disk: a second plan of it builds and traces none, and imports neither."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llmtune import __version__
+
+#: What the values depend on beside model and settings; of llmtune itself, the files that compute them.
+_LIBRARIES = ("torch", "transformers")
+_SOURCES = ("activations.py", "lora.py", "model_shape.py", "../abilities.py", "adapted_layers.py")
+
+
+def read_cached(folder: Path | None, kind: str, key: str) -> Any:
+    """The values stored under a key, or None.
+
+    Args:
+        kind: Of values, a folder of the cache: ``traces`` or ``shapes``.
+    """
+    if folder is None:
+        return None
+    try:
+        return json.loads(_file(folder, kind, key).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def write_cached(folder: Path | None, kind: str, key: str, values: Any) -> None:
+    """Store what JSON can hold; a cache that cannot be written is no reason to stop."""
+    if folder is None:
+        return
+    file = _file(folder, kind, key)
+    aside = file.with_suffix(f".{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(values))
+        aside.rename(file)
+
+
+def _file(folder: Path, kind: str, key: str) -> Path:
+    digest = hashlib.sha256(repr((_versions(), key)).encode()).hexdigest()[:24]
+    return folder / kind / f"{digest}.json"
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    sources = (hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in _SOURCES)
+    return (__version__, *(metadata.version(name) for name in _LIBRARIES), *sources)

@@ -1,0 +1,120 @@
+"""``tuner.adapter_path``: an adapter to go on from, compared with what will be built before any rank starts."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.checkpoint.find import find_checkpoints
+from llmtune.config.compose import Composed
+from llmtune.config.schema import Config, TunerConfig
+from llmtune.config.stored import load_config
+from llmtune.errors import CheckpointError
+from llmtune.model.adapter.stored_adapter import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    StoredAdapter,
+    adopt_settings,
+    find_misfits,
+    read_stored_adapter,
+)
+from llmtune.storage import layout
+
+if TYPE_CHECKING:
+    from llmtune.plan.memory.model_shape import ModelShape
+
+
+def adopt_adapter(composed: Composed, run: Path | None = None) -> Composed:
+    """The config with the ranks, scales and modules of the adapter that ``tuner.adapter_path`` names.
+
+    Args:
+        run: The run's folder. A run that has begun goes on from its own checkpoints, even where the adapter is gone.
+
+    Raises:
+        CheckpointError: There is no adapter, or of a kind that is not trained here.
+        ConfigError: The user set what contradicts it.
+    """
+    tuner = composed.config.tuner
+    if tuner.adapter_path is None:
+        return composed
+    folder = _folder(tuner)
+    begun = _stored_tuner(run, tuner) if run is not None and not (folder / CONFIG_FILE).is_file() else None
+    if begun is None:
+        try:
+            begun = adopt_settings(tuner, read_stored_adapter(folder), _asked(composed))
+        except CheckpointError as error:
+            raise CheckpointError(f"tuner.adapter_path: {error}") from error
+    return replace(composed, config=replace(composed.config, tuner=begun))
+
+
+def check_adapter(config: Config, shape: ModelShape, run: Path) -> None:
+    """Compare the adapter's tensors with the layers that will be adapted, and look for what is no number.
+
+    Args:
+        shape: Of the model with the adapter's settings.
+        run: The run's folder; where it has checkpoints, those are loaded instead.
+
+    Raises:
+        CheckpointError: The adapter is another model's, or damaged.
+    """
+    if config.tuner.adapter_path is None or find_checkpoints(run):
+        return
+    from llmtune.storage.tensor_checks import check_tensors
+
+    stored = read_stored_adapter(_folder(config.tuner))
+    problems = find_misfits(stored, _built(shape), config.model.name_or_path)
+    problems = problems or check_tensors(stored.folder / WEIGHTS_FILE)
+    if problems:
+        raise CheckpointError(
+            f"tuner.adapter_path={config.tuner.adapter_path} is no adapter of {config.model.name_or_path}{_base(stored)}: "
+            f"{'; '.join(problems[:4])}"
+        )
+
+
+def describe_adapter(tuner: TunerConfig) -> str:
+    """For the page before step 1."""
+    scale = " / sqrt(r)" if tuner.use_rslora else " / r"
+    text = f"goes on from {tuner.adapter_path}: r {tuner.lora_r}, scale {tuner.lora_alpha:g}{scale}"
+    patterns = {"rank": tuner.rank_pattern, "alpha": tuner.alpha_pattern}
+    for name, pattern in patterns.items():
+        if pattern:
+            text += f", another {name} for {', '.join(f'{key} ({value})' for key, value in list(pattern.items())[:4])}"
+            text += " ..." if len(pattern) > 4 else ""
+    return text
+
+
+def _folder(tuner: TunerConfig) -> Path:
+    return Path(str(tuner.adapter_path)).expanduser()
+
+
+def _asked(composed: Composed) -> set[str]:
+    """Keys of ``tuner`` that the command line set, or an experiment to something else than the default."""
+    tuner, defaults = composed.config.tuner, TunerConfig()
+    return {
+        item.name
+        for item in fields(TunerConfig)
+        if composed.explicit(f"tuner.{item.name}") or getattr(tuner, item.name) != getattr(defaults, item.name)
+    }
+
+
+def _stored_tuner(run: Path, tuner: TunerConfig) -> TunerConfig | None:
+    """What the run began with."""
+    file = run / layout.CONFIG
+    if not file.is_file() or not find_checkpoints(run):
+        return None
+    stored = load_config(file).tuner
+    return stored if stored.adapter_path == tuner.adapter_path else None
+
+
+def _built(shape: ModelShape) -> dict[str, int]:
+    """Elements of each adapter tensor, by its name in a file."""
+    return {
+        f"{PREFIX}{tensor.name.replace('.default.', '.')}": tensor.numel for tensor in shape.tensors if tensor.adapter
+    }
+
+
+def _base(stored: StoredAdapter) -> str:
+    base = stored.settings.get("base_model_name_or_path")
+    return f" (it names {base} as its base)" if base else ""

@@ -1,0 +1,252 @@
+"""What ``export``, ``eval`` and ``chat`` work on: a run, a checkpoint, or a base with or without an adapter."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.checkpoint.find import find_checkpoints, is_complete
+from llmtune.config.compose import Composed, with_overrides
+from llmtune.config.schema import Config, Precision, TunerKind
+from llmtune.config.stored import load_config
+from llmtune.errors import CheckpointError, ConfigError
+from llmtune.model.adapter.stored_adapter import read_adapter_config
+from llmtune.model.own_code import describe_own_code, explain_own_code
+from llmtune.model.source import resolve_model_folder
+from llmtune.run.prepare import cache_dir
+from llmtune.security.terminal import to_terminal
+from llmtune.security.trust import read_foreign
+from llmtune.storage import layout
+from llmtune.storage.manifest import check_undamaged
+from llmtune.storage.plain_json import parse_json
+
+if TYPE_CHECKING:
+    import torch
+
+#: Of a GPU's free memory; the rest is for activations and the cache of an answer.
+WEIGHTS_SHARE = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model on disk."""
+
+    config: Config
+    """The run's configuration with the command line on top, or the command line's."""
+    model_folder: Path
+    """Weights, configuration, tokenizer."""
+    adapter: Path | None
+    run: Path | None
+    base_name: str
+    code_asked_by: str | None = None
+    """The stored configuration that turns on ``model.trust_remote_code``, which only the command line can."""
+
+
+def resolve_target(composed: Composed) -> Target:
+    """Find what the command line names.
+
+    Raises:
+        ConfigError: Two things are named at once.
+        CheckpointError: There is nothing complete at that place.
+    """
+    given = composed.config
+    places = {"run": given.run, "checkpoint": given.checkpoint.path, "base": given.base}
+    named = [key for key, place in places.items() if place]
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(f'{key}=' for key in named)} exclude each other")
+    if given.adapter and named not in (["base"], []):
+        raise ConfigError(f"adapter= goes with base=, not with {named[0]}=")
+    if given.run:
+        run = Path(given.run).expanduser()
+        stored = _stored_config(run, run / layout.CONFIG)
+        folder = trained_folder(run, stored)
+        if not folder.resolve().is_relative_to(run.resolve()):
+            raise CheckpointError(
+                f"{folder} is a link that leads out of the run, to {folder.resolve()}; where that is what you mean, say "
+                f"checkpoint={folder.resolve()}"
+            )
+        check_undamaged(folder, left_out=layout.is_state_file)
+        return _from_stored(stored, composed, folder, run)
+    if given.checkpoint.path:
+        folder = Path(given.checkpoint.path).expanduser()
+        if not is_complete(folder):
+            raise CheckpointError(f"checkpoint={folder}: not a complete checkpoint")
+        check_undamaged(folder, left_out=layout.is_state_file)
+        stored = _stored_config(folder, folder / layout.CONFIG)
+        return _from_stored(stored, composed, folder, folder.parent)
+    if given.adapter and "model" in composed.unnamed:
+        raise ConfigError(f"adapter={given.adapter} needs its base model: add base=MODEL")
+    model = replace(given.model, name_or_path=given.base, wheel=None) if given.base else given.model
+    folder = resolve_model_folder(model, cache_dir(given))
+    adapter = Path(given.adapter).expanduser() if given.adapter else None
+    return Target(given, folder, adapter, None, model.name_or_path)
+
+
+def _from_stored(stored: Config, composed: Composed, folder: Path, run: Path) -> Target:
+    """What was trained, as its own configuration describes it, which may be anybody's.
+
+    It says neither that code is run nor where this call keeps its files: the command line does.
+    """
+    place = composed.config.run or composed.config.checkpoint.path
+    asks = f"the configuration in {place}" if stored.model.trust_remote_code else None
+    plain = replace(stored, model=replace(stored.model, trust_remote_code=False), paths=composed.config.paths)
+    return replace(from_trained(with_overrides(plain, composed), folder, run), code_asked_by=asks)
+
+
+def load_model(target: Target) -> tuple[Any, Any]:
+    """Model (adapter put on, evaluation mode, on the GPUs if there are any) and tokenizer.
+
+    Raises:
+        ConfigError: The model needs Python code of its own, and the command line does not allow it.
+        CheckpointError: The adapter cannot be read, or is another model's.
+    """
+    if target.config.model.trust_remote_code and (note := describe_own_code(target.model_folder)):
+        sys.stderr.write(to_terminal(f"{note}\n"))
+    tokenizer = _load_tokenizer(target)
+    with explain_own_code(target.model_folder, target.code_asked_by):
+        model = _load_weights(target)
+    if target.adapter is not None:
+        model = put_on(model, target.adapter)
+    model.config.use_cache = True
+    return model.eval(), tokenizer
+
+
+def _load_tokenizer(target: Target) -> Any:
+    """That of the adapter, which may have tokens of its own, or else the base's. Code is the base's alone."""
+    from llmtune.data.tokenize.chat_template import check_chat_template, load_chat_template
+    from llmtune.model.tokenizer import load_tokenizer
+
+    folder, code_of = target.model_folder, None
+    if target.adapter is not None and (target.adapter / "tokenizer.json").is_file():
+        folder, code_of = target.adapter, target.model_folder
+    template = load_chat_template(target.config.data.chat_template)
+    with explain_own_code(folder, target.code_asked_by, of_adapter=code_of is not None):
+        tokenizer = load_tokenizer(folder, target.config.model, template, code_of)
+    check_chat_template(tokenizer, target.base_name)
+    return tokenizer
+
+
+def _load_weights(target: Target) -> Any:
+    from transformers import AutoConfig
+
+    from llmtune.model.build import WeightsTo, build_model
+    from llmtune.plan.abilities import attention_kernels
+    from llmtune.plan.devices import hardware
+    from llmtune.plan.memory.model_shape import build_meta_model
+    from llmtune.plan.plan import resolve_attention
+
+    config = target.config
+    accelerator = hardware.resolve_accelerator(config.hardware.accelerator)
+    capability = hardware.visible_gpus()[0].compute_capability if accelerator == "cuda" else 0
+    trusted = config.model.trust_remote_code
+    architecture = AutoConfig.from_pretrained(str(target.model_folder), trust_remote_code=trusted)
+    kernels = attention_kernels(build_meta_model(architecture, trusted)[0])
+    attention = resolve_attention(config, accelerator, kernels, capability)
+    places = WeightsTo(place_weights(target.model_folder, config.precision)) if accelerator == "cuda" else WeightsTo()
+    return build_model(target.model_folder, config.model, config.precision, False, attention, places)
+
+
+def place_weights(folder: Path, precision: Precision) -> Any:
+    """transformers' ``device_map``: the first GPU where the model fits into it, else all of them, and the host for the rest.
+
+    Args:
+        precision: Of the weights once they are loaded; that of the files may be another.
+    """
+    import torch
+
+    from llmtune.model.build import DTYPES
+    from llmtune.model.weights.files import read_entries
+
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    free, _ = torch.get_device_module(device).mem_get_info(0)
+    weights = DTYPES[precision].itemsize * sum(math.prod(entry.shape) for entry in read_entries(folder).values())
+    return {"": f"{device.type}:0"} if weights < WEIGHTS_SHARE * free else "auto"
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Of a GPU, or of the host."""
+    import psutil
+    import torch
+
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.get_device_module(device).mem_get_info(device)[0])
+
+
+def put_on(model: Any, adapter: Path) -> Any:
+    """The model with an adapter, in the model's dtype.
+
+    Raises:
+        CheckpointError: It cannot be read, or is another model's.
+    """
+    from peft import PeftModel
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+    # Before peft follows its settings.
+    read_adapter_config(adapter)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        # peft leaves out what does not match, and at most warns; once more, for what it says of it.
+        found: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(adapter), device="cpu"))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"adapter {adapter}: {str(error).splitlines()[0]}") from error
+    missing = [name for name in found.missing_keys if "lora_" in name]
+    if wrong := [*missing, *found.unexpected_keys]:
+        raise CheckpointError(
+            f"adapter {adapter} is another model's: {len(missing)} of the matrices that its settings announce are not in it, "
+            f"and {len(found.unexpected_keys)} of its tensors have no place, such as {wrong[0]}"
+        )
+    return adapted
+
+
+def from_trained(config: Config, folder: Path, run: Path) -> Target:
+    """What was trained: an adapter on its base, or the whole model in ``folder``."""
+    if config.tuner.kind is TunerKind.full:
+        return Target(config, folder, None, run, config.model.name_or_path)
+    return Target(config, _base_folder(config, run), folder, run, config.model.name_or_path)
+
+
+def _base_folder(config: Config, run: Path) -> Path:
+    """Where the run's base lies: where it lay in training, or wherever the configuration finds it now."""
+    noted = _noted_base(run / layout.PLAN)
+    if noted is not None and noted.is_dir() and list(noted.glob("*.safetensors")):
+        return noted
+    return resolve_model_folder(config.model, cache_dir(config))
+
+
+def _noted_base(plan: Path) -> Path | None:
+    """The folder that a run's plan calls its base; None also where a crash of the machine has cut the plan off.
+
+    Raises:
+        CheckpointError: The plan may not be opened.
+    """
+    if not plan.is_file():
+        return None
+    try:
+        noted = parse_json(read_foreign(plan, CheckpointError)).get("model_folder")
+    except (ValueError, AttributeError):
+        return None
+    return Path(noted) if isinstance(noted, str) and noted else None
+
+
+def trained_folder(run: Path, config: Config) -> Path:
+    """The final result, or the newest checkpoint of a run that is not finished."""
+    result = run / (layout.ADAPTER if config.tuner.kind is TunerKind.lora else layout.MODEL)
+    if is_complete(result):
+        return result
+    found = find_checkpoints(run)
+    if not found:
+        raise CheckpointError(f"run={run}: no trained model and no complete checkpoint in it")
+    return found[-1]
+
+
+def _stored_config(place: Path, file: Path) -> Config:
+    if not file.is_file():
+        raise CheckpointError(
+            f"{place} is no run or checkpoint of llmtune (no {layout.CONFIG} in it); a model folder is base="
+        )
+    return load_config(file)

@@ -1,0 +1,98 @@
+"""Whether a model can be trained as it was asked for, found out before any rank starts; answers are remembered."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llmtune
+from llmtune.config.schema import Config
+from llmtune.errors import ConfigError
+from llmtune.model.weights.files import identify_weights, read_entries
+from llmtune.model.weights.quantized import check_trainable, has_known_names, method_of, quantization
+from llmtune.model.weights.report import WeightReport
+from llmtune.plan.memory.trace_cache import read_cached, write_cached
+
+#: What the remembered answers depend on beside the model.
+_SOURCES = (
+    *("model/weights/names.py", "model/weights/files.py", "model/weights/check.py", "model/weights/report.py"),
+    *("model/weights/quantized.py", "model/attention.py", "model/shrink.py", "train/hooks/packing_probe.py"),
+)
+
+
+def check_model(
+    config: Config, kernel: str, stage: int, folder: Path, cache_dir: Path | None, say: Callable[[str], None]
+) -> None:
+    """Look through a model's files, and try packing on its architecture where rows are packed.
+
+    Args:
+        kernel: Of attention.
+        stage: Of ZeRO.
+        folder: Of the model.
+        cache_dir: Where answers are remembered; None asks anew.
+        say: Told what is worth a line: weights that are tied, or not used.
+
+    Raises:
+        MissingPrerequisiteError: The files lack weights, or hold them in other shapes.
+        ConfigError: Documents of a packed row would see each other, or weights in fewer bits cannot be trained on so.
+    """
+    name, trusted = config.model.name_or_path, config.model.trust_remote_code
+    settings = quantization(folder)
+    if settings is not None:
+        check_trainable(settings, read_entries(folder), config.tuner.kind, stage, name)
+    if settings is None or has_known_names(settings):
+        for note in _check_weights(name, folder, trusted, cache_dir):
+            say(note)
+    if settings is not None:
+        say(_describe_comparison(settings))
+    if config.data.packing:
+        _check_packing(name, folder, trusted, cache_dir, kernel)
+
+
+def _describe_comparison(settings: dict[str, Any]) -> str:
+    method = method_of(settings)
+    if has_known_names(settings):
+        return f"weights: those that {method} packed are compared with the model by their names, not by their shapes"
+    return f"weights: what the files lack was not looked for, because the names that {method} gives are not known here"
+
+
+def _check_weights(name: str, folder: Path, trusted: bool, cache_dir: Path | None) -> list[str]:
+    key = repr((_sources(), identify_weights(folder)))
+    values = None if trusted else read_cached(cache_dir, "weights", key)
+    if values is None:
+        from llmtune.model.weights.check import compare_weights
+        from llmtune.plan.memory.model_shape import build_meta_model
+
+        model, _ = build_meta_model(_architecture(folder, trusted), trusted)
+        values = compare_weights(model, folder).to_dict()
+        write_cached(cache_dir, "weights", key, values)
+    report = WeightReport.from_dict(values)
+    report.refuse(name, folder)
+    return report.notes()
+
+
+def _check_packing(name: str, folder: Path, trusted: bool, cache_dir: Path | None, kernel: str) -> None:
+    key = repr((_sources(), name, (folder / "config.json").read_text(), kernel))
+    values = None if trusted else read_cached(cache_dir, "packing", key)
+    if values is None:
+        from llmtune.train.hooks.packing_probe import try_architecture
+
+        values = {"problem": try_architecture(_architecture(folder, trusted), kernel, name, trusted)}
+        write_cached(cache_dir, "packing", key, values)
+    if values["problem"] is not None:
+        raise ConfigError(values["problem"])
+
+
+def _architecture(folder: Path, trusted: bool) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(folder), trust_remote_code=trusted)
+
+
+@cache
+def _sources() -> str:
+    package = Path(str(llmtune.__file__)).parent
+    return hashlib.sha256(b"".join((package / name).read_bytes() for name in _SOURCES)).hexdigest()

@@ -1,0 +1,116 @@
+"""What ``export`` and the end of a training run do: from a target to a published folder."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.config.schema import Config, ModelConfig
+from llmtune.errors import ConfigError, ExportError
+from llmtune.export.model import ExportRequest
+from llmtune.export.pipeline import run_export
+from llmtune.export.sources.deepspeed.adapter import has_adapter, write_adapter
+from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
+from llmtune.run.progress_bar import show_progress
+from llmtune.security.terminal import to_terminal
+from llmtune.storage import layout
+from llmtune.storage.signature import read_signer
+
+if TYPE_CHECKING:
+    from llmtune.run.artifact import Target
+
+
+def export_run(run: Path, config: Config, output: Path, say: Callable[[str], None]) -> None:
+    """Export a finished run into ``output``."""
+    from llmtune.run.artifact import from_trained, trained_folder
+
+    target = from_trained(config, trained_folder(run, config), run)
+    export_target(target, config, output, say)
+
+
+def export_target(target: Target, config: Config, output: Path, say: Callable[[str], None]) -> Path:
+    """Export what was resolved from the command line into ``output``; the folder that was written."""
+    with show_progress(f"writing {output.name}", say) as shown:
+        request = ExportRequest(
+            target.model_folder,
+            target.base_name,
+            target.adapter,
+            target.run,
+            output,
+            progress=shown.progress,
+            say=shown.say,
+            signer=read_signer(config.checkpoint.sign),
+        )
+        return run_export(request, config.export)
+
+
+def export_zero_checkpoint(given: Config) -> Path:
+    """A checkpoint that DeepSpeed wrote, from whatever program; ``base=`` names the model folder it was trained from."""
+    checkpoint = Path(str(given.checkpoint.path)).expanduser()
+    if not given.output_dir:
+        raise ConfigError("export checkpoint= of DeepSpeed needs output_dir=FOLDER")
+    output = Path(given.output_dir).expanduser()
+    described = _describing_folder(given, checkpoint)
+    zero = ZeroSource(checkpoint)
+    with (
+        tempfile.TemporaryDirectory(prefix="llmtune-") as scratch,
+        show_progress(f"writing {output.name}", print_line) as shown,
+    ):
+        adapter = Path(scratch) if has_adapter(zero) else None
+        if adapter is not None and not write_adapter(zero, adapter):
+            raise ExportError(
+                f"{checkpoint}: an adapter was trained, and its adapter_config.json is not beside it; put it there, from the "
+                "program that trained it"
+            )
+        base_name = given.base or described.name
+        own_weights = None if adapter is not None and given.base else checkpoint
+        unpacked_from = checkpoint if adapter is not None else None
+        request = ExportRequest(
+            described,
+            base_name,
+            adapter,
+            None,
+            output,
+            own_weights,
+            unpacked_from,
+            progress=shown.progress,
+            say=shown.say,
+            signer=read_signer(given.checkpoint.sign),
+        )
+        return run_export(request, given.export)
+
+
+def _describing_folder(given: Config, checkpoint: Path) -> Path:
+    """Where ``config.json`` and the tokenizer lie: ``base=``, or beside the ranks' files as Trainer puts them."""
+    from llmtune.model.source import resolve_model_folder
+    from llmtune.run.prepare import cache_dir
+
+    if given.base:
+        return resolve_model_folder(ModelConfig(name_or_path=given.base), cache_dir(given))
+    for folder in (checkpoint, checkpoint.parent):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ConfigError(
+        f"export checkpoint={checkpoint}: no config.json there; give base=MODEL, what it was trained from"
+    )
+
+
+def print_line(text: str) -> None:
+    """A line on standard output."""
+    sys.stdout.write(to_terminal(f"{text}\n"))
+
+
+def output_folder(given: Config, target: Target) -> Path:
+    """``output_dir``, or a place beside what was exported."""
+    if given.output_dir:
+        return Path(given.output_dir).expanduser()
+    if given.checkpoint.path:
+        checkpoint = Path(given.checkpoint.path).expanduser()
+        beside = layout.export_folder(checkpoint.parent, given.export.format.value)
+        return beside.with_name(f"{beside.name}-{checkpoint.name}")
+    if target.run is not None:
+        return layout.export_folder(target.run, given.export.format.value)
+    raise ConfigError("export base= adapter= needs output_dir=FOLDER")

@@ -1,0 +1,281 @@
+"""Run the chosen rung until it is done: again where ranks failed, one rung lower where memory ran out after all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.checkpoint.find import find_checkpoints
+from llmtune.config.schema import OffloadDevice
+from llmtune.errors import DoesNotFitError, LlmtuneError
+from llmtune.launch.launchers.environment import restored_environment
+from llmtune.launch.preflight.deepspeed_ops import ensure_ops
+from llmtune.launch.preflight.nvme import check_nvme, hold_swap_folder, swap_folder
+from llmtune.launch.supervise.out_of_memory import MemoryEvent, RanOutOfMemoryError
+from llmtune.launch.supervise.outcome import RanksFailedError
+from llmtune.launch.supervise.rank_group import RankGroup
+from llmtune.launch.supervise.restart import Restarts
+from llmtune.launch.supervise.signals import raise_stops
+from llmtune.launch.supervise.supervisor import run_ranks
+from llmtune.launch.supervise.watch import Limits
+from llmtune.plan.ladder import next_candidate
+from llmtune.plan.plan import describe_misfit, plan_candidate, with_nvme
+from llmtune.run.prepare import describe, resolve_request
+from llmtune.run.ranks_ahead import RanksAhead, Surroundings
+from llmtune.storage import layout
+from llmtune.track.status import Status
+
+if TYPE_CHECKING:
+    from llmtune.config.compose import Composed
+    from llmtune.config.schema import Config
+    from llmtune.plan.ladder import Candidate, Ladder
+    from llmtune.plan.plan import Plan
+    from llmtune.run.prepare import RunTarget
+    from llmtune.track.console import Console
+    from llmtune.train.request import RunRequest
+    from llmtune.train.run_folder import RunFolder
+
+
+class Descent:
+    """One run on its way down the ladder."""
+
+    def __init__(
+        self,
+        composed: Composed,
+        ladder: Ladder,
+        target: RunTarget,
+        folder: RunFolder,
+        console: Console,
+        ahead: RanksAhead | None = None,
+    ):
+        """
+        Args:
+            ahead: Where ranks of the first attempt may wait already.
+        """
+        self.ahead = ahead
+        self.composed = composed
+        self.ladder = ladder
+        self.target = target
+        self.folder = folder
+        self.console = console
+        self.history: list[dict[str, Any]] = folder.read_history()
+        self.tried: list[Candidate] = []
+        self.restarts = Restarts(composed.config.launch.max_restarts)
+        self.at_limit: MemoryEvent | None = None
+        """Of the last attempt."""
+
+    def run(self) -> bool:
+        """Train until the end, on whatever rung; False where the run was finished already.
+
+        Raises:
+            DoesNotFitError: No rung is left, or the one that was asked for does not do.
+            StoppedError: A signal came.
+            LlmtuneError: What ended the ranks, where another attempt would not help.
+        """
+        candidate = self._first()
+        failure: RanOutOfMemoryError | RanksFailedError | None = None
+        with ExitStack() as stack:
+            while (request := self._prepare(candidate)) is not None:
+                if isinstance(failure, RanksFailedError):
+                    self._record_restart(failure, request)
+                self.console.page("llmtune", describe(request))
+                try:
+                    run_request(request, self.console, self._take_ahead())
+                    return True
+                except (RanOutOfMemoryError, RanksFailedError) as error:
+                    failure = error
+                stack.enter_context(raise_stops("stopped between two attempts; the same command goes on"))
+                event = self._memory_event(failure)
+                if event is not None:
+                    candidate = self._next(candidate, event)
+                else:
+                    assert isinstance(failure, RanksFailedError)
+                    self._wait_for_restart(failure, request)
+                self._resume_own_work(request)
+        return False
+
+    def _memory_event(self, failure: RanOutOfMemoryError | RanksFailedError) -> MemoryEvent | None:
+        """What ran out of memory: by its own words, or because it ended at its limit twice in one phase."""
+        if isinstance(failure, RanOutOfMemoryError):
+            return failure.event
+        before, self.at_limit = self.at_limit, failure.at_limit
+        if before is None or self.at_limit is None or before.phase != self.at_limit.phase:
+            return None
+        return replace(self.at_limit, message=f"{failure.reason}, twice within reach of its limit")
+
+    def _prepare(self, candidate: Candidate) -> RunRequest | None:
+        plan = place_swap(plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target)
+        if self.ahead is not None:
+            self.ahead.start(Surroundings.of(plan))
+        with Status(self.console, "preparing the model and the data"):
+            return resolve_request(
+                self.composed, plan, self.target, self.folder, self.console, {"history": self.history}
+            )
+
+    def _take_ahead(self) -> RankGroup | None:
+        """Once: a further attempt may be on another rung, with other variables."""
+        ahead, self.ahead = self.ahead, None
+        return ahead.take() if ahead is not None else None
+
+    def _wait_for_restart(self, failure: RanksFailedError, request: RunRequest) -> None:
+        wait_seconds = self.restarts.take(failure, _step(request.resume_from))
+        newest = self._newest_checkpoint()
+        where = newest.name if newest else "the beginning"
+        self.console.say(f"{failure.reason}; starting again from {where}{self.restarts.describe(wait_seconds)}")
+        time.sleep(wait_seconds)
+
+    def _record_restart(self, failure: RanksFailedError, request: RunRequest) -> None:
+        entry = {
+            "time": time.time(),
+            "reason": failure.reason,
+            "step": failure.step,
+            "resumed_from": request.resume_from.name if request.resume_from else None,
+            "rollback": failure.rollback,
+        }
+        # It is a record for people; the run does not depend on it.
+        with suppress(OSError), (self.folder.path / layout.RESTARTS).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _resume_own_work(self, request: RunRequest) -> None:
+        """Go on from this run's newest checkpoint, also where its first start was told to begin elsewhere."""
+        config = self.composed.config
+        if config.resume_from_checkpoint == "none" or _step(self._newest_checkpoint()) > _step(request.resume_from):
+            self.composed = replace(self.composed, config=replace(config, resume_from_checkpoint="auto"))
+
+    def _newest_checkpoint(self) -> Path | None:
+        found = find_checkpoints(self.folder.path)
+        return found[-1] if found else None
+
+    def _first(self) -> Candidate:
+        """The ladder's choice, or where an earlier start of this run ended up on the same hardware."""
+        candidate = self.ladder.chosen
+        assert candidate is not None
+        for entry in self.history:
+            if entry["conditions"] != self._conditions() or entry["candidate"] != _key(candidate):
+                continue
+            self.tried.append(candidate)
+            following = next_candidate(self.ladder, candidate, self.tried, entry["phase"], entry["pool"])
+            if following is None or not self._may_move:
+                break
+            self.console.say(f"{candidate.placement.rung} ran out of memory before (plan.json): starting lower")
+            candidate = following
+        return candidate
+
+    def _next(self, failed: Candidate, event: MemoryEvent) -> Candidate:
+        self.tried.append(failed)
+        entry = {"candidate": _key(failed), "conditions": self._conditions(), "time": time.time(), **asdict(event)}
+        self.history.append(entry)
+        self.folder.write_history(self.history)
+        if not self._may_move:
+            raise DoesNotFitError(self._refusal(failed, event))
+        following = next_candidate(self.ladder, failed, self.tried, event.phase, event.pool)
+        if following is None:
+            raise DoesNotFitError(
+                f"{event.describe()}\non {failed.describe()}, and no rung below it would need less of that memory.\n"
+                f"{_hint(self.composed.config)}"
+            )
+        self.console.say(f"{event.describe()}")
+        self.console.say(f"taking the next rung: {following.describe()}")
+        return following
+
+    @property
+    def _may_move(self) -> bool:
+        return self.composed.config.offload.optimizer is OffloadDevice.auto
+
+    def _refusal(self, failed: Candidate, event: MemoryEvent) -> str:
+        rung = failed.placement.rung
+        others = [c for c in self.ladder.rungs if c.candidate and c.candidate.fits and c.name != rung]
+        named = " or ".join(f"offload={other.name}" for other in others[:3])
+        return (
+            f"{event.describe()}\noffload={rung} was asked for, so no other rung was tried. Take offload=auto, which goes "
+            f"down the ladder by itself{f' (here: {named})' if named else ''}. The same command with it goes on from the "
+            f"newest checkpoint.\n{_hint(self.composed.config)}"
+        )
+
+    def _conditions(self) -> dict[str, Any]:
+        """What must be the same for an earlier failure to count."""
+        hardware = self.ladder.hardware
+        return {
+            "world_size": self.ladder.world_size,
+            "device_memory_bytes": hardware.device_memory_bytes,
+            "host_memory_bytes": hardware.host_memory_bytes,
+            "memory_limit": self.composed.config.launch.memory_limit,
+        }
+
+
+def check_fits(config: Config, ladder: Ladder) -> None:
+    """Refuse a job of which no rung fits.
+
+    Raises:
+        DoesNotFitError: With what every rung lacks, and the smallest change that would do.
+    """
+    if ladder.chosen is None:
+        raise DoesNotFitError(describe_misfit(config, ladder))
+
+
+def place_swap(plan: Plan, composed: Composed, target: RunTarget) -> Plan:
+    """The plan with this run's own folder for what is swapped."""
+    path = composed.config.offload.nvme_path
+    if not plan.placement.uses_nvme or path is None:
+        return plan
+    return with_nvme(plan, str(swap_folder(path, target.folder)))
+
+
+@contextmanager
+def hold_nvme(config: Config, plan: Plan, run_folder: Path, console: Console) -> Iterator[None]:
+    """What a run with NVMe needs around it; nothing for others."""
+    path = config.offload.nvme_path
+    if not plan.placement.uses_nvme or path is None:
+        yield
+        return
+    kept = config.train.save_total_limit or 2
+    swap = plan.memory.nvme * plan.world_size
+    check_nvme(path, swap, (kept + 1) * plan.memory.checkpoint, run_folder, console.say)
+    with hold_swap_folder(swap_folder(path, run_folder)):
+        yield
+
+
+def run_request(request: RunRequest, console: Console, ahead: RankGroup | None = None) -> None:
+    """Start the ranks of one attempt, or tell those that were started ahead, and wait for their end."""
+    plan = request.plan
+    log = request.run_folder / layout.LOG
+    with (
+        restored_environment(),
+        tempfile.TemporaryDirectory(prefix="llmtune-") as folder,
+        hold_nvme(request.config, plan, request.run_folder, console),
+    ):
+        Surroundings.of(plan).set_variables()
+        ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
+        path = Path(folder) / "request.json"
+        path.write_text(request.to_json())
+        limits = Limits(request.config.launch.hang_timeout, request.config.launch.stop_timeout)
+        run_ranks(["-m", "llmtune.run.rank", str(path)], plan.world_size, log, console.say, limits, ahead)
+    if not (request.run_folder / layout.FINISHED).is_file():
+        raise LlmtuneError(f"all ranks ended without an error, but the run is not finished; see {log}")
+
+
+def _step(checkpoint: Path | None) -> int:
+    return (layout.checkpoint_step(checkpoint) or 0) if checkpoint else 0
+
+
+def _key(candidate: Candidate) -> dict[str, Any]:
+    return {
+        **asdict(candidate.placement),
+        "micro_batch_size": candidate.batch.micro_batch_size,
+        "gradient_checkpointing": candidate.gradient_checkpointing,
+    }
+
+
+def _hint(config: Config) -> str:
+    hints = ["a smaller data.max_seq_length"]
+    if config.offload.nvme_path is None:
+        hints.insert(0, "offload.nvme_path=/path on a local disk")
+    if config.launch.memory_limit is not None:
+        hints.insert(0, f"a launch.memory_limit above {config.launch.memory_limit}")
+    return "Try: " + "; ".join(hints)

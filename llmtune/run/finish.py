@@ -1,0 +1,60 @@
+"""After the ranks have ended: what the run came to, and its export."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat
+from llmtune.config.schema import TunerKind
+from llmtune.config.stored import load_config
+from llmtune.storage import layout
+from llmtune.track.console import Console
+from llmtune.track.metrics import read_metrics
+from llmtune.train.run_folder import RunFolder
+
+
+def finished_message(run: Path) -> str:
+    """What a finished run came to."""
+    records = read_metrics(run / layout.METRICS)
+    held_out = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
+    # A run that began from the checkpoint of its last step has no lines of its own.
+    finished = RunFolder(run).finished_step
+    step = records[-1]["step"] if records else finished or 0
+    text = f"finished: {run} is at step {step}"
+    if losses:
+        text += f"; training loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    if held_out:
+        text += f"; held-out loss {held_out[0]:.4f} -> {held_out[-1]:.4f} ({held_out[-1] / held_out[0] - 1:+.1%})"
+    return text
+
+
+def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
+    """Export after training, unless that is done or is not wanted; the ranks have ended and their memory is free."""
+    config = replace(load_config(run / layout.CONFIG), export=export)
+    lora = config.tuner.kind is TunerKind.lora
+    trained = run / (layout.ADAPTER if lora else layout.MODEL)
+    as_trained = ExportFormat.adapter if lora else ExportFormat.safetensors
+    # What was trained lies there in its own dtype; another one has to be written.
+    is_there = export.format is as_trained and export.dtype is ExportDtype.auto and not export.upload
+    if export.format is ExportFormat.none or is_there:
+        console.say(f"the trained {'adapter' if lora else 'model'}: {trained}")
+        return
+    # They bring torch along, which a run without an export does not need in this process.
+    from llmtune.export.identity import is_export_of
+    from llmtune.export.publish.upload import upload_export
+    from llmtune.run.exporting import export_run
+
+    exported = layout.export_folder(run, export.format.value)
+    if export.dry_run or not is_export_of(exported, trained, export):
+        export_run(run, config, exported, console.say)
+    elif export.upload:
+        # Cut off when the export was done: what is there already is not sent again.
+        upload_export(exported, export.upload, export.upload_private, False, console.say)
+    if export.dry_run:
+        return
+    is_merged = lora and export.format is ExportFormat.safetensors
+    console.say(f"merged model: {exported}" if is_merged else f"exported {export.format.value}: {exported}")
+    console.say(f"{'adapter:     ' if lora else 'trained model:'} {trained}")
+    console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')

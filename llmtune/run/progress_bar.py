@@ -1,0 +1,52 @@
+"""How far an export is: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from llmtune.export.publish.shards import Progress
+from llmtune.track.console import Console
+from llmtune.track.status import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a long export is given to tell of itself."""
+
+    progress: Progress | None
+    """Told of bytes; None where there is no bar."""
+    say: Callable[[str], None]
+    """Writes a line, above the bar."""
+
+
+@contextmanager
+def show_progress(what: str, say: Callable[[str], None]) -> Iterator[Shown]:
+    """Bytes written, speed and time left on standard error, if somebody is looking.
+
+    Args:
+        say: Writes a line to standard output.
+    """
+    if not sys.stderr.isatty():
+        with Status(Console(sys.stderr), what):
+            yield Shown(None, say)
+        return
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def say_above(text: str) -> None:
+            # Both are one terminal: a line would begin at the end of the bar.
+            bar.stop()
+            say(text)
+            sys.stdout.flush()
+            bar.start()
+
+        progress = Progress(lambda size: bar.update(task, total=size), lambda size: bar.advance(task, size))
+        yield Shown(progress, say_above)

@@ -1,0 +1,56 @@
+"""Problems that the configuration alone tells, and that only the parts which read a key can see.
+
+The rules of ``llmtune.config.rules`` know keys; here sources, sizes and addresses are read by those who use them, before anything
+is prepared or planned, so that all problems stand in one report and ``plan`` refuses what ``train`` refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llmtune.config.schema import Config
+from llmtune.errors import ConfigError
+
+
+def find_problems(config: Config) -> list[str]:
+    """What training would refuse whatever is on this machine, in words a user can act on; no file of data is opened."""
+    found = []
+    for check in _CHECKS:
+        try:
+            check(config)
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def _check_data(config: Config) -> None:
+    from llmtune.data.settings import check_data_settings
+
+    check_data_settings(config.data)
+
+
+def _check_launch(config: Config) -> None:
+    from llmtune.units import parse_bytes
+
+    launch = config.launch
+    if launch.memory_limit is not None:
+        parse_bytes(launch.memory_limit, "launch.memory_limit")
+    if launch.hostfile is not None and launch.nproc is not None:
+        raise ConfigError(f"launch.nproc={launch.nproc}: with launch.hostfile the file says how many ranks, as slots=N")
+
+
+def _check_upload(config: Config) -> None:
+    from llmtune.export.preflight import check_address
+
+    check_address(config.export)
+
+
+def _check_mirror(config: Config) -> None:
+    mirror = config.checkpoint.mirror
+    if mirror is not None:
+        from llmtune.storage.remote import check_protocol
+
+        check_protocol(mirror, "checkpoint.mirror")
+
+
+_CHECKS: tuple[Callable[[Config], None], ...] = (_check_data, _check_launch, _check_upload, _check_mirror)

@@ -1,0 +1,226 @@
+"""What must not leave a process: values of secret environment variables, passwords in URLs; every folder may import this.
+
+Secrets come from the environment or ``.env`` alone, so their values are known and are found by comparison. Only the
+standard library's cheap modules are imported here: each rank has a small process that filters its log with this file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from llmtune.security.secret_forms import (
+    SECRET_WORDS,
+    Form,
+    forms_of,
+    join_patterns,
+    secret_parts,
+)
+from llmtune.security.secret_urls import url_spans
+
+#: Lists, with commas, the *names* of variables that came from ``.env``, so that ranks know them too.
+SECRET_NAMES = "LLMTUNE_SECRET_NAMES"
+
+#: Settings of libraries are no secrets even where they came from ``.env``, unless they are named like one.
+_SETTING_NAME = re.compile(
+    r"(CUDA|DEEPSPEED|DS|HF|NCCL|OMP|PYTORCH|TOKENIZERS|TORCH|TRANSFORMERS|WANDB)_", re.IGNORECASE
+)
+#: From this length on a value is looked for anywhere.
+_MIN_LENGTH = 8
+#: From this length on one that is no word and no number is looked for where it stands alone, between other signs.
+_MIN_ALONE = 4
+_PLAIN_WORDS = {
+    *("anonymous", "disabled", "enabled", "undefined", "required", "optional", "changeme", "password"),
+    *("true", "false", "none", "null", "yes", "no", "on", "off", "0", "1"),
+}
+#: Behind no letter and no digit, unless they are the end of an escape.
+_ALONE = r"(?:(?<![A-Za-z0-9])|(?<=%[0-9A-Fa-f]{2})|(?<=\\[ntr])|(?<=\\u[0-9A-Fa-f]{4}))"
+_UNFINISHED_URL = re.compile(r"(?:://|[?&][\w.%-]*=)\S{0,4096}\Z")
+
+
+class _Known(NamedTuple):
+    """The secrets of an environment, ready to be looked for."""
+
+    pattern: re.Pattern[str] | None
+    beside: list[tuple[re.Pattern[str], str]]
+    """Short values, which only behind the names of their variables are told from ordinary words."""
+    unfinished: re.Pattern[str] | None
+    """The end of a text that may go on as one of those."""
+    forms: list[tuple[Form, str]]
+    """Those that ``pattern`` finds, each with what is shown for it."""
+    longest: int
+
+
+def redact(text: str) -> str:
+    """The text with ``***NAME***`` for the value of each secret variable, and without passwords in URLs.
+
+    A value is also found escaped in the ways of :mod:`llmtune.security.secret_forms`; one of several lines line by line too.
+    Redacting twice changes nothing.
+    """
+    (shown,) = redact_pieces([text])
+    return shown
+
+
+def redact_pieces(pieces: Sequence[str]) -> list[str]:
+    """Pieces of one text, redacted as a whole: a secret may begin in one and end in another, and is named in the first."""
+    text = "".join(pieces)
+    spans = _spans(text)
+    if not spans:
+        return list(pieces)
+    shown, start = [], 0
+    for piece in pieces:
+        shown.append(_without(text, start, start + len(piece), spans))
+        start += len(piece)
+    return shown
+
+
+def _without(text: str, start: int, end: int, spans: Sequence[tuple[int, int, str]]) -> str:
+    """``text[start:end]``, with the label of each span that begins there, and nothing of what it covers."""
+    parts, place = [], start
+    for first, last, label in spans:
+        if last <= start or first >= end:
+            continue
+        parts += [text[place:first], label] if first >= start else []
+        place = min(last, end)
+    return "".join((*parts, text[place:end]))
+
+
+def _spans(text: str) -> list[tuple[int, int, str]]:
+    """Beginning, end and label of what must not be shown; in order, apart from each other."""
+    known = _known()
+    found: list[tuple[int, int, str]] = []
+    if known.pattern is not None:
+        found += [(*match.span(), _label(known, match[0])) for match in known.pattern.finditer(text)]
+    for pattern, label in known.beside:
+        found += [(*match.span(1), label) for match in pattern.finditer(text)]
+    found += url_spans(text)
+    merged: list[tuple[int, int, str]] = []
+    for first, last, label in sorted(found, key=lambda span: (span[0], -span[1])):
+        if merged and first < merged[-1][1]:
+            begin, end, named = merged[-1]
+            merged[-1] = (begin, max(end, last), named)
+        else:
+            merged.append((first, last, label))
+    return merged
+
+
+def _label(known: _Known, text: str) -> str:
+    return next(label for form, label in known.forms if form.matches(text))
+
+
+def redact_values(value: Any) -> Any:
+    """A nest of dictionaries, lists and tuples with every text in it redacted."""
+    if isinstance(value, str):
+        # Enums whose members are texts stay what they are.
+        return redact(value) if type(value) is str else value
+    if isinstance(value, dict):
+        return {redact_values(key): redact_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(redact_values, value))
+    return value
+
+
+def describe_secret_overrides(overrides: Iterable[str]) -> str:
+    """What to do about secrets on the command line, which every user of the machine reads in ``ps``; empty without any."""
+    keys = [text.partition("=")[0].lstrip("+") for text in overrides if redact(text) != text]
+    if not keys:
+        return ""
+    return (
+        f"note: there is a secret in {', '.join(keys)}, and every user of a machine can read the command lines on it (ps). "
+        "Keep it in the environment, and name it in a file of --config-dir: ${oc.env:NAME}"
+    )
+
+
+def has_secrets() -> bool:
+    """Whether this environment holds any."""
+    known = _known()
+    return known.pattern is not None or bool(known.beside)
+
+
+def split_unfinished(text: str) -> tuple[str, str]:
+    """Text without its line's end: what can be shown now, and an end that may be the beginning of a secret."""
+    known = _known()
+    limit = len(text)
+    for pattern in (_UNFINISHED_URL, known.unfinished):
+        if pattern is not None and (match := pattern.search(text)):
+            limit = min(limit, match.start())
+    first = max(0, len(text) - known.longest)
+    starts = (at for at in range(first, limit) if any(form.could_begin(text, at) for form, _ in known.forms))
+    cut = next(starts, limit)
+    # What is whole already stays so.
+    cut = next((begin for begin, end, _ in _spans(text) if begin < cut < end), cut)
+    return text[:cut], text[cut:]
+
+
+def remember_names(names: Iterable[str]) -> None:
+    """Count the values of these variables as secrets, here and in the processes that are started from here."""
+    if listed := {*names, *_listed_names()}:
+        os.environ[SECRET_NAMES] = ",".join(sorted(listed))
+
+
+def restrict_umask() -> None:
+    """Nothing that this process and its children create from now on can be written by others."""
+    os.umask(os.umask(0o022) | 0o022)
+
+
+def _listed_names() -> set[str]:
+    return {name for name in os.environ.get(SECRET_NAMES, "").split(",") if name}
+
+
+def _known() -> _Known:
+    return _known_in(tuple(os.environ.items()))
+
+
+# An environment rarely changes, and a page or a log asks for each of its texts.
+@lru_cache(maxsize=4)
+def _known_in(environment: tuple[tuple[str, str], ...]) -> _Known:
+    listed = {name for name in _listed_names() if not _SETTING_NAME.match(name)}
+    secret = {name for name, _ in environment if name != SECRET_NAMES and (name in listed or SECRET_WORDS.search(name))}
+    # Of all others only passwords in URLs are secret.
+    found = sorted((name, value) for name, value in environment if name in secret or "://" in value)
+    return _compile(tuple((name, value, name in secret) for name, value in found))
+
+
+@lru_cache(maxsize=4)
+def _compile(variables: tuple[tuple[str, str, bool], ...]) -> _Known:
+    anywhere: dict[str, tuple[Form, str]] = {}
+    beside, names = [], []
+    for name, given, is_secret in variables:
+        value = given.strip()
+        for part in secret_parts(value, is_secret):
+            for form, pattern in _to_find(part):
+                anywhere.setdefault(pattern, (form, f"***{name}***"))
+        if is_secret and 0 < len(value) < _MIN_LENGTH and _is_worth_hiding(value):
+            shown = forms_of(value)[0].pattern
+            behind = rf"{re.escape(name)}[\"']?\s*[:=]\s*[\"']?({shown})(?!\w)"
+            beside.append((re.compile(behind), f"***{name}***"))
+            names.append(rf"{re.escape(name)}[^\n]{{0,80}}\Z")
+    ordered = sorted(anywhere.items(), key=lambda item: -item[1][0].least)
+    return _Known(
+        join_patterns([pattern for pattern, _ in ordered]),
+        beside,
+        join_patterns(names),
+        [found for _, found in ordered],
+        max((form.most for form, _ in anywhere.values()), default=0),
+    )
+
+
+def _to_find(part: str) -> Iterator[tuple[Form, str]]:
+    """The forms in which a part of a secret is looked for, with their expressions."""
+    if not _is_worth_hiding(part) or len(part) < _MIN_ALONE:
+        return
+    if len(part) >= _MIN_LENGTH:
+        yield from ((form, form.pattern) for form in forms_of(part))
+    elif not (part.isalpha() or part.isdigit()):
+        spelled, *encoded = forms_of(part)
+        yield spelled, rf"{_ALONE}{spelled.pattern}(?![A-Za-z0-9])"
+        yield from ((form, form.pattern) for form in encoded)
+
+
+def _is_worth_hiding(value: str) -> bool:
+    # HF_TOKEN_PATH and GOOGLE_APPLICATION_CREDENTIALS name files.
+    is_path = value.startswith(("/", "~", "./")) and os.path.exists(os.path.expanduser(value))
+    return value.lower() not in _PLAIN_WORDS and not is_path

@@ -1,0 +1,44 @@
+"""What a terminal would obey in a text: rows, answers, names and messages of others are shown with it spelled out.
+
+A terminal takes C0 and C1 controls (ECMA-48) as orders: to write over what it showed, to change its title, to send back what
+then stands behind the prompt as if somebody had typed it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from llmtune.security.redaction import redact
+
+#: C0 but for tab and newline, DEL, and C1. Letters that run from right to left and joiners of emoji are none of them.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+#: The colours that llmtune itself writes.
+GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
+
+
+def show_controls(text: str) -> str:
+    r"""The text with ``\x1b`` for an escape, and so on."""
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def colour(text: str, code: str) -> str:
+    """A text of others in one of our colours."""
+    return f"{code}{show_controls(text)}{PLAIN}"
+
+
+def to_terminal(text: str) -> str:
+    """What of a text may be written to standard output or standard error: no secret, and no order."""
+    return show_controls(redact(text))
+
+
+def to_json_line(value: Any, indent: int | None = None, letters: bool = False) -> str:
+    """JSON that no terminal obeys: JSON itself leaves DEL as it is, and C1 where other letters are to stay.
+
+    Args:
+        letters: Leave those beyond ASCII as they are.
+    """
+    text = json.dumps(value, ensure_ascii=not letters, indent=indent)
+    # All other controls are escaped; the newlines are those of the indent.
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -1,0 +1,219 @@
+"""Files at any URL that fsspec writes to: one attempt a call, read back and compared, and the patience around it."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+import xxhash
+from fsspec.implementations.local import LocalFileSystem
+
+from llmtune.errors import ConfigError
+from llmtune.security.redaction import redact
+from llmtune.storage import layout
+from llmtune.storage.manifest import flush
+from llmtune.storage.plain_json import parse_json
+
+T = TypeVar("T")
+
+#: How often a file is tried, and the wait after the first failure, which doubles each time.
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS = 1.0
+
+_BLOCK_BYTES = 1 << 22
+
+#: Protocol -> package with its driver.
+DRIVERS = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    "oss": "ossfs",
+}
+
+
+def check_protocol(url: str, key: str) -> None:
+    """Whether fsspec knows how such a URL is read, driver installed or not; no network is used.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    protocol = url.split("::")[-1].partition("://")[0]
+    # Those that fsspec brings along or finds installed, and those that a program has registered.
+    if "://" in url and protocol not in {*fsspec.available_protocols(), *fsspec.registry}:
+        raise ConfigError(
+            f"{key}={redact(url)}: {protocol}:// is not known; take a URL of fsspec such as s3://bucket/folder, or a folder"
+        )
+
+
+class UnfitError(Exception):
+    """What is to be copied is not there, or not as its manifest says: trying again does not help."""
+
+
+class Store:
+    """One place at a URL; paths are relative to it. Every method does one attempt."""
+
+    def __init__(self, url: str, label: str):
+        """
+        Args:
+            label: What an error names: the key and the URL without credentials.
+        """
+        protocol = url.split("::")[-1].partition("://")[0]
+        package = DRIVERS.get(protocol)
+        if package and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{label}: the driver of {protocol}:// is not installed: pip install {package}")
+        try:
+            self._driver, self.root = fsspec.url_to_fs(url)
+        except Exception as error:
+            # Drivers raise classes of their own, here and in all that follows.
+            raise ConfigError(f"{label}: cannot be used: {redact(describe_error(error))}") from error
+
+    @property
+    def system(self) -> Any:
+        """The driver, made to forget its listings: others write there too."""
+        self._driver.invalidate_cache()
+        return self._driver
+
+    def at(self, name: str) -> str:
+        """The driver's own path of a name."""
+        return f"{self.root}/{name}"
+
+    def read(self, name: str) -> bytes | None:
+        """A small file; None where there is none. ``exists`` of fsspec takes a failing network for that, too."""
+        try:
+            return bytes(self.system.cat_file(self.at(name)))
+        except FileNotFoundError:
+            return None
+
+    def upload(self, open_source: Callable[[], BinaryIO], name: str, entry: dict[str, Any]) -> None:
+        """Write a file and read it back.
+
+        Raises:
+            UnfitError: The source is not there, or not as ``entry`` says.
+        """
+        path = self.at(name)
+        with open_source() as source, self._create(path) as target:
+            sent = hash_stream(source, target)
+        if sent != entry:
+            raise UnfitError(f"{name} is damaged on the local disk: not the size and hash of its manifest")
+        if isinstance(self._driver, LocalFileSystem):
+            flush(Path(path))
+            flush(Path(path).parent)
+        with self.system.open(path, "rb") as file:
+            if hash_stream(file) != entry:
+                raise OSError(f"{name} reads back with other contents than it was written with")
+
+    def download(self, name: str, target: Path, entry: dict[str, Any]) -> None:
+        """Write a file to the local disk, verified and flushed."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self.system.open(self.at(name), "rb") as source, target.open("wb") as file:
+            received = hash_stream(source, file)
+        if received != entry:
+            raise OSError(f"{name} arrives with other contents than its manifest says")
+        flush(target)
+        flush(target.parent)
+
+    def list_checkpoints(self) -> list[tuple[int, str]]:
+        """Steps and names of checkpoints, complete or not."""
+        try:
+            paths = self.system.ls(self.root, detail=False)
+        except FileNotFoundError:
+            return []
+        found = ((layout.checkpoint_step(Path(path)), Path(path).name) for path in paths)
+        return [(step, name) for step, name in found if step is not None]
+
+    def unmark(self, name: str) -> None:
+        """From here on it is no complete checkpoint."""
+        with suppress(FileNotFoundError):
+            self.system.rm_file(self.at(f"{name}/{layout.COMPLETE}"))
+
+    def remove(self, name: str) -> None:
+        """Remove what lies under a name, the marker first, so that it is never half-gone with its marker."""
+        self.unmark(name)
+        with suppress(FileNotFoundError):
+            self._remove_all(self.at(name))
+
+    def _remove_all(self, folder: str) -> None:
+        """File by file. ``rm`` of fsspec takes a name with ``*``, ``?`` or ``[`` for a pattern, and other runs go with it."""
+        if isinstance(self._driver, LocalFileSystem):
+            self._driver.rm(folder, recursive=True)
+            return
+        found = self.system.find(folder, withdirs=True, detail=True)
+        folders = {folder, *(path for path, entry in found.items() if entry["type"] == "directory")}
+        for path in found.keys() - folders:
+            with suppress(FileNotFoundError):
+                self._driver.rm_file(path)
+        for path in sorted(folders, reverse=True):
+            # Object stores have none.
+            with suppress(OSError, ValueError, NotImplementedError):
+                self._driver.rmdir(path)
+
+    def _create(self, path: str) -> Any:
+        try:
+            return self.system.open(path, "wb")
+        except FileNotFoundError:
+            # Only systems with real folders ask for the folder first.
+            self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            return self.system.open(path, "wb")
+
+
+def list_files(marker: bytes, manifest: bytes) -> dict[str, dict[str, Any]]:
+    """Files with size and hash, once the manifest is known to be the marker's and to name nothing outside its folder."""
+    if marker != hash_text(manifest):
+        raise UnfitError(f"{layout.MANIFEST} is not the one that {layout.COMPLETE} was written for")
+    try:
+        listed = parse_json(manifest)["files"].items()
+        files = {name: {"size": entry["size"], "xxh3_128": entry["xxh3_128"]} for name, entry in listed}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnfitError(f"{layout.MANIFEST} cannot be read ({describe_error(error)})") from error
+    for name in files:
+        path = PurePosixPath(name)
+        inside = name == path.as_posix() != "." and not path.is_absolute() and ".." not in path.parts
+        if not inside or "\0" in name or name in (layout.MANIFEST, layout.SIGNATURE, layout.COMPLETE):
+            raise UnfitError(f"{layout.MANIFEST} lists {name!r}, which is no file of a checkpoint")
+    return files
+
+
+def persist(act: Callable[..., T], *arguments: Any) -> T:
+    """Try several times, unless it cannot help."""
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return act(*arguments)
+        except UnfitError:
+            raise
+        except Exception:
+            time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
+    return act(*arguments)
+
+
+def open_source(path: Path) -> BinaryIO:
+    """A local file to be copied; one that is gone cannot be waited for."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise UnfitError("skipped, because it was pruned") from error
+
+
+def hash_stream(source: BinaryIO, target: BinaryIO | None = None) -> dict[str, Any]:
+    """Size and xxh3-128 of what is read, as a manifest has them, and copied on the way."""
+    digest, size = xxhash.xxh3_128(), 0
+    while block := source.read(_BLOCK_BYTES):
+        digest.update(block)
+        size += len(block)
+        if target is not None:
+            target.write(block)
+    return {"size": size, "xxh3_128": digest.hexdigest()}
+
+
+def hash_text(manifest: bytes) -> bytes:
+    """What a marker holds."""
+    return xxhash.xxh3_128(manifest).hexdigest().encode()
+
+
+def describe_error(error: BaseException) -> str:
+    """Its kind and text, on one line."""
+    return str(error) if isinstance(error, UnfitError) else f"{type(error).__name__}: {error}"

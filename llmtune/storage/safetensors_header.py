@@ -1,0 +1,59 @@
+"""The header of a safetensors file: an 8-byte little-endian length, then JSON with the type, shape and place of each tensor.
+
+The format: https://github.com/huggingface/safetensors#format. Nothing in a header is believed that the file is too small for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.storage.plain_json import parse_json
+
+#: The library reads no longer one either.
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderEntry:
+    """One tensor."""
+
+    kind: str
+    """Its type, as safetensors calls it."""
+    shape: tuple[int, ...]
+    start: int
+    """Byte of the file where its data begins."""
+
+
+def read_header(file: Path) -> dict[str, HeaderEntry]:
+    """Every tensor of a file, in its order.
+
+    Raises:
+        ValueError: It is no whole safetensors file, with the reason.
+        OSError: It cannot be read.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        header = parse_json(handle.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    return {name: _to_entry(name, about, 8 + length, size) for name, about in header.items() if name != "__metadata__"}
+
+
+def _to_entry(name: str, about: Any, first: int, size: int) -> HeaderEntry:
+    given: dict[str, Any] = about if isinstance(about, dict) else {}
+    kind, shape, offsets = given.get("dtype"), given.get("shape", 0), given.get("data_offsets", 0)
+    if not isinstance(kind, str) or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name[:80]!r} has no type, shape and place")
+    start, end = offsets
+    if not start <= end <= size - first:
+        raise ValueError(f"{name[:80]!r} lies at the bytes {start} to {end} of {size - first}")
+    return HeaderEntry(kind, tuple(shape), first + start)
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

@@ -1,0 +1,145 @@
+"""Signatures of published folders: ``manifest.json.sig`` beside the manifest, 64 bytes of ed25519 (RFC 8032) over its bytes.
+
+The hashes of a manifest, xxh3-128, find damage; whoever wants to can make another file with the same one. So a manifest that is
+signed also lists the SHA-256 of every file, and a signature without them is not one of the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.errors import ConfigError
+from llmtune.storage import layout
+from llmtune.storage.plain_json import parse_json
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+_SHA256 = "sha256"
+_HASHING_THREADS = 4
+_BLOCK_BYTES = 1 << 22
+_MAKE = "openssl genpkey -algorithm ed25519 -out KEY.pem && openssl pkey -in KEY.pem -pubout -out PUBLIC.pem"
+
+
+class Signer:
+    """A private key, read once: it may be gone or another one before the run's last checkpoint."""
+
+    def __init__(self, path: Path):
+        """
+        Raises:
+            ConfigError: The file holds no ed25519 private key.
+        """
+        self._key = _read_private_key(path)
+
+    def sign(self, manifest: bytes) -> bytes:
+        """The signature of a manifest."""
+        return self._key.sign(manifest)
+
+
+def read_signer(path: str | None) -> Signer | None:
+    """The key of ``checkpoint.sign``; None where nothing is to be signed.
+
+    Raises:
+        ConfigError: As :class:`Signer`.
+    """
+    return None if path is None else Signer(Path(path).expanduser())
+
+
+def with_sha256(folder: Path, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Files of a manifest with the SHA-256 of each; what has one already is not read again."""
+    missing = [name for name, entry in files.items() if _SHA256 not in entry]
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        found = dict(zip(missing, pool.map(sha256_of, (folder / name for name in missing)), strict=True))
+    return {name: {**entry, _SHA256: found[name]} if name in found else entry for name, entry in files.items()}
+
+
+def find_forgery(folder: Path, public_key: Path) -> list[str]:
+    """What is not as whoever has the private key signed it; empty where all of it is. Reads every file.
+
+    Raises:
+        ConfigError: There is no ed25519 public key in ``public_key``.
+    """
+    from cryptography.exceptions import InvalidSignature
+
+    key = read_public_key(public_key)
+    try:
+        manifest = (folder / layout.MANIFEST).read_bytes()
+        signature = (folder / layout.SIGNATURE).read_bytes()
+    except FileNotFoundError as error:
+        return [f"{Path(str(error.filename)).name} is missing: nobody has signed this folder"]
+    except OSError as error:
+        return [f"{layout.SIGNATURE} cannot be read ({error.strerror})"]
+    try:
+        key.verify(signature, manifest)
+    except InvalidSignature:
+        return [f"{layout.SIGNATURE} is not a signature of this {layout.MANIFEST} with the private key of {public_key}"]
+    try:
+        about = parse_json(manifest)
+        files = {str(name): str(entry[_SHA256]) for name, entry in about["files"].items()}
+        step = layout.checkpoint_step(folder)
+        if step is not None and about["step"] != step:
+            return [f"it was signed as the checkpoint of step {about['step']}, not of step {step}"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"{layout.MANIFEST} was signed without {_SHA256} of every file"]
+    return [problem for name, expected in sorted(files.items()) if (problem := _compare(folder, name, expected))]
+
+
+def read_public_key(path: Path) -> Ed25519PublicKey:
+    """``key=PUBLIC.pem``.
+
+    Raises:
+        ConfigError: The file holds no ed25519 public key.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    key = _load(path, "key", "public", load_pem_public_key)
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigError(f"key={path}: a public key of another kind than ed25519; take the PUBLIC.pem of: {_MAKE}")
+    return key
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _compare(folder: Path, name: str, expected: str) -> str | None:
+    try:
+        found = sha256_of(folder / name)
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be read ({error})"
+    return None if found == expected else f"{name} is not the file that was signed (sha256 {found})"
+
+
+def _read_private_key(path: Path) -> Ed25519PrivateKey:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    key = _load(path, "checkpoint.sign", "private", lambda text: load_pem_private_key(text, password=None))
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(f"checkpoint.sign={path}: a private key of another kind than ed25519; make one with: {_MAKE}")
+    return key
+
+
+def _load(path: Path, name: str, what: str, load: Callable[[bytes], Any]) -> Any:
+    try:
+        return load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{name}={path}: {error.strerror}; make a pair of keys with: {_MAKE}") from error
+    except TypeError as error:
+        raise ConfigError(
+            f"{name}={path}: the key has a password; store it without one where only this user can read it: openssl pkey -in "
+            f"{path} -out KEY.pem"
+        ) from error
+    except Exception as error:
+        # Of the library's own kinds, which differ from version to version; none of them may show what stands in the file.
+        raise ConfigError(f"{name}={path}: not a {what} key in PEM; make a pair with: {_MAKE}") from error

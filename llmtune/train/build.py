@@ -1,0 +1,254 @@
+"""Construction: every object of a run, in the order in which they depend on each other, and then the loop."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+from llmtune.checkpoint.mirror import Mirror
+from llmtune.checkpoint.retention import Retention
+from llmtune.checkpoint.save import load_checkpoint
+from llmtune.checkpoint.trainer_state import TrainerState
+from llmtune.checkpoint.weight_files import WeightFiles
+from llmtune.config.schema import TrackerKind, TunerKind
+from llmtune.config.stored import to_plain
+from llmtune.data.load.collate import Collator
+from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
+from llmtune.data.load.streaming import RowStream, StreamLoader
+from llmtune.data.prepare import open_rows, read_samples
+from llmtune.data.tokenize.chat_template import load_chat_template
+from llmtune.engine.distributed import Rank
+from llmtune.engine.train_module import TrainModule, zero_init
+from llmtune.errors import StoppedError
+from llmtune.model.adapter.lora import add_lora, load_adapter, to_file_name
+from llmtune.model.build import DTYPES, WeightsTo, build_model, sees_padding
+from llmtune.model.loss import sum_token_losses
+from llmtune.model.tokenizer import load_tokenizer
+from llmtune.storage import layout
+from llmtune.storage.signature import read_signer
+from llmtune.track.console import Console, ProgressLine
+from llmtune.track.metrics import MetricsFile
+from llmtune.track.tracker import Tracker, Trackers
+from llmtune.train.checkpointing import CheckpointSaver, SaveSettings, render_companions
+from llmtune.train.divergence import NumberWatch
+from llmtune.train.hooks.evaluation import HeldOutLoss
+from llmtune.train.hooks.loss_plot import LossPlot
+from llmtune.train.hooks.packing_probe import check_module
+from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
+from llmtune.train.line_sums import LineSums
+from llmtune.train.loop import Hook, Job, Progress, run
+from llmtune.train.request import RunRequest
+from llmtune.train.run_folder import describe_environment, fingerprint
+from llmtune.train.stop_request import Stop
+
+#: Waited at the end for copies to ``checkpoint.mirror``; whoever stops a run is in a hurry.
+MIRROR_SECONDS, MIRROR_SECONDS_AFTER_STOP = 3600.0, 20.0
+
+
+def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
+    """Build, train, and publish the result. Called on every rank.
+
+    Raises:
+        StoppedError: A signal asked for an end; the state was saved.
+    """
+    stop = Stop(rank, request.run_folder)
+    try:
+        job = build_job(request, rank, console, stop)
+        # Thousands of modules with their hooks stay until the end: looking through them takes a tenth of a second each time.
+        gc.collect()
+        gc.freeze()
+        try:
+            run(job)
+            job.saver.close(MIRROR_SECONDS)
+        except StoppedError:
+            job.saver.close(MIRROR_SECONDS_AFTER_STOP)
+            raise
+        finally:
+            job.trackers.finish()
+    except Exception:
+        # With the memory that is in use now, in case it has run out.
+        rank.phases.beat()
+        raise
+
+
+def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> Job:
+    """The page that says what a run is made of."""
+    config, plan = request.config, request.plan
+    template = load_chat_template(config.data.chat_template)
+    tokenizer = load_tokenizer(request.model_folder, config.model, template)
+    pad_token_id: Any = tokenizer.pad_token_id
+
+    module = build_module(request, rank)
+    state: TrainerState | None = None
+    start = Progress()
+    if request.resume_from is not None:
+        state = load_checkpoint(module, request.resume_from)
+        line = LineSums.from_dict(state.line)
+        start = Progress(state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due, line)
+
+    collator = Collator(pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model))
+    if config.data.packing:
+        dtype, vocabulary = DTYPES[config.precision], plan.shape.vocab_size
+        check_module(module, collator, vocabulary, dtype, config.model.name_or_path)
+    evaluator = HeldOutLoss(
+        module,
+        open_rows(request.data, "eval") if request.data.eval else None,
+        eval_batch_size(request),
+        collator,
+        config.train.eval_max_rows,
+    )
+    loader = build_loader(request, rank, tokenizer, collator)
+    return Job(
+        rank=rank,
+        module=module,
+        loader=loader,
+        steps=request.steps,
+        train=config.train,
+        learning_rate=plan.learning_rate,
+        schedule=config.schedule,
+        seed=config.seed,
+        evaluator=evaluator,
+        saver=build_saver(request, module, tokenizer, state, console),
+        numbers=NumberWatch(module, loader, config.train.on_nan, request.run_folder, console.say),
+        trackers=build_trackers(request, rank, console, start),
+        hooks=build_hooks(request, rank, console, module, tokenizer),
+        stop=stop,
+        start=start,
+    )
+
+
+def build_saver(
+    request: RunRequest, module: TrainModule, tokenizer: Any, state: TrainerState | None, console: Console
+) -> CheckpointSaver:
+    """Checkpoints: what is in them, which are kept, and where they are copied to.
+
+    Args:
+        state: Of ``request.resume_from``.
+    """
+    config, plan, run = request.config, request.plan, request.run_folder
+    lora = config.tuner.kind is TunerKind.lora
+    rank_is_host = plan.hardware.accelerator == "cpu"
+    weights = WeightFiles(lora, config.export.max_shard_bytes, to_file_name if lora else str)
+    chosen = config.checkpoint
+    settings = SaveSettings(
+        run=run,
+        weights=weights,
+        retention=Retention(
+            config.train.save_total_limit, chosen.keep_every, chosen.metric_for_best_model, chosen.greater_is_better
+        ),
+        save_steps=config.train.save_steps,
+        background=chosen.background,
+        on_disk_low=chosen.on_disk_low,
+        data_fingerprint=request.data.fingerprint,
+        planned_host_bytes=plan.memory.host.total + (plan.memory.device.total if rank_is_host else 0),
+        about={
+            "run_name": request.run_name,
+            "config_fingerprint": fingerprint(config),
+            "data_fingerprint": request.data.fingerprint,
+            "world_size": module.rank.world_size,
+            "zero_stage": plan.placement.zero_stage,
+            "placement": plan.placement.rung,
+            "versions": describe_environment(),
+        },
+        signer=read_signer(chosen.sign) if module.rank.is_first else None,
+    )
+    companions: dict[str, bytes] = {}
+    mirror: Mirror | None = None
+    if module.rank.is_first:
+        companions = {**render_companions(module.model, tokenizer, weights, run), **weights.index(module)}
+        if chosen.mirror is not None:
+            mirror = Mirror(chosen.mirror, request.run_name, console.say, request.run_id)
+    start = (request.resume_from, state) if request.resume_from is not None and state is not None else None
+    return CheckpointSaver(module, settings, companions, start, console.say, mirror)
+
+
+def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Collator) -> Steps:
+    """The training rows, from disk or tokenised on the way."""
+    config, batch = request.config, request.plan.batch
+    pinned = config.data.pin_memory
+    settings = LoaderSettings(
+        config.data.dataloader_num_workers, rank.device.type != "cpu" if isinstance(pinned, str) else pinned
+    )
+    if config.data.streaming:
+        bad_rows = request.run_folder / layout.BAD_ROWS if rank.is_first else None
+        stream = RowStream(config.data, tokenizer, config.seed, bad_rows, request.model_folder)
+        return StreamLoader(stream, batch, rank.rank, collator, settings)
+    rows = open_rows(request.data, "train")
+    return TrainLoader(rows, batch, rank.rank, config.seed, collator, request.steps.total_rows, settings)
+
+
+def eval_batch_size(request: RunRequest) -> int:
+    """Rows of an evaluation's forward pass: what is set, or the micro-batch that the plan found room for."""
+    rows = request.config.train.per_device_eval_batch_size
+    return rows if isinstance(rows, int) else request.plan.batch.micro_batch_size
+
+
+def build_module(request: RunRequest, rank: Rank) -> TrainModule:
+    """Weights from the base, or from the checkpoint that is resumed; adapters; DeepSpeed around them."""
+    rank.phases.enter("load")
+    config, plan = request.config, request.plan
+    lora = config.tuner.kind is TunerKind.lora
+    weights = WeightsTo()
+    if plan.placement.zero_stage == 3:
+        weights = WeightsTo(partitioned=lambda: zero_init(plan.deepspeed), rank=rank.rank)
+    elif rank.device.type != "cpu" and not lora:
+        # Adapters are drawn on the host, so that every rung begins with the same ones.
+        weights = WeightsTo({"": str(rank.device)})
+    folder = request.resume_from if request.resume_from and not lora else request.model_folder
+    recompute = plan.gradient_checkpointing
+    model = build_model(folder, config.model, config.precision, recompute, plan.attn_implementation, weights)
+    if lora:
+        model = add_lora(model, config.tuner, _base_name(request), config.seed)
+        adapter = request.resume_from or config.tuner.adapter_path
+        if adapter is not None:
+            load_adapter(model, Path(adapter).expanduser())
+    return TrainModule(model, plan.deepspeed, rank, sum_token_losses)
+
+
+def build_trackers(request: RunRequest, rank: Rank, console: Console, start: Progress) -> Trackers:
+    """Who sees the records: rank 0's file, console and, if chosen, W&B."""
+    if not rank.is_first:
+        return Trackers([])
+    config = request.config
+    trackers: list[Tracker] = [
+        MetricsFile(request.run_folder / layout.METRICS),
+        ProgressLine(console, request.steps.total_steps),
+    ]
+    if config.tracker.kind is TrackerKind.wandb:
+        trackers += _wandb(request, console)
+    return Trackers(trackers)
+
+
+def build_hooks(request: RunRequest, rank: Rank, console: Console, module: TrainModule, tokenizer: Any) -> list[Hook]:
+    """Side concerns of this run."""
+    config, plan = request.config, request.plan
+    prompts = read_samples(request.data)
+    moved = plan.placement.zero_stage == 3
+    reason = samples_reason_to_skip(config.train.sample_answers, plan.shape.parameters, moved, len(prompts))
+    hooks: list[Hook] = [LossPlot(request.run_folder, request.run_name, rank)]
+    if reason is None:
+        hooks.append(SampleAnswers(module, tokenizer, prompts, request.run_folder, console))
+    else:
+        console.say(f"no sample answers: {reason}")
+    return hooks
+
+
+def _wandb(request: RunRequest, console: Console) -> list[Tracker]:
+    from llmtune.track.wandb_tracker import WandbTracker
+
+    settings: Any = to_plain(request.config)
+    try:
+        tracker = WandbTracker(request.config.tracker, request.run_folder, request.run_name, settings)
+    except Exception as error:
+        console.say(f"W&B cannot be reached and is left out: {error}")
+        return []
+    if tracker.note:
+        console.say(tracker.note)
+    return [tracker]
+
+
+def _base_name(request: RunRequest) -> str:
+    """What the adapter names as its base: the hub id, or the folder where the weights came from elsewhere."""
+    name = request.config.model.name_or_path
+    return name if "models--" in str(request.model_folder) else str(request.model_folder)

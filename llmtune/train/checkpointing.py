@@ -1,0 +1,364 @@
+"""Checkpoints during the run, and the trained model at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Container
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llmtune.checkpoint.find import find_checkpoints, is_complete
+from llmtune.checkpoint.optimizer_files import state_specs
+from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
+from llmtune.checkpoint.save import DiskRefusedError, PendingSave, SaveRequest, begin_save
+from llmtune.checkpoint.trainer_state import TrainerState
+from llmtune.checkpoint.weight_files import WeightFiles, write_model_config
+from llmtune.checkpoint.writer import Buffers
+from llmtune.config.schema import OnDiskLow
+from llmtune.draws import DRAWS_VERSION
+from llmtune.engine.distributed import any_rank, gather_objects, sum_over_ranks
+from llmtune.engine.train_module import TrainModule
+from llmtune.errors import CheckpointError
+from llmtune.model.adapter.lora import write_adapter_config
+from llmtune.storage import layout
+from llmtune.storage.atomic import write_whole
+from llmtune.storage.manifest import hash_file, publish, read_manifest, write_manifest
+from llmtune.storage.signature import Signer
+from llmtune.track.tracker import Record
+from llmtune.train.loop import Progress
+from llmtune.train.memory_usage import spare_host_memory_bytes
+from llmtune.units import counted, format_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: In a checkpoint only, and no part of the trained model.
+_STATE = {layout.TRAINER_STATE, layout.CONFIG, layout.METRICS}
+
+#: Copies for a save in the background may take this share of the host memory that training leaves.
+_COPY_SHARE = 0.5
+
+
+class Mirror(Protocol):
+    """Copies complete checkpoints elsewhere."""
+
+    @property
+    def busy(self) -> Container[Path]:
+        """Folders that are not to be removed yet."""
+
+    def put(self, folder: Path, keep: set[str] | None) -> None:
+        """Queue a complete checkpoint; the names of what stays there, or None for all."""
+
+    def finish(self, timeout_seconds: float) -> list[tuple[str, str]]:
+        """Wait for the queue; the checkpoints that did not make it, each with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveSettings:
+    """What a user chose, and what every checkpoint of the run says of itself."""
+
+    run: Path
+    weights: WeightFiles
+    retention: Retention
+    save_steps: int | None
+    background: bool | str
+    on_disk_low: OnDiskLow
+    data_fingerprint: str
+    planned_host_bytes: int
+    """Of a rank at its peak, by the plan."""
+    about: dict[str, Any]
+    signer: Signer | None = None
+    """On rank 0, where checkpoints are signed."""
+
+
+class CheckpointSaver:
+    """Writes ``checkpoint-<step>`` folders one at a time, keeps some, and links the last one's model as the result."""
+
+    def __init__(
+        self,
+        module: TrainModule,
+        settings: SaveSettings,
+        companions: dict[str, bytes],
+        start: tuple[Path, TrainerState] | None,
+        say: Callable[[str], None],
+        mirror: Mirror | None = None,
+    ):
+        """
+        Args:
+            companions: What lies beside the weights; see :func:`render_companions`.
+            start: The checkpoint that the run goes on from, which may be another run's.
+        """
+        self.module = module
+        self.settings = settings
+        self.companions = companions
+        self.say = say
+        self.mirror = mirror
+        self._best = start[1].best if start else None
+        self._newest: Path | None = None
+        own = layout.checkpoint_folder(settings.run, start[1].step) if start else None
+        # Another run's, or one that was set aside, is saved here first.
+        if start and own is not None and start[0].resolve() == own.resolve():
+            self._newest = own
+        self._metrics: Record = {}
+        self._pending: PendingSave | None = None
+        self._buffers = Buffers(module.rank.device)
+        self._pause: float | None = None
+        # Neither changes during the run.
+        self._own_files = {**settings.weights.own_specs(module), **state_specs(module)}
+        self._own_bytes = sum(spec.nbytes for specs in self._own_files.values() for spec in specs)
+        self._bytes = int(sum_over_ranks([float(self._own_bytes)], module.rank)[0])
+
+    def prepare(self, steps_to_come: int) -> None:
+        """Before the first step: room for all checkpoints that will be there at once. Collective.
+
+        Raises:
+            CheckpointError: There is not, and ``checkpoint.on_disk_low=stop``.
+        """
+        saves = max(1, steps_to_come // (self.settings.save_steps or steps_to_come or 1))
+        limit = self.settings.retention.limit
+        # A new one is written before the oldest goes.
+        wanted = saves if limit is None else min(saves, limit + 1)
+        if self.settings.on_disk_low is not OnDiskLow.stop:
+            wanted = 1
+        present = len(list_kept(self.settings.run)) if limit is not None else 0
+        self._check_disk(max(1, wanted - present), f"{counted(wanted, 'checkpoint')} of {format_bytes(self._bytes)}")
+        if self._has_memory():
+            self._buffers.reserve(self._own_files)
+            how = (
+                f"written while training goes on, from copies of {format_bytes(self._own_bytes)} a rank in host memory"
+            )
+        else:
+            how = "training waits while they are written"
+        self.say(f"checkpoints of {format_bytes(self._bytes)}: {how}")
+        if self.mirror is not None:
+            # What the last start had no time to copy; what is there already is not sent again.
+            for folder in find_checkpoints(self.settings.run):
+                self.mirror.put(folder, None)
+
+    def saw(self, record: Record) -> None:
+        """An evaluation: its numbers belong to the checkpoint of its step, and may be the best so far."""
+        self._metrics = record
+        metric = self.settings.retention.metric
+        if metric is None:
+            return
+        sign = -1 if self.settings.retention.greater_is_better else 1
+        if self._best is None or sign * record[metric] < sign * self._best["value"]:
+            self._best = {"metric": metric, "value": record[metric], "step": record["step"]}
+
+    def save(self, progress: Progress) -> Path:
+        """Begin to write the checkpoint of this step, unless it is there. Collective.
+
+        Raises:
+            CheckpointError: There is no room, or the one before could not be written.
+        """
+        folder = layout.checkpoint_folder(self.settings.run, progress.step)
+        if folder == self._newest:
+            return folder
+        started = time.monotonic()
+        self.finish()
+        if not self._check_disk(1, f"{folder.name} of {format_bytes(self._bytes)}"):
+            return folder
+        self.module.rank.phases.enter("save")
+        metrics = {key: value for key, value in self._metrics.items() if key != "step"}
+        at_this_step = metrics if self._metrics.get("step") == progress.step else {}
+        about = {**self.settings.about, "step": progress.step, "tokens": progress.tokens, "metrics": at_this_step}
+        background = self._has_memory()
+        request = SaveRequest(
+            folder=folder,
+            state=self._state(progress),
+            weights=self.settings.weights,
+            companions={**self.companions, **self._history()},
+            about=about,
+            signer=self.settings.signer,
+            published=self._published,
+        )
+        self._pending = begin_save(self.module, request, self._buffers if background else None)
+        self._newest = folder
+        if not background:
+            self.finish()
+        self._pause = (self._pause or 0.0) + time.monotonic() - started
+        return folder
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still works on a save in the background."""
+        return self._pending is not None and not self._pending.has_ended
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the save under way will not be."""
+        return self._pending is not None and self._pending.has_failed
+
+    def finish(self) -> None:
+        """Wait for the save under way. Collective.
+
+        Raises:
+            CheckpointError: It could not be written, and ``checkpoint.on_disk_low`` is not ``skip``; or what was written is
+                not worth keeping.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.finish()
+        except DiskRefusedError as error:
+            self._newest = None
+            if self.settings.on_disk_low is not OnDiskLow.skip:
+                raise
+            self.say(f"{error} (checkpoint.on_disk_low=skip: training goes on)")
+            return
+        self.say(
+            f"{pending.folder.name}: {format_bytes(self._bytes)} in {pending.seconds:.2f} s; "
+            f"training stood still for {pending.pause_seconds:.2f} s"
+        )
+        if self._buffers.nbytes > _COPY_SHARE * self._spare_memory():
+            self._buffers.release()
+
+    def close(self, timeout_seconds: float) -> None:
+        """Wait for the mirror."""
+        if self.mirror is None:
+            return
+        deadline = time.monotonic() + timeout_seconds
+        while self.mirror.busy and time.monotonic() < deadline:
+            self.mirror.finish(1.0)
+            self.module.rank.phases.beat()
+        for name, reason in self.mirror.finish(0.0):
+            self.say(
+                f"warning: {name} is not at checkpoint.mirror: {reason}; the next start copies it first, and so does "
+                f"llmtune verify run={self.settings.run} --mirror"
+            )
+        # What was being copied when its time had come.
+        prune_checkpoints(self.settings.run, self.settings.retention, self._busy())
+
+    def pause_seconds(self) -> float | None:
+        """How long training stood still since this was last asked; None where nothing was saved."""
+        pause, self._pause = self._pause, None
+        return pause
+
+    def publish_result(self, progress: Progress) -> Path:
+        """``adapter/`` or ``model/``: the last checkpoint's model, hard-linked, and marked as the end of the run."""
+        run = self.settings.run
+        result = run / (layout.ADAPTER if self.settings.weights.adapter_only else layout.MODEL)
+        if self.module.rank.is_first:
+            checkpoint = layout.checkpoint_folder(run, progress.step)
+            if not is_complete(checkpoint):
+                raise CheckpointError(f"{checkpoint} could not be saved, so that there is no trained model to publish")
+            link_result(checkpoint, result, self.settings.signer)
+            finished = {"step": progress.step, "tokens": progress.tokens, "best": self._best}
+            write_whole(run / layout.FINISHED, json.dumps(finished))
+            if self._best is not None:
+                self.say(f"best {self._best['metric']}: {self._best['value']:.4f} at step {self._best['step']}")
+        return result
+
+    def _state(self, progress: Progress) -> TrainerState:
+        return TrainerState(
+            step=progress.step,
+            tokens=progress.tokens,
+            skipped=progress.skipped,
+            data_fingerprint=self.settings.data_fingerprint,
+            data_position=progress.data_position,
+            evaluation_due=progress.evaluation_due,
+            best=self._best,
+            tracker_run_id=_read_text(self.settings.run / layout.TRACKER_RUN_ID),
+            draws_version=DRAWS_VERSION,
+            line=asdict(progress.line) if progress.line.steps else None,
+        )
+
+    def _history(self) -> dict[str, bytes]:
+        """The metrics so far, for a resume without the run folder."""
+        if not self.module.rank.is_first:
+            return {}
+        path = self.settings.run / layout.METRICS
+        return {layout.METRICS: path.read_bytes() if path.is_file() else b""}
+
+    def _published(self, folder: Path) -> None:
+        """On rank 0, when a checkpoint is there: copy it elsewhere, and let older ones go."""
+        run, retention = self.settings.run, self.settings.retention
+        if self.mirror is not None:
+            gone = {kept.folder.name for kept in retention.superfluous(list_kept(run))}
+            self.mirror.put(folder, {kept.folder.name for kept in list_kept(run)} - gone)
+        prune_checkpoints(run, retention, self._busy())
+
+    def _busy(self) -> Container[Path]:
+        return self.mirror.busy if self.mirror is not None else ()
+
+    def _has_memory(self) -> bool:
+        """Whether the copies fit beside what training needs, on every rank. Collective."""
+        if self.settings.background != "auto":
+            return bool(self.settings.background)
+        needed = self._own_bytes - self._buffers.nbytes
+        lacking = needed > _COPY_SHARE * self._spare_memory()
+        return not any_rank([lacking], self.module.rank)[0]
+
+    def _spare_memory(self) -> int:
+        return spare_host_memory_bytes(self.settings.planned_host_bytes, self.module.rank.ranks_on_node)
+
+    def _check_disk(self, checkpoints: int, what: str) -> bool:
+        """Whether there is room for so many more checkpoints, made by pruning where that is wanted. Collective."""
+        problem: str | None = None
+        if self.module.rank.is_first:
+            run, needed = self.settings.run, self._bytes * checkpoints
+            free = shutil.disk_usage(run).free
+            if free < needed and self.settings.on_disk_low is OnDiskLow.prune:
+                gone = prune_checkpoints(run, self.settings.retention, self._busy(), limit=1)
+                self.say(
+                    f"the disk is low: removed {', '.join(gone) or 'nothing, only protected checkpoints are left'}"
+                )
+                free = shutil.disk_usage(run).free
+            if free < needed:
+                problem = f"{what} need {format_bytes(needed)} more in {run}, where {format_bytes(free)} are free"
+        problem = gather_objects(problem, self.module.rank)[0]
+        if problem is None:
+            return True
+        if self.settings.on_disk_low is OnDiskLow.skip:
+            self.say(f"warning: {problem}; left out (checkpoint.on_disk_low=skip)")
+            return False
+        raise CheckpointError(
+            f"{problem}. Free space, take a smaller train.save_total_limit, or checkpoint.on_disk_low=prune or skip; the "
+            "same command then goes on from the newest checkpoint"
+        )
+
+
+def _read_text(file: Path) -> str | None:
+    return file.read_text().strip() if file.is_file() else None
+
+
+def render_companions(
+    model: Any, tokenizer: PreTrainedTokenizerBase, weights: WeightFiles, run: Path
+) -> dict[str, bytes]:
+    """The small files beside weights, which are the same in every checkpoint: configuration and tokenizer."""
+    with tempfile.TemporaryDirectory(prefix="llmtune-") as name:
+        folder = Path(name)
+        (write_adapter_config if weights.adapter_only else write_model_config)(model, folder)
+        tokenizer.save_pretrained(name)
+        files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {**files, layout.CONFIG: (run / layout.CONFIG).read_bytes()}
+
+
+def link_result(checkpoint: Path, result: Path, signer: Signer | None = None) -> None:
+    """The model of a complete checkpoint under another name, hard-linked; hashes are those of the checkpoint's manifest."""
+    manifest = read_manifest(checkpoint)
+    aside = result.with_name(result.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    files = {
+        name: entry
+        for name, entry in manifest["files"].items()
+        if name not in _STATE and not layout.is_state_file(name)
+    }
+    for name in files:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(checkpoint / name, aside / name)
+        except OSError:
+            # No hard links on this file system.
+            shutil.copyfile(checkpoint / name, aside / name)
+            files[name] = hash_file(aside / name)
+    write_manifest(aside, files, {"kind": "result", "from": checkpoint.name, "step": manifest["step"]}, signer)
+    shutil.rmtree(result, ignore_errors=True)
+    publish(aside, result)

@@ -1,0 +1,43 @@
+"""Held-out loss during training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from llmtune.data.load.collate import Collator
+from llmtune.data.load.loader import iterate_eval
+from llmtune.data.store.token_store import Rows
+from llmtune.engine.train_module import TrainModule
+from llmtune.track.tracker import Record
+from llmtune.train.loop import Progress
+
+
+class HeldOutLoss:
+    """Mean loss over the trained tokens of the evaluation rows, all ranks taking their share."""
+
+    def __init__(
+        self, module: TrainModule, rows: Rows | None, batch_size: int, collator: Collator, max_rows: int | None
+    ):
+        self.module = module
+        self.rows = rows
+        self.batch_size = batch_size
+        self.collator = collator
+        self.max_rows = max_rows
+
+    def evaluate(self, progress: Progress, interrupted: Callable[[], bool]) -> Record | None:
+        """One evaluation line; None where nothing is held out, or where it was interrupted."""
+        if self.rows is None:
+            return None
+        rank = self.module.rank
+        batches = iterate_eval(self.rows, self.batch_size, rank.rank, rank.world_size, self.collator, self.max_rows)
+        result = self.module.evaluate(batches, interrupted)
+        if result is None:
+            return None
+        loss, _ = result
+        return {"step": progress.step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``, infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

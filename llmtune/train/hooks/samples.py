@@ -1,0 +1,86 @@
+"""Answers to held-out prompts, before and after: what the training did, for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.data.prepare import SamplePrompt
+from llmtune.engine.train_module import TrainModule
+from llmtune.model.generate import answer
+from llmtune.security.redaction import redact_values
+from llmtune.storage import layout
+from llmtune.storage.atomic import read_json, write_whole
+from llmtune.track.console import Console
+from llmtune.train.loop import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_NEW_TOKENS = 48
+
+#: Above this, generating with gathered or offloaded weights costs minutes: every token moves the whole model.
+LARGE_MODEL_PARAMETERS = 1_000_000_000
+
+
+class SampleAnswers:
+    """Answers three prompts at both ends of the run and shows them side by side."""
+
+    def __init__(
+        self,
+        module: TrainModule,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[SamplePrompt],
+        run: Path,
+        console: Console,
+    ):
+        self.module = module
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.path = run / layout.SAMPLES
+        self.console = console
+
+    def on_start(self, progress: Progress) -> None:
+        """Answer before the first step of a new run; a resumed one has its answers on disk."""
+        if progress.step == 0:
+            self._record("before")
+
+    def on_end(self, progress: Progress) -> None:
+        """Answer again, and show both."""
+        self._record("after")
+        if self.module.rank.is_first:
+            samples = json.loads(self.path.read_text())
+            rows = [[s["prompt"], s.get("before", "(not recorded)"), s["after"]] for s in samples]
+            self.console.table("Held-out prompts", ["prompt", "before training", "after training"], rows)
+
+    def _record(self, moment: str) -> None:
+        answers = self._answers()
+        if not self.module.rank.is_first:
+            return
+        blank = [{"prompt": p.messages[-1]["content"], "expected": p.expected} for p in self.prompts]
+        samples = (read_json(self.path) if moment == "after" else None) or blank
+        for sample, text in zip(samples, answers, strict=True):
+            sample[moment] = text
+        write_whole(self.path, json.dumps(redact_values(samples), ensure_ascii=False, indent=1))
+
+    def _answers(self) -> list[str]:
+        """Under ZeRO 3 all ranks generate together, since each forward pass gathers weights; else rank 0 alone."""
+        sharded = self.module.zero_stage == 3
+        if not (sharded or self.module.rank.is_first):
+            return []
+        texts = [prompt.text for prompt in self.prompts]
+        device = self.module.rank.device
+        with self.module.rank.phases.within("answer"):
+            return answer(self.module.model, self.tokenizer, texts, MAX_NEW_TOKENS, device=device, synced_ranks=sharded)
+
+
+def samples_reason_to_skip(wanted: bool | str, parameters: int, sharded_or_offloaded: bool, prompts: int) -> str | None:
+    """Why no samples are taken, or None. ``auto`` leaves out models that generation would gather token by token."""
+    if wanted is False:
+        return "train.sample_answers is false"
+    if prompts == 0:
+        return "nothing is held out"
+    if wanted == "auto" and sharded_or_offloaded and parameters > LARGE_MODEL_PARAMETERS:
+        return "the model is sharded or offloaded, and generation would gather it for every token"
+    return None
