@@ -43,7 +43,7 @@ ROOMS: dict[str, list[str]] = {
     "plan": ["devices", "memory"],
     "data": ["rows", "read", "tokenize", "store", "load", "report"],
     "model": ["adapter", "weights"],
-    "export": ["sources", "publish", "merge", "formats", "verify", "card"],
+    "export": ["sources", "publish", "merge", "writers", "formats", "verify", "card"],
     "launch": ["launchers", "preflight", "supervise"],
 }
 
@@ -163,7 +163,7 @@ def draws_by_itself(path: Path) -> Iterator[str]:
     if relative(path) not in (
         "draws.py",
         "model/random_model.py",
-        "export/formats/graph/model.py",
+        "export/writers/graph/model.py",
         "export/verify/answers.py",
     ):
         text = path.read_text()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmtune.config.groups.data import DataFormat
-from llmtune.config.groups.export import ExportDtype, ExportFormat, MergeOnto
+from llmtune.config.groups.export import MergeOnto
 from llmtune.config.schema import Config, OffloadDevice, Precision, TunerKind
 from llmtune.config.stored import read_key, to_plain
 
@@ -276,17 +276,7 @@ def _check_export(config: Config) -> list[str]:
     """What could not be written would be told only after the training."""
     export, full = config.export, config.tuner.kind is TunerKind.full
     found = []
-    if export.dtype is not ExportDtype.auto and export.format in (ExportFormat.adapter, ExportFormat.gguf):
-        why = "it is copied as it is" if export.format is ExportFormat.adapter else "take export.gguf_type"
-        found.append(f"export.dtype={export.dtype.value} has no part in export={export.format.value}: {why}")
-    if export.format in (ExportFormat.onnx, ExportFormat.torchscript) and export.dtype not in (
-        ExportDtype.auto,
-        ExportDtype.fp32,
-    ):
-        found.append(
-            f"export.dtype={export.dtype.value}: graphs are written in fp32; take export.dtype=auto, or export=safetensors"
-        )
-    if full and export.format is ExportFormat.adapter:
+    if full and export.format == "adapter":
         found.append("export=adapter: full fine-tuning has no adapter; take export=safetensors")
     if full and export.merge_onto is MergeOnto.nf4:
         found.append("export.merge_onto=nf4: full fine-tuning has no adapter to merge; the key is for QLoRA")

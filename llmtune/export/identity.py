@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune import __version__
 from llmtune.checkpoint.find import REPLACED
-from llmtune.config.groups.export import ExportConfig, ExportFormat
+from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import CheckpointError, ExportError
+from llmtune.export.formats.format import find_format
 from llmtune.storage import layout
 from llmtune.storage.manifest import read_manifest
 
 if TYPE_CHECKING:
     from llmtune.export.model import ExportRequest
 
-_WRITTEN = frozenset(ExportFormat) - {ExportFormat.none}
-_MERGED = _WRITTEN - {ExportFormat.adapter}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-#: Option -> formats of which some file depends on it; the card is a file too, and says what was compared and where it is.
-SHAPES: dict[str, frozenset[ExportFormat]] = {
-    "format": _WRITTEN,
-    "dtype": _MERGED - {ExportFormat.gguf},
-    "max_shard_bytes": frozenset({ExportFormat.safetensors, ExportFormat.bnb_4bit}),
-    "merge_onto": _MERGED,
-    "gguf_type": frozenset({ExportFormat.gguf}),
-    "parity": _MERGED,
-    "parity_bound": _MERGED,
-    "upload": _WRITTEN,
-    "upload_private": frozenset(),
-    "dry_run": frozenset(),
-}
+#: Options that shape no file of any format.
+SHAPING_NOTHING = frozenset({"upload_private", "dry_run"})
+
+
+def shaping_options(format_name: str) -> frozenset[str]:
+    """Keys of ``export`` on which files of a format depend; the card is a file too, and says where the export is."""
+    return find_format(format_name).options | {"format", "upload"}
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this is a name on the hub and no folder of this machine."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).expanduser().exists()
 
 
 def identify(folder: Path) -> str:
@@ -45,8 +45,9 @@ def identify(folder: Path) -> str:
 def describe_options(config: ExportConfig) -> dict[str, Any]:
     """The options on which bytes of an export of this format depend, as its manifest notes them."""
     found: dict[str, Any] = {}
+    shaping = shaping_options(config.format)
     for key in config.__dataclass_fields__:
-        if config.format in SHAPES[key]:
+        if key in shaping:
             value = getattr(config, key)
             found[key] = value.value if isinstance(value, Enum) else value
     # Of a place the card names the repository on the hub; addresses may hold passwords, and are nobody's business.

@@ -12,7 +12,6 @@ import torch
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.card.licence import check_licences
-from llmtune.export.formats.model_files import check_companions
 from llmtune.export.merge.adapter import Adapter, read_adapter
 from llmtune.export.merge.heads import HeadedSource, find_head
 from llmtune.export.merge.merged_source import MergedSource
@@ -32,6 +31,7 @@ from llmtune.export.sources.deepspeed.adapter import has_adapter, open_base_part
 from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
 from llmtune.export.sources.master_weights import MastersSource, find_masters
 from llmtune.export.sources.nf4 import Nf4RoundTrip, quantised_names
+from llmtune.export.writers.model_files import check_companions
 from llmtune.model.skeleton import build_skeleton
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.signature import Signer

@@ -109,8 +109,8 @@ def output_folder(given: Config, target: Target) -> Path:
         return Path(given.output_dir).expanduser()
     if given.checkpoint.path:
         checkpoint = Path(given.checkpoint.path).expanduser()
-        beside = layout.export_folder(checkpoint.parent, given.export.format.value)
+        beside = layout.export_folder(checkpoint.parent, given.export.format)
         return beside.with_name(f"{beside.name}-{checkpoint.name}")
     if target.run is not None:
-        return layout.export_folder(target.run, given.export.format.value)
+        return layout.export_folder(target.run, given.export.format)
     raise ConfigError("export base= adapter= needs output_dir=FOLDER")

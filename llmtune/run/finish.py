@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat
+from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.config.schema import TunerKind
 from llmtune.config.stored import load_config
 from llmtune.storage import layout
@@ -35,10 +35,10 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     config = replace(load_config(run / layout.CONFIG), export=export)
     lora = config.tuner.kind is TunerKind.lora
     trained = run / (layout.ADAPTER if lora else layout.MODEL)
-    as_trained = ExportFormat.adapter if lora else ExportFormat.safetensors
+    as_trained = "adapter" if lora else "safetensors"
     # What was trained lies there in its own dtype; another one has to be written.
-    is_there = export.format is as_trained and export.dtype is ExportDtype.auto and not export.upload
-    if export.format is ExportFormat.none or is_there:
+    is_there = export.format == as_trained and export.dtype is ExportDtype.auto and not export.upload
+    if export.format == "none" or is_there:
         console.say(f"the trained {'adapter' if lora else 'model'}: {trained}")
         return
     # They bring torch along, which a run without an export does not need in this process.
@@ -46,7 +46,7 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     from llmtune.export.publish.upload import upload_export
     from llmtune.run.exporting import export_run
 
-    exported = layout.export_folder(run, export.format.value)
+    exported = layout.export_folder(run, export.format)
     if export.dry_run or not is_export_of(exported, trained, export):
         export_run(run, config, exported, console.say)
     elif export.upload:
@@ -54,7 +54,7 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
         upload_export(exported, export.upload, export.upload_private, False, console.say)
     if export.dry_run:
         return
-    is_merged = lora and export.format is ExportFormat.safetensors
-    console.say(f"merged model: {exported}" if is_merged else f"exported {export.format.value}: {exported}")
+    is_merged = lora and export.format == "safetensors"
+    console.say(f"merged model: {exported}" if is_merged else f"exported {export.format}: {exported}")
     console.say(f"{'adapter:     ' if lora else 'trained model:'} {trained}")
     console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')

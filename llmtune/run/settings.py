@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
+from llmtune.export.formats.format import NONE, find_format
 
 
 def find_problems(config: Config) -> list[str]:
@@ -39,6 +40,14 @@ def _check_launch(config: Config) -> None:
         raise ConfigError(f"launch.nproc={launch.nproc}: with launch.hostfile the file says how many ranks, as slots=N")
 
 
+def _check_export(config: Config) -> None:
+    """What could not be written would be told only after the training."""
+    if config.export.format == NONE:
+        return
+    if (problem := find_format(config.export.format).find_problems(config.export)) is not None:
+        raise ConfigError(problem)
+
+
 def _check_upload(config: Config) -> None:
     from llmtune.export.preflight import check_address
 
@@ -53,4 +62,10 @@ def _check_mirror(config: Config) -> None:
         check_protocol(mirror, "checkpoint.mirror")
 
 
-_CHECKS: tuple[Callable[[Config], None], ...] = (_check_data, _check_launch, _check_upload, _check_mirror)
+_CHECKS: tuple[Callable[[Config], None], ...] = (
+    _check_data,
+    _check_launch,
+    _check_export,
+    _check_upload,
+    _check_mirror,
+)

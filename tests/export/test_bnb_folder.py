@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
-from llmtune.export.formats.bitsandbytes import write_bnb_4bit
 from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.model import Material, open_material
@@ -25,6 +24,7 @@ from llmtune.export.publish.shards import Journal
 from llmtune.export.sources.base import SafetensorsSource, TensorSource, read_whole
 from llmtune.export.sources.bitsandbytes import Bnb4bitSource, is_bnb_folder, open_base
 from llmtune.export.sources.nf4 import Nf4RoundTrip, quantised_names
+from llmtune.export.writers.bitsandbytes import write_bnb_4bit
 from tests.export.conftest import TOKENS, make_adapter, make_base
 from tests.export.test_nf4 import load_in_4bit, plain_weights
 

@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from llmtune.config.compose import compose_config
-from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
+from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType, MergeOnto
 from llmtune.config.stored import dump_redacted
 from llmtune.export.card.card import write_model_card
+from llmtune.export.formats.format import list_formats
 from llmtune.export.model import ExportRequest
 from llmtune.plan.memory.peak_memory import DeviceBytes, HostBytes, MemoryPlan
 from tests.export.conftest import make_adapter
@@ -290,7 +291,7 @@ def test_the_code_for_an_adapter_runs(
     shutil.copytree(adapter, out)
     for file in [*base.glob("tokenizer*"), *base.glob("*.jinja")]:
         shutil.copyfile(file, out / file.name)
-    text = write(out, ExportRequest(base, str(base), adapter, None, out), format=ExportFormat.adapter)
+    text = write(out, ExportRequest(base, str(base), adapter, None, out), format="adapter")
     assert front_matter(text)["library_name"] == "peft"
     assert ("resize_token_embeddings(600)" in text) == (resized is not None)
     assert ("--enable-lora --max-lora-rank 8" in text) == (resized is None)
@@ -306,7 +307,7 @@ def test_the_code_for_one_file_of_weights_gives_the_same_model(
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     torch.save(tensors, out / "model.pt")
     (out / "model.safetensors").unlink()
-    text = write(out, ExportRequest(base, "tiny", None, None, out), format=ExportFormat.pt)
+    text = write(out, ExportRequest(base, "tiny", None, None, out), format="pt")
     from_card = run_code(text, out, monkeypatch, capsys)
     shutil.copyfile(base / "model.safetensors", out / "model.safetensors")
     plain = write(out, ExportRequest(base, "tiny", None, None, out))
@@ -334,7 +335,7 @@ def test_the_code_for_graphs_runs(base: Path, tmp_path: Path, monkeypatch: pytes
     torch.jit.trace(model, inputs, check_trace=False).save(str(out / "model.ts.pt"))
     expected = AutoTokenizer.from_pretrained(base).decode(model(*inputs)[0, -1].argmax())
     request = ExportRequest(base, "tiny", None, None, out)
-    text = write(out, request, format=ExportFormat.torchscript)
+    text = write(out, request, format="torchscript")
     assert run_code(text, out, monkeypatch, capsys).removesuffix("\n") == expected
     assert "has no cache" in text
 
@@ -358,7 +359,7 @@ def test_the_code_for_onnx_runs(base: Path, tmp_path: Path, monkeypatch: pytest.
     onnx.save(onnx.helper.make_model(graph, **versions), out / "model.onnx")
     tokenizer = AutoTokenizer.from_pretrained(base)
     expected = tokenizer.decode(table[tokenizer("Once upon a time")["input_ids"][-1]].argmax())
-    text = write(out, ExportRequest(base, "tiny", None, None, out), format=ExportFormat.onnx)
+    text = write(out, ExportRequest(base, "tiny", None, None, out), format="onnx")
     assert run_code(text, out, monkeypatch, capsys).removesuffix("\n") == expected
 
 
@@ -381,7 +382,7 @@ def test_a_gguf_file_is_served_by_its_name(base: Path, adapter: Path, run: Path,
     out.mkdir()
     (out / "model-q8_0.gguf").write_bytes(b"GGUF")
     request = ExportRequest(base, "meta-llama/Llama-3", adapter, run, out)
-    text = write(out, request, format=ExportFormat.gguf, gguf_type=GgufType.q8_0)
+    text = write(out, request, format="gguf", gguf_type=GgufType.q8_0)
     for part in (
         "llama-cli -m model-q8_0.gguf -cnv",
         "llama-server -m model-q8_0.gguf",
@@ -394,28 +395,28 @@ def test_a_gguf_file_is_served_by_its_name(base: Path, adapter: Path, run: Path,
     assert (front["library_name"], front["base_model_relation"]) == ("gguf", "finetune")
     (out / "Modelfile").write_text("FROM ./model-q8_0.gguf")
     plain = ExportRequest(base, "meta-llama/Llama-3", None, None, out)
-    text = write(out, plain, format=ExportFormat.gguf, gguf_type=GgufType.q4_0)
+    text = write(out, plain, format="gguf", gguf_type=GgufType.q4_0)
     assert "echo" not in text
     assert front_matter(text)["base_model_relation"] == "quantized"
 
 
-@pytest.mark.parametrize("kind", [f for f in ExportFormat if f is not ExportFormat.none])
+@pytest.mark.parametrize("kind", list(list_formats()))
 def test_every_format_has_a_card_that_the_hub_reads(
-    base: Path, adapter: Path, run: Path, tmp_path: Path, kind: ExportFormat
+    base: Path, adapter: Path, run: Path, tmp_path: Path, kind: str
 ) -> None:
     request = ExportRequest(base, "meta-llama/Llama-3", adapter, run, tmp_path / "out")
     text = write(tmp_path / "out", request, format=kind, upload="hf://me/my_model@v2", dtype=ExportDtype.fp16)
     card = ModelCard(text)
     assert card.data.library_name in ("transformers", "peft", "gguf", "onnx", "pytorch")
-    relation = "adapter" if kind is ExportFormat.adapter else "finetune"
+    relation = "adapter" if kind == "adapter" else "finetune"
     assert front_matter(text)["base_model_relation"] == relation
     assert "# my_model\n" in text
-    whole = (ExportFormat.safetensors, ExportFormat.adapter, ExportFormat.bnb_4bit)
+    whole = ("safetensors", "adapter", "bnb_4bit")
     assert ("hf download me/my_model --local-dir my_model" in text) == (kind not in whole)
     assert ('"me/my_model"' in text) == (kind in whole)
     for code in code_blocks(text, "python"):
         compile(code, "card", "exec")
-    assert ("stored in fp16" in text) == (kind in (ExportFormat.safetensors, ExportFormat.pt))
+    assert ("stored in fp16" in text) == (kind in ("safetensors", "pt"))
 
 
 def test_a_card_says_onto_which_base_a_qlora_adapter_was_merged(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -429,7 +430,7 @@ def test_a_card_says_onto_which_base_a_qlora_adapter_was_merged(base: Path, adap
     assert "qlora" in front_matter(original)["tags"]
     nf4 = write(tmp_path / "b", request, merge_onto=MergeOnto.nf4)
     assert "quantised to NF4 and back (`export.merge_onto=nf4`)" in nf4
-    alone = write(tmp_path / "c", request, format=ExportFormat.adapter)
+    alone = write(tmp_path / "c", request, format="adapter")
     assert "BitsAndBytesConfig(load_in_4bit=True" in alone
     lora = write(tmp_path / "d", ExportRequest(base, "tiny", adapter, None, tmp_path / "x"))
     assert "rounded once" in lora

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
+from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType, MergeOnto
 from llmtune.errors import ExportError
+from llmtune.export.formats.format import list_formats
 from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
 from llmtune.storage import layout
@@ -21,32 +22,32 @@ from tests.export.conftest import make_adapter
 from tests.support import run_cli
 
 FILES = {
-    ExportFormat.safetensors: "model.safetensors",
-    ExportFormat.adapter: "adapter_model.safetensors",
-    ExportFormat.gguf: "model-q8_0.gguf",
-    ExportFormat.onnx: "model.onnx",
-    ExportFormat.torchscript: "model.ts.pt",
-    ExportFormat.pt: "model.pt",
-    ExportFormat.bnb_4bit: "model.safetensors",
+    "safetensors": "model.safetensors",
+    "adapter": "adapter_model.safetensors",
+    "gguf": "model-q8_0.gguf",
+    "onnx": "model.onnx",
+    "torchscript": "model.ts.pt",
+    "pt": "model.pt",
+    "bnb_4bit": "model.safetensors",
 }
 
 
-@pytest.mark.parametrize("kind", FILES, ids=lambda kind: kind.value)
-def test_every_format_is_published_whole_with_a_card(kind: ExportFormat, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", FILES, ids=str)
+def test_every_format_is_published_whole_with_a_card(kind: str, base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     said: list[str] = []
     request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out", say=said.append)
     folder = run_export(request, ExportConfig(format=kind, gguf_type=GgufType.q8_0))
     assert (folder / FILES[kind]).stat().st_size > 10_000
     assert find_damage(folder) == []
-    assert json.loads((folder / "manifest.json").read_text())["format"] == kind.value
+    assert json.loads((folder / "manifest.json").read_text())["format"] == kind
     assert "tiny" in (folder / "README.md").read_text()
     assert not list(tmp_path.glob("out.*"))
     lines = [line for line in said if line.startswith("parity: logits within")]
-    assert len(lines) == (kind is not ExportFormat.adapter)
+    assert len(lines) == (kind != "adapter")
     coarser = {
-        ExportFormat.gguf: "as q8_0, which is not compared",
-        ExportFormat.bnb_4bit: "as 4 bits (NF4), which is not",
+        "gguf": "as q8_0, which is not compared",
+        "bnb_4bit": "as 4 bits (NF4), which is not",
     }
     for line in lines:
         assert ("before they are stored" in line) is (kind in coarser)
@@ -55,14 +56,14 @@ def test_every_format_is_published_whole_with_a_card(kind: ExportFormat, base: P
 
 def test_there_is_an_option_and_a_writer_for_every_format() -> None:
     options = {file.stem for file in (Path(__file__).parents[2] / "conf" / "export").glob("*.yaml")}
-    assert options == {kind.value for kind in ExportFormat}
-    assert set(FILES) == set(ExportFormat) - {ExportFormat.none}
+    assert options == {"none", *list_formats()}
+    assert set(FILES) == set(list_formats())
 
 
 def test_a_wrong_merge_is_published_in_no_format(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     monkeypatch.setattr("llmtune.export.merge.adapter.Adapter.scale", lambda *_: 0.5)
-    for kind in (ExportFormat.safetensors, ExportFormat.gguf, ExportFormat.pt):
+    for kind in ("safetensors", "gguf", "pt"):
         request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out")
         with pytest.raises(ExportError, match="14 of 20 tensors are not what the base and peft's layers come to"):
             run_export(request, ExportConfig(format=kind))
@@ -123,32 +124,32 @@ def test_an_export_is_replaced_by_its_like_only(base: Path, tmp_path: Path) -> N
     adapter = make_adapter(base, tmp_path / "adapter")
     request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out")
 
-    def export(kind: ExportFormat, **settings: Any) -> Path:
+    def export(kind: str, **settings: Any) -> Path:
         return run_export(request, ExportConfig(format=kind, parity=False, **settings))
 
-    merged = export(ExportFormat.safetensors)
+    merged = export("safetensors")
     before = (merged / "model.safetensors").read_bytes()
-    for kind in (ExportFormat.gguf, ExportFormat.pt, ExportFormat.adapter):
+    for kind in ("gguf", "pt", "adapter"):
         for dry_run in (False, True):
-            with pytest.raises(ExportError, match=f"export=safetensors, and this is export={kind.value}"):
+            with pytest.raises(ExportError, match=f"export=safetensors, and this is export={kind}"):
                 export(kind, dry_run=dry_run)
     assert (merged / "model.safetensors").read_bytes() == before
-    export(ExportFormat.safetensors, dtype=ExportDtype.bf16)
+    export("safetensors", dtype=ExportDtype.bf16)
     assert (merged / "model.safetensors").read_bytes() != before
     shutil.rmtree(merged)
-    export(ExportFormat.gguf, gguf_type=GgufType.q8_0)
-    export(ExportFormat.gguf)
+    export("gguf", gguf_type=GgufType.q8_0)
+    export("gguf")
     assert (merged / "model-f16.gguf").is_file()
     assert find_damage(merged) == []
 
 
-@pytest.mark.parametrize("kind", list(FILES), ids=lambda kind: kind.value)
-def test_every_format_has_a_place_of_its_own_in_the_run(kind: ExportFormat) -> None:
+@pytest.mark.parametrize("kind", list(FILES), ids=str)
+def test_every_format_has_a_place_of_its_own_in_the_run(kind: str) -> None:
     run = Path("runs/a")
-    others = {layout.export_folder(run, other.value) for other in FILES if other is not kind}
-    own = layout.export_folder(run, kind.value)
+    others = {layout.export_folder(run, other) for other in FILES if other != kind}
+    own = layout.export_folder(run, kind)
     assert own not in others
     assert layout.is_export_folder(own)
-    assert own == (run / "merged" if kind is ExportFormat.safetensors else run / f"export-{kind.value}")
+    assert own == (run / "merged" if kind == "safetensors" else run / f"export-{kind}")
     for other in ("adapter", "model", "checkpoint-10", "export-gguf.tmp", "merged.old.tmp"):
         assert not layout.is_export_folder(run / other)

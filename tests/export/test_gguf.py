@@ -33,11 +33,11 @@ from transformers import (
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.tokenization_utils_base import generate_merges
 
-from llmtune.config.groups.export import ExportConfig, ExportFormat, GgufType
+from llmtune.config.groups.export import ExportConfig, GgufType
 from llmtune.errors import ExportError
-from llmtune.export.formats.gguf.writer import write_gguf
 from llmtune.export.model import ExportRequest, open_material
 from llmtune.export.publish.shards import Journal
+from llmtune.export.writers.gguf.writer import write_gguf
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
 
 #: An interpreter that has llama-cpp-python.
@@ -126,7 +126,7 @@ def write(
     base: Path, folder: Path, kind: str = "f32", adapter: Path | None = None, said: list[str] | None = None
 ) -> Path:
     """The file that is written."""
-    config = ExportConfig(format=ExportFormat.gguf, gguf_type=GgufType[kind])
+    config = ExportConfig(format="gguf", gguf_type=GgufType[kind])
     folder.mkdir(parents=True, exist_ok=True)
     say = (said if said is not None else []).append
     request = ExportRequest(base, "tiny", adapter, None, folder, say=say)

@@ -17,12 +17,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
-from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat
+from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError, MissingPrerequisiteError
-from llmtune.export.formats.graph.model import GraphModel, check_graph, find_loader, load_graph_model, make_checks
-from llmtune.export.formats.graph.writers import write_onnx, write_torchscript
 from llmtune.export.model import ExportRequest, open_material
 from llmtune.export.publish.shards import Journal
+from llmtune.export.writers.graph.model import GraphModel, check_graph, find_loader, load_graph_model, make_checks
+from llmtune.export.writers.graph.writers import write_onnx, write_torchscript
 from llmtune.storage.safetensors_writer import TensorSpec
 from tests.export.conftest import copy_tokenizer, make_adapter
 
@@ -59,7 +59,7 @@ def make_model(architecture: str, folder: Path, tokenizer: Path, **changes: Any)
 
 
 def write(kind: str, base: Path, output: Path, adapter: Path | None = None, **settings: Any) -> Path:
-    config = ExportConfig(format=ExportFormat(kind), **settings)
+    config = ExportConfig(format=kind, **settings)
     material = open_material(ExportRequest(base, "tiny", adapter, None, output), config)
     output.mkdir()
     writer = write_onnx if kind == "onnx" else write_torchscript
@@ -215,7 +215,7 @@ def test_what_cannot_be_a_graph_is_refused(tiny_model: Path, tmp_path: Path, kin
     with pytest.raises(ExportError, match=r"export\.dtype=bf16: graphs are written in fp32"):
         write(kind, base, tmp_path / "bf16", dtype=ExportDtype.bf16)
 
-    config, out = ExportConfig(format=ExportFormat(kind)), tmp_path / "large"
+    config, out = ExportConfig(format=kind), tmp_path / "large"
     out.mkdir()
     material = open_material(ExportRequest(base, "tiny", None, None, out), config)
     large = Large({"a": TensorSpec("a", torch.bfloat16, (70_000, 1_000_000))})

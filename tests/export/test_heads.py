@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaConfig, RobertaConfig
 
-from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat
+from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError
 from llmtune.export.pipeline import ExportRequest, run_export
 from tests.export.conftest import TOKENS, copy_tokenizer
@@ -133,12 +133,12 @@ def test_the_head_takes_the_bases_dtype(tiny_model: Path, tmp_path: Path) -> Non
 
 def test_a_head_goes_into_other_formats(tiny_model: Path, tmp_path: Path) -> None:
     base, adapter, wrapped = make_pair("words to classes", tmp_path, tiny_model)
-    folder = export(base, adapter, tmp_path / "graph", format=ExportFormat.torchscript)
+    folder = export(base, adapter, tmp_path / "graph", format="torchscript")
     graph = torch.jit.load(folder / "model.ts.pt")
     with torch.no_grad():
         assert torch.allclose(graph(TOKENS, torch.ones_like(TOKENS)), wrapped(TOKENS).logits, atol=1e-4)
     with pytest.raises(ExportError, match="RobertaForSequenceClassification"):
-        export(base, adapter, tmp_path / "gguf", format=ExportFormat.gguf)
+        export(base, adapter, tmp_path / "gguf", format="gguf")
     assert not (tmp_path / "gguf").exists()
 
 

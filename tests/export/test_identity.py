@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
-from llmtune.export.identity import SHAPES, describe_job, describe_options, is_export_of
+from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType, MergeOnto
+from llmtune.export.formats.format import list_formats
+from llmtune.export.identity import SHAPING_NOTHING, describe_job, describe_options, is_export_of, shaping_options
 from llmtune.export.pipeline import ExportRequest, run_export
 from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
 from tests.export.conftest import make_adapter
@@ -26,18 +27,14 @@ OTHERS: dict[str, Any] = {
     "upload_private": False,
     "dry_run": True,
 }
-GRAPHS = (ExportFormat.onnx, ExportFormat.torchscript)
-FORMATS = [
-    pytest.param(kind, marks=pytest.mark.slow if kind in GRAPHS else ())
-    for kind in ExportFormat
-    if kind is not ExportFormat.none
-]
+GRAPHS = ("onnx", "torchscript")
+FORMATS = [pytest.param(kind, marks=pytest.mark.slow if kind in GRAPHS else ()) for kind in list_formats()]
 
 
-def change(kind: ExportFormat, key: str) -> ExportConfig | None:
+def change(kind: str, key: str) -> ExportConfig | None:
     """The option with another value; None where it is refused or writes nothing."""
     value = OTHERS[key]
-    if key == "dry_run" or (key == "dtype" and kind in (ExportFormat.gguf, ExportFormat.adapter)):
+    if key == "dry_run" or (key == "dtype" and kind in ("gguf", "adapter")):
         return None
     if key == "dtype" and kind in GRAPHS:
         value = ExportDtype.fp32
@@ -60,14 +57,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_every_option_is_decided_and_tried() -> None:
     options = {field.name for field in fields(ExportConfig)}
-    assert set(SHAPES) == options, "a new option needs a decision: does it shape a file, and of which formats?"
+    shaping = frozenset().union(*map(shaping_options, list_formats()))
+    assert shaping | SHAPING_NOTHING == options, (
+        "a new option needs a decision: does it shape a file, and of which formats?"
+    )
+    assert not shaping & SHAPING_NOTHING
     assert set(OTHERS) | {"format"} == options
     assert all(getattr(ExportConfig(), key) != value for key, value in OTHERS.items())
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_option_is_in_the_identity_exactly_if_it_shapes_a_file(
-    kind: ExportFormat, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("check_upload", "upload_export"):
         monkeypatch.setattr(f"llmtune.export.pipeline.{name}", lambda *_: None)
@@ -79,15 +80,15 @@ def test_an_option_is_in_the_identity_exactly_if_it_shapes_a_file(
     for key in OTHERS:
         config = change(kind, key)
         if config is None:
-            assert kind not in SHAPES[key] or key == "dry_run"
+            assert key not in shaping_options(kind) or key == "dry_run"
             continue
-        assert (describe_options(config) == describe_options(plain)) is (kind not in SHAPES[key]), key
+        assert (describe_options(config) == describe_options(plain)) is (key not in shaping_options(kind)), key
         run_export(request, config)
         assert is_export_of(output, adapter, config)
-        assert is_export_of(output, adapter, plain) is (kind not in SHAPES[key]), key
+        assert is_export_of(output, adapter, plain) is (key not in shaping_options(kind)), key
         shaped = contents(output) != first
         # Of graphs the dtype decides only where a training has left finer weights than its model's.
-        assert shaped is (kind in SHAPES[key]) or (kind in GRAPHS and key == "dtype"), key
+        assert shaped is (key in shaping_options(kind)) or (kind in GRAPHS and key == "dtype"), key
         if kind not in GRAPHS:
             run_export(request, plain)
             assert contents(output) == first, f"{key}: the same options write the same bytes"

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat
-from llmtune.errors import ExportError
+from llmtune.config.groups.export import ExportConfig, ExportDtype
+from llmtune.errors import ConfigError, ExportError
 from llmtune.export.merge.deltas import LowRank
 from llmtune.export.pipeline import ExportRequest, run_export
 from llmtune.storage.row_blocks import BLOCK_ELEMENTS, row_ranges
@@ -347,14 +347,14 @@ def test_a_base_of_another_name_is_noted(base: Path, tmp_path: Path) -> None:
 def test_formats_without_sense_are_refused(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     with pytest.raises(ExportError, match="has no adapter"):
-        export(base, None, tmp_path / "out", format=ExportFormat.adapter)
-    with pytest.raises(ExportError, match="export=none writes nothing"):
-        export(base, adapter, tmp_path / "out", format=ExportFormat.none)
-    for kind, why in ((ExportFormat.gguf, "export.gguf_type says"), (ExportFormat.adapter, "copied as it is")):
-        with pytest.raises(ExportError, match=f"export.dtype=fp16 has no part in export={kind.value}: .*{why}"):
+        export(base, None, tmp_path / "out", format="adapter")
+    with pytest.raises(ConfigError, match="export=none writes nothing"):
+        export(base, adapter, tmp_path / "out", format="none")
+    for kind, why in (("gguf", "export.gguf_type says"), ("adapter", "copied as it is")):
+        with pytest.raises(ExportError, match=f"export.dtype=fp16 has no part in export={kind}: .*{why}"):
             export(base, adapter, tmp_path / "out", format=kind, dtype=ExportDtype.fp16)
     assert not (tmp_path / "out").exists()
-    assert (export(base, adapter, tmp_path / "a", format=ExportFormat.adapter) / "adapter_model.safetensors").is_file()
+    assert (export(base, adapter, tmp_path / "a", format="adapter") / "adapter_model.safetensors").is_file()
 
 
 def test_a_full_model_is_exported_as_it_is(base: Path, tmp_path: Path) -> None:

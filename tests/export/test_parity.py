@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat, GgufType
+from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType
 from llmtune.errors import ExportError
 from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.pipeline import ExportRequest, run_export
@@ -197,10 +197,10 @@ def test_a_change_below_the_rounding_is_told(tiny_model: Path, tmp_path: Path) -
     ("settings", "kind"),
     [
         ({}, "bfloat16"),
-        ({"format": ExportFormat.pt, "dtype": ExportDtype.fp16}, "float16"),
-        ({"format": ExportFormat.gguf}, "float16"),
-        ({"format": ExportFormat.gguf, "gguf_type": GgufType.bf16}, "bfloat16"),
-        ({"format": ExportFormat.gguf, "gguf_type": GgufType.q8_0}, "float32"),
+        ({"format": "pt", "dtype": ExportDtype.fp16}, "float16"),
+        ({"format": "gguf"}, "float16"),
+        ({"format": "gguf", "gguf_type": GgufType.bf16}, "bfloat16"),
+        ({"format": "gguf", "gguf_type": GgufType.q8_0}, "float32"),
     ],
 )
 def test_the_rounding_that_is_told_is_that_of_the_format(
@@ -235,14 +235,14 @@ def test_experts_whose_names_are_translated_are_compared_whole_or_by_their_numbe
     def run(**settings: Any) -> str:
         said.clear()
         config = ExportConfig(**settings)
-        output = tmp_path / f"out-{config.format.value}"
+        output = tmp_path / f"out-{config.format}"
         run_export(ExportRequest(tmp_path / "base", "tiny", adapter, None, output, say=said.append), config)
         return " ".join(said)
 
     text = run()
     assert "parity: logits within" in text
     assert "4 adapted modules recomputed" in text
-    text = run(format=ExportFormat.pt)
+    text = run(format="pt")
     assert "the logits of this architecture are not compared: it can be loaded from safetensors only" in text
     assert "parity: logits not compared; 4 adapted modules recomputed" in text
     monkeypatch.setattr("llmtune.export.verify.checks._WHOLE_BYTES_PER_BYTE", 10**9)

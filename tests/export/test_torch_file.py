@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat
-from llmtune.export.formats.torch_file import write_torch_file
+from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.export.model import ExportRequest, open_material
 from llmtune.export.pipeline import run_export
 from llmtune.export.publish.shards import Journal
+from llmtune.export.writers.torch_file import write_torch_file
 from tests.export.conftest import TOKENS, make_adapter, make_base
 
 
 def write(base: Path, output: Path, adapter: Path | None = None, **settings: Any) -> Path:
-    config = ExportConfig(format=ExportFormat.pt, **settings)
+    config = ExportConfig(format="pt", **settings)
     material = open_material(ExportRequest(base, "tiny", adapter, None, output), config)
     output.mkdir()
     write_torch_file(material, output, Journal(output, "test"), config)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from llmtune.cli.main import main
 from llmtune.config.compose import compose_config
-from llmtune.config.groups.export import ExportConfig, ExportFormat
+from llmtune.config.groups.export import ExportConfig
 from llmtune.config.stored import dump_yaml, load_config
 from llmtune.errors import CheckpointError, ConfigError, ExportError, MissingPrerequisiteError
 from llmtune.export.preflight import check_exportable
@@ -113,8 +113,8 @@ def test_every_form_of_link_is_seen(
     if adapter is None:
         with pytest.raises(MissingPrerequisiteError, match="leads out of its folder"):
             # Before a training, of which the export would fail days later.
-            check_exportable(ExportConfig(ExportFormat.safetensors), base)
-        check_exportable(ExportConfig(ExportFormat.none), base)
+            check_exportable(ExportConfig("safetensors"), base)
+        check_exportable(ExportConfig("none"), base)
         return
     assert export(f"base={base}", f"adapter={adapter}", f"output_dir={tmp_path / 'out'}") == ExportError.exit_code
     assert "leads out of its folder" in capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_a_snapshot_of_the_hub_is_exported_as_ever(
         assert (output / "LICENSE").read_text() == "MIT License\n"
     first, second = (load_file(tmp_path / f"out-{number}" / "model.safetensors") for number in (0, 2))
     assert all(bool((first[name] == second[name]).all()) for name in first)
-    check_exportable(ExportConfig(ExportFormat.safetensors), snapshot)
+    check_exportable(ExportConfig("safetensors"), snapshot)
 
 
 @pytest.mark.parametrize(

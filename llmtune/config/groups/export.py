@@ -6,19 +6,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class ExportFormat(Enum):
-    """What ``export`` writes."""
-
-    none = "none"
-    safetensors = "safetensors"
-    adapter = "adapter"
-    gguf = "gguf"
-    onnx = "onnx"
-    torchscript = "torchscript"
-    pt = "pt"
-    bnb_4bit = "bnb_4bit"
-
-
 class ExportDtype(Enum):
     """What floating tensors are stored in."""
 
@@ -52,7 +39,7 @@ class GgufType(Enum):
 class ExportConfig:
     """What is written after training, and by ``llmtune export``."""
 
-    format: ExportFormat = ExportFormat.safetensors
+    format: str = "safetensors"
     """``safetensors`` (a merged model folder), ``adapter`` (a copy of the adapter), ``gguf`` (llama.cpp, Ollama), ``onnx``,
     ``torchscript``, ``pt`` (one weights-only file), ``bnb_4bit`` (bitsandbytes NF4), ``none``."""
     dtype: ExportDtype = ExportDtype.auto

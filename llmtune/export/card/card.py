@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune import __version__
-from llmtune.config.groups.export import ExportConfig, ExportDtype, ExportFormat, GgufType, MergeOnto
+from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.architecture import TEXT, TEXT_TO_TEXT, Task, headed_task, task_of
 from llmtune.export.card.curves import draw_curves
@@ -24,15 +24,15 @@ from llmtune.export.card.facts import (
     describe_settings,
     describe_versions,
     find_hub_datasets,
-    is_hub_id,
     list_sources,
     read_facts,
     read_metrics_after,
 )
 from llmtune.export.card.licence import Licence, copy_licence_files, find_licence
-from llmtune.export.card.usage import Usage, describe_usage
-from llmtune.export.identity import find_repo
+from llmtune.export.formats.format import find_format
+from llmtune.export.identity import find_repo, is_hub_id
 from llmtune.export.model import ExportRequest
+from llmtune.export.usage import Usage, describe_usage
 from llmtune.model.adapter.stored_adapter import WEIGHTS_FILE
 from llmtune.security.redaction import redact, redact_values
 from llmtune.security.trust import read_foreign
@@ -41,18 +41,7 @@ from llmtune.storage.yaml_text import to_yaml
 
 CARD, CURVES = "README.md", "loss.png"
 
-#: Format -> library on the hub that loads it, and what it is called.
-_FORMATS = {
-    ExportFormat.safetensors: ("transformers", "a model folder in safetensors"),
-    ExportFormat.adapter: ("peft", "an adapter for peft"),
-    ExportFormat.gguf: ("gguf", "a GGUF file"),
-    ExportFormat.onnx: ("onnx", "an ONNX graph"),
-    ExportFormat.torchscript: ("pytorch", "a TorchScript graph"),
-    ExportFormat.pt: ("transformers", "one PyTorch file of weights"),
-    ExportFormat.bnb_4bit: ("transformers", "a model folder in 4 bits (bitsandbytes NF4)"),
-}
 _TUNERS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
-_PLAIN_GGUF = (GgufType.f32, GgufType.f16, GgufType.bf16)
 
 
 def write_model_card(folder: Path, request: ExportRequest, config: ExportConfig, parity: str | None = None) -> None:
@@ -73,7 +62,7 @@ def write_model_card(folder: Path, request: ExportRequest, config: ExportConfig,
     parts = [
         f"# {_escape(name)}\n",
         _introduction(base, config, facts),
-        f"## Load it\n\n{describe_usage(usage).rstrip()}\n",
+        f"## Load it\n\n{describe_usage(usage, find_format(config.format).describe_usage).rstrip()}\n",
         _table("Results", ("metric", "before", "after"), describe_metrics(facts)),
         f"![Loss over the steps]({CURVES})\n" if has_curves else "",
         _table("Data", ("", ""), describe_data(facts)),
@@ -110,7 +99,7 @@ def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name
     base = request.base_name
     return Usage(
         folder=folder,
-        format=config.format,
+        loads_from_hub=find_format(config.format).loads_from_hub,
         name=re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "model",
         repo=find_repo(config),
         base=base if is_hub_id(base) else f"path/to/{base.rstrip('/').rpartition('/')[2]}",
@@ -166,12 +155,12 @@ def _front_matter(
     if is_hub_id(request.base_name):
         front["base_model"] = request.base_name
         front["base_model_relation"] = _relation(config, facts)
-    front |= {"library_name": _FORMATS[config.format][0], "pipeline_tag": task, **licence.front_matter}
+    front |= {"library_name": find_format(config.format).library, "pipeline_tag": task, **licence.front_matter}
     tags = ["llmtune"]
     if facts.tuner is not None:
         tags += [facts.tuner if facts.tuner != "full" else "full-fine-tuning"]
-    if config.format is not ExportFormat.safetensors:
-        tags.append({ExportFormat.adapter: "adapter"}.get(config.format, config.format.value.replace("_", "-")))
+    if config.format != "safetensors":
+        tags.append(config.format.replace("_", "-"))
     if usage.has_template and usage.writes_text:
         tags.append("conversational")
     front["tags"] = tags
@@ -184,11 +173,10 @@ def _front_matter(
 
 def _relation(config: ExportConfig, facts: Facts) -> str:
     """To the base, in the hub's words. Weights that were trained and then quantised are first of all another model."""
-    if config.format is ExportFormat.adapter:
+    kind = find_format(config.format)
+    if not kind.is_merged:
         return "adapter"
-    quantised = config.format is ExportFormat.bnb_4bit or (
-        config.format is ExportFormat.gguf and config.gguf_type not in _PLAIN_GGUF
-    )
+    quantised = kind.quantization(config) is not None
     return "quantized" if quantised and facts.tuner is None else "finetune"
 
 
@@ -207,9 +195,7 @@ def _introduction(base: str, config: ExportConfig, facts: Facts) -> str:
     shown = f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else _escape(base)
     revision = facts.get("model.revision")
     shown += f" (revision {_escape(str(revision))})" if revision else ""
-    kind = _FORMATS[config.format][1]
-    if config.format is ExportFormat.gguf:
-        kind += f" in {config.gguf_type.value}"
+    kind = find_format(config.format).describe(config)
     if facts.tuner is None:
         return f"{shown} as {kind}, written by llmtune {__version__}.\n"
     step = f" to step {facts.step}" if facts.step is not None else ""
@@ -219,7 +205,7 @@ def _introduction(base: str, config: ExportConfig, facts: Facts) -> str:
 def _describe_making(request: ExportRequest, config: ExportConfig, facts: Facts, parity: str | None) -> str:
     """How the weights became what they are."""
     lines = []
-    if request.adapter is not None and config.format is not ExportFormat.adapter:
+    if request.adapter is not None and find_format(config.format).is_merged:
         if facts.tuner == "qlora" or config.merge_onto is MergeOnto.nf4:
             lines.append(_describe_merge(config.merge_onto, facts.tuner == "qlora"))
         else:
@@ -229,7 +215,7 @@ def _describe_making(request: ExportRequest, config: ExportConfig, facts: Facts,
             "The adapter was trained on the base in 4 bits (NF4). On the unquantised base it computes slightly other numbers; "
             'with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` it has those of the training.'
         )
-    if config.dtype is not ExportDtype.auto and config.format in (ExportFormat.safetensors, ExportFormat.pt):
+    if config.dtype is not ExportDtype.auto and find_format(config.format).tells_dtype:
         lines.append(f"The weights are stored in {config.dtype.value}.")
     if parity:
         lines.append(f"Run before it was published: {_escape(parity)}.")

@@ -16,6 +16,7 @@ import yaml
 
 from llmtune import __version__
 from llmtune.errors import ExportError
+from llmtune.export.identity import is_hub_id
 from llmtune.export.model import ExportRequest
 from llmtune.model.adapter.stored_adapter import CONFIG_FILE
 from llmtune.plan.memory.peak_memory import MemoryPlan
@@ -30,7 +31,6 @@ from llmtune.units import format_bytes
 Rows = list[tuple[str, str]]
 
 _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|bz2|xz)$", re.IGNORECASE)
 
 
@@ -219,11 +219,6 @@ def describe_versions(facts: Facts) -> list[tuple[str, str, str]]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found.append((package, str(trained.get(package, "")), metadata.version(package)))
     return found
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether this is a name on the hub and no folder of this machine."""
-    return bool(_HUB_ID.fullmatch(name)) and not Path(name).expanduser().exists()
 
 
 def _is_hub_source(path: str) -> bool:

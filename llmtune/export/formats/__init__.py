@@ -1,1 +1,1 @@
-"""One writer a format."""
+"""Formats of export, one file per format: what the rest of the program asks of each. How they are written: ``writers/``."""

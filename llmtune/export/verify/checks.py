@@ -10,10 +10,10 @@ from typing import Any
 import psutil
 import torch
 
-from llmtune.config.groups.export import ExportConfig, ExportFormat, GgufType
+from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
 from llmtune.export.architecture import is_renamed
-from llmtune.export.formats.model_files import copy_companions, settle_config
+from llmtune.export.formats.format import find_format
 from llmtune.export.model import Material
 from llmtune.export.sources.base import (
     Retyped,
@@ -25,17 +25,8 @@ from llmtune.export.sources.base import (
 )
 from llmtune.export.verify.parity import Parity, Sides, check_numbers, check_parity, compare_whole, probe_tokens
 from llmtune.export.verify.serving_checks import check_export
+from llmtune.export.writers.model_files import copy_companions, settle_config
 from llmtune.units import format_bytes
-
-#: Formats, and types of GGUF, that are written from the merged fp32 in a dtype of their own; quantised ones are made of fp32.
-_WRITTEN: dict[ExportFormat | GgufType, torch.dtype] = {
-    **dict.fromkeys((ExportFormat.onnx, ExportFormat.torchscript, *GgufType), torch.float32),
-    GgufType.f16: torch.float16,
-    GgufType.bf16: torch.bfloat16,
-}
-
-#: Types of GGUF that hold each number by itself.
-_AS_THEY_ARE = (GgufType.f32, GgufType.f16, GgufType.bf16)
 
 #: Two models in fp32, one after the other, and what computing takes.
 _WHOLE_BYTES_PER_BYTE = 3
@@ -56,23 +47,15 @@ def check_material(material: Material, config: ExportConfig) -> Parity | None:
     Raises:
         ExportError: As :func:`check_folder`.
     """
+    kind = find_format(config.format)
     with tempfile.TemporaryDirectory(prefix="llmtune-") as name:
         folder = Path(name)
         copy_companions(material.companions, folder)
         settle_config(folder, material.dtype, material.config_changes)
-        dtype = _WRITTEN.get(config.gguf_type if config.format is ExportFormat.gguf else config.format)
+        dtype = kind.compared_dtype(config)
         # These are made of numbers that were never rounded to the base's dtype.
         source = material.source if dtype is None else Retyped(material.source, dtype)
-        return _check(material, folder, source, config, _quantised(config))
-
-
-def _quantised(config: ExportConfig) -> str | None:
-    """In how few bits the file holds the numbers that are compared; None where it holds them as they are."""
-    if config.format is ExportFormat.bnb_4bit:
-        return "4 bits (NF4)"
-    return (
-        config.gguf_type.value if config.format is ExportFormat.gguf and config.gguf_type not in _AS_THEY_ARE else None
-    )
+        return _check(material, folder, source, config, kind.quantization(config))
 
 
 def _check(

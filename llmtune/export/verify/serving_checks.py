@@ -7,8 +7,8 @@ from typing import Any
 
 from llmtune.errors import ConfigError, ExportError
 from llmtune.export.architecture import is_renamed
-from llmtune.export.formats.model_files import has_tokenizer
 from llmtune.export.sources.base import TensorSource, find_name, is_embedding, some
+from llmtune.export.writers.model_files import has_tokenizer
 from llmtune.model.skeleton import build_skeleton, tied_aliases
 from llmtune.storage.plain_json import parse_json
 from llmtune.template_bounds import bounded_template, refuse_powers

@@ -9,11 +9,11 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
-from llmtune.export.formats.model_files import copy_companions, settle_config, settle_generation
 from llmtune.export.model import Material
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.base import SafetensorsSource
+from llmtune.export.writers.model_files import copy_companions, settle_config, settle_generation
 
 TORCH_FILE = "model.pt"
 

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.config.groups.export import ExportConfig, ExportFormat, GgufType
+from llmtune.config.groups.export import ExportConfig, GgufType
 from llmtune.errors import ExportError
-from llmtune.export.formats.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary
-from llmtune.export.formats.model_files import copy_companions, settle_config
 from llmtune.export.model import Material
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal
 from llmtune.export.sources.base import TensorSource, some
+from llmtune.export.writers.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary
+from llmtune.export.writers.model_files import copy_companions, settle_config
 from llmtune.storage import layout
 from llmtune.storage.manifest import flush, hash_file
 
@@ -257,7 +257,7 @@ def _add_about(writer: GGUFWriter, material: Material) -> None:
 
     output = material.request.output
     writer.add_type("model")
-    own_name = output == layout.export_folder(output.parent, ExportFormat.gguf.value)
+    own_name = output == layout.export_folder(output.parent, "gguf")
     writer.add_name(output.parent.name if own_name else output.name)
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, material.request.base_name)

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.formats.model_files import copy_companions, settle_config, settle_generation
 from llmtune.export.model import Material
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.base import TensorSource
@@ -27,6 +26,7 @@ from llmtune.export.sources.nf4 import (
     quantise,
     quantised_names,
 )
+from llmtune.export.writers.model_files import copy_companions, settle_config, settle_generation
 from llmtune.storage.manifest import flush, hash_file
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.row_blocks import row_ranges

@@ -12,7 +12,11 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError, MissingPrerequisiteError
-from llmtune.export.formats.graph.model import (
+from llmtune.export.model import Material
+from llmtune.export.publish.folder import check_room
+from llmtune.export.publish.shards import Journal, write_shards
+from llmtune.export.sources.base import Retyped
+from llmtune.export.writers.graph.model import (
     GraphModel,
     Run,
     check_graph,
@@ -23,11 +27,7 @@ from llmtune.export.formats.graph.model import (
     make_example,
     refusing,
 )
-from llmtune.export.formats.model_files import copy_companions, settle_config, settle_generation
-from llmtune.export.model import Material
-from llmtune.export.publish.folder import check_room
-from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources.base import Retyped
+from llmtune.export.writers.model_files import copy_companions, settle_config, settle_generation
 from llmtune.units import format_count
 
 ONNX_FILE = "model.onnx"

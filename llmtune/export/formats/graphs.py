@@ -1,0 +1,42 @@
+"""What ``export=onnx`` and ``export=torchscript`` have in common: graphs in fp32, of models that are not too large."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.config.groups.export import ExportConfig, ExportDtype
+
+if TYPE_CHECKING:
+    import torch
+
+
+def find_graph_problems(config: ExportConfig) -> str | None:
+    """Graphs have one dtype."""
+    if config.dtype in (ExportDtype.auto, ExportDtype.fp32):
+        return None
+    return (
+        f"export.dtype={config.dtype.value}: graphs are written in fp32; take export.dtype=auto, or export=safetensors"
+    )
+
+
+def check_graph_base(base: Path) -> None:
+    """Check that a graph can be made of a model folder.
+
+    Raises:
+        ExportError: It is too large, or of an architecture that no loader is known for.
+    """
+    from llmtune.export.sources.base import SafetensorsSource
+    from llmtune.export.writers.graph.model import find_loader
+    from llmtune.export.writers.graph.writers import check_size
+
+    find_loader(base)
+    check_size(sum(math.prod(spec.shape) for spec in SafetensorsSource(base).specs.values()))
+
+
+def compared_as_fp32(_config: ExportConfig) -> torch.dtype:
+    """The merged fp32 is what a graph holds."""
+    import torch
+
+    return torch.float32

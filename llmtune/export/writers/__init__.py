@@ -1,0 +1,1 @@
+"""How models are written: one writer per kind of file."""

@@ -1,0 +1,39 @@
+"""A format of export that nobody needs: the names of the tensors, one per line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.config.groups.export import ExportConfig
+from llmtune.export.formats.format import MERGED_OPTIONS, Format, register
+from llmtune.export.usage import Usage, shell_block
+
+if TYPE_CHECKING:
+    from llmtune.export.model import Material
+    from llmtune.export.publish.shards import Journal
+
+
+def _write(material: Material, folder: Path, _journal: Journal, _config: ExportConfig) -> None:
+    (folder / "names.txt").write_text("\n".join(sorted(material.source.specs)) + "\n")
+
+
+def _describe_usage(usage: Usage) -> str:
+    return f"With any pager:\n\n{shell_block(f'less {usage.folder.name}/names.txt')}"
+
+
+NAMES = Format(
+    name="names",
+    describe=lambda _: "a list of names",
+    library="less",
+    describe_usage=_describe_usage,
+    write=_write,
+    options=MERGED_OPTIONS,
+)
+
+if __name__ == "__main__":
+    from llmtune.cli.main import run
+
+    register(NAMES)
+    run(sys.argv[1:])
