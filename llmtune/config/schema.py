@@ -73,13 +73,6 @@ class OnDiskLow(Enum):
     skip = "skip"
 
 
-class TrackerKind(Enum):
-    """Where metrics go beside ``metrics.jsonl``."""
-
-    none = "none"
-    wandb = "wandb"
-
-
 class TrackerMode(Enum):
     """W&B's own modes."""
 
@@ -301,7 +294,7 @@ class LaunchConfig:
 class TrackerConfig:
     """An experiment tracker beside the run folder's own files."""
 
-    kind: TrackerKind = TrackerKind.none
+    kind: str = "none"
     """``none`` or ``wandb``; the key comes from WANDB_API_KEY or ``.env``."""
     mode: TrackerMode = TrackerMode.online
     """``offline`` writes below the run folder for ``wandb sync``."""

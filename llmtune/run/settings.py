@@ -11,6 +11,8 @@ from collections.abc import Callable
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.export.formats.format import NONE, find_format
+from llmtune.track.service import NONE as NO_TRACKER
+from llmtune.track.service import SERVICES
 
 
 def find_problems(config: Config) -> list[str]:
@@ -48,6 +50,11 @@ def _check_export(config: Config) -> None:
         raise ConfigError(problem)
 
 
+def _check_tracker(config: Config) -> None:
+    if config.tracker.kind != NO_TRACKER:
+        SERVICES.find(config.tracker.kind)
+
+
 def _check_upload(config: Config) -> None:
     from llmtune.export.preflight import check_address
 
@@ -66,6 +73,7 @@ _CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_data,
     _check_launch,
     _check_export,
+    _check_tracker,
     _check_upload,
     _check_mirror,
 )

@@ -11,7 +11,7 @@ from llmtune.checkpoint.retention import Retention
 from llmtune.checkpoint.save import load_checkpoint
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles
-from llmtune.config.schema import TrackerKind, TunerKind
+from llmtune.config.schema import TunerKind
 from llmtune.config.stored import to_plain
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
@@ -29,6 +29,7 @@ from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
+from llmtune.track.service import NONE, SERVICES, TrackedRun
 from llmtune.track.tracker import Tracker, Trackers
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings, render_companions
 from llmtune.train.divergence import NumberWatch
@@ -207,7 +208,7 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
 
 
 def build_trackers(request: RunRequest, rank: Rank, console: Console, start: Progress) -> Trackers:
-    """Who sees the records: rank 0's file, console and, if chosen, W&B."""
+    """Who sees the records: rank 0's file, console and the chosen service."""
     if not rank.is_first:
         return Trackers([])
     config = request.config
@@ -215,8 +216,8 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console, start: Pro
         MetricsFile(request.run_folder / layout.METRICS),
         ProgressLine(console, request.steps.total_steps),
     ]
-    if config.tracker.kind is TrackerKind.wandb:
-        trackers += _wandb(request, console)
+    if config.tracker.kind != NONE:
+        trackers += _open_tracker(request, console)
     return Trackers(trackers)
 
 
@@ -234,18 +235,22 @@ def build_hooks(request: RunRequest, rank: Rank, console: Console, module: Train
     return hooks
 
 
-def _wandb(request: RunRequest, console: Console) -> list[Tracker]:
-    from llmtune.track.wandb_tracker import WandbTracker
-
+def _open_tracker(request: RunRequest, console: Console) -> list[Tracker]:
+    """The chosen tracker; none where it cannot be opened, which is no reason to stop."""
+    service = SERVICES.find(request.config.tracker.kind)
     settings: Any = to_plain(request.config)
+    run = TrackedRun(
+        config=request.config.tracker,
+        folder=request.run_folder,
+        name=request.run_name,
+        settings=settings,
+        say=console.say,
+    )
     try:
-        tracker = WandbTracker(request.config.tracker, request.run_folder, request.run_name, settings)
+        return [service.open(run)]
     except Exception as error:
-        console.say(f"W&B cannot be reached and is left out: {error}")
+        console.say(f"{service.title} cannot be reached and is left out: {error}")
         return []
-    if tracker.note:
-        console.say(tracker.note)
-    return [tracker]
 
 
 def _base_name(request: RunRequest) -> str:

@@ -173,7 +173,7 @@ def test_every_key_of_the_schema_is_read_somewhere() -> None:
         (["export=adapter", "export.dtype=fp16"], "export.dtype=fp16 has no part in export=adapter"),
         (["export=gguf", "export.dtype=fp32"], "export.dtype=fp32 has no part in export=gguf: export.gguf_type says"),
         (["export=onnx", "export.dtype=bf16"], "graphs are written in fp32"),
-        (["export.format=safetensor"], "export.format=safetensor: no such format; did you mean safetensors?"),
+        (["export.format=safetensor"], "export.format=safetensor: there is no such one; did you mean safetensors?"),
         (["tuner=full", "export=adapter"], "full fine-tuning has no adapter"),
         (["tuner=full", "export.merge_onto=nf4"], "export.merge_onto=nf4: full fine-tuning has no adapter"),
     ],

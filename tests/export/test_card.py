@@ -26,7 +26,7 @@ from llmtune.config.compose import compose_config
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType, MergeOnto
 from llmtune.config.stored import dump_redacted
 from llmtune.export.card.card import write_model_card
-from llmtune.export.formats.format import list_formats
+from llmtune.export.formats.format import FORMATS
 from llmtune.export.model import ExportRequest
 from llmtune.plan.memory.peak_memory import DeviceBytes, HostBytes, MemoryPlan
 from tests.export.conftest import make_adapter
@@ -400,7 +400,7 @@ def test_a_gguf_file_is_served_by_its_name(base: Path, adapter: Path, run: Path,
     assert front_matter(text)["base_model_relation"] == "quantized"
 
 
-@pytest.mark.parametrize("kind", list(list_formats()))
+@pytest.mark.parametrize("kind", list(FORMATS.list()))
 def test_every_format_has_a_card_that_the_hub_reads(
     base: Path, adapter: Path, run: Path, tmp_path: Path, kind: str
 ) -> None:

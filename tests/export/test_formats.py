@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType, MergeOnto
 from llmtune.errors import ExportError
-from llmtune.export.formats.format import list_formats
+from llmtune.export.formats.format import FORMATS
 from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
 from llmtune.storage import layout
@@ -56,8 +56,8 @@ def test_every_format_is_published_whole_with_a_card(kind: str, base: Path, tmp_
 
 def test_there_is_an_option_and_a_writer_for_every_format() -> None:
     options = {file.stem for file in (Path(__file__).parents[2] / "conf" / "export").glob("*.yaml")}
-    assert options == {"none", *list_formats()}
-    assert set(FILES) == set(list_formats())
+    assert options == {"none", *FORMATS.list()}
+    assert set(FILES) == set(FORMATS.list())
 
 
 def test_a_wrong_merge_is_published_in_no_format(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType, MergeOnto
-from llmtune.export.formats.format import list_formats
+from llmtune.export.formats.format import FORMATS
 from llmtune.export.identity import SHAPING_NOTHING, describe_job, describe_options, is_export_of, shaping_options
 from llmtune.export.pipeline import ExportRequest, run_export
 from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
@@ -28,7 +28,7 @@ OTHERS: dict[str, Any] = {
     "dry_run": True,
 }
 GRAPHS = ("onnx", "torchscript")
-FORMATS = [pytest.param(kind, marks=pytest.mark.slow if kind in GRAPHS else ()) for kind in list_formats()]
+KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind in GRAPHS else ()) for kind in FORMATS.list()]
 
 
 def change(kind: str, key: str) -> ExportConfig | None:
@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_every_option_is_decided_and_tried() -> None:
     options = {field.name for field in fields(ExportConfig)}
-    shaping = frozenset().union(*map(shaping_options, list_formats()))
+    shaping = frozenset().union(*map(shaping_options, FORMATS.list()))
     assert shaping | SHAPING_NOTHING == options, (
         "a new option needs a decision: does it shape a file, and of which formats?"
     )
@@ -66,7 +66,7 @@ def test_every_option_is_decided_and_tried() -> None:
     assert all(getattr(ExportConfig(), key) != value for key, value in OTHERS.items())
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_option_is_in_the_identity_exactly_if_it_shapes_a_file(
     kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,12 +10,12 @@ import pytest
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.export.formats.format import list_formats
+from llmtune.export.formats.format import FORMATS
 from llmtune.export.preflight import check_exportable
 from tests.support import TINY, run_cli
 
 
-@pytest.mark.parametrize("kind", ["none", *list_formats()])
+@pytest.mark.parametrize("kind", ["none", *FORMATS.list()])
 def test_what_every_format_can_hold_is_not_refused(kind: str, tiny_model: Path) -> None:
     check_exportable(ExportConfig(kind), tiny_model)
 
@@ -61,7 +61,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_for_gguf(tiny_model
 @pytest.mark.parametrize(
     "settings", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gptq", "bits": 4}]
 )
-@pytest.mark.parametrize("kind", [one for one in list_formats() if one != "adapter"])
+@pytest.mark.parametrize("kind", [one for one in FORMATS.list() if one != "adapter"])
 def test_a_base_that_cannot_be_unpacked_is_refused_for_whatever_is_merged(
     kind: str, settings: dict[str, object], tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.formats.format import MERGED_OPTIONS, Format, register
+from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format
 from llmtune.export.usage import Usage, shell_block
 
 if TYPE_CHECKING:
@@ -32,8 +31,4 @@ NAMES = Format(
     options=MERGED_OPTIONS,
 )
 
-if __name__ == "__main__":
-    from llmtune.cli.main import run
-
-    register(NAMES)
-    run(sys.argv[1:])
+FORMATS.register(NAMES)

@@ -15,7 +15,7 @@ from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.launch.launchers import hostfile
 from llmtune.launch.launchers.hostfile import hand_over, runner_environment
 from llmtune.security.working_folder import leave_working_folder
-from llmtune.track.wandb_tracker import check_working_folder
+from llmtune.track.services.wandb import check_working_folder
 from tests.support import ROOT, TINY, run_cli
 
 #: What the program, its ranks or their libraries import, of packages and of the standard library.

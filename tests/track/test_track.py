@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from llmtune.config.schema import TrackerConfig, TrackerKind, TrackerMode
+from llmtune.config.schema import TrackerConfig, TrackerMode
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile, cut_metrics, read_metrics
 from llmtune.track.plot import write_loss_plot
+from llmtune.track.service import SERVICES, TrackedRun
 from llmtune.track.tracker import Trackers
 
 
@@ -115,14 +116,14 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_wandb_tracks_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmtune.track.wandb_tracker import WandbTracker
-
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    config = TrackerConfig(kind=TrackerKind.wandb, mode=TrackerMode.online)
-    tracker = WandbTracker(config, tmp_path, "name", {"seed": 1})
-    assert "tracked offline" in tracker.note
+    config, said = TrackerConfig(kind="wandb", mode=TrackerMode.online), list[str]()
+    tracker = SERVICES.find("wandb").open(
+        TrackedRun(config=config, folder=tmp_path, name="name", settings={"seed": 1}, say=said.append)
+    )
+    assert any("tracked offline" in text for text in said)
     tracker.log(line(1))
     tracker.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

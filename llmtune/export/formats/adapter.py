@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
-from llmtune.export.formats.format import Format, register
+from llmtune.export.formats.format import FORMATS, Format
 from llmtune.export.usage import Usage, allow_code, ask, load_tokenizer, python_block, request_answer, shell_block
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _describe_usage(usage: Usage) -> str:
     return f"{text}With vLLM:\n\n{shell_block(serve + request_answer(usage))}"
 
 
-register(
+FORMATS.register(
     Format(
         name="adapter",
         describe=lambda _: "an adapter for peft",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.formats.format import MERGED_OPTIONS, Format, register, require_package
+from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format, require_package
 from llmtune.export.usage import Usage, ask, load_model, python_block, serve_with_vllm, shell_block
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _describe_usage(usage: Usage) -> str:
     return f"{text}{shell_block('pip install bitsandbytes')}{code}{serve_with_vllm(usage)}"
 
 
-register(
+FORMATS.register(
     Format(
         name="bnb_4bit",
         describe=lambda _: "a model folder in 4 bits (bitsandbytes NF4)",

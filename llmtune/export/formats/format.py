@@ -6,17 +6,15 @@ a configuration is checked, so that what takes long to import (torch, a writer) 
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.registry import Registry
 
 if TYPE_CHECKING:
     import torch
@@ -72,24 +70,7 @@ class Format:
     """In how few bits blocks of numbers are stored; None where each number is stored by itself."""
 
 
-_FORMATS: dict[str, Format] = {}
-
-
-def register(found: Format) -> Format:
-    """Make a format known under its name.
-
-    Raises:
-        ValueError: There is another one of this name.
-    """
-    if found.name == NONE or _FORMATS.setdefault(found.name, found) is not found:
-        raise ValueError(f"export={found.name}: there is a format of this name")
-    return found
-
-
-def list_formats() -> dict[str, Format]:
-    """All formats, by name, sorted."""
-    _import_formats()
-    return dict(sorted(_FORMATS.items()))
+FORMATS: Registry[Format] = Registry("export.format", __package__ or "", also=(NONE,))
 
 
 def find_format(name: str) -> Format:
@@ -98,14 +79,9 @@ def find_format(name: str) -> Format:
     Raises:
         ConfigError: There is none, with the nearest name; or it is ``none``.
     """
-    known = list_formats()
-    if name in known:
-        return known[name]
     if name == NONE:
         raise ConfigError("export=none writes nothing; take export=safetensors or export=adapter")
-    close = difflib.get_close_matches(name, [*known, NONE], n=1)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join([*known, NONE])}"
-    raise ConfigError(f"export.format={name}: no such format; {hint}")
+    return FORMATS.find(name)
 
 
 def require_package(package: str, wanted: str) -> None:
@@ -117,10 +93,3 @@ def require_package(package: str, wanted: str) -> None:
         importlib.import_module(package)
     except ImportError as error:
         raise MissingPrerequisiteError(f"{wanted} needs {package} ({error}): pip install {package}") from error
-
-
-@cache
-def _import_formats() -> None:
-    folder = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
-        importlib.import_module(module.name)

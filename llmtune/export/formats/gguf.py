@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType
-from llmtune.export.formats.format import MERGED_OPTIONS, Format, register, require_package
+from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format, require_package
 from llmtune.export.usage import Usage, first_file, request_answer, shell_block
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _describe_usage(usage: Usage) -> str:
     )
 
 
-register(
+FORMATS.register(
     Format(
         name="gguf",
         describe=lambda config: f"a GGUF file in {config.gguf_type.value}",

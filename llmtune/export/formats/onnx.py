@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.formats.format import MERGED_OPTIONS, Format, register
+from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format
 from llmtune.export.formats.graphs import check_graph_base, compared_as_fp32, find_graph_problems
 from llmtune.export.usage import Usage, adapt_output, allow_code, first_file, python_block, warn_no_cache
 
@@ -41,7 +41,7 @@ def _describe_usage(usage: Usage) -> str:
     return f"With onnxruntime, without torch:\n\n{python_block(adapt_output(usage, code))}{warn_no_cache(usage)}"
 
 
-register(
+FORMATS.register(
     Format(
         name="onnx",
         describe=lambda _: "an ONNX graph",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.formats.format import MERGED_OPTIONS, Format, register
+from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format
 from llmtune.export.usage import Usage, allow_code, ask, first_file, load_tokenizer, python_block
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _describe_usage(usage: Usage) -> str:
     return f"{text}{python_block(code + ask(usage))}"
 
 
-register(
+FORMATS.register(
     Format(
         name="pt",
         describe=lambda _: "one PyTorch file of weights",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.formats.format import MERGED_OPTIONS, Format, register
+from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format
 from llmtune.export.usage import Usage, ask, load_model, python_block, serve_with_vllm
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def _describe_usage(usage: Usage) -> str:
     return f"With transformers:\n\n{python_block(load_model(usage) + ask(usage))}{serve_with_vllm(usage)}"
 
 
-register(
+FORMATS.register(
     Format(
         name="safetensors",
         describe=lambda _: "a model folder in safetensors",

@@ -6,12 +6,12 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import Any
 
-from llmtune.config.schema import TrackerConfig, TrackerMode
+from llmtune.config.schema import TrackerMode
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.security.redaction import redact, redact_values
 from llmtune.security.trust import require_own
+from llmtune.track.service import SERVICES, Service, TrackedRun
 from llmtune.track.tracker import Record
 
 _SETTING = re.compile(r"^\s*([^\s=:#;\[][^\s=:]*)\s*[=:]", re.MULTILINE)
@@ -22,10 +22,8 @@ _HARMLESS = {"project", "entity", "mode", "disabled"}
 class WandbTracker:
     """Sends every record; evaluation and training share the step axis."""
 
-    def __init__(self, config: TrackerConfig, run_folder: Path, run_name: str, settings: dict[str, Any]):
-        """
-        Args:
-            settings: The resolved config, as plain values; secrets are taken out of it.
+    def __init__(self, run: TrackedRun):
+        """Start a run at W&B, or go on with it.
 
         Raises:
             MissingPrerequisiteError: The working folder says where W&B is to send the key.
@@ -33,20 +31,19 @@ class WandbTracker:
         import wandb
 
         check_working_folder()
-        mode = config.mode
-        self.note = ""
+        config, mode = run.config, run.config.mode
         if mode is TrackerMode.online and not _has_key():
             mode = TrackerMode.offline
-            self.note = "W&B: no WANDB_API_KEY in the environment or .env, so this run is tracked offline"
+            run.say("W&B: no WANDB_API_KEY in the environment or .env, so this run is tracked offline")
         self._run = wandb.init(
             project=redact(config.project),
             entity=redact(config.entity) if config.entity else None,
-            name=redact(run_name),
-            id=_run_id(run_folder),
+            name=redact(run.name),
+            id=_run_id(run.folder),
             resume="allow",
-            dir=str(run_folder),
+            dir=str(run.folder),
             mode="offline" if mode is TrackerMode.offline else "online",
-            config=redact_values(settings),
+            config=redact_values(run.settings),
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -104,3 +101,6 @@ def _run_id(run_folder: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4))
     return path.read_text().strip()
+
+
+SERVICES.register(Service(name="wandb", title="W&B", open=WandbTracker))

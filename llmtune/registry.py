@@ -1,0 +1,100 @@
+"""Variants of one kind, such as formats of export: found by name, one file each, from llmtune itself or from outside.
+
+llmtune's own stand in a folder, of which each module registers one. Others are registered by the modules that ``LLMTUNE_PLUGINS``
+names (separated by commas). They are imported wherever variants are looked up, in the ranks too, so they must be installed or
+stand on ``PYTHONPATH``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import pkgutil
+from collections.abc import Sequence
+from functools import cache
+from typing import Generic, Protocol, TypeVar
+
+from llmtune.errors import ConfigError
+
+PLUGINS = "LLMTUNE_PLUGINS"
+
+
+class Named(Protocol):
+    """What every variant has."""
+
+    @property
+    def name(self) -> str:
+        """As the configuration takes it."""
+        ...
+
+
+Variant = TypeVar("Variant", bound=Named)
+
+
+class Registry(Generic[Variant]):
+    """All variants of one kind."""
+
+    def __init__(self, key: str, package: str, also: Sequence[str] = ()):
+        """
+        Args:
+            key: Of the configuration, which holds the name of one.
+            package: The folder with llmtune's own; its modules register on import.
+            also: Names that the key takes and that stand for no variant, such as ``none``.
+        """
+        self.key = key
+        self._package = package
+        self._also = tuple(also)
+        self._variants: dict[str, Variant] = {}
+
+    def register(self, variant: Variant) -> Variant:
+        """Make a variant known under its name.
+
+        Raises:
+            ValueError: There is another one of this name.
+        """
+        if variant.name in self._also or self._variants.setdefault(variant.name, variant) is not variant:
+            raise ValueError(f"{self.key}={variant.name}: there is one of this name already")
+        return variant
+
+    def list(self) -> dict[str, Variant]:
+        """All of them, sorted by name.
+
+        Raises:
+            ConfigError: A module of ``LLMTUNE_PLUGINS`` cannot be imported.
+        """
+        _import_modules(self._package)
+        _import_plugins(os.environ.get(PLUGINS, ""))
+        return dict(sorted(self._variants.items()))
+
+    def find(self, name: str) -> Variant:
+        """The variant of a name.
+
+        Raises:
+            ConfigError: There is none, with the nearest name.
+        """
+        known = self.list()
+        if name in known:
+            return known[name]
+        names = [*known, *self._also]
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+        raise ConfigError(f"{self.key}={name}: there is no such one; {hint}")
+
+
+@cache
+def _import_modules(package: str) -> None:
+    folder = importlib.import_module(package)
+    for module in pkgutil.iter_modules(folder.__path__, f"{package}."):
+        importlib.import_module(module.name)
+
+
+@cache
+def _import_plugins(names: str) -> None:
+    for name in filter(None, (text.strip() for text in names.split(","))):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"{PLUGINS} names {name}, which cannot be imported ({error}): install it, or put its folder on PYTHONPATH"
+            ) from error
