@@ -105,7 +105,7 @@ def test_a_huge_text_is_split_in_little_memory_and_loses_nothing(tokenizer: Any,
 def test_the_progress_goes_on_within_a_row(
     workers: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "PULSE_SECONDS", 0.05)
+    monkeypatch.setattr("llmtune.data.tokenize.workers.PULSE_SECONDS", 0.05)
     file = write(tmp_path, *[text(200_000)] * 8, text(1_000_000))
     config = DataConfig(train=str(file), val_set_size=0, num_workers=workers, overlong=Overlong.split)
     seen: list[TokeniseProgress] = []
@@ -119,7 +119,7 @@ def test_the_progress_goes_on_within_a_row(
 
 
 def test_whoever_waits_for_a_worker_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "PULSE_SECONDS", 0.01)
+    monkeypatch.setattr("llmtune.data.tokenize.workers.PULSE_SECONDS", 0.01)
     block: Future[Any] = Future()
     pulses: list[int] = []
 
