@@ -73,6 +73,9 @@ class Registry(Generic[Variant]):
         Raises:
             ConfigError: There is none, with the nearest name.
         """
+        # Asked for every row of a file.
+        if (found := self._variants.get(name)) is not None:
+            return found
         known = self.list()
         if name in known:
             return known[name]

@@ -41,7 +41,7 @@ LAYERS: dict[str, set[str]] = {
 #: Folders within a folder, from the lowest to the highest; what stands beside them is above all of them.
 ROOMS: dict[str, list[str]] = {
     "plan": ["devices", "memory"],
-    "data": ["rows", "read", "tokenize", "store", "load", "report"],
+    "data": ["rows", "formats", "read", "tokenize", "store", "load", "report"],
     "model": ["adapter", "weights"],
     "export": ["sources", "publish", "merge", "writers", "formats", "verify", "card"],
     "launch": ["launchers", "preflight", "supervise"],

@@ -52,4 +52,4 @@ def test_a_module_of_the_users_is_imported_where_variants_are_looked_up(
     assert sys.modules["a_plugin_of_mine"].imported
     monkeypatch.setenv(PLUGINS, "a_plugin_of_nobody")
     with pytest.raises(ConfigError, match="LLMTUNE_PLUGINS names a_plugin_of_nobody, which cannot be imported"):
-        animals.find("cat")
+        animals.find("dog")

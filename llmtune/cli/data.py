@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.groups.data import DataConfig, DataFormat, name_data
+from llmtune.config.groups.data import DataConfig, name_data
 from llmtune.errors import DataError
 from llmtune.security.terminal import GREEN, GREY, colour, show_controls, to_json_line
 from llmtune.units import counted
@@ -111,10 +111,12 @@ def _describe_reader(composed: Composed) -> str:
 
 def _describe_format(config: DataConfig, formats: list[str]) -> str:
     """What the rows are, and what makes a text of them."""
-    from llmtune.data.rows.formats import CHAT_FORMATS
+    from llmtune.data.formats.format import FORMATS
 
     found = ", ".join(formats)
-    if not {DataFormat(name) for name in formats} & set(CHAT_FORMATS):
+    # A plugin's rows may be in the cache, and the plugin not here.
+    known = FORMATS.list()
+    if not any(name in known and known[name].is_chat for name in formats):
         return f"{found}, without a chat template"
     template = f"data.chat_template={config.chat_template}" if config.chat_template else "the tokenizer's own"
     return f"{found}; chat template: {template}"

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from llmtune.config.groups.data import DataFormat
 from llmtune.config.groups.export import MergeOnto
 from llmtune.config.schema import Config, OffloadDevice, Precision, TunerKind
 from llmtune.config.stored import read_key, to_plain
@@ -231,7 +230,7 @@ def _check_data(config: Config) -> list[str]:
     size = data.val_set_size
     if isinstance(size, float) and size >= 1:
         found.append(f"data.val_set_size={size}: a share below 1, or a whole number of rows")
-    if data.format is not DataFormat.auto and data.train == "stdlib_docs":
+    if data.format != "auto" and data.train == "stdlib_docs":
         found.append("data.format is for files; stdlib_docs has its own")
     if not 0 <= data.max_overlong_share <= 1:
         found.append(f"data.max_overlong_share={data.max_overlong_share}: a share between 0 and 1")
@@ -239,7 +238,7 @@ def _check_data(config: Config) -> list[str]:
         found.append(f"data.num_workers={data.num_workers}: 'auto', or an integer of at least 0")
     if data.pin_memory not in ("auto", True, False):
         found.append(f"data.pin_memory={data.pin_memory}: 'auto', true or false")
-    if data.packing and data.format is DataFormat.classification:
+    if data.packing and data.format == "classification":
         found.append("data.packing=true: classification rows cannot share a row; take data.packing=false")
     return found + (_check_streaming(config) if data.streaming else [])
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config.cache_folder import INSTEAD, KEY
-from llmtune.config.groups.data import DataConfig, DataFormat
+from llmtune.config.groups.data import DataConfig
+from llmtune.data.formats.format import AUTO, FORMATS, detect_format
+from llmtune.data.formats.recipe import Recipe
 from llmtune.data.read.fingerprint import digest, hash_files
 from llmtune.data.read.readers import Block, count_rows, parse_rows, read_blocks, select_rows
 from llmtune.data.read.sources import DataFile, Source, is_compressed, resolve_files
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.fields import without_fields
-from llmtune.data.rows.formats import CHAT_FORMATS, detect_format, rename
 from llmtune.data.rows.problems import RowError, place
-from llmtune.data.rows.recipe import Recipe
+from llmtune.data.rows.turns import rename
 from llmtune.data.store.token_store import SUMMARY, publish_folder, write_store
 from llmtune.data.tokenize.chat_template import check_chat_template
 from llmtune.data.tokenize.encode import EncodeSettings
@@ -78,11 +79,11 @@ def tokenise_source(
     drawn = [source.limit, seed, DRAWS_VERSION] if source.limit else None
     contents = hash_files(files, source, cache)
     columns = [source.fields, sorted(source.ignore)]
-    key = digest([TOKENS_VERSION, tokenizer_hash, contents, source.format.value, *columns, drawn, shaping])
+    key = digest([TOKENS_VERSION, tokenizer_hash, contents, source.format, *columns, drawn, shaping])
     folder = token_folder(cache, key)
     if not (folder / SUMMARY).is_file():
         recipes = find_recipes(source, files)
-        if any(recipe.format in CHAT_FORMATS for recipe in recipes.values()):
+        if any(FORMATS.find(recipe.format).is_chat for recipe in recipes.values()):
             check_chat_template(tokenizer, tokenizer.name_or_path)
         with publish_folder(folder) as aside, Tokeniser(tokenizer, settings, _workers(config, files)) as tokeniser:
             watched = _Watched(source, files, watch)
@@ -153,11 +154,11 @@ def find_recipe(source: Source, file: DataFile) -> Recipe | None:
                 broken = broken or f"{where}: {row}"
                 continue
             ignore = frozenset(source.ignore)
-            if source.format is not DataFormat.auto:
+            if source.format != AUTO:
                 return Recipe(source.format, source.fields, ignore)
             try:
                 read = rename(without_fields(row, ignore), source.fields)
-                return Recipe(detect_format(read), source.fields, ignore)
+                return Recipe(detect_format(read).name, source.fields, ignore)
             except RowError as error:
                 raise DataError(f"{where}: {error}") from error
     if broken:

@@ -129,7 +129,7 @@ def composed(cell: Cell, folder: Path) -> dict[str, Any] | list[str]:
         "train": data.train,
         "length": data.max_seq_length,
         "held_out": data.val_set_size,
-        "format": data.format.value,
+        "format": data.format,
         "unnamed": set(found.unnamed),
     }
 

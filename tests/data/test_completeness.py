@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.config.groups.data import DataFormat
+from llmtune.data.formats.recipe import Recipe
 from llmtune.data.rows.conversation import Conversation, Role
 from llmtune.data.rows.problems import RowError
-from llmtune.data.rows.recipe import Recipe
 from llmtune.data.tokenize.chat_template import ChatTemplate, ChatTemplates, check_chat_template, load_chat_template
 from llmtune.errors import ConfigError
 from llmtune.model.random_model import build_tokenizer
@@ -186,7 +185,7 @@ def tokenizer() -> Any:
 
 
 def read(row: dict[str, Any]) -> Conversation:
-    return Recipe(DataFormat.messages, {}).read(row)[0]
+    return Recipe("messages", {}).read(row)[0]
 
 
 def template_of(tokenizer: Any, text: str) -> ChatTemplate:

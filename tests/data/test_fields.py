@@ -11,24 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llmtune.config.groups.data import DataConfig, DataFormat
+from llmtune.config.groups.data import DataConfig
+from llmtune.data.formats.format import FORMATS
+from llmtune.data.formats.recipe import Recipe
 from llmtune.data.prepare import PreparedData, prepare_data
 from llmtune.data.read.sources import parse_sources
-from llmtune.data.rows.fields import HARMLESS, MASKED, ROW_FIELDS, TRAINED
+from llmtune.data.rows.fields import HARMLESS, MASKED, TRAINED
 from llmtune.data.rows.problems import RowError
-from llmtune.data.rows.recipe import Recipe
 from llmtune.errors import ConfigError, DataError
 
 QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 #: A good row of every format.
-GOOD: dict[DataFormat, dict[str, Any]] = {
-    DataFormat.alpaca: {"instruction": "a", "output": "b"},
-    DataFormat.sharegpt: {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    DataFormat.messages: {"messages": [QUESTION, ANSWER]},
-    DataFormat.prompt_completion: {"prompt": "a", "completion": "b"},
-    DataFormat.text: {"text": "a"},
-    DataFormat.classification: {"text": "a", "label": "x"},
+GOOD: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": "a", "output": "b"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "messages": {"messages": [QUESTION, ANSWER]},
+    "prompt_completion": {"prompt": "a", "completion": "b"},
+    "text": {"text": "a"},
+    "classification": {"text": "a", "label": "x"},
 }
 
 #: Fields that change what is to be learned, with a value that they have in public data.
@@ -63,12 +64,10 @@ LOOKING_SO = (
 )
 
 
-@pytest.mark.parametrize("data_format", GOOD, ids=lambda data_format: data_format.value)
+@pytest.mark.parametrize("data_format", GOOD, ids=str)
 @pytest.mark.parametrize(("name", "value"), CHANGING, ids=[f"{name}={value}" for name, value in CHANGING])
-def test_a_field_that_changes_what_is_learned_is_refused_by_name(
-    data_format: DataFormat, name: str, value: Any
-) -> None:
-    if name in ROW_FIELDS[data_format]:
+def test_a_field_that_changes_what_is_learned_is_refused_by_name(data_format: str, name: str, value: Any) -> None:
+    if name in FORMATS.find(data_format).fields:
         return
     with pytest.raises(RowError) as caught:
         Recipe(data_format, {}).read({**GOOD[data_format], name: value})
@@ -86,11 +85,11 @@ MESSAGE_LEVEL = [
 ]
 
 
-@pytest.mark.parametrize("data_format", [DataFormat.messages, DataFormat.sharegpt, DataFormat.prompt_completion])
+@pytest.mark.parametrize("data_format", ["messages", "sharegpt", "prompt_completion"])
 @pytest.mark.parametrize(("name", "value"), MESSAGE_LEVEL, ids=[f"{name}={value}" for name, value in MESSAGE_LEVEL])
-def test_so_it_is_in_a_message(data_format: DataFormat, name: str, value: Any) -> None:
+def test_so_it_is_in_a_message(data_format: str, name: str, value: Any) -> None:
     row = GOOD[data_format]
-    if data_format is DataFormat.prompt_completion:
+    if data_format == "prompt_completion":
         row = {"prompt": [QUESTION], "completion": [{**ANSWER, name: value}]}
         place = "completion[0]"
     else:
@@ -108,7 +107,7 @@ def test_so_it_is_in_a_part_of_a_message_and_in_a_call() -> None:
         return {"role": "assistant", "content": [{"type": "text", "text": "b", **part}], "tool_calls": calls}
 
     def read(part: dict[str, Any], call: dict[str, Any]) -> set[str]:
-        return Recipe(DataFormat.messages, {}).read({"messages": [QUESTION, message(part, call)]})[1]
+        return Recipe("messages", {}).read({"messages": [QUESTION, message(part, call)]})[1]
 
     assert (
         read({"cache_control": {"type": "ephemeral"}, "train": True, "image_url": None}, {"id": "x", "index": 0})
@@ -130,8 +129,8 @@ def test_so_it_is_in_a_part_of_a_message_and_in_a_call() -> None:
         assert str(caught.value).startswith(f"messages[1].{where} (")
 
 
-@pytest.mark.parametrize("data_format", GOOD, ids=lambda data_format: data_format.value)
-def test_a_name_that_only_looks_so_is_listed(data_format: DataFormat) -> None:
+@pytest.mark.parametrize("data_format", GOOD, ids=str)
+def test_a_name_that_only_looks_so_is_listed(data_format: str) -> None:
     _, unknown = Recipe(data_format, {}).read({**GOOD[data_format], **dict.fromkeys(LOOKING_SO, "x")})
     assert unknown == set(LOOKING_SO)
 
@@ -140,7 +139,7 @@ def test_a_name_that_only_looks_so_is_listed(data_format: DataFormat) -> None:
 @pytest.mark.parametrize("value", [True, False, 1, 0, 1.0, 0.0, None])
 def test_a_message_says_by_any_name_whether_it_is_trained(name: str, value: Any) -> None:
     row = {"messages": [QUESTION, {**ANSWER, name: value}, QUESTION, ANSWER]}
-    conversation, unknown = Recipe(DataFormat.messages, {}).read(row)
+    conversation, unknown = Recipe("messages", {}).read(row)
     expected = None if value is None else bool(value) is not (name in MASKED)
     assert [message.train for message in conversation.messages] == [None, expected, None, None]
     assert not unknown
@@ -148,7 +147,7 @@ def test_a_message_says_by_any_name_whether_it_is_trained(name: str, value: Any)
         {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"], **m} for m in row["messages"]
     ]
     shared = [{key: turn[key] for key in turn if key not in ("role", "content")} for turn in turns]
-    assert Recipe(DataFormat.sharegpt, {}).read({"conversations": shared})[0] == conversation
+    assert Recipe("sharegpt", {}).read({"conversations": shared})[0] == conversation
 
 
 @pytest.mark.parametrize(
@@ -163,17 +162,17 @@ def test_a_message_says_by_any_name_whether_it_is_trained(name: str, value: Any)
 )
 def test_what_is_ambiguous_is_refused(more: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError) as caught:
-        Recipe(DataFormat.messages, {}).read({"messages": [QUESTION, {**ANSWER, **more}]})
+        Recipe("messages", {}).read({"messages": [QUESTION, {**ANSWER, **more}]})
     assert message in str(caught.value)
 
 
 def test_switches_that_agree_are_one() -> None:
     row = {"messages": [QUESTION, {**ANSWER, "masked": True, "weight": 0, "loss": False}]}
-    assert Recipe(DataFormat.messages, {}).read(row)[0].messages[1].train is False
+    assert Recipe("messages", {}).read(row)[0].messages[1].train is False
 
 
-@pytest.mark.parametrize("data_format", GOOD, ids=lambda data_format: data_format.value)
-def test_harmless_fields_and_empty_ones_are_ignored_in_silence(data_format: DataFormat) -> None:
+@pytest.mark.parametrize("data_format", GOOD, ids=str)
+def test_harmless_fields_and_empty_ones_are_ignored_in_silence(data_format: str) -> None:
     row = GOOD[data_format]
     harmless = dict.fromkeys(HARMLESS, "x") | {
         "prompt_id": 3,
@@ -193,7 +192,7 @@ def test_harmless_fields_and_empty_ones_are_ignored_in_silence(data_format: Data
     more=st.dictionaries(st.text("bcdfghjk", min_size=1, max_size=6), st.none() | st.booleans() | st.text(max_size=3)),
     data_format=st.sampled_from(list(GOOD)),
 )
-def test_a_field_that_nobody_knows_is_listed(more: dict[str, Any], data_format: DataFormat) -> None:
+def test_a_field_that_nobody_knows_is_listed(more: dict[str, Any], data_format: str) -> None:
     _, unknown = Recipe(data_format, {}).read({**more, **GOOD[data_format]})
     assert unknown == {name for name, value in more.items() if value not in (None, "") and name not in HARMLESS}
 
@@ -209,7 +208,7 @@ def prepare(tokenizer: Any, cache: Path, source: Any, **values: Any) -> Prepared
 
 def test_unknown_fields_are_listed_once_over_all_rows(tokenizer: Any, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
-    rows = [{**GOOD[DataFormat.messages], "mood": "good", "id": n} for n in range(3)]
+    rows = [{**GOOD["messages"], "mood": "good", "id": n} for n in range(3)]
     rows.append({"messages": [{**QUESTION, "avatar": "x"}, ANSWER], "mood": "bad"})
     source.write_text("\n".join(map(json.dumps, rows)))
     assert prepare(tokenizer, tmp_path, str(source)).unknown_fields == ["messages[].avatar", "mood"]
@@ -241,4 +240,4 @@ def test_what_is_ignored_does_not_name_the_format(tokenizer: Any, tmp_path: Path
 @pytest.mark.parametrize("ignore", ["label", [1]])
 def test_what_is_to_be_ignored_is_a_list_of_names(ignore: Any) -> None:
     with pytest.raises(ConfigError, match=r"data.train.ignore=.*: a list of fields such as \[label, score\]"):
-        parse_sources({"path": "a.jsonl", "ignore": ignore}, "data.train", DataFormat.auto)
+        parse_sources({"path": "a.jsonl", "ignore": ignore}, "data.train", "auto")

@@ -6,26 +6,26 @@ from typing import Any
 
 import pytest
 
-from llmtune.config.groups.data import DataFormat
-from llmtune.data.rows.formats import FORMATS, detect_format, rename
+from llmtune.data.formats.format import FORMATS, detect_format
+from llmtune.data.rows.turns import rename
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 #: Format, row, what comes out: (role, text) of each message.
-ROWS: list[tuple[DataFormat, dict[str, Any], list[tuple[str, str]]]] = [
+ROWS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
     (
-        DataFormat.alpaca,
+        "alpaca",
         {"instruction": "Add", "input": "1 2", "output": "3", "system": "Be brief.", "history": [["Hi", "Hello"]]},
         [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Add\n\n1 2"), ("assistant", "3")],
     ),
-    (DataFormat.alpaca, {"instruction": "Add", "input": None, "output": "3"}, [("user", "Add"), ("assistant", "3")]),
+    ("alpaca", {"instruction": "Add", "input": None, "output": "3"}, [("user", "Add"), ("assistant", "3")]),
     (
-        DataFormat.sharegpt,
+        "sharegpt",
         {"system": "S", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         [("system", "S"), ("user", "Hi"), ("assistant", "Hello")],
     ),
     (
-        DataFormat.sharegpt,
+        "sharegpt",
         {
             "conversations": [
                 {"from": "human", "value": "1+1?"},
@@ -38,7 +38,7 @@ ROWS: list[tuple[DataFormat, dict[str, Any], list[tuple[str, str]]]] = [
         [("user", "1+1?"), ("assistant", ""), ("tool", "2"), ("assistant", "Two.")],
     ),
     (
-        DataFormat.messages,
+        "messages",
         {
             "messages": [
                 {"role": "developer", "content": "S"},
@@ -50,36 +50,34 @@ ROWS: list[tuple[DataFormat, dict[str, Any], list[tuple[str, str]]]] = [
         },
         [("system", "S"), ("user", "ab"), ("assistant", ""), ("tool", "2"), ("assistant", "Two.")],
     ),
-    (DataFormat.prompt_completion, {"prompt": "2+2=", "completion": "4"}, [("user", "2+2="), ("assistant", "4")]),
+    ("prompt_completion", {"prompt": "2+2=", "completion": "4"}, [("user", "2+2="), ("assistant", "4")]),
     (
-        DataFormat.prompt_completion,
+        "prompt_completion",
         {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]},
         [("user", "Hi"), ("assistant", "Hello")],
     ),
-    (DataFormat.text, {"text": "Once"}, [("assistant", "Once")]),
-    (DataFormat.classification, {"text": "good", "label": "pos"}, [("user", "good")]),
-    (DataFormat.classification, {"sentence1": "a", "sentence2": "b", "label": 0}, [("user", "a"), ("user", "b")]),
+    ("text", {"text": "Once"}, [("assistant", "Once")]),
+    ("classification", {"text": "good", "label": "pos"}, [("user", "good")]),
+    ("classification", {"sentence1": "a", "sentence2": "b", "label": 0}, [("user", "a"), ("user", "b")]),
 ]
 
 
-@pytest.mark.parametrize(
-    ("data_format", "row", "expected"), ROWS, ids=[f"{row[0].value}-{n}" for n, row in enumerate(ROWS)]
-)
-def test_a_row_is_recognised_and_read(data_format: DataFormat, row: Any, expected: list[tuple[str, str]]) -> None:
-    assert detect_format(row) is data_format
-    conversation = FORMATS[data_format](row)
+@pytest.mark.parametrize(("data_format", "row", "expected"), ROWS, ids=[f"{row[0]}-{n}" for n, row in enumerate(ROWS)])
+def test_a_row_is_recognised_and_read(data_format: str, row: Any, expected: list[tuple[str, str]]) -> None:
+    assert detect_format(row).name == data_format
+    conversation = FORMATS.find(data_format).read(row)
     assert [(message.role.value, message.content) for message in conversation.messages] == expected
 
 
 def test_every_format_has_a_row_here() -> None:
-    assert {row[0] for row in ROWS} == set(FORMATS) == set(DataFormat) - {DataFormat.auto}
+    assert {row[0] for row in ROWS} == set(FORMATS.list())
 
 
 def test_what_a_template_needs_beside_the_text_is_kept() -> None:
-    called = FORMATS[DataFormat.messages](ROWS[4][1])
+    called = FORMATS.find("messages").read(ROWS[4][1])
     assert called.messages[2].extra == {"tool_calls": [CALL]}
     assert called.messages[3].extra == {"tool_call_id": "x"}
-    shared = FORMATS[DataFormat.sharegpt](ROWS[3][1])
+    shared = FORMATS.find("sharegpt").read(ROWS[3][1])
     assert shared.messages[1].extra == {"tool_calls": [CALL]}
     assert shared.tools == ({"name": "add"},)
 
@@ -87,10 +85,10 @@ def test_what_a_template_needs_beside_the_text_is_kept() -> None:
 def test_messages_can_be_left_untrained() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]
     more = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
-    row = FORMATS[DataFormat.messages]({"messages": [*turns, *more]})
+    row = FORMATS.find("messages").read({"messages": [*turns, *more]})
     assert [message.train for message in row.messages] == [None, False, None, None]
     plain = [{key: turn[key] for key in ("role", "content")} for turn in [*turns, *more]]
-    row = FORMATS[DataFormat.prompt_completion]({"prompt": plain[:3], "completion": plain[3:]})
+    row = FORMATS.find("prompt_completion").read({"prompt": plain[:3], "completion": plain[3:]})
     assert [message.train for message in row.messages] == [None, False, None, None], "only the completion is trained"
 
 
@@ -103,12 +101,12 @@ def test_nulls_and_weights_of_completions_are_understood() -> None:
         ("assistant", "e", 1),
     ]
     messages = [{"role": role, "content": text, "train": None, "weight": weight} for role, text, weight in turns]
-    row = FORMATS[DataFormat.prompt_completion]({"prompt": messages[:3], "completion": messages[3:]})
+    row = FORMATS.find("prompt_completion").read({"prompt": messages[:3], "completion": messages[3:]})
     assert [message.train for message in row.messages] == [None, False, None, False, True]
 
 
 def test_labels_keep_their_names() -> None:
-    read = FORMATS[DataFormat.classification]
+    read = FORMATS.find("classification").read
     assert read({"text": "good", "label": "pos"}).label == "pos"
     assert read({"text": "good", "label": 0}).label == 0
     assert read({"text": "good", "label": 3.5}).label == 3.5
@@ -116,5 +114,5 @@ def test_labels_keep_their_names() -> None:
 
 def test_columns_can_have_other_names() -> None:
     row = rename({"question": "Add", "answer": "3", "output": "x"}, {"instruction": "question", "output": "answer"})
-    assert detect_format(row) is DataFormat.alpaca
-    assert [message.content for message in FORMATS[DataFormat.alpaca](row).messages] == ["Add", "3"]
+    assert detect_format(row).name == "alpaca"
+    assert [message.content for message in FORMATS.find("alpaca").read(row).messages] == ["Add", "3"]

@@ -14,8 +14,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmtune.config.groups.data import DataConfig, OnBadRow, Overlong
+from llmtune.data.formats.format import detect_format
 from llmtune.data.prepare import open_rows, prepare_data, read_problems
-from llmtune.data.rows.formats import FORMATS, detect_format
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize import encode, workers
 from llmtune.data.tokenize.encode import Encoder, EncodeSettings, Overflow, TokenRow
@@ -140,7 +140,7 @@ def test_long_rows_come_out_as_if_they_were_encoded_at_once(
     kind: str, size: int, overlong: Overlong, limit: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = KINDS[kind](size + 100)
-    conversations = [FORMATS[detect_format(row)](row)] * 2
+    conversations = [detect_format(row).read(row)] * 2
     settings = EncodeSettings(limit, overlong, False)
     whole = Encoder(tokenizer, settings).encode(conversations)
     monkeypatch.setattr(encode, "WINDOW", 500)

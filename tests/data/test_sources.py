@@ -10,7 +10,6 @@ from typing import Any
 import fsspec
 import pytest
 
-from llmtune.config.groups.data import DataFormat
 from llmtune.data.read.readers import count_rows, parse_rows, read_blocks, select_rows
 from llmtune.data.read.sources import Source, parse_sources, resolve_files
 from llmtune.data.read.stdlib_docs import read_stdlib_docs
@@ -173,13 +172,13 @@ def test_some_rows_can_be_drawn(tmp_path: Path) -> None:
 
 def test_an_entry_is_a_path_or_a_mapping() -> None:
     values = [{"path": "a.jsonl@5", "weight": 1}, {"path": "b.csv", "format": "alpaca", "weight": 2}]
-    assert parse_sources(values, "data.train", DataFormat.auto) == [
+    assert parse_sources(values, "data.train", "auto") == [
         Source("a.jsonl", limit=5, weight=1),
-        Source("b.csv", DataFormat.alpaca, weight=2),
+        Source("b.csv", "alpaca", weight=2),
     ]
     mapped = {"path": "b", "format": "text", "fields": {"text": "body"}, "repeat": 2, "limit": 3, "split": "test"}
-    assert parse_sources(mapped, "data.train", DataFormat.auto) == [
-        Source("b", DataFormat.text, {"text": "body"}, limit=3, repeat=2, split="test")
+    assert parse_sources(mapped, "data.train", "auto") == [
+        Source("b", "text", {"text": "body"}, limit=3, repeat=2, split="test")
     ]
 
 
@@ -196,7 +195,7 @@ def test_an_entry_is_a_path_or_a_mapping() -> None:
 )
 def test_a_wrong_entry_is_named(value: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_sources(value, "data.train", DataFormat.auto)
+        parse_sources(value, "data.train", "auto")
     assert message in str(caught.value)
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from llmtune.config.groups.data import DataFormat
+from llmtune.data.formats.recipe import Recipe
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.problems import RowError
-from llmtune.data.rows.recipe import Recipe
 from llmtune.data.tokenize.chat_template import ChatTemplate, load_chat_template
 from llmtune.model.random_model import build_tokenizer
 from tests.data.test_completeness import ASKED, JSON_CALL, RESULT, SAID, TEMPLATES, TOOLS, answer, call, over_messages
@@ -51,7 +50,7 @@ def tokenizer() -> Any:
 
 
 def read(*messages: Any) -> Conversation:
-    return Recipe(DataFormat.messages, {}).read({"messages": list(messages)})[0]
+    return Recipe("messages", {}).read({"messages": list(messages)})[0]
 
 
 def template(tokenizer: Any, text: str) -> ChatTemplate:

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from llmtune.config.groups.data import DataConfig, DataFormat
+from llmtune.config.groups.data import DataConfig
+from llmtune.data.formats.format import detect_format
+from llmtune.data.formats.recipe import Recipe
 from llmtune.data.prepare import open_rows, prepare_data
 from llmtune.data.report.statistics import show_row
 from llmtune.data.rows.conversation import Conversation
-from llmtune.data.rows.formats import ROLES, detect_format
 from llmtune.data.rows.problems import RowError
-from llmtune.data.rows.recipe import Recipe
+from llmtune.data.rows.turns import ROLES
 from llmtune.data.tokenize.chat_template import load_chat_template
 
 CALL = {"name": "add", "arguments": {"a": 1}}
@@ -31,7 +32,7 @@ THINKS = (
 
 
 def read(row: dict[str, Any], ignore: frozenset[str] = frozenset(), **fields: str) -> Conversation:
-    data_format = detect_format({**row, **fields})
+    data_format = detect_format({**row, **fields}).name
     conversation, unknown = Recipe(data_format, fields, ignore).read(row)
     assert not unknown
     return conversation
@@ -202,7 +203,7 @@ def test_a_table_of_text_holds_conversations(tiny_model: Path, tmp_path: Path) -
         writer.writerow(["id", "talk"])
         writer.writerows([number, json.dumps([{**OWN[0], "content": f"hi {number}"}, OWN[1]])] for number in range(4))
     source = {"path": str(path), "fields": {"messages": "talk"}}
-    config = DataConfig(train=source, val_set_size=0, format=DataFormat.auto)
+    config = DataConfig(train=source, val_set_size=0, format="auto")
     data = prepare_data(config, AutoTokenizer.from_pretrained(tiny_model), 1, tmp_path / "cache")
     assert data.train.rows == 4
     assert data.unknown_fields == []

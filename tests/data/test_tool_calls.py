@@ -9,18 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.config.groups.data import DataFormat
+from llmtune.data.formats.recipe import Recipe
 from llmtune.data.rows.problems import RowError
-from llmtune.data.rows.recipe import Recipe
 
 ASKED = {"role": "user", "content": "a"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
 def read(answer: dict[str, Any], **more: Any) -> Any:
-    conversation, unknown = Recipe(DataFormat.messages, {}).read(
-        {"messages": [ASKED, {"role": "assistant", **answer}], **more}
-    )
+    conversation, unknown = Recipe("messages", {}).read({"messages": [ASKED, {"role": "assistant", **answer}], **more})
     assert not unknown
     return conversation
 
@@ -45,7 +42,7 @@ def test_every_form_of_a_call_is_the_same_call(answer: dict[str, Any]) -> None:
 def test_the_calls_of_a_turn_are_one_or_several() -> None:
     def shared(text: str) -> Any:
         turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": text}]
-        return Recipe(DataFormat.sharegpt, {}).read({"conversations": turns})[0].messages[1].extra["tool_calls"]
+        return Recipe("sharegpt", {}).read({"conversations": turns})[0].messages[1].extra["tool_calls"]
 
     assert shared('{"name": "add", "arguments": {"a": 1}}') == [CALL]
     assert shared('{"name": "add", "arguments": "{\\"a\\": 1}"}') == [CALL]

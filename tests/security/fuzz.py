@@ -18,10 +18,9 @@ import torch
 import xxhash
 from hypothesis import strategies as st
 
-from llmtune.config.groups.data import DataFormat
+from llmtune.data.formats.format import detect_format
 from llmtune.data.read.readers import parse_rows, read_blocks
 from llmtune.data.read.sources import DataFile, Source
-from llmtune.data.rows.formats import FORMATS, detect_format
 from llmtune.data.rows.problems import RowError
 from llmtune.errors import LlmtuneError
 from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
@@ -49,11 +48,11 @@ def _read_rows(kind: str, name: str) -> Callable[[Path, bytes], None]:
     def read(folder: Path, content: bytes) -> None:
         file = folder / name
         file.write_bytes(content)
-        for block in read_blocks(DataFile(str(file), kind), Source(str(file), format=DataFormat.auto)):
+        for block in read_blocks(DataFile(str(file), kind), Source(str(file), format="auto")):
             for _, row in parse_rows(block):
                 if not isinstance(row, RowError):
                     try:
-                        FORMATS[detect_format(row)](row)
+                        detect_format(row).read(row)
                     except RowError:
                         continue
 

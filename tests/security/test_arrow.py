@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmtune.config.groups.data import DataFormat
 from llmtune.data.read import readers
 from llmtune.data.read.readers import parse_rows, read_blocks
 from llmtune.data.read.sources import DataFile, Source
@@ -32,7 +31,7 @@ def write(folder: Path, batch: pa.RecordBatch, stream: bool = False) -> Path:
 
 
 def read(file: Path, kind: str = "arrow") -> list[Any]:
-    source = Source(str(file), format=DataFormat.text)
+    source = Source(str(file), format="text")
     return [row for block in read_blocks(DataFile(str(file), kind), source) for _, row in parse_rows(block)]
 
 

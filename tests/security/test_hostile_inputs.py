@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from llmtune.config.groups.data import DataFormat
 from llmtune.data.read import readers, size_bounds
 from llmtune.data.read.readers import parse_rows, read_blocks
 from llmtune.data.read.sources import DataFile, Source
@@ -44,7 +43,7 @@ def objects(depth: int) -> str:
 
 
 def rows_of(file: Path, kind: str = "jsonl") -> list[Any]:
-    source = Source(str(file), format=DataFormat.text)
+    source = Source(str(file), format="text")
     return [row for block in read_blocks(DataFile(str(file), kind), source) for _, row in parse_rows(block)]
 
 

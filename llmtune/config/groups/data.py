@@ -34,18 +34,6 @@ class OnBadRow(Enum, metaclass=_ByNameOrValue):
     skip = "skip"
 
 
-class DataFormat(Enum):
-    """How a row of a file is read."""
-
-    auto = "auto"
-    alpaca = "alpaca"
-    sharegpt = "sharegpt"
-    messages = "messages"
-    prompt_completion = "prompt_completion"
-    text = "text"
-    classification = "classification"
-
-
 def name_data(value: Any) -> str:
     """What ``data.train`` or ``data.eval`` names, for a reader."""
     entries = value if isinstance(value, list) else [value]
@@ -65,8 +53,8 @@ class DataConfig:
     val_set_size: int | float = 0.05
     """Rows of the files (an integer), or a share of them (a fraction below 1), split off for evaluation; 0 for none. A
     long text is held out whole, whatever ``overlong`` makes of it."""
-    format: DataFormat = DataFormat.auto
-    """Format of the rows; ``auto`` tells it by the fields of each file's first row."""
+    format: str = "auto"
+    """Format of the rows (``data/formats/``); ``auto`` tells it by the fields of each file's first row."""
     chat_template: str | None = None
     """A name in ``conf/chat_template/`` or a ``.jinja`` file; without it the tokenizer's own."""
     max_seq_length: int = 2048

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from llmtune.config.groups.data import DataConfig, DataFormat, OnBadRow
+from llmtune.config.groups.data import DataConfig, OnBadRow
+from llmtune.data.formats.format import FORMATS
+from llmtune.data.formats.recipe import Recipe
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, StepBatch, load, share_of_rank
 from llmtune.data.read.readers import read_blocks
 from llmtune.data.read.sources import DataFile, Source, parse_sources, resolve_files
 from llmtune.data.rows.problems import Problem, refuse, write_problems
-from llmtune.data.rows.recipe import Recipe
 from llmtune.data.store.packing import pack_rows
 from llmtune.data.store.token_store import Row, join_documents
 from llmtune.data.store.vocabulary import check_block
@@ -186,7 +187,7 @@ class RowStream:
     def _recipe(self, source: Source, file: DataFile) -> Recipe | None:
         if file.path not in self._recipes:
             recipe = find_recipe(source, file)
-            if recipe is not None and recipe.format is DataFormat.classification:
+            if recipe is not None and FORMATS.find(recipe.format).has_labels:
                 raise DataError(f"{file.path}: classification rows; a classifier cannot be trained yet")
             self._recipes[file.path] = recipe
         return self._recipes[file.path]

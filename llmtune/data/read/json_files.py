@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from llmtune.data.formats.format import has_marks
 from llmtune.data.read.sources import Source
 from llmtune.data.rows.fields import refuse_changing_fields
-from llmtune.data.rows.formats import MARKS
 from llmtune.data.rows.json_objects import decode_json, parse_json
 from llmtune.data.rows.problems import RowError, short
 from llmtune.errors import DataError
@@ -93,7 +93,7 @@ def _lists_of_rows(row: Any, source: Source | None) -> list[str]:
     if not isinstance(row, dict):
         return []
     named = set(source.fields.values()) if source else set()
-    if row.keys() & named or any(marks <= row.keys() for marks, _ in MARKS):
+    if row.keys() & named or has_marks(row):
         return []
     return [
         name

@@ -20,9 +20,9 @@ from llmtune.data.read.json_files import describe_broken, find_rows, is_whole, m
 from llmtune.data.read.size_bounds import MAX_ROW_BYTES, lines_of, read_whole, refuse_row
 from llmtune.data.read.sources import DataFile, Source, open_system
 from llmtune.data.read.stdlib_docs import read_stdlib_docs
-from llmtune.data.rows.formats import Row, not_utf8
 from llmtune.data.rows.json_objects import parse_json
 from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.values import Row, not_utf8
 from llmtune.errors import DataError, MissingPrerequisiteError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.groups.data import DataConfig, DataFormat
+from llmtune.config.groups.data import DataConfig
+from llmtune.data.formats.format import AUTO, FORMATS
 from llmtune.errors import ConfigError, DataError, MissingPrerequisiteError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Source:
 
     path: str
     """A file, a pattern, a folder, a URL that fsspec opens, a Hugging Face id, or a built-in source."""
-    format: DataFormat = DataFormat.auto
+    format: str = AUTO
     fields: dict[str, str] = field(default_factory=dict)
     """Field of the format -> column of the file."""
     ignore: tuple[str, ...] = ()
@@ -59,12 +60,14 @@ class DataFile:
     """``jsonl``, ``json``, ``csv``, ``parquet``, ``arrow``, ``builtin``, ``hub``."""
 
 
-def parse_sources(value: Any, key: str, default_format: DataFormat) -> list[Source]:
+def parse_sources(value: Any, key: str, default_format: str) -> list[Source]:
     """The sources of a config value: a text, a mapping, or a list of them; ``@N`` behind a path is ``limit: N``.
 
     Raises:
         ConfigError: An unknown field or a value of the wrong kind.
     """
+    if default_format != AUTO:
+        FORMATS.find(default_format)
     if value is None:
         return []
     entries = value if isinstance(value, list) else [value]
@@ -79,7 +82,7 @@ def parse_sources(value: Any, key: str, default_format: DataFormat) -> list[Sour
     return found
 
 
-def _parse_source(entry: Any, key: str, default_format: DataFormat) -> Source:
+def _parse_source(entry: Any, key: str, default_format: str) -> Source:
     if isinstance(entry, str) and entry:
         source = Source(entry, default_format)
     elif isinstance(entry, dict) and isinstance(entry.get("path"), str) and entry["path"]:
@@ -96,7 +99,7 @@ def _parse_source(entry: Any, key: str, default_format: DataFormat) -> Source:
 
 
 def _checked(entry: dict[str, Any], key: str) -> dict[str, Any]:
-    """Values of a mapping that are not what they should be are refused; formats become their enum."""
+    """Values of a mapping that are not what they should be are refused."""
     for name, allowed in (("limit", int), ("repeat", int), ("weight", int | float)):
         value = entry.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, allowed) or value <= 0):
@@ -107,13 +110,9 @@ def _checked(entry: dict[str, Any], key: str) -> dict[str, Any]:
     ignore = entry.get("ignore", [])
     if not isinstance(ignore, list | tuple) or not all(isinstance(name, str) for name in ignore):
         raise ConfigError(f"{key}.ignore={ignore}: a list of fields such as [label, score]")
-    if "format" not in entry:
-        return {"ignore": tuple(ignore)}
-    try:
-        return {"ignore": tuple(ignore), "format": DataFormat(entry["format"])}
-    except ValueError as error:
-        known = ", ".join(data_format.value for data_format in DataFormat)
-        raise ConfigError(f"{key}.format={entry['format']}: must be one of {known}") from error
+    if "format" in entry and entry["format"] not in (AUTO, *FORMATS.list()):
+        raise ConfigError(f"{key}.format={entry['format']}: must be one of {', '.join((AUTO, *FORMATS.list()))}")
+    return {"ignore": tuple(ignore)}
 
 
 def check_local_files(config: DataConfig) -> None:

@@ -7,10 +7,9 @@ what is to be learned, and how, is refused by name. All others are listed once f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llmtune.config.groups.data import DataFormat
 from llmtune.data.rows.problems import RowError, short
 
 #: Fields of a message that say whether its words are trained: true or 1, false or 0.
@@ -26,27 +25,6 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 LISTED = 20
 
 _SAID = {*REASONING, "name", "tool_call_id", "tool_calls", "function_call", *TRAINED, *MASKED}
-
-#: Format -> the fields that it reads.
-ROW_FIELDS: dict[DataFormat, frozenset[str]] = {
-    DataFormat.alpaca: frozenset({"instruction", "input", "output", "system", "history"}),
-    DataFormat.sharegpt: frozenset({"conversations", "system", "tools", "functions"}),
-    DataFormat.messages: frozenset({"messages", "system", "tools", "functions"}),
-    DataFormat.prompt_completion: frozenset({"prompt", "completion"}),
-    DataFormat.text: frozenset({"text"}),
-    DataFormat.classification: frozenset({"text", "sentence1", "sentence2", "label"}),
-}
-
-#: What ``prompt_completion`` reads beside two lists of messages, which two texts have no place for.
-_BESIDE_LISTS = frozenset({"system", "tools", "functions"})
-
-#: Format -> the fields in which its messages stand, or the turns before them.
-LISTS: dict[DataFormat, tuple[str, ...]] = {
-    DataFormat.alpaca: ("history",),
-    DataFormat.sharegpt: ("conversations",),
-    DataFormat.messages: ("messages",),
-    DataFormat.prompt_completion: ("prompt", "completion"),
-}
 
 #: The two ways of the field to say who speaks, and what.
 SPELLINGS = (("role", "content"), ("from", "value"))
@@ -137,16 +115,16 @@ _CHANGES: list[tuple[re.Pattern[str], str]] = [
 ]
 
 
-def find_unknown_fields(row: Mapping[str, Any], data_format: DataFormat) -> set[str]:
+def find_unknown_fields(row: Mapping[str, Any], known: frozenset[str], lists: Sequence[str]) -> set[str]:
     """Fields of a row, its messages and their parts that are neither read nor known to be harmless.
+
+    Args:
+        known: Those that the format reads.
+        lists: Those in which its messages stand, or the turns before them.
 
     Raises:
         RowError: A field that is not read would change what is learned.
     """
-    known = ROW_FIELDS[data_format]
-    lists = LISTS.get(data_format, ())
-    if data_format is DataFormat.prompt_completion and isinstance(row.get("prompt"), list | tuple):
-        known |= _BESIDE_LISTS
     unknown = set(_judge(row, known, "", "")) if not row.keys() <= known else set()
     for field in lists:
         entries = row.get(field)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmtune.config.groups.data import DataFormat
-from llmtune.data.rows.fields import LISTS, prune
+from llmtune.data.rows.fields import prune
 from llmtune.data.rows.json_objects import parse_json
 from llmtune.data.rows.problems import RowError, short
 
@@ -15,31 +14,28 @@ _SPEAKERS = ("role", "from")
 
 
 def with_lists(
-    row: Mapping[str, Any], data_format: DataFormat, ignored: frozenset[str] = frozenset()
+    row: Mapping[str, Any], lists: Sequence[str], may_be_texts: bool, ignored: frozenset[str] = frozenset()
 ) -> Mapping[str, Any]:
     """The row with lists where it has JSON of them, and with messages where a list has JSON of those.
 
-    Two texts of ``prompt_completion`` are taken for lists only where both are lists of messages: a prompt may be JSON.
-
     Args:
+        lists: Fields that hold lists.
+        may_be_texts: They are taken for lists only where all of them are lists of messages: a prompt may be JSON.
         ignored: Fields that messages lose, as :func:`~llmtune.data.rows.fields.without_fields` has it.
 
     Raises:
         RowError: A field that must be a list begins like one, and is no JSON.
     """
     changed: dict[str, Any] = {}
-    for field in LISTS.get(data_format, ()):
+    for field in lists:
         value = row.get(field)
-        if data_format is DataFormat.alpaca and isinstance(value, str) and not value.strip():
-            # CSV knows no difference between empty and missing.
-            changed[field] = None
-        elif isinstance(value, str) and value.lstrip()[:1] == "[":
-            changed[field] = _parse(value, field, quiet=data_format is DataFormat.prompt_completion)
+        if isinstance(value, str) and value.lstrip()[:1] == "[":
+            changed[field] = _parse(value, field, quiet=may_be_texts)
         elif isinstance(value, list | tuple) and any(isinstance(entry, str) for entry in value):
             changed[field] = [_parse_message(entry) for entry in value]
-    if data_format is DataFormat.prompt_completion and changed:
+    if may_be_texts and changed:
         both = {**row, **changed}
-        if not all(_holds_messages(both.get(field)) for field in LISTS[data_format]):
+        if not all(_holds_messages(both.get(field)) for field in lists):
             return row
     if not changed:
         return row

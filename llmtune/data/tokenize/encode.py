@@ -17,8 +17,8 @@ import numpy as np
 
 from llmtune.config.groups.data import DataConfig, Overlong
 from llmtune.data.rows.conversation import Conversation, Role
-from llmtune.data.rows.formats import texts_within
 from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.values import texts_within
 from llmtune.data.tokenize.chat_template import ChatTemplates, Span
 from llmtune.data.tokenize.windows import WINDOW, LongEncoding, Pulse, WindowTokeniser
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from llmtune.data.formats.recipe import Recipe
 from llmtune.data.read.readers import Block, parse_rows
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.problems import Problem, RowError
-from llmtune.data.rows.recipe import Recipe
 from llmtune.data.tokenize.encode import Encoder, EncodeSettings, Overflow, TokenRow
 from llmtune.data.tokenize.windows import Pulse
 from llmtune.errors import DataError
@@ -114,7 +114,7 @@ def tokenise_block(
     problems.sort(key=lambda problem: problem.line or 0)
     for begin, end in itertools.pairwise(_borders(rows, most_tokens)):
         made = _collect(block, rows[begin:end], places[begin:end], encoder)
-        made.format = recipe.format.value
+        made.format = recipe.format
         if begin == 0:
             made.problems, made.overlong, made.unknown = problems, overlong, frozenset(unknown)
         yield made

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmtune.config.groups.data import DataFormat
+from llmtune.data.formats.format import FORMATS
 from llmtune.data.rows.fields import find_unknown_fields, without_fields
-from llmtune.data.rows.formats import FORMATS, Row, rename
 from llmtune.data.rows.json_text import with_lists
+from llmtune.data.rows.turns import rename
+from llmtune.data.rows.values import Row
 
 if TYPE_CHECKING:
     from llmtune.data.rows.conversation import Conversation
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class Recipe:
     """How the rows of a file are read."""
 
-    format: DataFormat
+    format: str
     fields: Mapping[str, str]
     """Field of the format -> column of the file."""
     ignore: frozenset[str] = frozenset()
@@ -33,6 +34,7 @@ class Recipe:
         """
         if self.ignore:
             row = without_fields(row, self.ignore)
-        row = with_lists(rename(row, self.fields), self.format, self.ignore)
-        conversation = FORMATS[self.format](row)
-        return conversation, find_unknown_fields(row, self.format)
+        kind = FORMATS.find(self.format)
+        row = with_lists(rename(row, self.fields), kind.lists, kind.lists_may_be_texts, self.ignore)
+        conversation = kind.read(row)
+        return conversation, find_unknown_fields(row, kind.fields | kind.more_fields(row), kind.lists)

@@ -1,18 +1,16 @@
-"""Row formats: each function turns one row into a conversation. A new format is one function and one entry below."""
+"""Turns of a conversation, in the spellings of the field: who speaks, what, and whether it is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llmtune.config.groups.data import DataFormat
 from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.fields import MASKED, REASONING, SPELLINGS, TRAINED, says_nothing_else
 from llmtune.data.rows.problems import RowError, short
 from llmtune.data.rows.tool_calls import parse_tool_calls, read_tool_calls, read_tools
-
-Row = Mapping[str, Any]
+from llmtune.data.rows.values import Row, check_unicode, describe_missing, read_list, read_text, texts_within
 
 #: Names of roles in the formats of the field; capitals mean nothing.
 ROLES = {
@@ -45,105 +43,6 @@ EXTRA = ("tool_call_id", "name")
 _SWITCHES = frozenset((*TRAINED, *MASKED))
 
 
-def from_alpaca(row: Row) -> Conversation:
-    """``instruction``, optional ``input``, ``system`` and ``history`` ([[question, answer], ...]), and ``output``."""
-    instruction = _text(row, "instruction")
-    extra = _text(row, "input", required=False)
-    system = _text(row, "system", required=False)
-    messages = [Message(Role.system, system)] if system else []
-    for number, turn in enumerate(_list(row, "history", required=False)):
-        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise RowError(f"history[{number}] must be [question, answer], not {short(turn)}")
-        messages += [Message(Role.user, turn[0]), Message(Role.assistant, turn[1])]
-    messages.append(Message(Role.user, f"{instruction}\n\n{extra}" if extra else instruction))
-    messages.append(Message(Role.assistant, _text(row, "output")))
-    return Conversation(tuple(messages))
-
-
-def from_sharegpt(row: Row) -> Conversation:
-    """``conversations``: a list of ``{from, value}``; optional ``system`` and ``tools`` beside it."""
-    return _from_turns(row, "conversations")
-
-
-def from_messages(row: Row) -> Conversation:
-    """``messages``: a list of ``{role, content}``, optionally with ``train``, ``tool_calls`` ...; and ``tools``."""
-    return _from_turns(row, "messages")
-
-
-def from_prompt_completion(row: Row) -> Conversation:
-    """``prompt`` and ``completion``: two texts without a template, or two lists of messages with it."""
-    if isinstance(row.get("prompt"), list | tuple):
-        turns = [*_list(row, "prompt"), *_list(row, "completion")]
-        asked = len(_list(row, "prompt"))
-        # Only the completion is trained, also where the prompt holds earlier answers that do not say so.
-        messages = [
-            {**turn, "train": False} if index < asked and _is_answer(turn) and not _switches(turn) else turn
-            for index, turn in enumerate(turns)
-        ]
-        return _from_turns({**row, "messages": messages}, "messages")
-    prompt, completion = _text(row, "prompt"), _text(row, "completion")
-    return Conversation((Message(Role.user, prompt), Message(Role.assistant, completion)), plain=True)
-
-
-def from_text(row: Row) -> Conversation:
-    """``text``, trained whole: continued pre-training."""
-    return Conversation((Message(Role.assistant, _text(row, "text")),), plain=True)
-
-
-def from_classification(row: Row) -> Conversation:
-    """``text``, or ``sentence1`` and perhaps ``sentence2``; and ``label``: a class name, a class number or a value."""
-    first = "text" if "text" in row else "sentence1"
-    texts = [_text(row, first)]
-    if first == "sentence1" and row.get("sentence2") is not None:
-        texts.append(_text(row, "sentence2"))
-    label = row.get("label")
-    if label is None or label == "":
-        raise RowError("the field 'label' is empty" if "label" in row else _missing(row, "label"))
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
-        raise RowError(f"the field 'label' must be text or a number, not {short(label)}")
-    return Conversation(tuple(Message(Role.user, text) for text in texts), plain=True, label=label)
-
-
-FORMATS: dict[DataFormat, Callable[[Row], Conversation]] = {
-    DataFormat.alpaca: from_alpaca,
-    DataFormat.sharegpt: from_sharegpt,
-    DataFormat.messages: from_messages,
-    DataFormat.prompt_completion: from_prompt_completion,
-    DataFormat.text: from_text,
-    DataFormat.classification: from_classification,
-}
-
-#: Formats whose rows always go through the chat template.
-CHAT_FORMATS = {DataFormat.alpaca, DataFormat.sharegpt, DataFormat.messages}
-
-#: Fields by which ``auto`` knows a format; the first entry whose fields are all there.
-MARKS: list[tuple[frozenset[str], DataFormat]] = [
-    (frozenset({"messages"}), DataFormat.messages),
-    (frozenset({"conversations"}), DataFormat.sharegpt),
-    (frozenset({"instruction"}), DataFormat.alpaca),
-    (frozenset({"prompt", "completion"}), DataFormat.prompt_completion),
-    (frozenset({"sentence1"}), DataFormat.classification),
-    (frozenset({"text", "label"}), DataFormat.classification),
-    (frozenset({"text"}), DataFormat.text),
-]
-
-
-def detect_format(row: Row) -> DataFormat:
-    """The format of a source, by its first row.
-
-    Raises:
-        RowError: No format has these fields.
-    """
-    for fields, data_format in MARKS:
-        if fields <= row.keys():
-            return data_format
-    known = "; ".join(f"{data_format.value} has {'/'.join(sorted(fields))}" for fields, data_format in MARKS)
-    raise RowError(
-        f"cannot tell the format by the fields {', '.join(map(str, row)) or '(none)'}: {known}. "
-        "Name columns with fields= of the source"
-    )
-
-
 def rename(row: Row, fields: Mapping[str, str]) -> Row:
     """The row with its columns under the names that formats know.
 
@@ -154,15 +53,20 @@ def rename(row: Row, fields: Mapping[str, str]) -> Row:
         return row
     missing = [name for name in fields.values() if name not in row]
     if missing:
-        raise RowError(_missing(row, missing[0]))
+        raise RowError(describe_missing(row, missing[0]))
     taken = set(fields.values())
     return {**{key: row[key] for key in row if key not in taken}, **{key: row[name] for key, name in fields.items()}}
 
 
-def _from_turns(row: Row, field: str) -> Conversation:
-    entries = _list(row, field)
+def from_turns(row: Row, field: str) -> Conversation:
+    """The conversation of a list of turns, with the system message and the tools beside it.
+
+    Raises:
+        RowError: The turns are none, or the last one is not the assistant's.
+    """
+    entries = read_list(row, field)
     messages: list[Message] = []
-    system = _text(row, "system", required=False)
+    system = read_text(row, "system", required=False)
     if system:
         messages.append(Message(Role.system, system))
     calling = False
@@ -247,11 +151,12 @@ def _reasoning(entry: Row, place: str) -> dict[str, str]:
     return {**found, **dict.fromkeys(("reasoning_content", "thinking"), text)} if found else {}
 
 
-def _is_answer(turn: Any) -> bool:
+def is_answer(turn: Any) -> bool:
+    """Whether a turn is the assistant's."""
     return isinstance(turn, Mapping) and Role.assistant in map(_find_role, (turn.get("role"), turn.get("from")))
 
 
-def _switches(entry: Row) -> list[str]:
+def list_switches(entry: Row) -> list[str]:
     """Fields by which a message says whether it is trained; Arrow fills in nulls."""
     return sorted(name for name in entry.keys() & _SWITCHES if entry[name] is not None)
 
@@ -262,7 +167,7 @@ def _says_train(entry: Row, place: str) -> bool | None:
     None where it says nothing.
     """
     said: dict[str, bool] = {}
-    for name in _switches(entry):
+    for name in list_switches(entry):
         value = entry[name]
         if value not in (True, False):
             raise RowError(
@@ -287,73 +192,6 @@ def _content(entry: Row, field: str, place: str, may_be_empty: bool = False) -> 
     if may_be_empty and (value is None or (isinstance(value, str) and not value.strip())):
         return value or ""
     try:
-        return _text({**entry, field: value} if field in entry else entry, field)
+        return read_text({**entry, field: value} if field in entry else entry, field)
     except RowError as error:
         raise RowError(f"{place}: {error}") from error
-
-
-def _list(row: Row, field: str, required: bool = True) -> list[Any]:
-    value = row.get(field)
-    if value is None and not required:
-        return []
-    if field not in row:
-        raise RowError(_missing(row, field))
-    if not isinstance(value, list | tuple) or (required and not value):
-        raise RowError(f"{field!r} must be a list with something in it, not {short(value)}")
-    return list(value)
-
-
-def _text(row: Row, field: str, required: bool = True) -> str:
-    """A text field; empty and missing are the same, because CSV knows no difference."""
-    value = row.get(field)
-    if value is None or value == "":
-        if not required:
-            return ""
-        raise RowError(f"the field {field!r} is empty" if field in row else _missing(row, field))
-    if not isinstance(value, str):
-        raise RowError(f"the field {field!r} must be text, not {short(value)}")
-    if required and not value.strip():
-        raise RowError(f"the field {field!r} has nothing but white space")
-    if not value.isascii():
-        check_unicode(value, field)
-    return value
-
-
-def texts_within(value: Any) -> Iterator[str]:
-    """Every text in nested lists and mappings, names included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key)
-            yield from texts_within(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from texts_within(item)
-
-
-def check_unicode(value: str, field: str) -> None:
-    """Refuse what no tokenizer reads: bytes that were no UTF-8, and halves of surrogate pairs, which JSON can spell.
-
-    Raises:
-        RowError: There is one.
-    """
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        # Where readers put a byte that they could not decode.
-        if 0xDC80 <= code <= 0xDCFF:
-            raise RowError(not_utf8(code - 0xDC00)) from error
-        raise RowError(
-            f"the field {field!r} has half a surrogate pair, \\u{code:04x}, which is no character"
-        ) from error
-
-
-def not_utf8(byte: int) -> str:
-    """What is said of other encodings."""
-    return f"not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
-
-
-def _missing(row: Row, field: str) -> str:
-    return f"the field {field!r} is missing (the row has: {', '.join(map(str, row))})"

@@ -1,0 +1,45 @@
+"""``data=alpaca``: an instruction, perhaps with an input and turns before it, and an output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmtune.data.formats.format import FORMATS, RowFormat
+from llmtune.data.rows.conversation import Conversation, Message, Role
+from llmtune.data.rows.problems import RowError, short
+from llmtune.data.rows.values import Row, read_list, read_text
+
+
+def _read(row: Row) -> Conversation:
+    """``instruction``, optional ``input``, ``system`` and ``history`` ([[question, answer], ...]), and ``output``."""
+    instruction = read_text(row, "instruction")
+    extra = read_text(row, "input", required=False)
+    system = read_text(row, "system", required=False)
+    messages = [Message(Role.system, system)] if system else []
+    for number, turn in enumerate(_history(row)):
+        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise RowError(f"history[{number}] must be [question, answer], not {short(turn)}")
+        messages += [Message(Role.user, turn[0]), Message(Role.assistant, turn[1])]
+    messages.append(Message(Role.user, f"{instruction}\n\n{extra}" if extra else instruction))
+    messages.append(Message(Role.assistant, read_text(row, "output")))
+    return Conversation(tuple(messages))
+
+
+def _history(row: Row) -> list[Any]:
+    history = row.get("history")
+    # CSV knows no difference between empty and missing.
+    blank = isinstance(history, str) and not history.strip()
+    return [] if blank else read_list(row, "history", required=False)
+
+
+FORMATS.register(
+    RowFormat(
+        name="alpaca",
+        read=_read,
+        fields=frozenset({"instruction", "input", "output", "system", "history"}),
+        marks=(frozenset({"instruction"}),),
+        priority=30,
+        lists=("history",),
+        is_chat=True,
+    )
+)

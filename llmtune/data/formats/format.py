@@ -1,0 +1,73 @@
+"""What the program asks of a format of rows, and which formats there are.
+
+A format is one file of this folder that registers one :class:`RowFormat`, and one YAML in ``conf/data/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmtune.data.rows.conversation import Conversation
+from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.values import Row
+from llmtune.registry import Registry
+
+#: ``data.format`` that goes by the fields of each file's first row.
+AUTO = "auto"
+
+
+def _no_fields(_row: Row) -> frozenset[str]:
+    return frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowFormat:
+    """One format of rows."""
+
+    name: str
+    """As ``data.format`` takes it."""
+    read: Callable[[Row], Conversation]
+    """The conversation of a row; raises RowError."""
+    fields: frozenset[str]
+    """The fields that it reads; all others are looked at by ``data/rows/fields.py``."""
+    marks: tuple[frozenset[str], ...] = ()
+    """Sets of fields by any of which ``auto`` knows a row of this format."""
+    priority: int = 0
+    """Marks of formats with a lower one are looked for first."""
+    lists: tuple[str, ...] = ()
+    """Fields that hold lists of messages or turns, also as JSON text."""
+    lists_may_be_texts: bool = False
+    """JSON text in them is taken for lists only where all of them are lists of messages."""
+    more_fields: Callable[[Row], frozenset[str]] = _no_fields
+    """Fields that it reads of this very row beside those of all."""
+    is_chat: bool = False
+    """Its rows always go through the chat template."""
+    has_labels: bool = False
+    """Its rows are texts with a label to be told, and none to be written."""
+
+
+FORMATS: Registry[RowFormat] = Registry("data.format", "llmtune.data.formats", also=(AUTO,))
+
+
+def has_marks(row: Row) -> bool:
+    """Whether ``auto`` knows the format of a row."""
+    return any(fields <= row.keys() for kind in FORMATS.list().values() for fields in kind.marks)
+
+
+def detect_format(row: Row) -> RowFormat:
+    """The format of a source, by its first row.
+
+    Raises:
+        RowError: No format has these fields.
+    """
+    known = sorted(FORMATS.list().values(), key=lambda kind: (kind.priority, kind.name))
+    marks = [(fields, kind) for kind in known for fields in kind.marks]
+    for fields, kind in marks:
+        if fields <= row.keys():
+            return kind
+    described = "; ".join(f"{kind.name} has {'/'.join(sorted(fields))}" for fields, kind in marks)
+    raise RowError(
+        f"cannot tell the format by the fields {', '.join(map(str, row)) or '(none)'}: {described}. "
+        "Name columns with fields= of the source"
+    )

@@ -1,0 +1,42 @@
+"""``data=prompt_completion``: two texts without a template, or two lists of messages with it."""
+
+from __future__ import annotations
+
+from llmtune.data.formats.format import FORMATS, RowFormat
+from llmtune.data.rows.conversation import Conversation, Message, Role
+from llmtune.data.rows.turns import from_turns, is_answer, list_switches
+from llmtune.data.rows.values import Row, read_list, read_text
+
+
+def _read(row: Row) -> Conversation:
+    """``prompt`` and ``completion``: two texts without a template, or two lists of messages with it."""
+    if isinstance(row.get("prompt"), list | tuple):
+        turns = [*read_list(row, "prompt"), *read_list(row, "completion")]
+        asked = len(read_list(row, "prompt"))
+        # Only the completion is trained, also where the prompt holds earlier answers that do not say so.
+        messages = [
+            {**turn, "train": False} if index < asked and is_answer(turn) and not list_switches(turn) else turn
+            for index, turn in enumerate(turns)
+        ]
+        return from_turns({**row, "messages": messages}, "messages")
+    prompt, completion = read_text(row, "prompt"), read_text(row, "completion")
+    return Conversation((Message(Role.user, prompt), Message(Role.assistant, completion)), plain=True)
+
+
+def _beside_lists(row: Row) -> frozenset[str]:
+    """What stands beside two lists of messages, and has no place beside two texts."""
+    return frozenset({"system", "tools", "functions"}) if isinstance(row.get("prompt"), list | tuple) else frozenset()
+
+
+FORMATS.register(
+    RowFormat(
+        name="prompt_completion",
+        read=_read,
+        fields=frozenset({"prompt", "completion"}),
+        marks=(frozenset({"prompt", "completion"}),),
+        priority=40,
+        lists=("prompt", "completion"),
+        lists_may_be_texts=True,
+        more_fields=_beside_lists,
+    )
+)

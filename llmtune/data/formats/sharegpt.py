@@ -1,0 +1,26 @@
+"""``data=sharegpt``: a list of turns with ``from`` and ``value``."""
+
+from __future__ import annotations
+
+from llmtune.data.formats.format import FORMATS, RowFormat
+from llmtune.data.rows.conversation import Conversation
+from llmtune.data.rows.turns import from_turns
+from llmtune.data.rows.values import Row
+
+
+def _read(row: Row) -> Conversation:
+    """``conversations``: a list of ``{from, value}``; optional ``system`` and ``tools`` beside it."""
+    return from_turns(row, "conversations")
+
+
+FORMATS.register(
+    RowFormat(
+        name="sharegpt",
+        read=_read,
+        fields=frozenset({"conversations", "system", "tools", "functions"}),
+        marks=(frozenset({"conversations"}),),
+        priority=20,
+        lists=("conversations",),
+        is_chat=True,
+    )
+)

@@ -1,0 +1,23 @@
+"""``data=text``: texts that are trained whole, for continued pre-training."""
+
+from __future__ import annotations
+
+from llmtune.data.formats.format import FORMATS, RowFormat
+from llmtune.data.rows.conversation import Conversation, Message, Role
+from llmtune.data.rows.values import Row, read_text
+
+
+def _read(row: Row) -> Conversation:
+    """``text``, trained whole: continued pre-training."""
+    return Conversation((Message(Role.assistant, read_text(row, "text")),), plain=True)
+
+
+FORMATS.register(
+    RowFormat(
+        name="text",
+        read=_read,
+        fields=frozenset({"text"}),
+        marks=(frozenset({"text"}),),
+        priority=60,
+    )
+)

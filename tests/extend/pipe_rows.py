@@ -1,0 +1,20 @@
+"""A format of rows that nobody needs: ``{"pipe": "question | answer"}``."""
+
+from __future__ import annotations
+
+from llmtune.data.formats.format import FORMATS, RowFormat
+from llmtune.data.rows.conversation import Conversation, Message, Role
+from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.values import Row, read_text
+
+
+def _read(row: Row) -> Conversation:
+    question, border, answer = read_text(row, "pipe").partition(" | ")
+    if not border:
+        raise RowError("there is no ' | ' between a question and its answer")
+    return Conversation((Message(Role.user, question), Message(Role.assistant, answer)))
+
+
+FORMATS.register(
+    RowFormat(name="pipe", read=_read, fields=frozenset({"pipe"}), marks=(frozenset({"pipe"}),), is_chat=True)
+)
