@@ -17,7 +17,7 @@ import torch
 from llmtune.config.compose import compose_config
 from llmtune.doctor import checks
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.launch.launchers.environment import set_allocator_default
+from llmtune.launch.launchers.environment import set_allocator_default, set_defaults
 from llmtune.launch.preflight.affinity import bind_to_gpu
 from llmtune.plan.devices import gpus
 from llmtune.plan.devices.cards import CARDS, find_card
@@ -203,6 +203,8 @@ def test_tasks_of_slurm_that_see_one_gpu_each_are_as_many_as_were_named(machine:
     with pytest.raises(MissingPrerequisiteError, match=r"gpus_per_node=8: this machine has 1 GPU"):
         resolve_hardware(config)
     assert resolve_hardware(config, ranks_on_node=8).device_count == 8
+    plan = resolve_plan(compose_config(["model=tiny", "hardware=8xa100_80gb"]).config, world_size=8)
+    assert (plan.hardware.device_count, plan.world_size) == (8, 8), "the plan is told how many the launcher started"
 
 
 @pytest.mark.parametrize(
@@ -296,14 +298,19 @@ def test_host_memory_is_what_the_control_groups_leave(
         ("2.13.0", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
     ],
 )
+@pytest.mark.parametrize("launched", [True, False])
 def test_allocators_are_told_what_they_know_and_users_win(
-    torch_version: str, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+    launched: bool, torch_version: str, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A rank of a foreign launcher sets it ahead of all other variables, our own supervisor among them."""
     monkeypatch.setattr(gpus, "_torch_version", lambda: torch_version)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    set_allocator_default()
+    if launched:
+        set_allocator_default()
+    set_defaults("cuda", 1)
     assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == given.get("PYTORCH_ALLOC_CONF")
 
 
 def test_pinned_memory_is_planned_as_it_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
+from llmtune.data.vocabulary import embedding_rows
+from llmtune.errors import DataError, DoesNotFitError
 from tests.cli.test_fallback import JOB as LARGE_JOB
+from tests.data.test_vocabulary import add_token, write_rows
 from tests.support import ROOT, TINY, Finished, largest_difference, losses, run, run_cli
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("pretend_gpu")]
@@ -134,6 +137,30 @@ def test_a_device_that_is_full_leads_to_the_next_rung(tmp_path: Path) -> None:
     assert plan["placement"]["optimizer"] == "cpu"
     assert plan["history"][0]["peak_bytes"] > 300e6
     assert "out of device memory in " in done.out
+
+
+def test_pinned_memory_that_runs_out_is_the_hosts(tmp_path: Path) -> None:
+    """CUDA hands it out, and says "CUDA error: out of memory"; a rung with more on the host would need more of it."""
+    folder = tmp_path / "run"
+    job = [*JOB, ON_GPUS, "launch.nproc=1", "offload=optimizer_cpu", f"output_dir={folder}"]
+    done = on_gpus(*job, PRETEND_PINNED="100000")
+    assert done.code == DoesNotFitError.exit_code, done.out[-1500:] + done.err
+    assert "out of host memory in load (rank 0): CUDA error: out of memory" in done.err
+    assert [entry["pool"] for entry in json.loads((folder / "plan.json").read_text())["history"]] == ["host"]
+
+
+def test_a_token_beyond_the_embedding_is_refused_before_the_gpus_see_it(tiny_model: Path, tmp_path: Path) -> None:
+    """They would end the ranks with a failed assertion, again after every restart, and name no row."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tokenizer = add_token(model)
+    tokenizer.save_pretrained(model)
+    file = write_rows(tmp_path, tokenizer, 17)
+    job = [*JOB[1:], f"model.name_or_path={model}", f"data.train={file}", f"output_dir={tmp_path / 'run'}"]
+    done = on_gpus(*job, ON_GPUS)
+    assert done.code == DataError.exit_code, done.out[-1500:] + done.err
+    assert f"{file}:17: token {embedding_rows(model)} (" in done.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("given", [{}, {"PYTORCH_ALLOC_CONF": "garbage_collection_threshold:0.8"}])

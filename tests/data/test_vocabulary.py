@@ -21,13 +21,18 @@ from llmtune.errors import ConfigError, DataError
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> tuple[Path, Any]:
-    """A model folder, and its tokenizer with one token more than the model has embeddings."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    rows = embedding_rows(tiny_model)
+    """A model folder, and a tokenizer that is too large for it."""
+    return tiny_model, add_token(tiny_model)
+
+
+def add_token(folder: Path) -> Any:
+    """A model's tokenizer, with one token more than the model has embeddings."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = embedding_rows(folder)
     assert rows is not None
     while len(tokenizer) <= rows:
         tokenizer.add_tokens([f"<added {len(tokenizer)}>"])
-    return tiny_model, tokenizer
+    return tokenizer
 
 
 def write_rows(folder: Path, tokenizer: Any, bad_line: int | None, count: int = 40) -> Path:

@@ -38,12 +38,21 @@ def test_a_rank_that_reported_it_comes_first(tmp_path: Path) -> None:
     assert "in backward of step 7" in event.describe()
 
 
-def test_an_abort_counts_if_the_allocator_said_so(tmp_path: Path) -> None:
-    said = "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n"
+@pytest.mark.parametrize(
+    ("what", "pool"),
+    [
+        ("std::bad_alloc", "host"),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", "device"),
+        ("HIP out of memory. Tried to allocate 2.00 GiB", "device"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "device"),
+        ("cudaHostAlloc failed: CUDA error: out of memory", "host"),
+    ],
+)
+def test_an_abort_counts_if_the_allocator_said_so(what: str, pool: str, tmp_path: Path) -> None:
+    said = f"terminate called after throwing an instance of 'std::exception'\n  what():  {what}\n"
     event = find_event([-signal.SIGABRT, -signal.SIGKILL], 0, [], tmp_path, said)
     assert event is not None
-    assert event.rank == 0
-    assert event.phase == "start"
+    assert (event.rank, event.phase, event.pool) == (0, "start", pool)
     assert find_event([-signal.SIGABRT], 0, [], tmp_path, "Fatal Python error: Aborted") is None
 
 

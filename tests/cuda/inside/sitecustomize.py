@@ -2,6 +2,7 @@
 
     PRETEND_DEVICES   how many there are
     PRETEND_MEMORY    bytes of each
+    PRETEND_PINNED    bytes of the host's memory that a process may pin, where that is limited
     PRETEND_NVML      how many NVML counts, where that is another number
 
 DeepSpeed is given the pretend accelerator as soon as it looks for one, and llmtune's planning is shown the cards.

@@ -58,6 +58,8 @@ def register() -> Any:
         from tests.cuda.pretend.group import make_group
 
         dist.Backend.register_backend(BACKEND, make_group, devices=[NAME])
+    if limit := os.environ.get("PRETEND_PINNED"):
+        device.limit(-1, int(limit))
     from deepspeed.accelerator import real_accelerator
 
     if getattr(real_accelerator.ds_accelerator, "_name", None) != NAME:
