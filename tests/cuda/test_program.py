@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from llmtune.data.vocabulary import embedding_rows
+from llmtune.data.store.vocabulary import embedding_rows
 from llmtune.errors import DataError, DoesNotFitError
 from tests.cli.test_fallback import JOB as LARGE_JOB
 from tests.data.test_vocabulary import add_token, write_rows

@@ -15,6 +15,7 @@ import pytest
 from llmtune import template_bounds
 from llmtune.config.schema import ModelConfig
 from llmtune.data.rows.conversation import Conversation, Message, Role
+from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize.chat_template import ChatTemplates, check_chat_template
 from llmtune.errors import ConfigError
 from llmtune.export.verify.serving_checks import _check_template
@@ -67,6 +68,28 @@ def test_a_template_that_does_not_end_is_ended(template: str, tiny_model: Path) 
         assert time.monotonic() - began < 10
     (problem,) = _check_template(tokenizer)
     assert "has not ended" in problem
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% macro f() %}{{ g() }}{% endmacro %}{% macro g() %}{{ f() }}{% endmacro %}{{ g() }}",
+        "{% for m in messages recursive %}{{ m.content }}{{ loop(messages) }}{% endfor %}",
+    ],
+    ids=["a macro", "two macros", "a loop"],
+)
+def test_a_template_that_calls_itself_is_refused_as_one_that_raises(template: str, tiny_model: Path) -> None:
+    """Python's limit of calls comes before the limit of time; it is an error of the template, not of the program."""
+    tokenizer = tokenizer_with(template, tiny_model)
+    for way in (ChatTemplates(tokenizer).render, ChatTemplates(tokenizer).render_prompt):
+        with pytest.raises(RowError, match="the chat template refuses the row: .*recursion"):
+            way(ROW)
+    with pytest.raises(ConfigError, match=r"the chat template refuses the conversation \(user\): .*recursion"):
+        render_prompt(tokenizer, [{"role": "user", "content": "a"}])
+    assert end_of_turn_ids(tokenizer) == [tokenizer.eos_token_id]
+    (problem,) = _check_template(tokenizer)
+    assert "recursion" in problem
 
 
 @pytest.mark.parametrize("template", POWERS)
