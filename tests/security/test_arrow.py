@@ -156,3 +156,18 @@ def test_a_saved_data_set_with_a_wrong_offset_is_refused(
     replace_offset(file, [0, 5, 10, 15], [0, 5, 900_000, 15])
     with pytest.raises(DataError, match="not a data set that pyarrow reads"):
         read(tmp_path / "saved", "hub")
+
+
+def test_rows_in_another_order_are_looked_at_before_they_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy of what a wrong offset shows is right by itself, and holds what stands beside the column."""
+    from datasets import Dataset, load_from_disk
+
+    monkeypatch.setattr(readers, "load_hub", lambda path, _: load_from_disk(path).select([1, 0]))
+    Dataset.from_dict({"text": [b"first", b"other", b"third"]}).save_to_disk(str(tmp_path / "saved"))
+    assert [row["text"] for row in read(tmp_path / "saved", "hub")] == [b"other", b"first"]
+    (file,) = (tmp_path / "saved").glob("data-*.arrow")
+    replace_offset(file, [0, 5, 10, 15], [0, 5, 100, 15])
+    with pytest.raises(DataError, match=r"not a data set that pyarrow reads \(batch 0: the column 'text' is damaged"):
+        read(tmp_path / "saved", "hub")
