@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmtune.cli.main import Arguments
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
+    from llmtune.run.artifact import Target
 
 #: Most rows of a forward pass where none are asked for: there is no micro-batch to go by.
 AUTO_EVAL_ROWS = 8
@@ -45,6 +46,26 @@ def describe_held_out(composed: Composed, config: Config) -> str:
     if "data" in composed.unnamed and config is composed.config:
         text += " (questions about Python: no data is named; add data.eval=FILE or data.train=FILE for other rows)"
     return text
+
+
+def find_other_split(composed: Composed, target: Target, fingerprint: str) -> str | None:
+    """Why rows that are held out now may have been trained on; None where they are those of the run, or of the user's choice.
+
+    Args:
+        fingerprint: Of the rows as they are prepared now.
+    """
+    from llmtune.train.run_folder import RunFolder
+
+    own = composed.explicit("data") or composed.explicit("data.train") or target.config.data.eval is not None
+    if target.run is None or own:
+        return None
+    before = RunFolder(target.run).read_data_fingerprint()
+    if before in (None, fingerprint):
+        return None
+    return (
+        "the rows are not those that the run held out, and it may have been trained on some of them: a file, the tokenizer, a "
+        "setting, or the version of llmtune that draws them is another; name rows of your own with data.eval=FILE"
+    )
 
 
 def main(arguments: Arguments) -> int:
@@ -104,6 +125,7 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
             output = model(**batch.inputs, use_cache=False)
             total += float(sum_token_losses(output.logits, batch.targets))
             tokens += len(batch.targets)
+    note = find_other_split(composed, target, data.fingerprint)
     return {
         "eval_loss": total / tokens,
         "eval_perplexity": perplexity(total / tokens),
@@ -111,4 +133,5 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
         "trained_tokens": tokens,
         "data": describe_held_out(composed, config),
         "model": str(target.adapter or target.model_folder),
+        **({"warning": note} if note else {}),
     }

@@ -91,6 +91,10 @@ class RunFolder:
             )
         return check_same_run(self.path, config)
 
+    def read_data_fingerprint(self) -> str | None:
+        """Of the rows that the run was started with; None where the folder does not say."""
+        return (self._read_plan().get("data") or {}).get("fingerprint")
+
     def check_length(self, steps: StepsPlan, data_fingerprint: str) -> str | None:
         """Refuse a shorter run or other data; a note where the run is longer than before.
 
