@@ -74,7 +74,7 @@ def test_finished_shards_are_not_written_again(base: Path, tmp_path: Path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmtune.export.pipeline.copy_companions", fail)
+        patch.setattr("llmtune.export.writers.safetensors_folder.copy_companions", fail)
         with pytest.raises(KeyboardInterrupt):
             run_export(request, config)
     shards = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.tmp").glob("*.safetensors")}

@@ -52,7 +52,7 @@ def test_a_killed_export_of_a_lora_checkpoint_goes_on_where_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmtune.export.pipeline.copy_companions", fail)
+        patch.setattr("llmtune.export.writers.safetensors_folder.copy_companions", fail)
         with pytest.raises(KeyboardInterrupt):
             main(command)
     shards = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.tmp").glob("*.safetensors")}

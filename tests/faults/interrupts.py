@@ -34,6 +34,8 @@ BETWEEN_SECONDS = 0.2
 #: "In seconds": what the program gives itself, and what a busy machine adds.
 END_SECONDS = 10.0
 HANG_SECONDS = 60.0
+#: Between the end of a verb's work and that of its process.
+ENDING_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ def judge_interrupt(trial: Interrupt, outcome: Outcome, undisturbed: int) -> lis
     if trial.verb == "train" and "Traceback" not in outcome.console and outcome.console.strip() in ("", _said(trial)):
         # Before preparation: the program itself was only being loaded.
         allowed.add(by_signal)
-    if outcome.over or trial.moment > 1 - 2 / MOMENTS:
+    # It may have done its work, and be about to end: times differ from trial to trial.
+    was_ending = outcome.code == undisturbed and outcome.seconds < ENDING_SECONDS
+    if outcome.over or was_ending or trial.moment > 1 - 2 / MOMENTS:
         allowed |= {undisturbed, by_signal}
     problems = []
     if outcome.code not in allowed:
