@@ -14,7 +14,7 @@ from llmtune.security.terminal import GREEN, GREY, colour, show_controls, to_jso
 from llmtune.units import counted
 
 if TYPE_CHECKING:
-    from llmtune.cli.main import Arguments
+    from llmtune.cli.arguments import Arguments
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
     from llmtune.data.prepare import PreparedData

@@ -10,7 +10,7 @@ from llmtune.security.terminal import to_json_line
 from llmtune.units import counted
 
 if TYPE_CHECKING:
-    from llmtune.cli.main import Arguments
+    from llmtune.cli.arguments import Arguments
 
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 

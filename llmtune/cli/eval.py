@@ -11,7 +11,7 @@ from llmtune.track.console import Console
 from llmtune.track.status import Status
 
 if TYPE_CHECKING:
-    from llmtune.cli.main import Arguments
+    from llmtune.cli.arguments import Arguments
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
     from llmtune.run.artifact import Target

@@ -10,7 +10,7 @@ from llmtune.export.sources.deepspeed.checkpoint import is_zero_checkpoint
 from llmtune.run.exporting import export_target, export_zero_checkpoint, output_folder, print_line
 
 if TYPE_CHECKING:
-    from llmtune.cli.main import Arguments
+    from llmtune.cli.arguments import Arguments
 
 
 def main(arguments: Arguments) -> int:

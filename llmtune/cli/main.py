@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import gc
-import importlib
 import os
 import signal
 import sys
 import traceback
-from dataclasses import dataclass, field
 from typing import NoReturn
 
 from llmtune import __version__
+from llmtune.cli.arguments import parse
 from llmtune.cli.dotenv_file import load_dotenv_file
+from llmtune.cli.verbs import VERBS
 from llmtune.errors import (
     EXIT_BY_SIGNAL,
     EXIT_DONE,
     EXIT_STOPPED,
     EXIT_UNEXPECTED,
-    ConfigError,
     LlmtuneError,
     StoppedError,
 )
@@ -30,25 +28,6 @@ from llmtune.process import END_SIGNALS, without_ignored
 from llmtune.security.redaction import describe_secret_overrides, restrict_umask
 from llmtune.security.terminal import to_terminal
 from llmtune.security.working_folder import leave_working_folder
-
-#: Verb -> (module with ``main(arguments) -> exit code``, what it does).
-VERBS = {
-    "train": ("llmtune.cli.train", "plan, start one process an accelerator, train, resume, export (the default)"),
-    "plan": (
-        "llmtune.cli.plan",
-        "memory and speed of every placement, on this machine or a named one (hardware=8xa100_80gb)",
-    ),
-    "data": ("llmtune.cli.data", "check the data and show what the model will see: tokens, masks, lengths, packing"),
-    "export": ("llmtune.cli.export", "a run, checkpoint or adapter becomes a model folder that other tools load"),
-    "merge": ("llmtune.cli.export", "the same as export"),
-    "eval": ("llmtune.cli.eval", "held-out loss and perplexity of a run, checkpoint or model"),
-    "chat": ("llmtune.cli.chat", "talk to a run, checkpoint or model"),
-    "verify": ("llmtune.cli.verify", "check checkpoints, adapters and exports against their manifests, every byte"),
-    "doctor": ("llmtune.cli.doctor", "what on this machine would stop a run, and the command that mends it; --fix"),
-}
-
-#: What launchers add to the command line of every rank.
-LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
 
 HELP = """llmtune {version}: fine-tune large language models on DeepSpeed
 
@@ -84,33 +63,20 @@ exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 exp
 Every key, its type and meaning: llmtune/config/schema.py; every option: conf/."""
 
 
-@dataclass(slots=True)
-class Arguments:
-    """The command line, taken apart."""
-
-    verb: str = "train"
-    overrides: list[str] = field(default_factory=list)
-    config_dir: str | None = None
-    show_config: bool = False
-    as_json: bool = False
-    fix: bool = False
-    mirror: bool = False
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; the exit code of the contract."""
     argv = sys.argv[1:] if argv is None else argv
     trace = any(text.lstrip("+") in ("debug=trace", "debug=fast", "trace=true") for text in argv)
     try:
         if any(text in ("--help", "-h") for text in argv):
-            verbs = "\n".join(f"  {name:<8} {what}" for name, (_, what) in VERBS.items())
+            verbs = "\n".join(f"  {name:<8} {verb.summary}" for name, verb in VERBS.items())
             _print(HELP.format(version=__version__, verbs=verbs))
             return EXIT_DONE
         if "--version" in argv:
             _print(f"llmtune {__version__}")
             return EXIT_DONE
         left_out = load_dotenv_file()
-        arguments = parse(argv)
+        arguments = parse(argv, VERBS)
         _say_once(describe_secret_overrides(arguments.overrides))
         if left_out:
             _say_once(
@@ -125,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         from llmtune.track.status import Status
 
         with Status(Console(sys.stderr), "loading the libraries"):
-            module = importlib.import_module(VERBS[arguments.verb][0])
-        return int(module.main(arguments))
+            run_verb = VERBS[arguments.verb].load()
+        return run_verb(arguments)
     except StoppedError as error:
         return _report(error, error.exit_code, trace)
     except KeyboardInterrupt as error:
@@ -157,64 +123,6 @@ def run(argv: list[str] | None = None) -> NoReturn:
     # At its end Python looks several times through all that torch and transformers have made: a second, for nothing.
     gc.freeze()
     sys.exit(code)
-
-
-def parse(argv: list[str]) -> Arguments:
-    """Verb, overrides and options; launchers' ``--local_rank`` is taken off.
-
-    Raises:
-        ConfigError: An unknown verb or option, with the nearest known one.
-    """
-    arguments = Arguments()
-    rest = list(argv)
-    # Launchers put it before everything else.
-    while rest and rest[0].partition("=")[0] in LAUNCHER_OPTIONS:
-        _take_value(rest)
-    if rest and not rest[0].startswith(("-", "+", "~")) and "=" not in rest[0]:
-        arguments.verb = rest.pop(0)
-        if arguments.verb not in VERBS:
-            close = difflib.get_close_matches(arguments.verb, VERBS, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(VERBS)}"
-            raise ConfigError(f"unknown verb {arguments.verb!r}{hint}")
-    while rest:
-        name, _, value = rest[0].partition("=")
-        if name in LAUNCHER_OPTIONS:
-            _take_value(rest)
-            continue
-        text = rest.pop(0)
-        if not text.startswith("-"):
-            arguments.overrides.append(text)
-        elif name == "--config-dir" and (value or rest):
-            arguments.config_dir = value or rest.pop(0)
-        elif name == "--cfg" and (value or rest):
-            what = value or rest.pop(0)
-            if what != "job":
-                raise ConfigError(f"--cfg {what}: only 'job' is known")
-            arguments.show_config = True
-        elif text == "--json":
-            arguments.as_json = True
-        elif text == "--mirror" and arguments.verb == "verify":
-            arguments.mirror = True
-        elif text == "--fix" and arguments.verb == "doctor":
-            arguments.fix = True
-        elif text in ("-m", "--multirun"):
-            raise ConfigError(
-                f"{text}: a command is one run. Start one command a value, such as for r in 8 16; do python -m llmtune "
-                "tuner.lora_r=$r run_name=r$r; done, or a W&B sweep as in conf/sweep/lora.yaml"
-            )
-        else:
-            from llmtune.config.foreign import meant_by
-            from llmtune.config.keys import known_keys
-
-            meant = meant_by(name.lstrip("-"), known_keys())
-            raise ConfigError(f"unknown option {text!r}{meant or ';'} llmtune takes KEY=VALUE overrides, see --help")
-    return arguments
-
-
-def _take_value(rest: list[str]) -> None:
-    """Take an option and its value off the beginning."""
-    if "=" not in rest.pop(0) and rest:
-        rest.pop(0)
 
 
 def _report(error: BaseException, code: int, trace: bool) -> int:

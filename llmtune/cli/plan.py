@@ -16,7 +16,7 @@ from llmtune.security.terminal import to_json_line, to_terminal
 from llmtune.units import counted, format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from llmtune.cli.main import Arguments
+    from llmtune.cli.arguments import Arguments
     from llmtune.config.compose import Composed
     from llmtune.plan.advice import Advice
     from llmtune.plan.ladder import Ladder, Rung

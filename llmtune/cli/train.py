@@ -17,7 +17,7 @@ from llmtune.track.status import Status
 from llmtune.units import format_seconds
 
 if TYPE_CHECKING:
-    from llmtune.cli.main import Arguments
+    from llmtune.cli.arguments import Arguments
     from llmtune.config.compose import Composed
     from llmtune.run.prepare import RunTarget
 

@@ -16,7 +16,7 @@ from llmtune.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from llmtune.checkpoint.mirror import Mirror
-    from llmtune.cli.main import Arguments
+    from llmtune.cli.arguments import Arguments
 
 #: Whoever asks for copies waits for them: a week.
 _COPY_SECONDS = 7 * 86400.0

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.cli.main import main, parse
+from llmtune.cli.arguments import parse
+from llmtune.cli.main import main
+from llmtune.cli.verbs import VERBS
 from llmtune.errors import ConfigError
 from llmtune.plan.devices.hardware import fp16_supported
 
@@ -133,8 +135,8 @@ def test_debug_trace_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.mark.parametrize("form", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"]])
 def test_the_launchers_local_rank_is_taken_off(form: list[str]) -> None:
-    assert parse(["train", *form, "zero=3"]).overrides == ["zero=3"]
-    first = parse([*form, "plan", "zero=3"])
+    assert parse(["train", *form, "zero=3"], VERBS).overrides == ["zero=3"]
+    first = parse([*form, "plan", "zero=3"], VERBS)
     assert (first.verb, first.overrides) == ("plan", ["zero=3"])
 
 
@@ -156,4 +158,4 @@ def test_cfg_job_prints_what_was_composed(capsys: pytest.CaptureFixture[str]) ->
 
 def test_an_option_needs_its_value() -> None:
     with pytest.raises(ConfigError):
-        parse(["--cfg"])
+        parse(["--cfg"], VERBS)

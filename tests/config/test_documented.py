@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.cli.main import HELP, VERBS, parse
+from llmtune.cli.arguments import parse
+from llmtune.cli.main import HELP
+from llmtune.cli.verbs import VERBS
 from llmtune.config.compose import compose_config
 from llmtune.plan.batch_sizes import settle_batch
 from llmtune.plan.plan import resolve_ladder
@@ -58,7 +60,7 @@ def test_the_examples_are_found() -> None:
 @pytest.mark.parametrize("number", range(0, len(COMMANDS), 8))
 def test_each_composes(number: int, tmp_path: Path) -> None:
     for name, arguments in COMMANDS[number : number + 8]:
-        parsed = parse(arguments)
+        parsed = parse(arguments, VERBS)
         assert parsed.verb in VERBS
         try:
             compose_config(parsed.overrides, planning=parsed.verb == "plan")
@@ -69,7 +71,9 @@ def test_each_composes(number: int, tmp_path: Path) -> None:
 def test_every_recipe_for_two_nodes_trains_on_sixteen_ranks() -> None:
     """As its ranks would plan it, on machines that are named because this one is another."""
     assert len(ON_NODES) >= 3
-    configs = [compose_config([*parse(arguments).overrides, "hardware=16xa100_80gb"]).config for arguments in ON_NODES]
+    configs = [
+        compose_config([*parse(arguments, VERBS).overrides, "hardware=16xa100_80gb"]).config for arguments in ON_NODES
+    ]
     assert {settle_batch(config.train, 16).global_batch_size for config in configs} == {16}
     ladder = resolve_ladder(configs[0], 16, planning=True)
     assert ladder.chosen is not None

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.cli.main import parse
+from llmtune.cli.arguments import parse
+from llmtune.cli.verbs import VERBS
 from llmtune.config.compose import compose_config, config_groups
 from llmtune.config.foreign import MEANINGS
 from llmtune.config.keys import known_keys
@@ -76,9 +77,9 @@ def test_each_is_refused_with_its_meaning_in_any_group(name: str) -> None:
 
 def test_options_and_own_files_are_told_as_well(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown option '--num_epochs=3': did you mean 'train.num_train_epochs'\?"):
-        parse(["--num_epochs=3"])
+        parse(["--num_epochs=3"], VERBS)
     with pytest.raises(ConfigError, match="unknown option '--lora-rank': did you mean 'tuner.lora_r'"):
-        parse(["--lora-rank", "8"])
+        parse(["--lora-rank", "8"], VERBS)
     folder = tmp_path / "experiment"
     folder.mkdir()
     (folder / "mine.yaml").write_text("# @package _global_\ntrain:\n  num_epochs: 3\n")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmtune.cli.arguments import Arguments
 from llmtune.cli.export import main
-from llmtune.cli.main import Arguments
 from llmtune.storage.manifest import find_damage
 from tests.export.zero_worker import make_model
 from tests.support import run_cli, train_engines

@@ -269,7 +269,7 @@ def verb(arguments):
         time.sleep(0.01)
     print("works", flush=True)
     work()
-main.importlib.import_module = lambda name: type("verb", (), dict(main=staticmethod(verb)))
+main.VERBS["plan"] = main.VERBS["plan"].__class__(lambda: verb, "")
 sys.argv = ["llmtune", "plan"]
 main.run()
 """
