@@ -17,8 +17,8 @@ import pytest
 
 from llmtune.data.store.vocabulary import embedding_rows
 from llmtune.errors import DataError, DoesNotFitError
-from tests.cli.test_fallback import JOB as LARGE_JOB
 from tests.data.test_vocabulary import add_token, write_rows
+from tests.run.test_fallback import JOB as LARGE_JOB
 from tests.support import ROOT, TINY, Finished, largest_difference, losses, run, run_cli
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("pretend_gpu")]

@@ -108,7 +108,7 @@ PLANTED = [
         "security/redaction.py",
         "(*match.span(), _label(known, match[0]))",
         "(*match.span(), match[0])",
-        ("tests/test_secrets.py",),
+        ("tests/security/test_secrets.py",),
     ),
 ]
 
