@@ -51,7 +51,7 @@ def step_in_few_kernels(optimizer: Any) -> bool:
         return False
     masters, halves = list(chain(*optimizer.fp32_groups)), list(chain(*optimizer.fp16_groups))
 
-    def step(closure: None = None) -> bool:
+    def step(closure: None = None) -> bool:  # noqa: ARG001 - DeepSpeed passes it
         trained = [half for half in halves if half.grad is not None]
         norm = float(_sum_of_squares(norms_of([half.grad for half in trained])).sqrt())
         if not math.isfinite(norm):

@@ -112,7 +112,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         evaluator=evaluator,
         saver=build_saver(request, module, tokenizer, state, console),
         numbers=NumberWatch(module, loader, config.train.on_nan, request.run_folder, console.say),
-        trackers=build_trackers(request, rank, console, start),
+        trackers=build_trackers(request, rank, console),
         hooks=build_hooks(request, rank, console, module, tokenizer),
         stop=stop,
         start=start,
@@ -207,7 +207,7 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     return TrainModule(model, plan.deepspeed, rank, sum_token_losses)
 
 
-def build_trackers(request: RunRequest, rank: Rank, console: Console, start: Progress) -> Trackers:
+def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Trackers:
     """Who sees the records: rank 0's file, console and the chosen service."""
     if not rank.is_first:
         return Trackers([])

@@ -249,7 +249,7 @@ class StreamLoader:
                 raise item
             yield item
 
-    def places(self, row: int) -> list[str]:
+    def places(self, row: int) -> list[str]:  # noqa: ARG002 - as for rows in a store
         """Not known: a stream's rows have no numbers."""
         return []
 

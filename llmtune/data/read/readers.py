@@ -174,7 +174,7 @@ def open_file(path: str) -> BinaryIO:
     return file
 
 
-def _read_jsonl(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+def _read_jsonl(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterator[Block]:
     position, line = start
     with closing(open_file(file.path)) as stream:
         if position:
@@ -236,7 +236,7 @@ def _read_json(file: DataFile, source: Source, start: tuple[int, int]) -> Iterat
     yield from _in_blocks(file.path, find_rows(file.path, text, source), start[0])
 
 
-def _read_csv(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+def _read_csv(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterator[Block]:
     csv.field_size_limit(MAX_ROW_BYTES)
     with closing(open_file(file.path)) as stream:
         # Bytes that are no UTF-8 stay in the row, where they are found and named.
@@ -257,7 +257,7 @@ def _read_csv(file: DataFile, source: Source, start: tuple[int, int]) -> Iterato
         yield from _in_blocks(file.path, rows(), start[0])
 
 
-def _read_parquet(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+def _read_parquet(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterator[Block]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -269,7 +269,7 @@ def _read_parquet(file: DataFile, source: Source, start: tuple[int, int]) -> Ite
             raise DataError(f"{file.path}: not a Parquet file that pyarrow reads ({_reason(error)})") from error
 
 
-def _read_arrow(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+def _read_arrow(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterator[Block]:
     """Arrow's file format, or its stream format, which ``datasets`` writes."""
     import pyarrow as pa
 
@@ -329,7 +329,7 @@ def load_hub(path: str, source: Source) -> Any:
         raise DataError(f"{path}: {str(error).splitlines()[0]} (split={source.split})") from error
 
 
-def _read_builtin(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
+def _read_builtin(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterator[Block]:
     rows = ({"messages": [message.to_dict() for message in row.messages]} for row in read_stdlib_docs())
     yield from _in_blocks(file.path, enumerate(rows, 1), start[0])
 

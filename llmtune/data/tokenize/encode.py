@@ -181,7 +181,7 @@ class Encoder:
     def _tokenise_long_texts(self, row: _Rendered, plain: bool, pulse: Pulse) -> tuple[_Rendered, Any]:
         """A classification row, cut to letters of which there are surely too many tokens."""
 
-        def enough(tokens: int, letters: int) -> bool:
+        def enough(tokens: int, _letters: int) -> bool:
             return tokens > self.settings.max_seq_length
 
         texts = row.text if isinstance(row.text, tuple) else (row.text,)

@@ -41,6 +41,8 @@ from llmtune.storage.yaml_text import to_yaml
 
 CARD, CURVES = "README.md", "loss.png"
 
+#: An embedding that an adapter brings whole.
+_EMBEDDING = re.compile(r"(embed_tokens|wte)\.(modules_to_save\.|base_layer\.)?weight$")
 _TUNERS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
 
 
@@ -138,11 +140,9 @@ def _resized_rows(adapter: Path, base_config: dict[str, Any]) -> int | None:
     file = adapter / WEIGHTS_FILE
     if not file.is_file():
         return None
-    rows = []
     with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            if re.search(r"(embed_tokens|wte)\.(modules_to_save\.|base_layer\.)?weight$", name):
-                rows.append(int(tensors.get_slice(name).get_shape()[0]))
+        names = [name for name in tensors.keys() if _EMBEDDING.search(name)]  # noqa: SIM118
+        rows = [int(tensors.get_slice(name).get_shape()[0]) for name in names]
     return rows[0] if rows and rows[0] != base_config.get("vocab_size") else None
 
 

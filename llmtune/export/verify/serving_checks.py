@@ -80,9 +80,9 @@ def _check_tokens(folder: Path, config: dict[str, Any], source: TensorSource) ->
         values = parse_json((folder / file).read_text()) if (folder / file).is_file() else {}
         for key in _SPECIAL:
             ids = values.get(key)
-            for token in ids if isinstance(ids, list) else [ids]:
-                if token is not None and not -1 <= token < vocabulary:
-                    problems.append(f"{file}: {key} {token} is outside the vocabulary of {vocabulary}")
+            tokens = ids if isinstance(ids, list) else [ids]
+            outside = [token for token in tokens if token is not None and not -1 <= token < vocabulary]
+            problems += [f"{file}: {key} {token} is outside the vocabulary of {vocabulary}" for token in outside]
     if not has_tokenizer(folder):
         notes.append("there is no tokenizer: programs that serve it need one beside the weights")
         return problems, notes

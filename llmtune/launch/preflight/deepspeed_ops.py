@@ -234,7 +234,7 @@ def build_op(name: str) -> bool:
     return True
 
 
-def _load_compiled(builder: Any, verbose: bool = False) -> ModuleType:
+def _load_compiled(builder: Any, verbose: bool = False) -> ModuleType:  # noqa: ARG001 - as the original is called
     """In the place of DeepSpeed's ``jit_load``: the module as it lies there.
 
     Raises:

@@ -228,12 +228,8 @@ def _given(config: HardwareConfig) -> dict[str, Any]:
         for name, value in given.items()
         if value is not None
     }
-    for name, number in (
-        ("flops", config.gpu_flops),
-        ("efficiency", config.compute_efficiency),
-    ):
-        if number is not None:
-            values[name] = number
+    named = {"flops": config.gpu_flops, "efficiency": config.compute_efficiency}
+    values |= {name: number for name, number in named.items() if number is not None}
     return values
 
 

@@ -21,7 +21,7 @@ class LossPlot:
     def on_start(self, progress: Progress) -> None:
         """Nothing to draw yet."""
 
-    def on_end(self, progress: Progress) -> None:
+    def on_end(self, progress: Progress) -> None:  # noqa: ARG002 - as all hooks
         """Draw what ``metrics.jsonl`` holds."""
         if self.rank.is_first:
             write_loss_plot(self.run / layout.METRICS, self.run / layout.LOSS_PLOT, self.run_name)

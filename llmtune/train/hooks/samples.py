@@ -46,7 +46,7 @@ class SampleAnswers:
         if progress.step == 0:
             self._record("before")
 
-    def on_end(self, progress: Progress) -> None:
+    def on_end(self, progress: Progress) -> None:  # noqa: ARG002 - as all hooks
         """Answer again, and show both."""
         self._record("after")
         if self.module.rank.is_first:
