@@ -164,9 +164,9 @@ def _numbers(config: Config, data: PreparedData, lengths: Lengths, padding: Padd
     share = train.trained_tokens / max(1, train.tokens)
     numbers = {
         "rows": f"{train.documents:,}" + (f" in {train.rows:,} packed rows" if config.data.packing else ""),
-        "held out": f"{held_out.rows:,} rows, {held_out.tokens:,} tokens" if held_out else "none",
+        "held out": f"{counted(held_out.rows, 'row')}, {counted(held_out.tokens, 'token')}" if held_out else "none",
         "tokens": f"{train.tokens:,}",
-        "supervised": f"{train.trained_tokens:,} tokens ({share:.1%})",
+        "supervised": f"{counted(train.trained_tokens, 'token')} ({share:.1%})",
         "dropped": f"{train.dropped:,} longer than data.max_seq_length={config.data.max_seq_length}",
         "truncated": f"{train.truncated:,}",
         "skipped": f"{train.skipped:,} that cannot be trained on",
