@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import llmtune
 from llmtune.cli import chat, main
+from llmtune.cli.arguments import Arguments
 from llmtune.cli.data import _coloured
 from llmtune.cli.plan import Output
 from llmtune.data.report.statistics import Piece
@@ -84,7 +85,7 @@ def test_an_answer_of_a_model_gives_no_orders(
     monkeypatch.setattr("llmtune.run.artifact.resolve_target", lambda _: Target)
     monkeypatch.setattr("llmtune.run.artifact.load_model", lambda _: (None, None))
     monkeypatch.setattr("llmtune.model.generate.answer", lambda *_: ["fine\x1b]52;c;cm0gLXJmIH4=\x07 👩‍💻\n\tend"])
-    arguments = main.Arguments("chat", ["model=tiny", "chat.prompt=hello"])
+    arguments = Arguments("chat", ["model=tiny", "chat.prompt=hello"])
     assert chat.main(arguments) == 0
     assert capsys.readouterr().out == "fine\\x1b]52;c;cm0gLXJmIH4=\\x07 👩‍💻\n\tend\n"
 
