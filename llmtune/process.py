@@ -7,7 +7,8 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 #: ``prctl`` option of Linux: the signal a process gets when its parent ends.
@@ -23,6 +24,38 @@ STOP_SIGNALS = (*END_SIGNALS, signal.SIGUSR1)
 def without_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
     """Without SIGHUP where it is ignored, which is how ``nohup`` asks a program to outlive its terminal."""
     return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+
+
+#: What signals have brought about in a block of :func:`hold_interruptions`; None outside of one.
+_held: list[Callable[[], None]] | None = None
+
+
+@contextmanager
+def hold_interruptions() -> Iterator[None]:
+    """In the block no handler of a signal raises: what it would raise comes behind the block.
+
+    C++ code that asks Python for an operation (torch's fake tensors, its graphs) cannot always hand an exception on, and ends
+    the process with abort. Only the main thread runs handlers, so that nothing is held in others.
+    """
+    global _held
+    if _held is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _held = []
+    try:
+        yield
+    finally:
+        held, _held = _held, None
+        if held:
+            held[0]()
+
+
+def raise_or_hold(act: Callable[[], None]) -> None:
+    """Call what raises, or keep it for the end of the block in which nothing may raise."""
+    if _held is None:
+        act()
+    else:
+        _held.append(act)
 
 
 def die_with_parent() -> None:

@@ -16,6 +16,7 @@ from llmtune.errors import EXIT_STOPPED, DataError, LlmtuneError, StoppedError
 from llmtune.launch.supervise import watch
 from llmtune.launch.supervise.signals import END_SECONDS, raise_stops
 from llmtune.launch.supervise.watch import Limits
+from llmtune.process import hold_interruptions
 from tests.launch.fakes import alive, end_of, run_fakes, start_supervisor, wait_until
 from tests.support import ROOT, run
 
@@ -188,6 +189,33 @@ def test_where_there_is_nothing_to_save_a_signal_ends_the_work_with_a_message() 
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
+def test_where_cpp_calls_python_a_stop_waits_for_the_end_of_the_call() -> None:
+    reached = []
+
+    def work() -> None:
+        with raise_stops("nothing is lost"):
+            with hold_interruptions():
+                os.kill(os.getpid(), signal.SIGTERM)
+                with hold_interruptions():
+                    reached.append("inside")
+                os.kill(os.getpid(), signal.SIGTERM)
+                reached.append("its end")
+            reached.append("behind")
+
+    with pytest.raises(StoppedError, match="nothing is lost"):
+        work()
+    assert reached == ["inside", "its end"]
+
+    def more_work() -> None:
+        with raise_stops("again"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append("not held any more")
+
+    with pytest.raises(StoppedError, match="again"):
+        more_work()
+    assert len(reached) == 2
+
+
 def test_an_error_of_the_work_stays_what_it_is() -> None:
     with pytest.raises(LlmtuneError, match="other"), raise_stops("stopped"):
         raise LlmtuneError("other")
@@ -243,6 +271,12 @@ STUBBORN = {
         mutex = ctypes.create_string_buffer(64)
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    """,
+    "a call that is not to be interrupted and does not come back": """
+        from llmtune.process import hold_interruptions
+        with hold_interruptions():
+            while True:
+                time.sleep(0.1)
     """,
     "a clean-up that never ends": """
         try:

@@ -13,7 +13,7 @@ from types import FrameType
 
 from llmtune.errors import EXIT_BY_SIGNAL, EXIT_STOPPED, StoppedError
 from llmtune.launch.supervise.ending import adopt_orphans, end_now
-from llmtune.process import END_SIGNALS, STOP_SIGNALS, without_ignored
+from llmtune.process import END_SIGNALS, STOP_SIGNALS, raise_or_hold, without_ignored
 
 #: For the clean-up behind an interrupted verb; what is still there then is ended.
 END_SECONDS = 5.0
@@ -78,8 +78,11 @@ class Ending(StopRequests):
         if self.at_once:
             self.end_now(self.received[0])
         if len(self.received) == 1:
-            adopt_orphans()
-            raise Interrupted(self.received[0])
+            raise_or_hold(self._raise)
+
+    def _raise(self) -> None:
+        adopt_orphans()
+        raise Interrupted(self.received[0])
 
     def end_now(self, number: signal.Signals) -> None:
         """Do not wait for the exception to get to the end of the program."""

@@ -18,6 +18,7 @@ from llmtune.plan.memory.adapted_layers import choose_layers, linear_layers, mat
 from llmtune.plan.memory.lora import lora_rank
 from llmtune.plan.memory.model_shape import ModelShape, load_architecture
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
+from llmtune.process import hold_interruptions
 
 #: After the first layer, its input is no intermediate result; from the second on, each adds the same.
 TRACED_LAYERS = 3
@@ -142,7 +143,7 @@ def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings)
     dtype = _dtype(settings.precision)
     model = _build(architecture, tuner, settings, TRACED_LAYERS, dtype)
     after: list[int] = []
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with hold_interruptions(), FakeTensorMode(allow_non_fake_inputs=True):
         _to_fake(model)
         hidden = architecture.get_text_config().hidden_size
         inputs = torch.empty(settings.rows, settings.length, hidden, dtype=dtype, requires_grad=True)

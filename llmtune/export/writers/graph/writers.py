@@ -28,6 +28,7 @@ from llmtune.export.writers.graph.model import (
     refusing,
 )
 from llmtune.export.writers.model_files import copy_companions, settle_config, settle_generation
+from llmtune.process import hold_interruptions
 from llmtune.units import format_count
 
 ONNX_FILE = "model.onnx"
@@ -98,7 +99,8 @@ def write_torchscript(material: Material, folder: Path, _journal: Journal, confi
     model = _prepare(material, folder, config)
     with refusing(model, "TorchScript"):
         checks = make_checks(model)
-        traced: Any = torch.jit.trace(model, make_example(model), check_trace=False)
+        with hold_interruptions():
+            traced: Any = torch.jit.trace(model, make_example(model), check_trace=False)
         traced.save(str(folder / _TRACED))
         _copy_program(folder / _TRACED, file)
     del model, traced
@@ -151,15 +153,16 @@ def _export_onnx(model: GraphModel, file: Path, material: Material) -> None:
     import onnx
 
     axes = {0: "batch", 1: "sequence"}
-    program = torch.onnx.export(
-        model,
-        make_example(model),
-        dynamo=True,
-        input_names=list(model.inputs),
-        output_names=[model.output],
-        dynamic_shapes=dict.fromkeys(model.inputs, axes),
-        verbose=False,
-    )
+    with hold_interruptions():
+        program = torch.onnx.export(
+            model,
+            make_example(model),
+            dynamo=True,
+            input_names=list(model.inputs),
+            output_names=[model.output],
+            dynamic_shapes=dict.fromkeys(model.inputs, axes),
+            verbose=False,
+        )
     assert program is not None
     # Each node carries the lines of code that it came from, with the paths of this machine.
     for node in program.model.graph.all_nodes():
