@@ -34,8 +34,8 @@ BETWEEN_SECONDS = 0.2
 #: "In seconds": what the program gives itself, and what a busy machine adds.
 END_SECONDS = 10.0
 HANG_SECONDS = 60.0
-#: Between the end of a verb's work and that of its process.
-ENDING_SECONDS = 0.5
+#: Between the end of a verb's work and that of its process, on a busy machine.
+ENDING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
