@@ -8,11 +8,14 @@ stand on ``PYTHONPATH``.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import os
 import pkgutil
+import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from llmtune.errors import ConfigError
@@ -85,6 +88,24 @@ class Registry(Generic[Variant]):
         raise ConfigError(f"{self.key}={name}: there is no such one; {hint}")
 
 
+def hash_plugins() -> str:
+    """A hash of the files that ``LLMTUNE_PLUGINS`` names, for what is cached of their work; empty without any.
+
+    Raises:
+        ConfigError: One of them cannot be imported.
+    """
+    names = os.environ.get(PLUGINS, "")
+    _import_plugins(names)
+    files = [sys.modules[name].__file__ for name in _split(names)]
+    if not files:
+        return ""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files if file)).hexdigest()
+
+
+def _split(names: str) -> list[str]:
+    return [text.strip() for text in names.split(",") if text.strip()]
+
+
 @cache
 def _import_modules(package: str) -> None:
     folder = importlib.import_module(package)
@@ -94,7 +115,7 @@ def _import_modules(package: str) -> None:
 
 @cache
 def _import_plugins(names: str) -> None:
-    for name in filter(None, (text.strip() for text in names.split(","))):
+    for name in _split(names):
         try:
             importlib.import_module(name)
         except ImportError as error:

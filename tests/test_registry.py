@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import ConfigError
-from llmtune.registry import PLUGINS, Registry
+from llmtune.registry import PLUGINS, Registry, hash_plugins
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,14 @@ def test_a_module_of_the_users_is_imported_where_variants_are_looked_up(
     monkeypatch.setenv(PLUGINS, "a_plugin_of_nobody")
     with pytest.raises(ConfigError, match="LLMTUNE_PLUGINS names a_plugin_of_nobody, which cannot be imported"):
         animals.find("dog")
+
+
+def test_what_is_cached_of_a_plugin_is_told_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PLUGINS, raising=False)
+    assert hash_plugins() == ""
+    (tmp_path / "another_plugin_of_mine.py").write_text("a = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(PLUGINS, "another_plugin_of_mine")
+    before = hash_plugins()
+    (tmp_path / "another_plugin_of_mine.py").write_text("a = 2")
+    assert "" != hash_plugins() != before

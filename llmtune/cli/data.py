@@ -114,9 +114,7 @@ def _describe_format(config: DataConfig, formats: list[str]) -> str:
     from llmtune.data.formats.format import FORMATS
 
     found = ", ".join(formats)
-    # A plugin's rows may be in the cache, and the plugin not here.
-    known = FORMATS.list()
-    if not any(name in known and known[name].is_chat for name in formats):
+    if not any(FORMATS.find(name).is_chat for name in formats):
         return f"{found}, without a chat template"
     template = f"data.chat_template={config.chat_template}" if config.chat_template else "the tokenizer's own"
     return f"{found}; chat template: {template}"

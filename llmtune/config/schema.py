@@ -328,7 +328,7 @@ class PathsConfig:
 
 @dataclass(slots=True)
 class Config:
-    """Everything; seen whole only by ``config/``, ``plan/``, ``train/build.py`` and ``cli/``."""
+    """Everything; seen whole only by ``config/``, ``plan/``, ``train/build.py``, ``run/`` and ``cli/``."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -26,6 +26,7 @@ from llmtune.data.tokenize.encode import EncodeSettings
 from llmtune.data.tokenize.workers import TokenBlock, Tokeniser, Work
 from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
 from llmtune.errors import DataError
+from llmtune.registry import hash_plugins
 from llmtune.security.trust import require_own
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def tokenise_source(
     drawn = [source.limit, seed, DRAWS_VERSION] if source.limit else None
     contents = hash_files(files, source, cache)
     columns = [source.fields, sorted(source.ignore)]
+    # A format of the user's own may read a row otherwise tomorrow.
+    shaping += [plugins] if (plugins := hash_plugins()) else []
     key = digest([TOKENS_VERSION, tokenizer_hash, contents, source.format, *columns, drawn, shaping])
     folder = token_folder(cache, key)
     if not (folder / SUMMARY).is_file():
