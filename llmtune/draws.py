@@ -1,6 +1,8 @@
-"""Random draws. Each has a name, and is a function of the run's seed, that name and a position, and of nothing else.
+"""Random draws. Each has a name, and is a function of the run's seed, that name and a position, and
+of nothing else.
 
-So no draw changes because another one was added, was made in another order, or was made already before a resume.
+So no draw changes because another one was added, was made in another order, or was made already
+before a resume.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Stands in every checkpoint. Raise it when any draw comes out differently: a run that began with others is refused then.
+# : Stands in every checkpoint. Raise it when any draw comes out differently: a run that began with
+# others is refused then.
 DRAWS_VERSION = 3
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_UNEXPECTED = 1
 EXIT_STOPPED = 75
-#: A verb that leaves nothing to go on with, ended by a signal: this and its number, as shells give it (130, 143 and 129).
+# : A verb that leaves nothing to go on with, ended by a signal: this and its number, as shells give
+# it (130, 143 and 129).
 EXIT_BY_SIGNAL = 128
 
 
 class LlmtuneError(Exception):
-    """What went wrong, where, with which value, and what to do next; printed without a traceback."""
+    """What went wrong, where, with which value, and what to do next; printed without a
+    traceback.
+    """
 
     exit_code = EXIT_UNEXPECTED
 
@@ -25,7 +28,10 @@ class ConfigError(LlmtuneError):
         """One error for every problem found, so that a user mends them in one go."""
         if len(problems) == 1:
             return cls(problems[0])
-        return cls(f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))
+        return cls(
+            f"{len(problems)} problems in the configuration:\n"
+            + "\n".join(f"  - {p}" for p in problems)
+        )
 
 
 class DoesNotFitError(LlmtuneError):

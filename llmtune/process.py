@@ -1,4 +1,6 @@
-"""What processes have in common: signals that ask for an end, ending with a parent, imports; every folder may import this."""
+"""What processes have in common: signals that ask for an end, ending with a parent, imports; every
+folder may import this.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ STOP_SIGNALS = (*END_SIGNALS, signal.SIGUSR1)
 
 
 def without_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Without SIGHUP where it is ignored, which is how ``nohup`` asks a program to outlive its terminal."""
+    """Without SIGHUP where it is ignored, which is how ``nohup`` asks a program to outlive its
+    terminal.
+    """
     return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -34,8 +38,9 @@ _held: list[Callable[[], None]] | None = None
 def hold_interruptions() -> Iterator[None]:
     """In the block no handler of a signal raises: what it would raise comes behind the block.
 
-    C++ code that asks Python for an operation (torch's fake tensors, its graphs) cannot always hand an exception on, and ends
-    the process with abort. Only the main thread runs handlers, so that nothing is held in others.
+    C++ code that asks Python for an operation (torch's fake tensors, its graphs) cannot always hand
+    an exception on, and ends the process with abort. Only the main thread runs handlers, so that
+    nothing is held in others.
     """
     global _held
     if _held is not None or threading.current_thread() is not threading.main_thread():
@@ -68,10 +73,11 @@ def die_with_parent() -> None:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """In the block no garbage is collected, and what was imported in it is not looked through again.
+    """In the block no garbage is collected, and what was imported in it is not looked through
+    again.
 
-    What they make stays: to look through all of it after every few hundred objects is a quarter of their time
-    (torch, transformers, deepspeed and peft: 3.0 s with it, 2.3 s without).
+    What they make stays: to look through all of it after every few hundred objects is a quarter of
+    their time (torch, transformers, deepspeed and peft: 3.0 s with it, 2.3 s without).
     """
     was_enabled, modules = gc.isenabled(), len(sys.modules)
     gc.disable()

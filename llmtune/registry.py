@@ -1,8 +1,9 @@
-"""Variants of one kind, such as formats of export: found by name, one file each, from llmtune itself or from outside.
+"""Variants of one kind, such as formats of export: found by name, one file each, from llmtune
+itself or from outside.
 
-llmtune's own stand in a folder, of which each module registers one. Others are registered by the modules that ``LLMTUNE_PLUGINS``
-names (separated by commas). They are imported wherever variants are looked up, in the ranks too, so they must be installed or
-stand on ``PYTHONPATH``.
+llmtune's own stand in a folder, of which each module registers one. Others are registered by the
+modules that ``LLMTUNE_PLUGINS`` names (separated by commas). They are imported wherever variants
+are looked up, in the ranks too, so they must be installed or stand on ``PYTHONPATH``.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ class Registry(Generic[Variant]):
         Raises:
             ValueError: There is another one of this name.
         """
-        if variant.name in self._also or self._variants.setdefault(variant.name, variant) is not variant:
+        if (
+            variant.name in self._also
+            or self._variants.setdefault(variant.name, variant) is not variant
+        ):
             raise ValueError(f"{self.key}={variant.name}: there is one of this name already")
         return variant
 
@@ -89,7 +93,8 @@ class Registry(Generic[Variant]):
 
 
 def hash_plugins() -> str:
-    """A hash of the files that ``LLMTUNE_PLUGINS`` names, for what is cached of their work; empty without any.
+    """A hash of the files that ``LLMTUNE_PLUGINS`` names, for what is cached of their work; empty
+    without any.
 
     Raises:
         ConfigError: One of them cannot be imported.
@@ -120,5 +125,6 @@ def _import_plugins(names: str) -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ConfigError(
-                f"{PLUGINS} names {name}, which cannot be imported ({error}): install it, or put its folder on PYTHONPATH"
+                f"{PLUGINS} names {name}, which cannot be imported ({error}): install it, or put"
+                " its folder on PYTHONPATH"
             ) from error

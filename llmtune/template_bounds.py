@@ -1,7 +1,9 @@
-"""A chat template is a program of somebody else's, and may never end: it gets so much of the processor's time, and no more.
+"""A chat template is a program of somebody else's, and may never end: it gets so much of the
+processor's time, and no more.
 
-What is ended are loops, at their next instruction. A single operation on huge numbers or texts cannot be ended from here;
-powers, which make the largest out of three letters, are refused before a template is compiled.
+What is ended are loops, at their next instruction. A single operation on huge numbers or texts
+cannot be ended from here; powers, which make the largest out of three letters, are refused before a
+template is compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import jinja2
 
 from llmtune.errors import ConfigError
 
-#: Of the processor's time for one conversation; the templates of published models take milliseconds.
+# : Of the processor's time for one conversation; the templates of published models take
+# milliseconds.
 SECONDS = 10.0
 _POLL_SECONDS = 0.2
 #: Of a power in a template.
@@ -26,7 +29,10 @@ _MOST_EXPONENT = 64
 
 
 class _EndlessError(BaseException):
-    """Raised in the middle of a template. No ``except Exception`` on the way takes it for its own."""
+    """Raised in the middle of a template.
+
+    No ``except Exception`` on the way takes it for its own.
+    """
 
 
 @dataclass(slots=True)
@@ -51,7 +57,9 @@ class _Watch:
         with self.lock:
             self.renders[render.thread] = render
             if self._thread is None:
-                self._thread = threading.Thread(target=self._look, name="template-bounds", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._look, name="template-bounds", daemon=True
+                )
                 self._thread.start()
 
     def _look(self) -> None:
@@ -99,7 +107,10 @@ class bounded_template:  # noqa: N801 - a context manager reads as a function
         _watch.add(self._render)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             self._end()
@@ -108,8 +119,8 @@ class bounded_template:  # noqa: N801 - a context manager reads as a function
             self._end()
         if self._render.is_stopped:
             raise ConfigError(
-                f"the chat template has not ended after {SECONDS:g} s of computing, for one conversation: take another "
-                "data.chat_template, or mend it"
+                f"the chat template has not ended after {SECONDS:g} s of computing, for one"
+                " conversation: take another data.chat_template, or mend it"
             ) from None
 
     def _end(self) -> None:
@@ -124,7 +135,8 @@ def refuse_powers(text: str) -> None:
     """Jinja computes what is constant when it compiles a template, and ``9**9**9`` for ever.
 
     Raises:
-        ConfigError: The template has a power of a power, or one with an exponent that is not a small number.
+        ConfigError: The template has a power of a power, or one with an exponent that is not a
+            small number.
     """
     # Here, because it imports torch.
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -138,13 +150,21 @@ def refuse_powers(text: str) -> None:
     for power in tree.find_all(jinja2.nodes.Pow):
         exponent = power.right.value if isinstance(power.right, jinja2.nodes.Const) else None
         is_small = isinstance(exponent, int | float) and abs(exponent) <= _MOST_EXPONENT
-        if not is_small or isinstance(power.left, jinja2.nodes.Pow) or power.left.find(jinja2.nodes.Pow):
+        if (
+            not is_small
+            or isinstance(power.left, jinja2.nodes.Pow)
+            or power.left.find(jinja2.nodes.Pow)
+        ):
             raise ConfigError(
-                f"the chat template raises to a power that may be any, in line {power.lineno}: take another data.chat_template, "
-                "or mend it"
+                f"the chat template raises to a power that may be any, in line {power.lineno}: take"
+                " another data.chat_template, or mend it"
             )
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    """Raise an exception in a thread as soon as it is at its next instruction; with None, take that back."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind) if kind else None)
+    """Raise an exception in a thread as soon as it is at its next instruction; with None, take that
+    back.
+    """
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), ctypes.py_object(kind) if kind else None
+    )

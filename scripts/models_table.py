@@ -1,4 +1,5 @@
-"""``python -m scripts.models_table``: train every architecture of ``tests/architectures``; writes ``docs/models.md``'s table.
+"""``python -m scripts.models_table``: train every architecture of ``tests/architectures``; writes
+``docs/models.md``'s table.
 
 Run in the repository's root, with llmtune's development requirements; 10 minutes on 2 cores.
 """
@@ -22,13 +23,23 @@ SIZE = 48
 
 def train_all() -> dict[tuple[Any, ...], dict[str, Any]]:
     """What became of every cell."""
-    cells = [(f, stage, tuner, rows) for f in FAMILIES for stage in STAGES for tuner in TUNERS for rows in ROWS]
+    cells = [
+        (f, stage, tuner, rows)
+        for f in FAMILIES
+        for stage in STAGES
+        for tuner in TUNERS
+        for rows in ROWS
+    ]
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for start in range(0, len(cells), SIZE):
             part = cells[start : start + SIZE]
             results = train_engines(
-                [list(cell) for cell in part], 1, Path(folder), timeout=900, module="tests.architectures.worker"
+                [list(cell) for cell in part],
+                1,
+                Path(folder),
+                timeout=900,
+                module="tests.architectures.worker",
             )
             for cell, result in zip(part, results, strict=True):
                 if "error" in result:
@@ -39,7 +50,9 @@ def train_all() -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 def describe(results: list[dict[str, Any]]) -> str:
-    """Of cells that differ in the tuner only: the largest difference of a loss, or that they are refused."""
+    """Of cells that differ in the tuner only: the largest difference of a loss, or that they are
+    refused.
+    """
     refused = sum("refused" in result for result in results)
     if refused:
         return "refused" if refused == len(results) else "refused in part"
@@ -49,14 +62,27 @@ def describe(results: list[dict[str, Any]]) -> str:
 def make_table(found: dict[tuple[Any, ...], dict[str, Any]]) -> str:
     """One line an architecture."""
     lines = [
-        "| architecture | attention | ZeRO 0 | ZeRO 3 | ZeRO 0, packed | ZeRO 3, packed | `all-linear` adapts |",
+        (
+            "| architecture | attention | ZeRO 0 | ZeRO 3 | ZeRO 0, packed | ZeRO 3, packed |"
+            " `all-linear` adapts |"
+        ),
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for family in FAMILIES:
         about = found[family, 0, "lora", "padded"]
-        kernels = ", ".join(about["kernels"]).replace("flash_attention_2", "flash").replace("flex_attention", "flex")
-        cells = [describe([found[family, stage, tuner, rows] for tuner in TUNERS]) for rows in ROWS for stage in STAGES]
-        lines.append(f"| {family} | {kernels} | {' | '.join(cells)} | {', '.join(about['adapted'])} |")
+        kernels = (
+            ", ".join(about["kernels"])
+            .replace("flash_attention_2", "flash")
+            .replace("flex_attention", "flex")
+        )
+        cells = [
+            describe([found[family, stage, tuner, rows] for tuner in TUNERS])
+            for rows in ROWS
+            for stage in STAGES
+        ]
+        lines.append(
+            f"| {family} | {kernels} | {' | '.join(cells)} | {', '.join(about['adapted'])} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""Train under a launcher: ``deepspeed scripts/train.py ...`` or ``torchrun --nproc_per_node N scripts/train.py ...``.
+"""Train under a launcher: ``deepspeed scripts/train.py ...`` or ``torchrun --nproc_per_node N
+scripts/train.py ...``.
 
 Started by itself it is ``python -m llmtune train``.
 """

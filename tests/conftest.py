@@ -1,4 +1,6 @@
-"""One cache for the whole suite, away from the user's; ranks on the CPU; processes that start warm; three tiers of tests."""
+"""One cache for the whole suite, away from the user's; ranks on the CPU; processes that start warm;
+three tiers of tests.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,18 @@ pytest_plugins = ["tests.suite.tiers", "tests.suite.budget", "pytester"]
 
 def pytest_configure() -> None:
     """Before any test: signals, the surroundings of ranks, and processes that start warm."""
-    # A shell without job control starts what is behind ``&`` with Ctrl-C ignored, and so would be all that tests start.
+    # A shell without job control starts what is behind ``&`` with Ctrl-C ignored, and so would be
+    # all that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["DS_ACCELERATOR"] = "cpu"
     use_own_ninja()
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir()))
-    # Read when torch loads its OpenMP: threads that spin for each other, while another process has one of the cores, make a
-    # step ten times longer.
+    # Read when torch loads its OpenMP: threads that spin for each other, while another process has
+    # one of the cores, make a step ten times longer.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # Read when torch is imported: threads of two workers on two cores wait for each other more than they compute.
+        # Read when torch is imported: threads of two workers on two cores wait for each other more
+        # than they compute.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
@@ -38,7 +42,8 @@ def pytest_configure() -> None:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Converted models and tokenised rows of this test session.
 
-    ``LLMTUNE_TEST_CACHE`` keeps them between sessions, which saves the conversion of the real model.
+    ``LLMTUNE_TEST_CACHE`` keeps them between sessions, which saves the conversion of the real
+    model.
     """
     kept = os.environ.get("LLMTUNE_TEST_CACHE")
     folder = Path(kept) if kept else tmp_path_factory.getbasetemp().parent / "llmtune-cache"
@@ -55,7 +60,9 @@ def nursery(cache: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def own_environment(cache: Path) -> Iterator[None]:
-    """Variables that a test sets end with it: the number of threads, for one, changes the last digits of every later run."""
+    """Variables that a test sets end with it: the number of threads, for one, changes the last
+    digits of every later run.
+    """
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -64,7 +71,9 @@ def own_environment(cache: Path) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[Any]:
-    """Variables that a fixture of several tests sets end with its set-up; those of ``cache`` are meant to stay."""
+    """Variables that a fixture of several tests sets end with its set-up; those of ``cache`` are
+    meant to stay.
+    """
     before = dict(os.environ)
     result = yield
     if fixturedef.scope != "function" and fixturedef.argname != "cache":

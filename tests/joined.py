@@ -1,4 +1,6 @@
-"""Ranks of the tests' own programs: they join as those of llmtune do, with their ops loaded under its lock."""
+"""Ranks of the tests' own programs: they join as those of llmtune do, with their ops loaded under
+its lock.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from llmtune.plan.memory.placement import Placement
 
 
 def join_ranks(accelerator: str = "cpu") -> Rank:
-    """Without the lock, a test beside this one would take torch's lock file for one that a killed process left."""
+    """Without the lock, a test beside this one would take torch's lock file for one that a killed
+    process left.
+    """
     load_ops(accelerator, Placement(0))
     return init_ranks()

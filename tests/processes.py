@@ -1,14 +1,16 @@
-"""Processes of tests that start warm: forked from one that has imported torch, transformers, DeepSpeed and peft already.
+"""Processes of tests that start warm: forked from one that has imported torch, transformers,
+DeepSpeed and peft already.
 
-``python -m llmtune`` spends most of its first seconds on imports, and a run on two ranks does so three times. :func:`install`
-puts :class:`Popen` in the place of ``subprocess.Popen``: what starts ``[sys.executable, "-m" or "-c", ...]`` gets a process
-from a *nursery*, a child of the starting process that imported the libraries (none of llmtune's modules) and does nothing but
-fork. The new process is a child of the one that started it, has its own arguments, environment, folder, files, session and
-signals, and has a nursery of its own, so that the ranks of a supervisor start warm too.
+``python -m llmtune`` spends most of its first seconds on imports, and a run on two ranks does so
+three times. :func:`install` puts :class:`Popen` in the place of ``subprocess.Popen``: what starts
+``[sys.executable, "-m" or "-c", ...]`` gets a process from a *nursery*, a child of the starting
+process that imported the libraries (none of llmtune's modules) and does nothing but fork. The new
+process is a child of the one that started it, has its own arguments, environment, folder, files,
+session and signals, and has a nursery of its own, so that the ranks of a supervisor start warm too.
 
-What a fork cannot give is started for real: another interpreter or program, and an environment that differs in variables
-which are read once, on import or by the loader (``_READ_ONCE``). ``cold()`` starts everything for real; the tests of the
-start itself use it.
+What a fork cannot give is started for real: another interpreter or program, and an environment that
+differs in variables which are read once, on import or by the loader (``_READ_ONCE``). ``cold()``
+starts everything for real; the tests of the start itself use it.
 """
 
 from __future__ import annotations
@@ -39,22 +41,65 @@ ROOT = Path(__file__).parent.parent
 
 #: Imported by every nursery; what one command or another of llmtune loads.
 LIBRARIES = (
-    *("hydra", "omegaconf", "rich.console", "dotenv", "psutil", "xxhash", "fsspec.implementations.local"),
-    *("torch", "torch.distributed", "torch.distributed._tools.mem_tracker", "torch._subclasses.fake_tensor"),
-    *("transformers", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
-    *("transformers.models.auto.tokenization_auto", "transformers.integrations.deepspeed", "tokenizers"),
-    *("deepspeed", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.ops.adam"),
-    *("peft", "safetensors.torch", "huggingface_hub", "datasets", "pyarrow.parquet", "matplotlib.pyplot"),
+    *(
+        "hydra",
+        "omegaconf",
+        "rich.console",
+        "dotenv",
+        "psutil",
+        "xxhash",
+        "fsspec.implementations.local",
+    ),
+    *(
+        "torch",
+        "torch.distributed",
+        "torch.distributed._tools.mem_tracker",
+        "torch._subclasses.fake_tensor",
+    ),
+    *(
+        "transformers",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.auto.modeling_auto",
+    ),
+    *(
+        "transformers.models.auto.tokenization_auto",
+        "transformers.integrations.deepspeed",
+        "tokenizers",
+    ),
+    *(
+        "deepspeed",
+        "deepspeed.runtime.zero.stage3",
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "deepspeed.ops.adam",
+    ),
+    *(
+        "peft",
+        "safetensors.torch",
+        "huggingface_hub",
+        "datasets",
+        "pyarrow.parquet",
+        "matplotlib.pyplot",
+    ),
 )
 
 #: Variables that libraries read when they are imported, or the loader when a process begins.
 _READ_ONCE = (
-    *("LD_", "PYTHON", "LC_", "LANG", "HF_", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE", "PYTORCH_"),
+    *(
+        "LD_",
+        "PYTHON",
+        "LC_",
+        "LANG",
+        "HF_",
+        "TRANSFORMERS_OFFLINE",
+        "TRANSFORMERS_CACHE",
+        "PYTORCH_",
+    ),
     *("CUDA_", "DS_ACCELERATOR", "MPL"),
 )
 _READ_LATER = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "HF_TOKEN")
 
-#: Processes of one test can be told by the value of this variable; ``/proc/PID/environ`` of a fork is its parent's.
+# : Processes of one test can be told by the value of this variable; ``/proc/PID/environ`` of a fork
+# is its parent's.
 MARK = "LLMTUNE_FAULT_ID"
 _COLD = "LLMTUNE_TEST_START"
 
@@ -132,11 +177,13 @@ class Nursery:
         """A new child of this process; its id.
 
         Args:
-            files: Its standard input, output and error, and what else it is to have under the same numbers.
+            files: Its standard input, output and error, and what else it is to have under the same
+                numbers.
         """
         assert self._channel is not None
         with self._lock:
-            # The new process is forked twice, and a process whose parent has ended goes to the nearest of these.
+            # The new process is forked twice, and a process whose parent has ended goes to the
+            # nearest of these.
             _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)
             try:
                 place = _memory_file(json.dumps(request).encode())
@@ -251,7 +298,9 @@ def _live(request: dict[str, Any], files: list[int], threads: int) -> NoReturn:
     _take_files(files, [0, 1, 2, *request["kept"]])
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         with contextlib.suppress(OSError, ValueError):
-            signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
+            signal.signal(
+                number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL
+            )
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_IGN)
     if signal.SIGINT not in request["ignored"]:
@@ -317,13 +366,18 @@ def _set_threads(default: int) -> None:
 
 def _set_malloc() -> None:
     """What glibc reads from the environment when a process begins."""
-    for name, option in (("MALLOC_MMAP_THRESHOLD_", _M_MMAP_THRESHOLD), ("MALLOC_TRIM_THRESHOLD_", _M_TRIM_THRESHOLD)):
+    for name, option in (
+        ("MALLOC_MMAP_THRESHOLD_", _M_MMAP_THRESHOLD),
+        ("MALLOC_TRIM_THRESHOLD_", _M_TRIM_THRESHOLD),
+    ):
         if given := os.environ.get(name):
             _LIBC.mallopt(option, int(given))
 
 
 def _run(arguments: list[str]) -> int:
-    """What ``python ARGUMENTS`` does; the exit code, or minus the number of the signal that is to end this process."""
+    """What ``python ARGUMENTS`` does; the exit code, or minus the number of the signal that is to
+    end this process.
+    """
     _, kind, what, *rest = arguments
     sys.orig_argv[:] = arguments
     sys.argv[:] = ["-c" if kind == "-c" else "-m", *rest]
@@ -365,12 +419,25 @@ def _run(arguments: list[str]) -> int:
 
 def _fixed(environment: dict[str, str], later: Collection[str] | None = None) -> dict[str, str]:
     later = _reads_later(environment) if later is None else later
-    return {name: value for name, value in environment.items() if name.startswith(_READ_ONCE) and name not in later}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_READ_ONCE) and name not in later
+    }
 
 
 def _reads_later(environment: dict[str, str]) -> Collection[str]:
-    """Where GPUs are pretended (``tests/cuda/inside``), the accelerator is put in later, and nothing reads CUDA's settings."""
-    return (*_READ_LATER, *(("DS_ACCELERATOR", "PYTORCH_CUDA_ALLOC_CONF") if "PRETEND_DEVICES" in environment else ()))
+    """Where GPUs are pretended (``tests/cuda/inside``), the accelerator is put in later, and
+    nothing reads CUDA's settings.
+    """
+    return (
+        *_READ_LATER,
+        *(
+            ("DS_ACCELERATOR", "PYTORCH_CUDA_ALLOC_CONF")
+            if "PRETEND_DEVICES" in environment
+            else ()
+        ),
+    )
 
 
 def _memory_file(data: bytes) -> int:

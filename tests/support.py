@@ -1,4 +1,6 @@
-"""What several tests need: the command line as a subprocess, and ranks that train many small engines in one go."""
+"""What several tests need: the command line as a subprocess, and ranks that train many small
+engines in one go.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,19 @@ class Finished:
     err: str
 
 
-def run_cli(*arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 300) -> Finished:
+def run_cli(
+    *arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 300
+) -> Finished:
     """``python -m llmtune`` as a user starts it."""
     return run([sys.executable, "-m", "llmtune", *arguments], cwd=cwd, env=env, timeout=timeout)
 
 
 def run(
-    command: list[str], cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 300, stdin: str = ""
+    command: list[str],
+    cwd: Path = ROOT,
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+    stdin: str = "",
 ) -> Finished:
     """A command with captured output."""
     done = subprocess.run(
@@ -61,31 +69,46 @@ def losses(run_folder: Path) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
-def pairs(*factors: Sequence[Any], allowed: Callable[..., bool] = lambda *_: True) -> list[tuple[Any, ...]]:
-    """Cells in which every value of each factor meets every value of each other one: a covering array of strength two.
+def pairs(
+    *factors: Sequence[Any], allowed: Callable[..., bool] = lambda *_: True
+) -> list[tuple[Any, ...]]:
+    """Cells in which every value of each factor meets every value of each other one: a covering
+    array of strength two.
 
     Args:
-        allowed: Whether values go together; called with whole cells, and with the beginnings of cells.
+        allowed: Whether values go together; called with whole cells, and with the beginnings of
+            cells.
     """
-    return [tuple(cell) for cell in AllPairs(list(map(list, factors)), filter_func=lambda row: allowed(*row))]
+    return [
+        tuple(cell)
+        for cell in AllPairs(list(map(list, factors)), filter_func=lambda row: allowed(*row))
+    ]
 
 
-def product(*factors: Sequence[Any], allowed: Callable[..., bool] = lambda *_: True) -> list[tuple[Any, ...]]:
+def product(
+    *factors: Sequence[Any], allowed: Callable[..., bool] = lambda *_: True
+) -> list[tuple[Any, ...]]:
     """All cells, for the slow tier."""
     return [cell for cell in itertools.product(*factors) if allowed(*cell)]
 
 
-def matrix(*factors: Sequence[Any], size: int, allowed: Callable[..., bool] = lambda *_: True) -> list[Any]:
-    """For ``parametrize``: all pairs for the ordinary suite, and every other cell for the slow tier.
+def matrix(
+    *factors: Sequence[Any], size: int, allowed: Callable[..., bool] = lambda *_: True
+) -> list[Any]:
+    """For ``parametrize``: all pairs for the ordinary suite, and every other cell for the slow
+    tier.
 
-    Cells come in parts of ``size``, which share their process groups; those that are alike from the last factor on stand
-    together.
+    Cells come in parts of ``size``, which share their process groups; those that are alike from the
+    last factor on stand together.
     """
     chosen = pairs(*factors, allowed=allowed)
     others = [cell for cell in product(*factors, allowed=allowed) if cell not in set(chosen)]
     found = []
     for name, cells, marks in (("pairs", chosen, ()), ("other cells", others, (pytest.mark.slow,))):
-        alike = sorted(cells, key=lambda cell: [list(f).index(c) for f, c in zip(factors, cell, strict=True)][::-1])
+        alike = sorted(
+            cells,
+            key=lambda cell: [list(f).index(c) for f, c in zip(factors, cell, strict=True)][::-1],
+        )
         parts = [alike[start : start + size] for start in range(0, len(alike), size)]
         found += [
             pytest.param(part, id=f"{name} {number} of {len(parts)}", marks=marks)
@@ -107,7 +130,9 @@ def free_port() -> int:
 
 
 def wait_for_all(ranks: Sequence[subprocess.Popen[Any]], timeout: float) -> list[int | None]:
-    """Exit codes when all have ended, or soon after one has failed: the others may wait for it for ever."""
+    """Exit codes when all have ended, or soon after one has failed: the others may wait for it for
+    ever.
+    """
     deadline = time.monotonic() + timeout
     while None in (codes := [rank.poll() for rank in ranks]):
         if any(codes):
@@ -127,7 +152,8 @@ def train_engines(
 ) -> list[Any]:
     """Run ``module`` on ``world_size`` ranks; rank 0's result of each task.
 
-    A task has ``overrides``, ``first`` and ``last`` step, and may have ``load``, and ``save`` with ``save_at``.
+    A task has ``overrides``, ``first`` and ``last`` step, and may have ``load``, and ``save`` with
+    ``save_at``.
     """
     set_defaults("cpu", world_size)
     result = folder / f"result-{world_size}-{len(list(folder.glob('result-*')))}.json"

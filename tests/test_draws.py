@@ -12,7 +12,9 @@ from llmtune.draws import DRAWS_VERSION, Draw, draw_rows, generator, torch_seed
 def test_no_two_draws_share_their_numbers() -> None:
     positions = [(), *itertools.product(range(3)), *itertools.product(range(3), range(3))]
     places = list(itertools.product((0, 1, 10, 2**40), Draw, positions))
-    first = {(seed, draw, at): generator(seed, draw, *at).integers(2**63) for seed, draw, at in places}
+    first = {
+        (seed, draw, at): generator(seed, draw, *at).integers(2**63) for seed, draw, at in places
+    }
     assert len(set(first.values())) == len(places)
     seeds = {torch_seed(seed, draw, *at) for seed, draw, at in places}
     assert len(seeds) == len(places)
@@ -28,7 +30,10 @@ def test_a_draw_knows_nothing_of_what_was_drawn_before() -> None:
 
 
 def test_draws_that_change_get_a_new_version() -> None:
-    """What runs in progress rely on. Where this fails, raise ``DRAWS_VERSION`` and write down the new numbers."""
+    """What runs in progress rely on.
+
+    Where this fails, raise ``DRAWS_VERSION`` and write down the new numbers.
+    """
     found = {draw.value: draw_rows(100, 3, 42, draw, 1).tolist() for draw in Draw}
     assert found == {
         "source_rows": [23, 42, 48],

@@ -15,7 +15,10 @@ from tests.support import ROOT, run
 def test_every_folder_is_a_package_of_the_wheel() -> None:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
-    folders = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "llmtune").rglob("__init__.py")}
+    folders = {
+        ".".join(file.parent.relative_to(ROOT).parts)
+        for file in (ROOT / "llmtune").rglob("__init__.py")
+    }
     assert set(settings["options"]["packages"].split()) == folders | {"llmtune.conf"}
 
 
@@ -35,10 +38,22 @@ def test_the_wheel_composes_from_another_directory(tmp_path: Path) -> None:
     assert run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)]).code == 0
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    where = run([sys.executable, "-c", "import llmtune; print(llmtune.__file__)"], elsewhere, {"PYTHONPATH": str(site)})
+    where = run(
+        [sys.executable, "-c", "import llmtune; print(llmtune.__file__)"],
+        elsewhere,
+        {"PYTHONPATH": str(site)},
+    )
     assert where.out.startswith(str(site))
     done = run(
-        [sys.executable, "-m", "llmtune", "--cfg", "job", "model=llama3_70b", "data.chat_template=llama3"],
+        [
+            sys.executable,
+            "-m",
+            "llmtune",
+            "--cfg",
+            "job",
+            "model=llama3_70b",
+            "data.chat_template=llama3",
+        ],
         elsewhere,
         {"PYTHONPATH": str(site)},
     )

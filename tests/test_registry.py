@@ -28,9 +28,13 @@ def animals() -> Registry[Animal]:
 def test_names_are_sorted_and_the_nearest_is_told(animals: Registry[Animal]) -> None:
     assert list(animals.list()) == ["cat", "horse"]
     assert animals.find("cat") == Animal("cat")
-    with pytest.raises(ConfigError, match=r"pet\.kind=house: there is no such one; did you mean horse\?"):
+    with pytest.raises(
+        ConfigError, match=r"pet\.kind=house: there is no such one; did you mean horse\?"
+    ):
         animals.find("house")
-    with pytest.raises(ConfigError, match=r"pet\.kind=zzz: there is no such one; there are cat, horse, none"):
+    with pytest.raises(
+        ConfigError, match=r"pet\.kind=zzz: there is no such one; there are cat, horse, none"
+    ):
         animals.find("zzz")
 
 
@@ -51,11 +55,15 @@ def test_a_module_of_the_users_is_imported_where_variants_are_looked_up(
     animals.list()
     assert sys.modules["a_plugin_of_mine"].imported
     monkeypatch.setenv(PLUGINS, "a_plugin_of_nobody")
-    with pytest.raises(ConfigError, match="LLMTUNE_PLUGINS names a_plugin_of_nobody, which cannot be imported"):
+    with pytest.raises(
+        ConfigError, match="LLMTUNE_PLUGINS names a_plugin_of_nobody, which cannot be imported"
+    ):
         animals.find("dog")
 
 
-def test_what_is_cached_of_a_plugin_is_told_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_cached_of_a_plugin_is_told_by_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(PLUGINS, raising=False)
     assert hash_plugins() == ""
     (tmp_path / "another_plugin_of_mine.py").write_text("a = 1")

@@ -16,7 +16,11 @@ def find_checkpoints(run: Path) -> list[Path]:
     if not run.is_dir():
         return []
     found = [(layout.checkpoint_step(folder), folder) for folder in run.iterdir()]
-    return [folder for step, folder in sorted((s, f) for s, f in found if s is not None) if is_complete(folder)]
+    return [
+        folder
+        for step, folder in sorted((s, f) for s, f in found if s is not None)
+        if is_complete(folder)
+    ]
 
 
 def is_complete(folder: Path) -> bool:
@@ -35,7 +39,9 @@ def sweep_incomplete(run: Path) -> list[str]:
     restore_replaced(run)
     swept = []
     for folder in sorted(run.iterdir()) if run.is_dir() else []:
-        half = folder.name.endswith(".tmp") or (layout.checkpoint_step(folder) is not None and not is_complete(folder))
+        half = folder.name.endswith(".tmp") or (
+            layout.checkpoint_step(folder) is not None and not is_complete(folder)
+        )
         if folder.is_dir() and half:
             shutil.rmtree(folder)
             swept.append(folder.name)

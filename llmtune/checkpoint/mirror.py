@@ -1,7 +1,7 @@
 """Copies of complete checkpoints at any URL that fsspec writes to, and the way back.
 
-Object stores know neither renames nor folders: a copy is complete by its marker alone, which is written last and removed
-first, and which holds the hash of the manifest that it was written for.
+Object stores know neither renames nor folders: a copy is complete by its marker alone, which is
+written last and removed first, and which holds the hash of the manifest that it was written for.
 """
 
 from __future__ import annotations
@@ -45,13 +45,17 @@ class _Job:
 
 
 class Mirror:
-    """Copies complete checkpoints to ``<url>/<run_name>/`` in a thread, which neither training nor the exit waits for."""
+    """Copies complete checkpoints to ``<url>/<run_name>/`` in a thread, which neither training nor
+    the exit waits for.
+    """
 
     def __init__(self, url: str, run_name: str, say: Callable[[str], None], run_id: str = ""):
         """
         Args:
-            say: Takes a line for the user; called from the thread, once for a checkpoint that was not copied.
-            run_id: Marks the place as this run's, where nothing is written or removed if it is another's.
+            say: Takes a line for the user; called from the thread, once for a checkpoint that was
+                not copied.
+            run_id: Marks the place as this run's, where nothing is written or removed if it is
+                another's.
 
         Raises:
             ConfigError: The protocol is unknown, or its driver is not installed.
@@ -71,11 +75,14 @@ class Mirror:
         """Queue a complete checkpoint; returns at once.
 
         Args:
-            keep: Names of the checkpoints that stay at the mirror once this one is there; None for all. Those that wait in
-                the queue and are not among them are dropped from it, so that a slow network does not make the disk fill.
+            keep: Names of the checkpoints that stay at the mirror once this one is there; None for
+                all. Those that wait in the queue and are not among them are dropped from it, so
+                that a slow network does not make the disk fill.
         """
         with self._changed:
-            self._waiting = [job for job in self._waiting if keep is None or job.folder.name in keep]
+            self._waiting = [
+                job for job in self._waiting if keep is None or job.folder.name in keep
+            ]
             self._waiting.append(_Job(folder, None if keep is None else frozenset(keep)))
             self._changed.notify_all()
 
@@ -89,7 +96,10 @@ class Mirror:
         """Wait for the queue; the checkpoints that did not make it, each with the reason."""
         with self._changed:
             self._changed.wait_for(lambda: not self._open_jobs(), timeout_seconds)
-            late = {job.folder.name: f"not copied within {timeout_seconds:g} s" for job in self._open_jobs()}
+            late = {
+                job.folder.name: f"not copied within {timeout_seconds:g} s"
+                for job in self._open_jobs()
+            }
             return list({**self._failures, **late}.items())
 
     def _open_jobs(self) -> list[_Job]:
@@ -117,7 +127,10 @@ class Mirror:
             reason = redact(describe_error(error))
             with self._changed:
                 self._failures[name] = reason
-            self._say(f"{name} was not copied to {redact(self.url)}, training goes on without the copy: {reason}")
+            self._say(
+                f"{name} was not copied to {redact(self.url)}, training goes on without the copy:"
+                f" {reason}"
+            )
             return
         with self._changed:
             self._failures.pop(name, None)
@@ -128,7 +141,10 @@ class Mirror:
                 if other != name and other not in job.keep:
                     persist(self._store.remove, other)
         except Exception as error:
-            self._say(f"older checkpoints at {redact(self.url)} were not removed: {redact(describe_error(error))}")
+            self._say(
+                f"older checkpoints at {redact(self.url)} were not removed:"
+                f" {redact(describe_error(error))}"
+            )
 
     def _claim(self) -> None:
         """Mark the place, once."""
@@ -138,12 +154,18 @@ class Mirror:
         if owner is None:
             persist(self._owner.write, self._run_id)
         elif owner != self._run_id:
-            raise UnfitError("the place belongs to another run; take another run_name= or checkpoint.mirror=")
+            raise UnfitError(
+                "the place belongs to another run; take another run_name= or checkpoint.mirror="
+            )
         self._run_id = ""
 
     def _copy(self, folder: Path) -> None:
-        """Upload and verify every file, the marker last; nothing where the same copy is complete already."""
-        marker, manifest = (_local_bytes(folder / name) for name in (layout.COMPLETE, layout.MANIFEST))
+        """Upload and verify every file, the marker last; nothing where the same copy is complete
+        already.
+        """
+        marker, manifest = (
+            _local_bytes(folder / name) for name in (layout.COMPLETE, layout.MANIFEST)
+        )
         if marker is None or manifest is None:
             raise UnfitError("skipped, because it was pruned")
         files = list_files(marker, manifest)
@@ -153,12 +175,19 @@ class Mirror:
             # A copy that was cut off, or another checkpoint of the same step.
             persist(self._store.remove, folder.name)
         for name, entry in files.items():
-            persist(self._store.upload, partial(open_source, folder / name), f"{folder.name}/{name}", entry)
+            persist(
+                self._store.upload,
+                partial(open_source, folder / name),
+                f"{folder.name}/{name}",
+                entry,
+            )
         signature = _local_bytes(folder / layout.SIGNATURE)
         signed = [] if signature is None else [(layout.SIGNATURE, signature)]
         for name, data in (*signed, (layout.MANIFEST, manifest), (layout.COMPLETE, marker)):
             open_data = partial(io.BytesIO, data)
-            persist(self._store.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data()))
+            persist(
+                self._store.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data())
+            )
 
 
 def owner_file(run_name: str) -> str:
@@ -167,7 +196,9 @@ def owner_file(run_name: str) -> str:
 
 
 class Owner:
-    """Whose the place of a run at a mirror is: a file beside it, for the place itself holds checkpoints only."""
+    """Whose the place of a run at a mirror is: a file beside it, for the place itself holds
+    checkpoints only.
+    """
 
     def __init__(self, url: str, run_name: str):
         """
@@ -189,7 +220,8 @@ class Owner:
 
 
 def read_place(url: str, run_name: str) -> tuple[str | None, list[str]]:
-    """Who has marked a run's place at a mirror, and the names of the checkpoints there, complete or not.
+    """Who has marked a run's place at a mirror, and the names of the checkpoints there, complete or
+    not.
 
     Raises:
         ConfigError: The protocol is unknown, or its driver is not installed.
@@ -203,7 +235,8 @@ def read_place(url: str, run_name: str) -> tuple[str | None, list[str]]:
 
 
 def withdraw_copies(url: str, run_name: str, run_id: str, step: int) -> list[str]:
-    """Take the marker from a run's own copies of ``step`` and later ones, so that no start goes on from them; their names.
+    """Take the marker from a run's own copies of ``step`` and later ones, so that no start goes on
+    from them; their names.
 
     The files go with the next copy, which removes what the run folder does not keep.
 
@@ -217,14 +250,17 @@ def withdraw_copies(url: str, run_name: str, run_id: str, step: int) -> list[str
         if persist(Owner(url, run_name).read) not in (None, run_id):
             return []
         found = [name for at, name in sorted(persist(store.list_checkpoints)) if at >= step]
-        found = [name for name in found if persist(store.read, f"{name}/{layout.COMPLETE}") is not None]
+        found = [
+            name for name in found if persist(store.read, f"{name}/{layout.COMPLETE}") is not None
+        ]
         for name in found:
             persist(store.unmark, name)
     return found
 
 
 def find_remote(url: str, run_name: str) -> list[tuple[int, str]]:
-    """Complete checkpoints of a run at a mirror, oldest first: step and URL (with the credentials that ``url`` has).
+    """Complete checkpoints of a run at a mirror, oldest first: step and URL (with the credentials
+    that ``url`` has).
 
     Raises:
         ConfigError: The protocol is unknown, or its driver is not installed.
@@ -255,11 +291,13 @@ def read_remote(checkpoint_url: str, name: str) -> bytes | None:
 
 
 def fetch_remote(checkpoint_url: str, run: Path) -> Path:
-    """Download a complete checkpoint into ``run``; it appears there whole and verified, or not at all.
+    """Download a complete checkpoint into ``run``; it appears there whole and verified, or not at
+    all.
 
     Raises:
         ConfigError: The protocol is unknown, or its driver is not installed.
-        CheckpointError: It is incomplete, damaged or unsafe, cannot be read, or ``run`` has another one of this step.
+        CheckpointError: It is incomplete, damaged or unsafe, cannot be read, or ``run`` has another
+            one of this step.
     """
     shown = redact(checkpoint_url)
     match = re.search(r"checkpoint-(\d+)/*$", checkpoint_url)
@@ -268,12 +306,18 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
     folder = layout.checkpoint_folder(run, int(match[1]))
     store = Store(checkpoint_url.rstrip("/"), shown)
     with _reported(checkpoint_url):
-        marker, manifest = (persist(store.read, name) for name in (layout.COMPLETE, layout.MANIFEST))
+        marker, manifest = (
+            persist(store.read, name) for name in (layout.COMPLETE, layout.MANIFEST)
+        )
         if marker is None or manifest is None:
-            raise UnfitError(f"no complete checkpoint is there (no {layout.COMPLETE} or no {layout.MANIFEST})")
+            raise UnfitError(
+                f"no complete checkpoint is there (no {layout.COMPLETE} or no {layout.MANIFEST})"
+            )
         files = list_files(marker, manifest)
     if is_complete(folder):
-        if marker != _local_bytes(folder / layout.COMPLETE) and manifest != _local_bytes(folder / layout.MANIFEST):
+        if marker != _local_bytes(folder / layout.COMPLETE) and manifest != _local_bytes(
+            folder / layout.MANIFEST
+        ):
             raise CheckpointError(
                 f"{folder} is another checkpoint than {shown}; move it away to fetch that one, "
                 f"or go on from it with resume_from_checkpoint={folder}"
@@ -309,11 +353,14 @@ def _reported(url: str) -> Iterator[None]:
     except LlmtuneError:
         raise
     except UnfitError as error:
-        raise CheckpointError(f"{redact(url)}: {error}; take another checkpoint of this mirror") from error
+        raise CheckpointError(
+            f"{redact(url)}: {error}; take another checkpoint of this mirror"
+        ) from error
     except Exception as error:
         raise CheckpointError(
-            f"{redact(url)} was not read: {redact(describe_error(error))}. Nothing was changed here; check the network, "
-            "the credentials and the free disk space, then run the same command again"
+            f"{redact(url)} was not read: {redact(describe_error(error))}. Nothing was changed"
+            " here; check the network, the credentials and the free disk space, then run the same"
+            " command again"
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""Master weights and moments as slices by parameter name: any number of ranks, any stage reads what any other wrote."""
+"""Master weights and moments as slices by parameter name: any number of ranks, any stage reads what
+any other wrote.
+"""
 
 from __future__ import annotations
 
@@ -78,14 +80,21 @@ def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
 
 
 def _load_slice(
-    module: TrainModule, piece: StateSlice, stored: dict[str, tuple[int, list[StoredSlice]]], folder: Path
+    module: TrainModule,
+    piece: StateSlice,
+    stored: dict[str, tuple[int, list[StoredSlice]]],
+    folder: Path,
 ) -> None:
     sources = stored.get(piece.name)
     if sources is None:
-        raise CheckpointError(f"{folder}: no optimizer state for {piece.name}; the model or the tuner is another")
+        raise CheckpointError(
+            f"{folder}: no optimizer state for {piece.name}; the model or the tuner is another"
+        )
     numel, slices = sources
     if numel != piece.parameter_numel:
-        raise CheckpointError(f"{folder}: {piece.name} has {numel} elements there and {piece.parameter_numel} here")
+        raise CheckpointError(
+            f"{folder}: {piece.name} has {numel} elements there and {piece.parameter_numel} here"
+        )
     for kind in KINDS:
         values = _assemble(slices, f"{piece.name}/{kind}", piece.start, piece.numel, folder)
         write_state(module, piece, kind, values)
@@ -95,7 +104,9 @@ def _read_index(folder: Path) -> dict[str, tuple[int, list[StoredSlice]]]:
     """Parameter name -> its number of elements, and the slices in the files."""
     index: dict[str, list[StoredSlice]] = defaultdict(list)
     numels: dict[str, int] = {}
-    for file in sorted(folder / name for name in read_manifest(folder)["files"] if layout.is_state_file(name)):
+    for file in sorted(
+        folder / name for name in read_manifest(folder)["files"] if layout.is_state_file(name)
+    ):
         try:
             with safe_open(str(file), framework="pt") as handle:
                 where: dict[str, Any] = parse_json(handle.metadata()[layout.STATE_SLICES])
@@ -106,10 +117,15 @@ def _read_index(folder: Path) -> dict[str, tuple[int, list[StoredSlice]]]:
             numels[name] = total
     if not index:
         raise CheckpointError(f"{folder}: holds no optimizer state ({layout.STATE_FILES})")
-    return {name: (numels[name], sorted(slices, key=lambda s: s.start)) for name, slices in index.items()}
+    return {
+        name: (numels[name], sorted(slices, key=lambda s: s.start))
+        for name, slices in index.items()
+    }
 
 
-def _assemble(slices: list[StoredSlice], key: str, start: int, numel: int, folder: Path) -> torch.Tensor:
+def _assemble(
+    slices: list[StoredSlice], key: str, start: int, numel: int, folder: Path
+) -> torch.Tensor:
     """Elements ``[start, start + numel)`` put together from the stored slices that overlap them."""
     values = torch.empty(numel)
     filled = 0
@@ -119,8 +135,12 @@ def _assemble(slices: list[StoredSlice], key: str, start: int, numel: int, folde
         if first >= last:
             continue
         with safe_open(str(piece.file), framework="pt") as handle:
-            values[first - start : last - start] = handle.get_slice(key)[first - piece.start : last - piece.start]
+            values[first - start : last - start] = handle.get_slice(key)[
+                first - piece.start : last - piece.start
+            ]
         filled += last - first
     if filled != numel:
-        raise CheckpointError(f"{folder}: {key} is covered for {filled} of {numel} elements; a state file is missing")
+        raise CheckpointError(
+            f"{folder}: {key} is covered for {filled} of {numel} elements; a state file is missing"
+        )
     return values

@@ -55,7 +55,11 @@ class Retention:
         metric = self.metric
         judged = [kept for kept in checkpoints if metric is not None and metric in kept.metrics]
         sign = -1 if self.greater_is_better else 1
-        return min(judged, key=lambda kept: (sign * kept.metrics[str(metric)], kept.step)) if judged else None
+        return (
+            min(judged, key=lambda kept: (sign * kept.metrics[str(metric)], kept.step))
+            if judged
+            else None
+        )
 
 
 def list_kept(run: Path) -> list[Kept]:

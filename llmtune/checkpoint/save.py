@@ -1,7 +1,9 @@
-"""Save: all ranks write aside, one manifest, one rename, the marker last. A folder is complete or does not exist.
+"""Save: all ranks write aside, one manifest, one rename, the marker last. A folder is complete or
+does not exist.
 
-Ranks talk to each other while they copy, which is in the training thread. Behind that they only write files, in a thread of
-their own if there is memory for the copies, and tell rank 0 by one more file each what they wrote; rank 0 publishes.
+Ranks talk to each other while they copy, which is in the training thread. Behind that they only
+write files, in a thread of their own if there is memory for the copies, and tell rank 0 by one more
+file each what they wrote; rank 0 publishes.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ class PendingSave:
         self._outbox.arrive()
         if background:
             self.pause_seconds = time.monotonic() - self._started
-            self._thread = threading.Thread(target=self._run, name=f"save {self.folder.name}", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, name=f"save {self.folder.name}", daemon=True
+            )
             self._thread.start()
             return
         self._write()
@@ -102,7 +106,8 @@ class PendingSave:
         """Wait for the end, on every rank. Collective.
 
         Raises:
-            DiskRefusedError: On every rank, when any rank could not write; nothing is published then.
+            DiskRefusedError: On every rank, when any rank could not write; nothing is published
+                then.
             CheckpointError: The same, when what was written is not worth keeping.
         """
         while True:
@@ -113,15 +118,21 @@ class PendingSave:
             if not writing:
                 break
             time.sleep(_POLL_SECONDS)
-        failures = [found for found in gather_objects((self._failure, self._disk_refused), self._rank) if found[0]]
+        failures = [
+            found
+            for found in gather_objects((self._failure, self._disk_refused), self._rank)
+            if found[0]
+        ]
         if failures:
             if self._rank.is_first:
                 # Half a checkpoint is of no use, and what is full needs the room.
                 shutil.rmtree(aside_folder(self.folder), ignore_errors=True)
             kind = DiskRefusedError if any(refused for _, refused in failures) else CheckpointError
             raise kind(
-                f"{self.folder.name} was not saved ({'; '.join(dict.fromkeys(text for text, _ in failures))}). Nothing was "
-                "published, and those before it are as they were; mend the cause, and the same command goes on from the newest"
+                f"{self.folder.name} was not saved"
+                f" ({'; '.join(dict.fromkeys(text for text, _ in failures))}). Nothing was"
+                " published, and those before it are as they were; mend the cause, and the same"
+                " command goes on from the newest"
             )
 
     def _run(self) -> None:
@@ -179,13 +190,21 @@ class PendingSave:
         for report in reports:
             files |= report["files"]
             tensors |= report["tensors"]
-        for name, data in {**self._request.companions, layout.TRAINER_STATE: self._state_text()}.items():
+        for name, data in {
+            **self._request.companions,
+            layout.TRAINER_STATE: self._state_text(),
+        }.items():
             (aside / name).parent.mkdir(exist_ok=True)
             write_whole(aside / name, data)
             files[name] = hash_file(aside / name)
         for number in range(len(reports)):
             (aside / _report_name(number)).unlink()
-        about = {"kind": "checkpoint", **self._request.about, "pause_seconds": self.pause_seconds, "tensors": tensors}
+        about = {
+            "kind": "checkpoint",
+            **self._request.about,
+            "pause_seconds": self.pause_seconds,
+            "tensors": tensors,
+        }
         write_manifest(aside, files, about, self._request.signer)
         _replace(aside, self.folder)
         self._request.published(self.folder)
@@ -222,8 +241,12 @@ def begin_save(module: TrainModule, request: SaveRequest, buffers: Buffers | Non
             failure = str(error)
     failure = gather_objects(failure, module.rank)[0]
     if failure:
-        raise CheckpointError(f"{request.folder.name} was not saved ({failure}); mend output_dir and start again")
-    state = replace(request.state, optimizer_steps=optimizer_steps(module), loss_scale=read_loss_scale(module))
+        raise CheckpointError(
+            f"{request.folder.name} was not saved ({failure}); mend output_dir and start again"
+        )
+    state = replace(
+        request.state, optimizer_steps=optimizer_steps(module), loss_scale=read_loss_scale(module)
+    )
     outbox = Outbox(aside, buffers)
     pending = PendingSave(module, replace(request, state=state), outbox)
     put_weights(module, request.weights, outbox)
@@ -233,7 +256,8 @@ def begin_save(module: TrainModule, request: SaveRequest, buffers: Buffers | Non
 
 
 def load_checkpoint(module: TrainModule, folder: Path) -> TrainerState:
-    """Optimizer state and loss scale; the weights were loaded when the model was built. Every rank reads its slices.
+    """Optimizer state and loss scale; the weights were loaded when the model was built. Every rank
+    reads its slices.
 
     Raises:
         CheckpointError: The folder is damaged, or of another model.
@@ -271,6 +295,8 @@ def _report_name(rank: int) -> str:
 def _describe(outbox: Outbox) -> dict[str, dict[str, Any]]:
     """File -> tensor -> dtype and shape, for the manifest."""
     return {
-        name: {spec.name: [str(spec.dtype).removeprefix("torch."), list(spec.shape)] for spec in specs}
+        name: {
+            spec.name: [str(spec.dtype).removeprefix("torch."), list(spec.shape)] for spec in specs
+        }
         for name, specs in outbox.files.items()
     }

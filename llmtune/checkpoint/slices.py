@@ -1,4 +1,6 @@
-"""A tensor that lies in pieces: slices of many ranks, mapped, put together a block of rows at a time."""
+"""A tensor that lies in pieces: slices of many ranks, mapped, put together a block of rows at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class PiecedTensor:
     """In order, without gap and without overlap."""
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """Rows as a source gives them: views where a block lies in one piece, copies where it does not."""
+        """Rows as a source gives them: views where a block lies in one piece, copies where it does
+        not.
+        """
         shape = self.spec.shape
         width = math.prod(shape[1:])
         if not math.prod(shape):

@@ -24,7 +24,9 @@ class TrainerState:
     tokens: int
     """Tokens seen, padding excluded."""
     skipped: int
-    """Steps that changed nothing, because a number was not finite; the schedule does not count them."""
+    """Steps that changed nothing, because a number was not finite; the schedule does not count
+    them.
+    """
     data_fingerprint: str
     """Of the tokenised rows."""
     data_position: Mapping[str, Any] | None
@@ -59,7 +61,9 @@ def read_trainer_state(folder: Path) -> TrainerState:
     try:
         return TrainerState(**parse_json((folder / layout.TRAINER_STATE).read_text()))
     except (OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: {layout.TRAINER_STATE} cannot be read ({error})") from error
+        raise CheckpointError(
+            f"{folder}: {layout.TRAINER_STATE} cannot be read ({error})"
+        ) from error
 
 
 def check_draws(folder: Path) -> None:
@@ -71,7 +75,8 @@ def check_draws(folder: Path) -> None:
     version = read_trainer_state(folder).draws_version
     if version != DRAWS_VERSION:
         raise CheckpointError(
-            f"{folder} was written with version {version} of the random draws, and this llmtune has version "
-            f"{DRAWS_VERSION}: the order of the rows would change in the middle of the run. Go on with the llmtune that "
-            "began it (environment.json names it), or start anew with another run_name= or output_dir="
+            f"{folder} was written with version {version} of the random draws, and this llmtune has"
+            f" version {DRAWS_VERSION}: the order of the rows would change in the middle of the"
+            " run. Go on with the llmtune that began it (environment.json names it), or start anew"
+            " with another run_name= or output_dir="
         )

@@ -1,4 +1,6 @@
-"""The trained weights from the live ranks: gathered a few at a time and shared out, so that no rank holds the model twice."""
+"""The trained weights from the live ranks: gathered a few at a time and shared out, so that no rank
+holds the model twice.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,15 @@ class WeightFiles:
     def shards(self, module: TrainModule) -> list[tuple[str, list[TensorSpec]]]:
         """File names, and the tensors of each."""
         tensors = _tensors(module, self.adapter_only)
-        specs = [TensorSpec(self.file_name(name), tensor.dtype, _shape(tensor)) for name, tensor in tensors]
-        return [(ADAPTER_FILE, specs)] if self.adapter_only else plan_shards(specs, self.max_shard_bytes)
+        specs = [
+            TensorSpec(self.file_name(name), tensor.dtype, _shape(tensor))
+            for name, tensor in tensors
+        ]
+        return (
+            [(ADAPTER_FILE, specs)]
+            if self.adapter_only
+            else plan_shards(specs, self.max_shard_bytes)
+        )
 
     def index(self, module: TrainModule) -> dict[str, bytes]:
         """The index file, where there is more than one shard."""
@@ -49,7 +58,10 @@ class WeightFiles:
 
 
 def put_weights(module: TrainModule, files: WeightFiles, outbox: Outbox) -> None:
-    """Adapters or the whole model; the shards are dealt out among the ranks. Collective under ZeRO 3."""
+    """Adapters or the whole model; the shards are dealt out among the ranks.
+
+    Collective under ZeRO 3.
+    """
     rank = module.rank
     tensors = [tensor for _, tensor in _tensors(module, files.adapter_only)]
     # From NVMe weights come through a handful of buffers.
@@ -91,7 +103,9 @@ def _tensors(module: TrainModule, adapter_only: bool) -> Iterator[tuple[str, tor
             yield name, buffer
 
 
-def _batches(tensors: list[torch.Tensor], specs: list[TensorSpec], limit: int) -> Iterator[list[torch.Tensor]]:
+def _batches(
+    tensors: list[torch.Tensor], specs: list[TensorSpec], limit: int
+) -> Iterator[list[torch.Tensor]]:
     batch: list[torch.Tensor] = []
     size = 0
     for tensor, spec in zip(tensors, specs, strict=True):
@@ -106,7 +120,9 @@ def _batches(tensors: list[torch.Tensor], specs: list[TensorSpec], limit: int) -
 
 @contextmanager
 def _at_rest(module: TrainModule) -> Iterator[None]:
-    """Under ZeRO 3 weights that were prefetched for a next layer may still be on their way, and cannot be gathered then."""
+    """Under ZeRO 3 weights that were prefetched for a next layer may still be on their way, and
+    cannot be gathered then.
+    """
     if module.zero_stage < 3:
         yield
         return

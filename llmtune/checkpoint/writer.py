@@ -1,4 +1,6 @@
-"""Tensors on their way to files: written at once, or copied to host memory now and written by a thread while training goes on."""
+"""Tensors on their way to files: written at once, or copied to host memory now and written by a
+thread while training goes on.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,18 @@ from llmtune.storage.safetensors_writer import TensorFile, TensorSpec
 
 
 class Outbox:
-    """The files of one rank in one save. Tensors are put in the order of each file's specs, one file after the other.
+    """The files of one rank in one save. Tensors are put in the order of each file's specs, one
+    file after the other.
 
-    An error of the disk is kept until :meth:`deliver`: between two tensors that all ranks gather together, a rank that left
-    would leave the others waiting.
+    An error of the disk is kept until :meth:`deliver`: between two tensors that all ranks gather
+    together, a rank that left would leave the others waiting.
     """
 
     def __init__(self, folder: Path, hold: Buffers | None = None):
         """
         Args:
-            hold: Where tensors are kept until :meth:`deliver`; without it they are written as they are put.
+            hold: Where tensors are kept until :meth:`deliver`; without it they are written as they
+                are put.
         """
         self.folder = folder
         self.files: dict[str, list[TensorSpec]] = {}
@@ -36,7 +40,9 @@ class Outbox:
         self._left = 0
         self._failure: OSError | None = None
 
-    def start(self, name: str, specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None) -> None:
+    def start(
+        self, name: str, specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None
+    ) -> None:
         """Begin a file."""
         assert self._left == 0, "the file before is not whole"
         self.files[name] = list(specs)
@@ -60,7 +66,9 @@ class Outbox:
             self._try(self._end)
 
     def arrive(self) -> None:
-        """Wait until copies are complete; only then may training change what was copied, or a thread read the copies."""
+        """Wait until copies are complete; only then may training change what was copied, or a
+        thread read the copies.
+        """
         if self._hold is not None:
             self._hold.arrive()
 
@@ -104,13 +112,15 @@ class Outbox:
 
 
 class Buffers:
-    """Host memory for the copies, kept from one save to the next: the kernel's fresh pages cost ten times the copying."""
+    """Host memory for the copies, kept from one save to the next: the kernel's fresh pages cost ten
+    times the copying.
+    """
 
     def __init__(self, device: torch.device | None = None) -> None:
         """
         Args:
-            device: Where tensors come from. From a GPU they go to pinned memory, at several times the speed, and the host
-                waits once for all of them.
+            device: Where tensors come from. From a GPU they go to pinned memory, at several times
+                the speed, and the host waits once for all of them.
         """
         self._source = device if device is not None and device.type != "cpu" else None
         self._kept: dict[str, torch.Tensor] = {}
@@ -123,13 +133,19 @@ class Buffers:
             for name, specs in files.items():
                 for spec in specs:
                     # Memory that nobody wrote to is only a promise.
-                    self._kept[_key(name, spec)] = self._make(math.prod(spec.shape), spec.dtype).zero_()
+                    self._kept[_key(name, spec)] = self._make(
+                        math.prod(spec.shape), spec.dtype
+                    ).zero_()
 
-        self._reserving = threading.Thread(target=touch, name="reserve memory for checkpoints", daemon=True)
+        self._reserving = threading.Thread(
+            target=touch, name="reserve memory for checkpoints", daemon=True
+        )
         self._reserving.start()
 
     def copy(self, file: str, tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-        """A copy on the host, in the dtype and with the number of elements of ``spec``; complete after :meth:`arrive`."""
+        """A copy on the host, in the dtype and with the number of elements of ``spec``; complete
+        after :meth:`arrive`.
+        """
         self._wait()
         numel = tensor.numel()
         kept = self._kept.get(_key(file, spec))
@@ -172,7 +188,9 @@ class Buffers:
 
 def _empty_pinned_cache() -> None:
     # The first is newer than the oldest torch that llmtune takes.
-    empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(
+        torch._C, "_host_emptyCache", None
+    )
     if empty is not None:
         empty()
 

@@ -68,15 +68,19 @@ def parse(argv: list[str], verbs: Collection[str]) -> Arguments:
             arguments.fix = True
         elif text in ("-m", "--multirun"):
             raise ConfigError(
-                f"{text}: a command is one run. Start one command a value, such as for r in 8 16; do python -m llmtune "
-                "tuner.lora_r=$r run_name=r$r; done, or a W&B sweep as in conf/sweep/lora.yaml"
+                f"{text}: a command is one run. Start one command a value, such as for r in 8 16;"
+                " do python -m llmtune tuner.lora_r=$r run_name=r$r; done, or a W&B sweep as in"
+                " conf/sweep/lora.yaml"
             )
         else:
             from llmtune.config.foreign import meant_by
             from llmtune.config.keys import known_keys
 
             meant = meant_by(name.lstrip("-"), known_keys())
-            raise ConfigError(f"unknown option {text!r}{meant or ';'} llmtune takes KEY=VALUE overrides, see --help")
+            raise ConfigError(
+                f"unknown option {text!r}{meant or ';'} llmtune takes KEY=VALUE overrides, see"
+                " --help"
+            )
     return arguments
 
 

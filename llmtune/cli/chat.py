@@ -42,7 +42,9 @@ def main(arguments: Arguments) -> int:
         return 0
     interactive = sys.stdin.isatty()
     if interactive:
-        sys.stdout.write(show_controls(f"{target.adapter or target.model_folder} (end with Ctrl-D)\n"))
+        sys.stdout.write(
+            show_controls(f"{target.adapter or target.model_folder} (end with Ctrl-D)\n")
+        )
     while True:
         if interactive:
             sys.stdout.write("> ")

@@ -49,7 +49,10 @@ def main(arguments: Arguments) -> int:
             # Nothing to count: a program that reads the report still gets one.
             if arguments.as_json:
                 problem = {"file": None, "line": None, "message": str(error)}
-                write(to_json_line({"rows": 0, "problems": [problem], "refused": True}, letters=True) + "\n")
+                write(
+                    to_json_line({"rows": 0, "problems": [problem], "refused": True}, letters=True)
+                    + "\n"
+                )
             raise
 
 
@@ -69,13 +72,16 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
     config = composed.config
     if config.data.streaming:
         raise DataError(
-            "data.streaming=true: a stream cannot be counted; look at some files of it with data.streaming=false"
+            "data.streaming=true: a stream cannot be counted; look at some files of it with"
+            " data.streaming=false"
         )
     console = Console(sys.stderr)
     cache = cache_dir(config)
     folder = resolve_model_folder(config.model, cache, console.say)
     tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))
-    data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console), strict=False)
+    data = prepare_data(
+        config.data, tokenizer, config.seed, cache, watch_tokenising(console), strict=False
+    )
     check_padding(folder, tokenizer)
     beyond = list(find_beyond((*data.train_stores, *data.eval_stores), folder, tokenizer))
     data = replace(data, fatal=data.fatal + len(beyond))
@@ -86,16 +92,25 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
     report.numbers["read by"] = _describe_reader(composed)
     untrained = _untrained(folder, data, tokenizer)
     if arguments.as_json:
-        named = {"data": config.data.train, "model": config.model.name_or_path, "read_by": report.numbers["read by"]}
+        named = {
+            "data": config.data.train,
+            "model": config.model.name_or_path,
+            "read_by": report.numbers["read by"],
+        }
         write(to_json_line(named | to_json(data, report, untrained), letters=True) + "\n")
     else:
         for text in to_text(report, untrained):
             write(text + "\n")
         _write_files(
-            report, Path(config.output_dir or f"{resolve_target(composed).folder}-data").expanduser(), colours, write
+            report,
+            Path(config.output_dir or f"{resolve_target(composed).folder}-data").expanduser(),
+            colours,
+            write,
         )
     if data.fatal:
-        sys.stderr.write(f"error: training on this data is refused: {counted(data.fatal, 'problem')}\n")
+        sys.stderr.write(
+            f"error: training on this data is refused: {counted(data.fatal, 'problem')}\n"
+        )
     return DataError.exit_code if data.fatal else 0
 
 
@@ -104,7 +119,8 @@ def _describe_reader(composed: Composed) -> str:
     name = composed.config.model.name_or_path
     if "model" in composed.unnamed:
         return (
-            f"{name}, the default model, because none is named: add model= or model.name_or_path= for another's tokens"
+            f"{name}, the default model, because none is named: add model= or model.name_or_path="
+            " for another's tokens"
         )
     return name
 
@@ -116,7 +132,11 @@ def _describe_format(config: DataConfig, formats: list[str]) -> str:
     found = ", ".join(formats)
     if not any(FORMATS.find(name).is_chat for name in formats):
         return f"{found}, without a chat template"
-    template = f"data.chat_template={config.chat_template}" if config.chat_template else "the tokenizer's own"
+    template = (
+        f"data.chat_template={config.chat_template}"
+        if config.chat_template
+        else "the tokenizer's own"
+    )
     return f"{found}; chat template: {template}"
 
 
@@ -124,7 +144,12 @@ def _build_report(
     config: Config, data: PreparedData, rows: Rows, problems: list[Problem], tokenizer: Any
 ) -> DataReport:
     from llmtune.data.report.html import DataReport
-    from llmtune.data.report.statistics import measure_lengths, measure_padding, redact_texts, show_row
+    from llmtune.data.report.statistics import (
+        measure_lengths,
+        measure_padding,
+        redact_texts,
+        show_row,
+    )
     from llmtune.data.rows.problems import place
     from llmtune.plan.batch_sizes import settle_batch
 
@@ -142,7 +167,10 @@ def _build_report(
     )
     step = max(1, len(rows) // SHOWN_ROWS)
     shown = [
-        (place(*rows.place(rows.first_document(number))), redact_texts(show_row(rows, number, tokenizer)))
+        (
+            place(*rows.place(rows.first_document(number))),
+            redact_texts(show_row(rows, number, tokenizer)),
+        )
         for number in range(0, len(rows), step)[:SHOWN_ROWS]
     ]
     return DataReport(
@@ -155,28 +183,45 @@ def _build_report(
     )
 
 
-def _numbers(config: Config, data: PreparedData, lengths: Lengths, padding: Padding) -> dict[str, str]:
+def _numbers(
+    config: Config, data: PreparedData, lengths: Lengths, padding: Padding
+) -> dict[str, str]:
     from llmtune.data.rows.fields import describe_unknown_fields
 
     train, held_out = data.train, data.eval
     share = train.trained_tokens / max(1, train.tokens)
     numbers = {
-        "rows": f"{train.documents:,}" + (f" in {train.rows:,} packed rows" if config.data.packing else ""),
-        "held out": f"{counted(held_out.rows, 'row')}, {counted(held_out.tokens, 'token')}" if held_out else "none",
+        "rows": (
+            f"{train.documents:,}"
+            + (f" in {train.rows:,} packed rows" if config.data.packing else "")
+        ),
+        "held out": (
+            f"{counted(held_out.rows, 'row')}, {counted(held_out.tokens, 'token')}"
+            if held_out
+            else "none"
+        ),
         "tokens": f"{train.tokens:,}",
         "supervised": f"{counted(train.trained_tokens, 'token')} ({share:.1%})",
-        "dropped": f"{train.dropped:,} longer than data.max_seq_length={config.data.max_seq_length}",
+        "dropped": (
+            f"{train.dropped:,} longer than data.max_seq_length={config.data.max_seq_length}"
+        ),
         "truncated": f"{train.truncated:,}",
         "skipped": f"{train.skipped:,} that cannot be trained on",
         "twins": f"{train.twins:,} that equal a held-out row, left out of training",
-        "lengths": f"mean {lengths.mean:.0f}, median {lengths.p50}, 95 % {lengths.p95}, 99 % {lengths.p99}, "
-        f"longest {lengths.longest}",
-        "padding": f"{padding.to_max_length:.1%} if every row had {config.data.max_seq_length} tokens, {padding.random:.1%} "
-        f"in random batches, {padding.grouped:.1%} grouped by length"
-        + (f", {padding.packed:.2%} packed" if padding.packed is not None else ""),
+        "lengths": (
+            f"mean {lengths.mean:.0f}, median {lengths.p50}, 95 % {lengths.p95}, 99 %"
+            f" {lengths.p99}, longest {lengths.longest}"
+        ),
+        "padding": (
+            f"{padding.to_max_length:.1%} if every row had {config.data.max_seq_length} tokens,"
+            f" {padding.random:.1%} in random batches, {padding.grouped:.1%} grouped by length"
+            + (f", {padding.packed:.2%} packed" if padding.packed is not None else "")
+        ),
     }
     if train.packing_efficiency is not None:
-        numbers["packing"] = f"rows of {config.data.max_seq_length} filled to {train.packing_efficiency:.2%}"
+        numbers["packing"] = (
+            f"rows of {config.data.max_seq_length} filled to {train.packing_efficiency:.2%}"
+        )
     if data.unknown_fields:
         numbers["not read"] = describe_unknown_fields(data.unknown_fields)
     if data.classes:
@@ -185,7 +230,9 @@ def _numbers(config: Config, data: PreparedData, lengths: Lengths, padding: Padd
 
 
 def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dict[str, Any]:
-    """The counts as plain values; ``rows`` counts documents, ``packed_rows`` what the model sees."""
+    """The counts as plain values; ``rows`` counts documents, ``packed_rows`` what the model
+    sees.
+    """
     train = data.train
     return {
         "rows": train.documents,
@@ -215,10 +262,14 @@ def to_text(report: DataReport, untrained: list[str]) -> list[str]:
     from llmtune.data.rows.problems import describe
 
     width = max(map(len, report.numbers))
-    lines = [report.title, *(f"  {name:<{width}}  {value}" for name, value in report.numbers.items())]
+    lines = [
+        report.title,
+        *(f"  {name:<{width}}  {value}" for name, value in report.numbers.items()),
+    ]
     if untrained:
         lines.append(
-            f"  warning: these tokens occur, and the model never trained their embeddings: {', '.join(untrained)}"
+            "  warning: these tokens occur, and the model never trained their embeddings:"
+            f" {', '.join(untrained)}"
         )
     if report.lengths:
         lines += ["", *_histogram(report.lengths)]
@@ -232,7 +283,9 @@ def _histogram(lengths: Lengths) -> list[str]:
     lines = [f"{'tokens':>13}  {'documents':>10}  {'trained tokens':>14}"]
     for number, (count, trained) in enumerate(zip(lengths.rows, lengths.trained, strict=True)):
         name = f"{lengths.edges[number]}-{lengths.edges[number + 1] - 1}"
-        lines.append(f"{name:>13}  {count:>10,}  {trained:>14,}  {'#' * round(count / highest * BAR_WIDTH)}")
+        lines.append(
+            f"{name:>13}  {count:>10,}  {trained:>14,}  {'#' * round(count / highest * BAR_WIDTH)}"
+        )
     return lines
 
 
@@ -250,12 +303,16 @@ def _write_files(report: DataReport, folder: Path, colours: bool, write: Any) ->
             write_picture(report.lengths, report.title, picture)
         write_page(report, picture if report.lengths else None, folder / "data.html")
     except OSError as error:
-        raise DataError(f"output_dir={folder}: {error.strerror}; take another output_dir=") from error
+        raise DataError(
+            f"output_dir={folder}: {error.strerror}; take another output_dir="
+        ) from error
     write(f"\npicture {picture}\npage    {folder / 'data.html'}\n")
 
 
 def _coloured(pieces: list[Piece], colours: bool) -> str:
-    """Trained text in green, masked text in grey; where there are no colours, trained text in brackets."""
+    """Trained text in green, masked text in grey; where there are no colours, trained text in
+    brackets.
+    """
     parts = []
     left = SHOWN_CHARACTERS
     for piece in pieces:
@@ -273,4 +330,9 @@ def _coloured(pieces: list[Piece], colours: bool) -> str:
 def _untrained(folder: Path, data: PreparedData, tokenizer: Any) -> list[str]:
     from llmtune.model.untrained_tokens import find_untrained_tokens
 
-    return [str(token) for token in tokenizer.convert_ids_to_tokens(find_untrained_tokens(folder, data.special_tokens))]
+    return [
+        str(token)
+        for token in tokenizer.convert_ids_to_tokens(
+            find_untrained_tokens(folder, data.special_tokens)
+        )
+    ]

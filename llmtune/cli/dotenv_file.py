@@ -1,8 +1,9 @@
-"""``.env`` in the working folder: keys and tokens for this process and those that it starts, and nothing else.
+"""``.env`` in the working folder: keys and tokens for this process and those that it starts, and
+nothing else.
 
-The working folder may have come from somebody else, with its ``.env``. A key that is not theirs to use harms nobody; a variable
-that says what is executed (``LD_PRELOAD``, ``PYTHONPATH``, ``PATH``, ``BASH_ENV``) or which server a key is sent to
-(``HF_ENDPOINT``, ``WANDB_BASE_URL``) would.
+The working folder may have come from somebody else, with its ``.env``. A key that is not theirs to
+use harms nobody; a variable that says what is executed (``LD_PRELOAD``, ``PYTHONPATH``, ``PATH``,
+``BASH_ENV``) or which server a key is sent to (``HF_ENDPOINT``, ``WANDB_BASE_URL``) would.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ LOGITS_SHARE = 0.25
 
 
 def auto_eval_rows(length: int, vocabulary: int, free_bytes: int) -> int:
-    """Rows of a forward pass, so that their logits leave room: those of 8 rows of 8,192 tokens of Llama 3 take 84 GB.
+    """Rows of a forward pass, so that their logits leave room: those of 8 rows of 8,192 tokens of
+    Llama 3 take 84 GB.
 
     Args:
         length: Tokens of the longest row.
@@ -44,27 +45,36 @@ def describe_held_out(composed: Composed, config: Config) -> str:
     own = config.data.eval
     text = name_data(own) if own is not None else f"rows held out of {name_data(config.data.train)}"
     if "data" in composed.unnamed and config is composed.config:
-        text += " (questions about Python: no data is named; add data.eval=FILE or data.train=FILE for other rows)"
+        text += (
+            " (questions about Python: no data is named; add data.eval=FILE or data.train=FILE for"
+            " other rows)"
+        )
     return text
 
 
 def find_other_split(composed: Composed, target: Target, fingerprint: str) -> str | None:
-    """Why rows that are held out now may have been trained on; None where they are those of the run, or of the user's choice.
+    """Why rows that are held out now may have been trained on; None where they are those of the
+    run, or of the user's choice.
 
     Args:
         fingerprint: Of the rows as they are prepared now.
     """
     from llmtune.train.run_folder import RunFolder
 
-    own = composed.explicit("data") or composed.explicit("data.train") or target.config.data.eval is not None
+    own = (
+        composed.explicit("data")
+        or composed.explicit("data.train")
+        or target.config.data.eval is not None
+    )
     if target.run is None or own:
         return None
     before = RunFolder(target.run).read_data_fingerprint()
     if before in (None, fingerprint):
         return None
     return (
-        "the rows are not those that the run held out, and it may have been trained on some of them: a file, the tokenizer, a "
-        "setting, or the version of llmtune that draws them is another; name rows of your own with data.eval=FILE"
+        "the rows are not those that the run held out, and it may have been trained on some of"
+        " them: a file, the tokenizer, a setting, or the version of llmtune that draws them is"
+        " another; name rows of your own with data.eval=FILE"
     )
 
 
@@ -78,7 +88,9 @@ def main(arguments: Arguments) -> int:
     if arguments.as_json:
         sys.stdout.write(to_terminal(to_json_line(result) + "\n"))
     else:
-        sys.stdout.write(to_terminal("".join(f"{key:<16} {value}\n" for key, value in result.items())))
+        sys.stdout.write(
+            to_terminal("".join(f"{key:<16} {value}\n" for key, value in result.items()))
+        )
     return 0
 
 
@@ -116,7 +128,11 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     held_out = open_rows(data, "eval")
     longest = int(held_out.lengths.max())
     check_row_length(longest, max_positions(model, model.config), target.base_name)
-    rows = asked if isinstance(asked, int) else auto_eval_rows(longest, len(tokenizer), free_memory_bytes(device))
+    rows = (
+        asked
+        if isinstance(asked, int)
+        else auto_eval_rows(longest, len(tokenizer), free_memory_bytes(device))
+    )
     collator = Collator(tokenizer.pad_token_id, masked=sees_padding(model))
     batches = iterate_eval(held_out, rows, 0, 1, collator, None)
     status.doing = f"taking the held-out loss of {data.eval.rows} rows"

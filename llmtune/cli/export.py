@@ -23,7 +23,9 @@ def main(arguments: Arguments) -> int:
     quiet_libraries()
     given = composed.config
     if not (given.run or given.checkpoint.path or given.adapter):
-        raise ConfigError("export needs run=FOLDER, checkpoint=FOLDER, or base=MODEL adapter=FOLDER")
+        raise ConfigError(
+            "export needs run=FOLDER, checkpoint=FOLDER, or base=MODEL adapter=FOLDER"
+        )
     if given.checkpoint.path and is_zero_checkpoint(Path(given.checkpoint.path).expanduser()):
         written = export_zero_checkpoint(given)
     else:

@@ -1,4 +1,6 @@
-"""``llmtune [VERB] [overrides]``: find the verb, run it, turn errors into one screen and an exit code."""
+"""``llmtune [VERB] [overrides]``: find the verb, run it, turn errors into one screen and an exit
+code.
+"""
 
 from __future__ import annotations
 
@@ -37,16 +39,20 @@ verbs
 {verbs}
 
 examples
-  python -m llmtune                                                  LoRA on SmolLM2-135M, embedded data
-  python -m llmtune model=llama3_8b data=alpaca data.train=my.jsonl  your data, on all GPUs of this machine
-  python -m llmtune +model=llama3_70b +zero=3                        '+group=x' and 'group=x' mean the same
-  python -m llmtune data data.train=my.jsonl                         problems by line, masks, lengths
+  python -m llmtune                      LoRA on SmolLM2-135M, embedded data
+  python -m llmtune model=llama3_8b data=alpaca data.train=my.jsonl
+                                         your data, on all GPUs of this machine
+  python -m llmtune +model=llama3_70b +zero=3
+                                         '+group=x' and 'group=x' mean the same
+  python -m llmtune data data.train=my.jsonl
+                                         problems by line, masks, lengths
   python -m llmtune chat run=runs/NAME chat.prompt="..."
   python -m llmtune export run=runs/NAME export=safetensors
-  python -m llmtune plan model=llama3_70b hardware=8xa100_80gb tuner=full hardware.host_memory_bytes=2TB
+  python -m llmtune plan model=llama3_70b hardware=8xa100_80gb tuner=full
   python -m llmtune eval base=runs/NAME/merged
   python -m llmtune verify run=runs/NAME
-  deepspeed scripts/train.py model=llama3_70b zero=3                 or torchrun: the same training
+  deepspeed scripts/train.py model=llama3_70b zero=3
+                                         the same training; torchrun works too
 
 options
   --cfg job          print the composed configuration and stop
@@ -58,7 +64,8 @@ options
 
 exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 export, 7 environment,
             75 training stopped by a signal, saved: the same command goes on,
-            130, 143 and 129 any other verb ended by Ctrl-C (SIGINT), by SIGTERM and with its terminal (SIGHUP)
+            130, 143 and 129 any other verb ended by Ctrl-C (SIGINT), by SIGTERM,
+            and with its terminal (SIGHUP)
 
 Every key, its type and meaning: llmtune/config/schema.py; every option: conf/."""
 
@@ -80,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         _say_once(describe_secret_overrides(arguments.overrides))
         if left_out:
             _say_once(
-                f"note: .env: only keys and tokens are taken from it, and not {', '.join(left_out)}; set them in the environment"
+                "note: .env: only keys and tokens are taken from it, and not"
+                f" {', '.join(left_out)}; set them in the environment"
             )
         if arguments.show_config:
             from llmtune.config.compose import compose_config
@@ -97,12 +105,15 @@ def main(argv: list[str] | None = None) -> int:
         return _report(error, error.exit_code, trace)
     except KeyboardInterrupt as error:
         return _report(
-            error, error.exit_code if isinstance(error, Interrupted) else EXIT_BY_SIGNAL + signal.SIGINT, trace
+            error,
+            error.exit_code if isinstance(error, Interrupted) else EXIT_BY_SIGNAL + signal.SIGINT,
+            trace,
         )
     except Exception as error:
         number = received_stop()
         if number is not None:
-            # Sent to the whole group, the signal has ended a worker too, and its end was noticed first.
+            # Sent to the whole group, the signal has ended a worker too, and its end was noticed
+            # first.
             stop = Interrupted(number)
             return _report(stop, stop.exit_code, trace)
         known = to_user_error(error)
@@ -120,7 +131,8 @@ def run(argv: list[str] | None = None) -> NoReturn:
     if ending.received:
         sys.stdout.flush()
         end_now(code)
-    # At its end Python looks several times through all that torch and transformers have made: a second, for nothing.
+    # At its end Python looks several times through all that torch and transformers have made: a
+    # second, for nothing.
     gc.freeze()
     sys.exit(code)
 

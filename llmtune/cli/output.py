@@ -19,7 +19,9 @@ def quiet_environment() -> None:
 
 
 def quiet_libraries() -> None:
-    """No advice and no warnings from third parties; errors still come as exceptions, and downloads show their progress."""
+    """No advice and no warnings from third parties; errors still come as exceptions, and downloads
+    show their progress.
+    """
     quiet_environment()
     with no_collection():
         import transformers

@@ -1,4 +1,6 @@
-"""``plan``: memory and speed of every placement, on this machine or a named one; no weight is loaded, no run folder made."""
+"""``plan``: memory and speed of every placement, on this machine or a named one; no weight is
+loaded, no run folder made.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,17 @@ class Output:
         self._stream.write(to_terminal(text))
 
     def in_colour(self, text: str) -> None:
-        """A text with colours of ours, made with :func:`~llmtune.security.terminal.colour`; all else as above."""
+        """A text with colours of ours, made with :func:`~llmtune.security.terminal.colour`; all
+        else as above.
+        """
         self._stream.write(redact(text))
 
 
 @contextmanager
 def stdout_for_us() -> Iterator[Output]:
-    """A writer to standard output, which libraries cannot reach meanwhile: they print to standard error."""
+    """A writer to standard output, which libraries cannot reach meanwhile: they print to standard
+    error.
+    """
     sys.stdout.flush()
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -71,7 +77,9 @@ def _plan(arguments: Arguments, write: Any) -> int:
     from llmtune.track.console import Console
     from llmtune.track.status import Status
 
-    composed = adopt_adapter(compose_config(arguments.overrides, arguments.config_dir, True, find_problems))
+    composed = adopt_adapter(
+        compose_config(arguments.overrides, arguments.config_dir, True, find_problems)
+    )
     config = composed.config
     quiet_libraries()
     with Status(Console(sys.stderr), "loading the libraries and planning"):
@@ -87,8 +95,13 @@ def _plan(arguments: Arguments, write: Any) -> int:
     return 0
 
 
-def to_json(composed: Composed, ladder: Ladder, advice: list[Advice], misfit: str | None) -> dict[str, Any]:
-    """The ladder as plain values. Bytes of a GPU are one rank's; host, NVMe and what is written are one machine's."""
+def to_json(
+    composed: Composed, ladder: Ladder, advice: list[Advice], misfit: str | None
+) -> dict[str, Any]:
+    """The ladder as plain values.
+
+    Bytes of a GPU are one rank's; host, NVMe and what is written are one machine's.
+    """
     config, chosen = composed.config, ladder.chosen
     found: dict[str, Any] = {
         "fits": chosen is not None,
@@ -166,10 +179,16 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
     cpu = hardware.accelerator == "cpu"
     rungs = _render_rungs(ladder)
     lines = [
-        f"{config.model.name_or_path}: {format_count(shape.parameters)} parameters, {config.tuner.kind.value} trains "
-        f"{format_count(shape.trainable_parameters)}; {config.precision.value}, {describe_rows(composed)}, "
-        f"{ladder.rows.global_batch_size} a step",
-        f"{hardware.describe()}; {counted(ladder.world_size, 'rank')}; a plan fills {USABLE_SHARE:.0%} of a memory at the most",
+        (
+            f"{config.model.name_or_path}: {format_count(shape.parameters)} parameters,"
+            f" {config.tuner.kind.value} trains {format_count(shape.trainable_parameters)};"
+            f" {config.precision.value}, {describe_rows(composed)}, {ladder.rows.global_batch_size}"
+            " a step"
+        ),
+        (
+            f"{hardware.describe()}; {counted(ladder.world_size, 'rank')}; a plan fills"
+            f" {USABLE_SHARE:.0%} of a memory at the most"
+        ),
         *hardware.notes,
         "",
         rungs,
@@ -180,16 +199,25 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
         parts = {name: value for name, value in asdict(device).items() if value}
         where = "a rank" if cpu else "a GPU"
         lines.append(f"-> {ladder.chosen.describe()}")
-        lines.append(f"   {where}: " + ", ".join(f"{name} {format_bytes(value)}" for name, value in parts.items()))
+        lines.append(
+            f"   {where}: "
+            + ", ".join(f"{name} {format_bytes(value)}" for name, value in parts.items())
+        )
         written = ladder.chosen.memory.nvme_written_per_step * ladder.cluster.ranks_on_node
         if written:
             lines.append(
-                f"   NVMe: {format_bytes(written)} written a step, {format_bytes(1000 * written)} in 1,000 steps"
+                f"   NVMe: {format_bytes(written)} written a step, {format_bytes(1000 * written)}"
+                " in 1,000 steps"
             )
         seconds = ladder.chosen.speed
-        lines.append(f"   a step of full rows: {_describe_time(seconds.step_seconds)}, bound by {seconds.bound_by}")
+        lines.append(
+            f"   a step of full rows: {_describe_time(seconds.step_seconds)}, bound by"
+            f" {seconds.bound_by}"
+        )
     if ladder.activations_origin != "traced":
-        lines.append("   activations are a rough estimate, because this architecture could not be traced")
+        lines.append(
+            "   activations are a rough estimate, because this architecture could not be traced"
+        )
     if ladder.refusals:
         lines += ["", "would not be trained here:", *(f"   {reason}" for reason in ladder.refusals)]
     if advice:
@@ -199,7 +227,9 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
 
 
 def _render_rungs(ladder: Ladder) -> str:
-    """The table, as wide as the terminal; one that is too narrow breaks its lines, and loses no letter of them."""
+    """The table, as wide as the terminal; one that is too narrow breaks its lines, and loses no
+    letter of them.
+    """
     import io
 
     from rich.console import Console
@@ -248,7 +278,10 @@ def _row(rung: Rung, ladder: Ladder) -> list[str]:
 
 def _advice_line(item: Advice) -> str:
     override = f" ({item.override})" if item.override else " (not an option of llmtune yet)"
-    return f"   {item.change}: saves {format_bytes(item.saves_bytes)} of a rank's {item.where}{override}"
+    return (
+        f"   {item.change}: saves {format_bytes(item.saves_bytes)} of a rank's"
+        f" {item.where}{override}"
+    )
 
 
 def _describe_time(seconds: float) -> str:

@@ -1,4 +1,7 @@
-"""``train``: prepare, supervise the ranks, export. Under ``deepspeed``, ``torchrun`` or ``srun``: be one of their ranks."""
+"""``train``: prepare, supervise the ranks, export.
+
+Under ``deepspeed``, ``torchrun`` or ``srun``: be one of their ranks.
+"""
 
 from __future__ import annotations
 
@@ -70,18 +73,23 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     if there.finished_step is None:
         check_local_files(composed.config.data)
     with RanksAhead(composed.config.tuner.kind.value) as ahead, removed_if_unused(lock_file(there)):
-        # Not for a run that is finished, nor for one that ran out of memory: there may be nothing to do, or elsewhere.
+        # Not for a run that is finished, nor for one that ran out of memory: there may be nothing
+        # to do, or elsewhere.
         is_first = there.finished_step is None and not there.read_history()
         ahead.start(Surroundings.guess(composed.config) if is_first else None)
         # Before the folder: a run that does not fit leaves nothing behind.
         with Status(console, "loading the libraries and planning"):
-            ladder = resolve_ladder(composed.config, begun=begun_train(composed.config, target.folder, target.name))
+            ladder = resolve_ladder(
+                composed.config, begun=begun_train(composed.config, target.folder, target.name)
+            )
         check_fits(composed.config, ladder)
         check_adapter(composed.config, ladder.shape, target.folder)
         folder = open_run_folder(target.folder, console.say)
         lock.enter_context(hold_lock(lock_file(folder)))
         quiet_libraries()
-        trained = Descent(composed, ladder, target, folder, console, ahead if is_first else None).run()
+        trained = Descent(
+            composed, ladder, target, folder, console, ahead if is_first else None
+        ).run()
     if trained:
         console.say(f"trained in {format_seconds(time.monotonic() - started)}, start-up included")
     return composed, target, console
@@ -91,5 +99,10 @@ def _hand_over(arguments: Arguments, composed: Composed) -> NoReturn:
     """``launch.hostfile``: DeepSpeed's runner starts the ranks, each with these arguments."""
     from llmtune.launch.launchers.hostfile import hand_over
 
-    folder = ["--config-dir", str(Path(arguments.config_dir).resolve())] if arguments.config_dir else []
-    hand_over(Path(str(composed.config.launch.hostfile)).expanduser(), ["train", *folder, *arguments.overrides])
+    folder = (
+        ["--config-dir", str(Path(arguments.config_dir).resolve())] if arguments.config_dir else []
+    )
+    hand_over(
+        Path(str(composed.config.launch.hostfile)).expanduser(),
+        ["train", *folder, *arguments.overrides],
+    )

@@ -1,4 +1,7 @@
-"""The verbs: what each does, and how it is loaded. A verb imports its libraries only when it is asked for."""
+"""The verbs: what each does, and how it is loaded.
+
+A verb imports its libraries only when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -69,15 +72,28 @@ class Verb:
 
 
 VERBS = {
-    "train": Verb(_load_train, "plan, start one process per accelerator, train, resume, export (the default)"),
-    "plan": Verb(
-        _load_plan, "memory and speed of every placement, on this machine or a named one (hardware=8xa100_80gb)"
+    "train": Verb(
+        _load_train, "plan, start one process per accelerator, train, resume, export (the default)"
     ),
-    "data": Verb(_load_data, "check the data and show what the model will see: tokens, masks, lengths, packing"),
-    "export": Verb(_load_export, "a run, checkpoint or adapter becomes a model folder that other tools load"),
+    "plan": Verb(
+        _load_plan,
+        "memory and speed of every placement, on this machine or a named one"
+        " (hardware=8xa100_80gb)",
+    ),
+    "data": Verb(
+        _load_data,
+        "check the data and show what the model will see: tokens, masks, lengths, packing",
+    ),
+    "export": Verb(
+        _load_export, "a run, checkpoint or adapter becomes a model folder that other tools load"
+    ),
     "merge": Verb(_load_export, "the same as export"),
     "eval": Verb(_load_eval, "held-out loss and perplexity of a run, checkpoint or model"),
     "chat": Verb(_load_chat, "talk to a run, checkpoint or model"),
-    "verify": Verb(_load_verify, "check checkpoints, adapters and exports against their manifests, every byte"),
-    "doctor": Verb(_load_doctor, "what on this machine would stop a run, and the command that fixes it; --fix"),
+    "verify": Verb(
+        _load_verify, "check checkpoints, adapters and exports against their manifests, every byte"
+    ),
+    "doctor": Verb(
+        _load_doctor, "what on this machine would stop a run, and the command that fixes it; --fix"
+    ),
 }

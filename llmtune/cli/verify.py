@@ -1,4 +1,6 @@
-"""``verify``: whether checkpoints, trained models and exports are as they were written, and hold numbers."""
+"""``verify``: whether checkpoints, trained models and exports are as they were written, and hold
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +50,15 @@ def main(arguments: Arguments) -> int:
         if mirror is not None:
             healthy = [Path(report["path"]) for report in reports if report["healthy"]]
             run = Path(str(config.run)).expanduser()
-            checkpoints = [folder for folder in healthy if layout.checkpoint_step(folder) is not None]
+            checkpoints = [
+                folder for folder in healthy if layout.checkpoint_step(folder) is not None
+            ]
             not_copied = _copy(mirror, run, checkpoints)
         if arguments.as_json:
             copies = {} if mirror is None else {"not_copied": dict(not_copied)}
-            write(to_json_line({"healthy": bad == 0, "folders": reports, **copies}, indent=1) + "\n")
+            write(
+                to_json_line({"healthy": bad == 0, "folders": reports, **copies}, indent=1) + "\n"
+            )
         else:
             if not bad and key is None:
                 write("checked for damage, not for tampering (key=PUBLIC.pem checks signatures)\n")
@@ -82,7 +88,9 @@ def _named_folders(config: Config) -> list[Path]:
     if config.run:
         folders = _run_folders(Path(config.run).expanduser()) + folders
     if not folders:
-        raise ConfigError("verify needs run=FOLDER, checkpoint=FOLDER, adapter=FOLDER or base=FOLDER (an export)")
+        raise ConfigError(
+            "verify needs run=FOLDER, checkpoint=FOLDER, adapter=FOLDER or base=FOLDER (an export)"
+        )
     return folders
 
 
@@ -103,10 +111,14 @@ def _open_mirror(config: Config) -> Mirror:
     url = config.checkpoint.mirror or load_config(run.path / layout.CONFIG).checkpoint.mirror
     if url is None or _HIDDEN in url:
         why = "it has none" if url is None else "a run folder holds no passwords"
-        raise ConfigError(f"verify --mirror: name the mirror of {run.path} with checkpoint.mirror=URL ({why})")
+        raise ConfigError(
+            f"verify --mirror: name the mirror of {run.path} with checkpoint.mirror=URL ({why})"
+        )
     name = run.read_name()
     if name is None:
-        raise CheckpointError(f"run={run.path}: no {layout.PLAN} in it; verify --mirror takes a run folder")
+        raise CheckpointError(
+            f"run={run.path}: no {layout.PLAN} in it; verify --mirror takes a run folder"
+        )
     return Mirror(url, name, lambda _: None, run.read_run_id() or "")
 
 
@@ -114,7 +126,8 @@ def _copy(mirror: Mirror, run: Path, checkpoints: list[Path]) -> list[tuple[str,
     """Copy what is not there; what failed, each with the reason.
 
     Raises:
-        CheckpointError: The run is under way, which copies itself: two that write to one place undo each other's work.
+        CheckpointError: The run is under way, which copies itself: two that write to one place undo
+            each other's work.
     """
     from llmtune.storage.lock import hold_lock
 
@@ -126,8 +139,13 @@ def _copy(mirror: Mirror, run: Path, checkpoints: list[Path]) -> list[tuple[str,
 
 def _run_folders(run: Path) -> list[Path]:
     """Checkpoints, oldest first, incomplete ones too; then what was trained, and its export."""
-    found = ((layout.checkpoint_step(folder), folder) for folder in (run.iterdir() if run.is_dir() else []))
-    folders = [folder for _, folder in sorted((step, folder) for step, folder in found if step is not None)]
+    found = (
+        (layout.checkpoint_step(folder), folder)
+        for folder in (run.iterdir() if run.is_dir() else [])
+    )
+    folders = [
+        folder for _, folder in sorted((step, folder) for step, folder in found if step is not None)
+    ]
     folders += [run / name for name in (layout.ADAPTER, layout.MODEL) if (run / name).is_dir()]
     folders += sorted(
         (
@@ -139,7 +157,8 @@ def _run_folders(run: Path) -> list[Path]:
     )
     if not folders:
         raise CheckpointError(
-            f"run={run}: no checkpoint and no trained model in it; verify takes a folder such as runs/NAME"
+            f"run={run}: no checkpoint and no trained model in it; verify takes a folder such as"
+            " runs/NAME"
         )
     return folders
 
@@ -178,7 +197,11 @@ def _find_problems(folder: Path) -> list[str]:
     damaged = {problem.split(" ", 1)[0] for problem in problems}
     for file in sorted(folder.rglob("*.safetensors")):
         # A link is among the damage already, and may lead anywhere. What is damaged is said once.
-        if file.is_file() and not file.is_symlink() and str(file.relative_to(folder)) not in damaged:
+        if (
+            file.is_file()
+            and not file.is_symlink()
+            and str(file.relative_to(folder)) not in damaged
+        ):
             problems += check_tensors(file)
             problems += check_adapter_trained(file) if file.name == _ADAPTER_FILE else []
     return problems
@@ -186,6 +209,8 @@ def _find_problems(folder: Path) -> list[str]:
 
 def _to_text(report: dict[str, Any]) -> str:
     if not report["healthy"]:
-        return f"BAD {report['path']}\n" + "".join(f"      {problem}\n" for problem in report["problems"])
+        return f"BAD {report['path']}\n" + "".join(
+            f"      {problem}\n" for problem in report["problems"]
+        )
     step = "" if report["step"] is None else f", step {report['step']}"
     return f"ok  {report['path']}  {report['files']} files, {format_bytes(report['bytes'])}{step}\n"

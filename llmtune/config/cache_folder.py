@@ -27,7 +27,8 @@ def locate_cache(paths: PathsConfig) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise MissingPrerequisiteError(
-            f"{KEY}={text}: HOME is not set, and this user (uid {os.getuid()}) has no home; {INSTEAD}"
+            f"{KEY}={text}: HOME is not set, and this user (uid {os.getuid()}) has no home;"
+            f" {INSTEAD}"
         ) from error
 
 

@@ -1,8 +1,10 @@
-"""Compose ``conf/`` and the command line's overrides into one typed config, reporting every problem at once.
+"""Compose ``conf/`` and the command line's overrides into one typed config, reporting every problem
+at once.
 
-Hydra composes the groups through its compose API, because llmtune has verbs and exit codes of its own; the values of single
-keys are put on top by llmtune, so that a text arrives as it was typed. What Hydra would report one at a time is looked for
-beforehand: unknown groups, options and keys, each with the nearest known one.
+Hydra composes the groups through its compose API, because llmtune has verbs and exit codes of its
+own; the values of single keys are put on top by llmtune, so that a text arrives as it was typed.
+What Hydra would report one at a time is looked for beforehand: unknown groups, options and keys,
+each with the nearest known one.
 """
 
 from __future__ import annotations
@@ -37,16 +39,22 @@ from llmtune.security.trust import find_owner_problem
 
 PRIMARY = "train"
 
-#: Groups that wait for a name -> the key of that name, the option in ``conf/train.yaml``, and that of the default job.
-_NAMED = {"model": ("name_or_path", "custom", "smollm2_135m"), "data": ("train", "files", "stdlib_docs")}
+# : Groups that wait for a name -> the key of that name, the option in ``conf/train.yaml``, and that
+# of the default job.
+_NAMED = {
+    "model": ("name_or_path", "custom", "smollm2_135m"),
+    "data": ("train", "files", "stdlib_docs"),
+}
 
 
-#: Groups whose options set the keys of the same name; those of all others are overlays, which set any key.
+# : Groups whose options set the keys of the same name; those of all others are overlays, which set
+# any key.
 _GROUPS_OF_KEYS = {item.name for item in fields(Config)}
 _HEADER = re.compile(r"#\s*@")
 _PACKAGE = re.compile(r"#\s*@package\s+_global_\s*")
 _NO_VALUE = "no value"
-#: A resolver's name and what it is asked for, such as ``${oc.env:HF_TOKEN}``; the name may be put together by others.
+# : A resolver's name and what it is asked for, such as ``${oc.env:HF_TOKEN}``; the name may be put
+# together by others.
 _LOOKUP = re.compile(r"\$\{[^:\n]*:")
 
 
@@ -60,7 +68,9 @@ class Composed:
     overrides: list[str]
     """The overrides as they were typed."""
     unnamed: frozenset[str]
-    """Of ``model`` and ``data``, what neither the command line nor an experiment named: the default job's is taken."""
+    """Of ``model`` and ``data``, what neither the command line nor an experiment named: the default
+    job's is taken.
+    """
 
     @property
     def yaml(self) -> str:
@@ -100,8 +110,9 @@ def compose_config(
     Args:
         overrides: Hydra overrides; ``+group=x`` and ``group=x`` mean the same.
         config_dir: A folder of a user's own group files, looked into first.
-        planning: Nothing will be trained: where a model or an experiment is named and no data, rows are as long as
-            ``data.max_seq_length`` is by itself, and not as those of the embedded data.
+        planning: Nothing will be trained: where a model or an experiment is named and no data, rows
+            are as long as ``data.max_seq_length`` is by itself, and not as those of the embedded
+            data.
         more_rules: Gives the problems that only higher layers see, for the one report.
 
     Raises:
@@ -134,7 +145,9 @@ def compose_config(
 
 
 def with_overrides(stored: Config, composed: Composed) -> Config:
-    """A run's stored config with what the command line said on top: whole groups, and single keys."""
+    """A run's stored config with what the command line said on top: whole groups, and single
+    keys.
+    """
     config = copy.deepcopy(stored)
     known = known_keys()
     # Overlays such as debug=trace are no keys; of what they set, only this matters to a stored run.
@@ -161,17 +174,23 @@ def config_groups(config_dir: str | None = None) -> dict[str, set[str]]:
 
 
 def _check_lookups(root: Path) -> None:
-    """Refuse another user's files that look something up, such as a key in the environment, to put it into a URL.
+    """Refuse another user's files that look something up, such as a key in the environment, to put
+    it into a URL.
 
     Raises:
         ConfigError: With the first such file.
     """
-    for file in sorted(file for depth in ("*", "*/*", "*/*/*") for file in root.glob(f"{depth}.yaml")):
+    for file in sorted(
+        file for depth in ("*", "*/*", "*/*/*") for file in root.glob(f"{depth}.yaml")
+    ):
         problem = find_owner_problem(file)
-        if problem is not None and _LOOKUP.search(file.read_text(encoding="utf-8", errors="replace")):
+        if problem is not None and _LOOKUP.search(
+            file.read_text(encoding="utf-8", errors="replace")
+        ):
             raise ConfigError(
-                f"--config-dir {root}: {file} {problem}, and it looks things up (${{...:...}}), which can send your keys "
-                "elsewhere. Read it, and copy it into a folder of your own"
+                f"--config-dir {root}: {file} {problem}, and it looks things up (${{...:...}}),"
+                " which can send your keys elsewhere. Read it, and copy it into a folder of"
+                " your own"
             )
 
 
@@ -201,7 +220,9 @@ def _keep(override: Choice | Setting, line: _CommandLine, typed: DictConfig) -> 
 
 
 def _fill_in_missing(node: DictConfig) -> list[str]:
-    """Put something where a mandatory value is missing, so that the rules are tried on the rest; what is missing."""
+    """Put something where a mandatory value is missing, so that the rules are tried on the rest;
+    what is missing.
+    """
     missing, defaults = sorted(OmegaConf.missing_keys(node)), Config()
     for key in missing:
         default = read_key(defaults, key)
@@ -210,11 +231,17 @@ def _fill_in_missing(node: DictConfig) -> list[str]:
 
 
 def _take_out_misplaced(line: _CommandLine) -> list[str]:
-    """Overlays of a user's own without the header that has Hydra put their keys where they are meant to be."""
+    """Overlays of a user's own without the header that has Hydra put their keys where they are
+    meant to be.
+    """
     problems = []
     for group, text in list(line.choices.items()):
         name = text.partition("=")[2].strip("'")
-        found = [file for root in _roots(line.config_dir) if (file := root / group / f"{name}.yaml").is_file()]
+        found = [
+            file
+            for root in _roots(line.config_dir)
+            if (file := root / group / f"{name}.yaml").is_file()
+        ]
         if group in _GROUPS_OF_KEYS or not found:
             continue
         lines = filter(None, map(str.strip, found[0].read_text(encoding="utf-8").splitlines()))
@@ -223,8 +250,8 @@ def _take_out_misplaced(line: _CommandLine) -> list[str]:
         if not any(_PACKAGE.fullmatch(entry) for entry in header):
             del line.choices[group]
             problems.append(
-                f"{group}={name}: {found[0]} needs '# @package _global_' as its first line, or Hydra takes its keys for "
-                f"those of {group!r}, which has none"
+                f"{group}={name}: {found[0]} needs '# @package _global_' as its first line, or"
+                f" Hydra takes its keys for those of {group!r}, which has none"
             )
     return problems
 
@@ -234,11 +261,16 @@ def _compose_named(
 ) -> tuple[DictConfig, dict[str, str | None], frozenset[str]]:
     """Compose, and where nobody named a model or data, compose the default job's.
 
-    What an experiment names is seen only in what was composed, so that its groups wait for a name at first.
+    What an experiment names is seen only in what was composed, so that its groups wait for a name
+    at first.
     """
     given = set(line.settings)
     node, choices = _compose_node(line, problems)
-    free = {group for group, (_, option, _) in _NAMED.items() if group not in line.choices and choices[group] == option}
+    free = {
+        group
+        for group, (_, option, _) in _NAMED.items()
+        if group not in line.choices and choices[group] == option
+    }
     unnamed = {group for group in free if OmegaConf.is_missing(node[group], _NAMED[group][0])}
     if "model" in unnamed and line.settings.get("base"):
         line.settings["model.name_or_path"] = line.settings["base"]
@@ -261,20 +293,32 @@ def _is_embedded(node: DictConfig) -> bool:
         return False
     sources = node.data.train
     listed = sources if OmegaConf.is_list(sources) else [sources]
-    return len(listed) > 0 and all(str(source).partition("@")[0] == _NAMED["data"][2] for source in listed)
+    return len(listed) > 0 and all(
+        str(source).partition("@")[0] == _NAMED["data"][2] for source in listed
+    )
 
 
 def _drop_wheel(node: DictConfig, option: str | None, line: _CommandLine) -> None:
-    """A wheel holds the model that its option names, and none that an experiment or the command line put in its place."""
+    """A wheel holds the model that its option names, and none that an experiment or the command
+    line put in its place.
+    """
     if node.model.wheel is None or "model.wheel" in line.settings:
         return
-    files = [file for root in _roots(line.config_dir) if (file := root / "model" / f"{option}.yaml").is_file()]
+    files = [
+        file
+        for root in _roots(line.config_dir)
+        if (file := root / "model" / f"{option}.yaml").is_file()
+    ]
     own = yaml.safe_load(files[0].read_text(encoding="utf-8")) if files else {}
-    if own.get("wheel") == node.model.wheel and own.get("name_or_path") != OmegaConf.select(node, "model.name_or_path"):
+    if own.get("wheel") == node.model.wheel and own.get("name_or_path") != OmegaConf.select(
+        node, "model.name_or_path"
+    ):
         node.model.wheel = None
 
 
-def _compose_node(line: _CommandLine, problems: list[str]) -> tuple[DictConfig, dict[str, str | None]]:
+def _compose_node(
+    line: _CommandLine, problems: list[str]
+) -> tuple[DictConfig, dict[str, str | None]]:
     try:
         if line.config_dir:
             folder = Path(line.config_dir).expanduser().resolve()
@@ -301,7 +345,9 @@ def _compose_groups(*overrides: str) -> tuple[DictConfig, dict[str, str | None]]
     with initialize_config_module("llmtune.conf", version_base=None):
         node = compose(PRIMARY, overrides=list(overrides), return_hydra_config=True)
     choices = {
-        str(key): value for key, value in node.hydra.runtime.choices.items() if not str(key).startswith("hydra/")
+        str(key): value
+        for key, value in node.hydra.runtime.choices.items()
+        if not str(key).startswith("hydra/")
     }
     return OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"]), choices
 

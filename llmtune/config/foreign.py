@@ -1,14 +1,18 @@
-"""What transformers, peft, TRL, axolotl, LLaMA-Factory, torchtune and Unsloth call what llmtune calls otherwise."""
+"""What transformers, peft, TRL, axolotl, LLaMA-Factory, torchtune and Unsloth call what llmtune
+calls otherwise.
+"""
 
 from __future__ import annotations
 
 from llmtune.config.nearest import nearest
 
-_NO_QUANTISED = "tuner=lora (training on weights in 4 or 8 bits is not there yet; tuner=qlora can be planned)"
+_NO_QUANTISED = (
+    "tuner=lora (training on weights in 4 or 8 bits is not there yet; tuner=qlora can be planned)"
+)
 _NO_PREFERENCES = "nothing: llmtune does supervised fine-tuning and no other stage"
 
-#: Foreign name, without its group and in lower case -> what to write instead. A bare key takes the value that was given;
-#: ``nothing`` stands for what there is no key for, with the reason.
+# : Foreign name, without its group and in lower case -> what to write instead. A bare key takes the
+# value that was given; : ``nothing`` stands for what there is no key for, with the reason.
 MEANINGS: dict[str, str] = {
     # Model.
     "base_model": "model.name_or_path",
@@ -126,8 +130,10 @@ MEANINGS: dict[str, str] = {
     "stage": _NO_PREFERENCES,
     "rl": _NO_PREFERENCES,
     # Batches.
-    "batch_size": "train.global_batch_size (all ranks and micro-batches; one forward pass is "
-    "train.per_device_train_batch_size)",
+    "batch_size": (
+        "train.global_batch_size (all ranks and micro-batches; one forward pass is "
+        "train.per_device_train_batch_size)"
+    ),
     "total_batch_size": "train.global_batch_size",
     "train_batch_size": "train.global_batch_size",
     "micro_batch_size": "train.per_device_train_batch_size",
@@ -170,7 +176,9 @@ MEANINGS: dict[str, str] = {
     "log_every_n_steps": "train.logging_steps",
     "log_interval": "train.logging_steps",
     "logging_strategy": "train.logging_steps (optimizer steps between lines)",
-    "load_best_model_at_end": "checkpoint.metric_for_best_model=eval_loss (keeps the best checkpoint)",
+    "load_best_model_at_end": (
+        "checkpoint.metric_for_best_model=eval_loss (keeps the best checkpoint)"
+    ),
     "auto_resume_from_checkpoints": "resume_from_checkpoint=auto (the default)",
     "overwrite_output_dir": "output_dir=NEW (a run folder is never overwritten)",
     "resume": "resume_from_checkpoint",
@@ -186,8 +194,12 @@ MEANINGS: dict[str, str] = {
     "adam_epsilon": "optim.eps",
     "adam_eps": "optim.eps",
     "epsilon": "optim.eps",
-    "optimizer": "nothing: the optimizer is AdamW with fp32 states (optim.learning_rate, optim.betas, ...)",
-    "optim_type": "nothing: the optimizer is AdamW with fp32 states (optim.learning_rate, optim.betas, ...)",
+    "optimizer": (
+        "nothing: the optimizer is AdamW with fp32 states (optim.learning_rate, optim.betas, ...)"
+    ),
+    "optim_type": (
+        "nothing: the optimizer is AdamW with fp32 states (optim.learning_rate, optim.betas, ...)"
+    ),
     "lr_scheduler": "schedule.lr_scheduler_type",
     "scheduler": "schedule.lr_scheduler_type",
     "scheduler_type": "schedule.lr_scheduler_type",
@@ -196,7 +208,9 @@ MEANINGS: dict[str, str] = {
     "warmup_proportion": "schedule.warmup_ratio",
     # Machine.
     "deepspeed": "zero=3 (or 0, 1, 2; raw keys of a DeepSpeed file go into zero.deepspeed={...})",
-    "deepspeed_config": "zero=3 (or 0, 1, 2; raw keys of a DeepSpeed file go into zero.deepspeed={...})",
+    "deepspeed_config": (
+        "zero=3 (or 0, 1, 2; raw keys of a DeepSpeed file go into zero.deepspeed={...})"
+    ),
     "fsdp": "zero=3 (the partitioning of DeepSpeed)",
     "fsdp_config": "zero=3 (the partitioning of DeepSpeed)",
     "zero_stage": "zero",
@@ -248,7 +262,8 @@ MEANINGS: dict[str, str] = {
 
 
 def meant_by(key: str, known: set[str]) -> str:
-    """What to write instead of an unknown key, to stand behind its name: ``": did you mean ...?"``, or nothing.
+    """What to write instead of an unknown key, to stand behind its name: ``": did you mean ...?"``,
+    or nothing.
 
     Args:
         key: Dotted; its group may be a foreign one too.

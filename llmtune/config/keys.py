@@ -19,8 +19,8 @@ SOURCES = ("data.train", "data.eval")
 #: Keys that take a word or a list of names.
 NAMES = ("tuner.target_modules",)
 
-#: What a model is told. Nothing is looked up for it, not even in a YAML file: that may be somebody else's, and ask for
-#: variables of the environment.
+# : What a model is told. Nothing is looked up for it, not even in a YAML file: that may be somebody
+# else's, and ask for : variables of the environment.
 PROMPTS = ("chat.prompt", "chat.system")
 
 
@@ -30,7 +30,9 @@ def known_keys() -> set[str]:
 
 
 def is_text(key: str) -> bool:
-    """Whether the key takes a text and nothing else; ``data.train`` does not, because it may be a list."""
+    """Whether the key takes a text and nothing else; ``data.train`` does not, because it may be a
+    list.
+    """
     return _hints().get(key) in (str, str | None)
 
 
@@ -45,7 +47,9 @@ def takes_list(key: str) -> bool:
 
 
 def enum_name(key: str, text: str) -> str:
-    """The name of the enum's member whose value this is (``raise`` is called ``error``), else the text itself."""
+    """The name of the enum's member whose value this is (``raise`` is called ``error``), else the
+    text itself.
+    """
     hint = _hints().get(key)
     members = list(hint) if isinstance(hint, type) and issubclass(hint, Enum) else []
     return next((member.name for member in members if member.value == text), text)

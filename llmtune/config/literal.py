@@ -1,4 +1,6 @@
-"""Text that stands for itself in OmegaConf, although it looks like an interpolation or like a missing value."""
+"""Text that stands for itself in OmegaConf, although it looks like an interpolation or like a
+missing value.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-#: Backslashes and the beginning of an interpolation. Of the backslashes before it OmegaConf reads two as one, and an odd one
-#: as its escape; everywhere else a backslash is a backslash.
+# : Backslashes and the beginning of an interpolation. Of the backslashes before it OmegaConf reads
+# two as one, and an odd one : as its escape; everywhere else a backslash is a backslash.
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 _MISSING = "???"
-#: A text of three question marks. OmegaConf cannot escape it; no command line and no YAML file can hold a NUL.
+# : A text of three question marks. OmegaConf cannot escape it; no command line and no YAML file can
+# hold a NUL.
 _TYPED_MISSING = "\0???"
 
 
@@ -26,8 +29,12 @@ def from_literal(value: Any) -> Any:
 
 
 def without_interpolations(text: str) -> str:
-    """A text of a YAML file for a node that shall not look anything up: what is not escaped is escaped."""
-    return _INTERPOLATION.sub(lambda match: match[0] if len(match[1]) % 2 else rf"{match[1]}\${{", text)
+    """A text of a YAML file for a node that shall not look anything up: what is not escaped is
+    escaped.
+    """
+    return _INTERPOLATION.sub(
+        lambda match: match[0] if len(match[1]) % 2 else rf"{match[1]}\${{", text
+    )
 
 
 def _escape(text: str) -> str:

@@ -1,7 +1,8 @@
 """One override of the command line: which group or key it means, and the value that was typed.
 
-A text arrives as it was typed: it is no grammar, and nothing in it is looked up. Hydra's quotes around the whole of it are
-taken off. Numbers, words, lists and mappings follow Hydra's grammar, except that a comma starts no sweep.
+A text arrives as it was typed: it is no grammar, and nothing in it is looked up. Hydra's quotes
+around the whole of it are taken off. Numbers, words, lists and mappings follow Hydra's grammar,
+except that a comma starts no sweep.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _MAY_BE_NULL = {"experiment", "debug"}
 #: Groups of which people expect the name of a file or of the hub -> the key that takes it.
 _NAMED_BY = {"model": "model.name_or_path", "data": "data.train"}
 
-#: Backslashes before a quote, or at the end of what stands in quotes: only there Hydra reads two as one.
+# : Backslashes before a quote, or at the end of what stands in quotes: only there Hydra reads two
+# as one.
 _ESCAPES = re.compile(r"(\\+)(['\"]|\Z)")
 _ROW_LIMIT = re.compile(r"@\d+$")
 _BUILTIN = "stdlib_docs"
@@ -113,9 +115,14 @@ def _read_choice(group: str, value: str, options: set[str]) -> Choice:
     if "," in option and all(part.strip() in options for part in option.split(",")):
         raise ConfigError(_describe_sweep(group, option))
     shown = None if option == "null" else option
-    named = f"; what else there is, is named by {_NAMED_BY[group]}={shown}" if shown and group in _NAMED_BY else ""
+    named = (
+        f"; what else there is, is named by {_NAMED_BY[group]}={shown}"
+        if shown and group in _NAMED_BY
+        else ""
+    )
     raise ConfigError(
-        f"{group}={shown}: no such option{nearest(option, options)} ({group} has: {', '.join(sorted(options))}){named}"
+        f"{group}={shown}: no such option{nearest(option, options)} ({group} has:"
+        f" {', '.join(sorted(options))}){named}"
     )
 
 
@@ -127,7 +134,11 @@ def _read_value(key: str, value: str) -> Any:
     if key in keys.NAMES:
         inner = _inside(value, "[]")
         several = inner is not None or "," in value
-        return [unquote(name) for name in _split(value if inner is None else inner)] if several else unquote(value)
+        return (
+            [unquote(name) for name in _split(value if inner is None else inner)]
+            if several
+            else unquote(value)
+        )
     return _read_grammar(key, value)
 
 
@@ -135,12 +146,17 @@ def _read_text(key: str, value: str) -> str | None:
     if value != "null":
         return unquote(value)
     if not keys.may_be_null(key):
-        raise ConfigError(f"{key}=null: it needs a value; the word itself is written \"{key}='null'\"")
+        raise ConfigError(
+            f"{key}=null: it needs a value; the word itself is written \"{key}='null'\""
+        )
     return None
 
 
 def _read_sources(key: str, value: str) -> Any:
-    """One source, or a list. A name with commas or brackets is one name where such a file exists."""
+    """One source, or a list.
+
+    A name with commas or brackets is one name where such a file exists.
+    """
     if value == "null":
         return None
     if _is_file(value):
@@ -149,7 +165,9 @@ def _read_sources(key: str, value: str) -> Any:
     if inner is not None:
         return [_read_source(key, part) for part in _split(inner)]
     parts = _split(value)
-    if len(parts) > 1 and all(_inside(part, "{}") is not None or _is_source(part) for part in parts):
+    if len(parts) > 1 and all(
+        _inside(part, "{}") is not None or _is_source(part) for part in parts
+    ):
         return [_read_source(key, part) for part in parts]
     return _read_source(key, value)
 
@@ -161,7 +179,8 @@ def _read_source(key: str, text: str) -> Any:
         return _read_grammar(key, text)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}; a name with blanks, brackets or commas stands in quotes: {{path: 'a (1).jsonl'}}"
+            f"{error}; a name with blanks, brackets or commas stands in quotes: {{path: 'a"
+            " (1).jsonl'}"
         ) from error
 
 
@@ -182,7 +201,9 @@ def _is_source(text: str) -> bool:
 def _is_file(text: str) -> bool:
     """Whether a file or folder has this name, with or without a number of rows behind it."""
     try:
-        return any(Path(name).expanduser().exists() for name in {text, _ROW_LIMIT.sub("", text)} if name)
+        return any(
+            Path(name).expanduser().exists() for name in {text, _ROW_LIMIT.sub("", text)} if name
+        )
     except (OSError, ValueError, RuntimeError):
         # Longer than a name can be, or ~ of a user who is not there.
         return False
@@ -195,7 +216,9 @@ def _inside(text: str, brackets: str) -> str | None:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that stand in no quotes and in no brackets, without the blanks around them."""
+    """The parts between commas that stand in no quotes and in no brackets, without the blanks
+    around them.
+    """
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
@@ -229,7 +252,9 @@ def _read_grammar(key: str, value: str) -> Any:
         raise ConfigError(_describe_sweep(key, value))
     found = override.value()
     if not keys.is_free(key) and isinstance(found, str) and "${" in found:
-        raise ConfigError(f"{key}={value}: nothing is looked up on the command line; write the value itself")
+        raise ConfigError(
+            f"{key}={value}: nothing is looked up on the command line; write the value itself"
+        )
     return keys.enum_name(key, found) if isinstance(found, str) else found
 
 
@@ -238,8 +263,8 @@ def _describe_sweep(key: str, value: str) -> str:
     first = value.split(",")[0].strip() if simple else "VALUE"
     listed = f"; a list is written {key}=[{value}]" if simple and keys.is_free(key) else ""
     return (
-        f"{key}={value}: one value, because a command is one run{listed}. Start one command a value ({key}={first} "
-        f"run_name=NAME, ...), or a W&B sweep as in conf/sweep/lora.yaml"
+        f"{key}={value}: one value, because a command is one run{listed}. Start one command a value"
+        f" ({key}={first} run_name=NAME, ...), or a W&B sweep as in conf/sweep/lora.yaml"
     )
 
 

@@ -1,4 +1,6 @@
-"""Rules over the whole config: one function a topic, each returning its problems, so that all are reported together."""
+"""Rules over the whole config: one function a topic, each returning its problems, so that all are
+reported together.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def problems(config: Config) -> list[str]:
 
 def _check_finite(config: Config) -> list[str]:
     """``nan`` passes every comparison, and ``inf`` every lower bound."""
-    return [f"{key}={value}: must be a finite number" for key, value in _numbers(to_plain(config), "")]
+    return [
+        f"{key}={value}: must be a finite number" for key, value in _numbers(to_plain(config), "")
+    ]
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
@@ -66,7 +70,9 @@ PLACES = (
 
 def _check_places(config: Config) -> list[str]:
     """As of ``checkpoint.mirror=$PLACE`` where a script has not set the variable."""
-    found = [key for key in PLACES if (value := read_key(config, key)) is not None and not value.strip()]
+    found = [
+        key for key in PLACES if (value := read_key(config, key)) is not None and not value.strip()
+    ]
     return [f"{key}= is empty: name a place, or leave the key out" for key in found]
 
 
@@ -108,13 +114,19 @@ def _check_ranges(config: Config) -> list[str]:
         "seed": config.seed,
     }
     found = [
-        f"{key}={value}: must be above 0" for key, value in positive.items() if value is not None and not value > 0
+        f"{key}={value}: must be above 0"
+        for key, value in positive.items()
+        if value is not None and not value > 0
     ]
     found += [
-        f"{key}={value}: must not be negative" for key, value in not_negative.items() if value is not None and value < 0
+        f"{key}={value}: must not be negative"
+        for key, value in not_negative.items()
+        if value is not None and value < 0
     ]
     if config.schedule.warmup_ratio >= 1:
-        found.append(f"schedule.warmup_ratio={config.schedule.warmup_ratio}: a share of all steps, below 1")
+        found.append(
+            f"schedule.warmup_ratio={config.schedule.warmup_ratio}: a share of all steps, below 1"
+        )
     if config.tuner.lora_dropout >= 1:
         found.append(f"tuner.lora_dropout={config.tuner.lora_dropout}: a probability, below 1")
     if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
@@ -161,29 +173,34 @@ def _check_zero(config: Config) -> list[str]:
     found = []
     if offload.param in (OffloadDevice.cpu, OffloadDevice.nvme) and stage in (0, 1, 2):
         found.append(
-            f"offload.param={offload.param.value} needs zero=3 (zero.stage is {stage}): DeepSpeed ignores it below "
-            "stage 3; add zero=3, or offload=optimizer_cpu"
+            f"offload.param={offload.param.value} needs zero=3 (zero.stage is {stage}): DeepSpeed"
+            " ignores it below stage 3; add zero=3, or offload=optimizer_cpu"
         )
     if offload.optimizer is OffloadDevice.nvme and stage in (0, 1, 2):
         found.append(
-            f"offload.optimizer=nvme needs zero=3 (zero.stage is {stage}): add zero=3, or offload=optimizer_cpu"
+            f"offload.optimizer=nvme needs zero=3 (zero.stage is {stage}): add zero=3, or"
+            " offload=optimizer_cpu"
         )
     if offload.optimizer is OffloadDevice.cpu and stage == 0:
-        found.append("offload.optimizer needs zero=1 or higher (zero.stage is 0): add zero=1, or offload=none")
+        found.append(
+            "offload.optimizer needs zero=1 or higher (zero.stage is 0): add zero=1, or"
+            " offload=none"
+        )
     if pair not in _OFFLOADS:
         found.append(
-            f"offload.optimizer={pair[0]} with offload.param={pair[1]} is no placement of the ladder: take offload=none, "
-            "optimizer_cpu, cpu, optimizer_nvme, nvme or auto"
+            f"offload.optimizer={pair[0]} with offload.param={pair[1]} is no placement of the"
+            " ladder: take offload=none, optimizer_cpu, cpu, optimizer_nvme, nvme or auto"
         )
     if "nvme" in pair and offload.nvme_path is None and config.hardware.nvme_bytes is None:
         found.append(
-            "offload on NVMe needs a folder on a fast local disk: add offload.nvme_path=/path (or hardware.nvme_bytes= "
-            "to plan for another machine)"
+            "offload on NVMe needs a folder on a fast local disk: add offload.nvme_path=/path (or"
+            " hardware.nvme_bytes= to plan for another machine)"
         )
     if pair == ("nvme", "none") and config.tuner.kind is not TunerKind.full:
         found.append(
-            f"offload=optimizer_nvme with tuner={config.tuner.kind.value} is pointless: the optimizer of adapters is "
-            "small. Take offload=optimizer_cpu, or offload=nvme for the weights"
+            f"offload=optimizer_nvme with tuner={config.tuner.kind.value} is pointless: the"
+            " optimizer of adapters is small. Take offload=optimizer_cpu, or offload=nvme for the"
+            " weights"
         )
     if pair not in (("none", "none"), ("auto", "auto")) and config.precision is Precision.fp16:
         found.append("offload with precision=fp16 is not supported: use precision=bf16")
@@ -194,20 +211,29 @@ def _check_tuner(config: Config) -> list[str]:
     tuner = config.tuner
     found = []
     if tuner.kind is TunerKind.full and tuner.adapter_path:
-        found.append(f"tuner.adapter_path={tuner.adapter_path} needs tuner=lora; full fine-tuning has no adapter")
+        found.append(
+            f"tuner.adapter_path={tuner.adapter_path} needs tuner=lora; full fine-tuning has no"
+            " adapter"
+        )
     for key, pattern, kinds in (
         ("rank_pattern", tuner.rank_pattern, int),
         ("alpha_pattern", tuner.alpha_pattern, (int, float)),
     ):
         # A truth value is an integer to Python, and what is no number is not at most 0.
-        right = {n for n, v in pattern.items() if isinstance(v, kinds) and not isinstance(v, bool) and 0 < v < math.inf}
+        right = {
+            n
+            for n, v in pattern.items()
+            if isinstance(v, kinds) and not isinstance(v, bool) and 0 < v < math.inf
+        }
         if wrong := {name: value for name, value in pattern.items() if name not in right}:
             found.append(f"tuner.{key}={wrong}: numbers above 0 by module, such as {{q_proj: 8}}")
     modules = tuner.target_modules
     if modules != "all-linear" and not (
         isinstance(modules, list) and modules and all(isinstance(name, str) for name in modules)
     ):
-        found.append(f"tuner.target_modules={modules}: 'all-linear', or a list such as [q_proj,v_proj]")
+        found.append(
+            f"tuner.target_modules={modules}: 'all-linear', or a list such as [q_proj,v_proj]"
+        )
     return found
 
 
@@ -224,7 +250,8 @@ def _check_data(config: Config) -> list[str]:
     for key, value in {"data.train": data.train, "data.eval": data.eval}.items():
         sources = value if isinstance(value, list) and value else [value]
         if not all(
-            (isinstance(source, str | dict) and source) or (key == "data.eval" and value is None) for source in sources
+            (isinstance(source, str | dict) and source) or (key == "data.eval" and value is None)
+            for source in sources
         ):
             found.append(f"{key}={value}: a file name, a mapping with path, or a list of them")
     size = data.val_set_size
@@ -234,12 +261,16 @@ def _check_data(config: Config) -> list[str]:
         found.append("data.format is for files; stdlib_docs has its own")
     if not 0 <= data.max_overlong_share <= 1:
         found.append(f"data.max_overlong_share={data.max_overlong_share}: a share between 0 and 1")
-    if data.num_workers != "auto" and not (isinstance(data.num_workers, int) and data.num_workers >= 0):
+    if data.num_workers != "auto" and not (
+        isinstance(data.num_workers, int) and data.num_workers >= 0
+    ):
         found.append(f"data.num_workers={data.num_workers}: 'auto', or an integer of at least 0")
     if data.pin_memory not in ("auto", True, False):
         found.append(f"data.pin_memory={data.pin_memory}: 'auto', true or false")
     if data.packing and data.format == "classification":
-        found.append("data.packing=true: classification rows cannot share a row; take data.packing=false")
+        found.append(
+            "data.packing=true: classification rows cannot share a row; take data.packing=false"
+        )
     return found + (_check_streaming(config) if data.streaming else [])
 
 
@@ -248,15 +279,21 @@ _METRICS = ("eval_loss", "eval_perplexity")
 
 
 def _check_checkpoint(config: Config) -> list[str]:
-    metric, every, saves = config.checkpoint.metric_for_best_model, config.train.eval_steps, config.train.save_steps
+    metric, every, saves = (
+        config.checkpoint.metric_for_best_model,
+        config.train.eval_steps,
+        config.train.save_steps,
+    )
     if metric is None:
         return []
     if metric not in _METRICS:
-        return [f"checkpoint.metric_for_best_model={metric}: evaluations have {' and '.join(_METRICS)}"]
+        return [
+            f"checkpoint.metric_for_best_model={metric}: evaluations have {' and '.join(_METRICS)}"
+        ]
     if every is None or (saves is not None and saves % every):
         return [
-            f"checkpoint.metric_for_best_model={metric} needs an evaluation at every checkpoint: train.save_steps={saves} is "
-            f"no multiple of train.eval_steps={every}"
+            f"checkpoint.metric_for_best_model={metric} needs an evaluation at every checkpoint:"
+            f" train.save_steps={saves} is no multiple of train.eval_steps={every}"
         ]
     return []
 
@@ -267,7 +304,9 @@ def _check_streaming(config: Config) -> list[str]:
     if config.train.max_steps is None:
         found.append("data.streaming=true needs train.max_steps: a stream does not know its length")
     if data.eval is None and data.val_set_size:
-        found.append("data.streaming=true splits nothing off: add data.eval=FILE, or data.val_set_size=0")
+        found.append(
+            "data.streaming=true splits nothing off: add data.eval=FILE, or data.val_set_size=0"
+        )
     return found
 
 
@@ -278,5 +317,7 @@ def _check_export(config: Config) -> list[str]:
     if full and export.format == "adapter":
         found.append("export=adapter: full fine-tuning has no adapter; take export=safetensors")
     if full and export.merge_onto is MergeOnto.nf4:
-        found.append("export.merge_onto=nf4: full fine-tuning has no adapter to merge; the key is for QLoRA")
+        found.append(
+            "export.merge_onto=nf4: full fine-tuning has no adapter to merge; the key is for QLoRA"
+        )
     return found

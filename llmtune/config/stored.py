@@ -24,10 +24,12 @@ _MOST_BYTES = 16 << 20
 
 
 def load_config(path: Path) -> Config:
-    """The typed config of a run folder's ``config.yaml``, which may be anybody's: no variable is looked up for it.
+    """The typed config of a run folder's ``config.yaml``, which may be anybody's: no variable is
+    looked up for it.
 
     Raises:
-        ConfigError: The file is missing, is a link to elsewhere, or holds keys that this version does not know.
+        ConfigError: The file is missing, is a link to elsewhere, or holds keys that this version
+            does not know.
     """
     if not path.is_file():
         raise ConfigError(f"{path.parent} is not a run folder: it has no {path.name}")
@@ -74,7 +76,9 @@ def from_plain(values: dict[str, Any]) -> Config:
 
 @cache
 def schema() -> DictConfig:
-    """All keys with their types and defaults; to be merged with, which copies it, and not to be changed."""
+    """All keys with their types and defaults; to be merged with, which copies it, and not to be
+    changed.
+    """
     return OmegaConf.structured(Config)
 
 
@@ -102,13 +106,17 @@ def dump_redacted(config: Config) -> str:
 
 
 def redact_config(config: Config) -> Config:
-    """The config with ``***NAME***`` for secrets; compare two of these, since a stored config is one."""
+    """The config with ``***NAME***`` for secrets; compare two of these, since a stored config is
+    one.
+    """
     return _redacted(config)
 
 
 def _redacted(config: Any) -> Any:
     if is_dataclass(config) and not isinstance(config, type):
-        return replace(config, **{item.name: _redacted(getattr(config, item.name)) for item in fields(config)})
+        return replace(
+            config, **{item.name: _redacted(getattr(config, item.name)) for item in fields(config)}
+        )
     return redact_values(config)
 
 

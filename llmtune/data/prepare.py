@@ -1,7 +1,9 @@
-"""Sources become tokenised rows on disk, once, and an index that says which of them are trained on and in which packed row.
+"""Sources become tokenised rows on disk, once, and an index that says which of them are trained on
+and in which packed row.
 
-The tokens of each source lie in the cache under a hash of its content and of all that shapes them; the index, under a hash
-of those and of how sources are mixed, split and packed. A second start finds both and reads a summary.
+The tokens of each source lie in the cache under a hash of its content and of all that shapes them;
+the index, under a hash of those and of how sources are mixed, split and packed. A second start
+finds both and reads a summary.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class SplitSummary:
     """Rows left out as over-long."""
     truncated: int
     skipped: int
-    """Rows left out because they cannot be trained on, or, of evaluation files, because they are trained on."""
+    """Rows left out because they cannot be trained on, or, of evaluation files, because they are
+    trained on.
+    """
     twins: int = 0
     """Training rows left out because they equal one that was held out."""
     packing_efficiency: float | None = None
@@ -96,7 +100,10 @@ class PreparedData:
     def from_dict(cls, values: dict[str, Any]) -> PreparedData:
         """From plain values."""
         held_out = values["eval"]
-        splits = {"train": SplitSummary(**values["train"]), "eval": SplitSummary(**held_out) if held_out else None}
+        splits = {
+            "train": SplitSummary(**values["train"]),
+            "eval": SplitSummary(**held_out) if held_out else None,
+        }
         return cls(**{**values, **splits})
 
 
@@ -118,7 +125,8 @@ def prepare_data(
     watch: Watch | None = None,
     strict: bool = True,
 ) -> PreparedData:
-    """Read, tokenise, check, split, mix, pack and store; a second call with the same content only reads the summary.
+    """Read, tokenise, check, split, mix, pack and store; a second call with the same content only
+    reads the summary.
 
     Args:
         watch: Told of the progress of tokenising.
@@ -126,8 +134,8 @@ def prepare_data(
 
     Raises:
         ConfigError: A source is not written as one, or a chat template is missing.
-        DataError: A file cannot be read, nothing is left to train on; or, if strict, with the first ``file:line`` of each
-            kind of problem and its count.
+        DataError: A file cannot be read, nothing is left to train on; or, if strict, with the first
+            ``file:line`` of each kind of problem and its count.
     """
     sources = parse_sources(config.train, "data.train", config.format)
     eval_sources = parse_sources(config.eval, "data.eval", config.format)
@@ -136,13 +144,33 @@ def prepare_data(
     stream = None
     if config.streaming:
         stream, sources = _identify_stream(sources), []
-    keys = [tokenise_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch) for s in sources]
-    eval_keys = [tokenise_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch) for s in eval_sources]
+    keys = [
+        tokenise_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch)
+        for s in sources
+    ]
+    eval_keys = [
+        tokenise_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch)
+        for s in eval_sources
+    ]
     mixing = [(source.repeat, source.weight) for source in sources]
-    settings = [config.val_set_size if not eval_sources else None, config.packing, config.on_bad_row.value]
+    settings = [
+        config.val_set_size if not eval_sources else None,
+        config.packing,
+        config.on_bad_row.value,
+    ]
     settings += [config.max_overlong_share, config.max_seq_length]
     fingerprint = digest(
-        [INDEX_VERSION, DRAWS_VERSION, tokenizer_hash, keys, eval_keys, stream, mixing, settings, seed]
+        [
+            INDEX_VERSION,
+            DRAWS_VERSION,
+            tokenizer_hash,
+            keys,
+            eval_keys,
+            stream,
+            mixing,
+            settings,
+            seed,
+        ]
     )
     folder = cache_dir / "data" / "prepared" / fingerprint
     if not (folder / _SUMMARY).is_file():
@@ -151,12 +179,17 @@ def prepare_data(
             eval_stores = [str(token_folder(cache_dir, key)) for key in eval_keys]
             _Index(config, sources, stores, eval_stores, seed, aside).write()
             samples = _samples(aside, eval_stores or stores, eval_sources or sources, tokenizer)
-            (aside / _SAMPLES).write_text(json.dumps([asdict(s) for s in samples], ensure_ascii=False, indent=1))
+            (aside / _SAMPLES).write_text(
+                json.dumps([asdict(s) for s in samples], ensure_ascii=False, indent=1)
+            )
     require_own(folder, KEY, INSTEAD)
     values = json.loads((folder / _SUMMARY).read_text())
     data = PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
     if strict and data.fatal:
-        advice = "Mend them, or leave bad rows out with data.on_bad_row=skip; llmtune data shows them all"
+        advice = (
+            "Mend them, or leave bad rows out with data.on_bad_row=skip; llmtune data shows"
+            " them all"
+        )
         raise refuse(itertools.islice(read_problems(data), data.fatal), advice)
     return data
 
@@ -173,8 +206,9 @@ def _identify_stream(sources: list[Source]) -> list[list[str]]:
         for file in resolve_files(source):
             if file.kind == "hub" and not Path(file.path).is_dir():
                 raise ConfigError(
-                    f"data.streaming=true with {source.path}: name the data set's files, such as "
-                    f"hf://datasets/{source.path}/**/*.parquet, so that they are read as they are needed"
+                    f"data.streaming=true with {source.path}: name the data set's files, such as"
+                    f" hf://datasets/{source.path}/**/*.parquet, so that they are read as they are"
+                    " needed"
                 )
             files.append(identify_file(file))
     return files
@@ -188,7 +222,9 @@ def open_rows(data: PreparedData, split: str) -> Rows:
 
 def read_samples(data: PreparedData) -> list[SamplePrompt]:
     """The held-out prompts, at most three; none without an evaluation split."""
-    return [SamplePrompt(**sample) for sample in json.loads((Path(data.folder) / _SAMPLES).read_text())]
+    return [
+        SamplePrompt(**sample) for sample in json.loads((Path(data.folder) / _SAMPLES).read_text())
+    ]
 
 
 def read_problems(data: PreparedData) -> Iterator[Problem]:
@@ -232,7 +268,9 @@ class _Index:
         bad_rows = sum(store.summary.bad_rows for store in every)
         train, rows, twins = self._divide(own_eval)
         leaks, leaking = check_leaks(train, rows if own_eval else None)
-        whole = check_overlong(every, self.config.max_seq_length, self.config.max_overlong_share) + check_labels(every)
+        whole = check_overlong(
+            every, self.config.max_seq_length, self.config.max_overlong_share
+        ) + check_labels(every)
         fatal = len(whole)
         if self.config.on_bad_row is OnBadRow.skip:
             rows = Rows(rows.stores, rows.index[~leaking] if len(leaking) else rows.index)
@@ -243,7 +281,9 @@ class _Index:
         with (self.folder / PROBLEMS).open("w", encoding="utf-8") as file:
             write_problems(problems, file)
         summary = {
-            "train": self._summarise(self._write_split(train, "train", self.config.packing), self.stores, twins=twins),
+            "train": self._summarise(
+                self._write_split(train, "train", self.config.packing), self.stores, twins=twins
+            ),
             "eval": None,
             "train_stores": self.names[0],
             "eval_stores": self.names[1] or self.names[0],
@@ -263,7 +303,9 @@ class _Index:
         return (problem for store in stores for problem in store.problems())
 
     def _divide(self, own_eval: bool) -> tuple[Rows, Rows, int]:
-        """Documents that are trained on, mixed; those that are held out; and how many equal one of those."""
+        """Documents that are trained on, mixed; those that are held out; and how many equal one of
+        those.
+        """
         counts = [len(store) for store in self.stores]
         nothing = np.zeros(0, dtype=np.int64)
         twins = 0
@@ -280,7 +322,9 @@ class _Index:
             except DataError as error:
                 # Too few rows are left because many are bad: that is the news.
                 bad_rows = any(store.summary.bad_rows for store in self.stores)
-                raise refuse(self._bad_rows(self.stores), str(error)) if bad_rows else error from None
+                raise (
+                    refuse(self._bad_rows(self.stores), str(error)) if bad_rows else error
+                ) from None
             if len(held_out):
                 # Data often repeats rows; what is held out must not be trained on all the same.
                 hashes = every.documents("hashes")
@@ -289,7 +333,8 @@ class _Index:
             train = Rows(self.stores, mix(keep, self.sources, counts, self.seed))
             if not len(train):
                 raise DataError(
-                    f"data.train={self.config.train}: every row equals one that data.val_set_size holds out"
+                    f"data.train={self.config.train}: every row equals one that data.val_set_size"
+                    " holds out"
                 )
         if own_eval:
             held_out = np.arange(sum(len(store) for store in self.eval_stores), dtype=np.int64)
@@ -298,14 +343,18 @@ class _Index:
     def _write_split(self, rows: Rows, name: str, packing: bool) -> Rows:
         index = rows.index
         if packing:
-            members, starts = pack_rows(rows.documents("lengths"), self.config.max_seq_length, self.seed)
+            members, starts = pack_rows(
+                rows.documents("lengths"), self.config.max_seq_length, self.seed
+            )
             index = index[members]
             np.save(self.folder / f"{name}_packs.npy", starts)
             rows = Rows(rows.stores, index, starts)
         np.save(self.folder / f"{name}.npy", index)
         return rows
 
-    def _summarise(self, rows: Rows, stores: list[TokenStore], twins: int = 0, leaks: int = 0) -> dict[str, Any]:
+    def _summarise(
+        self, rows: Rows, stores: list[TokenStore], twins: int = 0, leaks: int = 0
+    ) -> dict[str, Any]:
         lengths = rows.documents("lengths")
         summaries = [store.summary for store in stores]
         summary = SplitSummary(
@@ -318,7 +367,9 @@ class _Index:
             skipped=sum(summary.bad_rows for summary in summaries) + leaks,
             twins=twins,
             packing_efficiency=(
-                packing_efficiency(lengths, len(rows), self.config.max_seq_length) if rows.packed else None
+                packing_efficiency(lengths, len(rows), self.config.max_seq_length)
+                if rows.packed
+                else None
             ),
         )
         return asdict(summary)
@@ -328,10 +379,14 @@ class _Index:
         if dropped and not any(store.summary.bad_rows for store in self.stores):
             files = ", ".join(name for store in self.stores for name in store.summary.files[:1])
             return DataError(
-                f"{files}: all rows are longer than data.max_seq_length={self.config.max_seq_length} ({dropped:,} left out): "
-                "raise it, or take data.overlong=truncate"
+                f"{files}: all rows are longer than"
+                f" data.max_seq_length={self.config.max_seq_length} ({dropped:,} left out): raise"
+                " it, or take data.overlong=truncate"
             )
-        return refuse(self._bad_rows(self.stores), f"No row of data.train={self.config.train} can be trained on")
+        return refuse(
+            self._bad_rows(self.stores),
+            f"No row of data.train={self.config.train} can be trained on",
+        )
 
 
 def _classes(stores: list[TokenStore]) -> list[Any]:
@@ -357,6 +412,10 @@ def _samples(
         # A template may refuse a beginning, although it took the whole.
         with contextlib.suppress(RowError):
             samples.append(
-                SamplePrompt(conversation.prompt(), conversation.expected(), templates.render_prompt(conversation))
+                SamplePrompt(
+                    conversation.prompt(),
+                    conversation.expected(),
+                    templates.render_prompt(conversation),
+                )
             )
     return samples

@@ -1,4 +1,6 @@
-"""What ``data`` says, read without opening a file: sources that can be parsed, that can be streamed, and a template."""
+"""What ``data`` says, read without opening a file: sources that can be parsed, that can be
+streamed, and a template.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def check_eval_sources(sources: list[Source]) -> None:
         for name, value in (("repeat", source.repeat), ("weight", source.weight)):
             if value not in (1, None):
                 raise ConfigError(
-                    f"data.eval: {name}={value} of {source.path}: evaluation takes each row once; leave it out"
+                    f"data.eval: {name}={value} of {source.path}: evaluation takes each row once;"
+                    " leave it out"
                 )
 
 
@@ -42,4 +45,7 @@ def check_streamed_sources(sources: list[Source]) -> None:
         # An absent limit is None, an absent repeat 1.
         for name, value, absent in (("limit", source.limit, None), ("repeat", source.repeat, 1)):
             if value != absent:
-                raise ConfigError(f"data.streaming=true with {name}={value} of {source.path}: a stream has no {name}")
+                raise ConfigError(
+                    f"data.streaming=true with {name}={value} of {source.path}: a stream has no"
+                    f" {name}"
+                )

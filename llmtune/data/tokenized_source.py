@@ -71,7 +71,8 @@ def tokenise_source(
     Raises:
         DataError: A file cannot be read, or there is no row in it.
         ConfigError: The rows are chats, and the tokenizer has no chat template.
-        MissingPrerequisiteError: The tokens in the cache are another user's, or others may write to them.
+        MissingPrerequisiteError: The tokens in the cache are another user's, or others may write to
+            them.
     """
     files = resolve_files(source)
     settings = EncodeSettings.from_config(config)
@@ -82,15 +83,22 @@ def tokenise_source(
     columns = [source.fields, sorted(source.ignore)]
     # A format of the user's own may read a row otherwise tomorrow.
     shaping += [plugins] if (plugins := hash_plugins()) else []
-    key = digest([TOKENS_VERSION, tokenizer_hash, contents, source.format, *columns, drawn, shaping])
+    key = digest(
+        [TOKENS_VERSION, tokenizer_hash, contents, source.format, *columns, drawn, shaping]
+    )
     folder = token_folder(cache, key)
     if not (folder / SUMMARY).is_file():
         recipes = find_recipes(source, files)
         if any(FORMATS.find(recipe.format).is_chat for recipe in recipes.values()):
             check_chat_template(tokenizer, tokenizer.name_or_path)
-        with publish_folder(folder) as aside, Tokeniser(tokenizer, settings, _workers(config, files)) as tokeniser:
+        with (
+            publish_folder(folder) as aside,
+            Tokeniser(tokenizer, settings, _workers(config, files)) as tokeniser,
+        ):
             watched = _Watched(source, files, watch)
-            blocks = tokeniser.map(read_source(source, files, recipes, seed, contents), watched.pulse)
+            blocks = tokeniser.map(
+                read_source(source, files, recipes, seed, contents), watched.pulse
+            )
             write_store(watched.count(blocks), aside)
     require_own(folder, KEY, INSTEAD)
     return key
@@ -110,19 +118,25 @@ def find_recipes(source: Source, files: list[DataFile]) -> dict[str, Recipe]:
     recipes = {file.path: recipe for file in files if (recipe := find_recipe(source, file))}
     if not recipes:
         raise DataError(
-            f"{source.path}: the file has no rows" if len(files) == 1 else f"{source.path}: no file has rows"
+            f"{source.path}: the file has no rows"
+            if len(files) == 1
+            else f"{source.path}: no file has rows"
         )
     return recipes
 
 
 def read_source(
-    source: Source, files: list[DataFile], recipes: dict[str, Recipe], seed: int, contents: list[list[str]]
+    source: Source,
+    files: list[DataFile],
+    recipes: dict[str, Recipe],
+    seed: int,
+    contents: list[list[str]],
 ) -> Iterator[Work]:
     """The blocks of a source with their recipes, only the drawn rows where ``limit`` is set.
 
     Args:
-        contents: Name and content hash of each file. No two sources draw the same numbers, and a source that is moved
-            draws those that it drew.
+        contents: Name and content hash of each file. No two sources draw the same numbers, and a
+            source that is moved draws those that it drew.
 
     Raises:
         DataError: A file cannot be read.
@@ -144,7 +158,8 @@ def read_source(
 
 
 def find_recipe(source: Source, file: DataFile) -> Recipe | None:
-    """How a file's rows are read; ``auto`` looks at the first row that can be parsed. None for a file without rows.
+    """How a file's rows are read; ``auto`` looks at the first row that can be parsed. None for a
+    file without rows.
 
     Raises:
         DataError: The format cannot be told, or no row can be parsed.
@@ -169,13 +184,21 @@ def find_recipe(source: Source, file: DataFile) -> Recipe | None:
     return None
 
 
-def find_conversations(sources: Sequence[Source], places: list[tuple[int, str, int]]) -> list[Conversation]:
-    """The conversations that stand at some places (number of the source, file, line), in that order."""
+def find_conversations(
+    sources: Sequence[Source], places: list[tuple[int, str, int]]
+) -> list[Conversation]:
+    """The conversations that stand at some places (number of the source, file, line), in that
+    order.
+    """
     found: dict[tuple[int, str, int], Conversation] = {}
     for number in sorted({number for number, _, _ in places}):
         wanted = {(path, line) for source, path, line in places if source == number}
         for file in resolve_files(sources[number]):
-            recipe = find_recipe(sources[number], file) if file.path in {path for path, _ in wanted} else None
+            recipe = (
+                find_recipe(sources[number], file)
+                if file.path in {path for path, _ in wanted}
+                else None
+            )
             for block in read_blocks(file, sources[number]) if recipe else ():
                 if not _may_hold(block, wanted):
                     continue
@@ -213,15 +236,21 @@ def file_size(file: DataFile) -> int:
 
 
 class _Watched:
-    """Counts the blocks of a source, and tells how far it is: behind each block, and while one takes its time."""
+    """Counts the blocks of a source, and tells how far it is: behind each block, and while one
+    takes its time.
+    """
 
     def __init__(self, source: Source, files: list[DataFile], watch: Watch | None):
         self._source, self._watch = source, watch
         self._started = time.monotonic()
         self._rows = self._tokens = 0
         self._sizes = {file.path: file_size(file) for file in files}
-        # Only of lines of JSON that lie here, not compressed, are position and size both in bytes of the file.
-        known = all(file.kind == "jsonl" and not is_compressed(file.path) and "://" not in file.path for file in files)
+        # Only of lines of JSON that lie here, not compressed, are position and size both in bytes
+        # of the file.
+        known = all(
+            file.kind == "jsonl" and not is_compressed(file.path) and "://" not in file.path
+            for file in files
+        )
         self._known = known and not source.limit
         self._before, self._position, self._current = 0, 0, ""
 
@@ -245,6 +274,12 @@ class _Watched:
         """
         if self._watch is None:
             return
-        share = (self._before + self._position) / max(1, sum(self._sizes.values())) if self._known else None
+        share = (
+            (self._before + self._position) / max(1, sum(self._sizes.values()))
+            if self._known
+            else None
+        )
         seconds = time.monotonic() - self._started
-        self._watch(TokeniseProgress(self._source.path, self._rows, self._tokens + tokens, seconds, share))
+        self._watch(
+            TokeniseProgress(self._source.path, self._rows, self._tokens + tokens, seconds, share)
+        )

@@ -30,7 +30,16 @@ from llmtune.plan.devices.gpus import has_nvlink, hidden_gpus
 from llmtune.security.trust import find_owner_problem, owner_command
 from llmtune.units import format_bytes
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "hydra-core",
+    "numpy",
+)
 
 #: Free bytes below which a run's first checkpoint or download is likely to fill the disk.
 LITTLE_DISK = 10 * 10**9
@@ -83,7 +92,8 @@ def _packages() -> Iterator[Finding]:
         yield Finding(
             "packages",
             "bad",
-            f"{pair.first} {versions[pair.first]} with {pair.second} {versions[pair.second]}: {pair.symptom}",
+            f"{pair.first} {versions[pair.first]} with {pair.second} {versions[pair.second]}:"
+            f" {pair.symptom}",
             pair.command,
         )
     deepspeed = versions["deepspeed"] or ""
@@ -104,14 +114,24 @@ def _cuda() -> Iterator[Finding]:
     build = torch.version.cuda
     if torch.cuda.is_available():
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        links = "NVLink" if torch.cuda.device_count() == 1 or has_nvlink() else "no NVLink: gathers go over PCIe"
+        links = (
+            "NVLink"
+            if torch.cuda.device_count() == 1 or has_nvlink()
+            else "no NVLink: gathers go over PCIe"
+        )
         yield Finding(
-            "GPUs", "ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, NCCL {nccl}, {links}"
+            "GPUs",
+            "ok",
+            f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, NCCL {nccl}, {links}",
         )
         return
     hidden = hidden_gpus()
     if hidden is None:
-        yield Finding("CUDA", "ok", "no NVIDIA GPU that this process may use; ranks run on the CPU through gloo")
+        yield Finding(
+            "CUDA",
+            "ok",
+            "no NVIDIA GPU that this process may use; ranks run on the CPU through gloo",
+        )
     elif build is None:
         yield Finding(
             "CUDA",
@@ -123,8 +143,8 @@ def _cuda() -> Iterator[Finding]:
         yield Finding(
             "CUDA",
             "bad",
-            f"there is {hidden}, but torch {torch.__version__}, built for CUDA {build}, cannot use it: as a rule the driver is "
-            "older than the build",
+            f"there is {hidden}, but torch {torch.__version__}, built for CUDA {build}, cannot use"
+            " it: as a rule the driver is older than the build",
             "bash scripts/setup.sh",
         )
 
@@ -137,26 +157,39 @@ def _compiler() -> Iterator[Finding]:
     if missing:
         wanted = " ".join(packages.get(name, name) for name in missing)
         yield Finding(
-            "compiler", "bad", f"missing: {', '.join(missing)}; DeepSpeed compiles its ops", f"apt-get install {wanted}"
+            "compiler",
+            "bad",
+            f"missing: {', '.join(missing)}; DeepSpeed compiles its ops",
+            f"apt-get install {wanted}",
         )
     else:
         yield Finding("compiler", "ok", "g++, ninja and Python's headers")
     if has_libaio():
         yield Finding("libaio", "ok", "headers are there")
     else:
-        yield Finding("libaio", "note", "not installed: offload to NVMe does not work", "apt-get install libaio-dev")
+        yield Finding(
+            "libaio",
+            "note",
+            "not installed: offload to NVMe does not work",
+            "apt-get install libaio-dev",
+        )
 
 
 def _owners(cache: Path) -> Iterator[Finding]:
     """Whether others may have written what is loaded or believed."""
     extensions = extensions_dir()
-    places = {"DeepSpeed's compiled ops": find_foreign_op() or extensions, "cache": cache, "Python": Path(sys.prefix)}
+    places = {
+        "DeepSpeed's compiled ops": find_foreign_op() or extensions,
+        "cache": cache,
+        "Python": Path(sys.prefix),
+    }
     clean = True
     for what, path in places.items():
         problem = find_owner_problem(path) if path.exists() else None
         if problem is not None:
             clean = False
-            # Whoever may write to Python's own folder could do worse than change what llmtune then keeps elsewhere.
+            # Whoever may write to Python's own folder could do worse than change what llmtune then
+            # keeps elsewhere.
             state = "note" if what == "Python" else "bad"
             yield Finding("owners", state, f"{what}: {path} {problem}", owner_command(path))
     for path in dict.fromkeys((extensions, cache)):
@@ -176,7 +209,8 @@ def _locks() -> Iterator[Finding]:
         yield Finding(
             "op locks",
             "note",
-            f"{lock}: left by a build that was killed; the next run of llmtune removes it, DeepSpeed alone would hang on it",
+            f"{lock}: left by a build that was killed; the next run of llmtune removes it,"
+            " DeepSpeed alone would hang on it",
             f"rm {lock}",
             functools.partial(_remove, lock),
         )
@@ -203,7 +237,12 @@ def _ops() -> Iterator[Finding]:
 def _limits() -> Iterator[Finding]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files < 4096:
-        yield Finding("open files", "note", f"ulimit -n is {files}; many shards and ranks need more", "ulimit -n 65536")
+        yield Finding(
+            "open files",
+            "note",
+            f"ulimit -n is {files}; many shards and ranks need more",
+            "ulimit -n 65536",
+        )
     else:
         yield Finding("open files", "ok", f"ulimit -n is {files}")
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
@@ -211,7 +250,8 @@ def _limits() -> Iterator[Finding]:
         yield Finding(
             "locked memory",
             "note",
-            f"ulimit -l is {format_bytes(locked)}: pinned buffers of offload on a GPU machine may fail",
+            f"ulimit -l is {format_bytes(locked)}: pinned buffers of offload on a GPU machine may"
+            " fail",
             "ulimit -l unlimited",
         )
     else:
@@ -238,7 +278,9 @@ def _limits() -> Iterator[Finding]:
             functools.partial(_remove_all, left),
         )
     memory = psutil.virtual_memory()
-    yield Finding("memory", "ok", f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free")
+    yield Finding(
+        "memory", "ok", f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free"
+    )
 
 
 def left_shared_buffers() -> list[Path]:
@@ -259,7 +301,11 @@ def _remove_all(files: list[Path]) -> str | None:
 
 def _disks(cache: Path) -> Iterator[Finding]:
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    for what, path in {"runs": Path.cwd(), "cache": cache.expanduser(), "model hub cache": hub}.items():
+    for what, path in {
+        "runs": Path.cwd(),
+        "cache": cache.expanduser(),
+        "model hub cache": hub,
+    }.items():
         there = path
         while not there.exists():
             there = there.parent
@@ -276,10 +322,16 @@ def _tokens() -> Iterator[Finding]:
     """Whether they are there; never what they are."""
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "token"
     here = "HF_TOKEN" in os.environ or hub.is_file()
-    yield Finding("HF_TOKEN", "ok", "present" if here else "absent: gated models (Llama) cannot be downloaded")
+    yield Finding(
+        "HF_TOKEN", "ok", "present" if here else "absent: gated models (Llama) cannot be downloaded"
+    )
     netrc = Path("~/.netrc").expanduser()
-    here = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
-    yield Finding("WANDB_API_KEY", "ok", "present" if here else "absent: tracker=wandb works offline")
+    here = "WANDB_API_KEY" in os.environ or (
+        netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
+    )
+    yield Finding(
+        "WANDB_API_KEY", "ok", "present" if here else "absent: tracker=wandb works offline"
+    )
 
 
 def _accelerator() -> str:
@@ -298,6 +350,8 @@ def _remove(path: Path) -> str | None:
 
 def _run(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=30
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""

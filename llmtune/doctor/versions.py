@@ -1,4 +1,6 @@
-"""Versions of the libraries: what llmtune asks for, what it was tried with, and pairs that are known to break."""
+"""Versions of the libraries: what llmtune asks for, what it was tried with, and pairs that are
+known to break.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-#: DeepSpeed whose buffers the plan computes and whose mistakes ``engine/deepspeed_fixes.py`` takes back.
+# : DeepSpeed whose buffers the plan computes and whose mistakes ``engine/deepspeed_fixes.py`` takes
+# back.
 TRIED_DEEPSPEED = "0.19"
 
 
@@ -68,7 +71,9 @@ def bad_pairs(versions: dict[str, str | None]) -> list[BadPair]:
 
 
 def unmet_requirements() -> list[tuple[str, str | None]]:
-    """What this installation of llmtune asks for and does not have: (requirement, installed version)."""
+    """What this installation of llmtune asks for and does not have: (requirement, installed
+    version).
+    """
     unmet = []
     for text in metadata.requires("llmtune") or []:
         requirement = Requirement(text)

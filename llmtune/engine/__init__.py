@@ -1,1 +1,3 @@
-"""DeepSpeed, driven: process groups, the training module, the optimizer's state by parameter name."""
+"""DeepSpeed, driven: process groups, the training module, the optimizer's state by parameter
+name.
+"""

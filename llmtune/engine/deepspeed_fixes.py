@@ -1,4 +1,7 @@
-"""Where DeepSpeed 0.19.8 computes something other than it says. Each has a test that fails when upstream mends it."""
+"""Where DeepSpeed 0.19.8 computes something other than it says.
+
+Each has a test that fails when upstream mends it.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ import torch.distributed
 
 
 def undo_stage0_dummy_step(optimizer: Any) -> bool:
-    """Take back the optimizer step that stage 0 in bf16/fp16 makes while it is built; True if there was one.
+    """Take back the optimizer step that stage 0 in bf16/fp16 makes while it is built; True if there
+    was one.
 
-    ``FP16_UnfusedOptimizer.initialize_optimizer_states`` calls ``step()`` on zero gradients. That counts as Adam's first
-    step, so the bias correction of the real first step is that of the second (its update is 26 % too small at the usual
-    betas), and it decays the master weights once. Stages 1 to 3 do not do this.
+    ``FP16_UnfusedOptimizer.initialize_optimizer_states`` calls ``step()`` on zero gradients. That
+    counts as Adam's first step, so the bias correction of the real first step is that of the second
+    (its update is 26 % too small at the usual betas), and it decays the master weights once. Stages
+    1 to 3 do not do this.
     """
     masters = getattr(optimizer, "fp32_groups", None)
     if masters is None:
@@ -31,21 +36,25 @@ def undo_stage0_dummy_step(optimizer: Any) -> bool:
 
 
 def missing_loss_scale(optimizer: Any) -> float:
-    """What the loss has to be multiplied by before ``engine.backward``, for stage 0 in fp16; 1 elsewhere.
+    """What the loss has to be multiplied by before ``engine.backward``, for stage 0 in fp16; 1
+    elsewhere.
 
-    ``DeepSpeedEngine.backward`` scales the loss for ZeRO's optimizers only, but ``FP16_UnfusedOptimizer.step`` divides the
-    gradient by the scale: it is 65,536 times too small, below what fp16 can hold, never clipped, and next to Adam's epsilon.
+    ``DeepSpeedEngine.backward`` scales the loss for ZeRO's optimizers only, but
+    ``FP16_UnfusedOptimizer.step`` divides the gradient by the scale: it is 65,536 times too small,
+    below what fp16 can hold, never clipped, and next to Adam's epsilon.
     """
     scaler = getattr(optimizer, "loss_scale_config", None)
     return 1.0 if scaler is None else float(scaler.cur_scale)
 
 
 def step_in_few_kernels(optimizer: Any) -> bool:
-    """Make the step of stage 0 in bf16/fp16 with one kernel for all tensors at a time; True if there is such a step.
+    """Make the step of stage 0 in bf16/fp16 with one kernel for all tensors at a time; True if
+    there is such a step.
 
-    ``FP16_UnfusedOptimizer.step`` goes through the tensors one by one, some 25 kernels and a wait for the GPU for each: with
-    the 448 tensors of an 8B model's adapters 50 ms a step. What is computed is the same, but for the norm, which is added up
-    in fp64 as in the other stages. Gradients are whole and alike on every rank, and so is what follows from them.
+    ``FP16_UnfusedOptimizer.step`` goes through the tensors one by one, some 25 kernels and a wait
+    for the GPU for each: with the 448 tensors of an 8B model's adapters 50 ms a step. What is
+    computed is the same, but for the norm, which is added up in fp64 as in the other stages.
+    Gradients are whole and alike on every rank, and so is what follows from them.
     """
     if not hasattr(optimizer, "fp32_groups"):
         return False
@@ -64,7 +73,11 @@ def step_in_few_kernels(optimizer: Any) -> bool:
         optimizer._update_scale(False)
         with torch.no_grad():
             gradients = [torch.zeros_like(master) for master in masters]
-            found = [(whole, half.grad) for whole, half in zip(gradients, halves, strict=True) if half.grad is not None]
+            found = [
+                (whole, half.grad)
+                for whole, half in zip(gradients, halves, strict=True)
+                if half.grad is not None
+            ]
             torch._foreach_copy_([whole for whole, _ in found], [gradient for _, gradient in found])
             torch._foreach_mul_(gradients, 1.0 / scale)
             for master, gradient in zip(masters, gradients, strict=True):
@@ -82,8 +95,9 @@ def step_in_few_kernels(optimizer: Any) -> bool:
 def grow_loss_scale_behind_step(optimizer: Any) -> bool:
     """In fp16 under ZeRO, let the loss scale grow when the step is done; True if that is a change.
 
-    Stages 1 to 3 double the scale, every 1,000 steps without an overflow, before they divide the gradients by it: those of that
-    step, which were made with the scale before, count half, are clipped half as much, and stage 3 reports half their norm.
+    Stages 1 to 3 double the scale, every 1,000 steps without an overflow, before they divide the
+    gradients by it: those of that step, which were made with the scale before, count half, are
+    clipped half as much, and stage 3 reports half their norm.
     """
     if not getattr(getattr(optimizer, "loss_scaler", None), "dynamic", False):
         return False
@@ -110,11 +124,15 @@ def grow_loss_scale_behind_step(optimizer: Any) -> bool:
 
 
 def keep_overflow_on_device(optimizer: Any) -> bool:
-    """Ask once a step whether gradients on their way to the host were finite, not once a tensor; True if that is a change.
+    """Ask once a step whether gradients on their way to the host were finite, not once a tensor;
+    True if that is a change.
 
-    ``update_offload_overflow_tracker`` of stages 1 and 2 waits for the GPU with every tensor of every micro-batch.
+    ``update_offload_overflow_tracker`` of stages 1 and 2 waits for the GPU with every tensor of
+    every micro-batch.
     """
-    if not hasattr(optimizer, "update_offload_overflow_tracker") or not getattr(optimizer, "cpu_offload", False):
+    if not hasattr(optimizer, "update_offload_overflow_tracker") or not getattr(
+        optimizer, "cpu_offload", False
+    ):
         return False
     seen: list[torch.Tensor] = []
     has_overflow, reset = optimizer.has_overflow, optimizer.reset_cpu_buffers
@@ -139,19 +157,25 @@ def keep_overflow_on_device(optimizer: Any) -> bool:
 
 
 def keep_norm_precision(optimizer: Any, zero_stage: int) -> bool:
-    """Add up the gradient norm in fp64 in every stage and placement, as stage 3 without offload does; True if that is a change.
+    """Add up the gradient norm in fp64 in every stage and placement, as stage 3 without offload
+    does; True if that is a change.
 
-    ``complete_grad_norm_calculation_for_cpu_offload`` (stages 1 to 3) and ``get_grad_norm_direct`` of stages 1 and 2 send the
-    sum of squares through fp32. The norm is then off by one part in 10^8, the clipped gradients by a last digit, and in bf16
-    the loss curve drifts from that of the same run on another rung of the ladder.
+    ``complete_grad_norm_calculation_for_cpu_offload`` (stages 1 to 3) and ``get_grad_norm_direct``
+    of stages 1 and 2 send the sum of squares through fp32. The norm is then off by one part in
+    10^8, the clipped gradients by a last digit, and in bf16 the loss curve drifts from that of the
+    same run on another rung of the ladder.
     """
     if zero_stage == 0:
         return False
     from deepspeed.accelerator import get_accelerator
 
     def over_ranks(squares: torch.Tensor) -> torch.Tensor:
-        """The 2-norm; -1 where it is not finite, as DeepSpeed wants it. The host does not wait for it."""
-        # Not on ``optimizer.device``, which is the host where the optimizer is offloaded: NCCL takes no tensor of the host.
+        """The 2-norm; -1 where it is not finite, as DeepSpeed wants it.
+
+        The host does not wait for it.
+        """
+        # Not on ``optimizer.device``, which is the host where the optimizer is offloaded: NCCL
+        # takes no tensor of the host.
         total = squares.to(get_accelerator().current_device_name())
         torch.distributed.all_reduce(total, group=optimizer.dp_process_group)
         norm = total.sqrt()
@@ -160,7 +184,10 @@ def keep_norm_precision(optimizer: Any, zero_stage: int) -> bool:
     if hasattr(optimizer, "norm_for_param_grads"):
 
         def offloaded(parameters: Sequence[Any]) -> torch.Tensor:
-            """Norms were noted when the gradients passed by. On the host, as the gradients that are clipped by it."""
+            """Norms were noted when the gradients passed by.
+
+            On the host, as the gradients that are clipped by it.
+            """
             norms = optimizer.norm_for_param_grads
             keys = map(optimizer.get_param_id, parameters)
             return over_ranks(_sum_of_squares([norms[key] for key in keys if key in norms])).cpu()

@@ -27,7 +27,9 @@ class Rank:
     phases: PhaseLog = field(default_factory=PhaseLog)
     ranks_on_node: int = 1
     control: Any = None
-    """Process group on the host for small decisions, where the default one is on GPUs: no step waits for it."""
+    """Process group on the host for small decisions, where the default one is on GPUs: no step
+    waits for it.
+    """
 
     @property
     def is_first(self) -> bool:
@@ -40,12 +42,15 @@ def import_deepspeed() -> None:
     import deepspeed  # noqa: F401
 
 
-def init_ranks(timeout_minutes: float = 60, phases: PhaseLog | None = None, meeting: Path | None = None) -> Rank:
-    """Join the process group that the environment describes (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` ...).
+def init_ranks(
+    timeout_minutes: float = 60, phases: PhaseLog | None = None, meeting: Path | None = None
+) -> Rank:
+    """Join the process group that the environment describes (``RANK``, ``WORLD_SIZE``,
+    ``MASTER_ADDR`` ...).
 
     Args:
-        meeting: A file in a folder of this user alone, at which ranks of one machine meet: torch's server at ``MASTER_ADDR``
-            listens on all interfaces, and believes whoever connects.
+        meeting: A file in a folder of this user alone, at which ranks of one machine meet: torch's
+            server at ``MASTER_ADDR`` listens on all interfaces, and believes whoever connects.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -72,20 +77,31 @@ def init_ranks(timeout_minutes: float = 60, phases: PhaseLog | None = None, meet
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-    control = None if on_host else dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
-    return Rank(dist.get_rank(), local_rank, dist.get_world_size(), device, phases, on_node, control)
+    on_node = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
+    )
+    control = (
+        None
+        if on_host
+        else dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    )
+    return Rank(
+        dist.get_rank(), local_rank, dist.get_world_size(), device, phases, on_node, control
+    )
 
 
 def _device_peak(accelerator: Any, local_rank: int) -> tuple[int, int]:
     """Bytes that were allocated on this rank's GPU at most, and those that may be.
 
-    By the GPU's number: the threads that save ask too, and the current GPU of a new thread is the first.
+    By the GPU's number: the threads that save ask too, and the current GPU of a new thread is the
+    first.
     """
     module = torch.get_device_module(accelerator.device_name())
     # Of ``launch.memory_limit``; torch 2.7 does not tell.
     share = getattr(module, "get_per_process_memory_fraction", lambda _: 1.0)(local_rank)
-    return accelerator.max_memory_allocated(local_rank), int(share * accelerator.total_memory(local_rank))
+    return accelerator.max_memory_allocated(local_rank), int(
+        share * accelerator.total_memory(local_rank)
+    )
 
 
 def meet_ranks(rank: Rank) -> None:
@@ -114,7 +130,8 @@ def any_rank(flags: Sequence[bool], rank: Rank) -> list[bool]:
 
 
 def gather_objects(value: Any, rank: Rank) -> list[Any]:
-    """The values of all ranks, in order, on every rank. They travel as JSON: torch would unpickle what another sends.
+    """The values of all ranks, in order, on every rank. They travel as JSON: torch would unpickle
+    what another sends.
 
     Args:
         value: Plain values; tuples arrive as lists.
@@ -126,7 +143,9 @@ def gather_objects(value: Any, rank: Rank) -> list[Any]:
     dist.all_gather(sizes, torch.tensor([mine.numel()]), group=rank.control)
     longest = max(int(size) for size in sizes)
     texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(rank.world_size)]
-    dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - mine.numel())), group=rank.control)
+    dist.all_gather(
+        texts, torch.nn.functional.pad(mine, (0, longest - mine.numel())), group=rank.control
+    )
     return [_from_bytes(text[: int(size)]) for text, size in zip(texts, sizes, strict=True)]
 
 

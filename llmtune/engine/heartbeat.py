@@ -1,4 +1,6 @@
-"""Where a rank stands, written where the supervisor can read it after the rank is gone, however it went."""
+"""Where a rank stands, written where the supervisor can read it after the rank is gone, however it
+went.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,11 @@ _DEVICE_SECONDS = 0.5
 
 
 class PhaseLog:
-    """Phase, step and peak memory of one rank; phases are ``start load answer forward backward step evaluate save``.
+    """Phase, step and peak memory of one rank; phases are ``start load answer forward backward step
+    evaluate save``.
 
-    A record that no longer changes is how the supervisor knows that a run hangs, so that every write counts up.
+    A record that no longer changes is how the supervisor knows that a run hangs, so that every
+    write counts up.
     """
 
     def __init__(self, path: Path | None = None):
@@ -64,10 +68,14 @@ class PhaseLog:
             self._write()
 
     def describe(self) -> str | None:
-        """What the rank does, for people; None in the steps after its first, each of which has a line of its own."""
+        """What the rank does, for people; None in the steps after its first, each of which has a
+        line of its own.
+        """
         if self._phase in _FOR_PEOPLE:
             return _FOR_PEOPLE[self._phase]
-        return f"step {self.step}, the first of this start" if self.step == self._first_step else None
+        return (
+            f"step {self.step}, the first of this start" if self.step == self._first_step else None
+        )
 
     def beat(self) -> None:
         """Say that long work within a phase gets on; from any thread."""
@@ -96,7 +104,9 @@ class PhaseLog:
 
 
 def _is_near_limit() -> bool:
-    """Whether this process has nearly all that ``RLIMIT_DATA`` gives it; the kernel counts what was asked for, used or not."""
+    """Whether this process has nearly all that ``RLIMIT_DATA`` gives it; the kernel counts what was
+    asked for, used or not.
+    """
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     if limit == resource.RLIM_INFINITY:
         return False

@@ -1,7 +1,8 @@
-"""Optimizer states that live on NVMe: brought into memory one sub-group at a time, and checked for what makes them wrong.
+"""Optimizer states that live on NVMe: brought into memory one sub-group at a time, and checked for
+what makes them wrong.
 
-The names are those of DeepSpeed 0.19's ``runtime/zero/stage3.py``; its swapper gives ``fp32_partitioned_groups_flat`` and the
-moments a buffer each while a sub-group is in.
+The names are those of DeepSpeed 0.19's ``runtime/zero/stage3.py``; its swapper gives
+``fp32_partitioned_groups_flat`` and the moments a buffer each while a sub-group is in.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def is_swapped(optimizer: Any, sub_group: int) -> bool:
 
 @contextmanager
 def swapped_in(optimizer: Any, sub_group: int, write_back: bool = False) -> Iterator[None]:
-    """The sub-group's states in memory for the length of the block; written back if they were changed."""
+    """The sub-group's states in memory for the length of the block; written back if they were
+    changed.
+    """
     if not is_swapped(optimizer, sub_group):
         yield
         return
@@ -40,8 +43,9 @@ def swapped_in(optimizer: Any, sub_group: int, write_back: bool = False) -> Iter
 def check_swapped_offsets(optimizer: Any) -> None:
     """Refuse a layout on which DeepSpeed trains on wrong gradients without a word.
 
-    Gradients of 1 MiB and more are read back by O_DIRECT at their offset inside the sub-group's buffer, which must be a
-    multiple of a sector; the plan's parameter groups see to that, and this looks at what DeepSpeed made of them.
+    Gradients of 1 MiB and more are read back by O_DIRECT at their offset inside the sub-group's
+    buffer, which must be a multiple of a sector; the plan's parameter groups see to that, and this
+    looks at what DeepSpeed made of them.
 
     Raises:
         ConfigError: Naming the first gradient that would be read wrong.
@@ -54,7 +58,8 @@ def check_swapped_offsets(optimizer: Any) -> None:
             _, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
             if swapper.is_swappable_tensor(numel=int(numel)) and int(offset) * 4 % SECTOR_BYTES:
                 raise ConfigError(
-                    f"offload.optimizer=nvme: a gradient of shape {tuple(parameter.ds_shape)} would lie at byte "
-                    f"{int(offset) * 4} of its buffer, which is no multiple of {SECTOR_BYTES}, and be read back wrong; "
-                    "take offload=optimizer_cpu, or another number of ranks"
+                    f"offload.optimizer=nvme: a gradient of shape {tuple(parameter.ds_shape)} would"
+                    f" lie at byte {int(offset) * 4} of its buffer, which is no multiple of"
+                    f" {SECTOR_BYTES}, and be read back wrong; take offload=optimizer_cpu, or"
+                    " another number of ranks"
                 )

@@ -1,7 +1,8 @@
-"""The optimizer's state by parameter name: which slice of which parameter this rank holds, in every ZeRO stage.
+"""The optimizer's state by parameter name: which slice of which parameter this rank holds, in every
+ZeRO stage.
 
-Master weights and moments lie in flat fp32 tensors whose layout depends on stage and world size. What leaves this file
-does not: a name, an offset in the flattened parameter, and the numbers.
+Master weights and moments lie in flat fp32 tensors whose layout depends on stage and world size.
+What leaves this file does not: a name, an offset in the flattened parameter, and the numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 @dataclass(frozen=True, slots=True)
 class StateSlice:
-    """Elements ``[start, start + numel)`` of a flattened parameter, and where this rank keeps them."""
+    """Elements ``[start, start + numel)`` of a flattened parameter, and where this rank keeps
+    them.
+    """
 
     name: str
     start: int
@@ -43,7 +46,9 @@ class StateSlice:
 
 
 def state_slices(module: TrainModule) -> list[StateSlice]:
-    """What this rank holds, by sub-group; slices of all ranks cover every trained parameter, and without ZeRO each rank's do."""
+    """What this rank holds, by sub-group; slices of all ranks cover every trained parameter, and
+    without ZeRO each rank's do.
+    """
     names = {id(parameter): name for name, parameter in module.model.named_parameters()}
     if module.zero_stage == 3:
         return sorted(_stage3_slices(module, names), key=lambda piece: piece.sub_group)
@@ -52,10 +57,13 @@ def state_slices(module: TrainModule) -> list[StateSlice]:
     return list(_stage0_slices(module, names))
 
 
-def by_residence(module: TrainModule, slices: list[StateSlice], write_back: bool = False) -> Iterator[list[StateSlice]]:
+def by_residence(
+    module: TrainModule, slices: list[StateSlice], write_back: bool = False
+) -> Iterator[list[StateSlice]]:
     """The slices in batches whose states are in memory until the next batch is asked for.
 
-    Everything below reads and writes inside such a batch: with the optimizer on NVMe a batch is a sub-group.
+    Everything below reads and writes inside such a batch: with the optimizer on NVMe a batch is a
+    sub-group.
     """
     for sub_group, batch in groupby(slices, key=lambda piece: piece.sub_group):
         if sub_group < 0:
@@ -77,13 +85,22 @@ def owned_slices(module: TrainModule) -> list[StateSlice]:
         count = min(size, piece.numel - start)
         if count > 0:
             owned.append(
-                StateSlice(piece.name, start, count, piece.parameter_numel, piece.flat, piece.flat_offset + start)
+                StateSlice(
+                    piece.name,
+                    start,
+                    count,
+                    piece.parameter_numel,
+                    piece.flat,
+                    piece.flat_offset + start,
+                )
             )
     return owned
 
 
 def view_state(module: TrainModule, piece: StateSlice, kind: str) -> torch.Tensor:
-    """The numbers where they lie, for the length of the batch of :func:`by_residence`; before the first step, zeros."""
+    """The numbers where they lie, for the length of the batch of :func:`by_residence`; before the
+    first step, zeros.
+    """
     if kind == "master":
         return piece.view(piece.flat)
     state = module.adam.state.get(piece.flat)
@@ -91,7 +108,9 @@ def view_state(module: TrainModule, piece: StateSlice, kind: str) -> torch.Tenso
 
 
 def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> None:
-    """Create the moments that the optimizer would create at its first step, as zeros, and set its step counter."""
+    """Create the moments that the optimizer would create at its first step, as zeros, and set its
+    step counter.
+    """
     for flat in {id(piece.flat): piece.flat for piece in slices}.values():
         state = module.adam.state[flat]
         # The fused kernel wants it where the numbers are.
@@ -120,7 +139,11 @@ def optimizer_steps(module: TrainModule) -> int:
 def read_loss_scale(module: TrainModule) -> dict[str, float]:
     """The dynamic loss scaler of fp16; empty otherwise."""
     scaler = _loss_scaler(module)
-    return {} if scaler is None else {key: getattr(scaler, key) for key in _LOSS_SCALE_FIELDS if hasattr(scaler, key)}
+    return (
+        {}
+        if scaler is None
+        else {key: getattr(scaler, key) for key in _LOSS_SCALE_FIELDS if hasattr(scaler, key)}
+    )
 
 
 def write_loss_scale(module: TrainModule, values: dict[str, float]) -> None:
@@ -152,7 +175,9 @@ def _stage0_slices(module: TrainModule, names: dict[int, str]) -> Iterator[State
 
 def _stage12_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
     optimizer = module.engine.optimizer
-    for parameters, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+    for parameters, flat in zip(
+        optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True
+    ):
         for parameter in parameters:
             mapping = parameter._hp_mapping
             if mapping is not None:
@@ -173,4 +198,12 @@ def _stage3_slices(module: TrainModule, names: dict[int, str]) -> Iterator[State
         count = min(int(size), parameter.ds_numel - start)
         if count > 0:
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            yield StateSlice(names[id(parameter)], start, count, parameter.ds_numel, flat, int(offset), int(group))
+            yield StateSlice(
+                names[id(parameter)],
+                start,
+                count,
+                parameter.ds_numel,
+                flat,
+                int(offset),
+                int(group),
+            )

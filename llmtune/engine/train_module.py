@@ -1,4 +1,6 @@
-"""The training module: a model and DeepSpeed's engine around it, driven one optimizer step at a time."""
+"""The training module: a model and DeepSpeed's engine around it, driven one optimizer step at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,11 @@ class StepResult:
 
 
 def zero_init(deepspeed_config: dict[str, Any]) -> AbstractContextManager[Any]:
-    """Inside it, ZeRO 3 keeps only this rank's slice of every parameter that is made. What is in it is not sent to anybody.
+    """Inside it, ZeRO 3 keeps only this rank's slice of every parameter that is made. What is in it
+    is not sent to anybody.
 
-    DeepSpeed broadcasts every parameter from rank 0 before it cuts it, here 141 GB of uninitialised memory for a 70B model.
-    The weights are read slice by slice afterwards.
+    DeepSpeed broadcasts every parameter from rank 0 before it cuts it, here 141 GB of uninitialised
+    memory for a 70B model. The weights are read slice by slice afterwards.
     """
     import deepspeed
 
@@ -82,7 +85,9 @@ def zero_init(deepspeed_config: dict[str, Any]) -> AbstractContextManager[Any]:
 class TrainModule:
     """Forward, backward, optimizer step, evaluation."""
 
-    def __init__(self, model: Any, deepspeed_config: dict[str, Any], rank: Rank, loss_function: LossFunction):
+    def __init__(
+        self, model: Any, deepspeed_config: dict[str, Any], rank: Rank, loss_function: LossFunction
+    ):
         import deepspeed
 
         self.rank = rank
@@ -91,8 +96,14 @@ class TrainModule:
         self.zero_stage = self.placement.zero_stage
         self.config = deepspeed_config
         # DeepSpeed writes into the dictionary it is given.
-        copy = {key: dict(value) if isinstance(value, dict) else value for key, value in deepspeed_config.items()}
-        copy["optimizer"] = {"type": "AdamW", "params": dict(deepspeed_config["optimizer"]["params"])}
+        copy = {
+            key: dict(value) if isinstance(value, dict) else value
+            for key, value in deepspeed_config.items()
+        }
+        copy["optimizer"] = {
+            "type": "AdamW",
+            "params": dict(deepspeed_config["optimizer"]["params"]),
+        }
         groups = group_parameters(model, self.placement, rank.world_size)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy)
         if self.zero_stage == 0:
@@ -121,13 +132,15 @@ class TrainModule:
         learning_rate: float,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> StepResult | None:
-        """One optimizer step over all micro-batches. A step whose gradient is not finite changes nothing.
+        """One optimizer step over all micro-batches. A step whose gradient is not finite changes
+        nothing.
 
         Args:
-            trained_tokens: Of the whole step, over all ranks: the loss is divided by it once, so that accumulation and
-                ranks change nothing. DeepSpeed averages gradients over ranks, hence the factor ``world_size``.
-            interrupted: Asked on every rank between micro-batches, with the same answer on all. True gives the step up:
-                None is returned, and the state is that of the step before.
+            trained_tokens: Of the whole step, over all ranks: the loss is divided by it once, so
+                that accumulation and ranks change nothing. DeepSpeed averages gradients over ranks,
+                hence the factor ``world_size``.
+            interrupted: Asked on every rank between micro-batches, with the same answer on all.
+                True gives the step up: None is returned, and the state is that of the step before.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -142,7 +155,9 @@ class TrainModule:
             phases.enter("forward")
             loss = self._loss(batch)
             phases.enter("backward")
-            self.engine.backward(loss * (scale * missing_loss_scale(self.engine.optimizer)), scale_wrt_gas=False)
+            self.engine.backward(
+                loss * (scale * missing_loss_scale(self.engine.optimizer)), scale_wrt_gas=False
+            )
             total += loss.detach()
             if self.engine.is_gradient_accumulation_boundary():
                 norm = self._whole_grad_norm()
@@ -160,7 +175,8 @@ class TrainModule:
     def evaluate(
         self, batches: Iterable[MicroBatch], interrupted: Callable[[], bool] = lambda: False
     ) -> tuple[float, int] | None:
-        """Mean loss over the trained tokens of all ranks' batches, and their number; None where it was interrupted.
+        """Mean loss over the trained tokens of all ranks' batches, and their number; None where it
+        was interrupted.
 
         Args:
             interrupted: Asked on every rank before each batch, with the same answer on all.
@@ -181,22 +197,35 @@ class TrainModule:
         return summed / max(tokens_seen, 1), int(tokens_seen)
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:
-        """Of a batch, on the host, without gradients and without dropout. Collective under ZeRO 3."""
+        """Of a batch, on the host, without gradients and without dropout.
+
+        Collective under ZeRO 3.
+        """
         self.engine.eval()
         with torch.no_grad():
-            logits: torch.Tensor = self.engine(**batch.to(self.rank.device).inputs, use_cache=False).logits
+            logits: torch.Tensor = self.engine(
+                **batch.to(self.rank.device).inputs, use_cache=False
+            ).logits
         self.engine.train()
         return logits.cpu()
 
     def row_losses(self, batches: Iterable[MicroBatch]) -> list[list[float]]:
-        """Summed loss of every row of every batch, without gradients and without dropout. Collective under ZeRO 3."""
+        """Summed loss of every row of every batch, without gradients and without dropout.
+
+        Collective under ZeRO 3.
+        """
         self.engine.eval()
         found = []
         with torch.no_grad():
             for batch in batches:
                 logits = self.engine(**batch.to(self.rank.device).inputs, use_cache=False).logits
                 rows = zip(logits.split(1), batch.split(), strict=True)
-                found.append([float(self.loss_function(one, row.to(one.device).targets)) for one, row in rows])
+                found.append(
+                    [
+                        float(self.loss_function(one, row.to(one.device).targets))
+                        for one, row in rows
+                    ]
+                )
         self.engine.train()
         return found
 
@@ -206,14 +235,18 @@ class TrainModule:
         return self.loss_function(output.logits, batch.targets)
 
     def _leave_step_out(self) -> None:
-        """Without ZeRO in fp32, where no wrapper of DeepSpeed's looks at gradients: count the micro-batch only."""
+        """Without ZeRO in fp32, where no wrapper of DeepSpeed's looks at gradients: count the
+        micro-batch only.
+        """
         self.engine.set_gradient_accumulation_boundary(False)
         self.engine.step()
         self.engine._is_gradient_accumulation_boundary = None
         self.engine.zero_grad()
 
     def _whole_grad_norm(self) -> float | None:
-        """Without ZeRO in fp32, where gradients are whole on every rank and no wrapper of DeepSpeed's has a norm."""
+        """Without ZeRO in fp32, where gradients are whole on every rank and no wrapper of
+        DeepSpeed's has a norm.
+        """
         if self.zero_stage > 0 or hasattr(self.engine.optimizer, "overflow"):
             return None
         norms = norms_of([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -221,10 +254,16 @@ class TrainModule:
 
 
 def group_parameters(model: Any, placement: Placement, world_size: int) -> list[dict[str, Any]]:
-    """The groups of the plan (:func:`llmtune.plan.memory.zero_buffers.parameter_groups`), with the live parameters in them."""
-    by_name = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """The groups of the plan (:func:`llmtune.plan.memory.zero_buffers.parameter_groups`), with the
+    live parameters in them.
+    """
+    by_name = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     shapes = [
-        TensorShape(name, getattr(p, "ds_numel", p.numel()), True, len(getattr(p, "ds_shape", p.shape)) <= 1)
+        TensorShape(
+            name, getattr(p, "ds_numel", p.numel()), True, len(getattr(p, "ds_shape", p.shape)) <= 1
+        )
         for name, p in by_name.items()
     ]
     groups: list[dict[str, Any]] = []

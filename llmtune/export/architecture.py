@@ -1,4 +1,6 @@
-"""What a model is for, told by its architecture's name: the class that loads it, and what the hub and peft call it."""
+"""What a model is for, told by its architecture's name: the class that loads it, and what the hub
+and peft call it.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,17 @@ class Task:
     peft: str
     """peft's ``task_type``; empty where it has none."""
     mapping: str = ""
-    """Table of transformers from ``model_type`` to the architecture, where peft may have trained a new head."""
+    """Table of transformers from ``model_type`` to the architecture, where peft may have trained a
+    new head.
+    """
     heads: tuple[str, ...] = ()
     """Modules that peft adds to ``modules_to_save`` by itself; a model has one of them."""
 
 
 TEXT = Task("text-generation", "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM")
-TEXT_TO_TEXT = Task("text-generation", "AutoModelForSeq2SeqLM", ("ForConditionalGeneration",), "SEQ_2_SEQ_LM")
+TEXT_TO_TEXT = Task(
+    "text-generation", "AutoModelForSeq2SeqLM", ("ForConditionalGeneration",), "SEQ_2_SEQ_LM"
+)
 TEXT_CLASSES = Task(
     "text-classification",
     "AutoModelForSequenceClassification",

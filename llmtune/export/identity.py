@@ -1,4 +1,6 @@
-"""What tells one export from another: what it is made from, and the options that shape its bytes."""
+"""What tells one export from another: what it is made from, and the options that shape its
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ SHAPING_NOTHING = frozenset({"upload_private", "dry_run"})
 
 
 def shaping_options(format_name: str) -> frozenset[str]:
-    """Keys of ``export`` on which files of a format depend; the card is a file too, and says where the export is."""
+    """Keys of ``export`` on which files of a format depend; the card is a file too, and says where
+    the export is.
+    """
     return find_format(format_name).options | {"format", "upload"}
 
 
@@ -37,7 +41,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def identify(folder: Path) -> str:
-    """What tells one published folder from any other: the hash of its manifest; nothing for a folder of somebody else's."""
+    """What tells one published folder from any other: the hash of its manifest; nothing for a
+    folder of somebody else's.
+    """
     marker = folder / layout.COMPLETE
     return marker.read_text() if marker.is_file() else ""
 
@@ -50,7 +56,8 @@ def describe_options(config: ExportConfig) -> dict[str, Any]:
         if key in shaping:
             value = getattr(config, key)
             found[key] = value.value if isinstance(value, Enum) else value
-    # Of a place the card names the repository on the hub; addresses may hold passwords, and are nobody's business.
+    # Of a place the card names the repository on the hub; addresses may hold passwords, and are
+    # nobody's business.
     found["upload"] = find_repo(config)
     return found
 
@@ -66,20 +73,28 @@ def find_repo(config: ExportConfig) -> str | None:
 
 
 def is_export_of(folder: Path, trained: Path, config: ExportConfig) -> bool:
-    """Whether a folder is the whole export of this very adapter or model, as these options shape it; clocks cannot tell."""
+    """Whether a folder is the whole export of this very adapter or model, as these options shape
+    it; clocks cannot tell.
+    """
     try:
         manifest = read_manifest(folder)
     except CheckpointError:
         return False
-    return manifest.get("source") == identify(trained) != "" and manifest.get("options") == describe_options(config)
+    return manifest.get("source") == identify(trained) != "" and manifest.get(
+        "options"
+    ) == describe_options(config)
 
 
 def describe_job(request: ExportRequest, config: ExportConfig) -> str:
     """What is written from what; two starts with the same text write the same bytes."""
-    # What was unpacked into a folder of its own for this start stands for what it was unpacked from.
+    # What was unpacked into a folder of its own for this start stands for what it was unpacked
+    # from.
     adapter = request.unpacked_from or request.adapter
     folders = [folder for folder in (request.base, adapter, request.zero) if folder is not None]
-    files = sorted({file for folder in folders for file in folder.rglob("*") if file.is_file()} - _own_files(request))
+    files = sorted(
+        {file for folder in folders for file in folder.rglob("*") if file.is_file()}
+        - _own_files(request)
+    )
     about = {
         "llmtune": __version__,
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],

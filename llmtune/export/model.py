@@ -36,7 +36,11 @@ from llmtune.model.skeleton import build_skeleton
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.signature import Signer
 
-DTYPES = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
+DTYPES = {
+    ExportDtype.bf16: torch.bfloat16,
+    ExportDtype.fp16: torch.float16,
+    ExportDtype.fp32: torch.float32,
+}
 
 
 def _silent(_: str) -> None:
@@ -57,7 +61,8 @@ class ExportRequest:
     """Whose files describe the training."""
     output: Path
     zero: Path | None = None
-    """DeepSpeed's own checkpoint, which holds the tensors; ``base`` then only describes the model."""
+    """DeepSpeed's own checkpoint, which holds the tensors; ``base`` then only describes the model.
+    """
     unpacked_from: Path | None = None
     """DeepSpeed's own checkpoint that ``adapter``, a folder of this start alone, was made from."""
     progress: Progress | None = None
@@ -133,12 +138,16 @@ def open_material(request: ExportRequest, config: ExportConfig) -> Material:
 
 
 def _note_other_base(request: ExportRequest, adapter: Adapter) -> None:
-    """Bases of equal shapes cannot be told apart by an adapter's tensors; the name that it was given may tell."""
+    """Bases of equal shapes cannot be told apart by an adapter's tensors; the name that it was
+    given may tell.
+    """
     named = str(adapter.settings.get("base_model_name_or_path") or "")
     known = {Path(request.base_name).name.lower(), request.base.resolve().name.lower()}
     # A run knows its base by itself, wherever that lay.
     if named and request.run is None and Path(named).name.lower() not in known:
-        request.say(f"note: the adapter names {named} as its base, and is merged into {request.base_name}")
+        request.say(
+            f"note: the adapter names {named} as its base, and is merged into {request.base_name}"
+        )
 
 
 def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
@@ -148,7 +157,9 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
         return open_base_part(zero) if has_adapter(zero) else open_model_part(zero)
     if request.adapter is None:
         if config.merge_onto is MergeOnto.nf4:
-            raise ExportError("export.merge_onto=nf4: there is no adapter to merge; the key is for QLoRA")
+            raise ExportError(
+                "export.merge_onto=nf4: there is no adapter to merge; the key is for QLoRA"
+            )
         # Rounded to bf16, master weights are the stored ones; other dtypes gain digits from them.
         finer = config.dtype in (ExportDtype.fp32, ExportDtype.fp16)
         checkpoint = find_masters(request.base) if finer else None
@@ -166,11 +177,15 @@ def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
         return "lm_head.weight"
     skeleton = build_skeleton(folder, changes)
     layer = skeleton.get_output_embeddings()
-    return next((f"{name}.weight" for name, module in skeleton.named_modules() if module is layer), None)
+    return next(
+        (f"{name}.weight" for name, module in skeleton.named_modules() if module is layer), None
+    )
 
 
 def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
-    """Output embeddings that are the input once more: transformers keeps one matrix, and peft trains that one."""
+    """Output embeddings that are the input once more: transformers keeps one matrix, and peft
+    trains that one.
+    """
     file = folder / "config.json"
     if not file.is_file() or not parse_json(file.read_text()).get("tie_word_embeddings"):
         return []
@@ -189,7 +204,11 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
     """What ``config.json`` says that the model is in."""
     file = folder / "config.json"
     config = parse_json(file.read_text()) if file.is_file() else {}
-    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch."), None)
+    found = getattr(
+        torch,
+        str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch."),
+        None,
+    )
     return found if isinstance(found, torch.dtype) else None
 
 
@@ -199,13 +218,23 @@ def check_places(request: ExportRequest) -> None:
     Raises:
         ExportError: It would replace its own source.
     """
-    sources = [folder.resolve() for folder in (request.base, request.adapter, request.zero) if folder is not None]
-    if any(source == request.output.resolve() or request.output.resolve() in source.parents for source in sources):
-        raise ExportError(f"output_dir={request.output} holds what is exported; take another output_dir=")
+    sources = [
+        folder.resolve()
+        for folder in (request.base, request.adapter, request.zero)
+        if folder is not None
+    ]
+    if any(
+        source == request.output.resolve() or request.output.resolve() in source.parents
+        for source in sources
+    ):
+        raise ExportError(
+            f"output_dir={request.output} holds what is exported; take another output_dir="
+        )
 
 
 def check_links(request: ExportRequest) -> None:
-    """What is exported must lie in the folders that were named, and not be links to files elsewhere: an export is published.
+    """What is exported must lie in the folders that were named, and not be links to files
+    elsewhere: an export is published.
 
     Raises:
         ExportError: A link leads out of its folder.

@@ -1,4 +1,6 @@
-"""``export``: from a base and what was trained on it to a published folder, in one of the formats."""
+"""``export``: from a base and what was trained on it to a published folder, in one of the
+formats.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ from llmtune.export.card.card import write_model_card
 from llmtune.export.formats.format import find_format
 from llmtune.export.identity import describe_job, describe_options, identify, is_hub_id
 from llmtune.export.model import ExportRequest, Material, check_links, check_places, open_material
-from llmtune.export.publish.folder import check_replaceable, check_room, restore_replaced, write_export
+from llmtune.export.publish.folder import (
+    check_replaceable,
+    check_room,
+    restore_replaced,
+    write_export,
+)
 from llmtune.export.publish.shards import Journal
 from llmtune.export.publish.upload import check_upload, upload_export
 from llmtune.export.verify.checks import check_folder, check_material
@@ -30,7 +37,8 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     kind = find_format(config.format)
     if not kind.is_merged and request.adapter is None:
         raise ExportError(
-            f"export={kind.name}: this run was a full fine-tuning and has no adapter; take export=safetensors"
+            f"export={kind.name}: this run was a full fine-tuning and has no adapter; take"
+            " export=safetensors"
         )
     if (problem := kind.find_problems(config)) is not None:
         raise ExportError(problem)
@@ -76,7 +84,10 @@ def _say_what_would_be(material: Material, config: ExportConfig) -> None:
     request, say = material.request, material.request.say
     changed = material.merged.changed if material.merged is not None else {}
     say(f"would write {config.format} to {request.output}")
-    say(f"from {request.base}" + (f" and {request.adapter}, which changes {len(changed)} tensors" if changed else ""))
+    say(
+        f"from {request.base}"
+        + (f" and {request.adapter}, which changes {len(changed)} tensors" if changed else "")
+    )
     dtype = str(material.dtype).removeprefix("torch.")
     say(f"{len(material.source.specs)} tensors, {format_bytes(material.nbytes)} in {dtype}")
     if config.upload:

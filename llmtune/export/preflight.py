@@ -1,4 +1,6 @@
-"""What would end the export after days of training is found before it: packages, a token, a model that a format cannot hold."""
+"""What would end the export after days of training is found before it: packages, a token, a model
+that a format cannot hold.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,16 @@ from llmtune.model.weights.quantized import quantization
 
 
 def check_exportable(config: ExportConfig, base: Path) -> None:
-    """Whether what is trained on ``base`` can be exported as asked, as far as its configuration and tokenizer tell.
+    """Whether what is trained on ``base`` can be exported as asked, as far as its configuration and
+    tokenizer tell.
 
-    Reads no weights and uses no network. What the configuration alone tells is in ``llmtune.config.rules``.
+    Reads no weights and uses no network. What the configuration alone tells is in
+    ``llmtune.config.rules``.
 
     Raises:
         ConfigError: ``export.upload`` is no address.
-        MissingPrerequisiteError: A package or a token is missing, the format has no place for this model, or links in its
-            folder lead out of it.
+        MissingPrerequisiteError: A package or a token is missing, the format has no place for this
+            model, or links in its folder lead out of it.
     """
     if config.format == NONE:
         return
@@ -36,8 +40,8 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
             kind.check_base(base)
     except ExportError as error:
         raise MissingPrerequisiteError(
-            f"{error} (export={config.format} was asked for after the training, which has not begun; export=none "
-            "trains without)"
+            f"{error} (export={config.format} was asked for after the training, which has not"
+            " begun; export=none trains without)"
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""How an export is loaded and served: the parts from which each format puts together what its card says."""
+"""How an export is loaded and served: the parts from which each format puts together what its card
+says.
+"""
 
 from __future__ import annotations
 
@@ -35,24 +37,28 @@ _LOOK = {
         "print([(word, model.config.id2label[label]) for word, label in zip(words, labels)])\n"
     ),
     ANSWERS: (
-        'tokens = tokenizer("Who wrote it?", "Ada wrote it.", return_tensors="pt").to(model.device)\n'
+        'tokens = tokenizer("Who wrote it?", "Ada wrote it.", return_tensors="pt").to(model.device)\n'  # noqa: E501
         "output = model(**tokens)\n"
         "first, last = output.start_logits.argmax(), output.end_logits.argmax()\n"
         'print(tokenizer.decode(tokens["input_ids"][0, first : last + 1]))\n'
     ),
     MASKED_WORDS: (
-        'tokens = tokenizer(f"Hello {tokenizer.mask_token}", return_tensors="pt").to(model.device)\n'
+        'tokens = tokenizer(f"Hello {tokenizer.mask_token}", return_tensors="pt").to(model.device)\n'  # noqa: E501
         'place = tokens["input_ids"][0].tolist().index(tokenizer.mask_token_id)\n'
         "print(tokenizer.decode(model(**tokens).logits[0, place].argmax()))\n"
     ),
     STATES: (
         'tokens = tokenizer("Hello", return_tensors="pt").to(model.device)\n'
-        "states = model(**tokens).last_hidden_state  # (batch, tokens, width)\nprint(states.shape)\n"
+        "states = model(**tokens).last_hidden_state  # (batch, tokens, width)\nprint(states.shape)\n"  # noqa: E501
     ),
 }
 
 #: Of a graph's output.
-_SHAPES = {TEXT_CLASSES: "batch, labels", TOKEN_CLASSES: "batch, tokens, labels", STATES: "batch, tokens, width"}
+_SHAPES = {
+    TEXT_CLASSES: "batch, labels",
+    TOKEN_CLASSES: "batch, tokens, labels",
+    STATES: "batch, tokens, width",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,7 @@ def describe_usage(usage: Usage, of_format: Callable[[Usage], str]) -> str:
     else:
         folder = usage.repo.rpartition("/")[2]
         start = shell_block(f"hf download {usage.repo} --local-dir {folder}\ncd {folder}")
-    code = "The model brings Python code of its own, which `trust_remote_code=True` allows to run: read it first.\n\n"
+    code = "The model brings Python code of its own, which `trust_remote_code=True` allows to run: read it first.\n\n"  # noqa: E501
     return start + (code if usage.own_code else "") + of_format(usage)
 
 
@@ -107,14 +113,16 @@ def load_model(usage: Usage) -> str:
     """The model and its tokenizer, with transformers."""
     return (
         f"from transformers import {usage.task.loader}, AutoTokenizer\n\n"
-        f'model = {usage.task.loader}.from_pretrained({json.dumps(usage.place)}, dtype="auto"{allow_code(usage)})\n'
+        f'model = {usage.task.loader}.from_pretrained({json.dumps(usage.place)}, dtype="auto"{allow_code(usage)})\n'  # noqa: E501
         + load_tokenizer(usage)
     )
 
 
 def load_tokenizer(usage: Usage) -> str:
     """The tokenizer alone."""
-    return f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(usage.place)}{allow_code(usage)})\n"
+    return (
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(usage.place)}{allow_code(usage)})\n"
+    )
 
 
 def allow_code(usage: Usage) -> str:
@@ -129,20 +137,22 @@ def ask(usage: Usage) -> str:
     if usage.has_template:
         prompt = (
             "prompt = tokenizer.apply_chat_template(\n"
-            '    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
+            '    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True\n'  # noqa: E501
             ").to(model.device)\n"
         )
     else:
         prompt = 'prompt = tokenizer("Once upon a time", return_tensors="pt").to(model.device)\n'
     return (
         f"{prompt}output = model.generate(**prompt, max_new_tokens=100)\n"
-        'print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))\n'
+        'print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))\n'  # noqa: E501
     )
 
 
 def adapt_output(usage: Usage, code: str) -> str:
     """The same code for models whose output is not a label for each text."""
-    code = code.replace("(batch, labels)", f"({_SHAPES.get(usage.task, 'batch, tokens, vocabulary')})")
+    code = code.replace(
+        "(batch, labels)", f"({_SHAPES.get(usage.task, 'batch, tokens, vocabulary')})"
+    )
     if usage.task is STATES:
         return code.replace("print(output.argmax(-1))", "print(output.shape)")
     if not usage.writes_text:
@@ -156,7 +166,7 @@ def warn_no_cache(usage: Usage) -> str:
     """Of graphs that write text."""
     if not usage.writes_text:
         return ""
-    return "The graph has no cache of keys and values: each further token costs a pass over the whole text.\n\n"
+    return "The graph has no cache of keys and values: each further token costs a pass over the whole text.\n\n"  # noqa: E501
 
 
 def serve_with_vllm(usage: Usage) -> str:

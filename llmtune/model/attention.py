@@ -1,5 +1,5 @@
-"""What transformers decides about attention, where it decides slowly or without asking: by a look at the GPU, for the slowest
-kernel, or without the borders of the documents that share a row.
+"""What transformers decides about attention, where it decides slowly or without asking: by a look
+at the GPU, for the slowest kernel, or without the borders of the documents that share a row.
 """
 
 from __future__ import annotations
@@ -29,19 +29,26 @@ class _Pass:
 _pass: _Pass | None = None
 
 #: transformers' functions that make masks, as its models import them.
-_MASK_MAKERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
+_MASK_MAKERS = (
+    "create_causal_mask",
+    "create_sliding_window_causal_mask",
+    "create_chunked_causal_mask",
+)
 
 
 def answer_on_host(model: Any) -> None:
-    """Have a causal model's masks made with the borders of documents, and without a look at the positions, which lie on the GPU.
+    """Have a causal model's masks made with the borders of documents, and without a look at the
+    positions, which lie on the GPU.
 
-    transformers takes rows for packed ones where their positions restart. Where no positions are given it makes them itself,
-    and they do not; where they are given, documents are told apart by them in any case, which is right for one document too.
+    transformers takes rows for packed ones where their positions restart. Where no positions are
+    given it makes them itself, and they do not; where they are given, documents are told apart by
+    them in any case, which is right for one document too.
 
-    Architectures such as OPT, MPT, BLOOM and gpt-oss take positions and do not hand them on to the functions that make their
-    masks, or hand on a mask of ones of their own, so that the documents of a row would see each other. Those functions get the
-    positions here. What is mixed nevertheless, such as the state of a recurrent layer,
-    :mod:`llmtune.train.hooks.packing_probe` finds.
+    Architectures such as OPT, MPT, BLOOM and gpt-oss take positions and do not hand them on to the
+    functions that make their masks, or hand on a mask of ones of their own, so that the documents
+    of a row would see each other. Those functions get the positions here. What is mixed
+    nevertheless, such as the state of a recurrent layer, :mod:`llmtune.train.hooks.packing_probe`
+    finds.
     """
     from transformers import masking_utils, modeling_flash_attention_utils
 
@@ -64,7 +71,9 @@ def answer_on_host(model: Any) -> None:
 
 
 def _with_borders(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A maker of masks that is given the positions of the forward pass where its model does not hand them on."""
+    """A maker of masks that is given the positions of the forward pass where its model does not
+    hand them on.
+    """
     signature = inspect.signature(make)
 
     @functools.wraps(make)
@@ -72,7 +81,12 @@ def _with_borders(make: Callable[..., Any]) -> Callable[..., Any]:
         values = signature.bind_partial(*arguments, **named).arguments
         shape = values["inputs_embeds"].shape[:2]
         given = _pass.positions if _pass else None
-        if _pass and given is not None and values.get("past_key_values") is None and given.shape == shape:
+        if (
+            _pass
+            and given is not None
+            and values.get("past_key_values") is None
+            and given.shape == shape
+        ):
             values["position_ids"] = given
             if not _pass.masked:
                 values["attention_mask"] = None
@@ -94,7 +108,10 @@ def _forget_inputs(_: Any, __: tuple[Any, ...], ___: Any) -> None:
 
 def _without_a_look(find: Callable[..., Any]) -> Callable[..., Any]:
     def find_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
-        """The number of each token's document in its row, or None where rows hold one each. Shapes: (rows, length)."""
+        """The number of each token's document in its row, or None where rows hold one each.
+
+        Shapes: (rows, length).
+        """
         if _pass is None:
             found: torch.Tensor | None = find(position_ids)
             return found
@@ -109,19 +126,27 @@ def _without_a_look(find: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_asking(ask: Callable[..., Any]) -> Callable[..., Any]:
     def is_packed(position_ids: torch.Tensor | None, batch_size: int) -> Any:
-        """Whether the positions, shape (1, length), restart: not where the model made them itself."""
-        return False if _pass is not None and _pass.positions is None else ask(position_ids, batch_size)
+        """Whether the positions, shape (1, length), restart: not where the model made them
+        itself.
+        """
+        return (
+            False
+            if _pass is not None and _pass.positions is None
+            else ask(position_ids, batch_size)
+        )
 
     is_packed.knows_borders = True  # type: ignore[attr-defined]
     return is_packed
 
 
 def group_heads_only_for_flash() -> None:
-    """Have keys and values repeated for every head where only the math kernel would take them grouped.
+    """Have keys and values repeated for every head where only the math kernel would take them
+    grouped.
 
-    SDPA of torch before 2.14 takes grouped heads (``enable_gqa``) in FlashAttention's kernel, which is for 16 bits and for Ampere
-    and later, and else in the math kernel, which holds every product of two tokens. Repeated, they fit the memory-efficient
-    kernel, which takes them grouped from torch 2.14 on.
+    SDPA of torch before 2.14 takes grouped heads (``enable_gqa``) in FlashAttention's kernel, which
+    is for 16 bits and for Ampere and later, and else in the math kernel, which holds every product
+    of two tokens. Repeated, they fit the memory-efficient kernel, which takes them grouped from
+    torch 2.14 on.
     """
     if Version(torch.__version__) >= Version("2.14"):
         return
@@ -131,7 +156,9 @@ def group_heads_only_for_flash() -> None:
     if getattr(decide, "__name__", "") == "use_gqa_where_flash":
         return
 
-    def use_gqa_where_flash(mask: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> bool:
+    def use_gqa_where_flash(
+        mask: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor
+    ) -> bool:
         if key.device.type == "cuda" and (
             key.dtype == torch.float32 or torch.cuda.get_device_capability(key.device)[0] < 8
         ):

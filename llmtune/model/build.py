@@ -19,7 +19,11 @@ from llmtune.model.weights.report import WeightReport
 from llmtune.model.weights.zero3_loading import load_partitions, restore_buffers
 from llmtune.process import no_collection
 
-DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
+DTYPES = {
+    Precision.bf16: torch.bfloat16,
+    Precision.fp16: torch.float16,
+    Precision.fp32: torch.float32,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,8 @@ def build_model(
         weights: Where they go; without it, whole to the host.
 
     Raises:
-        ConfigError: Weights in fewer bits are to be cut into slices, whose bytes are no numbers of the model.
+        ConfigError: Weights in fewer bits are to be cut into slices, whose bytes are no numbers of
+            the model.
         MissingPrerequisiteError: ``model.attn_implementation`` needs a package that is not there.
     """
     with no_collection():
@@ -58,18 +63,29 @@ def build_model(
 
     model: Any
     dtype = DTYPES[precision]
-    settings = {"attn_implementation": attn_implementation, "trust_remote_code": config.trust_remote_code}
+    settings = {
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": config.trust_remote_code,
+    }
     try:
         if weights.partitioned is None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, device_map=weights.device_map, output_loading_info=True, **settings
+                str(folder),
+                dtype=dtype,
+                device_map=weights.device_map,
+                output_loading_info=True,
+                **settings,
             )
             model, found = loaded
             _refuse_random(model, found["missing_keys"], folder)
         elif quantization(folder) is not None:
-            raise ConfigError(f"{folder} holds weights in fewer bits, which ZeRO 3 cannot cut into slices")
+            raise ConfigError(
+                f"{folder} holds weights in fewer bits, which ZeRO 3 cannot cut into slices"
+            )
         else:
-            architecture = AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
+            architecture = AutoConfig.from_pretrained(
+                str(folder), trust_remote_code=config.trust_remote_code
+            )
 
             def make(of: torch.dtype) -> Any:
                 return AutoModelForCausalLM.from_config(architecture, dtype=of, **settings)
@@ -83,7 +99,9 @@ def build_model(
             load_partitions(model, folder, weights.rank)
     except ImportError as error:
         reason = str(error).strip().splitlines()[0]
-        raise MissingPrerequisiteError(f"model.attn_implementation={attn_implementation}: {reason}") from error
+        raise MissingPrerequisiteError(
+            f"model.attn_implementation={attn_implementation}: {reason}"
+        ) from error
     model.config.use_cache = False
     answer_on_host(model)
     group_heads_only_for_flash()
@@ -95,23 +113,28 @@ def build_model(
 
 
 def _refuse_random(model: Any, missing: Iterable[str], folder: Path) -> None:
-    """transformers draws what the files lack, on every rank anew, and takes packed numbers for weights. Before a run both were
-    looked for already."""
+    """transformers draws what the files lack, on every rank anew, and takes packed numbers for
+    weights. Before a run both were looked for already."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     random = tuple(sorted(parameters & set(missing)))
     meaningless: list[str] = []
     if quantization(folder) is None:
         stored = read_entries(folder)
-        meaningless = find_meaningless({name: name for name in parameters & stored.keys()}, stored, parameters)
+        meaningless = find_meaningless(
+            {name: name for name in parameters & stored.keys()}, stored, parameters
+        )
     WeightReport(random, (), (), (), (), (), tuple(meaningless)).refuse(str(folder), folder)
 
 
 def sees_padding(model: Any) -> bool:
     """Whether tokens see what comes after them, so that the model must be told where padding is.
 
-    Configurations say it of some; of BERT and its kin, which look ahead unless they are told to be decoders, the layers do.
+    Configurations say it of some; of BERT and its kin, which look ahead unless they are told to be
+    decoders, the layers do.
     """
     text = model.config.get_text_config()
-    if getattr(text, "is_causal", True) is False or bool(getattr(text, "use_bidirectional_attention", False)):
+    if getattr(text, "is_causal", True) is False or bool(
+        getattr(text, "use_bidirectional_attention", False)
+    ):
         return True
     return any(getattr(module, "is_causal", True) is False for module in model.modules())

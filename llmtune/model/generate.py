@@ -39,10 +39,14 @@ def answer(
 
     texts = [p if isinstance(p, str) else render_prompt(tokenizer, p) for p in prompts]
     # Padding belongs on the left here: what is generated follows the last token.
-    encoded = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left"
+    )
     _check_tokens(model, tokenizer, encoded["input_ids"])
     device = device or next(model.parameters()).device
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=end_of_turn_ids(tokenizer),
@@ -69,6 +73,7 @@ def _check_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Ten
     largest = int(ids.max()) if ids.numel() else -1
     if rows is not None and largest >= rows:
         raise DataError(
-            f"the prompt holds token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model has embeddings for "
-            f"{rows}: take the tokenizer that the model was saved with, or another data.chat_template"
+            f"the prompt holds token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and"
+            f" the model has embeddings for {rows}: take the tokenizer that the model was saved"
+            " with, or another data.chat_template"
         )

@@ -1,4 +1,7 @@
-"""The loss, in one place: the sum over trained tokens. Whoever divides knows the number of tokens."""
+"""The loss, in one place: the sum over trained tokens.
+
+Whoever divides knows the number of tokens.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,9 @@ def sum_token_losses(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     Args:
         logits: (rows, length, vocabulary).
 
-    Only the rows of ``logits`` that are trained are made fp32, which is most of the memory of the usual loss. They are picked
-    by number: a mask would have the host wait for the GPU, which alone knows how many there are.
+    Only the rows of ``logits`` that are trained are made fp32, which is most of the memory of the
+    usual loss. They are picked by number: a mask would have the host wait for the GPU, which alone
+    knows how many there are.
     """
     picked = logits.flatten(0, 1).index_select(0, targets.positions).float()
     return F.cross_entropy(picked, targets.tokens, reduction="sum")

@@ -1,4 +1,6 @@
-"""Python code that a model brings along: it runs only where the command line of this call asks for it."""
+"""Python code that a model brings along: it runs only where the command line of this call asks for
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _NAMED = "auto_map"
 
 
 def find_own_code(folder: Path) -> list[str]:
-    """The classes of its own that a model folder names, such as ``modeling_x.XForCausalLM``; or of another repository."""
+    """The classes of its own that a model folder names, such as ``modeling_x.XForCausalLM``; or of
+    another repository.
+    """
     found: set[str] = set()
     for name in _FILES:
         try:
@@ -34,11 +38,17 @@ def find_own_code(folder: Path) -> list[str]:
 def describe_own_code(folder: Path) -> str:
     """A warning that the code of a folder is about to run; empty for a model without any."""
     classes = find_own_code(folder)
-    return f"note: Python code that {folder} names runs now ({KEY}=true): {', '.join(classes)}" if classes else ""
+    return (
+        f"note: Python code that {folder} names runs now ({KEY}=true): {', '.join(classes)}"
+        if classes
+        else ""
+    )
 
 
 @contextmanager
-def explain_own_code(folder: Path, asked_by: str | None, of_adapter: bool = False) -> Iterator[None]:
+def explain_own_code(
+    folder: Path, asked_by: str | None, of_adapter: bool = False
+) -> Iterator[None]:
     """In the block, a library's refusal to run a model's code becomes an error with the next step.
 
     Args:
@@ -53,13 +63,19 @@ def explain_own_code(folder: Path, asked_by: str | None, of_adapter: bool = Fals
     except ValueError as error:
         if KEY.partition(".")[2] not in str(error):
             raise
-        asked = f" {asked_by} asks for that itself, which does not count: it may be anybody's." if asked_by else ""
+        asked = (
+            f" {asked_by} asks for that itself, which does not count: it may be anybody's."
+            if asked_by
+            else ""
+        )
         advice = f"Read it; if you trust it, add {KEY}=true to this command"
         if of_adapter:
             advice = (
-                f"It need not: the code of an adapter never runs, but {KEY}=true has the base's class read its tokens"
+                f"It need not: the code of an adapter never runs, but {KEY}=true has the base's"
+                " class read its tokens"
             )
         classes = ", ".join(find_own_code(folder)) or "of another repository"
         raise ConfigError(
-            f"{folder} needs Python code of its own ({classes}), which would run as you.{asked} {advice}"
+            f"{folder} needs Python code of its own ({classes}), which would run as you.{asked}"
+            f" {advice}"
         ) from error

@@ -1,4 +1,6 @@
-"""A model of random weights with a small tokenizer of its own, for tests and for trying geometries."""
+"""A model of random weights with a small tokenizer of its own, for tests and for trying
+geometries.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ MAX_TOKENS = 512
 
 
 def write_random_model(numbers: dict[str, Any], folder: Path) -> None:
-    """Write config, bf16 weights (seed 0) and tokenizer of the architecture ``numbers`` (as in ``config.json``)."""
+    """Write config, bf16 weights (seed 0) and tokenizer of the architecture ``numbers`` (as in
+    ``config.json``).
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -35,7 +39,9 @@ def write_random_model(numbers: dict[str, Any], folder: Path) -> None:
 
 
 def build_tokenizer(vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer with the ChatML template, trained on docstrings of Python's built-ins."""
+    """A byte-level BPE tokenizer with the ChatML template, trained on docstrings of Python's
+    built-ins.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -48,10 +54,16 @@ def build_tokenizer(vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = [str(getattr(builtins, name).__doc__) for name in ("str", "int", "dict", "list", "open", "print", "zip")]
+    corpus = [
+        str(getattr(builtins, name).__doc__)
+        for name in ("str", "int", "dict", "list", "open", "print", "zip")
+    ]
     backend.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
     )
     tokenizer.chat_template = (
         Path(str(resources.files("llmtune.conf"))) / "chat_template" / "chatml.jinja"

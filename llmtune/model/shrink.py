@@ -1,11 +1,14 @@
-"""A small model of an architecture: its layers as they are, only few and narrow, so that a CPU can try them in no time."""
+"""A small model of an architecture: its layers as they are, only few and narrow, so that a CPU can
+try them in no time.
+"""
 
 from __future__ import annotations
 
 from copy import deepcopy
 from typing import Any
 
-#: Layers that are kept: most patterns of layers, such as one of full attention after five with a window, repeat by then.
+# : Layers that are kept: most patterns of layers, such as one of full attention after five with a
+# window, repeat by then.
 MAX_LAYERS = 16
 VOCABULARY = 128
 #: Shorter than the documents that are tried, so that windows take part.
@@ -22,26 +25,42 @@ _NUMBERS = {
     "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
     "rotary_dim": _NARROW,
-    **dict.fromkeys(("ffn_dim", "ffn_hidden_size", "n_inner", "dff", "lru_width", "hidden_size_per_layer_input"), 64),
+    **dict.fromkeys(
+        (
+            "ffn_dim",
+            "ffn_hidden_size",
+            "n_inner",
+            "dff",
+            "lru_width",
+            "hidden_size_per_layer_input",
+        ),
+        64,
+    ),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "laurel_rank"), _NARROW),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "qk_head_dim"), _NARROW),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _EXPERTS),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _EXPERTS
+    ),
     **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "moe_k"), _TAKEN),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
     **dict.fromkeys(("linear_num_key_heads",), 2),
     **dict.fromkeys(("linear_num_value_heads",), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), _NARROW),
     **dict.fromkeys(("mamba_d_state", "state_size", "mamba_dt_rank", "time_step_rank"), _NARROW),
-    **dict.fromkeys(("sliding_window", "window_size", "local_attention", "attention_window_size"), WINDOW),
-    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size", "attention_chunk_size"), 4 * WINDOW),
+    **dict.fromkeys(
+        ("sliding_window", "window_size", "local_attention", "attention_window_size"), WINDOW
+    ),
+    **dict.fromkeys(
+        ("chunk_size", "mamba_chunk_size", "block_size", "attention_chunk_size"), 4 * WINDOW
+    ),
 }
 
 
 def shrink(architecture: Any) -> Any:
     """A configuration of the same kind with small numbers; a transformers configuration.
 
-    Numbers that depend on each other in a way that is not known here give a model that cannot be built or run: whoever builds it
-    must expect that.
+    Numbers that depend on each other in a way that is not known here give a model that cannot be
+    built or run: whoever builds it must expect that.
     """
     small = deepcopy(architecture.get_text_config())
     layers = min(MAX_LAYERS, int(small.num_hidden_layers))
@@ -66,7 +85,9 @@ def _shorten_lists(small: Any, before: int, layers: int) -> None:
             continue
         if len(value) == before:
             setattr(small, name, type(value)(value[:layers]))
-        elif name.endswith(("indices", "ids", "idxs", "layers")) and all(isinstance(one, int) for one in value):
+        elif name.endswith(("indices", "ids", "idxs", "layers")) and all(
+            isinstance(one, int) for one in value
+        ):
             # At least one of them stays: it is what makes the architecture.
             setattr(small, name, [one for one in value if one < layers] or [layers - 1])
 
@@ -95,9 +116,16 @@ def _narrow(small: Any) -> None:
         # What is computed from others is no number of its own.
         if isinstance(vars(small).get(name), int):
             # DeepSeek's is that of the rotated part of a head.
-            setattr(small, name, _NARROW if getattr(small, "qk_rope_head_dim", None) else _HEAD_SIZE)
+            setattr(
+                small, name, _NARROW if getattr(small, "qk_rope_head_dim", None) else _HEAD_SIZE
+            )
     for part in (small, getattr(small, "attn_config", None)):
-        for name in ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "kv_n_heads"):
+        for name in (
+            "num_key_value_heads",
+            "num_kv_heads",
+            "num_global_key_value_heads",
+            "kv_n_heads",
+        ):
             if getattr(part, name, None):
                 same, one = grouped == heads, grouped == 1
                 setattr(part, name, kept if same else 1 if one else max(1, kept // 2))

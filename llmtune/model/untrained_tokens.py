@@ -1,4 +1,6 @@
-"""Tokens whose embeddings the base model never trained, such as Llama-3's reserved ones: little can be learned on them."""
+"""Tokens whose embeddings the base model never trained, such as Llama-3's reserved ones: little can
+be learned on them.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,32 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Endings of the names of input and output embeddings in the field's models.
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "lm_head.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "lm_head.weight",
+)
 
-#: A row counts as untrained whose norm is below this share of the usual one (Llama-3's are smaller by orders of magnitude).
+# : A row counts as untrained whose norm is below this share of the usual one (Llama-3's are smaller
+# by orders of magnitude).
 _SMALL_SHARE = 0.01
 
 #: Rows by which the usual norm is known.
 _SAMPLED_ROWS = 257
 
 #: As safetensors calls them. numpy has no bf16, which is the upper half of an fp32 number.
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
 
 
 def find_untrained_tokens(folder: Path, tokens: Iterable[int]) -> list[int]:
-    """Those of the tokens that have an embedding of next to no length. Only their rows are read, and torch is not needed.
+    """Those of the tokens that have an embedding of next to no length. Only their rows are read,
+    and torch is not needed.
 
     Args:
         folder: Model folder with safetensors. Embeddings in fewer than 16 bits are not looked at.
@@ -51,7 +65,8 @@ def _open_embeddings(file: Path) -> list[NDArray[np.generic]]:
         header = read_header(file)
     except ValueError as error:
         raise MissingPrerequisiteError(
-            f"{file}: no whole safetensors file (cut off, or a pointer of Git LFS: run git lfs pull in its folder; {error})"
+            f"{file}: no whole safetensors file (cut off, or a pointer of Git LFS: run git lfs pull"
+            f" in its folder; {error})"
         ) from error
     found: list[NDArray[np.generic]] = []
     for name, about in header.items():
@@ -65,12 +80,16 @@ def _small_rows(embedding: NDArray[np.generic], tokens: list[int]) -> set[int]:
     sampled = np.sort(_norms(embedding, list(range(0, rows, max(1, rows // _SAMPLED_ROWS)))))
     limit = _SMALL_SHARE * float(sampled[len(sampled) // 2])
     known = [token for token in tokens if token < rows]
-    return {token for token, norm in zip(known, _norms(embedding, known), strict=True) if norm < limit}
+    return {
+        token for token, norm in zip(known, _norms(embedding, known), strict=True) if norm < limit
+    }
 
 
 def _norms(embedding: NDArray[np.generic], rows: list[int]) -> NDArray[np.float32]:
     picked = np.asarray(embedding[rows])
     numbers = (
-        (picked.astype(np.uint32) << 16).view(np.float32) if picked.dtype == np.uint16 else picked.astype(np.float32)
+        (picked.astype(np.uint32) << 16).view(np.float32)
+        if picked.dtype == np.uint16
+        else picked.astype(np.float32)
     )
     return np.asarray(np.linalg.norm(numbers, axis=1), dtype=np.float32)

@@ -1,1 +1,3 @@
-"""Frozen numbers: hardware, model shape, batches, memory, the placement, and DeepSpeed's dictionary."""
+"""Frozen numbers: hardware, model shape, batches, memory, the placement, and DeepSpeed's
+dictionary.
+"""

@@ -9,7 +9,8 @@ from llmtune.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-#: Kernels of attention that transformers knows by a name -> the attribute of a model's class that says whether it has them.
+# : Kernels of attention that transformers knows by a name -> the attribute of a model's class that
+# says whether it has them.
 _KERNELS = {
     "sdpa": "_supports_sdpa",
     "flash_attention_2": "_supports_flash_attn",
@@ -21,12 +22,15 @@ _SCALING = ("linear", "dynamic", "yarn")
 
 
 def attention_kernels(model: Any) -> tuple[str, ...]:
-    """The kernels that a model (or its class) computes attention with; ``eager``, which all have, comes first."""
+    """The kernels that a model (or its class) computes attention with; ``eager``, which all have,
+    comes first.
+    """
     return ("eager", *(kernel for kernel, flag in _KERNELS.items() if getattr(model, flag, False)))
 
 
 def check_kernel(wanted: str, kernels: tuple[str, ...], name: str) -> None:
-    """Refuse a kernel that the architecture lacks; names that are not transformers' own are left to it.
+    """Refuse a kernel that the architecture lacks; names that are not transformers' own are left to
+    it.
 
     Args:
         kernels: Those of the architecture.
@@ -37,17 +41,19 @@ def check_kernel(wanted: str, kernels: tuple[str, ...], name: str) -> None:
     """
     if wanted in _KERNELS and wanted not in kernels:
         raise ConfigError(
-            f"model.attn_implementation={wanted}: transformers has no such kernel for the architecture of {name}, only "
-            f"{' and '.join(kernels)}; take model.attn_implementation=auto or eager"
+            f"model.attn_implementation={wanted}: transformers has no such kernel for the"
+            f" architecture of {name}, only {' and '.join(kernels)}; take"
+            " model.attn_implementation=auto or eager"
         )
 
 
 def max_positions(model: nn.Module, architecture: Any) -> int | None:
     """Tokens of the longest row that the model knows positions for; None where it knows no limit.
 
-    Learned positions end with their table. Rotary ones can be computed for any row, and mean nothing to the model beyond those
-    that it was trained on, which the configuration names; where a scaling multiplies them and the configuration does not say
-    whether its number stands before or after it, the larger is taken. ALiBi and recurrent layers go on for ever.
+    Learned positions end with their table. Rotary ones can be computed for any row, and mean
+    nothing to the model beyond those that it was trained on, which the configuration names; where a
+    scaling multiplies them and the configuration does not say whether its number stands before or
+    after it, the larger is taken. ALiBi and recurrent layers go on for ever.
 
     Args:
         model: On the meta device.
@@ -57,11 +63,19 @@ def max_positions(model: nn.Module, architecture: Any) -> int | None:
 
     text = architecture.get_text_config()
     known = named_positions(text)
-    if known is None or getattr(text, "alibi", False) or not getattr(text, "num_attention_heads", None):
+    if (
+        known is None
+        or getattr(text, "alibi", False)
+        or not getattr(text, "num_attention_heads", None)
+    ):
         return None
     for name, module in model.named_modules():
         # RoBERTa's positions begin behind its padding token's, in the same table.
-        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+        if (
+            isinstance(module, nn.Embedding)
+            and "position" in name
+            and module.padding_idx is not None
+        ):
             known = min(known, module.num_embeddings - module.padding_idx - 1)
     return max([known, *_scaled_positions(text, known)])
 
@@ -91,13 +105,15 @@ def check_row_length(max_seq_length: int, positions: int | None, name: str) -> N
     """
     if positions is not None and max_seq_length > positions:
         raise ConfigError(
-            f"data.max_seq_length={max_seq_length}: {name} has {positions} positions, and what stands behind them would be "
-            f"out of its range; take data.max_seq_length={positions} or less (data.overlong says what happens to longer rows), "
-            "or a model whose config.json scales them (rope_scaling)"
+            f"data.max_seq_length={max_seq_length}: {name} has {positions} positions, and what"
+            f" stands behind them would be out of its range; take data.max_seq_length={positions}"
+            " or less (data.overlong says what happens to longer rows), or a model whose"
+            " config.json scales them (rope_scaling)"
         )
 
 
-#: Architectures that use a layer's weight without calling the layer, where ZeRO 3 has only a slice of it.
+# : Architectures that use a layer's weight without calling the layer, where ZeRO 3 has only a slice
+# of it.
 _NOT_PARTITIONED = ("gemma3n", "gemma3n_text")
 
 
@@ -113,6 +129,6 @@ def check_stage(stage: int, kind: str, name: str) -> None:
     """
     if stage == 3 and kind in _NOT_PARTITIONED:
         raise ConfigError(
-            f"zero=3: {name} ({kind}) uses weights without calling the layers that own them, and DeepSpeed would not have "
-            "gathered them; take zero=2"
+            f"zero=3: {name} ({kind}) uses weights without calling the layers that own them, and"
+            " DeepSpeed would not have gathered them; take zero=2"
         )

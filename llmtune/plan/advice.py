@@ -1,4 +1,6 @@
-"""What would help and is never done by itself: changes of the arithmetic with what they save, and what would make it fit."""
+"""What would help and is never done by itself: changes of the arithmetic with what they save, and
+what would make it fit.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class Advice:
 
 def list_advice(config: Config, ladder: Ladder) -> list[Advice]:
     """What would change the arithmetic, for the chosen candidate or the first rung's smallest."""
-    candidate = ladder.chosen or next((rung.candidate for rung in ladder.rungs if rung.candidate), None)
+    candidate = ladder.chosen or next(
+        (rung.candidate for rung in ladder.rungs if rung.candidate), None
+    )
     if candidate is None:
         return []
     found = list(_state_advice(config, ladder, candidate.placement))
@@ -36,7 +40,14 @@ def list_advice(config: Config, ladder: Ladder) -> list[Advice]:
     length = config.data.max_seq_length
     by_length = device.activations + device.logits + device.working_set
     if length > 1024 and candidate.batch.micro_batch_size == 1:
-        found.append(Advice("rows half as long", by_length // 2, "accelerator", f"data.max_seq_length={length // 2}"))
+        found.append(
+            Advice(
+                "rows half as long",
+                by_length // 2,
+                "accelerator",
+                f"data.max_seq_length={length // 2}",
+            )
+        )
     return sorted(found, key=lambda advice: -advice.saves_bytes)
 
 
@@ -53,7 +64,10 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
     yield Advice("moments in 8 bits (bitsandbytes)", 6 * trained, where, None)
     if placement.optimizer == "cpu":
         yield Advice(
-            "a quarter of the optimizer back on the accelerator, with another AdamW there", 4 * trained, where, None
+            "a quarter of the optimizer back on the accelerator, with another AdamW there",
+            4 * trained,
+            where,
+            None,
         )
 
 
@@ -67,12 +81,17 @@ def smallest_change(config: Config, ladder: Ladder, build: Build) -> str:
         found = build(other, hardware)
         if found.chosen is not None:
             candidate = found.chosen
-            return f"{change} ({candidate.describe()}; {format_bytes(candidate.memory.device.total)} a rank)"
+            return (
+                f"{change} ({candidate.describe()}; {format_bytes(candidate.memory.device.total)} a"
+                " rank)"
+            )
     return "a smaller model (model=llama3_8b, model=smollm2_135m), or many more accelerators"
 
 
 def _changes(config: Config, ladder: Ladder) -> Iterator[tuple[str, Config, Hardware]]:
-    """From what costs nothing to what costs most: the user's own restrictions, drives, rows, adapters, memory, machines."""
+    """From what costs nothing to what costs most: the user's own restrictions, drives, rows,
+    adapters, memory, machines.
+    """
     hardware = ladder.hardware
     free = copy.deepcopy(config)
     free.offload = replace(OffloadConfig(), nvme_path=config.offload.nvme_path)
@@ -119,7 +138,11 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[tuple[str, Config, Hard
         yield "tuner=lora", lora, hardware
     host = _needed_host(ladder)
     if hardware.accelerator == "cuda" and host > hardware.host_memory_bytes:
-        yield f"{format_bytes(host)} of host memory", free, replace(hardware, host_memory_bytes=host)
+        yield (
+            f"{format_bytes(host)} of host memory",
+            free,
+            replace(hardware, host_memory_bytes=host),
+        )
     for factor in (2, 4, 8, 16) if hardware.accelerator == "cuda" else ():
         nodes = replace(hardware, nodes=hardware.nodes * factor)
         yield f"hardware.nodes={nodes.nodes}", free, nodes
@@ -133,7 +156,13 @@ def _needed_nvme(ladder: Ladder) -> int:
 
 
 def _needed_host(ladder: Ladder) -> int:
-    candidates: list[Candidate] = [c for c in ladder.candidates if c.placement.rung in ("optimizer_cpu", "cpu")]
-    needed = min((c.memory.host.total for c in candidates), default=0) * ladder.cluster.ranks_on_node / USABLE_SHARE
+    candidates: list[Candidate] = [
+        c for c in ladder.candidates if c.placement.rung in ("optimizer_cpu", "cpu")
+    ]
+    needed = (
+        min((c.memory.host.total for c in candidates), default=0)
+        * ladder.cluster.ranks_on_node
+        / USABLE_SHARE
+    )
     unit = 64 * 10**9
     return int(-(-needed // unit) * unit)

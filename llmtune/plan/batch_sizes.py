@@ -1,4 +1,6 @@
-"""Rows of an optimizer step, of a micro-batch, and how many micro-batches are accumulated: any two settle the third."""
+"""Rows of an optimizer step, of a micro-batch, and how many micro-batches are accumulated: any two
+settle the third.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from llmtune.config.schema import TrainConfig
 from llmtune.errors import ConfigError
 from llmtune.units import counted
 
-#: ``auto`` fills a micro-batch up to this many tokens; more rarely makes a GPU faster and always costs activations. A CPU
-#: gains nothing from large micro-batches and loses what they pad (SmolLM2-135M on 2 cores: 354 tokens/s at 2 rows, 316 at 8).
+# : ``auto`` fills a micro-batch up to this many tokens; more rarely makes a GPU faster and always
+# costs activations. A CPU : gains nothing from large micro-batches and loses what they pad
+# (SmolLM2-135M on 2 cores: 354 tokens/s at 2 rows, 316 at 8).
 AUTO_MICRO_BATCH_TOKENS = {"cuda": 32768, "cpu": 1024}
 
 #: ``train.global_batch_size=auto`` is at least this.
@@ -36,7 +39,9 @@ class BatchPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """What is settled of a step before memory and speed are looked at; ``global_batch_size`` divides among the ranks."""
+    """What is settled of a step before memory and speed are looked at; ``global_batch_size``
+    divides among the ranks.
+    """
 
     global_batch_size: int
     micro_batch_size: int | None
@@ -46,11 +51,12 @@ class StepRows:
 
 
 def settle_batch(train: TrainConfig, world_size: int, begun: TrainConfig | None = None) -> StepRows:
-    """Fill in what ``auto`` leaves open, but for the micro-batch where nothing says how large it is.
+    """Fill in what ``auto`` leaves open, but for the micro-batch where nothing says how large it
+    is.
 
     Args:
-        begun: What the run was started with, where it goes on. Its ``global_batch_size`` stays, whatever the ranks, for a step
-            of other rows would be another training.
+        begun: What the run was started with, where it goes on. Its ``global_batch_size`` stays,
+            whatever the ranks, for a step of other rows would be another training.
 
     Raises:
         ConfigError: The numbers contradict each other, or do not divide among the ranks.
@@ -73,7 +79,11 @@ def settle_batch(train: TrainConfig, world_size: int, begun: TrainConfig | None 
 
 
 def batch_options(
-    train: TrainConfig, world_size: int, max_seq_length: int, accelerator: str, begun: TrainConfig | None = None
+    train: TrainConfig,
+    world_size: int,
+    max_seq_length: int,
+    accelerator: str,
+    begun: TrainConfig | None = None,
 ) -> list[BatchPlan]:
     """Every way to reach the global batch that the config leaves open, largest micro-batch first.
 
@@ -93,9 +103,12 @@ def _derive(micro: int | None, accumulation: int | None, world_size: int) -> tup
     """``train.global_batch_size=auto`` of a new run, and where it came from."""
     unit = world_size * (micro or 1) * (accumulation or 1)
     if micro and accumulation:
-        return unit, (
-            f"rows a step: {unit}, train.per_device_train_batch_size={micro} x "
-            f"train.gradient_accumulation_steps={accumulation} x {counted(world_size, 'rank')}"
+        return (
+            unit,
+            (
+                f"rows a step: {unit}, train.per_device_train_batch_size={micro} x "
+                f"train.gradient_accumulation_steps={accumulation} x {counted(world_size, 'rank')}"
+            ),
         )
     rows = math.ceil(AUTO_GLOBAL_BATCH_ROWS / unit) * unit
     factors = [counted(world_size, "rank")]
@@ -103,21 +116,27 @@ def _derive(micro: int | None, accumulation: int | None, world_size: int) -> tup
     factors += [f"{accumulation} accumulated micro-batches"] if accumulation else []
     return (
         rows,
-        f"rows a step: {rows}, the smallest number from {AUTO_GLOBAL_BATCH_ROWS} on for {' and '.join(factors)}",
+        (
+            f"rows a step: {rows}, the smallest number from {AUTO_GLOBAL_BATCH_ROWS} on for"
+            f" {' and '.join(factors)}"
+        ),
     )
 
 
-def _keep(rows: int, micro: int | None, accumulation: int | None, world_size: int, unchanged: bool) -> StepRows:
+def _keep(
+    rows: int, micro: int | None, accumulation: int | None, world_size: int, unchanged: bool
+) -> StepRows:
     """The rows of a run that goes on.
 
     Args:
-        unchanged: The command is that of the first start: its micro-batch or accumulation was for the ranks of then, and gives
-            way. What was set since must divide as ever.
+        unchanged: The command is that of the first start: its micro-batch or accumulation was for
+            the ranks of then, and gives way. What was set since must divide as ever.
     """
     if rows % world_size:
         raise ConfigError(
-            f"the run began with train.global_batch_size={rows}, which it keeps and which does not divide among {world_size} "
-            f"ranks: go on with one of {_divisors(rows)} ranks, or begin another run with run_name= or output_dir="
+            f"the run began with train.global_batch_size={rows}, which it keeps and which does not"
+            f" divide among {world_size} ranks: go on with one of {_divisors(rows)} ranks, or begin"
+            " another run with run_name= or output_dir="
         )
     per_rank = rows // world_size
     if unchanged and micro is not None:
@@ -129,17 +148,22 @@ def _keep(rows: int, micro: int | None, accumulation: int | None, world_size: in
     return StepRows(rows, micro, f"rows a step: {rows}, as the run began")
 
 
-def _settle_micro(rows: int, micro: int | None, accumulation: int | None, world_size: int) -> int | None:
+def _settle_micro(
+    rows: int, micro: int | None, accumulation: int | None, world_size: int
+) -> int | None:
     rows_per_rank = rows // world_size
     if micro is not None and accumulation is not None:
         if micro * accumulation != rows_per_rank:
             raise ConfigError(
-                f"train.per_device_train_batch_size={micro} x train.gradient_accumulation_steps={accumulation} x "
-                f"{counted(world_size, 'rank')} are {micro * accumulation * world_size} rows, not "
-                f"train.global_batch_size={rows}: leave one of the three to auto"
+                f"train.per_device_train_batch_size={micro} x"
+                f" train.gradient_accumulation_steps={accumulation} x {counted(world_size, 'rank')}"
+                f" are {micro * accumulation * world_size} rows, not"
+                f" train.global_batch_size={rows}: leave one of the three to auto"
             )
     elif accumulation is not None:
-        _check_divides("train.gradient_accumulation_steps", accumulation, rows, rows_per_rank, world_size)
+        _check_divides(
+            "train.gradient_accumulation_steps", accumulation, rows, rows_per_rank, world_size
+        )
         return rows_per_rank // accumulation
     elif micro is not None:
         _check_divides("train.per_device_train_batch_size", micro, rows, rows_per_rank, world_size)
@@ -148,7 +172,11 @@ def _settle_micro(rows: int, micro: int | None, accumulation: int | None, world_
 
 def _check_ranks(rows: int, world_size: int) -> None:
     if rows % world_size:
-        near = [size for size in (rows - rows % world_size, rows - rows % world_size + world_size) if size]
+        near = [
+            size
+            for size in (rows - rows % world_size, rows - rows % world_size + world_size)
+            if size
+        ]
         raise ConfigError(
             f"train.global_batch_size={rows} does not divide among {world_size} ranks: "
             f"take {' or '.join(map(str, near))}, or auto"
@@ -158,9 +186,9 @@ def _check_ranks(rows: int, world_size: int) -> None:
 def _check_divides(key: str, value: int, rows: int, rows_per_rank: int, world_size: int) -> None:
     if rows_per_rank % value:
         raise ConfigError(
-            f"{key}={value} does not divide the {rows_per_rank} rows of a rank "
-            f"(train.global_batch_size={rows}, {world_size} ranks): one of {_divisors(rows_per_rank)}, or auto; or "
-            f"train.global_batch_size=auto"
+            f"{key}={value} does not divide the {rows_per_rank} rows of a rank"
+            f" (train.global_batch_size={rows}, {world_size} ranks): one of"
+            f" {_divisors(rows_per_rank)}, or auto; or train.global_batch_size=auto"
         )
 
 

@@ -18,14 +18,17 @@ def to_deepspeed(
     precision: Precision,
     max_grad_norm: float,
 ) -> dict[str, Any]:
-    """Everything that ``deepspeed.initialize`` needs; ``nvme_path`` is filled in by :func:`with_nvme_path`."""
+    """Everything that ``deepspeed.initialize`` needs; ``nvme_path`` is filled in by
+    :func:`with_nvme_path`.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.accumulation_steps,
         # Said aloud, because DeepSpeed clips to 1.0 where the key is absent.
         "gradient_clipping": float(max_grad_norm),
         "steps_per_print": 2**31,
-        # It waits for the whole device twice a micro-batch, to print a number that is measured here anyway.
+        # It waits for the whole device twice a micro-batch, to print a number that is measured here
+        # anyway.
         "timers": {"throughput": {"enabled": False}},
         "optimizer": {"type": "AdamW", "params": optimizer},
         "zero_optimization": _zero(placement, sizes),
@@ -45,11 +48,13 @@ def to_deepspeed(
 
 
 def adamw_parameters(optim: OptimConfig, learning_rate: float) -> dict[str, Any]:
-    """AdamW's settings in DeepSpeed's spelling: torch's own fused kernel, wherever the optimizer lives.
+    """AdamW's settings in DeepSpeed's spelling: torch's own fused kernel, wherever the optimizer
+    lives.
 
-    It is as fast on a CPU as DeepSpeedCPUAdam (40 M parameters on 2 cores: 14 to 20 ms against 20), needs no compiler, and
-    resumes to the bit, which DeepSpeed's kernel does not: that one keeps ``beta^t`` as a running product. One kernel for
-    every rung also means that falling back changes no digit where rungs compute on the same device.
+    It is as fast on a CPU as DeepSpeedCPUAdam (40 M parameters on 2 cores: 14 to 20 ms against 20),
+    needs no compiler, and resumes to the bit, which DeepSpeed's kernel does not: that one keeps
+    ``beta^t`` as a running product. One kernel for every rung also means that falling back changes
+    no digit where rungs compute on the same device.
     """
     return {
         "lr": learning_rate,
@@ -73,7 +78,10 @@ def with_nvme_path(config: dict[str, Any], folder: str) -> dict[str, Any]:
 def read_placement(config: dict[str, Any]) -> Placement:
     """The placement that a dictionary of :func:`to_deepspeed` has."""
     zero = config["zero_optimization"]
-    devices = [zero.get(section, {}).get("device", "none") for section in ("offload_optimizer", "offload_param")]
+    devices = [
+        zero.get(section, {}).get("device", "none")
+        for section in ("offload_optimizer", "offload_param")
+    ]
     return Placement(int(zero["stage"]), *devices)
 
 
@@ -84,7 +92,8 @@ def _zero(placement: Placement, sizes: ZeroSizes) -> dict[str, Any]:
         "stage": placement.zero_stage,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        # Races in overlapped reduction gave NaN gradients in the field; every peer ships it off below stage 3.
+        # Races in overlapped reduction gave NaN gradients in the field; every peer ships it off
+        # below stage 3.
         "overlap_comm": placement.zero_stage == 3,
         "reduce_bucket_size": sizes.reduce_bucket,
         "allgather_bucket_size": sizes.allgather_bucket,

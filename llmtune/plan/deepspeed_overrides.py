@@ -1,4 +1,7 @@
-"""``zero.deepspeed``: raw DeepSpeed keys over the planned ones. DeepSpeed ignores what it does not know; this does not."""
+"""``zero.deepspeed``: raw DeepSpeed keys over the planned ones.
+
+DeepSpeed ignores what it does not know; this does not.
+"""
 
 from __future__ import annotations
 
@@ -18,32 +21,81 @@ KNOWN: dict[str, set[str]] = {
             "gradient_predivide_factor",
             "seq_parallel_communication_data_type",
         ),
-        *("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "disable_python_gc"),
+        *(
+            "wall_clock_breakdown",
+            "memory_breakdown",
+            "dump_state",
+            "steps_per_print",
+            "disable_python_gc",
+        ),
         *("zero_optimization", "aio", "comms_logger", "flops_profiler", "timers"),
     },
     "zero_optimization": {
-        *("allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "enable_sanity_checks"),
-        *("ignore_unused_parameters", "leaf_module", "log_trace_cache_warnings", "memory_efficient_linear"),
-        *("offload_optimizer", "offload_param", "overlap_comm", "reduce_bucket_size", "reduce_scatter"),
+        *(
+            "allgather_bucket_size",
+            "allgather_partitions",
+            "contiguous_gradients",
+            "enable_sanity_checks",
+        ),
+        *(
+            "ignore_unused_parameters",
+            "leaf_module",
+            "log_trace_cache_warnings",
+            "memory_efficient_linear",
+        ),
+        *(
+            "offload_optimizer",
+            "offload_param",
+            "overlap_comm",
+            "reduce_bucket_size",
+            "reduce_scatter",
+        ),
         *("round_robin_gradients", "stage3_allgather_sequential", "stage3_max_live_parameters"),
-        *("stage3_max_reuse_distance", "stage3_model_persistence_threshold", "stage3_module_granularity_threshold"),
+        *(
+            "stage3_max_reuse_distance",
+            "stage3_model_persistence_threshold",
+            "stage3_module_granularity_threshold",
+        ),
         *("stage3_param_persistence_threshold", "stage3_prefetch_bucket_size"),
-        *("stage3_use_all_reduce_for_fetch_params", "sub_group_size", "use_multi_rank_bucket_allreduce"),
+        *(
+            "stage3_use_all_reduce_for_fetch_params",
+            "sub_group_size",
+            "use_multi_rank_bucket_allreduce",
+        ),
         *("zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_weights"),
     },
     "zero_optimization.offload_optimizer": {"buffer_count", "pin_memory", "fast_init"},
     "zero_optimization.offload_param": {"buffer_count", "buffer_size", "max_in_cpu", "pin_memory"},
-    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
+    "aio": {
+        "block_size",
+        "queue_depth",
+        "intra_op_parallelism",
+        "single_submit",
+        "overlap_events",
+        "use_gds",
+    },
     "timers": {"throughput"},
     "timers.throughput": {"enabled", "synchronized"},
     "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
     "flops_profiler": {
-        *("enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file", "recompute_fwd_factor"),
+        *(
+            "enabled",
+            "profile_step",
+            "module_depth",
+            "top_modules",
+            "detailed",
+            "output_file",
+            "recompute_fwd_factor",
+        ),
     },
 }
 
-#: Keys whose kernels only nvcc compiles, in each rank by itself; llmtune builds its ops before any rank starts.
-NEED_NVCC = {"zero_optimization.zero_quantized_gradients", "zero_optimization.zero_quantized_weights"}
+# : Keys whose kernels only nvcc compiles, in each rank by itself; llmtune builds its ops before any
+# rank starts.
+NEED_NVCC = {
+    "zero_optimization.zero_quantized_gradients",
+    "zero_optimization.zero_quantized_weights",
+}
 
 #: What llmtune decides itself -> the key to set instead.
 OWNED = {
@@ -75,7 +127,9 @@ def check_raw(raw: dict[str, Any]) -> None:
 
 
 def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
-    """The planned sizes as the raw keys change them, so that memory is estimated for what will run."""
+    """The planned sizes as the raw keys change them, so that memory is estimated for what will
+    run.
+    """
     zero, aio = raw.get("zero_optimization", {}), raw.get("aio", {})
     param = zero.get("offload_param", {})
     given = {
@@ -91,7 +145,12 @@ def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
         "param_buffers": param.get("buffer_count"),
         "optimizer_buffers": zero.get("offload_optimizer", {}).get("buffer_count"),
         "aio": replace(
-            sizes.aio, **{key: aio[key] for key in ("block_size", "queue_depth", "intra_op_parallelism") if key in aio}
+            sizes.aio,
+            **{
+                key: aio[key]
+                for key in ("block_size", "queue_depth", "intra_op_parallelism")
+                if key in aio
+            },
         ),
     }
     return replace(sizes, **{key: value for key, value in given.items() if value is not None})
@@ -105,13 +164,17 @@ def _problems(values: dict[str, Any], section: str) -> list[str]:
             found.append(f"zero.deepspeed.{path}: llmtune decides this; set {OWNED[path]}")
         elif path in NEED_NVCC and value:
             found.append(
-                f"zero.deepspeed.{path}={value}: llmtune does not build DeepSpeed's quantizer, which needs the CUDA toolkit; "
-                "leave the key out. zero_hpz_partition_size keeps gathers within a node without it"
+                f"zero.deepspeed.{path}={value}: llmtune does not build DeepSpeed's quantizer,"
+                " which needs the CUDA toolkit; leave the key out. zero_hpz_partition_size keeps"
+                " gathers within a node without it"
             )
         elif key not in KNOWN[section]:
             close = difflib.get_close_matches(key, KNOWN[section], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            found.append(f"zero.deepspeed.{path}: DeepSpeed would ignore this key or llmtune does not support it{hint}")
+            found.append(
+                f"zero.deepspeed.{path}: DeepSpeed would ignore this key or llmtune does not"
+                f" support it{hint}"
+            )
         elif path in KNOWN:
             if isinstance(value, dict):
                 found += _problems(value, path)
@@ -121,7 +184,9 @@ def _problems(values: dict[str, Any], section: str) -> list[str]:
 
 
 def merge_raw(config: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with checked raw keys over it; sections that this placement does not have are left out."""
+    """``config`` with checked raw keys over it; sections that this placement does not have are left
+    out.
+    """
     result = dict(config)
     for key, value in raw.items():
         if key.startswith("offload_") and key not in config:

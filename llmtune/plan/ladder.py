@@ -1,4 +1,5 @@
-"""The ladder: every placement, micro-batch and activation checkpointing at the user's global batch; the fastest that fits.
+"""The ladder: every placement, micro-batch and activation checkpointing at the user's global batch;
+the fastest that fits.
 
 Rungs never change what is computed: precision of states, optimizer and row length are the user's.
 """
@@ -17,7 +18,13 @@ from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.activations import ActivationModel, TraceSettings
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.peak_memory import MemoryPlan, Workload, estimate_memory, fits
-from llmtune.plan.memory.placement import RUNGS, Placement, allowed_stages, make_placement, named_rung
+from llmtune.plan.memory.placement import (
+    RUNGS,
+    Placement,
+    allowed_stages,
+    make_placement,
+    named_rung,
+)
 from llmtune.plan.memory.zero_buffers import ZeroSizes, resolve_zero_sizes
 from llmtune.plan.memory.zero_states import element_bytes, state_bytes
 from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
@@ -25,8 +32,9 @@ from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
 #: Candidates as fast as this share of the fastest count as equal; the simplest of them is taken.
 EQUAL_SPEED = 0.985
 
-#: What a candidate may need of what the failed one was planned to need: of its peak, and of its states alone. Every attempt
-#: costs a start, so that states which differ by a buffer are not tried.
+# : What a candidate may need of what the failed one was planned to need: of its peak, and of its
+# states alone. Every attempt : costs a start, so that states which differ by a buffer are not
+# tried.
 CLEARLY_LESS = {False: 0.95, True: 0.8}
 
 
@@ -51,7 +59,10 @@ class Candidate:
     def describe(self) -> str:
         """One phrase for messages."""
         checkpointing = "on" if self.gradient_checkpointing else "off"
-        return f"{self.placement.describe()}; micro-batch {self.batch.micro_batch_size}, checkpointing {checkpointing}"
+        return (
+            f"{self.placement.describe()}; micro-batch {self.batch.micro_batch_size}, checkpointing"
+            f" {checkpointing}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +71,9 @@ class Rung:
 
     name: str
     candidate: Candidate | None
-    """The fastest that fits, or the smallest where none does; None where the rung is not possible at all."""
+    """The fastest that fits, or the smallest where none does; None where the rung is not possible
+    at all.
+    """
     reason: str
     """Why it was chosen, or why it lost."""
 
@@ -118,27 +131,44 @@ def build_ladder(
     rungs = tuple(_rung(name, found[name], blocked.get(name), chosen, asked) for name in RUNGS)
     origin = search.origin
     rows = settle_batch(config.train, world_size, begun)
-    return Ladder(hardware, shape, world_size, rows, tuple(allowed), rungs, chosen, attn_implementation, origin)
+    return Ladder(
+        hardware,
+        shape,
+        world_size,
+        rows,
+        tuple(allowed),
+        rungs,
+        chosen,
+        attn_implementation,
+        origin,
+    )
 
 
 def choose(candidates: list[Candidate]) -> Candidate | None:
-    """The fastest that fits; among equals the one that moves and partitions least, and then needs least memory."""
+    """The fastest that fits; among equals the one that moves and partitions least, and then needs
+    least memory.
+    """
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
         return None
     best = max(candidate.speed.tokens_per_second for candidate in fitting)
-    equal = [candidate for candidate in fitting if candidate.speed.tokens_per_second >= EQUAL_SPEED * best]
+    equal = [
+        candidate
+        for candidate in fitting
+        if candidate.speed.tokens_per_second >= EQUAL_SPEED * best
+    ]
     return min(equal, key=_simplicity)
 
 
 def next_candidate(
     ladder: Ladder, failed: Candidate, tried: list[Candidate], phase: str, pool: str
 ) -> Candidate | None:
-    """Where to go when memory ran out although the plan said it fits: the fastest that needs clearly less of that memory.
+    """Where to go when memory ran out although the plan said it fits: the fastest that needs
+    clearly less of that memory.
 
     Args:
-        phase: Where it happened. What stands still decides in ``load``, ``step``, ``save`` and ``answer``; there a smaller
-            micro-batch does not help.
+        phase: Where it happened. What stands still decides in ``load``, ``step``, ``save`` and
+            ``answer``; there a smaller micro-batch does not help.
         pool: ``device`` or ``host``.
     """
     standing = phase in ("load", "step", "save", "answer")
@@ -151,7 +181,11 @@ def next_candidate(
         return on_device + on_host if cpu else on_device if pool == "device" else on_host
 
     share = CLEARLY_LESS[standing]
-    smaller = [c for c in ladder.candidates if c.fits and c not in tried and needs(c) < share * needs(failed)]
+    smaller = [
+        c
+        for c in ladder.candidates
+        if c.fits and c not in tried and needs(c) < share * needs(failed)
+    ]
     return choose(smaller)
 
 
@@ -162,13 +196,21 @@ def _simplicity(candidate: Candidate) -> tuple[int, int, bool, int]:
 
 
 def _rung(
-    name: str, candidates: list[Candidate], blocked: str | None, chosen: Candidate | None, asked: str | None
+    name: str,
+    candidates: list[Candidate],
+    blocked: str | None,
+    chosen: Candidate | None,
+    asked: str | None,
 ) -> Rung:
     if blocked:
         return Rung(name, None, blocked)
     best = choose(candidates)
     if chosen is not None and chosen.placement.rung == name:
-        return Rung(name, chosen, "chosen: offload=" + name if asked == name else "chosen: the fastest that fits")
+        return Rung(
+            name,
+            chosen,
+            "chosen: offload=" + name if asked == name else "chosen: the fastest that fits",
+        )
     if best is None:
         smallest = min(candidates, key=lambda c: (c.memory.device.total, c.memory.host.total))
         return Rung(name, smallest, f"does not fit; {smallest.lacks}")
@@ -220,14 +262,20 @@ class Search:
         wanted = self.config.train.gradient_checkpointing
         checkpointing = [wanted] if isinstance(wanted, bool) else [False, True]
         for stage, batch, recompute in product(stages, self.batches, checkpointing):
-            yield self.evaluate(make_placement(stage, rung, self.config.tuner.kind), batch, recompute)
+            yield self.evaluate(
+                make_placement(stage, rung, self.config.tuner.kind), batch, recompute
+            )
 
     def evaluate(self, placement: Placement, batch: BatchPlan, recompute: bool) -> Candidate:
         """Memory and speed of one candidate."""
         config, shape, world = self.config, self.shape, self.cluster.world_size
         hardware, length = self.cluster.hardware, config.data.max_seq_length
-        sizes = resize(resolve_zero_sizes(shape, placement, world, hardware.accelerator), config.zero.deepspeed)
-        states = state_bytes(shape, placement, sizes, config.precision, world, batch.accumulation_steps)
+        sizes = resize(
+            resolve_zero_sizes(shape, placement, world, hardware.accelerator), config.zero.deepspeed
+        )
+        states = state_bytes(
+            shape, placement, sizes, config.precision, world, batch.accumulation_steps
+        )
         settings = TraceSettings(
             batch.micro_batch_size,
             length,
@@ -249,11 +297,15 @@ class Search:
             Workload(activations, self._eval_logits(batch), hardware.accelerator),
         )
         lacks = fits(memory, hardware, self.cluster.ranks_on_node)
-        speed = estimate_speed(shape, placement, batch, length, recompute, config.precision, self.cluster)
+        speed = estimate_speed(
+            shape, placement, batch, length, recompute, config.precision, self.cluster
+        )
         return Candidate(placement, batch, recompute, sizes, memory, speed, lacks)
 
     def _eval_logits(self, batch: BatchPlan) -> int:
-        """Logits, their fp32 copy and the log-probabilities of an evaluation batch, which has no gradients."""
+        """Logits, their fp32 copy and the log-probabilities of an evaluation batch, which has no
+        gradients.
+        """
         if self.config.data.val_set_size == 0 and self.config.data.eval is None:
             return 0
         rows = self.config.train.per_device_eval_batch_size

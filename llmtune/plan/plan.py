@@ -1,4 +1,6 @@
-"""Config and hardware become one frozen plan: ranks, placement, batches, memory, steps, DeepSpeed's dictionary."""
+"""Config and hardware become one frozen plan: ranks, placement, batches, memory, steps, DeepSpeed's
+dictionary.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ from llmtune.plan.memory.peak_memory import USABLE_SHARE, MemoryPlan
 from llmtune.plan.memory.placement import Placement
 from llmtune.units import counted, format_bytes, format_count, parse_bytes
 
-#: Up to this length eager attention is the faster one on a CPU (SmolLM2-135M, 8 x 128 tokens on 2 cores: 419 against 316
-#: tokens/s), and its quadratic memory is small.
+# : Up to this length eager attention is the faster one on a CPU (SmolLM2-135M, 8 x 128 tokens on 2
+# cores: 419 against 316 : tokens/s), and its quadratic memory is small.
 SHORT_ROW_TOKENS = 512
 
 #: Compute capability (Ampere) from which GPUs have bf16 and FlashAttention's kernels.
@@ -80,7 +82,9 @@ class StepsPlan:
     total_steps: int
     warmup_steps: int
     total_rows: int | None
-    """Rows of whole or broken epochs, after which the last step ends; None where ``max_steps`` decides."""
+    """Rows of whole or broken epochs, after which the last step ends; None where ``max_steps``
+    decides.
+    """
     origin: str
 
     @classmethod
@@ -89,7 +93,9 @@ class StepsPlan:
         return cls(**values)
 
 
-def resolve_plan(config: Config, world_size: int | None = None, begun: TrainConfig | None = None) -> Plan:
+def resolve_plan(
+    config: Config, world_size: int | None = None, begun: TrainConfig | None = None
+) -> Plan:
     """The plan of the ladder's choice.
 
     Args:
@@ -108,13 +114,16 @@ def resolve_plan(config: Config, world_size: int | None = None, begun: TrainConf
 
 
 def resolve_ladder(
-    config: Config, world_size: int | None = None, planning: bool = False, begun: TrainConfig | None = None
+    config: Config,
+    world_size: int | None = None,
+    planning: bool = False,
+    begun: TrainConfig | None = None,
 ) -> Ladder:
     """Every rung of this job.
 
     Args:
-        planning: Nothing will run here: hardware that is named need not be there, and what would keep the job from being
-            trained is noted in the ladder.
+        planning: Nothing will run here: hardware that is named need not be there, and what would
+            keep the job from being trained is noted in the ladder.
         begun: What the run was started with, where it goes on.
 
     Raises:
@@ -141,23 +150,39 @@ def resolve_ladder(
     world = world_size or _resolve_world_size(config, hardware)
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
     require(_check_causal, shape, config.model.name_or_path)
-    require(check_row_length, config.data.max_seq_length, shape.max_positions, config.model.name_or_path)
-    kernel = resolve_attention(config, hardware.accelerator, shape.kernels, hardware.compute_capability)
+    require(
+        check_row_length, config.data.max_seq_length, shape.max_positions, config.model.name_or_path
+    )
+    kernel = resolve_attention(
+        config, hardware.accelerator, shape.kernels, hardware.compute_capability
+    )
     ladder = build_ladder(config, hardware, shape, world, kernel, begun)
     if ladder.chosen is not None:
-        require(check_stage, ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path)
+        require(
+            check_stage, ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path
+        )
     return replace(ladder, refusals=tuple(refusals))
 
 
-def plan_candidate(config: Config, ladder: Ladder, candidate: Candidate, launched: bool = False) -> Plan:
+def plan_candidate(
+    config: Config, ladder: Ladder, candidate: Candidate, launched: bool = False
+) -> Plan:
     """The frozen numbers of one candidate of the ladder."""
-    notes = [*ladder.hardware.notes, f"ranks: {ladder.world_size} ({_world_origin(config, launched)})"]
+    notes = [
+        *ladder.hardware.notes,
+        f"ranks: {ladder.world_size} ({_world_origin(config, launched)})",
+    ]
     rate = resolve_learning_rate(config.optim, config.tuner.kind, ladder.shape.parameters, notes)
     notes += [ladder.rows.origin] if ladder.rows.origin else []
     notes += _describe_choice(config, ladder, candidate)
     optimizer = adamw_parameters(config.optim, rate)
     planned = to_deepspeed(
-        candidate.placement, candidate.batch, candidate.sizes, optimizer, config.precision, config.train.max_grad_norm
+        candidate.placement,
+        candidate.batch,
+        candidate.sizes,
+        optimizer,
+        config.precision,
+        config.train.max_grad_norm,
     )
     return Plan(
         world_size=ladder.world_size,
@@ -187,8 +212,15 @@ def with_changes(ladder: Ladder) -> Any:
         world = ladder.world_size * hardware.nodes // ladder.hardware.nodes
         rows = config.train.global_batch_size
         if isinstance(rows, int) and rows % world:
-            config = replace(config, train=replace(config.train, global_batch_size=math.ceil(rows / world) * world))
-        shape = ladder.shape if config.tuner.kind is TunerKind.full else resolve_shape(config.model, config.tuner)
+            config = replace(
+                config,
+                train=replace(config.train, global_batch_size=math.ceil(rows / world) * world),
+            )
+        shape = (
+            ladder.shape
+            if config.tuner.kind is TunerKind.full
+            else resolve_shape(config.model, config.tuner)
+        )
         return build_ladder(config, hardware, shape, world, ladder.attn_implementation)
 
     return build
@@ -197,19 +229,31 @@ def with_changes(ladder: Ladder) -> Any:
 def describe_misfit(config: Config, ladder: Ladder) -> str:
     """What is missing on every rung, and the smallest change that would do."""
     shape = ladder.shape
-    tuner = "full fine-tuning" if config.tuner.kind is TunerKind.full else f"LoRA r={config.tuner.lora_r}"
+    tuner = (
+        "full fine-tuning"
+        if config.tuner.kind is TunerKind.full
+        else f"LoRA r={config.tuner.lora_r}"
+    )
     lines = [
-        f"{config.model.name_or_path} does not fit: {format_count(shape.parameters)} parameters, {tuner} "
-        f"({format_count(shape.trainable_parameters)} trainable), {counted(ladder.world_size, 'rank')}, "
-        f"{config.precision.value}, rows of {config.data.max_seq_length} tokens",
-        f"  has            {ladder.hardware.describe()}, of which {USABLE_SHARE:.0%} may be planned",
+        (
+            f"{config.model.name_or_path} does not fit: {format_count(shape.parameters)}"
+            f" parameters, {tuner} ({format_count(shape.trainable_parameters)} trainable),"
+            f" {counted(ladder.world_size, 'rank')}, {config.precision.value}, rows of"
+            f" {config.data.max_seq_length} tokens"
+        ),
+        (
+            f"  has            {ladder.hardware.describe()}, of which {USABLE_SHARE:.0%} may be"
+            " planned"
+        ),
     ]
     lines += [f"  {rung.name:<14} {rung.reason}" for rung in ladder.rungs]
     lines.append(f"Try: {smallest_change(config, ladder, with_changes(ladder))}")
     return "\n".join(lines)
 
 
-def resolve_attention(config: Config, accelerator: str, kernels: tuple[str, ...], compute_capability: int = 0) -> str:
+def resolve_attention(
+    config: Config, accelerator: str, kernels: tuple[str, ...], compute_capability: int = 0
+) -> str:
     """The kernel asked for, or the one that is fast here, of those that the architecture has.
 
     Args:
@@ -224,16 +268,21 @@ def resolve_attention(config: Config, accelerator: str, kernels: tuple[str, ...]
         check_kernel(wanted, kernels, config.model.name_or_path)
         return wanted
     # FlashAttention's kernels are for 16 bits, and for Ampere and later.
-    can_flash = config.precision is not Precision.fp32 and not 0 < compute_capability < FIRST_WITH_BF16
+    can_flash = (
+        config.precision is not Precision.fp32 and not 0 < compute_capability < FIRST_WITH_BF16
+    )
     packed = config.data.packing and "flash_attention_2" in kernels
     if accelerator == "cuda" and can_flash and packed and importlib.util.find_spec("flash_attn"):
-        # Its varlen kernels skip what SDPA masks: the attention between the documents of a packed row.
+        # Its varlen kernels skip what SDPA masks: the attention between the documents of a packed
+        # row.
         return "flash_attention_2"
     short = accelerator == "cpu" and config.data.max_seq_length <= SHORT_ROW_TOKENS
     return "eager" if short or "sdpa" not in kernels else "sdpa"
 
 
-def resolve_steps(train: TrainConfig, schedule: ScheduleConfig, rows: int | None, global_batch_size: int) -> StepsPlan:
+def resolve_steps(
+    train: TrainConfig, schedule: ScheduleConfig, rows: int | None, global_batch_size: int
+) -> StepsPlan:
     """Steps from ``max_steps`` if it is set, else from epochs; warm-up rounded up to whole steps.
 
     Args:
@@ -245,18 +294,23 @@ def resolve_steps(train: TrainConfig, schedule: ScheduleConfig, rows: int | None
     """
     epoch_rows = max(1, round(train.num_train_epochs * (rows or 0)))
     by_epochs = math.ceil(epoch_rows / global_batch_size)
-    origin = f"{counted(train.num_train_epochs, 'epoch')} of {rows} rows, {global_batch_size} a step"
+    origin = (
+        f"{counted(train.num_train_epochs, 'epoch')} of {rows} rows, {global_batch_size} a step"
+    )
     total = by_epochs
     if rows is None and train.max_steps is not None:
         total, origin = train.max_steps, "train.max_steps of a stream"
     elif train.max_steps is not None:
-        # max_steps alone decides, as in the Hugging Face Trainer: it may also go round the data several times.
+        # max_steps alone decides, as in the Hugging Face Trainer: it may also go round the data
+        # several times.
         total, origin = train.max_steps, f"train.max_steps ({origin} would be {by_epochs})"
     warmup = schedule.warmup_steps
     if warmup is None:
         warmup = math.ceil(schedule.warmup_ratio * total)
     if warmup >= total and warmup > 0 and total > 1:
-        raise ConfigError(f"schedule.warmup_steps={warmup} leaves nothing of the {total} steps ({origin})")
+        raise ConfigError(
+            f"schedule.warmup_steps={warmup} leaves nothing of the {total} steps ({origin})"
+        )
     return StepsPlan(total, min(warmup, total - 1), None if train.max_steps else epoch_rows, origin)
 
 
@@ -265,9 +319,13 @@ def _resolve_world_size(config: Config, hardware: Hardware) -> int:
     if wanted is None:
         return hardware.device_count * hardware.nodes
     if hardware.nodes > 1:
-        raise ConfigError(f"launch.nproc={wanted}: with hardware.nodes={hardware.nodes} leave it out")
+        raise ConfigError(
+            f"launch.nproc={wanted}: with hardware.nodes={hardware.nodes} leave it out"
+        )
     if hardware.accelerator == "cuda" and wanted > hardware.device_count:
-        raise ConfigError(f"launch.nproc={wanted}: this machine has {counted(hardware.device_count, 'GPU')}")
+        raise ConfigError(
+            f"launch.nproc={wanted}: this machine has {counted(hardware.device_count, 'GPU')}"
+        )
     cores = len(os.sched_getaffinity(0))
     if hardware.accelerator == "cpu" and wanted > 4 * cores:
         raise ConfigError(f"launch.nproc={wanted}: this process may use {cores} cores")
@@ -282,29 +340,34 @@ def _world_origin(config: Config, launched: bool) -> str:
 
 def _check_causal(shape: ModelShape, name: str) -> None:
     if not shape.causal:
-        raise ConfigError(f"model.name_or_path={name}: no causal language model; it can be planned only")
+        raise ConfigError(
+            f"model.name_or_path={name}: no causal language model; it can be planned only"
+        )
 
 
 def _check_trainable(config: Config, hardware: Hardware, world_size: int | None) -> None:
     """What can be planned but not run here."""
     if config.precision is Precision.fp16 and not fp16_supported(hardware.accelerator):
-        raise MissingPrerequisiteError("precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32")
+        raise MissingPrerequisiteError(
+            "precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32"
+        )
     if config.tuner.kind is TunerKind.qlora:
         raise ConfigError("tuner=qlora can be planned, not trained yet: take tuner=lora")
     if config.launch.memory_limit is not None:
         parse_bytes(config.launch.memory_limit, "launch.memory_limit")
     if hardware.nodes > 1 and world_size is None:
         raise ConfigError(
-            f"hardware.nodes={hardware.nodes}: llmtune starts the ranks of one machine; start several with torchrun "
-            "scripts/train.py, or take hardware.nodes=1"
+            f"hardware.nodes={hardware.nodes}: llmtune starts the ranks of one machine; start"
+            " several with torchrun scripts/train.py, or take hardware.nodes=1"
         )
 
 
 def _check_precision(precision: Precision, hardware: Hardware) -> None:
     if precision is Precision.bf16 and 0 < hardware.compute_capability < FIRST_WITH_BF16:
         raise ConfigError(
-            f"precision=bf16: {hardware.name} (compute capability {hardware.compute_capability / 10:.1f}) has no bf16 "
-            "arithmetic, and torch would emulate it at a fraction of the speed; take precision=fp16 or precision=fp32"
+            f"precision=bf16: {hardware.name} (compute capability"
+            f" {hardware.compute_capability / 10:.1f}) has no bf16 arithmetic, and torch would"
+            " emulate it at a fraction of the speed; take precision=fp16 or precision=fp32"
         )
 
 
@@ -313,17 +376,29 @@ def _describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> li
     notes = []
     if config.zero.stage == "auto" or config.offload.optimizer.value == "auto":
         others = [rung.name for rung in ladder.rungs if rung.candidate and rung.candidate.fits]
-        fitting = "the only one that fits" if len(others) < 2 else f"the fastest of {len(others)} that fit"
+        fitting = (
+            "the only one that fits"
+            if len(others) < 2
+            else f"the fastest of {len(others)} that fit"
+        )
         if candidate is not ladder.chosen:
             fitting = "further down the ladder, because memory ran out"
         if config.offload.optimizer.value != "auto" and candidate is ladder.chosen:
-            notes.append(f"placement: {candidate.placement.rung} as set, with ZeRO {candidate.placement.zero_stage}")
+            notes.append(
+                f"placement: {candidate.placement.rung} as set, with ZeRO"
+                f" {candidate.placement.zero_stage}"
+            )
         else:
-            notes.append(f"placement: {candidate.placement.rung}, ZeRO {candidate.placement.zero_stage} ({fitting})")
+            notes.append(
+                f"placement: {candidate.placement.rung}, ZeRO {candidate.placement.zero_stage}"
+                f" ({fitting})"
+            )
     if config.train.gradient_checkpointing == "auto":
         state = "on" if candidate.gradient_checkpointing else "off"
         saved = format_bytes(candidate.memory.device.activations)
-        notes.append(f"gradient checkpointing: {state} (activations of a micro-batch: {saved} a rank)")
+        notes.append(
+            f"gradient checkpointing: {state} (activations of a micro-batch: {saved} a rank)"
+        )
     notes += _describe_adapters(config, ladder.shape)
     if ladder.activations_origin != "traced":
         notes.append("activations: a rough estimate, because this architecture could not be traced")
@@ -341,5 +416,8 @@ def _describe_adapters(config: Config, shape: ModelShape) -> list[str]:
         text += f"; none on {', '.join(shape.left_alone)}"
     if shape.stacked_parameters:
         share = shape.stacked_parameters / shape.parameters
-        text += f"; none on the router and the experts, whose stacked tensors are no linear layers ({share:.0%} of the model)"
+        text += (
+            "; none on the router and the experts, whose stacked tensors are no linear layers"
+            f" ({share:.0%} of the model)"
+        )
     return [text]

@@ -1,8 +1,9 @@
 """How long an optimizer step takes, and what bounds it.
 
-A roofline: arithmetic at the card's reachable share of its peak; gathers and reductions overlap with it, so that the longer of
-the two counts. Offloaded weights are counted in full, because DeepSpeed brings a slice from the host or a disk right before the
-gather that needs it; the optimizer and what is swapped for it come after the backward pass.
+A roofline: arithmetic at the card's reachable share of its peak; gathers and reductions overlap
+with it, so that the longer of the two counts. Offloaded weights are counted in full, because
+DeepSpeed brings a slice from the host or a disk right before the gather that needs it; the
+optimizer and what is swapped for it come after the backward pass.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.zero_states import NF4_BYTES, element_bytes
 
-#: Bytes of host memory that CPU Adam touches a parameter: reads weight, gradient and two moments, writes three of them
-#: (fp32), and the weight's copy in the training dtype.
+# : Bytes of host memory that CPU Adam touches a parameter: reads weight, gradient and two moments,
+# writes three of them : (fp32), and the weight's copy in the training dtype.
 CPU_ADAM_BYTES = 34
 #: What Python and kernel launches add to each layer of a pass: without ZeRO 3, and with its hooks.
 LAUNCH_SECONDS = {"cuda": (0.0003, 0.0010), "cpu": (0.0003, 0.0015)}
@@ -39,12 +40,16 @@ class SpeedPlan:
 
 
 def forward_flops(shape: ModelShape, length: int) -> float:
-    """Operations a token: two a weight, and causal attention's two products over half the positions before it."""
+    """Operations a token: two a weight, and causal attention's two products over half the positions
+    before it.
+    """
     return 2.0 * shape.matrix_parameters + 2.0 * length * shape.attention_width * shape.layers
 
 
 def step_flops(shape: ModelShape, length: int, gradient_checkpointing: bool) -> float:
-    """Operations a token of a whole step: forward, recomputation, gradients of inputs, gradients of what is trained."""
+    """Operations a token of a whole step: forward, recomputation, gradients of inputs, gradients of
+    what is trained.
+    """
     forward = forward_flops(shape, length)
     head = 2.0 * shape.head_parameters
     recomputed = forward - head if gradient_checkpointing else 0.0
@@ -91,7 +96,9 @@ def estimate_speed(
     flops = _flops(hardware, precision)
     compute = tokens * step_flops(shape, length, gradient_checkpointing) * ranks / flops
     passes = 3 if gradient_checkpointing else 2
-    compute += passes * shape.layers * LAUNCH_SECONDS[hardware.accelerator][placement.zero_stage == 3]
+    compute += (
+        passes * shape.layers * LAUNCH_SECONDS[hardware.accelerator][placement.zero_stage == 3]
+    )
     gathers = _gather_seconds(shape, placement, passes, precision, cluster)
     weights = _weights_seconds(shape, placement, passes, precision, cluster)
     terms = {
@@ -104,21 +111,26 @@ def estimate_speed(
     rest = sum(value for name, value in terms.items() if name not in ("compute", "gathers"))
     seconds = overlapped + rest
     rows = batch.global_batch_size
-    return SpeedPlan(seconds, rows * length / seconds, max(terms, key=lambda name: terms[name]), terms)
+    return SpeedPlan(
+        seconds, rows * length / seconds, max(terms, key=lambda name: terms[name]), terms
+    )
 
 
 def _flops(hardware: Hardware, precision: Precision) -> float:
     """Operations a second that a training step reaches."""
     if precision is not Precision.fp32:
         return hardware.flops * hardware.efficiency
-    # A CPU's vector units have half of bf16's rate; a GPU computes fp32 outside of its tensor cores, unless TF32 is switched on.
+    # A CPU's vector units have half of bf16's rate; a GPU computes fp32 outside of its tensor
+    # cores, unless TF32 is switched on.
     return (hardware.fp32_flops or hardware.flops / 2) * hardware.efficiency
 
 
 def _gather_seconds(
     shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
 ) -> float:
-    """Collectives of one micro-batch: weights in the forward and the backward pass, and gradients."""
+    """Collectives of one micro-batch: weights in the forward and the backward pass, and
+    gradients.
+    """
     size = element_bytes(precision)
     seconds = 0.0
     if placement.zero_stage == 3:
@@ -141,12 +153,18 @@ def _weights_seconds(
     share = element_bytes(precision) * shape.parameters / cluster.world_size
     seconds = 2 * share / hardware.pcie_bandwidth
     if placement.param == "nvme":
-        seconds = max(seconds, passes * share * cluster.ranks_on_node / hardware.nvme_read_bandwidth)
+        seconds = max(
+            seconds, passes * share * cluster.ranks_on_node / hardware.nvme_read_bandwidth
+        )
     return seconds
 
 
 def _step_terms(
-    shape: ModelShape, placement: Placement, batch: BatchPlan, precision: Precision, cluster: Cluster
+    shape: ModelShape,
+    placement: Placement,
+    batch: BatchPlan,
+    precision: Precision,
+    cluster: Cluster,
 ) -> dict[str, float]:
     """What comes once a step, after the backward pass."""
     hardware, size = cluster.hardware, element_bytes(precision)
@@ -164,12 +182,14 @@ def _step_terms(
         return terms
     on_node = share * cluster.ranks_on_node
     terms["optimizer on the host"] = CPU_ADAM_BYTES * on_node / hardware.host_memory_bandwidth
-    # Each micro-batch's gradients go down and, to be added to, up again; fp32 gradients go down and weights up at the end.
+    # Each micro-batch's gradients go down and, to be added to, up again; fp32 gradients go down and
+    # weights up at the end.
     moved = 2 * size * share * (batch.accumulation_steps - 1) + (size + 4 + size) * share
     terms["gradients and weights over PCIe"] = moved / hardware.pcie_bandwidth
     if placement.optimizer == "nvme":
         terms["optimizer states on NVMe"] = (
-            16 * on_node / hardware.nvme_read_bandwidth + 16 * on_node / hardware.nvme_write_bandwidth
+            16 * on_node / hardware.nvme_read_bandwidth
+            + 16 * on_node / hardware.nvme_write_bandwidth
         )
     if placement.param == "nvme" and not shape.adapter_parameters:
         terms["weights to NVMe"] = size * on_node / hardware.nvme_write_bandwidth

@@ -1,4 +1,6 @@
-"""``tuner.adapter_path``: an adapter to go on from, compared with what will be built before any rank starts."""
+"""``tuner.adapter_path``: an adapter to go on from, compared with what will be built before any
+rank starts.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 
 
 def adopt_adapter(composed: Composed, run: Path | None = None) -> Composed:
-    """The config with the ranks, scales and modules of the adapter that ``tuner.adapter_path`` names.
+    """The config with the ranks, scales and modules of the adapter that ``tuner.adapter_path``
+    names.
 
     Args:
-        run: The run's folder. A run that has begun goes on from its own checkpoints, even where the adapter is gone.
+        run: The run's folder. A run that has begun goes on from its own checkpoints, even where the
+            adapter is gone.
 
     Raises:
         CheckpointError: There is no adapter, or of a kind that is not trained here.
@@ -40,7 +44,11 @@ def adopt_adapter(composed: Composed, run: Path | None = None) -> Composed:
     if tuner.adapter_path is None:
         return composed
     folder = _folder(tuner)
-    begun = _stored_tuner(run, tuner) if run is not None and not (folder / CONFIG_FILE).is_file() else None
+    begun = (
+        _stored_tuner(run, tuner)
+        if run is not None and not (folder / CONFIG_FILE).is_file()
+        else None
+    )
     if begun is None:
         try:
             begun = adopt_settings(tuner, read_stored_adapter(folder), _asked(composed))
@@ -50,7 +58,8 @@ def adopt_adapter(composed: Composed, run: Path | None = None) -> Composed:
 
 
 def check_adapter(config: Config, shape: ModelShape, run: Path) -> None:
-    """Compare the adapter's tensors with the layers that will be adapted, and look for what is no number.
+    """Compare the adapter's tensors with the layers that will be adapted, and look for what is no
+    number.
 
     Args:
         shape: Of the model with the adapter's settings.
@@ -68,8 +77,8 @@ def check_adapter(config: Config, shape: ModelShape, run: Path) -> None:
     problems = problems or check_tensors(stored.folder / WEIGHTS_FILE)
     if problems:
         raise CheckpointError(
-            f"tuner.adapter_path={config.tuner.adapter_path} is no adapter of {config.model.name_or_path}{_base(stored)}: "
-            f"{'; '.join(problems[:4])}"
+            f"tuner.adapter_path={config.tuner.adapter_path} is no adapter of"
+            f" {config.model.name_or_path}{_base(stored)}: {'; '.join(problems[:4])}"
         )
 
 
@@ -80,7 +89,10 @@ def describe_adapter(tuner: TunerConfig) -> str:
     patterns = {"rank": tuner.rank_pattern, "alpha": tuner.alpha_pattern}
     for name, pattern in patterns.items():
         if pattern:
-            text += f", another {name} for {', '.join(f'{key} ({value})' for key, value in list(pattern.items())[:4])}"
+            text += (
+                f", another {name} for"
+                f" {', '.join(f'{key} ({value})' for key, value in list(pattern.items())[:4])}"
+            )
             text += " ..." if len(pattern) > 4 else ""
     return text
 
@@ -90,12 +102,15 @@ def _folder(tuner: TunerConfig) -> Path:
 
 
 def _asked(composed: Composed) -> set[str]:
-    """Keys of ``tuner`` that the command line set, or an experiment to something else than the default."""
+    """Keys of ``tuner`` that the command line set, or an experiment to something else than the
+    default.
+    """
     tuner, defaults = composed.config.tuner, TunerConfig()
     return {
         item.name
         for item in fields(TunerConfig)
-        if composed.explicit(f"tuner.{item.name}") or getattr(tuner, item.name) != getattr(defaults, item.name)
+        if composed.explicit(f"tuner.{item.name}")
+        or getattr(tuner, item.name) != getattr(defaults, item.name)
     }
 
 
@@ -111,7 +126,9 @@ def _stored_tuner(run: Path, tuner: TunerConfig) -> TunerConfig | None:
 def _built(shape: ModelShape) -> dict[str, int]:
     """Elements of each adapter tensor, by its name in a file."""
     return {
-        f"{PREFIX}{tensor.name.replace('.default.', '.')}": tensor.numel for tensor in shape.tensors if tensor.adapter
+        f"{PREFIX}{tensor.name.replace('.default.', '.')}": tensor.numel
+        for tensor in shape.tensors
+        if tensor.adapter
     }
 
 

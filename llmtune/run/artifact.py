@@ -1,4 +1,6 @@
-"""What ``export``, ``eval`` and ``chat`` work on: a run, a checkpoint, or a base with or without an adapter."""
+"""What ``export``, ``eval`` and ``chat`` work on: a run, a checkpoint, or a base with or without an
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Target:
     run: Path | None
     base_name: str
     code_asked_by: str | None = None
-    """The stored configuration that turns on ``model.trust_remote_code``, which only the command line can."""
+    """The stored configuration that turns on ``model.trust_remote_code``, which only the command
+    line can.
+    """
 
 
 def resolve_target(composed: Composed) -> Target:
@@ -65,8 +69,8 @@ def resolve_target(composed: Composed) -> Target:
         folder = trained_folder(run, stored)
         if not folder.resolve().is_relative_to(run.resolve()):
             raise CheckpointError(
-                f"{folder} is a link that leads out of the run, to {folder.resolve()}; where that is what you mean, say "
-                f"checkpoint={folder.resolve()}"
+                f"{folder} is a link that leads out of the run, to {folder.resolve()}; where that"
+                f" is what you mean, say checkpoint={folder.resolve()}"
             )
         check_undamaged(folder, left_out=layout.is_state_file)
         return _from_stored(stored, composed, folder, run)
@@ -92,7 +96,9 @@ def _from_stored(stored: Config, composed: Composed, folder: Path, run: Path) ->
     """
     place = composed.config.run or composed.config.checkpoint.path
     asks = f"the configuration in {place}" if stored.model.trust_remote_code else None
-    plain = replace(stored, model=replace(stored.model, trust_remote_code=False), paths=composed.config.paths)
+    plain = replace(
+        stored, model=replace(stored.model, trust_remote_code=False), paths=composed.config.paths
+    )
     return replace(from_trained(with_overrides(plain, composed), folder, run), code_asked_by=asks)
 
 
@@ -115,7 +121,10 @@ def load_model(target: Target) -> tuple[Any, Any]:
 
 
 def _load_tokenizer(target: Target) -> Any:
-    """That of the adapter, which may have tokens of its own, or else the base's. Code is the base's alone."""
+    """That of the adapter, which may have tokens of its own, or else the base's.
+
+    Code is the base's alone.
+    """
     from llmtune.data.tokenize.chat_template import check_chat_template, load_chat_template
     from llmtune.model.tokenizer import load_tokenizer
 
@@ -145,12 +154,19 @@ def _load_weights(target: Target) -> Any:
     architecture = AutoConfig.from_pretrained(str(target.model_folder), trust_remote_code=trusted)
     kernels = attention_kernels(build_meta_model(architecture, trusted)[0])
     attention = resolve_attention(config, accelerator, kernels, capability)
-    places = WeightsTo(place_weights(target.model_folder, config.precision)) if accelerator == "cuda" else WeightsTo()
-    return build_model(target.model_folder, config.model, config.precision, False, attention, places)
+    places = (
+        WeightsTo(place_weights(target.model_folder, config.precision))
+        if accelerator == "cuda"
+        else WeightsTo()
+    )
+    return build_model(
+        target.model_folder, config.model, config.precision, False, attention, places
+    )
 
 
 def place_weights(folder: Path, precision: Precision) -> Any:
-    """transformers' ``device_map``: the first GPU where the model fits into it, else all of them, and the host for the rest.
+    """transformers' ``device_map``: the first GPU where the model fits into it, else all of them,
+    and the host for the rest.
 
     Args:
         precision: Of the weights once they are loaded; that of the files may be another.
@@ -163,7 +179,9 @@ def place_weights(folder: Path, precision: Precision) -> Any:
     device = torch.accelerator.current_accelerator()
     assert device is not None
     free, _ = torch.get_device_module(device).mem_get_info(0)
-    weights = DTYPES[precision].itemsize * sum(math.prod(entry.shape) for entry in read_entries(folder).values())
+    weights = DTYPES[precision].itemsize * sum(
+        math.prod(entry.shape) for entry in read_entries(folder).values()
+    )
     return {"": f"{device.type}:0"} if weights < WEIGHTS_SHARE * free else "auto"
 
 
@@ -191,14 +209,17 @@ def put_on(model: Any, adapter: Path) -> Any:
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
         # peft leaves out what does not match, and at most warns; once more, for what it says of it.
-        found: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(adapter), device="cpu"))
+        found: Any = set_peft_model_state_dict(
+            adapted, load_peft_weights(str(adapter), device="cpu")
+        )
     except (ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(f"adapter {adapter}: {str(error).splitlines()[0]}") from error
     missing = [name for name in found.missing_keys if "lora_" in name]
     if wrong := [*missing, *found.unexpected_keys]:
         raise CheckpointError(
-            f"adapter {adapter} is another model's: {len(missing)} of the matrices that its settings announce are not in it, "
-            f"and {len(found.unexpected_keys)} of its tensors have no place, such as {wrong[0]}"
+            f"adapter {adapter} is another model's: {len(missing)} of the matrices that its"
+            f" settings announce are not in it, and {len(found.unexpected_keys)} of its tensors"
+            f" have no place, such as {wrong[0]}"
         )
     return adapted
 
@@ -211,7 +232,9 @@ def from_trained(config: Config, folder: Path, run: Path) -> Target:
 
 
 def _base_folder(config: Config, run: Path) -> Path:
-    """Where the run's base lies: where it lay in training, or wherever the configuration finds it now."""
+    """Where the run's base lies: where it lay in training, or wherever the configuration finds it
+    now.
+    """
     noted = _noted_base(run / layout.PLAN)
     if noted is not None and noted.is_dir() and list(noted.glob("*.safetensors")):
         return noted
@@ -219,7 +242,8 @@ def _base_folder(config: Config, run: Path) -> Path:
 
 
 def _noted_base(plan: Path) -> Path | None:
-    """The folder that a run's plan calls its base; None also where a crash of the machine has cut the plan off.
+    """The folder that a run's plan calls its base; None also where a crash of the machine has cut
+    the plan off.
 
     Raises:
         CheckpointError: The plan may not be opened.
@@ -247,6 +271,7 @@ def trained_folder(run: Path, config: Config) -> Path:
 def _stored_config(place: Path, file: Path) -> Config:
     if not file.is_file():
         raise CheckpointError(
-            f"{place} is no run or checkpoint of llmtune (no {layout.CONFIG} in it); a model folder is base="
+            f"{place} is no run or checkpoint of llmtune (no {layout.CONFIG} in it); a model folder"
+            " is base="
         )
     return load_config(file)

@@ -1,4 +1,6 @@
-"""Whether a model can be trained as it was asked for, found out before any rank starts; answers are remembered."""
+"""Whether a model can be trained as it was asked for, found out before any rank starts; answers are
+remembered.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,39 @@ import llmtune
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.model.weights.files import identify_weights, read_entries
-from llmtune.model.weights.quantized import check_trainable, has_known_names, method_of, quantization
+from llmtune.model.weights.quantized import (
+    check_trainable,
+    has_known_names,
+    method_of,
+    quantization,
+)
 from llmtune.model.weights.report import WeightReport
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 
 #: What the remembered answers depend on beside the model.
 _SOURCES = (
-    *("model/weights/names.py", "model/weights/files.py", "model/weights/check.py", "model/weights/report.py"),
-    *("model/weights/quantized.py", "model/attention.py", "model/shrink.py", "train/hooks/packing_probe.py"),
+    *(
+        "model/weights/names.py",
+        "model/weights/files.py",
+        "model/weights/check.py",
+        "model/weights/report.py",
+    ),
+    *(
+        "model/weights/quantized.py",
+        "model/attention.py",
+        "model/shrink.py",
+        "train/hooks/packing_probe.py",
+    ),
 )
 
 
 def check_model(
-    config: Config, kernel: str, stage: int, folder: Path, cache_dir: Path | None, say: Callable[[str], None]
+    config: Config,
+    kernel: str,
+    stage: int,
+    folder: Path,
+    cache_dir: Path | None,
+    say: Callable[[str], None],
 ) -> None:
     """Look through a model's files, and try packing on its architecture where rows are packed.
 
@@ -37,7 +59,8 @@ def check_model(
 
     Raises:
         MissingPrerequisiteError: The files lack weights, or hold them in other shapes.
-        ConfigError: Documents of a packed row would see each other, or weights in fewer bits cannot be trained on so.
+        ConfigError: Documents of a packed row would see each other, or weights in fewer bits cannot
+            be trained on so.
     """
     name, trusted = config.model.name_or_path, config.model.trust_remote_code
     settings = quantization(folder)
@@ -55,8 +78,14 @@ def check_model(
 def _describe_comparison(settings: dict[str, Any]) -> str:
     method = method_of(settings)
     if has_known_names(settings):
-        return f"weights: those that {method} packed are compared with the model by their names, not by their shapes"
-    return f"weights: what the files lack was not looked for, because the names that {method} gives are not known here"
+        return (
+            f"weights: those that {method} packed are compared with the model by their names, not"
+            " by their shapes"
+        )
+    return (
+        f"weights: what the files lack was not looked for, because the names that {method} gives"
+        " are not known here"
+    )
 
 
 def _check_weights(name: str, folder: Path, trusted: bool, cache_dir: Path | None) -> list[str]:
@@ -74,13 +103,17 @@ def _check_weights(name: str, folder: Path, trusted: bool, cache_dir: Path | Non
     return report.notes()
 
 
-def _check_packing(name: str, folder: Path, trusted: bool, cache_dir: Path | None, kernel: str) -> None:
+def _check_packing(
+    name: str, folder: Path, trusted: bool, cache_dir: Path | None, kernel: str
+) -> None:
     key = repr((_sources(), name, (folder / "config.json").read_text(), kernel))
     values = None if trusted else read_cached(cache_dir, "packing", key)
     if values is None:
         from llmtune.train.hooks.packing_probe import try_architecture
 
-        values = {"problem": try_architecture(_architecture(folder, trusted), kernel, name, trusted)}
+        values = {
+            "problem": try_architecture(_architecture(folder, trusted), kernel, name, trusted)
+        }
         write_cached(cache_dir, "packing", key, values)
     if values["problem"] is not None:
         raise ConfigError(values["problem"])

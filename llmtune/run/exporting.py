@@ -32,7 +32,9 @@ def export_run(run: Path, config: Config, output: Path, say: Callable[[str], Non
 
 
 def export_target(target: Target, config: Config, output: Path, say: Callable[[str], None]) -> Path:
-    """Export what was resolved from the command line into ``output``; the folder that was written."""
+    """Export what was resolved from the command line into ``output``; the folder that was
+    written.
+    """
     with show_progress(f"writing {output.name}", say) as shown:
         request = ExportRequest(
             target.model_folder,
@@ -48,7 +50,9 @@ def export_target(target: Target, config: Config, output: Path, say: Callable[[s
 
 
 def export_zero_checkpoint(given: Config) -> Path:
-    """A checkpoint that DeepSpeed wrote, from whatever program; ``base=`` names the model folder it was trained from."""
+    """A checkpoint that DeepSpeed wrote, from whatever program; ``base=`` names the model folder it
+    was trained from.
+    """
     checkpoint = Path(str(given.checkpoint.path)).expanduser()
     if not given.output_dir:
         raise ConfigError("export checkpoint= of DeepSpeed needs output_dir=FOLDER")
@@ -62,8 +66,8 @@ def export_zero_checkpoint(given: Config) -> Path:
         adapter = Path(scratch) if has_adapter(zero) else None
         if adapter is not None and not write_adapter(zero, adapter):
             raise ExportError(
-                f"{checkpoint}: an adapter was trained, and its adapter_config.json is not beside it; put it there, from the "
-                "program that trained it"
+                f"{checkpoint}: an adapter was trained, and its adapter_config.json is not beside"
+                " it; put it there, from the program that trained it"
             )
         base_name = given.base or described.name
         own_weights = None if adapter is not None and given.base else checkpoint
@@ -84,7 +88,9 @@ def export_zero_checkpoint(given: Config) -> Path:
 
 
 def _describing_folder(given: Config, checkpoint: Path) -> Path:
-    """Where ``config.json`` and the tokenizer lie: ``base=``, or beside the ranks' files as Trainer puts them."""
+    """Where ``config.json`` and the tokenizer lie: ``base=``, or beside the ranks' files as Trainer
+    puts them.
+    """
     from llmtune.model.source import resolve_model_folder
     from llmtune.run.prepare import cache_dir
 
@@ -94,7 +100,8 @@ def _describing_folder(given: Config, checkpoint: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise ConfigError(
-        f"export checkpoint={checkpoint}: no config.json there; give base=MODEL, what it was trained from"
+        f"export checkpoint={checkpoint}: no config.json there; give base=MODEL, what it was"
+        " trained from"
     )
 
 

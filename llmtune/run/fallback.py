@@ -1,4 +1,6 @@
-"""Run the chosen rung until it is done: again where ranks failed, one rung lower where memory ran out after all."""
+"""Run the chosen rung until it is done: again where ranks failed, one rung lower where memory ran
+out after all.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ class Descent:
                     return True
                 except (RanOutOfMemoryError, RanksFailedError) as error:
                     failure = error
-                stack.enter_context(raise_stops("stopped between two attempts; the same command goes on"))
+                stack.enter_context(
+                    raise_stops("stopped between two attempts; the same command goes on")
+                )
                 event = self._memory_event(failure)
                 if event is not None:
                     candidate = self._next(candidate, event)
@@ -101,7 +105,9 @@ class Descent:
         return False
 
     def _memory_event(self, failure: RanOutOfMemoryError | RanksFailedError) -> MemoryEvent | None:
-        """What ran out of memory: by its own words, or because it ended at its limit twice in one phase."""
+        """What ran out of memory: by its own words, or because it ended at its limit twice in one
+        phase.
+        """
         if isinstance(failure, RanOutOfMemoryError):
             return failure.event
         before, self.at_limit = self.at_limit, failure.at_limit
@@ -110,12 +116,19 @@ class Descent:
         return replace(self.at_limit, message=f"{failure.reason}, twice within reach of its limit")
 
     def _prepare(self, candidate: Candidate) -> RunRequest | None:
-        plan = place_swap(plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target)
+        plan = place_swap(
+            plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target
+        )
         if self.ahead is not None:
             self.ahead.start(Surroundings.of(plan))
         with Status(self.console, "preparing the model and the data"):
             return resolve_request(
-                self.composed, plan, self.target, self.folder, self.console, {"history": self.history}
+                self.composed,
+                plan,
+                self.target,
+                self.folder,
+                self.console,
+                {"history": self.history},
             )
 
     def _take_ahead(self) -> RankGroup | None:
@@ -127,7 +140,9 @@ class Descent:
         wait_seconds = self.restarts.take(failure, _step(request.resume_from))
         newest = self._newest_checkpoint()
         where = newest.name if newest else "the beginning"
-        self.console.say(f"{failure.reason}; starting again from {where}{self.restarts.describe(wait_seconds)}")
+        self.console.say(
+            f"{failure.reason}; starting again from {where}{self.restarts.describe(wait_seconds)}"
+        )
         time.sleep(wait_seconds)
 
     def _record_restart(self, failure: RanksFailedError, request: RunRequest) -> None:
@@ -143,33 +158,50 @@ class Descent:
             file.write(json.dumps(entry) + "\n")
 
     def _resume_own_work(self, request: RunRequest) -> None:
-        """Go on from this run's newest checkpoint, also where its first start was told to begin elsewhere."""
+        """Go on from this run's newest checkpoint, also where its first start was told to begin
+        elsewhere.
+        """
         config = self.composed.config
-        if config.resume_from_checkpoint == "none" or _step(self._newest_checkpoint()) > _step(request.resume_from):
-            self.composed = replace(self.composed, config=replace(config, resume_from_checkpoint="auto"))
+        if config.resume_from_checkpoint == "none" or _step(self._newest_checkpoint()) > _step(
+            request.resume_from
+        ):
+            self.composed = replace(
+                self.composed, config=replace(config, resume_from_checkpoint="auto")
+            )
 
     def _newest_checkpoint(self) -> Path | None:
         found = find_checkpoints(self.folder.path)
         return found[-1] if found else None
 
     def _first(self) -> Candidate:
-        """The ladder's choice, or where an earlier start of this run ended up on the same hardware."""
+        """The ladder's choice, or where an earlier start of this run ended up on the same
+        hardware.
+        """
         candidate = self.ladder.chosen
         assert candidate is not None
         for entry in self.history:
             if entry["conditions"] != self._conditions() or entry["candidate"] != _key(candidate):
                 continue
             self.tried.append(candidate)
-            following = next_candidate(self.ladder, candidate, self.tried, entry["phase"], entry["pool"])
+            following = next_candidate(
+                self.ladder, candidate, self.tried, entry["phase"], entry["pool"]
+            )
             if following is None or not self._may_move:
                 break
-            self.console.say(f"{candidate.placement.rung} ran out of memory before (plan.json): starting lower")
+            self.console.say(
+                f"{candidate.placement.rung} ran out of memory before (plan.json): starting lower"
+            )
             candidate = following
         return candidate
 
     def _next(self, failed: Candidate, event: MemoryEvent) -> Candidate:
         self.tried.append(failed)
-        entry = {"candidate": _key(failed), "conditions": self._conditions(), "time": time.time(), **asdict(event)}
+        entry = {
+            "candidate": _key(failed),
+            "conditions": self._conditions(),
+            "time": time.time(),
+            **asdict(event),
+        }
         self.history.append(entry)
         self.folder.write_history(self.history)
         if not self._may_move:
@@ -177,8 +209,8 @@ class Descent:
         following = next_candidate(self.ladder, failed, self.tried, event.phase, event.pool)
         if following is None:
             raise DoesNotFitError(
-                f"{event.describe()}\non {failed.describe()}, and no rung below it would need less of that memory.\n"
-                f"{_hint(self.composed.config)}"
+                f"{event.describe()}\non {failed.describe()}, and no rung below it would need less"
+                f" of that memory.\n{_hint(self.composed.config)}"
             )
         self.console.say(f"{event.describe()}")
         self.console.say(f"taking the next rung: {following.describe()}")
@@ -190,12 +222,15 @@ class Descent:
 
     def _refusal(self, failed: Candidate, event: MemoryEvent) -> str:
         rung = failed.placement.rung
-        others = [c for c in self.ladder.rungs if c.candidate and c.candidate.fits and c.name != rung]
+        others = [
+            c for c in self.ladder.rungs if c.candidate and c.candidate.fits and c.name != rung
+        ]
         named = " or ".join(f"offload={other.name}" for other in others[:3])
         return (
-            f"{event.describe()}\noffload={rung} was asked for, so no other rung was tried. Take offload=auto, which goes "
-            f"down the ladder by itself{f' (here: {named})' if named else ''}. The same command with it goes on from the "
-            f"newest checkpoint.\n{_hint(self.composed.config)}"
+            f"{event.describe()}\noffload={rung} was asked for, so no other rung was tried. Take"
+            " offload=auto, which goes down the ladder by"
+            f" itself{f' (here: {named})' if named else ''}. The same command with it goes on from"
+            f" the newest checkpoint.\n{_hint(self.composed.config)}"
         )
 
     def _conditions(self) -> dict[str, Any]:
@@ -242,7 +277,9 @@ def hold_nvme(config: Config, plan: Plan, run_folder: Path, console: Console) ->
 
 
 def run_request(request: RunRequest, console: Console, ahead: RankGroup | None = None) -> None:
-    """Start the ranks of one attempt, or tell those that were started ahead, and wait for their end."""
+    """Start the ranks of one attempt, or tell those that were started ahead, and wait for their
+    end.
+    """
     plan = request.plan
     log = request.run_folder / layout.LOG
     with (
@@ -255,9 +292,13 @@ def run_request(request: RunRequest, console: Console, ahead: RankGroup | None =
         path = Path(folder) / "request.json"
         path.write_text(request.to_json())
         limits = Limits(request.config.launch.hang_timeout, request.config.launch.stop_timeout)
-        run_ranks(["-m", "llmtune.run.rank", str(path)], plan.world_size, log, console.say, limits, ahead)
+        run_ranks(
+            ["-m", "llmtune.run.rank", str(path)], plan.world_size, log, console.say, limits, ahead
+        )
     if not (request.run_folder / layout.FINISHED).is_file():
-        raise LlmtuneError(f"all ranks ended without an error, but the run is not finished; see {log}")
+        raise LlmtuneError(
+            f"all ranks ended without an error, but the run is not finished; see {log}"
+        )
 
 
 def _step(checkpoint: Path | None) -> int:

@@ -26,18 +26,25 @@ def finished_message(run: Path) -> str:
     if losses:
         text += f"; training loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     if held_out:
-        text += f"; held-out loss {held_out[0]:.4f} -> {held_out[-1]:.4f} ({held_out[-1] / held_out[0] - 1:+.1%})"
+        text += (
+            f"; held-out loss {held_out[0]:.4f} -> {held_out[-1]:.4f}"
+            f" ({held_out[-1] / held_out[0] - 1:+.1%})"
+        )
     return text
 
 
 def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
-    """Export after training, unless that is done or is not wanted; the ranks have ended and their memory is free."""
+    """Export after training, unless that is done or is not wanted; the ranks have ended and their
+    memory is free.
+    """
     config = replace(load_config(run / layout.CONFIG), export=export)
     lora = config.tuner.kind is TunerKind.lora
     trained = run / (layout.ADAPTER if lora else layout.MODEL)
     as_trained = "adapter" if lora else "safetensors"
     # What was trained lies there in its own dtype; another one has to be written.
-    is_there = export.format == as_trained and export.dtype is ExportDtype.auto and not export.upload
+    is_there = (
+        export.format == as_trained and export.dtype is ExportDtype.auto and not export.upload
+    )
     if export.format == "none" or is_there:
         console.say(f"the trained {'adapter' if lora else 'model'}: {trained}")
         return
@@ -55,6 +62,8 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     if export.dry_run:
         return
     is_merged = lora and export.format == "safetensors"
-    console.say(f"merged model: {exported}" if is_merged else f"exported {export.format}: {exported}")
+    console.say(
+        f"merged model: {exported}" if is_merged else f"exported {export.format}: {exported}"
+    )
     console.say(f"{'adapter:     ' if lora else 'trained model:'} {trained}")
     console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')

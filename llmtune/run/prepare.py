@@ -1,4 +1,6 @@
-"""From the command line to a run request: what the supervisor does before it starts ranks, and rank 0 under a launcher."""
+"""From the command line to a run request: what the supervisor does before it starts ranks, and rank
+0 under a launcher.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class RunTarget:
 
 
 def resolve_target(composed: Composed) -> RunTarget:
-    """The run's name and folder: the user's, or the names of model, tuner and data, and of ZeRO where it was chosen."""
+    """The run's name and folder: the user's, or the names of model, tuner and data, and of ZeRO
+    where it was chosen.
+    """
     config, choices = composed.config, composed.choices
     if config.run_name:
         name = config.run_name
@@ -74,7 +78,8 @@ def resolve_request(
     console: Console,
     notes: dict[str, Any] | None = None,
 ) -> RunRequest | None:
-    """Check, prepare model files and data, and write the run folder's description; None when the run is finished.
+    """Check, prepare model files and data, and write the run folder's description; None when the
+    run is finished.
 
     Args:
         notes: More for ``plan.json``.
@@ -85,7 +90,9 @@ def resolve_request(
     # Rank 0 reads it again when it has built the model.
     read_signer(composed.config.checkpoint.sign)
     step_rows = plan.batch.global_batch_size
-    config = replace(composed.config, train=replace(composed.config.train, global_batch_size=step_rows))
+    config = replace(
+        composed.config, train=replace(composed.config.train, global_batch_size=step_rows)
+    )
     changed = folder.check_owner(config)
     if changed:
         console.say(f"changed since the last start: {', '.join(changed)}")
@@ -96,7 +103,9 @@ def resolve_request(
     stage = plan.placement.zero_stage
     check_model(config, plan.attn_implementation, stage, model_folder, cache, console.say)
     check_exportable(config.export, model_folder)
-    tokenizer = load_tokenizer(model_folder, config.model, load_chat_template(config.data.chat_template))
+    tokenizer = load_tokenizer(
+        model_folder, config.model, load_chat_template(config.data.chat_template)
+    )
     data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console))
     _check_data(config, data, tokenizer, model_folder, console)
     epoch_rows = None if config.data.streaming else data.train.rows
@@ -106,18 +115,34 @@ def resolve_request(
         console.say(longer)
     if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
         return None
-    request = RunRequest(config, plan, steps, data, target.folder, target.name, model_folder, resume_from, run_id)
+    request = RunRequest(
+        config, plan, steps, data, target.folder, target.name, model_folder, resume_from, run_id
+    )
     step = _check_resume(resume_from, steps.total_steps, data.fingerprint)
-    about: dict[str, Any] = {"steps": asdict(steps), "data": asdict(data), "model_folder": str(model_folder)}
-    about |= {"run_name": target.name, "run_id": run_id, "began_from": began_from(folder, config), **(notes or {})}
+    about: dict[str, Any] = {
+        "steps": asdict(steps),
+        "data": asdict(data),
+        "model_folder": str(model_folder),
+    }
+    about |= {
+        "run_name": target.name,
+        "run_id": run_id,
+        "began_from": began_from(folder, config),
+        **(notes or {}),
+    }
     if resume_from is not None:
         first_left = folder.first_left(step, resume_from)
         withdraw_left_copies(config, target.name, run_id, first_left, console.say)
-    for note in folder.begin(config, composed.overrides, {**plan.to_dict(), **about}, step, resume_from):
+    for note in folder.begin(
+        config, composed.overrides, {**plan.to_dict(), **about}, step, resume_from
+    ):
         console.say(note)
     if data.left_out:
         shutil.copyfile(Path(data.folder) / PROBLEMS, target.folder / layout.BAD_ROWS)
-        console.say(f"{data.left_out} rows cannot be used and are left out: {target.folder / layout.BAD_ROWS}")
+        console.say(
+            f"{data.left_out} rows cannot be used and are left out:"
+            f" {target.folder / layout.BAD_ROWS}"
+        )
     return request
 
 
@@ -128,7 +153,10 @@ def watch_tokenising(console: Console) -> Watch:
     def watch(progress: TokeniseProgress) -> None:
         nonlocal shown
         now = time.monotonic()
-        if now - shown < (0.2 if console.is_terminal else PLAIN_INTERVAL_SECONDS) or progress.seconds < 1:
+        if (
+            now - shown < (0.2 if console.is_terminal else PLAIN_INTERVAL_SECONDS)
+            or progress.seconds < 1
+        ):
             return
         shown = now
         share = "" if progress.share is None else f"{_bar(progress.share)} {progress.share:4.0%}  "
@@ -145,17 +173,21 @@ def _bar(share: float, width: int = 20) -> str:
     return "#" * done + "." * (width - done)
 
 
-def _check_data(config: Config, data: PreparedData, tokenizer: Any, model_folder: Path, console: Console) -> None:
+def _check_data(
+    config: Config, data: PreparedData, tokenizer: Any, model_folder: Path, console: Console
+) -> None:
     """What stands between prepared rows and training them.
 
     Raises:
         ConfigError: The rows have labels, and no classifier can be trained yet.
-        DataError: Rows of the stream's beginning cannot be trained on, or hold tokens that the model does not know.
+        DataError: Rows of the stream's beginning cannot be trained on, or hold tokens that the
+            model does not know.
     """
     if data.classes:
         raise ConfigError(
-            f"data.train={config.data.train} is classification data ({', '.join(map(str, data.classes[:4]))} ...): it can be "
-            "checked with llmtune data, but a classifier cannot be trained yet"
+            f"data.train={config.data.train} is classification data"
+            f" ({', '.join(map(str, data.classes[:4]))} ...): it can be checked with llmtune data,"
+            " but a classifier cannot be trained yet"
         )
     unknown = set(data.unknown_fields)
     if config.data.streaming:
@@ -169,8 +201,9 @@ def _check_data(config: Config, data: PreparedData, tokenizer: Any, model_folder
     if untrained:
         tokens = ", ".join(map(str, tokenizer.convert_ids_to_tokens(untrained)))
         console.say(
-            f"warning: the rows hold {tokens}, whose embeddings {config.model.name_or_path} never trained; take the model's "
-            "instruct version, or a data.chat_template with tokens that it knows"
+            f"warning: the rows hold {tokens}, whose embeddings {config.model.name_or_path} never"
+            " trained; take the model's instruct version, or a data.chat_template with tokens that"
+            " it knows"
         )
 
 
@@ -178,11 +211,15 @@ def describe(request: RunRequest) -> dict[str, str]:
     """The derived numbers and where they came from, for the page before step 1."""
     config, plan, data, steps = request.config, request.plan, request.data, request.steps
     shape = plan.shape
-    tuner = config.tuner.kind.value + (f" r={config.tuner.lora_r}" if config.tuner.kind.value == "lora" else "")
+    tuner = config.tuner.kind.value + (
+        f" r={config.tuner.lora_r}" if config.tuner.kind.value == "lora" else ""
+    )
     rows = {
         "model": f"{config.model.name_or_path} from {request.model_folder}",
-        "parameters": f"{format_count(shape.parameters)}, of which {tuner} trains "
-        f"{format_count(shape.trainable_parameters)}",
+        "parameters": (
+            f"{format_count(shape.parameters)}, of which {tuner} trains "
+            f"{format_count(shape.trainable_parameters)}"
+        ),
         "data": describe_data(config, data),
         "hardware": plan.hardware.describe(),
         "batch": plan.batch.describe(),
@@ -210,8 +247,15 @@ def describe_data(config: Config, data: PreparedData) -> str:
         rows = f"{name_data(config.data.train)}: {train.rows} rows"
         if train.packing_efficiency is not None:
             rows += f" of {train.documents} packed (filled to {train.packing_efficiency:.1%})"
-        text = f"{rows}, {format_count(train.tokens)} tokens, {format_count(train.trained_tokens)} trained"
-    counts = {"dropped as over-long": train.dropped, "truncated": train.truncated, "skipped": train.skipped}
+        text = (
+            f"{rows}, {format_count(train.tokens)} tokens, {format_count(train.trained_tokens)}"
+            " trained"
+        )
+    counts = {
+        "dropped as over-long": train.dropped,
+        "truncated": train.truncated,
+        "skipped": train.skipped,
+    }
     counts["left out because a held-out row is the same"] = train.twins
     text += "".join(f", {count} {what}" for what, count in counts.items() if count)
     if held_out is None:
@@ -229,9 +273,15 @@ def describe_memory(plan: Plan) -> str:
         text = f"about {format_bytes(memory.device.total + memory.host.total)} a rank at its peak"
     else:
         host = format_bytes(memory.host.total)
-        text = f"about {format_bytes(memory.device.total)} a GPU at its peak, {host} of host memory a rank"
+        text = (
+            f"about {format_bytes(memory.device.total)} a GPU at its peak, {host} of host memory a"
+            " rank"
+        )
     if memory.nvme:
-        text += f", {format_bytes(memory.nvme)} on NVMe, {format_bytes(memory.nvme_written_per_step)} written a step"
+        text += (
+            f", {format_bytes(memory.nvme)} on NVMe, {format_bytes(memory.nvme_written_per_step)}"
+            " written a step"
+        )
     return text
 
 
@@ -262,8 +312,11 @@ def _check_resume(checkpoint: Path | None, total_steps: int, data_fingerprint: s
     state = read_trainer_state(checkpoint)
     if state.data_fingerprint != data_fingerprint:
         raise CheckpointError(
-            f"{checkpoint} was trained on other rows than data.train gives now; take its data, or start anew"
+            f"{checkpoint} was trained on other rows than data.train gives now; take its data, or"
+            " start anew"
         )
     if state.step > total_steps:
-        raise CheckpointError(f"{checkpoint} is at step {state.step}, beyond the {total_steps} steps of this run")
+        raise CheckpointError(
+            f"{checkpoint} is at step {state.step}, beyond the {total_steps} steps of this run"
+        )
     return state.step

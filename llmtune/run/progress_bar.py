@@ -34,10 +34,22 @@ def show_progress(what: str, say: Callable[[str], None]) -> Iterator[Shown]:
             yield Shown(None, say)
         return
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=RichConsole(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
 
@@ -48,5 +60,7 @@ def show_progress(what: str, say: Callable[[str], None]) -> Iterator[Shown]:
             sys.stdout.flush()
             bar.start()
 
-        progress = Progress(lambda size: bar.update(task, total=size), lambda size: bar.advance(task, size))
+        progress = Progress(
+            lambda size: bar.update(task, total=size), lambda size: bar.advance(task, size)
+        )
         yield Shown(progress, say_above)

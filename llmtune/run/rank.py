@@ -1,6 +1,8 @@
-"""One rank. ``python -m llmtune.run.rank REQUEST`` under llmtune's supervisor; :func:`run_launched` under others'.
+"""One rank. ``python -m llmtune.run.rank REQUEST`` under llmtune's supervisor; :func:`run_launched`
+under others'.
 
-``--ahead TUNER`` in the place of REQUEST: import what that needs, then read REQUEST from standard input.
+``--ahead TUNER`` in the place of REQUEST: import what that needs, then read REQUEST from standard
+input.
 """
 
 from __future__ import annotations
@@ -35,7 +37,12 @@ from llmtune.launch.launchers.launcher import Launcher
 from llmtune.launch.launchers.meeting import await_ranks
 from llmtune.launch.preflight.affinity import bind_to_gpu
 from llmtune.launch.supervise.processes import follow_launcher, follow_supervisor
-from llmtune.launch.supervise.rank_report import hold_output, redirect_output, report_failure, to_user_error
+from llmtune.launch.supervise.rank_report import (
+    hold_output,
+    redirect_output,
+    report_failure,
+    to_user_error,
+)
 from llmtune.launch.supervise.self_watch import SelfWatch
 from llmtune.launch.supervise.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.launch.supervise.stacks import answer_with_stacks
@@ -84,12 +91,15 @@ def main(arguments: list[str]) -> NoReturn:
 
 
 def _import_and_wait(tuner: str, output: Path) -> str:
-    """Import the libraries, whose output goes to a file, while the supervisor prepares; the request that it then names."""
+    """Import the libraries, whose output goes to a file, while the supervisor prepares; the request
+    that it then names.
+    """
     with hold_output(output):
         try:
             import_libraries(tuner)
         except Exception:
-            # It fails again where it is needed, and is reported from there; the first time says most.
+            # It fails again where it is needed, and is reported from there; the first time says
+            # most.
             traceback.print_exc()
     port, _, request_file = sys.stdin.readline().strip().partition(" ")
     if not request_file:
@@ -116,7 +126,9 @@ def import_libraries(tuner: str) -> None:
 
 
 def run_launched(overrides: list[str], config_dir: str | None, launcher: Launcher) -> NoReturn:
-    """A rank of a foreign launcher: rank 0 prepares, the others get what it resolved, or its error."""
+    """A rank of a foreign launcher: rank 0 prepares, the others get what it resolved, or its
+    error.
+    """
     if launcher.stays:
         follow_launcher()
     # Before anything imports torch.
@@ -185,7 +197,9 @@ def _train_launched(
                 stack.enter_context(hold_lock(lock_file(folder)))
                 prepared = _prepare_first(composed, target, folder, console, rank.world_size)
                 if prepared is not None:
-                    stack.enter_context(hold_nvme(prepared.config, prepared.plan, prepared.run_folder, console))
+                    stack.enter_context(
+                        hold_nvme(prepared.config, prepared.plan, prepared.run_folder, console)
+                    )
                 answer = {"request": prepared.to_json() if prepared else None}
             except Exception as error:
                 answer = _as_answer(error)
@@ -205,7 +219,9 @@ def _train_launched(
 
 
 def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: SelfWatch) -> None:
-    """Train; a rank that waits for rank 0 to finish its copies elsewhere is not watched any more."""
+    """Train; a rank that waits for rank 0 to finish its copies elsewhere is not watched any
+    more.
+    """
     from llmtune.engine.distributed import meet_ranks
     from llmtune.train.build import run_job
 
@@ -213,7 +229,8 @@ def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: SelfW
         with watch.watch(request.config.launch.hang_timeout):
             run_job(request, rank, console)
     except StoppedError:
-        # The first that ends has the launcher end the others; all have saved, and one that cannot be met has ended.
+        # The first that ends has the launcher end the others; all have saved, and one that cannot
+        # be met has ended.
         with contextlib.suppress(RuntimeError):
             meet_ranks(rank)
         raise
@@ -221,7 +238,9 @@ def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: SelfW
 
 
 def _on_nodes(composed: Composed) -> Composed:
-    """The config with the number of machines that the launcher took, which the plan shares host memory by."""
+    """The config with the number of machines that the launcher took, which the plan shares host
+    memory by.
+    """
     config = composed.config
     hardware = replace(config.hardware, nodes=launched_nodes())
     return replace(composed, config=replace(config, hardware=hardware))
@@ -235,7 +254,8 @@ def _check_run_folder(folder: Path, rank: Rank) -> None:
     """
     from llmtune.engine.distributed import broadcast_object, gather_objects
 
-    # A name that nobody can have looked up before: network file systems remember what was not there.
+    # A name that nobody can have looked up before: network file systems remember what was not
+    # there.
     mark = folder / broadcast_object(f".seen-by-all-{uuid.uuid4().hex}", rank)
     if rank.is_first:
         mark.touch()
@@ -245,8 +265,9 @@ def _check_run_folder(folder: Path, rank: Rank) -> None:
         mark.unlink(missing_ok=True)
     if any(blind):
         raise ConfigError(
-            f"output_dir={folder} is another folder on {_join(blind)} than on the machine of rank 0: output_dir has to be on "
-            "a file system that all nodes share, with the same path on each, for every rank writes its part of a checkpoint"
+            f"output_dir={folder} is another folder on {_join(blind)} than on the machine of rank"
+            " 0: output_dir has to be on a file system that all nodes share, with the same path on"
+            " each, for every rank writes its part of a checkpoint"
         )
 
 
@@ -258,7 +279,11 @@ def _check_shared_files(request: RunRequest, rank: Rank) -> None:
     """
     from llmtune.engine.distributed import broadcast_object, gather_objects
 
-    needed = [request.model_folder, Path(request.data.folder), *map(Path, request.data.train_stores)]
+    needed = [
+        request.model_folder,
+        Path(request.data.folder),
+        *map(Path, request.data.train_stores),
+    ]
     if request.resume_from is not None:
         needed.append(request.resume_from)
     there = broadcast_object([str(path) for path in needed if path.exists()], rank)
@@ -266,8 +291,8 @@ def _check_shared_files(request: RunRequest, rank: Rank) -> None:
     missing = gather_objects(f"{absent[0]} on {socket.gethostname()}" if absent else None, rank)
     if any(missing):
         raise ConfigError(
-            f"missing: {_join(missing)}. Rank 0 prepares the model and the rows for all: paths.cache_dir (and HF_HOME) have "
-            "to be on a file system that all nodes share"
+            f"missing: {_join(missing)}. Rank 0 prepares the model and the rows for all:"
+            " paths.cache_dir (and HF_HOME) have to be on a file system that all nodes share"
         )
 
 
@@ -362,7 +387,9 @@ def _own_swap(request: RunRequest) -> None:
 
 
 def _exit_now(code: int) -> NoReturn:
-    """End without the clean-up of libraries: it waits for ranks that are gone, and gloo's threads sometimes abort in it."""
+    """End without the clean-up of libraries: it waits for ranks that are gone, and gloo's threads
+    sometimes abort in it.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,6 @@
-"""Ranks that import their libraries while the supervisor plans and prepares: on a GPU machine either takes a dozen seconds."""
+"""Ranks that import their libraries while the supervisor plans and prepares: on a GPU machine
+either takes a dozen seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from llmtune.config.schema import Config
-from llmtune.launch.launchers.environment import restored_environment, return_freed_memory, set_defaults
+from llmtune.launch.launchers.environment import (
+    restored_environment,
+    return_freed_memory,
+    set_defaults,
+)
 from llmtune.launch.supervise.rank_group import RankGroup
 from llmtune.plan.devices.gpus import count_gpus
 from llmtune.plan.devices.hardware import choose_accelerator
@@ -31,9 +37,11 @@ class Surroundings:
 
     @classmethod
     def guess(cls, config: Config) -> Surroundings | None:
-        """Those that the plan will most likely come to, found out without torch; None where that is open.
+        """Those that the plan will most likely come to, found out without torch; None where that is
+        open.
 
-        None on a CPU too: there planning needs no torch, as a rule, and its ranks would take the cores that it has.
+        None on a CPU too: there planning needs no torch, as a rule, and its ranks would take the
+        cores that it has.
         """
         if config.offload.nvme_path is not None or config.hardware.nodes > 1:
             return None
@@ -61,7 +69,10 @@ class RanksAhead:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -79,7 +90,9 @@ class RanksAhead:
             self._group = RankGroup(command, surroundings.world_size, ahead=True)
 
     def take(self) -> RankGroup | None:
-        """For an attempt; a second one starts its own, which may be on another rung, with other variables."""
+        """For an attempt; a second one starts its own, which may be on another rung, with other
+        variables.
+        """
         return self._group if self._group is not None and self._group.waits else None
 
     def close(self) -> None:

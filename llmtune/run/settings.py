@@ -1,7 +1,8 @@
 """Problems that the configuration alone tells, and that only the parts which read a key can see.
 
-The rules of ``llmtune.config.rules`` know keys; here sources, sizes and addresses are read by those who use them, before anything
-is prepared or planned, so that all problems stand in one report and ``plan`` refuses what ``train`` refuses.
+The rules of ``llmtune.config.rules`` know keys; here sources, sizes and addresses are read by those
+who use them, before anything is prepared or planned, so that all problems stand in one report and
+``plan`` refuses what ``train`` refuses.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from llmtune.track.service import SERVICES
 
 
 def find_problems(config: Config) -> list[str]:
-    """What training would refuse whatever is on this machine, in words a user can act on; no file of data is opened."""
+    """What training would refuse whatever is on this machine, in words a user can act on; no file
+    of data is opened.
+    """
     found = []
     for check in _CHECKS:
         try:
@@ -39,7 +42,10 @@ def _check_launch(config: Config) -> None:
     if launch.memory_limit is not None:
         parse_bytes(launch.memory_limit, "launch.memory_limit")
     if launch.hostfile is not None and launch.nproc is not None:
-        raise ConfigError(f"launch.nproc={launch.nproc}: with launch.hostfile the file says how many ranks, as slots=N")
+        raise ConfigError(
+            f"launch.nproc={launch.nproc}: with launch.hostfile the file says how many ranks, as"
+            " slots=N"
+        )
 
 
 def _check_export(config: Config) -> None:

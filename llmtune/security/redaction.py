@@ -1,7 +1,9 @@
-"""What must not leave a process: values of secret environment variables, passwords in URLs; every folder may import this.
+"""What must not leave a process: values of secret environment variables, passwords in URLs; every
+folder may import this.
 
-Secrets come from the environment or ``.env`` alone, so their values are known and are found by comparison. Only the
-standard library's cheap modules are imported here: each rank has a small process that filters its log with this file.
+Secrets come from the environment or ``.env`` alone, so their values are known and are found by
+comparison. Only the standard library's cheap modules are imported here: each rank has a small
+process that filters its log with this file.
 """
 
 from __future__ import annotations
@@ -21,19 +23,31 @@ from llmtune.security.secret_forms import (
 )
 from llmtune.security.secret_urls import url_spans
 
-#: Lists, with commas, the *names* of variables that came from ``.env``, so that ranks know them too.
+# : Lists, with commas, the *names* of variables that came from ``.env``, so that ranks know them
+# too.
 SECRET_NAMES = "LLMTUNE_SECRET_NAMES"
 
-#: Settings of libraries are no secrets even where they came from ``.env``, unless they are named like one.
+# : Settings of libraries are no secrets even where they came from ``.env``, unless they are named
+# like one.
 _SETTING_NAME = re.compile(
     r"(CUDA|DEEPSPEED|DS|HF|NCCL|OMP|PYTORCH|TOKENIZERS|TORCH|TRANSFORMERS|WANDB)_", re.IGNORECASE
 )
 #: From this length on a value is looked for anywhere.
 _MIN_LENGTH = 8
-#: From this length on one that is no word and no number is looked for where it stands alone, between other signs.
+# : From this length on one that is no word and no number is looked for where it stands alone,
+# between other signs.
 _MIN_ALONE = 4
 _PLAIN_WORDS = {
-    *("anonymous", "disabled", "enabled", "undefined", "required", "optional", "changeme", "password"),
+    *(
+        "anonymous",
+        "disabled",
+        "enabled",
+        "undefined",
+        "required",
+        "optional",
+        "changeme",
+        "password",
+    ),
     *("true", "false", "none", "null", "yes", "no", "on", "off", "0", "1"),
 }
 #: Behind no letter and no digit, unless they are the end of an escape.
@@ -55,17 +69,20 @@ class _Known(NamedTuple):
 
 
 def redact(text: str) -> str:
-    """The text with ``***NAME***`` for the value of each secret variable, and without passwords in URLs.
+    """The text with ``***NAME***`` for the value of each secret variable, and without passwords in
+    URLs.
 
-    A value is also found escaped in the ways of :mod:`llmtune.security.secret_forms`; one of several lines line by line too.
-    Redacting twice changes nothing.
+    A value is also found escaped in the ways of :mod:`llmtune.security.secret_forms`; one of
+    several lines line by line too. Redacting twice changes nothing.
     """
     (shown,) = redact_pieces([text])
     return shown
 
 
 def redact_pieces(pieces: Sequence[str]) -> list[str]:
-    """Pieces of one text, redacted as a whole: a secret may begin in one and end in another, and is named in the first."""
+    """Pieces of one text, redacted as a whole: a secret may begin in one and end in another, and is
+    named in the first.
+    """
     text = "".join(pieces)
     spans = _spans(text)
     if not spans:
@@ -78,7 +95,9 @@ def redact_pieces(pieces: Sequence[str]) -> list[str]:
 
 
 def _without(text: str, start: int, end: int, spans: Sequence[tuple[int, int, str]]) -> str:
-    """``text[start:end]``, with the label of each span that begins there, and nothing of what it covers."""
+    """``text[start:end]``, with the label of each span that begins there, and nothing of what it
+    covers.
+    """
     parts, place = [], start
     for first, last, label in spans:
         if last <= start or first >= end:
@@ -93,7 +112,9 @@ def _spans(text: str) -> list[tuple[int, int, str]]:
     known = _known()
     found: list[tuple[int, int, str]] = []
     if known.pattern is not None:
-        found += [(*match.span(), _label(known, match[0])) for match in known.pattern.finditer(text)]
+        found += [
+            (*match.span(), _label(known, match[0])) for match in known.pattern.finditer(text)
+        ]
     for pattern, label in known.beside:
         found += [(*match.span(1), label) for match in pattern.finditer(text)]
     found += url_spans(text)
@@ -124,13 +145,16 @@ def redact_values(value: Any) -> Any:
 
 
 def describe_secret_overrides(overrides: Iterable[str]) -> str:
-    """What to do about secrets on the command line, which every user of the machine reads in ``ps``; empty without any."""
+    """What to do about secrets on the command line, which every user of the machine reads in
+    ``ps``; empty without any.
+    """
     keys = [text.partition("=")[0].lstrip("+") for text in overrides if redact(text) != text]
     if not keys:
         return ""
     return (
-        f"note: there is a secret in {', '.join(keys)}, and every user of a machine can read the command lines on it (ps). "
-        "Keep it in the environment, and name it in a file of --config-dir: ${oc.env:NAME}"
+        f"note: there is a secret in {', '.join(keys)}, and every user of a machine can read the"
+        " command lines on it (ps). Keep it in the environment, and name it in a file of"
+        " --config-dir: ${oc.env:NAME}"
     )
 
 
@@ -141,14 +165,20 @@ def has_secrets() -> bool:
 
 
 def split_unfinished(text: str) -> tuple[str, str]:
-    """Text without its line's end: what can be shown now, and an end that may be the beginning of a secret."""
+    """Text without its line's end: what can be shown now, and an end that may be the beginning of a
+    secret.
+    """
     known = _known()
     limit = len(text)
     for pattern in (_UNFINISHED_URL, known.unfinished):
         if pattern is not None and (match := pattern.search(text)):
             limit = min(limit, match.start())
     first = max(0, len(text) - known.longest)
-    starts = (at for at in range(first, limit) if any(form.could_begin(text, at) for form, _ in known.forms))
+    starts = (
+        at
+        for at in range(first, limit)
+        if any(form.could_begin(text, at) for form, _ in known.forms)
+    )
     cut = next(starts, limit)
     # What is whole already stays so.
     cut = next((begin for begin, end, _ in _spans(text) if begin < cut < end), cut)
@@ -156,7 +186,9 @@ def split_unfinished(text: str) -> tuple[str, str]:
 
 
 def remember_names(names: Iterable[str]) -> None:
-    """Count the values of these variables as secrets, here and in the processes that are started from here."""
+    """Count the values of these variables as secrets, here and in the processes that are started
+    from here.
+    """
     if listed := {*names, *_listed_names()}:
         os.environ[SECRET_NAMES] = ",".join(sorted(listed))
 
@@ -178,7 +210,11 @@ def _known() -> _Known:
 @lru_cache(maxsize=4)
 def _known_in(environment: tuple[tuple[str, str], ...]) -> _Known:
     listed = {name for name in _listed_names() if not _SETTING_NAME.match(name)}
-    secret = {name for name, _ in environment if name != SECRET_NAMES and (name in listed or SECRET_WORDS.search(name))}
+    secret = {
+        name
+        for name, _ in environment
+        if name != SECRET_NAMES and (name in listed or SECRET_WORDS.search(name))
+    }
     # Of all others only passwords in URLs are secret.
     found = sorted((name, value) for name, value in environment if name in secret or "://" in value)
     return _compile(tuple((name, value, name in secret) for name, value in found))

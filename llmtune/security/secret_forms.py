@@ -1,7 +1,9 @@
-"""How a secret may be written: as it is, escaped by whatever wrote it, in base64 or hex; and which parts of a value are one.
+"""How a secret may be written: as it is, escaped by whatever wrote it, in base64 or hex; and which
+parts of a value are one.
 
-Each character but letters and digits has many spellings: escaped for JSON, Python, a shell or YAML, percent-encoded, as HTML has
-it, and each of these within another. A text holds the secret where it has a spelling of each of its characters in turn.
+Each character but letters and digits has many spellings: escaped for JSON, Python, a shell or YAML,
+percent-encoded, as HTML has it, and each of these within another. A text holds the secret where it
+has a spelling of each of its characters in turn.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from urllib.parse import unquote
 
 from llmtune.security.secret_urls import users_of
 
-#: Words for what opens something, in names of variables, of parts of a connection string, and of fields in JSON.
+# : Words for what opens something, in names of variables, of parts of a connection string, and of
+# fields in JSON.
 SECRET_WORDS = re.compile(
     r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|(?<!ASK)(?<!BY)(?<!COM)(?<!SUR)PASS$|_PASS_|(?<=_)(PWD|PSWD|PW)$"
     r"|API_?KEY|ACCESS_?KEY|ACCOUNT_?KEY|PRIVATE_?KEY|SHARED_?KEY|SIGNATURE|CREDENTIAL|_KEY$|_PAT$|(?<![A-Z0-9])SAS(?![A-Z0-9])"
@@ -26,7 +29,8 @@ SECRET_WORDS = re.compile(
     r"|COOKIE(?!CUTTER)|(?<![A-Z0-9])BEARER",
     re.IGNORECASE,
 )
-#: The same where a name is no variable's: ``pwd`` and ``auth`` alone are none of the shell's folders there.
+# : The same where a name is no variable's: ``pwd`` and ``auth`` alone are none of the shell's
+# folders there.
 _PART_WORDS = re.compile(rf"{SECRET_WORDS.pattern}|^(pwd|pw|pass|auth|key|sig|sas)$", re.IGNORECASE)
 
 #: Below this, what is left of a value in base64 would be found by chance.
@@ -47,7 +51,8 @@ def secret_parts(value: str, is_secret: bool) -> Iterator[str]:
     """What of a variable's value must not be seen alone.
 
     Args:
-        is_secret: Whether its name says that all of it is secret; a password in a URL is in any case.
+        is_secret: Whether its name says that all of it is secret; a password in a URL is in any
+            case.
     """
     for user in users_of(value):
         name, _, password = user.partition(":")
@@ -92,14 +97,19 @@ class Spelled(NamedTuple):
 
 
 class Form(NamedTuple):
-    """One way of writing a value: texts that stand as they are, and characters with many spellings, in turn."""
+    """One way of writing a value: texts that stand as they are, and characters with many spellings,
+    in turn.
+    """
 
     parts: tuple[str | Spelled, ...]
 
     @property
     def pattern(self) -> str:
         """A regular expression for it."""
-        return "".join(re.escape(part) if isinstance(part, str) else part.pattern.pattern for part in self.parts)
+        return "".join(
+            re.escape(part) if isinstance(part, str) else part.pattern.pattern
+            for part in self.parts
+        )
 
     @property
     def least(self) -> int:
@@ -118,7 +128,9 @@ class Form(NamedTuple):
         return _compiled(self.pattern).fullmatch(text) is not None
 
     def could_begin(self, text: str, start: int) -> bool:
-        """Whether a text may end within something that has this form, from ``start`` on; rather yes than no."""
+        """Whether a text may end within something that has this form, from ``start`` on; rather yes
+        than no.
+        """
         places = {start}
         for part in self.parts:
             following = set()
@@ -134,7 +146,9 @@ class Form(NamedTuple):
                 else:
                     match = part.pattern.match(text, place)
                     following |= {match.end()} if match else set()
-                    following |= {place + len(part.sign)} if text.startswith(part.sign, place) else set()
+                    following |= (
+                        {place + len(part.sign)} if text.startswith(part.sign, place) else set()
+                    )
             if len(text) in following:
                 return True
             if not following:
@@ -144,16 +158,28 @@ class Form(NamedTuple):
 
 
 def forms_of(value: str) -> list[Form]:
-    """The forms of a value: spelled, which comes first, and encoded as a whole or as a part of something longer."""
+    """The forms of a value: spelled, which comes first, and encoded as a whole or as a part of
+    something longer.
+    """
     raw = value.encode(errors="surrogateescape")
-    encoded = {binascii.hexlify(raw).decode(), binascii.hexlify(raw).decode().upper(), *_in_base64(raw)}
+    encoded = {
+        binascii.hexlify(raw).decode(),
+        binascii.hexlify(raw).decode().upper(),
+        *_in_base64(raw),
+    }
     runs = re.findall(r"[A-Za-z0-9]+|\\+|.", value, re.DOTALL)
-    spelled = Form(tuple(run if re.match("[A-Za-z0-9]", run) else Spelled(run, _spellings(run)) for run in runs))
+    spelled = Form(
+        tuple(
+            run if re.match("[A-Za-z0-9]", run) else Spelled(run, _spellings(run)) for run in runs
+        )
+    )
     return [spelled, *(Form((text,)) for text in sorted(encoded) if len(text) >= _MIN_ENCODED)]
 
 
 def _in_base64(raw: bytes) -> Iterable[str]:
-    """What base64 makes of the bytes behind 0, 1 or 2 others of its groups of three, without what depends on neighbours."""
+    """What base64 makes of the bytes behind 0, 1 or 2 others of its groups of three, without what
+    depends on neighbours.
+    """
     for before in range(3):
         text = base64.b64encode(b"\0" * before + raw).decode().rstrip("=")
         first, bits = -(-before * 8 // 6), (before + len(raw)) * 8
@@ -162,14 +188,26 @@ def _in_base64(raw: bytes) -> Iterable[str]:
         yield inner.translate({ord("+"): "-", ord("/"): "_"})
 
 
-#: A backslash, a percent sign and what is around an entity of HTML, themselves as they are or percent-encoded.
+# : A backslash, a percent sign and what is around an entity of HTML, themselves as they are or
+# percent-encoded.
 _BACKSLASH = r"(?:\\|%(?:25){0,3}5[cC])"
 _PERCENT = r"%(?:25){0,3}"
 _ENTITY = r"(?:&|%26)(?:amp(?:;|%3[bB])){{0,3}}(?:{})(?:;|%3[bB])"
 _ENTITIES = {'"': "quot", "'": "apos", "<": "lt", ">": "gt", "&": "amp", " ": "nbsp"}
-_LETTERS = {"\n": "n", "\r": "r", "\t": "t", "\b": "b", "\f": "f", "\v": "v", "\0": "0", "\a": "a", "\x1b": "e"}
+_LETTERS = {
+    "\n": "n",
+    "\r": "r",
+    "\t": "t",
+    "\b": "b",
+    "\f": "f",
+    "\v": "v",
+    "\0": "0",
+    "\a": "a",
+    "\x1b": "e",
+}
 
-#: What doubles a sign within quotes of its own (YAML, CSV, SQL, compose files), and how a shell leaves its quotes.
+# : What doubles a sign within quotes of its own (YAML, CSV, SQL, compose files), and how a shell
+# leaves its quotes.
 _DOUBLED = {
     "'": ("'\\''", "'\"'\"'", "''"),
     '"': ('""',),
@@ -183,13 +221,19 @@ _DOUBLED = {
 
 @lru_cache(maxsize=4096)
 def _spellings(run: str) -> re.Pattern[str]:
-    """Of one character that is no letter and no digit, or of some backslashes, the longest first."""
+    """Of one character that is no letter and no digit, or of some backslashes, the longest
+    first.
+    """
     sign, code = run[0], ord(run[0])
     raw = sign.encode(errors="surrogateescape")
     utf16 = sign.encode("utf-16-be", errors="surrogatepass")
     units = [utf16[at : at + 2].hex() for at in range(0, len(utf16), 2)]
     escape = rf"{_BACKSLASH}{{1,16}}"
-    names = [f"#0*{code}", f"#[xX]0*(?i:{code:x})", *([_ENTITIES[sign]] if sign in _ENTITIES else [])]
+    names = [
+        f"#0*{code}",
+        f"#[xX]0*(?i:{code:x})",
+        *([_ENTITIES[sign]] if sign in _ENTITIES else []),
+    ]
     choices = [
         rf"{_BACKSLASH}{{0,16}}{_ENTITY.format('|'.join(names))}",
         "".join(rf"{escape}u(?i:{unit})" for unit in units),
@@ -202,8 +246,12 @@ def _spellings(run: str) -> re.Pattern[str]:
         rf"{_BACKSLASH}{{0,16}}" + "".join(rf"{_PERCENT}(?i:{byte:02x})" for byte in raw),
     ]
     if sign == "\\":
-        # However many levels of text doubled them; none is left for what follows, which is free to have none.
-        return re.compile(rf"(?:{_BACKSLASH}{{{len(run)},{16 * len(run)}}}+|(?:{'|'.join(choices)}){{{len(run)}}})")
+        # However many levels of text doubled them; none is left for what follows, which is free to
+        # have none.
+        return re.compile(
+            rf"(?:{_BACKSLASH}{{{len(run)},{16 * len(run)}}}+"
+            rf"|(?:{'|'.join(choices)}){{{len(run)}}})"
+        )
     return re.compile(rf"(?:{'|'.join(choices)}|{_BACKSLASH}{{0,16}}{re.escape(sign)})")
 
 

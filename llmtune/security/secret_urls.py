@@ -1,4 +1,6 @@
-"""What opens something in a URL, whoever's it is: the part before ``@``, values of its query, and headers beside it."""
+"""What opens something in a URL, whoever's it is: the part before ``@``, values of its query, and
+headers beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ _HIDDEN = "***"
 
 #: Behind ``://`` as it is and as JSON may escape it, up to the next one.
 _URL = re.compile(r":\\?/\\?/((?:(?!://)[^\s\"'<>\\])+)")
-_ENCODED_USER = re.compile(r"%3A%2F%2F(?:(?!%2F|%40)\S){0,200}?%3A((?:(?!%40)\S){1,200})%40", re.IGNORECASE)
+_ENCODED_USER = re.compile(
+    r"%3A%2F%2F(?:(?!%2F|%40)\S){0,200}?%3A((?:(?!%40)\S){1,200})%40", re.IGNORECASE
+)
 _QUERY = re.compile(
     r"(?:[?&;]|%3F|%26)"
     r"(?:(?:[\w.-]{0,40}[-_.])?(?:sig|key|auth|pwd|pass|passwd|code_verifier|jwt|sas|api-?key|authorization)"
@@ -18,10 +22,12 @@ _QUERY = re.compile(
     re.IGNORECASE,
 )
 _HEADER = re.compile(
-    r"authorization[\"']?\s*[:=,]\s*[\"']?(?:bearer|basic|token|apikey)\s+(?!\*\*\*)([^\s\"',;<>]+)", re.IGNORECASE
+    r"authorization[\"']?\s*[:=,]\s*[\"']?(?:bearer|basic|token|apikey)\s+(?!\*\*\*)([^\s\"',;<>]+)",
+    re.IGNORECASE,
 )
 
-#: Schemes in which a name before ``@`` is a token; in others it is a user or a container, unless it looks like one.
+# : Schemes in which a name before ``@`` is a token; in others it is a user or a container, unless
+# it looks like one.
 _TOKEN_SCHEMES = {"http", "https", "ws", "wss", "git"}
 _CONTAINER_SCHEMES = {"abfs", "abfss", "adl", "az", "wasb", "wasbs"}
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}\Z", re.IGNORECASE)
@@ -66,11 +72,15 @@ def _end_of_user(scheme: str, rest: str) -> int:
             return end if _is_token(scheme.rpartition("+")[2], rest[:end]) else 0
         host = _HOST.match(rest, end + 1)
         # A password with @ and / in it: what looks like the host's part is none.
-        is_host = host is None or "." in host[0] or ":" in host[0] or host[0] in ("localhost", "***")
+        is_host = (
+            host is None or "." in host[0] or ":" in host[0] or host[0] in ("localhost", "***")
+        )
         return end if is_host or ends[-1] == end else ends[-1]
     user, colon, password = rest[: ends[-1]].partition(":")
     # A password with / in it, or a port and a path with @ in it.
-    return ends[-1] if colon and not re.search(r"[/?#\[]", user) and not _PORT.match(password) else 0
+    return (
+        ends[-1] if colon and not re.search(r"[/?#\[]", user) and not _PORT.match(password) else 0
+    )
 
 
 def _is_token(scheme: str, name: str) -> bool:

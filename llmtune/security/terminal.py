@@ -1,7 +1,8 @@
-"""What a terminal would obey in a text: rows, answers, names and messages of others are shown with it spelled out.
+"""What a terminal would obey in a text: rows, answers, names and messages of others are shown with
+it spelled out.
 
-A terminal takes C0 and C1 controls (ECMA-48) as orders: to write over what it showed, to change its title, to send back what
-then stands behind the prompt as if somebody had typed it.
+A terminal takes C0 and C1 controls (ECMA-48) as orders: to write over what it showed, to change its
+title, to send back what then stands behind the prompt as if somebody had typed it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 from llmtune.security.redaction import redact
 
-#: C0 but for tab and newline, DEL, and C1. Letters that run from right to left and joiners of emoji are none of them.
+# : C0 but for tab and newline, DEL, and C1. Letters that run from right to left and joiners of
+# emoji are none of them.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 #: The colours that llmtune itself writes.
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
@@ -29,12 +31,15 @@ def colour(text: str, code: str) -> str:
 
 
 def to_terminal(text: str) -> str:
-    """What of a text may be written to standard output or standard error: no secret, and no order."""
+    """What of a text may be written to standard output or standard error: no secret, and no
+    order.
+    """
     return show_controls(redact(text))
 
 
 def to_json_line(value: Any, indent: int | None = None, letters: bool = False) -> str:
-    """JSON that no terminal obeys: JSON itself leaves DEL as it is, and C1 where other letters are to stay.
+    """JSON that no terminal obeys: JSON itself leaves DEL as it is, and C1 where other letters are
+    to stay.
 
     Args:
         letters: Leave those beyond ASCII as they are.

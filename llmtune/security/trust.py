@@ -1,11 +1,13 @@
-"""Whose files are trusted, and how those of others are opened: the rules of ``docs/security.md``. Every folder may import this.
+"""Whose files are trusted, and how those of others are opened: the rules of ``docs/security.md``.
+Every folder may import this.
 
-Trusted are the command line, the environment, and files of this user. Not trusted is everything inside a run, a checkpoint, a
-base, an adapter, a data set, a mirror or a host file, whoever wrote it and wherever it lies: a name on the command line says
-that it may be read, not that it may decide what is executed, read elsewhere or overwritten.
+Trusted are the command line, the environment, and files of this user. Not trusted is everything
+inside a run, a checkpoint, a base, an adapter, a data set, a mirror or a host file, whoever wrote
+it and wherever it lies: a name on the command line says that it may be read, not that it may decide
+what is executed, read elsewhere or overwritten.
 
-What llmtune keeps for itself and believes later (caches, compiled ops, locks, swap, ``.env``) must belong to this user or to
-root, and nobody else may write to it.
+What llmtune keeps for itself and believes later (caches, compiled ops, locks, swap, ``.env``) must
+belong to this user or to root, and nobody else may write to it.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def find_objection(file: Path, most_bytes: int | None = MOST_BYTES) -> str | None:
-    """Why a file inside somebody else's folder is not opened, to stand behind its name; None where it may be.
+    """Why a file inside somebody else's folder is not opened, to stand behind its name; None where
+    it may be.
 
-    It must be a regular file that lies in its own folder. Links may lead to another file of that folder, and in a snapshot of
-    the Hugging Face cache to the ``blobs`` of the same model, as the hub's own client lays them out.
+    It must be a regular file that lies in its own folder. Links may lead to another file of that
+    folder, and in a snapshot of the Hugging Face cache to the ``blobs`` of the same model, as the
+    hub's own client lays them out.
 
     Args:
         most_bytes: Its largest size; None for weights, which are mapped and not read whole.
@@ -54,11 +58,16 @@ def _locate(file: Path, most_bytes: int | None) -> tuple[Path, str | None]:
         return file, f"cannot be opened ({getattr(error, 'strerror', None) or 'links in a circle'})"
     reason = None
     if not any(place.is_relative_to(root) for root in _roots(file.parent)):
-        reason = f"is a link that leads out of its folder, to {place}; put the file itself there, or take the link away"
+        reason = (
+            f"is a link that leads out of its folder, to {place}; put the file itself there, or"
+            " take the link away"
+        )
     elif not stat.S_ISREG(status.st_mode):
         reason = "is no regular file"
     elif most_bytes is not None and status.st_size > most_bytes:
-        reason = f"has {status.st_size:,} bytes, more than the {most_bytes:,} that such a file may have"
+        reason = (
+            f"has {status.st_size:,} bytes, more than the {most_bytes:,} that such a file may have"
+        )
     return place, reason
 
 
@@ -82,7 +91,9 @@ def open_foreign(file: Path, error: type[LlmtuneError], most_bytes: int = MOST_B
     raise error(f"{file} {reason}")
 
 
-def check_foreign(file: Path, error: type[LlmtuneError], most_bytes: int | None = MOST_BYTES) -> None:
+def check_foreign(
+    file: Path, error: type[LlmtuneError], most_bytes: int | None = MOST_BYTES
+) -> None:
     """Refuse a file that a library will open by its name.
 
     Raises:
@@ -93,7 +104,9 @@ def check_foreign(file: Path, error: type[LlmtuneError], most_bytes: int | None 
         raise error(f"{file} {reason}")
 
 
-def copy_foreign(file: Path, target: Path, error: type[LlmtuneError], most_bytes: int = MOST_BYTES) -> None:
+def copy_foreign(
+    file: Path, target: Path, error: type[LlmtuneError], most_bytes: int = MOST_BYTES
+) -> None:
     """Copy the contents of a file inside somebody else's folder.
 
     Raises:
@@ -133,18 +146,25 @@ def trusted_owners() -> set[int]:
 
 
 def find_owner_problem(path: Path) -> str | None:
-    """Who but this user and root may have written what is at ``path``, or may change it; None where nobody may."""
+    """Who but this user and root may have written what is at ``path``, or may change it; None where
+    nobody may.
+    """
     status = path.stat()
     if status.st_uid not in trusted_owners():
         return f"belongs to {_name_user(status.st_uid)}, and this is {_name_user(os.getuid())}"
     if status.st_mode & stat.S_IWOTH:
         return f"may be written by everybody (mode {stat.S_IMODE(status.st_mode):04o})"
     if status.st_mode & stat.S_IWGRP and not _is_private_group(status.st_gid, status.st_uid):
-        return f"may be written by the group {_name_group(status.st_gid)} (mode {stat.S_IMODE(status.st_mode):04o})"
+        return (
+            f"may be written by the group {_name_group(status.st_gid)} (mode"
+            f" {stat.S_IMODE(status.st_mode):04o})"
+        )
     return None
 
 
-def require_own(path: Path, what: str, instead: str, error: type[LlmtuneError] = MissingPrerequisiteError) -> None:
+def require_own(
+    path: Path, what: str, instead: str, error: type[LlmtuneError] = MissingPrerequisiteError
+) -> None:
     """Refuse what others may have written.
 
     Args:
@@ -153,7 +173,8 @@ def require_own(path: Path, what: str, instead: str, error: type[LlmtuneError] =
         instead: How to take another one, to stand behind "or".
 
     Raises:
-        LlmtuneError: Of the class ``error``: it belongs to another user than this one and root, or others may write to it.
+        LlmtuneError: Of the class ``error``: it belongs to another user than this one and root, or
+            others may write to it.
     """
     problem = find_owner_problem(path)
     if problem is not None:
@@ -170,7 +191,10 @@ def mend_owner(path: Path) -> str:
         return f"where nobody has changed anything in it, run: {command}"
     if os.getuid() == _ROOT:
         user = f"{status.st_uid}:{status.st_gid}"
-        return f"in a container, start it as that user (docker run --user {user}), or give it to root ({command})"
+        return (
+            f"in a container, start it as that user (docker run --user {user}), or give it to root"
+            f" ({command})"
+        )
     return f"have it given to you ({command}, as root)"
 
 
@@ -182,7 +206,8 @@ def owner_command(path: Path) -> str:
 
 
 def make_own(folder: Path, what: str, instead: str) -> None:
-    """Make a folder that only this user may open, where it is missing; one that is there must be as :func:`require_own` says.
+    """Make a folder that only this user may open, where it is missing; one that is there must be as
+    :func:`require_own` says.
 
     Raises:
         MissingPrerequisiteError: It is another's, or cannot be made.
@@ -194,7 +219,9 @@ def make_own(folder: Path, what: str, instead: str) -> None:
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a folder")
     except OSError as error:
-        raise MissingPrerequisiteError(f"{what}: {folder} cannot be made ({error.strerror}); {instead}") from error
+        raise MissingPrerequisiteError(
+            f"{what}: {folder} cannot be made ({error.strerror}); {instead}"
+        ) from error
     require_own(folder, what, instead)
 
 
@@ -202,8 +229,8 @@ def open_lock(path: Path) -> IO[str]:
     """A file to be locked, made where it is missing, with its contents as they are.
 
     Raises:
-        MissingPrerequisiteError: Something else is in its place: whoever may write to the folder could have put a link to
-            another file there.
+        MissingPrerequisiteError: Something else is in its place: whoever may write to the folder
+            could have put a link to another file there.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -214,13 +241,17 @@ def open_lock(path: Path) -> IO[str]:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return os.fdopen(descriptor, "r+")
         os.close(descriptor)
-    raise MissingPrerequisiteError(f"{path}: something else than a lock file is there, such as a link; remove it")
+    raise MissingPrerequisiteError(
+        f"{path}: something else than a lock file is there, such as a link; remove it"
+    )
 
 
 def close_run_folder(folder: Path) -> str | None:
-    """Take the right to write into a run folder from everybody but its owner; a sentence where there was something to take.
+    """Take the right to write into a run folder from everybody but its owner; a sentence where
+    there was something to take.
 
-    A run folder is only read as data, so that it may belong to another user, such as the host's where a container runs as root.
+    A run folder is only read as data, so that it may belong to another user, such as the host's
+    where a container runs as root.
 
     Raises:
         CheckpointError: The folder is not ours to change, or shared on purpose like ``/tmp``.
@@ -230,12 +261,15 @@ def close_run_folder(folder: Path) -> str | None:
     if not (status.st_mode & stat.S_IWOTH or shared):
         return None
     who, letters = (
-        ("everybody", "go-w") if status.st_mode & stat.S_IWOTH else (f"the group {_name_group(status.st_gid)}", "g-w")
+        ("everybody", "go-w")
+        if status.st_mode & stat.S_IWOTH
+        else (f"the group {_name_group(status.st_gid)}", "g-w")
     )
     if status.st_uid != os.getuid() or status.st_mode & stat.S_ISVTX:
         raise CheckpointError(
-            f"output_dir={folder}: {who} may write there, so that what is loaded from it could be anybody's; "
-            f"take another output_dir=, such as a new folder in it, or have its owner run: chmod {letters} {folder}"
+            f"output_dir={folder}: {who} may write there, so that what is loaded from it could be"
+            " anybody's; take another output_dir=, such as a new folder in it, or have its owner"
+            f" run: chmod {letters} {folder}"
         )
     folder.chmod(stat.S_IMODE(status.st_mode) & ~_WRITABLE)
     return f"{folder} could be written by {who}; took that right away (chmod {letters})"
@@ -244,7 +278,8 @@ def close_run_folder(folder: Path) -> str | None:
 def check_links(folder: Path) -> None:
     """Refuse links in a run folder that lead out of it, before anything is written to their names.
 
-    Links to folders are left: nothing in another folder is written over, and a checkpoint may have been moved to another disk.
+    Links to folders are left: nothing in another folder is written over, and a checkpoint may have
+    been moved to another disk.
 
     Raises:
         CheckpointError: With the first one.
@@ -253,8 +288,8 @@ def check_links(folder: Path) -> None:
     for entry in sorted(folder.iterdir()):
         if entry.is_symlink() and not entry.is_dir() and not entry.resolve().is_relative_to(root):
             raise CheckpointError(
-                f"{entry} is a link that leads out of the run folder, to {entry.resolve()}, which a run would write over; "
-                "remove it, or take another output_dir="
+                f"{entry} is a link that leads out of the run folder, to {entry.resolve()}, which a"
+                " run would write over; remove it, or take another output_dir="
             )
 
 

@@ -1,7 +1,9 @@
-"""Keep Python from taking modules from the working folder, which may be another's: ``python -m`` looks there first of all.
+"""Keep Python from taking modules from the working folder, which may be another's: ``python -m``
+looks there first of all.
 
-A ``psutil.py`` beside the data would otherwise be imported in the place of psutil. This module imports only what Python itself
-has loaded by then, and not even ``__future__``, which would be looked for in the working folder too.
+A ``psutil.py`` beside the data would otherwise be imported in the place of psutil. This module
+imports only what Python itself has loaded by then, and not even ``__future__``, which would be
+looked for in the working folder too.
 """
 
 import os
@@ -11,7 +13,8 @@ import sys
 def leave_working_folder() -> None:
     """Take the working folder from the module path, of this process and of all that it will start.
 
-    Not so where llmtune itself lies there: who works in its source has chosen that code, and others may not be installed.
+    Not so where llmtune itself lies there: who works in its source has chosen that code, and others
+    may not be installed.
     """
     try:
         here = os.getcwd()

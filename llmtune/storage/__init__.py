@@ -1,1 +1,3 @@
-"""Files: written whole or not at all, locked, hashed, named, copied; and the formats that are llmtune's own."""
+"""Files: written whole or not at all, locked, hashed, named, copied; and the formats that are
+llmtune's own.
+"""

@@ -1,4 +1,5 @@
-"""Small files that are there whole or not at all, whatever ends the process or fills the disk in the middle.
+"""Small files that are there whole or not at all, whatever ends the process or fills the disk in
+the middle.
 
 Every folder may import this.
 """
@@ -13,7 +14,8 @@ from llmtune.storage.plain_json import parse_json
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a small file, flushed, under its name only when it is whole; what stood there stays until then.
+    """Write a small file, flushed, under its name only when it is whole; what stood there stays
+    until then.
 
     Raises:
         OSError: The disk refused.
@@ -32,7 +34,9 @@ def write_whole(path: Path, data: str | bytes) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a small file holds; None where there is none, and of one that was cut off, as a crash of the machine leaves it."""
+    """What a small file holds; None where there is none, and of one that was cut off, as a crash of
+    the machine leaves it.
+    """
     try:
         return parse_json(path.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -46,13 +46,17 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def export_folder(run: Path, export_format: str) -> Path:
-    """Where a run's export lies: ``merged`` is the safetensors folder, and the other formats stand beside it."""
+    """Where a run's export lies: ``merged`` is the safetensors folder, and the other formats stand
+    beside it.
+    """
     return run / (MERGED if export_format == _MERGED_FORMAT else f"{_EXPORT}-{export_format}")
 
 
 def is_export_folder(folder: Path) -> bool:
     """Whether a folder of a run has the name of an export."""
-    return folder.name == MERGED or (folder.name.startswith(f"{_EXPORT}-") and not folder.name.endswith(".tmp"))
+    return folder.name == MERGED or (
+        folder.name.startswith(f"{_EXPORT}-") and not folder.name.endswith(".tmp")
+    )
 
 
 def checkpoint_step(folder: Path) -> int | None:

@@ -44,7 +44,8 @@ def _take(path: Path) -> IO[str]:
             file = open_lock(path)
         except OSError as error:
             raise CheckpointError(
-                f"{path} cannot be written: {error.strerror}; free space there, or take another output_dir="
+                f"{path} cannot be written: {error.strerror}; free space there, or take another"
+                " output_dir="
             ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +56,8 @@ def _take(path: Path) -> IO[str]:
                 f"{path.parent}: another run is using this folder (process {holder}); "
                 "wait for it, or take another run_name= or output_dir="
             ) from error
-        # Its holder may have removed it, with the folder, since it was opened here; then others take another file.
+        # Its holder may have removed it, with the folder, since it was opened here; then others
+        # take another file.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
@@ -64,9 +66,11 @@ def _take(path: Path) -> IO[str]:
 
 @contextmanager
 def removed_if_unused(path: Path) -> Iterator[None]:
-    """Leave no folder behind that a block made, took the lock of, and wrote nothing into before it failed.
+    """Leave no folder behind that a block made, took the lock of, and wrote nothing into before it
+    failed.
 
-    It must still hold the lock then: another process may be in the folder, which has written no more yet.
+    It must still hold the lock then: another process may be in the folder, which has written no
+    more yet.
     """
     was_there = path.parent.exists()
     try:

@@ -1,6 +1,8 @@
-"""What a published folder holds: every file with its size and hash, written before the folder is renamed into place.
+"""What a published folder holds: every file with its size and hash, written before the folder is
+renamed into place.
 
-The marker that is written last holds the manifest's own hash, so that nothing in the folder goes unchecked.
+The marker that is written last holds the manifest's own hash, so that nothing in the folder goes
+unchecked.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ def hash_file(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(
-    folder: Path, files: dict[str, dict[str, Any]], about: dict[str, Any], signer: Signer | None = None
+    folder: Path,
+    files: dict[str, dict[str, Any]],
+    about: dict[str, Any],
+    signer: Signer | None = None,
 ) -> None:
     """``manifest.json``: files with size and hash, and what ``about`` says of their origin.
 
@@ -47,7 +52,9 @@ def write_manifest(
         files = with_sha256(folder, files)
     manifest = {"llmtune_version": __version__, **about, "files": dict(sorted(files.items()))}
     text = json.dumps(manifest, indent=1).encode()
-    written = {layout.MANIFEST: text} | ({layout.SIGNATURE: signer.sign(text)} if signer is not None else {})
+    written = {layout.MANIFEST: text} | (
+        {layout.SIGNATURE: signer.sign(text)} if signer is not None else {}
+    )
     # One that is left of another manifest would be wrong.
     (folder / layout.SIGNATURE).unlink(missing_ok=True)
     for name, data in written.items():
@@ -59,7 +66,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete folder, with the presence, size and place of every file checked.
 
     Raises:
-        CheckpointError: The folder is incomplete, the manifest is broken, or a file is not as it says.
+        CheckpointError: The folder is incomplete, the manifest is broken, or a file is not as it
+            says.
     """
     manifest, problems = _look(folder)
     if problems:
@@ -106,7 +114,9 @@ def check_undamaged(folder: Path, left_out: Callable[[str], bool] = lambda _: Fa
 
 
 def publish(aside: Path, folder: Path) -> None:
-    """Rename a finished folder into place and mark it complete; its parent is flushed, so that the name survives too."""
+    """Rename a finished folder into place and mark it complete; its parent is flushed, so that the
+    name survives too.
+    """
     flush(aside)
     aside.rename(folder)
     mark_complete(folder)
@@ -138,15 +148,24 @@ def _look(folder: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         text = (folder / layout.MANIFEST).read_bytes()
         manifest: dict[str, Any] = parse_json(text)
-        files = {str(name): (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in manifest["files"].items()}
+        files = {
+            str(name): (int(entry["size"]), str(entry["xxh3_128"]))
+            for name, entry in manifest["files"].items()
+        }
         expected = marker.read_text(errors="replace")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return {}, [f"{layout.MANIFEST} cannot be read ({error})"]
     if expected != xxhash.xxh3_128(text).hexdigest():
         return {}, [f"{layout.MANIFEST} is not the one that {layout.COMPLETE} was written for"]
-    problems = [problem for name, (size, _) in files.items() if (problem := _look_at(folder, name, size))]
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    problems += [f"{name} is not in {layout.MANIFEST}" for name in sorted(present - files.keys() - _OWN)]
+    problems = [
+        problem for name, (size, _) in files.items() if (problem := _look_at(folder, name, size))
+    ]
+    present = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()
+    }
+    problems += [
+        f"{name} is not in {layout.MANIFEST}" for name in sorted(present - files.keys() - _OWN)
+    ]
     return manifest, problems
 
 

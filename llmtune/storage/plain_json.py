@@ -1,4 +1,6 @@
-"""JSON that somebody else wrote: whatever stands in it, reading it ends in a value of bounded depth or in a ``ValueError``."""
+"""JSON that somebody else wrote: whatever stands in it, reading it ends in a value of bounded depth
+or in a ``ValueError``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-#: Levels of lists and objects. Python gives up at about a thousand, in whatever function goes through the value next.
+# : Levels of lists and objects. Python gives up at about a thousand, in whatever function goes
+# through the value next.
 MAX_DEPTH = 128
 
 
@@ -20,11 +23,14 @@ class DepthError(ValueError):
         super().__init__(f"nested too deeply (more than {MAX_DEPTH} levels)")
 
 
-def parse_json(text: str | bytes, on_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_json(
+    text: str | bytes, on_object: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
     """As ``json.loads``.
 
     Args:
-        on_object: Makes an object of its names and values, such as one that refuses names that stand twice.
+        on_object: Makes an object of its names and values, such as one that refuses names that
+            stand twice.
 
     Raises:
         ValueError: It is no JSON, or :class:`DepthError`.
@@ -34,13 +40,16 @@ def parse_json(text: str | bytes, on_object: Callable[[list[tuple[str, Any]]], A
     except RecursionError:
         raise DepthError from None
     # Of what has fewer brackets than that, nothing needs to be looked at.
-    if (text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else count_opening(text)) > MAX_DEPTH:
+    if (
+        text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else count_opening(text)
+    ) > MAX_DEPTH:
         check_depth(value)
     return value
 
 
 def decode_json(text: str, start: int, decoder: json.JSONDecoder = _DECODER) -> tuple[Any, int]:
-    """The value that begins at a place of a text, and where it ends; as ``json.JSONDecoder.raw_decode``.
+    """The value that begins at a place of a text, and where it ends; as
+    ``json.JSONDecoder.raw_decode``.
 
     Raises:
         ValueError: As :func:`parse_json`.

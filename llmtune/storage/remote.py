@@ -1,4 +1,6 @@
-"""Files at any URL that fsspec writes to: one attempt a call, read back and compared, and the patience around it."""
+"""Files at any URL that fsspec writes to: one attempt a call, read back and compared, and the
+patience around it.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +48,15 @@ def check_protocol(url: str, key: str) -> None:
     # Those that fsspec brings along or finds installed, and those that a program has registered.
     if "://" in url and protocol not in {*fsspec.available_protocols(), *fsspec.registry}:
         raise ConfigError(
-            f"{key}={redact(url)}: {protocol}:// is not known; take a URL of fsspec such as s3://bucket/folder, or a folder"
+            f"{key}={redact(url)}: {protocol}:// is not known; take a URL of fsspec such as"
+            " s3://bucket/folder, or a folder"
         )
 
 
 class UnfitError(Exception):
-    """What is to be copied is not there, or not as its manifest says: trying again does not help."""
+    """What is to be copied is not there, or not as its manifest says: trying again does not
+    help.
+    """
 
 
 class Store:
@@ -65,12 +70,16 @@ class Store:
         protocol = url.split("::")[-1].partition("://")[0]
         package = DRIVERS.get(protocol)
         if package and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{label}: the driver of {protocol}:// is not installed: pip install {package}")
+            raise ConfigError(
+                f"{label}: the driver of {protocol}:// is not installed: pip install {package}"
+            )
         try:
             self._driver, self.root = fsspec.url_to_fs(url)
         except Exception as error:
             # Drivers raise classes of their own, here and in all that follows.
-            raise ConfigError(f"{label}: cannot be used: {redact(describe_error(error))}") from error
+            raise ConfigError(
+                f"{label}: cannot be used: {redact(describe_error(error))}"
+            ) from error
 
     @property
     def system(self) -> Any:
@@ -83,7 +92,10 @@ class Store:
         return f"{self.root}/{name}"
 
     def read(self, name: str) -> bytes | None:
-        """A small file; None where there is none. ``exists`` of fsspec takes a failing network for that, too."""
+        """A small file; None where there is none.
+
+        ``exists`` of fsspec takes a failing network for that, too.
+        """
         try:
             return bytes(self.system.cat_file(self.at(name)))
         except FileNotFoundError:
@@ -99,7 +111,9 @@ class Store:
         with open_source() as source, self._create(path) as target:
             sent = hash_stream(source, target)
         if sent != entry:
-            raise UnfitError(f"{name} is damaged on the local disk: not the size and hash of its manifest")
+            raise UnfitError(
+                f"{name} is damaged on the local disk: not the size and hash of its manifest"
+            )
         if isinstance(self._driver, LocalFileSystem):
             flush(Path(path))
             flush(Path(path).parent)
@@ -132,13 +146,19 @@ class Store:
             self.system.rm_file(self.at(f"{name}/{layout.COMPLETE}"))
 
     def remove(self, name: str) -> None:
-        """Remove what lies under a name, the marker first, so that it is never half-gone with its marker."""
+        """Remove what lies under a name, the marker first, so that it is never half-gone with its
+        marker.
+        """
         self.unmark(name)
         with suppress(FileNotFoundError):
             self._remove_all(self.at(name))
 
     def _remove_all(self, folder: str) -> None:
-        """File by file. ``rm`` of fsspec takes a name with ``*``, ``?`` or ``[`` for a pattern, and other runs go with it."""
+        """File by file.
+
+        ``rm`` of fsspec takes a name with ``*``, ``?`` or ``[`` for a pattern, and other runs go
+        with it.
+        """
         if isinstance(self._driver, LocalFileSystem):
             self._driver.rm(folder, recursive=True)
             return
@@ -162,18 +182,28 @@ class Store:
 
 
 def list_files(marker: bytes, manifest: bytes) -> dict[str, dict[str, Any]]:
-    """Files with size and hash, once the manifest is known to be the marker's and to name nothing outside its folder."""
+    """Files with size and hash, once the manifest is known to be the marker's and to name nothing
+    outside its folder.
+    """
     if marker != hash_text(manifest):
         raise UnfitError(f"{layout.MANIFEST} is not the one that {layout.COMPLETE} was written for")
     try:
         listed = parse_json(manifest)["files"].items()
-        files = {name: {"size": entry["size"], "xxh3_128": entry["xxh3_128"]} for name, entry in listed}
+        files = {
+            name: {"size": entry["size"], "xxh3_128": entry["xxh3_128"]} for name, entry in listed
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnfitError(f"{layout.MANIFEST} cannot be read ({describe_error(error)})") from error
     for name in files:
         path = PurePosixPath(name)
-        inside = name == path.as_posix() != "." and not path.is_absolute() and ".." not in path.parts
-        if not inside or "\0" in name or name in (layout.MANIFEST, layout.SIGNATURE, layout.COMPLETE):
+        inside = (
+            name == path.as_posix() != "." and not path.is_absolute() and ".." not in path.parts
+        )
+        if (
+            not inside
+            or "\0" in name
+            or name in (layout.MANIFEST, layout.SIGNATURE, layout.COMPLETE)
+        ):
             raise UnfitError(f"{layout.MANIFEST} lists {name!r}, which is no file of a checkpoint")
     return files
 

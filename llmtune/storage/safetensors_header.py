@@ -1,6 +1,8 @@
-"""The header of a safetensors file: an 8-byte little-endian length, then JSON with the type, shape and place of each tensor.
+"""The header of a safetensors file: an 8-byte little-endian length, then JSON with the type, shape
+and place of each tensor.
 
-The format: https://github.com/huggingface/safetensors#format. Nothing in a header is believed that the file is too small for.
+The format: https://github.com/huggingface/safetensors#format. Nothing in a header is believed that
+the file is too small for.
 """
 
 from __future__ import annotations
@@ -41,13 +43,22 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
         header = parse_json(handle.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
-    return {name: _to_entry(name, about, 8 + length, size) for name, about in header.items() if name != "__metadata__"}
+    return {
+        name: _to_entry(name, about, 8 + length, size)
+        for name, about in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _to_entry(name: str, about: Any, first: int, size: int) -> HeaderEntry:
     given: dict[str, Any] = about if isinstance(about, dict) else {}
     kind, shape, offsets = given.get("dtype"), given.get("shape", 0), given.get("data_offsets", 0)
-    if not isinstance(kind, str) or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+    if (
+        not isinstance(kind, str)
+        or not _are_counts(shape)
+        or not _are_counts(offsets)
+        or len(offsets) != 2
+    ):
         raise ValueError(f"{name[:80]!r} has no type, shape and place")
     start, end = offsets
     if not start <= end <= size - first:

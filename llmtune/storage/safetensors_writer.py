@@ -1,6 +1,8 @@
-"""Write safetensors one tensor at a time: the header from names, dtypes and shapes, then the data in order.
+"""Write safetensors one tensor at a time: the header from names, dtypes and shapes, then the data
+in order.
 
-The format: an 8-byte little-endian header length, a JSON header padded with spaces to 8 bytes, the tensors' bytes.
+The format: an 8-byte little-endian header length, a JSON header padded with spaces to 8 bytes, the
+tensors' bytes.
 """
 
 from __future__ import annotations
@@ -50,9 +52,13 @@ class TensorSpec:
 
 
 class TensorFile:
-    """One safetensors file; tensors are written in the order of the specs, whole or in pieces, and hashed on the way."""
+    """One safetensors file; tensors are written in the order of the specs, whole or in pieces, and
+    hashed on the way.
+    """
 
-    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None):
+    def __init__(
+        self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None
+    ):
         self.path = path
         self.specs = list(specs)
         header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -94,7 +100,9 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         """Flush to the disk; a file that is not as long as its header says is an error of ours."""
         try:
             if kind is None:
@@ -102,10 +110,14 @@ class TensorFile:
         finally:
             os.close(self._file)
         if kind is None:
-            assert self._size == self._expected, f"{self.path}: {self._size} bytes written, {self._expected} announced"
+            assert self._size == self._expected, (
+                f"{self.path}: {self._size} bytes written, {self._expected} announced"
+            )
 
 
-def plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> list[tuple[str, list[TensorSpec]]]:
+def plan_shards(
+    specs: list[TensorSpec], max_shard_bytes: int
+) -> list[tuple[str, list[TensorSpec]]]:
     """File names as transformers uses them, and the tensors of each; a tensor is never split."""
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:
@@ -115,7 +127,10 @@ def plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> list[tuple[str
     if len(shards) == 1:
         return [("model.safetensors", shards[0])]
     count = len(shards)
-    return [(f"model-{number:05d}-of-{count:05d}.safetensors", shard) for number, shard in enumerate(shards, start=1)]
+    return [
+        (f"model-{number:05d}-of-{count:05d}.safetensors", shard)
+        for number, shard in enumerate(shards, start=1)
+    ]
 
 
 def write_index(folder: Path, shards: list[tuple[str, list[TensorSpec]]]) -> None:

@@ -1,7 +1,9 @@
-"""Signatures of published folders: ``manifest.json.sig`` beside the manifest, 64 bytes of ed25519 (RFC 8032) over its bytes.
+"""Signatures of published folders: ``manifest.json.sig`` beside the manifest, 64 bytes of ed25519
+(RFC 8032) over its bytes.
 
-The hashes of a manifest, xxh3-128, find damage; whoever wants to can make another file with the same one. So a manifest that is
-signed also lists the SHA-256 of every file, and a signature without them is not one of the folder.
+The hashes of a manifest, xxh3-128, find damage; whoever wants to can make another file with the
+same one. So a manifest that is signed also lists the SHA-256 of every file, and a signature without
+them is not one of the folder.
 """
 
 from __future__ import annotations
@@ -17,12 +19,18 @@ from llmtune.storage import layout
 from llmtune.storage.plain_json import parse_json
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (
+        Ed25519PrivateKey,
+        Ed25519PublicKey,
+    )
 
 _SHA256 = "sha256"
 _HASHING_THREADS = 4
 _BLOCK_BYTES = 1 << 22
-_MAKE = "openssl genpkey -algorithm ed25519 -out KEY.pem && openssl pkey -in KEY.pem -pubout -out PUBLIC.pem"
+_MAKE = (
+    "openssl genpkey -algorithm ed25519 -out KEY.pem && openssl pkey -in KEY.pem -pubout -out"
+    " PUBLIC.pem"
+)
 
 
 class Signer:
@@ -53,12 +61,18 @@ def with_sha256(folder: Path, files: dict[str, dict[str, Any]]) -> dict[str, dic
     """Files of a manifest with the SHA-256 of each; what has one already is not read again."""
     missing = [name for name, entry in files.items() if _SHA256 not in entry]
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        found = dict(zip(missing, pool.map(sha256_of, (folder / name for name in missing)), strict=True))
-    return {name: {**entry, _SHA256: found[name]} if name in found else entry for name, entry in files.items()}
+        found = dict(
+            zip(missing, pool.map(sha256_of, (folder / name for name in missing)), strict=True)
+        )
+    return {
+        name: {**entry, _SHA256: found[name]} if name in found else entry
+        for name, entry in files.items()
+    }
 
 
 def find_forgery(folder: Path, public_key: Path) -> list[str]:
-    """What is not as whoever has the private key signed it; empty where all of it is. Reads every file.
+    """What is not as whoever has the private key signed it; empty where all of it is. Reads every
+    file.
 
     Raises:
         ConfigError: There is no ed25519 public key in ``public_key``.
@@ -76,7 +90,10 @@ def find_forgery(folder: Path, public_key: Path) -> list[str]:
     try:
         key.verify(signature, manifest)
     except InvalidSignature:
-        return [f"{layout.SIGNATURE} is not a signature of this {layout.MANIFEST} with the private key of {public_key}"]
+        return [
+            f"{layout.SIGNATURE} is not a signature of this {layout.MANIFEST} with the private key"
+            f" of {public_key}"
+        ]
     try:
         about = parse_json(manifest)
         files = {str(name): str(entry[_SHA256]) for name, entry in about["files"].items()}
@@ -85,7 +102,11 @@ def find_forgery(folder: Path, public_key: Path) -> list[str]:
             return [f"it was signed as the checkpoint of step {about['step']}, not of step {step}"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{layout.MANIFEST} was signed without {_SHA256} of every file"]
-    return [problem for name, expected in sorted(files.items()) if (problem := _compare(folder, name, expected))]
+    return [
+        problem
+        for name, expected in sorted(files.items())
+        if (problem := _compare(folder, name, expected))
+    ]
 
 
 def read_public_key(path: Path) -> Ed25519PublicKey:
@@ -99,7 +120,10 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
 
     key = _load(path, "key", "public", load_pem_public_key)
     if not isinstance(key, Ed25519PublicKey):
-        raise ConfigError(f"key={path}: a public key of another kind than ed25519; take the PUBLIC.pem of: {_MAKE}")
+        raise ConfigError(
+            f"key={path}: a public key of another kind than ed25519; take the PUBLIC.pem of:"
+            f" {_MAKE}"
+        )
     return key
 
 
@@ -124,9 +148,14 @@ def _read_private_key(path: Path) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    key = _load(path, "checkpoint.sign", "private", lambda text: load_pem_private_key(text, password=None))
+    key = _load(
+        path, "checkpoint.sign", "private", lambda text: load_pem_private_key(text, password=None)
+    )
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"checkpoint.sign={path}: a private key of another kind than ed25519; make one with: {_MAKE}")
+        raise ConfigError(
+            f"checkpoint.sign={path}: a private key of another kind than ed25519; make one with:"
+            f" {_MAKE}"
+        )
     return key
 
 
@@ -134,12 +163,17 @@ def _load(path: Path, name: str, what: str, load: Callable[[bytes], Any]) -> Any
     try:
         return load(path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"{name}={path}: {error.strerror}; make a pair of keys with: {_MAKE}") from error
+        raise ConfigError(
+            f"{name}={path}: {error.strerror}; make a pair of keys with: {_MAKE}"
+        ) from error
     except TypeError as error:
         raise ConfigError(
-            f"{name}={path}: the key has a password; store it without one where only this user can read it: openssl pkey -in "
-            f"{path} -out KEY.pem"
+            f"{name}={path}: the key has a password; store it without one where only this user can"
+            f" read it: openssl pkey -in {path} -out KEY.pem"
         ) from error
     except Exception as error:
-        # Of the library's own kinds, which differ from version to version; none of them may show what stands in the file.
-        raise ConfigError(f"{name}={path}: not a {what} key in PEM; make a pair with: {_MAKE}") from error
+        # Of the library's own kinds, which differ from version to version; none of them may show
+        # what stands in the file.
+        raise ConfigError(
+            f"{name}={path}: not a {what} key in PEM; make a pair with: {_MAKE}"
+        ) from error

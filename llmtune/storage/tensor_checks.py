@@ -1,4 +1,6 @@
-"""What hashes cannot tell: whether the tensors of a file are numbers, and whether an adapter was trained at all."""
+"""What hashes cannot tell: whether the tensors of a file are numbers, and whether an adapter was
+trained at all.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 #: Bytes looked at in one piece, unless one row is larger.
 BLOCK_BYTES = 64 << 20
 
-#: Dtypes, as safetensors spells them, that can hold NaN or infinity -> bytes of an element as it is compared.
+# : Dtypes, as safetensors spells them, that can hold NaN or infinity -> bytes of an element as it
+# is compared.
 _FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 4, "F8_E5M2": 4, "F8_E8M0": 4}
 
 #: The half of a LoRA pair that starts at zero; of an embedding it is A.
@@ -35,7 +38,9 @@ def check_tensors(file: Path) -> list[str]:
 
 
 def check_adapter_trained(file: Path) -> list[str]:
-    """A LoRA adapter whose every ``lora_B`` is zero changes nothing: peft starts them there, so it was never trained."""
+    """A LoRA adapter whose every ``lora_B`` is zero changes nothing: peft starts them there, so it
+    was never trained.
+    """
     found = False
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -46,7 +51,11 @@ def check_adapter_trained(file: Path) -> list[str]:
                         return []
     except (OSError, SafetensorError) as error:
         return [f"{file.name} cannot be read ({error})"]
-    return [f"{file.name}: every lora_B is zero, so the adapter changes nothing: it was not trained"] if found else []
+    return (
+        [f"{file.name}: every lora_B is zero, so the adapter changes nothing: it was not trained"]
+        if found
+        else []
+    )
 
 
 def _blocks(tensors: Any, name: str) -> Iterator[torch.Tensor]:
@@ -69,7 +78,10 @@ def _comparable(block: torch.Tensor) -> torch.Tensor:
 
 
 def _not_finite(block: torch.Tensor) -> str | None:
-    """``NaN`` or ``infinity``. Extremes carry both, in a fraction of the time of ``isfinite`` and without a copy."""
+    """``NaN`` or ``infinity``.
+
+    Extremes carry both, in a fraction of the time of ``isfinite`` and without a copy.
+    """
     low, high = (float(value) for value in torch.aminmax(block))
     if math.isnan(low) or math.isnan(high):
         return "NaN"

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-#: Line ends of Unicode. PyYAML writes them as they are into a quoted text, and reads a line end there as a space.
+# : Line ends of Unicode. PyYAML writes them as they are into a quoted text, and reads a line end
+# there as a space.
 _LINE_ENDS = frozenset("\x85\u2028\u2029")
 
 

@@ -21,9 +21,11 @@ PLAIN_INTERVAL_SECONDS = 10.0
 
 
 class Console:
-    """Writes to the user's terminal, wherever the libraries' output was sent; silent on all ranks but the first.
+    """Writes to the user's terminal, wherever the libraries' output was sent; silent on all ranks
+    but the first.
 
-    Secrets and controls are taken out of texts, not of what is written: a table breaks them over lines, and has colours.
+    Secrets and controls are taken out of texts, not of what is written: a table breaks them over
+    lines, and has colours.
     """
 
     def __init__(self, stream: IO[str] | None):
@@ -33,7 +35,8 @@ class Console:
         self._out = cast("IO[str]", _Lasting(opened))
         self._rich = RichConsole(file=self._out, highlight=False, soft_wrap=True)
         self._line_open = self._line_passes = False
-        #: Threads that say what is under way write between the lines of others. A signal's handler may come in between.
+        # : Threads that say what is under way write between the lines of others. A signal's handler
+        # may come in between.
         self._lock = threading.RLock()
         self.said_at = time.monotonic()
         """When something was last written."""
@@ -61,7 +64,9 @@ class Console:
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
         """Columns side by side."""
-        table = Table(title=to_terminal(title), show_lines=True, width=None if self.is_terminal else 120)
+        table = Table(
+            title=to_terminal(title), show_lines=True, width=None if self.is_terminal else 120
+        )
         for name in header:
             table.add_column(name, ratio=1, overflow="fold")
         for row in rows:
@@ -104,7 +109,9 @@ class Console:
 
 
 class _Lasting:
-    """A stream whose reader may go away, as ``tee`` does at Ctrl-C: that must cost neither the run nor its last save."""
+    """A stream whose reader may go away, as ``tee`` does at Ctrl-C: that must cost neither the run
+    nor its last save.
+    """
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
@@ -140,7 +147,8 @@ class ProgressLine:
     def __init__(self, console: Console, total_steps: int):
         self._console = console
         self._total = total_steps
-        #: Time and step of the first record: what comes before it, such as the first evaluation, comes once.
+        # : Time and step of the first record: what comes before it, such as the first evaluation,
+        # comes once.
         self._first: tuple[float, int] | None = None
         self._shown = float("-inf")
 
@@ -160,8 +168,9 @@ class ProgressLine:
         self._shown = now
         left = self._time_left(now, record["step"])
         self._console.progress(
-            f"step {record['step']}/{self._total}  loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s  "
-            f"ETA {left}  memory {format_bytes(record['memory_bytes'])}"
+            f"step {record['step']}/{self._total}  loss {record['loss']:.4f} "
+            f" {record['tokens_per_second']:.0f} tokens/s  ETA {left}  memory"
+            f" {format_bytes(record['memory_bytes'])}"
         )
 
     def _time_left(self, now: float, step: int) -> str:

@@ -1,4 +1,6 @@
-"""``metrics.jsonl``: one object a line, numbers unrounded, never a line beyond the step that the run stands at."""
+"""``metrics.jsonl``: one object a line, numbers unrounded, never a line beyond the step that the
+run stands at.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class MetricsFile:
             self._file.flush()
         except OSError as error:
             # Not left out like other trackers: every step has a line, or the run ends.
-            raise CheckpointError(f"{self._file.name} cannot be written: {error.strerror}") from error
+            raise CheckpointError(
+                f"{self._file.name} cannot be written: {error.strerror}"
+            ) from error
 
     def finish(self) -> None:
         """Close."""
@@ -55,8 +59,12 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop half-written lines, and what lies beyond ``step`` because its checkpoint was never written."""
+    """Drop half-written lines, and what lies beyond ``step`` because its checkpoint was never
+    written.
+    """
     if not path.is_file():
         return
-    kept = "".join(json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step)
+    kept = "".join(
+        json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step
+    )
     write_whole(path, kept)

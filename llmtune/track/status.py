@@ -1,4 +1,6 @@
-"""What is under way, told where nothing was said for a while: nobody should wonder whether a command hangs."""
+"""What is under way, told where nothing was said for a while: nobody should wonder whether a
+command hangs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from types import TracebackType
 from llmtune.track.console import Console
 from llmtune.units import format_seconds
 
-#: Seconds of silence before the first line, and the most between two lines about one thing; in between they double.
+# : Seconds of silence before the first line, and the most between two lines about one thing; in
+# between they double.
 QUIET_SECONDS, MOST_SECONDS = 5.0, 60.0
 _POLL_SECONDS = 0.5
 
@@ -18,15 +21,20 @@ _POLL_SECONDS = 0.5
 class Status:
     """Watches a console in a thread of its own, until the block ends.
 
-    A line says what is done and for how long. On a terminal it is written over by the next line; elsewhere, where each line
-    stays, a thing that takes long gets fewer and fewer of them.
+    A line says what is done and for how long. On a terminal it is written over by the next line;
+    elsewhere, where each line stays, a thing that takes long gets fewer and fewer of them.
     """
 
-    def __init__(self, console: Console, doing: str | Callable[[], str | None], quiet_seconds: float = QUIET_SECONDS):
+    def __init__(
+        self,
+        console: Console,
+        doing: str | Callable[[], str | None],
+        quiet_seconds: float = QUIET_SECONDS,
+    ):
         """
         Args:
-            doing: What is done, such as ``loading the model``. Asked for again and again where it is a function; None
-                where there is nothing to say.
+            doing: What is done, such as ``loading the model``. Asked for again and again where it
+                is a function; None where there is nothing to say.
         """
         self.doing = doing
         self._console = console
@@ -39,7 +47,10 @@ class Status:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._ended.set()
         self._thread.join()

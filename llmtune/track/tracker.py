@@ -1,4 +1,7 @@
-"""The interface of everything that looks on. A tracker never stops a run: what it raises is noted and it is left out."""
+"""The interface of everything that looks on.
+
+A tracker never stops a run: what it raises is noted and it is left out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a run was started with, where it goes on: read before it is planned, and before anything of it is fetched."""
+"""What a run was started with, where it goes on: read before it is planned, and before anything of
+it is fetched.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ from llmtune.train.run_folder import RunFolder
 
 
 def begun_train(config: Config, folder: Path, run_name: str) -> TrainConfig | None:
-    """The ``train`` section that the run began with; None for a new run, and for one of another version of llmtune.
+    """The ``train`` section that the run began with; None for a new run, and for one of another
+    version of llmtune.
 
-    Looked for in the run folder, in the checkpoint that ``resume_from_checkpoint`` names, and at the mirror.
+    Looked for in the run folder, in the checkpoint that ``resume_from_checkpoint`` names, and at
+    the mirror.
 
     Raises:
         ConfigError: The driver of the mirror is not installed.

@@ -1,4 +1,6 @@
-"""Construction: every object of a run, in the order in which they depend on each other, and then the loop."""
+"""Construction: every object of a run, in the order in which they depend on each other, and then
+the loop.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
     stop = Stop(rank, request.run_folder)
     try:
         job = build_job(request, rank, console, stop)
-        # Thousands of modules with their hooks stay until the end: looking through them takes a tenth of a second each time.
+        # Thousands of modules with their hooks stay until the end: looking through them takes a
+        # tenth of a second each time.
         gc.collect()
         gc.freeze()
         try:
@@ -86,9 +89,13 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     if request.resume_from is not None:
         state = load_checkpoint(module, request.resume_from)
         line = LineSums.from_dict(state.line)
-        start = Progress(state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due, line)
+        start = Progress(
+            state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due, line
+        )
 
-    collator = Collator(pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model))
+    collator = Collator(
+        pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model)
+    )
     if config.data.packing:
         dtype, vocabulary = DTYPES[config.precision], plan.shape.vocab_size
         check_module(module, collator, vocabulary, dtype, config.model.name_or_path)
@@ -120,7 +127,11 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
 
 
 def build_saver(
-    request: RunRequest, module: TrainModule, tokenizer: Any, state: TrainerState | None, console: Console
+    request: RunRequest,
+    module: TrainModule,
+    tokenizer: Any,
+    state: TrainerState | None,
+    console: Console,
 ) -> CheckpointSaver:
     """Checkpoints: what is in them, which are kept, and where they are copied to.
 
@@ -136,13 +147,17 @@ def build_saver(
         run=run,
         weights=weights,
         retention=Retention(
-            config.train.save_total_limit, chosen.keep_every, chosen.metric_for_best_model, chosen.greater_is_better
+            config.train.save_total_limit,
+            chosen.keep_every,
+            chosen.metric_for_best_model,
+            chosen.greater_is_better,
         ),
         save_steps=config.train.save_steps,
         background=chosen.background,
         on_disk_low=chosen.on_disk_low,
         data_fingerprint=request.data.fingerprint,
-        planned_host_bytes=plan.memory.host.total + (plan.memory.device.total if rank_is_host else 0),
+        planned_host_bytes=plan.memory.host.total
+        + (plan.memory.device.total if rank_is_host else 0),
         about={
             "run_name": request.run_name,
             "config_fingerprint": fingerprint(config),
@@ -157,10 +172,17 @@ def build_saver(
     companions: dict[str, bytes] = {}
     mirror: Mirror | None = None
     if module.rank.is_first:
-        companions = {**render_companions(module.model, tokenizer, weights, run), **weights.index(module)}
+        companions = {
+            **render_companions(module.model, tokenizer, weights, run),
+            **weights.index(module),
+        }
         if chosen.mirror is not None:
             mirror = Mirror(chosen.mirror, request.run_name, console.say, request.run_id)
-    start = (request.resume_from, state) if request.resume_from is not None and state is not None else None
+    start = (
+        (request.resume_from, state)
+        if request.resume_from is not None and state is not None
+        else None
+    )
     return CheckpointSaver(module, settings, companions, start, console.say, mirror)
 
 
@@ -169,24 +191,31 @@ def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Coll
     config, batch = request.config, request.plan.batch
     pinned = config.data.pin_memory
     settings = LoaderSettings(
-        config.data.dataloader_num_workers, rank.device.type != "cpu" if isinstance(pinned, str) else pinned
+        config.data.dataloader_num_workers,
+        rank.device.type != "cpu" if isinstance(pinned, str) else pinned,
     )
     if config.data.streaming:
         bad_rows = request.run_folder / layout.BAD_ROWS if rank.is_first else None
         stream = RowStream(config.data, tokenizer, config.seed, bad_rows, request.model_folder)
         return StreamLoader(stream, batch, rank.rank, collator, settings)
     rows = open_rows(request.data, "train")
-    return TrainLoader(rows, batch, rank.rank, config.seed, collator, request.steps.total_rows, settings)
+    return TrainLoader(
+        rows, batch, rank.rank, config.seed, collator, request.steps.total_rows, settings
+    )
 
 
 def eval_batch_size(request: RunRequest) -> int:
-    """Rows of an evaluation's forward pass: what is set, or the micro-batch that the plan found room for."""
+    """Rows of an evaluation's forward pass: what is set, or the micro-batch that the plan found
+    room for.
+    """
     rows = request.config.train.per_device_eval_batch_size
     return rows if isinstance(rows, int) else request.plan.batch.micro_batch_size
 
 
 def build_module(request: RunRequest, rank: Rank) -> TrainModule:
-    """Weights from the base, or from the checkpoint that is resumed; adapters; DeepSpeed around them."""
+    """Weights from the base, or from the checkpoint that is resumed; adapters; DeepSpeed around
+    them.
+    """
     rank.phases.enter("load")
     config, plan = request.config, request.plan
     lora = config.tuner.kind is TunerKind.lora
@@ -198,7 +227,9 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         weights = WeightsTo({"": str(rank.device)})
     folder = request.resume_from if request.resume_from and not lora else request.model_folder
     recompute = plan.gradient_checkpointing
-    model = build_model(folder, config.model, config.precision, recompute, plan.attn_implementation, weights)
+    model = build_model(
+        folder, config.model, config.precision, recompute, plan.attn_implementation, weights
+    )
     if lora:
         model = add_lora(model, config.tuner, _base_name(request), config.seed)
         adapter = request.resume_from or config.tuner.adapter_path
@@ -221,12 +252,16 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Tracker
     return Trackers(trackers)
 
 
-def build_hooks(request: RunRequest, rank: Rank, console: Console, module: TrainModule, tokenizer: Any) -> list[Hook]:
+def build_hooks(
+    request: RunRequest, rank: Rank, console: Console, module: TrainModule, tokenizer: Any
+) -> list[Hook]:
     """Side concerns of this run."""
     config, plan = request.config, request.plan
     prompts = read_samples(request.data)
     moved = plan.placement.zero_stage == 3
-    reason = samples_reason_to_skip(config.train.sample_answers, plan.shape.parameters, moved, len(prompts))
+    reason = samples_reason_to_skip(
+        config.train.sample_answers, plan.shape.parameters, moved, len(prompts)
+    )
     hooks: list[Hook] = [LossPlot(request.run_folder, request.run_name, rank)]
     if reason is None:
         hooks.append(SampleAnswers(module, tokenizer, prompts, request.run_folder, console))
@@ -254,6 +289,8 @@ def _open_tracker(request: RunRequest, console: Console) -> list[Tracker]:
 
 
 def _base_name(request: RunRequest) -> str:
-    """What the adapter names as its base: the hub id, or the folder where the weights came from elsewhere."""
+    """What the adapter names as its base: the hub id, or the folder where the weights came from
+    elsewhere.
+    """
     name = request.config.model.name_or_path
     return name if "models--" in str(request.model_folder) else str(request.model_folder)

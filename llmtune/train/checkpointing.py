@@ -77,7 +77,9 @@ class SaveSettings:
 
 
 class CheckpointSaver:
-    """Writes ``checkpoint-<step>`` folders one at a time, keeps some, and links the last one's model as the result."""
+    """Writes ``checkpoint-<step>`` folders one at a time, keeps some, and links the last one's
+    model as the result.
+    """
 
     def __init__(
         self,
@@ -126,11 +128,15 @@ class CheckpointSaver:
         if self.settings.on_disk_low is not OnDiskLow.stop:
             wanted = 1
         present = len(list_kept(self.settings.run)) if limit is not None else 0
-        self._check_disk(max(1, wanted - present), f"{counted(wanted, 'checkpoint')} of {format_bytes(self._bytes)}")
+        self._check_disk(
+            max(1, wanted - present),
+            f"{counted(wanted, 'checkpoint')} of {format_bytes(self._bytes)}",
+        )
         if self._has_memory():
             self._buffers.reserve(self._own_files)
             how = (
-                f"written while training goes on, from copies of {format_bytes(self._own_bytes)} a rank in host memory"
+                f"written while training goes on, from copies of {format_bytes(self._own_bytes)} a"
+                " rank in host memory"
             )
         else:
             how = "training waits while they are written"
@@ -141,7 +147,9 @@ class CheckpointSaver:
                 self.mirror.put(folder, None)
 
     def saw(self, record: Record) -> None:
-        """An evaluation: its numbers belong to the checkpoint of its step, and may be the best so far."""
+        """An evaluation: its numbers belong to the checkpoint of its step, and may be the best so
+        far.
+        """
         self._metrics = record
         metric = self.settings.retention.metric
         if metric is None:
@@ -166,7 +174,12 @@ class CheckpointSaver:
         self.module.rank.phases.enter("save")
         metrics = {key: value for key, value in self._metrics.items() if key != "step"}
         at_this_step = metrics if self._metrics.get("step") == progress.step else {}
-        about = {**self.settings.about, "step": progress.step, "tokens": progress.tokens, "metrics": at_this_step}
+        about = {
+            **self.settings.about,
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "metrics": at_this_step,
+        }
         background = self._has_memory()
         request = SaveRequest(
             folder=folder,
@@ -198,8 +211,8 @@ class CheckpointSaver:
         """Wait for the save under way. Collective.
 
         Raises:
-            CheckpointError: It could not be written, and ``checkpoint.on_disk_low`` is not ``skip``; or what was written is
-                not worth keeping.
+            CheckpointError: It could not be written, and ``checkpoint.on_disk_low`` is not
+                ``skip``; or what was written is not worth keeping.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -229,8 +242,8 @@ class CheckpointSaver:
             self.module.rank.phases.beat()
         for name, reason in self.mirror.finish(0.0):
             self.say(
-                f"warning: {name} is not at checkpoint.mirror: {reason}; the next start copies it first, and so does "
-                f"llmtune verify run={self.settings.run} --mirror"
+                f"warning: {name} is not at checkpoint.mirror: {reason}; the next start copies it"
+                f" first, and so does llmtune verify run={self.settings.run} --mirror"
             )
         # What was being copied when its time had come.
         prune_checkpoints(self.settings.run, self.settings.retention, self._busy())
@@ -241,18 +254,25 @@ class CheckpointSaver:
         return pause
 
     def publish_result(self, progress: Progress) -> Path:
-        """``adapter/`` or ``model/``: the last checkpoint's model, hard-linked, and marked as the end of the run."""
+        """``adapter/`` or ``model/``: the last checkpoint's model, hard-linked, and marked as the
+        end of the run.
+        """
         run = self.settings.run
         result = run / (layout.ADAPTER if self.settings.weights.adapter_only else layout.MODEL)
         if self.module.rank.is_first:
             checkpoint = layout.checkpoint_folder(run, progress.step)
             if not is_complete(checkpoint):
-                raise CheckpointError(f"{checkpoint} could not be saved, so that there is no trained model to publish")
+                raise CheckpointError(
+                    f"{checkpoint} could not be saved, so that there is no trained model to publish"
+                )
             link_result(checkpoint, result, self.settings.signer)
             finished = {"step": progress.step, "tokens": progress.tokens, "best": self._best}
             write_whole(run / layout.FINISHED, json.dumps(finished))
             if self._best is not None:
-                self.say(f"best {self._best['metric']}: {self._best['value']:.4f} at step {self._best['step']}")
+                self.say(
+                    f"best {self._best['metric']}: {self._best['value']:.4f} at step"
+                    f" {self._best['step']}"
+                )
         return result
 
     def _state(self, progress: Progress) -> TrainerState:
@@ -296,10 +316,15 @@ class CheckpointSaver:
         return not any_rank([lacking], self.module.rank)[0]
 
     def _spare_memory(self) -> int:
-        return spare_host_memory_bytes(self.settings.planned_host_bytes, self.module.rank.ranks_on_node)
+        return spare_host_memory_bytes(
+            self.settings.planned_host_bytes, self.module.rank.ranks_on_node
+        )
 
     def _check_disk(self, checkpoints: int, what: str) -> bool:
-        """Whether there is room for so many more checkpoints, made by pruning where that is wanted. Collective."""
+        """Whether there is room for so many more checkpoints, made by pruning where that is wanted.
+
+        Collective.
+        """
         problem: str | None = None
         if self.module.rank.is_first:
             run, needed = self.settings.run, self._bytes * checkpoints
@@ -307,11 +332,15 @@ class CheckpointSaver:
             if free < needed and self.settings.on_disk_low is OnDiskLow.prune:
                 gone = prune_checkpoints(run, self.settings.retention, self._busy(), limit=1)
                 self.say(
-                    f"the disk is low: removed {', '.join(gone) or 'nothing, only protected checkpoints are left'}"
+                    "the disk is low: removed"
+                    f" {', '.join(gone) or 'nothing, only protected checkpoints are left'}"
                 )
                 free = shutil.disk_usage(run).free
             if free < needed:
-                problem = f"{what} need {format_bytes(needed)} more in {run}, where {format_bytes(free)} are free"
+                problem = (
+                    f"{what} need {format_bytes(needed)} more in {run}, where {format_bytes(free)}"
+                    " are free"
+                )
         problem = gather_objects(problem, self.module.rank)[0]
         if problem is None:
             return True
@@ -319,8 +348,9 @@ class CheckpointSaver:
             self.say(f"warning: {problem}; left out (checkpoint.on_disk_low=skip)")
             return False
         raise CheckpointError(
-            f"{problem}. Free space, take a smaller train.save_total_limit, or checkpoint.on_disk_low=prune or skip; the "
-            "same command then goes on from the newest checkpoint"
+            f"{problem}. Free space, take a smaller train.save_total_limit, or"
+            " checkpoint.on_disk_low=prune or skip; the same command then goes on from the newest"
+            " checkpoint"
         )
 
 
@@ -331,17 +361,25 @@ def _read_text(file: Path) -> str | None:
 def render_companions(
     model: Any, tokenizer: PreTrainedTokenizerBase, weights: WeightFiles, run: Path
 ) -> dict[str, bytes]:
-    """The small files beside weights, which are the same in every checkpoint: configuration and tokenizer."""
+    """The small files beside weights, which are the same in every checkpoint: configuration and
+    tokenizer.
+    """
     with tempfile.TemporaryDirectory(prefix="llmtune-") as name:
         folder = Path(name)
         (write_adapter_config if weights.adapter_only else write_model_config)(model, folder)
         tokenizer.save_pretrained(name)
-        files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        files = {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in folder.rglob("*")
+            if file.is_file()
+        }
     return {**files, layout.CONFIG: (run / layout.CONFIG).read_bytes()}
 
 
 def link_result(checkpoint: Path, result: Path, signer: Signer | None = None) -> None:
-    """The model of a complete checkpoint under another name, hard-linked; hashes are those of the checkpoint's manifest."""
+    """The model of a complete checkpoint under another name, hard-linked; hashes are those of the
+    checkpoint's manifest.
+    """
     manifest = read_manifest(checkpoint)
     aside = result.with_name(result.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -359,6 +397,8 @@ def link_result(checkpoint: Path, result: Path, signer: Signer | None = None) ->
             # No hard links on this file system.
             shutil.copyfile(checkpoint / name, aside / name)
             files[name] = hash_file(aside / name)
-    write_manifest(aside, files, {"kind": "result", "from": checkpoint.name, "step": manifest["step"]}, signer)
+    write_manifest(
+        aside, files, {"kind": "result", "from": checkpoint.name, "step": manifest["step"]}, signer
+    )
     shutil.rmtree(result, ignore_errors=True)
     publish(aside, result)

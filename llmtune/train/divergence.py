@@ -1,4 +1,6 @@
-"""Losses and gradients that are not finite, or far from what they were: found, traced to their rows, and acted on."""
+"""Losses and gradients that are not finite, or far from what they were: found, traced to their
+rows, and acted on.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from llmtune.storage.atomic import read_json, write_whole
 
 #: Steps that a spike is measured against, and the fewest of them.
 _WINDOW, _FEWEST = 64, 16
-#: A loss this many deviations above the mean is reported, as is a gradient norm this many times the median.
+# : A loss this many deviations above the mean is reported, as is a gradient norm this many times
+# the median.
 _DEVIATIONS, _TIMES = 6.0, 10.0
 
 #: Rows named in a message.
@@ -32,7 +35,14 @@ MAX_ROLLBACKS = 8
 class NumberWatch:
     """Sees the result of every step, on every rank."""
 
-    def __init__(self, module: TrainModule, loader: Steps, on_nan: OnNan, run: Path, say: Callable[[str], None]):
+    def __init__(
+        self,
+        module: TrainModule,
+        loader: Steps,
+        on_nan: OnNan,
+        run: Path,
+        say: Callable[[str], None],
+    ):
         self.module = module
         self.loader = loader
         self.on_nan = on_nan
@@ -55,7 +65,10 @@ class NumberWatch:
         if math.isfinite(result.loss) and (result.applied or self._scaled):
             self._report_spike(step, result)
             return
-        what = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; {self._blame(batch)}"
+        what = (
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm};"
+            f" {self._blame(batch)}"
+        )
         if self.on_nan is OnNan.skip:
             self.say(f"{what}. The step is left out (train.on_nan=skip)")
         elif self.on_nan is OnNan.stop:
@@ -65,10 +78,15 @@ class NumberWatch:
 
     def _roll_back(self, step: int, what: str) -> None:
         if len(self.skipped_steps) >= MAX_ROLLBACKS:
-            raise DivergedError(f"{what}. There were {MAX_ROLLBACKS} rollbacks in this run: the rows are not the cause")
+            raise DivergedError(
+                f"{what}. There were {MAX_ROLLBACKS} rollbacks in this run: the rows are not the"
+                " cause"
+            )
         if self.module.rank.is_first:
             write_whole(self._file, json.dumps(sorted({*self.skipped_steps, step})))
-        raise RollbackError(f"{what}. Going back to the newest checkpoint; this step is left out on the way")
+        raise RollbackError(
+            f"{what}. Going back to the newest checkpoint; this step is left out on the way"
+        )
 
     def _blame(self, batch: StepBatch) -> str:
         """The rows whose own loss is not finite; without one, those of the step."""
@@ -77,28 +95,42 @@ class NumberWatch:
             (row, loss)
             for rows, of_rows in zip(batch.rows, losses, strict=True)
             # A flattened batch has one loss for all its rows.
-            for row, loss in zip(rows, of_rows * (len(rows) if len(of_rows) == 1 else 1), strict=False)
+            for row, loss in zip(
+                rows, of_rows * (len(rows) if len(of_rows) == 1 else 1), strict=False
+            )
             if row is not None
         ]
         everything = gather_objects(
-            ([row for row, loss in pairs if not math.isfinite(loss)], [row for row, _ in pairs]), self.module.rank
+            ([row for row, loss in pairs if not math.isfinite(loss)], [row for row, _ in pairs]),
+            self.module.rank,
         )
         bad = [row for of_rank, _ in everything for row in of_rank]
         chosen = bad or [row for _, of_rank in everything for row in of_rank]
-        places = [place for row in sorted(chosen)[:_NAMED_ROWS] for place in self.loader.places(row)]
+        places = [
+            place for row in sorted(chosen)[:_NAMED_ROWS] for place in self.loader.places(row)
+        ]
         more = f" and {len(chosen) - _NAMED_ROWS} more" if len(chosen) > _NAMED_ROWS else ""
         if not places:
             return "the rows of a stream cannot be named"
-        return f"{'the loss is not finite on' if bad else 'the rows of the step are'} {', '.join(places)}{more}"
+        return (
+            f"{'the loss is not finite on' if bad else 'the rows of the step are'}"
+            f" {', '.join(places)}{more}"
+        )
 
     def _report_spike(self, step: int, result: StepResult) -> None:
         if len(self._losses) >= _FEWEST:
             mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
             norm = statistics.median(self._norms)
             if result.loss > mean + _DEVIATIONS * max(deviation, 0.01 * abs(mean)):
-                self.say(f"step {step}: the loss {result.loss:.4f} is a spike (mean of the last steps {mean:.4f})")
+                self.say(
+                    f"step {step}: the loss {result.loss:.4f} is a spike (mean of the last steps"
+                    f" {mean:.4f})"
+                )
             elif math.isfinite(result.grad_norm) and result.grad_norm > _TIMES * norm > 0:
-                self.say(f"step {step}: the gradient norm {result.grad_norm:.3g} is a spike (median so far {norm:.3g})")
+                self.say(
+                    f"step {step}: the gradient norm {result.grad_norm:.3g} is a spike (median so"
+                    f" far {norm:.3g})"
+                )
         self._losses.append(result.loss)
         if math.isfinite(result.grad_norm):
             self._norms.append(result.grad_norm)

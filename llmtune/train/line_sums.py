@@ -1,4 +1,6 @@
-"""What a line of ``metrics.jsonl`` sums up where ``train.logging_steps`` is above 1; a checkpoint carries it along."""
+"""What a line of ``metrics.jsonl`` sums up where ``train.logging_steps`` is above 1; a checkpoint
+carries it along.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ class LineSums:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> LineSums:
         """From plain values; None is the beginning of a line."""
-        return cls() if values is None else cls(**{**values, "skipped_steps": tuple(values["skipped_steps"])})
+        return (
+            cls()
+            if values is None
+            else cls(**{**values, "skipped_steps": tuple(values["skipped_steps"])})
+        )
 
     def add(self, step: int, loss: float, trained_tokens: int, applied: bool) -> LineSums:
         """With one step more.
@@ -40,14 +46,17 @@ class LineSums:
         )
 
     def to_record(self, loss: float) -> dict[str, Any]:
-        """``loss``, the mean over all trained tokens since the last line, and which steps were skipped.
+        """``loss``, the mean over all trained tokens since the last line, and which steps were
+        skipped.
 
         Args:
             loss: Of the last step; where it is the only one it stands as it is, in every digit.
         """
         if self.steps == 1:
             return {"loss": loss, **({"skipped": True} if self.skipped_steps else {})}
-        record: dict[str, Any] = {"loss": self.loss / self.trained_tokens if self.trained_tokens else float("nan")}
+        record: dict[str, Any] = {
+            "loss": self.loss / self.trained_tokens if self.trained_tokens else float("nan")
+        }
         if self.skipped_steps:
             record |= {"skipped": True, "skipped_steps": list(self.skipped_steps)}
         return record

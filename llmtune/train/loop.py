@@ -58,7 +58,9 @@ class Evaluator(Protocol):
     """Held-out loss. Collective."""
 
     def evaluate(self, progress: Progress, interrupted: Callable[[], bool]) -> Record | None:
-        """A record with ``eval_loss``; None where nothing is held out, or where it was interrupted."""
+        """A record with ``eval_loss``; None where nothing is held out, or where it was
+        interrupted.
+        """
 
 
 class Saver(Protocol):
@@ -174,7 +176,9 @@ def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Pr
     else:
         # Dropout is a function of seed, step and rank, so that a resumed run draws the same.
         torch.manual_seed(torch_seed(job.seed, Draw.dropout, progress.step, job.rank.rank))
-        done = job.module.train_step(batch.micro_batches, batch.trained_tokens, rate, job.stop.requested)
+        done = job.module.train_step(
+            batch.micro_batches, batch.trained_tokens, rate, job.stop.requested
+        )
         if done is None:
             save_and_stop(job, progress)
         result = done
@@ -205,7 +209,10 @@ def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Pr
 
 
 def evaluate(job: Job, progress: Progress) -> Progress:
-    """Held-out loss, logged. A stop in the middle of it saves and ends: the evaluation comes first after a resume."""
+    """Held-out loss, logged.
+
+    A stop in the middle of it saves and ends: the evaluation comes first after a resume.
+    """
     record = job.evaluator.evaluate(progress, job.stop.requested)
     if record is not None:
         job.saver.saw(record)
@@ -223,28 +230,39 @@ def save_and_stop(job: Job, progress: Progress) -> NoReturn:
     job.saver.finish()
     if not is_complete(folder):
         raise StoppedError(
-            f"stopped after step {progress.step}, which was not saved (checkpoint.on_disk_low=skip): the same command goes on "
-            "from the newest checkpoint"
+            f"stopped after step {progress.step}, which was not saved"
+            " (checkpoint.on_disk_low=skip): the same command goes on from the newest checkpoint"
         )
-    raise StoppedError(f"stopped after step {progress.step} and saved {folder}: the same command goes on from there")
+    raise StoppedError(
+        f"stopped after step {progress.step} and saved {folder}: the same command goes on from"
+        " there"
+    )
 
 
 def save_before(job: Job, progress: Progress, error: DivergedError) -> NoReturn:
-    """Save the state from before a step that went wrong, which changed nothing, and end the run with its error."""
+    """Save the state from before a step that went wrong, which changed nothing, and end the run
+    with its error.
+    """
     try:
         saved = "No step was done before"
         if progress.step:
             folder = job.saver.save(progress)
             job.saver.finish()
-            saved = f"The state before it is {folder}" if is_complete(folder) else "The state before it was not saved"
+            saved = (
+                f"The state before it is {folder}"
+                if is_complete(folder)
+                else "The state before it was not saved"
+            )
     except CheckpointError as damage:
         saved = f"The state before it is not worth saving: {damage}"
     raise DivergedError(
-        f"{error}.\n{saved}. Mend the rows, lower optim.learning_rate, or start the same command with train.on_nan=skip or "
-        "train.on_nan=rollback"
+        f"{error}.\n{saved}. Mend the rows, lower optim.learning_rate, or start the same command"
+        " with train.on_nan=skip or train.on_nan=rollback"
     ) from error
 
 
 def is_due(every: int | None, step: int, last: int) -> bool:
-    """Whether something periodic happens after ``step``; what happens at the end happens once, there."""
+    """Whether something periodic happens after ``step``; what happens at the end happens once,
+    there.
+    """
     return every is not None and step % every == 0 and step < last

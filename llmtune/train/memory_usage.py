@@ -9,14 +9,18 @@ import torch
 
 
 def used_memory_bytes(device: torch.device) -> int:
-    """Peak allocated by torch on a GPU; resident memory of the process on a CPU. As the progress line shows it."""
+    """Peak allocated by torch on a GPU; resident memory of the process on a CPU.
+
+    As the progress line shows it.
+    """
     if device.type != "cpu":
         return int(torch.get_device_module(device).max_memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 
 def spare_host_memory_bytes(planned_bytes: int, ranks_on_node: int) -> int:
-    """What this rank may take of the host's memory beside what training needs; nothing where its memory is capped.
+    """What this rank may take of the host's memory beside what training needs; nothing where its
+    memory is capped.
 
     Args:
         planned_bytes: Of this rank at its peak, by the plan.

@@ -1,4 +1,6 @@
-"""Whose a run's place at ``checkpoint.mirror`` is: told before anything is trained, by an id that the run keeps."""
+"""Whose a run's place at ``checkpoint.mirror`` is: told before anything is trained, by an id that
+the run keeps.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,23 @@ from llmtune.train.run_folder import RunFolder
 
 
 def settle_run_id(
-    folder: RunFolder, config: Config, run_name: str, resume_from: Path | None, say: Callable[[str], None]
+    folder: RunFolder,
+    config: Config,
+    run_name: str,
+    resume_from: Path | None,
+    say: Callable[[str], None],
 ) -> str:
-    """The id of this run: that of its folder; of its place at the mirror where it goes on from there; or a new one.
+    """The id of this run: that of its folder; of its place at the mirror where it goes on from
+    there; or a new one.
 
     Args:
         resume_from: What it goes on from.
 
     Raises:
-        ConfigError: The driver of the mirror is not installed, or the mirror is the run folder itself.
-        CheckpointError: The place holds copies that this run did not write, and is not going on from.
+        ConfigError: The driver of the mirror is not installed, or the mirror is the run folder
+            itself.
+        CheckpointError: The place holds copies that this run did not write, and is not going on
+            from.
     """
     stored, mirror = folder.read_run_id(), config.checkpoint.mirror
     if mirror is None:
@@ -31,8 +40,8 @@ def settle_run_id(
     own_place = Path(mirror.removeprefix("file://")).expanduser() / run_name
     if own_place.resolve() == folder.path.resolve():
         raise ConfigError(
-            f"checkpoint.mirror={mirror}: copies of run_name={run_name} would lie in {own_place}, which is the run folder "
-            "itself; name a place elsewhere"
+            f"checkpoint.mirror={mirror}: copies of run_name={run_name} would lie in {own_place},"
+            " which is the run folder itself; name a place elsewhere"
         )
     try:
         owner, copies = read_place(mirror, run_name)
@@ -53,14 +62,18 @@ def settle_run_id(
         return stored or uuid.uuid4().hex
     held = ", ".join(copies[-3:]) or f"none that is left; {owner_file(run_name)} says whose it is"
     raise CheckpointError(
-        f"checkpoint.mirror={redact(mirror)} has a place for run_name={run_name} that another run has filled (checkpoints: "
-        f"{held}), and this one begins anew (resume_from_checkpoint={redact(config.resume_from_checkpoint)}); nothing there "
-        "was changed. Take another run_name= or checkpoint.mirror=, or remove it"
+        f"checkpoint.mirror={redact(mirror)} has a place for run_name={run_name} that another run"
+        f" has filled (checkpoints: {held}), and this one begins anew"
+        f" (resume_from_checkpoint={redact(config.resume_from_checkpoint)}); nothing there was"
+        " changed. Take another run_name= or checkpoint.mirror=, or remove it"
     )
 
 
-def withdraw_left_copies(config: Config, run_name: str, run_id: str, step: int, say: Callable[[str], None]) -> None:
-    """Where the run is taken back by ``resume_from_checkpoint``: its copies of ``step`` and later are no more where it stands.
+def withdraw_left_copies(
+    config: Config, run_name: str, run_id: str, step: int, say: Callable[[str], None]
+) -> None:
+    """Where the run is taken back by ``resume_from_checkpoint``: its copies of ``step`` and later
+    are no more where it stands.
 
     Without this, the start after the next stop would fetch what was left behind.
     """
@@ -73,4 +86,7 @@ def withdraw_left_copies(config: Config, run_name: str, run_id: str, step: int, 
         say(f"warning: {error}; later copies of this run there still count")
         return
     if withdrawn:
-        say(f"{', '.join(withdrawn)} at checkpoint.mirror={redact(mirror)}: left behind, and not gone on from any more")
+        say(
+            f"{', '.join(withdrawn)} at checkpoint.mirror={redact(mirror)}: left behind, and not"
+            " gone on from any more"
+        )

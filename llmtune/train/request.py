@@ -1,4 +1,6 @@
-"""What the ranks are asked to do: resolved once, by the supervisor or by rank 0, and the same for all."""
+"""What the ranks are asked to do: resolved once, by the supervisor or by rank 0, and the same for
+all.
+"""
 
 from __future__ import annotations
 

@@ -17,22 +17,27 @@ from llmtune.storage.manifest import check_undamaged, find_damage
 from llmtune.train.run_folder import ForeignRunError, RunFolder, check_same_config, check_same_run
 
 
-def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable[[str], None]) -> Path | None:
+def resume_point(
+    folder: RunFolder, config: Config, run_name: str, say: Callable[[str], None]
+) -> Path | None:
     """The checkpoint to go on from, every byte of it checked; None for a run from the beginning.
 
-    A checkpoint that ``resume_from_checkpoint`` names begins a run, once: the same command goes on from what the run has saved
-    since, so that a job which is stopped and queued again comes to its end.
+    A checkpoint that ``resume_from_checkpoint`` names begins a run, once: the same command goes on
+    from what the run has saved since, so that a job which is stopped and queued again comes to its
+    end.
 
     Raises:
-        CheckpointError: The one that is named is incomplete, damaged, or of a run with another configuration; or all are
-            damaged.
+        CheckpointError: The one that is named is incomplete, damaged, or of a run with another
+            configuration; or all are damaged.
     """
     wanted = config.resume_from_checkpoint
     if wanted == "none":
         return None
     restore_replaced(folder.path)
     if wanted != "auto":
-        found = _own_since(folder, config, run_name, wanted, say) or _named(folder, config, run_name, wanted, say)
+        found = _own_since(folder, config, run_name, wanted, say) or _named(
+            folder, config, run_name, wanted, say
+        )
         check_same_run(found, config)
         check_draws(found)
         return found
@@ -45,19 +50,26 @@ def resume_point(folder: RunFolder, config: Config, run_name: str, say: Callable
         check_draws(newest)
     if newest is None and find_checkpoints(folder.path):
         raise CheckpointError(
-            f"{folder.path}: every checkpoint in it is damaged (named above), and none was overwritten. Take another "
-            "run_name= or output_dir= to start anew, or remove them to start anew here"
+            f"{folder.path}: every checkpoint in it is damaged (named above), and none was"
+            " overwritten. Take another run_name= or output_dir= to start anew, or remove them to"
+            " start anew here"
         )
     return newest
 
 
 def named_origin(wanted: str) -> str:
-    """A checkpoint that ``resume_from_checkpoint`` names, in the one form in which the run folder remembers it."""
-    return redact(wanted.rstrip("/")) if "://" in wanted else str(Path(wanted).expanduser().resolve())
+    """A checkpoint that ``resume_from_checkpoint`` names, in the one form in which the run folder
+    remembers it.
+    """
+    return (
+        redact(wanted.rstrip("/")) if "://" in wanted else str(Path(wanted).expanduser().resolve())
+    )
 
 
 def began_from(folder: RunFolder, config: Config) -> dict[str, Any] | None:
-    """For the run folder to remember: the checkpoint that the run was told to begin from, and its step."""
+    """For the run folder to remember: the checkpoint that the run was told to begin from, and its
+    step.
+    """
     wanted, began = config.resume_from_checkpoint, folder.read_began()
     if wanted in ("auto", "none"):
         return began
@@ -72,9 +84,11 @@ def _origin(wanted: str, origin: str) -> dict[str, Any]:
 def _own_since(
     folder: RunFolder, config: Config, run_name: str, wanted: str, say: Callable[[str], None]
 ) -> Path | None:
-    """The newest whole checkpoint that the run has saved since it began from ``wanted``; None where it begins now.
+    """The newest whole checkpoint that the run has saved since it began from ``wanted``; None where
+    it begins now.
 
-    A checkpoint of the run's own folder, or of its place at the mirror, is gone back to the first time that it is named.
+    A checkpoint of the run's own folder, or of its place at the mirror, is gone back to the first
+    time that it is named.
     """
     origin, began = named_origin(wanted), folder.read_began()
     if began is not None and began["origin"] == origin:
@@ -91,20 +105,25 @@ def _own_since(
         return None
     if str(newest.resolve()) != origin:
         say(
-            f"resume_from_checkpoint={redact(wanted)} is where a run begins, and this one has come to {newest.name}: going on "
-            "from there (another run_name= or output_dir= begins anew)"
+            f"resume_from_checkpoint={redact(wanted)} is where a run begins, and this one has come"
+            f" to {newest.name}: going on from there (another run_name= or output_dir= begins anew)"
         )
     return newest
 
 
 def _where_it_began(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that this run was told to begin from by an earlier command, where it has saved nothing since."""
+    """The checkpoint that this run was told to begin from by an earlier command, where it has saved
+    nothing since.
+    """
     began = folder.read_began()
     if began is None:
         return None
     origin = Path(began["origin"])
     if find_damage(origin):
-        say(f"warning: this run began from {origin}, which is gone or damaged, and has saved nothing: beginning anew")
+        say(
+            f"warning: this run began from {origin}, which is gone or damaged, and has saved"
+            " nothing: beginning anew"
+        )
         return None
     say(f"this run began from {origin}, and has saved nothing since")
     return origin
@@ -122,16 +141,21 @@ def _is_within(origin: str, place: str) -> bool:
 def _newer_at_mirror(
     folder: RunFolder, config: Config, run_name: str, here: int, say: Callable[[str], None]
 ) -> Path | None:
-    """The newest whole copy of a later step than ``here``, fetched. Where nothing is here (-1), one must be read.
+    """The newest whole copy of a later step than ``here``, fetched. Where nothing is here (-1), one
+    must be read.
 
     Raises:
-        CheckpointError: It is of another run; or the mirror is out of reach, or every copy there damaged, and nothing is here.
+        CheckpointError: It is of another run; or the mirror is out of reach, or every copy there
+            damaged, and nothing is here.
     """
     if config.checkpoint.mirror is None:
         return None
     own_id = folder.read_run_id()
     try:
-        if own_id is not None and read_place(config.checkpoint.mirror, run_name)[0] not in (None, own_id):
+        if own_id is not None and read_place(config.checkpoint.mirror, run_name)[0] not in (
+            None,
+            own_id,
+        ):
             # Another run's, which is refused before training begins.
             return None
         remote = find_remote(config.checkpoint.mirror, run_name)
@@ -158,7 +182,9 @@ def _newer_at_mirror(
     return None
 
 
-def _named(folder: RunFolder, config: Config, run_name: str, wanted: str, say: Callable[[str], None]) -> Path:
+def _named(
+    folder: RunFolder, config: Config, run_name: str, wanted: str, say: Callable[[str], None]
+) -> Path:
     if "://" in wanted or _is_own_copy(named_origin(wanted), config, run_name):
         return _fetch(folder, wanted, say)
     found = Path(wanted).expanduser()
@@ -176,8 +202,8 @@ def _named_step(wanted: str, origin: str) -> int:
     except CheckpointError:
         if inside := find_checkpoints(Path(origin)):
             raise CheckpointError(
-                f"resume_from_checkpoint={wanted} is a run folder: name one of its checkpoints, of which {inside[-1]} "
-                "is the newest"
+                f"resume_from_checkpoint={wanted} is a run folder: name one of its checkpoints, of"
+                f" which {inside[-1]} is the newest"
             ) from None
         # With all that is wrong.
         check_undamaged(Path(origin))

@@ -1,4 +1,6 @@
-"""The run folder: whose it is, where it stands, and what the command line may change between two starts."""
+"""The run folder: whose it is, where it stands, and what the command line may change between two
+starts.
+"""
 
 from __future__ import annotations
 
@@ -65,29 +67,36 @@ class RunFolder:
         return int(finished["step"]) if finished else None
 
     def check_owner(self, config: Config) -> list[str]:
-        """Refuse a folder of another run, or of no run; what else differs from the last start, in words.
+        """Refuse a folder of another run, or of no run; what else differs from the last start, in
+        words.
 
         Raises:
             CheckpointError: With every difference.
         """
         stored = self.path / layout.CONFIG
         if not stored.is_file():
-            # Hidden ones are marks of our own, and what file systems and desktops put into every folder.
+            # Hidden ones are marks of our own, and what file systems and desktops put into every
+            # folder.
             own = (layout.LOG, layout.SAVE_REQUEST)
-            others = [entry.name for entry in self.path.iterdir() if entry.name[0] != "." and entry.name not in own]
-            # Checkpoints without it were fetched by a start that ended before its first step; each has its own configuration.
+            others = [
+                entry.name
+                for entry in self.path.iterdir()
+                if entry.name[0] != "." and entry.name not in own
+            ]
+            # Checkpoints without it were fetched by a start that ended before its first step; each
+            # has its own configuration.
             if others and not find_checkpoints(self.path):
                 raise CheckpointError(
-                    f"output_dir={self.path} is not empty and not a run folder (it holds {', '.join(sorted(others)[:5])}); "
-                    "take another output_dir= or run_name="
+                    f"output_dir={self.path} is not empty and not a run folder (it holds"
+                    f" {', '.join(sorted(others)[:5])}); take another output_dir= or run_name="
                 )
             return []
         if not self.has_work():
             return []
         if config.resume_from_checkpoint == "none":
             raise CheckpointError(
-                f"resume_from_checkpoint=none, but {self.path} holds a run already; take another output_dir= or "
-                "run_name=, or remove the folder"
+                f"resume_from_checkpoint=none, but {self.path} holds a run already; take another"
+                " output_dir= or run_name=, or remove the folder"
             )
         return check_same_run(self.path, config)
 
@@ -106,23 +115,34 @@ class RunFolder:
             return None
         if plan["data"]["fingerprint"] != data_fingerprint:
             raise CheckpointError(
-                f"the rows of data.train are not those that {self.path} was started with (a file, the tokenizer or "
-                "the Python version changed); take another run_name= or output_dir="
+                f"the rows of data.train are not those that {self.path} was started with (a file,"
+                " the tokenizer or the Python version changed); take another run_name= or"
+                " output_dir="
             )
         before = int(plan["steps"]["total_steps"])
         if steps.total_steps < before:
             raise CheckpointError(
-                f"{self.path} was started for {before} steps and would now have {steps.total_steps}, which is another "
-                "schedule; take train.max_steps of at least as many, or another run_name= or output_dir="
+                f"{self.path} was started for {before} steps and would now have"
+                f" {steps.total_steps}, which is another schedule; take train.max_steps of at least"
+                " as many, or another run_name= or output_dir="
             )
         if steps.total_steps > before:
-            return f"longer than before: {before} -> {steps.total_steps} steps; the schedule now runs to the new end"
+            return (
+                f"longer than before: {before} -> {steps.total_steps} steps; the schedule now runs"
+                " to the new end"
+            )
         return None
 
     def begin(
-        self, config: Config, overrides: list[str], plan: dict[str, Any], step: int, resume_from: Path | None
+        self,
+        config: Config,
+        overrides: list[str],
+        plan: dict[str, Any],
+        step: int,
+        resume_from: Path | None,
     ) -> list[str]:
-        """Write what describes the run, and set aside the checkpoints that it has gone back behind; sentences on what went.
+        """Write what describes the run, and set aside the checkpoints that it has gone back behind;
+        sentences on what went.
 
         Args:
             plan: What ``plan.json`` holds.
@@ -136,33 +156,55 @@ class RunFolder:
             return self._begin(config, overrides, plan, step, resume_from)
         except OSError as error:
             raise CheckpointError(
-                f"output_dir={self.path} cannot be written: {error.strerror or error}. Free space there, or take another "
-                "output_dir=; the same command then goes on"
+                f"output_dir={self.path} cannot be written: {error.strerror or error}. Free space"
+                " there, or take another output_dir=; the same command then goes on"
             ) from error
 
     def _begin(
-        self, config: Config, overrides: list[str], plan: dict[str, Any], step: int, resume_from: Path | None
+        self,
+        config: Config,
+        overrides: list[str],
+        plan: dict[str, Any],
+        step: int,
+        resume_from: Path | None,
     ) -> list[str]:
-        notes = [f"removed what a save that was cut off left behind: {name}" for name in sweep_incomplete(self.path)]
+        notes = [
+            f"removed what a save that was cut off left behind: {name}"
+            for name in sweep_incomplete(self.path)
+        ]
         for folder in find_checkpoints(self.path):
-            if resume_from is not None and (layout.checkpoint_step(folder) or 0) >= self.first_left(step, resume_from):
+            if resume_from is not None and (layout.checkpoint_step(folder) or 0) >= self.first_left(
+                step, resume_from
+            ):
                 aside = folder.with_name(f"superseded-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-                notes.append(f"{folder.name} is not on the way from {resume_from} and was renamed to {aside.name}")
+                notes.append(
+                    f"{folder.name} is not on the way from {resume_from} and was renamed to"
+                    f" {aside.name}"
+                )
         (self.path / layout.FINISHED).unlink(missing_ok=True)
         # Meant for a run that is no more.
         (self.path / layout.SAVE_REQUEST).unlink(missing_ok=True)
         cut_metrics(self.path / layout.METRICS, step)
         write_whole(self.path / layout.CONFIG, dump_redacted(config))
-        write_whole(self.path / layout.OVERRIDES, "".join(f"- {json.dumps(redact(text))}\n" for text in overrides))
+        write_whole(
+            self.path / layout.OVERRIDES,
+            "".join(f"- {json.dumps(redact(text))}\n" for text in overrides),
+        )
         write_whole(self.path / layout.PLAN, json.dumps(redact_values(plan), indent=1))
         write_whole(self.path / layout.ENVIRONMENT, json.dumps(describe_environment(), indent=1))
         return notes
 
     def first_left(self, step: int, resume_from: Path) -> int:
-        """The first step of which a checkpoint of this run is left behind: one of the same step stands on another way, too."""
-        return step + 1 if resume_from.resolve() == layout.checkpoint_folder(self.path, step).resolve() else step
+        """The first step of which a checkpoint of this run is left behind: one of the same step
+        stands on another way, too.
+        """
+        return (
+            step + 1
+            if resume_from.resolve() == layout.checkpoint_folder(self.path, step).resolve()
+            else step
+        )
 
     def restore(self, checkpoint: Path) -> None:
         """What a checkpoint that was fetched brings along, where the run folder has lost it."""
@@ -176,7 +218,9 @@ class RunFolder:
             write_whole(target, source.read_bytes() if text is None else text)
 
     def read_began(self) -> dict[str, Any] | None:
-        """``origin`` and ``step`` of the checkpoint that this run was told to begin from; None for others."""
+        """``origin`` and ``step`` of the checkpoint that this run was told to begin from; None for
+        others.
+        """
         found: dict[str, Any] | None = self._read_plan().get("began_from")
         return found
 
@@ -186,7 +230,9 @@ class RunFolder:
         return found
 
     def read_run_id(self) -> str | None:
-        """What marks this run's place at a mirror; None for a new run, and one of an earlier version."""
+        """What marks this run's place at a mirror; None for a new run, and one of an earlier
+        version.
+        """
         found: str | None = self._read_plan().get("run_id")
         return found
 
@@ -205,19 +251,24 @@ class RunFolder:
 
     def has_work(self) -> bool:
         """Whether there is anything to lose."""
-        return bool(find_checkpoints(self.path)) or any("loss" in r for r in read_metrics(self.path / layout.METRICS))
+        return bool(find_checkpoints(self.path)) or any(
+            "loss" in r for r in read_metrics(self.path / layout.METRICS)
+        )
 
 
 def open_run_folder(path: Path, say: Callable[[str], None]) -> RunFolder:
     """Make the folder where it is missing; nobody else may write into it.
 
     Raises:
-        CheckpointError: It cannot be made or written, others may write into it, or links lead out of it.
+        CheckpointError: It cannot be made or written, others may write into it, or links lead out
+            of it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"output_dir={path}: {error.strerror}; take another output_dir=") from error
+        raise CheckpointError(
+            f"output_dir={path}: {error.strerror}; take another output_dir="
+        ) from error
     if not os.access(path, os.W_OK):
         raise CheckpointError(f"output_dir={path}: not writable; take another output_dir=")
     check_links(path)
@@ -229,14 +280,27 @@ def open_run_folder(path: Path, say: Callable[[str], None]) -> RunFolder:
 
 def describe_environment() -> dict[str, str]:
     """Versions that shape the numbers."""
-    packages = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "datasets", "hydra-core")
+    packages = (
+        "torch",
+        "deepspeed",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "datasets",
+        "hydra-core",
+    )
     found = {}
     for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "absent"
-    return {"llmtune": __version__, "python": sys.version.split()[0], "platform": platform.platform(), **found}
+    return {
+        "llmtune": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        **found,
+    }
 
 
 def check_same_run(folder: Path, config: Config) -> list[str]:
@@ -254,7 +318,9 @@ def check_same_run(folder: Path, config: Config) -> list[str]:
     return check_same_config(stored.read_bytes(), str(folder), config)
 
 
-def check_same_config(stored: bytes, where: str, config: Config, other: str = "output_dir=") -> list[str]:
+def check_same_config(
+    stored: bytes, where: str, config: Config, other: str = "output_dir="
+) -> list[str]:
     """The same for the text of a stored configuration.
 
     Args:
@@ -279,7 +345,9 @@ def check_same_config(stored: bytes, where: str, config: Config, other: str = "o
 
 def fingerprint(config: Config) -> str:
     """A hash of what makes a run this run."""
-    values = {key: value for key, value in _flatten(redact_config(config)).items() if is_identity(key)}
+    values = {
+        key: value for key, value in _flatten(redact_config(config)).items() if is_identity(key)
+    }
     return xxhash.xxh3_64(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -7,12 +7,14 @@ import math
 from llmtune.config.schema import SchedulerType
 
 
-def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float, kind: SchedulerType) -> float:
+def learning_rate_at(
+    step: int, total_steps: int, warmup_steps: int, peak: float, kind: SchedulerType
+) -> float:
     """The rate of optimizer step ``step``, counted from 0.
 
-    Warm-up rises linearly and reaches the peak at step ``warmup_steps``; cosine and linear then fall towards 0, which they
-    would reach at step ``total_steps``, one after the last. As transformers' ``get_*_schedule_with_warmup``, but
-    without its first step at a rate of 0.
+    Warm-up rises linearly and reaches the peak at step ``warmup_steps``; cosine and linear then
+    fall towards 0, which they would reach at step ``total_steps``, one after the last. As
+    transformers' ``get_*_schedule_with_warmup``, but without its first step at a rate of 0.
     """
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)

@@ -1,4 +1,6 @@
-"""Stopping when asked: by a signal to any rank, or by a file named SAVE in the run folder; agreed on by all ranks."""
+"""Stopping when asked: by a signal to any rank, or by a file named SAVE in the run folder; agreed
+on by all ranks.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from llmtune.storage import layout
 
 
 class Stop:
-    """Looked at between steps, micro-batches and evaluation batches. Before :meth:`arm` a signal ends the rank at once:
-    there is nothing to save."""
+    """Looked at between steps, micro-batches and evaluation batches. Before :meth:`arm` a signal
+    ends the rank at once: there is nothing to save."""
 
     def __init__(self, rank: Rank, run: Path):
         self._rank = rank
@@ -36,7 +38,9 @@ class Stop:
         return self.agree()[0]
 
     def agree(self, *others: bool) -> list[bool]:
-        """Whether any rank was asked to stop, and which of ``others`` are true on any: one collective."""
+        """Whether any rank was asked to stop, and which of ``others`` are true on any: one
+        collective.
+        """
         asked = self._signalled or (self._rank.is_first and self._file.exists())
         stop, *found = any_rank([asked, *others], self._rank)
         self._agreed = self._agreed or stop

@@ -1,14 +1,17 @@
-"""Consolidating DeepSpeed's ZeRO checkpoints: llmtune's stream against DeepSpeed's own conversion, both to bf16 safetensors.
+"""Consolidating DeepSpeed's ZeRO checkpoints: llmtune's stream against DeepSpeed's own conversion,
+both to bf16 safetensors.
 
-    python scripts/bench/consolidate.py                  # a random 1.2B Llama, ZeRO 2 and 3, of 2 ranks
-    python scripts/bench/consolidate.py --size 0.2B      # a small one
+    python scripts/bench/consolidate.py                  # a random 1.2B Llama, ZeRO 2 and 3, of 2
+    ranks python scripts/bench/consolidate.py --size 0.2B      # a small one
 
-The checkpoints are written with torch.save in DeepSpeed's layout: fp32 master weights of each rank, of the optimizer's state
-nothing else (neither side reads it), and under ZeRO 2 the model's bf16 weights, as DeepSpeed stores them. Every conversion is a
-process of its own. Measured are the seconds of the call, imports apart, and the peak of anonymous memory (RssAnon, 50 times a
-second, from start to end, imports included; mapped files are not in it: the kernel takes those pages back when it wants).
-llmtune's seconds contain hashing and flushing every file to the disk; DeepSpeed does neither. Checkpoints are in the page cache
-as far as it holds them. Every tensor's bits are compared. Ends with 1 if a target was missed. Needs 13 GB of disk for 1.2B.
+The checkpoints are written with torch.save in DeepSpeed's layout: fp32 master weights of each rank,
+of the optimizer's state nothing else (neither side reads it), and under ZeRO 2 the model's bf16
+weights, as DeepSpeed stores them. Every conversion is a process of its own. Measured are the
+seconds of the call, imports apart, and the peak of anonymous memory (RssAnon, 50 times a second,
+from start to end, imports included; mapped files are not in it: the kernel takes those pages back
+when it wants). llmtune's seconds contain hashing and flushing every file to the disk; DeepSpeed
+does neither. Checkpoints are in the page cache as far as it holds them. Every tensor's bits are
+compared. Ends with 1 if a target was missed. Needs 13 GB of disk for 1.2B.
 """
 
 from __future__ import annotations
@@ -48,7 +51,12 @@ def shapes(layers: int) -> list[OrderedDict[str, torch.Size]]:
     decayed["model.embed_tokens.weight"] = torch.Size((VOCAB, HIDDEN))
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
-        attention = {"q": (HIDDEN, HIDDEN), "k": (KV, HIDDEN), "v": (KV, HIDDEN), "o": (HIDDEN, HIDDEN)}
+        attention = {
+            "q": (HIDDEN, HIDDEN),
+            "k": (KV, HIDDEN),
+            "v": (KV, HIDDEN),
+            "o": (HIDDEN, HIDDEN),
+        }
         mlp = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
         for name, shape in attention.items():
             decayed[f"{prefix}.self_attn.{name}_proj.weight"] = torch.Size(shape)
@@ -116,12 +124,16 @@ def write_checkpoint(folder: Path, layers: int, stage: int) -> int:
 
 
 def write_model_states(step: Path, groups: list[OrderedDict[str, torch.Size]], stage: int) -> None:
-    """Names and shapes; under ZeRO 2 with the whole model in bf16, under ZeRO 3 with placeholders."""
+    """Names and shapes; under ZeRO 2 with the whole model in bf16, under ZeRO 3 with
+    placeholders.
+    """
     whole = OrderedDict((name, shape) for group in groups for name, shape in group.items())
     numels = [0 if stage == 3 else math.prod(shape) for shape in whole.values()]
     with drawn(step, sum(numels), torch.bfloat16, RANKS) as numbers:
         parts = zip(whole.items(), numbers.split(numels), strict=True)
-        module = OrderedDict((name, part if stage == 3 else part.view(shape)) for (name, shape), part in parts)
+        module = OrderedDict(
+            (name, part if stage == 3 else part.view(shape)) for (name, shape), part in parts
+        )
         model = {
             "module": module,
             "buffer_names": [],
@@ -154,7 +166,9 @@ def run_deepspeed(checkpoint: Path, output: Path) -> float:
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
 
     started = time.perf_counter()
-    convert_zero_checkpoint_to_state_dict(str(checkpoint), str(output), dtype="bf16", safe_serialization=True)
+    convert_zero_checkpoint_to_state_dict(
+        str(checkpoint), str(output), dtype="bf16", safe_serialization=True
+    )
     return time.perf_counter() - started
 
 
@@ -173,7 +187,11 @@ def differing(one: Path, other: Path) -> tuple[int, list[str]]:
     different = sorted(found.keys() ^ expected.keys())
     for name in found.keys() & expected.keys():
         a, b = found[name].get_tensor(name), expected[name].get_tensor(name)
-        if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.view(torch.int16), b.view(torch.int16)):
+        if (
+            a.dtype != b.dtype
+            or a.shape != b.shape
+            or not torch.equal(a.view(torch.int16), b.view(torch.int16))
+        ):
             different.append(name)
     return len(found), different
 
@@ -192,7 +210,8 @@ def compare(root: Path, size: str, stage: int, repeats: int) -> bool:
     parameters = write_checkpoint(checkpoint, LAYERS[size], stage)
     nbytes = sum(file.stat().st_size for file in checkpoint.rglob("*.pt"))
     print(
-        f"\nZeRO {stage}, {RANKS} ranks, {parameters / 1e9:.2f} B parameters, {nbytes / 1e9:.1f} GB of files",
+        f"\nZeRO {stage}, {RANKS} ranks, {parameters / 1e9:.2f} B parameters, {nbytes / 1e9:.1f} GB"
+        " of files",
         flush=True,
     )
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
@@ -215,7 +234,8 @@ def compare(root: Path, size: str, stage: int, repeats: int) -> bool:
     same = f"{compared} tensors, {len(different)} differ {different[:3] if different else ''}"
     print(f"{'FAIL' if different else 'PASS'}  bit-identical: {same}")
     print(
-        f"{'PASS' if share <= MOST[stage] else 'FAIL'}  peak {share:.2f} of DeepSpeed's, at most {MOST[stage]}",
+        f"{'PASS' if share <= MOST[stage] else 'FAIL'}  peak {share:.2f} of DeepSpeed's, at most"
+        f" {MOST[stage]}",
         flush=True,
     )
     return not different and share <= MOST[stage]
@@ -223,12 +243,18 @@ def compare(root: Path, size: str, stage: int, repeats: int) -> bool:
 
 def main() -> int:
     """Compare, or be one side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(LAYERS), default="1.2B")
     parser.add_argument("--stage", type=int, choices=list(MOST), nargs="*", default=list(MOST))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the files are written; a temporary folder without")
-    parser.add_argument("--side", nargs=3, metavar=("SIDE", "CHECKPOINT", "OUTPUT"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--folder", type=Path, help="where the files are written; a temporary folder without"
+    )
+    parser.add_argument(
+        "--side", nargs=3, metavar=("SIDE", "CHECKPOINT", "OUTPUT"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.side:
         side, checkpoint, output = arguments.side
@@ -236,7 +262,10 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         print(f"{os.cpu_count()} cores, {arguments.repeats} times: median seconds, largest peak")
-        reached = [compare(Path(root), arguments.size, stage, arguments.repeats) for stage in arguments.stage]
+        reached = [
+            compare(Path(root), arguments.size, stage, arguments.repeats)
+            for stage in arguments.stage
+        ]
     return 0 if all(reached) else 1
 
 

@@ -1,11 +1,13 @@
-"""Preparing chat rows with packing: llmtune against TRL's SFTTrainer on the same file, tokenizer and cores.
+"""Preparing chat rows with packing: llmtune against TRL's SFTTrainer on the same file, tokenizer
+and cores.
 
     python scripts/bench/data.py --rows 200000 --trl /path/to/trl-venv/bin/python
 
-TRL lives in an environment of its own (`pip install torch==2.13.0 trl==1.16.* psutil`). Each is a process of its own;
-measured are the seconds from reading the file to rows ready for training (imports apart), and the peak of the memory of
-the whole process tree: proportional (PSS: shared pages are divided among those who share them) and the sum of all
-resident sets (RSS: shared pages counted once a process), sampled ten times a second.
+TRL lives in an environment of its own (`pip install torch==2.13.0 trl==1.16.* psutil`). Each is a
+process of its own; measured are the seconds from reading the file to rows ready for training
+(imports apart), and the peak of the memory of the whole process tree: proportional (PSS: shared
+pages are divided among those who share them) and the sum of all resident sets (RSS: shared pages
+counted once a process), sampled ten times a second.
 """
 
 from __future__ import annotations
@@ -58,9 +60,12 @@ def run_llmtune(source: Path, folder: Path, model: Path, workers: str) -> dict[s
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     config = DataConfig(
-        train=str(source), val_set_size=0, packing=True, max_seq_length=CAPACITY,
+        train=str(source),
+        val_set_size=0,
+        packing=True,
+        max_seq_length=CAPACITY,
         num_workers="auto" if workers == "auto" else int(workers),
-    )  # fmt: skip
+    )
     started = time.perf_counter()
     data = prepare_data(config, tokenizer, 42, folder)
     seconds = time.perf_counter() - started
@@ -85,15 +90,26 @@ def run_trl(source: Path, folder: Path, model: Path, workers: str) -> dict[str, 
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
     )
     tiny = LlamaForCausalLM(shape).to(torch.float32)
     config = SFTConfig(
-        output_dir=str(folder / "out"), packing=True, max_length=CAPACITY, report_to=[], use_cpu=True, bf16=False,
+        output_dir=str(folder / "out"),
+        packing=True,
+        max_length=CAPACITY,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
         dataset_num_proc=int(workers) if workers != "auto" else None,
-    )  # fmt: skip
+    )
     started = time.perf_counter()
-    rows = load_dataset("json", data_files=str(source), split="train", cache_dir=str(folder / "cache"))
+    rows = load_dataset(
+        "json", data_files=str(source), split="train", cache_dir=str(folder / "cache")
+    )
     trainer = SFTTrainer(model=tiny, args=config, train_dataset=rows, processing_class=tokenizer)
     seconds = time.perf_counter() - started
     lengths = [sum(row) for row in trainer.train_dataset["seq_lengths"]]
@@ -108,14 +124,20 @@ def run_trl(source: Path, folder: Path, model: Path, workers: str) -> dict[str, 
 
 def measure(command: list[str]) -> dict[str, Any]:
     """Run a side and watch the memory of its process tree."""
-    return run_watched(command, resident, 0.1, OMP_NUM_THREADS="2", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    return run_watched(
+        command, resident, 0.1, OMP_NUM_THREADS="2", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+    )
 
 
 def main() -> None:
     """Measure both sides, or be one of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--model", type=Path, help="folder with a tokenizer; default: the embedded SmolLM2-135M")
+    parser.add_argument(
+        "--model", type=Path, help="folder with a tokenizer; default: the embedded SmolLM2-135M"
+    )
     parser.add_argument("--trl", help="python of an environment with TRL")
     parser.add_argument("--workers", default="auto")
     parser.add_argument("--side", choices=["llmtune", "trl"])
@@ -124,24 +146,43 @@ def main() -> None:
     if arguments.side:
         with tempfile.TemporaryDirectory() as folder:
             side = run_llmtune if arguments.side == "llmtune" else run_trl
-            print(json.dumps(side(arguments.source, Path(folder), arguments.model, arguments.workers)))
+            print(
+                json.dumps(side(arguments.source, Path(folder), arguments.model, arguments.workers))
+            )
         return
     model = arguments.model or embedded_model()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "rows.jsonl"
         write_rows(source, arguments.rows)
-        print(f"{arguments.rows:,} rows, {source.stat().st_size / 1e6:,.0f} MB, {os.cpu_count()} cores")
+        print(
+            f"{arguments.rows:,} rows, {source.stat().st_size / 1e6:,.0f} MB, {os.cpu_count()}"
+            " cores"
+        )
         sides = [("llmtune", sys.executable, arguments.workers)]
         if arguments.trl:
             sides += [("trl", arguments.trl, workers) for workers in ("1", "2")]
         for side, python, workers in sides:
-            command = [python, __file__, "--side", side, "--source", str(source), "--model", str(model)]
+            command = [
+                python,
+                __file__,
+                "--side",
+                side,
+                "--source",
+                str(source),
+                "--model",
+                str(model),
+            ]
             found = measure([*command, "--workers", workers])
             print(
-                f"{side:<8} workers {workers:<4} {found['tokens']:>12,} tokens  {found['seconds']:7.1f} s  "
-                f"{found['tokens'] / found['seconds']:>9,.0f} tokens/s  filled {found['packing_efficiency']:.2%}  "
-                f"peak PSS {found['pss_bytes'] / 1e6:,.0f} MB, RSS {found['rss_bytes'] / 1e6:,.0f} MB"
-                + (f"  second start {found['second_start_seconds']:.2f} s" if "second_start_seconds" in found else ""),
+                f"{side:<8} workers {workers:<4} {found['tokens']:>12,} tokens "
+                f" {found['seconds']:7.1f} s  {found['tokens'] / found['seconds']:>9,.0f} tokens/s "
+                f" filled {found['packing_efficiency']:.2%}  peak PSS"
+                f" {found['pss_bytes'] / 1e6:,.0f} MB, RSS {found['rss_bytes'] / 1e6:,.0f} MB"
+                + (
+                    f"  second start {found['second_start_seconds']:.2f} s"
+                    if "second_start_seconds" in found
+                    else ""
+                ),
                 flush=True,
             )
 

@@ -1,15 +1,19 @@
-"""Merging a LoRA adapter: llmtune's stream against peft in memory, axolotl's shard-by-shard merge, and mergekit.
+"""Merging a LoRA adapter: llmtune's stream against peft in memory, axolotl's shard-by-shard merge,
+and mergekit.
 
     python scripts/bench/merge.py --setup     # once: the peers' environments, about 1 GB each
-    python scripts/bench/merge.py             # a random 1.2B Llama, five times each: bits, peak memory, time
-    python scripts/bench/merge.py --flat      # peak memory at 0.4, 1.2 and 4 B with the same largest tensor, and at 70B
+    python scripts/bench/merge.py             # a random 1.2B Llama, five times each: bits, peak
+    memory, time python scripts/bench/merge.py --flat      # peak memory at 0.4, 1.2 and 4 B with
+    the same largest tensor, and at 70B
 
-The base is bf16 in shards of 2 GB, the adapter fp32, r=64 on all linear layers. Every merge is a process of its own. Measured
-are the seconds of load + merge + save, with imports apart, and the peak of anonymous memory (RssAnon of the process and its
-children, 50 times a second, from start to end, imports included; mapped files are not in it: the kernel takes those pages back
-when it wants). llmtune's seconds contain hashing and flushing every file to the disk; the peers do neither, so that their time
-is given as it is, and with a flush of their files after it. What is read is in the page cache before the first measurement.
-`cp -r` of the base is given for scale. Ends with 1 if a target was missed.
+The base is bf16 in shards of 2 GB, the adapter fp32, r=64 on all linear layers. Every merge is a
+process of its own. Measured are the seconds of load + merge + save, with imports apart, and the
+peak of anonymous memory (RssAnon of the process and its children, 50 times a second, from start to
+end, imports included; mapped files are not in it: the kernel takes those pages back when it wants).
+llmtune's seconds contain hashing and flushing every file to the disk; the peers do neither, so that
+their time is given as it is, and with a flush of their files after it. What is read is in the page
+cache before the first measurement. `cp -r` of the base is given for scale. Ends with 1 if a target
+was missed.
 """
 
 from __future__ import annotations
@@ -36,14 +40,16 @@ from llmtune.storage.safetensors_writer import TensorFile, TensorSpec, plan_shar
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, RANK = 2048, 5632, 32000, 32, 8, 64
 SHARD_BYTES = 2_000_000_000
 
-#: Depth alone decides the size, so that the largest tensor and the largest module's adapter stay the same.
+# : Depth alone decides the size, so that the largest tensor and the largest module's adapter stay
+# the same.
 LAYERS = {"0.4B": 6, "1.2B": 24, "4B": 86}
 
 #: Targets.
 MOST_BYTES, MOST_OF_PEFT, MOST_BYTES_70B = 600e6, 0.6, 3e9
 
-#: Measured with the 0.4B model, and checked by ``--flat``: the tokenizer, loaded after the weights; and how many bytes the C
-#: library holds for each byte of blocks that is alive, because they are freed by another thread than the one that made them.
+# : Measured with the 0.4B model, and checked by ``--flat``: the tokenizer, loaded after the
+# weights; and how many bytes the C : library holds for each byte of blocks that is alive, because
+# they are freed by another thread than the one that made them.
 _TOKENIZER_BYTES = 60e6
 _HELD = 2.7
 _SLACK = 0.15
@@ -51,7 +57,12 @@ _SLACK = 0.15
 
 def linears(hidden: int, inner: int, kv: int) -> dict[str, tuple[int, int]]:
     """Linear layers of a Llama block: name -> (out, in)."""
-    attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
+    attention = {
+        "q_proj": (hidden, hidden),
+        "k_proj": (kv, hidden),
+        "v_proj": (kv, hidden),
+        "o_proj": (hidden, hidden),
+    }
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
     return {f"self_attn.{name}": shape for name, shape in attention.items()} | {
         f"mlp.{name}": shape for name, shape in mlp.items()
@@ -70,21 +81,34 @@ def write_base(folder: Path, layers: int) -> None:
     specs = [TensorSpec("model.embed_tokens.weight", dtype, (VOCAB, HIDDEN))]
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
-        specs += [TensorSpec(f"{prefix}.{name}.weight", dtype, shape) for name, shape in SHAPES.items()]
+        specs += [
+            TensorSpec(f"{prefix}.{name}.weight", dtype, shape) for name, shape in SHAPES.items()
+        ]
         specs += [
             TensorSpec(f"{prefix}.{name}.weight", dtype, (HIDDEN,))
             for name in ("input_layernorm", "post_attention_layernorm")
         ]
-    specs += [TensorSpec("model.norm.weight", dtype, (HIDDEN,)), TensorSpec("lm_head.weight", dtype, (VOCAB, HIDDEN))]
+    specs += [
+        TensorSpec("model.norm.weight", dtype, (HIDDEN,)),
+        TensorSpec("lm_head.weight", dtype, (VOCAB, HIDDEN)),
+    ]
     shards = plan_shards(specs, SHARD_BYTES)
     for name, shard in shards:
         write_random(folder / name, shard)
     write_index(folder, shards)
     LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"], dtype=dtype, bos_token_id=0, eos_token_id=1,
-    ).save_pretrained(folder)  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype=dtype,
+        bos_token_id=0,
+        eos_token_id=1,
+    ).save_pretrained(folder)
     write_tokenizer(folder)
 
 
@@ -102,9 +126,13 @@ def write_adapter(folder: Path, layers: int, base: Path) -> None:
     write_random(folder / "adapter_model.safetensors", specs)
     targets = [name.rpartition(".")[2] for name in SHAPES]
     LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=str(base),
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base),
         inference_mode=True,
-    ).save_pretrained(str(folder))  # fmt: skip
+    ).save_pretrained(str(folder))
 
 
 def write_random(file: Path, specs: list[TensorSpec]) -> None:
@@ -123,7 +151,10 @@ def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: number for number, word in enumerate(["<s>", "</s>", *(f"w{n}" for n in range(VOCAB - 2))])}
+    words = {
+        word: number
+        for number, word in enumerate(["<s>", "</s>", *(f"w{n}" for n in range(VOCAB - 2))])
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
@@ -133,7 +164,9 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def run_llmtune(base: Path, adapter: Path, output: Path, parity: bool) -> dict[str, float]:
-    """Our export, called as the command calls it; seconds that it waited for the disk are counted on the way."""
+    """Our export, called as the command calls it; seconds that it waited for the disk are counted
+    on the way.
+    """
     from transformers import AutoTokenizer, GenerationConfig  # noqa: F401 - so that it is not timed
 
     from llmtune.config.groups.export import ExportConfig
@@ -151,7 +184,9 @@ def run_llmtune(base: Path, adapter: Path, output: Path, parity: bool) -> dict[s
     setattr(os, "fsync", timed_flush)  # noqa: B010 - typed otherwise
     import_bytes = anonymous_bytes(os.getpid())
     started, cpu = time.perf_counter(), time.process_time()
-    request = ExportRequest(base=base, base_name="random Llama", adapter=adapter, run=None, output=output)
+    request = ExportRequest(
+        base=base, base_name="random Llama", adapter=adapter, run=None, output=output
+    )
     run_export(request, ExportConfig(parity=parity, max_shard_bytes=SHARD_BYTES))
     found = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
     return found | {"waited_seconds": waited, "flush_seconds": 0.0, "import_bytes": import_bytes}
@@ -192,7 +227,11 @@ class Place:
             found = merge_peers.measure(self.command(side, output))
             found["hashes"] = dict(merge_peers.hashes(output))
         finally:
-            for folder in (output, output.with_name("merged-cache"), output.with_name("merged.tmp")):
+            for folder in (
+                output,
+                output.with_name("merged-cache"),
+                output.with_name("merged.tmp"),
+            ):
                 shutil.rmtree(folder, ignore_errors=True)
         return found
 
@@ -225,7 +264,11 @@ def compare(root: Path, peers: Path, repeats: int, targets: Targets) -> None:
     place = Place.make(root, "1.2B", peers)
     size = sum(file.stat().st_size for file in place.base.glob("*.safetensors"))
     print(f"base {size / 1e9:.2f} GB, {os.cpu_count()} cores, {repeats} times, medians", flush=True)
-    sides = ["llmtune", "peft", *(name for name in merge_peers.ENVIRONMENTS if merge_peers.is_ready(peers, name))]
+    sides = [
+        "llmtune",
+        "peft",
+        *(name for name in merge_peers.ENVIRONMENTS if merge_peers.is_ready(peers, name)),
+    ]
     for name in merge_peers.ENVIRONMENTS.keys() - set(sides):
         print(f"{name}: not set up in {peers} (--setup), left out")
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -250,14 +293,23 @@ def middle(results: list[dict[str, Any]], key: str) -> float:
 def print_table(found: dict[str, list[dict[str, Any]]], copies: list[tuple[float, float]]) -> None:
     """One row a side."""
     print(
-        f"\n{'':<14}{'seconds':>9}{'(least)':>9}{'+ flush':>9}{'process':>9}{'CPU':>7}{'peak anon MB':>14}{'as peft':>9}"
+        f"\n{'':<14}{'seconds':>9}{'(least)':>9}{'+ flush':>9}{'process':>9}{'CPU':>7}"
+        f"{'peak anon MB':>14}{'as peft':>9}"
     )
     for side, results in found.items():
         if not results:
             continue
-        flushed = statistics.median(result["seconds"] + result["flush_seconds"] for result in results)
-        seconds = [middle(results, "seconds"), min(result["seconds"] for result in results), flushed]
-        shown = "".join(f"{number:>9.1f}" for number in [*seconds, middle(results, "process_seconds")])
+        flushed = statistics.median(
+            result["seconds"] + result["flush_seconds"] for result in results
+        )
+        seconds = [
+            middle(results, "seconds"),
+            min(result["seconds"] for result in results),
+            flushed,
+        ]
+        shown = "".join(
+            f"{number:>9.1f}" for number in [*seconds, middle(results, "process_seconds")]
+        )
         same = "yes" if all(agree(found, result) for result in results) else "NO"
         peak = middle(results, "peak_bytes") / 1e6
         print(f"{side:<14}{shown}{middle(results, 'cpu_seconds'):>7.1f}{peak:>14,.0f}{same:>9}")
@@ -267,7 +319,8 @@ def print_table(found: dict[str, list[dict[str, Any]]], copies: list[tuple[float
         first = found["llmtune"][0]
         waited = middle(found["llmtune"], "waited_seconds")
         print(
-            f"llmtune waited {waited:.1f} s of these for the disk; {first['import_bytes'] / 1e6:,.0f} MB are imports\n"
+            f"llmtune waited {waited:.1f} s of these for the disk;"
+            f" {first['import_bytes'] / 1e6:,.0f} MB are imports\n"
         )
 
 
@@ -285,18 +338,31 @@ def judge(found: dict[str, list[dict[str, Any]]], targets: Targets) -> None:
     peak = max((result["peak_bytes"] for result in ours), default=float("inf"))
     of_peft = middle(theirs, "peak_bytes") / 1e6
     targets.check(
-        peak <= MOST_BYTES, f"peak {peak / 1e6:,.0f} MB <= {MOST_BYTES / 1e6:,.0f} MB (peft: {of_peft:,.0f} MB)"
+        peak <= MOST_BYTES,
+        f"peak {peak / 1e6:,.0f} MB <= {MOST_BYTES / 1e6:,.0f} MB (peft: {of_peft:,.0f} MB)",
     )
     mine = middle(ours, "seconds")
-    for name, results, most in (("peft", theirs, MOST_OF_PEFT), ("axolotl", found.get("axolotl", []), 1.0)):
+    for name, results, most in (
+        ("peft", theirs, MOST_OF_PEFT),
+        ("axolotl", found.get("axolotl", []), 1.0),
+    ):
         share = mine / middle(results, "seconds") if results else float("inf")
-        flushed = statistics.median(r["seconds"] + r["flush_seconds"] for r in results) if results else float("inf")
-        text = f"time, ours flushed, {share:.2f} of {name}'s as it is ({mine / flushed:.2f} of it flushed)"
+        flushed = (
+            statistics.median(r["seconds"] + r["flush_seconds"] for r in results)
+            if results
+            else float("inf")
+        )
+        text = (
+            f"time, ours flushed, {share:.2f} of {name}'s as it is ({mine / flushed:.2f} of it"
+            " flushed)"
+        )
         targets.check(share <= most, f"{text}; at most {most:.1f}")
 
 
 def show_parity(place: Place, repeats: int, without: float) -> None:
-    """What the parity check of our export adds; nobody else has one, so that it is in none of the numbers above."""
+    """What the parity check of our export adds; nobody else has one, so that it is in none of the
+    numbers above.
+    """
     try:
         results = [place.run("llmtune-parity") for _ in range(repeats)]
     except RuntimeError as error:
@@ -304,7 +370,8 @@ def show_parity(place: Place, repeats: int, without: float) -> None:
         return
     seconds, peak = middle(results, "seconds"), middle(results, "peak_bytes")
     print(
-        f"\nwith export.parity=true: {seconds:.1f} s, {seconds - without:+.1f} s against without; peak {peak / 1e6:,.0f} MB"
+        f"\nwith export.parity=true: {seconds:.1f} s, {seconds - without:+.1f} s against without;"
+        f" peak {peak / 1e6:,.0f} MB"
     )
 
 
@@ -319,11 +386,14 @@ class Projection:
 
     @classmethod
     def of(cls, shapes: dict[str, tuple[int, int]], shards: int, import_bytes: float) -> Projection:
-        """For an fp32 adapter of rank ``RANK`` on the layers of ``shapes``; as if its pages were copied."""
+        """For an fp32 adapter of rank ``RANK`` on the layers of ``shapes``; as if its pages were
+        copied.
+        """
         from llmtune.export.publish import shards
         from llmtune.storage.row_blocks import BLOCK_ELEMENTS
 
-        # Rounded blocks: waiting, one being written, one just computed. In fp32: the product and the base's rows.
+        # Rounded blocks: waiting, one being written, one just computed. In fp32: the product and
+        # the base's rows.
         blocks = BLOCK_ELEMENTS * ((shards._AHEAD + 2) * 2 + 2 * 4)
         adapter = max(RANK * (out + width) * 4 for out, width in shapes.values())
         return cls(import_bytes, blocks + adapter, shards)
@@ -351,30 +421,49 @@ def show_flat(root: Path, peers: Path, repeats: int, targets: Targets) -> None:
         worst = max(result["peak_bytes"] for result in found)
         shown = ", ".join(f"{result['peak_bytes'] / 1e6:.0f}" for result in found)
         seconds = middle(found, "seconds")
-        print(f"{size}, {layers} layers, {files} shards, {seconds:.1f} s: peaks {shown} MB", flush=True)
+        print(
+            f"{size}, {layers} layers, {files} shards, {seconds:.1f} s: peaks {shown} MB",
+            flush=True,
+        )
         most = said * (1 + _SLACK)
-        targets.check(worst <= most, f"{size}: every peak at most {_SLACK:.0%} above the projected {said / 1e6:.0f} MB")
+        targets.check(
+            worst <= most,
+            f"{size}: every peak at most {_SLACK:.0%} above the projected {said / 1e6:.0f} MB",
+        )
     spread = max(peaks) / min(peaks) - 1
     targets.check(
-        spread <= 0.1, f"flat from 0.4B to 4B: largest median peak {spread:.1%} above the smallest; at most 10%"
+        spread <= 0.1,
+        f"flat from 0.4B to 4B: largest median peak {spread:.1%} above the smallest; at most 10%",
     )
     llama = linears(8192, 28672, 1024)
     for count in (1, shards._MOST_SHARDS):
         far = Projection.of(llama, count, imports).peak_bytes
         text = f"{count} shards at once ({2 * count} cores or more): {far / 1e9:.2f} GB"
-        targets.check(far <= MOST_BYTES_70B, f"Llama-3-70B, largest tensor 2.1 GB, projected, {text}")
+        targets.check(
+            far <= MOST_BYTES_70B, f"Llama-3-70B, largest tensor 2.1 GB, projected, {text}"
+        )
 
 
 def main() -> int:
     """Compare, or be one side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--setup", action="store_true", help="make the peers' environments, and end")
+    parser.add_argument(
+        "--setup", action="store_true", help="make the peers' environments, and end"
+    )
     parser.add_argument("--flat", action="store_true")
     cache = os.environ.get("LLMTUNE_BENCH_PEERS", "~/.cache/llmtune-bench")
-    parser.add_argument("--peers", type=Path, default=Path(cache), help="folder of their environments")
-    parser.add_argument("--folder", type=Path, help="where the models are written; a temporary folder without")
-    parser.add_argument("--side", nargs=4, metavar=("SIDE", "BASE", "ADAPTER", "OUTPUT"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--peers", type=Path, default=Path(cache), help="folder of their environments"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where the models are written; a temporary folder without"
+    )
+    parser.add_argument(
+        "--side", nargs=4, metavar=("SIDE", "BASE", "ADAPTER", "OUTPUT"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     peers = arguments.peers.expanduser().resolve()
     if arguments.side:

@@ -1,4 +1,5 @@
-"""Train SmolLM2-135M fully on 2 ranks for 10 steps on every rung of the ladder, and compare the losses.
+"""Train SmolLM2-135M fully on 2 ranks for 10 steps on every rung of the ladder, and compare the
+losses.
 
     DS_ACCELERATOR=cpu python scripts/bench/placements.py NVME_FOLDER
 
@@ -24,7 +25,12 @@ JOB = [
         "data.train=stdlib_docs@200",
         "data.max_seq_length=192",
     ),
-    *("train.global_batch_size=2", "train.max_steps=10", "train.eval_max_rows=2", "train.sample_answers=false"),
+    *(
+        "train.global_batch_size=2",
+        "train.max_steps=10",
+        "train.eval_max_rows=2",
+        "train.sample_answers=false",
+    ),
     *("train.save_steps=null", "export=none"),
 ]
 
@@ -58,7 +64,9 @@ def main(nvme: str) -> None:
             apart = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
             shown = " ".join(f"{loss:.6f}" for loss in losses)
             whole = time.monotonic() - started
-            sys.stdout.write(f"{rung:<15} apart {apart:.1e}  {seconds:6.1f} s of {whole:6.1f} s  {shown}\n")
+            sys.stdout.write(
+                f"{rung:<15} apart {apart:.1e}  {seconds:6.1f} s of {whole:6.1f} s  {shown}\n"
+            )
             sys.stdout.flush()
 
 

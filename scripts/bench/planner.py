@@ -1,9 +1,10 @@
-"""Predicted against published numbers of 70B-class runs, and the states' and activations' formulas against measurements.
+"""Predicted against published numbers of 70B-class runs, and the states' and activations' formulas
+against measurements.
 
     python scripts/bench/planner.py            # prints the tables of docs/planner.md
 
-Nothing is run: the planner is asked for the published configuration. What a peer does otherwise than llmtune (a chunked loss,
-no fp32 master weights) is taken into account where the row says so.
+Nothing is run: the planner is asked for the published configuration. What a peer does otherwise
+than llmtune (a chunked loss, no fp32 master weights) is taken into account where the row says so.
 """
 
 from __future__ import annotations
@@ -21,8 +22,16 @@ from llmtune.plan.memory.placement import Placement
 GIB = 2**30
 
 LLAMA2_70B = [
-    *("model.name_or_path=llama2-70b", "model.config.model_type=llama", "model.config.vocab_size=32000"),
-    *("model.config.hidden_size=8192", "model.config.intermediate_size=28672", "model.config.num_hidden_layers=80"),
+    *(
+        "model.name_or_path=llama2-70b",
+        "model.config.model_type=llama",
+        "model.config.vocab_size=32000",
+    ),
+    *(
+        "model.config.hidden_size=8192",
+        "model.config.intermediate_size=28672",
+        "model.config.num_hidden_layers=80",
+    ),
     *(
         "model.config.num_attention_heads=64",
         "model.config.num_key_value_heads=8",
@@ -36,7 +45,11 @@ def mpt(layers: int, width: int) -> list[str]:
     """MosaicML's MPT models."""
     return [
         *("model.name_or_path=mpt", "model.config.model_type=mpt", "model.config.vocab_size=50432"),
-        *(f"model.config.d_model={width}", f"model.config.n_layers={layers}", "model.config.n_heads=64"),
+        *(
+            f"model.config.d_model={width}",
+            f"model.config.n_layers={layers}",
+            "model.config.n_heads=64",
+        ),
     ]
 
 
@@ -71,11 +84,50 @@ QKVO = [*LORA16, "tuner.target_modules=[q_proj,k_proj,v_proj,o_proj]"]
 QLORA = ["tuner=qlora", "tuner.lora_r=64"]
 
 ROWS = [
-    Row("MLPerf llama2_70b_lora reference log, 8 x A100", LLAMA2_70B, A100, QKVO, NONE3, 8, 1, 8192, tokens=417),
-    Row("Juniper, MLPerf v4.0, 64 x A100", LLAMA2_70B, ["hardware=64xa100_80gb"], QKVO, NONE3, 64, 1, 8192, tokens=386),
-    Row("Juniper, MLPerf v4.0, 8 x H100, DeepSpeed", LLAMA2_70B, H100, QKVO, NONE3, 8, 1, 8192, tokens=655),
     Row(
-        *("torchtune README: Llama-3.1-70B LoRA, 8 x A100", LLAMA3_70B, A100, LORA16, NONE3, 8, 2, 2048),
+        "MLPerf llama2_70b_lora reference log, 8 x A100",
+        LLAMA2_70B,
+        A100,
+        QKVO,
+        NONE3,
+        8,
+        1,
+        8192,
+        tokens=417,
+    ),
+    Row(
+        "Juniper, MLPerf v4.0, 64 x A100",
+        LLAMA2_70B,
+        ["hardware=64xa100_80gb"],
+        QKVO,
+        NONE3,
+        64,
+        1,
+        8192,
+        tokens=386,
+    ),
+    Row(
+        "Juniper, MLPerf v4.0, 8 x H100, DeepSpeed",
+        LLAMA2_70B,
+        H100,
+        QKVO,
+        NONE3,
+        8,
+        1,
+        8192,
+        tokens=655,
+    ),
+    Row(
+        *(
+            "torchtune README: Llama-3.1-70B LoRA, 8 x A100",
+            LLAMA3_70B,
+            A100,
+            LORA16,
+            NONE3,
+            8,
+            2,
+            2048,
+        ),
         gib=27.6,
         tokens=437,
         chunked_loss=True,
@@ -108,8 +160,28 @@ ROWS = [
         2048,
         tokens=410,
     ),
-    Row("MosaicML: MPT-30B full, 8 x A100", mpt(48, 7168), A100, ["tuner=full"], NONE3, 8, 2, 2048, tokens=916),
-    Row("MosaicML: MPT-30B full, 8 x A100, 8192", mpt(48, 7168), A100, ["tuner=full"], NONE3, 8, 1, 8192, tokens=574),
+    Row(
+        "MosaicML: MPT-30B full, 8 x A100",
+        mpt(48, 7168),
+        A100,
+        ["tuner=full"],
+        NONE3,
+        8,
+        2,
+        2048,
+        tokens=916,
+    ),
+    Row(
+        "MosaicML: MPT-30B full, 8 x A100, 8192",
+        mpt(48, 7168),
+        A100,
+        ["tuner=full"],
+        NONE3,
+        8,
+        1,
+        8192,
+        tokens=574,
+    ),
     Row(
         *(
             "MosaicML: MPT-70B full, 64 x H100",
@@ -125,23 +197,65 @@ ROWS = [
         note="fused kernels",
     ),
     Row(
-        *("NVIDIA NeMo 24.12: Llama-2-70B LoRA, 8 x H100", LLAMA2_70B, H100, LORA16, NONE3, 8, 1, 4096),
+        *(
+            "NVIDIA NeMo 24.12: Llama-2-70B LoRA, 8 x H100",
+            LLAMA2_70B,
+            H100,
+            LORA16,
+            NONE3,
+            8,
+            1,
+            4096,
+        ),
         tokens=2621,
         note="FP8 and tensor parallelism, which llmtune has not",
     ),
-    Row("Answer.AI: 70B QLoRA, 8 x A100-40GB", LLAMA2_70B, A100_40, QLORA, NONE3, 8, 4, 2048, tokens=390),
     Row(
-        *("Answer.AI: 70B QLoRA, 4 x H100", LLAMA2_70B, [*H100, "hardware.gpus_per_node=4"], QLORA, NONE3, 4, 4, 2048),
+        "Answer.AI: 70B QLoRA, 8 x A100-40GB",
+        LLAMA2_70B,
+        A100_40,
+        QLORA,
+        NONE3,
+        8,
+        4,
+        2048,
+        tokens=390,
+    ),
+    Row(
+        *(
+            "Answer.AI: 70B QLoRA, 4 x H100",
+            LLAMA2_70B,
+            [*H100, "hardware.gpus_per_node=4"],
+            QLORA,
+            NONE3,
+            4,
+            4,
+            2048,
+        ),
         tokens=786,
     ),
     Row(
-        *("Answer.AI: 70B QLoRA, 2 x RTX 3090", LLAMA2_70B, ["hardware=2x3090"], QLORA, CPU3, 2, 2, 2048),
+        *(
+            "Answer.AI: 70B QLoRA, 2 x RTX 3090",
+            LLAMA2_70B,
+            ["hardware=2x3090"],
+            QLORA,
+            CPU3,
+            2,
+            2,
+            2048,
+        ),
         gib=14.9,
         tokens=89,
         note="weights offloaded, as published",
     ),
     Row(
-        *("Answer.AI: 70B QLoRA, 2 x RTX 4090", LLAMA2_70B, ["hardware=2x3090", "hardware.gpu_name=RTX 4090"], QLORA),
+        *(
+            "Answer.AI: 70B QLoRA, 2 x RTX 4090",
+            LLAMA2_70B,
+            ["hardware=2x3090", "hardware.gpu_name=RTX 4090"],
+            QLORA,
+        ),
         *(CPU3, 2, 2, 2048),
         tokens=238,
         note="weights offloaded, as published",
@@ -158,7 +272,11 @@ ROWS = [
         note="64 GB as nvidia-smi shows it",
     ),
     Row(
-        *("PEFT docs: Llama-2-70B QLoRA r=8, 2 x 40 GB", LLAMA2_70B, [*A100_40, "hardware.gpus_per_node=2"]),
+        *(
+            "PEFT docs: Llama-2-70B QLoRA r=8, 2 x 40 GB",
+            LLAMA2_70B,
+            [*A100_40, "hardware.gpus_per_node=2"],
+        ),
         *(["tuner=qlora", "tuner.lora_r=8", "tuner.lora_dropout=0.1"], NONE3, 2, 2, 2048),
         gib=36.6e9 / GIB,
         note="36.6 GB as nvidia-smi shows it",
@@ -175,14 +293,20 @@ def predict(row: Row) -> Candidate:
             *row.hardware,
             *row.tuner,
             *row.extra,
-            *("data.train=rows.jsonl", f"data.max_seq_length={row.length}", f"train.global_batch_size={batch}"),
+            *(
+                "data.train=rows.jsonl",
+                f"data.max_seq_length={row.length}",
+                f"train.global_batch_size={batch}",
+            ),
             *("data.val_set_size=0", "model.attn_implementation=flash_attention_2"),
         ]
     ).config
     hardware = resolve_hardware(config.hardware, planning=True)
     shape = resolve_shape(config.model, config.tuner)
     search = Search(config, hardware, shape, row.world, "flash_attention_2")
-    found = search.evaluate(row.placement, BatchPlan(batch, row.rows, row.accumulation, row.world), row.recompute)
+    found = search.evaluate(
+        row.placement, BatchPlan(batch, row.rows, row.accumulation, row.world), row.recompute
+    )
     if row.chunked_loss:
         tokens = row.rows * row.length * shape.vocab_size
         device = replace(found.memory.device, logits=int(tokens * (2 + 12 / 8)))
@@ -195,13 +319,18 @@ def compare(published: float | None, predicted: float, limit: float) -> tuple[st
     if published is None:
         return "", ""
     apart = predicted / published - 1
-    return f"{published:.1f} / {predicted:.1f} ({apart:+.0%})", "" if abs(apart) <= limit else "miss"
+    return f"{published:.1f} / {predicted:.1f} ({apart:+.0%})", (
+        "" if abs(apart) <= limit else "miss"
+    )
 
 
 def main() -> None:
     """Print the table."""
     write = sys.stdout.write
-    write("| run | GiB a GPU, published / predicted | tokens/s a GPU | note |\n| --- | --- | --- | --- |\n")
+    write(
+        "| run | GiB a GPU, published / predicted | tokens/s a GPU | note |\n| --- | --- | --- |"
+        " --- |\n"
+    )
     for row in ROWS:
         found = predict(row)
         memory, lost_memory = compare(row.gib, found.memory.device.total / GIB, 0.10)
@@ -209,12 +338,23 @@ def main() -> None:
         notes = [
             *(
                 [f"**{' and '.join(m)}**"]
-                if (m := [n for n, lost in (("memory misses", lost_memory), ("speed misses", lost_speed)) if lost])
+                if (
+                    m := [
+                        n
+                        for n, lost in (
+                            ("memory misses", lost_memory),
+                            ("speed misses", lost_speed),
+                        )
+                        if lost
+                    ]
+                )
                 else []
             ),
             row.note,
         ]
-        write(f"| {row.source} | {memory} | {speed} | {'; '.join(note for note in notes if note)} |\n")
+        write(
+            f"| {row.source} | {memory} | {speed} | {'; '.join(note for note in notes if note)} |\n"
+        )
 
 
 if __name__ == "__main__":

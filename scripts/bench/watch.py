@@ -1,4 +1,7 @@
-"""One side of a comparison as a process of its own, and the peak of its memory while it runs. Imports nothing of llmtune."""
+"""One side of a comparison as a process of its own, and the peak of its memory while it runs.
+
+Imports nothing of llmtune.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from typing import Any
 Read = Callable[[int], dict[str, int]]
 
 
-def run_watched(command: list[str], read: Read, interval: float = 0.02, **env: str) -> dict[str, Any]:
+def run_watched(
+    command: list[str], read: Read, interval: float = 0.02, **env: str
+) -> dict[str, Any]:
     """Run a command whose last line is JSON; that, and the peak of each number that ``read`` finds.
 
     Args:
@@ -26,7 +31,9 @@ def run_watched(command: list[str], read: Read, interval: float = 0.02, **env: s
         RuntimeError: It failed.
     """
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **env})
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **env}
+        )
         peaks: dict[str, int] = {}
         done = threading.Event()
 
@@ -49,7 +56,9 @@ def run_watched(command: list[str], read: Read, interval: float = 0.02, **env: s
 
 
 def anonymous(pid: int) -> dict[str, int]:
-    """For :func:`run_watched`: anonymous memory, without mapped files, whose pages the kernel takes back when it wants."""
+    """For :func:`run_watched`: anonymous memory, without mapped files, whose pages the kernel takes
+    back when it wants.
+    """
     return {"peak_bytes": anonymous_bytes(pid)}
 
 
@@ -60,12 +69,17 @@ def anonymous_bytes(pid: int) -> int:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0
-    own = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+    own = next(
+        (int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")),
+        0,
+    )
     return own + sum(anonymous_bytes(int(child)) for child in children)
 
 
 def resident(pid: int) -> dict[str, int]:
-    """For :func:`run_watched`: memory of the process tree, shared pages divided among those who share them, and not."""
+    """For :func:`run_watched`: memory of the process tree, shared pages divided among those who
+    share them, and not.
+    """
     import psutil
 
     pss = rss = 0

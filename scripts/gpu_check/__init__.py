@@ -1,1 +1,3 @@
-"""Checks of llmtune on a GPU, each a real run as a user starts it, compared with the same run on the CPU."""
+"""Checks of llmtune on a GPU, each a real run as a user starts it, compared with the same run on
+the CPU.
+"""

@@ -62,7 +62,10 @@ def run_checks(bench: Bench, checks: Sequence[Check]) -> list[Result]:
         place = f"[{number}/{len(checks)}] {check.name}"
         _say(f"{place} ...")
         result = run_check(bench, check)
-        _say(f"{place}: {result.state} in {result.seconds:.1f} s{'' if result.passed else f': {result.note}'}")
+        _say(
+            f"{place}: {result.state} in {result.seconds:.1f}"
+            f" s{'' if result.passed else f': {result.note}'}"
+        )
         results.append(result)
     return results
 
@@ -84,15 +87,25 @@ def run_check(bench: Bench, check: Check) -> Result:
         return result(False, problems=[str(error)])
     except (OSError, ValueError, KeyError, IndexError) as error:
         return result(False, problems=[f"{type(error).__name__}: {error}"])
-    found = {"measured": verdict.measured, "expected": verdict.expected, "tolerance": verdict.tolerance}
+    found = {
+        "measured": verdict.measured,
+        "expected": verdict.expected,
+        "tolerance": verdict.tolerance,
+    }
     return result(not verdict.problems, **found, problems=verdict.problems)
 
 
 def _report(machine: Machine, results: Sequence[Result], out: Path, seconds: float) -> int:
     write_json(out, machine, results)
     print_table(make_console(), machine, results)
-    counts = {state: [result.state for result in results].count(state) for state in ("passed", "failed", "skipped")}
-    _say(f"{', '.join(f'{count} {state}' for state, count in counts.items())} in {seconds:.0f} s; {out}")
+    counts = {
+        state: [result.state for result in results].count(state)
+        for state in ("passed", "failed", "skipped")
+    }
+    _say(
+        f"{', '.join(f'{count} {state}' for state, count in counts.items())} in {seconds:.0f} s;"
+        f" {out}"
+    )
     return EXIT_FAILED if counts["failed"] else 0
 
 
@@ -100,19 +113,33 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/gpu_check.sh", description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="put the CPU in the GPU's place")
     parser.add_argument(
-        "--only", action="append", default=[], metavar="NAME-PATTERN", help="run those checks; may be repeated"
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME-PATTERN",
+        help="run those checks; may be repeated",
     )
     parser.add_argument(
-        "--out", default="outputs/gpu_check.json", metavar="FILE", help="the report (default: %(default)s)"
+        "--out",
+        default="outputs/gpu_check.json",
+        metavar="FILE",
+        help="the report (default: %(default)s)",
     )
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="of one check (default: 120, with --cpu 400)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="of one check (default: 120, with --cpu 400)",
+    )
     parser.add_argument("--list", action="store_true", help="name the checks")
     return parser.parse_args(argv)
 
 
 @contextmanager
 def _work_folder(parent: Path) -> Iterator[Path]:
-    """Beside the report: ``/tmp`` is in memory on some machines, and a swap folder must be on a disk."""
+    """Beside the report: ``/tmp`` is in memory on some machines, and a swap folder must be on a
+    disk.
+    """
     work = Path(tempfile.mkdtemp(prefix="gpu_check-", dir=parent)).resolve()
     try:
         yield work

@@ -16,11 +16,13 @@ from scripts.gpu_check.commands import Clock, Commands, Finished, RunFailedError
 from scripts.gpu_check.compare import Curve
 from scripts.gpu_check.jobs import Job, Trained
 
-#: Exit codes of what llmtune refuses because of the machine: bf16 of an old card is a setting that cannot work there.
+# : Exit codes of what llmtune refuses because of the machine: bf16 of an old card is a setting that
+# cannot work there.
 _REFUSED = (ConfigError.exit_code, MissingPrerequisiteError.exit_code)
 #: What a machine may lack: half precision, or direct I/O.
 _LACKS = re.compile(r"precision=(bf16|fp16): |offload\.nvme_path=\S+ no direct I/O")
-#: The op for NVMe. A machine may lack libaio; with it, an op that cannot be had is what these checks are for.
+# : The op for NVMe. A machine may lack libaio; with it, an op that cannot be had is what these
+# checks are for.
 _LACKS_OP = re.compile(r"DeepSpeed's AsyncIO ")
 #: Of a run on the CPU, which may be a small one.
 _REFERENCE_SECONDS = 400.0
@@ -86,7 +88,9 @@ class Bench:
         with self._names:
             if reference.arguments not in self._references:
                 folder = self.work / f"reference-{len(self._references)}" / "run"
-                self._references[reference.arguments] = self._thread.submit(self._train_reference, reference, folder)
+                self._references[reference.arguments] = self._thread.submit(
+                    self._train_reference, reference, folder
+                )
             return self._references[reference.arguments]
 
     def expected(self, job: Job) -> Curve:
@@ -110,7 +114,9 @@ class Bench:
     def evaluate(self, *target: str, device: str | None = None) -> float:
         """Held-out loss by ``eval``."""
         accelerator = f"hardware.accelerator={device or self.device}"
-        done = self.commands.llmtune("eval", *target, accelerator, "--json", clock=self.clock).check()
+        done = self.commands.llmtune(
+            "eval", *target, accelerator, "--json", clock=self.clock
+        ).check()
         return float(json.loads(done.out)["eval_loss"])
 
     def close(self) -> None:
@@ -135,7 +141,9 @@ def trained(done: Finished, folder: Path, whose: str = "") -> Trained:
     Raises:
         SkippedError, RunFailedError: It has not.
     """
-    if done.code in _REFUSED and (_LACKS.search(done.err) or (_LACKS_OP.search(done.err) and not has_libaio())):
+    if done.code in _REFUSED and (
+        _LACKS.search(done.err) or (_LACKS_OP.search(done.err) and not has_libaio())
+    ):
         raise SkippedError(f"{whose}{done.err.strip().splitlines()[-1].removeprefix('error: ')}")
     try:
         done.check()

@@ -19,7 +19,14 @@ from scripts.gpu_check import jobs
 from scripts.gpu_check.bench import Bench, trained
 from scripts.gpu_check.commands import RunFailedError, descendants
 from scripts.gpu_check.compare import LOSS_TOLERANCE, Verdict, compare_curves, compare_number
-from scripts.gpu_check.jobs import ADAPTER, LARGE_SMOLLM2, SMALL_SMOLLM2, UNDISTURBED, UNLIMITED, Job
+from scripts.gpu_check.jobs import (
+    ADAPTER,
+    LARGE_SMOLLM2,
+    SMALL_SMOLLM2,
+    UNDISTURBED,
+    UNLIMITED,
+    Job,
+)
 from scripts.gpu_check.speed import compare_plan
 
 #: Every ZeRO stage with the rungs of the ladder that it has.
@@ -29,7 +36,8 @@ PLACEMENTS = {
     2: ("none", "optimizer_cpu"),
     3: ("none", "optimizer_cpu", "cpu", "optimizer_nvme", "nvme"),
 }
-#: Precision, tuner, rows, stage, rung: with the placements, which are fp32, full and padded, each value meets each other one.
+# : Precision, tuner, rows, stage, rung: with the placements, which are fp32, full and padded, each
+# value meets each other one.
 PRECISIONS = (
     ("fp32", "lora", "packed", 3, "cpu"),
     ("bf16", "full", "packed", 2, "optimizer_cpu"),
@@ -37,7 +45,8 @@ PRECISIONS = (
     ("fp16", "full", "padded", 2, "none"),
     ("fp16", "lora", "packed", 0, "none"),
 )
-#: The memory that a run is left of what it needs without a limit: too little for the optimizer's states.
+# : The memory that a run is left of what it needs without a limit: too little for the optimizer's
+# states.
 GPU_MEMORY_SHARE, CPU_BYTES_LESS = 0.7, 150 * 2**20
 #: Until ranks are gone whose main process was killed.
 _GRACE_SECONDS = 10.0
@@ -59,7 +68,11 @@ class Check:
 def all_checks(device: str, cards: int) -> list[Check]:
     """In the order in which they run."""
     return [
-        *(_losses(jobs.placement_job(stage, rung)) for stage, rungs in PLACEMENTS.items() for rung in rungs),
+        *(
+            _losses(jobs.placement_job(stage, rung))
+            for stage, rungs in PLACEMENTS.items()
+            for rung in rungs
+        ),
         *(_losses(jobs.precision_job(*cell)) for cell in PRECISIONS),
         _losses(jobs.ranks_job(cards)),
         _losses(UNDISTURBED),
@@ -79,7 +92,10 @@ def select(checks: Sequence[Check], patterns: Sequence[str]) -> list[Check]:
     return [
         check
         for check in checks
-        if any(fnmatch.fnmatchcase(check.name, pattern) or pattern in check.name for pattern in patterns)
+        if any(
+            fnmatch.fnmatchcase(check.name, pattern) or pattern in check.name
+            for pattern in patterns
+        )
     ]
 
 
@@ -93,7 +109,9 @@ def _losses(job: Job) -> Check:
 
 
 def _check_killed(bench: Bench) -> Verdict:
-    """The main process is killed between two checkpoints, and the same command goes on to the same losses."""
+    """The main process is killed between two checkpoints, and the same command goes on to the same
+    losses.
+    """
     whole = bench.train(UNDISTURBED).curve
     folder = bench.folder("resume/killed")
     killer = _Killer(folder)
@@ -107,12 +125,18 @@ def _check_killed(bench: Bench) -> Verdict:
     resumed_from = int(found[1]) if found else 0
     if not 0 < resumed_from < steps_done < len(whole.losses):
         problems.append(f"killed after step {steps_done}, it went on from step {resumed_from}")
-    measured = {**verdict.measured, "killed_after_step": steps_done, "resumed_from_step": resumed_from}
+    measured = {
+        **verdict.measured,
+        "killed_after_step": steps_done,
+        "resumed_from_step": resumed_from,
+    }
     return Verdict(measured, verdict.expected, verdict.tolerance, [*problems, *verdict.problems])
 
 
 class _Killer:
-    """Kills a main process that has made steps since its first checkpoint, and sees what becomes of its ranks."""
+    """Kills a main process that has made steps since its first checkpoint, and sees what becomes of
+    its ranks.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -133,8 +157,16 @@ class _Killer:
         """What did not go as it should."""
         if code != -signal.SIGKILL:
             return [f"it ended with exit code {code} before it could be killed"]
-        left = [rank for rank in self._ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
-        return [f"{len(left)} processes of the killed run were still there after {_GRACE_SECONDS:g} s"] if left else []
+        left = [
+            rank
+            for rank in self._ranks
+            if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE
+        ]
+        return (
+            [f"{len(left)} processes of the killed run were still there after {_GRACE_SECONDS:g} s"]
+            if left
+            else []
+        )
 
 
 def _check_evaluation(bench: Bench) -> Verdict:
@@ -142,7 +174,10 @@ def _check_evaluation(bench: Bench) -> Verdict:
     run = bench.train(ADAPTER)
     tolerance = LOSS_TOLERANCE[ADAPTER.precision]
     measured = bench.evaluate(f"run={run.folder}")
-    expected = {"on_the_cpu": bench.evaluate(f"run={run.folder}", device="cpu"), "in_training": run.curve.after}
+    expected = {
+        "on_the_cpu": bench.evaluate(f"run={run.folder}", device="cpu"),
+        "in_training": run.curve.after,
+    }
     problems = [
         problem
         for name, value in expected.items()
@@ -154,12 +189,21 @@ def _check_evaluation(bench: Bench) -> Verdict:
 
 
 def _check_export(bench: Bench) -> Verdict:
-    """Merge with parity, and evaluate the merged model on the device against base and adapter on the CPU."""
+    """Merge with parity, and evaluate the merged model on the device against base and adapter on
+    the CPU.
+    """
     run = bench.train(ADAPTER)
     merged = bench.folder("export/merged")
     device = f"hardware.accelerator={bench.device}"
     done = bench.commands.llmtune(
-        *("export", f"run={run.folder}", "export=safetensors", "export.parity=true", device, f"output_dir={merged}"),
+        *(
+            "export",
+            f"run={run.folder}",
+            "export=safetensors",
+            "export.parity=true",
+            device,
+            f"output_dir={merged}",
+        ),
         clock=bench.clock,
     ).check()
     said = re.search(r"parity: logits within (\S+) of base and adapter \(bound (\S+?)\)", done.out)
@@ -167,7 +211,9 @@ def _check_export(bench: Bench) -> Verdict:
     data = [text for text in ADAPTER.overrides if text.startswith("data.")]
     measured = bench.evaluate(f"base={merged}", f"precision={ADAPTER.precision}", *data)
     expected = bench.evaluate(f"run={run.folder}", device="cpu")
-    problems = compare_number("the held-out loss of the merged model", measured, expected, tolerance)
+    problems = compare_number(
+        "the held-out loss of the merged model", measured, expected, tolerance
+    )
     if said is None:
         problems.append("the export did not say how near the logits are")
     logits, bound = (float(said[1]), float(said[2])) if said else (None, None)
@@ -183,7 +229,9 @@ def _check_fallback(bench: Bench) -> Verdict:
     """With less memory than it needs, a run takes the next rung by itself, to the same losses."""
     peak = _PeakData()
     name, folder = UNLIMITED.name, bench.folder(UNLIMITED.name)
-    unlimited = bench.commands.llmtune(*bench.arguments(folder, UNLIMITED), clock=bench.clock, watch=peak.look)
+    unlimited = bench.commands.llmtune(
+        *bench.arguments(folder, UNLIMITED), clock=bench.clock, watch=peak.look
+    )
     whole = trained(unlimited, folder)
     if bench.device == "cpu":
         limit = peak.largest - CPU_BYTES_LESS
@@ -201,7 +249,9 @@ def _check_fallback(bench: Bench) -> Verdict:
     if not history:
         problems.append(f"with {limit / 1e6:.0f} MB it did not run out of memory")
     came_to = "-".join(str(plan["placement"][key]) for key in ("zero_stage", "optimizer", "param"))
-    left = [f"{event['phase']} of step {event['step']}, {event['pool']} memory" for event in history]
+    left = [
+        f"{event['phase']} of step {event['step']}, {event['pool']} memory" for event in history
+    ]
     more = {"memory_limit_bytes": limit, "ran_out_in": left, "came_to": came_to}
     return Verdict({**verdict.measured, **more}, verdict.expected, verdict.tolerance, problems)
 
@@ -227,13 +277,17 @@ class _PeakData:
 
 
 def _check_plan(bench: Bench) -> Verdict:
-    """Peak memory and seconds of a step of SmolLM2-135M; where a CPU stands for the GPU, of the small job."""
+    """Peak memory and seconds of a step of SmolLM2-135M; where a CPU stands for the GPU, of the
+    small job.
+    """
     job, length = (SMALL_SMOLLM2, 256) if bench.device == "cpu" else (LARGE_SMOLLM2, 1024)
     return compare_plan(bench.train(job).folder, length)
 
 
 def _step_lines(folder: Path) -> list[dict[str, float]]:
-    """Lines of the steps in ``metrics.jsonl``; a line that was being written when the run was killed is none."""
+    """Lines of the steps in ``metrics.jsonl``; a line that was being written when the run was
+    killed is none.
+    """
     found = []
     for text in (folder / "metrics.jsonl").read_text().splitlines():
         try:

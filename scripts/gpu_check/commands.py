@@ -1,4 +1,6 @@
-"""Commands in sessions of their own, each with a deadline; nothing that was started here outlives :meth:`Commands.end_all`."""
+"""Commands in sessions of their own, each with a deadline; nothing that was started here outlives
+:meth:`Commands.end_all`.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class Finished:
     def check(self) -> Finished:
         """Raises :class:`RunFailedError` with the end of what it printed, unless it ended well."""
         if self.code != 0:
-            raise RunFailedError(f"exit code {self.code}: {(self.err or self.out).strip()[-_TAIL_CHARACTERS:]}")
+            raise RunFailedError(
+                f"exit code {self.code}: {(self.err or self.out).strip()[-_TAIL_CHARACTERS:]}"
+            )
         return self
 
 
@@ -88,7 +92,9 @@ class Commands:
             self._count += 1
             out, err = (self._folder / f"console-{self._count}.{name}" for name in ("out", "err"))
         with out.open("wb") as out_file, err.open("wb") as err_file:
-            process = self._start([sys.executable, "-m", "llmtune", *arguments], environment, out_file, err_file)
+            process = self._start(
+                [sys.executable, "-m", "llmtune", *arguments], environment, out_file, err_file
+            )
             try:
                 while not has_ended(process) and clock.left > 0:
                     if watch is not None:
@@ -97,12 +103,16 @@ class Commands:
                 timed_out = not has_ended(process)
             finally:
                 self._end(process)
-        said = Finished(process.returncode, out.read_text(errors="replace"), err.read_text(errors="replace"))
+        said = Finished(
+            process.returncode, out.read_text(errors="replace"), err.read_text(errors="replace")
+        )
         if self._closed:
             raise RunFailedError("the checks were interrupted")
         if timed_out:
             tail = (said.out + said.err).strip()[-_TAIL_CHARACTERS:]
-            raise RunFailedError(f"no end within {clock.seconds:g} s, so that it was killed; its last words: {tail}")
+            raise RunFailedError(
+                f"no end within {clock.seconds:g} s, so that it was killed; its last words: {tail}"
+            )
         return said
 
     def end_all(self) -> None:
@@ -115,7 +125,9 @@ class Commands:
     def _start(
         self, command: list[str], environment: dict[str, str] | None, out: object, err: object
     ) -> subprocess.Popen[bytes]:
-        variables = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
+        variables = {
+            name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES
+        }
         with self._lock:
             if self._closed:
                 raise RunFailedError("the checks were interrupted")
@@ -140,12 +152,16 @@ class Commands:
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it has; it stays a zombie, so that its number, which is its group's too, is given to nobody else."""
+    """Whether it has; it stays a zombie, so that its number, which is its group's too, is given to
+    nobody else.
+    """
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a command that was not waited for yet, its group, and its ranks, which lead sessions of their own."""
+    """Kill a command that was not waited for yet, its group, and its ranks, which lead sessions of
+    their own.
+    """
     family = descendants(process.pid)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

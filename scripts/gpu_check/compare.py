@@ -9,8 +9,9 @@ from typing import Any
 
 #: Largest relative difference of a loss.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
-#: Largest relative difference of the fall of the held-out loss. In bf16 the tolerance of the losses is as large as what an
-#: adapter learns in three steps, so that it alone would not notice an optimizer that does nothing.
+# : Largest relative difference of the fall of the held-out loss. In bf16 the tolerance of the
+# losses is as large as what an : adapter learns in three steps, so that it alone would not notice
+# an optimizer that does nothing.
 FALL_TOLERANCE = 0.25
 
 
@@ -52,7 +53,9 @@ def relative_difference(measured: float, expected: float) -> float:
     return abs(measured - expected) / abs(expected)
 
 
-def compare_losses(measured: Sequence[float], expected: Sequence[float], tolerance: float) -> list[str]:
+def compare_losses(
+    measured: Sequence[float], expected: Sequence[float], tolerance: float
+) -> list[str]:
     """What is wrong with the losses of the steps."""
     if len(measured) != len(expected) or not expected:
         return [f"{len(measured)} losses were measured and {len(expected)} were expected"]
@@ -60,7 +63,10 @@ def compare_losses(measured: Sequence[float], expected: Sequence[float], toleran
     for step, (own, other) in enumerate(zip(measured, expected, strict=True), 1):
         difference = relative_difference(own, other)
         if not difference <= tolerance:
-            found.append(f"the loss of step {step} is {own:.6g} instead of {other:.6g} ({difference:.1e} apart)")
+            found.append(
+                f"the loss of step {step} is {own:.6g} instead of {other:.6g} ({difference:.1e}"
+                " apart)"
+            )
     return found
 
 
@@ -69,7 +75,9 @@ def compare_curves(measured: Curve, expected: Curve, precision: str) -> Verdict:
     tolerance = LOSS_TOLERANCE[precision]
     problems = compare_losses(measured.losses, expected.losses, tolerance)
     problems += compare_number("the held-out loss", measured.after, expected.after, tolerance)
-    problems += compare_number("the fall of the held-out loss", measured.fall, expected.fall, FALL_TOLERANCE)
+    problems += compare_number(
+        "the fall of the held-out loss", measured.fall, expected.fall, FALL_TOLERANCE
+    )
     tolerances = {"losses": tolerance, "held_out_loss": tolerance, "fall": FALL_TOLERANCE}
     return Verdict(measured.to_dict(), expected.to_dict(), tolerances, problems)
 

@@ -36,15 +36,21 @@ def find_machine(use_cpu: bool) -> Machine:
         MissingPrerequisiteError: It has no GPU, or torch cannot use it.
     """
     if use_cpu:
-        return Machine("cpu", 2, f"no GPU: {_cpu_name()}, {os.cpu_count()} cores", None, _versions())
+        return Machine(
+            "cpu", 2, f"no GPU: {_cpu_name()}, {os.cpu_count()} cores", None, _versions()
+        )
     # As planning finds them.
     gpus = hardware.visible_gpus()
     if not gpus:
         found = hidden_gpus()
         reason = (
-            f"there are {found}, but torch cannot use them: bash scripts/setup.sh" if found else "this machine has none"
+            f"there are {found}, but torch cannot use them: bash scripts/setup.sh"
+            if found
+            else "this machine has none"
         )
-        raise MissingPrerequisiteError(f"no GPU: {reason}. --cpu runs the checks with the CPU in its place")
+        raise MissingPrerequisiteError(
+            f"no GPU: {reason}. --cpu runs the checks with the CPU in its place"
+        )
     first = gpus[0]
     card = f"{len(gpus)} x {first.name}, {format_bytes(first.memory_bytes)}"
     return Machine("cuda", len(gpus), card, _driver(), {**_versions(), "cuda": _cuda_version()})

@@ -64,12 +64,17 @@ def print_table(console: Console, machine: Machine, results: Sequence[Result]) -
     """One row a check; coloured on a terminal."""
     table = Table(title=machine.card, title_justify="left")
     for heading in ("check", "", "seconds", "measured, or what is wrong"):
-        table.add_column(heading, justify="right" if heading == "seconds" else "left", overflow="fold")
+        table.add_column(
+            heading, justify="right" if heading == "seconds" else "left", overflow="fold"
+        )
     for result in results:
         style = _STYLES[result.state]
         seconds = f"{result.seconds:.1f}"
         table.add_row(
-            Text(result.name), Text(result.state, style), seconds, Text(result.note, style if not result.passed else "")
+            Text(result.name),
+            Text(result.state, style),
+            seconds,
+            Text(result.note, style if not result.passed else ""),
         )
     console.print(table)
 

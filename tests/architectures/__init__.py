@@ -1,1 +1,3 @@
-"""Every family of models that is known to train, tiny: against plain PyTorch, or refused with the reason."""
+"""Every family of models that is known to train, tiny: against plain PyTorch, or refused with the
+reason.
+"""

@@ -1,4 +1,6 @@
-"""Tiny models of the field's architectures, as their ``config.json`` has them, and what of them is refused."""
+"""Tiny models of the field's architectures, as their ``config.json`` has them, and what of them is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ _DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 _STATE = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
-_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 16,
+}
 _LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 8,
@@ -113,7 +121,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
     },
     "bloom": {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "mpt": {"vocab_size": 128, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "expansion_ratio": 2},
+    "mpt": {
+        "vocab_size": 128,
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 64,
+        "expansion_ratio": 2,
+    },
     "falcon-alibi": {
         **_SIZE,
         "model_type": "falcon",
@@ -124,7 +139,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {**_PLAIN, "is_decoder": True},
     # Mixtures of experts.
     "mixtral": {**_GATED, "num_local_experts": 4},
-    "qwen2_moe": {**_GATED, **_EXPERTS, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1},
+    "qwen2_moe": {
+        **_GATED,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+    },
     "qwen3_moe": {**_HEADS, **_EXPERTS},
     "olmoe": {**_GATED, "num_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {**_GATED, "num_local_experts": 4},
@@ -137,7 +157,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "interleave_moe_layer_step": 1,
         "attention_chunk_size": 16,
     },
-    "jetmoe": {**_SIZE, **_LOCAL_EXPERTS, "num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": 32},
+    "jetmoe": {
+        **_SIZE,
+        **_LOCAL_EXPERTS,
+        "num_key_value_heads": 2,
+        "kv_channels": 8,
+        "intermediate_size": 32,
+    },
     "deepseek_v3": {
         **_PLAIN,
         **_LATENT,
@@ -160,7 +186,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Recurrent layers: what stands before in a row is in their state.
     "qwen3_next": {**_HEADS, **_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 16},
     "qwen3_5_text": {**_HEADS, **_DELTA},
-    "lfm2": {**_GATED, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm2": {
+        **_GATED,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
     "falcon_h1": {**_HEADS, **_MAMBA, "mamba_d_ssm": 64},
     "bamba": {**_GATED, **_MAMBA, "attn_layer_indices": [1]},
     "jamba": {
@@ -181,14 +211,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "attention"],
     },
     "minimax": {**_HEADS, "num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 16},
-    "recurrent_gemma": {**_HEADS, "lru_width": 32, "num_hidden_layers": 3, "attention_window_size": 8},
+    "recurrent_gemma": {
+        **_HEADS,
+        "lru_width": 32,
+        "num_hidden_layers": 3,
+        "attention_window_size": 8,
+    },
     "mamba": {**_STATE, "state_size": 4},
-    "mamba2": {**_STATE, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16},
+    "mamba2": {
+        **_STATE,
+        "state_size": 8,
+        "num_heads": 8,
+        "head_dim": 8,
+        "n_groups": 1,
+        "chunk_size": 16,
+    },
     "falcon_mamba": {**_STATE, "state_size": 4},
     "rwkv": {**_STATE, "attention_hidden_size": 32, "context_length": 64},
 }
 
-#: Those whose documents would reach into each other in a packed row, or whose positions do not begin anew.
+# : Those whose documents would reach into each other in a packed row, or whose positions do not
+# begin anew.
 MIXING = frozenset(
     {
         *(
@@ -211,8 +254,32 @@ WHOLE = frozenset({"gemma3n_text"})
 
 #: Those that the ordinary suite trains; the others are in the slow tier.
 USUAL = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "cohere", "granite"),
-    *("gpt_neox", "gptj", "falcon", "gpt2", "gpt_neo", "opt", "biogpt", "xglm", "bloom", "mpt", "falcon-alibi"),
+    *(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "olmo2",
+        "cohere",
+        "granite",
+    ),
+    *(
+        "gpt_neox",
+        "gptj",
+        "falcon",
+        "gpt2",
+        "gpt_neo",
+        "opt",
+        "biogpt",
+        "xglm",
+        "bloom",
+        "mpt",
+        "falcon-alibi",
+    ),
     *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3"),
     *("qwen3_next", "qwen3_5_text", "lfm2", "falcon_h1", "mamba", "rwkv"),
 )

@@ -1,4 +1,7 @@
-"""Training in plain PyTorch: documents alone, losses in fp64, torch's AdamW. Imports nothing of llmtune."""
+"""Training in plain PyTorch: documents alone, losses in fp64, torch's AdamW.
+
+Imports nothing of llmtune.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,15 @@ def load_plainly(folder: Path, adapters: dict[str, torch.Tensor], rank: int, alp
     """The model of a folder in fp32, with eager attention.
 
     Args:
-        adapters: LoRA matrices to begin with, by their names in peft's model; empty for full fine-tuning.
+        adapters: LoRA matrices to begin with, by their names in peft's model; empty for full
+            fine-tuning.
         rank: Of the adapters.
         alpha: ``lora_alpha``.
     """
     # dtype=: some configurations of tiny models name another.
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     if not adapters:
         return model
     from peft import LoraConfig, get_peft_model
@@ -33,8 +39,12 @@ def load_plainly(folder: Path, adapters: dict[str, torch.Tensor], rank: int, alp
     layers = sorted({name.removeprefix(prefix).partition(".lora_")[0] for name in adapters})
     # An expression, not a list: peft takes some names in lists for those of experts.
     names = "|".join(re.escape(layer) for layer in layers)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=names))
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=names)
+    )
+    parameters = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     assert set(parameters) == set(adapters)
     with torch.no_grad():
         for name, value in adapters.items():
@@ -45,7 +55,8 @@ def load_plainly(folder: Path, adapters: dict[str, torch.Tensor], rank: int, alp
 def train_plainly(
     model: Any, steps: Sequence[Sequence[torch.Tensor]], rate: float, eps: float
 ) -> tuple[list[float], list[float]]:
-    """Train on steps of documents, and compute the loss of the first step's documents once more behind the last.
+    """Train on steps of documents, and compute the loss of the first step's documents once more
+    behind the last.
 
     Args:
         steps: Token numbers of the documents of each step.
@@ -73,7 +84,9 @@ def train_plainly(
 
 
 def mean_loss(model: Any, documents: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean over all tokens of all documents but the first of each, every document in a pass of its own."""
+    """Mean over all tokens of all documents but the first of each, every document in a pass of its
+    own.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for ids in documents:
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]

@@ -1,4 +1,6 @@
-"""Two steps of every architecture are those of plain PyTorch, under ZeRO 0 and 3, full and LoRA, packed and not; or refused."""
+"""Two steps of every architecture are those of plain PyTorch, under ZeRO 0 and 3, full and LoRA,
+packed and not; or refused.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def all_cells(families: list[str]) -> list[Any]:
     ],
 )
 def test_two_steps_are_those_of_plain_pytorch_or_refused(cells: list[Any], tmp_path: Path) -> None:
-    for cell, found in zip(cells, train_engines(cells, 1, tmp_path, module="tests.architectures.worker"), strict=True):
+    for cell, found in zip(
+        cells, train_engines(cells, 1, tmp_path, module="tests.architectures.worker"), strict=True
+    ):
         family, stage, _, rows = cell
         assert "error" not in found, (cell, found["error"])
         if stage == 3 and family in WHOLE:
@@ -47,29 +51,48 @@ def test_two_steps_are_those_of_plain_pytorch_or_refused(cells: list[Any], tmp_p
             assert "does not keep the documents of a row apart" in found["refused"], cell
         else:
             assert "refused" not in found, (cell, found["refused"])
-            assert found["unplanned"] == [], (cell, "the plan counts other tensors than are trained")
+            assert found["unplanned"] == [], (
+                cell,
+                "the plan counts other tensors than are trained",
+            )
             assert largest_difference(found["losses"], found["plain"]) < 1e-5, (cell, found)
             norms = zip(found["norms"], found["plain_norms"], strict=True)
-            assert all(abs(norm - plain) < 1e-4 * max(plain, 0.1) for norm, plain in norms), (cell, found)
+            assert all(abs(norm - plain) < 1e-4 * max(plain, 0.1) for norm, plain in norms), (
+                cell,
+                found,
+            )
 
 
-def test_two_ranks_share_weights_that_are_computed_from_several_or_read_into_buffers(tmp_path: Path) -> None:
-    """Stacked experts, a correction of the router that is a buffer, and names that transformers translates, in two slices."""
+def test_two_ranks_share_weights_that_are_computed_from_several_or_read_into_buffers(
+    tmp_path: Path,
+) -> None:
+    """Stacked experts, a correction of the router that is a buffer, and names that transformers
+    translates, in two slices.
+    """
     families = ("mixtral", "deepseek_v3", "gpt_neox", "gemma3_text", "apertus")
     cells = [(family, 3, "full", "packed") for family in families]
-    for cell, found in zip(cells, train_engines(cells, 2, tmp_path, module="tests.architectures.worker"), strict=True):
+    for cell, found in zip(
+        cells, train_engines(cells, 2, tmp_path, module="tests.architectures.worker"), strict=True
+    ):
         assert "losses" in found, (cell, found)
         assert largest_difference(found["losses"], found["plain"]) < 1e-5, (cell, found)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_try_the_model_itself_and_refuse_together(ranks: int, tmp_path: Path) -> None:
-    """Without the trial before the ranks, as where no small model can be made. A rank that went on alone would hang."""
-    cells = [(family, 3, "lora", "unchecked") for family in ("mamba", "llama", "qwen3_next", "rwkv")]
+    """Without the trial before the ranks, as where no small model can be made.
+
+    A rank that went on alone would hang.
+    """
+    cells = [
+        (family, 3, "lora", "unchecked") for family in ("mamba", "llama", "qwen3_next", "rwkv")
+    ]
     found = train_engines(cells, ranks, tmp_path, module="tests.architectures.worker", timeout=120)
     assert [result.get("code", 0) for result in found] == [2, 0, 2, 2]
     for result in found:
-        assert "losses" in result or "does not keep the documents of a row apart" in result["refused"]
+        assert (
+            "losses" in result or "does not keep the documents of a row apart" in result["refused"]
+        )
 
 
 def test_the_table_covers_what_the_field_trains() -> None:

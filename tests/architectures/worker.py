@@ -1,4 +1,6 @@
-"""One rank that trains two steps of many tiny models, with llmtune and in plain PyTorch, and writes both curves."""
+"""One rank that trains two steps of many tiny models, with llmtune and in plain PyTorch, and writes
+both curves.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ STEPS, RATE, EPS = 2, 1e-2, 1e-6
 
 
 def make_folder(family: str, rank: Rank) -> Path:
-    """A folder with the random weights of a family, made by rank 0: transformers writes nothing on the others."""
+    """A folder with the random weights of a family, made by rank 0: transformers writes nothing on
+    the others.
+    """
     return Path(broadcast_object(str(_save(family)) if rank.is_first else None, rank))
 
 
@@ -57,7 +61,9 @@ def _save(family: str) -> Path:
     """The weights are in fp32."""
     numbers = dict(FAMILIES[family])
     kind = str(numbers.pop("model_type", family))
-    config = transformers.AutoConfig.for_model(kind, **numbers, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = transformers.AutoConfig.for_model(
+        kind, **numbers, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
     for part in (config, getattr(config, "attn_config", None)):
         for name, value in vars(part).items() if part else ():
             if ("drop" in name or "jitter" in name) and isinstance(value, float):
@@ -65,11 +71,13 @@ def _save(family: str) -> Path:
     torch.manual_seed(0)
     model: Any = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        # Larger than they are drawn, so that what a layer does to another document can be seen in the losses.
+        # Larger than they are drawn, so that what a layer does to another document can be seen in
+        # the losses.
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(2)
-        # What transformers draws for the padding token is nothing, at which the root of gemma3n's sizes has no slope.
+        # What transformers draws for the padding token is nothing, at which the root of gemma3n's
+        # sizes has no slope.
         embedding = model.get_input_embeddings().weight
         embedding[0] = embedding[1]
     folder = Path(tempfile.mkdtemp(prefix=f"{family}-", dir=Path(sys.argv[2]).parent))
@@ -80,7 +88,10 @@ def _save(family: str) -> Path:
 def draw_steps() -> list[list[torch.Tensor]]:
     """Token numbers of the documents of each step."""
     draw = torch.Generator().manual_seed(5)
-    return [[torch.randint(3, 128, (length,), generator=draw) for length in LENGTHS] for _ in range(STEPS)]
+    return [
+        [torch.randint(3, 128, (length,), generator=draw) for length in LENGTHS]
+        for _ in range(STEPS)
+    ]
 
 
 def as_batch(documents: list[torch.Tensor], packed: bool, collator: Collator) -> Batch:
@@ -104,7 +115,9 @@ def build(config: Config, shape: ModelShape, folder: Path, kernel: str, rank: Ra
     sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
     batch = BatchPlan(len(LENGTHS) * rank.world_size, len(LENGTHS), 1, rank.world_size)
     optimizer = adamw_parameters(config.optim, RATE)
-    plan = to_deepspeed(placement, batch, sizes, optimizer, config.precision, config.train.max_grad_norm)
+    plan = to_deepspeed(
+        placement, batch, sizes, optimizer, config.precision, config.train.max_grad_norm
+    )
     partitioned = (lambda: zero_init(plan)) if placement.zero_stage == 3 else None
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
     model = build_model(folder, config.model, config.precision, False, kernel, weights)
@@ -124,15 +137,32 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
     """Two steps of a cell, and of the same in plain PyTorch; or why it is refused.
 
     Args:
-        cell: Family, ZeRO stage, tuner, and ``padded``, ``packed``, or ``unchecked``: packed, and tried on the ranks only.
+        cell: Family, ZeRO stage, tuner, and ``padded``, ``packed``, or ``unchecked``: packed, and
+            tried on the ranks only.
     """
     family, stage, tuner, rows = cell
     folder, packed = make_folder(family, rank), rows != "padded"
-    overrides = [f"model.name_or_path={folder}", "data.train=none.jsonl", f"data.max_seq_length={MAX_SEQ_LENGTH}"]
-    overrides += [f"zero={stage}", f"tuner={tuner}", f"data.packing={packed}", "precision=fp32", f"optim.eps={EPS}"]
-    config = compose_config([*overrides, "tuner.lora_r=4" if tuner == "lora" else "tuner=full"]).config
+    overrides = [
+        f"model.name_or_path={folder}",
+        "data.train=none.jsonl",
+        f"data.max_seq_length={MAX_SEQ_LENGTH}",
+    ]
+    overrides += [
+        f"zero={stage}",
+        f"tuner={tuner}",
+        f"data.packing={packed}",
+        "precision=fp32",
+        f"optim.eps={EPS}",
+    ]
+    config = compose_config(
+        [*overrides, "tuner.lora_r=4" if tuner == "lora" else "tuner=full"]
+    ).config
     shape = resolve_shape(config.model, config.tuner)
-    about = {"kernels": list(shape.kernels), "adapted": list(shape.adapted), "positions": shape.max_positions}
+    about = {
+        "kernels": list(shape.kernels),
+        "adapted": list(shape.adapted),
+        "positions": shape.max_positions,
+    }
     try:
         check_stage(int(stage), shape.kind, family)
         check_row_length(config.data.max_seq_length, shape.max_positions, family)
@@ -145,7 +175,9 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
             check_module(module, collator, shape.vocab_size, DTYPES[Precision.fp32], family)
     except LlmtuneError as error:
         return {**about, "refused": str(error), "code": error.exit_code}
-    trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name for name, parameter in module.model.named_parameters() if parameter.requires_grad
+    }
     planned = {tensor.name for tensor in shape.tensors if tensor.trained}
     adapters = adapters_of(module)
     losses, norms = [], []
@@ -163,7 +195,9 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
     module.engine.destroy()
     plain = load_plainly(folder, adapters, config.tuner.lora_r, config.tuner.lora_alpha)
     reference, plain_norms = train_plainly(plain, steps, RATE, EPS)
-    unplanned = sorted(trained ^ {f"base_model.model.{name}" if adapters else name for name in planned})
+    unplanned = sorted(
+        trained ^ {f"base_model.model.{name}" if adapters else name for name in planned}
+    )
     return {
         **about,
         "losses": losses,

@@ -40,7 +40,9 @@ def attempt(rank: Rank, folder: Path, background: bool, value: float = 1.0) -> s
     stand_in(rank, value)
     module: Any = SimpleNamespace(rank=rank)
     state = TrainerState(int(folder.name.split("-")[1]), 0, 0, "x", None)
-    request = save.SaveRequest(folder, state, WeightFiles(False), {"config.json": b"{}"}, {"step": state.step})
+    request = save.SaveRequest(
+        folder, state, WeightFiles(False), {"config.json": b"{}"}, {"step": state.step}
+    )
     try:
         save.begin_save(module, request, Buffers() if background else None).finish()
     except CheckpointError as error:

@@ -1,4 +1,6 @@
-"""Copies of checkpoints elsewhere: whole or not there, retried, verified, pruned, and fetched back safely."""
+"""Copies of checkpoints elsewhere: whole or not there, retried, verified, pruned, and fetched back
+safely.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class FaultyFile(MemoryFile):
 
 
 class FaultyFileSystem(MemoryFileSystem):
-    """A network that fails the first writes, flips a bit of some, or stands still; and remembers what it was asked."""
+    """A network that fails the first writes, flips a bit of some, or stands still; and remembers
+    what it was asked.
+    """
 
     protocol = "faulty"
     store: ClassVar[dict[str, Any]] = {}
@@ -53,7 +57,9 @@ class FaultyFileSystem(MemoryFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> str:
-        return str(MemoryFileSystem._strip_protocol(str(path).removeprefix("faulty://").rpartition("@")[2]))
+        return str(
+            MemoryFileSystem._strip_protocol(str(path).removeprefix("faulty://").rpartition("@")[2])
+        )
 
     @classmethod
     def on_written(cls, file: MemoryFile) -> None:
@@ -68,7 +74,9 @@ class FaultyFileSystem(MemoryFileSystem):
         cls.gate.wait(TIMEOUT)
         if cls.fail_writes:
             cls.fail_writes -= 1
-            raise ConnectionResetError(f"reset by peer while writing faulty://me:hunter2@host{path}")
+            raise ConnectionResetError(
+                f"reset by peer while writing faulty://me:hunter2@host{path}"
+            )
         cls.written.append(path)
         file = FaultyFile(self, path)
         self.store[path] = file
@@ -107,14 +115,18 @@ def write_checkpoint(run: Path, step: int, content: str = "") -> Path:
     (folder / "tokenizer" / "vocab.txt").write_text("a b c")
     (folder / "empty.txt").touch()
     files = {
-        path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        path.relative_to(folder).as_posix(): hash_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
     write_manifest(folder, files, {"step": step})
     mark_complete(folder)
     return folder
 
 
-def copy(url: str, folder: Path, keep: set[str] | None = None) -> tuple[list[tuple[str, str]], list[str]]:
+def copy(
+    url: str, folder: Path, keep: set[str] | None = None
+) -> tuple[list[tuple[str, str]], list[str]]:
     """Copy one checkpoint and wait; what failed, and what was said."""
     said: list[str] = []
     copies = Mirror(url, "run", said.append)
@@ -128,7 +140,11 @@ def names_at(url: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["memory", "file", "path"])
 def test_a_copy_comes_back_byte_for_byte(kind: str, tmp_path: Path) -> None:
-    url = {"memory": "memory://bucket/models", "file": f"file://{tmp_path}/disk", "path": f"{tmp_path}/disk/"}[kind]
+    url = {
+        "memory": "memory://bucket/models",
+        "file": f"file://{tmp_path}/disk",
+        "path": f"{tmp_path}/disk/",
+    }[kind]
     folder = write_checkpoint(tmp_path / "run", 10)
     assert copy(url, folder) == ([], [])
 
@@ -144,14 +160,18 @@ def test_a_copy_comes_back_byte_for_byte(kind: str, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["checkpoint-10"]
 
 
-def test_the_marker_is_written_last_behind_the_manifest(tmp_path: Path, stores: type[FaultyFileSystem]) -> None:
+def test_the_marker_is_written_last_behind_the_manifest(
+    tmp_path: Path, stores: type[FaultyFileSystem]
+) -> None:
     copy("faulty://b", write_checkpoint(tmp_path, 10))
     written = [path.removeprefix("/b/run/checkpoint-10/") for path in stores.written]
     assert written[-2:] == ["manifest.json", "COMPLETE"]
     assert sorted(written[:-2]) == ["empty.txt", "model.safetensors", "tokenizer/vocab.txt"]
 
 
-def test_a_network_that_fails_at_first_is_tried_again(tmp_path: Path, stores: type[FaultyFileSystem]) -> None:
+def test_a_network_that_fails_at_first_is_tried_again(
+    tmp_path: Path, stores: type[FaultyFileSystem]
+) -> None:
     stores.fail_writes = remote.ATTEMPTS - 1
     assert copy("faulty://b", write_checkpoint(tmp_path, 10)) == ([], [])
     assert names_at("faulty://b") == ["checkpoint-10"]
@@ -172,7 +192,9 @@ def test_a_network_that_stays_away_is_said_once_without_the_password(
     assert not find_remote("faulty://me:hunter2@b", "run")
 
 
-def test_waits_double(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stores: type[FaultyFileSystem]) -> None:
+def test_waits_double(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stores: type[FaultyFileSystem]
+) -> None:
     waits: list[float] = []
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 1.0)
     monkeypatch.setattr(remote.time, "sleep", waits.append)
@@ -227,7 +249,9 @@ def test_a_half_made_copy_and_another_of_the_same_step_are_replaced(tmp_path: Pa
         folder = write_checkpoint(tmp_path / "new", step, "new")
         assert copy("memory://b", folder, {"checkpoint-10", "checkpoint-20"}) == ([], [])
         fetched = fetch_remote(f"memory://b/run/checkpoint-{step}", tmp_path / "fetched")
-        assert (fetched / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+        assert (fetched / "model.safetensors").read_bytes() == (
+            folder / "model.safetensors"
+        ).read_bytes()
     assert "/b/run/checkpoint-10/left-over.bin" not in store
 
 
@@ -255,7 +279,9 @@ def test_other_runs_and_other_files_stay(tmp_path: Path) -> None:
     assert [step for step, _ in find_remote("memory://b", "run-2")] == [10]
 
 
-def test_nothing_is_removed_where_the_new_copy_failed(tmp_path: Path, stores: type[FaultyFileSystem]) -> None:
+def test_nothing_is_removed_where_the_new_copy_failed(
+    tmp_path: Path, stores: type[FaultyFileSystem]
+) -> None:
     copy("faulty://b", write_checkpoint(tmp_path, 10))
     stores.fail_writes = 1000
     failed, _ = copy("faulty://b", write_checkpoint(tmp_path, 20), set())
@@ -263,7 +289,9 @@ def test_nothing_is_removed_where_the_new_copy_failed(tmp_path: Path, stores: ty
     assert names_at("faulty://b") == ["checkpoint-10"]
 
 
-def test_a_removal_that_fails_is_said_and_fails_no_copy(tmp_path: Path, stores: type[FaultyFileSystem]) -> None:
+def test_a_removal_that_fails_is_said_and_fails_no_copy(
+    tmp_path: Path, stores: type[FaultyFileSystem]
+) -> None:
     copy("faulty://b", write_checkpoint(tmp_path, 10))
     stores.fail_removals = 1000
     failed, said = copy("faulty://b", write_checkpoint(tmp_path, 20), set())
@@ -273,7 +301,9 @@ def test_a_removal_that_fails_is_said_and_fails_no_copy(tmp_path: Path, stores: 
     assert names_at("faulty://b") == ["checkpoint-10", "checkpoint-20"]
 
 
-def test_put_returns_at_once_and_names_what_is_busy(tmp_path: Path, stores: type[FaultyFileSystem]) -> None:
+def test_put_returns_at_once_and_names_what_is_busy(
+    tmp_path: Path, stores: type[FaultyFileSystem]
+) -> None:
     stores.gate.clear()
     first, second = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 20)
     copies = Mirror("faulty://b", "run", print)
@@ -333,7 +363,9 @@ def test_a_damaged_local_checkpoint_is_not_passed_on(tmp_path: Path) -> None:
     assert not find_remote("memory://b", "run")
 
 
-def test_a_failure_is_forgotten_once_the_checkpoint_made_it(tmp_path: Path, stores: type[FaultyFileSystem]) -> None:
+def test_a_failure_is_forgotten_once_the_checkpoint_made_it(
+    tmp_path: Path, stores: type[FaultyFileSystem]
+) -> None:
     folder = write_checkpoint(tmp_path, 10)
     copies = Mirror("faulty://b", "run", lambda _: None)
     stores.fail_writes = remote.ATTEMPTS
@@ -361,7 +393,9 @@ mirror.put(pathlib.Path({str(folder)!r}), set())
 assert reached.wait(30)
 print(mirror.finish(0.1))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert "not copied within 0.1 s" in done.stdout
 
@@ -376,7 +410,9 @@ print(mirror.finish(0.1))
         ("oss://b", "ossfs"),
     ],
 )
-def test_a_missing_driver_is_named_with_its_command(url: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_driver_is_named_with_its_command(
+    url: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=f"checkpoint.mirror=.*pip install {package}"):
         Mirror(url, "run", print)
@@ -387,7 +423,8 @@ def test_an_unknown_protocol_is_a_configuration_error() -> None:
         Mirror("s4://me:hunter2@b", "run", print)
 
 
-# ------------------------------------------------------------------------------------------------- fetching
+# -------------------------------------------------------------------------------------------------
+# fetching
 
 
 def remote_checkpoint(tmp_path: Path) -> str:
@@ -398,12 +435,28 @@ def remote_checkpoint(tmp_path: Path) -> str:
 def rewrite(manifest: dict[str, Any]) -> None:
     """An attacker's manifest with the marker that fits it."""
     text = json.dumps(manifest).encode()
-    for name, data in (("manifest.json", text), ("COMPLETE", xxhash.xxh3_128(text).hexdigest().encode())):
+    for name, data in (
+        ("manifest.json", text),
+        ("COMPLETE", xxhash.xxh3_128(text).hexdigest().encode()),
+    ):
         fsspec.filesystem("memory").pipe_file(f"/b/run/checkpoint-10/{name}", data)
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/tmp/x", "a/../../x", "", ".", "./x", "a//x", "x/", "x\0y", "COMPLETE", "manifest.json"]
+    "name",
+    [
+        "../x",
+        "/tmp/x",
+        "a/../../x",
+        "",
+        ".",
+        "./x",
+        "a//x",
+        "x/",
+        "x\0y",
+        "COMPLETE",
+        "manifest.json",
+    ],
 )
 def test_a_manifest_that_names_a_file_elsewhere_is_refused_unopened(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -412,7 +465,9 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused_unopened(
     data = b"owned"
     rewrite({"files": {name: {"size": len(data), "xxh3_128": xxhash.xxh3_128(data).hexdigest()}}})
     opened: list[str] = []
-    monkeypatch.setattr(MemoryFileSystem, "_open", lambda self, path, *rest, **more: opened.append(path))
+    monkeypatch.setattr(
+        MemoryFileSystem, "_open", lambda self, path, *rest, **more: opened.append(path)
+    )
     run = tmp_path / "run"
     with pytest.raises(CheckpointError, match="is no file of a checkpoint"):
         fetch_remote(url, run)
@@ -420,7 +475,9 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused_unopened(
     assert not run.exists()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {}}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {}}}']
+)
 def test_a_manifest_that_is_none_is_an_error(text: str, tmp_path: Path) -> None:
     url = remote_checkpoint(tmp_path)
     fsspec.filesystem("memory").pipe_file("/b/run/checkpoint-10/manifest.json", text.encode())
@@ -449,7 +506,9 @@ def test_a_damaged_copy_is_not_published(damage: str, tmp_path: Path) -> None:
     if damage == "missing":
         del MemoryFileSystem.store[path]
     else:
-        fsspec.filesystem("memory").pipe_file(path, bytes(data[:100] if damage == "truncated" else data))
+        fsspec.filesystem("memory").pipe_file(
+            path, bytes(data[:100] if damage == "truncated" else data)
+        )
     run = tmp_path / "run"
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         fetch_remote(url, run)
@@ -464,7 +523,9 @@ def test_a_copy_without_its_marker_is_none(tmp_path: Path) -> None:
         fetch_remote(url, tmp_path / "run")
 
 
-def test_the_same_checkpoint_here_already_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_checkpoint_here_already_is_taken_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = remote_checkpoint(tmp_path)
     monkeypatch.setattr(remote.Store, "download", None)
     assert fetch_remote(url, tmp_path / "source") == tmp_path / "source" / "checkpoint-10"
@@ -483,7 +544,9 @@ def test_a_damaged_one_here_is_fetched_anew(file: str, tmp_path: Path) -> None:
 def test_another_checkpoint_of_the_same_step_is_an_error_and_stays(tmp_path: Path) -> None:
     url = remote_checkpoint(tmp_path)
     mine = write_checkpoint(tmp_path / "run", 10, "mine")
-    with pytest.raises(CheckpointError, match="is another checkpoint than memory://b/run/checkpoint-10"):
+    with pytest.raises(
+        CheckpointError, match="is another checkpoint than memory://b/run/checkpoint-10"
+    ):
         fetch_remote(url, tmp_path / "run")
     check_undamaged(mine)
 

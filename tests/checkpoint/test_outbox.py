@@ -1,4 +1,6 @@
-"""Tensors on their way to files: the same bytes at once and from copies, and a disk's error only when it can be said."""
+"""Tensors on their way to files: the same bytes at once and from copies, and a disk's error only
+when it can be said.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,17 @@ from llmtune.storage.manifest import hash_file
 from llmtune.storage.safetensors_writer import TensorFile, TensorSpec
 
 SPECS = {
-    "a.safetensors": [TensorSpec("x", torch.float32, (3, 2)), TensorSpec("y", torch.bfloat16, (5,))],
+    "a.safetensors": [
+        TensorSpec("x", torch.float32, (3, 2)),
+        TensorSpec("y", torch.bfloat16, (5,)),
+    ],
     "b.safetensors": [TensorSpec("z", torch.float32, (4,))],
 }
-VALUES = {"x": torch.arange(6.0).reshape(3, 2), "y": torch.ones(5, dtype=torch.bfloat16), "z": torch.full((4,), 7.0)}
+VALUES = {
+    "x": torch.arange(6.0).reshape(3, 2),
+    "y": torch.ones(5, dtype=torch.bfloat16),
+    "z": torch.full((4,), 7.0),
+}
 
 
 def fill(outbox: Outbox) -> None:
@@ -66,11 +75,18 @@ def test_copies_are_of_the_moment_and_their_memory_is_used_again(tmp_path: Path)
 def test_pinned_memory_that_is_given_back_is_not_kept_by_torch(
     source: str | None, emptied: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its allocator keeps what was freed; a run that has released its copies has no memory to spare."""
+    """Its allocator keeps what was freed; a run that has released its copies has no memory to
+    spare.
+    """
     freed: list[int] = []
     buffers = Buffers(torch.device(source) if source else None)
     buffers.copy("b.safetensors", torch.zeros(4), SPECS["b.safetensors"][0])
-    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: freed.append(len(buffers._kept)), raising=False)
+    monkeypatch.setattr(
+        torch.accelerator,
+        "empty_host_cache",
+        lambda: freed.append(len(buffers._kept)),
+        raising=False,
+    )
     buffers.release()
     assert freed == [0] * emptied, "when nobody has it any more"
 

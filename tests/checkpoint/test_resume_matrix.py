@@ -1,4 +1,6 @@
-"""A checkpoint does not know where it came from: every placement goes on exactly, and reads what every other wrote."""
+"""A checkpoint does not know where it came from: every placement goes on exactly, and reads what
+every other wrote.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +15,61 @@ from tests.support import largest_difference, matrix, pairs, train_engines
 #: Wide enough that states and weights are really swapped to NVMe.
 BASE = [
     *("model=tiny", "model.config.hidden_size=512", "model.config.intermediate_size=1024"),
-    *("model.config.num_attention_heads=8", "model.config.num_key_value_heads=8", "model.config.head_dim=64"),
+    *(
+        "model.config.num_attention_heads=8",
+        "model.config.num_key_value_heads=8",
+        "model.config.head_dim=64",
+    ),
     "model.config.num_hidden_layers=1",
-    *("data.train=stdlib_docs@200", "data.max_seq_length=256", "data.overlong=truncate", "train.global_batch_size=4"),
+    *(
+        "data.train=stdlib_docs@200",
+        "data.max_seq_length=256",
+        "data.overlong=truncate",
+        "train.global_batch_size=4",
+    ),
 ]
 RATE = {"full": "optim.learning_rate=1e-3", "lora": "optim.learning_rate=1e-2"}
 
 #: (ZeRO stage, rung)
 PLACES = [
-    *(("0", "none"), ("1", "none"), ("2", "none"), ("3", "none"), ("1", "optimizer_cpu"), ("2", "optimizer_cpu")),
+    *(
+        ("0", "none"),
+        ("1", "none"),
+        ("2", "none"),
+        ("3", "none"),
+        ("1", "optimizer_cpu"),
+        ("2", "optimizer_cpu"),
+    ),
     *(("3", "optimizer_cpu"), ("3", "cpu"), ("3", "optimizer_nvme"), ("3", "nvme")),
 ]
 TUNERS, PRECISIONS, RANKS = ("full", "lora"), ("fp32", "bf16"), (2, 1)
 FIRST, LAST = 3, 5
 
-#: Between curves that add the same numbers in another order. From the third step to the last the loss falls by hundreds of times
-#: as much, so that what goes on from another state is seen.
+# : Between curves that add the same numbers in another order. From the third step to the last the
+# loss falls by hundreds of times : as much, so that what goes on from another state is seen.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 
 Place = tuple[str, str]
 
 
 def has_tuner(place: Place, tuner: str = "full", *_: Any) -> bool:
-    """``optimizer_nvme`` is for full fine-tuning: the states of adapters are too small for a disk."""
+    """``optimizer_nvme`` is for full fine-tuning: the states of adapters are too small for a
+    disk.
+    """
     return tuner == "full" or place[1] != "optimizer_nvme"
 
 
 def task(cell: tuple[Any, ...], folder: Path, **more: Any) -> dict[str, Any]:
     """One engine of a cell (place, tuner, precision, ranks ...)."""
     (stage, rung), tuner, precision, *_ = cell
-    overrides = [*BASE, RATE[tuner], f"tuner={tuner}", f"precision={precision}", f"zero={stage}", f"offload={rung}"]
+    overrides = [
+        *BASE,
+        RATE[tuner],
+        f"tuner={tuner}",
+        f"precision={precision}",
+        f"zero={stage}",
+        f"offload={rung}",
+    ]
     return {"overrides": [*overrides, f"offload.nvme_path={folder}/nvme"], "last": LAST, **more}
 
 
@@ -64,8 +91,12 @@ def load_from(folders: dict[Any, str]) -> dict[Any, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[float]]:
-    """The curve of each tuner and precision on one rank without ZeRO, which is that of every placement."""
-    cells = {(PLACES[0], tuner, precision): {"first": 0} for tuner in TUNERS for precision in PRECISIONS}
+    """The curve of each tuner and precision on one rank without ZeRO, which is that of every
+    placement.
+    """
+    cells = {
+        (PLACES[0], tuner, precision): {"first": 0} for tuner in TUNERS for precision in PRECISIONS
+    }
     found = run_cells(cells, 1, tmp_path_factory.mktemp("plain"))
     for losses in found.values():
         assert losses[-1] < losses[0] - 0.5, "the model must learn"
@@ -76,11 +107,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[float]]:
 def write_all(
     cells: list[Any], ranks: int, folder: Path, plain: dict[Any, list[float]]
 ) -> tuple[dict[Any, str], dict[Any, list[float]]]:
-    """Checkpoints of every cell, written in the background while training went on, and the losses of whole runs."""
+    """Checkpoints of every cell, written in the background while training went on, and the losses
+    of whole runs.
+    """
     names = {cell: "-".join(map(str, (ranks, *cell[0], *cell[1:]))) for cell in cells}
     folders = {cell: str(folder / name / f"checkpoint-{FIRST}") for cell, name in names.items()}
     saving = {
-        cell: {"first": 0, "save": where, "save_at": FIRST, "background": True} for cell, where in folders.items()
+        cell: {"first": 0, "save": where, "save_at": FIRST, "background": True}
+        for cell, where in folders.items()
     }
     found = run_cells(saving, ranks, folder)
     for cell, losses in found.items():
@@ -89,11 +123,14 @@ def write_all(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("cells", matrix(PLACES, TUNERS, PRECISIONS, RANKS, size=3, allowed=has_tuner))
+@pytest.mark.parametrize(
+    "cells", matrix(PLACES, TUNERS, PRECISIONS, RANKS, size=3, allowed=has_tuner)
+)
 def test_every_placement_goes_on_to_the_last_digit(
     cells: list[Any], plain: dict[Any, list[float]], tmp_path: Path
 ) -> None:
-    """On as many ranks exactly; on another number of ranks from the placement before it in the list, closely.
+    """On as many ranks exactly; on another number of ranks from the placement before it in the
+    list, closely.
 
     The loading process starts from other seeds.
     """
@@ -104,17 +141,26 @@ def test_every_placement_goes_on_to_the_last_digit(
         for cell, losses in same.items():
             assert losses == whole[cell][FIRST:], cell
         before = neighbours(of_ranks)
-        moved = run_cells(load_from({cell: folders[before[cell]] for cell in of_ranks}), 3 - ranks, tmp_path)
+        moved = run_cells(
+            load_from({cell: folders[before[cell]] for cell in of_ranks}), 3 - ranks, tmp_path
+        )
         for cell, losses in moved.items():
-            assert largest_difference(losses, whole[before[cell]][FIRST:]) < TOLERANCE[cell[2]], (before[cell], cell)
+            assert largest_difference(losses, whole[before[cell]][FIRST:]) < TOLERANCE[cell[2]], (
+                before[cell],
+                cell,
+            )
 
 
 def neighbours(cells: list[Any]) -> dict[Any, Any]:
-    """Cell -> the one before it of those with its tuner and precision, the last one for the first."""
+    """Cell -> the one before it of those with its tuner and precision, the last one for the
+    first.
+    """
     groups: dict[Any, list[Any]] = {}
     for cell in cells:
         groups.setdefault(cell[1:3], []).append(cell)
-    return {cell: group[number - 1] for group in groups.values() for number, cell in enumerate(group)}
+    return {
+        cell: group[number - 1] for group in groups.values() for number, cell in enumerate(group)
+    }
 
 
 @pytest.mark.process
@@ -127,9 +173,16 @@ def test_every_placement_reads_what_every_other_wrote(
     cells = [(place, tuner, "fp32") for place in PLACES if has_tuner(place, tuner)]
     folders, whole = write_all(cells, written_on, tmp_path, plain)
     for written in cells:
-        read = run_cells(load_from({cell: folders[written] for cell in cells if cell != written}), read_on, tmp_path)
+        read = run_cells(
+            load_from({cell: folders[written] for cell in cells if cell != written}),
+            read_on,
+            tmp_path,
+        )
         for cell, losses in read.items():
-            assert largest_difference(losses, whole[written][FIRST:]) < TOLERANCE["fp32"], (written, cell)
+            assert largest_difference(losses, whole[written][FIRST:]) < TOLERANCE["fp32"], (
+                written,
+                cell,
+            )
 
 
 def test_pairs_are_really_covered() -> None:

@@ -36,7 +36,9 @@ def left(run: Path) -> list[int]:
         (Retention(limit=1, metric="nothing"), [25]),
     ],
 )
-def test_the_newest_the_best_and_every_so_many_stay(retention: Retention, stay: list[int], tmp_path: Path) -> None:
+def test_the_newest_the_best_and_every_so_many_stay(
+    retention: Retention, stay: list[int], tmp_path: Path
+) -> None:
     # 10 and 25 are equally good: the older is the best.
     values = {5: (3.0, 0.1), 10: (1.0, 0.2), 15: (2.0, 0.9), 20: (2.5, 0.3), 25: (1.0, 0.9)}
     for step, (loss, accuracy) in values.items():
@@ -45,7 +47,9 @@ def test_the_newest_the_best_and_every_so_many_stay(retention: Retention, stay: 
     assert left(tmp_path) == stay
 
 
-def test_a_full_disk_takes_older_ones_but_never_the_last_nor_what_is_being_copied(tmp_path: Path) -> None:
+def test_a_full_disk_takes_older_ones_but_never_the_last_nor_what_is_being_copied(
+    tmp_path: Path,
+) -> None:
     folders = {step: make(tmp_path, step) for step in (1, 2, 3)}
     (tmp_path / "checkpoint-4").mkdir()
     assert prune_checkpoints(tmp_path, Retention(), busy={folders[1]}, limit=0) == ["checkpoint-2"]
@@ -53,7 +57,9 @@ def test_a_full_disk_takes_older_ones_but_never_the_last_nor_what_is_being_copie
     assert [kept.step for kept in list_kept(tmp_path)] == [1, 3]
 
 
-def test_what_a_cut_off_save_left_is_swept_and_what_it_was_to_replace_comes_back(tmp_path: Path) -> None:
+def test_what_a_cut_off_save_left_is_swept_and_what_it_was_to_replace_comes_back(
+    tmp_path: Path,
+) -> None:
     good = make(tmp_path, 5)
     (tmp_path / "checkpoint-6.tmp").mkdir()
     (tmp_path / "checkpoint-7").mkdir()

@@ -1,4 +1,6 @@
-"""A save that fails on one rank fails on all of them, publishes nothing, and leaves nobody waiting."""
+"""A save that fails on one rank fails on all of them, publishes nothing, and leaves nobody
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ def test_a_rank_that_cannot_write_is_heard_by_all(failing: int, tmp_path: Path) 
     ranks = []
     for rank in range(2):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-        env = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        env = {
+            **os.environ,
+            **place,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
         with (tmp_path / f"{rank}.log").open("w") as log:
             ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
     try:
@@ -35,7 +43,9 @@ def test_a_rank_that_cannot_write_is_heard_by_all(failing: int, tmp_path: Path) 
         for process in ranks:
             process.kill()
         remove_shared_buffers(port)
-    assert codes == [0, 0], (tmp_path / "0.log").read_text()[-2000:] + (tmp_path / "1.log").read_text()[-2000:]
+    assert codes == [0, 0], (tmp_path / "0.log").read_text()[-2000:] + (
+        tmp_path / "1.log"
+    ).read_text()[-2000:]
     first, second = (json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in range(2))
     assert first == second, "every rank learns the same"
     for mode in (False, True):
@@ -47,11 +57,15 @@ def test_a_rank_that_cannot_write_is_heard_by_all(failing: int, tmp_path: Path) 
         assert f"rank {failing}: [Errno 28] No space left on device" in full
     assert not list(tmp_path.glob("*.tmp")), "half a checkpoint is of no use"
     found = find_checkpoints(tmp_path)
-    assert [folder.name for folder in found] == ["checkpoint-1", "checkpoint-10"], "nothing else was published"
+    assert [folder.name for folder in found] == ["checkpoint-1", "checkpoint-10"], (
+        "nothing else was published"
+    )
     for folder in found:
         assert find_damage(folder) == []
         assert {path.name for path in folder.iterdir()} == {
             *("COMPLETE", "manifest.json", "trainer_state.json", "config.json"),
             *("model-0.safetensors", "model-1.safetensors"),
         }
-        assert load_file(folder / "model-1.safetensors")["w"].tolist() == [2.0] * 8, "saved again, it is the newer"
+        assert load_file(folder / "model-1.safetensors")["w"].tolist() == [2.0] * 8, (
+            "saved again, it is the newer"
+        )

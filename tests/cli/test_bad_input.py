@@ -1,4 +1,6 @@
-"""What a user's mistake gets: one screen with the place, the value and the next step, and the contract's exit code."""
+"""What a user's mistake gets: one screen with the place, the value and the next step, and the
+contract's exit code.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 def rows(path: Path, count: int = 12, **extra: str) -> str:
-    path.write_text("\n".join(json.dumps({"instruction": f"q {n}", "output": f"a {n}", **extra}) for n in range(count)))
+    path.write_text(
+        "\n".join(
+            json.dumps({"instruction": f"q {n}", "output": f"a {n}", **extra}) for n in range(count)
+        )
+    )
     return str(path)
 
 
@@ -90,7 +96,9 @@ def test_a_model_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path:
 
 
 @pytest.mark.process
-def test_a_folder_that_is_no_run_is_not_touched(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_is_not_touched(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     code, err = refused(capsys, *TINY, f"output_dir={tmp_path}")
     assert (code, "is not empty and not a run folder" in err) == (5, True)
@@ -112,7 +120,11 @@ def test_unknown_verbs_and_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "checkpoint=/no/run"], 5, "not a complete checkpoint"),
         (["chat", "run=a", "base=b"], 2, "run= and base= exclude each other"),
         (["chat", "run=a", "adapter=b"], 2, "adapter= goes with base="),
-        (["chat", "adapter=b", "chat.prompt=x"], 2, "adapter=b needs its base model: add base=MODEL"),
+        (
+            ["chat", "adapter=b", "chat.prompt=x"],
+            2,
+            "adapter=b needs its base model: add base=MODEL",
+        ),
         (["-m", "tuner.lora_r=8,16"], 2, "-m: a command is one run. Start one command a value"),
         (["train", "model=tiny", "--multirun"], 2, "--multirun: a command is one run"),
         (["--config-dir", "/no/such"], 2, "--config-dir /no/such: no such folder"),
@@ -127,7 +139,9 @@ def test_verbs_name_what_is_missing(
 
 
 @pytest.mark.process
-def test_debug_trace_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_debug_trace_shows_the_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     code = main([*TINY, "data.train=/no/such.jsonl", f"output_dir={tmp_path}/run", "debug=trace"])
     assert code == 4
     assert "Traceback" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""``chat`` with templates that refuse the conversation, and with tokens that the model does not know."""
+"""``chat`` with templates that refuse the conversation, and with tokens that the model does not
+know.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +17,37 @@ from llmtune.errors import ConfigError, DataError
 from llmtune.model.tokenizer import end_of_turn_ids
 
 WRITES = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"  # noqa: E501
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 #: Template, overrides, what stands on standard input; what is said.
 REFUSED: dict[str, tuple[str, list[str], str, str]] = {
     "no system prompt": (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + WRITES,
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"  # noqa: E501
+        + WRITES,
         ["chat.system=be brief", "chat.prompt=hi"],
         "",
-        "refuses the conversation (system, user): System role not supported; leave chat.system out, or take another",
+        "refuses the conversation (system, user): System role not supported; leave chat.system out, or take another",  # noqa: E501
     ),
     "one question only": (
         "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}" + WRITES,
         ["chat.max_new_tokens=1"],
         "hi\nagain\n",
-        "refuses the conversation (user, assistant, user): one turn; take another data.chat_template",
+        "refuses the conversation (user, assistant, user): one turn; take another data.chat_template",  # noqa: E501
     ),
-    "a name that is not there": ("{{ knowledge.base }}" + WRITES, ["chat.prompt=hi"], "", "'knowledge' is undefined"),
-    "a sum of text and number": ("{{ 'a' + 1 }}" + WRITES, ["chat.prompt=hi"], "", "refuses the conversation (user): "),
+    "a name that is not there": (
+        "{{ knowledge.base }}" + WRITES,
+        ["chat.prompt=hi"],
+        "",
+        "'knowledge' is undefined",
+    ),
+    "a sum of text and number": (
+        "{{ 'a' + 1 }}" + WRITES,
+        ["chat.prompt=hi"],
+        "",
+        "refuses the conversation (user): ",
+    ),
     "a division": ("{{ 1 / 0 }}" + WRITES, ["chat.prompt=hi"], "", "division by zero"),
     "no Jinja": ("{% for %}" + WRITES, ["chat.prompt=hi"], "", "is no Jinja: line 1: "),
 }
@@ -42,7 +55,11 @@ REFUSED: dict[str, tuple[str, list[str], str, str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_template_that_raises_is_an_error_of_one_line(
-    name: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     template, overrides, typed, message = REFUSED[name]
     file = tmp_path / "a.jinja"
@@ -60,7 +77,9 @@ def test_a_template_that_wants_a_system_prompt_still_says_how_turns_end(tiny_mod
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = WRITES
     ends = end_of_turn_ids(tokenizer)
-    refuses = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    refuses = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    )
     tokenizer.chat_template = refuses + WRITES
     assert end_of_turn_ids(tokenizer) == ends
     tokenizer.chat_template = "{{ raise_exception('never') }}"
@@ -79,4 +98,7 @@ def test_a_prompt_with_a_token_beyond_the_embedding_is_refused(
     last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
     tokenizer.save_pretrained(model)
     assert main(["chat", f"base={model}", f"chat.prompt=what is {last} ?"]) == DataError.exit_code
-    assert f"token {len(tokenizer) - 1} ('{last}'), and the model has embeddings for {rows}" in capsys.readouterr().err
+    assert (
+        f"token {len(tokenizer) - 1} ('{last}'), and the model has embeddings for {rows}"
+        in capsys.readouterr().err
+    )

@@ -37,16 +37,32 @@ def report(*arguments: str, code: int = 0) -> dict[str, Any]:
 @pytest.mark.process
 def test_the_report_counts_what_will_be_trained(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", 100)
-    found = report(f"data.train={source}", "data.val_set_size=10", "data.packing=true", "data.max_seq_length=512")
+    found = report(
+        f"data.train={source}",
+        "data.val_set_size=10",
+        "data.packing=true",
+        "data.max_seq_length=512",
+    )
     assert set(found) >= {
-        *("rows", "tokens", "supervised_tokens", "dropped", "truncated", "packing_efficiency", "problems", "lengths"),
+        *(
+            "rows",
+            "tokens",
+            "supervised_tokens",
+            "dropped",
+            "truncated",
+            "packing_efficiency",
+            "problems",
+            "lengths",
+        ),
     }
     assert (found["rows"], found["eval"]["rows"], found["problems"]) == (90, 10, [])
     assert 0.8 < found["packing_efficiency"] <= 1
     assert 0 < found["supervised_tokens"] < found["tokens"] == round(found["lengths"]["mean"] * 90)
     assert sum(found["lengths"]["rows"]) == 90
     assert found["padding"]["packed"] == pytest.approx(1 - found["packing_efficiency"])
-    assert found["padding"]["grouped"] < found["padding"]["random"] < found["padding"]["to_max_length"]
+    assert (
+        found["padding"]["grouped"] < found["padding"]["random"] < found["padding"]["to_max_length"]
+    )
 
 
 @pytest.mark.process
@@ -61,12 +77,27 @@ def test_problems_are_listed_with_file_and_line_and_the_exit_code_of_data(tmp_pa
     ]
     assert found["refused"]
     skipped = report(*given, "data.on_bad_row=skip")
-    assert (len(skipped["problems"]), skipped["refused"], skipped["skipped"], skipped["rows"]) == (2, False, 2, 15)
+    assert (len(skipped["problems"]), skipped["refused"], skipped["skipped"], skipped["rows"]) == (
+        2,
+        False,
+        2,
+        15,
+    )
 
 
-def test_a_person_sees_numbers_lengths_and_masks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_person_sees_numbers_lengths_and_masks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     source = write(tmp_path / "a.jsonl", 40)
-    code = main(["data", "model=tiny", f"data.train={source}", "data.val_set_size=4", f"output_dir={tmp_path}/out"])
+    code = main(
+        [
+            "data",
+            "model=tiny",
+            f"data.train={source}",
+            "data.val_set_size=4",
+            f"output_dir={tmp_path}/out",
+        ]
+    )
     out = capfd.readouterr().out
     assert code == 0
     assert "supervised" in out
@@ -79,7 +110,9 @@ def test_a_person_sees_numbers_lengths_and_masks(tmp_path: Path, capfd: pytest.C
 
 
 ROWS: dict[str, dict[str, object]] = {
-    "messages": {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+    "messages": {
+        "messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    },
     "alpaca": {"instruction": "Say so.", "output": "So."},
     "prompt_completion": {"prompt": "Why?", "completion": " So."},
     "text": {"text": "So it is."},
@@ -90,13 +123,21 @@ ROWS: dict[str, dict[str, object]] = {
     ("kind", "overrides", "expected"),
     [
         ("messages", [], "messages; chat template: the tokenizer's own"),
-        ("alpaca", ["data.chat_template=chatml"], "alpaca; chat template: data.chat_template=chatml"),
+        (
+            "alpaca",
+            ["data.chat_template=chatml"],
+            "alpaca; chat template: data.chat_template=chatml",
+        ),
         ("prompt_completion", [], "prompt_completion, without a chat template"),
         ("text", ["data.format=text"], "text, without a chat template"),
     ],
 )
 def test_what_the_rows_are_read_as_is_said(
-    kind: str, overrides: list[str], expected: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    kind: str,
+    overrides: list[str],
+    expected: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps(ROWS[kind]) + "\n" for _ in range(3)))
@@ -111,15 +152,23 @@ def test_what_the_rows_are_read_as_is_said(
     # The second time all of it comes from the cache.
     for _ in range(2):
         assert main(given) == 0
-        (line,) = (line for line in capfd.readouterr().out.splitlines() if line.strip().startswith("read as"))
+        (line,) = (
+            line
+            for line in capfd.readouterr().out.splitlines()
+            if line.strip().startswith("read as")
+        )
         assert line.split("read as")[1].strip() == expected
     assert main([*given, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["formats"] == [kind]
 
 
-def test_fields_that_nobody_reads_are_listed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_fields_that_nobody_reads_are_listed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     source = Path(write(tmp_path / "a.jsonl", 20))
-    rows = [{**json.loads(line), "mood": "good", "id": 1} for line in source.read_text().splitlines()]
+    rows = [
+        {**json.loads(line), "mood": "good", "id": 1} for line in source.read_text().splitlines()
+    ]
     source.write_text("\n".join(map(json.dumps, rows)))
     given = ["data", "model=tiny", f"data.train={source}", f"output_dir={tmp_path}/out"]
     assert main(given) == 0
@@ -135,11 +184,15 @@ def test_classification_rows_can_be_looked_at_but_not_trained_yet(
 ) -> None:
     source = tmp_path / "a.csv"
     source.write_text(
-        "text,label\n" + "".join(f"words {number},{'pos' if number % 2 else 'neg'}\n" for number in range(30))
+        "text,label\n"
+        + "".join(f"words {number},{'pos' if number % 2 else 'neg'}\n" for number in range(30))
     )
     found = report("data=classification", f"data.train={source}")
     assert found["labels"] == ["neg", "pos"]
-    assert main([*TINY, "data=classification", f"data.train={source}", f"output_dir={tmp_path}/run"]) == 2
+    assert (
+        main([*TINY, "data=classification", f"data.train={source}", f"output_dir={tmp_path}/run"])
+        == 2
+    )
     assert "a classifier cannot be trained yet" in capfd.readouterr().err
 
 
@@ -156,7 +209,13 @@ def test_a_program_gets_a_report_even_where_no_row_is_left(tmp_path: Path) -> No
 def test_bad_rows_of_a_run_are_listed_in_its_folder(tmp_path: Path) -> None:
     source = Path(write(tmp_path / "a.jsonl", 20))
     source.write_text(source.read_text() + '{"messages": []}\n')
-    given = [*TINY, f"data.train={source}", "data.val_set_size=0", "train.max_steps=1", "export=none"]
+    given = [
+        *TINY,
+        f"data.train={source}",
+        "data.val_set_size=0",
+        "train.max_steps=1",
+        "export=none",
+    ]
     given += [f"output_dir={tmp_path}/run", "train.global_batch_size=2"]
     refused = run_cli(*given)
     assert refused.code == 4
@@ -169,13 +228,24 @@ def test_bad_rows_of_a_run_are_listed_in_its_folder(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_a_streamed_run_that_is_made_longer_goes_on_with_the_next_rows(tmp_path: Path) -> None:
     source, held_out = write(tmp_path / "a.jsonl", 300), write(tmp_path / "b.jsonl", 8, start=1000)
-    given = [*TINY, f"data.train={source}", f"data.eval={held_out}", "data.packing=true", "train.global_batch_size=4"]
+    given = [
+        *TINY,
+        f"data.train={source}",
+        f"data.eval={held_out}",
+        "data.packing=true",
+        "train.global_batch_size=4",
+    ]
     given += ["schedule.lr_scheduler_type=constant", "precision=fp32", "export=none", "zero=1"]
     given += ["data.streaming=true", "data.shuffle_buffer=100", "data.dataloader_num_workers=1"]
     whole = run_cli(*given, "train.max_steps=6", "launch.nproc=2", f"output_dir={tmp_path}/whole")
     assert whole.code == 0, whole.err
     for steps, ranks in ((3, 2), (6, 1)):
-        part = run_cli(*given, f"train.max_steps={steps}", f"launch.nproc={ranks}", f"output_dir={tmp_path}/parts")
+        part = run_cli(
+            *given,
+            f"train.max_steps={steps}",
+            f"launch.nproc={ranks}",
+            f"output_dir={tmp_path}/parts",
+        )
         assert part.code == 0, part.err
     straight, resumed = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert len(straight) == len(resumed) == 6
@@ -189,11 +259,23 @@ def test_a_streamed_run_that_is_made_longer_goes_on_with_the_next_rows(tmp_path:
 def test_packed_rows_give_the_loss_of_the_same_rows_unpacked(tmp_path: Path) -> None:
     """One step over all rows: the same tokens, the same denominator, the same gradient."""
     source = write(tmp_path / "a.jsonl", 12)
-    given = [*TINY, f"data.train={source}", "data.val_set_size=0", "precision=fp32", "export=none", "train.max_steps=1"]
+    given = [
+        *TINY,
+        f"data.train={source}",
+        "data.val_set_size=0",
+        "precision=fp32",
+        "export=none",
+        "train.max_steps=1",
+    ]
     records = {}
     for packing, rows in (("false", 12), ("true", 2)):
         folder = tmp_path / packing
-        done = run_cli(*given, f"data.packing={packing}", f"train.global_batch_size={rows}", f"output_dir={folder}")
+        done = run_cli(
+            *given,
+            f"data.packing={packing}",
+            f"train.global_batch_size={rows}",
+            f"output_dir={folder}",
+        )
         assert done.code == 0, done.err
         (records[packing],) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         assert json.loads((folder / "plan.json").read_text())["data"]["train"]["rows"] == rows

@@ -15,7 +15,9 @@ from llmtune.storage import layout
 ROWS = "data.train=/rows.jsonl"
 
 
-def told(run: Path | None, *overrides: str, now: str = "b", stored: list[str] | None = None) -> str | None:
+def told(
+    run: Path | None, *overrides: str, now: str = "b", stored: list[str] | None = None
+) -> str | None:
     composed = compose_config(["model=tiny", *overrides])
     config = compose_config(["model=tiny", ROWS, *(stored or [])]).config
     return find_other_split(composed, Target(config, Path("/model"), None, run, "tiny"), now)
@@ -41,7 +43,9 @@ def test_rows_of_ones_own_are_ones_own_affair(own: str, run: Path) -> None:
     assert told(run, stored=["data.eval=/held.jsonl"]) is None
 
 
-def test_the_same_rows_and_a_folder_that_does_not_say_are_nothing_to_tell(run: Path, tmp_path: Path) -> None:
+def test_the_same_rows_and_a_folder_that_does_not_say_are_nothing_to_tell(
+    run: Path, tmp_path: Path
+) -> None:
     assert told(run, now="a") is None
     assert told(None) is None
     (tmp_path / "elsewhere").mkdir()

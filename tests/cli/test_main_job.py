@@ -1,4 +1,6 @@
-"""The embedded job on the real model, shortened: it learns, and the merged model is the trained one."""
+"""The embedded job on the real model, shortened: it learns, and the merged model is the trained
+one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from tests.support import ROOT, run, run_cli
 
 #: The embedded job in four steps of half its rows; ``scripts/demo.sh`` runs all of it.
 SHORT = [
-    *("train.max_steps=4", "train.global_batch_size=4", "optim.learning_rate=2e-3", "data.val_set_size=8"),
+    *(
+        "train.max_steps=4",
+        "train.global_batch_size=4",
+        "optim.learning_rate=2e-3",
+        "data.val_set_size=8",
+    ),
     "train.sample_answers=false",
 ]
 
@@ -50,7 +57,9 @@ def test_its_merge_is_what_was_trained(trained: Path) -> None:
     assert sum(p.numel() for p in merged.parameters()) == 134_515_008
     data = ["data.train=stdlib_docs@576", "data.val_set_size=8"]
     of_run = json.loads(run_cli("eval", "--json", f"run={trained}").out)["eval_loss"]
-    of_merge = json.loads(run_cli("eval", "--json", f"base={trained}/merged", *data).out)["eval_loss"]
+    of_merge = json.loads(run_cli("eval", "--json", f"base={trained}/merged", *data).out)[
+        "eval_loss"
+    ]
     assert of_merge == pytest.approx(of_run, rel=0.02)
 
 
@@ -65,7 +74,11 @@ def test_help_is_there_at_once() -> None:
 
 def test_the_readme_names_only_what_exists() -> None:
     text = (ROOT / "README.md").read_text()
-    for folder in (path for path in (ROOT / "llmtune").iterdir() if path.is_dir() and path.name != "__pycache__"):
+    for folder in (
+        path
+        for path in (ROOT / "llmtune").iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    ):
         assert f"`llmtune/{folder.name}/`" in text
     for link in (
         "docs/results.md",

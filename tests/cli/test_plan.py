@@ -27,11 +27,18 @@ def test_json_is_all_there_is_on_standard_output() -> None:
     device = chosen["per_gpu_bytes"]
     assert device["weights"] == pytest.approx(17.64e9, rel=1e-3)
     assert device["total"] == sum(value for name, value in device.items() if name != "total")
-    keys = ("host_bytes", "nvme_bytes", "nvme_bytes_written_per_step", "checkpoint_bytes", "tokens_per_second")
+    keys = (
+        "host_bytes",
+        "nvme_bytes",
+        "nvme_bytes_written_per_step",
+        "checkpoint_bytes",
+        "tokens_per_second",
+    )
     for key in (*keys, "per_device_train_batch_size", "gradient_accumulation_steps"):
         assert chosen[key] >= 0
     assert (
-        chosen["gradient_accumulation_steps"] * chosen["per_device_train_batch_size"] * 8 == plan["global_batch_size"]
+        chosen["gradient_accumulation_steps"] * chosen["per_device_train_batch_size"] * 8
+        == plan["global_batch_size"]
     )
 
 
@@ -40,7 +47,13 @@ def test_the_table_names_the_choice_and_the_reasons() -> None:
     done = run_cli(*REFERENCE, "tuner=full", "hardware.host_memory_bytes=2TB")
     assert done.code == 0, done.err
     assert "* optimizer_cpu" in done.out
-    for part in ("does not fit; GPU memory", "no NVMe", "-> optimizer_cpu", "never done by itself", "tokens/s"):
+    for part in (
+        "does not fit; GPU memory",
+        "no NVMe",
+        "-> optimizer_cpu",
+        "never done by itself",
+        "tokens/s",
+    ):
         assert part in done.out
 
 

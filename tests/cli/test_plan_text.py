@@ -12,8 +12,19 @@ from llmtune.config.compose import compose_config
 from llmtune.plan.plan import resolve_plan
 from tests.support import TINY
 
-SMALL_CARDS = ["model=tiny", "hardware=2x3090", "hardware.gpu_memory_bytes=24GB", "hardware.host_memory_bytes=64GB"]
-LARGE = ["plan", "model=llama3_70b", "hardware=2x3090", "hardware.gpus_per_node=1", "hardware.host_memory_bytes=64GB"]
+SMALL_CARDS = [
+    "model=tiny",
+    "hardware=2x3090",
+    "hardware.gpu_memory_bytes=24GB",
+    "hardware.host_memory_bytes=64GB",
+]
+LARGE = [
+    "plan",
+    "model=llama3_70b",
+    "hardware=2x3090",
+    "hardware.gpus_per_node=1",
+    "hardware.host_memory_bytes=64GB",
+]
 
 
 @pytest.mark.parametrize("columns", [20, 80, 100, 132, 400])
@@ -39,7 +50,9 @@ def test_a_terminal_of_any_width_gets_every_letter(
 def test_the_speed_of_an_unknown_card_is_said_to_be_assumed(
     name: str, said: str | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", *SMALL_CARDS, f"hardware.gpu_name={name}", "hardware.gpus_per_node=1"]) == 0
+    assert (
+        main(["plan", *SMALL_CARDS, f"hardware.gpu_name={name}", "hardware.gpus_per_node=1"]) == 0
+    )
     out = capfd.readouterr().out
     assert (said or "RTX 4090") in out
     assert ("are assumed" in out) == (said is not None)
@@ -48,7 +61,9 @@ def test_the_speed_of_an_unknown_card_is_said_to_be_assumed(
     assert "are assumed" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.01234, "0.0123 s"), (119.0, "119 s"), (8766.0, "2:26:06")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.01234, "0.0123 s"), (119.0, "119 s"), (8766.0, "2:26:06")]
+)
 def test_long_steps_are_told_in_hours(seconds: float, text: str) -> None:
     assert plan._describe_time(seconds) == text
 

@@ -1,4 +1,6 @@
-"""A real run that prints its whole environment, in every form, and crashes with it leaves no secret below its folder."""
+"""A real run that prints its whole environment, in every form, and crashes with it leaves no secret
+below its folder.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ URL_PASSWORD = "planted4-of-a-url"
 #: One of each kind of name.
 PLANTED = plant(25)
 
-#: Every Python process prints its environment at its start; rank 1 crashes with it, in all forms, in its third step.
+# : Every Python process prints its environment at its start; rank 1 crashes with it, in all forms,
+# in its third step.
 SITECUSTOMIZE = """
 import importlib.machinery, os, subprocess, sys
 
@@ -64,12 +67,18 @@ def write_forms(file: Path, planted: dict[str, str]) -> None:
 
 
 def find_traces(folder: Path, planted: dict[str, str]) -> list[tuple[str, str]]:
-    """Files below a folder with what they show of which secret; tensors and pictures may hold any four letters."""
+    """Files below a folder with what they show of which secret; tensors and pictures may hold any
+    four letters.
+    """
     found = []
     for file in (path for path in folder.rglob("*") if path.is_file()):
         content = re.sub(rb"data:image/png;base64,[A-Za-z0-9+/=]+", b"", file.read_bytes())
         for name, value in planted.items():
-            shown = {value} if file.suffix in (".safetensors", ".npy", ".png") else {value, *traces(value)}
+            shown = (
+                {value}
+                if file.suffix in (".safetensors", ".npy", ".png")
+                else {value, *traces(value)}
+            )
             found += [(str(file), name) for text in shown if text.encode() in content]
     return found
 
@@ -79,14 +88,28 @@ def crashed(tmp_path: Path) -> tuple[Finished, Path]:
     """A run of two ranks, and its folder."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    (tmp_path / ".env").write_text(f"MY_SERVICE_PASS={FROM_FILE}\nHF_TOKEN=hf_which_the_environment_overrides\n")
+    (tmp_path / ".env").write_text(
+        f"MY_SERVICE_PASS={FROM_FILE}\nHF_TOKEN=hf_which_the_environment_overrides\n"
+    )
     write_forms(tmp_path / "forms", PLANTED)
     folder = tmp_path / "run"
     before = os.umask(0)
     try:
         done = run_cli(
-            *(*TINY, "launch.nproc=2", "train.max_steps=4", "train.save_steps=1", "train.eval_max_rows=8"),
-            *("tracker=wandb", "tracker.mode=offline", "export=none", f"output_dir={folder}", "launch.max_restarts=0"),
+            *(
+                *TINY,
+                "launch.nproc=2",
+                "train.max_steps=4",
+                "train.save_steps=1",
+                "train.eval_max_rows=8",
+            ),
+            *(
+                "tracker=wandb",
+                "tracker.mode=offline",
+                "export=none",
+                f"output_dir={folder}",
+                "launch.max_restarts=0",
+            ),
             f"tracker.project=llmtune-{HF_TOKEN}",
             cwd=tmp_path,
             env={
@@ -103,19 +126,25 @@ def crashed(tmp_path: Path) -> tuple[Finished, Path]:
 
 
 @pytest.mark.process
-def test_no_secret_is_found_below_the_run_folder_after_a_crash(crashed: tuple[Finished, Path]) -> None:
+def test_no_secret_is_found_below_the_run_folder_after_a_crash(
+    crashed: tuple[Finished, Path],
+) -> None:
     done, folder = crashed
     assert done.code == 1, done.out[-2000:] + done.err
     log = (folder / "train.log").read_text()
     assert log.count("'HF_TOKEN': '***HF_TOKEN***'") >= 2, "printed, and in the traceback"
-    assert "MY_SERVICE_PASS=***MY_SERVICE_PASS***" in log, "printed by a program that the rank started"
+    assert "MY_SERVICE_PASS=***MY_SERVICE_PASS***" in log, (
+        "printed by a program that the rank started"
+    )
     assert "WANDB_API_KEY=***WANDB_API_KEY***" in log
     assert list(folder.glob("checkpoint-*")), "crashed later than the first checkpoint"
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
 
     secrets = [text.encode() for text in (WANDB_KEY, HF_TOKEN, FROM_FILE)]
     files = [path for path in folder.rglob("*") if path.is_file()]
-    found = [(path.name, secret) for path in files for secret in secrets if secret in path.read_bytes()]
+    found = [
+        (path.name, secret) for path in files for secret in secrets if secret in path.read_bytes()
+    ]
     assert not found
     assert not find_traces(folder, PLANTED)
     for name in PLANTED:
@@ -124,7 +153,9 @@ def test_no_secret_is_found_below_the_run_folder_after_a_crash(crashed: tuple[Fi
     assert "***HF_TOKEN***" in done.err
 
     open_to_others = [
-        path for path in (folder, *folder.rglob("*")) if path.lstat().st_mode & (stat.S_IWOTH | stat.S_IWGRP)
+        path
+        for path in (folder, *folder.rglob("*"))
+        if path.lstat().st_mode & (stat.S_IWOTH | stat.S_IWGRP)
     ]
     assert not [path for path in open_to_others if not path.is_symlink()]
 
@@ -144,7 +175,16 @@ def test_messages_on_the_terminal_hold_no_secret(tmp_path: Path, trace: list[str
 @pytest.mark.process
 def test_a_printed_configuration_holds_no_secret(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"MY_SERVICE_PASS={FROM_FILE}\n")
-    done = run_cli("--cfg", "job", "run_name=${oc.env:MY_SERVICE_PASS}", f"model.revision={FROM_FILE}", cwd=tmp_path)
+    done = run_cli(
+        "--cfg",
+        "job",
+        "run_name=${oc.env:MY_SERVICE_PASS}",
+        f"model.revision={FROM_FILE}",
+        cwd=tmp_path,
+    )
     assert done.code == 0, done.err
     assert FROM_FILE not in done.out
-    assert "revision: '***MY_SERVICE_PASS***'" in done.out or "revision: ***MY_SERVICE_PASS***" in done.out
+    assert (
+        "revision: '***MY_SERVICE_PASS***'" in done.out
+        or "revision: ***MY_SERVICE_PASS***" in done.out
+    )

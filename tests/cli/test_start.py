@@ -1,4 +1,6 @@
-"""The start as a user's: nothing is imported before, and what takes long is done while something else waits."""
+"""The start as a user's: nothing is imported before, and what takes long is done while something
+else waits.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from llmtune.config.compose import compose_config
 from llmtune.plan.plan import resolve_ladder
 from tests.support import TINY, losses, run
 
-#: Tells what stood when the ranks were started, and what the supervisor has left of their variables afterwards.
+# : Tells what stood when the ranks were started, and what the supervisor has left of their
+# variables afterwards.
 _PROGRAM = """
 import os, sys
 from llmtune.cli import main
@@ -30,8 +33,15 @@ spy(planner, "resolve_ladder", "the plan is made; torch:")
 code = main.main()
 print("threads left:", os.environ.get("OMP_NUM_THREADS"), os.environ.get("TOKENIZERS_PARALLELISM"), flush=True)
 sys.exit(code)
-"""
-JOB = [*TINY, "data.train=stdlib_docs@50", "data.val_set_size=4", "train.max_steps=2", "export=none", "launch.nproc=2"]
+"""  # noqa: E501
+JOB = [
+    *TINY,
+    "data.train=stdlib_docs@50",
+    "data.val_set_size=4",
+    "train.max_steps=2",
+    "export=none",
+    "launch.nproc=2",
+]
 
 
 @pytest.mark.process
@@ -46,9 +56,10 @@ def test_a_run_that_starts_cold_trains_and_its_ranks_do_not_wait_for_torch(
     done = run([sys.executable, "-c", _PROGRAM, *JOB, f"output_dir={tmp_path}/run"])
     assert done.code == 0, done.out + done.err
     told = [line for line in done.out.splitlines() if "; torch:" in line]
-    assert told == ["the plan is made; torch: False", "ranks are started; torch: False"], (
-        "the supervisor plans without it"
-    )
+    assert told == [
+        "the plan is made; torch: False",
+        "ranks are started; torch: False",
+    ], "the supervisor plans without it"
     assert "threads left: None None" in done.out, "what ranks are given is theirs alone"
     assert len(losses(tmp_path / "run")) == 2
     versions = json.loads((tmp_path / "run" / "environment.json").read_text())

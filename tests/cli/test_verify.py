@@ -1,4 +1,6 @@
-"""``verify`` reads every byte and every number, says all that is wrong, and ends with 5 where anything is."""
+"""``verify`` reads every byte and every number, says all that is wrong, and ends with 5 where
+anything is.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ WEIGHTS = {"layer.weight": torch.ones(64, 8), "layer.bias": torch.zeros(8)}
 ADAPTER = {"q.lora_A.weight": torch.ones(2, 8), "q.lora_B.weight": torch.full((8, 2), 0.5)}
 
 
-def write_folder(folder: Path, tensors: dict[str, torch.Tensor], file: str = "model.safetensors", **about: int) -> Path:
+def write_folder(
+    folder: Path, tensors: dict[str, torch.Tensor], file: str = "model.safetensors", **about: int
+) -> Path:
     """A published folder with one file of tensors and one of text."""
     folder.mkdir(parents=True)
     save_file(tensors, folder / file)
@@ -60,7 +64,10 @@ def test_a_whole_run_is_a_line_a_folder_and_exit_0(tmp_path: Path) -> None:
     model = config + (run / "merged" / "model.safetensors").stat().st_size
     adapter = config + (run / "adapter" / "adapter_model.safetensors").stat().st_size
     assert done.out.splitlines() == [
-        *(f"ok  {run}/checkpoint-{step}  2 files, {model / 1000:.1f} kB, step {step}" for step in (5, 10, 100)),
+        *(
+            f"ok  {run}/checkpoint-{step}  2 files, {model / 1000:.1f} kB, step {step}"
+            for step in (5, 10, 100)
+        ),
         f"ok  {run}/adapter  2 files, {adapter} B",
         f"ok  {run}/merged  2 files, {model / 1000:.1f} kB",
         f"ok  {run}/export-pt  2 files, {model / 1000:.1f} kB",
@@ -88,7 +95,10 @@ def edit_manifest(folder: Path) -> None:
 def leave_the_folder(folder: Path) -> None:
     outside = folder.parent / "outside.txt"
     outside.write_text("x")
-    files = {path.name: hash_file(path) for path in (folder / "model.safetensors", folder / "config.yaml")}
+    files = {
+        path.name: hash_file(path)
+        for path in (folder / "model.safetensors", folder / "config.yaml")
+    }
     write_manifest(folder, {**files, "../outside.txt": hash_file(outside)}, {"step": 10})
     mark_complete(folder)
 
@@ -104,17 +114,31 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "model.safetensors has 2220 bytes instead of 2224"),
     "missing": (lambda folder: (folder / "config.yaml").unlink(), "config.yaml is missing"),
     "extra": (lambda folder: (folder / "evil.py").touch(), "evil.py is not in manifest.json"),
-    "manifest edited": (edit_manifest, "manifest.json is not the one that COMPLETE was written for"),
-    "marker edited": (lambda folder: (folder / "COMPLETE").write_text("0" * 32), "manifest.json is not the one"),
-    "marker gone": (lambda folder: (folder / "COMPLETE").unlink(), "COMPLETE is missing: it was never finished"),
-    "manifest gone": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "manifest edited": (
+        edit_manifest,
+        "manifest.json is not the one that COMPLETE was written for",
+    ),
+    "marker edited": (
+        lambda folder: (folder / "COMPLETE").write_text("0" * 32),
+        "manifest.json is not the one",
+    ),
+    "marker gone": (
+        lambda folder: (folder / "COMPLETE").unlink(),
+        "COMPLETE is missing: it was never finished",
+    ),
+    "manifest gone": (
+        lambda folder: (folder / "manifest.json").unlink(),
+        "manifest.json cannot be read",
+    ),
     "path outside": (leave_the_folder, "../outside.txt leads out of the folder"),
     "symlink": (link, "model.safetensors leads out of the folder"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_and_exit_5(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_named_and_exit_5(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_folder(tmp_path / "checkpoint-10", WEIGHTS, step=10)
     harm, message = DAMAGES[damage]
     harm(folder)
@@ -139,7 +163,11 @@ def test_every_problem_has_its_line_and_whole_folders_stay_ok(
     lines = out.splitlines()
     assert code == 5
     assert lines[0] == f"BAD {bad}"
-    assert [line.split()[0] for line in lines[1:4]] == ["config.yaml", "evil.py", "model.safetensors"]
+    assert [line.split()[0] for line in lines[1:4]] == [
+        "config.yaml",
+        "evil.py",
+        "model.safetensors",
+    ]
     assert lines[4].startswith(f"ok  {good}  ")
     assert lines[5] == f"BAD {tmp_path}/checkpoint-15"
 
@@ -148,7 +176,11 @@ def test_json_is_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     good = write_folder(tmp_path / "checkpoint-10", WEIGHTS, step=10)
     code, out, _ = verify(capsys, f"checkpoint={good}", "--json")
     assert code == 0
-    size = sum(path.stat().st_size for path in good.iterdir() if path.name not in ("manifest.json", "COMPLETE"))
+    size = sum(
+        path.stat().st_size
+        for path in good.iterdir()
+        if path.name not in ("manifest.json", "COMPLETE")
+    )
     assert json.loads(out) == {
         "healthy": True,
         "folders": [
@@ -175,7 +207,11 @@ def test_json_is_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_numbers_that_are_none_are_found_behind_a_right_hash(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = {**WEIGHTS, "head.weight": torch.tensor([1.0, math.nan]), "norm.weight": torch.tensor([math.inf, 1.0])}
+    weights = {
+        **WEIGHTS,
+        "head.weight": torch.tensor([1.0, math.nan]),
+        "norm.weight": torch.tensor([math.inf, 1.0]),
+    }
     code, out, _ = verify(capsys, f"base={write_folder(tmp_path / 'model', weights)}")
     assert code == 5
     assert [line.strip() for line in out.splitlines()[1:]] == [
@@ -184,7 +220,9 @@ def test_numbers_that_are_none_are_found_behind_a_right_hash(
     ]
 
 
-def test_an_adapter_that_was_not_trained_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_that_was_not_trained_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     zero = {**ADAPTER, "q.lora_B.weight": torch.zeros(8, 2)}
     trained = write_folder(tmp_path / "trained", ADAPTER, "adapter_model.safetensors")
     untrained = write_folder(tmp_path / "untrained", zero, "adapter_model.safetensors")
@@ -195,14 +233,18 @@ def test_an_adapter_that_was_not_trained_is_found(tmp_path: Path, capsys: pytest
     assert f"ok  {trained}" in out
 
 
-def test_a_folder_of_another_program_cannot_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_another_program_cannot_be_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_file(WEIGHTS, tmp_path / "model.safetensors")
     code, out, _ = verify(capsys, f"base={tmp_path}")
     assert code == 5
     assert "not written by llmtune (no manifest.json), so it cannot be checked" in out
 
 
-def test_nothing_named_is_2_and_nothing_there_is_5(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_named_is_2_and_nothing_there_is_5(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, _, err = verify(capsys)
     assert code == 2
     assert "verify needs run=FOLDER, checkpoint=FOLDER, adapter=FOLDER or base=FOLDER" in err
@@ -214,10 +256,18 @@ def test_nothing_named_is_2_and_nothing_there_is_5(tmp_path: Path, capsys: pytes
     assert "no such folder" in out
 
 
-# ----------------------------------------------------------------------------------------- the content checks
+# ----------------------------------------------------------------------------------------- the
+# content checks
 
 
-FLOATING = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+FLOATING = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -237,7 +287,9 @@ def test_nan_is_found_in_every_block_of_every_float(
     assert check_tensors(file) == ["x.safetensors: tensor a holds NaN"]
 
 
-def test_blocks_hold_no_more_than_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_hold_no_more_than_their_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes: list[int] = []
     compare = tensor_checks._not_finite
 
@@ -255,7 +307,11 @@ def test_blocks_hold_no_more_than_their_share(tmp_path: Path, monkeypatch: pytes
 
 def test_scalars_empty_tensors_and_integers_are_no_problem(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
-    tensors = {"scalar": torch.tensor(1.0), "empty": torch.zeros(0, 4), "count": torch.tensor([2**62])}
+    tensors = {
+        "scalar": torch.tensor(1.0),
+        "empty": torch.zeros(0, 4),
+        "count": torch.tensor([2**62]),
+    }
     save_file(tensors, file)
     assert check_tensors(file) == []
     save_file({**tensors, "scalar": torch.tensor(-math.inf)}, file)

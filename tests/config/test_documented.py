@@ -18,14 +18,19 @@ from tests.support import ROOT
 
 #: The program and what is behind it, up to a comment in another column or a sign of the shell.
 _COMMAND = re.compile(
-    r"(?:python -m llmtune|scripts/train\.py|scripts/slurm\.sh|--module llmtune)((?: +(?!  )[^\s`]+)*)"
+    r"(?:python -m llmtune|scripts/train\.py|scripts/slurm\.sh|--module llmtune)((?: +(?! "
+    r" )[^\s`]+)*)"
 )
 #: Behind the command of an example.
 _ENDS = ("|", "&&", "2>", ">", "#")
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "conf").rglob("*.yaml"))]
+    files = [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "conf").rglob("*.yaml")),
+    ]
     texts = {str(file.relative_to(ROOT)): file.read_text() for file in files} | {"--help": HELP}
     found = []
     for name, text in texts.items():
@@ -39,7 +44,9 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 def split(text: str) -> list[str]:
-    """The arguments of an example: a gap of two blanks, a back quote or a sign of the shell ends it."""
+    """The arguments of an example: a gap of two blanks, a back quote or a sign of the shell ends
+    it.
+    """
     try:
         words = shlex.split(re.split(r"\s{2,}(?=\S)|`|;| \(| {1}# ", text)[0])
     except ValueError:
@@ -49,12 +56,20 @@ def split(text: str) -> list[str]:
 
 
 COMMANDS = commands()
-ON_NODES = [arguments for name, arguments in COMMANDS if name == "docs/nodes.md" and arguments[0] != "data"]
+ON_NODES = [
+    arguments for name, arguments in COMMANDS if name == "docs/nodes.md" and arguments[0] != "data"
+]
 
 
 def test_the_examples_are_found() -> None:
     assert len(COMMANDS) > 30
-    assert {arguments[0] for _, arguments in COMMANDS} >= {"plan", "data", "chat", "export", "model=llama3_8b"}
+    assert {arguments[0] for _, arguments in COMMANDS} >= {
+        "plan",
+        "data",
+        "chat",
+        "export",
+        "model=llama3_8b",
+    }
 
 
 @pytest.mark.parametrize("number", range(0, len(COMMANDS), 8))
@@ -72,7 +87,8 @@ def test_every_recipe_for_two_nodes_trains_on_sixteen_ranks() -> None:
     """As its ranks would plan it, on machines that are named because this one is another."""
     assert len(ON_NODES) >= 3
     configs = [
-        compose_config([*parse(arguments, VERBS).overrides, "hardware=16xa100_80gb"]).config for arguments in ON_NODES
+        compose_config([*parse(arguments, VERBS).overrides, "hardware=16xa100_80gb"]).config
+        for arguments in ON_NODES
     ]
     assert {settle_batch(config.train, 16).global_batch_size for config in configs} == {16}
     ladder = resolve_ladder(configs[0], 16, planning=True)

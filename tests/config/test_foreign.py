@@ -66,7 +66,9 @@ def test_every_meaning_is_a_key_or_a_group_that_there_is(name: str) -> None:
         read_override(f"{target}={value}", GROUPS)
 
 
-@pytest.mark.parametrize("name", [name for name in MEANINGS if not MEANINGS[name].startswith("nothing: ")])
+@pytest.mark.parametrize(
+    "name", [name for name in MEANINGS if not MEANINGS[name].startswith("nothing: ")]
+)
 def test_each_is_refused_with_its_meaning_in_any_group(name: str) -> None:
     target = MEANINGS[name].partition(" (")[0]
     for key in (name, f"trainer.{name}", name.upper()):
@@ -76,14 +78,21 @@ def test_each_is_refused_with_its_meaning_in_any_group(name: str) -> None:
 
 
 def test_options_and_own_files_are_told_as_well(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown option '--num_epochs=3': did you mean 'train.num_train_epochs'\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"unknown option '--num_epochs=3': did you mean 'train.num_train_epochs'\?",
+    ):
         parse(["--num_epochs=3"], VERBS)
-    with pytest.raises(ConfigError, match="unknown option '--lora-rank': did you mean 'tuner.lora_r'"):
+    with pytest.raises(
+        ConfigError, match="unknown option '--lora-rank': did you mean 'tuner.lora_r'"
+    ):
         parse(["--lora-rank", "8"], VERBS)
     folder = tmp_path / "experiment"
     folder.mkdir()
     (folder / "mine.yaml").write_text("# @package _global_\ntrain:\n  num_epochs: 3\n")
-    assert "did you mean 'train.num_train_epochs'?" in problem("experiment=mine", config_dir=tmp_path)
+    assert "did you mean 'train.num_train_epochs'?" in problem(
+        "experiment=mine", config_dir=tmp_path
+    )
 
 
 def test_a_model_that_is_no_option_is_told_its_key() -> None:

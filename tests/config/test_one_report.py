@@ -1,4 +1,6 @@
-"""All problems stand in one report: also when a value is missing, and when an overlay does not say where its keys belong."""
+"""All problems stand in one report: also when a value is missing, and when an overlay does not say
+where its keys belong.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,13 @@ def test_a_value_that_a_users_own_option_leaves_open_is_missing_too(tmp_path: Pa
     assert "train.logging_steps=0" in said
 
 
-@pytest.mark.parametrize("header", ["", "# my own\n", "# @package experiment\n", "# mine\n# @package _global_\n"])
+@pytest.mark.parametrize(
+    "header", ["", "# my own\n", "# @package experiment\n", "# mine\n# @package _global_\n"]
+)
 @pytest.mark.parametrize("group", ["experiment", "debug"])
-def test_an_overlay_without_its_header_is_told_so_beside_the_rest(group: str, header: str, tmp_path: Path) -> None:
+def test_an_overlay_without_its_header_is_told_so_beside_the_rest(
+    group: str, header: str, tmp_path: Path
+) -> None:
     overlay(tmp_path, f"{header}optim:\n  learning_rate: 1.0e-4\n", group)
     said = report(f"{group}=mine", "train.logging_steps=0", "model=custom", config_dir=tmp_path)
     assert f"{group}/mine.yaml needs '# @package _global_' as its first line" in said
@@ -62,7 +68,8 @@ def test_an_overlay_without_its_header_is_told_so_beside_the_rest(group: str, he
 
 
 @pytest.mark.parametrize(
-    "header", ["# @package _global_\n", "\n#  @package  _global_ \n# mine\n", "#@package _global_\n"]
+    "header",
+    ["# @package _global_\n", "\n#  @package  _global_ \n# mine\n", "#@package _global_\n"],
 )
 def test_an_overlay_with_its_header_is_taken(header: str, tmp_path: Path) -> None:
     overlay(tmp_path, f"{header}optim:\n  learning_rate: 1.0e-4\n")

@@ -1,4 +1,6 @@
-"""What the user types arrives, whatever it looks like to Hydra, OmegaConf or YAML, and survives the way to the ranks."""
+"""What the user types arrives, whatever it looks like to Hydra, OmegaConf or YAML, and survives the
+way to the ranks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from llmtune.config.compose import compose_config, config_groups, with_overrides
 from llmtune.config.keys import is_text, known_keys, may_be_null
 from llmtune.config.overrides import Setting, read_override, unquote
 from llmtune.config.rules import PLACES
-from llmtune.config.stored import dump_redacted, dump_yaml, from_plain, load_config, read_key, to_plain
+from llmtune.config.stored import (
+    dump_redacted,
+    dump_yaml,
+    from_plain,
+    load_config,
+    read_key,
+    to_plain,
+)
 from llmtune.errors import ConfigError
 
 TEXT_KEYS = sorted(filter(is_text, known_keys()))
@@ -97,9 +106,14 @@ def typed(key: str, text: str) -> object:
 
 
 def test_the_schema_has_the_texts_that_are_meant() -> None:
-    assert {"chat.prompt", "chat.system", "output_dir", "tracker.project", "run_name", "tuner.adapter_path"} <= set(
-        TEXT_KEYS
-    )
+    assert {
+        "chat.prompt",
+        "chat.system",
+        "output_dir",
+        "tracker.project",
+        "run_name",
+        "tuner.adapter_path",
+    } <= set(TEXT_KEYS)
     assert len(TEXT_KEYS) >= 25
 
 
@@ -129,7 +143,9 @@ def test_every_text_can_be_sent_in_quotes(key: str, text: str) -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(
-    inner=st.lists(st.sampled_from(["\\", "'", '"', "a", " ", ",", "$", "]"]), max_size=8).map("".join),
+    inner=st.lists(st.sampled_from(["\\", "'", '"', "a", " ", ",", "$", "]"]), max_size=8).map(
+        "".join
+    ),
     mark=st.sampled_from("'\""),
 )
 def test_quotes_are_read_as_hydra_reads_them(inner: str, mark: str) -> None:
@@ -166,7 +182,11 @@ def test_null_unsets_what_can_be_unset_and_is_refused_elsewhere() -> None:
 @example(texts=["1e5"] * len(TEXT_KEYS))
 @example(texts=["2024-01-01"] * len(TEXT_KEYS))
 def test_all_texts_of_a_config_survive_the_file_and_the_way_to_the_ranks(texts: list[str]) -> None:
-    wanted = {key: text for key, text in zip(TEXT_KEYS, texts, strict=True) if key not in RULED and key != "run_name"}
+    wanted = {
+        key: text
+        for key, text in zip(TEXT_KEYS, texts, strict=True)
+        if key not in RULED and key != "run_name"
+    }
     wanted = {key: text for key, text in wanted.items() if text.strip() or key not in PLACES}
     composed = compose_config(["tuner=lora", *(f"{key}={text}" for key, text in wanted.items())])
     config = composed.config
@@ -182,7 +202,9 @@ def test_all_texts_of_a_config_survive_the_file_and_the_way_to_the_ranks(texts: 
 @example(text="'")
 @example(text="\\${seed}")
 @example(text="\x85")
-def test_a_text_survives_the_run_folder(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_text_survives_the_run_folder(
+    text: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     config = compose_once()
     config.chat.prompt = text
     config.zero.deepspeed = {"note": [text, {"more": text}]}
@@ -200,8 +222,12 @@ def compose_once() -> object:
 PLAIN = to_plain(compose_config(["model=tiny"]).config)
 
 
-def test_an_experiment_cannot_look_anything_up_for_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shared file must not get variables of the environment into what is sent to a model, nor into its answer."""
+def test_an_experiment_cannot_look_anything_up_for_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared file must not get variables of the environment into what is sent to a model, nor
+    into its answer.
+    """
     monkeypatch.setenv("SOME_TOKEN", "hush-hush-hush")
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "shared.yaml").write_text(
@@ -212,11 +238,14 @@ def test_an_experiment_cannot_look_anything_up_for_a_prompt(tmp_path: Path, monk
     assert composed.config.chat.prompt == "say ${oc.env:SOME_TOKEN}"
     assert composed.config.chat.system == "you are ${x} ${seed}"
     assert "hush" not in composed.yaml
-    # Elsewhere a file of the user's own may refer to other keys, and sees what the command line said.
+    # Elsewhere a file of the user's own may refer to other keys, and sees what the command line
+    # said.
     assert composed.config.run_name == "r-42-8"
 
 
-@pytest.mark.parametrize("text", ["run_name: r-${no.such.key}", "run_name: ${", "seed: ${oc.env:NO_SUCH_VARIABLE}"])
+@pytest.mark.parametrize(
+    "text", ["run_name: r-${no.such.key}", "run_name: ${", "seed: ${oc.env:NO_SUCH_VARIABLE}"]
+)
 def test_an_interpolation_of_a_file_that_leads_nowhere_is_a_problem_of_the_configuration(
     text: str, tmp_path: Path
 ) -> None:
@@ -261,8 +290,16 @@ def test_what_is_no_value_is_answered_with_how_to_write_it(override: str, part: 
             ["a b.jsonl", "c,d.jsonl", "1e5", {"path": "e.jsonl", "limit": 3}],
         ),
         ("data.train={path: 'f (1).jsonl'}", "data.train", {"path": "f (1).jsonl"}),
-        ("data.train={path: a.jsonl},{path: b.jsonl}", "data.train", [{"path": "a.jsonl"}, {"path": "b.jsonl"}]),
-        ("data.train=s3://b/a.jsonl,s3://b/c.jsonl", "data.train", ["s3://b/a.jsonl", "s3://b/c.jsonl"]),
+        (
+            "data.train={path: a.jsonl},{path: b.jsonl}",
+            "data.train",
+            [{"path": "a.jsonl"}, {"path": "b.jsonl"}],
+        ),
+        (
+            "data.train=s3://b/a.jsonl,s3://b/c.jsonl",
+            "data.train",
+            ["s3://b/a.jsonl", "s3://b/c.jsonl"],
+        ),
         ("data.train=https://h/a,b.jsonl", "data.train", "https://h/a,b.jsonl"),
         ("data.train=${HOME}/a\\b.jsonl", "data.train", "${HOME}/a\\b.jsonl"),
         ("data.eval=null", "data.eval", None),
@@ -276,7 +313,8 @@ def test_lists_and_names_of_files(override: str, key: str, value: object) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["a,b.jsonl", "par (1).jsonl", "[x].jsonl", "[y]", "{z}.jsonl", "q'.jsonl", "a,b@2.jsonl"]
+    "name",
+    ["a,b.jsonl", "par (1).jsonl", "[x].jsonl", "[y]", "{z}.jsonl", "q'.jsonl", "a,b@2.jsonl"],
 )
 def test_a_file_that_is_there_is_one_file_whatever_its_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -285,15 +323,31 @@ def test_a_file_that_is_there_is_one_file_whatever_its_name(
     Path(name).touch()
     Path("c.jsonl").touch()
     assert compose_config([f"data.train={name}"]).config.data.train == name
-    assert compose_config([f"data.train={tmp_path}/{name}@3"]).config.data.train == f"{tmp_path}/{name}@3"
+    assert (
+        compose_config([f"data.train={tmp_path}/{name}@3"]).config.data.train
+        == f"{tmp_path}/{name}@3"
+    )
     assert compose_config([f"data.train={quote(name)}"]).config.data.train == name
-    assert compose_config([f"data.train=[c.jsonl,{quote(name)}]"]).config.data.train == ["c.jsonl", name]
+    assert compose_config([f"data.train=[c.jsonl,{quote(name)}]"]).config.data.train == [
+        "c.jsonl",
+        name,
+    ]
 
 
-def test_names_between_commas_are_a_list_where_each_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_between_commas_are_a_list_where_each_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
         Path(name).touch()
-    assert compose_config(["data.train=a.jsonl,b.jsonl@5"]).config.data.train == ["a.jsonl", "b.jsonl@5"]
-    assert compose_config(["data.train=a.jsonl,b*.jsonl"]).config.data.train == ["a.jsonl", "b*.jsonl"]
-    assert compose_config(["data.train=a.jsonl,none.jsonl"]).config.data.train == "a.jsonl,none.jsonl"
+    assert compose_config(["data.train=a.jsonl,b.jsonl@5"]).config.data.train == [
+        "a.jsonl",
+        "b.jsonl@5",
+    ]
+    assert compose_config(["data.train=a.jsonl,b*.jsonl"]).config.data.train == [
+        "a.jsonl",
+        "b*.jsonl",
+    ]
+    assert (
+        compose_config(["data.train=a.jsonl,none.jsonl"]).config.data.train == "a.jsonl,none.jsonl"
+    )

@@ -1,4 +1,6 @@
-"""Every value that a docstring or a document names is one that composes, and numbers are numbers."""
+"""Every value that a docstring or a document names is one that composes, and numbers are
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tests.support import ROOT
 
 GROUPS = config_groups()
 #: Literals of docstrings that are no values of their key but names of other things.
-_NO_VALUE = re.compile(r"[./*<{@]|^[A-Z]|^(path|format fields|llmtune|max_seq_length|max_steps|val_set_size|overlong)")
+_NO_VALUE = re.compile(
+    r"[./*<{@]|^[A-Z]|^(path|format fields|llmtune|max_seq_length|max_steps|val_set_size|overlong)"
+)
 
 
 def hints(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -60,15 +64,21 @@ def documented() -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     keys = list(hints(Config))
     for key, hint, text in keys:
-        literals = [word for literal in re.findall(r"``([^`]+)``", text) for word in literal.split()]
+        literals = [
+            word for literal in re.findall(r"``([^`]+)``", text) for word in literal.split()
+        ]
         if isinstance(hint, type) and issubclass(hint, Enum):
             found += [(key, str(value)) for member in hint for value in (member.value, member.name)]
-            found += [(key, word) for word in literals if word in {str(member.value) for member in hint}]
+            found += [
+                (key, word) for word in literals if word in {str(member.value) for member in hint}
+            ]
         elif str in get_args(hint) and not _NO_VALUE.search(" ".join(literals)):
             found += [(key, word) for word in literals if word == "auto"]
     known = {key for key, _, _ in keys}
     for file in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for key, value in re.findall(r"\b([a-z_]+\.[a-z0-9_]+)=([A-Za-z0-9_.+-]+|\[[^\]]*\])", file.read_text()):
+        for key, value in re.findall(
+            r"\b([a-z_]+\.[a-z0-9_]+)=([A-Za-z0-9_.+-]+|\[[^\]]*\])", file.read_text()
+        ):
             if key in known:
                 found.append((key, value.rstrip(".")))
     return list(dict.fromkeys(found))
@@ -110,12 +120,16 @@ def compose_values(values: dict[str, Any]) -> Config:
 
 
 @pytest.mark.parametrize("word", ["raise", "error"])
-def test_raise_and_error_are_the_same_on_the_command_line_and_in_files(word: str, tmp_path: Path) -> None:
+def test_raise_and_error_are_the_same_on_the_command_line_and_in_files(
+    word: str, tmp_path: Path
+) -> None:
     config = compose_config([f"data.overlong={word}", f"data.on_bad_row={word}"]).config
     assert (config.data.overlong, config.data.on_bad_row) == (Overlong.error, OnBadRow.error)
     folder = tmp_path / "experiment"
     folder.mkdir()
-    (folder / "mine.yaml").write_text(f"# @package _global_\ndata:\n  overlong: {word}\n  on_bad_row: {word}\n")
+    (folder / "mine.yaml").write_text(
+        f"# @package _global_\ndata:\n  overlong: {word}\n  on_bad_row: {word}\n"
+    )
     config = compose_config(["experiment=mine"], str(tmp_path)).config
     assert (config.data.overlong, config.data.on_bad_row) == (Overlong.error, OnBadRow.error)
     assert parse_yaml(dump_yaml(config)) == config
@@ -139,7 +153,11 @@ def test_no_key_takes_what_is_no_finite_number(value: str) -> None:
 
 
 def test_whole_numbers_take_none_of_them_either() -> None:
-    whole = [key for key, hint, _ in hints(Config) if int in (hint, *get_args(hint)) and key not in NUMBERS]
+    whole = [
+        key
+        for key, hint, _ in hints(Config)
+        if int in (hint, *get_args(hint)) and key not in NUMBERS
+    ]
     assert len(whole) > 20
     with pytest.raises(ConfigError) as caught:
         compose_config([f"{key}=nan" for key in whole])
@@ -147,13 +165,21 @@ def test_whole_numbers_take_none_of_them_either() -> None:
 
 
 def test_numbers_that_are_finite_stay(tmp_path: Path) -> None:
-    config = compose_config(["optim.eps=1e-300", "launch.hang_timeout=1e18", "data.val_set_size=0"]).config
-    assert (config.optim.eps, config.launch.hang_timeout, config.data.val_set_size) == (1e-300, 1e18, 0)
+    config = compose_config(
+        ["optim.eps=1e-300", "launch.hang_timeout=1e18", "data.val_set_size=0"]
+    ).config
+    assert (config.optim.eps, config.launch.hang_timeout, config.data.val_set_size) == (
+        1e-300,
+        1e18,
+        0,
+    )
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "/abs", "..", ".", "a\\b", "x/../../y", " "])
 def test_a_run_name_does_not_leave_its_folder(name: str) -> None:
-    with pytest.raises(ConfigError, match="a name, without slashes; another folder is named by output_dir="):
+    with pytest.raises(
+        ConfigError, match="a name, without slashes; another folder is named by output_dir="
+    ):
         compose_config([f"run_name={name}"])
 
 
@@ -169,5 +195,7 @@ def test_every_key_is_known() -> None:
 @pytest.mark.parametrize("key", PLACES)
 @pytest.mark.parametrize("text", ["", " "])
 def test_a_variable_that_a_script_has_not_set_is_no_place(key: str, text: str) -> None:
-    with pytest.raises(ConfigError, match=f"{re.escape(key)}= is empty: name a place, or leave the key out"):
+    with pytest.raises(
+        ConfigError, match=f"{re.escape(key)}= is empty: name a place, or leave the key out"
+    ):
         compose_config(["model=tiny", f"{key}={text}"])

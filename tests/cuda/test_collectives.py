@@ -16,7 +16,9 @@ from llmtune.engine.distributed import Rank
 
 @pytest.fixture
 def reached(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """Devices and groups of the tensors that come to a collective, with ``meta`` as the accelerator."""
+    """Devices and groups of the tensors that come to a collective, with ``meta`` as the
+    accelerator.
+    """
     seen: list[tuple[str, Any]] = []
 
     def note(tensor: torch.Tensor, *_: Any, group: Any = None, **__: Any) -> None:
@@ -36,7 +38,10 @@ def test_the_norm_of_an_offloaded_optimizer_is_reduced_on_the_accelerator(
     """Wherever the norms were noted, and although the optimizer's own device is the host."""
     norms = {number: torch.tensor(2.0, device=norms_on) for number in range(3)}
     optimizer = SimpleNamespace(
-        device="cpu", dp_process_group="ranks", norm_for_param_grads=norms, get_param_id=lambda number: number
+        device="cpu",
+        dp_process_group="ranks",
+        norm_for_param_grads=norms,
+        get_param_id=lambda number: number,
     )
     assert keep_norm_precision(optimizer, stage)
     # A meta tensor has no number that could come back to the host.
@@ -47,15 +52,21 @@ def test_the_norm_of_an_offloaded_optimizer_is_reduced_on_the_accelerator(
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_the_norm_of_slices_is_reduced_where_they_are(stage: int, count: int, reached: list[tuple[str, Any]]) -> None:
+def test_the_norm_of_slices_is_reduced_where_they_are(
+    stage: int, count: int, reached: list[tuple[str, Any]]
+) -> None:
     optimizer = SimpleNamespace(device="meta", dp_process_group="ranks")
     assert keep_norm_precision(optimizer, stage)
-    norm = optimizer.get_grad_norm_direct([torch.ones(4, device="meta", dtype=torch.bfloat16)] * count, None)
+    norm = optimizer.get_grad_norm_direct(
+        [torch.ones(4, device="meta", dtype=torch.bfloat16)] * count, None
+    )
     assert (norm.device.type, norm.dtype) == ("meta", torch.float64)
     assert reached == [("meta", "ranks")]
 
 
-def test_sums_are_made_on_the_device_and_decisions_on_the_host(reached: list[tuple[str, Any]]) -> None:
+def test_sums_are_made_on_the_device_and_decisions_on_the_host(
+    reached: list[tuple[str, Any]],
+) -> None:
     rank = Rank(0, 0, 2, torch.device("meta"), control="gloo")
     with pytest.raises(RuntimeError, match="meta"):
         distributed.sum_over_ranks([1.0], rank)

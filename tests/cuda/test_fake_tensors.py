@@ -1,7 +1,7 @@
 """What a rank does with tensors, on fake ones of a GPU.
 
-A CUDA build of torch tells from them whether two devices meet, and whether the host has to wait for a value. They have no
-values, and no backward pass without a driver.
+A CUDA build of torch tells from them whether two devices meet, and whether the host has to wait for
+a value. They have no values, and no backward pass without a driver.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorDeviceMismatchError,
+    FakeTensorMode,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.data.load.collate import Batch, Collator, Targets, VarlenIndex
@@ -24,7 +28,13 @@ pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="torch without CUDA: it knows no such device"
 )
 
-SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 LAYERS = {"llama": GROUPED, "qwen3": GROUPED, "gemma2": GROUPED, "gpt_neox": {}}
 
@@ -42,15 +52,17 @@ def fake(batch: Batch, mode: FakeTensorMode) -> Batch:
 def make_model(kind: str, dtype: torch.dtype, attention: str) -> Any:
     config = AutoConfig.for_model(kind, **SHAPE, **LAYERS[kind])
     with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).requires_grad_(
-            False
-        )
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        ).requires_grad_(False)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", ["padded", "masked", "packed"])
-def test_a_forward_pass_and_its_loss_stay_on_the_device(kind: str, dtype: torch.dtype, rows: str) -> None:
+def test_a_forward_pass_and_its_loss_stay_on_the_device(
+    kind: str, dtype: torch.dtype, rows: str
+) -> None:
     collator = Collator(0, masked=rows == "masked")
     given = [row(5, 4), row(7)] if rows == "packed" else [row(9), row(4), None]
     batch = collator.pack(given) if rows == "packed" else collator.pad(given)
@@ -99,7 +111,9 @@ def test_every_tensor_of_a_batch_goes_along() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_norms_and_adamw_ask_the_device_for_nothing(dtype: torch.dtype) -> None:
     with FakeTensorMode():
-        weights = [torch.zeros(shape, device="cuda", dtype=dtype) for shape in ((4, 8), (8,), (3, 3, 2))]
+        weights = [
+            torch.zeros(shape, device="cuda", dtype=dtype) for shape in ((4, 8), (8,), (3, 3, 2))
+        ]
         for weight in weights:
             weight.grad = torch.ones_like(weight)
         norms = norms_of([weight.grad for weight in weights])  # type: ignore[misc]

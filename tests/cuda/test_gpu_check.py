@@ -1,4 +1,6 @@
-"""``scripts/gpu_check.sh``: what makes a check fail, what its report says, and a run of it with the CPU in the GPU's place."""
+"""``scripts/gpu_check.sh``: what makes a check fail, what its report says, and a run of it with the
+CPU in the GPU's place.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ from scripts.gpu_check.speed import judge_plan
 from tests.support import ROOT
 
 RIGHT = Curve([6.26, 6.07, 5.73], 6.25, 5.58)
-BUILD = "DeepSpeed's AsyncIO cannot be built: CUDA_HOME is not set; It needs g++, ninja, and libaio for NVMe: apt-get install"
+BUILD = (
+    "DeepSpeed's AsyncIO cannot be built: CUDA_HOME is not set; It needs g++, ninja, and libaio for"
+    " NVMe: apt-get install"
+)
 MACHINE = Machine("cuda", 1, "1 x Some Card, 80.0 GB", "570.1", {"torch": "2.13.0"})
 
 
@@ -49,26 +54,40 @@ MACHINE = Machine("cuda", 1, "1 x Some Card, 80.0 GB", "570.1", {"torch": "2.13.
         ("bf16", Curve([6.26, 6.15, 5.84], 6.25, 6.25), 2),
     ],
 )
-def test_a_wrong_loss_makes_a_check_fail(precision: str, measured: Curve, problems: int, tmp_path: Path) -> None:
+def test_a_wrong_loss_makes_a_check_fail(
+    precision: str, measured: Curve, problems: int, tmp_path: Path
+) -> None:
     verdict = compare_curves(measured, RIGHT, precision)
     assert len(verdict.problems) == problems, verdict.problems
     assert run_one(lambda _: verdict, tmp_path).passed is (problems == 0)
 
 
 def test_an_adapter_that_learned_nothing_is_told_by_the_held_out_loss() -> None:
-    verdict = compare_curves(Curve([6.27, 6.25, 6.24], 6.25, 6.25), Curve([6.27, 6.2, 6.13], 6.25, 6.14), "bf16")
-    assert [problem.split(" is ")[0] for problem in verdict.problems] == ["the fall of the held-out loss"]
+    verdict = compare_curves(
+        Curve([6.27, 6.25, 6.24], 6.25, 6.25), Curve([6.27, 6.2, 6.13], 6.25, 6.14), "bf16"
+    )
+    assert [problem.split(" is ")[0] for problem in verdict.problems] == [
+        "the fall of the held-out loss"
+    ]
 
 
 def test_what_a_run_ends_with_decides_between_failed_and_skipped(tmp_path: Path) -> None:
-    lacks = Finished(7, "", "error: precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32\n")
+    lacks = Finished(
+        7,
+        "",
+        "error: precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32\n",
+    )
     with pytest.raises(SkippedError, match="^precision=fp16: this CPU has no"):
         trained(lacks, tmp_path)
     # As planning says it of a V100.
     with pytest.raises(LlmtuneError) as refusal:
-        _check_precision(Precision.bf16, Hardware("cuda", 1, 10**9, 10**9, name="V100", compute_capability=70))
+        _check_precision(
+            Precision.bf16, Hardware("cuda", 1, 10**9, 10**9, name="V100", compute_capability=70)
+        )
     old = Finished(refusal.value.exit_code, "", f"error: {refusal.value}\n")
-    with pytest.raises(SkippedError, match=r"^precision=bf16: V100 \(compute capability 7.0\) has no bf16"):
+    with pytest.raises(
+        SkippedError, match=r"^precision=bf16: V100 \(compute capability 7.0\) has no bf16"
+    ):
         trained(old, tmp_path)
     # A GPU that CUDA cannot use is no reason to skip.
     for broken in (
@@ -89,7 +108,9 @@ def test_what_a_run_ends_with_decides_between_failed_and_skipped(tmp_path: Path)
     assert (failed.state, failed.problems) == ("failed", ["exit code 3"])
 
 
-@pytest.mark.parametrize("said", ["offload on NVMe: DeepSpeed's AsyncIO op does not load (no nvcc)", BUILD])
+@pytest.mark.parametrize(
+    "said", ["offload on NVMe: DeepSpeed's AsyncIO op does not load (no nvcc)", BUILD]
+)
 def test_an_op_that_cannot_be_had_is_skipped_only_without_its_library(
     said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +142,11 @@ def test_table_and_json_name_what_was_skipped_and_why(tmp_path: Path) -> None:
     assert [check["skipped"] for check in report["checks"]] == [None, None, "this card has no bf16"]
     plain, coloured = io.StringIO(), io.StringIO()
     print_table(Console(file=plain, width=140), MACHINE, results)
-    print_table(Console(file=coloured, width=140, force_terminal=True, color_system="standard"), MACHINE, results)
+    print_table(
+        Console(file=coloured, width=140, force_terminal=True, color_system="standard"),
+        MACHINE,
+        results,
+    )
     rows = {line.split()[1]: line for line in plain.getvalue().splitlines() if "/" in line}
     assert "passed" in rows["a/right"]
     assert "loss 6.2600 -> 5.7300" in rows["a/right"]
@@ -146,11 +171,22 @@ def test_the_plan_is_judged_by_what_torch_allocated() -> None:
         "world_size": 1,
         "batch": {"global_batch_size": 16},
         "hardware": {"accelerator": "cuda", "name": "Some Card", "flops": 1e15},
-        "memory": {"device": {"weights": 4e9, "activations": 5e9, "runtime": 1.6e9}, "host": {"runtime": 3e9}},
-        "shape": {"matrix_parameters": 1e8, "attention_width": 500, "layers": 10, "adapter_parameters": 0},
+        "memory": {
+            "device": {"weights": 4e9, "activations": 5e9, "runtime": 1.6e9},
+            "host": {"runtime": 3e9},
+        },
+        "shape": {
+            "matrix_parameters": 1e8,
+            "attention_width": 500,
+            "layers": 10,
+            "adapter_parameters": 0,
+        },
         "tokens_per_second": 16000.0,
     }
-    steps = [{"seconds": seconds, "tokens": 16000, "memory_bytes": 8.1e9} for seconds in (9.0, 2.0, 1.5, 1.0, 1.0, 1.0)]
+    steps = [
+        {"seconds": seconds, "tokens": 16000, "memory_bytes": 8.1e9}
+        for seconds in (9.0, 2.0, 1.5, 1.0, 1.0, 1.0)
+    ]
     verdict = judge_plan(plan, steps, 1000)
     assert verdict.problems == []
     assert verdict.expected["peak_bytes"] == 9e9
@@ -166,12 +202,17 @@ def test_checks_are_chosen_by_pattern_or_by_part_of_their_name() -> None:
     names = [check.name for check in checks]
     assert len(names) == len(set(names)) > 20
     assert len(select(checks, ["placement/*"])) == 10
-    assert [check.name for check in select(checks, ["killed", "*/merged"])] == ["resume/killed", "export/merged"]
+    assert [check.name for check in select(checks, ["killed", "*/merged"])] == [
+        "resume/killed",
+        "export/merged",
+    ]
     assert select(checks, []) == checks
     assert select(checks, ["nothing"]) == []
 
 
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_it_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llmtune.plan.devices.hardware.visible_gpus", list)
     assert program.main([]) == 7
     assert "error: no GPU: " in capsys.readouterr().err
@@ -182,20 +223,34 @@ def test_a_command_that_does_not_end_is_killed_with_its_ranks(tmp_path: Path) ->
     seen: dict[int, psutil.Process] = {}
 
     def look(process: subprocess.Popen[bytes]) -> None:
-        for found in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+        for found in (
+            psutil.Process(process.pid),
+            *psutil.Process(process.pid).children(recursive=True),
+        ):
             seen[found.pid] = found
 
-    job = ["model=tiny", "data.max_seq_length=256", "hardware.accelerator=cpu", "train.max_steps=100000"]
+    job = [
+        "model=tiny",
+        "data.max_seq_length=256",
+        "hardware.accelerator=cpu",
+        "train.max_steps=100000",
+    ]
     with pytest.raises(RunFailedError, match="no end within 3 s"):
-        Commands(tmp_path).llmtune(*job, f"output_dir={tmp_path / 'run'}", clock=Clock(3), watch=look)
+        Commands(tmp_path).llmtune(
+            *job, f"output_dir={tmp_path / 'run'}", clock=Clock(3), watch=look
+        )
     assert len(seen) > 1
     assert psutil.wait_procs(list(seen.values()), 5)[1] == []
 
 
 @pytest.mark.process
-def test_one_rung_with_the_cpu_in_the_place_of_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_rung_with_the_cpu_in_the_place_of_the_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "report.json"
-    assert program.main(["--cpu", "--only", "placement/zero3-optimizer_cpu", "--out", str(out)]) == 0
+    assert (
+        program.main(["--cpu", "--only", "placement/zero3-optimizer_cpu", "--out", str(out)]) == 0
+    )
     report = json.loads(out.read_text())
     check_schema(report)
     (check,) = report["checks"]
@@ -219,6 +274,8 @@ def test_all_of_it_with_the_cpu_in_the_place_of_the_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
     check_schema(report)
-    assert [check["name"] for check in report["checks"]] == [check.name for check in all_checks("cpu", 2)]
+    assert [check["name"] for check in report["checks"]] == [
+        check.name for check in all_checks("cpu", 2)
+    ]
     left_out = [check["name"] for check in report["checks"] if check["passed"] is None]
     assert all("fp16" in name for name in left_out), left_out

@@ -43,7 +43,9 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this machine and of the suite."""
     for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", *gpus.ALLOCATOR_VARIABLES):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=900 * GIB, available=800 * GIB))
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(total=900 * GIB, available=800 * GIB)
+    )
 
 
 @pytest.fixture
@@ -102,7 +104,13 @@ def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu(
     with pytest.raises(MissingPrerequisiteError) as caught:
         probe()
     assert caught.value.exit_code == 7
-    for part in ("8 NVIDIA GPUs", version, torch.__version__, built or "CPUs only", "scripts/setup.sh"):
+    for part in (
+        "8 NVIDIA GPUs",
+        version,
+        torch.__version__,
+        built or "CPUs only",
+        "scripts/setup.sh",
+    ):
         assert part in str(caught.value)
     assert probe("hardware.accelerator=cpu").accelerator == "cpu", "who asks for it gets it"
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -151,13 +159,20 @@ def test_cards_are_told_by_their_names(
     driver("580.65.06", count, {0})
     found = probe()
     assert find_card(name, int(gib * GIB)) is CARDS[card]
-    assert (found.device_count, found.flops, found.fp32_flops) == (count, CARDS[card].flops, CARDS[card].fp32_flops)
+    assert (found.device_count, found.flops, found.fp32_flops) == (
+        count,
+        CARDS[card].flops,
+        CARDS[card].fp32_flops,
+    )
     assert found.compute_capability == capability == CARDS[card].compute_capability
     assert found.device_memory_bytes == int(gib * GIB)
 
 
 def test_a_slice_of_a_card_has_a_share_of_its_speed() -> None:
-    whole, slice_ = find_card("NVIDIA A100-SXM4-80GB"), find_card("NVIDIA A100-SXM4-80GB MIG 2g.20gb", 20 * GIB)
+    whole, slice_ = (
+        find_card("NVIDIA A100-SXM4-80GB"),
+        find_card("NVIDIA A100-SXM4-80GB MIG 2g.20gb", 20 * GIB),
+    )
     assert whole is not None
     assert slice_ is not None
     assert slice_.flops == pytest.approx(whole.flops * 2 / 7)
@@ -172,9 +187,13 @@ def test_named_hardware_is_not_trusted_over_the_machine(machine: Any, driver: An
     found = resolve_hardware(compose_config(EXPERIMENT).config.hardware)
     assert (found.device_memory_bytes, found.host_memory_bytes) == (int(39.4 * GIB), 900 * GIB)
     assert any("hardware.gpu_memory_bytes=80GiB" in note for note in found.notes)
-    assert any("hardware.gpu_name=A100-80GB" in note for note in found.notes) is False, "an A100 all the same"
+    assert any("hardware.gpu_name=A100-80GB" in note for note in found.notes) is False, (
+        "an A100 all the same"
+    )
     planned = resolve_hardware(compose_config(EXPERIMENT).config.hardware, planning=True)
-    assert (planned.device_memory_bytes, planned.notes) == (80 * GIB, ()), "a plan may be for another machine"
+    assert (planned.device_memory_bytes, planned.notes) == (80 * GIB, ()), (
+        "a plan may be for another machine"
+    )
 
 
 def test_what_was_named_as_less_is_kept_and_data_sheets_round_up(machine: Any, driver: Any) -> None:
@@ -196,7 +215,9 @@ def test_notes_are_in_the_plan_and_survive_its_file(machine: Any, driver: Any) -
     assert (again.notes, again.hardware) == (plan.notes, plan.hardware)
 
 
-def test_tasks_of_slurm_that_see_one_gpu_each_are_as_many_as_were_named(machine: Any, driver: Any) -> None:
+def test_tasks_of_slurm_that_see_one_gpu_each_are_as_many_as_were_named(
+    machine: Any, driver: Any
+) -> None:
     machine(1, "NVIDIA A100-SXM4-80GB", 79.15, 80)
     driver("580.65.06", 8, {0})
     config = compose_config(EXPERIMENT).config.hardware
@@ -204,15 +225,27 @@ def test_tasks_of_slurm_that_see_one_gpu_each_are_as_many_as_were_named(machine:
         resolve_hardware(config)
     assert resolve_hardware(config, ranks_on_node=8).device_count == 8
     plan = resolve_plan(compose_config(["model=tiny", "hardware=8xa100_80gb"]).config, world_size=8)
-    assert (plan.hardware.device_count, plan.world_size) == (8, 8), "the plan is told how many the launcher started"
+    assert (plan.hardware.device_count, plan.world_size) == (8, 8), (
+        "the plan is told how many the launcher started"
+    )
 
 
 @pytest.mark.parametrize(
     ("visible", "nvlink_of", "linked"),
-    [("3,4", {3}, True), ("3,4", {0}, False), ("GPU-1a2b,GPU-3c4d", {"GPU-1a2b"}, True), (None, {0}, True)],
+    [
+        ("3,4", {3}, True),
+        ("3,4", {0}, False),
+        ("GPU-1a2b,GPU-3c4d", {"GPU-1a2b"}, True),
+        (None, {0}, True),
+    ],
 )
 def test_nvlink_is_asked_of_the_first_gpu_of_this_process(
-    visible: str | None, nvlink_of: set[Any], linked: bool, machine: Any, driver: Any, monkeypatch: pytest.MonkeyPatch
+    visible: str | None,
+    nvlink_of: set[Any],
+    linked: bool,
+    machine: Any,
+    driver: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine(2, "NVIDIA A100-SXM4-80GB", 79.15, 80)
     driver("580.65.06", 8, nvlink_of)
@@ -225,11 +258,14 @@ def test_nvlink_is_asked_of_the_first_gpu_of_this_process(
 def test_a_build_without_kernels_for_the_card_is_refused(machine: Any, driver: Any) -> None:
     driver("580.65.06", 1)
     machine(1, "Tesla V100-SXM2-32GB", 31.7, 70)
-    with pytest.raises(MissingPrerequisiteError, match=r"no kernels for Tesla V100.*compute capability 7\.0"):
+    with pytest.raises(
+        MissingPrerequisiteError, match=r"no kernels for Tesla V100.*compute capability 7\.0"
+    ):
         probe()
     machine(1, "Tesla V100-SXM2-32GB", 31.7, 70, built="cu126")
     assert probe().compute_capability == 70
-    # A later minor number runs what was compiled for an earlier one, and a later generation what is compiled on the way.
+    # A later minor number runs what was compiled for an earlier one, and a later generation what is
+    # compiled on the way.
     for capability in (87, 89, 121):
         machine(1, "NVIDIA Something", 20, capability)
         assert probe().compute_capability == capability
@@ -238,10 +274,16 @@ def test_a_build_without_kernels_for_the_card_is_refused(machine: Any, driver: A
 def test_cards_without_bf16_are_refused_bf16(machine: Any, driver: Any) -> None:
     driver("580.65.06", 1)
     machine(1, "Tesla T4", 14.6, 75)
-    with pytest.raises(ConfigError, match=r"precision=bf16: Tesla T4 \(compute capability 7\.5\).*take precision=fp16"):
+    with pytest.raises(
+        ConfigError,
+        match=r"precision=bf16: Tesla T4 \(compute capability 7\.5\).*take precision=fp16",
+    ):
         resolve_ladder(compose_config(["model=tiny"]).config)
     for precision in ("fp16", "fp32"):
-        assert resolve_ladder(compose_config(["model=tiny", f"precision={precision}"]).config).chosen is not None
+        assert (
+            resolve_ladder(compose_config(["model=tiny", f"precision={precision}"]).config).chosen
+            is not None
+        )
 
 
 @pytest.mark.parametrize("card", ["A100-80GB", "H100", "RTX 3090"])
@@ -262,7 +304,9 @@ def test_fp32_is_planned_at_the_rate_of_fp32(card: str, machine: Any, driver: An
         rung = next(rung for rung in ladder.rungs if rung.candidate is not None)
         assert rung.candidate is not None
         seconds[precision] = rung.candidate.speed.terms["compute"]
-    assert seconds["fp32"] / seconds["bf16"] == pytest.approx(CARDS[card].flops / CARDS[card].fp32_flops, rel=0.1)
+    assert seconds["fp32"] / seconds["bf16"] == pytest.approx(
+        CARDS[card].flops / CARDS[card].fp32_flops, rel=0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -300,9 +344,15 @@ def test_host_memory_is_what_the_control_groups_leave(
 )
 @pytest.mark.parametrize("launched", [True, False])
 def test_allocators_are_told_what_they_know_and_users_win(
-    launched: bool, torch_version: str, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+    launched: bool,
+    torch_version: str,
+    given: dict[str, str],
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A rank of a foreign launcher sets it ahead of all other variables, our own supervisor among them."""
+    """A rank of a foreign launcher sets it ahead of all other variables, our own supervisor among
+    them.
+    """
     monkeypatch.setattr(gpus, "_torch_version", lambda: torch_version)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -314,13 +364,24 @@ def test_allocators_are_told_what_they_know_and_users_win(
 
 
 def test_pinned_memory_is_planned_as_it_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama-2-7B on one GPU, optimizer on the host: fp32 weights of 26.95 GB are pinned, and become 34.36 where rounded."""
-    job = ["model=llama2_7b", "data.train=x", "tuner=full", "hardware=1xh200", "offload=optimizer_cpu", "zero=2"]
+    """Llama-2-7B on one GPU, optimizer on the host: fp32 weights of 26.95 GB are pinned, and become
+    34.36 where rounded.
+    """
+    job = [
+        "model=llama2_7b",
+        "data.train=x",
+        "tuner=full",
+        "hardware=1xh200",
+        "offload=optimizer_cpu",
+        "zero=2",
+    ]
 
     def host() -> MemoryPlan:
         config = compose_config([*job, "hardware.host_memory_bytes=1TiB"]).config
         rungs = resolve_ladder(config, planning=True).rungs
-        found = next(rung.candidate for rung in rungs if rung.candidate and rung.name == "optimizer_cpu")
+        found = next(
+            rung.candidate for rung in rungs if rung.candidate and rung.name == "optimizer_cpu"
+        )
         assert found.placement.zero_stage == 2
         return found.memory
 
@@ -335,7 +396,10 @@ def test_pinned_memory_is_planned_as_it_is_rounded(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("built", "said"),
-    [(None, "is built for CPUs"), ("13.0", "built for CUDA 13.0, cannot use it: as a rule the driver")],
+    [
+        (None, "is built for CPUs"),
+        ("13.0", "built for CUDA 13.0, cannot use it: as a rule the driver"),
+    ],
 )
 def test_the_doctor_says_why_the_gpus_are_not_used(
     built: str | None, said: str, machine: Any, driver: Any, monkeypatch: pytest.MonkeyPatch

@@ -1,8 +1,10 @@
-"""``scripts/setup.sh`` installs the build of torch that driver and cards can use, or stops and says why; on pretend machines.
+"""``scripts/setup.sh`` installs the build of torch that driver and cards can use, or stops and says
+why; on pretend machines.
 
-A machine is a folder with a copy of the script and a ``PATH`` of its own: a pretend ``nvidia-smi``, ``pip``, ``python`` and
-``torch``, and the few real programs that the script calls. What the script asks of Python is computed by a real one, with a
-``torch`` that runs kernels where NVIDIA's and PyTorch's tables say so.
+A machine is a folder with a copy of the script and a ``PATH`` of its own: a pretend ``nvidia-smi``,
+``pip``, ``python`` and ``torch``, and the few real programs that the script calls. What the script
+asks of Python is computed by a real one, with a ``torch`` that runs kernels where NVIDIA's and
+PyTorch's tables say so.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ case "$*" in
     cat "$MACHINE/cards" ;;
 *) exit 2 ;;
 esac
-"""
+"""  # noqa: E501
 
 PIP = f"""#!/bin/sh
 echo "pip $*" >>"$MACHINE/log"
@@ -74,7 +76,7 @@ esac
 case "$*" in *--index-url*) if [ -e "$MACHINE/offline" ]; then exit 1; fi ;; esac
 case "$(cat "$MACHINE/torch" 2>/dev/null) $*" in *--force-reinstall*) ;; 2.13.0*) exit 0 ;; esac # the requirement is satisfied
 echo "$new" >"$MACHINE/torch"
-"""
+"""  # noqa: E501
 
 VENV_PYTHON = f"""#!/bin/sh
 case "$*" in
@@ -141,7 +143,7 @@ def ones(count, device):
     with (machine / "log").open("a") as log:
         print("kernel on", device, file=log)
     return _Tensor()
-"""
+"""  # noqa: E501
 
 
 class Machine:
@@ -149,7 +151,10 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin, self.project = folder, folder / "bin", folder / "project"
-        self.state = {name: folder / name for name in ("log", "torch", "driver", "cards", "offline", "no-fabric")}
+        self.state = {
+            name: folder / name
+            for name in ("log", "torch", "driver", "cards", "offline", "no-fabric")
+        }
         for name in ("bin", "venv", "site", "project/scripts", "project/.venv/bin"):
             (folder / name).mkdir(parents=True)
         for name in PROGRAMS.split():
@@ -179,12 +184,20 @@ class Machine:
         self.program("nvidia-smi", NVIDIA_SMI)
         (self.folder / "driver").write_text(f"{driver}\n")
         (self.folder / "cards").write_text("".join(f"{one}\n" for one in capabilities))
-        (self.folder / "listing").write_text("".join(f"GPU {i}: NVIDIA\n" for i in range(len(capabilities))))
+        (self.folder / "listing").write_text(
+            "".join(f"GPU {i}: NVIDIA\n" for i in range(len(capabilities)))
+        )
 
     def set_up(self, **variables: str) -> Finished:
         """Run the script, with a log of its own."""
         self.state["log"].write_text("")
-        env = {"PATH": str(self.bin), "MACHINE": str(self.folder), "PYTHON": "", "LLMTUNE_TORCH": "", **variables}
+        env = {
+            "PATH": str(self.bin),
+            "MACHINE": str(self.folder),
+            "PYTHON": "",
+            "LLMTUNE_TORCH": "",
+            **variables,
+        }
         return run([str(self.bin / "bash"), "scripts/setup.sh"], self.project, env, timeout=60)
 
     @property
@@ -207,7 +220,9 @@ class Machine:
         return (self.project / ".venv/llmtune-setup").exists()
 
     def refused(self, done: Finished, *said: str) -> None:
-        """It stopped with one message that has all this, and neither went on nor counts as set up."""
+        """It stopped with one message that has all this, and neither went on nor counts as set
+        up.
+        """
         assert done.code == 7, (done.out, done.err)
         assert done.err.startswith("error: "), done.err
         assert done.err.count("\n") == 1, done.err
@@ -224,14 +239,20 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(tmp_path)
 
 
-@pytest.mark.parametrize(("driver", "card", "expected"), CELLS, ids=[f"{d}-{c}" for d, c, _ in CELLS])
-def test_driver_and_card_choose_the_build(machine: Machine, driver: str, card: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("driver", "card", "expected"), CELLS, ids=[f"{d}-{c}" for d, c, _ in CELLS]
+)
+def test_driver_and_card_choose_the_build(
+    machine: Machine, driver: str, card: str, expected: str
+) -> None:
     count = 1 + CELLS.index((driver, card, expected)) % 8
     machine.gpus(driver, *[CARDS[card]] * count)
     done = machine.set_up()
     if expected == TOO_OLD:
         least = "580" if card == "B200" and int(driver[:3]) >= 525 else "525"
-        machine.refused(done, f"driver {driver} is too old", f"driver {least} or newer", "Update the driver")
+        machine.refused(
+            done, f"driver {driver} is too old", f"driver {least} or newer", "Update the driver"
+        )
         assert machine.torch_from == []
         return
     assert done.code == 0, (done.out, done.err)
@@ -260,7 +281,9 @@ def test_driver_and_card_choose_the_build(machine: Machine, driver: str, card: s
         ("560.35.03", ("9.0", "8.6"), CUDA_12),
     ],
 )
-def test_cards_of_several_kinds(machine: Machine, driver: str, cards: tuple[str, ...], expected: str) -> None:
+def test_cards_of_several_kinds(
+    machine: Machine, driver: str, cards: tuple[str, ...], expected: str
+) -> None:
     machine.gpus(driver, *cards)
     assert machine.set_up().code == 0
     assert machine.torch_from == [expected]
@@ -274,7 +297,10 @@ def test_no_build_serves_volta_and_blackwell_at_once(machine: Machine) -> None:
 
 def test_mig_is_the_same_card(machine: Machine) -> None:
     machine.gpus("580.65.06", CARDS["H100"], CARDS["H100"])
-    slices = "GPU 0: NVIDIA H100\n  MIG 3g.40gb Device 0: (UUID: MIG-1)\n  MIG 3g.40gb Device 1: (UUID: MIG-2)\n"
+    slices = (
+        "GPU 0: NVIDIA H100\n  MIG 3g.40gb Device 0: (UUID: MIG-1)\n  MIG 3g.40gb Device 1: (UUID:"
+        " MIG-2)\n"
+    )
     (machine.folder / "listing").write_text(slices)
     assert machine.set_up().code == 0
     assert machine.torch_from == [PYPI]
@@ -296,10 +322,14 @@ def test_a_driver_whose_cards_are_not_told_goes_by_its_version(machine: Machine)
         (0, ""),
     ],
 )
-def test_a_driver_that_does_not_answer_is_not_the_absence_of_a_gpu(machine: Machine, code: int, says: str) -> None:
+def test_a_driver_that_does_not_answer_is_not_the_absence_of_a_gpu(
+    machine: Machine, code: int, says: str
+) -> None:
     machine.gpus("580.65.06", CARDS["A100"])
     (machine.folder / "smi-fails").write_text(f'echo "{says}"\nexit {code}\n')
-    machine.refused(machine.set_up(), says, f"exit code {code}", "Load the driver", "LLMTUNE_TORCH=cpu")
+    machine.refused(
+        machine.set_up(), says, f"exit code {code}", "Load the driver", "LLMTUNE_TORCH=cpu"
+    )
     assert not any(line.startswith("pip") for line in machine.log)
     done = machine.set_up(LLMTUNE_TORCH="cpu")
     assert done.code == 0, done.err
@@ -310,7 +340,9 @@ def test_a_driver_that_does_not_answer_is_not_the_absence_of_a_gpu(machine: Mach
 def test_a_warning_beside_the_version_does_no_harm(machine: Machine) -> None:
     machine.gpus("580.65.06", CARDS["A100"])
     warning = "WARNING: infoROM is corrupted at gpu 0000:00:04.0"
-    machine.program("nvidia-smi", NVIDIA_SMI.replace("esac\n", f'esac\necho "{warning}"\nexit 14\n'))
+    machine.program(
+        "nvidia-smi", NVIDIA_SMI.replace("esac\n", f'esac\necho "{warning}"\nexit 14\n')
+    )
     assert machine.set_up().code == 0
     assert machine.torch_from == [PYPI]
 
@@ -318,7 +350,12 @@ def test_a_warning_beside_the_version_does_no_harm(machine: Machine) -> None:
 def test_a_build_that_runs_no_kernel_stops_the_set_up(machine: Machine) -> None:
     machine.gpus("580.65.06", *[CARDS["H100"]] * 8)
     machine.state["no-fabric"].touch()
-    said = ("driver 580.65.06", "torch 2.13.0+cu130", "for CUDA 13.0", "Error 802: system not yet initialized")
+    said = (
+        "driver 580.65.06",
+        "torch 2.13.0+cu130",
+        "for CUDA 13.0",
+        "Error 802: system not yet initialized",
+    )
     done = machine.set_up()
     machine.refused(done, *said, "nvidia-fabricmanager", "LLMTUNE_TORCH=cpu")
     assert "CUDA_VISIBLE_DEVICES" not in done.err
@@ -387,7 +424,9 @@ def test_the_cpu_build_gives_way_to_a_gpu(machine: Machine, driver: str) -> None
     assert machine.torch == "2.13.0+cpu None"
     machine.gpus(driver, CARDS["T4"])
     assert machine.set_up().code == 0
-    assert machine.torch == ("2.13.0+cu130 13.0" if driver.startswith("58") else "2.13.0+cu126 12.6")
+    assert machine.torch == (
+        "2.13.0+cu130 13.0" if driver.startswith("58") else "2.13.0+cu126 12.6"
+    )
 
 
 def test_the_cpu_build_on_purpose_and_back(machine: Machine) -> None:
@@ -425,16 +464,26 @@ def test_a_set_up_that_was_cut_short_counts_for_no_driver(machine: Machine) -> N
 @pytest.mark.parametrize(
     ("installed", "expected"), [("", "2.13.0+cpu None"), ("2.13.0+cu130 13.0", "2.13.0+cu130 13.0")]
 )
-def test_without_a_gpu_nothing_is_different(machine: Machine, installed: str, expected: str) -> None:
+def test_without_a_gpu_nothing_is_different(
+    machine: Machine, installed: str, expected: str
+) -> None:
     if installed:
         machine.state["torch"].write_text(installed)
     done = machine.set_up()
     assert done.code == 0, done.err
     assert (machine.torch_from, machine.torch) == ([] if installed else [CPU], expected)
     assert not any(line.startswith("kernel") for line in machine.log)
-    files = ("setup.cfg", "pyproject.toml", "constraints.txt", "requirements-dev.lock", "scripts/setup.sh")
+    files = (
+        "setup.cfg",
+        "pyproject.toml",
+        "constraints.txt",
+        "requirements-dev.lock",
+        "scripts/setup.sh",
+    )
     content = b"".join((machine.project / name).read_bytes() for name in files)
-    assert (machine.project / ".venv/llmtune-setup").read_text() == f"{hashlib.sha256(content).hexdigest()}\n"
+    assert (
+        machine.project / ".venv/llmtune-setup"
+    ).read_text() == f"{hashlib.sha256(content).hexdigest()}\n"
     assert machine.set_up().out == "== .venv is up to date\n"
 
 
@@ -452,7 +501,9 @@ def test_without_a_gpu_nothing_is_different(machine: Machine, installed: str, ex
         ({}, "", "sudo apt-get install python3"),
     ],
 )
-def test_python_is_one_that_is_supported(machine: Machine, pythons: dict[str, str], given: str, expected: str) -> None:
+def test_python_is_one_that_is_supported(
+    machine: Machine, pythons: dict[str, str], given: str, expected: str
+) -> None:
     shutil.rmtree(machine.project / ".venv")
     (machine.bin / "python3.11").unlink()
     for name, version in pythons.items():

@@ -1,4 +1,6 @@
-"""``eval`` and ``chat`` on GPUs: where the weights go, and how many rows go through them at once."""
+"""``eval`` and ``chat`` on GPUs: where the weights go, and how many rows go through them at
+once.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def write_weights(folder: Path, gib: int, kind: str, size: int) -> None:
     index: dict[str, str] = {}
     for name, numel in {**shards, "consolidated.safetensors": gib * GIB // size}.items():
         tensor = f"of {name}"
-        header = json.dumps({tensor: {"dtype": kind, "shape": [numel], "data_offsets": [0, numel * size]}}).encode()
+        header = json.dumps(
+            {tensor: {"dtype": kind, "shape": [numel], "data_offsets": [0, numel * size]}}
+        ).encode()
         with (folder / name).open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             file.truncate(8 + len(header) + numel * size)
@@ -47,7 +51,12 @@ def write_weights(folder: Path, gib: int, kind: str, size: int) -> None:
     ],
 )
 def test_a_model_that_is_larger_than_a_gpu_is_spread(
-    gib: int, kind: str, precision: str, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gib: int,
+    kind: str,
+    precision: str,
+    expected: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free = 79
     write_weights(tmp_path, gib, kind, 4 if kind == "F32" else 2)
@@ -67,6 +76,8 @@ def test_a_model_that_is_larger_than_a_gpu_is_spread(
         (131_072, 128_256, 20e9, 1),
     ],
 )
-def test_rows_are_as_many_as_their_logits_leave_room_for(length: int, vocabulary: int, free: float, rows: int) -> None:
+def test_rows_are_as_many_as_their_logits_leave_room_for(
+    length: int, vocabulary: int, free: float, rows: int
+) -> None:
     assert auto_eval_rows(length, vocabulary, int(free)) == rows
     assert rows == 1 or rows * length * vocabulary * 10 <= free / 4

@@ -1,4 +1,6 @@
-"""``tests.engine.worker`` on pretend GPUs: the same tasks, and what each step made the host wait for."""
+"""``tests.engine.worker`` on pretend GPUs: the same tasks, and what each step made the host wait
+for.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def _place() -> str:
 
 
 def count_waits(seen: list[dict[str, int]]) -> None:
-    """Have every step add what it made the host wait for, and from where in llmtune, transformers, peft or DeepSpeed."""
+    """Have every step add what it made the host wait for, and from where in llmtune, transformers,
+    peft or DeepSpeed.
+    """
     train_step = TrainModule.train_step
     device.on_wait(lambda kind: places.update([f"{kind} at {_place()}"]))
 

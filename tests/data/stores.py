@@ -22,7 +22,9 @@ def make_rows(folder: Path, ids: list[list[int]], masks: list[list[bool]] | None
         mask=np.concatenate([np.array(mask, dtype=bool) for mask in masks]),
         lengths=np.array([len(row) for row in ids], dtype=np.int32),
         trained=np.array([sum(mask[1:]) for mask in masks], dtype=np.int32),
-        hashes=np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in arrays], dtype=np.uint64),
+        hashes=np.array(
+            [xxhash.xxh3_64_intdigest(row.tobytes()) for row in arrays], dtype=np.uint64
+        ),
         begins=np.ones(len(ids), dtype=bool),
         lines=np.arange(1, len(ids) + 1),
     )

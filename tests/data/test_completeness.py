@@ -1,4 +1,6 @@
-"""What a row says stands in its text, or the row is refused: over templates, kinds of content, and made-up rows."""
+"""What a row says stands in its text, or the row is refused: over templates, kinds of content, and
+made-up rows.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from hypothesis import strategies as st
 from llmtune.data.formats.recipe import Recipe
 from llmtune.data.rows.conversation import Conversation, Role
 from llmtune.data.rows.problems import RowError
-from llmtune.data.tokenize.chat_template import ChatTemplate, ChatTemplates, check_chat_template, load_chat_template
+from llmtune.data.tokenize.chat_template import (
+    ChatTemplate,
+    ChatTemplates,
+    check_chat_template,
+    load_chat_template,
+)
 from llmtune.errors import ConfigError
 from llmtune.model.random_model import build_tokenizer
 
@@ -25,20 +32,24 @@ PROMPT = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- end
 
 
 def over_messages(
-    answer: str, result: str = "{{ '<|im_start|>tool\n' + m.content + '<|im_end|>\n' }}", before: str = ""
+    answer: str,
+    result: str = "{{ '<|im_start|>tool\n' + m.content + '<|im_end|>\n' }}",
+    before: str = "",
 ) -> str:
     """A template that writes answers and results so, and the rest as ChatML."""
     return (
-        f"{before}{{%- for m in messages -%}}{{%- if m.role == 'assistant' -%}}{{{{ '<|im_start|>assistant\n' }}}}{answer}"
+        f"{before}{{%- for m in messages -%}}{{%- if m.role == 'assistant' -%}}{{{{ '<|im_start|>assistant\n' }}}}{answer}"  # noqa: E501
         f"{{{{ '<|im_end|>\n' }}}}{{%- elif m.role == 'tool' -%}}{result}{{%- else -%}}"
-        f"{{{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}}}{{%- endif -%}}{{%- endfor -%}}{PROMPT}"
+        f"{{{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}}}{{%- endif -%}}{{%- endfor -%}}{PROMPT}"  # noqa: E501
     )
 
 
-TOOLS = "{%- if tools -%}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{%- endif -%}"
+TOOLS = (
+    "{%- if tools -%}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{%- endif -%}"
+)
 CALLS = "{%- for c in m.tool_calls or [] -%}{%- set f = c.function -%}CALL{%- endfor -%}"
 SAID = "{{ m.content }}"
-THOUGHT = "{%- if m.reasoning_content -%}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{%- endif -%}"
+THOUGHT = "{%- if m.reasoning_content -%}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{%- endif -%}"  # noqa: E501
 
 
 def calls(one: str) -> str:
@@ -49,43 +60,59 @@ JSON_CALL = calls("{{ '\n' + {'name': f.name, 'arguments': f.arguments} | tojson
 
 #: Templates of the kinds in use.
 TEMPLATES: dict[str, str] = {
-    **{name: str(load_chat_template(name)) for name in ("chatml", "llama2", "llama3", "mistral", "qwen")},
+    **{
+        name: str(load_chat_template(name))
+        for name in ("chatml", "llama2", "llama3", "mistral", "qwen")
+    },
     "json": over_messages(SAID + JSON_CALL, before=TOOLS),
     "json and thoughts": over_messages(THOUGHT + SAID + JSON_CALL, before=TOOLS),
-    "marked": over_messages("{% generation %}" + THOUGHT + SAID + JSON_CALL + "{% endgeneration %}", before=TOOLS),
+    "marked": over_messages(
+        "{% generation %}" + THOUGHT + SAID + JSON_CALL + "{% endgeneration %}", before=TOOLS
+    ),
     "arguments as text": over_messages(
         SAID + calls("{{ '\n' + f.name + ' ```json\n' + f.arguments + '```' }}"), before=TOOLS
     ),
-    "arguments as they are": over_messages(SAID + calls("{{ '\n' + f.name + ' ' }}{{ f.arguments }}"), before=TOOLS),
+    "arguments as they are": over_messages(
+        SAID + calls("{{ '\n' + f.name + ' ' }}{{ f.arguments }}"), before=TOOLS
+    ),
     "parameters": over_messages(
         SAID
         + calls(
             "{{ '\n<function=' + f.name + '>' }}{%- for k, v in f.arguments | items -%}"
-            "{{ '\n<parameter=' + k + '>\n' + (v if v is string else v | tojson) + '\n</parameter>' }}{%- endfor -%}"
+            "{{ '\n<parameter=' + k + '>\n' + (v if v is string else v | tojson) + '\n</parameter>' }}{%- endfor -%}"  # noqa: E501
         ),
         before=TOOLS,
     ),
     "quoted results": over_messages(
-        SAID + JSON_CALL, "{{ '<|im_start|>tool\n' + {'content': m.content} | tojson + '<|im_end|>\n' }}", TOOLS
+        SAID + JSON_CALL,
+        "{{ '<|im_start|>tool\n' + {'content': m.content} | tojson + '<|im_end|>\n' }}",
+        TOOLS,
     ),
-    "html": over_messages(SAID + JSON_CALL, "{{ '<|im_start|>tool\n' + m.content | e + '<|im_end|>\n' }}", TOOLS),
+    "html": over_messages(
+        SAID + JSON_CALL, "{{ '<|im_start|>tool\n' + m.content | e + '<|im_end|>\n' }}", TOOLS
+    ),
     "answers as html": over_messages("{{ m.content | e }}" + JSON_CALL, before=TOOLS),
     "only names of tools": over_messages(
-        SAID + JSON_CALL, before="{%- for t in tools or [] -%}{{ t.function.name + '\n' }}{%- endfor -%}"
+        SAID + JSON_CALL,
+        before="{%- for t in tools or [] -%}{{ t.function.name + '\n' }}{%- endfor -%}",
     ),
     "no results": over_messages(SAID + JSON_CALL, "", TOOLS),
     "no names of calls": over_messages(SAID + calls("{{ f.arguments | tojson }}"), before=TOOLS),
     "no arguments": over_messages(SAID + calls("{{ f.name }}"), before=TOOLS),
-    "no keys": over_messages(SAID + calls("{{ f.name + f.arguments.values() | list | tojson }}"), before=TOOLS),
+    "no keys": over_messages(
+        SAID + calls("{{ f.name + f.arguments.values() | list | tojson }}"), before=TOOLS
+    ),
     "calls instead of words": over_messages(
         "{%- if not m.tool_calls -%}" + SAID + "{%- endif -%}" + JSON_CALL, before=TOOLS
     ),
     "first call": over_messages(
         SAID + JSON_CALL.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), before=TOOLS
     ),
-    "cut thoughts": over_messages("{{ m.content.split('</think>')[-1] }}" + JSON_CALL, before=TOOLS),
+    "cut thoughts": over_messages(
+        "{{ m.content.split('</think>')[-1] }}" + JSON_CALL, before=TOOLS
+    ),
     "moved thoughts": over_messages(
-        "{%- if '</think>' in m.content -%}{{ '<think>\n' + m.content.split('</think>')[0].split('<think>')[-1].strip() + "
+        "{%- if '</think>' in m.content -%}{{ '<think>\n' + m.content.split('</think>')[0].split('<think>')[-1].strip() + "  # noqa: E501
         "'\n</think>\n\n' + m.content.split('</think>')[-1].strip() }}{%- else -%}"
         + SAID
         + "{%- endif -%}"
@@ -104,7 +131,11 @@ TOOL = {
         "parameters": {
             "type": "object",
             "properties": {
-                "townproperty": {"type": "string", "description": "towndescription", "enum": ["choiceone", "choicetwo"]}
+                "townproperty": {
+                    "type": "string",
+                    "description": "towndescription",
+                    "enum": ["choiceone", "choicetwo"],
+                }
             },
         },
     },
@@ -115,7 +146,10 @@ def call(name: str = "clockname", arguments: Any = None, number: int = 0) -> dic
     return {
         "id": f"callcall{number}",
         "type": "function",
-        "function": {"name": name, "arguments": {"townkey": "townvalue"} if arguments is None else arguments},
+        "function": {
+            "name": name,
+            "arguments": {"townkey": "townvalue"} if arguments is None else arguments,
+        },
     }
 
 
@@ -132,9 +166,17 @@ ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"messages": [{"role": "system", "content": "be brief"}, ASKED, answer()]},
         ["be brief", "question zero", "the answer"],
     ),
-    "call": ({"messages": [ASKED, answer(None, tool_calls=[call()])]}, ["clockname", "townkey", "townvalue"]),
+    "call": (
+        {"messages": [ASKED, answer(None, tool_calls=[call()])]},
+        ["clockname", "townkey", "townvalue"],
+    ),
     "two calls": (
-        {"messages": [ASKED, answer(None, tool_calls=[call(), call("secondname", {"secondkey": 71}, 1)])]},
+        {
+            "messages": [
+                ASKED,
+                answer(None, tool_calls=[call(), call("secondname", {"secondkey": 71}, 1)]),
+            ]
+        },
         ["clockname", "townvalue", "secondname", "secondkey", "71"],
     ),
     "words and a call": (
@@ -142,19 +184,39 @@ ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["let me see", "clockname", "townkey", "townvalue"],
     ),
     "result": (
-        {"messages": [ASKED, answer(None, tool_calls=[call()]), {**RESULT, "content": "resulttext"}, answer()]},
+        {
+            "messages": [
+                ASKED,
+                answer(None, tool_calls=[call()]),
+                {**RESULT, "content": "resulttext"},
+                answer(),
+            ]
+        },
         ["clockname", "townkey", "townvalue", "resulttext", "the answer"],
     ),
     "tools": (
         {"messages": [ASKED, answer()], "tools": [TOOL]},
-        ["clockname", "clockdescription", "townproperty", "towndescription", "choiceone", "choicetwo"],
+        [
+            "clockname",
+            "clockdescription",
+            "townproperty",
+            "towndescription",
+            "choiceone",
+            "choicetwo",
+        ],
     ),
-    "reasoning": ({"messages": [ASKED, answer(reasoning="thoughttext")]}, ["thoughttext", "the answer"]),
+    "reasoning": (
+        {"messages": [ASKED, answer(reasoning="thoughttext")]},
+        ["thoughttext", "the answer"],
+    ),
     "reasoning in tags": (
         {"messages": [ASKED, answer("<think>\nthoughttext\n</think>\n\nthe answer")]},
         ["<think>", "thoughttext", "</think>", "the answer"],
     ),
-    "empty content": ({"messages": [ASKED, answer("", tool_calls=[call()])]}, ["clockname", "townkey", "townvalue"]),
+    "empty content": (
+        {"messages": [ASKED, answer("", tool_calls=[call()])]},
+        ["clockname", "townkey", "townvalue"],
+    ),
     "short values": (
         {
             "messages": [
@@ -166,7 +228,10 @@ ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         [],
     ),
-    "short tools": ({"messages": [ASKED, answer()], "tools": [{"type": "function", "function": {"name": "f"}}]}, []),
+    "short tools": (
+        {"messages": [ASKED, answer()], "tools": [{"type": "function", "function": {"name": "f"}}]},
+        [],
+    ),
     "special characters": (
         {
             "messages": [
@@ -195,7 +260,9 @@ def template_of(tokenizer: Any, text: str) -> ChatTemplate:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", ROWS)
-def test_a_row_is_rendered_with_all_that_it_says_or_refused(name: str, kind: str, tokenizer: Any) -> None:
+def test_a_row_is_rendered_with_all_that_it_says_or_refused(
+    name: str, kind: str, tokenizer: Any
+) -> None:
     row, words = ROWS[kind]
     template = template_of(tokenizer, TEMPLATES[name])
     outcome = render(template, read(row))
@@ -228,26 +295,70 @@ LOST = [
     ("chatml", "reasoning", "the reasoning of message 1 (assistant) ('thoughttext')"),
     ("llama3", "result", "the call of 'clockname' in message 1 (assistant)"),
     ("qwen", "reasoning", "the reasoning of message 1 (assistant) ('thoughttext')"),
-    ("only names of tools", "tools", "the definition of the tool 'clockname' ('clockdescription' and 4 more"),
+    (
+        "only names of tools",
+        "tools",
+        "the definition of the tool 'clockname' ('clockdescription' and 4 more",
+    ),
     ("no results", "result", "the content of message 2 (tool) ('resulttext')"),
     ("no results", "short values", "the content of message 2 (tool) ('5')"),
     ("no names of calls", "call", "the call of 'clockname' in message 1 (assistant) ('clockname')"),
-    ("no names of calls", "short values", "the call of 'f' in message 1 (assistant) ('f' and 1 more"),
-    ("no arguments", "call", "the arguments of the call of 'clockname' in message 1 (assistant) ('townkey' and 1 more"),
-    ("no arguments", "short values", "the arguments of the call of 'f' in message 1 (assistant) ('a' and 1 more"),
-    ("no keys", "call", "the arguments of the call of 'clockname' in message 1 (assistant) ('townkey')"),
-    ("calls instead of words", "words and a call", "the content of message 1 (assistant) ('let me see')"),
-    ("first call", "two calls", "the call of 'secondname' in message 1 (assistant) ('secondname' and 2 more"),
-    ("cut thoughts", "reasoning in tags", "the reasoning of message 1 (assistant) ('thoughttext' and 2 more"),
-    ("first 12 letters", "special characters", "the content of message 1 (assistant) ('x\\n    y  z"),
+    (
+        "no names of calls",
+        "short values",
+        "the call of 'f' in message 1 (assistant) ('f' and 1 more",
+    ),
+    (
+        "no arguments",
+        "call",
+        "the arguments of the call of 'clockname' in message 1 (assistant) ('townkey' and 1 more",
+    ),
+    (
+        "no arguments",
+        "short values",
+        "the arguments of the call of 'f' in message 1 (assistant) ('a' and 1 more",
+    ),
+    (
+        "no keys",
+        "call",
+        "the arguments of the call of 'clockname' in message 1 (assistant) ('townkey')",
+    ),
+    (
+        "calls instead of words",
+        "words and a call",
+        "the content of message 1 (assistant) ('let me see')",
+    ),
+    (
+        "first call",
+        "two calls",
+        "the call of 'secondname' in message 1 (assistant) ('secondname' and 2 more",
+    ),
+    (
+        "cut thoughts",
+        "reasoning in tags",
+        "the reasoning of message 1 (assistant) ('thoughttext' and 2 more",
+    ),
+    (
+        "first 12 letters",
+        "special characters",
+        "the content of message 1 (assistant) ('x\\n    y  z",
+    ),
     ("answers as html", "reasoning in tags", "the reasoning of message 1 (assistant) ('<think>'"),
     ("answers as html", "special characters", "the content of message 1 (assistant)"),
-    ("first 12 letters", "reasoning in tags", "the reasoning of message 1 (assistant) ('thoughttext' and 2 more"),
+    (
+        "first 12 letters",
+        "reasoning in tags",
+        "the reasoning of message 1 (assistant) ('thoughttext' and 2 more",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "missing"), LOST, ids=[f"{name}-{kind}" for name, kind, _ in LOST])
-def test_what_is_lost_is_named_with_the_next_step(name: str, kind: str, missing: str, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "missing"), LOST, ids=[f"{name}-{kind}" for name, kind, _ in LOST]
+)
+def test_what_is_lost_is_named_with_the_next_step(
+    name: str, kind: str, missing: str, tokenizer: Any
+) -> None:
     template = template_of(tokenizer, TEMPLATES[name])
     with pytest.raises(RowError) as caught:
         template.render(read(ROWS[kind][0]))
@@ -266,11 +377,21 @@ KEPT = [
     *(
         (name, kind)
         for name in TAKES_CALLS
-        for kind in ("result", "two calls", "short values", "tools", "short tools", "special characters")
+        for kind in (
+            "result",
+            "two calls",
+            "short values",
+            "tools",
+            "short tools",
+            "special characters",
+        )
     ),
     *(("html", kind) for kind in ("special characters", "result")),
     *((name, "words") for name in TEMPLATES),
-    *((name, "special characters") for name in ("chatml", "llama2", "llama3", "mistral", "html", "qwen")),
+    *(
+        (name, "special characters")
+        for name in ("chatml", "llama2", "llama3", "mistral", "html", "qwen")
+    ),
 ]
 
 
@@ -282,7 +403,9 @@ def test_what_is_there_is_not_refused(name: str, kind: str, tokenizer: Any) -> N
 
 def test_a_result_that_the_answer_repeats_is_missed_all_the_same(tokenizer: Any) -> None:
     row = {"messages": [ASKED, answer(None, tool_calls=[call()]), RESULT, answer("the result")]}
-    with pytest.raises(RowError, match=r"leaves out the content of message 2 \(tool\) \('result'\)"):
+    with pytest.raises(
+        RowError, match=r"leaves out the content of message 2 \(tool\) \('result'\)"
+    ):
         template_of(tokenizer, TEMPLATES["no results"]).render(read(row))
     thought = {"messages": [ASKED, answer("<think>\nParis\n</think>\n\nParis")]}
     with pytest.raises(RowError, match=r"leaves out the reasoning of message 1 \(assistant\)"):
@@ -290,15 +413,22 @@ def test_a_result_that_the_answer_repeats_is_missed_all_the_same(tokenizer: Any)
 
 
 @pytest.mark.parametrize("name", ["json and thoughts", "marked"])
-def test_reasoning_before_an_answer_that_is_not_trained_may_be_dropped(name: str, tokenizer: Any) -> None:
-    text = TEMPLATES[name].replace("{%- if m.reasoning_content -%}", "{%- if m.reasoning_content and loop.last -%}")
+def test_reasoning_before_an_answer_that_is_not_trained_may_be_dropped(
+    name: str, tokenizer: Any
+) -> None:
+    text = TEMPLATES[name].replace(
+        "{%- if m.reasoning_content -%}", "{%- if m.reasoning_content and loop.last -%}"
+    )
     turns = [
         ASKED,
         answer("first", reasoning="earlier thought", train=False),
         ASKED,
         answer("second", reasoning="a thought"),
     ]
-    untrained, trained = ({"messages": [turns[0], {**turns[1], "train": train}, *turns[2:]]} for train in (False, True))
+    untrained, trained = (
+        {"messages": [turns[0], {**turns[1], "train": train}, *turns[2:]]}
+        for train in (False, True)
+    )
     template = template_of(tokenizer, text)
     if name == "marked":
         rendered, spans = template.render(read(untrained))
@@ -312,11 +442,16 @@ def test_reasoning_before_an_answer_that_is_not_trained_may_be_dropped(name: str
     assert "earlier thought" not in rendered
     (span,) = spans
     assert "a thought" in rendered[span.start : span.end]
-    # The place of an answer that looks otherwise as the last one cannot be derived, which matters where it is trained.
-    with pytest.raises(RowError, match="writes the answer in message 1 with thinking where it is the last"):
+    # The place of an answer that looks otherwise as the last one cannot be derived, which matters
+    # where it is trained.
+    with pytest.raises(
+        RowError, match="writes the answer in message 1 with thinking where it is the last"
+    ):
         template.render(read(trained))
     everything = ChatTemplate(tokenizer, text, every_answer=True)
-    with pytest.raises(RowError, match="writes the answer in message 1 with thinking where it is the last"):
+    with pytest.raises(
+        RowError, match="writes the answer in message 1 with thinking where it is the last"
+    ):
         everything.render(read(untrained))
 
 
@@ -346,14 +481,22 @@ def test_rows_with_tools_take_the_template_that_is_named_for_them(tokenizer: Any
     with pytest.raises(RowError, match="leaves out the call of 'clockname'"):
         ChatTemplates(tokenizer).render(read(ROWS["call"][0]))
     tokenizer.chat_template = {"rag": TEMPLATES["chatml"], "tool_use": TEMPLATES["qwen"]}
-    with pytest.raises(ConfigError, match="has the chat templates rag, tool_use, and none named default: save the one"):
+    with pytest.raises(
+        ConfigError,
+        match="has the chat templates rag, tool_use, and none named default: save the one",
+    ):
         check_chat_template(tokenizer, "some/model")
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral"])
-def test_a_template_without_tools_does_not_write_a_result_as_an_answer(name: str, tokenizer: Any) -> None:
+def test_a_template_without_tools_does_not_write_a_result_as_an_answer(
+    name: str, tokenizer: Any
+) -> None:
     row = {"messages": [ASKED, answer("one moment"), RESULT, answer()]}
-    with pytest.raises(RowError, match=f"the template {name} knows system \\(first\\), user and assistant, not tool"):
+    with pytest.raises(
+        RowError,
+        match=f"the template {name} knows system \\(first\\), user and assistant, not tool",
+    ):
         template_of(tokenizer, TEMPLATES[name]).render(read(row))
     late = {"messages": [ASKED, answer(), {"role": "system", "content": "x"}, answer()]}
     with pytest.raises(RowError, match="not system"):
@@ -376,11 +519,15 @@ def test_pieces_that_fill_a_long_text_are_told_apart_in_no_time(tokenizer: Any) 
 @pytest.mark.parametrize("name", ["llama2", "mistral"])
 def test_a_system_message_that_no_question_follows_is_missed(name: str, tokenizer: Any) -> None:
     row = {"messages": [{"role": "system", "content": "be brief"}, answer(), ASKED, answer()]}
-    with pytest.raises(RowError, match=r"leaves out the content of message 0 \(system\) \('be brief'\)"):
+    with pytest.raises(
+        RowError, match=r"leaves out the content of message 0 \(system\) \('be brief'\)"
+    ):
         template_of(tokenizer, TEMPLATES[name]).render(read(row))
 
 
-def test_a_name_is_looked_for_and_the_name_of_a_result_may_stand_with_its_call(tokenizer: Any) -> None:
+def test_a_name_is_looked_for_and_the_name_of_a_result_may_stand_with_its_call(
+    tokenizer: Any,
+) -> None:
     named = {"messages": [{**ASKED, "name": "Ada"}, answer()]}
     with pytest.raises(RowError, match=r"leaves out the name of message 0 \(user\) \('Ada'\)"):
         template_of(tokenizer, TEMPLATES["json"]).render(read(named))
@@ -390,7 +537,9 @@ def test_a_name_is_looked_for_and_the_name_of_a_result_may_stand_with_its_call(t
     template_of(tokenizer, TEMPLATES["json"]).render(read(ROWS["result"][0]))
 
 
-LETTERS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=12).filter(str.strip)
+LETTERS = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=12
+).filter(str.strip)
 VALUES = st.recursive(
     LETTERS
     | st.integers()
@@ -411,7 +560,15 @@ VALUES = st.recursive(
     arguments=st.dictionaries(LETTERS, VALUES, max_size=4),
     result=LETTERS,
     name_of=st.sampled_from(
-        ["json", "json and thoughts", "marked", "arguments as text", "quoted results", "parameters", "qwen"]
+        [
+            "json",
+            "json and thoughts",
+            "marked",
+            "arguments as text",
+            "quoted results",
+            "parameters",
+            "qwen",
+        ]
     ),
 )
 def test_no_row_is_refused_for_its_words(
@@ -473,7 +630,12 @@ def test_the_file_and_line_are_named(tiny_model: Path, tmp_path: Path) -> None:
     source.write_text("\n".join(json.dumps(ROWS[kind][0]) for kind in ("words", "call", "call")))
     with pytest.raises(DataError) as caught:
         prepare_data(
-            DataConfig(train=str(source), val_set_size=0), AutoTokenizer.from_pretrained(tiny_model), 1, tmp_path
+            DataConfig(train=str(source), val_set_size=0),
+            AutoTokenizer.from_pretrained(tiny_model),
+            1,
+            tmp_path,
         )
-    assert str(caught.value).startswith(f"{source}:2: the chat template leaves out the call of 'clockname'")
+    assert str(caught.value).startswith(
+        f"{source}:2: the chat template leaves out the call of 'clockname'"
+    )
     assert "(2 like it)" in str(caught.value)

@@ -23,9 +23,9 @@ from tests.data.tokenizers import FAMILIES, load_smollm2, with_template
 
 #: ChatML with the marks of the field around what the assistant says and its end of turn.
 MARKED = (
-    "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}{{ '<|im_start|>assistant\n' }}"
+    "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}{{ '<|im_start|>assistant\n' }}"  # noqa: E501
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    "{%- else -%}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{%- endif -%}"
+    "{%- else -%}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{%- endif -%}"  # noqa: E501
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 
@@ -82,8 +82,12 @@ def test_train_on_inputs_trains_everything(chatml: Any) -> None:
     assert only(encode(chatml, talk("Hi", "Hello!", system="Be kind."), inputs=True)).mask.all()
 
 
-WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=40).filter(
-    lambda text: bool(text.strip()) and not any(mark in text for mark in ("<", "|", ">", "[INST", "[/INST"))
+WORDS = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=40
+).filter(
+    lambda text: (
+        bool(text.strip()) and not any(mark in text for mark in ("<", "|", ">", "[INST", "[/INST"))
+    )
 )
 
 
@@ -104,12 +108,18 @@ def test_supervised_tokens_are_the_assistants_words_and_the_end_of_turn(
     _, bos, end = FAMILIES[name]
     # SmolLM2's vocabulary has not every byte, and drops rare letters.
     words = [text for turn in turns for text in turn]
-    assume(all(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text for text in words))
+    assume(
+        all(
+            tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+            for text in words
+        )
+    )
     row = only(encode(tokenizer, talk(*words, system=system), length=4096))
     kept = tokenizer.convert_ids_to_tokens(row.ids[row.mask].tolist())
     assert kept.count(end) == len(turns), "every end of turn is trained"
     answers = [part.strip() for part in trained_text(row, tokenizer).split(end)[:-1]]
-    # Where a template trims, so may the answers be compared; elsewhere white space stands as it was.
+    # Where a template trims, so may the answers be compared; elsewhere white space stands as it
+    # was.
     assert answers == [answer.strip() for _, answer in turns]
     bos_id = tokenizer.convert_tokens_to_ids(bos)
     assert not (row.ids[0] == row.ids[1] == bos_id), "never a double BOS"
@@ -126,11 +136,23 @@ def test_masks_equal_those_of_transformers_where_a_template_marks_generation(cac
     tokenizer.chat_template = MARKED
     encoder = Encoder(tokenizer, EncodeSettings(8192, Overlong.drop, False))
     draw = random.Random(7)
-    letters = ["word", "Zürich", "日本語", "🙂", "x = [1, 2]", "\n", "  two", "tail ", "1.5e-3", "don't"]
+    letters = [
+        "word",
+        "Zürich",
+        "日本語",
+        "🙂",
+        "x = [1, 2]",
+        "\n",
+        "  two",
+        "tail ",
+        "1.5e-3",
+        "don't",
+    ]
     several = 0
     for _ in range(1000):
         turns = [
-            " ".join(draw.choices(letters, k=draw.randint(1, 12))).strip() or "a" for _ in range(2 * draw.randint(1, 4))
+            " ".join(draw.choices(letters, k=draw.randint(1, 12))).strip() or "a"
+            for _ in range(2 * draw.randint(1, 4))
         ]
         conversation = talk(*turns, system=draw.choice([None, "Be brief."]))
         reference = tokenizer.apply_chat_template(
@@ -169,7 +191,10 @@ def test_a_message_can_be_left_untrained(template: str | None, tiny_model: Path)
         Message(Role.user, "b"),
         Message(Role.assistant, "right"),
     )
-    assert trained_text(only(encode(tokenizer, Conversation(messages))), tokenizer) == "right<|im_end|>"
+    assert (
+        trained_text(only(encode(tokenizer, Conversation(messages))), tokenizer)
+        == "right<|im_end|>"
+    )
 
 
 def test_tool_calls_are_trained_and_their_results_are_not(families: dict[str, Any]) -> None:
@@ -199,7 +224,11 @@ def test_prompt_and_completion_have_no_template(families: dict[str, Any]) -> Non
 
 def test_plain_text_is_trained_whole_and_ends(families: dict[str, Any]) -> None:
     tokenizer = families["llama3"]
-    row = only(encode(tokenizer, Conversation((Message(Role.assistant, "Once upon a time 🙂"),), plain=True)))
+    row = only(
+        encode(
+            tokenizer, Conversation((Message(Role.assistant, "Once upon a time 🙂"),), plain=True)
+        )
+    )
     assert trained_text(row, tokenizer) == "Once upon a time 🙂<|eot_id|>"
     assert row.ids[0] == tokenizer.bos_token_id
 
@@ -210,7 +239,9 @@ def test_long_texts_are_split_without_losing_a_token(chatml: Any) -> None:
     pieces = encode(chatml, text, length=64, overlong=Overlong.split)
     assert [len(piece.ids) for piece in pieces[:-1]] == [64] * (len(pieces) - 1)
     assert np.array_equal(np.concatenate([piece.ids for piece in pieces]), whole.ids)
-    assert isinstance(encode(chatml, talk("a", "word " * 100), length=64, overlong=Overlong.split), RowError)
+    assert isinstance(
+        encode(chatml, talk("a", "word " * 100), length=64, overlong=Overlong.split), RowError
+    )
 
 
 def test_over_long_rows_are_dropped_truncated_or_refused(chatml: Any) -> None:
@@ -275,15 +306,31 @@ def test_training_on_inputs_leaves_out_what_a_message_forbids(chatml: Any) -> No
     assert text.endswith("right<|im_end|>")
 
 
-def test_what_others_say_is_trained_as_the_setting_has_it_or_the_row_is_refused(chatml: Any) -> None:
+def test_what_others_say_is_trained_as_the_setting_has_it_or_the_row_is_refused(
+    chatml: Any,
+) -> None:
     answer = Message(Role.assistant, "b")
     for said, inputs in ((True, True), (False, False), (None, True), (None, False)):
-        only(encode(chatml, Conversation((Message(Role.user, "a", train=said), answer)), inputs=inputs))
+        only(
+            encode(
+                chatml, Conversation((Message(Role.user, "a", train=said), answer)), inputs=inputs
+            )
+        )
     for said, inputs, message in (
-        (True, False, "message 0 (user) says that it is to be trained, and data.train_on_inputs=false decides"),
-        (False, True, "message 0 (user) says that it is not to be trained, and data.train_on_inputs=true decides"),
+        (
+            True,
+            False,
+            "message 0 (user) says that it is to be trained, and data.train_on_inputs=false decides",  # noqa: E501
+        ),
+        (
+            False,
+            True,
+            "message 0 (user) says that it is not to be trained, and data.train_on_inputs=true decides",  # noqa: E501
+        ),
     ):
-        refused = encode(chatml, Conversation((Message(Role.user, "a", train=said), answer)), inputs=inputs)
+        refused = encode(
+            chatml, Conversation((Message(Role.user, "a", train=said), answer)), inputs=inputs
+        )
         assert isinstance(refused, RowError)
         assert message in str(refused)
         assert f"data.train_on_inputs={str(said).lower()}" in str(refused), "the next step"
@@ -319,7 +366,9 @@ def test_a_prompt_that_alone_is_too_long_cannot_be_truncated(chatml: Any) -> Non
             "does not end a trained answer with a special token",
         ),
         (
-            MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}"),
+            MARKED.replace(
+                "+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}"
+            ),
             "special token",
         ),
         (
@@ -327,9 +376,12 @@ def test_a_prompt_that_alone_is_too_long_cannot_be_truncated(chatml: Any) -> Non
             "{% if add_generation_prompt %}{{ messages | length }}{% endif %}",
             "cannot be told apart",
         ),
-        ("{{ raise_exception('roles must alternate') }}", "the chat template refuses the row: roles must alternate"),
         (
-            "{{ bos_token + bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}",
+            "{{ raise_exception('roles must alternate') }}",
+            "the chat template refuses the row: roles must alternate",
+        ),
+        (
+            "{{ bos_token + bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}",  # noqa: E501
             "two BOS tokens",
         ),
     ],
@@ -358,7 +410,9 @@ def test_texts_with_special_tokens_on_purpose_have_the_tokens_of_their_chats(
     tokenizer = families[name]
     chat = only(encode(tokenizer, talk(*turns)))
     text = tokenizer.decode(chat.ids.tolist())
-    encoder = Encoder(tokenizer, EncodeSettings(512, Overlong.drop, False, allow_special_tokens=True))
+    encoder = Encoder(
+        tokenizer, EncodeSettings(512, Overlong.drop, False, allow_special_tokens=True)
+    )
     row = only(encoder.encode([Conversation((Message(Role.assistant, text),), plain=True)])[0])
     start = 0 if chat.ids[0] == tokenizer.bos_token_id else 1
     assert row.ids[start:].tolist() == chat.ids.tolist(), "one BOS, one end"
@@ -367,19 +421,29 @@ def test_texts_with_special_tokens_on_purpose_have_the_tokens_of_their_chats(
 
 
 def test_special_tokens_on_purpose_may_stand_in_chats_and_tools(families: dict[str, Any]) -> None:
-    encoder = Encoder(families["qwen"], EncodeSettings(512, Overlong.drop, False, allow_special_tokens=True))
+    encoder = Encoder(
+        families["qwen"], EncodeSettings(512, Overlong.drop, False, allow_special_tokens=True)
+    )
     tools = ({"type": "function", "function": {"name": "f<|im_end|>", "parameters": {}}},)
-    row = only(encoder.encode([talk("What is <|im_start|>?", "A token, as is <|im_end|>.", tools=tools)])[0])
+    row = only(
+        encoder.encode([talk("What is <|im_start|>?", "A token, as is <|im_end|>.", tools=tools)])[
+            0
+        ]
+    )
     assert trained_text(row, families["qwen"]) == "A token, as is <|im_end|>.<|im_end|>"
 
 
 def test_a_template_that_is_no_jinja_is_named_by_its_line(chatml: Any) -> None:
     tokenizer = build_tokenizer(512)
     tokenizer.chat_template = "{{ messages }}\n{% for m in messages %}"
-    with pytest.raises(ConfigError, match=r"the chat template of org/model, .* is no Jinja: line 2: .*name another"):
+    with pytest.raises(
+        ConfigError, match=r"the chat template of org/model, .* is no Jinja: line 2: .*name another"
+    ):
         check_chat_template(tokenizer, "org/model")
     text = Conversation((Message(Role.assistant, "a text needs no template"),), plain=True)
-    assert trained_text(only(encode(tokenizer, text)), tokenizer).startswith("a text needs no template")
+    assert trained_text(only(encode(tokenizer, text)), tokenizer).startswith(
+        "a text needs no template"
+    )
 
 
 def test_templates_are_found_by_name_or_file(tmp_path: Path) -> None:

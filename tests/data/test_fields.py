@@ -1,4 +1,6 @@
-"""What a row says beside its text is understood, refused by name, known to be harmless, or listed: never dropped in silence."""
+"""What a row says beside its text is understood, refused by name, known to be harmless, or listed:
+never dropped in silence.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +36,103 @@ GOOD: dict[str, dict[str, Any]] = {
 
 #: Fields that change what is to be learned, with a value that they have in public data.
 CHANGING: list[tuple[str, Any]] = [
-    *(("label", False), ("kto_tag", True), ("preference", "A"), ("rejected", "no"), ("rejected_response", "no")),
-    *(("chosen", "yes"), ("score", 0), ("score_chosen", 8.0), ("instruct_reward", -3.5), ("rating", 4), ("rank", 2)),
-    *(("is_correct", False), ("feedback", "bad"), ("margin", 0.3), ("images", ["a.png"]), ("image_url", "a.png")),
-    *(("imageUrl", "a.png"), ("audio", {"path": "a.wav"}), ("videos", ["a.mp4"]), ("weight", 0.5), ("weight", 0)),
-    *(("loss", False), ("train", 0), ("masked", True), ("loss_mask", [0, 1]), ("sample_weight", 2.0), ("mask", 1)),
-    *(("input_ids", [1, 2]), ("labels", [-100, 2]), ("chat_template_kwargs", {"enable_thinking": False})),
-    *(("system_prompt", "Be brief."), ("reasoning", "because"), ("refusal", "no"), ("train_detail", [{"begin": 0}])),
-    *(("negative_answer", "no"), ("hard_negatives", ["no"]), ("dispreferred", "no"), ("non_preferred_answer", "no")),
-    *(("is_safe", False), ("toxic", True), ("better_response_id", 1), ("winner_model", "b"), ("is_wrong", True)),
-    *(("incorrect", True), ("valid", False), ("passed", False), ("helpfulness", 0.5), ("verdict", "no"), ("best", "x")),
+    *(
+        ("label", False),
+        ("kto_tag", True),
+        ("preference", "A"),
+        ("rejected", "no"),
+        ("rejected_response", "no"),
+    ),
+    *(
+        ("chosen", "yes"),
+        ("score", 0),
+        ("score_chosen", 8.0),
+        ("instruct_reward", -3.5),
+        ("rating", 4),
+        ("rank", 2),
+    ),
+    *(
+        ("is_correct", False),
+        ("feedback", "bad"),
+        ("margin", 0.3),
+        ("images", ["a.png"]),
+        ("image_url", "a.png"),
+    ),
+    *(
+        ("imageUrl", "a.png"),
+        ("audio", {"path": "a.wav"}),
+        ("videos", ["a.mp4"]),
+        ("weight", 0.5),
+        ("weight", 0),
+    ),
+    *(
+        ("loss", False),
+        ("train", 0),
+        ("masked", True),
+        ("loss_mask", [0, 1]),
+        ("sample_weight", 2.0),
+        ("mask", 1),
+    ),
+    *(
+        ("input_ids", [1, 2]),
+        ("labels", [-100, 2]),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+    ),
+    *(
+        ("system_prompt", "Be brief."),
+        ("reasoning", "because"),
+        ("refusal", "no"),
+        ("train_detail", [{"begin": 0}]),
+    ),
+    *(
+        ("negative_answer", "no"),
+        ("hard_negatives", ["no"]),
+        ("dispreferred", "no"),
+        ("non_preferred_answer", "no"),
+    ),
+    *(
+        ("is_safe", False),
+        ("toxic", True),
+        ("better_response_id", 1),
+        ("winner_model", "b"),
+        ("is_wrong", True),
+    ),
+    *(
+        ("incorrect", True),
+        ("valid", False),
+        ("passed", False),
+        ("helpfulness", 0.5),
+        ("verdict", "no"),
+        ("best", "x"),
+    ),
     *(("img", "a.png"), ("photo", "a.png"), ("mm_inputs", [1]), ("pictures", ["a"]), ("pixel", 1)),
-    *(("is_loss", False), ("include_in_loss", False), ("calculate_loss", False), ("do_train", False), ("skip", True)),
-    *(("ignore", True), ("learnable", False), ("not_trained", True), ("use_for_training", False), ("turn_weight", 0.1)),
-    *(("thought", "hm"), ("thoughts", "hm"), ("rationale", "hm"), ("chain_of_thought", "hm"), ("cot", "hm")),
-    *(("documents", ["a"]), ("reasoning_effort", "high"), ("thinking_budget", 3), ("add_generation_prompt", True)),
+    *(
+        ("is_loss", False),
+        ("include_in_loss", False),
+        ("calculate_loss", False),
+        ("do_train", False),
+        ("skip", True),
+    ),
+    *(
+        ("ignore", True),
+        ("learnable", False),
+        ("not_trained", True),
+        ("use_for_training", False),
+        ("turn_weight", 0.1),
+    ),
+    *(
+        ("thought", "hm"),
+        ("thoughts", "hm"),
+        ("rationale", "hm"),
+        ("chain_of_thought", "hm"),
+        ("cot", "hm"),
+    ),
+    *(
+        ("documents", ["a"]),
+        ("reasoning_effort", "high"),
+        ("thinking_budget", 3),
+        ("add_generation_prompt", True),
+    ),
 ]
 
 #: Fields whose names look like those, and that say nothing of what is learned.
@@ -65,15 +149,21 @@ LOOKING_SO = (
 
 
 @pytest.mark.parametrize("data_format", GOOD, ids=str)
-@pytest.mark.parametrize(("name", "value"), CHANGING, ids=[f"{name}={value}" for name, value in CHANGING])
-def test_a_field_that_changes_what_is_learned_is_refused_by_name(data_format: str, name: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), CHANGING, ids=[f"{name}={value}" for name, value in CHANGING]
+)
+def test_a_field_that_changes_what_is_learned_is_refused_by_name(
+    data_format: str, name: str, value: Any
+) -> None:
     if name in FORMATS.find(data_format).fields:
         return
     with pytest.raises(RowError) as caught:
         Recipe(data_format, {}).read({**GOOD[data_format], name: value})
     assert f"the field {name!r} (" in str(caught.value)
     assert f"ignore: [{name}]" in str(caught.value), "the next step"
-    kept, unknown = Recipe(data_format, {}, frozenset({name})).read({**GOOD[data_format], name: value})
+    kept, unknown = Recipe(data_format, {}, frozenset({name})).read(
+        {**GOOD[data_format], name: value}
+    )
     assert kept == Recipe(data_format, {}).read(GOOD[data_format])[0]
     assert not unknown
 
@@ -86,7 +176,9 @@ MESSAGE_LEVEL = [
 
 
 @pytest.mark.parametrize("data_format", ["messages", "sharegpt", "prompt_completion"])
-@pytest.mark.parametrize(("name", "value"), MESSAGE_LEVEL, ids=[f"{name}={value}" for name, value in MESSAGE_LEVEL])
+@pytest.mark.parametrize(
+    ("name", "value"), MESSAGE_LEVEL, ids=[f"{name}={value}" for name, value in MESSAGE_LEVEL]
+)
 def test_so_it_is_in_a_message(data_format: str, name: str, value: Any) -> None:
     row = GOOD[data_format]
     if data_format == "prompt_completion":
@@ -104,13 +196,20 @@ def test_so_it_is_in_a_message(data_format: str, name: str, value: Any) -> None:
 def test_so_it_is_in_a_part_of_a_message_and_in_a_call() -> None:
     def message(part: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
         calls = [{"function": {"name": "f", "arguments": {}}, **call}]
-        return {"role": "assistant", "content": [{"type": "text", "text": "b", **part}], "tool_calls": calls}
+        return {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "b", **part}],
+            "tool_calls": calls,
+        }
 
     def read(part: dict[str, Any], call: dict[str, Any]) -> set[str]:
         return Recipe("messages", {}).read({"messages": [QUESTION, message(part, call)]})[1]
 
     assert (
-        read({"cache_control": {"type": "ephemeral"}, "train": True, "image_url": None}, {"id": "x", "index": 0})
+        read(
+            {"cache_control": {"type": "ephemeral"}, "train": True, "image_url": None},
+            {"id": "x", "index": 0},
+        )
         == set()
     )
     assert read({"colour": "red"}, {"colour": "red"}) == {
@@ -131,7 +230,9 @@ def test_so_it_is_in_a_part_of_a_message_and_in_a_call() -> None:
 
 @pytest.mark.parametrize("data_format", GOOD, ids=str)
 def test_a_name_that_only_looks_so_is_listed(data_format: str) -> None:
-    _, unknown = Recipe(data_format, {}).read({**GOOD[data_format], **dict.fromkeys(LOOKING_SO, "x")})
+    _, unknown = Recipe(data_format, {}).read(
+        {**GOOD[data_format], **dict.fromkeys(LOOKING_SO, "x")}
+    )
     assert unknown == set(LOOKING_SO)
 
 
@@ -144,7 +245,8 @@ def test_a_message_says_by_any_name_whether_it_is_trained(name: str, value: Any)
     assert [message.train for message in conversation.messages] == [None, expected, None, None]
     assert not unknown
     turns = [
-        {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"], **m} for m in row["messages"]
+        {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"], **m}
+        for m in row["messages"]
     ]
     shared = [{key: turn[key] for key in turn if key not in ("role", "content")} for turn in turns]
     assert Recipe("sharegpt", {}).read({"conversations": shared})[0] == conversation
@@ -189,12 +291,16 @@ def test_harmless_fields_and_empty_ones_are_ignored_in_silence(data_format: str)
 
 @settings(deadline=None)
 @given(
-    more=st.dictionaries(st.text("bcdfghjk", min_size=1, max_size=6), st.none() | st.booleans() | st.text(max_size=3)),
+    more=st.dictionaries(
+        st.text("bcdfghjk", min_size=1, max_size=6), st.none() | st.booleans() | st.text(max_size=3)
+    ),
     data_format=st.sampled_from(list(GOOD)),
 )
 def test_a_field_that_nobody_knows_is_listed(more: dict[str, Any], data_format: str) -> None:
     _, unknown = Recipe(data_format, {}).read({**more, **GOOD[data_format]})
-    assert unknown == {name for name, value in more.items() if value not in (None, "") and name not in HARMLESS}
+    assert unknown == {
+        name for name, value in more.items() if value not in (None, "") and name not in HARMLESS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +309,9 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def prepare(tokenizer: Any, cache: Path, source: Any, **values: Any) -> PreparedData:
-    return prepare_data(DataConfig(train=source, max_seq_length=128, val_set_size=0, **values), tokenizer, 1, cache)
+    return prepare_data(
+        DataConfig(train=source, max_seq_length=128, val_set_size=0, **values), tokenizer, 1, cache
+    )
 
 
 def test_unknown_fields_are_listed_once_over_all_rows(tokenizer: Any, tmp_path: Path) -> None:
@@ -212,14 +320,17 @@ def test_unknown_fields_are_listed_once_over_all_rows(tokenizer: Any, tmp_path: 
     rows.append({"messages": [{**QUESTION, "avatar": "x"}, ANSWER], "mood": "bad"})
     source.write_text("\n".join(map(json.dumps, rows)))
     assert prepare(tokenizer, tmp_path, str(source)).unknown_fields == ["messages[].avatar", "mood"]
-    assert prepare(tokenizer, tmp_path, str(source)).unknown_fields == ["messages[].avatar", "mood"], (
-        "from the cache too"
-    )
+    assert prepare(tokenizer, tmp_path, str(source)).unknown_fields == [
+        "messages[].avatar",
+        "mood",
+    ], "from the cache too"
     ignoring = {"path": str(source), "ignore": ["mood", "avatar"]}
     assert prepare(tokenizer, tmp_path, ignoring).unknown_fields == []
 
 
-def test_a_preference_label_is_refused_by_its_line_unless_it_is_ignored(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_preference_label_is_refused_by_its_line_unless_it_is_ignored(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     source = tmp_path / "a.jsonl"
     rows = [{"prompt": f"q{n}", "completion": "x", "label": bool(n)} for n in range(2)]
     source.write_text("\n".join(map(json.dumps, rows)))
@@ -239,5 +350,7 @@ def test_what_is_ignored_does_not_name_the_format(tokenizer: Any, tmp_path: Path
 
 @pytest.mark.parametrize("ignore", ["label", [1]])
 def test_what_is_to_be_ignored_is_a_list_of_names(ignore: Any) -> None:
-    with pytest.raises(ConfigError, match=r"data.train.ignore=.*: a list of fields such as \[label, score\]"):
+    with pytest.raises(
+        ConfigError, match=r"data.train.ignore=.*: a list of fields such as \[label, score\]"
+    ):
         parse_sources({"path": "a.jsonl", "ignore": ignore}, "data.train", "auto")

@@ -15,13 +15,32 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 ROWS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
     (
         "alpaca",
-        {"instruction": "Add", "input": "1 2", "output": "3", "system": "Be brief.", "history": [["Hi", "Hello"]]},
-        [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Add\n\n1 2"), ("assistant", "3")],
+        {
+            "instruction": "Add",
+            "input": "1 2",
+            "output": "3",
+            "system": "Be brief.",
+            "history": [["Hi", "Hello"]],
+        },
+        [
+            ("system", "Be brief."),
+            ("user", "Hi"),
+            ("assistant", "Hello"),
+            ("user", "Add\n\n1 2"),
+            ("assistant", "3"),
+        ],
     ),
-    ("alpaca", {"instruction": "Add", "input": None, "output": "3"}, [("user", "Add"), ("assistant", "3")]),
+    (
+        "alpaca",
+        {"instruction": "Add", "input": None, "output": "3"},
+        [("user", "Add"), ("assistant", "3")],
+    ),
     (
         "sharegpt",
-        {"system": "S", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {
+            "system": "S",
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+        },
         [("system", "S"), ("user", "Hi"), ("assistant", "Hello")],
     ),
     (
@@ -42,7 +61,10 @@ ROWS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
         {
             "messages": [
                 {"role": "developer", "content": "S"},
-                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+                },
                 {"role": "assistant", "content": None, "tool_calls": [CALL]},
                 {"role": "tool", "content": "2", "tool_call_id": "x"},
                 {"role": "assistant", "content": "Two.", "weight": 1},
@@ -50,20 +72,35 @@ ROWS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
         },
         [("system", "S"), ("user", "ab"), ("assistant", ""), ("tool", "2"), ("assistant", "Two.")],
     ),
-    ("prompt_completion", {"prompt": "2+2=", "completion": "4"}, [("user", "2+2="), ("assistant", "4")]),
     (
         "prompt_completion",
-        {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]},
+        {"prompt": "2+2=", "completion": "4"},
+        [("user", "2+2="), ("assistant", "4")],
+    ),
+    (
+        "prompt_completion",
+        {
+            "prompt": [{"role": "user", "content": "Hi"}],
+            "completion": [{"role": "assistant", "content": "Hello"}],
+        },
         [("user", "Hi"), ("assistant", "Hello")],
     ),
     ("text", {"text": "Once"}, [("assistant", "Once")]),
     ("classification", {"text": "good", "label": "pos"}, [("user", "good")]),
-    ("classification", {"sentence1": "a", "sentence2": "b", "label": 0}, [("user", "a"), ("user", "b")]),
+    (
+        "classification",
+        {"sentence1": "a", "sentence2": "b", "label": 0},
+        [("user", "a"), ("user", "b")],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("data_format", "row", "expected"), ROWS, ids=[f"{row[0]}-{n}" for n, row in enumerate(ROWS)])
-def test_a_row_is_recognised_and_read(data_format: str, row: Any, expected: list[tuple[str, str]]) -> None:
+@pytest.mark.parametrize(
+    ("data_format", "row", "expected"), ROWS, ids=[f"{row[0]}-{n}" for n, row in enumerate(ROWS)]
+)
+def test_a_row_is_recognised_and_read(
+    data_format: str, row: Any, expected: list[tuple[str, str]]
+) -> None:
     assert detect_format(row).name == data_format
     conversation = FORMATS.find(data_format).read(row)
     assert [(message.role.value, message.content) for message in conversation.messages] == expected
@@ -83,13 +120,18 @@ def test_what_a_template_needs_beside_the_text_is_kept() -> None:
 
 
 def test_messages_can_be_left_untrained() -> None:
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "train": False},
+    ]
     more = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
     row = FORMATS.find("messages").read({"messages": [*turns, *more]})
     assert [message.train for message in row.messages] == [None, False, None, None]
     plain = [{key: turn[key] for key in ("role", "content")} for turn in [*turns, *more]]
     row = FORMATS.find("prompt_completion").read({"prompt": plain[:3], "completion": plain[3:]})
-    assert [message.train for message in row.messages] == [None, False, None, None], "only the completion is trained"
+    assert [message.train for message in row.messages] == [None, False, None, None], (
+        "only the completion is trained"
+    )
 
 
 def test_nulls_and_weights_of_completions_are_understood() -> None:
@@ -100,8 +142,13 @@ def test_nulls_and_weights_of_completions_are_understood() -> None:
         ("assistant", "d", 0),
         ("assistant", "e", 1),
     ]
-    messages = [{"role": role, "content": text, "train": None, "weight": weight} for role, text, weight in turns]
-    row = FORMATS.find("prompt_completion").read({"prompt": messages[:3], "completion": messages[3:]})
+    messages = [
+        {"role": role, "content": text, "train": None, "weight": weight}
+        for role, text, weight in turns
+    ]
+    row = FORMATS.find("prompt_completion").read(
+        {"prompt": messages[:3], "completion": messages[3:]}
+    )
     assert [message.train for message in row.messages] == [None, False, None, False, True]
 
 
@@ -113,6 +160,12 @@ def test_labels_keep_their_names() -> None:
 
 
 def test_columns_can_have_other_names() -> None:
-    row = rename({"question": "Add", "answer": "3", "output": "x"}, {"instruction": "question", "output": "answer"})
+    row = rename(
+        {"question": "Add", "answer": "3", "output": "x"},
+        {"instruction": "question", "output": "answer"},
+    )
     assert detect_format(row).name == "alpaca"
-    assert [message.content for message in FORMATS.find("alpaca").read(row).messages] == ["Add", "3"]
+    assert [message.content for message in FORMATS.find("alpaca").read(row).messages] == [
+        "Add",
+        "3",
+    ]

@@ -1,4 +1,6 @@
-"""One row of many megabytes takes little memory, holds up no progress line, and comes out as a short one would."""
+"""One row of many megabytes takes little memory, holds up no progress line, and comes out as a
+short one would.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,21 @@ def text(letters: int) -> dict[str, Any]:
 
 
 def chat(letters: int) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text(letters)["text"]}]}
+    return {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": text(letters)["text"]},
+        ]
+    }
 
 
 def question(letters: int) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": text(letters)["text"]}, {"role": "assistant", "content": "yes"}]}
+    return {
+        "messages": [
+            {"role": "user", "content": text(letters)["text"]},
+            {"role": "assistant", "content": "yes"},
+        ]
+    }
 
 
 def label(letters: int) -> dict[str, Any]:
@@ -65,7 +77,11 @@ def peak_bytes(reset: bool) -> int:
     """The most memory that this process has had in use at a time, since the last reset."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -77,23 +93,32 @@ def test_a_huge_row_takes_a_few_times_its_own_size(
     """An encoding of the whole takes two hundred times as much."""
     size = 2_000_000 if kind == "chat" and overlong is Overlong.truncate else 12_000_000
     file = write(tmp_path, *[KINDS[kind](100)] * 20, KINDS[kind](size))
-    config = DataConfig(train=str(file), val_set_size=0, num_workers=0, overlong=overlong, on_bad_row=OnBadRow.skip)
+    config = DataConfig(
+        train=str(file), val_set_size=0, num_workers=0, overlong=overlong, on_bad_row=OnBadRow.skip
+    )
     before = peak_bytes(reset=True)
     data = prepare_data(config, tokenizer, 1, tmp_path / "cache")
-    assert (data.train.dropped, data.train.truncated) == ((1, 0) if overlong is Overlong.drop else (0, 1))
+    assert (data.train.dropped, data.train.truncated) == (
+        (1, 0) if overlong is Overlong.drop else (0, 1)
+    )
     assert peak_bytes(reset=False) - before < FIXED_BYTES + 12 * size
 
 
-def test_a_huge_text_is_split_in_little_memory_and_loses_nothing(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_huge_text_is_split_in_little_memory_and_loses_nothing(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     size = 5_000_000
     row = text(size)
     file = write(tmp_path, text(100), row)
-    config = DataConfig(train=str(file), val_set_size=0, num_workers=0, overlong=Overlong.split, max_seq_length=1024)
+    config = DataConfig(
+        train=str(file), val_set_size=0, num_workers=0, overlong=Overlong.split, max_seq_length=1024
+    )
     few = write(tmp_path / "few", *[text(100)] * 20)
     prepare_data(replace(config, train=str(few)), tokenizer, 1, tmp_path / "cache")
     before = peak_bytes(reset=True)
     data = prepare_data(config, tokenizer, 1, tmp_path / "cache")
-    # A few windows; the row's bytes and its text, and five bytes a token, of which there are three for five letters here.
+    # A few windows; the row's bytes and its text, and five bytes a token, of which there are three
+    # for five letters here.
     assert peak_bytes(reset=False) - before < 40_000_000 + 8 * size
     rows = open_rows(data, "train")
     ids = np.concatenate([rows.row(number).ids for number in range(1, len(rows))])
@@ -107,7 +132,9 @@ def test_the_progress_goes_on_within_a_row(
 ) -> None:
     monkeypatch.setattr("llmtune.data.tokenize.workers.PULSE_SECONDS", 0.05)
     file = write(tmp_path, *[text(200_000)] * 8, text(1_000_000))
-    config = DataConfig(train=str(file), val_set_size=0, num_workers=workers, overlong=Overlong.split)
+    config = DataConfig(
+        train=str(file), val_set_size=0, num_workers=workers, overlong=Overlong.split
+    )
     seen: list[TokeniseProgress] = []
     began = time.monotonic()
     prepare_data(config, tokenizer, 1, tmp_path / "cache", seen.append)
@@ -137,7 +164,12 @@ def test_whoever_waits_for_a_worker_gives_signs_of_life(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("limit", [64, 20_000])
 def test_long_rows_come_out_as_if_they_were_encoded_at_once(
-    kind: str, size: int, overlong: Overlong, limit: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    size: int,
+    overlong: Overlong,
+    limit: int,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     row = KINDS[kind](size + 100)
     conversations = [detect_format(row).read(row)] * 2
@@ -163,9 +195,13 @@ def test_long_rows_come_out_as_if_they_were_encoded_at_once(
                 assert (one.truncated, one.label) == (other.truncated, other.label)
 
 
-def test_a_length_that_would_do_is_named_only_where_it_is_known(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_length_that_would_do_is_named_only_where_it_is_known(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     file = write(tmp_path, *[text(100)] * 10, text(400), text(420), text(900_000))
-    config = DataConfig(train=str(file), val_set_size=0, num_workers=0, max_seq_length=128, max_overlong_share=0.1)
+    config = DataConfig(
+        train=str(file), val_set_size=0, num_workers=0, max_seq_length=128, max_overlong_share=0.1
+    )
     (problem,) = read_problems(prepare_data(config, tokenizer, 1, tmp_path / "cache", strict=False))
     assert "3 of 13 rows" in problem.message
     enough = int(problem.message.rpartition("data.max_seq_length=")[2].split()[0])

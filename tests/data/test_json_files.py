@@ -1,4 +1,6 @@
-"""JSON files as people have them: a list, an object around one, objects over several lines, and lines under either name."""
+"""JSON files as people have them: a list, an object around one, objects over several lines, and
+lines under either name.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ FILES: dict[str, tuple[str, list[int]]] = {
     "a list over lines": (pretty(ROWS), [2, 6, 10, 14]),
     "an object around them": (json.dumps({"data": ROWS}) + "\n", [1, 1, 1, 1]),
     "an object around them, over lines": ("\n" + pretty({"data": ROWS}), [4, 8, 12, 16]),
-    "an object that says more": (pretty({"version": "1.1", "rows": ROWS, "n": {"of": [{}]}}), [4, 8, 12, 16]),
+    "an object that says more": (
+        pretty({"version": "1.1", "rows": ROWS, "n": {"of": [{}]}}),
+        [4, 8, 12, 16],
+    ),
     "by the name of the split": (json.dumps({"test": [{"a": 1}], "train": ROWS}), [1, 1, 1, 1]),
     "objects over lines": ("\n".join(map(pretty, ROWS)), [1, 5, 9, 13]),
     "objects over lines, with commas": (",\n".join(map(pretty, ROWS)), [1, 5, 9, 13]),
@@ -44,7 +49,11 @@ FILES: dict[str, tuple[str, list[int]]] = {
 
 def read(path: Path, **values: Any) -> list[tuple[int, Any]]:
     file = DataFile(str(path), "json" if path.suffix == ".json" else "jsonl")
-    return [pair for block in read_blocks(file, Source(str(path), **values)) for pair in parse_rows(block)]
+    return [
+        pair
+        for block in read_blocks(file, Source(str(path), **values))
+        for pair in parse_rows(block)
+    ]
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
@@ -103,7 +112,10 @@ def test_a_broken_line_breaks_no_other(tmp_path: Path) -> None:
         ),
         (
             json.dumps({"system": "Be kind.", "data": [{"text": "a"}]}),
-            "a.json:1: beside the rows in 'data', the field 'system' ('Be kind.') belongs to the text",
+            (
+                "a.json:1: beside the rows in 'data', the field 'system' ('Be kind.') belongs to"
+                " the text"
+            ),
         ),
         (pretty(ROWS[0]) + "\nand more", "a.json:5: broken JSON at column 1"),
     ],

@@ -1,4 +1,6 @@
-"""Batches: the same rows for any number of ranks, padding that trains nothing, each row once an epoch."""
+"""Batches: the same rows for any number of ranks, padding that trains nothing, each row once an
+epoch.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +33,27 @@ def rows(folder: Path, count: int) -> Rows:
     return make_rows(folder, [[n + 1] * (2 + n % 5) for n in range(count)])
 
 
-def loader(data: Rows, world: int = 1, rank: int = 0, size: int = 8, micro: int = 2, **more: Any) -> TrainLoader:
+def loader(
+    data: Rows, world: int = 1, rank: int = 0, size: int = 8, micro: int = 2, **more: Any
+) -> TrainLoader:
     plan = BatchPlan(size, micro, size // micro // world, world)
     return TrainLoader(data, plan, rank, 42, Collator(PAD, masked=True), **more)
 
 
 def seen(batch: Any) -> list[int]:
-    return sorted(int(row[0]) for micro in batch.micro_batches for row in micro.input_ids if int(row[0]) != PAD)
+    return sorted(
+        int(row[0])
+        for micro in batch.micro_batches
+        for row in micro.input_ids
+        if int(row[0]) != PAD
+    )
 
 
 def padded_share(batches: list[Any]) -> float:
     micro = [batch for step in batches for batch in step.micro_batches]
-    return 1 - sum(int(b.attention_mask.sum()) for b in micro) / sum(b.attention_mask.numel() for b in micro)
+    return 1 - sum(int(b.attention_mask.sum()) for b in micro) / sum(
+        b.attention_mask.numel() for b in micro
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -64,14 +75,19 @@ def test_each_row_comes_once_an_epoch_in_another_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (1, 4)])
-def test_a_resumed_run_sees_every_remaining_row_exactly_once(before: int, after: int, data: Rows) -> None:
+def test_a_resumed_run_sees_every_remaining_row_exactly_once(
+    before: int, after: int, data: Rows
+) -> None:
     steps = 10
     undisturbed = list(loader(data).from_position(None, steps))
     for cut in (1, 4, 9):
         # The position goes through a checkpoint's JSON.
         (*_, last) = loader(data, before, rank=before - 1).from_position(None, cut)
         position = json.loads(json.dumps(last.position))
-        rest = [list(loader(data, after, rank).from_position(position, steps - cut)) for rank in range(after)]
+        rest = [
+            list(loader(data, after, rank).from_position(position, steps - cut))
+            for rank in range(after)
+        ]
         for step, batch in enumerate(undisturbed[cut:]):
             assert sorted(row for share in rest for row in seen(share[step])) == seen(batch)
 
@@ -117,7 +133,11 @@ def test_the_denominator_is_the_number_of_trained_labels(data: Rows) -> None:
 def test_packed_steps_count_the_same_tokens(data: Rows, tmp_path: Path) -> None:
     members, starts = pack_rows(data.documents("lengths"), 12, 0)
     packed = Rows(data.stores, members, starts)
-    batches = list(loader(packed, size=4, micro=2, last_row=len(packed)).from_position(None, -(-len(packed) // 4)))
+    batches = list(
+        loader(packed, size=4, micro=2, last_row=len(packed)).from_position(
+            None, -(-len(packed) // 4)
+        )
+    )
     assert sum(batch.tokens for batch in batches) == int(data.lengths.sum())
     assert sum(batch.trained_tokens for batch in batches) == int(data.trained_tokens.sum())
     for batch in batches:
@@ -135,7 +155,9 @@ def test_padding_is_masked_by_position_even_where_it_is_the_end_token(tmp_path: 
 
 
 def test_a_batch_falls_apart_into_its_rows(tmp_path: Path) -> None:
-    data = make_rows(tmp_path, [[5, 9], [5, 6, 7, 9], [4]], [[False, True], [False, True, True, True], [False]])
+    data = make_rows(
+        tmp_path, [[5, 9], [5, 6, 7, 9], [4]], [[False, True], [False, True, True, True], [False]]
+    )
     batch = Collator(9, masked=True).collate(data, [0, 1, 2, None])
     rows = batch.split()
     assert [row.labels.tolist()[0] for row in rows] == batch.labels.tolist()
@@ -148,24 +170,39 @@ def test_evaluation_covers_each_row_once_with_equal_rounds(tmp_path: Path) -> No
     data = rows(tmp_path, 11)
     shares = [list(iterate_eval(data, 2, rank, 2, Collator(PAD), None)) for rank in range(2)]
     assert len(shares[0]) == len(shares[1]) == 3
-    found = sorted(int(row[0]) for share in shares for batch in share for row in batch.input_ids if int(row[0]) != PAD)
+    found = sorted(
+        int(row[0])
+        for share in shares
+        for batch in share
+        for row in batch.input_ids
+        if int(row[0]) != PAD
+    )
     assert found == list(range(1, 12))
     assert len(list(iterate_eval(data, 2, 0, 1, Collator(PAD), max_rows=4))) == 2
 
 
 def test_the_loss_is_the_sum_over_trained_tokens() -> None:
     torch.manual_seed(0)
-    logits, labels = torch.randn(2, 5, 7), torch.tensor([[0, 1, IGNORE, 3, 4], [IGNORE, IGNORE, 2, 2, IGNORE]])
+    logits, labels = (
+        torch.randn(2, 5, 7),
+        torch.tensor([[0, 1, IGNORE, 3, 4], [IGNORE, IGNORE, 2, 2, IGNORE]]),
+    )
     total, count = loss_of(logits, labels)
     reference = torch.nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1), reduction="none", ignore_index=IGNORE
+        logits[:, :-1].reshape(-1, 7),
+        labels[:, 1:].reshape(-1),
+        reduction="none",
+        ignore_index=IGNORE,
     )
     assert count == int((labels[:, 1:] != IGNORE).sum()) == 5
     torch.testing.assert_close(total, reference.sum())
 
 
 def test_rows_are_found_in_whichever_store_they_lie(tmp_path: Path) -> None:
-    first, second = make_rows(tmp_path / "a", [[1, 2], [3, 4]]), make_rows(tmp_path / "b", [[5, 6], [7, 8, 9]])
+    first, second = (
+        make_rows(tmp_path / "a", [[1, 2], [3, 4]]),
+        make_rows(tmp_path / "b", [[5, 6], [7, 8, 9]]),
+    )
     both = Rows([*first.stores, *second.stores], np.array([3, 0, 2], dtype=np.int64))
     assert [both.row(number).ids.tolist() for number in range(3)] == [[7, 8, 9], [1, 2], [5, 6]]
     assert both.lengths.tolist() == [3, 2, 2]

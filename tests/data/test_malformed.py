@@ -1,4 +1,6 @@
-"""Malformed input: each is named by file and line with what is wrong; none is a traceback, or a silently shorter data set."""
+"""Malformed input: each is named by file and line with what is wrong; none is a traceback, or a
+silently shorter data set.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,24 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
         '{"instruction": "Z\xfcrich", "output": "x"}'.encode("latin-1"),
         "not UTF-8 (byte 0xfc); save the file as UTF-8",
     ),
-    "surrogate": (b'{"instruction": "\\ud83d", "output": "x"}', "has half a surrogate pair, \\ud83d"),
-    "missing_field": (line({"instruction": "x"}), "the field 'output' is missing (the row has: instruction)"),
+    "surrogate": (
+        b'{"instruction": "\\ud83d", "output": "x"}',
+        "has half a surrogate pair, \\ud83d",
+    ),
+    "missing_field": (
+        line({"instruction": "x"}),
+        "the field 'output' is missing (the row has: instruction)",
+    ),
     "empty_answer": (line({**GOOD, "output": ""}), "the field 'output' is empty"),
-    "blank_answer": (line({**GOOD, "output": " \n"}), "the field 'output' has nothing but white space"),
+    "blank_answer": (
+        line({**GOOD, "output": " \n"}),
+        "the field 'output' has nothing but white space",
+    ),
     "number_as_text": (line({**GOOD, "output": 3}), "the field 'output' must be text, not 3"),
-    "history": (line({**GOOD, "history": [["a"]]}), "history[0] must be [question, answer], not ['a']"),
+    "history": (
+        line({**GOOD, "history": [["a"]]}),
+        "history[0] must be [question, answer], not ['a']",
+    ),
     "template_inside": (
         line({**GOOD, "output": "3<|im_end|>"}),
         "holds '<|im_end|>', which the tokenizer reads as a special",
@@ -56,15 +70,24 @@ BAD_CHATS: dict[str, tuple[bytes, str]] = {
     "no_list": (b'{"messages": "x"}', "'messages' must be a list with something in it, not 'x'"),
     "empty_list": (b'{"messages": []}', "'messages' must be a list with something in it, not []"),
     "no_message": (b'{"messages": ["x"]}', "messages[0] must be {role, content}, not 'x'"),
-    "role": (line(turns(("bot", "x"))), "messages[0]: role is 'bot'; it must be one of system, developer, user"),
-    "no_content": (line(turns(("user", None), ("assistant", "x"))), "messages[0]: the field 'content' is empty"),
+    "role": (
+        line(turns(("bot", "x"))),
+        "messages[0]: role is 'bot'; it must be one of system, developer, user",
+    ),
+    "no_content": (
+        line(turns(("user", None), ("assistant", "x"))),
+        "messages[0]: the field 'content' is empty",
+    ),
     "content_twice": (
-        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}',
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}',  # noqa: E501
         "broken JSON: the name 'content' stands twice in an object",
     ),
-    "user_last": (line(turns(("user", "x"))), "the last message is the user's; it must be the assistant's"),
+    "user_last": (
+        line(turns(("user", "x"))),
+        "the last message is the user's; it must be the assistant's",
+    ),
     "surrogate_in_a_call": (
-        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": '
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": '  # noqa: E501
         b'[{"function": {"name": "f", "arguments": {"x": "\\ud83d"}}}]}]}',
         "messages[1]: tool_calls",
     ),
@@ -74,33 +97,74 @@ BAD_CHATS: dict[str, tuple[bytes, str]] = {
         "messages[0]: content holds {'type': 'image', 'url': 'x'}; only text parts can be trained",
     ),
     "train": (
-        line({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": "no"}]}),
+        line(
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b", "train": "no"},
+                ]
+            }
+        ),
         "messages[1]: 'train' must be true or false, not 'no'",
     ),
     "nothing_trained": (
-        line({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]}),
+        line(
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b", "train": False},
+                ]
+            }
+        ),
         "no token is trained",
     ),
-    "tools": (line({**turns(("user", "a"), ("assistant", "b")), "tools": "{"}), "'tools' is no JSON: '{'"),
+    "tools": (
+        line({**turns(("user", "a"), ("assistant", "b")), "tools": "{"}),
+        "'tools' is no JSON: '{'",
+    ),
 }
 
 #: Whole files.
 BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     "absent": ("a.jsonl", None, "a.jsonl: no such file"),
-    "unknown_kind": ("a.xlsx", b"x", "a.xlsx: unknown kind of file; data.train takes .jsonl, .ndjson, .json, .csv"),
+    "unknown_kind": (
+        "a.xlsx",
+        b"x",
+        "a.xlsx: unknown kind of file; data.train takes .jsonl, .ndjson, .json, .csv",
+    ),
     "empty": ("a.jsonl", b"", "a.jsonl: the file has no rows"),
     "blank_lines": ("a.jsonl", b"\n \n\n", "a.jsonl: the file has no rows"),
     "header_only": ("a.csv", b"instruction,output\n", "a.csv: the file has no rows"),
     "one_object": ("a.json", b'"x"', "a.json:1: must hold a list of rows, or a row a line"),
-    "cut_list": ("a.json", b'[\n{"instruction": "x"},\n{"instr', "a.json:3: broken JSON at column 2"),
-    "two_lists": ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "a.json:1: something stands behind the list"),
+    "cut_list": (
+        "a.json",
+        b'[\n{"instruction": "x"},\n{"instr',
+        "a.json:3: broken JSON at column 2",
+    ),
+    "two_lists": (
+        "a.json",
+        b'[{"text": "a"}]\n[{"text": "b"}]',
+        "a.json:1: something stands behind the list",
+    ),
     "deep_list": ("a.json", b"[" * 100_000, "a.json:1: broken JSON"),
-    "unknown_fields": ("a.jsonl", b'{"question": "x"}', "a.jsonl:1: cannot tell the format by the fields question"),
+    "unknown_fields": (
+        "a.jsonl",
+        b'{"question": "x"}',
+        "a.jsonl:1: cannot tell the format by the fields question",
+    ),
     "no_parquet": ("a.parquet", b"no parquet", "a.parquet: not a Parquet file that pyarrow reads"),
     "no_arrow": ("a.arrow", b"no arrow at all", "a.arrow: not an Arrow file that pyarrow reads"),
-    "cut_gzip": ("a.jsonl.gz", gzip.compress(line(GOOD) * 5000)[:-20], "a.jsonl.gz: cannot be read"),
+    "cut_gzip": (
+        "a.jsonl.gz",
+        gzip.compress(line(GOOD) * 5000)[:-20],
+        "a.jsonl.gz: cannot be read",
+    ),
     "no_gzip": ("a.jsonl.gz", b"plain", "a.jsonl.gz: cannot be read"),
-    "wide_csv": ("a.csv", b"instruction,output\na,b\nc,d,e\n", "a.csv:3: more columns than the header names"),
+    "wide_csv": (
+        "a.csv",
+        b"instruction,output\na,b\nc,d,e\n",
+        "a.csv:3: more columns than the header names",
+    ),
     "latin1_csv": ("a.csv", b"instruction,output\na,b\n\xe4,x\n", "a.csv:3: not UTF-8 (byte 0xe4)"),
     "open_quote": ("a.csv", b'instruction,output\n"a,b\n', "a.csv:2: unexpected end of data"),
     "mixed_labels": (
@@ -108,7 +172,11 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
         b'{"text": "a", "label": "pos"}\n{"text": "b", "label": 1}\n',
         "a.jsonl:2: mixed label types: 1 is a number (1 rows), but 'pos' in",
     ),
-    "no_label": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b"}\n', "a.jsonl:2: the field 'label' is missing"),
+    "no_label": (
+        "a.jsonl",
+        b'{"text": "a", "label": 1}\n{"text": "b"}\n',
+        "a.jsonl:2: the field 'label' is missing",
+    ),
 }
 
 
@@ -119,12 +187,17 @@ def tokenizer(tiny_model: Path) -> Any:
 
 def prepare(tokenizer: Any, cache: Path, source: Path, **values: Any) -> Any:
     return prepare_data(
-        DataConfig(train=str(source), **{"max_seq_length": 128, "val_set_size": 0, **values}), tokenizer, 1, cache
+        DataConfig(train=str(source), **{"max_seq_length": 128, "val_set_size": 0, **values}),
+        tokenizer,
+        1,
+        cache,
     )
 
 
 @pytest.mark.parametrize("name", [*BAD_ROWS, *BAD_CHATS])
-def test_a_bad_row_is_refused_or_skipped_by_its_line(name: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_bad_row_is_refused_or_skipped_by_its_line(
+    name: str, tokenizer: Any, tmp_path: Path
+) -> None:
     content, message = {**BAD_ROWS, **BAD_CHATS}[name]
     good = line(GOOD if name in BAD_ROWS else turns(("user", "a"), ("assistant", "b")))
     source = tmp_path / "a.jsonl"
@@ -160,9 +233,17 @@ def test_there_are_enough_of_them() -> None:
     assert len({**BAD_ROWS, **BAD_CHATS, **BAD_FILES}) >= 25
 
 
-def test_kinds_of_problems_are_counted_with_the_first_place_of_each(tokenizer: Any, tmp_path: Path) -> None:
+def test_kinds_of_problems_are_counted_with_the_first_place_of_each(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     source = tmp_path / "a.jsonl"
-    rows = [GOOD, {**GOOD, "output": ""}, {"instruction": "x"}, {**GOOD, "output": ""}, {**GOOD, "output": ""}]
+    rows = [
+        GOOD,
+        {**GOOD, "output": ""},
+        {"instruction": "x"},
+        {**GOOD, "output": ""},
+        {**GOOD, "output": ""},
+    ]
     source.write_bytes(b"\n".join(map(line, rows)))
     with pytest.raises(DataError) as caught:
         prepare(tokenizer, tmp_path, source)
@@ -173,10 +254,14 @@ def test_kinds_of_problems_are_counted_with_the_first_place_of_each(tokenizer: A
     ]
 
 
-def test_a_file_of_nothing_but_bad_rows_is_an_error_even_where_they_are_skipped(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_file_of_nothing_but_bad_rows_is_an_error_even_where_they_are_skipped(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     source = tmp_path / "a.jsonl"
     source.write_bytes(line({**GOOD, "output": ""}))
-    with pytest.raises(DataError, match=r"a.jsonl:1: the field 'output' is empty\nNo row of data.train="):
+    with pytest.raises(
+        DataError, match=r"a.jsonl:1: the field 'output' is empty\nNo row of data.train="
+    ):
         prepare(tokenizer, tmp_path, source, on_bad_row=OnBadRow.skip)
 
 
@@ -187,8 +272,9 @@ def test_validation_rows_that_are_trained_on_are_found(tokenizer: Any, tmp_path:
     held_out.write_bytes(b"\n".join(map(line, [GOOD, rows[3], rows[7]])))
     with pytest.raises(DataError) as caught:
         prepare(tokenizer, tmp_path, train, eval=str(held_out))
-    assert f"{held_out}:2: the validation row stands in the training rows too ({train}:4) (2 like it)" in str(
-        caught.value
+    assert (
+        f"{held_out}:2: the validation row stands in the training rows too ({train}:4) (2 like it)"
+        in str(caught.value)
     )
     data = prepare(tokenizer, tmp_path, train, eval=str(held_out), on_bad_row=OnBadRow.skip)
     assert data.eval is not None
@@ -199,11 +285,17 @@ def test_more_over_long_rows_than_stated_are_refused_with_the_length_that_would_
     tokenizer: Any, tmp_path: Path
 ) -> None:
     source = tmp_path / "a.jsonl"
-    rows = [{"instruction": f"q {number}", "output": "word " * (80 if number < 4 else 2)} for number in range(20)]
+    rows = [
+        {"instruction": f"q {number}", "output": "word " * (80 if number < 4 else 2)}
+        for number in range(20)
+    ]
     source.write_bytes(b"\n".join(map(line, rows)))
     with pytest.raises(DataError) as caught:
         prepare(tokenizer, tmp_path, source)
-    assert "4 of 20 rows (20.0%) are dropped because they are longer than data.max_seq_length=128" in str(caught.value)
+    assert (
+        "4 of 20 rows (20.0%) are dropped because they are longer than data.max_seq_length=128"
+        in str(caught.value)
+    )
     enough = int(str(caught.value).split("data.max_seq_length=")[2].split()[0])
     assert prepare(tokenizer, tmp_path, source, max_seq_length=enough).train.dropped <= 2
     assert prepare(tokenizer, tmp_path, source, max_overlong_share=0.2).train.dropped == 4

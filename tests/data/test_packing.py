@@ -21,7 +21,8 @@ CAPACITY = 4096
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("chat", 0.985), ("lognormal", 0.985), ("long", 0.96), ("one_each", 0.9), ("one", 0.0)]
+    ("name", "least"),
+    [("chat", 0.985), ("lognormal", 0.985), ("long", 0.96), ("one_each", 0.9), ("one", 0.0)],
 )
 def test_rows_fill_up_and_none_is_lost(name: str, least: float) -> None:
     draw = np.random.default_rng(0)
@@ -61,7 +62,13 @@ def documents(count: int = 7, vocabulary: int = 500) -> list[Row]:
     made = []
     for _ in range(count):
         length = int(draw.integers(3, 40))
-        made.append(Row(draw.integers(5, vocabulary, length).astype(np.int32), np.arange(length) > 0, (length,)))
+        made.append(
+            Row(
+                draw.integers(5, vocabulary, length).astype(np.int32),
+                np.arange(length) > 0,
+                (length,),
+            )
+        )
     return made
 
 
@@ -71,12 +78,16 @@ def join(rows: list[Row]) -> Row:
 
 
 def packed(rows: list[Row], varlen: bool = False) -> Batch:
-    return Collator(0, varlen).pack([join(rows[:3]), join(rows[3:5]), join(rows[5:6]), join(rows[6:])])
+    return Collator(0, varlen).pack(
+        [join(rows[:3]), join(rows[3:5]), join(rows[5:6]), join(rows[6:])]
+    )
 
 
 @functools.cache
 def load(folder: Path, attention: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()
 
 
 def logits_of(model: Any, batch: Batch) -> torch.Tensor:
@@ -86,7 +97,12 @@ def logits_of(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def varlen_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **given: Any
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    **given: Any,
 ) -> tuple[torch.Tensor, None]:
     """What FlashAttention's varlen kernel computes, document by document, from the same index."""
     assert mask is None
@@ -106,7 +122,9 @@ def varlen_attention(
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen"])
-def test_packed_logits_equal_unpacked_ones_for_every_document(attention: str, tiny_model: Path) -> None:
+def test_packed_logits_equal_unpacked_ones_for_every_document(
+    attention: str, tiny_model: Path
+) -> None:
     AttentionInterface.register("varlen_reference", varlen_attention)
     AttentionMaskInterface.register("varlen_reference", lambda *_, **__: None)
     rows = documents()
@@ -141,7 +159,9 @@ def test_changing_one_document_changes_no_others_loss(tiny_model: Path) -> None:
             start = 0
             for number, length in enumerate(row.documents):
                 piece = slice(start, start + length)
-                total, count = loss_of(logits[line : line + 1, piece], batch.labels[line : line + 1, piece])
+                total, count = loss_of(
+                    logits[line : line + 1, piece], batch.labels[line : line + 1, piece]
+                )
                 assert count == length - 1
                 found[line, number] = float(total)
                 start += length

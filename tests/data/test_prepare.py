@@ -30,13 +30,17 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def write(path: Path, count: int, words: int = 3, name: str = "question") -> Path:
-    rows = [{"instruction": f"{name} {n}", "output": "word " * words + str(n)} for n in range(count)]
+    rows = [
+        {"instruction": f"{name} {n}", "output": "word " * words + str(n)} for n in range(count)
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
 def prepare(tokenizer: Any, cache: Path, watch: Any = None, **values: Any) -> PreparedData:
-    return prepare_data(DataConfig(**{"max_seq_length": 128, **values}), tokenizer, 42, cache, watch)
+    return prepare_data(
+        DataConfig(**{"max_seq_length": 128, **values}), tokenizer, 42, cache, watch
+    )
 
 
 def texts(data: PreparedData, split: str, tokenizer: Any) -> list[str]:
@@ -74,19 +78,32 @@ def test_the_cache_knows_the_content(tokenizer: Any, tmp_path: Path) -> None:
     tokens = len(list((tmp_path / "data/tokens").iterdir()))
     other = prepare(tokenizer, tmp_path, train=str(path), val_set_size=3)
     assert other.fingerprint != first.fingerprint
-    assert len(list((tmp_path / "data/tokens").iterdir())) == tokens, "another split tokenises nothing again"
+    assert len(list((tmp_path / "data/tokens").iterdir())) == tokens, (
+        "another split tokenises nothing again"
+    )
     write(path, 11)
-    assert prepare(tokenizer, tmp_path, train=str(path), val_set_size=2).fingerprint != first.fingerprint
-    tokenizer.chat_template, kept = tokenizer.chat_template + "{# changed #}", tokenizer.chat_template
+    assert (
+        prepare(tokenizer, tmp_path, train=str(path), val_set_size=2).fingerprint
+        != first.fingerprint
+    )
+    tokenizer.chat_template, kept = (
+        tokenizer.chat_template + "{# changed #}",
+        tokenizer.chat_template,
+    )
     try:
         changed = prepare(tokenizer, tmp_path, train=str(path), val_set_size=2)
     finally:
         tokenizer.chat_template = kept
-    assert changed.fingerprint != prepare(tokenizer, tmp_path, train=str(path), val_set_size=2).fingerprint
+    assert (
+        changed.fingerprint
+        != prepare(tokenizer, tmp_path, train=str(path), val_set_size=2).fingerprint
+    )
 
 
 @pytest.mark.process
-def test_worker_processes_make_the_same_rows_and_tell_their_progress(tokenizer: Any, tmp_path: Path) -> None:
+def test_worker_processes_make_the_same_rows_and_tell_their_progress(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     source = str(write(tmp_path / "a.jsonl", 30_000))
     told: list[TokeniseProgress] = []
     alone = prepare(tokenizer, tmp_path / "1", train=source, num_workers=0)
@@ -101,7 +118,8 @@ def test_worker_processes_make_the_same_rows_and_tell_their_progress(tokenizer: 
 
 
 @pytest.mark.parametrize(
-    ("name", "known"), [("a.jsonl", True), ("a.ndjson", True), ("A.JSONL", True), ("a.jsonl.gz", False)]
+    ("name", "known"),
+    [("a.jsonl", True), ("a.ndjson", True), ("A.JSONL", True), ("a.jsonl.gz", False)],
 )
 def test_the_share_is_told_of_lines_that_are_not_compressed(
     name: str, known: bool, tokenizer: Any, tmp_path: Path
@@ -114,11 +132,15 @@ def test_the_share_is_told_of_lines_that_are_not_compressed(
     assert told[-1].share == (pytest.approx(1.0) if known else None)
 
 
-def test_tokens_that_an_earlier_version_left_in_the_cache_are_read(tokenizer: Any, tmp_path: Path) -> None:
+def test_tokens_that_an_earlier_version_left_in_the_cache_are_read(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     source = str(write(tmp_path / "a.jsonl", 10))
     first = prepare(tokenizer, tmp_path, train=source, val_set_size=2)
     (summary,) = (tmp_path / "data/tokens").glob("*/summary.json")
-    summary.write_text(json.dumps({**json.loads(summary.read_text()), "tokens": 5, "label_kinds": {}}))
+    summary.write_text(
+        json.dumps({**json.loads(summary.read_text()), "tokens": 5, "label_kinds": {}})
+    )
     again = prepare(tokenizer, tmp_path, train=source, val_set_size=3)
     assert again.train.documents == first.train.documents - 1
 
@@ -131,23 +153,35 @@ def test_own_evaluation_files_are_used_whole(tokenizer: Any, tmp_path: Path) -> 
 
 
 def test_sources_are_limited_repeated_and_weighted(tokenizer: Any, tmp_path: Path) -> None:
-    one, two = write(tmp_path / "a.jsonl", 30, name="one"), write(tmp_path / "b.jsonl", 100, name="two")
+    one, two = (
+        write(tmp_path / "a.jsonl", 30, name="one"),
+        write(tmp_path / "b.jsonl", 100, name="two"),
+    )
 
     def counts(*sources: Any) -> tuple[int, int]:
         data = prepare(tokenizer, tmp_path, train=list(sources), val_set_size=0)
         found = texts(data, "train", tokenizer)
         assert (
-            texts(prepare(tokenizer, tmp_path / "x", train=list(sources), val_set_size=0), "train", tokenizer) == found
+            texts(
+                prepare(tokenizer, tmp_path / "x", train=list(sources), val_set_size=0),
+                "train",
+                tokenizer,
+            )
+            == found
         )
         return sum("one" in text for text in found), sum("two" in text for text in found)
 
     assert counts(f"{one}@7", str(two)) == (7, 100)
     assert counts({"path": str(one), "repeat": 3}, {"path": str(two), "limit": 5}) == (90, 5)
     assert counts({"path": str(one), "weight": 1}, {"path": str(two), "weight": 1}) == (30, 30)
-    assert counts({"path": str(one), "weight": 3, "repeat": 2}, {"path": str(two), "weight": 1}) == (60, 20)
+    assert counts(
+        {"path": str(one), "weight": 3, "repeat": 2}, {"path": str(two), "weight": 1}
+    ) == (60, 20)
 
 
-def test_limited_sources_of_one_size_give_different_rows_wherever_they_lie(tokenizer: Any, tmp_path: Path) -> None:
+def test_limited_sources_of_one_size_give_different_rows_wherever_they_lie(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     def drawn(folder: str, name: str) -> list[str]:
         (tmp_path / folder).mkdir(exist_ok=True)
         source = f"{write(tmp_path / folder / name, 100, name=name)}@5"
@@ -166,7 +200,9 @@ def test_a_held_out_row_of_a_repeated_source_is_not_trained(tokenizer: Any, tmp_
     assert not set(train) & set(held_out)
 
 
-def test_rows_that_equal_a_held_out_one_are_left_out_of_training(tokenizer: Any, tmp_path: Path) -> None:
+def test_rows_that_equal_a_held_out_one_are_left_out_of_training(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     path = write(tmp_path / "a.jsonl", 40)
     data = prepare(tokenizer, tmp_path, train=[str(path), str(path)], val_set_size=10)
     train, held_out = texts(data, "train", tokenizer), texts(data, "eval", tokenizer)
@@ -192,18 +228,28 @@ def test_evaluation_takes_each_row_once(tokenizer: Any, tmp_path: Path) -> None:
 def test_the_same_file_can_be_read_in_two_ways(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "c.csv"
     path.write_text("a,b,c\n" + "".join(f"ask {n},one {n},two {n}\n" for n in range(20)))
-    ways = [{"path": str(path), "fields": {"instruction": "a", "output": column}} for column in ("b", "c")]
+    ways = [
+        {"path": str(path), "fields": {"instruction": "a", "output": column}}
+        for column in ("b", "c")
+    ]
     data = prepare(tokenizer, tmp_path, train=ways, val_set_size=6)
     held_out = texts(data, "eval", tokenizer)
-    assert all(sample.expected in held_out[number] for number, sample in enumerate(read_samples(data)))
+    assert all(
+        sample.expected in held_out[number] for number, sample in enumerate(read_samples(data))
+    )
 
 
 def test_a_base_model_needs_a_template_for_chats_only(tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(10)))
+    (tmp_path / "t.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"text {n}"}) for n in range(10))
+    )
     chats = write(tmp_path / "a.jsonl", 10)
     tokenizer.chat_template, kept = None, tokenizer.chat_template
     try:
-        assert prepare(tokenizer, tmp_path, train=str(tmp_path / "t.jsonl"), val_set_size=0).train.rows == 10
+        assert (
+            prepare(tokenizer, tmp_path, train=str(tmp_path / "t.jsonl"), val_set_size=0).train.rows
+            == 10
+        )
         with pytest.raises(ConfigError, match="has no chat template"):
             prepare(tokenizer, tmp_path, train=str(chats), val_set_size=0)
     finally:
@@ -223,7 +269,7 @@ if __name__ == "__main__":
     config = DataConfig(train={str(source)!r}, num_workers=1)
     tokenizer = AutoTokenizer.from_pretrained({str(tiny_model)!r})
     prepare_data(config, tokenizer, 1, Path({str(tmp_path / "cache")!r}), lambda told: print(told.rows, flush=True))
-"""
+"""  # noqa: E501
     script = tmp_path / "program.py"
     script.write_text(program)
     started = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
@@ -243,7 +289,9 @@ if __name__ == "__main__":
 def test_packing_keeps_every_row_and_fills(tokenizer: Any, tmp_path: Path) -> None:
     source = str(write(tmp_path / "a.jsonl", 200))
     plain = prepare(tokenizer, tmp_path, train=source, val_set_size=0)
-    packed = prepare(tokenizer, tmp_path, train=source, val_set_size=0, packing=True, max_seq_length=512)
+    packed = prepare(
+        tokenizer, tmp_path, train=source, val_set_size=0, packing=True, max_seq_length=512
+    )
     rows = open_rows(packed, "train")
     assert packed.train.documents == plain.train.rows == 200
     assert packed.train.tokens == plain.train.tokens == int(rows.lengths.sum())
@@ -268,7 +316,9 @@ def test_dropped_rows_are_counted_and_none_left_is_an_error(tokenizer: Any, tmp_
 
 
 def test_a_split_that_takes_everything_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="data.val_set_size=5 takes all of data.train, which has 5 rows"):
+    with pytest.raises(
+        DataError, match="data.val_set_size=5 takes all of data.train, which has 5 rows"
+    ):
         prepare(tokenizer, tmp_path, train=str(write(tmp_path / "a.jsonl", 5)), val_set_size=5)
 
 
@@ -280,7 +330,9 @@ def test_class_names_are_kept(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def long_texts(path: Path, count: int, words: int) -> str:
-    rows = [{"text": " ".join(f"d{number} w{word}" for word in range(words))} for number in range(count)]
+    rows = [
+        {"text": " ".join(f"d{number} w{word}" for word in range(words))} for number in range(count)
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
 
@@ -292,7 +344,9 @@ def documents_of(data: PreparedData, split: str) -> set[tuple[str, int]]:
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("size", [3, 0.25])
-def test_a_text_that_is_cut_is_held_out_whole(packing: bool, size: int | float, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_text_that_is_cut_is_held_out_whole(
+    packing: bool, size: int | float, tokenizer: Any, tmp_path: Path
+) -> None:
     source = long_texts(tmp_path / "a.jsonl", 12, 60)
     data = prepare(
         tokenizer,
@@ -309,7 +363,13 @@ def test_a_text_that_is_cut_is_held_out_whole(packing: bool, size: int | float, 
     assert not trained & held_out
     assert data.train.documents + data.eval.documents > 40, "they are cut"
     everything = prepare(
-        tokenizer, tmp_path, train=source, overlong=Overlong.split, max_seq_length=32, packing=packing, val_set_size=0
+        tokenizer,
+        tmp_path,
+        train=source,
+        overlong=Overlong.split,
+        max_seq_length=32,
+        packing=packing,
+        val_set_size=0,
     )
     assert data.train.tokens + data.eval.tokens == everything.train.tokens, "no piece is lost"
 
@@ -317,7 +377,14 @@ def test_a_text_that_is_cut_is_held_out_whole(packing: bool, size: int | float, 
 def test_rows_of_one_line_are_documents_of_their_own(tokenizer: Any, tmp_path: Path) -> None:
     source = tmp_path / "a.json"
     source.write_text(json.dumps([{"text": f"Z{number} " + "word " * 60} for number in range(8)]))
-    data = prepare(tokenizer, tmp_path, train=str(source), overlong=Overlong.split, max_seq_length=32, val_set_size=2)
+    data = prepare(
+        tokenizer,
+        tmp_path,
+        train=str(source),
+        overlong=Overlong.split,
+        max_seq_length=32,
+        val_set_size=2,
+    )
     names = [
         {text.split()[0] for text in texts(data, split, tokenizer) if text.startswith("Z")}
         for split in ("train", "eval")
@@ -329,10 +396,18 @@ def test_rows_of_one_line_are_documents_of_their_own(tokenizer: Any, tmp_path: P
 def test_the_only_text_cannot_be_held_out_and_trained_on(tokenizer: Any, tmp_path: Path) -> None:
     source = long_texts(tmp_path / "a.jsonl", 1, 200)
     with pytest.raises(
-        DataError, match=r"takes all of data.train, which has 1 row, cut into \d+ pieces but held out whole"
+        DataError,
+        match=r"takes all of data.train, which has 1 row, cut into \d+ pieces but held out whole",
     ):
         prepare(tokenizer, tmp_path, train=source, overlong=Overlong.split, max_seq_length=32)
-    data = prepare(tokenizer, tmp_path, train=source, overlong=Overlong.split, max_seq_length=32, val_set_size=0)
+    data = prepare(
+        tokenizer,
+        tmp_path,
+        train=source,
+        overlong=Overlong.split,
+        max_seq_length=32,
+        val_set_size=0,
+    )
     assert (data.train.documents > 10, data.eval) == (True, None)
 
 
@@ -347,10 +422,12 @@ def test_a_text_that_stands_twice_is_not_on_both_sides_and_its_tail_alone_is_no_
     assert data.eval is not None
     assert data.train.twins > 0
     names = [
-        {text.split()[0] for text in texts(data, half, tokenizer) if text.startswith("Z")} for half in ("train", "eval")
+        {text.split()[0] for text in texts(data, half, tokenizer) if text.startswith("Z")}
+        for half in ("train", "eval")
     ]
     assert not names[0] & names[1]
-    # The pieces behind the first are the same in all of these texts, which does not make them one text.
+    # The pieces behind the first are the same in all of these texts, which does not make them one
+    # text.
     assert data.train.documents >= 2 * len(names[0])
 
 
@@ -374,7 +451,9 @@ def test_no_document_is_on_both_sides(pieces: list[int], size: int | float, seed
     assert len(set(document[held_out])) == wanted
 
 
-def test_a_sample_is_asked_with_all_that_the_row_says_before_its_answer(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_sample_is_asked_with_all_that_the_row_says_before_its_answer(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = load_chat_template("qwen")
     call = {"id": "x", "function": {"name": "clock", "arguments": '{"town": "t"}'}}
@@ -391,10 +470,19 @@ def test_a_sample_is_asked_with_all_that_the_row_says_before_its_answer(tiny_mod
         for n, length in ((0, 1), (1, 3))
     ]
     source.write_text("\n".join(map(json.dumps, rows)))
-    data = prepare(tokenizer, tmp_path, train=str(write(tmp_path / "b.jsonl", 3)), eval=str(source), max_seq_length=512)
+    data = prepare(
+        tokenizer,
+        tmp_path,
+        train=str(write(tmp_path / "b.jsonl", 3)),
+        eval=str(source),
+        max_seq_length=512,
+    )
     samples = read_samples(data)
     assert [sample.expected for sample in samples] == [
-        '[{"id": "x", "type": "function", "function": {"name": "clock", "arguments": {"town": "t"}}}]',
+        (
+            '[{"id": "x", "type": "function", "function": {"name": "clock", "arguments": {"town":'
+            ' "t"}}}]'
+        ),
         "midnight",
     ]
     for sample, whole in zip(samples, texts(data, "eval", tokenizer), strict=True):

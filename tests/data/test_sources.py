@@ -15,7 +15,10 @@ from llmtune.data.read.sources import Source, parse_sources, resolve_files
 from llmtune.data.read.stdlib_docs import read_stdlib_docs
 from llmtune.errors import ConfigError, DataError, MissingPrerequisiteError
 
-ROWS = [{"instruction": f"question {number} ä", "output": "x" * (number % 5 + 1)} for number in range(2500)]
+ROWS = [
+    {"instruction": f"question {number} ä", "output": "x" * (number % 5 + 1)}
+    for number in range(2500)
+]
 
 
 def read(path: str, **more: Any) -> list[tuple[str, int, Any]]:
@@ -60,7 +63,16 @@ def write(path: Path, rows: Any = None) -> Path:
     return path
 
 
-KINDS = ["a.jsonl", "a.ndjson.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow", "a.stream.arrow"]
+KINDS = [
+    "a.jsonl",
+    "a.ndjson.jsonl",
+    "a.json",
+    "a.csv",
+    "a.tsv",
+    "a.parquet",
+    "a.arrow",
+    "a.stream.arrow",
+]
 KINDS += ["a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.zst", "a.csv.gz", "a.json.gz"]
 
 
@@ -69,8 +81,12 @@ def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> No
     assert rows_of(str(write(tmp_path / name))) == ROWS
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.json", "a.arrow"])
-def test_reading_goes_on_behind_any_block(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.json", "a.arrow"]
+)
+def test_reading_goes_on_behind_any_block(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llmtune.data.read.readers.BLOCK_BYTES", 20_000)
     source = Source(str(write(tmp_path / name)))
     (file,) = resolve_files(source)
@@ -102,7 +118,9 @@ def test_a_line_separator_inside_a_json_string_is_no_line_end(tmp_path: Path) ->
     assert rows_of(str(path)) == [{"text": "a\u2028b"}]
 
 
-def test_patterns_folders_and_urls_name_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_folders_and_urls_name_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "in").mkdir()
     write(tmp_path / "in/b.jsonl", ROWS[5:10])
     write(tmp_path / "in/a.parquet", ROWS[:5])
@@ -122,8 +140,14 @@ def test_a_name_with_brackets_is_that_file(tmp_path: Path) -> None:
 
 def test_arrow_and_json_give_the_same_nested_rows(tmp_path: Path) -> None:
     calls = [{"name": "add", "arguments": {"a": 1}}, {"name": "send", "arguments": {"to": "x"}}]
-    rows = [{"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]} for call in calls]
-    assert rows_of(str(write(tmp_path / "a.parquet", rows))) == rows_of(str(write(tmp_path / "a.jsonl", rows))) == rows
+    rows = [
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]} for call in calls
+    ]
+    assert (
+        rows_of(str(write(tmp_path / "a.parquet", rows)))
+        == rows_of(str(write(tmp_path / "a.jsonl", rows)))
+        == rows
+    )
 
 
 def test_records_of_several_lines_are_named_by_their_first(tmp_path: Path) -> None:
@@ -166,17 +190,31 @@ def test_some_rows_can_be_drawn(tmp_path: Path) -> None:
     source = Source(str(write(tmp_path / "a.jsonl")))
     (file,) = resolve_files(source)
     assert count_rows(read_blocks(file, source)) == len(ROWS)
-    drawn = [pair for block in select_rows(read_blocks(file, source), [2400, 3]) for pair in parse_rows(block)]
+    drawn = [
+        pair
+        for block in select_rows(read_blocks(file, source), [2400, 3])
+        for pair in parse_rows(block)
+    ]
     assert drawn == [(2401, ROWS[2400]), (4, ROWS[3])], "in the order drawn"
 
 
 def test_an_entry_is_a_path_or_a_mapping() -> None:
-    values = [{"path": "a.jsonl@5", "weight": 1}, {"path": "b.csv", "format": "alpaca", "weight": 2}]
+    values = [
+        {"path": "a.jsonl@5", "weight": 1},
+        {"path": "b.csv", "format": "alpaca", "weight": 2},
+    ]
     assert parse_sources(values, "data.train", "auto") == [
         Source("a.jsonl", limit=5, weight=1),
         Source("b.csv", "alpaca", weight=2),
     ]
-    mapped = {"path": "b", "format": "text", "fields": {"text": "body"}, "repeat": 2, "limit": 3, "split": "test"}
+    mapped = {
+        "path": "b",
+        "format": "text",
+        "fields": {"text": "body"},
+        "repeat": 2,
+        "limit": 3,
+        "split": "test",
+    }
     assert parse_sources(mapped, "data.train", "auto") == [
         Source("b", "text", {"text": "body"}, limit=3, repeat=2, split="test")
     ]
@@ -185,9 +223,15 @@ def test_an_entry_is_a_path_or_a_mapping() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"path": "a", "wieght": 2}, "data.train.wieght: unknown; a source has fields, format, ignore, limit"),
+        (
+            {"path": "a", "wieght": 2},
+            "data.train.wieght: unknown; a source has fields, format, ignore, limit",
+        ),
         ({"path": "a", "limit": 0}, "data.train.limit=0: must be a number above 0"),
-        ({"path": "a", "format": "alpacca"}, "data.train.format=alpacca: must be one of auto, alpaca"),
+        (
+            {"path": "a", "format": "alpacca"},
+            "data.train.format=alpacca: must be one of auto, alpaca",
+        ),
         ({"path": "a", "fields": "x"}, "data.train.fields=x: a mapping such as"),
         ([{"path": "a", "weight": 1}, "b"], "data.train: b has no weight"),
         ({"file": "a"}, "a file name, or a mapping with path"),

@@ -1,4 +1,6 @@
-"""A template tells who says what, which call a result answers, and what is the assistant's; or the row is refused."""
+"""A template tells who says what, which call a result answers, and what is the assistant's; or the
+row is refused.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,30 @@ from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize.chat_template import ChatTemplate, load_chat_template
 from llmtune.model.random_model import build_tokenizer
-from tests.data.test_completeness import ASKED, JSON_CALL, RESULT, SAID, TEMPLATES, TOOLS, answer, call, over_messages
+from tests.data.test_completeness import (
+    ASKED,
+    JSON_CALL,
+    RESULT,
+    SAID,
+    TEMPLATES,
+    TOOLS,
+    answer,
+    call,
+    over_messages,
+)
 
 SYSTEM = {"role": "system", "content": "be brief"}
 CALLED = answer(None, tool_calls=[call(), call("secondname", {"secondkey": "b"}, 1)])
-SECOND = {**RESULT, "tool_call_id": "callcall1", "name": "secondname", "content": "result of the second"}
+SECOND = {
+    **RESULT,
+    "tool_call_id": "callcall1",
+    "name": "secondname",
+    "content": "result of the second",
+}
 
 #: Everybody but the user is written as the assistant.
 EITHER = (
-    "{%- for m in messages -%}{%- if m.role == 'user' -%}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
+    "{%- for m in messages -%}{%- if m.role == 'user' -%}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"  # noqa: E501
     "{%- else -%}{{ '<|im_start|>assistant\n' + (m.content or '') }}"
     + JSON_CALL
     + "{{ '<|im_end|>\n' }}{%- endif -%}{%- endfor -%}"
@@ -27,16 +44,19 @@ EITHER = (
 )
 #: Knows a system message at the beginning only.
 FIRST_SYSTEM = (
-    "{%- if messages[0].role == 'system' -%}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}"
+    "{%- if messages[0].role == 'system' -%}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}"  # noqa: E501
     "{%- set messages = messages[1:] -%}{%- endif -%}" + EITHER
 )
 WITH_IDS = over_messages(
-    SAID + "{%- for c in m.tool_calls or [] -%}{{ '\n' + c.id + ' ' + c.function | tojson }}{%- endfor -%}",
+    SAID
+    + "{%- for c in m.tool_calls or [] -%}{{ '\n' + c.id + ' ' + c.function | tojson }}{%- endfor -%}",  # noqa: E501
     "{{ '<|im_start|>tool\n' + m.tool_call_id + ' ' + m.content + '<|im_end|>\n' }}",
     TOOLS,
 )
 WITH_NAMES = over_messages(
-    SAID + JSON_CALL, "{{ '<|im_start|>tool\n' + m.name + ': ' + m.content + '<|im_end|>\n' }}", TOOLS
+    SAID + JSON_CALL,
+    "{{ '<|im_start|>tool\n' + m.name + ': ' + m.content + '<|im_end|>\n' }}",
+    TOOLS,
 )
 PHI = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|im_start|>\n' }}{% endfor %}"
@@ -61,7 +81,11 @@ def template(tokenizer: Any, text: str) -> ChatTemplate:
 @pytest.mark.parametrize(
     ("text", "messages", "who"),
     [
-        (EITHER, (ASKED, answer("one moment"), {"role": "tool", "content": "5"}, answer()), r"message 2 \(tool\)"),
+        (
+            EITHER,
+            (ASKED, answer("one moment"), {"role": "tool", "content": "5"}, answer()),
+            r"message 2 \(tool\)",
+        ),
         (EITHER, (ASKED, CALLED, RESULT, SECOND, answer()), r"message 2 \(tool\)"),
         (EITHER, (SYSTEM, ASKED, answer()), r"message 0 \(system\)"),
         (FIRST_SYSTEM, (SYSTEM, ASKED, answer(), SYSTEM, ASKED, answer()), r"message 3 \(system\)"),
@@ -78,7 +102,8 @@ def test_what_is_written_as_an_answer_and_is_none_is_refused(
     one = template(tokenizer, text)
     for _ in range(2):
         with pytest.raises(
-            RowError, match=f"writes what {who} says as an answer of the assistant; take a data.chat_template"
+            RowError,
+            match=f"writes what {who} says as an answer of the assistant; take a data.chat_template",  # noqa: E501
         ):
             one.render(read(*messages))
 
@@ -104,7 +129,9 @@ def test_results_in_another_order_need_ids_or_names_in_the_text(tokenizer: Any) 
     swapped = (ASKED, CALLED, SECOND, RESULT, answer())
     for text in (TEMPLATES["json"], TEMPLATES["marked"], str(load_chat_template("qwen"))):
         template(tokenizer, text).render(read(ASKED, CALLED, RESULT, SECOND, answer()))
-        with pytest.raises(RowError, match=r"message 2 \(tool\) and those behind it answer calls in another order"):
+        with pytest.raises(
+            RowError, match=r"message 2 \(tool\) and those behind it answer calls in another order"
+        ):
             template(tokenizer, text).render(read(*swapped))
     for text in (WITH_IDS, WITH_NAMES):
         assert "result of the second" in template(tokenizer, text).render(read(*swapped))[0]
@@ -116,7 +143,12 @@ def test_results_in_another_order_need_ids_or_names_in_the_text(tokenizer: Any) 
         template(tokenizer, WITH_NAMES).render(read(*same))
     # Without ids their order is all there is.
     for rows in (
-        (ASKED, CALLED, *({"role": "tool", "content": text} for text in ("one result", "another one")), answer()),
+        (
+            ASKED,
+            CALLED,
+            *({"role": "tool", "content": text} for text in ("one result", "another one")),
+            answer(),
+        ),
         (ASKED, CALLED, SECOND, answer()),
     ):
         template(tokenizer, TEMPLATES["json"]).render(read(*rows))
@@ -133,8 +165,8 @@ HEAD = "{{ '<|im_start|>assistant\n' }}"
 def writes(one_answer: str) -> str:
     """A template that writes answers so, without what begins them, and the rest as ChatML."""
     return (
-        f"{TOOLS}{{%- for m in messages -%}}{{%- if m.role == 'assistant' -%}}{HEAD}{one_answer}{{%- else -%}}"
-        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif -%}{%- endfor -%}"
+        f"{TOOLS}{{%- for m in messages -%}}{{%- if m.role == 'assistant' -%}}{HEAD}{one_answer}{{%- else -%}}"  # noqa: E501
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif -%}{%- endfor -%}"  # noqa: E501
         f"{{%- if add_generation_prompt -%}}{HEAD}{{%- endif -%}}"
     )
 
@@ -146,7 +178,8 @@ def if_else(test: str, then: str, otherwise: str) -> str:
 @pytest.mark.parametrize(
     ("text", "messages", "message"),
     [
-        # Calls outside of the marks, calls in answers without any, the last answer alone, all that is said.
+        # Calls outside of the marks, calls in answers without any, the last answer alone, all that
+        # is said.
         (
             writes(mark(SAID) + JSON_CALL + END),
             (ASKED, answer("hm", tool_calls=[call()])),
@@ -170,21 +203,23 @@ def if_else(test: str, then: str, otherwise: str) -> str:
             r"marks the content of message 0 \(user\) as the assistant's",
         ),
         (
-            "{% generation %}{%- for m in messages -%}{{ m.content + '<|im_end|>\n' }}{%- endfor -%}{% endgeneration %}",
+            "{% generation %}{%- for m in messages -%}{{ m.content + '<|im_end|>\n' }}{%- endfor -%}{% endgeneration %}",  # noqa: E501
             (ASKED, answer(), ASKED, answer()),
             r"marks the content of message 0 \(user\)",
         ),
     ],
 )
-def test_marks_that_are_not_the_answers_are_refused(tokenizer: Any, text: str, messages: Any, message: str) -> None:
+def test_marks_that_are_not_the_answers_are_refused(
+    tokenizer: Any, text: str, messages: Any, message: str
+) -> None:
     with pytest.raises(RowError, match=message):
         template(tokenizer, text).render(read(*messages))
 
 
 def test_an_answer_without_a_mark_may_be_left_out_by_the_row(tokenizer: Any) -> None:
-    text, spans = template(tokenizer, writes(if_else("loop.last", mark(SAID + END), SAID + END))).render(
-        read(ASKED, answer("first", train=False), ASKED, answer("second"))
-    )
+    text, spans = template(
+        tokenizer, writes(if_else("loop.last", mark(SAID + END), SAID + END))
+    ).render(read(ASKED, answer("first", train=False), ASKED, answer("second")))
     assert [text[span.start : span.end] for span in spans] == ["second<|im_end|>\n"]
 
 

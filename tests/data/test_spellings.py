@@ -1,4 +1,6 @@
-"""What people write in other ways than the formats' own, and what is empty on purpose: read all the same, or said why not."""
+"""What people write in other ways than the formats' own, and what is empty on purpose: read all the
+same, or said why not.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ MORE = {"name": "now", "arguments": {}}
 
 #: A template of a model that thinks: thoughts stand before the last answer only.
 THINKS = (
-    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}{%- if m.reasoning_content and loop.last -%}"
-    "{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{%- endif -%}{{ m.content + '<|im_end|>\n' }}{%- endfor -%}"
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}{%- if m.reasoning_content and loop.last -%}"  # noqa: E501
+    "{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{%- endif -%}{{ m.content + '<|im_end|>\n' }}{%- endfor -%}"  # noqa: E501
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 
@@ -47,13 +49,19 @@ OWN = [{"role": role, "content": text} for role, text in TALK]
 SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
 
 
-@pytest.mark.parametrize("turns", [OWN, SHARED, [OWN[0], SHARED[1]], [{**OWN[0], **SHARED[0]}, OWN[1]]])
-@pytest.mark.parametrize("write", [list, json.dumps, lambda turns: list(map(json.dumps, turns)), lambda t: f" {t!s}"])
+@pytest.mark.parametrize(
+    "turns", [OWN, SHARED, [OWN[0], SHARED[1]], [{**OWN[0], **SHARED[0]}, OWN[1]]]
+)
+@pytest.mark.parametrize(
+    "write", [list, json.dumps, lambda turns: list(map(json.dumps, turns)), lambda t: f" {t!s}"]
+)
 @pytest.mark.parametrize("field", ["messages", "conversations"])
 def test_a_conversation_is_read_however_it_is_spelt(field: str, write: Any, turns: Any) -> None:
     written = write(turns)
     if isinstance(written, str) and "'" in written:
-        with pytest.raises(RowError, match=f"'{field}' is text that begins like a list, and no JSON .*json.dumps"):
+        with pytest.raises(
+            RowError, match=f"'{field}' is text that begins like a list, and no JSON .*json.dumps"
+        ):
             read({field: written})
         return
     assert said(read({field: written})) == TALK
@@ -65,7 +73,9 @@ def test_so_are_the_lists_of_prompts_and_completions(turns: Any, write: Any) -> 
     row = {"prompt": write([*turns, turns[0]]), "completion": write(turns[1:])}
     conversation = read(row)
     assert said(conversation) == [*TALK, *TALK]
-    assert [message.train for message in conversation.messages] == [None, False, None, None], "only the completion"
+    assert [message.train for message in conversation.messages] == [None, False, None, None], (
+        "only the completion"
+    )
 
 
 @pytest.mark.parametrize("prompt", ["[1, 2", '["a"]', json.dumps(OWN)])
@@ -90,7 +100,16 @@ def test_ignored_fields_are_ignored_in_json_too() -> None:
     with pytest.raises(RowError, match="the field 'score'"):
         read({"messages": json.dumps(turns)})
     assert said(read({"messages": json.dumps(turns)}, ignore=frozenset({"score"}))) == TALK
-    assert said(read({"talk": json.dumps(turns)}, ignore=frozenset({"score", "messages"}), messages="talk")) == TALK
+    assert (
+        said(
+            read(
+                {"talk": json.dumps(turns)},
+                ignore=frozenset({"score", "messages"}),
+                messages="talk",
+            )
+        )
+        == TALK
+    )
 
 
 @pytest.mark.parametrize("spell", [str.upper, str.title, str.capitalize, lambda name: f" {name} "])
@@ -103,13 +122,25 @@ def test_capitals_of_speakers_mean_nothing(name: str, spell: Any) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"role": "user", "content": "a", "value": "b"}, r"messages\[0\]: 'content' and 'value' say different things"),
-        ({"role": "user", "from": "gpt", "content": "a"}, r"messages\[0\]: 'role' and 'from' say different things"),
+        (
+            {"role": "user", "content": "a", "value": "b"},
+            r"messages\[0\]: 'content' and 'value' say different things",
+        ),
+        (
+            {"role": "user", "from": "gpt", "content": "a"},
+            r"messages\[0\]: 'role' and 'from' say different things",
+        ),
         ({"role": "user", "content": ""}, r"messages\[0\]: the field 'content' is empty"),
-        ({"from": "human", "value": " "}, r"messages\[0\]: the field 'value' has nothing but white space"),
+        (
+            {"from": "human", "value": " "},
+            r"messages\[0\]: the field 'value' has nothing but white space",
+        ),
         ({"role": "system", "text": "Be kind."}, r"messages\[0\]: the field 'content' is missing"),
         ({"role": "tool", "result": "2"}, r"messages\[0\]: the field 'content' is missing"),
-        ({"role": "assistant", "content": "", "train": True}, r"messages\[0\]: the field 'content' is empty"),
+        (
+            {"role": "assistant", "content": "", "train": True},
+            r"messages\[0\]: the field 'content' is empty",
+        ),
     ],
 )
 def test_what_is_lost_or_contradicts_itself_is_refused(entry: Any, message: str) -> None:
@@ -121,10 +152,22 @@ def test_what_is_lost_or_contradicts_itself_is_refused(entry: Any, message: str)
 def test_a_system_prompt_a_result_and_the_words_beside_a_thought_may_be_empty(content: Any) -> None:
     call = {"role": "assistant", "content": content, "tool_calls": [{"function": CALL}]}
     thought = {"role": "assistant", "content": content, "reasoning_content": "Hm."}
-    turns = [{"role": "system", "content": content}, OWN[0], call, {"role": "tool", "content": content}, thought]
+    turns = [
+        {"role": "system", "content": content},
+        OWN[0],
+        call,
+        {"role": "tool", "content": content},
+        thought,
+    ]
     empty = content if isinstance(content, str) else ""
     conversation = read({"messages": turns})
-    assert [message.content for message in conversation.messages] == [empty, "hi", empty, empty, empty]
+    assert [message.content for message in conversation.messages] == [
+        empty,
+        "hi",
+        empty,
+        empty,
+        empty,
+    ]
     assert conversation.messages[4].extra["reasoning_content"] == "Hm."
 
 
@@ -153,30 +196,47 @@ def test_several_calls_are_one_turn_however_they_are_written(turns: list[tuple[s
     asked = [("human", "hi"), *turns, ("observation", "1"), ("tool_response", ""), ("gpt", "Two.")]
     row = {"conversations": [{"from": speaker, "value": text} for speaker, text in asked]}
     messages = read(row).messages
-    assert [message.role.value for message in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [message.role.value for message in messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "tool",
+        "assistant",
+    ]
     assert [call["function"] for call in messages[1].extra["tool_calls"]] == [CALL, MORE]
 
 
 def test_calls_that_are_trained_and_not_stay_apart() -> None:
-    calls = [{"from": "function_call", "value": json.dumps(CALL), "train": train} for train in (False, True)]
-    messages = read({"conversations": [SHARED[0], *calls, {"from": "tool", "value": "2"}, SHARED[1]]}).messages
+    calls = [
+        {"from": "function_call", "value": json.dumps(CALL), "train": train}
+        for train in (False, True)
+    ]
+    messages = read(
+        {"conversations": [SHARED[0], *calls, {"from": "tool", "value": "2"}, SHARED[1]]}
+    ).messages
     assert [message.train for message in messages] == [None, False, True, None, None]
 
 
-@pytest.mark.parametrize("text", ["add(1)", "", "[]", "1", '{"tool": "add"}', json.dumps(CALL) + " and more"])
+@pytest.mark.parametrize(
+    "text", ["add(1)", "", "[]", "1", '{"tool": "add"}', json.dumps(CALL) + " and more"]
+)
 def test_what_is_no_call_is_refused(text: str) -> None:
     row = {"conversations": [SHARED[0], {"from": "function_call", "value": text}, SHARED[1]]}
     with pytest.raises(RowError, match=r"conversations\[1\]: "):
         read(row)
 
 
-def shown(rows: list[dict[str, Any]], template: str, tiny_model: Path, folder: Path, **values: Any) -> list[str]:
+def shown(
+    rows: list[dict[str, Any]], template: str, tiny_model: Path, folder: Path, **values: Any
+) -> list[str]:
     """The rows as they are trained, trained text in brackets."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = template
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = prepare_data(DataConfig(train=str(file), val_set_size=0, **values), tokenizer, 1, folder / "cache")
+    data = prepare_data(
+        DataConfig(train=str(file), val_set_size=0, **values), tokenizer, 1, folder / "cache"
+    )
     opened = open_rows(data, "train")
     pieces = [show_row(opened, number, tokenizer) for number in range(len(opened))]
     return sorted("".join(f"[[{p.text}]]" if p.trained else p.text for p in row) for row in pieces)
@@ -185,8 +245,12 @@ def shown(rows: list[dict[str, Any]], template: str, tiny_model: Path, folder: P
 def test_an_empty_system_prompt_is_rendered_as_one(tiny_model: Path, tmp_path: Path) -> None:
     template = load_chat_template("qwen")
     assert template is not None
-    (text,) = shown([{"messages": [{"role": "system", "content": ""}, *OWN]}], template, tiny_model, tmp_path)
-    asked = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    (text,) = shown(
+        [{"messages": [{"role": "system", "content": ""}, *OWN]}], template, tiny_model, tmp_path
+    )
+    asked = (
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert text == f"{asked}[[hello<|im_end|>]]"
 
 
@@ -201,7 +265,10 @@ def test_a_table_of_text_holds_conversations(tiny_model: Path, tmp_path: Path) -
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "talk"])
-        writer.writerows([number, json.dumps([{**OWN[0], "content": f"hi {number}"}, OWN[1]])] for number in range(4))
+        writer.writerows(
+            [number, json.dumps([{**OWN[0], "content": f"hi {number}"}, OWN[1]])]
+            for number in range(4)
+        )
     source = {"path": str(path), "fields": {"messages": "talk"}}
     config = DataConfig(train=source, val_set_size=0, format="auto")
     data = prepare_data(config, AutoTokenizer.from_pretrained(tiny_model), 1, tmp_path / "cache")

@@ -22,7 +22,9 @@ def templates(cache: Path) -> dict[str, ChatTemplate]:
     return own | {name: ChatTemplate(with_template(load_smollm2(cache), name)) for name in FAMILIES}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     words=st.lists(st.text(min_size=1, max_size=20), min_size=2, max_size=6),
     system=st.none() | st.text(min_size=1, max_size=20),
@@ -30,12 +32,17 @@ def templates(cache: Path) -> dict[str, ChatTemplate]:
 )
 @pytest.mark.parametrize("name", ["own", *FAMILIES])
 def test_text_and_spans_are_those_of_the_template(
-    name: str, words: list[str], system: str | None, untrained: int, templates: dict[str, ChatTemplate]
+    name: str,
+    words: list[str],
+    system: str | None,
+    untrained: int,
+    templates: dict[str, ChatTemplate],
 ) -> None:
     template = templates[name]
     roles = [Role.user, Role.assistant]
     messages = [
-        Message(roles[n % 2], text, train=n != untrained) for n, text in enumerate(words[: len(words) // 2 * 2])
+        Message(roles[n % 2], text, train=n != untrained)
+        for n, text in enumerate(words[: len(words) // 2 * 2])
     ]
     conversation = Conversation((*([Message(Role.system, system)] if system else []), *messages))
     built = template._by_scaffold(conversation)
@@ -50,16 +57,37 @@ def test_text_and_spans_are_those_of_the_template(
     ("template", "expected"),
     [
         ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}", Verbatim.yes),
-        ("{% for m in messages[1:] %}{{ m.content }}{% endfor %}{{ messages[0].content }}", Verbatim.yes),
-        ("{% set rest = messages[1:] %}{% for m in rest %}{{ m.content | trim }}{% endfor %}", Verbatim.trimmed),
-        ("{% for m in messages %}{% set text = 'x' + m.content %}{{ text }}{% endfor %}", Verbatim.yes),
-        ("{% for m in messages %}{{ m.content if m.role == 'user' else 'x' }}{% endfor %}", Verbatim.yes),
+        (
+            "{% for m in messages[1:] %}{{ m.content }}{% endfor %}{{ messages[0].content }}",
+            Verbatim.yes,
+        ),
+        (
+            "{% set rest = messages[1:] %}{% for m in rest %}{{ m.content | trim }}{% endfor %}",
+            Verbatim.trimmed,
+        ),
+        (
+            "{% for m in messages %}{% set text = 'x' + m.content %}{{ text }}{% endfor %}",
+            Verbatim.yes,
+        ),
+        (
+            "{% for m in messages %}{{ m.content if m.role == 'user' else 'x' }}{% endfor %}",
+            Verbatim.yes,
+        ),
         ("{{ messages | length }}", Verbatim.yes),
         (
-            "{% for m in messages %}{% set text = m.content %}{% if text %}{{ text }}{% endif %}{% endfor %}",
+            (
+                "{% for m in messages %}{% set text = m.content %}{% if text %}{{ text }}{% endif"
+                " %}{% endfor %}"
+            ),
             Verbatim.no,
         ),
-        ("{% for m in messages %}{% if 'x' in m.content %}{{ m.content }}{% endif %}{% endfor %}", Verbatim.no),
+        (
+            (
+                "{% for m in messages %}{% if 'x' in m.content %}{{ m.content }}{% endif %}{%"
+                " endfor %}"
+            ),
+            Verbatim.no,
+        ),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", Verbatim.no),
         ("{% for m in messages %}{{ m.content.split('x')[0] }}{% endfor %}", Verbatim.no),
         ("{% for m in messages %}{{ m.content[:5] }}{% endfor %}", Verbatim.no),
@@ -70,11 +98,17 @@ def test_text_and_spans_are_those_of_the_template(
         ("{% for m in messages if m.content %}x{% endfor %}", Verbatim.no),
         ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", Verbatim.no),
         (
-            "{% macro f(m) %}{{ m.content | upper }}{% endmacro %}{% for m in messages %}{{ f(m) }}{% endfor %}",
+            (
+                "{% macro f(m) %}{{ m.content | upper }}{% endmacro %}{% for m in messages %}{{"
+                " f(m) }}{% endfor %}"
+            ),
             Verbatim.no,
         ),
         (
-            "{% set all = namespace(t='') %}{% for m in messages %}{% set all.t = all.t + m.content %}{% endfor %}",
+            (
+                "{% set all = namespace(t='') %}{% for m in messages %}{% set all.t = all.t +"
+                " m.content %}{% endfor %}"
+            ),
             Verbatim.no,
         ),
         ("{% for m in messages %}{% set x = m %}{{ x.content | upper }}{% endfor %}", Verbatim.no),
@@ -82,20 +116,25 @@ def test_text_and_spans_are_those_of_the_template(
         ("{% for m in messages %}{{ loop.previtem.content | upper }}{% endfor %}", Verbatim.no),
         ("{% for m in messages %}{% for k in m %}{{ m[k] }}{% endfor %}{% endfor %}", Verbatim.no),
         ("{% for m in messages %}{{ ('%s' | format(m.content)) }}{% endfor %}", Verbatim.no),
-        ("{% set a %}{{ messages[0].content }}{% endset %}{% if 'x' in a %}y{% endif %}", Verbatim.no),
+        (
+            "{% set a %}{{ messages[0].content }}{% endset %}{% if 'x' in a %}y{% endif %}",
+            Verbatim.no,
+        ),
         ("{% filter trim %}{{ messages[0].content }}{% endfilter %}", Verbatim.no),
         ("{% macro b() %}{{ messages[0].content }}{% endmacro %}{{ b() | upper }}", Verbatim.no),
     ],
 )
-def test_only_what_provably_writes_words_as_they_are_counts(template: str, expected: Verbatim) -> None:
+def test_only_what_provably_writes_words_as_they_are_counts(
+    template: str, expected: Verbatim
+) -> None:
     assert find_verbatim(Environment().parse(template)) is expected
 
 
 def test_words_that_are_written_twice_are_rendered(cache: Path) -> None:
     tokenizer: Any = load_smollm2(cache)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role + ': ' + m.content + '/' + m.content + '<|im_end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '/' + m.content + '<|im_end|>' }}{%"
+        " endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     row = Conversation((Message(Role.user, "a"), Message(Role.assistant, "b")))
     text, spans = ChatTemplate(tokenizer).render(row)
@@ -106,9 +145,9 @@ def test_words_that_are_written_twice_are_rendered(cache: Path) -> None:
 def test_a_template_that_looks_at_words_is_rendered(cache: Path) -> None:
     tokenizer: Any = load_smollm2(cache)
     tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}{{ '!' if 'a' in m['content'] }}<|im_end|>"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}{{ '!' if 'a' in"
+        " m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:"
+        " {% endif %}"
     )
     row = Conversation((Message(Role.user, "aha"), Message(Role.assistant, "ja")))
     text, spans = ChatTemplate(tokenizer).render(row)

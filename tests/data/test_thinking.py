@@ -1,4 +1,6 @@
-"""Templates of models that think: what cannot be trained yet is said to be about thinking, and what can be is trained."""
+"""Templates of models that think: what cannot be trained yet is said to be about thinking, and what
+can be is trained.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ from llmtune.model.random_model import build_tokenizer
 
 #: Opens thinking in the prompt, and keeps none of it in the text: DeepSeek-R1.
 OPENS = (
-    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\nTAG\n' }}{%- endif -%}"
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>' }}"  # noqa: E501
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\nTAG\n' }}{%- endif -%}"  # noqa: E501
 )
 
 #: Puts empty thoughts before the last answer only: Qwen3.
 FORGETS = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{%- if loop.last and m.role == 'assistant' -%}{{ 'TAG\n\nEND\n\n' }}{%- endif -%}{{ m.content + '<|im_end|>\n' }}"
+    "{%- if loop.last and m.role == 'assistant' -%}{{ 'TAG\n\nEND\n\n' }}{%- endif -%}{{ m.content + '<|im_end|>\n' }}"  # noqa: E501
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 
@@ -34,11 +36,16 @@ ENDS = (
 )
 
 
-def encode(template: str, *turns: str, untrained: tuple[int, ...] = (), inputs: bool = False) -> Any:
+def encode(
+    template: str, *turns: str, untrained: tuple[int, ...] = (), inputs: bool = False
+) -> Any:
     tokenizer = build_tokenizer(512)
     tokenizer.chat_template = template
     roles = (Role.user, Role.assistant)
-    messages = [Message(roles[n % 2], text, False if n in untrained else None) for n, text in enumerate(turns)]
+    messages = [
+        Message(roles[n % 2], text, False if n in untrained else None)
+        for n, text in enumerate(turns)
+    ]
     settings = EncodeSettings(512, Overlong.drop, inputs)
     (outcome,) = Encoder(tokenizer, settings).encode([Conversation(tuple(messages))])
     if isinstance(outcome, RowError):
@@ -65,29 +72,45 @@ def test_thinking_that_the_prompt_opens_is_named(tag: str, answer: str) -> None:
 def test_thinking_that_is_forgotten_is_named(tag: str, end: str, answer: str) -> None:
     template = FORGETS.replace("TAG", tag).replace("END", end)
     text = encode(template, "hi", answer, "more", "yes")
-    assert text.startswith("the chat template writes the answer in message 1 with thinking where it is the last")
+    assert text.startswith(
+        "the chat template writes the answer in message 1 with thinking where it is the last"
+    )
     assert "'train': false" in text
-    assert encode(template, "hi", answer) == f"{tag}\n\n{end}\n\n{answer}<|im_end|>", "a single answer is trained"
+    assert encode(template, "hi", answer) == f"{tag}\n\n{end}\n\n{answer}<|im_end|>", (
+        "a single answer is trained"
+    )
 
 
 def test_what_the_message_says_can_be_trained_is_trained() -> None:
     template = FORGETS.replace("TAG", "<think>").replace("END", "</think>")
     assert (
-        encode(template, "hi", "a", "more", "b", "and", "c", untrained=(1, 3)) == "<think>\n\n</think>\n\nc<|im_end|>"
+        encode(template, "hi", "a", "more", "b", "and", "c", untrained=(1, 3))
+        == "<think>\n\n</think>\n\nc<|im_end|>"
     )
     still = encode(template, "hi", "a", "more", "b", "and", "c", untrained=(1,))
     assert "the answer in message 3 with thinking" in still
     for name in ("qwen", "chatml"):
-        assert encode(load_chat_template(name) or "", "hi", "a", "more", "b") == "a<|im_end|>b<|im_end|>"
+        assert (
+            encode(load_chat_template(name) or "", "hi", "a", "more", "b")
+            == "a<|im_end|>b<|im_end|>"
+        )
     refused = encode(template, "hi", "a", "more", "b", untrained=(1,), inputs=True)
-    assert "the answer in message 1 with thinking" in refused, "all else is trained, so its place is needed"
+    assert "the answer in message 1 with thinking" in refused, (
+        "all else is trained, so its place is needed"
+    )
 
 
 @pytest.mark.parametrize("answer", ["hello", "I was thinking <think>hard</think>"])
 def test_other_differences_are_not_said_to_be_thinking(answer: str) -> None:
     between = encode(ENDS, "hi", answer, "more", "yes")
     assert "does not end a trained answer with a special token" in between
-    before = encode(ENDS.replace("\nOK '", "\n' + ('Last: ' if loop.last else 'OK ')"), "hi", answer, "more", "yes")
+    before = encode(
+        ENDS.replace("\nOK '", "\n' + ('Last: ' if loop.last else 'OK ')"),
+        "hi",
+        answer,
+        "more",
+        "yes",
+    )
     assert "differently with and without what surrounds it" in before
     for text in (between, before):
         assert "thinking" not in text.replace(answer, "")

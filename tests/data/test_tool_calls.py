@@ -17,7 +17,9 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
 def read(answer: dict[str, Any], **more: Any) -> Any:
-    conversation, unknown = Recipe("messages", {}).read({"messages": [ASKED, {"role": "assistant", **answer}], **more})
+    conversation, unknown = Recipe("messages", {}).read(
+        {"messages": [ASKED, {"role": "assistant", **answer}], **more}
+    )
     assert not unknown
     return conversation
 
@@ -31,7 +33,11 @@ def read(answer: dict[str, Any], **more: Any) -> Any:
         {"content": "", "tool_calls": [json.dumps(CALL)]},
         {"content": "", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]},
         {"content": "", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]},
-        {"content": "", "tool_calls": [], "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+        {
+            "content": "",
+            "tool_calls": [],
+            "function_call": {"name": "add", "arguments": '{"a": 1}'},
+        },
     ],
 )
 def test_every_form_of_a_call_is_the_same_call(answer: dict[str, Any]) -> None:
@@ -42,18 +48,28 @@ def test_every_form_of_a_call_is_the_same_call(answer: dict[str, Any]) -> None:
 def test_the_calls_of_a_turn_are_one_or_several() -> None:
     def shared(text: str) -> Any:
         turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": text}]
-        return Recipe("sharegpt", {}).read({"conversations": turns})[0].messages[1].extra["tool_calls"]
+        return (
+            Recipe("sharegpt", {}).read({"conversations": turns})[0].messages[1].extra["tool_calls"]
+        )
 
     assert shared('{"name": "add", "arguments": {"a": 1}}') == [CALL]
     assert shared('{"name": "add", "arguments": "{\\"a\\": 1}"}') == [CALL]
-    assert shared('[{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 1}}]') == [CALL, CALL]
+    assert shared(
+        '[{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 1}}]'
+    ) == [CALL, CALL]
 
 
-@pytest.mark.parametrize(("given_as", "expected"), [(None, {}), ("", {}), (" ", {}), ("{}", {}), ({}, {})])
+@pytest.mark.parametrize(
+    ("given_as", "expected"), [(None, {}), ("", {}), (" ", {}), ("{}", {}), ({}, {})]
+)
 def test_a_call_may_have_no_arguments(given_as: Any, expected: dict[str, Any]) -> None:
     call = {"id": "x", "function": {"name": "now", "arguments": given_as}}
     (found,) = read({"content": "", "tool_calls": [call]}).messages[1].extra["tool_calls"]
-    assert found == {"id": "x", "type": "function", "function": {"name": "now", "arguments": expected}}
+    assert found == {
+        "id": "x",
+        "type": "function",
+        "function": {"name": "now", "arguments": expected},
+    }
 
 
 @settings(max_examples=40, deadline=None)
@@ -91,7 +107,10 @@ def test_arguments_as_text_are_those_of_the_mapping(arguments: dict[str, Any]) -
             [{"function": {"name": "f", "arguments": "[1]"}}],
             "the arguments of the call of 'f' must be a JSON object, not '[1]'",
         ),
-        ([{"name": "f", "parameters": {}}], "the call of 'f' has the field 'parameters', which is not read"),
+        (
+            [{"name": "f", "parameters": {}}],
+            "the call of 'f' has the field 'parameters', which is not read",
+        ),
     ],
 )
 def test_what_is_no_call_is_refused(calls: Any, message: str) -> None:
@@ -117,7 +136,12 @@ def test_reasoning_has_every_name_by_which_templates_ask_for_it(name: str) -> No
 
 
 def test_reasoning_is_one_text() -> None:
-    assert read({"content": "b", "reasoning": "x", "thinking": "x"}).messages[1].extra["reasoning_content"] == "x"
+    assert (
+        read({"content": "b", "reasoning": "x", "thinking": "x"})
+        .messages[1]
+        .extra["reasoning_content"]
+        == "x"
+    )
     with pytest.raises(RowError, match="reasoning and thinking say different things"):
         read({"content": "b", "reasoning": "x", "thinking": "y"})
     with pytest.raises(RowError, match="'thinking' must be text, not True"):
@@ -127,15 +151,39 @@ def test_reasoning_is_one_text() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"function": {"name": "add"}, "arguments": {"a": 1}}, "has the field 'arguments' beside its function"),
-        ({"function": {"name": "add"}, "arguments": '{"a": 1}'}, "has the field 'arguments' beside its function"),
-        ({"function": {"name": "add"}, "parameters": {"a": 1}}, "has the field 'parameters' beside its function"),
-        ({"function": {"name": "add"}, "input": {"a": 1}}, "has the field 'input' beside its function"),
-        ({"name": "sub", "function": {"name": "add", "arguments": {}}}, "has the field 'name' beside its function"),
-        ({"function": {"name": "add", "function": {"arguments": {"a": 1}}}}, "has the field 'function', which is not"),
-        ({"function": {"name": "add", "parameters": {"a": 1}}}, "has the field 'parameters', which is not read"),
+        (
+            {"function": {"name": "add"}, "arguments": {"a": 1}},
+            "has the field 'arguments' beside its function",
+        ),
+        (
+            {"function": {"name": "add"}, "arguments": '{"a": 1}'},
+            "has the field 'arguments' beside its function",
+        ),
+        (
+            {"function": {"name": "add"}, "parameters": {"a": 1}},
+            "has the field 'parameters' beside its function",
+        ),
+        (
+            {"function": {"name": "add"}, "input": {"a": 1}},
+            "has the field 'input' beside its function",
+        ),
+        (
+            {"name": "sub", "function": {"name": "add", "arguments": {}}},
+            "has the field 'name' beside its function",
+        ),
+        (
+            {"function": {"name": "add", "function": {"arguments": {"a": 1}}}},
+            "has the field 'function', which is not",
+        ),
+        (
+            {"function": {"name": "add", "parameters": {"a": 1}}},
+            "has the field 'parameters', which is not read",
+        ),
         ({"name": "add", "input": "a"}, "has the field 'input', which is not read"),
-        ({"name": "add", "arguments": '{"a": 1, "a": 2}'}, "the name 'a' stands twice in an object"),
+        (
+            {"name": "add", "arguments": '{"a": 1, "a": 2}'},
+            "the name 'a' stands twice in an object",
+        ),
         ('{"name": "add", "name": "sub"}', "the name 'name' stands twice in an object"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Tokens that the model has no embedding for are refused with the row that holds them, before any rank starts."""
+"""Tokens that the model has no embedding for are refused with the row that holds them, before any
+rank starts.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +40,22 @@ def add_token(folder: Path) -> Any:
 def write_rows(folder: Path, tokenizer: Any, bad_line: int | None, count: int = 40) -> Path:
     file = folder / f"rows-{bad_line}.jsonl"
     last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
-    said = [f"answer {line}" + (f" {last}" if line == bad_line else "") for line in range(1, count + 1)]
-    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]} for text in said]
+    said = [
+        f"answer {line}" + (f" {last}" if line == bad_line else "") for line in range(1, count + 1)
+    ]
+    rows = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]}
+        for text in said
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
 @pytest.mark.parametrize("bad_line", [1, 17, 40, None])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_row_is_named(bad_line: int | None, streaming: bool, model: Any, tmp_path: Path) -> None:
+def test_the_row_is_named(
+    bad_line: int | None, streaming: bool, model: Any, tmp_path: Path
+) -> None:
     folder, tokenizer = model
     file = write_rows(tmp_path, tokenizer, bad_line)
     overrides = ["model=tiny", f"data.train={file}", "data.val_set_size=0", "data.num_workers=0"]
@@ -56,7 +65,11 @@ def test_the_row_is_named(bad_line: int | None, streaming: bool, model: Any, tmp
         if streaming:
             RowStream(config.data, tokenizer, 0, model_folder=folder).check()
         else:
-            check_stores(prepare_data(config.data, tokenizer, 0, tmp_path / "cache").train_stores, folder, tokenizer)
+            check_stores(
+                prepare_data(config.data, tokenizer, 0, tmp_path / "cache").train_stores,
+                folder,
+                tokenizer,
+            )
 
     if bad_line is None:
         check()
@@ -68,13 +81,23 @@ def test_the_row_is_named(bad_line: int | None, streaming: bool, model: Any, tmp
     assert f"has {embedding_rows(folder)}, its tokenizer {len(tokenizer)}" in text
 
 
-def test_every_row_is_listed_by_the_data_verb(model: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_row_is_listed_by_the_data_verb(
+    model: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder, tokenizer = model
     own = tmp_path / "model"
     shutil.copytree(folder, own)
     tokenizer.save_pretrained(own)
-    train, held_out = write_rows(tmp_path, tokenizer, 17), write_rows(tmp_path, tokenizer, 3, count=5)
-    given = [f"model.name_or_path={own}", f"data.train={train}", f"output_dir={tmp_path / 'out'}", "data.num_workers=0"]
+    train, held_out = (
+        write_rows(tmp_path, tokenizer, 17),
+        write_rows(tmp_path, tokenizer, 3, count=5),
+    )
+    given = [
+        f"model.name_or_path={own}",
+        f"data.train={train}",
+        f"output_dir={tmp_path / 'out'}",
+        "data.num_workers=0",
+    ]
     for sources, expected in (
         (["data.val_set_size=4"], [(str(train), 17)]),
         ([f"data.eval={held_out}"], [(str(train), 17), (str(held_out), 3)]),
@@ -82,7 +105,9 @@ def test_every_row_is_listed_by_the_data_verb(model: Any, tmp_path: Path, capfd:
     ):
         assert main(["data", "--json", *given, *sources]) == DataError.exit_code
         found = json.loads(capfd.readouterr().out)
-        beyond = [problem for problem in found["problems"] if "has no embedding" in problem["message"]]
+        beyond = [
+            problem for problem in found["problems"] if "has no embedding" in problem["message"]
+        ]
         assert [(problem["file"], problem["line"]) for problem in beyond] == expected
         assert found["refused"]
         assert found["rows"] > 0, "the rest of the report is there all the same"
@@ -91,7 +116,9 @@ def test_every_row_is_listed_by_the_data_verb(model: Any, tmp_path: Path, capfd:
 
 
 @pytest.mark.parametrize("known_end", [True, False])
-def test_a_padding_token_beyond_the_embedding_is_refused(known_end: bool, model: Any, tmp_path: Path) -> None:
+def test_a_padding_token_beyond_the_embedding_is_refused(
+    known_end: bool, model: Any, tmp_path: Path
+) -> None:
     folder, tokenizer = model
     last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
     check_stores([], folder, tokenizer)
@@ -124,5 +151,7 @@ def test_a_model_that_does_not_say_is_not_asked(tmp_path: Path) -> None:
     assert embedding_rows(tmp_path) is None
     (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 7}}')
     assert embedding_rows(tmp_path) == 7
-    (tmp_path / "config.json").write_text('{"audio_config": {"vocab_size": 3}, "llm_config": {"vocab_size": 9}}')
+    (tmp_path / "config.json").write_text(
+        '{"audio_config": {"vocab_size": 3}, "llm_config": {"vocab_size": 9}}'
+    )
     assert embedding_rows(tmp_path) == 9

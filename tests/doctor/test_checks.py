@@ -25,13 +25,19 @@ def extensions(tmp_path: Path) -> Path:
 
 @pytest.mark.process
 def test_a_stale_lock_is_found_and_a_run_removes_it(
-    extensions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    extensions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
     lock = extensions / "async_io" / "lock"
     main(["doctor", "--json"])
     findings = json.loads(capfd.readouterr().out)["findings"]
-    assert any(str(lock) in finding["message"] and finding["command"] == f"rm {lock}" for finding in findings)
+    assert any(
+        str(lock) in finding["message"] and finding["command"] == f"rm {lock}"
+        for finding in findings
+    )
 
     with deepspeed_ops.hold_ops():
         assert not lock.exists()
@@ -74,4 +80,6 @@ def test_known_bad_pairs_are_named_with_their_symptom() -> None:
     pairs = bad_pairs({"deepspeed": "0.14.0", "numpy": "2.1.0", "torch": "2.4.0"})
     assert [pair.second for pair in pairs] == ["numpy"]
     assert "BUFSIZE" in pairs[0].symptom
-    assert not bad_pairs({"deepspeed": "0.19.8", "numpy": "2.4.6", "torch": "2.13.0+cpu", "peft": "0.21.2"})
+    assert not bad_pairs(
+        {"deepspeed": "0.19.8", "numpy": "2.4.6", "torch": "2.13.0+cpu", "peft": "0.21.2"}
+    )

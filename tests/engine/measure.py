@@ -1,4 +1,6 @@
-"""One rank that builds small engines, trains two steps, and writes the bytes that DeepSpeed really holds."""
+"""One rank that builds small engines, trains two steps, and writes the bytes that DeepSpeed really
+holds.
+"""
 
 from __future__ import annotations
 
@@ -48,16 +50,26 @@ def storages() -> dict[int, int]:
 
 
 def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
-    """Predicted and measured bytes of this rank: what stands right before an optimizer step, and on disk."""
+    """Predicted and measured bytes of this rank: what stands right before an optimizer step, and on
+    disk.
+    """
     config = compose_config(task["overrides"]).config
-    folder = broadcast_object(tempfile.mkdtemp(dir=Path(sys.argv[2]).parent) if rank.is_first else None, rank)
+    folder = broadcast_object(
+        tempfile.mkdtemp(dir=Path(sys.argv[2]).parent) if rank.is_first else None, rank
+    )
     shape = resolve_shape(config.model, config.tuner)
     placement = make_placement(task["stage"], task["rung"], config.tuner.kind)
     sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
-    batch = BatchPlan(task["accumulation"] * rank.world_size, 1, task["accumulation"], rank.world_size)
-    predicted = state_bytes(shape, placement, sizes, config.precision, rank.world_size, batch.accumulation_steps)
+    batch = BatchPlan(
+        task["accumulation"] * rank.world_size, 1, task["accumulation"], rank.world_size
+    )
+    predicted = state_bytes(
+        shape, placement, sizes, config.precision, rank.world_size, batch.accumulation_steps
+    )
     optimizer = adamw_parameters(config.optim, 1e-3)
-    deepspeed = with_nvme_path(to_deepspeed(placement, batch, sizes, optimizer, config.precision, 1.0), folder)
+    deepspeed = with_nvme_path(
+        to_deepspeed(placement, batch, sizes, optimizer, config.precision, 1.0), folder
+    )
     model_folder = resolve_on_first(config, rank)
 
     load_ops("cpu", placement)
@@ -71,11 +83,16 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     del model
     memory = measure_steps(module, before, batch, shape.vocab_size)
     meet_ranks(rank)
-    swapped = sum(file.stat().st_size for file in Path(folder).rglob(f"rank{rank.rank}/*") if file.is_file())
+    swapped = sum(
+        file.stat().st_size for file in Path(folder).rglob(f"rank{rank.rank}/*") if file.is_file()
+    )
     module.engine.destroy()
     del module
     total = predicted.total
-    categories = {n: str(getattr(predicted, n)) for n in ("weights", "adapters", "gradients", "optimizer", "buckets")}
+    categories = {
+        n: str(getattr(predicted, n))
+        for n in ("weights", "adapters", "gradients", "optimizer", "buckets")
+    }
     return {
         "predicted": {"memory": total.device + total.host, "nvme": total.nvme},
         "measured": {"memory": memory, "nvme": swapped},
@@ -84,7 +101,9 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
 
 def measure_steps(module: TrainModule, before: dict[int, int], batch: BatchPlan, vocab: int) -> int:
-    """Train two steps and look right before the second optimizer step, where gradients and states all stand."""
+    """Train two steps and look right before the second optimizer step, where gradients and states
+    all stand.
+    """
     seen = [0]
     step = module.engine.step
 
@@ -98,7 +117,10 @@ def measure_steps(module: TrainModule, before: dict[int, int], batch: BatchPlan,
         step(*args, **kwargs)
 
     for number in range(2):
-        rows = [random_rows(1, 16, vocab, 10 * number + micro) for micro in range(batch.accumulation_steps)]
+        rows = [
+            random_rows(1, 16, vocab, 10 * number + micro)
+            for micro in range(batch.accumulation_steps)
+        ]
         module.engine.step = looking if number == 1 else step
         module.train_step(rows, 16 * batch.global_batch_size, 1e-3)
     module.engine.step = step
@@ -108,8 +130,9 @@ def measure_steps(module: TrainModule, before: dict[int, int], batch: BatchPlan,
 if __name__ == "__main__":
     this = join_ranks()
     ask_cpu_once()
-    # What the libraries made on import is not looked through again and again. Nothing else may freeze after this: what a
-    # process imports late (``llmtune.process.no_collection``) would take the tensors that are there out of the count.
+    # What the libraries made on import is not looked through again and again. Nothing else may
+    # freeze after this: what a process imports late (``llmtune.process.no_collection``) would take
+    # the tensors that are there out of the count.
     gc.freeze()
     gc.freeze = lambda: None
     results = []

@@ -9,5 +9,7 @@ from llmtune.data.load.collate import Batch, Targets
 
 def random_rows(rows: int, length: int, vocab: int, seed: int) -> Batch:
     """All tokens trained, none padded."""
-    input_ids = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+    input_ids = torch.randint(
+        0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
     return Batch(input_ids, Targets.of_labels(input_ids))

@@ -1,4 +1,6 @@
-"""Each correction of DeepSpeed is still needed: these tests fail when upstream mends what they correct."""
+"""Each correction of DeepSpeed is still needed: these tests fail when upstream mends what they
+correct.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ state = engine.optimizer.optimizer.state
 print("before", int(state[master]["step"]), torch.equal(master, start))
 assert undo_stage0_dummy_step(engine.optimizer)
 print("after", len(state), torch.equal(master, start))
-"""
+"""  # noqa: E501
     import sys
 
     done = run([sys.executable, "-c", script], cwd=ROOT, env={"PORT": str(free_port())})
@@ -47,7 +49,9 @@ def test_an_optimizer_without_a_dummy_step_is_left_alone() -> None:
 
 
 def test_deepspeed_still_sends_norms_through_fp32() -> None:
-    """Where this fails, upstream has mended it: look at ``keep_norm_precision``, and drop what is no longer needed."""
+    """Where this fails, upstream has mended it: look at ``keep_norm_precision``, and drop what is
+    no longer needed.
+    """
     import inspect
 
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -61,7 +65,9 @@ def test_deepspeed_still_sends_norms_through_fp32() -> None:
 
 
 def test_deepspeed_still_divides_by_a_loss_scale_that_stage_0_never_multiplied_by() -> None:
-    """Where this fails, look at ``missing_loss_scale``; ``tests/cuda/test_engine.py`` compares the losses of all stages."""
+    """Where this fails, look at ``missing_loss_scale``; ``tests/cuda/test_engine.py`` compares the
+    losses of all stages.
+    """
     import inspect
 
     from deepspeed.runtime import engine
@@ -82,8 +88,12 @@ def test_deepspeed_still_waits_for_the_device_with_every_offloaded_tensor() -> N
     assert "if grad is not None and self._has_inf_or_nan(grad.data):" in source
 
 
-@pytest.mark.parametrize(("overflow", "divided_by", "left_at"), [(False, 8.0, 16.0), (True, 4.0, 4.0)])
-def test_the_scale_grows_behind_a_step_and_shrinks_at_once(overflow: bool, divided_by: float, left_at: float) -> None:
+@pytest.mark.parametrize(
+    ("overflow", "divided_by", "left_at"), [(False, 8.0, 16.0), (True, 4.0, 4.0)]
+)
+def test_the_scale_grows_behind_a_step_and_shrinks_at_once(
+    overflow: bool, divided_by: float, left_at: float
+) -> None:
     """What overflows is thrown away, so that nothing is divided by what it shrinks to."""
     scaler = SimpleNamespace(dynamic=True, cur_scale=8.0)
     seen: list[float] = []
@@ -105,7 +115,9 @@ def test_the_scale_grows_behind_a_step_and_shrinks_at_once(overflow: bool, divid
 
 def test_a_scale_that_never_changes_is_left_alone() -> None:
     """That of bf16 and fp32."""
-    assert not grow_loss_scale_behind_step(SimpleNamespace(loss_scaler=SimpleNamespace(dynamic=False)))
+    assert not grow_loss_scale_behind_step(
+        SimpleNamespace(loss_scaler=SimpleNamespace(dynamic=False))
+    )
     assert not grow_loss_scale_behind_step(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
 
 

@@ -14,7 +14,9 @@ from llmtune.engine import distributed
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A process group of rank 3 of 4 with GPU 3, as CUDA answers in a thread that has chosen no GPU: by number, or for GPU 0."""
+    """A process group of rank 3 of 4 with GPU 3, as CUDA answers in a thread that has chosen no
+    GPU: by number, or for GPU 0.
+    """
     accelerator = SimpleNamespace(
         device_name=lambda index=None: "cuda" if index is None else f"cuda:{index}",
         communication_backend_name=lambda: "nccl",
@@ -36,7 +38,10 @@ def test_the_memory_of_a_rank_is_that_of_its_own_gpu(
     share: float, limit: int, gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        torch.cuda, "get_per_process_memory_fraction", lambda index: {3: share}.get(index, 0.5), raising=False
+        torch.cuda,
+        "get_per_process_memory_fraction",
+        lambda index: {3: share}.get(index, 0.5),
+        raising=False,
     )
     rank = distributed.init_ranks()
     assert rank.device == torch.device("cuda:3")

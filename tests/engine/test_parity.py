@@ -1,6 +1,8 @@
-"""The loss curve does not depend on ZeRO stage, ranks, accumulation, or what is kept of activations.
+"""The loss curve does not depend on ZeRO stage, ranks, accumulation, or what is kept of
+activations.
 
-That it does not depend on having been interrupted either: ``tests/checkpoint/test_resume_matrix.py``.
+That it does not depend on having been interrupted either:
+``tests/checkpoint/test_resume_matrix.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,12 @@ import pytest
 
 from tests.support import largest_difference, matrix, product, train_engines
 
-BASE = ["model=tiny", "data.train=stdlib_docs@200", "data.max_seq_length=256", "data.overlong=truncate"]
+BASE = [
+    "model=tiny",
+    "data.train=stdlib_docs@200",
+    "data.max_seq_length=256",
+    "data.overlong=truncate",
+]
 FAST = [*BASE, "optim.learning_rate=2e-3"]
 
 TUNERS, PRECISIONS = ("full", "lora"), ("fp32", "bf16")
@@ -47,7 +54,9 @@ def curves(cells: list[Cell], folder: Path) -> dict[Cell, Any]:
             for tuner, precision, stage, accumulation, _ in of_ranks
         ]
         if tasks:
-            found |= dict(zip(of_ranks, train_engines(tasks, ranks, folder, timeout=900), strict=True))
+            found |= dict(
+                zip(of_ranks, train_engines(tasks, ranks, folder, timeout=900), strict=True)
+            )
     return found
 
 
@@ -68,7 +77,9 @@ def test_stages_ranks_and_accumulation_give_the_same_curve(
     for cell, result in curves(cells, tmp_path).items():
         tuner, precision, *_ = cell
         reference = plain[tuner, precision]
-        assert largest_difference(result["losses"], reference["losses"]) < TOLERANCE[precision], cell
+        assert largest_difference(result["losses"], reference["losses"]) < TOLERANCE[precision], (
+            cell
+        )
         norms = zip(result["norms"], reference["norms"], strict=True)
         assert all(abs(a / b - 1) < NORM_TOLERANCE[precision] for a, b in norms), cell
 
@@ -78,7 +89,13 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path: Path) 
     cells = product(("full", "lora"), (0, 3))
     tasks = [
         {
-            "overrides": [*FAST, "precision=fp32", f"tuner={t}", f"zero={z}", f"train.gradient_checkpointing={on}"],
+            "overrides": [
+                *FAST,
+                "precision=fp32",
+                f"tuner={t}",
+                f"zero={z}",
+                f"train.gradient_checkpointing={on}",
+            ],
             "first": 0,
             "last": 3,
         }
@@ -110,13 +127,21 @@ def test_fp16_scales_its_loss_and_resumes_with_the_scale(tmp_path: Path) -> None
 
 @pytest.mark.process
 def test_a_loss_scale_that_grows_changes_no_step(tmp_path: Path) -> None:
-    """It is what the loss was multiplied by that the gradients are divided by, also in the step behind which it grows."""
+    """It is what the loss was multiplied by that the gradients are divided by, also in the step
+    behind which it grows.
+    """
     base = [*FAST, "precision=fp16", "tuner=full"]
     stages = [("0", "none"), ("1", "none"), ("2", "none"), ("3", "none")]
-    # Every value of it is a power of two: as long as fp16 holds the gradients, it changes none of their digits.
+    # Every value of it is a power of two: as long as fp16 holds the gradients, it changes none of
+    # their digits.
     kept, grows = {"cur_scale": 1024.0}, {"cur_scale": 1024.0, "scale_window": 1}
     tasks = [
-        {"overrides": [*base, f"zero={stage}", f"offload={rung}"], "first": 0, "last": 5, "loss_scale": scale}
+        {
+            "overrides": [*base, f"zero={stage}", f"offload={rung}"],
+            "first": 0,
+            "last": 5,
+            "loss_scale": scale,
+        }
         for stage, rung in stages
         for scale in (kept, grows)
     ]

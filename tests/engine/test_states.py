@@ -1,4 +1,6 @@
-"""The plan's bytes of ZeRO's states against what DeepSpeed allocates: the live engine's tensors and the swap folder."""
+"""The plan's bytes of ZeRO's states against what DeepSpeed allocates: the live engine's tensors and
+the swap folder.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,16 @@ from tests.support import matrix, train_engines
 #: Wide enough that slices are swapped (1 MiB and more), 14 M parameters in all.
 MODEL = [
     *("model=tiny", "model.config.hidden_size=512", "model.config.intermediate_size=2304"),
-    *("model.config.num_hidden_layers=2", "model.config.num_attention_heads=8", "model.config.num_key_value_heads=4"),
-    *("model.config.head_dim=64", "model.config.vocab_size=4096", "model.config.tie_word_embeddings=false"),
+    *(
+        "model.config.num_hidden_layers=2",
+        "model.config.num_attention_heads=8",
+        "model.config.num_key_value_heads=4",
+    ),
+    *(
+        "model.config.head_dim=64",
+        "model.config.vocab_size=4096",
+        "model.config.tie_word_embeddings=false",
+    ),
     "tuner.lora_r=32",
 ]
 
@@ -33,13 +43,19 @@ TUNERS, PRECISIONS, RANKS = ("full", "lora"), ("bf16", "fp32"), (2, 1)
 
 
 def has_tuner(place: tuple[int, str], tuner: str = "full", *_: Any) -> bool:
-    """``optimizer_nvme`` is for full fine-tuning: the states of adapters are too small for a disk."""
+    """``optimizer_nvme`` is for full fine-tuning: the states of adapters are too small for a
+    disk.
+    """
     return tuner == "full" or place[1] != "optimizer_nvme"
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("cells", matrix(PLACES, TUNERS, PRECISIONS, RANKS, size=7, allowed=has_tuner))
-def test_states_are_within_one_percent_of_what_deepspeed_allocates(cells: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "cells", matrix(PLACES, TUNERS, PRECISIONS, RANKS, size=7, allowed=has_tuner)
+)
+def test_states_are_within_one_percent_of_what_deepspeed_allocates(
+    cells: list[Any], tmp_path: Path
+) -> None:
     wrong = []
     for ranks in RANKS:
         of_ranks = [cell for cell in cells if cell[3] == ranks]
@@ -52,10 +68,16 @@ def test_states_are_within_one_percent_of_what_deepspeed_allocates(cells: list[A
             }
             for (stage, rung), tuner, precision, _ in of_ranks
         ]
-        found = train_engines(tasks, ranks, tmp_path, timeout=900, module="tests.engine.measure") if tasks else []
+        found = (
+            train_engines(tasks, ranks, tmp_path, timeout=900, module="tests.engine.measure")
+            if tasks
+            else []
+        )
         for cell, result in zip(of_ranks, found, strict=True):
             predicted, measured = result["predicted"], result["measured"]
             for kind in ("memory", "nvme"):
                 if abs(predicted[kind] - measured[kind]) > 0.01 * max(measured[kind], 1):
-                    wrong.append((cell, kind, predicted[kind], measured[kind], result["categories"]))
+                    wrong.append(
+                        (cell, kind, predicted[kind], measured[kind], result["categories"])
+                    )
     assert not wrong, "\n".join(map(str, wrong))

@@ -39,7 +39,9 @@ from tests.joined import join_ranks
 
 
 def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
-    """Train steps ``[first, last)`` and return losses, gradient norms and a digest of the weights."""
+    """Train steps ``[first, last)`` and return losses, gradient norms and a digest of the
+    weights.
+    """
     config = compose_config(task["overrides"]).config
     if config.precision is Precision.fp16:
         pretend_fp16()
@@ -54,9 +56,13 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     model_folder = resolve_on_first(config, rank)
     tokenizer = load_tokenizer(model_folder, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache)
-    steps = resolve_steps(config.train, config.schedule, data.train.rows, plan.batch.global_batch_size)
+    steps = resolve_steps(
+        config.train, config.schedule, data.train.rows, plan.batch.global_batch_size
+    )
     load = Path(task["load"]) if task.get("load") else None
-    request = RunRequest(config, plan, steps, data, Path(tempfile.gettempdir()), "test", model_folder, load, "")
+    request = RunRequest(
+        config, plan, steps, data, Path(tempfile.gettempdir()), "test", model_folder, load, ""
+    )
     if load is not None:
         # What is loaded must not be right by accident.
         torch.manual_seed(999)
@@ -108,14 +114,18 @@ def not_a_number(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
 
 
 def ask_cpu_once() -> None:
-    """DeepSpeedCPUAdam asks for the CPU's name each time it is made, through a process that takes a second."""
+    """DeepSpeedCPUAdam asks for the CPU's name each time it is made, through a process that takes a
+    second.
+    """
     import cpuinfo
 
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
 def pretend_fp16() -> None:
-    """Let DeepSpeed and the plan believe that this CPU has fp16: torch computes it anyway, slowly."""
+    """Let DeepSpeed and the plan believe that this CPU has fp16: torch computes it anyway,
+    slowly.
+    """
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
@@ -123,7 +133,9 @@ def pretend_fp16() -> None:
 
 
 def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: Any) -> PendingSave:
-    """A checkpoint as a run writes it; in the background where the task says so, while training goes on."""
+    """A checkpoint as a run writes it; in the background where the task says so, while training
+    goes on.
+    """
     lora = config.tuner.kind is TunerKind.lora
     weights = WeightFiles(lora, 10**9, to_file_name if lora else str)
     folder, step = Path(task["save"]), task["save_at"]

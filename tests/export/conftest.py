@@ -10,7 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 TOKENS = torch.tensor([[3, 17, 250, 4, 90, 31, 7, 200, 5, 11]])
 
@@ -30,17 +36,27 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def make_base(kind: str, folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32, rows: int = 512) -> Path:
+def make_base(
+    kind: str, folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32, rows: int = 512
+) -> Path:
     """A random base: ``llama``, ``llama-tied``, ``llama-twice``, ``llama-bias`` or ``gpt2``.
 
-    ``llama-twice`` is tied and its file holds the one matrix under both names; ``gpt2`` is tied and stores outputs as
-    columns.
+    ``llama-twice`` is tied and its file holds the one matrix under both names; ``gpt2`` is tied and
+    stores outputs as columns.
     """
     torch.manual_seed(0)
     model: Any
     if kind == "gpt2":
         model = GPT2LMHeadModel(
-            GPT2Config(vocab_size=rows, n_embd=48, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+            GPT2Config(
+                vocab_size=rows,
+                n_embd=48,
+                n_layer=2,
+                n_head=2,
+                n_positions=64,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
         )
     else:
         model = LlamaForCausalLM(
@@ -67,14 +83,22 @@ def make_base(kind: str, folder: Path, tokenizer: Path, dtype: torch.dtype = tor
     return folder
 
 
-def make_adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+def make_adapter(
+    base: Path, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Path:
     """An adapter whose every trainable number was moved, as a training would."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     rows = settings.pop("resize_to", None)
     if rows:
         torch.manual_seed(5)
         model.resize_token_embeddings(rows)
-    given = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+    given = {
+        "r": 4,
+        "lora_alpha": 12,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+        **settings,
+    }
     wrapped = get_peft_model(model, LoraConfig(**given))
     torch.manual_seed(1)
     with torch.no_grad():

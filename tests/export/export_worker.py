@@ -1,4 +1,6 @@
-"""One export in a process of its own, slow enough to be killed in the middle: ``BASE ADAPTER OUTPUT``."""
+"""One export in a process of its own, slow enough to be killed in the middle: ``BASE ADAPTER
+OUTPUT``.
+"""
 
 from __future__ import annotations
 
@@ -23,4 +25,6 @@ def write_slowly(file: TensorFile, tensor: Any) -> None:
 if __name__ == "__main__":
     base, adapter, output = map(Path, sys.argv[1:])
     TensorFile.write = write_slowly  # type: ignore[method-assign]
-    run_export(ExportRequest(base, "tiny", adapter, None, output), ExportConfig(max_shard_bytes=40_000))
+    run_export(
+        ExportRequest(base, "tiny", adapter, None, output), ExportConfig(max_shard_bytes=40_000)
+    )

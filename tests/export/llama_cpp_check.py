@@ -1,9 +1,11 @@
-"""What llama.cpp makes of a GGUF file; for an interpreter that has llama-cpp-python, which llmtune itself does not need.
+"""What llama.cpp makes of a GGUF file; for an interpreter that has llama-cpp-python, which llmtune
+itself does not need.
 
     python llama_cpp_check.py FILE.gguf < request.json
 
-The request: ``texts`` to tokenize, ``prompt`` ids to go on from for ``new_tokens``, ``ids`` whose top tokens are wanted.
-The answer on stdout: ``tokenized``, ``greedy``, ``top``, and ``logits`` of the last of ``ids``.
+The request: ``texts`` to tokenize, ``prompt`` ids to go on from for ``new_tokens``, ``ids`` whose
+top tokens are wanted. The answer on stdout: ``tokenized``, ``greedy``, ``top``, and ``logits`` of
+the last of ``ids``.
 """
 
 from __future__ import annotations
@@ -19,10 +21,18 @@ def main() -> None:
     """Answer one request."""
     request: dict[str, Any] = json.load(sys.stdin)
     model = llama_cpp.Llama(
-        sys.argv[1], n_ctx=1024, n_batch=1024, n_ubatch=1024, n_threads=1, logits_all=True, verbose=False
+        sys.argv[1],
+        n_ctx=1024,
+        n_batch=1024,
+        n_ubatch=1024,
+        n_threads=1,
+        logits_all=True,
+        verbose=False,
     )
     answer: dict[str, Any] = {}
-    answer["tokenized"] = [list(model.tokenize(text.encode(), add_bos=True, special=True)) for text in request["texts"]]
+    answer["tokenized"] = [
+        list(model.tokenize(text.encode(), add_bos=True, special=True)) for text in request["texts"]
+    ]
     ids: list[int] = request["ids"]
     model.eval(ids)
     answer["top"] = model.scores[: len(ids)].argmax(-1).tolist()

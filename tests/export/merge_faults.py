@@ -32,7 +32,11 @@ class Case:
 
     def changed(self, part: str = "") -> list[str]:
         """Tensors that the adapter changes."""
-        return [name for name in self.base if part in name and not torch.equal(self.right[name], self.base[name])]
+        return [
+            name
+            for name in self.base
+            if part in name and not torch.equal(self.right[name], self.base[name])
+        ]
 
     def put(self, new: Tensors) -> Tensors:
         """The right merge with some tensors put in their place, rounded once."""
@@ -44,7 +48,10 @@ class Held:
 
     def __init__(self, tensors: Tensors) -> None:
         self.tensors = tensors
-        self.specs = {name: TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self.specs = {
+            name: TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        }
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """In pieces of an uneven number of rows."""
@@ -55,12 +62,19 @@ def _scaled(part: str, factor: Callable[[Case, str], float]) -> Callable[[Case],
     """The change of some modules, multiplied."""
 
     def plant(case: Case) -> Tensors:
-        return case.put({name: case.base[name] + factor(case, name) * case.change(name) for name in case.changed(part)})
+        return case.put(
+            {
+                name: case.base[name] + factor(case, name) * case.change(name)
+                for name in case.changed(part)
+            }
+        )
 
     return plant
 
 
-def _one(part: str, make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[Case], Tensors]:
+def _one(
+    part: str, make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Callable[[Case], Tensors]:
     """One tensor, made of the base's and the change."""
 
     def plant(case: Case) -> Tensors:
@@ -90,12 +104,21 @@ def _without_last_rank(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor
 
 def _of_other_layer(case: Case) -> Tensors:
     first, second = "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"
-    return case.put({first: case.base[first] + case.change(second), second: case.base[second] + case.change(first)})
+    return case.put(
+        {
+            first: case.base[first] + case.change(second),
+            second: case.base[second] + case.change(first),
+        }
+    )
 
 
 def _other_base(case: Case) -> Tensors:
     torch.manual_seed(9)
-    noise = {name: torch.randn_like(tensor) * tensor.std() for name, tensor in case.base.items() if tensor.ndim == 2}
+    noise = {
+        name: torch.randn_like(tensor) * tensor.std()
+        for name, tensor in case.base.items()
+        if tensor.ndim == 2
+    }
     return case.put({name: case.right[name] + tensor for name, tensor in noise.items()})
 
 
@@ -126,7 +149,10 @@ def _cut_off(case: Case) -> Tensors:
 def _change_rounded_first(case: Case) -> Tensors:
     kind = torch.bfloat16 if case.dtype is torch.float32 else case.dtype
     return case.put(
-        {name: case.base[name] + case.change(name).to(kind).double() for name in case.changed("proj.weight")}
+        {
+            name: case.base[name] + case.change(name).to(kind).double()
+            for name in case.changed("proj.weight")
+        }
     )
 
 
@@ -141,7 +167,9 @@ def _without(part: str) -> Callable[[Case], Tensors]:
 
 
 def _unasked(case: Case) -> Tensors:
-    return case.stored | {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 48, dtype=case.dtype)}
+    return case.stored | {
+        "model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 48, dtype=case.dtype)
+    }
 
 
 def _plain_sum(case: Case) -> Tensors:
@@ -199,18 +227,32 @@ FAULTS: dict[str, dict[str, Callable[[Case], Tensors]]] = {
         "the scale is lost": _scaled("proj.weight", _scale(lambda settings, rank: 1.0)),
         "the scale is applied twice": _scaled("proj.weight", lambda case, name: 3.0),
         "another alpha": _scaled("proj.weight", lambda case, name: 13 / 12),
-        "alpha's pattern is passed over": _scaled("layers.1.mlp.up_proj", lambda case, name: 12 / 32),
+        "alpha's pattern is passed over": _scaled(
+            "layers.1.mlp.up_proj", lambda case, name: 12 / 32
+        ),
         "rank's pattern is passed over": _scaled("q_proj.weight", lambda case, name: 8 / 4),
-        "rsLoRA's scale": _scaled("proj.weight", lambda case, name: 2.0 if "q_proj" not in name else 8**0.5),
+        "rsLoRA's scale": _scaled(
+            "proj.weight", lambda case, name: 2.0 if "q_proj" not in name else 8**0.5
+        ),
         "one module is left out": _one("gate_proj.weight", lambda base, change: base.clone()),
-        "half of one module's change": _one("gate_proj.weight", lambda base, change: base + change / 2),
-        "nine tenths of one module's change": _one("v_proj.weight", lambda base, change: base + change * 0.9),
+        "half of one module's change": _one(
+            "gate_proj.weight", lambda base, change: base + change / 2
+        ),
+        "nine tenths of one module's change": _one(
+            "v_proj.weight", lambda base, change: base + change * 0.9
+        ),
         "half of one module's rows": _one("up_proj.weight", _half_rows),
         "one row of one module": _one("up_proj.weight", _one_row),
         "the last rank of one module": _one("k_proj.weight", _without_last_rank),
-        "one module's change is transposed": _one("o_proj.weight", lambda base, change: base + change.T),
-        "one module's change has the other sign": _one("down_proj.weight", lambda base, change: base - change),
-        "one module is merged twice": _one("down_proj.weight", lambda base, change: base + 2 * change),
+        "one module's change is transposed": _one(
+            "o_proj.weight", lambda base, change: base + change.T
+        ),
+        "one module's change has the other sign": _one(
+            "down_proj.weight", lambda base, change: base - change
+        ),
+        "one module is merged twice": _one(
+            "down_proj.weight", lambda base, change: base + 2 * change
+        ),
         "two layers are swapped": _of_other_layer,
         "another base": _other_base,
         "one number of the base": _one_number_of_the_base,
@@ -225,22 +267,32 @@ FAULTS: dict[str, dict[str, Callable[[Case], Tensors]]] = {
     "DoRA": {
         "the lengths are lost": _plain_sum,
         "the norms are the base's": _lengths_of_the_base,
-        "half of one module's change, DoRA": _one("v_proj.weight", lambda base, change: base + change / 2),
+        "half of one module's change, DoRA": _one(
+            "v_proj.weight", lambda base, change: base + change / 2
+        ),
     },
     "saved": {
         "a saved module is not copied": _one("lm_head.weight", lambda base, change: base.clone()),
-        "a saved vector is not copied": _one("model.norm.weight", lambda base, change: base.clone()),
-        "trained rows are not copied": _one("embed_tokens.weight", lambda base, change: base.clone()),
+        "a saved vector is not copied": _one(
+            "model.norm.weight", lambda base, change: base.clone()
+        ),
+        "trained rows are not copied": _one(
+            "embed_tokens.weight", lambda base, change: base.clone()
+        ),
         "trained rows lie one row off": _token_rows_shifted,
     },
     "tied": {
-        "the embedding's change is left out": _one("embed_tokens.weight", lambda base, change: base.clone()),
+        "the embedding's change is left out": _one(
+            "embed_tokens.weight", lambda base, change: base.clone()
+        ),
         "half of the embedding's rows": _one("embed_tokens.weight", _half_rows),
         "the head that was untied is missing": _without("lm_head.weight"),
         "the head moves with the embedding": _head_of_the_embedding,
     },
     "Conv1D": {
-        "fan_in_fan_out is passed over": _one("attn.c_proj.weight", lambda base, change: base + change.T),
+        "fan_in_fan_out is passed over": _one(
+            "attn.c_proj.weight", lambda base, change: base + change.T
+        ),
         "half of the stored rows": _one("c_attn.weight", _half_rows),
         "the bias of B has no scale": _one("c_fc.bias", lambda base, change: base + change / 3),
         "the bias of B is left out": _one("c_fc.bias", lambda base, change: base.clone()),

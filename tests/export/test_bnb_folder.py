@@ -1,4 +1,6 @@
-"""Folders in bitsandbytes' 4 bits: written with transformers' bits, read as the plain tensors that they stand for."""
+"""Folders in bitsandbytes' 4 bits: written with transformers' bits, read as the plain tensors that
+they stand for.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ KINDS = ["llama", "llama-tied", "llama-bias", "gpt2"]
 
 
 def open_one(base: Path, adapter: Path | None = None) -> Material:
-    return open_material(ExportRequest(base, "tiny", adapter, None, base.with_name("out")), ExportConfig())
+    return open_material(
+        ExportRequest(base, "tiny", adapter, None, base.with_name("out")), ExportConfig()
+    )
 
 
 def write(material: Material, folder: Path, **settings: Any) -> Path:
@@ -42,7 +46,11 @@ def write(material: Material, folder: Path, **settings: Any) -> Path:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -53,7 +61,9 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def answer(model: Any) -> torch.Tensor:
-    """As in training: in evaluation bitsandbytes takes a kernel on some CPUs that refuses rows of 48 numbers."""
+    """As in training: in evaluation bitsandbytes takes a kernel on some CPUs that refuses rows of
+    48 numbers.
+    """
     for module in model.modules():
         module.training = isinstance(module, Linear4bit)
     with torch.no_grad():
@@ -67,11 +77,15 @@ def test_a_written_folder_has_the_bits_of_one_that_transformers_stores(
     kind: str, dtype: torch.dtype, tiny_model: Path, tmp_path: Path
 ) -> None:
     base = make_base(kind, tmp_path / "base", tiny_model, dtype)
-    reference = load_in_4bit(base, compute=torch.float16 if dtype == torch.float16 else torch.bfloat16)
+    reference = load_in_4bit(
+        base, compute=torch.float16 if dtype == torch.float16 else torch.bfloat16
+    )
     reference.save_pretrained(tmp_path / "theirs")
     ours = write(open_one(base), tmp_path / "ours")
     assert_same(tensors_of(ours), tensors_of(tmp_path / "theirs"))
-    described, expected = (json.loads((folder / "config.json").read_text()) for folder in (ours, tmp_path / "theirs"))
+    described, expected = (
+        json.loads((folder / "config.json").read_text()) for folder in (ours, tmp_path / "theirs")
+    )
     assert described["quantization_config"] == expected["quantization_config"]
     assert described["dtype"] == expected["dtype"]
     assert {file.name for file in base.glob("tokenizer*")} <= {file.name for file in ours.iterdir()}
@@ -82,31 +96,48 @@ def test_a_written_folder_has_the_bits_of_one_that_transformers_stores(
 
 
 def test_an_adapter_is_merged_before_it_is_quantised(tiny_model: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(tiny_model, tmp_path / "adapter", torch.bfloat16, modules_to_save=["lm_head"])
-    merged = run_export(ExportRequest(tiny_model, "tiny", adapter, None, tmp_path / "merged"), ExportConfig())
+    adapter = make_adapter(
+        tiny_model, tmp_path / "adapter", torch.bfloat16, modules_to_save=["lm_head"]
+    )
+    merged = run_export(
+        ExportRequest(tiny_model, "tiny", adapter, None, tmp_path / "merged"), ExportConfig()
+    )
     load_in_4bit(merged).save_pretrained(tmp_path / "theirs")
     ours = write(open_one(tiny_model, adapter), tmp_path / "ours")
     assert_same(tensors_of(ours), tensors_of(tmp_path / "theirs"))
 
 
-def test_a_tied_output_that_an_adapter_unties_stays_unquantised(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_tied_output_that_an_adapter_unties_stays_unquantised(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_base("llama-tied", tmp_path / "base", tiny_model, torch.bfloat16)
     adapter = make_adapter(base, tmp_path / "adapter", torch.bfloat16, modules_to_save=["lm_head"])
     ours = write(open_one(base, adapter), tmp_path / "ours")
     assert tensors_of(ours)["lm_head.weight"].dtype == torch.bfloat16
-    merged = run_export(ExportRequest(base, "tiny", adapter, None, tmp_path / "merged"), ExportConfig())
-    assert torch.equal(answer(AutoModelForCausalLM.from_pretrained(ours)), answer(load_in_4bit(merged)))
+    merged = run_export(
+        ExportRequest(base, "tiny", adapter, None, tmp_path / "merged"), ExportConfig()
+    )
+    assert torch.equal(
+        answer(AutoModelForCausalLM.from_pretrained(ours)), answer(load_in_4bit(merged))
+    )
 
 
-def test_shards_load_wherever_they_part_a_weight_from_its_scales(tiny_model: Path, tmp_path: Path) -> None:
+def test_shards_load_wherever_they_part_a_weight_from_its_scales(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     one = write(open_one(tiny_model), tmp_path / "one")
     many = write(open_one(tiny_model), tmp_path / "many", max_shard_bytes=3_000)
     index = json.loads((many / "model.safetensors.index.json").read_text())["weight_map"]
-    parted = [name for name in index if f"{name}.absmax" in index and index[name] != index[f"{name}.absmax"]]
+    parted = [
+        name
+        for name in index
+        if f"{name}.absmax" in index and index[name] != index[f"{name}.absmax"]
+    ]
     assert parted
     assert_same(tensors_of(many), tensors_of(one))
     assert torch.equal(
-        answer(AutoModelForCausalLM.from_pretrained(many)), answer(AutoModelForCausalLM.from_pretrained(one))
+        answer(AutoModelForCausalLM.from_pretrained(many)),
+        answer(AutoModelForCausalLM.from_pretrained(one)),
     )
 
 
@@ -132,17 +163,31 @@ def test_what_was_killed_goes_on_with_the_shard_that_it_was_in(
     whole = open_one(tiny_model)
     expected = write(whole, tmp_path / "whole", max_shard_bytes=20_000)
     folder = tmp_path / "killed"
-    first = Ending(whole.source, len(quantised_names(tiny_model, whole.source)) + len(whole.source.specs) // 2)
+    first = Ending(
+        whole.source, len(quantised_names(tiny_model, whole.source)) + len(whole.source.specs) // 2
+    )
     with pytest.raises(OSError, match="the disk is gone"):
         write(replace(whole, source=first), folder, max_shard_bytes=20_000)
-    done = {name: (folder / name).stat().st_ino for name in Journal(folder, "job").entries if name.startswith("model-")}
+    done = {
+        name: (folder / name).stat().st_ino
+        for name in Journal(folder, "job").entries
+        if name.startswith("model-")
+    }
     second = Ending(whole.source, -1)
     write(replace(whole, source=second), folder, max_shard_bytes=20_000)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    open_shards = [name for name, shard in index.items() if shard not in done and "quant_state" not in name]
-    finished = {name for name in whole.source.specs if not any(part.startswith(name) for part in open_shards)}
+    open_shards = [
+        name for name, shard in index.items() if shard not in done and "quant_state" not in name
+    ]
+    finished = {
+        name
+        for name in whole.source.specs
+        if not any(part.startswith(name) for part in open_shards)
+    }
     assert len(finished) > 3
-    assert not finished & set(second.read), "neither for the means of scales, nor for finished shards"
+    assert not finished & set(second.read), (
+        "neither for the means of scales, nor for finished shards"
+    )
     assert {name: (folder / name).stat().st_ino for name in done} == done
     for file in expected.iterdir():
         if file.name != "journal.jsonl":
@@ -176,7 +221,9 @@ def test_a_4_bit_folder_is_read_as_the_plain_tensors_that_it_stands_for(
         {"llm_int8_skip_modules": ["q_proj", "lm_head"]},
     ],
 )
-def test_other_ways_of_4_bits_are_read_too(settings: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+def test_other_ways_of_4_bits_are_read_too(
+    settings: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
     model = load_in_4bit(tiny_model, **settings)
     model.save_pretrained(tmp_path / "packed")
     source = Bnb4bitSource(tmp_path / "packed")
@@ -188,27 +235,38 @@ def test_other_ways_of_4_bits_are_read_too(settings: dict[str, Any], tiny_model:
     assert all(torch.equal(read_whole(source, name), expected[name]) for name in source.specs)
 
 
-def test_an_adapter_merges_onto_a_4_bit_folder_as_onto_nf4(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_adapter_merges_onto_a_4_bit_folder_as_onto_nf4(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     adapter = read_adapter(make_adapter(tiny_model, tmp_path / "adapter", torch.bfloat16))
     load_in_4bit(tiny_model).save_pretrained(tmp_path / "packed")
     stored = SafetensorsSource(tiny_model)
-    onto_nf4 = MergedSource(Nf4RoundTrip(stored, quantised_names(tiny_model, stored)), adapter, "lm_head.weight")
+    onto_nf4 = MergedSource(
+        Nf4RoundTrip(stored, quantised_names(tiny_model, stored)), adapter, "lm_head.weight"
+    )
     onto_folder = MergedSource(open_base(tmp_path / "packed"), adapter, "lm_head.weight")
     assert onto_folder.changed.keys() == onto_nf4.changed.keys()
-    assert all(torch.equal(read_whole(onto_folder, n), read_whole(onto_nf4, n)) for n in onto_nf4.specs)
+    assert all(
+        torch.equal(read_whole(onto_folder, n), read_whole(onto_nf4, n)) for n in onto_nf4.specs
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes 8-bit.*base=.*dequantize\(\)"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            r"bitsandbytes 8-bit.*base=.*dequantize\(\)",
+        ),
         ({"load_in_8bit": True}, "bitsandbytes 8-bit"),
         ({"quant_method": "gptq", "bits": 4}, r"quantised \(gptq\).*base="),
         ({"quant_method": "awq", "bits": 4}, r"quantised \(awq\).*base="),
         ({"quant_method": "fp8"}, r"quantised \(fp8\)"),
     ],
 )
-def test_other_quantisations_are_refused(settings: dict[str, Any], part: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_other_quantisations_are_refused(
+    settings: dict[str, Any], part: str, tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_base("llama", tmp_path / "base", tiny_model)
     assert not is_bnb_folder(base)
     assert isinstance(open_base(base), SafetensorsSource)
@@ -232,8 +290,20 @@ def test_a_4_bit_folder_without_its_scales_is_refused(tiny_model: Path, tmp_path
         with pytest.raises(ExportError, match=part):
             read_whole(open_base(tmp_path / "packed"), weight)
 
-    check({name: tensor for name, tensor in whole.items() if name != f"{weight}.absmax"}, "incomplete without .*absmax")
-    check({name: tensor for name, tensor in whole.items() if name != weight}, "incomplete without .*up_proj.weight")
-    check({name: tensor for name, tensor in whole.items() if name != state}, "packed and lie without what says how")
+    check(
+        {name: tensor for name, tensor in whole.items() if name != f"{weight}.absmax"},
+        "incomplete without .*absmax",
+    )
+    check(
+        {name: tensor for name, tensor in whole.items() if name != weight},
+        "incomplete without .*up_proj.weight",
+    )
+    check(
+        {name: tensor for name, tensor in whole.items() if name != state},
+        "packed and lie without what says how",
+    )
     check({**whole, state: whole[state][:-9]}, "is damaged")
-    check({name: t for name, t in whole.items() if name != f"{weight}.nested_quant_map"}, "statistics .* are damaged")
+    check(
+        {name: t for name, t in whole.items() if name != f"{weight}.nested_quant_map"},
+        "statistics .* are damaged",
+    )

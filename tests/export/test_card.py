@@ -1,4 +1,6 @@
-"""Model cards: true, complete, without secrets or traces of the machine, always the same, and with code that runs."""
+"""Model cards: true, complete, without secrets or traces of the machine, always the same, and with
+code that runs.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,14 @@ def make_run(folder: Path, *overrides: str, **plan: Any) -> Path:
     """A run's files as training writes them, with numbers that can be looked for."""
     folder.mkdir()
     (folder / "config.yaml").write_text(dump_redacted(compose_config([*TINY, *overrides]).config))
-    counts = {"rows": 1234, "tokens": 56789, "trained_tokens": 4321, "dropped": 7, "truncated": 0, "skipped": 0}
+    counts = {
+        "rows": 1234,
+        "tokens": 56789,
+        "trained_tokens": 4321,
+        "dropped": 7,
+        "truncated": 0,
+        "skipped": 0,
+    }
     memory = MemoryPlan(DeviceBytes(weights=3_000_000_000), HostBytes(runtime=800_000_000), 0, 0, 5)
     written = {
         "world_size": 8,
@@ -66,21 +75,39 @@ def make_run(folder: Path, *overrides: str, **plan: Any) -> Path:
         **plan,
     }
     (folder / "plan.json").write_text(json.dumps(written))
-    (folder / "environment.json").write_text(json.dumps({"llmtune": "0.0.9", "torch": "2.7.1", "platform": "Linux-x"}))
+    (folder / "environment.json").write_text(
+        json.dumps({"llmtune": "0.0.9", "torch": "2.7.1", "platform": "Linux-x"})
+    )
     lines: list[dict[str, Any]] = [{"step": 0, "eval_loss": 3.0, "eval_perplexity": 20.085}]
     for step in range(1, 21):
         lines.append(
-            {"step": step, "loss": 3 - step / 10, "tokens_per_second": 1000.0 + step, "memory_bytes": 5_000_000_000}
+            {
+                "step": step,
+                "loss": 3 - step / 10,
+                "tokens_per_second": 1000.0 + step,
+                "memory_bytes": 5_000_000_000,
+            }
         )
         if step % 10 == 0:
-            lines.append({"step": step, "eval_loss": 3 - step / 20, "eval_perplexity": 2.0, "eval_accuracy": 0.75})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 21, "lo')
+            lines.append(
+                {
+                    "step": step,
+                    "eval_loss": 3 - step / 20,
+                    "eval_perplexity": 2.0,
+                    "eval_accuracy": 0.75,
+                }
+            )
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 21, "lo'
+    )
     return folder
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run", "data.train=[stdlib_docs@200,HuggingFaceH4/no_robots]", "precision=fp32")
+    return make_run(
+        tmp_path / "run", "data.train=[stdlib_docs@200,HuggingFaceH4/no_robots]", "precision=fp32"
+    )
 
 
 @pytest.fixture
@@ -109,17 +136,57 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 
 def test_a_card_says_what_the_run_was(run: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
-    request = ExportRequest(base, "HuggingFaceTB/SmolLM2-135M-Instruct", adapter, run, run / "merged")
+    request = ExportRequest(
+        base, "HuggingFaceTB/SmolLM2-135M-Instruct", adapter, run, run / "merged"
+    )
     text = write(tmp_path / "out", request, parity="0.12 % at most")
     for part in (
-        *("# my-run", "stdlib_docs@200, HuggingFaceH4/no_robots", "1,234 (56,789 tokens, 4,321 trained on); 7 dropped"),
-        *("8c325a01387b", "f85de3351d61", "| rank | 4 |", "| alpha | 12 |", "down_proj, gate_proj, k_proj"),
-        *("| learning rate | 0.000123 |", "cosine, 1 steps of warm-up", "64 rows (2 a micro-batch, 4 accumulated)"),
-        *("| optimizer steps | 20 of 20 |", "| precision | fp32 |", "| seed | 42 |", "| sequence length | 256 |"),
-        *("| packing | no |", "| held-out loss | 3.0000 | 2.0000 |", "| held-out perplexity | 20.0850 | 2.0000 |"),
-        *("| held-out accuracy |  | 0.7500 |", "8 x A100", "cpu: ZeRO 3, optimizer on host, weights on host"),
-        *("| world size | 8 |", "3.0 GB accelerator, 800.0 MB host", "5.0 GB at its peak", "81,743 tokens/s"),
-        *("1,011 tokens/s (median)", "| llmtune | 0.0.9 |", "| torch | 2.7.1 |", "0.12 % at most", "(loss.png)"),
+        *(
+            "# my-run",
+            "stdlib_docs@200, HuggingFaceH4/no_robots",
+            "1,234 (56,789 tokens, 4,321 trained on); 7 dropped",
+        ),
+        *(
+            "8c325a01387b",
+            "f85de3351d61",
+            "| rank | 4 |",
+            "| alpha | 12 |",
+            "down_proj, gate_proj, k_proj",
+        ),
+        *(
+            "| learning rate | 0.000123 |",
+            "cosine, 1 steps of warm-up",
+            "64 rows (2 a micro-batch, 4 accumulated)",
+        ),
+        *(
+            "| optimizer steps | 20 of 20 |",
+            "| precision | fp32 |",
+            "| seed | 42 |",
+            "| sequence length | 256 |",
+        ),
+        *(
+            "| packing | no |",
+            "| held-out loss | 3.0000 | 2.0000 |",
+            "| held-out perplexity | 20.0850 | 2.0000 |",
+        ),
+        *(
+            "| held-out accuracy |  | 0.7500 |",
+            "8 x A100",
+            "cpu: ZeRO 3, optimizer on host, weights on host",
+        ),
+        *(
+            "| world size | 8 |",
+            "3.0 GB accelerator, 800.0 MB host",
+            "5.0 GB at its peak",
+            "81,743 tokens/s",
+        ),
+        *(
+            "1,011 tokens/s (median)",
+            "| llmtune | 0.0.9 |",
+            "| torch | 2.7.1 |",
+            "0.12 % at most",
+            "(loss.png)",
+        ),
         "[HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
     ):
         assert part in text, part
@@ -132,7 +199,9 @@ def test_a_card_says_what_the_run_was(run: Path, base: Path, adapter: Path, tmp_
     assert {"llmtune", "lora", "conversational"} <= set(front["tags"])
 
 
-def test_the_hubs_own_library_reads_the_metrics(run: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_the_hubs_own_library_reads_the_metrics(
+    run: Path, base: Path, adapter: Path, tmp_path: Path
+) -> None:
     text = write(tmp_path / "out", ExportRequest(base, "tiny", adapter, run, run / "merged"))
     results = {result.metric_type: result for result in ModelCard(text).data.eval_results}
     assert {name: result.metric_value for name, result in results.items()} == {
@@ -148,12 +217,15 @@ def test_the_same_inputs_make_the_same_bytes_and_name_no_machine(
 ) -> None:
     request = ExportRequest(base, str(base), adapter, run, run / "merged")
     first = write(tmp_path / "a", request)
-    # peft stores the names of modules in the order of a set, which changes from one process to the next.
+    # peft stores the names of modules in the order of a set, which changes from one process to the
+    # next.
     settings = json.loads((adapter / "adapter_config.json").read_text())
     settings["target_modules"] = settings["target_modules"][::-1]
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     shutil.move(run, tmp_path / "moved")
-    second = write(tmp_path / "b", ExportRequest(base, str(base), adapter, tmp_path / "moved", tmp_path / "b"))
+    second = write(
+        tmp_path / "b", ExportRequest(base, str(base), adapter, tmp_path / "moved", tmp_path / "b")
+    )
     assert first == second
     assert (tmp_path / "a" / "loss.png").read_bytes() == (tmp_path / "b" / "loss.png").read_bytes()
     for trace in (str(tmp_path), str(Path.home()), "Linux-x", os.uname().release):
@@ -165,14 +237,20 @@ def test_the_same_inputs_make_the_same_bytes_and_name_no_machine(
 def test_secrets_are_in_no_card(base: Path, adapter: Path, tmp_path: Path) -> None:
     os.environ["MY_API_TOKEN"] = SECRET
     run = make_run(
-        tmp_path / "run", f"data.train='s3://me:hunter22@host/{SECRET}/a.jsonl?X-Sig=abc'", run_name=f"run {SECRET}"
+        tmp_path / "run",
+        f"data.train='s3://me:hunter22@host/{SECRET}/a.jsonl?X-Sig=abc'",
+        run_name=f"run {SECRET}",
     )
     # A file of an older version may have been written without care.
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"]["train"] = f"s3://me:hunter22@host/{SECRET}/a.jsonl?X-Sig=abc"
     config["data"]["chat_template"] = SECRET
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    text = write(tmp_path / "out", ExportRequest(base, f"x-{SECRET}", adapter, run, tmp_path / SECRET), parity=SECRET)
+    text = write(
+        tmp_path / "out",
+        ExportRequest(base, f"x-{SECRET}", adapter, run, tmp_path / SECRET),
+        parity=SECRET,
+    )
     for part in (SECRET, "hunter22", "X-Sig", "s3cr3t"):
         assert part not in text
     front_matter(text)
@@ -181,19 +259,36 @@ def test_secrets_are_in_no_card(base: Path, adapter: Path, tmp_path: Path) -> No
 NASTY = 'a | b: *c* #d [e](f) `g` <b>h</b> "i" \n- j: {k}\n---\n## l'
 
 
-def test_letters_with_a_meaning_do_not_break_the_card(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_letters_with_a_meaning_do_not_break_the_card(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run", run_name=NASTY)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"] |= {"train": [NASTY.replace("/", ""), "* yes"], "chat_template": NASTY}
     config["model"]["revision"] = NASTY
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    text = write(tmp_path / "out", ExportRequest(base, NASTY, adapter, run, tmp_path / "out"), parity=NASTY)
+    text = write(
+        tmp_path / "out", ExportRequest(base, NASTY, adapter, run, tmp_path / "out"), parity=NASTY
+    )
     front = front_matter(text)
     assert NASTY.replace("/", "") in front["model-index"][0]["results"][0]["dataset"]["name"]
-    headings = [line for line in re.sub(r"```.*?```", "", text, flags=re.DOTALL).split("\n") if line.startswith("## ")]
+    headings = [
+        line
+        for line in re.sub(r"```.*?```", "", text, flags=re.DOTALL).split("\n")
+        if line.startswith("## ")
+    ]
     assert headings == [
         f"## {name}"
-        for name in ("Load it", "Results", "Data", "Settings", "Plan", "How it was made", "Versions", "Licence")
+        for name in (
+            "Load it",
+            "Results",
+            "Data",
+            "Settings",
+            "Plan",
+            "How it was made",
+            "Versions",
+            "Licence",
+        )
     ]
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         columns = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
@@ -201,7 +296,9 @@ def test_letters_with_a_meaning_do_not_break_the_card(base: Path, adapter: Path,
     assert "<b>" not in text.partition("\n---\n")[2]
 
 
-def test_a_checkpoint_is_described_as_of_its_step(run: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_described_as_of_its_step(
+    run: Path, base: Path, adapter: Path, tmp_path: Path
+) -> None:
     checkpoint = run / "checkpoint-10"
     shutil.copytree(adapter, checkpoint)
     text = write(tmp_path / "out", ExportRequest(base, "tiny", checkpoint, run, tmp_path / "out"))
@@ -215,7 +312,10 @@ def test_a_checkpoint_is_described_as_of_its_step(run: Path, base: Path, adapter
 
 
 def test_without_a_run_a_card_says_what_is_known(base: Path, adapter: Path, tmp_path: Path) -> None:
-    text = write(tmp_path / "merged-model", ExportRequest(base, "tiny", adapter, None, tmp_path / "merged-model"))
+    text = write(
+        tmp_path / "merged-model",
+        ExportRequest(base, "tiny", adapter, None, tmp_path / "merged-model"),
+    )
     assert "# merged-model" in text
     assert "| rank | 4 |" in text
     assert "## Data" not in text
@@ -243,12 +343,19 @@ def test_broken_files_of_a_run_are_left_out(base: Path, adapter: Path, tmp_path:
     assert "## Load it" in text
     # Numbers of another kind than expected do not stop an export either.
     odd = make_run(
-        tmp_path / "odd", placement={"zero_stage": 9, "optimizer": "?"}, memory={"device": {"x": 1}}, data=None
+        tmp_path / "odd",
+        placement={"zero_stage": 9, "optimizer": "?"},
+        memory={"device": {"x": 1}},
+        data=None,
     )
-    assert "## Plan" in write(tmp_path / "out2", ExportRequest(base, "tiny", adapter, odd, tmp_path / "out2"))
+    assert "## Plan" in write(
+        tmp_path / "out2", ExportRequest(base, "tiny", adapter, odd, tmp_path / "out2")
+    )
 
 
-def run_code(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, **replaced: str) -> str:
+def run_code(
+    text: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, **replaced: str
+) -> str:
     """Run the card's Python where it says; what it printed."""
     (code,) = code_blocks(text, "python")
     for before, after in replaced.items():
@@ -278,14 +385,18 @@ def test_a_template_inside_the_tokenizers_configuration_counts(base: Path, tmp_p
     (base / "chat_template.jinja").unlink()
     file = base / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
-    assert "apply_chat_template" in write(tmp_path / "out", ExportRequest(base, "tiny", None, None, tmp_path / "out"))
+    assert "apply_chat_template" in write(
+        tmp_path / "out", ExportRequest(base, "tiny", None, None, tmp_path / "out")
+    )
 
 
 @pytest.mark.parametrize("resized", [None, 600])
 def test_the_code_for_an_adapter_runs(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, resized: int | None
 ) -> None:
-    targets = {"target_modules": ["q_proj", "embed_tokens"], "resize_to": resized} if resized else {}
+    targets = (
+        {"target_modules": ["q_proj", "embed_tokens"], "resize_to": resized} if resized else {}
+    )
     adapter = make_adapter(base, tmp_path / "adapter", **targets)
     out = tmp_path / "out"
     shutil.copytree(adapter, out)
@@ -304,7 +415,9 @@ def test_the_code_for_one_file_of_weights_gives_the_same_model(
     out = tmp_path / "out"
     shutil.copytree(base, out)
     model = AutoModelForCausalLM.from_pretrained(base)
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    tensors = {
+        name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
+    }
     torch.save(tensors, out / "model.pt")
     (out / "model.safetensors").unlink()
     text = write(out, ExportRequest(base, "tiny", None, None, out), format="pt")
@@ -323,10 +436,14 @@ class Traced(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).logits
 
 
-def test_the_code_for_graphs_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_code_for_graphs_runs(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(base, out)
     model = Traced(AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")).eval()
@@ -340,7 +457,9 @@ def test_the_code_for_graphs_runs(base: Path, tmp_path: Path, monkeypatch: pytes
     assert "has no cache" in text
 
 
-def test_the_code_for_onnx_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_code_for_onnx_runs(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     """A graph that is one table: the logits of a token are its row."""
     pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
@@ -367,7 +486,9 @@ def test_a_classifier_is_asked_for_a_label(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     out = tmp_path / "out"
-    config = LlamaConfig.from_pretrained(tiny_model, num_labels=3, id2label={0: "bad", 1: "so", 2: "good"})
+    config = LlamaConfig.from_pretrained(
+        tiny_model, num_labels=3, id2label={0: "bad", 1: "so", 2: "good"}
+    )
     LlamaForSequenceClassification(config).save_pretrained(out)
     for file in tiny_model.glob("tokenizer*"):
         shutil.copyfile(file, out / file.name)
@@ -377,7 +498,9 @@ def test_a_classifier_is_asked_for_a_label(
     assert "vllm" not in text
 
 
-def test_a_gguf_file_is_served_by_its_name(base: Path, adapter: Path, run: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_is_served_by_its_name(
+    base: Path, adapter: Path, run: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "model-q8_0.gguf").write_bytes(b"GGUF")
@@ -405,7 +528,9 @@ def test_every_format_has_a_card_that_the_hub_reads(
     base: Path, adapter: Path, run: Path, tmp_path: Path, kind: str
 ) -> None:
     request = ExportRequest(base, "meta-llama/Llama-3", adapter, run, tmp_path / "out")
-    text = write(tmp_path / "out", request, format=kind, upload="hf://me/my_model@v2", dtype=ExportDtype.fp16)
+    text = write(
+        tmp_path / "out", request, format=kind, upload="hf://me/my_model@v2", dtype=ExportDtype.fp16
+    )
     card = ModelCard(text)
     assert card.data.library_name in ("transformers", "peft", "gguf", "onnx", "pytorch")
     relation = "adapter" if kind == "adapter" else "finetune"
@@ -419,7 +544,9 @@ def test_every_format_has_a_card_that_the_hub_reads(
     assert ("stored in fp16" in text) == (kind in ("safetensors", "pt"))
 
 
-def test_a_card_says_onto_which_base_a_qlora_adapter_was_merged(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_card_says_onto_which_base_a_qlora_adapter_was_merged(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["tuner"]["kind"] = "qlora"
@@ -440,14 +567,27 @@ def test_a_card_says_onto_which_base_a_qlora_adapter_was_merged(base: Path, adap
 @pytest.mark.parametrize(
     ("files", "expected", "shown"),
     [
-        ({"README.md": "---\nlicense: apache-2.0\n---\n"}, {"license": "apache-2.0"}, "applies: apache-2.0"),
         (
-            {"README.md": "---\nlicense: other\nlicense_name: 'x: y'\nlicense_link: LICENSE\n---\n", "LICENSE": "Text"},
+            {"README.md": "---\nlicense: apache-2.0\n---\n"},
+            {"license": "apache-2.0"},
+            "applies: apache-2.0",
+        ),
+        (
+            {
+                "README.md": (
+                    "---\nlicense: other\nlicense_name: 'x: y'\nlicense_link: LICENSE\n---\n"
+                ),
+                "LICENSE": "Text",
+            },
             {"license": "other", "license_name": "x: y", "license_link": "LICENSE"},
             "applies: x: y. Its text lies beside this file: LICENSE",
         ),
         ({"LICENSE": "META LLAMA 3 COMMUNITY LICENSE AGREEMENT"}, {"license": "llama3"}, "llama3"),
-        ({"LICENSE.txt": "Apache License\n   Version 2.0, January"}, {"license": "apache-2.0"}, "LICENSE.txt"),
+        (
+            {"LICENSE.txt": "Apache License\n   Version 2.0, January"},
+            {"license": "apache-2.0"},
+            "LICENSE.txt",
+        ),
         ({"README.md": "---\nlicense: [\n---\n"}, {}, "look it up"),
         ({}, {}, "look it up"),
     ],
@@ -460,7 +600,9 @@ def test_the_licence_is_the_bases(
     out = tmp_path / "out"
     out.mkdir()
     text = write(out, ExportRequest(base, "tiny", None, None, out))
-    assert {key: value for key, value in front_matter(text).items() if key.startswith("license")} == expected
+    assert {
+        key: value for key, value in front_matter(text).items() if key.startswith("license")
+    } == expected
     assert shown in text
     assert {file.name for file in out.iterdir()} == {"README.md", *(files.keys() - {"README.md"})}
 
@@ -485,8 +627,19 @@ def test_a_real_run_has_every_part(tmp_path: Path) -> None:
     done = run_cli(*TINY, *small, f"output_dir={run}")
     assert done.code == 0, done.err
     base = Path(json.loads((run / "plan.json").read_text())["model_folder"])
-    text = write(tmp_path / "out", ExportRequest(base, "random", run / "adapter", run, run / "merged"))
-    for title in ("Load it", "Results", "Data", "Settings", "Plan", "How it was made", "Versions", "Licence"):
+    text = write(
+        tmp_path / "out", ExportRequest(base, "random", run / "adapter", run, run / "merged")
+    )
+    for title in (
+        "Load it",
+        "Results",
+        "Data",
+        "Settings",
+        "Plan",
+        "How it was made",
+        "Versions",
+        "Licence",
+    ):
         assert f"\n## {title}\n" in text
     for part in (
         "stdlib_docs@60",

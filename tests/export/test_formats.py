@@ -1,4 +1,6 @@
-"""Every format, through the one door: opened, checked, written, described, published; and what the command line does with it."""
+"""Every format, through the one door: opened, checked, written, described, published; and what the
+command line does with it.
+"""
 
 from __future__ import annotations
 
@@ -60,12 +62,16 @@ def test_there_is_an_option_and_a_writer_for_every_format() -> None:
     assert set(FILES) == set(FORMATS.list())
 
 
-def test_a_wrong_merge_is_published_in_no_format(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_merge_is_published_in_no_format(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     monkeypatch.setattr("llmtune.export.merge.adapter.Adapter.scale", lambda *_: 0.5)
     for kind in ("safetensors", "gguf", "pt"):
         request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out")
-        with pytest.raises(ExportError, match="14 of 20 tensors are not what the base and peft's layers come to"):
+        with pytest.raises(
+            ExportError, match="14 of 20 tensors are not what the base and peft's layers come to"
+        ):
             run_export(request, ExportConfig(format=kind))
         assert not list(tmp_path.glob("out*"))
     run_export(request, ExportConfig(parity=False))
@@ -76,15 +82,22 @@ def test_an_adapter_merges_onto_what_a_qlora_training_saw(base: Path, tmp_path: 
     found = {}
     for onto in MergeOnto:
         request = ExportRequest(base, "tiny", adapter, None, tmp_path / onto.value)
-        found[onto] = load_file(run_export(request, ExportConfig(merge_onto=onto)) / "model.safetensors")
+        found[onto] = load_file(
+            run_export(request, ExportConfig(merge_onto=onto)) / "model.safetensors"
+        )
     name = "model.layers.0.mlp.up_proj.weight"
-    difference = (found[MergeOnto.nf4][name] - found[MergeOnto.original][name]).norm() / found[MergeOnto.original][
-        name
-    ].norm()
+    difference = (found[MergeOnto.nf4][name] - found[MergeOnto.original][name]).norm() / found[
+        MergeOnto.original
+    ][name].norm()
     assert 0.01 < float(difference) < 0.2, "the quantisation error of NF4"
-    assert torch.equal(found[MergeOnto.nf4]["model.norm.weight"], found[MergeOnto.original]["model.norm.weight"])
+    assert torch.equal(
+        found[MergeOnto.nf4]["model.norm.weight"], found[MergeOnto.original]["model.norm.weight"]
+    )
     with pytest.raises(ExportError, match="there is no adapter to merge"):
-        run_export(ExportRequest(base, "tiny", None, None, tmp_path / "x"), ExportConfig(merge_onto=MergeOnto.nf4))
+        run_export(
+            ExportRequest(base, "tiny", None, None, tmp_path / "x"),
+            ExportConfig(merge_onto=MergeOnto.nf4),
+        )
 
 
 def test_a_dry_run_matches_everything_and_writes_nothing(base: Path, tmp_path: Path) -> None:

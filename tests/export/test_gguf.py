@@ -1,4 +1,6 @@
-"""GGUF: the same tensors, the same tokens and the same ids, read back by transformers and, where it is there, by llama.cpp."""
+"""GGUF: the same tensors, the same tokens and the same ids, read back by transformers and, where it
+is there, by llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -75,14 +86,27 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 #: Name -> class of the configuration, of the model, and settings.
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama, tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
-    "llama, another head_dim": (LlamaConfig, LlamaForCausalLM, {"head_dim": 32, "num_key_value_heads": 1}),
-    "llama, no grouped heads": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+    "llama, another head_dim": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"head_dim": 32, "num_key_value_heads": 1},
+    ),
+    "llama, no grouped heads": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"num_key_value_heads": 4, "rms_norm_eps": 1e-3},
+    ),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "qwen2, biases": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
     # transformers' reader takes Qwen3's head_dim to be 128.
@@ -96,8 +120,16 @@ MORE_KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         LlamaForCausalLM,
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
-    "llama, odd widths": (LlamaConfig, LlamaForCausalLM, {"hidden_size": 48, "intermediate_size": 112}),
-    "llama, all biases": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+    "llama, odd widths": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"hidden_size": 48, "intermediate_size": 112},
+    ),
+    "llama, all biases": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"attention_bias": True, "mlp_bias": True},
+    ),
     "qwen2, yarn": (Qwen2Config, Qwen2ForCausalLM, {"rope_parameters": YARN}),
     "qwen3, yarn with its own factor": (
         Qwen3Config,
@@ -123,7 +155,11 @@ def make_model(kind: str, folder: Path, tokenizer: Path) -> Path:
 
 
 def write(
-    base: Path, folder: Path, kind: str = "f32", adapter: Path | None = None, said: list[str] | None = None
+    base: Path,
+    folder: Path,
+    kind: str = "f32",
+    adapter: Path | None = None,
+    said: list[str] | None = None,
 ) -> Path:
     """The file that is written."""
     config = ExportConfig(format="gguf", gguf_type=GgufType[kind])
@@ -136,7 +172,10 @@ def write(
 
 def read_model(file: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
     ).eval()
 
 
@@ -156,7 +195,9 @@ def read_keys(file: Path) -> dict[str, Any]:
 def greedy(model: Any, ids: torch.Tensor, new_tokens: int = 20) -> list[int]:
     with torch.no_grad():
         settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        return list(model.generate(ids, max_new_tokens=new_tokens, **settings)[0, ids.shape[1] :].tolist())
+        return list(
+            model.generate(ids, max_new_tokens=new_tokens, **settings)[0, ids.shape[1] :].tolist()
+        )
 
 
 def top_tokens(model: Any, ids: list[int]) -> list[int]:
@@ -172,7 +213,11 @@ def ask_llama_cpp(file: Path, **request: Any) -> dict[str, Any]:
     """What llama.cpp answers."""
     asked = {"texts": [], "prompt": [], "ids": [], "new_tokens": 0, **request}
     answer = subprocess.run(
-        [str(LLAMA_CPP), str(CHECK), str(file)], input=json.dumps(asked), capture_output=True, text=True, check=False
+        [str(LLAMA_CPP), str(CHECK), str(file)],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert answer.returncode == 0, answer.stderr[-3000:]
     found: dict[str, Any] = json.loads(answer.stdout)
@@ -191,12 +236,18 @@ def test_f32_holds_the_same_bits_and_transformers_goes_on_with_the_same_tokens(
     for name, tensor in found.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     assert greedy(found, TOKENS) == greedy(original, TOKENS)
-    assert sorted(path.name for path in file.parent.iterdir()) == ["Modelfile", "journal.jsonl", "model-f32.gguf"]
+    assert sorted(path.name for path in file.parent.iterdir()) == [
+        "Modelfile",
+        "journal.jsonl",
+        "model-f32.gguf",
+    ]
 
 
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", [*KINDS, *MORE_KINDS])
-def test_llama_cpp_computes_what_transformers_computes(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_llama_cpp_computes_what_transformers_computes(
+    kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_model(kind, tmp_path / "base", tiny_model)
     file = write(base, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -249,7 +300,9 @@ def test_the_frequencies_of_llama_3_1_are_divided_as_transformers_divides_them(
     assert factors.max() == pytest.approx(8.0)
 
 
-def test_biases_of_rotated_projections_change_places_with_their_rows(tiny_model: Path, tmp_path: Path) -> None:
+def test_biases_of_rotated_projections_change_places_with_their_rows(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_model("llama, all biases", tmp_path / "base", tiny_model)
     found = read_tensors(write(base, tmp_path / "out"))
     stored = load_file(base / "model.safetensors")
@@ -262,8 +315,12 @@ def test_biases_of_rotated_projections_change_places_with_their_rows(tiny_model:
                 for place in range(half):
                     first = head * 2 * half
                     assert np.array_equal(turned[first + 2 * place], tensor[first + place])
-                    assert np.array_equal(turned[first + 2 * place + 1], tensor[first + half + place])
-    assert np.array_equal(found["blk.0.ffn_gate.bias"][1], stored["model.layers.0.mlp.gate_proj.bias"].numpy())
+                    assert np.array_equal(
+                        turned[first + 2 * place + 1], tensor[first + half + place]
+                    )
+    assert np.array_equal(
+        found["blk.0.ffn_gate.bias"][1], stored["model.layers.0.mlp.gate_proj.bias"].numpy()
+    )
 
 
 @pytest.mark.parametrize("kind", [kind.name for kind in GgufType])
@@ -274,7 +331,8 @@ def test_every_type_stays_within_its_rounding(kind: str, tiny_model: Path, tmp_p
     down = stored["model.layers.0.mlp.down_proj.weight"].numpy()
     blocks = np.abs(down.reshape(-1, 32)).max(1, keepdims=True)
     spread = np.ptp(down.reshape(-1, 32), axis=1, keepdims=True)
-    # Half a step, and for the symmetric types the largest number of the other sign, which is one step short.
+    # Half a step, and for the symmetric types the largest number of the other sign, which is one
+    # step short.
     bounds = {
         "f32": 0.0 * blocks,
         "f16": blocks * 2**-11,
@@ -295,7 +353,9 @@ def test_every_type_stays_within_its_rounding(kind: str, tiny_model: Path, tmp_p
     assert np.array_equal(norm, stored["model.layers.0.input_layernorm.weight"].numpy())
 
 
-def test_rows_that_blocks_do_not_divide_are_stored_in_f16_and_it_is_said(tiny_model: Path, tmp_path: Path) -> None:
+def test_rows_that_blocks_do_not_divide_are_stored_in_f16_and_it_is_said(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_model("llama, odd widths", tmp_path / "base", tiny_model)
     said: list[str] = []
     file = write(base, tmp_path / "out", "q8_0", said=said)
@@ -312,7 +372,9 @@ def test_rows_that_blocks_do_not_divide_are_stored_in_f16_and_it_is_said(tiny_mo
 
 def test_an_adapter_is_merged_and_the_sum_is_rounded_once(tiny_model: Path, tmp_path: Path) -> None:
     base = make_model("llama, tied", tmp_path / "base", tiny_model)
-    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "k_proj", "down_proj", "lm_head"])
+    adapter = make_adapter(
+        base, tmp_path / "adapter", target_modules=["q_proj", "k_proj", "down_proj", "lm_head"]
+    )
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     file = write(base, tmp_path / "out", adapter=adapter)
     with torch.no_grad():
@@ -333,7 +395,9 @@ def test_rows_that_no_token_uses_become_padding(tiny_model: Path, tmp_path: Path
     assert types[known:] == [int(gguf.TokenType.UNUSED)] * 40
 
 
-def test_an_output_that_is_tied_is_left_out_although_the_file_has_it(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_tied_is_left_out_although_the_file_has_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_model("llama, tied", tmp_path / "base", tiny_model)
     stored = load_file(base / "model.safetensors")
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
@@ -343,7 +407,9 @@ def test_an_output_that_is_tied_is_left_out_although_the_file_has_it(tiny_model:
 
 
 def test_what_llama_cpp_would_not_load_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="cannot write GPT2LMHeadModel; it can write LlamaForCausalLM"):
+    with pytest.raises(
+        ExportError, match="cannot write GPT2LMHeadModel; it can write LlamaForCausalLM"
+    ):
         write(make_base("gpt2", tmp_path / "gpt2", tiny_model), tmp_path / "out")
     base = make_model("llama", tmp_path / "base", tiny_model)
     stored = load_file(base / "model.safetensors")
@@ -353,16 +419,27 @@ def test_what_llama_cpp_would_not_load_is_refused(tiny_model: Path, tmp_path: Pa
         with pytest.raises(ExportError, match=match):
             write(base, tmp_path / "out", kind)
 
-    refused({**stored, "model.layers.0.extra.weight": torch.ones(2, 2)}, "no place for model.layers.0.extra.weight")
-    without = {name: tensor for name, tensor in stored.items() if "layers.1.mlp.up_proj" not in name}
+    refused(
+        {**stored, "model.layers.0.extra.weight": torch.ones(2, 2)},
+        "no place for model.layers.0.extra.weight",
+    )
+    without = {
+        name: tensor for name, tensor in stored.items() if "layers.1.mlp.up_proj" not in name
+    }
     refused(without, "needs blk.1.ffn_up.weight")
     large = stored["model.layers.0.mlp.up_proj.weight"] * 1e7
-    refused({**stored, "model.layers.0.mlp.up_proj.weight": large}, "f16 cannot hold .*gguf_type=bf16", "f16")
+    refused(
+        {**stored, "model.layers.0.mlp.up_proj.weight": large},
+        "f16 cannot hold .*gguf_type=bf16",
+        "f16",
+    )
     save_file(stored, base / "model.safetensors", {"format": "pt"})
     settings = json.loads((base / "config.json").read_text())
     settings["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     (base / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ExportError, match="for LlamaForCausalLM it can write default, linear, yarn, llama3"):
+    with pytest.raises(
+        ExportError, match="for LlamaForCausalLM it can write default, linear, yarn, llama3"
+    ):
         write(base, tmp_path / "out")
 
 
@@ -381,7 +458,12 @@ def test_a_finished_file_is_not_written_again(tiny_model: Path, tmp_path: Path) 
 
 def save_tokenizer(folder: Path, backend: Tokenizer, **settings: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    given = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", **settings}
+    given = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        **settings,
+    }
     PreTrainedTokenizerFast(tokenizer_object=backend, **given).save_pretrained(folder)
     return folder
 
@@ -397,7 +479,9 @@ def byte_level(*steps: Any, use_regex: bool = True, ignore_merges: bool = False)
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([*TEXTS, str(str.__doc__), str(dict.__doc__), "1 12 123 1234 12345 " * 9], trainer)
+    backend.train_from_iterator(
+        [*TEXTS, str(str.__doc__), str(dict.__doc__), "1 12 123 1234 12345 " * 9], trainer
+    )
     return backend
 
 
@@ -421,7 +505,9 @@ def model_with(tokenizer: Path, folder: Path) -> Path:
     """A tiny model with one row for every token."""
     torch.manual_seed(3)
     rows = len(AutoTokenizer.from_pretrained(tokenizer))
-    LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": rows, "num_hidden_layers": 1})).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(**{**SMALL, "vocab_size": rows, "num_hidden_layers": 1})
+    ).save_pretrained(folder)
     copy_tokenizer(tokenizer, folder)
     return folder
 
@@ -442,7 +528,10 @@ def test_a_byte_level_tokenizer_is_known_by_how_it_splits(name: str, tmp_path: P
     expected = encode(AutoTokenizer.from_pretrained(base), texts)
     if name != "smollm":
         # transformers' reader knows no rule of that name and splits as GPT-2 does.
-        assert encode(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), texts) == expected
+        assert (
+            encode(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), texts)
+            == expected
+        )
     if LLAMA_CPP:
         assert ask_llama_cpp(file, texts=texts)["tokenized"] == expected
 
@@ -454,7 +543,9 @@ def test_a_tokenizer_that_llama_cpp_would_run_otherwise_is_refused(tmp_path: Pat
             write(base, tmp_path / "out")
 
     words = pre_tokenizers.Split(Regex(r"\w+"), behavior="isolated")
-    refused("splitting", byte_level(words, use_regex=False), "no splitting rule of llama.cpp is known")
+    refused(
+        "splitting", byte_level(words, use_regex=False), "no splitting rule of llama.cpp is known"
+    )
     prefixed = byte_level()
     prefixed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     refused("prefix", prefixed, "no splitting rule of llama.cpp is known")
@@ -467,7 +558,9 @@ def test_a_tokenizer_that_llama_cpp_would_run_otherwise_is_refused(tmp_path: Pat
     )
     refused("around", around, "can add bos_token and eos_token only")
     unigram = Tokenizer(
-        models.Unigram([("<|endoftext|>", 0.0), ("<|im_start|>", 0.0), ("<|im_end|>", 0.0), ("a", -1.0)], 0)
+        models.Unigram(
+            [("<|endoftext|>", 0.0), ("<|im_start|>", 0.0), ("<|im_end|>", 0.0), ("a", -1.0)], 0
+        )
     )
     refused("unigram", unigram, "is a Unigram model")
 
@@ -490,7 +583,9 @@ def test_bos_and_eos_are_added_where_transformers_adds_them(tmp_path: Path) -> N
         )
 
 
-def test_the_token_that_ends_an_answer_is_named_beside_the_one_that_ends_a_text(tmp_path: Path) -> None:
+def test_the_token_that_ends_an_answer_is_named_beside_the_one_that_ends_a_text(
+    tmp_path: Path,
+) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer", byte_level(), eos_token="<|endoftext|>")
     (tokenizer / "chat_template.jinja").write_text(
         "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -502,7 +597,8 @@ def test_the_token_that_ends_an_answer_is_named_beside_the_one_that_ends_a_text(
 
 
 def sentencepiece(folder: Path, whole: bool = True) -> Path:
-    """A tokenizer as Llama 2 has it: bytes, pieces with scores, and every pair of pieces that makes a piece is a merge.
+    """A tokenizer as Llama 2 has it: bytes, pieces with scores, and every pair of pieces that makes
+    a piece is a merge.
 
     Args:
         whole: Without it, one merge is taken away.
@@ -517,7 +613,9 @@ def sentencepiece(folder: Path, whole: bool = True) -> Path:
     vocab = {piece: number for number, piece in enumerate(pieces)}
     scores = {piece: -float(number) for piece, number in vocab.items() if number >= 259}
     merges = generate_merges({piece: vocab[piece] for piece in scores}, scores)
-    tokenizer = LlamaTokenizer(vocab=vocab, merges=merges if whole else merges[:-1], add_bos_token=True)
+    tokenizer = LlamaTokenizer(
+        vocab=vocab, merges=merges if whole else merges[:-1], add_bos_token=True
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -531,16 +629,24 @@ def test_a_sentencepiece_tokenizer_comes_with_scores_that_give_the_same_ids(tmp_
     assert keys["tokenizer.ggml.add_bos_token"] is True
     assert keys["tokenizer.ggml.add_space_prefix"] is True
     types = keys["tokenizer.ggml.token_type"]
-    assert types[:3] == [int(gguf.TokenType.UNKNOWN), int(gguf.TokenType.CONTROL), int(gguf.TokenType.CONTROL)]
+    assert types[:3] == [
+        int(gguf.TokenType.UNKNOWN),
+        int(gguf.TokenType.CONTROL),
+        int(gguf.TokenType.CONTROL),
+    ]
     assert types[3:259] == [int(gguf.TokenType.BYTE)] * 256
     expected = encode(AutoTokenizer.from_pretrained(base), texts)
-    assert encode(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), texts) == expected
+    assert (
+        encode(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), texts) == expected
+    )
     assert any(token < 259 for ids in expected for token in ids[1:]), "bytes are used"
     if LLAMA_CPP:
         assert ask_llama_cpp(file, texts=texts)["tokenized"] == expected
 
 
-def test_pieces_that_llama_cpp_would_join_and_the_tokenizer_does_not_are_refused(tmp_path: Path) -> None:
+def test_pieces_that_llama_cpp_would_join_and_the_tokenizer_does_not_are_refused(
+    tmp_path: Path,
+) -> None:
     base = model_with(sentencepiece(tmp_path / "tokenizer", whole=False), tmp_path / "base")
     with pytest.raises(ExportError, match="1 such pairs are no merge of the tokenizer"):
         write(base, tmp_path / "out")
@@ -560,7 +666,7 @@ def mean(values):
     for value in values:
         total += value
     return total / len(values)
-"""
+"""  # noqa: E501
 #: Least share of positions of the text with the same most likely token as the safetensors in fp32.
 AGREEMENT = {"f32": 1.0, "f16": 0.98, "q8_0": 0.95}
 PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
@@ -568,21 +674,35 @@ PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start
 
 @pytest.fixture(scope="module")
 def real_model(smollm2: Path) -> tuple[Path, Any, list[int], list[int]]:
-    """SmolLM2-135M: its folder, itself, its top tokens over the long text, and how it goes on from the prompt."""
+    """SmolLM2-135M: its folder, itself, its top tokens over the long text, and how it goes on from
+    the prompt.
+    """
     folder = smollm2
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
-    return folder, model, top_tokens(model, tokenizer(LONG_TEXT)["input_ids"]), greedy(model, prompt)
+    return (
+        folder,
+        model,
+        top_tokens(model, tokenizer(LONG_TEXT)["input_ids"]),
+        greedy(model, prompt),
+    )
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("f32", "f16")), "q8_0"])
-def test_the_real_model_says_the_same_when_transformers_reads_it(kind: str, real_model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("f32", "f16")), "q8_0"]
+)
+def test_the_real_model_says_the_same_when_transformers_reads_it(
+    kind: str, real_model: Any, tmp_path: Path
+) -> None:
     folder, original, expected_top, expected_greedy = real_model
     file = write(folder, tmp_path / "out", kind)
     tokenizer, found = AutoTokenizer.from_pretrained(folder), read_model(file)
-    assert same_share(top_tokens(found, tokenizer(LONG_TEXT)["input_ids"]), expected_top) >= AGREEMENT[kind]
+    assert (
+        same_share(top_tokens(found, tokenizer(LONG_TEXT)["input_ids"]), expected_top)
+        >= AGREEMENT[kind]
+    )
     if kind == "f32":
         bits = original.state_dict()
         assert all(torch.equal(tensor, bits[name]) for name, tensor in found.state_dict().items())
@@ -590,15 +710,17 @@ def test_the_real_model_says_the_same_when_transformers_reads_it(kind: str, real
         texts = [*TEXTS, CHAT, LONG_TEXT]
         read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         assert encode(read, texts) == encode(tokenizer, texts)
-        assert read.apply_chat_template([{"role": "user", "content": "Hi"}]) == tokenizer.apply_chat_template(
+        assert read.apply_chat_template(
             [{"role": "user", "content": "Hi"}]
-        )
+        ) == tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
 
 
 @pytest.mark.process
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", AGREEMENT)
-def test_the_real_model_says_the_same_when_llama_cpp_runs_it(kind: str, real_model: Any, tmp_path: Path) -> None:
+def test_the_real_model_says_the_same_when_llama_cpp_runs_it(
+    kind: str, real_model: Any, tmp_path: Path
+) -> None:
     folder, _, expected_top, expected_greedy = real_model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [*TEXTS, CHAT, LONG_TEXT]

@@ -1,4 +1,6 @@
-"""ONNX and TorchScript graphs: the outputs of transformers for every batch, and refusal where they would not be."""
+"""ONNX and TorchScript graphs: the outputs of transformers for every batch, and refusal where they
+would not be.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError, MissingPrerequisiteError
 from llmtune.export.model import ExportRequest, open_material
 from llmtune.export.publish.shards import Journal
-from llmtune.export.writers.graph.model import GraphModel, check_graph, find_loader, load_graph_model, make_checks
+from llmtune.export.writers.graph.model import (
+    GraphModel,
+    check_graph,
+    find_loader,
+    load_graph_model,
+    make_checks,
+)
 from llmtune.export.writers.graph.writers import write_onnx, write_torchscript
 from llmtune.storage.safetensors_writer import TensorSpec
 from tests.export.conftest import copy_tokenizer, make_adapter
@@ -29,9 +37,21 @@ from tests.export.conftest import copy_tokenizer, make_adapter
 SIZES = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 #: Numbers as large as those of a trained model; with the usual ones every output is nearly zero.
 SPREAD = {"initializer_range": 0.2}
-ENCODER: dict[str, Any] = {**SIZES, **SPREAD, "intermediate_size": 64, "max_position_embeddings": 48}
+ENCODER: dict[str, Any] = {
+    **SIZES,
+    **SPREAD,
+    "intermediate_size": 64,
+    "max_position_embeddings": 48,
+}
 DECODER: dict[str, Any] = {**SIZES, **SPREAD, "intermediate_size": 64, "num_key_value_heads": 1}
-GPT2: dict[str, Any] = {**SPREAD, "vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 48}
+GPT2: dict[str, Any] = {
+    **SPREAD,
+    "vocab_size": 320,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 48,
+}
 #: Padding that is not 0: positions of RoBERTa begin behind it.
 ROBERTA: dict[str, Any] = {**ENCODER, "pad_token_id": 1, "type_vocab_size": 1}
 
@@ -58,7 +78,9 @@ def make_model(architecture: str, folder: Path, tokenizer: Path, **changes: Any)
     return folder
 
 
-def write(kind: str, base: Path, output: Path, adapter: Path | None = None, **settings: Any) -> Path:
+def write(
+    kind: str, base: Path, output: Path, adapter: Path | None = None, **settings: Any
+) -> Path:
     config = ExportConfig(format=kind, **settings)
     material = open_material(ExportRequest(base, "tiny", adapter, None, output), config)
     output.mkdir()
@@ -71,7 +93,10 @@ def batches(with_types: bool) -> Iterator[tuple[torch.Tensor, ...]]:
     """Sizes that the export itself does not try, padded on either side."""
     torch.manual_seed(11)
     for rows, length, left in ((2, 9, False), (6, 4, True), (1, 30, False), (3, 21, True)):
-        ids, places = torch.randint(3, 300, (rows, length)), torch.arange(length).expand(rows, length)
+        ids, places = (
+            torch.randint(3, 300, (rows, length)),
+            torch.arange(length).expand(rows, length),
+        )
         padding = torch.arange(rows)[:, None] % length
         mask = (places >= padding) if left else (places < length - padding)
         types = (places > length // 2).long()
@@ -131,7 +156,9 @@ def test_an_onnx_graph_computes_what_transformers_does(
     assert transformers.AutoTokenizer.from_pretrained(folder)("the")["input_ids"]
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
     assert (folder / "generation_config.json").is_file() == ("CausalLM" in architecture)
-    assert str(Path(transformers.__file__).parent).encode() not in (folder / "model.onnx").read_bytes()
+    assert (
+        str(Path(transformers.__file__).parent).encode() not in (folder / "model.onnx").read_bytes()
+    )
 
 
 @pytest.mark.parametrize("architecture", list(CONFIGS))
@@ -143,7 +170,11 @@ def test_a_torchscript_graph_computes_what_transformers_does(
     graph: Any = torch.jit.load(str(folder / "model.ts.pt"))
     output = "last_hidden_state" if architecture == "BertModel" else "logits"
     compare(graph, load(base, architecture), output, architecture.startswith("Bert"))
-    assert not [file for file in folder.iterdir() if file.is_dir() or file.suffix in (".safetensors", ".tmp")]
+    assert not [
+        file
+        for file in folder.iterdir()
+        if file.is_dir() or file.suffix in (".safetensors", ".tmp")
+    ]
     with zipfile.ZipFile(folder / "model.ts.pt") as archive:
         programs = [archive.read(name) for name in archive.namelist() if "/code/" in name]
     assert programs
@@ -152,16 +183,27 @@ def test_a_torchscript_graph_computes_what_transformers_does(
 
 def test_an_adapter_is_in_the_graph_without_rounding(tiny_model: Path, tmp_path: Path) -> None:
     base = make_model("LlamaForCausalLM", tmp_path / "base", tiny_model)
-    transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(
+        base
+    )
     adapter = make_adapter(base, tmp_path / "adapter")
-    graph: Any = torch.jit.load(str(write("torchscript", base, tmp_path / "out", adapter) / "model.ts.pt"))
+    graph: Any = torch.jit.load(
+        str(write("torchscript", base, tmp_path / "out", adapter) / "model.ts.pt")
+    )
     unmerged: Any = PeftModel.from_pretrained(load(base, "LlamaForCausalLM"), adapter).eval()
     compare(graph, unmerged, "logits", with_types=False)
 
 
-def test_one_matrix_for_input_and_output_is_in_an_onnx_file_once(tiny_model: Path, tmp_path: Path) -> None:
+def test_one_matrix_for_input_and_output_is_in_an_onnx_file_once(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_model(
-        "LlamaForCausalLM", tmp_path / "base", tiny_model, tie_word_embeddings=True, vocab_size=20_000, pad_token_id=2
+        "LlamaForCausalLM",
+        tmp_path / "base",
+        tiny_model,
+        tie_word_embeddings=True,
+        vocab_size=20_000,
+        pad_token_id=2,
     )
     folder = write("onnx", base, tmp_path / "out")
     weights = (base / "model.safetensors").stat().st_size
@@ -170,15 +212,25 @@ def test_one_matrix_for_input_and_output_is_in_an_onnx_file_once(tiny_model: Pat
 
 
 @pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "LlamaForCausalLM"])
-def test_the_graph_of_another_model_is_refused(tiny_model: Path, tmp_path: Path, architecture: str) -> None:
+def test_the_graph_of_another_model_is_refused(
+    tiny_model: Path, tmp_path: Path, architecture: str
+) -> None:
     base = make_model(architecture, tmp_path / "base", tiny_model)
     model = load_graph_model(base, *find_loader(base))
     checks = make_checks(model)
     with torch.no_grad():
         assert check_graph(lambda inputs: model(*inputs), checks, "same") < 1e-5
-        with pytest.raises(ExportError, match=r"rows of \d+ tokens its output differs .* allowed are 0.001"):
-            check_graph(lambda inputs: model(inputs[0], torch.ones_like(inputs[1]), *inputs[2:]), checks, "no mask")
-        next(weight for name, weight in model.named_parameters() if "norm.weight" in name.lower())[0] += 0.1
+        with pytest.raises(
+            ExportError, match=r"rows of \d+ tokens its output differs .* allowed are 0.001"
+        ):
+            check_graph(
+                lambda inputs: model(inputs[0], torch.ones_like(inputs[1]), *inputs[2:]),
+                checks,
+                "no mask",
+            )
+        next(weight for name, weight in model.named_parameters() if "norm.weight" in name.lower())[
+            0
+        ] += 0.1
         with pytest.raises(ExportError, match="moved is not the model"):
             check_graph(lambda inputs: model(*inputs), checks, "moved")
         with pytest.raises(ExportError, match="differs from transformers' by nan"):
@@ -209,8 +261,12 @@ class Large:
         raise AssertionError(f"{name} is not to be read")
 
 
-@pytest.mark.parametrize(("kind", "writer"), [("onnx", write_onnx), ("torchscript", write_torchscript)])
-def test_what_cannot_be_a_graph_is_refused(tiny_model: Path, tmp_path: Path, kind: str, writer: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "writer"), [("onnx", write_onnx), ("torchscript", write_torchscript)]
+)
+def test_what_cannot_be_a_graph_is_refused(
+    tiny_model: Path, tmp_path: Path, kind: str, writer: Any
+) -> None:
     base = make_model("BertForSequenceClassification", tmp_path / "base", tiny_model)
     with pytest.raises(ExportError, match=r"export\.dtype=bf16: graphs are written in fp32"):
         write(kind, base, tmp_path / "bf16", dtype=ExportDtype.bf16)
@@ -219,12 +275,16 @@ def test_what_cannot_be_a_graph_is_refused(tiny_model: Path, tmp_path: Path, kin
     out.mkdir()
     material = open_material(ExportRequest(base, "tiny", None, None, out), config)
     large = Large({"a": TensorSpec("a", torch.bfloat16, (70_000, 1_000_000))})
-    with pytest.raises(ExportError, match=r"70\.0 B parameters are more than 3\.0 B; take export=gguf"):
+    with pytest.raises(
+        ExportError, match=r"70\.0 B parameters are more than 3\.0 B; take export=gguf"
+    ):
         writer(replace(material, source=large), out, Journal(out, "test"), config)
 
     settings = base / "config.json"
     for named in (["T5ForConditionalGeneration"], ["Speech2TextEncoder"], None):
-        settings.write_text(json.dumps({**json.loads(settings.read_text()), "architectures": named}))
+        settings.write_text(
+            json.dumps({**json.loads(settings.read_text()), "architectures": named})
+        )
         with pytest.raises(ExportError, match=r"is neither an encoder nor a decoder of text"):
             write(kind, base, tmp_path / f"{named}")
 
@@ -238,10 +298,15 @@ def test_a_head_that_was_never_trained_is_not_made_up(tiny_model: Path, tmp_path
         write("torchscript", base, tmp_path / "out")
 
 
-def test_what_torch_cannot_export_is_refused_with_its_reason(tiny_model: Path, tmp_path: Path) -> None:
-    base = make_model("LlamaForSequenceClassification", tmp_path / "base", tiny_model, pad_token_id=None)
+def test_what_torch_cannot_export_is_refused_with_its_reason(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    base = make_model(
+        "LlamaForSequenceClassification", tmp_path / "base", tiny_model, pad_token_id=None
+    )
     with pytest.raises(
-        ExportError, match=r"cannot write LlamaForSequenceClassification as TorchScript: .*padding token"
+        ExportError,
+        match=r"cannot write LlamaForSequenceClassification as TorchScript: .*padding token",
     ):
         write("torchscript", base, tmp_path / "out")
 
@@ -253,7 +318,10 @@ def test_a_missing_package_is_named_before_anything_is_written(
     base = make_model("BertModel", tmp_path / "base", tiny_model)
     # What Python itself takes for a package that cannot be imported.
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPrerequisiteError, match=rf'export=onnx needs {package} .*pip install "llmtune\[onnx\]"'):
+    with pytest.raises(
+        MissingPrerequisiteError,
+        match=rf'export=onnx needs {package} .*pip install "llmtune\[onnx\]"',
+    ):
         write("onnx", base, tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["journal.jsonl"]
 
@@ -262,7 +330,10 @@ def test_a_graph_model_takes_tensors_and_gives_one(tiny_model: Path, tmp_path: P
     base = make_model("BertModel", tmp_path / "base", tiny_model)
     model = load_graph_model(base, *find_loader(base))
     assert isinstance(model, GraphModel)
-    assert (model.inputs, model.output) == (("input_ids", "attention_mask", "token_type_ids"), "last_hidden_state")
+    assert (model.inputs, model.output) == (
+        ("input_ids", "attention_mask", "token_type_ids"),
+        "last_hidden_state",
+    )
     sizes = [tuple(check.inputs[0].shape) for check in make_checks(model)]
     assert len({length for _, length in sizes}) == len(sizes)
     assert max(length for _, length in sizes) == 48, "the longest row is as long as the model takes"

@@ -1,4 +1,6 @@
-"""Adapters that bring a head: a base of words, or of states, becomes a model of classes, and computes what peft computes."""
+"""Adapters that bring a head: a base of words, or of states, becomes a model of classes, and
+computes what peft computes.
+"""
 
 from __future__ import annotations
 
@@ -33,25 +35,64 @@ LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2)
 #: Name -> class of the base, its configuration, class of the adapted model, task, labels, targets.
 KINDS: dict[str, tuple[str, Any, str, str, int, list[str]]] = {
     "words to classes": (
-        "RobertaForMaskedLM", ROBERTA, "RobertaForSequenceClassification", "SEQ_CLS", 3, ["query", "value"],
+        "RobertaForMaskedLM",
+        ROBERTA,
+        "RobertaForSequenceClassification",
+        "SEQ_CLS",
+        3,
+        ["query", "value"],
     ),
-    "states to classes": ("BertModel", BERT, "BertForSequenceClassification", "SEQ_CLS", 4, ["query", "dense"]),
+    "states to classes": (
+        "BertModel",
+        BERT,
+        "BertForSequenceClassification",
+        "SEQ_CLS",
+        4,
+        ["query", "dense"],
+    ),
     "one number": ("BertModel", BERT, "BertForSequenceClassification", "SEQ_CLS", 1, ["query"]),
-    "classes of tokens": ("BertForMaskedLM", BERT, "BertForTokenClassification", "TOKEN_CLS", 5, ["value"]),
+    "classes of tokens": (
+        "BertForMaskedLM",
+        BERT,
+        "BertForTokenClassification",
+        "TOKEN_CLS",
+        5,
+        ["value"],
+    ),
     "answers": ("BertModel", BERT, "BertForQuestionAnswering", "QUESTION_ANS", 2, ["value"]),
     "decoder to classes": (
-        "LlamaForCausalLM", LLAMA, "LlamaForSequenceClassification", "SEQ_CLS", 3, ["q_proj", "up_proj"],
+        "LlamaForCausalLM",
+        LLAMA,
+        "LlamaForSequenceClassification",
+        "SEQ_CLS",
+        3,
+        ["q_proj", "up_proj"],
     ),
     "adapted embedding": (
-        "LlamaForCausalLM", LLAMA, "LlamaForSequenceClassification", "SEQ_CLS", 2, ["embed_tokens", "v_proj"],
+        "LlamaForCausalLM",
+        LLAMA,
+        "LlamaForSequenceClassification",
+        "SEQ_CLS",
+        2,
+        ["embed_tokens", "v_proj"],
     ),
     "other classes": (
-        "RobertaForSequenceClassification", ROBERTA, "RobertaForSequenceClassification", "SEQ_CLS", 3, ["query"],
+        "RobertaForSequenceClassification",
+        ROBERTA,
+        "RobertaForSequenceClassification",
+        "SEQ_CLS",
+        3,
+        ["query"],
     ),
     "the base's own classes": (
-        "RobertaForSequenceClassification", ROBERTA, "RobertaForSequenceClassification", "SEQ_CLS", 2, ["query"],
+        "RobertaForSequenceClassification",
+        ROBERTA,
+        "RobertaForSequenceClassification",
+        "SEQ_CLS",
+        2,
+        ["query"],
     ),
-}  # fmt: skip
+}
 
 HUB_TASKS = {
     "SEQ_CLS": "text-classification",
@@ -65,7 +106,9 @@ TASK_LOADERS = {
 }
 
 
-def make_pair(kind: str, folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path, Any]:
+def make_pair(
+    kind: str, folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32
+) -> tuple[Path, Path, Any]:
     """A base, an adapter with a head, and both of them in peft."""
     architecture, config, headed, task, labels, targets = KINDS[kind]
     torch.manual_seed(0)
@@ -74,7 +117,9 @@ def make_pair(kind: str, folder: Path, tokenizer: Path, dtype: torch.dtype = tor
     model = getattr(transformers, headed).from_pretrained(
         folder / "base", num_labels=labels, ignore_mismatched_sizes=True, dtype=dtype
     )
-    wrapped = get_peft_model(model, LoraConfig(task_type=task, r=4, lora_alpha=16, target_modules=targets))
+    wrapped = get_peft_model(
+        model, LoraConfig(task_type=task, r=4, lora_alpha=16, target_modules=targets)
+    )
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
@@ -109,10 +154,15 @@ def test_a_head_becomes_part_of_the_model(kind: str, tiny_model: Path, tmp_path:
     assert not (folder / "generation_config.json").exists()
 
 
-def test_names_of_classes_are_the_bases_where_it_has_as_many(tiny_model: Path, tmp_path: Path) -> None:
+def test_names_of_classes_are_the_bases_where_it_has_as_many(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base, adapter, _ = make_pair("words to classes", tmp_path, tiny_model)
     file = base / "config.json"
-    named = {"id2label": {"0": "bad", "1": "fair", "2": "good"}, "label2id": {"bad": 0, "fair": 1, "good": 2}}
+    named = {
+        "id2label": {"0": "bad", "1": "fair", "2": "good"},
+        "label2id": {"bad": 0, "fair": 1, "good": 2},
+    }
     file.write_text(json.dumps(json.loads(file.read_text()) | named))
     found = json.loads((export(base, adapter, tmp_path / "a") / "config.json").read_text())
     assert found["id2label"] == named["id2label"]
@@ -126,7 +176,9 @@ def test_the_head_takes_the_bases_dtype(tiny_model: Path, tmp_path: Path) -> Non
     tensors = load_file(export(base, adapter, tmp_path / "out") / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert "lm_head.weight" not in tensors
-    whole = load_file(export(base, adapter, tmp_path / "whole", dtype=ExportDtype.fp32) / "model.safetensors")
+    whole = load_file(
+        export(base, adapter, tmp_path / "whole", dtype=ExportDtype.fp32) / "model.safetensors"
+    )
     head = load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"]
     assert torch.equal(whole["score.weight"], head.float())
 
@@ -136,7 +188,9 @@ def test_a_head_goes_into_other_formats(tiny_model: Path, tmp_path: Path) -> Non
     folder = export(base, adapter, tmp_path / "graph", format="torchscript")
     graph = torch.jit.load(folder / "model.ts.pt")
     with torch.no_grad():
-        assert torch.allclose(graph(TOKENS, torch.ones_like(TOKENS)), wrapped(TOKENS).logits, atol=1e-4)
+        assert torch.allclose(
+            graph(TOKENS, torch.ones_like(TOKENS)), wrapped(TOKENS).logits, atol=1e-4
+        )
     with pytest.raises(ExportError, match="RobertaForSequenceClassification"):
         export(base, adapter, tmp_path / "gguf", format="gguf")
     assert not (tmp_path / "gguf").exists()
@@ -153,9 +207,14 @@ def test_what_no_head_has_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     base, adapter, _ = make_pair("words to classes", tmp_path, tiny_model)
     name = "base_model.model.classifier.dense.weight"
     change_head(lambda tensors: tensors.update({name: torch.zeros(7, 48)}), adapter)
-    with pytest.raises(ExportError, match=r"its head \(.*dense.weight \(7, 48\).*does not fit RobertaForSequence"):
+    with pytest.raises(
+        ExportError, match=r"its head \(.*dense.weight \(7, 48\).*does not fit RobertaForSequence"
+    ):
         export(base, adapter, tmp_path / "out")
-    change_head(lambda tensors: [tensors.pop(key) for key in list(tensors) if "classifier" in key] and None, adapter)
+    change_head(
+        lambda tensors: [tensors.pop(key) for key in list(tensors) if "classifier" in key] and None,
+        adapter,
+    )
     with pytest.raises(ExportError, match="classifier among modules_to_save, and no tensor of it"):
         export(base, adapter, tmp_path / "out")
     _, again, _ = make_pair("words to classes", tmp_path / "again", tiny_model)
@@ -167,8 +226,17 @@ def test_what_no_head_has_is_refused(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_stored_nowhere_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    """BERT's classes look at the pooler, which a model of words lacks and peft does not store: it would be random."""
-    KINDS["no pooler"] = ("BertForMaskedLM", BERT, "BertForSequenceClassification", "SEQ_CLS", 3, ["query"])
+    """BERT's classes look at the pooler, which a model of words lacks and peft does not store: it
+    would be random.
+    """
+    KINDS["no pooler"] = (
+        "BertForMaskedLM",
+        BERT,
+        "BertForSequenceClassification",
+        "SEQ_CLS",
+        3,
+        ["query"],
+    )
     try:
         base, adapter, _ = make_pair("no pooler", tmp_path, tiny_model)
     finally:

@@ -10,7 +10,13 @@ import pytest
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType, MergeOnto
 from llmtune.export.formats.format import FORMATS
-from llmtune.export.identity import SHAPING_NOTHING, describe_job, describe_options, is_export_of, shaping_options
+from llmtune.export.identity import (
+    SHAPING_NOTHING,
+    describe_job,
+    describe_options,
+    is_export_of,
+    shaping_options,
+)
 from llmtune.export.pipeline import ExportRequest, run_export
 from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
 from tests.export.conftest import make_adapter
@@ -28,7 +34,9 @@ OTHERS: dict[str, Any] = {
     "dry_run": True,
 }
 GRAPHS = ("onnx", "torchscript")
-KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind in GRAPHS else ()) for kind in FORMATS.list()]
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.slow if kind in GRAPHS else ()) for kind in FORMATS.list()
+]
 
 
 def change(kind: str, key: str) -> ExportConfig | None:
@@ -49,7 +57,9 @@ def published(folder: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but those that list the others, and a trace, in which torch numbers its classes on."""
+    """All files but those that list the others, and a trace, in which torch numbers its classes
+    on.
+    """
     left_out = ("manifest.json", "COMPLETE", "model.ts.pt")
     files = [file for file in folder.rglob("*") if file.is_file() and file.name not in left_out]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
@@ -82,7 +92,9 @@ def test_an_option_is_in_the_identity_exactly_if_it_shapes_a_file(
         if config is None:
             assert key not in shaping_options(kind) or key == "dry_run"
             continue
-        assert (describe_options(config) == describe_options(plain)) is (key not in shaping_options(kind)), key
+        assert (describe_options(config) == describe_options(plain)) is (
+            key not in shaping_options(kind)
+        ), key
         run_export(request, config)
         assert is_export_of(output, adapter, config)
         assert is_export_of(output, adapter, plain) is (key not in shaping_options(kind)), key
@@ -105,7 +117,9 @@ def test_the_export_of_another_adapter_or_without_a_note_of_its_options_is_done_
     assert not is_export_of(output, other, config)
     assert not is_export_of(tmp_path / "nothing", adapter, config)
     written = {name: hash_file(output / name) for name in contents(output)}
-    write_manifest(output, written, {"format": "safetensors", "source": (adapter / "COMPLETE").read_text()})
+    write_manifest(
+        output, written, {"format": "safetensors", "source": (adapter / "COMPLETE").read_text()}
+    )
     mark_complete(output)
     assert not is_export_of(output, adapter, config), "written by a version that did not note them"
 
@@ -116,7 +130,9 @@ def test_addresses_stay_out_of_the_manifest() -> None:
     assert describe_options(ExportConfig(upload="hf://me/model@branch"))["upload"] == "me/model"
 
 
-def test_what_an_export_leaves_inside_its_base_makes_it_no_other_job(base: Path, tmp_path: Path) -> None:
+def test_what_an_export_leaves_inside_its_base_makes_it_no_other_job(
+    base: Path, tmp_path: Path
+) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     request, config = ExportRequest(base, "tiny", adapter, None, base / "merged"), ExportConfig()
     before = describe_job(request, config)

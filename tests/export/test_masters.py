@@ -1,4 +1,6 @@
-"""Master weights of llmtune's own checkpoints: the live optimizer's numbers, or an error that names what is missing."""
+"""Master weights of llmtune's own checkpoints: the live optimizer's numbers, or an error that names
+what is missing.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "data.overlong=truncate",
             "precision=bf16",
         ]
-        overrides += [f"zero={stage}", f"offload={rung}", "train.global_batch_size=2", "optim.learning_rate=1e-2"]
+        overrides += [
+            f"zero={stage}",
+            f"offload={rung}",
+            "train.global_batch_size=2",
+            "optim.learning_rate=1e-2",
+        ]
         # An odd vocabulary, so that parts of the embedding are filled up.
         overrides += ["model.config.vocab_size=331"]
         name = f"{stage}-{rung}"
@@ -80,22 +87,41 @@ def test_masters_are_the_live_optimizers(place: str, checkpoints: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_model_of_masters_is_written_in_small_blocks(checkpoints: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_model_of_masters_is_written_in_small_blocks(
+    checkpoints: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("llmtune.storage.row_blocks.BLOCK_ELEMENTS", 64 * 3)
     monkeypatch.setattr("llmtune.storage.row_blocks._LEAST_ROWS", 1)
     for place in ("0-none", "3-none"):
         output = tmp_path / place
         output.mkdir()
-        write_shards(MastersSource(checkpoints / place / "checkpoint-2"), output, 10**9, Journal(output, "masters"))
-        written, live = load_file(output / "model.safetensors"), torch.load(checkpoints / f"{place}.pt")
-        assert all(torch.equal(written[name], values.reshape(written[name].shape)) for name, values in live.items())
+        write_shards(
+            MastersSource(checkpoints / place / "checkpoint-2"),
+            output,
+            10**9,
+            Journal(output, "masters"),
+        )
+        written, live = (
+            load_file(output / "model.safetensors"),
+            torch.load(checkpoints / f"{place}.pt"),
+        )
+        assert all(
+            torch.equal(written[name], values.reshape(written[name].shape))
+            for name, values in live.items()
+        )
 
 
-def write_checkpoint(folder: Path, slices: list[list[tuple[str, int, int]]], numel: int = 10) -> Path:
-    """A checkpoint by hand: of each rank, which elements of which parameter it holds; ``w`` is (2, 5), ``b`` a buffer."""
+def write_checkpoint(
+    folder: Path, slices: list[list[tuple[str, int, int]]], numel: int = 10
+) -> Path:
+    """A checkpoint by hand: of each rank, which elements of which parameter it holds; ``w`` is (2,
+    5), ``b`` a buffer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     values = torch.arange(10.0)
-    save_file({"w": values.reshape(2, 5).bfloat16(), "b": torch.arange(3)}, folder / "model.safetensors")
+    save_file(
+        {"w": values.reshape(2, 5).bfloat16(), "b": torch.arange(3)}, folder / "model.safetensors"
+    )
     for rank, held in enumerate(slices):
         tensors: dict[str, torch.Tensor] = {}
         where = {}
@@ -120,7 +146,10 @@ def test_what_was_not_trained_comes_from_the_model_files(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("slices", "part"),
     [
-        ([[("w", 0, 3)], [("w", 4, 6)]], "master weights of w are not complete: elements 3 to 4 of 10 are missing"),
+        (
+            [[("w", 0, 3)], [("w", 4, 6)]],
+            "master weights of w are not complete: elements 3 to 4 of 10 are missing",
+        ),
         ([[("w", 0, 5)], [("w", 4, 6)]], "elements 4 to 5 of 10 are there twice"),
         ([[("w", 0, 5)], [("w", 5, 4)]], "w are not complete: it has 10 elements, and 9 are there"),
         ([[("w", 0, 10)], [("v", 0, 10)]], "v has master weights and is not in the model files"),
@@ -136,7 +165,10 @@ def test_slices_that_make_no_parameter_are_named(
 
 def test_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "c", [[("w", 0, 3)], [("w", 3, 7)]])
-    shutil.copyfile(folder / "optimizer-00000-of-00002.safetensors", folder / "optimizer-00002-of-00004.safetensors")
+    shutil.copyfile(
+        folder / "optimizer-00000-of-00002.safetensors",
+        folder / "optimizer-00002-of-00004.safetensors",
+    )
     with pytest.raises(ExportError, match="state files of 2 and of 4 ranks"):
         MastersSource(folder)
     (folder / "optimizer-00002-of-00004.safetensors").unlink()
@@ -146,9 +178,13 @@ def test_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="optimizer-00001-of-00002.safetensors is cut off"):
         MastersSource(folder)
     last.unlink()
-    with pytest.raises(ExportError, match="optimizer-00001-of-00002.safetensors of 2 state files is missing"):
+    with pytest.raises(
+        ExportError, match="optimizer-00001-of-00002.safetensors of 2 state files is missing"
+    ):
         MastersSource(folder)
-    with pytest.raises(ExportError, match="has 10 elements in the model files and 12 in its masters"):
+    with pytest.raises(
+        ExportError, match="has 10 elements in the model files and 12 in its masters"
+    ):
         MastersSource(write_checkpoint(tmp_path / "other", [[("w", 0, 10)]], numel=12))
     save_file({"w/master": torch.ones(2)}, last)
     with pytest.raises(ExportError, match="is not a state file of llmtune"):
@@ -156,7 +192,9 @@ def test_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_runs_result_finds_the_checkpoint_that_it_was_made_from(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_runs_result_finds_the_checkpoint_that_it_was_made_from(
+    checkpoints: Path, tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "checkpoint-2"
     shutil.copytree(checkpoints / "3-none" / "checkpoint-2", checkpoint)
     result = tmp_path / "model"

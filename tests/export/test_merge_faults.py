@@ -1,4 +1,6 @@
-"""A right merge passes and every planted fault is refused, at adapters of one step, of five, of sixty, and of nearly nothing."""
+"""A right merge passes and every planted fault is refused, at adapters of one step, of five, of
+sixty, and of nearly nothing.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ SCENES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "tied": ("llama-tied", {"target_modules": ["embed_tokens", "q_proj"]}),
-    "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "lora_bias": True}),
+    "Conv1D": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "lora_bias": True},
+    ),
 }
 STEPS = (1, 5, 60)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -60,10 +65,14 @@ class Scene:
 
 
 def train(scene: str, base: Path, folder: Path) -> dict[str, Path]:
-    """A real training at an ordinary rate, kept after some steps; and its last adapter, a ten-thousandth of it."""
+    """A real training at an ordinary rate, kept after some steps; and its last adapter, a
+    ten-thousandth of it.
+    """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(3)
-    wrapped: Any = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", **SCENES[scene][1]))
+    wrapped: Any = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", **SCENES[scene][1])
+    )
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=2e-4)
     found = {}
     for step in range(1, max(STEPS) + 1):
@@ -132,9 +141,12 @@ def truth(base: Path, folder: Path, name: str) -> tuple[Tensors, Tensors]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     plain = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     if name == "tied":
-        # peft adds an embedding's change to the head that is tied to it, which its unmerged model does not have.
+        # peft adds an embedding's change to the head that is tied to it, which its unmerged model
+        # does not have.
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    wrapped: Any = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).double()
+    wrapped: Any = PeftModel.from_pretrained(
+        model, str(folder), autocast_adapter_dtype=False
+    ).double()
     tensors = load_file(folder / "adapter_model.safetensors")
     for key, parameter in wrapped.named_parameters():
         # Once more, for peft may have rounded them on the way.
@@ -162,9 +174,13 @@ def test_the_right_merge_passes_and_every_fault_that_changes_a_number_is_refused
     base, right = truth(scene.base, folder, scene.name)
     settings = json.loads((folder / "adapter_config.json").read_text())
     case = Case(
-        {name: base[name] for name in stored}, {name: right[name] for name in stored}, stored, dtype, settings,
+        {name: base[name] for name in stored},
+        {name: right[name] for name in stored},
+        stored,
+        dtype,
+        settings,
         load_file(folder / "adapter_model.safetensors"),
-    )  # fmt: skip
+    )
     assert_as_peft(case)
     unseen = set()
     for fault, plant in FAULTS[scene.name].items():
@@ -172,22 +188,30 @@ def test_the_right_merge_passes_and_every_fault_that_changes_a_number_is_refused
             # One unit in the last place of fp32 is what the merge's own arithmetic is off by.
             continue
         tensors = plant(case)
-        if tensors.keys() == stored.keys() and all(torch.equal(tensors[name], stored[name]) for name in stored):
+        if tensors.keys() == stored.keys() and all(
+            torch.equal(tensors[name], stored[name]) for name in stored
+        ):
             unseen.add(fault)
             continue
         problems = court.look(tensors, tied=fault == "the head that was untied is missing").problems
         assert problems, f"{fault}: passed, with {count_changed(tensors, stored)} numbers changed"
     # A vector of ones moves by less than bf16 can say in a few steps.
-    assert size == "nearly nothing" or unseen <= {"a saved vector is not copied"}, f"changed no number: {unseen}"
+    assert size == "nearly nothing" or unseen <= {"a saved vector is not copied"}, (
+        f"changed no number: {unseen}"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("dtype", ExportDtype)
-def test_the_right_merge_is_published_at_every_size(scene: Scene, dtype: ExportDtype, tmp_path: Path) -> None:
+def test_the_right_merge_is_published_at_every_size(
+    scene: Scene, dtype: ExportDtype, tmp_path: Path
+) -> None:
     """With its logits, and as a user gives it."""
     for adapter in scene.adapters.values():
         said: list[str] = []
-        request = ExportRequest(scene.base, "tiny", adapter, None, tmp_path / "out", say=said.append)
+        request = ExportRequest(
+            scene.base, "tiny", adapter, None, tmp_path / "out", say=said.append
+        )
         run_export(request, ExportConfig(dtype=dtype))
         assert any("adapted modules recomputed from peft's layers" in line for line in said), said
 
@@ -195,7 +219,9 @@ def test_the_right_merge_is_published_at_every_size(scene: Scene, dtype: ExportD
 def assert_as_peft(case: Case) -> None:
     """The merge under test is right by peft's own arithmetic in fp64."""
     for name, tensor in case.stored.items():
-        close = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}[case.dtype]
+        close = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}[
+            case.dtype
+        ]
         assert torch.allclose(tensor.double(), case.right[name], rtol=close, atol=1e-7), name
 
 

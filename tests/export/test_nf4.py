@@ -1,4 +1,6 @@
-"""NF4 and back: bitsandbytes' bits, the layers that transformers picks, and an adapter merged onto what its training saw."""
+"""NF4 and back: bitsandbytes' bits, the layers that transformers picks, and an adapter merged onto
+what its training saw.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +22,48 @@ from llmtune.errors import ExportError
 from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.sources.base import Retyped, SafetensorsSource, TensorSource, read_whole
-from llmtune.export.sources.nf4 import Nf4RoundTrip, dequantise, mean_scale, quantise, quantised_names
+from llmtune.export.sources.nf4 import (
+    Nf4RoundTrip,
+    dequantise,
+    mean_scale,
+    quantise,
+    quantised_names,
+)
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
 
 #: Rows of 48 and 112 numbers; the tiny model's are multiples of 64.
 KINDS = ["tiny", "llama", "llama-tied", "llama-bias", "gpt2"]
 
 
-def load_in_4bit(base: Path, dtype: Any = "auto", compute: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
+def load_in_4bit(
+    base: Path, dtype: Any = "auto", compute: torch.dtype = torch.bfloat16, **settings: Any
+) -> Any:
     """The reference: transformers quantises while it loads."""
     given = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, **settings}
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute, **given)
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=config).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=config
+    ).eval()
 
 
 def stand_for(packed: torch.Tensor, state: Any) -> torch.Tensor:
     """The formula: the code of each half byte, times the scale of its 64."""
     scales = (
-        functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        if state.nested
+        else state.absmax
     )
-    halves = torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], dim=1).reshape(-1).long()
+    halves = (
+        torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], dim=1).reshape(-1).long()
+    )
     numbers = state.code[halves] * scales.repeat_interleave(state.blocksize)[: len(halves)]
     return numbers[: state.shape.numel()].reshape(state.shape).to(state.dtype)
 
 
 def plain_weights(model: Any) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """All weights of a 4-bit model under the names and in the orientation of the unquantised one, and those that were not."""
+    """All weights of a 4-bit model under the names and in the orientation of the unquantised one,
+    and those that were not.
+    """
     tensors, quantised = {}, set()
     for name, module in model.named_modules():
         for part, tensor in module._parameters.items():
@@ -54,9 +72,15 @@ def plain_weights(model: Any) -> tuple[dict[str, torch.Tensor], set[str]]:
         if isinstance(module, Linear4bit):
             weight = stand_for(module.weight.data, module.weight.quant_state)
             if weight.shape[1] % 64 == 0:
-                # Where the rows end with a block; bitsandbytes' kernel for AVX-512 is wrong elsewhere.
-                assert torch.equal(weight, functional.dequantize_4bit(module.weight.data, module.weight.quant_state))
-            tensors[f"{name}.weight"] = weight.T if issubclass(module.source_cls, Conv1D) else weight
+                # Where the rows end with a block; bitsandbytes' kernel for AVX-512 is wrong
+                # elsewhere.
+                assert torch.equal(
+                    weight,
+                    functional.dequantize_4bit(module.weight.data, module.weight.quant_state),
+                )
+            tensors[f"{name}.weight"] = (
+                weight.T if issubclass(module.source_cls, Conv1D) else weight
+            )
             quantised.add(f"{name}.weight")
     return tensors, quantised
 
@@ -85,7 +109,9 @@ def test_every_weight_has_the_bits_of_a_model_that_transformers_loads_in_4_bits(
         assert torch.equal(found, read_whole(stored, name)) == (name not in layers), name
 
 
-def test_a_base_of_another_dtype_is_quantised_in_that_of_the_training(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_base_of_another_dtype_is_quantised_in_that_of_the_training(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_base("llama", tmp_path / "base", tiny_model, torch.float32)
     expected, layers = plain_weights(load_in_4bit(base, dtype=torch.bfloat16))
     stored = Retyped(SafetensorsSource(base), torch.bfloat16)
@@ -99,7 +125,9 @@ def write_tensor(tensor: torch.Tensor, folder: Path) -> TensorSource:
     return SafetensorsSource(folder)
 
 
-@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (7, 10), (130, 34), (300, 48), (65, 63), (13, 4096), (1000, 64)])
+@pytest.mark.parametrize(
+    "shape", [(1, 2), (2, 1), (7, 10), (130, 34), (300, 48), (65, 63), (13, 4096), (1000, 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_at_a_time_have_the_bits_of_the_whole(
     shape: tuple[int, int], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -123,13 +151,19 @@ def test_rows_at_a_time_have_the_bits_of_the_whole(
 
 def store(source: TensorSource, like: Path, folder: Path) -> Path:
     folder.mkdir()
-    save_file({name: read_whole(source, name) for name in source.specs}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: read_whole(source, name) for name in source.specs},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     (folder / "config.json").write_text((like / "config.json").read_text())
     return folder
 
 
 def in_training(model: Any, adapter: Path) -> Any:
-    """With an adapter, as it runs in training; in evaluation bitsandbytes takes a kernel on some CPUs that computes in bf16."""
+    """With an adapter, as it runs in training; in evaluation bitsandbytes takes a kernel on some
+    CPUs that computes in bf16.
+    """
     return PeftModel.from_pretrained(model, adapter).train()
 
 
@@ -148,7 +182,9 @@ def test_a_model_merged_onto_nf4_answers_as_the_training_did(
         expected = trained(TOKENS).logits
         distances = {}
         for name, source in onto.items():
-            folder = store(MergedSource(source, read_adapter(adapter), "lm_head.weight"), base, tmp_path / name)
+            folder = store(
+                MergedSource(source, read_adapter(adapter), "lm_head.weight"), base, tmp_path / name
+            )
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             distances[name] = (model(TOKENS).logits - expected).abs().max().item()
         peft_merged = trained.merge_and_unload()(TOKENS).logits
@@ -159,7 +195,9 @@ def test_a_model_merged_onto_nf4_answers_as_the_training_did(
 
 def test_a_base_in_4_bits_computes_with_these_very_bits(tiny_model: Path, tmp_path: Path) -> None:
     stored = SafetensorsSource(tiny_model)
-    folder = store(Nf4RoundTrip(stored, quantised_names(tiny_model, stored)), tiny_model, tmp_path / "round")
+    folder = store(
+        Nf4RoundTrip(stored, quantised_names(tiny_model, stored)), tiny_model, tmp_path / "round"
+    )
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
     with torch.no_grad():
         assert torch.equal(plain(TOKENS).logits, load_in_4bit(tiny_model).train()(TOKENS).logits)
@@ -173,7 +211,10 @@ def test_what_cannot_be_quantised_is_refused(tiny_model: Path, tmp_path: Path) -
         Nf4RoundTrip(source, {"v": False})
     base = make_base("llama", tmp_path / "base", tiny_model)
     tensors = load_file(base / "model.safetensors")
-    save_file({name.replace("up_proj", "w3"): tensor for name, tensor in tensors.items()}, base / "model.safetensors")
+    save_file(
+        {name.replace("up_proj", "w3"): tensor for name, tensor in tensors.items()},
+        base / "model.safetensors",
+    )
     with pytest.raises(ExportError, match=r"2 linear layers .* model.layers.0.mlp.up_proj.weight"):
         quantised_names(base, SafetensorsSource(base))
     (base / "config.json").write_text('{"model_type": "of_next_year"}')
@@ -182,7 +223,9 @@ def test_what_cannot_be_quantised_is_refused(tiny_model: Path, tmp_path: Path) -
     assert caught.value.exit_code == 6
 
 
-def test_files_that_leave_out_the_first_part_of_names_are_matched(tiny_model: Path, tmp_path: Path) -> None:
+def test_files_that_leave_out_the_first_part_of_names_are_matched(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_base("gpt2", tmp_path / "base", tiny_model)
     tensors = load_file(base / "model.safetensors")
     short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}

@@ -1,4 +1,6 @@
-"""The parity check passes what is right, in every kind of adapter, and names the module that is wrong."""
+"""The parity check passes what is right, in every kind of adapter, and names the module that is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType
 from llmtune.errors import ExportError
@@ -26,7 +35,9 @@ from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_bas
 from tests.export.test_merge import KINDS, export
 
 
-def compare(base: Path, adapter: Path, merged: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Parity:
+def compare(
+    base: Path, adapter: Path, merged: Path, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Parity:
     opened = read_adapter(adapter)
     sides = Sides(base, SafetensorsSource(base), opened, merged, SafetensorsSource(merged))
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -35,7 +46,9 @@ def compare(base: Path, adapter: Path, merged: Path, dtype: torch.dtype = torch.
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_kind_of_adapter_passes_when_it_was_merged_rightly(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_every_kind_of_adapter_passes_when_it_was_merged_rightly(
+    kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
     name, settings, _ = KINDS[kind]
     base = make_base(name, tmp_path / "base", tiny_model)
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
@@ -63,14 +76,22 @@ def test_a_streamed_model_has_the_logits_of_the_whole_one(tiny_model: Path, tmp_
         streamed = StreamedModel(base, SafetensorsSource(base))
         with torch.no_grad():
             assert torch.allclose(streamed.logits(TOKENS), whole(TOKENS).logits, atol=1e-6)
-        assert all(is_hollow(parameter) for parameter in streamed.model.parameters()), "nothing stays"
+        assert all(is_hollow(parameter) for parameter in streamed.model.parameters()), (
+            "nothing stays"
+        )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_an_encoder_without_a_head_is_compared_by_its_states(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_encoder_without_a_head_is_compared_by_its_states(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=512, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+        vocab_size=512,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
     )
     BertModel(config).save_pretrained(tmp_path / "base")
     copy_tokenizer(tiny_model, tmp_path / "base")
@@ -82,7 +103,9 @@ def test_an_encoder_without_a_head_is_compared_by_its_states(tiny_model: Path, t
             parameter.add_(torch.randn_like(parameter) * 0.05 if "lora_" in name else 0)
     wrapped.save_pretrained(tmp_path / "adapter")
     parity = compare(
-        tmp_path / "base", tmp_path / "adapter", export(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        tmp_path / "base",
+        tmp_path / "adapter",
+        export(tmp_path / "base", tmp_path / "adapter", tmp_path / "out"),
     )
     assert (len(parity.agreement.modules), parity.logits < 1e-4) == (9, True)
     merged, tokens = BertModel.from_pretrained(tmp_path / "out").eval(), TOKENS
@@ -97,9 +120,15 @@ def test_an_output_of_any_name_is_untied(tiny_model: Path, tmp_path: Path) -> No
     """Of GPT-NeoX the output is ``embed_out``; it gets a matrix of its own under that name."""
     torch.manual_seed(0)
     config = GPTNeoXConfig(
-        vocab_size=512, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=96,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "base")
     assert "embed_out.weight" not in load_file(tmp_path / "base" / "model.safetensors")
     copy_tokenizer(tiny_model, tmp_path / "base")
@@ -117,18 +146,25 @@ def test_an_output_of_any_name_is_untied(tiny_model: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_module_that_was_left_out_is_named(dtype: torch.dtype, tiny_model: Path, tmp_path: Path) -> None:
+def test_one_module_that_was_left_out_is_named(
+    dtype: torch.dtype, tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_base("llama", tmp_path / "base", tiny_model, dtype)
     adapter = make_adapter(base, tmp_path / "adapter")
     merged = export(base, adapter, tmp_path / "out")
     file, name = merged / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
     save_file({**load_file(file), name: load_file(base / "model.safetensors")[name]}, file)
-    wrong = r"1 of 21 tensors are not .*: model\.layers\.1\.mlp\.up_proj\.weight \(5,3\d\d of 5,376 .* 0% of its change arrived"
+    wrong = (
+        r"1 of 21 tensors are not .*: model\.layers\.1\.mlp\.up_proj\.weight \(5,3\d\d of 5,376 .*"
+        r" 0% of its change arrived"
+    )
     with pytest.raises(ExportError, match=wrong):
         compare(base, adapter, merged, dtype)
 
 
-def test_a_tensor_that_no_adapter_touches_must_be_the_bases(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_no_adapter_touches_must_be_the_bases(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_base("llama", tmp_path / "base", tiny_model)
     adapter = make_adapter(base, tmp_path / "adapter")
     merged = export(base, adapter, tmp_path / "out")
@@ -137,7 +173,9 @@ def test_a_tensor_that_no_adapter_touches_must_be_the_bases(tiny_model: Path, tm
     for number in (1.5, torch.nan):
         tensors["model.norm.weight"][3] = number
         save_file(tensors, file)
-        with pytest.raises(ExportError, match=r"1 of 21 tensors are not .*: model\.norm\.weight \(1 of 48 numbers"):
+        with pytest.raises(
+            ExportError, match=r"1 of 21 tensors are not .*: model\.norm\.weight \(1 of 48 numbers"
+        ):
             compare(base, adapter, merged)
 
 
@@ -158,7 +196,9 @@ def test_a_configuration_that_makes_another_function_of_the_numbers_is_seen_in_t
 def test_a_model_that_answers_otherwise_at_the_least_has_the_bound_of_its_own_rounding(
     whole: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Attention that is all or nothing, as experts that are chosen: one rounding of the weights moves the logits by more."""
+    """Attention that is all or nothing, as experts that are chosen: one rounding of the weights
+    moves the logits by more.
+    """
     base = make_base("llama", tmp_path / "base", tiny_model, torch.bfloat16)
     file = base / "model.safetensors"
     save_file(
@@ -168,7 +208,9 @@ def test_a_model_that_answers_otherwise_at_the_least_has_the_bound_of_its_own_ro
     )
     adapter = make_adapter(base, tmp_path / "adapter")
     merged = export(base, adapter, tmp_path / "out")
-    sides = Sides(base, SafetensorsSource(base), read_adapter(adapter), merged, SafetensorsSource(merged))
+    sides = Sides(
+        base, SafetensorsSource(base), read_adapter(adapter), merged, SafetensorsSource(merged)
+    )
     check = compare_whole if whole else check_parity
     parity = check(sides, probe_tokens(None, 512, []), torch.bfloat16)
     assert 48 * 2**-9 < parity.logits < parity.bound < 2
@@ -181,13 +223,20 @@ def test_a_change_below_the_rounding_is_told(tiny_model: Path, tmp_path: Path) -
     adapter = make_adapter(base, tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
-    save_file({name: tensor * (1e-8 if "lora_B" in name else 1) for name, tensor in tensors.items()}, file)
+    save_file(
+        {name: tensor * (1e-8 if "lora_B" in name else 1) for name, tensor in tensors.items()}, file
+    )
     parity = compare(base, adapter, export(base, adapter, tmp_path / "out"), torch.bfloat16)
     assert parity.agreement.still == 14
-    assert "0.0% of the change arrived, 100.0% of it lies below the rounding, and 14 modules stay" in parity.describe()
+    assert (
+        "0.0% of the change arrived, 100.0% of it lies below the rounding, and 14 modules stay"
+        in parity.describe()
+    )
     assert parity.lost is not None
     assert parity.lost.endswith("or export=adapter keeps it")
-    save_file({name: tensor * (1e-3 if "lora_B" in name else 1) for name, tensor in tensors.items()}, file)
+    save_file(
+        {name: tensor * (1e-3 if "lora_B" in name else 1) for name, tensor in tensors.items()}, file
+    )
     parity = compare(base, adapter, export(base, adapter, tmp_path / "again"), torch.bfloat16)
     assert 0.01 < parity.agreement.total.below_rounding < 0.99
     assert parity.agreement.still == 0
@@ -210,7 +259,13 @@ def test_the_rounding_that_is_told_is_that_of_the_format(
     base = make_base("llama", tmp_path / "base", tiny_model, torch.bfloat16)
     adapter = make_adapter(base, tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
-    save_file({name: tensor * (2e-4 if "lora_B" in name else 1) for name, tensor in load_file(file).items()}, file)
+    save_file(
+        {
+            name: tensor * (2e-4 if "lora_B" in name else 1)
+            for name, tensor in load_file(file).items()
+        },
+        file,
+    )
     said: list[str] = []
     request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out", say=said.append)
     run_export(request, ExportConfig(**settings))
@@ -224,26 +279,44 @@ def test_experts_whose_names_are_translated_are_compared_whole_or_by_their_numbe
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+    }
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
-    sizes |= {"num_local_experts": 4} if kind == "Mixtral" else {"num_experts": 4, "moe_intermediate_size": 32}
+    sizes |= (
+        {"num_local_experts": 4}
+        if kind == "Mixtral"
+        else {"num_experts": 4, "moe_intermediate_size": 32}
+    )
     config = getattr(transformers, f"{kind}Config")(**sizes)
-    getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16().save_pretrained(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16().save_pretrained(
+        tmp_path / "base"
+    )
+    adapter = make_adapter(
+        tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj", "v_proj"]
+    )
     said: list[str] = []
 
     def run(**settings: Any) -> str:
         said.clear()
         config = ExportConfig(**settings)
         output = tmp_path / f"out-{config.format}"
-        run_export(ExportRequest(tmp_path / "base", "tiny", adapter, None, output, say=said.append), config)
+        run_export(
+            ExportRequest(tmp_path / "base", "tiny", adapter, None, output, say=said.append), config
+        )
         return " ".join(said)
 
     text = run()
     assert "parity: logits within" in text
     assert "4 adapted modules recomputed" in text
     text = run(format="pt")
-    assert "the logits of this architecture are not compared: it can be loaded from safetensors only" in text
+    assert (
+        "the logits of this architecture are not compared: it can be loaded from safetensors only"
+        in text
+    )
     assert "parity: logits not compared; 4 adapted modules recomputed" in text
     monkeypatch.setattr("llmtune.export.verify.checks._WHOLE_BYTES_PER_BYTE", 10**9)
     assert "they need the whole model in memory" in run()
@@ -258,7 +331,10 @@ def test_experts_whose_names_are_translated_are_compared_whole_or_by_their_numbe
         ({"vocab_size": 100}, "config.json has vocab_size 100"),
         ({"eos_token_id": 600}, "eos_token_id 600 is outside the vocabulary of 512"),
         ({"num_hidden_layers": 3}, r"model.layers.2.input_layernorm.weight is missing"),
-        ({"num_hidden_layers": 1}, r"model.layers.1.input_layernorm.weight is not in the architecture"),
+        (
+            {"num_hidden_layers": 1},
+            r"model.layers.1.input_layernorm.weight is not in the architecture",
+        ),
         ({"intermediate_size": 64}, r"is \(48, 112\), config.json makes it \(48, 64\)"),
     ],
 )

@@ -33,22 +33,31 @@ def test_a_package_that_is_missing_is_named(
 ) -> None:
     # What Python itself takes for a package that cannot be imported.
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPrerequisiteError, match=f"export={kind} needs {package} .*pip install"):
+    with pytest.raises(
+        MissingPrerequisiteError, match=f"export={kind} needs {package} .*pip install"
+    ):
         check_exportable(ExportConfig(kind), tiny_model)
     check_exportable(ExportConfig("safetensors"), tiny_model)
 
 
-@pytest.mark.parametrize("architecture", ["GemmaForCausalLM", "GPT2LMHeadModel", "LlamaForSequenceClassification"])
-def test_an_architecture_that_gguf_does_not_know_is_named(architecture: str, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "architecture", ["GemmaForCausalLM", "GPT2LMHeadModel", "LlamaForSequenceClassification"]
+)
+def test_an_architecture_that_gguf_does_not_know_is_named(
+    architecture: str, tiny_model: Path, tmp_path: Path
+) -> None:
     base = with_config(tiny_model, tmp_path, architectures=[architecture])
     with pytest.raises(
-        MissingPrerequisiteError, match=f"cannot write {architecture}.*the training, which has not begun"
+        MissingPrerequisiteError,
+        match=f"cannot write {architecture}.*the training, which has not begun",
     ):
         check_exportable(ExportConfig("gguf"), base)
     check_exportable(ExportConfig("safetensors"), base)
 
 
-def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_for_gguf(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_for_gguf(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base = with_config(tiny_model, tmp_path)
     file = base / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -59,7 +68,8 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_for_gguf(tiny_model
 
 
 @pytest.mark.parametrize(
-    "settings", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gptq", "bits": 4}]
+    "settings",
+    [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gptq", "bits": 4}],
 )
 @pytest.mark.parametrize("kind", [one for one in FORMATS.list() if one != "adapter"])
 def test_a_base_that_cannot_be_unpacked_is_refused_for_whatever_is_merged(
@@ -67,7 +77,8 @@ def test_a_base_that_cannot_be_unpacked_is_refused_for_whatever_is_merged(
 ) -> None:
     base = with_config(tiny_model, tmp_path, quantization_config=settings)
     with pytest.raises(
-        MissingPrerequisiteError, match=r"the weights are quantised .*the training, which has not begun"
+        MissingPrerequisiteError,
+        match=r"the weights are quantised .*the training, which has not begun",
     ):
         check_exportable(ExportConfig(kind), base)
     for other in ("none", "adapter"):
@@ -85,13 +96,17 @@ def test_what_no_graph_is_made_of_is_refused(kind: str, tiny_model: Path, tmp_pa
         check_exportable(ExportConfig(kind), base)
 
 
-def test_a_model_too_large_for_a_graph_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_too_large_for_a_graph_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llmtune.export.writers.graph.writers.MOST_PARAMETERS", 1000)
     with pytest.raises(MissingPrerequisiteError, match="more than 1"):
         check_exportable(ExportConfig("torchscript"), tiny_model)
 
 
-def test_an_upload_needs_its_token_and_its_driver(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_needs_its_token_and_its_driver(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(MissingPrerequisiteError, match="HF_TOKEN is not set"):
         check_exportable(ExportConfig(upload="hf://user/name"), tiny_model)
@@ -100,12 +115,16 @@ def test_an_upload_needs_its_token_and_its_driver(tiny_model: Path, monkeypatch:
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     check_exportable(ExportConfig(upload="hf://user/name@branch"), tiny_model)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(MissingPrerequisiteError, match=r"driver of s3:// is not installed: pip install s3fs"):
+    with pytest.raises(
+        MissingPrerequisiteError, match=r"driver of s3:// is not installed: pip install s3fs"
+    ):
         check_exportable(ExportConfig(upload="s3://bucket/run"), tiny_model)
 
 
 @pytest.mark.parametrize("url", ["hf://name", "hf://datasets/name", "nowhere://bucket/run"])
-def test_an_upload_without_an_address_is_a_problem_of_the_configuration(url: str, tiny_model: Path) -> None:
+def test_an_upload_without_an_address_is_a_problem_of_the_configuration(
+    url: str, tiny_model: Path
+) -> None:
     with pytest.raises(ConfigError, match="export.upload="):
         check_exportable(ExportConfig(upload=url), tiny_model)
 
@@ -114,7 +133,11 @@ def test_an_upload_without_an_address_is_a_problem_of_the_configuration(url: str
 def test_training_ends_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     done = run_cli(
-        "train", *TINY, "data.train=stdlib_docs@50", "export.upload=hf://user/name", f"output_dir={tmp_path}/run"
+        "train",
+        *TINY,
+        "data.train=stdlib_docs@50",
+        "export.upload=hf://user/name",
+        f"output_dir={tmp_path}/run",
     )
     assert done.code == 7, done.out + done.err
     assert "HF_TOKEN is not set" in done.err

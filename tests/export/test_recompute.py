@@ -1,4 +1,6 @@
-"""Recomputing a merge: right at real sizes and in any order of sums, wrong at the smallest lean; and answers where it must be."""
+"""Recomputing a merge: right at real sizes and in any order of sums, wrong at the smallest lean;
+and answers where it must be.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,12 @@ from tests.export.test_merge import export
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def draw(shape: tuple[int, int], rank: int, by_input: bool, dora: bool, size: float) -> tuple[Delta, torch.Tensor]:
-    """A matrix with a few very large rows, as trained ones have, and an adapter that moves it by about ``size`` of itself."""
+def draw(
+    shape: tuple[int, int], rank: int, by_input: bool, dora: bool, size: float
+) -> tuple[Delta, torch.Tensor]:
+    """A matrix with a few very large rows, as trained ones have, and an adapter that moves it by
+    about ``size`` of itself.
+    """
     generator = torch.Generator().manual_seed(shape[0] + rank)
     stored = torch.randn(shape, generator=generator) * 0.02
     stored[:3] *= 100
@@ -37,7 +43,9 @@ def draw(shape: tuple[int, int], rank: int, by_input: bool, dora: bool, size: fl
     b = torch.randn(outputs, rank, generator=generator) * size
     lengths = None
     if dora:
-        lengths = stored.norm(dim=0 if by_input else 1) * (1 + 0.01 * torch.randn(outputs, generator=generator))
+        lengths = stored.norm(dim=0 if by_input else 1) * (
+            1 + 0.01 * torch.randn(outputs, generator=generator)
+        )
     return Delta(a, b, 16 / 12, by_input, lengths), stored.bfloat16()
 
 
@@ -45,19 +53,25 @@ def merge(delta: Delta, base: torch.Tensor, dtype: torch.dtype, size: float = 1.
     """What the merge under test computes."""
     tensors = {"a": delta.a, "b": delta.b, "m": delta.lengths}
     magnitude = None if delta.lengths is None else "m"
-    step = LowRank("a", "b", delta.scale * size, delta.by_input, magnitude).bind(lambda key: tensors[key])  # type: ignore[arg-type,return-value]
+    step = LowRank("a", "b", delta.scale * size, delta.by_input, magnitude).bind(
+        lambda key: tensors[key]
+    )  # type: ignore[arg-type,return-value]
     return step(base, 0).to(dtype)
 
 
 def compare(delta: Delta, base: torch.Tensor, merged: torch.Tensor) -> Comparison:
-    found = compare_tensor(Expected("w", delta=replace(delta)), Held({"w": base}), "w", Held({"w": merged}), "w")
+    found = compare_tensor(
+        Expected("w", delta=replace(delta)), Held({"w": base}), "w", Held({"w": merged}), "w"
+    )
     assert isinstance(found, Comparison)
     return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize(("shape", "by_input"), [((700, 4096), False), ((4096, 700), True), ((3000, 64), True)])
+@pytest.mark.parametrize(
+    ("shape", "by_input"), [((700, 4096), False), ((4096, 700), True), ((3000, 64), True)]
+)
 @pytest.mark.parametrize(("rank", "size"), [(64, 1e-2), (64, 1e-5), (1, 1e-3)])
 def test_a_right_merge_of_real_sizes_passes_and_a_part_of_one_does_not(
     shape: tuple[int, int], by_input: bool, dora: bool, rank: int, size: float, dtype: torch.dtype
@@ -84,7 +98,9 @@ def test_sums_in_another_order_are_right() -> None:
 
 
 def test_a_missing_half_that_no_single_number_tells_is_told_by_the_lean_of_all() -> None:
-    """In fp32: a change of less than one unit in the last place, half of which rounds to nothing."""
+    """In fp32: a change of less than one unit in the last place, half of which rounds to
+    nothing.
+    """
     signs = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).sign()
     delta, base = Delta(signs * 0.7 * 2.0**-23, torch.ones(64, 1), 1.0, False), torch.ones(64, 64)
     right = merge(delta, base, torch.float32)
@@ -122,7 +138,9 @@ def unknown_modules(model: StreamedModel) -> Expectations:
     found = find_expected(model)
     unknown = [unit for unit in model.units if unit.wrapped]
     names = {f"{name}.weight" for unit in unknown for name, _ in unit.inner}
-    return Expectations({key: value for key, value in found.tensors.items() if key not in names}, {}, unknown)
+    return Expectations(
+        {key: value for key, value in found.tensors.items() if key not in names}, {}, unknown
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,7 +163,9 @@ def test_modules_that_cannot_be_recomputed_are_asked_and_less_than_a_rounding_is
     assert f"{len(found.answers)} modules compared by their answers alone" in found.describe()
     name = next(name for name in tensors if "up_proj" in name or "c_fc.weight" in name)
     plain = load_file(base / "model.safetensors")[name]
-    with pytest.raises(ExportError, match=r"1 of \d+ modules answer otherwise: .* no rounding explains"):
+    with pytest.raises(
+        ExportError, match=r"1 of \d+ modules answer otherwise: .* no rounding explains"
+    ):
         check(Held({**tensors, name: plain}))
     # A hundredth of a rounding may be lost: nobody can tell.
     half = next(HalfUnits(Held({name: plain}), dtype).blocks(name))
@@ -157,10 +177,14 @@ def test_half_units_are_half_the_way_to_the_next_number() -> None:
     numbers = torch.tensor([[1.0, 1.5, 2.0, -3.0, 0.0078125]])
     for dtype, digits in ((torch.bfloat16, 7), (torch.float16, 10), (torch.float32, 23)):
         (half,) = HalfUnits(Held({"w": numbers.to(dtype)}), dtype).blocks("w")
-        assert torch.equal(half.float(), torch.tensor([[1.0, 1.0, 2.0, 2.0, 2.0**-7]]) * 2.0 ** -(digits + 1))
+        assert torch.equal(
+            half.float(), torch.tensor([[1.0, 1.0, 2.0, 2.0, 2.0**-7]]) * 2.0 ** -(digits + 1)
+        )
 
 
-def test_a_tied_matrix_must_be_right_under_every_name_that_a_loader_takes(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_tied_matrix_must_be_right_under_every_name_that_a_loader_takes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     base = make_base("llama-tied", tmp_path / "base", tiny_model)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
     tensors = load_file(export(base, adapter, tmp_path / "out") / "model.safetensors")

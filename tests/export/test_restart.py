@@ -1,4 +1,6 @@
-"""An export that is killed: nothing under the published name, and the next start goes on to the same bytes."""
+"""An export that is killed: nothing under the published name, and the next start goes on to the
+same bytes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ SEED = 20261122
 
 
 def start(base: Path, adapter: Path, output: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "tests.export.export_worker", *map(str, (base, adapter, output))])
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.export.export_worker", *map(str, (base, adapter, output))]
+    )
 
 
 def count(journal: Path) -> int:
@@ -38,10 +42,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.process
-def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(base: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "up_proj", "embed_tokens", "lm_head"])
+def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(
+    base: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(
+        base, tmp_path / "adapter", target_modules=["q_proj", "up_proj", "embed_tokens", "lm_head"]
+    )
     output = tmp_path / "out"
-    run_export(ExportRequest(base, "tiny", adapter, None, output), ExportConfig(max_shard_bytes=40_000))
+    run_export(
+        ExportRequest(base, "tiny", adapter, None, output), ExportConfig(max_shard_bytes=40_000)
+    )
     undisturbed = contents(output)
     output.rename(tmp_path / "undisturbed")
     journal = output.with_name("out.tmp") / JOURNAL
@@ -65,7 +75,9 @@ def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(base
     assert not journal.parent.exists()
 
 
-def test_finished_shards_are_not_written_again(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_shards_are_not_written_again(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     output, config = tmp_path / "out", ExportConfig(max_shard_bytes=40_000)
     request = ExportRequest(base, "tiny", adapter, None, output)
@@ -77,12 +89,18 @@ def test_finished_shards_are_not_written_again(base: Path, tmp_path: Path, monke
         patch.setattr("llmtune.export.writers.safetensors_folder.copy_companions", fail)
         with pytest.raises(KeyboardInterrupt):
             run_export(request, config)
-    shards = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.tmp").glob("*.safetensors")}
+    shards = {
+        file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.tmp").glob("*.safetensors")
+    }
     assert len(shards) > 3
     damaged = sorted(shards)[1]
     (tmp_path / "out.tmp" / damaged).write_bytes(b"not what was written")
     run_export(request, config)
-    again = {file.name for file in output.glob("*.safetensors") if file.stat().st_mtime_ns != shards[file.name]}
+    again = {
+        file.name
+        for file in output.glob("*.safetensors")
+        if file.stat().st_mtime_ns != shards[file.name]
+    }
     assert again == {damaged}, "only what is not as the journal says is written again"
 
 
@@ -130,6 +148,9 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     monkeypatch.setattr("llmtune.export.pipeline._COMPANION_BYTES", 10**16)
-    with pytest.raises(ExportError, match=r"free, the export needs 10000\.00 TB; take an output_dir= on a larger disk"):
+    with pytest.raises(
+        ExportError,
+        match=r"free, the export needs 10000\.00 TB; take an output_dir= on a larger disk",
+    ):
         run_export(ExportRequest(base, "tiny", adapter, None, tmp_path / "out"), ExportConfig())
     assert not list(tmp_path.glob("out*"))

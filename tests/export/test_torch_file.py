@@ -1,4 +1,6 @@
-"""``model.pt``: the bits of the safetensors, in a file that torch.load reads without running code."""
+"""``model.pt``: the bits of the safetensors, in a file that torch.load reads without running
+code.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ def test_a_merged_model_is_in_one_file_with_the_bits_of_the_safetensors(
     assert all(found[name].dtype == tensor.dtype for name, tensor in expected.items())
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     written = {torch.float16: "float16", torch.float32: "float32", torch.bfloat16: "bfloat16"}
-    assert json.loads((folder / "config.json").read_text())["dtype"] == written[next(iter(found.values())).dtype]
+    assert (
+        json.loads((folder / "config.json").read_text())["dtype"]
+        == written[next(iter(found.values())).dtype]
+    )
     assert not [file for file in folder.iterdir() if file.is_dir()]
 
 
@@ -68,7 +73,11 @@ def test_the_state_dict_makes_the_model_again(tiny_model: Path, tmp_path: Path) 
 def test_each_tensor_has_its_own_storage(tiny_model: Path, tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base", tiny_model)
     tensors = load_file(base / "model.safetensors")
-    strange = {"steps": torch.tensor(7), "none": torch.empty(0, 3), "flags": torch.tensor([True, False, True])}
+    strange = {
+        "steps": torch.tensor(7),
+        "none": torch.empty(0, 3),
+        "flags": torch.tensor([True, False, True]),
+    }
     save_file({**tensors, **strange}, base / "model.safetensors", metadata={"format": "pt"})
     found = read(write(base, tmp_path / "out"))
     assert all(torch.equal(found[name], tensor) for name, tensor in {**tensors, **strange}.items())
@@ -81,16 +90,27 @@ def _anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-@pytest.mark.parametrize(("dtype", "file_bytes", "most_bytes"), [("auto", 307e6, 50e6), ("fp32", 614e6, 250e6)])
+@pytest.mark.parametrize(
+    ("dtype", "file_bytes", "most_bytes"), [("auto", 307e6, 50e6), ("fp32", 614e6, 250e6)]
+)
 def test_a_model_is_not_held_in_memory(
     tiny_model: Path, tmp_path: Path, dtype: str, file_bytes: float, most_bytes: float
 ) -> None:
-    """Unchanged weights need no memory; those of another dtype need that of the blocks that are being converted."""
+    """Unchanged weights need no memory; those of another dtype need that of the blocks that are
+    being converted.
+    """
     base = make_base("llama", tmp_path / "base", tiny_model)
     # What is imported and kept at the first time is no part of the model.
     write(base, tmp_path / "warm", dtype=ExportDtype.bf16)
-    big = {f"big.{number}": torch.full((1024, 10_000), number, dtype=torch.bfloat16) for number in range(15)}
-    save_file({**load_file(base / "model.safetensors"), **big}, base / "model.safetensors", metadata={"format": "pt"})
+    big = {
+        f"big.{number}": torch.full((1024, 10_000), number, dtype=torch.bfloat16)
+        for number in range(15)
+    }
+    save_file(
+        {**load_file(base / "model.safetensors"), **big},
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     del big
     before = _anonymous_bytes()
     most, ended = [before], threading.Event()

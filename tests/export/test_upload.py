@@ -27,7 +27,9 @@ from tests.support import run
 
 
 class FlakyFileSystem(MemoryFileSystem):
-    """A network that fails when it is told to, damages what it is told to, and remembers what was written."""
+    """A network that fails when it is told to, damages what it is told to, and remembers what was
+    written.
+    """
 
     protocol = "flaky"
     store: ClassVar[dict[str, Any]] = {}
@@ -38,7 +40,9 @@ class FlakyFileSystem(MemoryFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> str:
-        return str(MemoryFileSystem._strip_protocol(str(path).removeprefix("flaky://").rpartition("@")[2]))
+        return str(
+            MemoryFileSystem._strip_protocol(str(path).removeprefix("flaky://").rpartition("@")[2])
+        )
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         cls = type(self)
@@ -114,7 +118,9 @@ def contents(url: str) -> dict[str, bytes]:
 
 
 def local_contents(folder: Path) -> dict[str, bytes]:
-    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    return {
+        f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()
+    }
 
 
 def test_a_folder_arrives_as_it_is(export: Path, tmp_path: Path) -> None:
@@ -137,7 +143,9 @@ def test_the_marker_comes_last_and_a_second_upload_sends_nothing(export: Path) -
 
 
 @pytest.mark.parametrize("working", range(7))
-def test_an_interrupted_upload_is_not_taken_for_whole_and_goes_on(export: Path, working: int) -> None:
+def test_an_interrupted_upload_is_not_taken_for_whole_and_goes_on(
+    export: Path, working: int
+) -> None:
     """Cut off after each of the seven files that are written."""
     url = "flaky://models/tiny"
     FlakyFileSystem.working_writes = working
@@ -177,7 +185,9 @@ def test_a_file_that_changed_there_is_sent_again(export: Path, data: bytes) -> N
     assert contents("flaky://models/tiny") == local_contents(export)
 
 
-def test_another_export_replaces_the_first_without_leaving_its_files(export: Path, tmp_path: Path) -> None:
+def test_another_export_replaces_the_first_without_leaving_its_files(
+    export: Path, tmp_path: Path
+) -> None:
     url = "flaky://models/tiny"
     upload(export, url)
     FlakyFileSystem().pipe_file("/models/tiny/notes.txt", b"of a person's")
@@ -199,7 +209,9 @@ def test_something_else_is_never_written_over(export: Path, tmp_path: Path) -> N
         upload(export, f"file://{place}")
     assert local_contents(place) == {"config.json": b"precious"}
     # A checkpoint has a manifest, too, but it names no format.
-    MemoryFileSystem().pipe_file("/run/checkpoint-5/manifest.json", json.dumps({"files": {}, "step": 5}).encode())
+    MemoryFileSystem().pipe_file(
+        "/run/checkpoint-5/manifest.json", json.dumps({"files": {}, "step": 5}).encode()
+    )
     with pytest.raises(ExportError, match="no export"):
         upload(export, "memory://run/checkpoint-5")
     # A manifest that names files outside its folder is none of ours either.
@@ -210,7 +222,9 @@ def test_something_else_is_never_written_over(export: Path, tmp_path: Path) -> N
     assert list(contents("memory://evil")) == ["manifest.json"]
 
 
-def test_an_empty_folder_may_be_filled_but_not_the_export_itself(export: Path, tmp_path: Path) -> None:
+def test_an_empty_folder_may_be_filled_but_not_the_export_itself(
+    export: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     upload(export, f"file://{tmp_path}/empty")
     assert is_complete(tmp_path / "empty")
@@ -254,7 +268,9 @@ def test_a_dry_run_lists_and_touches_nothing(export: Path, tmp_path: Path) -> No
         ("gs://bucket/place", MissingPrerequisiteError, "pip install gcsfs"),
     ],
 )
-def test_an_address_that_cannot_work_is_refused_at_once(url: str, error: type[Exception], part: str) -> None:
+def test_an_address_that_cannot_work_is_refused_at_once(
+    url: str, error: type[Exception], part: str
+) -> None:
     with pytest.raises(error, match=part) as caught:
         check_upload(url)
     assert "hunter2" not in str(caught.value)
@@ -289,7 +305,11 @@ class HubHandler(BaseHTTPRequestHandler):
     def answer(self, data: Any, status: int = 200, **headers: str) -> None:
         body = data if isinstance(data, bytes) else json.dumps(data).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -329,7 +349,9 @@ class HubHandler(BaseHTTPRequestHandler):
             return self.answer({"error": "not now"}, hub.failures.pop(0))
         if path == "/api/repos/create":
             if hub.private is not None:
-                return self.answer({"error": "exists", "url": f"http://{self.headers['Host']}/user/name"}, 409)
+                return self.answer(
+                    {"error": "exists", "url": f"http://{self.headers['Host']}/user/name"}, 409
+                )
             asked = json.loads(body)
             hub.private = asked.get("private", asked.get("visibility") == "private")
             hub.commits.append({".gitattributes": b"*.safetensors filter=lfs"})
@@ -337,7 +359,12 @@ class HubHandler(BaseHTTPRequestHandler):
         if "/preupload/" in path:
             files = json.loads(body)["files"]
             return self.answer(
-                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+                {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in files
+                    ]
+                }
             )
         if "/commit/" in path:
             files = dict(hub.commits[-1])
@@ -386,8 +413,17 @@ def upload_in_process(folder: Path, hub: Hub, url: str = "hf://user/name", **env
         "except LlmtuneError as error:\n"
         "    print('ERROR', error.exit_code, error)\n"
     )
-    where = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, **env}
-    done = run([sys.executable, "-c", code], env={**where, "HF_HOME": str(folder.parent / "hf")}, timeout=120)
+    where = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": TOKEN,
+        **env,
+    }
+    done = run(
+        [sys.executable, "-c", code],
+        env={**where, "HF_HOME": str(folder.parent / "hf")},
+        timeout=120,
+    )
     assert done.code == 0, done.err
     text = done.out + done.err
     assert TOKEN not in text
@@ -395,12 +431,17 @@ def upload_in_process(folder: Path, hub: Hub, url: str = "hf://user/name", **env
 
 
 @pytest.mark.process
-def test_the_hub_gets_everything_in_one_commit_into_a_private_repository(hub: Hub, export: Path) -> None:
+def test_the_hub_gets_everything_in_one_commit_into_a_private_repository(
+    hub: Hub, export: Path
+) -> None:
     text = upload_in_process(export, hub)
     assert "uploaded 6 files to hf://user/name in one commit" in text, text
     assert hub.private is True
     assert len(hub.commits) == 2
-    assert hub.commits[-1] == {".gitattributes": b"*.safetensors filter=lfs", **local_contents(export)}
+    assert hub.commits[-1] == {
+        ".gitattributes": b"*.safetensors filter=lfs",
+        **local_contents(export),
+    }
     assert hub.tokens <= {f"Bearer {TOKEN}", None}
     assert f"Bearer {TOKEN}" in hub.tokens
     assert "holds this export already" in upload_in_process(export, hub)
@@ -408,11 +449,16 @@ def test_the_hub_gets_everything_in_one_commit_into_a_private_repository(hub: Hu
 
 
 @pytest.mark.process
-def test_on_the_hub_another_export_replaces_the_first(hub: Hub, export: Path, tmp_path: Path) -> None:
+def test_on_the_hub_another_export_replaces_the_first(
+    hub: Hub, export: Path, tmp_path: Path
+) -> None:
     upload_in_process(export, hub)
     other = make_export(tmp_path / "other", {"config.json": b"{}", "model.gguf": b"\3" * 77})
     upload_in_process(other, hub, "hf://user/name@v2")
-    assert hub.commits[-1] == {".gitattributes": b"*.safetensors filter=lfs", **local_contents(other)}
+    assert hub.commits[-1] == {
+        ".gitattributes": b"*.safetensors filter=lfs",
+        **local_contents(other),
+    }
 
 
 @pytest.mark.process
@@ -421,7 +467,10 @@ def test_a_repository_of_something_else_is_refused(hub: Hub, export: Path) -> No
     hub.commits.append({"config.json": b"precious"})
     text = upload_in_process(export, hub)
     assert "was there before and is public" in text
-    assert "ERROR 6 export.upload=hf://user/name: holds config.json, which is no export of llmtune" in text
+    assert (
+        "ERROR 6 export.upload=hf://user/name: holds config.json, which is no export of llmtune"
+        in text
+    )
     assert len(hub.commits) == 1
 
 

@@ -17,7 +17,9 @@ from tests.support import run_cli, train_engines
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA checkpoint of ZeRO 2 without frozen parameters, and the model that it was trained from."""
+    """A LoRA checkpoint of ZeRO 2 without frozen parameters, and the model that it was trained
+    from.
+    """
     folder = tmp_path_factory.mktemp("zero-command")
     task = {"stage": 2, "lora": {}, "exclude": True, "folder": str(folder / "checkpoint")}
     train_engines([task], 2, folder, timeout=300, module="tests.export.zero_worker")
@@ -26,15 +28,24 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.process
-def test_a_lora_checkpoint_of_deepspeed_is_merged_into_its_base(written: Path, tmp_path: Path) -> None:
+def test_a_lora_checkpoint_of_deepspeed_is_merged_into_its_base(
+    written: Path, tmp_path: Path
+) -> None:
     command = ["export", f"checkpoint={written}/checkpoint"]
     done = run_cli(*command, f"base={written}/base", f"output_dir={tmp_path}/out")
     assert done.code == 0, done.err
     assert "parity: logits within" in done.out
     assert find_damage(tmp_path / "out") == []
-    merged, base = load_file(tmp_path / "out" / "model.safetensors"), load_file(written / "base" / "model.safetensors")
+    merged, base = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(written / "base" / "model.safetensors"),
+    )
     assert merged.keys() == base.keys()
-    changed = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name].to(tensor.dtype))}
+    changed = {
+        name
+        for name, tensor in merged.items()
+        if not torch.equal(tensor, base[name].to(tensor.dtype))
+    }
     assert changed == {name for name in base if "proj.weight" in name}
     done = run_cli(*command, f"output_dir={tmp_path}/other")
     assert done.code == 2
@@ -45,7 +56,11 @@ def test_a_lora_checkpoint_of_deepspeed_is_merged_into_its_base(written: Path, t
 def test_a_killed_export_of_a_lora_checkpoint_goes_on_where_it_was(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = [f"checkpoint={written}/checkpoint", f"base={written}/base", f"output_dir={tmp_path}/out"]
+    overrides = [
+        f"checkpoint={written}/checkpoint",
+        f"base={written}/base",
+        f"output_dir={tmp_path}/out",
+    ]
     command = Arguments("export", [*overrides, "export.max_shard_bytes=4000"])
 
     def fail(*_: object) -> None:
@@ -55,7 +70,11 @@ def test_a_killed_export_of_a_lora_checkpoint_goes_on_where_it_was(
         patch.setattr("llmtune.export.writers.safetensors_folder.copy_companions", fail)
         with pytest.raises(KeyboardInterrupt):
             main(command)
-    shards = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.tmp").glob("*.safetensors")}
+    shards = {
+        file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.tmp").glob("*.safetensors")
+    }
     assert len(shards) > 3
     main(command)
-    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.safetensors")} == shards
+    assert {
+        file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.safetensors")
+    } == shards

@@ -1,4 +1,6 @@
-"""DeepSpeed's checkpoints, read without it: the bits of its own conversion, nothing executed, and names for what is wrong."""
+"""DeepSpeed's checkpoints, read without it: the bits of its own conversion, nothing executed, and
+names for what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ from llmtune.export.sources.deepspeed.adapter import (
     open_model_part,
     write_adapter,
 )
-from llmtune.export.sources.deepspeed.checkpoint import ZeroSource, find_step_folder, is_zero_checkpoint
+from llmtune.export.sources.deepspeed.checkpoint import (
+    ZeroSource,
+    find_step_folder,
+    is_zero_checkpoint,
+)
 from llmtune.export.sources.deepspeed.pickle_reader import Inert, StoredTensor, read_archive
 from tests.support import run, train_engines
 
@@ -52,7 +58,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "2 aligned": {"stage": 2, "zero": {"parameter_alignment": True}},
     "2 round robin": {"stage": 2, "zero": {"round_robin_gradients": True}},
     "3 sub-groups": {"stage": 3, "zero": {"sub_group_size": 700}},
-    "3 saved module": {"stage": 3, "lora": {"modules_to_save": ["lm_head"], "use_dora": True, "bias": "all"}},
+    "3 saved module": {
+        "stage": 3,
+        "lora": {"modules_to_save": ["lm_head"], "use_dora": True, "bias": "all"},
+    },
 }
 OF_THREE_RANKS: dict[str, dict[str, Any]] = {
     "1 three ranks": {"stage": 1, "frozen": FROZEN},
@@ -97,7 +106,9 @@ def copy(checkpoints: Path, name: str, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_tensors_have_the_bits_of_deepspeeds_own_conversion(name: str, checkpoints: Path, monkeypatch: Any) -> None:
+def test_tensors_have_the_bits_of_deepspeeds_own_conversion(
+    name: str, checkpoints: Path, monkeypatch: Any
+) -> None:
     expected = convert(checkpoints / name)
     module = read_archive(model_states(checkpoints / name))["module"]
     for block_elements in (1 << 22, 50):
@@ -112,7 +123,8 @@ def test_tensors_have_the_bits_of_deepspeeds_own_conversion(name: str, checkpoin
                 assert found.dtype == module[tensor].dtype
                 found = found.to(values.dtype)
             assert same_bits(found, values), tensor
-        # What that conversion leaves out is what stage 1 keeps in the module alone, and parameters without elements.
+        # What that conversion leaves out is what stage 1 keeps in the module alone, and parameters
+        # without elements.
         for tensor in source.specs.keys() - expected.keys():
             stored = module[source.shared.get(tensor, tensor)]
             assert name.startswith("1 ") or not stored.numel, tensor
@@ -129,8 +141,12 @@ def model_states(folder: Path) -> Path:
 
 
 def test_tests_cover_what_is_hard(checkpoints: Path) -> None:
-    """Padding, parameters across the ends of partitions and of flat tensors, several groups, tied and frozen ones."""
-    flats = read_archive(next((checkpoints / "2 full" / "global_step2").glob("*rank_0*_optim_states.pt")))
+    """Padding, parameters across the ends of partitions and of flat tensors, several groups, tied
+    and frozen ones.
+    """
+    flats = read_archive(
+        next((checkpoints / "2 full" / "global_step2").glob("*rank_0*_optim_states.pt"))
+    )
     groups = flats["optimizer_state_dict"]["single_partition_of_fp32_groups"]
     assert len(groups) == 2
     source = ZeroSource(checkpoints / "2 full")
@@ -140,14 +156,19 @@ def test_tests_cover_what_is_hard(checkpoints: Path) -> None:
     assert "scratch" not in source.specs
     for name in ("1 three ranks", "2 full"):
         states = [
-            read_archive(file)["optimizer_state_dict"] for file in (checkpoints / name).rglob("*_optim_states.pt")
+            read_archive(file)["optimizer_state_dict"]
+            for file in (checkpoints / name).rglob("*_optim_states.pt")
         ]
         assert any(sum(state["group_paddings"]) for state in states), "the last rank is filled up"
-    aligned = [read_archive(file) for file in (checkpoints / "2 aligned").rglob("*_optim_states.pt")]
+    aligned = [
+        read_archive(file) for file in (checkpoints / "2 aligned").rglob("*_optim_states.pt")
+    ]
     assert any(map(sum, aligned[0]["optimizer_state_dict"]["param_alignment_paddings"]))
     for name in ("3 lora", "3 three ranks"):
         thirds = ZeroSource(checkpoints / name)
-        assert any(math.prod(thirds.specs[tensor].shape) % thirds.world_size for tensor in thirds.trained)
+        assert any(
+            math.prod(thirds.specs[tensor].shape) % thirds.world_size for tensor in thirds.trained
+        )
     sub_groups = ZeroSource(checkpoints / "3 sub-groups")
     assert any(len(tensor.pieces) >= 2 for tensor in sub_groups._tensors.values())
     frozen = [name for name in source.specs if name not in source.trained and "mlp" in name]
@@ -161,11 +182,24 @@ def test_written_shards_are_deepspeeds(checkpoints: Path, tmp_path: Path) -> Non
     for name in ("2 full without frozen", "3 full"):
         theirs, ours = tmp_path / name / "theirs", tmp_path / name / "ours"
         convert_zero_checkpoint_to_state_dict(
-            str(checkpoints / name), str(theirs), dtype="bf16", safe_serialization=False, max_shard_size=None
+            str(checkpoints / name),
+            str(theirs),
+            dtype="bf16",
+            safe_serialization=False,
+            max_shard_size=None,
         )
         ours.mkdir(parents=True)
-        write_shards(Retyped(ZeroSource(checkpoints / name), torch.bfloat16), ours, 5_000, Journal(ours, name))
-        written = {key: tensor for file in ours.glob("*.safetensors") for key, tensor in load_file(file).items()}
+        write_shards(
+            Retyped(ZeroSource(checkpoints / name), torch.bfloat16),
+            ours,
+            5_000,
+            Journal(ours, name),
+        )
+        written = {
+            key: tensor
+            for file in ours.glob("*.safetensors")
+            for key, tensor in load_file(file).items()
+        }
         assert len(list(ours.glob("*.safetensors"))) > 1
         expected = torch.load(theirs / "pytorch_model.bin")
         assert written.keys() - expected.keys() <= {"nothing"}
@@ -181,7 +215,11 @@ def test_tied_tensors_of_a_model_are_written_once(checkpoints: Path) -> None:
 
 def test_every_way_to_name_a_checkpoint_finds_it(checkpoints: Path, tmp_path: Path) -> None:
     folder = checkpoints / "2 full"
-    assert find_step_folder(folder) == find_step_folder(folder / "global_step2") == folder / "global_step2"
+    assert (
+        find_step_folder(folder)
+        == find_step_folder(folder / "global_step2")
+        == folder / "global_step2"
+    )
     assert is_zero_checkpoint(folder)
     assert is_zero_checkpoint(folder / "global_step2")
     assert not is_zero_checkpoint(tmp_path)
@@ -207,9 +245,10 @@ def test_every_way_to_name_a_checkpoint_finds_it(checkpoints: Path, tmp_path: Pa
 @pytest.mark.usefixtures("started_cold")
 def test_deepspeed_is_not_needed(checkpoints: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from llmtune.export.sources.deepspeed.checkpoint import ZeroSource; "
-        "source = ZeroSource(Path(sys.argv[1])); assert source.trained; "
-        "print(sum(block.numel() for name in source.specs for block in source.blocks(name)), 'deepspeed' in sys.modules)"
+        "import sys; from pathlib import Path; from llmtune.export.sources.deepspeed.checkpoint"
+        " import ZeroSource; source = ZeroSource(Path(sys.argv[1])); assert source.trained;"
+        " print(sum(block.numel() for name in source.specs for block in source.blocks(name)),"
+        " 'deepspeed' in sys.modules)"
     )
     for name in ("1 lora", "3 full"):
         done = run([sys.executable, "-c", program, str(checkpoints / name)])
@@ -242,7 +281,8 @@ def test_a_malicious_checkpoint_executes_nothing(checkpoints: Path, tmp_path: Pa
     content = read_archive(file)
     assert isinstance(content["lr_scheduler"], Inert)
     torch.save(
-        {"module": Evil(f"touch {marker}"), "param_shapes": [Evil(f"touch {marker}")]}, model_states(step.parent)
+        {"module": Evil(f"touch {marker}"), "param_shapes": [Evil(f"touch {marker}")]},
+        model_states(step.parent),
     )
     with pytest.raises(ExportError, match="names no parameters of ZeRO"):
         ZeroSource(step)
@@ -252,7 +292,8 @@ def test_a_malicious_checkpoint_executes_nothing(checkpoints: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "opcodes",
     [
-        # Attributes of what is known, set by BUILD; a class made by NEWOBJ; an unknown function as the maker of a tensor.
+        # Attributes of what is known, set by BUILD; a class made by NEWOBJ; an unknown function as
+        # the maker of a tensor.
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x05\x00\x00\x00_makecos\nsystem\ns\x86b.",
         b"\x80\x02cos\nsystem\n)\x81}X\x01\x00\x00\x00aK\x01sb.",
         b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nN(X\x04\x00\x00\x00trueetNtR.",
@@ -262,7 +303,9 @@ def test_a_malicious_checkpoint_executes_nothing(checkpoints: Path, tmp_path: Pa
         b"(cos\nsystem\nS'true'\no.",
     ],
 )
-def test_no_opcode_reaches_a_foreign_function(opcodes: bytes, tmp_path: Path, monkeypatch: Any) -> None:
+def test_no_opcode_reaches_a_foreign_function(
+    opcodes: bytes, tmp_path: Path, monkeypatch: Any
+) -> None:
     called = []
     monkeypatch.setattr(os, "system", called.append)
     file = tmp_path / "x.pt"
@@ -281,12 +324,22 @@ def test_tensors_of_every_layout_are_read(tmp_path: Path) -> None:
     half = torch.nn.Parameter(big.half())
     half.note = "an attribute"
     content = {
-        "whole": big, "columns": big.T, "part": big[2:4, 1:3], "row": big[3], "scalar": torch.tensor(3),
-        "empty": torch.empty(0, 3), "flags": big > 0, "bytes": torch.arange(5, dtype=torch.uint8),
-        "parameter": torch.nn.Parameter(big.bfloat16()), "noted": half, "small": torch.arange(3, dtype=torch.int16),
-        "unsigned": torch.arange(3).to(torch.uint16), "eight": torch.ones(3).to(torch.float8_e4m3fn),
-        "nested": [({"x": torch.Size([2, 3])}, torch.float16)], "names": {"a", "b"},
-    }  # fmt: skip
+        "whole": big,
+        "columns": big.T,
+        "part": big[2:4, 1:3],
+        "row": big[3],
+        "scalar": torch.tensor(3),
+        "empty": torch.empty(0, 3),
+        "flags": big > 0,
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "parameter": torch.nn.Parameter(big.bfloat16()),
+        "noted": half,
+        "small": torch.arange(3, dtype=torch.int16),
+        "unsigned": torch.arange(3).to(torch.uint16),
+        "eight": torch.ones(3).to(torch.float8_e4m3fn),
+        "nested": [({"x": torch.Size([2, 3])}, torch.float16)],
+        "names": {"a", "b"},
+    }
     torch.save(content, tmp_path / "t.pt")
     found = read_archive(tmp_path / "t.pt")
     for name, values in content.items():
@@ -297,7 +350,9 @@ def test_tensors_of_every_layout_are_read(tmp_path: Path) -> None:
             assert torch.equal(opened.float(), values.detach().float()), name
     assert found["nested"] == [({"x": (2, 3)}, torch.float16)]
     assert found["names"] == {"a", "b"}
-    assert found["whole"].open().data_ptr() == found["columns"].open().data_ptr(), "shared and mapped, not copied"
+    assert found["whole"].open().data_ptr() == found["columns"].open().data_ptr(), (
+        "shared and mapped, not copied"
+    )
     with torch.no_grad():
         found["whole"].open().zero_()
     assert torch.equal(torch.load(tmp_path / "t.pt")["whole"], big), "the file stays as it is"
@@ -347,7 +402,9 @@ def lengthen(step: Path) -> None:
 
 def add_experts(step: Path) -> None:
     file = model_states(step.parent)
-    torch.save({**torch.load(file, weights_only=False), "ds_autoep_layers": [{"num_experts": 4}]}, file)
+    torch.save(
+        {**torch.load(file, weights_only=False), "ds_autoep_layers": [{"num_experts": 4}]}, file
+    )
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -383,7 +440,8 @@ def test_a_frozen_part_that_is_missing_is_named(checkpoints: Path, tmp_path: Pat
     step = copy(checkpoints, "3 lora", tmp_path)
     (step / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
     with pytest.raises(
-        ExportError, match="zero_pp_rank_1_mp_rank_00_model_states.pt with frozen parameters is missing"
+        ExportError,
+        match="zero_pp_rank_1_mp_rank_00_model_states.pt with frozen parameters is missing",
     ):
         ZeroSource(step)
 
@@ -408,9 +466,13 @@ def test_a_file_of_something_else_is_refused(checkpoints: Path, tmp_path: Path) 
         ZeroSource(step)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if (KINDS | OF_THREE_RANKS)[name].get("lora") is not None])
+@pytest.mark.parametrize(
+    "name", [name for name in ALL if (KINDS | OF_THREE_RANKS)[name].get("lora") is not None]
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_an_adapter_is_written_as_peft_writes_it(name: str, checkpoints: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_written_as_peft_writes_it(
+    name: str, checkpoints: Path, tmp_path: Path
+) -> None:
     from peft import get_peft_model_state_dict
 
     from tests.export.zero_worker import make_model
@@ -432,7 +494,9 @@ def test_an_adapter_is_written_as_peft_writes_it(name: str, checkpoints: Path, t
 
 @pytest.mark.parametrize("name", ["1 lora", "2 lora", "3 lora", "3 saved module"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_base_below_an_adapter_is_a_model_of_its_own(name: str, checkpoints: Path, tmp_path: Path) -> None:
+def test_the_base_below_an_adapter_is_a_model_of_its_own(
+    name: str, checkpoints: Path, tmp_path: Path
+) -> None:
     from tests.export.zero_worker import make_model
 
     source = ZeroSource(checkpoints / name)

@@ -1,4 +1,6 @@
-"""One rank that writes checkpoints with DeepSpeed itself, or llmtune's with the live master weights beside them."""
+"""One rank that writes checkpoints with DeepSpeed itself, or llmtune's with the live master weights
+beside them.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,15 @@ from llmtune.engine.distributed import Rank, meet_ranks
 from tests.engine import worker
 from tests.joined import join_ranks
 
-#: Odd sizes, so that parameters lie across the ends of partitions and every kind of padding is there.
+# : Odd sizes, so that parameters lie across the ends of partitions and every kind of padding is
+# there.
 VOCAB, HIDDEN, INNER, ROWS = 67, 24, 37, 5
 
 
 class WithBuffers(torch.nn.Module):
-    """A Llama below a module that has buffers, a single number, and, where DeepSpeed can do it, a parameter without elements."""
+    """A Llama below a module that has buffers, a single number, and, where DeepSpeed can do it, a
+    parameter without elements.
+    """
 
     def __init__(self, llama: Any, empty: bool) -> None:
         super().__init__()
@@ -37,7 +42,9 @@ class WithBuffers(torch.nn.Module):
 
 
 def make_model(task: dict[str, Any]) -> Any:
-    """A tiny Llama with tied embeddings; ``lora`` puts adapters on it, ``frozen`` names what is not trained."""
+    """A tiny Llama with tied embeddings; ``lora`` puts adapters on it, ``frozen`` names what is not
+    trained.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,7 +62,12 @@ def make_model(task: dict[str, Any]) -> Any:
         )
     )
     if task.get("lora") is not None:
-        settings = {"r": 3, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **task["lora"]}
+        settings = {
+            "r": 3,
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+            **task["lora"],
+        }
         model: Any = get_peft_model(llama, LoraConfig(**settings), autocast_adapter_dtype=False)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -91,10 +103,16 @@ def write_zero(task: dict[str, Any], rank: Rank) -> None:
     for step in range(2):
         torch.manual_seed(rank.rank + 10 * step)
         tokens = torch.randint(VOCAB, (1, ROWS))
-        output = engine(tokens) if isinstance(model, WithBuffers) else engine(input_ids=tokens, labels=tokens).loss
+        output = (
+            engine(tokens)
+            if isinstance(model, WithBuffers)
+            else engine(input_ids=tokens, labels=tokens).loss
+        )
         engine.backward(output)
         engine.step()
-    engine.save_checkpoint(task["folder"], tag="global_step2", exclude_frozen_parameters=task.get("exclude", False))
+    engine.save_checkpoint(
+        task["folder"], tag="global_step2", exclude_frozen_parameters=task.get("exclude", False)
+    )
     if rank.is_first and task.get("lora") is not None:
         # Where transformers' Trainer puts it.
         model.peft_config["default"].save_pretrained(task["folder"])
@@ -102,7 +120,9 @@ def write_zero(task: dict[str, Any], rank: Rank) -> None:
 
 
 def write_own(task: dict[str, Any], rank: Rank) -> None:
-    """A checkpoint of llmtune, and the master weights that DeepSpeed's own functions find at the same step."""
+    """A checkpoint of llmtune, and the master weights that DeepSpeed's own functions find at the
+    same step.
+    """
     save = worker.save
 
     def save_and_tell(module: Any, *rest: Any) -> Any:
@@ -123,11 +143,18 @@ def live_masters(module: Any) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     if module.zero_stage:
-        return {name: safe_get_full_fp32_param(p).cpu().clone() for name, p in module.model.named_parameters()}
+        return {
+            name: safe_get_full_fp32_param(p).cpu().clone()
+            for name, p in module.model.named_parameters()
+        }
     names = {id(parameter): name for name, parameter in module.model.named_parameters()}
     optimizer = module.engine.optimizer
     pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    return {names[id(p)]: m.detach().clone() for low, high in pairs for p, m in zip(low, high, strict=True)}
+    return {
+        names[id(p)]: m.detach().clone()
+        for low, high in pairs
+        for p, m in zip(low, high, strict=True)
+    }
 
 
 if __name__ == "__main__":

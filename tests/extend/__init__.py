@@ -1,1 +1,3 @@
-"""Variants that are added from outside: each in a file of its own, with nothing in llmtune/ touched."""
+"""Variants that are added from outside: each in a file of its own, with nothing in llmtune/
+touched.
+"""

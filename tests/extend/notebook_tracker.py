@@ -13,7 +13,9 @@ class Notebook:
 
     def __init__(self, run: TrackedRun):
         self._file = Path(run.folder) / "notebook.txt"
-        self._write(f"begins {run.name} of project {run.config.project}, seed {run.settings['seed']}")
+        self._write(
+            f"begins {run.name} of project {run.config.project}, seed {run.settings['seed']}"
+        )
         run.say("the notebook is open")
 
     def log(self, record: Record) -> None:

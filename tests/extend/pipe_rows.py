@@ -16,5 +16,11 @@ def _read(row: Row) -> Conversation:
 
 
 FORMATS.register(
-    RowFormat(name="pipe", read=_read, fields=frozenset({"pipe"}), marks=(frozenset({"pipe"}),), is_chat=True)
+    RowFormat(
+        name="pipe",
+        read=_read,
+        fields=frozenset({"pipe"}),
+        marks=(frozenset({"pipe"}),),
+        is_chat=True,
+    )
 )

@@ -1,4 +1,6 @@
-"""A format of rows from a file of one's own is recognised, checked, reported and trained like any other."""
+"""A format of rows from a file of one's own is recognised, checked, reported and trained like any
+other.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,25 @@ PLUGIN = {"LLMTUNE_PLUGINS": "tests.extend.pipe_rows"}
 
 
 def write(file: Path, texts: list[str]) -> Path:
-    file.write_text("".join(json.dumps({"pipe": text, "id": n}) + "\n" for n, text in enumerate(texts)))
+    file.write_text(
+        "".join(json.dumps({"pipe": text, "id": n}) + "\n" for n, text in enumerate(texts))
+    )
     return file
 
 
 @pytest.mark.process
 def test_a_run_trains_on_it(tmp_path: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", [f"what is {n}? | it is {n}" for n in range(30)])
-    job = [*TINY, f"data.train={rows}", "data.val_set_size=4", "data.num_workers=1", "train.max_steps=2"]
-    done = run_cli(*job, "launch.nproc=2", "export=none", f"output_dir={tmp_path / 'run'}", env=PLUGIN)
+    job = [
+        *TINY,
+        f"data.train={rows}",
+        "data.val_set_size=4",
+        "data.num_workers=1",
+        "train.max_steps=2",
+    ]
+    done = run_cli(
+        *job, "launch.nproc=2", "export=none", f"output_dir={tmp_path / 'run'}", env=PLUGIN
+    )
     assert done.code == 0, done.err
     assert len(losses(tmp_path / "run")) == 2
 

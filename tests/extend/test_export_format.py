@@ -1,4 +1,6 @@
-"""A format of export from a file of one's own is checked, written, described and verified like any other."""
+"""A format of export from a file of one's own is checked, written, described and verified like any
+other.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ import pytest
 from llmtune.storage.manifest import find_damage
 from tests.support import TINY, run_cli
 
-JOB = [*TINY, "data.train=stdlib_docs@50", "data.val_set_size=4", "train.max_steps=1", "launch.nproc=1"]
+JOB = [
+    *TINY,
+    "data.train=stdlib_docs@50",
+    "data.val_set_size=4",
+    "train.max_steps=1",
+    "launch.nproc=1",
+]
 
 
 @pytest.mark.process
@@ -18,7 +26,9 @@ def test_a_run_ends_with_an_export_in_it(tmp_path: Path) -> None:
     (tmp_path / "conf/export").mkdir(parents=True)
     (tmp_path / "conf/export/names.yaml").write_text("format: names\n")
     places = [f"--config-dir={tmp_path / 'conf'}", f"output_dir={tmp_path / 'run'}"]
-    done = run_cli(*JOB, "export=names", *places, env={"LLMTUNE_PLUGINS": "tests.extend.names_format"})
+    done = run_cli(
+        *JOB, "export=names", *places, env={"LLMTUNE_PLUGINS": "tests.extend.names_format"}
+    )
     assert done.code == 0, done.err
     folder = tmp_path / "run/export-names"
     assert f"exported names: {folder}" in done.out + done.err

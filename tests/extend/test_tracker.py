@@ -14,8 +14,15 @@ from tests.support import run_cli
 def test_a_run_is_written_down(tmp_path: Path) -> None:
     (tmp_path / "conf/tracker").mkdir(parents=True)
     (tmp_path / "conf/tracker/notebook.yaml").write_text("kind: notebook\nproject: mine\n")
-    places = [f"--config-dir={tmp_path / 'conf'}", f"output_dir={tmp_path / 'run'}", "run_name=first", "export=none"]
-    done = run_cli(*JOB, "tracker=notebook", *places, env={"LLMTUNE_PLUGINS": "tests.extend.notebook_tracker"})
+    places = [
+        f"--config-dir={tmp_path / 'conf'}",
+        f"output_dir={tmp_path / 'run'}",
+        "run_name=first",
+        "export=none",
+    ]
+    done = run_cli(
+        *JOB, "tracker=notebook", *places, env={"LLMTUNE_PLUGINS": "tests.extend.notebook_tracker"}
+    )
     assert done.code == 0, done.err
     assert "the notebook is open" in done.out + done.err
     lines = (tmp_path / "run/notebook.txt").read_text().splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,3 +35,9 @@ def table() -> Table:
     """Where ``LLMTUNE_FAULT_TABLE`` says, for ``python -m tests.faults.table``."""
     name = os.environ.get("LLMTUNE_FAULT_TABLE")
     return Table(Path(name) if name else None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _terminal_signals_count() -> None:
+    """Under ``nohup`` a child would inherit that SIGHUP is ignored, and rightly live on."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

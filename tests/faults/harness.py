@@ -1,4 +1,6 @@
-"""A real run on two ranks, started as a user starts it, that tests break; and the one verdict on what became of it."""
+"""A real run on two ranks, started as a user starts it, that tests break; and the one verdict on
+what became of it.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,25 @@ EVALUATED_STEPS = (0, 8, 16, 24)
 
 #: The run of all tests here: a start takes 15 s, a step 0.03 s, a save 0.05 s.
 BASE = [
-    *("model=tiny", "data.train=stdlib_docs@200", "data.val_set_size=16", "data.max_seq_length=256", "precision=fp32"),
-    *("optim.learning_rate=2e-3", "launch.nproc=2", f"train.max_steps={STEPS}", f"train.save_steps={SAVE_STEPS}"),
-    *("train.eval_steps=8", f"train.save_total_limit={KEPT}", "export=none", "train.sample_answers=false"),
+    *(
+        "model=tiny",
+        "data.train=stdlib_docs@200",
+        "data.val_set_size=16",
+        "data.max_seq_length=256",
+        "precision=fp32",
+    ),
+    *(
+        "optim.learning_rate=2e-3",
+        "launch.nproc=2",
+        f"train.max_steps={STEPS}",
+        f"train.save_steps={SAVE_STEPS}",
+    ),
+    *(
+        "train.eval_steps=8",
+        f"train.save_total_limit={KEPT}",
+        "export=none",
+        "train.sample_answers=false",
+    ),
 ]
 
 #: Until processes are gone whose supervisor was killed.
@@ -42,7 +60,9 @@ START_SECONDS = 240.0
 class Run:
     """One run folder, and the commands that were started on it one after the other."""
 
-    def __init__(self, folder: Path, overrides: Sequence[str] = ("zero=2",), base: Sequence[str] = BASE):
+    def __init__(
+        self, folder: Path, overrides: Sequence[str] = ("zero=2",), base: Sequence[str] = BASE
+    ):
         """
         Args:
             folder: A new folder for everything; the run's own is ``folder / "run"``.
@@ -73,9 +93,18 @@ class Run:
             MARK: self.mark,
             **(env or {}),
         }
-        command = [sys.executable, "-m", "llmtune", *self.overrides, f"output_dir={self.path}", *more]
+        command = [
+            sys.executable,
+            "-m",
+            "llmtune",
+            *self.overrides,
+            f"output_dir={self.path}",
+            *more,
+        ]
         with self._console_file().open("wb") as console:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=console, stderr=console)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=console, stderr=console
+            )
 
     def end(self, timeout: float = START_SECONDS) -> int:
         """Wait for the command; its exit code."""
@@ -105,7 +134,9 @@ class Run:
                     found.append(json.loads(line))
         return sorted(found, key=lambda event: float(event["time"]))
 
-    def wait_for(self, event: str, step: int | None = None, rank: str | None = None, after: float = 0.0) -> float:
+    def wait_for(
+        self, event: str, step: int | None = None, rank: str | None = None, after: float = 0.0
+    ) -> float:
         """Until a process noted it; when that was."""
 
         def seen() -> float | None:
@@ -132,7 +163,9 @@ class Run:
         while (found := look()) is None:
             code = self.process.poll()
             assert code is None, f"ended with {code} before {what}\n{self.console}"
-            assert time.monotonic() < deadline, f"{what} did not come within {timeout:g} s\n{self.console}"
+            assert time.monotonic() < deadline, (
+                f"{what} did not come within {timeout:g} s\n{self.console}"
+            )
             time.sleep(0.005)
         return found
 
@@ -141,7 +174,9 @@ class Run:
         assert self.process is not None
         if victim == "supervisor":
             return self.process.pid
-        return int(next(event["pid"] for event in reversed(self.events()) if event["rank"] == victim))
+        return int(
+            next(event["pid"] for event in reversed(self.events()) if event["rank"] == victim)
+        )
 
     def send(self, victim: str, number: signal.Signals) -> float:
         """Signal one process; when."""
@@ -183,7 +218,11 @@ class Run:
 
     def last_step(self, until: float) -> int:
         """The last optimizer step that was done at a moment."""
-        done = [event["step"] for event in self.events() if event["event"] == "stepped" and event["time"] <= until]
+        done = [
+            event["step"]
+            for event in self.events()
+            if event["event"] == "stepped" and event["time"] <= until
+        ]
         return max(done, default=0)
 
     def clean(self) -> None:
@@ -258,7 +297,9 @@ def take_snapshot(run: Run, moment: float) -> Snapshot:
     begun: dict[int, int] = {}
     for event in run.events():
         if event["time"] <= moment and event["event"] in ("save", "saved"):
-            begun[event["step"]] = begun.get(event["step"], 0) | (1 if event["event"] == "save" else 2)
+            begun[event["step"]] = begun.get(event["step"], 0) | (
+                1 if event["event"] == "save" else 2
+            )
     saving = max((step for step, state in begun.items() if state == 1), default=None)
     return Snapshot(run.complete(), run.last_step(moment), saving)
 
@@ -325,13 +366,17 @@ def judge_folder(run: Run) -> list[str]:
         problems.append(f"checkpoint-{STEPS} is not complete")
     for folder in find_checkpoints(run.path):
         problems += [f"{folder.name}: {text}" for text in find_damage(folder)]
-    problems += [f"{path.name} was left behind" for path in run.path.iterdir() if path.name.endswith(".tmp")]
+    problems += [
+        f"{path.name} was left behind" for path in run.path.iterdir() if path.name.endswith(".tmp")
+    ]
     if not (run.path / layout.FINISHED).is_file():
         problems.append(f"no {layout.FINISHED}")
     return problems
 
 
-def judge(run: Run, trial: Trial, reference: Reference, snapshot: Snapshot | None, killed: bool = False) -> None:
+def judge(
+    run: Run, trial: Trial, reference: Reference, snapshot: Snapshot | None, killed: bool = False
+) -> None:
     """The verdict on a run that has gone to its end after a fault.
 
     Args:
@@ -373,7 +418,9 @@ def copy_run(reference: Reference, folder: Path, overrides: Sequence[str] = ("ze
 def small_disk(folder: Path, megabytes: int = 8) -> Iterator[Path]:
     """A tmpfs of its own."""
     folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True
+    )
     try:
         yield folder
     finally:
@@ -401,7 +448,9 @@ def fill(disk: Path) -> Path:
 
 
 class Table:
-    """Trials of this session, appended to a file of one JSON object a line, so that no cut session loses any."""
+    """Trials of this session, appended to a file of one JSON object a line, so that no cut session
+    loses any.
+    """
 
     def __init__(self, file: Path | None):
         self.file = file

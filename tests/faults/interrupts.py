@@ -1,4 +1,6 @@
-"""SIGINT, SIGTERM and SIGHUP at any moment of any verb: trials; ``python -m tests.faults.interrupts FILE`` makes their table."""
+"""SIGINT, SIGTERM and SIGHUP at any moment of any verb: trials; ``python -m tests.faults.interrupts
+FILE`` makes their table.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ class Outcome:
 
 
 def draw_interrupts(verbs: Sequence[str]) -> list[Interrupt]:
-    """Thirty moments a verb, evenly over its time, and each of the ten ways three times, in another order for each."""
+    """Thirty moments a verb, evenly over its time, and each of the ten ways three times, in another
+    order for each.
+    """
     return [
         Interrupt(verb, (number + 0.5) / MOMENTS, *WAYS[(3 * number + place) % len(WAYS)])
         for place, verb in enumerate(verbs)
@@ -81,9 +85,14 @@ def draw_interrupts(verbs: Sequence[str]) -> list[Interrupt]:
 
 
 def run_interrupted(
-    arguments: Sequence[str], folder: Path, trial: Interrupt, wait: Callable[[Path, subprocess.Popen[bytes]], None]
+    arguments: Sequence[str],
+    folder: Path,
+    trial: Interrupt,
+    wait: Callable[[Path, subprocess.Popen[bytes]], None],
 ) -> Outcome:
-    """The program in a session of its own, signalled when ``wait(console, process)`` returns; nothing is left of it."""
+    """The program in a session of its own, signalled when ``wait(console, process)`` returns;
+    nothing is left of it.
+    """
     mark, console = uuid.uuid4().hex, folder / "console.txt"
     with console.open("wb") as out:
         process = subprocess.Popen(
@@ -121,7 +130,11 @@ def judge_interrupt(trial: Interrupt, outcome: Outcome, undisturbed: int) -> lis
     """What is wrong with it; ``undisturbed`` is the exit code of the verb when it is left alone."""
     by_signal = 128 + trial.number
     allowed = {EXIT_STOPPED if trial.verb == "train" else by_signal}
-    if trial.verb == "train" and "Traceback" not in outcome.console and outcome.console.strip() in ("", _said(trial)):
+    if (
+        trial.verb == "train"
+        and "Traceback" not in outcome.console
+        and outcome.console.strip() in ("", _said(trial))
+    ):
         # Before preparation: the program itself was only being loaded.
         allowed.add(by_signal)
     # It may have done its work, and be about to end: times differ from trial to trial.
@@ -156,7 +169,9 @@ def render_table(lines: list[dict[str, object]]) -> str:
     cells: dict[tuple[str, str, str], list[dict[str, object]]] = {}
     for line in lines:
         often = "" if line["times"] == 1 else " twice"
-        cells.setdefault((str(line["verb"]), f"{line['number']}{often}", str(line["target"])), []).append(line)
+        cells.setdefault(
+            (str(line["verb"]), f"{line['number']}{often}", str(line["target"])), []
+        ).append(line)
     for key, trials in cells.items():
         at = "; ".join(
             f"{float(str(t['moment'])):.0%}: {t['code']}, {float(str(t['seconds'])):.1f}"
@@ -164,7 +179,9 @@ def render_table(lines: list[dict[str, object]]) -> str:
             for t in trials
         )
         left = sum(int(str(t["left"])) for t in trials)
-        rows.append(f"| {' | '.join(key)} | {at} | {left} | {sum(bool(t['wrong']) for t in trials)} |")
+        rows.append(
+            f"| {' | '.join(key)} | {at} | {left} | {sum(bool(t['wrong']) for t in trials)} |"
+        )
     return "\n".join(rows)
 
 
@@ -174,7 +191,10 @@ def read_lines(file: Path) -> list[dict[str, object]]:
     for text in file.read_text().splitlines():
         line = json.loads(text)
         found[line["verb"], line["moment"]] = line
-    return sorted(found.values(), key=lambda line: (line["verb"], line["number"], line["times"], line["target"]))
+    return sorted(
+        found.values(),
+        key=lambda line: (line["verb"], line["number"], line["times"], line["target"]),
+    )
 
 
 def main(file: Path) -> None:

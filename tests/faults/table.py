@@ -1,4 +1,6 @@
-"""``python -m tests.faults.table FILE``: the table of ``docs/reliability.md`` from the trials that a session wrote."""
+"""``python -m tests.faults.table FILE``: the table of ``docs/reliability.md`` from the trials that
+a session wrote.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _HEADER = [
 
 
 def read_trials(file: Path) -> list[dict[str, object]]:
-    """The last record of every trial, in order: one that was run again counts as it came out then."""
+    """The last record of every trial, in order: one that was run again counts as it came out
+    then.
+    """
     trials = {}
     for line in file.read_text().splitlines():
         trial = json.loads(line)

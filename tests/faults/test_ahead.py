@@ -1,4 +1,6 @@
-"""Ranks that were started ahead, while the supervisor still prepares: whatever happens then, none is left, and none is missed."""
+"""Ranks that were started ahead, while the supervisor still prepares: whatever happens then, none
+is left, and none is missed.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def test_a_supervisor_killed_while_they_wait_leaves_none(table: Table, tmp_path:
         trial.resumed = True
 
 
-def test_a_rank_killed_while_it_waits_is_started_again(undisturbed: Undisturbed, table: Table, tmp_path: Path) -> None:
+def test_a_rank_killed_while_it_waits_is_started_again(
+    undisturbed: Undisturbed, table: Table, tmp_path: Path
+) -> None:
     reference = undisturbed("zero=2")
     run = Run(tmp_path, ["zero=2"])
     with table.trial("kill -9 of a rank, while it waits", GATE, run) as trial:

@@ -18,13 +18,20 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def clock() -> dict[str, str]:
-    """The environment in which a process has a clock of its own; the monotonic one stays as it is, as it does in earnest."""
+    """The environment in which a process has a clock of its own; the monotonic one stays as it is,
+    as it does in earnest.
+    """
 
     def find() -> Path | None:
         return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 
     if find() is None and os.getuid() == 0 and shutil.which("apt-get"):
-        subprocess.run(["apt-get", "install", "-y", "-q", "faketime"], check=False, capture_output=True, timeout=300)
+        subprocess.run(
+            ["apt-get", "install", "-y", "-q", "faketime"],
+            check=False,
+            capture_output=True,
+            timeout=300,
+        )
     library = find()
     if library is None:
         pytest.skip("libfaketime is missing: apt-get install faketime")
@@ -50,7 +57,9 @@ def test_a_clock_set_back_between_two_starts_changes_nothing(
 def test_a_clock_set_back_in_mid_run_changes_nothing(
     clock: dict[str, str], undisturbed: Undisturbed, table: Table, tmp_path: Path
 ) -> None:
-    """And a rank that fails after that is started again from the newest checkpoint, whatever its time stamp says."""
+    """And a rank that fails after that is started again from the newest checkpoint, whatever its
+    time stamp says.
+    """
     reference = undisturbed("zero=2")
     run = Run(tmp_path / "r", ["zero=2"])
     stamp = tmp_path / "clock"

@@ -1,4 +1,6 @@
-"""Files of the newest checkpoint lose a bit, their end, or all: the damage is named, and the checkpoint before is taken."""
+"""Files of the newest checkpoint lose a bit, their end, or all: the damage is named, and the
+checkpoint before is taken.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,19 @@ pytestmark = pytest.mark.process
 
 LAST, BEFORE = f"checkpoint-{STEPS}", f"checkpoint-{STEPS - SAVE_STEPS}"
 FILES = (
-    *("adapter_model.safetensors", "optimizer-00000-of-00002.safetensors", "optimizer-00001-of-00002.safetensors"),
-    *("trainer_state.json", "manifest.json", "COMPLETE", "config.yaml", "tokenizer.json", "metrics.jsonl"),
+    *(
+        "adapter_model.safetensors",
+        "optimizer-00000-of-00002.safetensors",
+        "optimizer-00001-of-00002.safetensors",
+    ),
+    *(
+        "trainer_state.json",
+        "manifest.json",
+        "COMPLETE",
+        "config.yaml",
+        "tokenizer.json",
+        "metrics.jsonl",
+    ),
     *("adapter_config.json", "tokenizer_config.json", "chat_template.jinja"),
 )
 #: Bits tried in each file.
@@ -64,7 +77,9 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
 def choose(run: Run) -> tuple[str | None, str]:
     """The checkpoint that this run would go on from, and what is said of those passed over."""
     said: list[str] = []
-    found = resume_point(RunFolder(run.path), load_config(run.path / "config.yaml"), "run", said.append)
+    found = resume_point(
+        RunFolder(run.path), load_config(run.path / "config.yaml"), "run", said.append
+    )
     return found.name if found else None, "\n".join(said)
 
 
@@ -138,7 +153,9 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
         DAMAGES[damage](run.path / LAST / name, random.Random(name + damage))
         go_on(run, reference)
         if (damage, name) != ("removed", "COMPLETE"):
-            assert f"{LAST} is damaged and passed over: {name}" in run.console or name == "COMPLETE", run.console
+            assert (
+                f"{LAST} is damaged and passed over: {name}" in run.console or name == "COMPLETE"
+            ), run.console
         trial.lost_steps = STEPS - run.resumed_step()
         judge(run, trial, reference, None)
 
@@ -153,7 +170,10 @@ def test_a_damaged_model_of_full_fine_tuning_is_passed_over(
     with table.trial("a bit flipped, and gone on", "model.safetensors (tuner=full)", run) as trial:
         flip_any(run.path / LAST / "model.safetensors", random.Random(0))
         go_on(run, reference)
-        assert f"{LAST} is damaged and passed over: model.safetensors has other contents" in run.console
+        assert (
+            f"{LAST} is damaged and passed over: model.safetensors has other contents"
+            in run.console
+        )
         trial.lost_steps = STEPS - run.resumed_step()
         judge(run, trial, reference, None)
 

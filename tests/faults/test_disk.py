@@ -1,4 +1,6 @@
-"""The disk is full at each file of a save in turn, or the folder can suddenly not be written: exit 5, and nothing is lost."""
+"""The disk is full at each file of a save in turn, or the folder can suddenly not be written: exit
+5, and nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,43 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Undisturbed
-from tests.faults.harness import Run, Table, can_mount, fill, find_lost, judge, small_disk, take_snapshot
+from tests.faults.harness import (
+    Run,
+    Table,
+    can_mount,
+    fill,
+    find_lost,
+    judge,
+    small_disk,
+    take_snapshot,
+)
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 STEP = 12
-#: All files of a save in the order in which they are written; ``written-`` is what a rank tells rank 0.
+# : All files of a save in the order in which they are written; ``written-`` is what a rank tells
+# rank 0.
 FILES = (
-    *("adapter_model.safetensors", "optimizer-00000-of-00002.safetensors", "optimizer-00001-of-00002.safetensors"),
-    *("written-00000.json", "written-00001.json", "adapter_config.json", "chat_template.jinja", "config.yaml"),
-    *("metrics.jsonl", "tokenizer.json", "tokenizer_config.json", "trainer_state.json", "manifest.json", "COMPLETE"),
+    *(
+        "adapter_model.safetensors",
+        "optimizer-00000-of-00002.safetensors",
+        "optimizer-00001-of-00002.safetensors",
+    ),
+    *(
+        "written-00000.json",
+        "written-00001.json",
+        "adapter_config.json",
+        "chat_template.jinja",
+        "config.yaml",
+    ),
+    *(
+        "metrics.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "trainer_state.json",
+        "manifest.json",
+        "COMPLETE",
+    ),
 )
 
 
@@ -33,7 +62,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("name", "background"), [(name, "false" if number % 2 else "true") for number, name in enumerate(FILES)]
+    ("name", "background"),
+    [(name, "false" if number % 2 else "true") for number, name in enumerate(FILES)],
 )
 def test_a_disk_that_fills_up_at_any_file_of_a_save_loses_nothing(
     name: str, background: str, undisturbed: Undisturbed, table: Table, disk: Path
@@ -41,7 +71,9 @@ def test_a_disk_that_fills_up_at_any_file_of_a_save_loses_nothing(
     reference = undisturbed("zero=2")
     run = Run(disk / "r", ["zero=2", f"checkpoint.background={background}"])
     gate = f"file:{STEP}:{name}"
-    with table.trial("disk full at each file of a save", f"{name}, background={background}", run) as trial:
+    with table.trial(
+        "disk full at each file of a save", f"{name}, background={background}", run
+    ) as trial:
         run.start(gates=[gate])
         run.wait_at(gate)
         snapshot = take_snapshot(run, time.monotonic())
@@ -64,7 +96,9 @@ def test_a_save_that_does_not_fit_is_left_out_where_that_is_wanted(
     reference = undisturbed("zero=2")
     run = Run(disk / "r", ["zero=2", "checkpoint.on_disk_low=skip"])
     gate = f"file:{STEP}:adapter_model.safetensors"
-    with table.trial("disk full, checkpoint.on_disk_low=skip", "adapter_model.safetensors", run) as trial:
+    with table.trial(
+        "disk full, checkpoint.on_disk_low=skip", "adapter_model.safetensors", run
+    ) as trial:
         # The step waits until there is room again for its line of metrics.
         run.start(gates=[gate, f"step:{STEP + 1}@0"])
         run.wait_at(gate)
@@ -102,7 +136,9 @@ def test_a_disk_that_is_too_small_from_the_start_is_refused_before_the_first_ste
 
 
 def bind_read_only(folder: Path) -> None:
-    """Lay the folder over itself, read-only: files that are open stay writable, new ones cannot be made."""
+    """Lay the folder over itself, read-only: files that are open stay writable, new ones cannot be
+    made.
+    """
     subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
 
@@ -135,7 +171,9 @@ def test_a_folder_that_becomes_read_only_ends_the_run_and_loses_nothing(
         judge(run, trial, reference, snapshot)
 
 
-def test_a_read_only_place_is_refused_at_once(undisturbed: Undisturbed, table: Table, disk: Path) -> None:
+def test_a_read_only_place_is_refused_at_once(
+    undisturbed: Undisturbed, table: Table, disk: Path
+) -> None:
     reference = undisturbed("zero=2")
     run = Run(disk / "r", ["zero=2"])
     with table.trial("output folder read-only from the start", "at once", run) as trial:

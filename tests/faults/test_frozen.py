@@ -1,4 +1,6 @@
-"""A rank is frozen with SIGSTOP: the supervisor sees that nothing gets on, keeps the stacks, and starts again."""
+"""A rank is frozen with SIGSTOP: the supervisor sees that nothing gets on, keeps the stacks, and
+starts again.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def test_a_frozen_rank_is_noticed_and_started_again(
 ) -> None:
     reference = undisturbed("zero=2")
     run = Run(tmp_path, ["zero=2", f"launch.hang_timeout={HANG_SECONDS}"])
-    with table.trial("a rank frozen with SIGSTOP", f"rank {victim} in {event} {step}", run) as trial:
+    with table.trial(
+        "a rank frozen with SIGSTOP", f"rank {victim} in {event} {step}", run
+    ) as trial:
         slow = {"step:*": 0.1, f"write:{step}": 0.025, "evaluate:*": 0.5}
         run.start(slow=slow)
         run.wait_for(event, step, victim)

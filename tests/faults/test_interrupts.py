@@ -1,4 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGHUP end every verb in seconds, at any moment, with the documented exit code and no process left."""
+"""Ctrl-C, SIGTERM and SIGHUP end every verb in seconds, at any moment, with the documented exit
+code and no process left.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.interrupts import Interrupt, draw_interrupts, judge_interrupt, record, run_interrupted
+from tests.faults.interrupts import (
+    Interrupt,
+    draw_interrupts,
+    judge_interrupt,
+    record,
+    run_interrupted,
+)
 from tests.processes import cold
 from tests.support import ROOT
 
@@ -35,9 +43,21 @@ class Setting:
         cache = f"paths.cache_dir={self.folder / 'cache'}"
         on_run = [verb, f"run={self.folder / 'run'}", cache]
         rows = [f"data.train={self.folder / 'rows.jsonl'}", f"paths.cache_dir={own / 'cache'}"]
-        short = ["train.max_steps=3", "launch.nproc=1", "data.val_set_size=0", "train.sample_answers=false"]
+        short = [
+            "train.max_steps=3",
+            "launch.nproc=1",
+            "data.val_set_size=0",
+            "train.sample_answers=false",
+        ]
         commands = {
-            "train": ["train", "model=tiny", *rows, *short, "export=safetensors", f"output_dir={own / 'out'}"],
+            "train": [
+                "train",
+                "model=tiny",
+                *rows,
+                *short,
+                "export=safetensors",
+                f"output_dir={own / 'out'}",
+            ],
             "data": ["data", "model=tiny", *rows, f"output_dir={own / 'out'}"],
             "export": [*on_run, "export=safetensors", f"output_dir={own / 'out'}"],
             "eval": on_run,
@@ -54,14 +74,22 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = tmp_path_factory.mktemp("interrupts")
     with (folder / "rows.jsonl").open("w") as out:
         for number in range(ROWS):
-            row = {"instruction": f"question {number} " + "w " * (number % 40), "output": "v " * (1 + number % 30)}
+            row = {
+                "instruction": f"question {number} " + "w " * (number % 40),
+                "output": "v " * (1 + number % 30),
+            }
             out.write(json.dumps(row) + "\n")
     return Setting(folder)
 
 
 @pytest.fixture(scope="module")
 def trained(setting: Setting) -> Setting:
-    small = ["data.train=stdlib_docs@200", "train.max_steps=2", "launch.nproc=1", "data.max_seq_length=256"]
+    small = [
+        "data.train=stdlib_docs@200",
+        "train.max_steps=2",
+        "launch.nproc=1",
+        "data.max_seq_length=256",
+    ]
     places = [f"output_dir={setting.folder / 'run'}", f"paths.cache_dir={setting.folder / 'cache'}"]
     command = [sys.executable, "-m", "llmtune", "model=tiny", *small, "export=none", *places]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -79,7 +107,9 @@ def undisturbed(trained: Setting) -> Callable[[str], tuple[float, int]]:
             own.mkdir()
             started = time.monotonic()
             command = [sys.executable, "-m", "llmtune", *trained.arguments(verb, own)]
-            code = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, stdin=subprocess.DEVNULL)
+            code = subprocess.run(
+                command, cwd=ROOT, check=False, capture_output=True, stdin=subprocess.DEVNULL
+            )
             known[verb] = time.monotonic() - started, code.returncode
         return known[verb]
 
@@ -89,12 +119,18 @@ def undisturbed(trained: Setting) -> Callable[[str], tuple[float, int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", draw_interrupts(VERBS), ids=lambda trial: trial.name)
 def test_every_verb_ends_at_every_moment(
-    trial: Interrupt, trained: Setting, undisturbed: Callable[[str], tuple[float, int]], tmp_path: Path
+    trial: Interrupt,
+    trained: Setting,
+    undisturbed: Callable[[str], tuple[float, int]],
+    tmp_path: Path,
 ) -> None:
     with cold():
         seconds, code = undisturbed(trial.verb)
         outcome = run_interrupted(
-            trained.arguments(trial.verb, tmp_path), tmp_path, trial, lambda *_: time.sleep(trial.moment * seconds)
+            trained.arguments(trial.verb, tmp_path),
+            tmp_path,
+            trial,
+            lambda *_: time.sleep(trial.moment * seconds),
         )
     wrong = judge_interrupt(trial, outcome, code)
     if file := os.environ.get("LLMTUNE_INTERRUPT_TABLE"):
@@ -126,7 +162,9 @@ def test_tokenising_ends_with_all_its_workers(
     verb: str, number: signal.Signals, times: int, target: str, setting: Setting, tmp_path: Path
 ) -> None:
     trial = Interrupt(verb, 0.5, number, times, target)
-    outcome = run_interrupted(setting.arguments(verb, tmp_path), tmp_path, trial, until_it_tokenises)
+    outcome = run_interrupted(
+        setting.arguments(verb, tmp_path), tmp_path, trial, until_it_tokenises
+    )
     assert not judge_interrupt(trial, outcome, 0), outcome
     assert outcome.code == (75 if verb == "train" else 128 + number)
     said = "the same command starts again" if verb == "train" else f"ended by {number.name}"

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.process
 
 SEED = 20261122
 VICTIMS = ("0", "1", "supervisor")
-#: Slept at each of the 42 tensors of a rank's share, and at what is flushed: more than two seconds a save.
+# : Slept at each of the 42 tensors of a rank's share, and at what is flushed: more than two seconds
+# a save.
 WRITE_SECONDS = 0.025
 SAVE_SECONDS = 1.0
 
@@ -39,7 +40,8 @@ class Kill:
         where = self.event + (f" {self.step}" if self.step is not None else "")
         who = f"rank {self.victim}" if self.victim.isdigit() else self.victim
         return (
-            f"{who}, {where} + {self.delay:.2f} s, {'background' if self.background else 'in line'}, ZeRO {self.zero}"
+            f"{who}, {where} + {self.delay:.2f} s,"
+            f" {'background' if self.background else 'in line'}, ZeRO {self.zero}"
         )
 
 
@@ -48,12 +50,23 @@ def draw_kill(number: int) -> Kill:
     drawn = random.Random(SEED * 1000 + number)
     victim, zero, background = VICTIMS[number % 3], drawn.choice((2, 3)), drawn.random() < 0.5
     if number % 2 == 0:
-        return Kill(victim, "save", drawn.choice(SAVED_STEPS), drawn.uniform(0, SAVE_SECONDS), background, zero)
+        return Kill(
+            victim,
+            "save",
+            drawn.choice(SAVED_STEPS),
+            drawn.uniform(0, SAVE_SECONDS),
+            background,
+            zero,
+        )
     event = drawn.choices(("step", "evaluate", "start"), (6, 2, 2))[0]
     if event == "step":
-        return Kill(victim, event, drawn.randrange(1, STEPS + 1), drawn.uniform(0, 0.2), background, zero)
+        return Kill(
+            victim, event, drawn.randrange(1, STEPS + 1), drawn.uniform(0, 0.2), background, zero
+        )
     if event == "evaluate":
-        return Kill(victim, event, drawn.choice((0, 8, 16, 24)), drawn.uniform(0, 0.4), background, zero)
+        return Kill(
+            victim, event, drawn.choice((0, 8, 16, 24)), drawn.uniform(0, 0.4), background, zero
+        )
     return Kill(victim, event, None, drawn.uniform(0, 8), background, zero)
 
 
@@ -65,7 +78,8 @@ CHOSEN = {
 }
 KILLS = [pytest.param(kill, id=f"chosen: {kill}") for kill in CHOSEN.values()]
 KILLS += [
-    pytest.param(draw_kill(number), id=f"{number}: {draw_kill(number)}", marks=pytest.mark.slow) for number in range(40)
+    pytest.param(draw_kill(number), id=f"{number}: {draw_kill(number)}", marks=pytest.mark.slow)
+    for number in range(40)
 ]
 
 
@@ -74,7 +88,9 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_save(
     kill: Kill, undisturbed: Undisturbed, table: Table, tmp_path: Path
 ) -> None:
     reference = undisturbed(f"zero={kill.zero}")
-    run = Run(tmp_path, [f"zero={kill.zero}", f"checkpoint.background={str(kill.background).lower()}"])
+    run = Run(
+        tmp_path, [f"zero={kill.zero}", f"checkpoint.background={str(kill.background).lower()}"]
+    )
     who = "the supervisor" if kill.victim == "supervisor" else "a rank"
     written = "written in the background" if kill.background else "written at once"
     where = f"inside a save {written}" if kill.event == "save" else "anywhere else"

@@ -1,4 +1,6 @@
-"""Two network namespaces as two nodes that share the run folder: each launcher, a node that is lost, a network that is lost."""
+"""Two network namespaces as two nodes that share the run folder: each launcher, a node that is
+lost, a network that is lost.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ class Nodes:
     def __init__(self, named: bool):
         """
         Args:
-            named: Whether the nodes have names of their own that each resolves; on node01, as on Debian, to a loopback address.
+            named: Whether the nodes have names of their own that each resolves; on node01, as on
+                Debian, to a loopback address.
         """
         mark = uuid.uuid4().hex[:6]
         self.names = (f"lt{mark}a", f"lt{mark}b")
@@ -56,9 +59,24 @@ class Nodes:
                     own = Path("/etc/netns") / name
                     own.mkdir(parents=True)
                     first = "127.0.1.1" if name == self.names[0] else ADDRESSES[0]
-                    (own / "hosts").write_text(f"127.0.0.1 localhost\n{first} {HOSTS[0]}\n{ADDRESSES[1]} {HOSTS[1]}\n")
+                    (own / "hosts").write_text(
+                        f"127.0.0.1 localhost\n{first} {HOSTS[0]}\n{ADDRESSES[1]} {HOSTS[1]}\n"
+                    )
             first, second = self.names
-            ip("link", "add", first, "netns", first, "type", "veth", "peer", "name", second, "netns", second)
+            ip(
+                "link",
+                "add",
+                first,
+                "netns",
+                first,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                second,
+                "netns",
+                second,
+            )
             for name, address in zip(self.names, ADDRESSES, strict=True):
                 ip("-n", name, "link", "set", "lo", "up")
                 ip("-n", name, "addr", "add", f"{address}/24", "dev", name)
@@ -105,7 +123,9 @@ class Nodes:
             console = run.traces / f"console-{run.starts}-{node}.txt"
             whole = self.command(node, [*command, *run.overrides, f"output_dir={run.path}", *more])
             with console.open("wb") as out:
-                self._processes.append(subprocess.Popen(whole, cwd=ROOT, env=environment, stdout=out, stderr=out))
+                self._processes.append(
+                    subprocess.Popen(whole, cwd=ROOT, env=environment, stdout=out, stderr=out)
+                )
             self._consoles.append(console)
         run.process = self._processes[0]
 
@@ -119,7 +139,8 @@ class Nodes:
             return self._processes[node].wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(
-                f"node {node} did not end within {timeout:g} s\n{self.console(0)}\n{self.console(1)}"
+                f"node {node} did not end within {timeout:g}"
+                f" s\n{self.console(0)}\n{self.console(1)}"
             ) from None
 
     def finish(self, run: Run, launcher: Launcher, *more: str) -> None:
@@ -131,7 +152,9 @@ class Nodes:
 
     def pids(self, node: int) -> list[int]:
         """Every process on a node."""
-        done = subprocess.run(["ip", "netns", "pids", self.names[node]], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["ip", "netns", "pids", self.names[node]], capture_output=True, text=True, check=False
+        )
         return [int(pid) for pid in done.stdout.split()]
 
     def kill(self, node: int) -> None:
@@ -165,7 +188,9 @@ def reason_against() -> str | None:
     """Why this machine lets us make no namespace."""
     name = f"lt{uuid.uuid4().hex[:6]}"
     try:
-        done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["ip", "netns", "add", name], capture_output=True, text=True, check=False
+        )
     except OSError as error:
         return f"iproute2: {error}"
     if done.returncode == 0:
@@ -183,7 +208,9 @@ def _namespaces() -> None:
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    """Two nodes that know each other by address only, on machines whose own name means the loopback."""
+    """Two nodes that know each other by address only, on machines whose own name means the
+    loopback.
+    """
     with Nodes(named=False) as made:
         yield made
 
@@ -278,12 +305,16 @@ def test_torchrun_meets_by_name(named_nodes: Nodes, run: Run, undisturbed: Undis
 
 
 @pytest.mark.parametrize("launcher", [static_torchrun, deepspeed, slurm_by_address])
-def test_nodes_without_names_train_too(nodes: Nodes, run: Run, undisturbed: Undisturbed, launcher: Launcher) -> None:
+def test_nodes_without_names_train_too(
+    nodes: Nodes, run: Run, undisturbed: Undisturbed, launcher: Launcher
+) -> None:
     nodes.finish(run, launcher)
     check_equal(run, undisturbed)
 
 
-@pytest.mark.parametrize(("launcher", "lost"), [(slurm_by_address, 1), (static_torchrun, 0), (deepspeed_module, 1)])
+@pytest.mark.parametrize(
+    ("launcher", "lost"), [(slurm_by_address, 1), (static_torchrun, 0), (deepspeed_module, 1)]
+)
 def test_a_lost_node_ends_the_other_and_the_same_commands_go_on(
     nodes: Nodes, run: Run, undisturbed: Undisturbed, launcher: Launcher, lost: int
 ) -> None:
@@ -332,7 +363,9 @@ def test_a_lost_network_ends_both_nodes_and_the_same_commands_go_on(
     check_equal(run, undisturbed)
 
 
-def test_slurms_warning_saves_on_both_nodes_and_ends_with_75(nodes: Nodes, run: Run, undisturbed: Undisturbed) -> None:
+def test_slurms_warning_saves_on_both_nodes_and_ends_with_75(
+    nodes: Nodes, run: Run, undisturbed: Undisturbed
+) -> None:
     nodes.start(run, slurm_by_address, slow=0.3)
     run.wait_for("step", 10)
     for node in range(2):
@@ -359,7 +392,9 @@ def test_a_run_folder_that_is_not_shared_is_refused_before_training(nodes: Nodes
     assert not (run.path / "config.yaml").exists(), "nothing has begun"
 
 
-def test_a_cache_that_is_not_shared_is_refused_before_training(nodes: Nodes, run: Run, tmp_path: Path) -> None:
+def test_a_cache_that_is_not_shared_is_refused_before_training(
+    nodes: Nodes, run: Run, tmp_path: Path
+) -> None:
     def with_own_cache(node: int, run: Run) -> tuple[list[str], dict[str, str]]:
         command, env = slurm_by_address(node, run)
         cache = tmp_path / "cache"
@@ -371,16 +406,23 @@ def test_a_cache_that_is_not_shared_is_refused_before_training(nodes: Nodes, run
 
     nodes.start(run, with_own_cache)
     assert [nodes.end(node, 120) for node in range(2)] == [2, 2]
-    assert "paths.cache_dir (and HF_HOME) have to be on a file system that all nodes share" in nodes.console(0)
+    assert (
+        "paths.cache_dir (and HF_HOME) have to be on a file system that all nodes share"
+        in nodes.console(0)
+    )
 
 
 def test_a_hostfile_starts_the_ranks_of_all_nodes_from_one(
     nodes: Nodes, run: Run, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """With stand-ins for ssh and pdsh, which take a namespace for a machine; all else is DeepSpeed's runner."""
+    """With stand-ins for ssh and pdsh, which take a namespace for a machine; all else is
+    DeepSpeed's runner.
+    """
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "ssh").write_text(f'#!/bin/sh\ncase "$*" in *"hostname -I"*) echo {ADDRESSES[0]};; esac\n')
+    (tools / "ssh").write_text(
+        f'#!/bin/sh\ncase "$*" in *"hostname -I"*) echo {ADDRESSES[0]};; esac\n'
+    )
     (tools / "pdsh").write_text(
         textwrap.dedent(f"""\
             #!{sys.executable}
@@ -392,7 +434,7 @@ def test_a_hostfile_starts_the_ranks_of_all_nodes_from_one(
                 text = re.sub("%([n%])", lambda found: str(number) if found[1] == "n" else "%", " ".join(sys.argv[6:]))
                 tasks.append(subprocess.Popen(["ip", "netns", "exec", names[host], "sh", "-c", text]))
             sys.exit(max(task.wait() for task in tasks))
-            """)
+            """)  # noqa: E501
     )
     for tool in tools.iterdir():
         tool.chmod(0o755)
@@ -401,7 +443,10 @@ def test_a_hostfile_starts_the_ranks_of_all_nodes_from_one(
     # What a shell would expand, split or end a command at.
     odd = ["chat.prompt='a $HOME `b` \"c\" 100%n'", "chat.system='{x,y};*'"]
     run.overrides = [*run.overrides, *odd]
-    run.start(f"launch.hostfile={hosts}", env={"PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"})
+    run.start(
+        f"launch.hostfile={hosts}",
+        env={"PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+    )
     assert run.end() == 0, run.console
     assert nodes.left() == []
     check_equal(run, undisturbed)

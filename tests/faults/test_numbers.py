@@ -1,4 +1,6 @@
-"""A row whose loss is not a number: the run ends, leaves the step out, or goes back, as it was told."""
+"""A row whose loss is not a number: the run ends, leaves the step out, or goes back, as it was
+told.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ BAD_LINE, LINES = 50, 200
 
 @pytest.fixture(scope="module")
 def poisoned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides of a model that knows no number for one token, which stands in one row of the data."""
+    """Overrides of a model that knows no number for one token, which stands in one row of the
+    data.
+    """
     folder = tmp_path_factory.mktemp("poisoned")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     (token,) = tokenizer(RARE, add_special_tokens=False)["input_ids"][-1:]
@@ -46,8 +50,14 @@ def poisoned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 def run_poisoned(tmp_path: Path, poisoned: list[str], on_nan: str) -> Run:
     """Such a run; nothing is held out, so that the row is trained on."""
-    base = [text for text in BASE if not text.startswith(("model=", "data.train=", "data.val_set_size=", "train.eval"))]
-    return Run(tmp_path, [*poisoned, "zero=2", "data.val_set_size=0", f"train.on_nan={on_nan}"], base)
+    base = [
+        text
+        for text in BASE
+        if not text.startswith(("model=", "data.train=", "data.val_set_size=", "train.eval"))
+    ]
+    return Run(
+        tmp_path, [*poisoned, "zero=2", "data.val_set_size=0", f"train.on_nan={on_nan}"], base
+    )
 
 
 def bad_step(run: Run) -> int:
@@ -60,7 +70,9 @@ def bad_step(run: Run) -> int:
 
 
 @pytest.mark.slow
-def test_it_stops_at_the_row_and_goes_on_without_its_step(poisoned: list[str], table: Table, tmp_path: Path) -> None:
+def test_it_stops_at_the_row_and_goes_on_without_its_step(
+    poisoned: list[str], table: Table, tmp_path: Path
+) -> None:
     run = run_poisoned(tmp_path, poisoned, "stop")
     with table.trial("NaN in a batch, train.on_nan=stop", "then skip", run) as trial:
         run.start()
@@ -80,11 +92,17 @@ def test_it_stops_at_the_row_and_goes_on_without_its_step(poisoned: list[str], t
         trial.resumed = True
 
 
-def test_skipping_and_going_back_come_to_the_same_numbers(poisoned: list[str], table: Table, tmp_path: Path) -> None:
-    runs = {on_nan: run_poisoned(tmp_path / on_nan, poisoned, on_nan) for on_nan in ("skip", "rollback")}
+def test_skipping_and_going_back_come_to_the_same_numbers(
+    poisoned: list[str], table: Table, tmp_path: Path
+) -> None:
+    runs = {
+        on_nan: run_poisoned(tmp_path / on_nan, poisoned, on_nan) for on_nan in ("skip", "rollback")
+    }
     # A save in the background may still be on its way when the bad step comes.
     runs["rollback"].overrides.insert(0, "checkpoint.background=false")
-    with table.trial("NaN in a batch, train.on_nan=skip and rollback", "both", *runs.values()) as trial:
+    with table.trial(
+        "NaN in a batch, train.on_nan=skip and rollback", "both", *runs.values()
+    ) as trial:
         for run in runs.values():
             run.finish()
             trial.orphans += run.count_orphans()
@@ -92,7 +110,9 @@ def test_skipping_and_going_back_come_to_the_same_numbers(poisoned: list[str], t
             assert f"rows.jsonl:{BAD_LINE}" in run.console, run.console
         skipped = bad_step(runs["skip"])
         assert bad_step(runs["rollback"]) == skipped
-        (restart,) = map(json.loads, (runs["rollback"].path / "restarts.jsonl").read_text().splitlines())
+        (restart,) = map(
+            json.loads, (runs["rollback"].path / "restarts.jsonl").read_text().splitlines()
+        )
         assert restart["rollback"]
         trial.lost_steps = skipped - 1 - runs["rollback"].resumed_step()
         assert trial.lost_steps <= SAVE_STEPS

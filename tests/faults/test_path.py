@@ -1,4 +1,6 @@
-"""``resume_from_checkpoint=PATH``, stopped or killed wherever it stands, and the same command again, until it is done."""
+"""``resume_from_checkpoint=PATH``, stopped or killed wherever it stands, and the same command
+again, until it is done.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def judge_part(run: Run, reference: Reference, first: int) -> list[str]:
     return problems + [f"{path.name}: set aside" for path in run.path.glob("superseded-*")]
 
 
-def test_a_stop_is_gone_on_from_and_not_the_path(undisturbed: Undisturbed, table: Table, tmp_path: Path) -> None:
+def test_a_stop_is_gone_on_from_and_not_the_path(
+    undisturbed: Undisturbed, table: Table, tmp_path: Path
+) -> None:
     """The second start finds the path gone, too."""
     reference = undisturbed("zero=2")
     path, begun = tmp_path / "elsewhere" / "checkpoint-20", STEPS - SAVE_STEPS
@@ -60,7 +64,9 @@ def test_a_stop_is_gone_on_from_and_not_the_path(undisturbed: Undisturbed, table
         shutil.rmtree(path)
         run.finish()
         assert run.resumed_step() == stopped, run.console
-        trial.wrong += judge_part(run, reference, begun + 1) + judge_folder(run) + find_lost(run, snapshot)
+        trial.wrong += (
+            judge_part(run, reference, begun + 1) + judge_folder(run) + find_lost(run, snapshot)
+        )
         trial.resumed = True
 
 
@@ -87,7 +93,10 @@ def test_a_queue_of_stops_and_kills_comes_to_the_end(
 ) -> None:
     reference = undisturbed(f"zero={zero}")
     first = Run(tmp_path / "first", [f"zero={zero}"])
-    run = Run(tmp_path / "second", [f"zero={zero}", f"resume_from_checkpoint={first.path}/checkpoint-{SAVE_STEPS}"])
+    run = Run(
+        tmp_path / "second",
+        [f"zero={zero}", f"resume_from_checkpoint={first.path}/checkpoint-{SAVE_STEPS}"],
+    )
     draw, stood = random.Random(seed), Snapshot({}, SAVE_STEPS, None)
     with table.trial(FAULT, f"four times, ZeRO {zero}, draw {seed}", first, run) as trial:
         first.start(gates=[f"step:{SAVE_STEPS + 2}"])

@@ -1,4 +1,6 @@
-"""Signals, and a file named SAVE, wherever a run stands: exit 75, and the same command goes on without a step done twice."""
+"""Signals, and a file named SAVE, wherever a run stands: exit 75, and the same command goes on
+without a step done twice.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ PLACES = {
     "a save": "file:12:manifest.json",
     "the last save": "file:24:trainer_state.json",
 }
-KINDS = {name: f"{name} in start-up, step, evaluation, save" for name in ("SIGTERM", "SIGUSR1", "SIGINT")}
+KINDS = {
+    name: f"{name} in start-up, step, evaluation, save" for name in ("SIGTERM", "SIGUSR1", "SIGINT")
+}
 KINDS["SAVE"] = "a file named SAVE in start-up, step, evaluation, save"
 TRIALS = [
     *(("SIGTERM", place) for place in PLACES if place != "an evaluation"),
@@ -36,7 +40,10 @@ TRIALS = [
     ("what", "place"),
     [
         pytest.param("SIGTERM", "an evaluation", id="chosen: SIGTERM in an evaluation"),
-        *(pytest.param(what, place, id=f"{what} in {place}", marks=pytest.mark.slow) for what, place in TRIALS),
+        *(
+            pytest.param(what, place, id=f"{what} in {place}", marks=pytest.mark.slow)
+            for what, place in TRIALS
+        ),
     ],
 )
 def test_a_stop_saves_and_the_same_command_goes_on(
@@ -73,4 +80,6 @@ def test_a_stop_saves_and_the_same_command_goes_on(
         run.finish()
         judge(run, trial, reference, None if trained else snapshot)
         if trial.lost_steps:
-            trial.wrong.append(f"{trial.lost_steps} steps were done twice after a stop that was asked for")
+            trial.wrong.append(
+                f"{trial.lost_steps} steps were done twice after a stop that was asked for"
+            )

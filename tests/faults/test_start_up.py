@@ -1,4 +1,6 @@
-"""kill -9 in start-up, before and while ranks start, under the supervisor and under torchrun: nothing is left or blocked."""
+"""kill -9 in start-up, before and while ranks start, under the supervisor and under torchrun:
+nothing is left or blocked.
+"""
 
 from __future__ import annotations
 
@@ -61,13 +63,25 @@ class Launched(Run):
     """A run whose ranks torchrun starts, in a session of its own."""
 
     def __init__(self, folder: Path):
-        super().__init__(folder, ["zero=2"], [text for text in BASE if not text.startswith("launch.nproc")])
+        super().__init__(
+            folder, ["zero=2"], [text for text in BASE if not text.startswith("launch.nproc")]
+        )
 
-    def start(self, *more: str, slow: object = None, gates: object = (), env: dict[str, str] | None = None) -> None:
+    def start(
+        self, *more: str, slow: object = None, gates: object = (), env: dict[str, str] | None = None
+    ) -> None:
         """``torchrun`` on this machine."""
         self.starts += 1
         where = ["--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-        command = [str(TORCHRUN), *where, "--module", "llmtune", *self.overrides, f"output_dir={self.path}", *more]
+        command = [
+            str(TORCHRUN),
+            *where,
+            "--module",
+            "llmtune",
+            *self.overrides,
+            f"output_dir={self.path}",
+            *more,
+        ]
         environment = {
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parent / "inside"),

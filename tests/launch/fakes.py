@@ -1,4 +1,6 @@
-"""Ranks of a few lines that stand in for training, under a supervisor that is a process of its own or this one."""
+"""Ranks of a few lines that stand in for training, under a supervisor that is a process of its own
+or this one.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ try:
 except LlmtuneError as error:
     print(error)
     sys.exit(error.exit_code)
-"""
+"""  # noqa: E501
 
 
 def script(body: str) -> str:
@@ -70,7 +72,9 @@ def run_fakes(body: str, folder: Path = Path(), limits: Limits | None = None) ->
     run_ranks(["-c", script(body)], 2, folder / "train.log", lambda _: None, limits)
 
 
-def start_supervisor(body: str, folder: Path, limits: Limits | None = None) -> subprocess.Popen[str]:
+def start_supervisor(
+    body: str, folder: Path, limits: Limits | None = None
+) -> subprocess.Popen[str]:
     """Two ranks under another process; returns when both are ready."""
     limits = limits or Limits()
     command = [sys.executable, "-c", _SUPERVISOR, script(body), str(folder)]

@@ -29,7 +29,9 @@ def test_one_frozen_rank_is_a_hang_and_the_others_say_where_they_wait(tmp_path: 
         wait_for_the_other()
     """
     started = time.monotonic()
-    with pytest.raises(RanksFailedError, match=r"no rank got on for 0.8 s \(launch.hang_timeout") as caught:
+    with pytest.raises(
+        RanksFailedError, match=r"no rank got on for 0.8 s \(launch.hang_timeout"
+    ) as caught:
         run_fakes(body, tmp_path, Limits(hang_timeout=0.8))
     assert time.monotonic() - started < 15
     assert caught.value.step == 3
@@ -62,7 +64,9 @@ def test_long_work_that_beats_is_no_hang(tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_loading_may_take_ten_times_as_long(tmp_path: Path) -> None:
-    run_fakes("reach(0, 'load') if rank else None\ntime.sleep(1)", tmp_path, Limits(hang_timeout=0.3))
+    run_fakes(
+        "reach(0, 'load') if rank else None\ntime.sleep(1)", tmp_path, Limits(hang_timeout=0.3)
+    )
 
 
 def test_every_write_changes_the_record(tmp_path: Path) -> None:
@@ -81,9 +85,18 @@ def test_every_write_changes_the_record(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("phase", "step", "finished"),
-    [("load", 0, 0), ("evaluate", 0, 0), ("forward", 1, 0), ("step", 8, 7), ("save", 8, 8), ("evaluate", 8, 8)],
+    [
+        ("load", 0, 0),
+        ("evaluate", 0, 0),
+        ("forward", 1, 0),
+        ("step", 8, 7),
+        ("save", 8, 8),
+        ("evaluate", 8, 8),
+    ],
 )
-def test_steps_done_are_read_from_the_records(phase: str, step: int, finished: int, tmp_path: Path) -> None:
+def test_steps_done_are_read_from_the_records(
+    phase: str, step: int, finished: int, tmp_path: Path
+) -> None:
     log = PhaseLog(phase_file(tmp_path, 1))
     log.step = step
     log.enter(phase)

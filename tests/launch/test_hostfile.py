@@ -1,4 +1,6 @@
-"""A hostfile is checked before DeepSpeed's runner gets it; what the runner is given arrives unchanged behind two shells."""
+"""A hostfile is checked before DeepSpeed's runner gets it; what the runner is given arrives
+unchanged behind two shells.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ def test_hosts_and_slots_are_read_as_deepspeed_reads_them(tmp_path: Path) -> Non
 
     file = tmp_path / "hosts"
     file.write_text("# ours\n\nnode-a slots=8\n  node-b   slots=4  # half\n10.0.0.3 slots=1\n")
-    assert read_hostfile(file) == {"node-a": 8, "node-b": 4, "10.0.0.3": 1} == dict(fetch_hostfile(str(file)))
+    assert (
+        read_hostfile(file)
+        == {"node-a": 8, "node-b": 4, "10.0.0.3": 1}
+        == dict(fetch_hostfile(str(file)))
+    )
 
 
 @pytest.mark.parametrize(
@@ -46,10 +52,15 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, said: str) -> None:
 @pytest.mark.process
 def test_the_command_line_says_what_is_wrong_before_anything_starts(tmp_path: Path) -> None:
     done = run_cli("model=tiny", f"launch.hostfile={tmp_path}/hosts")
-    assert (done.code, done.err.strip()) == (2, f"error: launch.hostfile={tmp_path}/hosts: No such file or directory")
+    assert (done.code, done.err.strip()) == (
+        2,
+        f"error: launch.hostfile={tmp_path}/hosts: No such file or directory",
+    )
 
 
-def test_without_pdsh_two_machines_are_refused_and_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pdsh_two_machines_are_refused_and_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     file = tmp_path / "hosts"
     file.write_text("a slots=1\nb slots=1\n")
@@ -79,7 +90,10 @@ def test_an_argument_arrives_unchanged_behind_the_runner_and_a_shell(argument: s
     runner = SimpleNamespace(args=SimpleNamespace(user_args=[quote_for_pdsh(argument)]))
     (sent,) = PDSHRunner.parse_user_args(runner)
     line = f"printf %s {sent}".replace("%%", "%")
-    assert subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout == argument
+    assert (
+        subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
+        == argument
+    )
     assert shlex.split(sent.replace("%%", "%")) or sent
 
 

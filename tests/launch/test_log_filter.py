@@ -1,4 +1,6 @@
-"""What ranks print reaches the log without secrets: all of it, in order, also the last words of one that is killed."""
+"""What ranks print reaches the log without secrets: all of it, in order, also the last words of one
+that is killed.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,15 @@ class Rank:
 
     def __init__(self, folder: Path, body: str, **environment: str):
         self.log = folder / "train.log"
-        start = "from llmtune.launch.supervise.rank_report import redirect_output\nredirect_output(Path(sys.argv[1]))\n"
-        script = "import os, signal, subprocess, sys, time\nfrom pathlib import Path\n" + start + textwrap.dedent(body)
+        start = (
+            "from llmtune.launch.supervise.rank_report import"
+            " redirect_output\nredirect_output(Path(sys.argv[1]))\n"
+        )
+        script = (
+            "import os, signal, subprocess, sys, time\nfrom pathlib import Path\n"
+            + start
+            + textwrap.dedent(body)
+        )
         clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", script, str(self.log)],
@@ -90,9 +99,13 @@ def test_secrets_are_taken_out_past_python_and_in_subprocesses(tmp_path: Path) -
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("end", ["os.abort()", "os.kill(os.getpid(), 9)", "os.killpg(0, 9)", "os._exit(3)"])
+@pytest.mark.parametrize(
+    "end", ["os.abort()", "os.kill(os.getpid(), 9)", "os.killpg(0, 9)", "os._exit(3)"]
+)
 def test_last_words_arrive_however_a_rank_ends(tmp_path: Path, end: str) -> None:
-    rank = Rank(tmp_path, f"os.write(2, b'x' * 200000 + b'\\nterminate called')\n{end}", HF_TOKEN=VALUE)
+    rank = Rank(
+        tmp_path, f"os.write(2, b'x' * 200000 + b'\\nterminate called')\n{end}", HF_TOKEN=VALUE
+    )
     assert rank.finish().endswith("x\nterminate called")
     assert rank.process.returncode != 0
     assert len(rank.log.read_text()) == 200000 + len("\nterminate called")
@@ -129,8 +142,12 @@ def test_a_progress_bar_is_shown_and_a_secret_in_two_pieces_is_not(tmp_path: Pat
 
 @pytest.mark.process
 @pytest.mark.parametrize("child", ["while echo talk; do sleep 0.1; done", "echo talk; sleep 600"])
-def test_a_child_that_holds_on_to_the_pipe_does_not_keep_the_filter(tmp_path: Path, child: str) -> None:
-    rank = Rank(tmp_path, f"subprocess.Popen(['sh', '-c', {child!r}])\ntime.sleep(0.5)", HF_TOKEN=VALUE)
+def test_a_child_that_holds_on_to_the_pipe_does_not_keep_the_filter(
+    tmp_path: Path, child: str
+) -> None:
+    rank = Rank(
+        tmp_path, f"subprocess.Popen(['sh', '-c', {child!r}])\ntime.sleep(0.5)", HF_TOKEN=VALUE
+    )
     try:
         assert "talk" in rank.finish()
         assert not rank.filters()
@@ -167,7 +184,9 @@ def test_without_secrets_there_is_no_filter(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_the_supervisor_reads_what_went_through_the_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_supervisor_reads_what_went_through_the_filter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", VALUE)
     log = tmp_path / "train.log"
     script = f"""

@@ -9,24 +9,39 @@ from llmtune.errors import CheckpointError
 from llmtune.launch.supervise.memory_errors import memory_pool, memory_pool_of_text
 
 DEVICE = [
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.06 GiB is free.",
+    (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of"
+        " which 1.06 GiB is free."
+    ),
     "HIP out of memory. Tried to allocate 20.00 MiB",
-    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+    (
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some"
+        " other API call"
+    ),
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
     "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
-    "NCCL error in: ProcessGroupNCCL.cpp:268, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    (
+        "NCCL error in: ProcessGroupNCCL.cpp:268, unhandled cuda error\nLast error:\nCuda failure 2"
+        " 'out of memory'"
+    ),
     "Failed to CUDA calloc async 608 bytes, Cuda failure 2 'out of memory'",
     "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
     "CUDA driver error: out of memory",
     "Triton Error [CUDA]: out of memory",
-    "[rank0]: torch.OutOfMemoryError: Allocation on device 0 would exceed allowed memory. (out of memory)",
+    (
+        "[rank0]: torch.OutOfMemoryError: Allocation on device 0 would exceed allowed memory. (out"
+        " of memory)"
+    ),
 ]
 
 HOST = [
-    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.",
+    (
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory:"
+        " you tried to allocate 4 bytes."
+    ),
     "not enough memory: you tried to allocate 107374182400 bytes.",
     "std::bad_alloc",
     "could not create a primitive",
@@ -42,7 +57,10 @@ HOST = [
     "libgomp: Thread creation failed: Resource temporarily unavailable",
     "can't start new thread",
     "DataLoader worker (pid 4711) is killed by signal: Killed.",
-    "DataLoader worker (pid 4711) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared",
+    (
+        "DataLoader worker (pid 4711) is killed by signal: Bus error. It is possible that"
+        " dataloader's workers are out of shared"
+    ),
     "unable to write to file </torch_4711_0>: No space left on device (28)",
     "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
     "Caught OutOfMemoryError in pin memory thread for device 0. CUDA error: out of memory",

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
-from llmtune.launch.preflight.nvme import check_nvme, disk_behind, hold_swap_folder, probe_disk, swap_folder
+from llmtune.launch.preflight.nvme import (
+    check_nvme,
+    disk_behind,
+    hold_swap_folder,
+    probe_disk,
+    swap_folder,
+)
 
 
 def test_the_probe_measures_and_cleans_up(tmp_path: Path) -> None:
@@ -37,7 +43,9 @@ def test_too_little_space_is_said_before_anything_starts(tmp_path: Path) -> None
         check_nvme(str(tmp_path / "swap"), 10**15, 0, tmp_path, said.append)
 
 
-def test_a_build_of_the_op_is_told_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_of_the_op_is_told_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "empty"))
 

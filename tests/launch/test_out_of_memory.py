@@ -14,7 +14,8 @@ from llmtune.launch.supervise.memory_errors import memory_pool
 from llmtune.launch.supervise.out_of_memory import find_event, note_kills, phase_file
 
 ALLOCATOR = (
-    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"
+    " allocate 1 bytes."
 )
 
 
@@ -23,7 +24,9 @@ def test_errors_are_told_apart() -> None:
     assert memory_pool(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert memory_pool(MemoryError())
     assert memory_pool(RuntimeError("Connection closed by peer")) is None
-    assert memory_pool(CheckpointError("checkpoint-3 was not saved (No space left on device)")) is None
+    assert (
+        memory_pool(CheckpointError("checkpoint-3 was not saved (No space left on device)")) is None
+    )
 
 
 def test_a_rank_that_reported_it_comes_first(tmp_path: Path) -> None:
@@ -56,9 +59,13 @@ def test_an_abort_counts_if_the_allocator_said_so(what: str, pool: str, tmp_path
     assert find_event([-signal.SIGABRT], 0, [], tmp_path, "Fatal Python error: Aborted") is None
 
 
-def test_a_kill_counts_if_it_was_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_counts_if_it_was_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     note_kills(tmp_path)
-    assert find_event([-signal.SIGKILL], 0, [], tmp_path, "") is None, "somebody's kill -9 is no lack of memory"
+    assert find_event([-signal.SIGKILL], 0, [], tmp_path, "") is None, (
+        "somebody's kill -9 is no lack of memory"
+    )
     before = out_of_memory.read_kills()
     monkeypatch.setattr(out_of_memory, "read_kills", lambda: before + 1)
     event = find_event([-signal.SIGKILL], 0, [], tmp_path, "")

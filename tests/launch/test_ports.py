@@ -1,4 +1,6 @@
-"""The port of a process group is held until its ranks have ended, and their shared memory has no name for long."""
+"""The port of a process group is held until its ranks have ended, and their shared memory has no
+name for long.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_rank_0_listens_on_a_port_that_is_held_and_nobody_else_gets_it() -> None
                 given.add(other.getsockname()[1])
         assert port not in given
         for libuv in (True, False):
-            store = TCPStore("127.0.0.1", port, 1, True, timeout=timedelta(seconds=10), use_libuv=libuv)
+            store = TCPStore(
+                "127.0.0.1", port, 1, True, timeout=timedelta(seconds=10), use_libuv=libuv
+            )
             store.set("met", "yes")
             assert store.get("met") == b"yes"
             del store
@@ -41,7 +45,11 @@ def test_two_groups_that_start_at_once_meet_at_ports_of_their_own() -> None:
 
 def test_buffers_are_removed_by_address_and_port() -> None:
     own, user = f"test{os.getpid()}", os.getuid()
-    names = [f"deepspeed_allreduce_buffer_{user}_{own}_{port}_{rank}" for port in (4001, 4002) for rank in (0, 1)]
+    names = [
+        f"deepspeed_allreduce_buffer_{user}_{own}_{port}_{rank}"
+        for port in (4001, 4002)
+        for rank in (0, 1)
+    ]
     files = [Path("/dev/shm") / name for name in names]
     try:
         for file in files:
@@ -49,7 +57,9 @@ def test_buffers_are_removed_by_address_and_port() -> None:
         remove_shared_buffers(4001, own)
         assert [file.exists() for file in files] == [False, False, True, True]
         remove_shared_buffers(4002, "*")
-        assert [file.exists() for file in files] == [False, False, True, True], "an address is no pattern"
+        assert [file.exists() for file in files] == [False, False, True, True], (
+            "an address is no pattern"
+        )
         remove_shared_buffers(4002, own)
         assert not any(file.exists() for file in files)
     finally:

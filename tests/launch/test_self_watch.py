@@ -1,4 +1,6 @@
-"""A rank that nobody watches ends itself when it no longer gets on, and leaves its stacks behind."""
+"""A rank that nobody watches ends itself when it no longer gets on, and leaves its stacks
+behind.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,12 @@ def start(body: str, folder: Path) -> tuple[int, str, float]:
     started = time.monotonic()
     code = _PRELUDE + textwrap.dedent(body)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert not done.stderr, done.stderr
     return done.returncode, done.stdout, time.monotonic() - started

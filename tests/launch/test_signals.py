@@ -49,7 +49,9 @@ def test_a_signal_lets_all_ranks_save(number: signal.Signals, tmp_path: Path) ->
 
 
 @pytest.mark.process
-def test_nohup_keeps_a_run_going_without_its_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nohup_keeps_a_run_going_without_its_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         supervisor = start_supervisor(SAVES, tmp_path)
@@ -64,7 +66,9 @@ def test_nohup_keeps_a_run_going_without_its_terminal(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.process
-def test_slurms_second_signal_does_not_cut_a_save_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurms_second_signal_does_not_cut_a_save_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SAVE_SECONDS", "1.5")
     supervisor = start_supervisor(SAVES, tmp_path)
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
@@ -90,7 +94,9 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.process
-def test_ranks_that_take_too_long_to_save_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_take_too_long_to_save_are_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SAVE_SECONDS", "600")
     supervisor = start_supervisor(SAVES, tmp_path, Limits(stop_timeout=0.5))
     supervisor.send_signal(signal.SIGTERM)
@@ -107,7 +113,9 @@ def test_ranks_that_take_too_long_to_save_are_ended(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     "other", ["time.sleep(600)", "time.sleep(0.2); fail(RuntimeError('Connection closed by peer'))"]
 )
-def test_a_stop_while_ranks_start_is_a_stop(other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_while_ranks_start_is_a_stop(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watch, "STOP_GRACE_SECONDS", 0.5)
     monkeypatch.setattr(watch, "GRACE_SECONDS", 0.5)
     monkeypatch.setenv("OUT", str(tmp_path))
@@ -127,7 +135,9 @@ def test_a_stop_while_ranks_start_is_a_stop(other: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.process
-def test_a_rank_that_stops_by_itself_does_not_leave_the_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_stops_by_itself_does_not_leave_the_others_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(watch, "STOP_GRACE_SECONDS", 0.3)
     with pytest.raises(StoppedError):
         run_fakes("time.sleep(600) if rank else os._exit(75)")
@@ -141,7 +151,7 @@ def test_an_error_with_advice_is_told_also_after_a_signal() -> None:
         if rank == 1:
             os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(600)
-    """
+    """  # noqa: E501
     with pytest.raises(DataError, match="disk full"):
         run_fakes(body)
 
@@ -156,7 +166,8 @@ def test_a_failure_after_a_signal_is_a_stop_and_no_reason_to_start_again() -> No
         time.sleep(600)
     """
     with pytest.raises(
-        StoppedError, match="SIGTERM came, but nothing was saved after it: rank [01]: ZeroDivisionError"
+        StoppedError,
+        match="SIGTERM came, but nothing was saved after it: rank [01]: ZeroDivisionError",
     ):
         run_fakes(body)
 
@@ -245,7 +256,9 @@ def test_what_a_stop_means_changes_with_the_work() -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 75), ("SIGHUP", 75)])
+@pytest.mark.parametrize(
+    ("number", "expected"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 75), ("SIGHUP", 75)]
+)
 def test_a_stop_before_there_are_ranks(number: str, expected: int) -> None:
     program = f"""
 import os, signal, sys
@@ -260,35 +273,45 @@ sys.exit(main.main([]))
 
 #: What a program does when the signal comes, and its end as a shell gives it.
 STUBBORN = {
-    "a library that swallows every exception": """
+    "a library that swallows every exception": (
+        """
         while True:
             try:
                 time.sleep(0.1)
             except BaseException:
                 pass
-    """,
-    "a call into C that does not come back": """
+    """
+    ),
+    "a call into C that does not come back": (
+        """
         mutex = ctypes.create_string_buffer(64)
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
-    """,
-    "a call that is not to be interrupted and does not come back": """
+    """
+    ),
+    "a call that is not to be interrupted and does not come back": (
+        """
         from llmtune.process import hold_interruptions
         with hold_interruptions():
             while True:
                 time.sleep(0.1)
-    """,
-    "a clean-up that never ends": """
+    """
+    ),
+    "a clean-up that never ends": (
+        """
         try:
             time.sleep(600)
         finally:
             threading.Event().wait()
-    """,
+    """
+    ),
 }
 
 
 def start_program(work: str, folder: Path) -> subprocess.Popen[str]:
-    """The program, whose verb does ``work``, with a child and an orphaned grandchild in sessions of their own."""
+    """The program, whose verb does ``work``, with a child and an orphaned grandchild in sessions of
+    their own.
+    """
     program = f"""
 import ctypes, os, subprocess, sys, threading, time
 from pathlib import Path
@@ -307,7 +330,9 @@ main.VERBS["plan"] = main.VERBS["plan"].__class__(lambda: verb, "")
 sys.argv = ["llmtune", "plan"]
 main.run()
 """
-    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.process
@@ -322,7 +347,11 @@ def test_a_program_that_does_not_end_by_itself_is_ended_with_all_it_started(
         time.sleep(0.2)
         process.send_signal(number)
         assert process.wait(20) == 128 + number
-    left = [file.name for file in tmp_path.iterdir() if Path(f"/proc/{file.read_text().strip()}/statm").exists()]
+    left = [
+        file.name
+        for file in tmp_path.iterdir()
+        if Path(f"/proc/{file.read_text().strip()}/statm").exists()
+    ]
     assert not left
 
 

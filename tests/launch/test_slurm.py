@@ -38,9 +38,12 @@ def test_a_list_of_hosts_is_expanded(text: str, hosts: list[str]) -> None:
     assert expand_hosts(text) == hosts
 
 
-@pytest.mark.parametrize("text", ["", "n[1-", "n1]", "n[]", "n[a-b]", "n[3-1]", "n[[1]]", "a,,b", "a b", "n[1-2-3]"])
+@pytest.mark.parametrize(
+    "text", ["", "n[1-", "n1]", "n[]", "n[a-b]", "n[3-1]", "n[[1]]", "a,,b", "a b", "n[1-2-3]"]
+)
 def test_what_is_no_list_of_hosts_is_refused(text: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 - it holds the part that is wrong, whichever that is
+    # It holds the part that is wrong, whichever that is.
+    with pytest.raises(ValueError):  # noqa: PT011
         expand_hosts(text)
 
 
@@ -48,7 +51,8 @@ def test_counts_are_expanded() -> None:
     assert expand_counts("4(x2),3") == [4, 4, 3]
     assert expand_counts("8") == [8]
     for text in ("", "x2", "4(x)", "4(2)", "4,"):
-        with pytest.raises(ValueError):  # noqa: PT011 - it holds the part that is wrong, whichever that is
+        # It holds the part that is wrong, whichever that is.
+        with pytest.raises(ValueError):  # noqa: PT011
             expand_counts(text)
 
 
@@ -68,13 +72,19 @@ def test_a_task_of_a_step_is_a_rank() -> None:
 
 
 def test_the_node_is_told_by_the_rank_and_the_count_by_the_job_where_slurm_says_no_more() -> None:
-    bare = {name: value for name, value in STEP.items() if name not in ("SLURM_NODEID", "SLURM_TASKS_PER_NODE")}
+    bare = {
+        name: value
+        for name, value in STEP.items()
+        if name not in ("SLURM_NODEID", "SLURM_TASKS_PER_NODE")
+    }
     bare |= {"SLURM_NTASKS_PER_NODE": "4", "SLURM_STEP_NUM_TASKS": "12"}
     assert (derive_rank(bare)["CROSS_RANK"], derive_rank(bare)["LOCAL_WORLD_SIZE"]) == ("1", "4")
 
 
 def test_every_rank_of_a_step_finds_the_same_door_and_other_steps_another() -> None:
-    doors = {(derive_rank({**STEP, "SLURM_STEP_ID": step})["MASTER_PORT"]) for step in ("0", "1", "2")}
+    doors = {
+        (derive_rank({**STEP, "SLURM_STEP_ID": step})["MASTER_PORT"]) for step in ("0", "1", "2")
+    }
     assert len(doors) == 3
     assert all(15000 <= int(port) < 32768 for port in doors)
     assert derive_rank({**STEP, "SLURM_JOB_ID": "4712"})["MASTER_PORT"] not in doors
@@ -118,7 +128,11 @@ def test_a_launcher_inside_of_a_step_is_the_launcher() -> None:
 def test_the_users_address_and_port_win() -> None:
     environ = {**STEP, "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "23456", "RANK": "99"}
     adopt_slurm(environ)
-    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"], environ["RANK"]) == ("10.0.0.7", "23456", "5")
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"], environ["RANK"]) == (
+        "10.0.0.7",
+        "23456",
+        "5",
+    )
 
 
 @pytest.mark.parametrize(

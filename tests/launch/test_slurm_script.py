@@ -1,4 +1,5 @@
-"""``scripts/slurm.sh``: signals reach what it started, and a job is queued again for as long as that gets it on.
+"""``scripts/slurm.sh``: signals reach what it started, and a job is queued again for as long as
+that gets it on.
 
 ``srun``, ``scontrol`` and, in most tests, Python are stand-ins on PATH; Slurm itself is not there.
 """
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.process
 
 SCRIPT = ROOT / "scripts" / "slurm.sh"
 
-#: One task after the other gets the variables that Slurm sets in a step; signals go on to all, the highest code comes back.
+# : One task after the other gets the variables that Slurm sets in a step; signals go on to all, the
+# highest code comes back.
 SRUN = """
     import os, signal, subprocess, sys
     assert sys.argv[1] == "--kill-on-bad-exit=1", sys.argv
@@ -41,9 +43,10 @@ SRUN = """
         tasks.append(subprocess.Popen(sys.argv[2:], env={**os.environ, **step, **own}))
     codes = [task.wait() for task in tasks]
     sys.exit(max(128 - code if code < 0 else code for code in codes))
-"""
+"""  # noqa: E501
 
-#: ``python -m llmtune``: notes how it was called, then ends as ``PLAY`` says; ``save`` waits for a signal.
+# : ``python -m llmtune``: notes how it was called, then ends as ``PLAY`` says; ``save`` waits for a
+# signal.
 PYTHON = """
     import json, os, signal, sys, time
     from pathlib import Path
@@ -82,7 +85,10 @@ class Slurm:
         tools.mkdir()
         requeue = f'#!/bin/sh\necho "$@" >> {folder}/requeued\n'
         stand_ins = {"srun": SRUN, "pretend-python": PYTHON}
-        texts = {name: f"#!{sys.executable} -S\n{textwrap.dedent(text)}" for name, text in stand_ins.items()}
+        texts = {
+            name: f"#!{sys.executable} -S\n{textwrap.dedent(text)}"
+            for name, text in stand_ins.items()
+        }
         for name, text in {**texts, "scontrol": requeue}.items():
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
@@ -97,7 +103,9 @@ class Slurm:
         """``play`` says what the pretended Python does."""
         own = {"SLURM_NTASKS": str(tasks), "PLAY": json.dumps(play)}
         command = ["bash", str(SCRIPT), f"output_dir={self.run}", *arguments]
-        return subprocess.Popen(command, cwd=ROOT, env={**self.environment, **own}, start_new_session=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env={**self.environment, **own}, start_new_session=True
+        )
 
     def end(self, *arguments: str, tasks: int = 1, **play: object) -> int:
         """Exit code of a start."""
@@ -124,7 +132,9 @@ def wait_for(*files: Path) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("number", "code", "requeued"), [(signal.SIGUSR1, 0, 1), (signal.SIGTERM, 75, 0)])
+@pytest.mark.parametrize(
+    ("number", "code", "requeued"), [(signal.SIGUSR1, 0, 1), (signal.SIGTERM, 75, 0)]
+)
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_a_signal_to_the_batch_script_reaches_every_rank(
     tasks: int, number: signal.Signals, code: int, requeued: int, slurm: Slurm
@@ -162,7 +172,9 @@ def test_what_is_done_or_wrong_is_not_queued_again(end: int, slurm: Slurm) -> No
 
 
 @pytest.mark.parametrize(("end", "tasks"), [(75, 1), (-9, 1), (-9, 2), (-15, 1), (-10, 2)])
-def test_what_is_killed_each_time_is_not_queued_for_ever(end: int, tasks: int, slurm: Slurm) -> None:
+def test_what_is_killed_each_time_is_not_queued_for_ever(
+    end: int, tasks: int, slurm: Slurm
+) -> None:
     shown = 128 - end if end < 0 else end
     assert [slurm.end(tasks=tasks, end=end) for _ in range(3)] == [0, 0, shown]
     assert slurm.requeued == 2
@@ -184,21 +196,39 @@ def test_a_job_that_gets_on_is_queued_as_often_as_it_takes(slurm: Slurm) -> None
 def test_no_interpreter_and_no_folder_are_said(slurm: Slurm) -> None:
     slurm.environment["PYTHON"] = "no-such-python"
     assert (slurm.end(end=0), slurm.requeued) == (127, 0)
-    done = subprocess.run(["bash", str(SCRIPT), "model=tiny"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "model=tiny"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, "output_dir=FOLDER is missing" in done.stderr) == (2, True)
 
 
 def test_its_options_are_those_that_the_docs_explain() -> None:
     text = (ROOT / "docs" / "nodes.md").read_text()
-    options = [line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
+    options = [
+        line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")
+    ]
     assert [option for option in options if f"`{option}`" not in text] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tasks", [1, 2], ids=["one task, its own supervisor", "two tasks under srun"])
+@pytest.mark.parametrize(
+    "tasks", [1, 2], ids=["one task, its own supervisor", "two tasks under srun"]
+)
 def test_a_real_run_is_stopped_twice_and_comes_to_its_end(tasks: int, slurm: Slurm) -> None:
-    slurm.environment |= {"PYTHON": sys.executable, MARK: "slurm", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    job = [*TINY, "precision=fp32", "train.max_steps=40", "train.save_steps=10", "train.eval_steps=40", "export=none"]
+    slurm.environment |= {
+        "PYTHON": sys.executable,
+        MARK: "slurm",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    job = [
+        *TINY,
+        "precision=fp32",
+        "train.max_steps=40",
+        "train.save_steps=10",
+        "train.eval_steps=40",
+        "export=none",
+    ]
     job += ["launch.nproc=2"] if tasks == 1 else []
     for stop in range(2):
         process = slurm.start(*job, tasks=tasks)

@@ -27,7 +27,7 @@ def test_ranks_know_each_other() -> None:
     run_fakes("""
         assert os.environ["WORLD_SIZE"] == "2" and os.environ["MASTER_ADDR"] and int(os.environ["MASTER_PORT"])
         assert os.environ["LOCAL_RANK"] == os.environ["RANK"]
-    """)
+    """)  # noqa: E501
 
 
 @pytest.mark.process
@@ -45,7 +45,9 @@ def test_a_failing_rank_ends_the_others_at_once_with_its_message() -> None:
 
 @pytest.mark.process
 def test_an_unexpected_error_points_to_the_log_and_may_be_tried_again() -> None:
-    with pytest.raises(RanksFailedError, match="rank 1: ZeroDivisionError: no\nMore in train.log") as caught:
+    with pytest.raises(
+        RanksFailedError, match="rank 1: ZeroDivisionError: no\nMore in train.log"
+    ) as caught:
         run_fakes("""
             reach(7)
             if rank == 1:
@@ -59,7 +61,9 @@ def test_an_unexpected_error_points_to_the_log_and_may_be_tried_again() -> None:
 
 @pytest.mark.process
 def test_a_killed_rank_is_named_and_not_the_rank_that_lost_it() -> None:
-    with pytest.raises(RanksFailedError, match="rank 1 ended with signal SIGKILL.*newest checkpoint") as caught:
+    with pytest.raises(
+        RanksFailedError, match="rank 1 ended with signal SIGKILL.*newest checkpoint"
+    ) as caught:
         run_fakes("""
             reach(5, "save" if rank else "forward")
             if rank == 1:
@@ -77,7 +81,14 @@ def test_a_killed_rank_is_named_and_not_the_rank_that_lost_it() -> None:
 
 @pytest.mark.process
 def test_a_rank_can_ask_for_a_rollback() -> None:
-    report = {"rank": 0, "code": 1, "message": "loss is nan\nmore", "known": True, "time": 0, "rollback": True}
+    report = {
+        "rank": 0,
+        "code": 1,
+        "message": "loss is nan\nmore",
+        "known": True,
+        "time": 0,
+        "rollback": True,
+    }
     with pytest.raises(RanksFailedError, match="loss is nan") as caught:
         run_fakes(f"""
             reach(3)
@@ -123,7 +134,10 @@ def test_no_rank_outlives_a_killed_supervisor(tmp_path: Path) -> None:
 def test_a_rank_whose_supervisor_died_before_it_looked_does_not_begin() -> None:
     environment = {**os.environ, "RANK": "0"}
     orphan = "import os\nos.environ['LLMTUNE_SUPERVISOR'] = '1'\n"
-    body = "from llmtune.launch.supervise.processes import follow_supervisor\nfollow_supervisor()\nos._exit(42)\n"
+    body = (
+        "from llmtune.launch.supervise.processes import"
+        " follow_supervisor\nfollow_supervisor()\nos._exit(42)\n"
+    )
     process = RankProcess(0, ["-c", orphan + body], environment)
     assert wait_until(lambda: process.exit_code() is not None)
     assert process.exit_code() == 1
@@ -162,9 +176,9 @@ def test_an_exit_code_can_be_read_again_and_again() -> None:
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
-    with hold_lock(tmp_path / ".lock"), pytest.raises(CheckpointError, match=rf"process {os.getpid()}"):  # noqa: SIM117
-        with hold_lock(tmp_path / ".lock"):
-            pass
+    refused = pytest.raises(CheckpointError, match=rf"process {os.getpid()}")
+    with hold_lock(tmp_path / ".lock"), refused, hold_lock(tmp_path / ".lock"):
+        pass
     with hold_lock(tmp_path / ".lock"):
         pass
 
@@ -172,7 +186,10 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you"
+            " tried"
+        ),
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         MemoryError(),
     ],
@@ -226,16 +243,25 @@ def test_a_rank_that_ended_without_a_word_is_not_taken_for_one_that_lost_it() ->
         ("/bin/sh", {"NOT_LOCAL_RANK": "1"}, False),
         ("/bin/sleep", {}, False),
     ],
-    ids=["a Python program", "a script between launcher and rank", "another script", "what adopts orphans"],
+    ids=[
+        "a Python program",
+        "a script between launcher and rank",
+        "another script",
+        "what adopts orphans",
+    ],
 )
-def test_what_may_have_started_a_rank(parent: str, environment: dict[str, str], expected: bool) -> None:
+def test_what_may_have_started_a_rank(
+    parent: str, environment: dict[str, str], expected: bool
+) -> None:
     command = {
         sys.executable: [sys.executable, "-S", "-c", "import time; time.sleep(600)"],
         "/bin/sh": ["/bin/sh", "-c", "read line"],
         "/bin/sleep": ["/bin/sleep", "600"],
     }[parent]
     with cold():
-        process = subprocess.Popen(command, env={"PATH": os.environ["PATH"], **environment}, stdin=subprocess.PIPE)
+        process = subprocess.Popen(
+            command, env={"PATH": os.environ["PATH"], **environment}, stdin=subprocess.PIPE
+        )
     try:
         time.sleep(0.1)
         assert may_be_launcher(process.pid) is expected
@@ -244,7 +270,9 @@ def test_what_may_have_started_a_rank(parent: str, environment: dict[str, str], 
         process.communicate()
 
 
-def test_a_process_that_nobody_can_look_into_may_be_one_but_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_nobody_can_look_into_may_be_one_but_for_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -255,8 +283,14 @@ def test_a_process_that_nobody_can_look_into_may_be_one_but_for_the_first(monkey
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 @pytest.mark.parametrize("file", [None, "/tmp/llmtune-x/request.json"])
-def test_a_disk_that_takes_nothing_more_is_an_error_with_advice(number: int, file: str | None) -> None:
+def test_a_disk_that_takes_nothing_more_is_an_error_with_advice(
+    number: int, file: str | None
+) -> None:
     known = to_user_error(OSError(number, os.strerror(number), file))
     assert known is not None
-    assert (known.exit_code, os.strerror(number) in str(known), (file or "TMPDIR") in str(known)) == (7, True, True)
+    assert (
+        known.exit_code,
+        os.strerror(number) in str(known),
+        (file or "TMPDIR") in str(known),
+    ) == (7, True, True)
     assert to_user_error(OSError(errno.EPIPE, "Broken pipe")) is None

@@ -16,7 +16,8 @@ from llmtune.launch.launchers.environment import set_thread_default
         (64, 64, 8, False, 8),
         (64, 16, 8, False, 2),
         (2, 2, 4, False, 1),
-        # A rank of torchrun has the whole machine before it, and takes its share; one of Slurm has cores of its own.
+        # A rank of torchrun has the whole machine before it, and takes its share; one of Slurm has
+        # cores of its own.
         (64, 64, 8, True, 8),
         (64, 8, 8, True, 8),
         (64, 4, 8, True, 4),
@@ -24,7 +25,12 @@ from llmtune.launch.launchers.environment import set_thread_default
     ],
 )
 def test_cores_are_shared_once(
-    machine: int, mine: int, ranks: int, is_rank: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+    machine: int,
+    mine: int,
+    ranks: int,
+    is_rank: bool,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: machine)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(mine)))

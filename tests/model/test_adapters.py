@@ -20,7 +20,7 @@ print("bitsandbytes" in sys.modules, any("lora_A" in name for name, _ in wrapped
 import peft
 from peft.import_utils import is_bnb_available
 print(is_bnb_available())
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.process

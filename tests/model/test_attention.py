@@ -16,14 +16,26 @@ from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
 from llmtune.model.build import sees_padding
 from llmtune.model.loss import sum_token_losses
 
-SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
 GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": GATED,
     "mistral": {**GATED, "sliding_window": 5},
     "qwen2": {**GATED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {**GATED, "head_dim": 8},
-    "qwen3_moe": {**GATED, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **GATED,
+        "head_dim": 8,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "gemma2": {**GATED, "head_dim": 8, "sliding_window": 5},
     "gemma3_text": {**GATED, "head_dim": 8, "sliding_window": 5},
     "mixtral": {**GATED, "num_local_experts": 4},
@@ -68,8 +80,12 @@ def test_tokens_before_padding_are_the_same_without_a_mask(family: str, attentio
         on_host = model(**Collator(0).pad(rows).inputs, use_cache=False).logits
     for number, row in enumerate(rows):
         real = slice(0, len(row.ids))
-        torch.testing.assert_close(without[number, real], with_mask[number, real], rtol=0, atol=2e-6)
-    assert torch.isfinite(without).all(), "padding may be anything but no number, which would spoil its gradients"
+        torch.testing.assert_close(
+            without[number, real], with_mask[number, real], rtol=0, atol=2e-6
+        )
+    assert torch.isfinite(without).all(), (
+        "padding may be anything but no number, which would spoil its gradients"
+    )
     assert torch.equal(without, on_host)
 
 
@@ -100,11 +116,18 @@ def test_flash_attention_asks_for_borders_only_where_there_may_be_some(given: bo
 def test_documents_of_a_packed_row_are_still_told_apart(family: str) -> None:
     model = make_model(family, "eager" if family == "gemma2" else "sdpa")
     (one, other) = make_rows([6, 9])
-    together = Row(torch.cat([torch.as_tensor(one.ids), torch.as_tensor(other.ids)]).numpy(), [True] * 15, [6, 9])
+    together = Row(
+        torch.cat([torch.as_tensor(one.ids), torch.as_tensor(other.ids)]).numpy(),
+        [True] * 15,
+        [6, 9],
+    )
     answer_on_host(model)
     with torch.no_grad():
         packed = model(**Collator(0).pack([together]).inputs, use_cache=False).logits[0]
-        alone = [model(**Collator(0).pad([row]).inputs, use_cache=False).logits[0] for row in (one, other)]
+        alone = [
+            model(**Collator(0).pad([row]).inputs, use_cache=False).logits[0]
+            for row in (one, other)
+        ]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=2e-6)
 
 
@@ -129,15 +152,19 @@ def test_models_that_look_ahead_are_told_where_padding_is() -> None:
 def test_a_step_without_a_mask_is_the_same_to_the_last_bit(
     family: str, attention: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss and logits of real tokens in any case; the gradient of every weight where grouped heads are added up alike.
+    """Loss and logits of real tokens in any case; the gradient of every weight where grouped heads
+    are added up alike.
 
-    transformers groups heads in SDPA only where there is no mask: their gradients are then added up in the kernel, and behind it
-    else. Nothing else differs, as with heads that are repeated in both.
+    transformers groups heads in SDPA only where there is no mask: their gradients are then added up
+    in the kernel, and behind it else. Nothing else differs, as with heads that are repeated in
+    both.
     """
     if family in ("bloom", "gemma2", "mamba") and attention != "eager":
         pytest.skip("has no SDPA")
     if attention == "sdpa, heads repeated":
-        monkeypatch.setattr("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *_: False)
+        monkeypatch.setattr(
+            "transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *_: False
+        )
     rows = make_rows([40, 7, 3, 25])
     found: list[dict[str, torch.Tensor]] = []
     for masked in (True, False):
@@ -148,13 +175,18 @@ def test_a_step_without_a_mask_is_the_same_to_the_last_bit(
         loss = sum_token_losses(logits, batch.targets)
         loss.backward()
         real = torch.cat([logits[number, : len(row.ids)] for number, row in enumerate(rows)])
-        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        gradients = {
+            name: weight.grad
+            for name, weight in model.named_parameters()
+            if weight.grad is not None
+        }
         found.append({"loss": loss, "logits": real, **gradients})
     with_mask, without = found
     assert with_mask.keys() == without.keys()
     different = {name for name, value in without.items() if not torch.equal(value, with_mask[name])}
     if attention != "sdpa" or "num_key_value_heads" not in FAMILIES[family]:
-        # Padding is sent to experts too, to others without a mask, and its zeros stand elsewhere in their sums.
+        # Padding is sent to experts too, to others without a mask, and its zeros stand elsewhere in
+        # their sums.
         assert [name for name in different if ".experts." not in name] == []
     assert not different & {"loss", "logits"}
     close = 1e-5 if dtype is torch.float32 else 2e-2

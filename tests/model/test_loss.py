@@ -17,7 +17,10 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, i
 def test_each_position_is_judged_by_the_token_that_follows() -> None:
     torch.manual_seed(0)
     rows, length, vocabulary = 3, 7, 11
-    logits, labels = torch.randn(rows, length, vocabulary), torch.randint(vocabulary, (rows, length))
+    logits, labels = (
+        torch.randn(rows, length, vocabulary),
+        torch.randint(vocabulary, (rows, length)),
+    )
     labels[torch.rand(rows, length) < 0.4] = IGNORE
     expected, count = torch.zeros((), dtype=torch.float64), 0
     for row in range(rows):

@@ -1,4 +1,6 @@
-"""An adapter to go on from: whatever peft writes is built as peft builds it, or refused with the reason."""
+"""An adapter to go on from: whatever peft writes is built as peft builds it, or refused with the
+reason.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,40 @@ from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.adapter.lora import add_lora, load_adapter
-from llmtune.model.adapter.stored_adapter import CONFIG_FILE, PEFT_DEFAULTS, WEIGHTS_FILE, read_stored_adapter
+from llmtune.model.adapter.stored_adapter import (
+    CONFIG_FILE,
+    PEFT_DEFAULTS,
+    WEIGHTS_FILE,
+    read_stored_adapter,
+)
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.run.adapter import adopt_adapter, check_adapter
 
 #: What versions of peft before 0.6 did not write; 0.18 and later write more.
-NEWER_KEYS = {"rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "loftq_config", "megatron_core"}
+NEWER_KEYS = {
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "loftq_config",
+    "megatron_core",
+}
 
 TRAINED = {
     "a list of names": {"target_modules": ["q_proj", "v_proj"]},
-    "whole names": {"target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]},
-    "a regular expression": {"target_modules": r".*\.layers\.1\.(self_attn\.[qk]_proj|mlp\.down_proj)"},
+    "whole names": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    },
+    "a regular expression": {
+        "target_modules": r".*\.layers\.1\.(self_attn\.[qk]_proj|mlp\.down_proj)"
+    },
     "all linear": {"target_modules": "all-linear"},
     "the head too": {"target_modules": ["q_proj", "lm_head"]},
-    "ranks by name": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 8}},
+    "ranks by name": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 8},
+    },
     "scales by name": {
         "target_modules": "all-linear",
         "alpha_pattern": {"q_proj": 3200, "^model.layers.1.mlp.up_proj": 1},
@@ -42,7 +64,11 @@ TRAINED = {
         "rank_pattern": {"0.self_attn.o_proj": 3},
         "alpha_pattern": {"o_proj": 5},
     },
-    "rank-stabilised": {"target_modules": ["q_proj"], "use_rslora": True, "rank_pattern": {"1.self_attn.q_proj": 9}},
+    "rank-stabilised": {
+        "target_modules": ["q_proj"],
+        "use_rslora": True,
+        "rank_pattern": {"1.self_attn.q_proj": 9},
+    },
     "a broken scale": {"target_modules": ["q_proj"], "lora_alpha": 2.5},
     "without some": {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
     "without some, by expression": {
@@ -50,7 +76,11 @@ TRAINED = {
         "exclude_modules": r".*0\.self_attn\.k_proj",
     },
     "one layer": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
-    "layers by pattern": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+    "layers by pattern": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [0],
+        "layers_pattern": "layers",
+    },
     "with dropout": {"target_modules": ["q_proj"], "lora_dropout": 0.3},
     "started otherwise": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
 }
@@ -60,8 +90,14 @@ REFUSED = {
     "biases": ({"bias": "all"}, 'bias="all": llmtune trains LoRA matrices'),
     "a bias of B": ({"lora_bias": True}, "lora_bias=true"),
     "a saved module": ({"modules_to_save": ["lm_head"]}, 'modules_to_save=["lm_head"]'),
-    "rows of the embedding": ({"trainable_token_indices": [3, 4]}, "trainable_token_indices=[3, 4]"),
-    "the embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, "no LoRA matrices of linear layers"),
+    "rows of the embedding": (
+        {"trainable_token_indices": [3, 4]},
+        "trainable_token_indices=[3, 4]",
+    ),
+    "the embedding": (
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        "no LoRA matrices of linear layers",
+    ),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa changed the base"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights=olora changed the base"),
     "a classifier": ({"task_type": "SEQ_CLS"}, "task_type is SEQ_CLS"),
@@ -77,7 +113,15 @@ def base(tiny_model: Path) -> Callable[[], Any]:
 def write(model: Any, folder: Path, **settings: Any) -> Path:
     """An adapter as peft writes it, with matrices that change the answers."""
     torch.manual_seed(3)
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **settings})
+    config = LoraConfig(
+        **{
+            "r": 4,
+            "lora_alpha": 8,
+            "task_type": "CAUSAL_LM",
+            "target_modules": ["q_proj"],
+            **settings,
+        }
+    )
     wrapped = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -93,7 +137,11 @@ def adopted(folder: Path | str, *overrides: str) -> Config:
     composed = adopt_adapter(
         compose_config(["model=tiny", f"tuner.adapter_path={folder}", "precision=fp32", *overrides])
     )
-    check_adapter(composed.config, resolve_shape(composed.config.model, composed.config.tuner), Path("/no/run"))
+    check_adapter(
+        composed.config,
+        resolve_shape(composed.config.model, composed.config.tuner),
+        Path("/no/run"),
+    )
     return composed.config
 
 
@@ -110,7 +158,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("settings", TRAINED.values(), ids=TRAINED)
-def test_what_is_built_answers_as_peft_does(settings: dict[str, Any], base: Callable[[], Any], tmp_path: Path) -> None:
+def test_what_is_built_answers_as_peft_does(
+    settings: dict[str, Any], base: Callable[[], Any], tmp_path: Path
+) -> None:
     folder = write(base(), tmp_path / "adapter", **settings)
     tuner = adopted(folder).tuner
     model = add_lora(base(), tuner, "base", 0)
@@ -120,7 +170,9 @@ def test_what_is_built_answers_as_peft_does(settings: dict[str, Any], base: Call
     assert not torch.allclose(wanted, logits(base()), atol=1e-3)
 
 
-def test_weights_of_the_base_in_an_adapter_are_refused(base: Callable[[], Any], tmp_path: Path) -> None:
+def test_weights_of_the_base_in_an_adapter_are_refused(
+    base: Callable[[], Any], tmp_path: Path
+) -> None:
     """They may be other than the base's, as after an extension of the vocabulary."""
     get_peft_model(base(), LoraConfig(target_modules=["lm_head"])).save_pretrained(str(tmp_path))
     with pytest.raises(CheckpointError, match="lm_head.base_layer.weight; merge it"):
@@ -139,8 +191,12 @@ def test_what_goes_on_is_written_as_it_came(base: Callable[[], Any], tmp_path: P
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("absent", [set(), NEWER_KEYS, NEWER_KEYS | {"revision", "layers_pattern", "r", "lora_alpha"}])
-def test_absent_settings_mean_pefts_defaults(absent: set[str], base: Callable[[], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "absent", [set(), NEWER_KEYS, NEWER_KEYS | {"revision", "layers_pattern", "r", "lora_alpha"}]
+)
+def test_absent_settings_mean_pefts_defaults(
+    absent: set[str], base: Callable[[], Any], tmp_path: Path
+) -> None:
     numbers = {"r": 8, "lora_alpha": 8} if "r" in absent else {}
     folder = write(base(), tmp_path / "adapter", **numbers)
     change(folder, **dict.fromkeys(absent))
@@ -150,7 +206,11 @@ def test_absent_settings_mean_pefts_defaults(absent: set[str], base: Callable[[]
 
 
 def test_the_defaults_are_those_of_peft() -> None:
-    own = {item.name: getattr(LoraConfig(), item.name) for item in fields(LoraConfig) if item.name in PEFT_DEFAULTS}
+    own = {
+        item.name: getattr(LoraConfig(), item.name)
+        for item in fields(LoraConfig)
+        if item.name in PEFT_DEFAULTS
+    }
     assert own == PEFT_DEFAULTS, peft.__version__
 
 
@@ -198,21 +258,36 @@ def edit(folder: Path, change_tensors: Callable[[dict[str, torch.Tensor]], Any])
         (lambda tensors: tensors.pop(sorted(tensors)[0]), "that random needs are not in it"),
         (
             lambda tensors: tensors.update(
-                {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(4, 64)}
+                {
+                    "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(
+                        4, 64
+                    )
+                }
             ),
             "belong to no adapted layer",
         ),
-        (lambda tensors: tensors.update({sorted(tensors)[0]: torch.ones(4, 99)}), "is 4 x 99 there"),
         (
-            lambda tensors: tensors.update({name: tensor.T.contiguous() for name, tensor in tensors.items()}),
+            lambda tensors: tensors.update({sorted(tensors)[0]: torch.ones(4, 99)}),
+            "is 4 x 99 there",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {name: tensor.T.contiguous() for name, tensor in tensors.items()}
+            ),
             "is 64 x 4 there and 4 x 64 in random",
         ),
-        (lambda tensors: tensors.update({sorted(tensors)[0]: torch.full((4, 64), float("nan"))}), "holds NaN"),
+        (
+            lambda tensors: tensors.update({sorted(tensors)[0]: torch.full((4, 64), float("nan"))}),
+            "holds NaN",
+        ),
         (lambda tensors: tensors.clear(), "holds no tensors"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
-    edited: Callable[[dict[str, torch.Tensor]], Any], part: str, base: Callable[[], Any], tmp_path: Path
+    edited: Callable[[dict[str, torch.Tensor]], Any],
+    part: str,
+    base: Callable[[], Any],
+    tmp_path: Path,
 ) -> None:
     folder = write(base(), tmp_path / "adapter")
     edit(folder, edited)
@@ -232,14 +307,18 @@ def test_tensors_that_do_not_fit_are_refused(
     ],
     ids=str,
 )
-def test_a_scale_that_is_none_is_refused(settings: dict[str, Any], base: Callable[[], Any], tmp_path: Path) -> None:
+def test_a_scale_that_is_none_is_refused(
+    settings: dict[str, Any], base: Callable[[], Any], tmp_path: Path
+) -> None:
     """With 0 nothing would be learned, and a text would end the ranks."""
     change(write(base(), tmp_path / "adapter"), **settings)
     with pytest.raises(CheckpointError, match="is no scale; a number other than 0 is"):
         adopted(tmp_path / "adapter")
 
 
-def test_an_adapter_of_another_rank_than_its_settings_is_refused(base: Callable[[], Any], tmp_path: Path) -> None:
+def test_an_adapter_of_another_rank_than_its_settings_is_refused(
+    base: Callable[[], Any], tmp_path: Path
+) -> None:
     folder = write(base(), tmp_path / "adapter")
     change(folder, r=2)
     with pytest.raises(CheckpointError, match="is no adapter of random"):
@@ -263,9 +342,13 @@ def test_broken_folders_are_refused(base: Callable[[], Any], tmp_path: Path) -> 
         adopted(folder)
 
 
-def test_what_the_user_asks_for_must_be_the_adapters(base: Callable[[], Any], tmp_path: Path) -> None:
+def test_what_the_user_asks_for_must_be_the_adapters(
+    base: Callable[[], Any], tmp_path: Path
+) -> None:
     folder = write(base(), tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
-    same = adopted(folder, "tuner.lora_r=4", "tuner.lora_alpha=8", "tuner.target_modules=[v_proj,q_proj]").tuner
+    same = adopted(
+        folder, "tuner.lora_r=4", "tuner.lora_alpha=8", "tuner.target_modules=[v_proj,q_proj]"
+    ).tuner
     assert (same.lora_r, same.lora_alpha) == (4, 8)
     # 16 is the default too, and was asked for all the same.
     for override in (
@@ -281,7 +364,9 @@ def test_what_the_user_asks_for_must_be_the_adapters(base: Callable[[], Any], tm
         adopted(folder, "tuner.target_modules=[q_proj,v_proj,o_proj]")
 
 
-def test_a_tilde_is_the_home_folder(base: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder(
+    base: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write(base(), tmp_path / "adapter")
     assert adopted("~/adapter").tuner.lora_r == 4

@@ -33,7 +33,10 @@ def test_embeddings_of_no_length_are_found(tiny_model: Path, tmp_path: Path) -> 
 def test_rows_are_read_as_torch_reads_them(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     table = torch.randn(600, 24).mul_(torch.rand(600, 1) * 0.03).to(dtype)
-    save_file({"first": torch.ones(3), "lm_head.weight": table, "x": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file(
+        {"first": torch.ones(3), "lm_head.weight": table, "x": torch.ones(2)},
+        tmp_path / "model.safetensors",
+    )
     norms = table.float().norm(dim=1)
     usual = norms[:: 600 // 257].sort().values
     small = (norms < 0.01 * usual[len(usual) // 2]).nonzero().flatten().tolist()
@@ -42,7 +45,9 @@ def test_rows_are_read_as_torch_reads_them(dtype: torch.dtype, tmp_path: Path) -
 
 
 def test_embeddings_in_fewer_bits_are_left_alone(tmp_path: Path) -> None:
-    save_file({"lm_head.weight": torch.zeros(8, 4, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    save_file(
+        {"lm_head.weight": torch.zeros(8, 4, dtype=torch.uint8)}, tmp_path / "model.safetensors"
+    )
     assert find_untrained_tokens(tmp_path, range(8)) == []
 
 
@@ -57,7 +62,9 @@ def test_embeddings_in_fewer_bits_are_left_alone(tmp_path: Path) -> None:
 )
 def test_what_is_no_safetensors_file_is_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(text)
-    with pytest.raises(MissingPrerequisiteError, match=r"model.safetensors: no whole safetensors file"):
+    with pytest.raises(
+        MissingPrerequisiteError, match=r"model.safetensors: no whole safetensors file"
+    ):
         find_untrained_tokens(tmp_path, [1])
 
 

@@ -29,7 +29,9 @@ def save_model(family: str, folder: Path, tied: bool | None = None, **settings: 
     """Random weights of a family, as transformers saves them."""
     numbers = {**FAMILIES[family], **({} if tied is None else {"tie_word_embeddings": tied})}
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(numbers.pop("model_type", family), **numbers))
+    model: Any = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(numbers.pop("model_type", family), **numbers)
+    )
     model.save_pretrained(folder, **settings)
     return folder
 
@@ -38,7 +40,11 @@ def change(folder: Path, how: Callable[[Tensors], Tensors]) -> None:
     """Write the only file of a folder anew."""
     file = folder / "model.safetensors"
     made = how(load_file(file))
-    save_file({name: tensor.contiguous() for name, tensor in made.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in made.items()},
+        file,
+        metadata={"format": "pt"},
+    )
 
 
 def look(folder: Path, cache: Path | None = None) -> list[str]:
@@ -50,20 +56,30 @@ def look(folder: Path, cache: Path | None = None) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "family", ["gpt2", "gpt_neox", "mixtral", "deepseek_v3", "apertus", "opt", "gemma3_text", "bert"]
+    "family",
+    ["gpt2", "gpt_neox", "mixtral", "deepseek_v3", "apertus", "opt", "gemma3_text", "bert"],
 )
 def test_a_model_that_transformers_saved_is_whole(family: str, tmp_path: Path) -> None:
-    report = compare_weights(build_meta_model(AutoConfig.from_pretrained(save_model(family, tmp_path)))[0], tmp_path)
-    assert (report.missing, report.reshaped, report.untied, report.defaults, report.unused) == ((),) * 5
+    report = compare_weights(
+        build_meta_model(AutoConfig.from_pretrained(save_model(family, tmp_path)))[0], tmp_path
+    )
+    assert (report.missing, report.reshaped, report.untied, report.defaults, report.unused) == (
+        (),
+    ) * 5
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
 def test_tied_and_sharded_models_are_whole(tied: bool, shard: str, tmp_path: Path) -> None:
     save_model("llama", tmp_path, tied, max_shard_size=shard)
-    assert len(list(tmp_path.glob("*.safetensors"))) == (1 if shard == "1GB" else len(list(tmp_path.glob("*-of-*"))))
+    assert len(list(tmp_path.glob("*.safetensors"))) == (
+        1 if shard == "1GB" else len(list(tmp_path.glob("*-of-*")))
+    )
     named = (
-        ["weights: tied by the configuration (one weight under two names), and not in the files: lm_head.weight"]
+        [
+            "weights: tied by the configuration (one weight under two names), and not in the files:"
+            " lm_head.weight"
+        ]
         if tied
         else []
     )
@@ -71,27 +87,42 @@ def test_tied_and_sharded_models_are_whole(tied: bool, shard: str, tmp_path: Pat
 
 
 RIGHT: dict[str, tuple[Callable[[Tensors], Tensors], list[str]]] = {
-    "without the base model's prefix": (lambda t: {n.removeprefix("transformer."): v for n, v in t.items()}, []),
+    "without the base model's prefix": (
+        lambda t: {n.removeprefix("transformer."): v for n, v in t.items()},
+        [],
+    ),
     "with a tensor that nobody uses": (
         lambda t: {**t, "value_head.weight": torch.ones(2, 2)},
         ["weights: in the files, and not used: value_head.weight"],
     ),
-    "with masks that old versions stored": (lambda t: {**t, "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)}, []),
-    "with the head only of a tied pair": (
-        lambda t: {"lm_head.weight" if n == "transformer.wte.weight" else n: v for n, v in t.items()},
+    "with masks that old versions stored": (
+        lambda t: {**t, "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)},
         [],
     ),
-    "with both of a tied pair, the same": (lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].clone()}, []),
+    "with the head only of a tied pair": (
+        lambda t: {
+            "lm_head.weight" if n == "transformer.wte.weight" else n: v for n, v in t.items()
+        },
+        [],
+    ),
+    "with both of a tied pair, the same": (
+        lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].clone()},
+        [],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", RIGHT)
 def test_what_transformers_reads_all_the_same_is_not_refused(case: str, tmp_path: Path) -> None:
     how, expected = RIGHT[case]
-    original = build_model(save_model("gpt2", tmp_path), ModelConfig(name_or_path="m"), Precision.fp32, False, "eager")
+    original = build_model(
+        save_model("gpt2", tmp_path), ModelConfig(name_or_path="m"), Precision.fp32, False, "eager"
+    )
     change(tmp_path, how)
     assert [line for line in look(tmp_path) if "tied by" not in line] == expected
-    read = build_model(tmp_path, ModelConfig(name_or_path="m"), Precision.fp32, False, "eager").state_dict()
+    read = build_model(
+        tmp_path, ModelConfig(name_or_path="m"), Precision.fp32, False, "eager"
+    ).state_dict()
     assert all(torch.equal(value, read[name]) for name, value in original.state_dict().items())
 
 
@@ -99,7 +130,10 @@ WRONG: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "a layer is missing": (
         "gpt2",
         lambda t: {n: v for n, v in t.items() if "h.1.attn.c_attn" not in n},
-        r"2 weights of the model are in none of the files .*h.1.attn.c_attn.weight, .*transformers would draw random numbers",
+        (
+            r"2 weights of the model are in none of the files .*h.1.attn.c_attn.weight,"
+            r" .*transformers would draw random numbers"
+        ),
     ),
     "one bias is missing": (
         "gpt2",
@@ -114,7 +148,10 @@ WRONG: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "one of a layer's experts is missing": (
         "mixtral",
         lambda t: {n: v for n, v in t.items() if ".1.block_sparse_moe.experts.2." not in n},
-        r"another shape than its config.json: .*experts.down_proj is \[3, 32, 48\] in the files and \[4, 32, 48\]",
+        (
+            r"another shape than its config.json: .*experts.down_proj is \[3, 32, 48\] in the files"
+            r" and \[4, 32, 48\]"
+        ),
     ),
     "an untied head is missing": (
         "gpt_neox",
@@ -129,7 +166,10 @@ WRONG: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "names begin with module.": (
         "gpt2",
         lambda t: {f"module.{n}": v for n, v in t.items()},
-        r"The names in the files begin with 'module.', which torch's DataParallel or DeepSpeed puts there",
+        (
+            r"The names in the files begin with 'module.', which torch's DataParallel or DeepSpeed"
+            r" puts there"
+        ),
     ),
     "names begin with _orig_mod.": (
         "llama",
@@ -149,7 +189,10 @@ WRONG: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "a tied pair has two values": (
         "gpt2",
         lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"] * 1.001},
-        r"makes one weight of lm_head.weight and transformer.wte.weight, .*set tie_word_embeddings to false",
+        (
+            r"makes one weight of lm_head.weight and transformer.wte.weight, .*set"
+            r" tie_word_embeddings to false"
+        ),
     ),
 }
 
@@ -169,9 +212,13 @@ def test_a_model_that_is_not_the_files_is_refused_with_the_names(case: str, tmp_
 
 def test_a_model_that_was_not_looked_at_before_is_refused_where_it_is_read(tmp_path: Path) -> None:
     """``eval``, ``chat`` and ``export`` come this way, and checkpoints."""
-    change(save_model("gpt2", tmp_path), lambda t: {n: v for n, v in t.items() if n != "transformer.ln_f.weight"})
+    change(
+        save_model("gpt2", tmp_path),
+        lambda t: {n: v for n, v in t.items() if n != "transformer.ln_f.weight"},
+    )
     with pytest.raises(
-        MissingPrerequisiteError, match="transformer.ln_f.weight. transformers would draw random numbers"
+        MissingPrerequisiteError,
+        match="transformer.ln_f.weight. transformers would draw random numbers",
     ):
         build_model(tmp_path, ModelConfig(name_or_path="m"), Precision.fp32, False, "eager")
 
@@ -181,7 +228,9 @@ def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     gone = sorted(set(index["weight_map"].values()))[1]
     (tmp_path / gone).unlink()
-    with pytest.raises(MissingPrerequisiteError, match=f"names {gone}, which is not there; fetch the model again"):
+    with pytest.raises(
+        MissingPrerequisiteError, match=f"names {gone}, which is not there; fetch the model again"
+    ):
         look(tmp_path)
 
 
@@ -191,14 +240,23 @@ def test_files_that_transformers_does_not_read_are_not_read(tmp_path: Path) -> N
     shutil.copyfile(tmp_path / "model.safetensors", tmp_path / "consolidated.safetensors")
     assert look(tmp_path) == []
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(MissingPrerequisiteError, match=r"holds neither model.safetensors nor .*\(it has: consolidated"):
+    with pytest.raises(
+        MissingPrerequisiteError,
+        match=r"holds neither model.safetensors nor .*\(it has: consolidated",
+    ):
         look(tmp_path)
 
 
-def test_a_buffer_that_is_missing_keeps_the_architectures_values_and_is_named(tmp_path: Path) -> None:
-    change(save_model("deepseek_v3", tmp_path), lambda t: {n: v for n, v in t.items() if "correction_bias" not in n})
+def test_a_buffer_that_is_missing_keeps_the_architectures_values_and_is_named(
+    tmp_path: Path,
+) -> None:
+    change(
+        save_model("deepseek_v3", tmp_path),
+        lambda t: {n: v for n, v in t.items() if "correction_bias" not in n},
+    )
     (line,) = look(tmp_path)
-    assert line == (
-        "weights: buffers that are not in the files, and have the architecture's own values: "
+    assert (
+        line
+        == "weights: buffers that are not in the files, and have the architecture's own values: "
         "model.layers.1.mlp.gate.e_score_correction_bias"
     )

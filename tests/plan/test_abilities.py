@@ -29,24 +29,45 @@ def positions(family: str, **numbers: Any) -> int | None:
     [
         ("gpt2", {**GPT, "n_positions": 1024}, 1024),
         ("gpt2", {**GPT, "n_positions": 1}, 1),
-        ("opt", {**SIZE, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 2048}, 2048),
-        ("mpt", {"vocab_size": 97, "d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 64}, 64),
-        ("roberta", {**SIZE, "intermediate_size": 48, "max_position_embeddings": 514, "is_decoder": True}, 512),
+        (
+            "opt",
+            {**SIZE, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 2048},
+            2048,
+        ),
+        (
+            "mpt",
+            {"vocab_size": 97, "d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 64},
+            64,
+        ),
+        (
+            "roberta",
+            {**SIZE, "intermediate_size": 48, "max_position_embeddings": 514, "is_decoder": True},
+            512,
+        ),
         ("llama", {**GATED, "max_position_embeddings": 4096}, 4096),
         ("bloom", {**SIZE}, None),
         ("falcon", {**SIZE, "alibi": True, "max_position_embeddings": 2048}, None),
         ("falcon", {**SIZE, "alibi": False, "max_position_embeddings": 2048}, 2048),
-        ("mamba", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}, None),
+        (
+            "mamba",
+            {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4},
+            None,
+        ),
     ],
 )
-def test_the_longest_row_is_that_of_the_positions(family: str, numbers: dict[str, Any], expected: int | None) -> None:
+def test_the_longest_row_is_that_of_the_positions(
+    family: str, numbers: dict[str, Any], expected: int | None
+) -> None:
     assert positions(family, **numbers) == expected
 
 
 @pytest.mark.process
 def test_a_recurrent_model_has_no_longest_row() -> None:
     """In a process: transformers asks for the compiler of its kernel."""
-    assert positions("rwkv", vocab_size=97, hidden_size=32, num_hidden_layers=1, context_length=64) is None
+    assert (
+        positions("rwkv", vocab_size=97, hidden_size=32, num_hidden_layers=1, context_length=64)
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,12 +76,30 @@ def test_a_recurrent_model_has_no_longest_row() -> None:
         ({"rope_type": "default", "rope_theta": 1e4}, 4096),
         ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, 16384),
         ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 8192),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 1e4}, 16384),
-        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048, "rope_theta": 1e4}, 4096),
+        (
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 4096,
+                "rope_theta": 1e4,
+            },
+            16384,
+        ),
+        (
+            {
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 2048,
+                "rope_theta": 1e4,
+            },
+            4096,
+        ),
     ],
 )
 def test_scaled_rotary_positions_reach_further(rope: dict[str, Any], expected: int) -> None:
-    assert positions("llama", **GATED, max_position_embeddings=4096, rope_parameters=rope) == expected
+    assert (
+        positions("llama", **GATED, max_position_embeddings=4096, rope_parameters=rope) == expected
+    )
 
 
 def test_llama_3s_number_of_positions_stands_behind_its_scaling() -> None:
@@ -72,14 +111,17 @@ def test_llama_3s_number_of_positions_stands_behind_its_scaling() -> None:
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
     }
-    assert positions("llama", **GATED, max_position_embeddings=131072, rope_parameters=rope) == 131072
+    assert (
+        positions("llama", **GATED, max_position_embeddings=131072, rope_parameters=rope) == 131072
+    )
 
 
 def test_rows_beyond_the_positions_are_refused_with_the_length_that_is_not() -> None:
     check_row_length(1024, 1024, "m")
     check_row_length(10**9, None, "m")
     with pytest.raises(
-        ConfigError, match=r"data.max_seq_length=1025: m has 1024 positions.*data.max_seq_length=1024 or less"
+        ConfigError,
+        match=r"data.max_seq_length=1025: m has 1024 positions.*data.max_seq_length=1024 or less",
     ):
         check_row_length(1025, 1024, "m")
 
@@ -102,7 +144,9 @@ def test_a_run_is_refused_and_a_plan_is_not(cache: Path) -> None:
 def test_kernels_are_those_that_transformers_has(
     family: str, numbers: dict[str, Any], kernels: tuple[str, ...]
 ) -> None:
-    assert attention_kernels(build_meta_model(AutoConfig.for_model(family, **numbers))[0]) == kernels
+    assert (
+        attention_kernels(build_meta_model(AutoConfig.for_model(family, **numbers))[0]) == kernels
+    )
 
 
 @pytest.mark.parametrize("length", [512, 513])
@@ -112,22 +156,29 @@ def test_auto_takes_a_kernel_that_there_is(
     length: int, accelerator: str, kernels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    config = compose_config(["model=tiny", f"data.max_seq_length={length}", "data.packing=true"]).config
+    config = compose_config(
+        ["model=tiny", f"data.max_seq_length={length}", "data.packing=true"]
+    ).config
     chosen = resolve_attention(config, accelerator, kernels)
     assert chosen in kernels
     short = accelerator == "cpu" and length == 512
     assert (chosen == "sdpa") == ("sdpa" in kernels and not short)
-    assert (chosen == "flash_attention_2") == (accelerator == "cuda" and "flash_attention_2" in kernels)
+    assert (chosen == "flash_attention_2") == (
+        accelerator == "cuda" and "flash_attention_2" in kernels
+    )
 
 
 def test_a_kernel_that_is_asked_for_and_missing_is_refused() -> None:
     config = compose_config(["model=tiny", "model.attn_implementation=sdpa"]).config
     assert resolve_attention(config, "cpu", ("eager", "sdpa")) == "sdpa"
     with pytest.raises(
-        ConfigError, match=r"model.attn_implementation=sdpa: .*only eager; take model.attn_implementation=auto"
+        ConfigError,
+        match=r"model.attn_implementation=sdpa: .*only eager; take model.attn_implementation=auto",
     ):
         resolve_attention(config, "cpu", ("eager",))
-    own = compose_config(["model=tiny", "model.attn_implementation=kernels-community/flash-attn3"]).config
+    own = compose_config(
+        ["model=tiny", "model.attn_implementation=kernels-community/flash-attn3"]
+    ).config
     assert resolve_attention(own, "cpu", ("eager",)) == "kernels-community/flash-attn3"
 
 

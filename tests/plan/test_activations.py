@@ -20,7 +20,9 @@ DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
 
 
 def kept_bytes(config: Any, settings: TraceSettings) -> int:
-    """Bytes of the storages that a real forward pass saves for its backward pass, parameters left out."""
+    """Bytes of the storages that a real forward pass saves for its backward pass, parameters left
+    out.
+    """
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_config(
@@ -31,7 +33,9 @@ def kept_bytes(config: Any, settings: TraceSettings) -> int:
     if config.tuner.kind.value == "lora":
         model = add_lora(model, config.tuner, "base", 0).get_base_model()
     model.train()
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]
+    }
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,7 +47,9 @@ def kept_bytes(config: Any, settings: TraceSettings) -> int:
     ids = torch.randint(0, 100, (settings.rows, settings.length))
     # Documents that share a row.
     positions = (
-        torch.arange(settings.length).repeat(settings.rows, 1) % (settings.length // 2) if settings.masked else None
+        torch.arange(settings.length).repeat(settings.rows, 1) % (settings.length // 2)
+        if settings.masked
+        else None
     )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model.model(input_ids=ids, position_ids=positions, use_cache=False)
@@ -53,7 +59,9 @@ def kept_bytes(config: Any, settings: TraceSettings) -> int:
 
 @pytest.mark.parametrize(
     "cells",
-    matrix(["full", "lora"], ["sdpa", "eager"], [*DTYPES], [(1, False), (3, False), (3, True)], size=1),
+    matrix(
+        ["full", "lora"], ["sdpa", "eager"], [*DTYPES], [(1, False), (3, False), (3, True)], size=1
+    ),
 )
 def test_kept_activations_are_within_five_percent(cells: list[Any]) -> None:
     ((tuner, kernel, precision, (rows, packed)),) = cells
@@ -78,8 +86,12 @@ def test_checkpointing_keeps_a_layers_input_and_works_on_one_layer() -> None:
 
 def test_layers_and_rows_scale() -> None:
     def saved(layers: int, rows: int) -> int:
-        config = compose_config(["model=smollm2_135m", f"model.config.num_hidden_layers={layers}"]).config
-        model = ActivationModel(config.model, config.tuner, resolve_shape(config.model, config.tuner))
+        config = compose_config(
+            ["model=smollm2_135m", f"model.config.num_hidden_layers={layers}"]
+        ).config
+        model = ActivationModel(
+            config.model, config.tuner, resolve_shape(config.model, config.tuner)
+        )
         return model(TraceSettings(rows, 128, False, "eager", Precision.bf16, False)).saved
 
     assert saved(8, 4) == 2 * saved(8, 2)

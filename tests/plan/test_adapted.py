@@ -29,7 +29,9 @@ def lora(**changes: Any) -> TunerConfig:
 def adapt(family: str, tuner: TunerConfig) -> Any:
     given = numbers(family)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(given.pop("model_type"), **given))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(given.pop("model_type"), **given)
+        )
     return add_lora(model, tuner, "base", 0)
 
 
@@ -44,7 +46,11 @@ def adapt(family: str, tuner: TunerConfig) -> Any:
         ),
         ("phimoe", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"router"}),
         ("jetmoe", {"kv_proj"}, {"layer"}),
-        ("llama4_text", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, {"router"}),
+        (
+            "llama4_text",
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+            {"router"},
+        ),
         (
             "deepseek_v3",
             {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
@@ -52,17 +58,31 @@ def adapt(family: str, tuner: TunerConfig) -> Any:
         ),
         ("mamba", {"in_proj"}, {"x_proj", "dt_proj", "out_proj"}),
         ("gpt2", {"c_attn", "c_proj", "c_fc"}, set()),
-        ("qwen3", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, set()),
+        (
+            "qwen3",
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+            set(),
+        ),
     ],
 )
-def test_all_linear_reaches_layers_and_no_router(family: str, reached: set[str], alone: set[str]) -> None:
+def test_all_linear_reaches_layers_and_no_router(
+    family: str, reached: set[str], alone: set[str]
+) -> None:
     shape = resolve_shape(ModelConfig(name_or_path="m", config=numbers(family)), lora())
     assert set(shape.adapted) == reached
     assert set(shape.left_alone) == alone
-    real = [name for name, parameter in adapt(family, lora()).named_parameters() if parameter.requires_grad]
-    assert sorted(real) == sorted(f"base_model.model.{tensor.name}" for tensor in shape.tensors if tensor.trained)
+    real = [
+        name
+        for name, parameter in adapt(family, lora()).named_parameters()
+        if parameter.requires_grad
+    ]
+    assert sorted(real) == sorted(
+        f"base_model.model.{tensor.name}" for tensor in shape.tensors if tensor.trained
+    )
     assert not any(
-        ".router" in name or name.endswith("gate") or ".experts." in name for name in real if family != "jetmoe"
+        ".router" in name or name.endswith("gate") or ".experts." in name
+        for name in real
+        if family != "jetmoe"
     )
 
 
@@ -75,14 +95,24 @@ def test_all_linear_reaches_layers_and_no_router(family: str, reached: set[str],
         ("mamba2", "out_proj", "hands the weight to a kernel"),
     ],
 )
-def test_a_layer_that_must_be_left_alone_is_refused_by_name(family: str, module: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=rf"tuner.target_modules: {module} cannot have an adapter: .*{reason}"):
-        resolve_shape(ModelConfig(name_or_path="m", config=numbers(family)), lora(target_modules=[module]))
+def test_a_layer_that_must_be_left_alone_is_refused_by_name(
+    family: str, module: str, reason: str
+) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"tuner.target_modules: {module} cannot have an adapter: .*{reason}"
+    ):
+        resolve_shape(
+            ModelConfig(name_or_path="m", config=numbers(family)), lora(target_modules=[module])
+        )
 
 
 def test_layers_of_mixtures_that_are_named_are_adapted() -> None:
     tuner = lora(target_modules=["q_proj", "v_proj"])
-    real = {name for name, parameter in adapt("mixtral", tuner).named_parameters() if parameter.requires_grad}
+    real = {
+        name
+        for name, parameter in adapt("mixtral", tuner).named_parameters()
+        if parameter.requires_grad
+    }
     shape = resolve_shape(ModelConfig(name_or_path="m", config=numbers("mixtral")), tuner)
     assert real == {f"base_model.model.{tensor.name}" for tensor in shape.tensors if tensor.trained}
     assert len(real) == 8
@@ -94,7 +124,10 @@ def test_a_run_says_what_all_linear_means_for_experts() -> None:
     ladder = resolve_ladder(config)
     assert ladder.chosen is not None
     notes = " ".join(plan_candidate(config, ladder, ladder.chosen).notes)
-    assert "all-linear: adapters on k_proj, o_proj, q_proj, v_proj; none on the router and the experts" in notes
+    assert (
+        "all-linear: adapters on k_proj, o_proj, q_proj, v_proj; none on the router and the experts"
+        in notes
+    )
     dense = compose_config(["model=tiny", "tuner=lora"]).config
     ladder = resolve_ladder(dense)
     assert ladder.chosen is not None

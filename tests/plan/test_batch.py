@@ -12,9 +12,13 @@ from llmtune.errors import ConfigError
 from llmtune.plan.batch_sizes import StepRows, _divisors, batch_options, settle_batch
 
 
-def resolve(world: int = 1, length: int = 2048, accelerator: str = "cuda", **values: Any) -> tuple[int, int]:
+def resolve(
+    world: int = 1, length: int = 2048, accelerator: str = "cuda", **values: Any
+) -> tuple[int, int]:
     plan = batch_options(TrainConfig(**values), world, length, accelerator)[0]
-    assert plan.micro_batch_size * plan.accumulation_steps * plan.world_size == plan.global_batch_size
+    assert (
+        plan.micro_batch_size * plan.accumulation_steps * plan.world_size == plan.global_batch_size
+    )
     return plan.micro_batch_size, plan.accumulation_steps
 
 
@@ -27,7 +31,12 @@ def test_auto_fills_a_micro_batch_up_to_a_number_of_tokens() -> None:
 
 def test_the_ladder_gets_every_micro_batch_that_divides() -> None:
     options = batch_options(TrainConfig(global_batch_size=12), 2, 2048, "cuda")
-    assert [(plan.micro_batch_size, plan.accumulation_steps) for plan in options] == [(6, 1), (3, 2), (2, 3), (1, 6)]
+    assert [(plan.micro_batch_size, plan.accumulation_steps) for plan in options] == [
+        (6, 1),
+        (3, 2),
+        (2, 3),
+        (1, 6),
+    ]
 
 
 def test_either_number_gives_the_other() -> None:
@@ -41,15 +50,25 @@ def test_either_number_gives_the_other() -> None:
         (3, {"global_batch_size": 8}, "does not divide among 3 ranks: take 6 or 9"),
         (4, {"global_batch_size": 2}, "take 4, or auto"),
         (1, {"global_batch_size": 8, "per_device_train_batch_size": 3}, r"one of \[1, 2, 4, 8\]"),
-        (2, {"global_batch_size": 8, "gradient_accumulation_steps": 3}, r"does not divide the 4 rows of a rank"),
         (
             2,
-            {"global_batch_size": 8, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+            {"global_batch_size": 8, "gradient_accumulation_steps": 3},
+            r"does not divide the 4 rows of a rank",
+        ),
+        (
+            2,
+            {
+                "global_batch_size": 8,
+                "gradient_accumulation_steps": 2,
+                "per_device_train_batch_size": 4,
+            },
             "are 16 rows, not train.global_batch_size=8: leave one of the three to auto",
         ),
     ],
 )
-def test_numbers_that_do_not_multiply_up_are_refused(world: int, values: dict[str, Any], part: str) -> None:
+def test_numbers_that_do_not_multiply_up_are_refused(
+    world: int, values: dict[str, Any], part: str
+) -> None:
     with pytest.raises(ConfigError, match=part):
         resolve(world, **values)
 
@@ -104,20 +123,34 @@ TYPED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("values", TYPED)
 def test_a_run_keeps_its_rows_a_step_on_other_ranks(values: dict[str, Any]) -> None:
-    """The same command goes on wherever the rows divide, with micro-batches that are no larger than what was set."""
+    """The same command goes on wherever the rows divide, with micro-batches that are no larger than
+    what was set.
+    """
     for before, now in itertools.product((1, 2, 4, 8, 16), repeat=2):
         typed = TrainConfig(**values)
         rows = settle_batch(typed, before).global_batch_size
         begun = TrainConfig(**{**values, "global_batch_size": rows})
         if rows % now:
-            with pytest.raises(ConfigError, match=f"began with train.global_batch_size={rows}, .* among {now} ranks"):
+            with pytest.raises(
+                ConfigError,
+                match=f"began with train.global_batch_size={rows}, .* among {now} ranks",
+            ):
                 batch_options(typed, now, 2048, "cuda", begun)
             continue
         for plan in batch_options(typed, now, 2048, "cuda", begun):
-            assert plan.micro_batch_size * plan.accumulation_steps * now == plan.global_batch_size == rows
-            assert plan.micro_batch_size <= values.get("per_device_train_batch_size", plan.micro_batch_size)
+            assert (
+                plan.micro_batch_size * plan.accumulation_steps * now
+                == plan.global_batch_size
+                == rows
+            )
+            assert plan.micro_batch_size <= values.get(
+                "per_device_train_batch_size", plan.micro_batch_size
+            )
             if now == before:
-                given = values.get("per_device_train_batch_size"), values.get("gradient_accumulation_steps")
+                given = (
+                    values.get("per_device_train_batch_size"),
+                    values.get("gradient_accumulation_steps"),
+                )
                 assert given[0] in (None, plan.micro_batch_size)
                 assert given[1] in (None, plan.accumulation_steps)
 
@@ -125,10 +158,15 @@ def test_a_run_keeps_its_rows_a_step_on_other_ranks(values: dict[str, Any]) -> N
 def test_what_is_set_since_the_start_counts() -> None:
     begun = TrainConfig(global_batch_size=16)
     assert settle_batch(TrainConfig(per_device_train_batch_size=2), 4, begun).micro_batch_size == 2
-    with pytest.raises(ConfigError, match="train.per_device_train_batch_size=3 does not divide the 4 rows of a rank"):
+    with pytest.raises(
+        ConfigError,
+        match="train.per_device_train_batch_size=3 does not divide the 4 rows of a rank",
+    ):
         settle_batch(TrainConfig(per_device_train_batch_size=3), 4, begun)
     other = TrainConfig(per_device_train_batch_size=1, gradient_accumulation_steps=32)
-    assert settle_batch(other, 1, begun).global_batch_size == 32, "another run, which its folder refuses"
+    assert settle_batch(other, 1, begun).global_batch_size == 32, (
+        "another run, which its folder refuses"
+    )
     assert settle_batch(TrainConfig(global_batch_size=32), 1, begun) == StepRows(32, None, None)
     with pytest.raises(ConfigError, match=r"go on with one of \[1, 2, 4, 8, 16\] ranks"):
         settle_batch(TrainConfig(), 3, begun)

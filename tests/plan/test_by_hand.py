@@ -31,10 +31,14 @@ def shape_of(*overrides: str) -> ModelShape:
     ("precision", "weights", "optimizer", "step"),
     [(Precision.bf16, 2, 12, 4), (Precision.fp32, 4, 8, 0)],
 )
-def test_without_zero_every_rank_has_all(precision: Precision, weights: int, optimizer: int, step: int) -> None:
+def test_without_zero_every_rank_has_all(
+    precision: Precision, weights: int, optimizer: int, step: int
+) -> None:
     shape = shape_of("tuner=full")
     placement = make_placement(0, "none", TunerKind.full)
-    found = state_bytes(shape, placement, resolve_zero_sizes(shape, placement, 4, "cuda"), precision, 4)
+    found = state_bytes(
+        shape, placement, resolve_zero_sizes(shape, placement, 4, "cuda"), precision, 4
+    )
     assert found.weights.device == found.gradients.device == weights * PARAMETERS
     assert found.optimizer.device == optimizer * PARAMETERS
     assert found.step == step * PARAMETERS
@@ -42,11 +46,17 @@ def test_without_zero_every_rank_has_all(precision: Precision, weights: int, opt
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize(("precision", "size", "flattened"), [(Precision.bf16, 2, 2), (Precision.fp32, 4, 0)])
-def test_stages_1_and_2_share_the_optimizer(stage: int, precision: Precision, size: int, flattened: int) -> None:
+@pytest.mark.parametrize(
+    ("precision", "size", "flattened"), [(Precision.bf16, 2, 2), (Precision.fp32, 4, 0)]
+)
+def test_stages_1_and_2_share_the_optimizer(
+    stage: int, precision: Precision, size: int, flattened: int
+) -> None:
     shape = shape_of("tuner=full")
     placement = make_placement(stage, "none", TunerKind.full)
-    found = state_bytes(shape, placement, resolve_zero_sizes(shape, placement, 8, "cuda"), precision, 8)
+    found = state_bytes(
+        shape, placement, resolve_zero_sizes(shape, placement, 8, "cuda"), precision, 8
+    )
     share = PARAMETERS // 8
     assert found.weights.device == size * PARAMETERS
     assert found.optimizer.device == pytest.approx(12 * share, abs=100)
@@ -59,23 +69,36 @@ def test_stage_3_gathers_the_head_with_the_last_layer_and_a_layer_with_what_is_p
     placement = make_placement(3, "none", TunerKind.full)
     sizes = resolve_zero_sizes(shape, placement, 8, "cuda")
     assert sizes.prefetch == LAYER * 7 // 20
-    assert gathered_bytes(shape, placement, sizes, 2) == (2 * (HEAD + LAYER), 2 * max(LAYER + 2 * sizes.prefetch, HEAD))
+    assert gathered_bytes(shape, placement, sizes, 2) == (
+        2 * (HEAD + LAYER),
+        2 * max(LAYER + 2 * sizes.prefetch, HEAD),
+    )
     assert gathered_bytes(shape, make_placement(2, "none", TunerKind.full), sizes, 2) == (0, 0)
 
 
 def test_a_full_checkpoint_is_the_model_and_three_fp32_numbers_a_parameter() -> None:
-    assert checkpoint_bytes(shape_of("tuner=full"), 2) == pytest.approx((2 + 12) * PARAMETERS, rel=1e-6)
+    assert checkpoint_bytes(shape_of("tuner=full"), 2) == pytest.approx(
+        (2 + 12) * PARAMETERS, rel=1e-6
+    )
 
 
-def collectives(monkeypatch: pytest.MonkeyPatch, stage: int, rung: str, passes: int, *overrides: str) -> list[float]:
-    """Bytes that a micro-batch sends, collective by collective; a repeated one as often as it is."""
+def collectives(
+    monkeypatch: pytest.MonkeyPatch, stage: int, rung: str, passes: int, *overrides: str
+) -> list[float]:
+    """Bytes that a micro-batch sends, collective by collective; a repeated one as often as it
+    is.
+    """
     shape = shape_of(*overrides)
     kind = TunerKind.full if "tuner=full" in overrides else TunerKind.lora
     hardware: Any = None
     cluster = speed.Cluster(hardware, 8)
     sent: list[float] = []
-    monkeypatch.setattr(speed.Cluster, "collective_seconds", lambda _, nbytes: sent.append(nbytes) or 1.0)
-    seconds = speed._gather_seconds(shape, make_placement(stage, rung, kind), passes, Precision.bf16, cluster)
+    monkeypatch.setattr(
+        speed.Cluster, "collective_seconds", lambda _, nbytes: sent.append(nbytes) or 1.0
+    )
+    seconds = speed._gather_seconds(
+        shape, make_placement(stage, rung, kind), passes, Precision.bf16, cluster
+    )
     return [*sent, seconds]
 
 
@@ -90,9 +113,13 @@ def test_what_is_sent_follows_the_stage(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def logits_of(*overrides: str) -> list[int]:
-    config = compose_config(["model=llama3_8b", "hardware=8xa100_80gb", "data.train=a.jsonl", *overrides]).config
+    config = compose_config(
+        ["model=llama3_8b", "hardware=8xa100_80gb", "data.train=a.jsonl", *overrides]
+    ).config
     ladder: Ladder = resolve_ladder(config, planning=True)
-    return [rung.candidate.memory.device.logits for rung in ladder.rungs if rung.candidate is not None]
+    return [
+        rung.candidate.memory.device.logits for rung in ladder.rungs if rung.candidate is not None
+    ]
 
 
 def test_an_evaluation_of_many_rows_needs_room_for_its_logits_unless_there_is_none() -> None:
@@ -105,14 +132,20 @@ def test_an_evaluation_of_many_rows_needs_room_for_its_logits_unless_there_is_no
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (3, 4)])
-def test_four_bits_are_half_a_byte_a_byte_a_block_and_four_a_block_of_blocks(stage: int, ranks: int) -> None:
-    """Layers are quantised; embedding, head and norms are bf16; bitsandbytes leaves the scales on every rank."""
+def test_four_bits_are_half_a_byte_a_byte_a_block_and_four_a_block_of_blocks(
+    stage: int, ranks: int
+) -> None:
+    """Layers are quantised; embedding, head and norms are bf16; bitsandbytes leaves the scales on
+    every rank.
+    """
     shape = shape_of("tuner=qlora")
     norms = (2 * 32 + 1) * 4096
     quantized = PARAMETERS - 2 * HEAD - norms
     assert shape.quantized_parameters == quantized
     placement = make_placement(stage, "none", TunerKind.qlora)
-    found = state_bytes(shape, placement, resolve_zero_sizes(shape, placement, ranks, "cuda"), Precision.bf16, ranks)
+    found = state_bytes(
+        shape, placement, resolve_zero_sizes(shape, placement, ranks, "cuda"), Precision.bf16, ranks
+    )
     scales = quantized / 64 + 4 * quantized / (64 * 256)
     packed = quantized // 2 + 2 * (2 * HEAD + norms)
     assert found.weights.device == pytest.approx(packed / ranks + scales, rel=1e-6)

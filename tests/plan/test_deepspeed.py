@@ -23,9 +23,16 @@ def test_the_buffers_of_70b_on_8_ranks_hold_its_largest_slice() -> None:
     shape = resolve_shape(config.model, config.tuner)
     sizes = resolve_zero_sizes(shape, Placement(3, "nvme", "nvme"), 8, "cuda")
     assert sizes.param_buffer >= 131_334_144
-    groups = sub_groups(parameter_groups(list(shape.tensors), Placement(3, "nvme"), 8), 8, sizes.sub_group)
+    groups = sub_groups(
+        parameter_groups(list(shape.tensors), Placement(3, "nvme"), 8), 8, sizes.sub_group
+    )
     assert sum(tensor.numel for group in groups for tensor in group) == shape.parameters
-    assert all(not tensor.vector for group in groups for tensor in group if len(group) > 1 and not group[0].vector)
+    assert all(
+        not tensor.vector
+        for group in groups
+        for tensor in group
+        if len(group) > 1 and not group[0].vector
+    )
 
 
 def test_adapters_stay_on_every_rank() -> None:
@@ -42,7 +49,12 @@ def test_matrices_off_the_sectors_have_a_group_of_their_own_on_nvme() -> None:
         TensorShape("norm", 1001, True, True),
     ]
     grouped = parameter_groups(tensors, Placement(3, "nvme"), 2)
-    assert [[tensor.name for tensor in group] for group in grouped] == [["even"], ["odd"], ["odd too"], ["norm"]]
+    assert [[tensor.name for tensor in group] for group in grouped] == [
+        ["even"],
+        ["odd"],
+        ["odd too"],
+        ["norm"],
+    ]
     assert len(parameter_groups(tensors, Placement(3), 2)) == 2
 
 
@@ -75,7 +87,9 @@ def test_raw_keys_are_merged_and_planned_with() -> None:
     assert merged["zero_optimization"]["reduce_bucket_size"] == 12345
     assert merged["zero_optimization"]["stage"] == 3
     assert "offload_param" not in merged["zero_optimization"], "this placement has none"
-    shape = resolve_shape(compose_config(["model=tiny"]).config.model, compose_config(["model=tiny"]).config.tuner)
+    shape = resolve_shape(
+        compose_config(["model=tiny"]).config.model, compose_config(["model=tiny"]).config.tuner
+    )
     sizes = resize(resolve_zero_sizes(shape, Placement(3), 1, "cpu"), raw)
     assert (sizes.reduce_bucket, sizes.aio.queue_depth, sizes.param_buffers) == (12345, 64, 9)
 
@@ -84,12 +98,18 @@ def test_raw_keys_are_merged_and_planned_with() -> None:
     ("override", "part"),
     [
         ("zero.deepspeed={zero_optimisation:{stage:3}}", "did you mean 'zero_optimization'"),
-        ("zero.deepspeed={aio:{thread_count:4}}", "zero.deepspeed.aio.thread_count: DeepSpeed would ignore"),
+        (
+            "zero.deepspeed={aio:{thread_count:4}}",
+            "zero.deepspeed.aio.thread_count: DeepSpeed would ignore",
+        ),
         ("zero.deepspeed={zero_optimization:{stage:2}}", "set zero=0, 1, 2 or 3"),
         ("zero.deepspeed={gradient_clipping:0.3}", "set train.max_grad_norm"),
         ("zero.deepspeed={elasticity:{enabled:false}}", "zero.deepspeed.elasticity"),
         ("zero.deepspeed={aio:7}", "a section of keys"),
-        ("zero.deepspeed={zero_optimization:{zero_quantized_weights:true}}", "quantizer, which needs the CUDA toolkit"),
+        (
+            "zero.deepspeed={zero_optimization:{zero_quantized_weights:true}}",
+            "quantizer, which needs the CUDA toolkit",
+        ),
         (
             "zero.deepspeed={zero_optimization:{zero_quantized_gradients:true}}",
             "quantizer, which needs the CUDA toolkit",
@@ -103,7 +123,9 @@ def test_raw_keys_that_deepspeed_ignores_are_errors(override: str, part: str) ->
 
 
 def test_a_raw_key_for_kernels_that_is_off_needs_none() -> None:
-    check_raw({"zero_optimization": {"zero_quantized_weights": False, "zero_hpz_partition_size": 2}})
+    check_raw(
+        {"zero_optimization": {"zero_quantized_weights": False, "zero_hpz_partition_size": 2}}
+    )
 
 
 @pytest.mark.process
@@ -124,8 +146,10 @@ print(json.dumps({
     "aio": sorted(AIO_DEFAULT_DICT),
     "timers.throughput": keys(DeepSpeedThroughputTimerConfig),
 }))
-"""
-    done = run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+"""  # noqa: E501
+    done = run(
+        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}
+    )
     theirs = json.loads(done.out.splitlines()[-1])
     for section, known in theirs.items():
         assert KNOWN[section] <= set(known), KNOWN[section] - set(known)

@@ -1,4 +1,6 @@
-"""The ladder on the reference machine: what fits, what is chosen, why the others lost, and where a fallback goes."""
+"""The ladder on the reference machine: what fits, what is chosen, why the others lost, and where a
+fallback goes.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def test_full_fine_tuning_goes_where_there_is_room() -> None:
 
 
 def test_published_failures_are_foreseen() -> None:
-    """axolotl #1439: 1 TB of host memory is too little; LLaMA-Factory #7282: 8 x 141 GB are too little at 16 B/parameter."""
+    """axolotl #1439: 1 TB of host memory is too little; LLaMA-Factory #7282: 8 x 141 GB are too
+    little at 16 B/parameter.
+    """
     assert not any(found.candidate and found.candidate.fits for found in plan(*FULL).rungs)
     h200 = plan(*FULL, "hardware=1xh200", "hardware.gpus_per_node=8", "offload=none")
     assert chosen(h200) is None
@@ -80,7 +84,9 @@ def test_the_smallest_change_that_fits_is_tried_before_it_is_named() -> None:
 def test_what_changes_the_arithmetic_is_advice_only() -> None:
     config = compose_config([*FULL, "hardware.host_memory_bytes=2TB"]).config
     advice = list_advice(config, resolve_ladder(config, planning=True))
-    assert [item.saves_bytes for item in advice] == sorted((item.saves_bytes for item in advice), reverse=True)
+    assert [item.saves_bytes for item in advice] == sorted(
+        (item.saves_bytes for item in advice), reverse=True
+    )
     changes = {item.change: item for item in advice}
     bf16 = next(item for change, item in changes.items() if "in bf16" in change)
     assert bf16.saves_bytes == pytest.approx(6 * 70.55e9 / 8, rel=0.01)
@@ -100,7 +106,11 @@ def test_more_machines_help() -> None:
 
 def test_a_fallback_goes_where_less_of_that_memory_is_needed() -> None:
     ladder = plan(
-        "model=smollm2_135m", "tuner=full", "hardware=2x3090", "hardware.nvme_bytes=1TB", "data.train=a.jsonl"
+        "model=smollm2_135m",
+        "tuner=full",
+        "hardware=2x3090",
+        "hardware.nvme_bytes=1TB",
+        "data.train=a.jsonl",
     )
     first = ladder.chosen
     assert first is not None
@@ -121,7 +131,11 @@ def test_a_fallback_goes_where_less_of_that_memory_is_needed() -> None:
 def test_on_a_cpu_only_nvme_is_below_for_states() -> None:
     """Device and host are one pool."""
     ladder = plan(
-        "model=smollm2_135m", "tuner=full", "hardware=laptop", "hardware.nvme_bytes=1TB", "data.max_seq_length=256"
+        "model=smollm2_135m",
+        "tuner=full",
+        "hardware=laptop",
+        "hardware.nvme_bytes=1TB",
+        "data.max_seq_length=256",
     )
     assert ladder.chosen is not None
     below = next_candidate(ladder, ladder.chosen, [ladder.chosen], "step", "host")
@@ -129,7 +143,9 @@ def test_on_a_cpu_only_nvme_is_below_for_states() -> None:
     assert below.placement.uses_nvme
 
 
-@pytest.mark.parametrize("name", ["8xa100_80gb", "8xa100_40gb", "8xh100", "1xh200", "2x3090", "laptop", "16xa100_80gb"])
+@pytest.mark.parametrize(
+    "name", ["8xa100_80gb", "8xa100_40gb", "8xh100", "1xh200", "2x3090", "laptop", "16xa100_80gb"]
+)
 def test_every_named_machine_runs_a_small_model(name: str) -> None:
     ladder = plan("model=smollm2_135m", f"hardware={name}", "train.global_batch_size=16")
     assert ladder.chosen is not None

@@ -57,7 +57,8 @@ def test_a_pattern_whose_order_decides_is_refused() -> None:
     given = ["model=tiny", "tuner.alpha_pattern={q_proj: 2, 0.self_attn.q_proj: 3}"]
     config = compose_config(given).config
     with pytest.raises(
-        ConfigError, match=r"layers.0.self_attn.q_proj is 2 by the first key that matches and 3 in the stored"
+        ConfigError,
+        match=r"layers.0.self_attn.q_proj is 2 by the first key that matches and 3 in the stored",
     ):
         resolve_shape(config.model, config.tuner)
     # The same keys the other way round are stored as they are given.

@@ -53,14 +53,20 @@ def test_states_under_zero_3_are_what_the_formula_says() -> None:
 
 def test_a_job_that_cannot_run_here_can_be_planned() -> None:
     ladder = resolve_ladder(
-        compose_config(["model=llama3_70b", "hardware=8xh100", "tuner=qlora", "zero=3"]).config, planning=True
+        compose_config(["model=llama3_70b", "hardware=8xh100", "tuner=qlora", "zero=3"]).config,
+        planning=True,
     )
     assert ladder.chosen is not None
     assert ladder.chosen.memory.device.weights < 8e9
     assert ladder.refusals == ("tuner=qlora can be planned, not trained yet: take tuner=lora",)
     with pytest.raises(ConfigError, match="planned, not trained"):
         resolve_ladder(compose_config(["model=tiny", "tuner=qlora"]).config)
-    bert = ["model.name_or_path=x", "model.config.model_type=t5", "data.train=a.jsonl", "tuner=full"]
+    bert = [
+        "model.name_or_path=x",
+        "model.config.model_type=t5",
+        "data.train=a.jsonl",
+        "tuner=full",
+    ]
     assert resolve_ladder(compose_config(bert).config, planning=True).shape.parameters > 10**7
     with pytest.raises(ConfigError, match="no causal language model"):
         resolve_ladder(compose_config(bert).config)
@@ -110,9 +116,13 @@ def test_zero_3_sizes_follow_the_adapter_and_the_layer() -> None:
 
 
 def test_auto_takes_the_lowest_stage_that_fits() -> None:
-    config = compose_config(["tuner=lora", "launch.nproc=2", "hardware.host_memory_bytes=64GB"]).config
+    config = compose_config(
+        ["tuner=lora", "launch.nproc=2", "hardware.host_memory_bytes=64GB"]
+    ).config
     assert resolve_plan(config).placement.zero_stage == 0
-    config = compose_config(["tuner=full", "launch.nproc=2", "hardware.host_memory_bytes=6GB"]).config
+    config = compose_config(
+        ["tuner=full", "launch.nproc=2", "hardware.host_memory_bytes=6GB"]
+    ).config
     assert resolve_plan(config).placement.zero_stage > 0
 
 
@@ -121,7 +131,9 @@ def test_auto_takes_the_lowest_stage_that_fits() -> None:
     [("lora", "smollm2_135m", 1e-3), ("lora", "llama3_8b", 2e-4), ("full", "smollm2_135m", 5e-5)],
 )
 def test_the_learning_rate_follows_tuner_and_size(tuner: str, model: str, rate: float) -> None:
-    config = compose_config([f"tuner={tuner}", f"model={model}", "hardware.host_memory_bytes=1TB"]).config
+    config = compose_config(
+        [f"tuner={tuner}", f"model={model}", "hardware.host_memory_bytes=1TB"]
+    ).config
     plan = resolve_plan(config)
     assert plan.learning_rate == rate
     assert any("learning rate" in note for note in plan.notes)
@@ -146,7 +158,11 @@ def test_bytes_are_read_and_written_as_people_do() -> None:
     assert parse_bytes(17, "k") == 17
     with pytest.raises(ConfigError, match=r"hardware.x=lots"):
         parse_bytes("lots", "hardware.x")
-    assert (format_bytes(141.1e9), format_count(70.55e9), format_seconds(3723)) == ("141.1 GB", "70.5 B", "1:02:03")
+    assert (format_bytes(141.1e9), format_count(70.55e9), format_seconds(3723)) == (
+        "141.1 GB",
+        "70.5 B",
+        "1:02:03",
+    )
 
 
 def test_an_unknown_architecture_and_module_are_named() -> None:
@@ -155,17 +171,26 @@ def test_an_unknown_architecture_and_module_are_named() -> None:
     for modules in ("[qproj]", "[q_proj,typo]", "[q_proj,embed_tokens]"):
         with pytest.raises(ConfigError, match="matches no linear layer; the model has"):
             resolve_plan(compose_config(["model=tiny", f"tuner.target_modules={modules}"]).config)
-    plan = resolve_plan(compose_config(["model=tiny", "tuner.target_modules=[self_attn.q_proj]"]).config)
+    plan = resolve_plan(
+        compose_config(["model=tiny", "tuner.target_modules=[self_attn.q_proj]"]).config
+    )
     assert plan.shape.trainable_parameters == 2 * 16 * (64 + 64)
 
 
-def test_a_remembered_shape_is_the_counted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = [compose_config(["model=tiny", f"tuner={tuner}"]).config for tuner in ("full", "lora", "qlora")]
+def test_a_remembered_shape_is_the_counted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [
+        compose_config(["model=tiny", f"tuner={tuner}"]).config
+        for tuner in ("full", "lora", "qlora")
+    ]
     counted = [shapes.resolve_shape(config.model, config.tuner, tmp_path) for config in configs]
     assert len(list((tmp_path / "shapes").iterdir())) == 3
     with monkeypatch.context() as patch:
         patch.setattr(shapes, "_count", lambda *_: pytest.fail("counted again"))
-        assert [shapes.resolve_shape(config.model, config.tuner, tmp_path) for config in configs] == counted
+        assert [
+            shapes.resolve_shape(config.model, config.tuner, tmp_path) for config in configs
+        ] == counted
     wider = compose_config(["model=tiny", "model.config.hidden_size=128"]).config
     assert shapes.resolve_shape(wider.model, wider.tuner, tmp_path).hidden_size == 128
 
@@ -186,13 +211,22 @@ def test_another_model_in_the_same_folder_is_counted_anew(tiny_model: Path, tmp_
     ("overrides", "reasons"),
     [
         (["model=tiny"], []),
-        (["model=tiny", "data.max_seq_length=9999"], [r"data.max_seq_length=9999: .* has \d+ positions"]),
-        (["model=tiny", "tuner=qlora", "data.max_seq_length=9999"], ["tuner=qlora", "data.max_seq_length=9999"]),
+        (
+            ["model=tiny", "data.max_seq_length=9999"],
+            [r"data.max_seq_length=9999: .* has \d+ positions"],
+        ),
+        (
+            ["model=tiny", "tuner=qlora", "data.max_seq_length=9999"],
+            ["tuner=qlora", "data.max_seq_length=9999"],
+        ),
         (
             ["model=llama3_8b", "hardware=8xa100_80gb", "hardware.nodes=2", "zero=3"],
             ["starts the ranks of one machine"],
         ),
-        (["model.name_or_path=x", "model.config.model_type=t5", "data.train=a.jsonl"], ["no causal language model"]),
+        (
+            ["model.name_or_path=x", "model.config.model_type=t5", "data.train=a.jsonl"],
+            ["no causal language model"],
+        ),
     ],
 )
 def test_a_plan_says_why_its_job_would_be_refused(overrides: list[str], reasons: list[str]) -> None:

@@ -41,7 +41,9 @@ def test_what_was_trained_is_the_export_only_if_nothing_else_was_asked_for(
     config = compose_config(["model=tiny", *overrides]).config
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     done: list[Any] = []
-    monkeypatch.setattr("llmtune.run.exporting.export_run", lambda *arguments: done.append(arguments))
+    monkeypatch.setattr(
+        "llmtune.run.exporting.export_run", lambda *arguments: done.append(arguments)
+    )
     console: Any = Silent()
     maybe_export(tmp_path, config.export, console)
     assert bool(done) is written

@@ -1,4 +1,6 @@
-"""What ranks will be started with is guessed before torch is there, and they are started anew where the guess was wrong."""
+"""What ranks will be started with is guessed before torch is there, and they are started anew where
+the guess was wrong.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 CPU, TWO, NVME = (Surroundings("cpu", *more) for more in ((1, False), (2, False), (1, True)))
 
 
-@pytest.mark.parametrize(("guess", "plan", "started"), [(CPU, CPU, 1), (CPU, TWO, 2), (CPU, NVME, 2), (None, CPU, 1)])
+@pytest.mark.parametrize(
+    ("guess", "plan", "started"), [(CPU, CPU, 1), (CPU, TWO, 2), (CPU, NVME, 2), (None, CPU, 1)]
+)
 def test_a_wrong_guess_is_started_anew(
     guess: Surroundings | None, plan: Surroundings, started: int, groups: list[Any]
 ) -> None:

@@ -1,4 +1,6 @@
-"""Ranks that failed are started again from the newest checkpoint, as long as that gets the run on."""
+"""Ranks that failed are started again from the newest checkpoint, as long as that gets the run
+on.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,28 @@ from tests.launch.fakes import run_fakes
 
 
 def failure(step: int, rollback: bool = False) -> RanksFailedError:
-    return RanksFailedError("rank 1 ended with signal SIGKILL; see log", "rank 1 ended", step, rollback)
+    return RanksFailedError(
+        "rank 1 ended with signal SIGKILL; see log", "rank 1 ended", step, rollback
+    )
 
 
 def test_the_wait_doubles_up_to_a_minute_and_the_restarts_are_counted() -> None:
     restarts = Restarts(8)
-    assert [restarts.take(failure(step), 0) for step in range(10, 90, 10)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert [restarts.take(failure(step), 0) for step in range(10, 90, 10)] == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        60,
+        60,
+    ]
     assert restarts.describe(60) == " (restart 8 of 8) in 60 s"
-    with pytest.raises(LlmtuneError, match=r"SIGKILL; see log\nNot started again: launch.max_restarts=8 are used up"):
+    with pytest.raises(
+        LlmtuneError,
+        match=r"SIGKILL; see log\nNot started again: launch.max_restarts=8 are used up",
+    ):
         restarts.take(failure(100), 0)
 
 
@@ -94,7 +110,9 @@ KILLED_AT_5 = "if step == 5 and rank == 1 and resumed < 4: os.kill(os.getpid(), 
 
 
 class FakeRun:
-    """``Descent`` over fake ranks: plan and data are left out, processes, signals and checkpoints are real."""
+    """``Descent`` over fake ranks: plan and data are left out, processes, signals and checkpoints
+    are real.
+    """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder = folder
@@ -123,7 +141,9 @@ class FakeRun:
         """Attempts are real processes."""
 
         def attempt(request: Any) -> None:
-            self._setenv("RESUMED", request.resume_from.name.split("-")[1] if request.resume_from else "0")
+            self._setenv(
+                "RESUMED", request.resume_from.name.split("-")[1] if request.resume_from else "0"
+            )
             run_fakes(RUN.format(incident=incident), self.folder)
 
         self.attempt = attempt
@@ -132,11 +152,15 @@ class FakeRun:
         ladder: Any = SimpleNamespace(chosen="top")
         composed = Composed(self.config, {}, [], "")
         target = RunTarget("run", self.folder)
-        return Descent(composed, ladder, target, RunFolder(self.folder), Console(self.printed)).run()
+        return Descent(
+            composed, ladder, target, RunFolder(self.folder), Console(self.printed)
+        ).run()
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / layout.RESTARTS).read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / layout.RESTARTS).read_text().splitlines()
+        ]
 
 
 @pytest.fixture
@@ -149,8 +173,14 @@ def test_a_killed_rank_costs_the_steps_since_the_newest_checkpoint(fake: FakeRun
     fake.ranks(KILLED_AT_5)
     assert fake.go()
     assert fake.resumed == [None, "checkpoint-4"]
-    said = "rank 1 ended with signal SIGKILL (somebody ended it; the kernel did not for want of memory); "
-    assert said + "starting again from checkpoint-4 (restart 1 of 3) in 0.01 s" in fake.printed.getvalue()
+    said = (
+        "rank 1 ended with signal SIGKILL (somebody ended it; the kernel did not for want of"
+        " memory); "
+    )
+    assert (
+        said + "starting again from checkpoint-4 (restart 1 of 3) in 0.01 s"
+        in fake.printed.getvalue()
+    )
     (record,) = fake.records
     assert record.pop("time") > 1.7e9
     assert record == {
@@ -164,7 +194,9 @@ def test_a_killed_rank_costs_the_steps_since_the_newest_checkpoint(fake: FakeRun
 @pytest.mark.process
 def test_a_run_that_does_not_get_on_is_given_up(fake: FakeRun) -> None:
     fake.ranks("if step == 5 and rank == 1: os._exit(9)")
-    with pytest.raises(LlmtuneError, match="rank 1 ended with exit code 9.*\nNot started again: it failed twice"):
+    with pytest.raises(
+        LlmtuneError, match="rank 1 ended with exit code 9.*\nNot started again: it failed twice"
+    ):
         fake.go()
     assert fake.resumed == [None, "checkpoint-4", "checkpoint-4"]
     assert len(fake.records) == 2
@@ -203,7 +235,9 @@ def test_a_rollback_starts_again_at_once(fake: FakeRun) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_ends_the_wait(number: int, fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_the_wait(
+    number: int, fake: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(restart, "FIRST_WAIT_SECONDS", 60)
     before = signal.getsignal(number)
 

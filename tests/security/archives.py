@@ -25,7 +25,10 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, _Tensor):
-            return torch._utils._rebuild_tensor_v2, (("persistent", value.storage), *value.arguments)
+            return torch._utils._rebuild_tensor_v2, (
+                ("persistent", value.storage),
+                *value.arguments,
+            )
         return NotImplemented
 
 
@@ -34,7 +37,9 @@ def tensor(shape: Any, stride: Any, numel: Any = 4, offset: Any = 0, key: Any = 
     return _Tensor(offset, shape, stride, numel, key)
 
 
-def write_archive(file: Path, value: Any, storage: bytes = b"\0" * 16, data: bytes | None = None) -> Path:
+def write_archive(
+    file: Path, value: Any, storage: bytes = b"\0" * 16, data: bytes | None = None
+) -> Path:
     """A file with a pickle of the value, or with ``data`` for one, and one storage."""
     out = io.BytesIO()
     _Pickler(out, protocol=2).dump(value)

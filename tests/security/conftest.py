@@ -11,7 +11,9 @@ from llmtune.security import trust
 
 @pytest.fixture
 def another_user(monkeypatch: pytest.MonkeyPatch) -> int:
-    """This process seems to be of an ordinary user who owns none of the files that it makes; the uid."""
+    """This process seems to be of an ordinary user who owns none of the files that it makes; the
+    uid.
+    """
     uid = os.getuid() + 4242
     monkeypatch.setattr(os, "getuid", lambda: uid)
     # Tests may run as root, whose files everybody trusts.

@@ -1,4 +1,6 @@
-"""What a reader of other people's files may do with any bytes at all: give values, or say what is wrong; and files to change."""
+"""What a reader of other people's files may do with any bytes at all: give values, or say what is
+wrong; and files to change.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,20 @@ from llmtune.storage.safetensors_header import read_header
 #: Rows of every kind that a file may begin as.
 ROWS: list[Any] = [
     {"text": "päß 日本 👩‍💻 שלום\ttab"},
-    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "train": True}]},
+    {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "yes", "train": True},
+        ]
+    },
     {"instruction": "a", "input": "", "output": "b", "history": [["c", "d"]]},
     {
         "messages": [
-            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+            }
         ]
     },
     {"text": "a", "label": 1.5},
@@ -152,19 +163,32 @@ def _csv() -> bytes:
 
 
 def _safetensors() -> bytes:
-    header = json.dumps({"x": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}, "__metadata__": {"a": "b"}})
+    header = json.dumps(
+        {
+            "x": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+            "__metadata__": {"a": "b"},
+        }
+    )
     return struct.pack("<Q", len(header)) + header.encode() + b"\0" * 16
 
 
 _MANIFEST = json.dumps(
-    {"step": 1, "files": {"a.txt": {"size": 1, "xxh3_128": "00"}, "b/c": {"size": 2, "xxh3_128": ""}}}
+    {
+        "step": 1,
+        "files": {"a.txt": {"size": 1, "xxh3_128": "00"}, "b/c": {"size": 2, "xxh3_128": ""}},
+    }
 )
-_ADAPTER = json.dumps({"peft_type": "LORA", "r": 8, "rank_pattern": {r".*\.q_proj": 4}, "target_modules": ["q_proj"]})
+_ADAPTER = json.dumps(
+    {"peft_type": "LORA", "r": 8, "rank_pattern": {r".*\.q_proj": 4}, "target_modules": ["q_proj"]}
+)
 
 #: Reader -> what reads it, and right files to begin with.
 READERS: dict[str, tuple[Callable[[Path, bytes], None], list[bytes]]] = {
     "JSON lines": (_read_rows("jsonl", "a.jsonl"), ["\n".join(map(json.dumps, ROWS)).encode()]),
-    "JSON": (_read_rows("json", "a.json"), [json.dumps(ROWS, indent=1).encode(), json.dumps({"rows": ROWS}).encode()]),
+    "JSON": (
+        _read_rows("json", "a.json"),
+        [json.dumps(ROWS, indent=1).encode(), json.dumps({"rows": ROWS}).encode()],
+    ),
     "CSV": (_read_rows("csv", "a.csv"), [_csv()]),
     "hostfile": (_read_hostfile, [b"# ours\nnode-a slots=8\n10.0.0.3 slots=1 # x\n"]),
     "Slurm": (_read_slurm, [b"gpu[01-03,07],big5", b"4(x2),3", b"rack[1-2]n[1-4]"]),
@@ -218,18 +242,34 @@ _PARTS = [
         b"-oProxyCommand=x",
         b"(a+)+",
     ),
-    *(b"{}", b"]", b"}", b",", b":", b"\xf0\x9f\x92\xa9", b"c__builtin__\neval\n", b"R", b"\x80\x04", b"0", b"."),
+    *(
+        b"{}",
+        b"]",
+        b"}",
+        b",",
+        b":",
+        b"\xf0\x9f\x92\xa9",
+        b"c__builtin__\neval\n",
+        b"R",
+        b"\x80\x04",
+        b"0",
+        b".",
+    ),
 ]
 
 
 def changed(files: list[bytes]) -> st.SearchStrategy[bytes]:
-    """A right file with bytes changed, put in, repeated, left out or cut off; now and then anything at all."""
+    """A right file with bytes changed, put in, repeated, left out or cut off; now and then anything
+    at all.
+    """
     change = st.tuples(
         st.sampled_from(["put", "over", "drop", "cut", "double"]),
         st.integers(0, max(map(len, files))),
         st.one_of(st.sampled_from(_PARTS), st.binary(min_size=1, max_size=8)),
     )
-    mended = st.tuples(st.sampled_from(files), st.lists(change, min_size=1, max_size=6)).map(lambda pair: _apply(*pair))
+    mended = st.tuples(st.sampled_from(files), st.lists(change, min_size=1, max_size=6)).map(
+        lambda pair: _apply(*pair)
+    )
     return st.one_of(mended, mended, mended, st.binary(max_size=400))
 
 
@@ -264,7 +304,9 @@ _MODEL_STATES = _zero_files()[1]
 
 
 def main() -> None:
-    """In a process of its own: read contents from standard input, each behind its length, and say so."""
+    """In a process of its own: read contents from standard input, each behind its length, and say
+    so.
+    """
     reader = NATIVE_READERS[sys.argv[1]][0]
     while length := sys.stdin.buffer.read(4):
         content = sys.stdin.buffer.read(struct.unpack("<I", length)[0])

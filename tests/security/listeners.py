@@ -14,7 +14,9 @@ _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
 def listening(pids: set[int]) -> set[tuple[int, str, int]]:
-    """Process, address and port of each TCP socket that one of these processes has open and listens on."""
+    """Process, address and port of each TCP socket that one of these processes has open and listens
+    on.
+    """
     open_in: dict[str, int] = {}
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -47,7 +49,9 @@ def descendants(root: int) -> set[int]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 # The name of a program, in brackets, may hold anything.
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                )
     found, more = set(), {root}
     while more:
         found |= more

@@ -1,4 +1,6 @@
-"""Two hundred secrets of all kinds of names and values, and forty ways in which each may come to be written."""
+"""Two hundred secrets of all kinds of names and values, and forty ways in which each may come to be
+written.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,34 @@ NAMES = [
         "PAT",
         "KEY",
     ),
-    *("CREDENTIAL", "CONNECTION_STRING", "STORAGE_SAS", "WEBHOOK_URL", "DSN", "AUTH", "AUTH_CONFIG", "JWT", "COOKIE"),
+    *(
+        "CREDENTIAL",
+        "CONNECTION_STRING",
+        "STORAGE_SAS",
+        "WEBHOOK_URL",
+        "DSN",
+        "AUTH",
+        "AUTH_CONFIG",
+        "JWT",
+        "COOKIE",
+    ),
     *("AUTHORIZATION", "PRIVATE_KEY", "APIKEY", "CREDENTIALS", "SESSION_TOKEN"),
 ]
 _LETTERS = "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789"
-_SIGNS = ["", "+/=", "-_.", "!@#$%^&*()", "\"'\\`", " ", "<>&", "äöß€", "日本🔑", "\n", "\t;,|", "?&=:/@"]
+_SIGNS = [
+    "",
+    "+/=",
+    "-_.",
+    "!@#$%^&*()",
+    "\"'\\`",
+    " ",
+    "<>&",
+    "äöß€",
+    "日本🔑",
+    "\n",
+    "\t;,|",
+    "?&=:/@",
+]
 
 
 def plant(count: int, seed: int = 0) -> dict[str, str]:
@@ -78,14 +103,18 @@ FORMS: dict[str, Callable[[str], str]] = {
     "JSON in repr": lambda value: repr(json.dumps(value)),
     "percent": quote,
     "percent of everything": lambda value: quote(value, safe=""),
-    "percent in small letters": lambda value: re.sub("%..", lambda m: m[0].lower(), quote(value, safe="")),
+    "percent in small letters": lambda value: re.sub(
+        "%..", lambda m: m[0].lower(), quote(value, safe="")
+    ),
     "percent twice": lambda value: quote(quote(value, safe=""), safe=""),
     "a form": quote_plus,
     "JSON in a URL": lambda value: quote(json.dumps(value), safe=""),
     "HTML": html.escape,
     "HTML with its quotes": lambda value: html.escape(value, quote=False),
     "HTML twice": lambda value: html.escape(html.escape(value)),
-    "HTML by numbers": lambda value: "".join(s if s.isalnum() and s.isascii() else f"&#{ord(s)};" for s in value),
+    "HTML by numbers": lambda value: "".join(
+        s if s.isalnum() and s.isascii() else f"&#{ord(s)};" for s in value
+    ),
     "JSON in HTML": lambda value: html.escape(json.dumps(value)),
     "XML": escape,
     "an attribute of XML": quoteattr,
@@ -98,8 +127,12 @@ FORMS: dict[str, Callable[[str], str]] = {
     "a shell": shlex.quote,
     "a shell's escapes": lambda value: re.sub(r"([^\w\n])", r"\\\1", value),
     "YAML": lambda value: yaml.safe_dump({"a": value}, width=float("inf")),
-    "YAML with its letters": lambda value: yaml.safe_dump({"a": value}, allow_unicode=True, width=float("inf")),
-    "YAML in double quotes": lambda value: yaml.safe_dump({"a": value}, default_style='"', width=float("inf")),
+    "YAML with its letters": lambda value: yaml.safe_dump(
+        {"a": value}, allow_unicode=True, width=float("inf")
+    ),
+    "YAML in double quotes": lambda value: yaml.safe_dump(
+        {"a": value}, default_style='"', width=float("inf")
+    ),
     "CSV": _csv,
     "SQL": lambda value: "'" + value.replace("'", "''") + "'",
     "Unicode escapes": lambda value: value.encode("unicode_escape").decode(),
@@ -124,7 +157,9 @@ def traces(value: str) -> set[str]:
 
 
 def _core(lead: str, value: str) -> str:
-    """What base64 makes of the beginning of the value behind ``lead``, without its first and last sign."""
+    """What base64 makes of the beginning of the value behind ``lead``, without its first and last
+    sign.
+    """
     raw = lead.encode()
     text = base64.b64encode(raw + value.encode()[:6]).decode()
     return text[-(-len(raw) * 8 // 6) : (len(raw) + 6) * 8 // 6 - 1]

@@ -1,4 +1,6 @@
-"""Arrow is looked at before anything in it is followed: one wrong offset ended the process, or showed foreign memory as text."""
+"""Arrow is looked at before anything in it is followed: one wrong offset ended the process, or
+showed foreign memory as text.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ def write(folder: Path, batch: pa.RecordBatch, stream: bool = False) -> Path:
 
 def read(file: Path, kind: str = "arrow") -> list[Any]:
     source = Source(str(file), format="text")
-    return [row for block in read_blocks(DataFile(str(file), kind), source) for _, row in parse_rows(block)]
+    return [
+        row
+        for block in read_blocks(DataFile(str(file), kind), source)
+        for _, row in parse_rows(block)
+    ]
 
 
 def replace_offset(file: Path, old: list[int], new: list[int], width: str = "i") -> None:
@@ -46,13 +52,18 @@ def replace_offset(file: Path, old: list[int], new: list[int], width: str = "i")
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()])
 @pytest.mark.parametrize("wrong", [[5, 900_000], [5, 2_000_000_000], [90, 10], [-7, 10]])
-def test_an_offset_out_of_bounds_is_refused(kind: Any, wrong: list[int], stream: bool, tmp_path: Path) -> None:
-    values = ["first", "other", "third"] if "string" in str(kind) else [b"first", b"other", b"third"]
+def test_an_offset_out_of_bounds_is_refused(
+    kind: Any, wrong: list[int], stream: bool, tmp_path: Path
+) -> None:
+    values = (
+        ["first", "other", "third"] if "string" in str(kind) else [b"first", b"other", b"third"]
+    )
     file = write(tmp_path, pa.record_batch({"text": pa.array(values, kind)}), stream)
     assert len(read(file)) == 3
     replace_offset(file, [0, 5, 10, 15], [0, *wrong, 15], "q" if "large" in str(kind) else "i")
     with pytest.raises(
-        DataError, match=r"rows.arrow: not an Arrow file that pyarrow reads \(rows 1 to 3: the column 'text'"
+        DataError,
+        match=r"rows.arrow: not an Arrow file that pyarrow reads \(rows 1 to 3: the column 'text'",
     ):
         read(file)
 
@@ -85,7 +96,11 @@ def test_text_that_is_no_utf8_is_refused_in_arrow_and_in_parquet(tmp_path: Path)
 
 
 def test_names_and_lengths_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    file = write(tmp_path, pa.record_batch({"turns of talk": pa.array(["first", "other", "third"])}), stream=True)
+    file = write(
+        tmp_path,
+        pa.record_batch({"turns of talk": pa.array(["first", "other", "third"])}),
+        stream=True,
+    )
     content = file.read_bytes()
     file.write_bytes(content.replace(b"turns of talk", b"turns \xc0f talk"))
     with pytest.raises(DataError, match="rows.arrow: not an Arrow file that pyarrow reads .*utf-8"):
@@ -129,11 +144,17 @@ def test_right_files_of_every_kind_are_read_as_they_are(tmp_path: Path) -> None:
     for stream in (False, True):
         rows = read(write(tmp_path, batch, stream))
         assert [row["text"] for row in rows] == TEXTS
-        assert [{key: row[key] for key in ("large", "view", "coded", "numbers", "when", "run")} for row in rows] == [
-            {key: row[key] for key in ("large", "view", "coded", "numbers", "when", "run")} for row in expected
+        assert [
+            {key: row[key] for key in ("large", "view", "coded", "numbers", "when", "run")}
+            for row in rows
+        ] == [
+            {key: row[key] for key in ("large", "view", "coded", "numbers", "when", "run")}
+            for row in expected
         ]
     file = write(tmp_path, batch.slice(1, 2))
-    assert [row["text"] for row in read(file)] == TEXTS[1:3], "a slice has offsets that do not begin at 0"
+    assert [row["text"] for row in read(file)] == TEXTS[1:3], (
+        "a slice has offsets that do not begin at 0"
+    )
 
 
 @pytest.mark.parametrize("drawn", [None, [2, 0]])
@@ -161,13 +182,20 @@ def test_a_saved_data_set_with_a_wrong_offset_is_refused(
 def test_rows_in_another_order_are_looked_at_before_they_are_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copy of what a wrong offset shows is right by itself, and holds what stands beside the column."""
+    """The copy of what a wrong offset shows is right by itself, and holds what stands beside the
+    column.
+    """
     from datasets import Dataset, load_from_disk
 
     monkeypatch.setattr(readers, "load_hub", lambda path, _: load_from_disk(path).select([1, 0]))
-    Dataset.from_dict({"text": [b"first", b"other", b"third"]}).save_to_disk(str(tmp_path / "saved"))
+    Dataset.from_dict({"text": [b"first", b"other", b"third"]}).save_to_disk(
+        str(tmp_path / "saved")
+    )
     assert [row["text"] for row in read(tmp_path / "saved", "hub")] == [b"other", b"first"]
     (file,) = (tmp_path / "saved").glob("data-*.arrow")
     replace_offset(file, [0, 5, 10, 15], [0, 5, 100, 15])
-    with pytest.raises(DataError, match=r"not a data set that pyarrow reads \(batch 0: the column 'text' is damaged"):
+    with pytest.raises(
+        DataError,
+        match=r"not a data set that pyarrow reads \(batch 0: the column 'text' is damaged",
+    ):
         read(tmp_path / "saved", "hub")

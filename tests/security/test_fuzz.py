@@ -1,4 +1,6 @@
-"""Readers are given changed files: each is read or refused with a message, and no other exception, crash or hang comes of it."""
+"""Readers are given changed files: each is read or refused with a message, and no other exception,
+crash or hang comes of it.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,13 @@ from tests.security.fuzz import NATIVE_READERS, READERS, changed, read_one
 from tests.support import ROOT
 
 #: For the ordinary suite, always the same ones; and for the slow tier, minutes of others.
-SHORT = settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+SHORT = settings(
+    max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
 LONG = settings(max_examples=6_000, deadline=20_000, suppress_health_check=list(HealthCheck))
-LONG_NATIVE = settings(max_examples=10_000, deadline=20_000, suppress_health_check=list(HealthCheck))
+LONG_NATIVE = settings(
+    max_examples=10_000, deadline=20_000, suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.mark.parametrize("name", [*READERS, *NATIVE_READERS])

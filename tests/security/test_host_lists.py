@@ -1,4 +1,6 @@
-"""Hosts of a hostfile and of Slurm are given to ssh: only names and addresses are hosts, and there is an end to them."""
+"""Hosts of a hostfile and of Slurm are given to ssh: only names and addresses are hosts, and there
+is an end to them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,18 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(
-    "host", [*OPTIONS, "user@-oProxyCommand=x", "@host", "a@b@c", ".", "_x", "ssh:host", "hôst", "a\x1b[2J"]
+    "host",
+    [
+        *OPTIONS,
+        "user@-oProxyCommand=x",
+        "@host",
+        "a@b@c",
+        ".",
+        "_x",
+        "ssh:host",
+        "hôst",
+        "a\x1b[2J",
+    ],
 )
 def test_what_is_no_host_is_refused_by_its_line(host: str, tmp_path: Path) -> None:
     file = tmp_path / "hosts"
@@ -53,7 +66,9 @@ def test_hosts_of_every_right_kind_are_taken(tmp_path: Path) -> None:
     file = tmp_path / "hosts"
     file.write_text("".join(f"{host} slots=8  # with a comment\n" for host in hosts))
     assert list(read_hostfile(file)) == hosts
-    assert expand_hosts(",".join(host for host in hosts if "@" not in host)) == [h for h in hosts if "@" not in h]
+    assert expand_hosts(",".join(host for host in hosts if "@" not in host)) == [
+        h for h in hosts if "@" not in h
+    ]
 
 
 @pytest.mark.parametrize("slots", ["99999", "²", "٣", "1e3", "-1", "9" * 5000])
@@ -68,8 +83,24 @@ def test_slots_that_are_no_small_number_are_refused(slots: str, tmp_path: Path) 
     "text",
     [
         *(host for host in OPTIONS if host not in ("a,b", "n[1-3]")),
-        *("-oProxyCommand=x[1-2]", "n[1-99999999999]", "n[1-70000]", "n[²-3]", "n[1-", "n]1[", "", "n[2-1]", "n[]"),
-        *("a[1]" * 500, "a[0-9]" * 9, f"n[1-{'9' * 5000}]", ",".join(["n"] * 70000), "[" * 2000 + "]" * 2000),
+        *(
+            "-oProxyCommand=x[1-2]",
+            "n[1-99999999999]",
+            "n[1-70000]",
+            "n[²-3]",
+            "n[1-",
+            "n]1[",
+            "",
+            "n[2-1]",
+            "n[]",
+        ),
+        *(
+            "a[1]" * 500,
+            "a[0-9]" * 9,
+            f"n[1-{'9' * 5000}]",
+            ",".join(["n"] * 70000),
+            "[" * 2000 + "]" * 2000,
+        ),
     ],
 )
 def test_a_list_of_slurms_that_is_none_or_has_no_end_is_refused_at_once(text: str) -> None:
@@ -93,10 +124,21 @@ def test_counts_of_tasks_without_end_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("number", ["²", "٣", "", "9" * 5000, "0x1", "1\n"])
 def test_numbers_of_launchers_are_digits(number: str) -> None:
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    place = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29500",
+    }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         with pytest.raises(MissingPrerequisiteError):
             adopt_launcher({**place, name: number}, lambda _: None)
-    step = {"SLURM_PROCID": number or "²", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    step = {
+        "SLURM_PROCID": number or "²",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_LOCALID": "0",
+    }
     with pytest.raises(MissingPrerequisiteError):
         derive_rank(step)

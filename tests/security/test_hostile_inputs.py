@@ -1,4 +1,6 @@
-"""Input that is made to cost time or memory, or to run something, is refused at once; what is right is read as before."""
+"""Input that is made to cost time or memory, or to run something, is refused at once; what is right
+is read as before.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ from llmtune.storage.plain_json import MAX_DEPTH, check_depth, decode_json, pars
 from llmtune.storage.safetensors_header import read_header
 from tests.security.archives import tensor, write_archive
 
-#: A slow machine with a busy neighbour; what was quadratic or exponential took minutes, or for ever.
+# : A slow machine with a busy neighbour; what was quadratic or exponential took minutes, or for
+# ever.
 SECONDS = 10.0
 
 
@@ -44,7 +47,11 @@ def objects(depth: int) -> str:
 
 def rows_of(file: Path, kind: str = "jsonl") -> list[Any]:
     source = Source(str(file), format="text")
-    return [row for block in read_blocks(DataFile(str(file), kind), source) for _, row in parse_rows(block)]
+    return [
+        row
+        for block in read_blocks(DataFile(str(file), kind), source)
+        for _, row in parse_rows(block)
+    ]
 
 
 # Depth
@@ -52,8 +59,18 @@ def rows_of(file: Path, kind: str = "jsonl") -> list[Any]:
 
 @pytest.mark.parametrize("make", [nested, objects])
 def test_depth_100_is_read_and_what_nobody_means_is_refused(make: Callable[[int], str]) -> None:
-    for text in (make(100), make(MAX_DEPTH - 1), "[" + ", ".join([make(3)] * 300) + "]", json.dumps("[" * 500)):
-        assert parse_json(text) == json.loads(text) == parse_json(text.encode()) == decode_json(text, 0)[0]
+    for text in (
+        make(100),
+        make(MAX_DEPTH - 1),
+        "[" + ", ".join([make(3)] * 300) + "]",
+        json.dumps("[" * 500),
+    ):
+        assert (
+            parse_json(text)
+            == json.loads(text)
+            == parse_json(text.encode())
+            == decode_json(text, 0)[0]
+        )
     for depth in (MAX_DEPTH + 2, 900, 100_000):
         for given in (make(depth), make(depth).encode()):
             with pytest.raises(ValueError, match="nested too deeply"):
@@ -75,7 +92,10 @@ def test_a_deep_row_is_one_bad_row_wherever_the_depth_is(depth: int, tmp_path: P
     with pytest.raises(DataError, match="broken JSON: nested too deeply"):
         rows_of(tmp_path / "a.json", "json")
     call = '[{"name": "f", "arguments": ' + deep + "}]"
-    for read in (lambda: parse_tool_calls(call, "messages[0]"), lambda: read_tools({"tools": nested(depth)})):
+    for read in (
+        lambda: parse_tool_calls(call, "messages[0]"),
+        lambda: read_tools({"tools": nested(depth)}),
+    ):
         with pytest.raises(RowError):
             read()
 
@@ -110,8 +130,12 @@ def test_small_files_of_others_may_be_deep_too(name: str, tmp_path: Path) -> Non
 # Length
 
 
-def test_a_long_line_takes_time_by_its_length_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Joining the parts of a line again for each block took the square of it: here half a minute instead of half a second."""
+def test_a_long_line_takes_time_by_its_length_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joining the parts of a line again for each block took the square of it: here half a minute
+    instead of half a second.
+    """
     monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 7)
     text = "x" * 16_000_000
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode(), 1))
@@ -154,14 +178,45 @@ def test_what_is_packed_as_text_is_packed_is_read_whatever_its_size(
 # Patterns
 
 RIGHT_PATTERNS = [
-    *("q_proj", "model.layers.0.self_attn.q_proj", r".*layers\.(0|1|2)\..*q_proj", r"^model.decoder.layers.0.k_proj"),
-    *(r"layers.[0-9]+.mlp", r".*\.(q|k|v|o)_proj$", r"(model\.)?layers\.(\d|[12]\d|3[01])\.(self_attn|mlp)\..*"),
-    *(r".*(self_attn|mlp).*(q_proj|k_proj|gate_proj|up_proj).*", r"^(?!.*vision).*(?:q_proj|v_proj).*$", r"(ab){2}"),
+    *(
+        "q_proj",
+        "model.layers.0.self_attn.q_proj",
+        r".*layers\.(0|1|2)\..*q_proj",
+        r"^model.decoder.layers.0.k_proj",
+    ),
+    *(
+        r"layers.[0-9]+.mlp",
+        r".*\.(q|k|v|o)_proj$",
+        r"(model\.)?layers\.(\d|[12]\d|3[01])\.(self_attn|mlp)\..*",
+    ),
+    *(
+        r".*(self_attn|mlp).*(q_proj|k_proj|gate_proj|up_proj).*",
+        r"^(?!.*vision).*(?:q_proj|v_proj).*$",
+        r"(ab){2}",
+    ),
     "|".join(f"layers.{number}.q_proj" for number in range(80)),
 ]
 COSTLY_PATTERNS = [
-    *("(a+)+$", "(a|a)*b", "(a*)*", "(.*)*x", "(a|b|ab)*c", "(a{1,20}){1,20}", "(\\w+\\s?)*$", r"(x)\1", ".*.*.*.*.*x"),
-    *("(a|ab)(c|bcd)(d*)" * 20, "(?:a?){40}" + "a" * 40, "a?" * 40 + "a" * 40, "(" * 5000, "(", "[", "a{9999999999}"),
+    *(
+        "(a+)+$",
+        "(a|a)*b",
+        "(a*)*",
+        "(.*)*x",
+        "(a|b|ab)*c",
+        "(a{1,20}){1,20}",
+        "(\\w+\\s?)*$",
+        r"(x)\1",
+        ".*.*.*.*.*x",
+    ),
+    *(
+        "(a|ab)(c|bcd)(d*)" * 20,
+        "(?:a?){40}" + "a" * 40,
+        "a?" * 40 + "a" * 40,
+        "(" * 5000,
+        "(",
+        "[",
+        "a{9999999999}",
+    ),
     *("(?P<n>a)(?(n)b|c)", "a" * 100_000, "((a+)+)+", "(?:(?:a+)b?)+c"),
 ]
 
@@ -170,7 +225,12 @@ COSTLY_PATTERNS = [
 def test_patterns_that_people_write_are_right_and_cost_nothing(pattern: str) -> None:
     assert pattern_problem(pattern) is None
     began = time.monotonic()
-    for name in ("model.layers.31.self_attn.q_proj", "a" * 200, "layers." * 30, "model.layers.1." * 12):
+    for name in (
+        "model.layers.31.self_attn.q_proj",
+        "a" * 200,
+        "layers." * 30,
+        "model.layers.1." * 12,
+    ):
         re.match(rf"(.*\.)?({pattern})$", name)
     assert time.monotonic() - began < SECONDS / 5
 
@@ -179,7 +239,9 @@ def test_patterns_that_people_write_are_right_and_cost_nothing(pattern: str) -> 
 @pytest.mark.parametrize(
     "key", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"]
 )
-def test_an_adapter_with_a_pattern_that_takes_years_is_refused(pattern: str, key: str, tmp_path: Path) -> None:
+def test_an_adapter_with_a_pattern_that_takes_years_is_refused(
+    pattern: str, key: str, tmp_path: Path
+) -> None:
     value: Any = {pattern: 4} if key.endswith("_pattern") and key != "layers_pattern" else pattern
     began = time.monotonic()
     for given in [value] if key != "layers_pattern" else [pattern, [pattern]]:
@@ -194,9 +256,18 @@ def test_an_adapter_with_a_pattern_that_takes_years_is_refused(pattern: str, key
 
 @pytest.mark.parametrize(
     ("shape", "stride"),
-    [((10**13,), (0,)), ((10**6, 10**6), (0, 0)), ((10**13,), (1,)), ((2,), (10**18,)), ((-1,), (1,)), ((2, 2), (1,))],
+    [
+        ((10**13,), (0,)),
+        ((10**6, 10**6), (0, 0)),
+        ((10**13,), (1,)),
+        ((2,), (10**18,)),
+        ((-1,), (1,)),
+        ((2, 2), (1,)),
+    ],
 )
-def test_a_tensor_that_is_larger_than_its_file_is_refused(shape: Any, stride: Any, tmp_path: Path) -> None:
+def test_a_tensor_that_is_larger_than_its_file_is_refused(
+    shape: Any, stride: Any, tmp_path: Path
+) -> None:
     file = write_archive(tmp_path / "a.pt", {"x": tensor(shape, stride)})
     with pytest.raises(ExportError, match="a.pt cannot be read"):
         read_archive(file)
@@ -249,7 +320,9 @@ def test_a_pickle_runs_nothing_and_says_nothing_at_length(key: Any, tmp_path: Pa
 def test_numbers_of_ranks_without_end_are_refused_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     group = {"single_partition_of_fp32_groups": [tensor((4,), (1,))], "partition_count": 10**18}
-    write_archive(tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt", {"optimizer_state_dict": group})
+    write_archive(
+        tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt", {"optimizer_state_dict": group}
+    )
     with pytest.raises(ExportError, match=f"was written by {10**18} ranks, and .* is missing"):
         ZeroSource(tmp_path)
     (tmp_path / f"zero_pp_rank_{10**15}_mp_rank_00_optim_states.pt").write_bytes(b"x")
@@ -273,7 +346,14 @@ def entry(**changes: Any) -> str:
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"", b"\0" * 7, header(entry(), length=2**63), header(entry(), length=10**9), header("{", b""), header("[]")),
+        *(
+            b"",
+            b"\0" * 7,
+            header(entry(), length=2**63),
+            header(entry(), length=10**9),
+            header("{", b""),
+            header("[]"),
+        ),
         *(
             header(objects(100_000)),
             header(b"\xff\xfe"),
@@ -290,9 +370,12 @@ def entry(**changes: Any) -> str:
         *(header(entry(dtype=dtype)) for dtype in (None, 4, ["F32"])),
     ],
 )
-def test_a_header_that_says_what_the_file_does_not_hold_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_header_that_says_what_the_file_does_not_hold_is_refused(
+    content: bytes, tmp_path: Path
+) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError):  # noqa: PT011 - whatever the reason, who reads it says which file
+    # Whatever the reason, who reads it says which file.
+    with pytest.raises(ValueError):  # noqa: PT011
         read_header(tmp_path / "model.safetensors")
 
 

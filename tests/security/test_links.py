@@ -1,4 +1,6 @@
-"""Links in the folders of others lead nowhere else: nothing outside is read, published or written over."""
+"""Links in the folders of others lead nowhere else: nothing outside is read, published or written
+over.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,12 @@ PLANTED = [
 @pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.parametrize("where", ["base", "adapter"])
 def test_a_link_that_leads_out_is_not_exported(
-    where: str, name: str, base: Path, tmp_path: Path, victim: Path, capsys: pytest.CaptureFixture[str]
+    where: str,
+    name: str,
+    base: Path,
+    tmp_path: Path,
+    victim: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if where == "adapter" and name == "USE_POLICY.md":
         pytest.skip("one of the licences is enough for the adapter")
@@ -84,7 +91,8 @@ def test_a_link_that_leads_out_is_not_exported(
 
 
 @pytest.mark.parametrize(
-    "form", ["absolute", "relative", "over another link", "through a folder", "/proc", "weights", "index"]
+    "form",
+    ["absolute", "relative", "over another link", "through a folder", "/proc", "weights", "index"],
 )
 def test_every_form_of_link_is_seen(
     form: str, base: Path, tmp_path: Path, victim: Path, capsys: pytest.CaptureFixture[str]
@@ -116,7 +124,10 @@ def test_every_form_of_link_is_seen(
             check_exportable(ExportConfig("safetensors"), base)
         check_exportable(ExportConfig("none"), base)
         return
-    assert export(f"base={base}", f"adapter={adapter}", f"output_dir={tmp_path / 'out'}") == ExportError.exit_code
+    assert (
+        export(f"base={base}", f"adapter={adapter}", f"output_dir={tmp_path / 'out'}")
+        == ExportError.exit_code
+    )
     assert "leads out of its folder" in capsys.readouterr().err
 
 
@@ -147,15 +158,25 @@ def test_a_snapshot_of_the_hub_is_exported_as_ever(
         assert code == 0, capsys.readouterr().err
         assert not any(file.is_symlink() for file in output.rglob("*"))
         assert (output / "LICENSE").read_text() == "MIT License\n"
-    first, second = (load_file(tmp_path / f"out-{number}" / "model.safetensors") for number in (0, 2))
+    first, second = (
+        load_file(tmp_path / f"out-{number}" / "model.safetensors") for number in (0, 2)
+    )
     assert all(bool((first[name] == second[name]).all()) for name in first)
     check_exportable(ExportConfig("safetensors"), snapshot)
 
 
 @pytest.mark.parametrize(
-    "form", ["a blob that is a link", "blobs that are a link", "the blobs of another model", "no hub cache"]
+    "form",
+    [
+        "a blob that is a link",
+        "blobs that are a link",
+        "the blobs of another model",
+        "no hub cache",
+    ],
 )
-def test_what_only_looks_like_a_snapshot_is_refused(form: str, base: Path, tmp_path: Path, victim: Path) -> None:
+def test_what_only_looks_like_a_snapshot_is_refused(
+    form: str, base: Path, tmp_path: Path, victim: Path
+) -> None:
     snapshot = to_snapshot(base, tmp_path / "hub")
     blobs = snapshot.parent.parent / "blobs"
     file = snapshot / "notes.txt"
@@ -186,7 +207,10 @@ def test_other_things_than_regular_files_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "loop.json").symlink_to("loop.json")
     (tmp_path / "large.json").write_bytes(b"x" * 11)
     (tmp_path / "inside.json").symlink_to("large.json")
-    said = {name: find_objection(tmp_path / f"{name}.json", 10) for name in ("pipe", "folder", "loop", "large", "gone")}
+    said = {
+        name: find_objection(tmp_path / f"{name}.json", 10)
+        for name in ("pipe", "folder", "loop", "large", "gone")
+    }
     assert said["pipe"] == said["folder"] == "is no regular file"
     assert said["large"] == "has 11 bytes, more than the 10 that such a file may have"
     assert "cannot be opened" in (said["loop"] or "")
@@ -202,7 +226,12 @@ def test_a_model_folder_behind_a_link_is_what_the_user_named(base: Path, tmp_pat
     adapter = make_adapter(base, tmp_path / "adapter")
     for name, folder in (("b", base), ("a", adapter)):
         (tmp_path / name).symlink_to(folder)
-    assert export(f"base={tmp_path / 'b'}", f"adapter={tmp_path / 'a'}", f"output_dir={tmp_path / 'out'}") == 0
+    assert (
+        export(
+            f"base={tmp_path / 'b'}", f"adapter={tmp_path / 'a'}", f"output_dir={tmp_path / 'out'}"
+        )
+        == 0
+    )
 
 
 def test_a_run_whose_result_is_a_link_is_not_taken_for_its_own(
@@ -220,7 +249,9 @@ def test_a_run_whose_result_is_a_link_is_not_taken_for_its_own(
     (run / layout.MODEL).symlink_to(private)
     assert export(f"run={run}", f"output_dir={tmp_path / 'out'}") == CheckpointError.exit_code
     assert f"is a link that leads out of the run, to {private}" in capsys.readouterr().err
-    assert export(f"checkpoint={private}", f"output_dir={tmp_path / 'out'}") == 0, "it is the user who names it now"
+    assert export(f"checkpoint={private}", f"output_dir={tmp_path / 'out'}") == 0, (
+        "it is the user who names it now"
+    )
 
 
 def test_a_stored_configuration_that_is_a_link_is_not_read(tmp_path: Path, victim: Path) -> None:
@@ -233,7 +264,9 @@ def test_a_stored_configuration_that_is_a_link_is_not_read(tmp_path: Path, victi
 
 @pytest.mark.parametrize("name", [layout.PLAN, layout.METRICS, layout.LOCK, layout.LOG, "anything"])
 @pytest.mark.parametrize("there", [True, False])
-def test_a_run_does_not_write_through_links_in_its_folder(name: str, there: bool, tmp_path: Path, victim: Path) -> None:
+def test_a_run_does_not_write_through_links_in_its_folder(
+    name: str, there: bool, tmp_path: Path, victim: Path
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     target = victim if there else victim.with_name("new")
@@ -256,7 +289,9 @@ def test_links_within_a_run_folder_and_checkpoints_on_another_disk_stay(tmp_path
 
 
 @pytest.mark.parametrize("what", ["link", "dangling link", "pipe", "folder"])
-def test_a_lock_is_not_taken_through_what_lies_in_its_place(what: str, tmp_path: Path, victim: Path) -> None:
+def test_a_lock_is_not_taken_through_what_lies_in_its_place(
+    what: str, tmp_path: Path, victim: Path
+) -> None:
     lock = tmp_path / ".lock"
     if what == "link":
         lock.symlink_to(victim)
@@ -266,13 +301,18 @@ def test_a_lock_is_not_taken_through_what_lies_in_its_place(what: str, tmp_path:
         os.mkfifo(lock)
     else:
         lock.mkdir()
-    with pytest.raises(MissingPrerequisiteError, match="something else than a lock file"), hold_lock(lock):
+    with (
+        pytest.raises(MissingPrerequisiteError, match="something else than a lock file"),
+        hold_lock(lock),
+    ):
         pass
     assert SECRET in victim.read_text(), "emptied"
     assert not victim.with_name("new").exists()
 
 
-def test_a_link_in_the_place_of_a_cached_models_lock_empties_nothing(tmp_path: Path, victim: Path) -> None:
+def test_a_link_in_the_place_of_a_cached_models_lock_empties_nothing(
+    tmp_path: Path, victim: Path
+) -> None:
     folder = tmp_path / "models" / "x"
     folder.parent.mkdir()
 

@@ -1,4 +1,6 @@
-"""Ranks of one machine listen on nothing that another machine reaches, and nothing that they exchange can run code."""
+"""Ranks of one machine listen on nothing that another machine reaches, and nothing that they
+exchange can run code.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,30 @@ from tests.support import ROOT, TINY
 def test_a_run_of_two_ranks_listens_on_the_loopback_alone(tmp_path: Path) -> None:
     """Also where the machine is set up for runs on several."""
     command = [
-        *(sys.executable, "-m", "llmtune", *TINY, "launch.nproc=2", "train.max_steps=1", "export=none"),
+        *(
+            sys.executable,
+            "-m",
+            "llmtune",
+            *TINY,
+            "launch.nproc=2",
+            "train.max_steps=1",
+            "export=none",
+        ),
         *("data.val_set_size=0", f"output_dir={tmp_path / 'run#1'}"),
     ]
-    outside = next((name for name, up in psutil.net_if_stats().items() if up.isup and name != "lo"), "eth0")
+    outside = next(
+        (name for name, up in psutil.net_if_stats().items() if up.isup and name != "lo"), "eth0"
+    )
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": outside, "NCCL_SOCKET_IFNAME": outside}
     (tmp_path / "a#b?").mkdir()
     environment["TMPDIR"] = str(tmp_path / "a#b?")
     run = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     seen: set[tuple[int, str, int]] = set()
     while run.poll() is None:
@@ -42,7 +59,9 @@ def test_a_run_of_two_ranks_listens_on_the_loopback_alone(tmp_path: Path) -> Non
         time.sleep(0.02)
     assert run.returncode == 0, run.communicate()[0][-3000:]
     assert {is_loopback(address) for _, address, _ in seen} == {True}, seen
-    assert len({pid for pid, _, _ in seen}) >= 2, "both ranks were looked at while they talked to each other"
+    assert len({pid for pid, _, _ in seen}) >= 2, (
+        "both ranks were looked at while they talked to each other"
+    )
 
 
 def test_a_listening_socket_is_seen_and_told_from_one_of_the_loopback() -> None:
@@ -56,9 +75,13 @@ def test_a_listening_socket_is_seen_and_told_from_one_of_the_loopback() -> None:
     ):
         with socket.socket(family) as server:
             server.bind((host, 0))
-            assert server.getsockname()[1] not in {port for _, _, port in listening({os.getpid()})}, "only bound"
+            assert server.getsockname()[1] not in {
+                port for _, _, port in listening({os.getpid()})
+            }, "only bound"
             server.listen()
-            (found,) = {entry for entry in listening({os.getpid()}) if entry[2] == server.getsockname()[1]}
+            (found,) = {
+                entry for entry in listening({os.getpid()}) if entry[2] == server.getsockname()[1]
+            }
             assert found[0] == os.getpid()
             assert is_loopback(found[1]) is inside
 
@@ -72,7 +95,9 @@ def test_torchs_own_meeting_place_listens_on_everything() -> None:
     assert not is_loopback(address)
 
 
-def test_ranks_are_told_to_stay_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_told_to_stay_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0,ib1")
     environment = rank_environment(1, 2, 4000, tmp_path)
@@ -98,10 +123,17 @@ def test_the_meeting_place_is_closed_to_other_users() -> None:
 
 def test_what_ranks_tell_each_other_is_json() -> None:
     rank = distributed.Rank(0, 0, 1, torch.device("cpu"))
-    value = {"text": "pä\u2028\x00\ud83d 👩‍💻", "many": [1, -2.5, None, True], "long": "x" * 100_000, "big": 2**70}
+    value = {
+        "text": "pä\u2028\x00\ud83d 👩‍💻",
+        "many": [1, -2.5, None, True],
+        "long": "x" * 100_000,
+        "big": 2**70,
+    }
     assert distributed.gather_objects(value, rank) == [value]
     assert distributed.broadcast_object(value, rank) == value
-    assert distributed.gather_objects(("a", 1), rank) == [["a", 1]], "the same on one rank and on several"
+    assert distributed.gather_objects(("a", 1), rank) == [["a", 1]], (
+        "the same on one rank and on several"
+    )
     (back,) = distributed.gather_objects([math.inf, math.nan], rank)
     assert back[0] == math.inf
     assert math.isnan(back[1])

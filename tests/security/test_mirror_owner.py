@@ -20,7 +20,9 @@ def make_checkpoint(run: Path, step: int, contents: str) -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_text(contents)
     write_manifest(
-        folder, {"adapter_model.safetensors": hash_file(folder / "adapter_model.safetensors")}, {"step": step}
+        folder,
+        {"adapter_model.safetensors": hash_file(folder / "adapter_model.safetensors")},
+        {"step": step},
     )
     mark_complete(folder)
     return folder

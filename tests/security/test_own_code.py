@@ -1,4 +1,6 @@
-"""Python code of a model runs only where the command line of this call asks for it, whatever a run's own configuration says."""
+"""Python code of a model runs only where the command line of this call asks for it, whatever a
+run's own configuration says.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,21 @@ class PlantedTokenizer(PreTrainedTokenizerFast):
     pass
 """
 ALLOWED = "model.trust_remote_code=true"
-ROW = '{{"messages": [{{"role": "user", "content": "hi"}}, {{"role": "assistant", "content": "{answer}"}}]}}\n'
+ROW = (
+    '{{"messages": [{{"role": "user", "content": "hi"}}, {{"role": "assistant", "content":'
+    ' "{answer}"}}]}}\n'
+)
 
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What planted code leaves behind. Libraries copy such code into a cache, which is this test's own."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    """What planted code leaves behind.
+
+    Libraries copy such code into a cache, which is this test's own.
+    """
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     return tmp_path / "it-ran"
 
@@ -51,14 +61,19 @@ def plant_model(folder: Path, tiny_model: Path, marker: Path) -> Path:
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "planted", "architectures": ["PlantedForCausalLM"]}
-    config["auto_map"] = {"AutoConfig": "planted.PlantedConfig", "AutoModelForCausalLM": "planted.PlantedForCausalLM"}
+    config["auto_map"] = {
+        "AutoConfig": "planted.PlantedConfig",
+        "AutoModelForCausalLM": "planted.PlantedForCausalLM",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "planted.py").write_text(CODE.format(marker=str(marker)))
     return folder
 
 
 def plant_run(folder: Path, tiny_model: Path, marker: Path, rows: Path) -> tuple[str, str]:
-    """A run as a stranger hands it over, complete by its own marks; and how it is named, whole and by its checkpoint."""
+    """A run as a stranger hands it over, complete by its own marks; and how it is named, whole and
+    by its checkpoint.
+    """
     folder.mkdir()
     model = plant_model(folder / layout.MODEL, tiny_model, marker)
     config = compose_config(
@@ -77,9 +92,16 @@ def plant_run(folder: Path, tiny_model: Path, marker: Path, rows: Path) -> tuple
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["run", "checkpoint"])
-@pytest.mark.parametrize("verb", [["chat", "chat.prompt=hi", "chat.max_new_tokens=1"], ["eval"]], ids=["chat", "eval"])
+@pytest.mark.parametrize(
+    "verb", [["chat", "chat.prompt=hi", "chat.max_new_tokens=1"], ["eval"]], ids=["chat", "eval"]
+)
 def test_a_runs_own_configuration_does_not_turn_it_on(
-    verb: list[str], place: int, tiny_model: Path, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str]
+    verb: list[str],
+    place: int,
+    tiny_model: Path,
+    tmp_path: Path,
+    marker: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(ROW.format(answer="held out"))
@@ -88,10 +110,12 @@ def test_a_runs_own_configuration_does_not_turn_it_on(
     said = capsys.readouterr().err
     assert code == ConfigError.exit_code, said
     assert not marker.exists(), "its code ran"
-    assert "needs Python code of its own (planted.PlantedConfig, planted.PlantedForCausalLM)" in said
     assert (
-        f"asks for that itself, which does not count: it may be anybody's. Read it; if you trust it, add {ALLOWED}"
-        in said
+        "needs Python code of its own (planted.PlantedConfig, planted.PlantedForCausalLM)" in said
+    )
+    assert (
+        "asks for that itself, which does not count: it may be anybody's. Read it; if you trust"
+        f" it, add {ALLOWED}" in said
     )
 
     assert main([*verb, given, ALLOWED]) == 0
@@ -126,7 +150,13 @@ def test_to_allow_a_bases_code_is_not_to_allow_an_adapters(
     }
     (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
     (adapter / "planted.py").write_text(CODE.format(marker=str(marker)))
-    command = ["chat", f"base={tiny_model}", f"adapter={adapter}", "chat.prompt=hi", "chat.max_new_tokens=1"]
+    command = [
+        "chat",
+        f"base={tiny_model}",
+        f"adapter={adapter}",
+        "chat.prompt=hi",
+        "chat.max_new_tokens=1",
+    ]
     assert main(command) == ConfigError.exit_code
     said = capsys.readouterr().err
     assert "the code of an adapter never runs" in said
@@ -151,7 +181,9 @@ def test_a_stored_configuration_does_not_say_where_this_call_writes(
 
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_model, folder)
-    config = compose_config([*TINY, "tuner=full", f"paths.cache_dir={tmp_path / 'elsewhere'}"]).config
+    config = compose_config(
+        [*TINY, "tuner=full", f"paths.cache_dir={tmp_path / 'elsewhere'}"]
+    ).config
     (folder / layout.CONFIG).write_text(dump_yaml(config))
     write_manifest(folder, {file.name: hash_file(file) for file in folder.iterdir()}, {"step": 1})
     mark_complete(folder)
@@ -171,7 +203,10 @@ def test_settings_of_an_adapter_that_are_none_are_an_error(
 
 
 def test_an_adapter_does_not_have_a_module_imported(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "planted_megatron.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,4 +1,6 @@
-"""What llmtune keeps and believes later is its user's own; what is right is not refused, whatever umask, uid or home."""
+"""What llmtune keeps and believes later is its user's own; what is right is not refused, whatever
+umask, uid or home.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ from tests.support import TINY, run_cli
 @pytest.fixture
 def shared_group(monkeypatch: pytest.MonkeyPatch) -> str:
     """The group of what this process makes seems to be one that others are in."""
-    monkeypatch.setattr(grp, "getgrgid", lambda number: SimpleNamespace(gr_name="team", gr_mem=["ann", "bob"]))
+    monkeypatch.setattr(
+        grp, "getgrgid", lambda number: SimpleNamespace(gr_name="team", gr_mem=["ann", "bob"])
+    )
     return "team"
 
 
@@ -42,7 +46,14 @@ def private_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "said"), [(0o700, None), (0o755, None), (0o775, "group team"), (0o757, "everybody"), (0o1777, "everybody")]
+    ("mode", "said"),
+    [
+        (0o700, None),
+        (0o755, None),
+        (0o775, "group team"),
+        (0o757, "everybody"),
+        (0o1777, "everybody"),
+    ],
 )
 def test_modes(mode: int, said: str | None, tmp_path: Path, shared_group: str) -> None:
     tmp_path.chmod(mode)
@@ -61,7 +72,9 @@ def test_a_umask_of_002_with_a_group_of_ones_own_is_right(mode: int, tmp_path: P
 
 
 @pytest.mark.parametrize(("gid", "private"), [(1234, True), (0, False), (100, False)])
-def test_a_container_that_does_not_know_its_user(gid: int, private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_that_does_not_know_its_user(
+    gid: int, private: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unknown(number: int) -> None:
         raise KeyError(number)
 
@@ -80,13 +93,16 @@ def test_another_owner_is_named_with_the_next_step(tmp_path: Path, another_user:
     assert f"chown -R {another_user} {tmp_path}, as root), or set LLMTUNE_CACHE" in said
 
 
-def test_root_in_a_container_is_told_how_to_start_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_in_a_container_is_told_how_to_start_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a folder of the host's user mounted into it."""
     status = SimpleNamespace(st_uid=1000, st_gid=1001, st_mode=stat.S_IFDIR | 0o755)
     monkeypatch.setattr(os, "getuid", lambda: 0)
     monkeypatch.setattr(Path, "stat", lambda self, **_: status)
     with pytest.raises(
-        MissingPrerequisiteError, match=r"docker run --user 1000:1001\), or give it to root \(chown -R 0"
+        MissingPrerequisiteError,
+        match=r"docker run --user 1000:1001\), or give it to root \(chown -R 0",
     ):
         require_own(tmp_path, "paths.cache_dir", "set LLMTUNE_CACHE")
     status.st_uid = 0
@@ -98,14 +114,17 @@ def test_root_in_a_container_is_told_how_to_start_it(tmp_path: Path, monkeypatch
 def test_a_shared_group_is_told_what_to_do(tmp_path: Path, shared_group: str) -> None:
     tmp_path.chmod(0o2775)
     with pytest.raises(
-        MissingPrerequisiteError, match=r"group team .*: chmod -R go-w .*, or name a folder of your own"
+        MissingPrerequisiteError,
+        match=r"group team .*: chmod -R go-w .*, or name a folder of your own",
     ):
         open_cache(PathsConfig(str(tmp_path)))
     assert open_cache(PathsConfig(str(tmp_path / "mine"))) == tmp_path / "mine"
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
-def test_what_is_made_is_for_nobody_else_to_open(umask: int, tmp_path: Path, shared_group: str) -> None:
+def test_what_is_made_is_for_nobody_else_to_open(
+    umask: int, tmp_path: Path, shared_group: str
+) -> None:
     before = os.umask(umask)
     try:
         for attempt in range(2):
@@ -114,7 +133,9 @@ def test_what_is_made_is_for_nobody_else_to_open(umask: int, tmp_path: Path, sha
             assert open_cache(PathsConfig(str(tmp_path / "cache"))).is_dir(), attempt
     finally:
         os.umask(before)
-    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a/b", "swap", "cache")] == [0o700] * 3
+    assert [
+        stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a/b", "swap", "cache")
+    ] == [0o700] * 3
 
 
 def test_a_place_that_is_no_folder_or_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -126,13 +147,16 @@ def test_a_place_that_is_no_folder_or_cannot_be_made_is_named(tmp_path: Path) ->
             assert find_cache(PathsConfig(str(folder))) == folder, "planning does without"
 
 
-# --- the cache -----------------------------------------------------------------------------------------------------
+# --- the cache
+# -----------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_without_a_home_nothing_shared_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLMTUNE_CACHE")
     monkeypatch.setenv("HOME", "/somewhere")
-    assert locate_cache(compose_config(["model=tiny"]).config.paths) == Path("/somewhere/.cache/llmtune")
+    assert locate_cache(compose_config(["model=tiny"]).config.paths) == Path(
+        "/somewhere/.cache/llmtune"
+    )
     monkeypatch.delenv("HOME")
     home = Path(pwd.getpwuid(os.getuid()).pw_dir)
     assert locate_cache(compose_config(["model=tiny"]).config.paths) == home / ".cache" / "llmtune"
@@ -143,7 +167,8 @@ def test_without_a_home_nothing_shared_takes_its_place(monkeypatch: pytest.Monke
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     paths = compose_config(["model=tiny"]).config.paths
     with pytest.raises(
-        MissingPrerequisiteError, match=r"HOME is not set, .* name a folder of your own with LLMTUNE_CACHE"
+        MissingPrerequisiteError,
+        match=r"HOME is not set, .* name a folder of your own with LLMTUNE_CACHE",
     ):
         locate_cache(paths)
     with pytest.raises(MissingPrerequisiteError, match="name a folder of your own"):
@@ -161,11 +186,15 @@ def test_without_a_home_a_cache_that_is_named_is_enough(
         monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "cache"))
     else:
         key = [f"paths.cache_dir={tmp_path / 'cache'}"]
-    assert main(["chat", "model=tiny", "chat.prompt=hi", "chat.max_new_tokens=1", *key]) == 0, capsys.readouterr().err
+    assert main(["chat", "model=tiny", "chat.prompt=hi", "chat.max_new_tokens=1", *key]) == 0, (
+        capsys.readouterr().err
+    )
     assert list((tmp_path / "cache" / "models").glob("random-*/model.safetensors"))
 
 
-@pytest.mark.parametrize("verb", [["chat", "chat.prompt=hi"], ["plan"], ["data"], ["eval"]], ids=lambda verb: verb[0])
+@pytest.mark.parametrize(
+    "verb", [["chat", "chat.prompt=hi"], ["plan"], ["data"], ["eval"]], ids=lambda verb: verb[0]
+)
 def test_another_users_cache_is_refused(
     verb: list[str], tmp_path: Path, another_user: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,7 +207,9 @@ def test_another_users_cache_is_refused(
 
 
 def test_a_cached_model_that_others_may_write_is_refused(tmp_path: Path) -> None:
-    config = ModelConfig(name_or_path="random", config=dict(compose_config(["model=tiny"]).config.model.config or {}))
+    config = ModelConfig(
+        name_or_path="random", config=dict(compose_config(["model=tiny"]).config.model.config or {})
+    )
     folder = resolve_model_folder(config, tmp_path)
     assert resolve_model_folder(config, tmp_path) == folder
     folder.chmod(0o777)
@@ -186,7 +217,8 @@ def test_a_cached_model_that_others_may_write_is_refused(tmp_path: Path) -> None
         resolve_model_folder(config, tmp_path)
 
 
-# --- compiled ops --------------------------------------------------------------------------------------------------
+# --- compiled ops
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -222,9 +254,11 @@ def test_ops_that_others_may_have_written_are_not_loaded(what: str, extensions: 
         lambda: deepspeed_ops.missing_ops("cpu", Placement(0)),
         lambda: deepspeed_ops.load_ops("cpu", Placement(0)),
     ):
-        with pytest.raises(MissingPrerequisiteError, match=f"compiled ops: {place} may be written by everybody"):
+        with pytest.raises(
+            MissingPrerequisiteError, match=f"compiled ops: {place} may be written by everybody"
+        ):
             attempt()
-    (finding, *_) = checks._owners(extensions.parent / "no-cache")
+    finding, *_ = checks._owners(extensions.parent / "no-cache")
     assert (finding.state, finding.command) == (
         "bad",
         f"chmod -R go-w {place}",
@@ -233,14 +267,18 @@ def test_ops_that_others_may_have_written_are_not_loaded(what: str, extensions: 
 
 def test_another_users_folder_of_ops_is_refused(extensions: Path, another_user: int) -> None:
     with (
-        pytest.raises(MissingPrerequisiteError, match="or name a folder of your own with TORCH_EXTENSIONS_DIR"),
+        pytest.raises(
+            MissingPrerequisiteError, match="or name a folder of your own with TORCH_EXTENSIONS_DIR"
+        ),
         deepspeed_ops.hold_ops(),
     ):
         pass
     assert not list(extensions.glob(".llmtune*"))
 
 
-def test_a_new_folder_of_ops_is_for_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_folder_of_ops_is_for_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new"))
     before = os.umask(0)
     try:
@@ -251,7 +289,9 @@ def test_a_new_folder_of_ops_is_for_nobody_else(tmp_path: Path, monkeypatch: pyt
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
 
 
-def test_an_environment_that_others_may_write_holds_no_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_that_others_may_write_holds_no_ops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from llmtune.launch.launchers.environment import extensions_dir
 
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
@@ -264,7 +304,8 @@ def test_an_environment_that_others_may_write_holds_no_ops(tmp_path: Path, monke
     assert extensions_dir() == tmp_path / ".cache" / "torch_extensions"
 
 
-# --- run folders, swap, exports ------------------------------------------------------------------------------------
+# --- run folders, swap, exports
+# ------------------------------------------------------------------------------------
 
 
 def test_a_run_folder_that_others_may_write_is_closed_or_refused(
@@ -288,17 +329,24 @@ def test_a_run_folder_that_others_may_write_is_closed_or_refused(
         tmp_path.chmod(given)
         with monkeypatch.context() as patch:
             patch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
-            with pytest.raises(CheckpointError, match=f"{who}.* may write there.*such as a new folder in it"):
+            with pytest.raises(
+                CheckpointError, match=f"{who}.* may write there.*such as a new folder in it"
+            ):
                 close_run_folder(tmp_path)
         assert mode() == given
     tmp_path.chmod(0o755)
     monkeypatch.setattr(os, "getuid", lambda: 0)
-    assert close_run_folder(tmp_path) is None, "of the host's user, whom a container's root works for"
+    assert close_run_folder(tmp_path) is None, (
+        "of the host's user, whom a container's root works for"
+    )
 
 
 def test_swap_is_closed_and_another_users_is_not_taken(tmp_path: Path, another_user: int) -> None:
     folder = tmp_path / "llmtune-swap-x"
-    with pytest.raises(MissingPrerequisiteError, match="take another offload.nvme_path="), hold_swap_folder(folder):
+    with (
+        pytest.raises(MissingPrerequisiteError, match="take another offload.nvme_path="),
+        hold_swap_folder(folder),
+    ):
         pass
 
 
@@ -310,7 +358,9 @@ def test_a_planted_probe_is_not_written_through(tmp_path: Path) -> None:
     assert victim.read_text() == "kept"
 
 
-def test_an_export_does_not_go_on_with_what_another_user_left_aside(tmp_path: Path, another_user: int) -> None:
+def test_an_export_does_not_go_on_with_what_another_user_left_aside(
+    tmp_path: Path, another_user: int
+) -> None:
     (tmp_path / "out.tmp").mkdir()
     with pytest.raises(ExportError, match="output_dir: .*out.tmp belongs to"):
         write_export(tmp_path / "out", "job", lambda *_: None, {})
@@ -338,5 +388,10 @@ def test_a_run_under_umask_002_starts_goes_on_and_is_closed_to_the_group(tmp_pat
     for steps in (1, 2):
         done = run_cli(*command, f"train.max_steps={steps}")
         assert done.code == 0, done.err
-    made = [tmp_path / "cache", *(tmp_path / "cache").rglob("*"), tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    made = [
+        tmp_path / "cache",
+        *(tmp_path / "cache").rglob("*"),
+        tmp_path / "run",
+        *(tmp_path / "run").rglob("*"),
+    ]
     assert not [path for path in made if path.lstat().st_mode & 0o022 and not path.is_symlink()]

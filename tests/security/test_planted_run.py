@@ -1,4 +1,6 @@
-"""The whole way with 200 secrets in the environment and in the rows: a crash, the rest of the run, an export, the data's page."""
+"""The whole way with 200 secrets in the environment and in the rows: a crash, the rest of the run,
+an export, the data's page.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,34 @@ from tests.support import ROOT, run_cli
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_no_form_of_200_secrets_is_found_in_a_run_its_tracker_its_card_and_its_page(tmp_path: Path) -> None:
+def test_no_form_of_200_secrets_is_found_in_a_run_its_tracker_its_card_and_its_page(
+    tmp_path: Path,
+) -> None:
     planted = plant(200)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
     write_forms(tmp_path / "forms", planted)
-    rows = [{"instruction": f"Say {value}", "output": f"It is {value}."} for value in planted.values()]
+    rows = [
+        {"instruction": f"Say {value}", "output": f"It is {value}."} for value in planted.values()
+    ]
     rows.append({"instruction": f"nothing behind {rows[0]['instruction']}", "output": ""})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "run"
     secret = planted["P3_SECRET_ACCESS_KEY"].replace("'", "")
     command = [
-        *("model=tiny", "data.max_seq_length=256", "launch.nproc=2", "train.max_steps=4", "train.save_steps=1"),
-        *("data=alpaca", f"data.train={tmp_path / 'rows.jsonl'}", "data.on_bad_row=skip", "train.sample_answers=true"),
+        *(
+            "model=tiny",
+            "data.max_seq_length=256",
+            "launch.nproc=2",
+            "train.max_steps=4",
+            "train.save_steps=1",
+        ),
+        *(
+            "data=alpaca",
+            f"data.train={tmp_path / 'rows.jsonl'}",
+            "data.on_bad_row=skip",
+            "train.sample_answers=true",
+        ),
         *("tracker=wandb", "tracker.mode=offline", f"output_dir={folder}", "launch.max_restarts=0"),
         *("export=safetensors", f"tracker.project='{secret}'"),
     ]

@@ -1,4 +1,6 @@
-"""No form of a secret gets through: 200 secrets of all kinds in 44 forms, alone, in longer text, in pieces and in chunks."""
+"""No form of a secret gets through: 200 secrets of all kinds in 44 forms, alone, in longer text, in
+pieces and in chunks.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from hypothesis import strategies as st
 
 from llmtune.data.report.html import DataReport, write_page
 from llmtune.data.report.statistics import Piece, redact_texts
-from llmtune.security.redaction import has_secrets, redact, redact_pieces, redact_values, split_unfinished
+from llmtune.security.redaction import (
+    has_secrets,
+    redact,
+    redact_pieces,
+    redact_values,
+    split_unfinished,
+)
 from tests.security.planted import FORMS, plant, traces
 
 
@@ -49,23 +57,34 @@ def test_no_form_of_any_secret_is_left(batch: int, monkeypatch: pytest.MonkeyPat
     variables = dict(list(plant(200).items())[batch * BATCH : (batch + 1) * BATCH])
     set_all(monkeypatch, variables)
     for name, value in variables.items():
-        shown = redact("\n".join(f"{number} {form(value)} |" for number, form in enumerate(FORMS.values())))
+        shown = redact(
+            "\n".join(f"{number} {form(value)} |" for number, form in enumerate(FORMS.values()))
+        )
         assert not [trace for trace in traces(value) if trace in shown], (name, value, shown)
         assert redact(shown) == shown, "twice is once"
         assert f"***{name}***" in shown
 
 
-@pytest.mark.parametrize("name", ["DB_PASS", "MYSQL_PWD", "SSHPASS", "REDISCLI_AUTH", "HTTP_AUTHORIZATION", "JWT"])
+@pytest.mark.parametrize(
+    "name", ["DB_PASS", "MYSQL_PWD", "SSHPASS", "REDISCLI_AUTH", "HTTP_AUTHORIZATION", "JWT"]
+)
 @pytest.mark.parametrize("value", ["abc", "1234", "hunter2", "S3cr3t!"])
 def test_a_short_value_is_hidden_behind_its_name_and_alone_where_it_is_no_word(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
     assert has_secrets()
-    for text in (f"{name}={value}", str({name: value}), f'{{"{name}": "{value}"}}', f"{name}: {value}\nmore"):
+    for text in (
+        f"{name}={value}",
+        str({name: value}),
+        f'{{"{name}": "{value}"}}',
+        f"{name}: {value}\nmore",
+    ):
         assert value not in redact(text).replace(name, "")
     mixed = not (value.isalpha() or value.isdigit())
-    assert redact(f"it is {value}, so") == (f"it is ***{name}***, so" if mixed else f"it is {value}, so")
+    assert redact(f"it is {value}, so") == (
+        f"it is ***{name}***, so" if mixed else f"it is {value}, so"
+    )
     assert redact(f"x{value}y") == f"x{value}y", "within a word it is none"
 
 
@@ -94,7 +113,11 @@ def test_a_short_value_is_hidden_behind_its_name_and_alone_where_it_is_no_word(
             '{"auths": {"h": {"auth": "dXNlcjpodW50ZXIyLW1vcmU="}}}',
             ["dXNlcjpodW50ZXIyLW1vcmU=", "hunter2-more"],
         ),
-        ("GCP_CREDENTIALS_JSON", '{"type": "service_account", "private_key": "MIIEvQIBADANBg"}', ["MIIEvQIBADANBg"]),
+        (
+            "GCP_CREDENTIALS_JSON",
+            '{"type": "service_account", "private_key": "MIIEvQIBADANBg"}',
+            ["MIIEvQIBADANBg"],
+        ),
     ],
 )
 def test_what_is_secret_within_a_value_is_hidden_alone(
@@ -104,10 +127,14 @@ def test_what_is_secret_within_a_value_is_hidden_alone(
     for part in parts:
         secret = part.removeprefix("POST ").removesuffix("@")
         assert secret not in redact(f"sent {part} there")
-    assert redact("service_account https core.windows.net acc") == "service_account https core.windows.net acc"
+    assert (
+        redact("service_account https core.windows.net acc")
+        == "service_account https core.windows.net acc"
+    )
 
 
-#: No parameters of a test: pytest puts those into the environment, where passwords in URLs are secrets.
+# : No parameters of a test: pytest puts those into the environment, where passwords in URLs are
+# secrets.
 OPENED = [
     ("https://u:pa/ss@host/x", "https://***@host/x"),
     ("https://u:p@s/s@host.de/x", "https://***@host.de/x"),
@@ -134,12 +161,35 @@ def test_what_opens_something_in_a_url_is_hidden_whoevers_it_is() -> None:
 
 
 ORDINARY = [
-    *("the research of ksshaskpass goes on in /no/such/folder", "100%|####| 5/5 [00:01<00:00, 4.2it/s] loss=1.5"),
-    *("https://host:8080/a@b", "http://[::1]:80/x@y", "ssh://git@host/x", "git+ssh://git@github.com/x", "a@b.de"),
-    *("hf://datasets/user/name@main/file", "s3://bucket/a:b@c", "sftp://deploy-user@host/x", "max_tokens=5&x=1"),
+    *(
+        "the research of ksshaskpass goes on in /no/such/folder",
+        "100%|####| 5/5 [00:01<00:00, 4.2it/s] loss=1.5",
+    ),
+    *(
+        "https://host:8080/a@b",
+        "http://[::1]:80/x@y",
+        "ssh://git@host/x",
+        "git+ssh://git@github.com/x",
+        "a@b.de",
+    ),
+    *(
+        "hf://datasets/user/name@main/file",
+        "s3://bucket/a:b@c",
+        "sftp://deploy-user@host/x",
+        "max_tokens=5&x=1",
+    ),
     "abfss://container-with-name1@acc.dfs.core.windows.net/p",
-    *("?tokenizer=gpt2&design=blue", "the key=value pair", "authorization is required", "a cookie: with chocolate"),
-    *("def f(token=None, key=1): ...", "x = a[key] ; y = {'auth': 1}", "https://example.com/?q=monkey&page=2"),
+    *(
+        "?tokenizer=gpt2&design=blue",
+        "the key=value pair",
+        "authorization is required",
+        "a cookie: with chocolate",
+    ),
+    *(
+        "def f(token=None, key=1): ...",
+        "x = a[key] ; y = {'auth': 1}",
+        "https://example.com/?q=monkey&page=2",
+    ),
 ]
 
 
@@ -160,7 +210,9 @@ def test_ordinary_text_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     st.lists(st.integers(0, 180)),
 )
 @settings(max_examples=30, derandomize=True, deadline=None)
-def test_pieces_of_a_text_show_no_more_than_the_whole(before: str, behind: str, value: str, cuts: list[int]) -> None:
+def test_pieces_of_a_text_show_no_more_than_the_whole(
+    before: str, behind: str, value: str, cuts: list[int]
+) -> None:
     environment = dict(os.environ)
     os.environ.update(plant(BATCH))
     try:
@@ -176,10 +228,14 @@ def test_pieces_of_a_text_show_no_more_than_the_whole(before: str, behind: str, 
         os.environ.update(environment)
 
 
-def test_a_secret_in_two_colours_of_the_page_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secret_in_two_colours_of_the_page_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_abcDEF<123456")
     pieces = [Piece("masked hf_abc", False), Piece("DEF<123", True), Piece("456 more", False)]
-    report = DataReport("Data", {"read by": "hf_abcDEF<123456"}, None, None, [], [("a:1", redact_texts(pieces))])
+    report = DataReport(
+        "Data", {"read by": "hf_abcDEF<123456"}, None, None, [], [("a:1", redact_texts(pieces))]
+    )
     write_page(report, None, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "hf_abc" not in page
@@ -191,9 +247,19 @@ def test_a_secret_in_two_colours_of_the_page_is_hidden(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "kind", ["itself", "JSON in JSON", "percent in small letters", "HTML", "Basic", "YAML in double quotes"]
+    "kind",
+    [
+        "itself",
+        "JSON in JSON",
+        "percent in small letters",
+        "HTML",
+        "Basic",
+        "YAML in double quotes",
+    ],
 )
-def test_a_log_that_is_read_in_chunks_shows_no_half_of_any_form(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_is_read_in_chunks_shows_no_half_of_any_form(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variables = plant(12)
     set_all(monkeypatch, variables)
     for name, value in variables.items():
@@ -214,11 +280,11 @@ def test_nests_of_values_hold_none_either(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_many_secrets_slow_no_log_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A megabyte of ordinary lines in an environment of a dozen secrets takes well under ten seconds on a slow machine."""
+    """A megabyte of ordinary lines in an environment of a dozen secrets takes well under ten
+    seconds on a slow machine.
+    """
     set_all(monkeypatch, plant(12))
-    line = (
-        "step 12  loss 1.2345  12345 tokens/s, and what a library says: /usr/lib/python3/x.py:17: 50% of {'a': \"b\"}\n"
-    )
+    line = "step 12  loss 1.2345  12345 tokens/s, and what a library says: /usr/lib/python3/x.py:17: 50% of {'a': \"b\"}\n"  # noqa: E501
     text = line * (1_000_000 // len(line))
     began = time.monotonic()
     assert redact(text) == text

@@ -1,4 +1,6 @@
-"""Values of secret variables are found in whatever form they leave; ordinary text stays as it is."""
+"""Values of secret variables are found in whatever form they leave; ordinary text stays as it
+is.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +40,27 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("HF_TOKEN", "WANDB_API_KEY", "wandb_apikey", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "DB_PASSWORD"),
+        *(
+            "HF_TOKEN",
+            "WANDB_API_KEY",
+            "wandb_apikey",
+            "AWS_SECRET_ACCESS_KEY",
+            "AWS_SESSION_TOKEN",
+            "DB_PASSWORD",
+        ),
         *("MYSQL_PASSWD", "SSH_PRIVATE_KEY", "AZURE_CREDENTIAL", "OPENAI_KEY", "GITHUB_PAT"),
     ],
 )
-def test_values_of_secret_variables_are_replaced_by_their_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_secret_variables_are_replaced_by_their_names(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, VALUE)
     assert redact(f"a {VALUE}, b={VALUE}") == f"a ***{name}***, b=***{name}***"
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HOSTNAME", "KEYBOARD_LAYOUT", "MONKEY", "PATH_TO_DATA"])
+@pytest.mark.parametrize(
+    "name", ["TOKENIZERS_PARALLELISM", "HOSTNAME", "KEYBOARD_LAYOUT", "MONKEY", "PATH_TO_DATA"]
+)
 def test_harmless_variables_are_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, VALUE)
     assert not has_secrets()
@@ -74,7 +87,9 @@ def test_what_came_from_a_file_is_secret_whatever_its_name(monkeypatch: pytest.M
     assert subprocess.check_output([sys.executable, "-c", child], text=True) == "***MINE***\n"
 
 
-def test_settings_of_libraries_are_no_secrets_wherever_they_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_libraries_are_no_secrets_wherever_they_came_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "my-project")
     monkeypatch.setenv("WANDB_API_KEY", VALUE)
     remember_names(["WANDB_PROJECT", "WANDB_API_KEY"])
@@ -84,14 +99,21 @@ def test_settings_of_libraries_are_no_secrets_wherever_they_came_from(monkeypatc
 def test_escaped_forms_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     value = "pä/ss w\"ö'rd+\\&="
     monkeypatch.setenv("DB_PASSWORD", value)
-    forms = [json.dumps({"x": value}), json.dumps([value], ensure_ascii=False), str({"x": value}), repr([value])]
+    forms = [
+        json.dumps({"x": value}),
+        json.dumps([value], ensure_ascii=False),
+        str({"x": value}),
+        repr([value]),
+    ]
     for text in [value, f"?p={quote(value, safe='')}", *forms]:
         shown = redact(text)
         assert "***DB_PASSWORD***" in shown
         assert "rd" not in shown.replace("PASSWORD", "")
 
 
-def test_a_value_of_several_lines_is_found_whole_escaped_and_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_of_several_lines_is_found_whole_escaped_and_line_by_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SSH_PRIVATE_KEY", "-----BEGIN-----\nMIIEowIBAAKCAQ\nxyz12345abc\n")
     whole = os.environ["SSH_PRIVATE_KEY"]
     for text in (whole, repr(whole), json.dumps(whole), "  MIIEowIBAAKCAQ", "xyz12345abc\r\n"):
@@ -155,7 +177,11 @@ def test_a_kept_config_holds_no_secret_and_still_is_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATA_TOKEN", VALUE)
-    overrides = ["data.train=[https://user:pw@host/x.jsonl]", f"model.name_or_path=me/{VALUE}", "zero=2"]
+    overrides = [
+        "data.train=[https://user:pw@host/x.jsonl]",
+        f"model.name_or_path=me/{VALUE}",
+        "zero=2",
+    ]
     config = compose_config(overrides).config
     file = tmp_path / "config.yaml"
     file.write_text(dump_redacted(config))

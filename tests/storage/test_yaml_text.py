@@ -9,14 +9,22 @@ from hypothesis import strategies as st
 
 from llmtune.storage.yaml_text import to_yaml
 
-#: Letters with a meaning in YAML, ends of lines, controls, and what is written in two units of UTF-16.
+# : Letters with a meaning in YAML, ends of lines, controls, and what is written in two units of
+# UTF-16.
 LETTERS = st.one_of(
-    st.sampled_from("\x85\u2028\u2029\ufeff\x7f\x9b\n\r \t'\"\\:#-?[]{}&*!|>%@`\x00\x1b\x0b\x0c\x1cé\U0001f600a1"),
+    st.sampled_from(
+        "\x85\u2028\u2029\ufeff\x7f\x9b\n\r"
+        " \t'\"\\:#-?[]{}&*!|>%@`\x00\x1b\x0b\x0c\x1cé\U0001f600a1"
+    ),
     st.characters(exclude_categories=["Cs"]),
 )
 
 
-@given(text=st.text(LETTERS, max_size=8), times=st.sampled_from([1, 40]), width=st.sampled_from([80, float("inf")]))
+@given(
+    text=st.text(LETTERS, max_size=8),
+    times=st.sampled_from([1, 40]),
+    width=st.sampled_from([80, float("inf")]),
+)
 @example(text="\x85", times=1, width=80)
 @example(text=" \u2028 ", times=40, width=80)
 def test_every_text_reads_back(text: str, times: int, width: float) -> None:

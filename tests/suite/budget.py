@@ -1,12 +1,14 @@
-"""The ordinary suite has a budget of time, and so has each test, measured in the speed of the machine that it runs on.
+"""The ordinary suite has a budget of time, and so has each test, measured in the speed of the
+machine that it runs on.
 
-The machine's speed is that of a short calculation on two cores, before the first test and after the last, against what it
-takes on a quiet machine with two cores of 2026. A slow or busy machine gets more time, a fast one no less. Where tests run side
-by side, each has the speed that they leave it, and the calculation is made now and then between them too; the suite's own budget
-knows no such excuse.
+The machine's speed is that of a short calculation on two cores, before the first test and after the
+last, against what it takes on a quiet machine with two cores of 2026. A slow or busy machine gets
+more time, a fast one no less. Where tests run side by side, each has the speed that they leave it,
+and the calculation is made now and then between them too; the suite's own budget knows no such
+excuse.
 
-What is over its limit is listed. In CI (``CI`` is set) a test that is over it fails the run, and so does a whole tier, or what
-several tests share, that is over it by half.
+What is over its limit is listed. In CI (``CI`` is set) a test that is over it fails the run, and so
+does a whole tier, or what several tests share, that is over it by half.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 
 import pytest
 
-#: Seconds of a whole tier on two quiet cores, and the time at which it began, as ``scripts/test.sh`` sets them.
+# : Seconds of a whole tier on two quiet cores, and the time at which it began, as
+# ``scripts/test.sh`` sets them.
 SUITE_BUDGET = "LLMTUNE_SUITE_BUDGET"
 #: Beyond its budget by more than this, a suite fails in CI, and so does a fixture.
 TOLERANCE = 1.5
@@ -31,13 +34,18 @@ SLOWEST = 15
 #: Seconds between two looks at the speed that tests leave each other.
 LOOK_SECONDS = 60.0
 
-_LOOP = "import time; t = time.perf_counter(); sum(i * i % 7 for i in range(6_000_000)); print(time.perf_counter() - t)"
+_LOOP = (
+    "import time; t = time.perf_counter(); sum(i * i % 7 for i in range(6_000_000));"
+    " print(time.perf_counter() - t)"
+)
 #: The loop's on each of two cores at the same time: AMD EPYC, Python 3.11, 2026-11-25.
 _REFERENCE_SECONDS = 0.26
 
 
 def calibrate() -> float:
-    """How many times as long as on the reference machine a calculation takes here and now, on two cores; 1 at least."""
+    """How many times as long as on the reference machine a calculation takes here and now, on two
+    cores; 1 at least.
+    """
     command = [sys.executable, "-S", "-E", "-c", _LOOP]
     loops = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     seconds = max(float(loop.communicate()[0]) for loop in loops)
@@ -66,7 +74,9 @@ class Budget:
         self.slow: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """One phase of a test; what a fixture of several tests takes counts for the set-up of the first of them."""
+        """One phase of a test; what a fixture of several tests takes counts for the set-up of the
+        first of them.
+        """
         name = report.nodeid if report.when == "call" else f"{report.nodeid} ({report.when})"
         self.seconds[name] = report.duration
         self.tests.add(report.nodeid)
@@ -87,7 +97,8 @@ class Budget:
         ]
         judged = {test: seconds for test, seconds in self.seconds.items() if test not in self.slow}
         self.is_fatal = any(
-            seconds > (limit if test in self.tests else limit * TOLERANCE) for test, seconds in judged.items()
+            seconds > (limit if test in self.tests else limit * TOLERANCE)
+            for test, seconds in judged.items()
         )
         if self.suite is not None:
             budget, elapsed = self.suite[0] * scale, time.time() - self.suite[1]
@@ -100,7 +111,9 @@ class Budget:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Only where results are collected: not in the workers of xdist, nor where tests are only listed."""
+    """Only where results are collected: not in the workers of xdist, nor where tests are only
+    listed.
+    """
     if hasattr(config, "workerinput") or config.getoption("collectonly"):
         return
     given = os.environ.get(SUITE_BUDGET, "").split()

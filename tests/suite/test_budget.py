@@ -1,4 +1,6 @@
-"""The guards of the suite themselves: what is too slow or starts a process without saying so is found."""
+"""The guards of the suite themselves: what is too slow or starts a process without saying so is
+found.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,24 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def report(name: str, seconds: float, when: str = "call", slow: bool = False) -> Any:
-    return SimpleNamespace(nodeid=name, duration=seconds, when=when, keywords={"slow": 1} if slow else {})
+    return SimpleNamespace(
+        nodeid=name, duration=seconds, when=when, keywords={"slow": 1} if slow else {}
+    )
 
 
 def test_a_test_over_its_limit_is_named_unless_it_is_marked(calm: list[float]) -> None:
     watched = Budget(None)
-    for given in (report("a", 19.9), report("b", 20.1), report("c", 99, slow=True), report("d", 25, "setup")):
+    for given in (
+        report("a", 19.9),
+        report("b", 20.1),
+        report("c", 99, slow=True),
+        report("d", 25, "setup"),
+    ):
         watched.pytest_runtest_logreport(given)
-    assert [problem.split(": ")[1].split(" (make")[0] for problem in watched.judge()] == ["d (setup)", "b"]
+    assert [problem.split(": ")[1].split(" (make")[0] for problem in watched.judge()] == [
+        "d (setup)",
+        "b",
+    ]
     assert watched.is_fatal
     calm[0] = 1.5
     assert watched.judge() == [], "a slow machine has more time"
@@ -77,7 +89,9 @@ def test_marked(): subprocess.run([sys.executable, "--version"])
 
 
 @pytest.mark.process
-def test_a_test_that_starts_a_process_must_say_so(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_test_that_starts_a_process_must_say_so(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     pytester.makeconftest(
         "pytest_plugins = ['tests.suite.tiers']\n"
@@ -89,6 +103,8 @@ def test_a_test_that_starts_a_process_must_say_so(pytester: pytest.Pytester, mon
     pytester.makepyfile(_INNER)
     done = pytester.runpytest_subprocess("-p", "no:xdist")
     done.assert_outcomes(passed=5, errors=3)
-    done.stdout.fnmatch_lines(["*test_loud*", "*starts a process (subprocess.Popen*mark it with pytest.mark.process*"])
+    done.stdout.fnmatch_lines(
+        ["*test_loud*", "*starts a process (subprocess.Popen*mark it with pytest.mark.process*"]
+    )
     for name in ("test_worker", "test_by_fixture"):
         done.stdout.fnmatch_lines([f"ERROR *{name}*"])

@@ -1,4 +1,6 @@
-"""The ordinary suite fails for faults that are planted on purpose, one at a time, in a copy of the source."""
+"""The ordinary suite fails for faults that are planted on purpose, one at a time, in a copy of the
+source.
+"""
 
 from __future__ import annotations
 
@@ -115,10 +117,14 @@ PLANTED = [
 
 def test_every_fault_can_be_planted_and_names_tests_that_exist() -> None:
     for planted in PLANTED:
-        assert (ROOT / "llmtune" / planted.file).read_text().count(planted.right) >= 1, planted.fault
+        assert (ROOT / "llmtune" / planted.file).read_text().count(planted.right) >= 1, (
+            planted.fault
+        )
         for test in planted.tests:
             file, _, name = test.partition("::")
-            assert f"def {name}" in (ROOT / file).read_text() if name else (ROOT / file).is_file(), test
+            assert (
+                f"def {name}" in (ROOT / file).read_text() if name else (ROOT / file).is_file()
+            ), test
 
 
 @pytest.fixture
@@ -134,13 +140,22 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProce
     """The named tests of the ordinary suite, on this copy of the source."""
     program = (
         # Only this process starts for real: its tests start theirs as the ordinary suite does.
-        "import os; os.environ.pop('LLMTUNE_TEST_START', None); "
-        f"import sys; sys.path[:0] = [{str(folder)!r}]; import llmtune; assert llmtune.__file__.startswith({str(folder)!r}); "
-        f"import pytest; sys.exit(pytest.main({['-x', '-q', '-p', 'no:cacheprovider', *tests]!r}))"
+        "import os; os.environ.pop('LLMTUNE_TEST_START', None); import sys; sys.path[:0] ="
+        f" [{str(folder)!r}]; import llmtune; assert llmtune.__file__.startswith({str(folder)!r});"
+        f" import pytest; sys.exit(pytest.main({['-x', '-q', '-p', 'no:cacheprovider', *tests]!r}))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(folder), "LLMTUNE_TEST_CACHE": str(folder.parent / "cache")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "LLMTUNE_TEST_CACHE": str(folder.parent / "cache"),
+    }
     return subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -163,5 +178,7 @@ def test_a_planted_fault_is_caught(planted: Planted, copied: Path) -> None:
 @pytest.mark.usefixtures("started_cold")
 def test_nothing_planted_nothing_caught(copied: Path) -> None:
     """The same tests pass on the source as it is."""
-    done = run_tests(copied, tuple(dict.fromkeys(test for planted in PLANTED for test in planted.tests)))
+    done = run_tests(
+        copied, tuple(dict.fromkeys(test for planted in PLANTED for test in planted.tests))
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,7 +1,8 @@
-"""Three tiers of tests: fast ones start no process, ``process`` marks those that do, ``slow`` those of the long table.
+"""Three tiers of tests: fast ones start no process, ``process`` marks those that do, ``slow`` those
+of the long table.
 
-Without ``-m``, slow tests are left out. A test that starts a process without the marker fails, so that
-``scripts/test.sh --fast`` stays what it says.
+Without ``-m``, slow tests are left out. A test that starts a process without the marker fails, so
+that ``scripts/test.sh --fast`` stays what it says.
 """
 
 from __future__ import annotations
@@ -13,9 +14,28 @@ from typing import Any
 
 import pytest
 
-_STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "llmtune.multiprocessing"}
+_STARTS = {
+    "subprocess.Popen",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.system",
+    "llmtune.multiprocessing",
+}
 #: Programs that libraries ask about the machine, once a process.
-_QUESTIONS = ("ldconfig", "uname", "lscpu", "gcc", "/sbin/ldconfig", "ld", "c++", "which", "git", "file", "fc-list")
+_QUESTIONS = (
+    "ldconfig",
+    "uname",
+    "lscpu",
+    "gcc",
+    "/sbin/ldconfig",
+    "ld",
+    "c++",
+    "which",
+    "git",
+    "file",
+    "fc-list",
+)
 
 _started: list[str] = []
 
@@ -40,7 +60,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the slow tier out unless it was asked for by its marker; give those that start processes their nursery."""
+    """Leave the slow tier out unless it was asked for by its marker; give those that start
+    processes their nursery.
+    """
     for item in items:
         if item.get_closest_marker("process") and isinstance(item, pytest.Function):
             item.fixturenames.insert(0, "nursery")

@@ -20,7 +20,13 @@ from llmtune.track.tracker import Trackers
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:
-    return {"step": step, "loss": 3.0 / step, "tokens_per_second": 5.0, "memory_bytes": 10**9, **more}
+    return {
+        "step": step,
+        "loss": 3.0 / step,
+        "tokens_per_second": 5.0,
+        "memory_bytes": 10**9,
+        **more,
+    }
 
 
 def test_lines_beyond_the_checkpoint_and_half_lines_are_cut(tmp_path: Path) -> None:
@@ -47,7 +53,11 @@ def test_numbers_are_not_rounded(tmp_path: Path) -> None:
 def test_what_is_not_finite_is_null_because_json_has_no_infinity(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m.jsonl")
     file.log({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
-    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "loss": None, "grad_norm": None}
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {
+        "step": 1,
+        "loss": None,
+        "grad_norm": None,
+    }
 
 
 def test_a_failing_tracker_is_left_out_and_the_others_go_on() -> None:
@@ -87,7 +97,9 @@ def test_the_progress_line_has_what_a_person_looks_for() -> None:
         assert part in text
 
 
-def test_the_time_left_is_that_of_steps_and_not_of_what_came_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_is_that_of_steps_and_not_of_what_came_before_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     out, clock = io.StringIO(), [0.0]
     monkeypatch.setattr("llmtune.track.console.time", SimpleNamespace(monotonic=lambda: clock[0]))
     progress = ProgressLine(Console(out), total_steps=30)
@@ -115,13 +127,17 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_wandb_tracks_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_tracks_offline_without_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     config, said = TrackerConfig(kind="wandb", mode=TrackerMode.online), list[str]()
     tracker = SERVICES.find("wandb").open(
-        TrackedRun(config=config, folder=tmp_path, name="name", settings={"seed": 1}, say=said.append)
+        TrackedRun(
+            config=config, folder=tmp_path, name="name", settings={"seed": 1}, say=said.append
+        )
     )
     assert any("tracked offline" in text for text in said)
     tracker.log(line(1))

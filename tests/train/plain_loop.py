@@ -1,7 +1,8 @@
 """Training in plain PyTorch, transformers and peft: what the numbers of a run are compared with.
 
-Nothing of it comes from llmtune. Documents are forwarded one at a time, so that there is no padding, packing, accumulation,
-partition or reduction that could be wrong; the loss is taken in fp64.
+Nothing of it comes from llmtune. Documents are forwarded one at a time, so that there is no
+padding, packing, accumulation, partition or reduction that could be wrong; the loss is taken in
+fp64.
 """
 
 from __future__ import annotations
@@ -61,13 +62,19 @@ def encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             begin = len(
-                str(tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True))
+                str(
+                    tokenizer.apply_chat_template(
+                        messages[:number], tokenize=False, add_generation_prompt=True
+                    )
+                )
             )
             end = text.index(str(tokenizer.eos_token), begin) + len(str(tokenizer.eos_token))
             assert text[begin:end].startswith(message["content"])
             spans.append((begin, end))
     found: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    trained = torch.tensor([any(begin <= at < end for begin, end in spans) for at, _ in found["offset_mapping"]])
+    trained = torch.tensor(
+        [any(begin <= at < end for begin, end in spans) for at, _ in found["offset_mapping"]]
+    )
     # Nothing is learned of what the template writes behind the last answer, and nothing sees it.
     end = int(trained.nonzero()[-1]) + 1
     return Document(torch.tensor(found["input_ids"])[:end], trained[:end])
@@ -75,7 +82,9 @@ def encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
 
 def train(recipe: Recipe) -> Curve:
     """The whole run."""
-    model: Any = AutoModelForCausalLM.from_pretrained(recipe.base, dtype=torch.float32, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        recipe.base, dtype=torch.float32, attn_implementation="eager"
+    )
     if recipe.adapter is not None:
         from peft import PeftModel
 
@@ -84,8 +93,13 @@ def train(recipe: Recipe) -> Curve:
     # Biases and norms are not decayed.
     matrices = [weight for weight in trained.values() if weight.ndim > 1]
     vectors = [weight for weight in trained.values() if weight.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8
+    )
     curve = Curve(eval_losses=[evaluate(model, recipe.held_out)])
     for number, documents in enumerate(recipe.steps):
         rate = rate_of(number, recipe)
@@ -109,7 +123,9 @@ def train(recipe: Recipe) -> Curve:
 
 
 def rate_of(number: int, recipe: Recipe) -> float:
-    """Linear warm-up that begins above 0, then constant, or down towards 0 one step after the last."""
+    """Linear warm-up that begins above 0, then constant, or down towards 0 one step after the
+    last.
+    """
     warm, total = recipe.warmup_steps, len(recipe.steps)
     if number < warm:
         return recipe.learning_rate * (number + 1) / (warm + 1)

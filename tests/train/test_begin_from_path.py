@@ -1,4 +1,6 @@
-"""``resume_from_checkpoint=PATH`` begins a run once; the same command again goes on from what the run has saved since."""
+"""``resume_from_checkpoint=PATH`` begins a run once; the same command again goes on from what the
+run has saved since.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,14 @@ from tests.train.test_resume import config_of, damage, make
 
 def remember(run: Path, origin: Path | str, step: int) -> None:
     """What ``begin`` writes."""
-    (run / layout.PLAN).write_text(json.dumps({"began_from": {"origin": named_origin(str(origin)), "step": step}}))
+    (run / layout.PLAN).write_text(
+        json.dumps({"began_from": {"origin": named_origin(str(origin)), "step": step}})
+    )
 
 
-def point(run: Path, wanted: Path | str, said: list[str] | None = None, *overrides: str) -> Path | None:
+def point(
+    run: Path, wanted: Path | str, said: list[str] | None = None, *overrides: str
+) -> Path | None:
     config: Config = config_of(f"resume_from_checkpoint={wanted}", *overrides)
     return resume_point(RunFolder(run), config, "r", [].append if said is None else said.append)
 
@@ -77,7 +83,9 @@ def test_a_checkpoint_of_the_own_folder_is_gone_back_to_once(tmp_path: Path) -> 
     assert point(tmp_path, back) == later, "it was pruned"
 
 
-def test_a_lost_folder_comes_back_from_the_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_folder_comes_back_from_the_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.0)
     url = f"checkpoint.mirror={tmp_path / 'elsewhere'}"
     config = config_of(url)
@@ -91,7 +99,14 @@ def test_a_lost_folder_comes_back_from_the_mirror(tmp_path: Path, monkeypatch: p
 
 
 #: 12 steps that are slow enough to be stopped in.
-JOB = [*TINY, "precision=fp32", "train.save_steps=4", "train.max_steps=12", "train.eval_steps=4", "launch.nproc=1"]
+JOB = [
+    *TINY,
+    "precision=fp32",
+    "train.save_steps=4",
+    "train.max_steps=12",
+    "train.eval_steps=4",
+    "launch.nproc=1",
+]
 JOB += ["export=none", "tuner.lora_dropout=0.1"]
 
 
@@ -105,7 +120,9 @@ def test_a_checkpoint_of_the_last_step_is_published(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert f"finished: {second} is at step 2" in done.out
     for name in ("adapter/adapter_model.safetensors", "checkpoint-2/adapter_model.safetensors"):
-        assert (second / name).read_bytes() == (first / "adapter/adapter_model.safetensors").read_bytes()
+        assert (second / name).read_bytes() == (
+            first / "adapter/adapter_model.safetensors"
+        ).read_bytes()
     shutil.rmtree(first)
     again = run_cli(*command)
     assert (again.code, f"finished: {second} is at step 2" in again.out) == (0, True)
@@ -142,7 +159,10 @@ def start_and_stop(command: list[str], run: Path, draw: Any) -> int:
     """Start, and send SIGTERM after one to four more steps; with ``draw=None`` let it end."""
     before = len(losses(run)) if (run / "metrics.jsonl").is_file() else 0
     process = subprocess.Popen(
-        [sys.executable, "-m", "llmtune", *command], cwd=ROOT, env=dict(os.environ), stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "llmtune", *command],
+        cwd=ROOT,
+        env=dict(os.environ),
+        stdout=subprocess.DEVNULL,
     )
     if draw is not None:
         wanted, deadline = before + draw.randint(1, 3), time.monotonic() + 240

@@ -65,7 +65,9 @@ def here(run: Path) -> list[str]:
 
 @pytest.mark.parametrize("place", ["the run folder", "the mirror"])
 @pytest.mark.parametrize("lost", [False, True], ids=["the folder stays", "the folder is lost"])
-def test_a_run_that_went_back_stays_back_after_a_stop(place: str, lost: bool, tmp_path: Path) -> None:
+def test_a_run_that_went_back_stays_back_after_a_stop(
+    place: str, lost: bool, tmp_path: Path
+) -> None:
     run, mirror = tmp_path / "run", tmp_path / "mirror"
     copies = f"checkpoint.mirror={mirror}"
     assert begin(run, copies) is None
@@ -73,9 +75,13 @@ def test_a_run_that_went_back_stays_back_after_a_stop(place: str, lost: bool, tm
     path = run / "checkpoint-8" if place == "the run folder" else mirror / "r" / "checkpoint-8"
     back, said = f"resume_from_checkpoint={path}", list[str]()
     assert begin(run, copies, back, said=said) == run / "checkpoint-8"
-    assert f"checkpoint-12 at checkpoint.mirror={mirror}: left behind, and not gone on from any more" in said
     assert (
-        f"checkpoint-12 is not on the way from {run}/checkpoint-8 and was renamed to superseded-checkpoint-12" in said
+        f"checkpoint-12 at checkpoint.mirror={mirror}: left behind, and not gone on from any more"
+        in said
+    )
+    assert (
+        f"checkpoint-12 is not on the way from {run}/checkpoint-8 and was renamed to"
+        " superseded-checkpoint-12" in said
     )
     left = ["checkpoint-4", "checkpoint-8"]
     assert (here(run), there(mirror)) == (left, left)
@@ -112,7 +118,9 @@ def test_a_checkpoint_of_the_same_step_on_another_way_is_not_gone_on_from(tmp_pa
     assert (run / "superseded-checkpoint-8" / "COMPLETE").is_file(), "and it is not lost"
 
 
-def test_where_a_path_begins_is_its_own_step_and_not_where_the_run_stood_then(tmp_path: Path) -> None:
+def test_where_a_path_begins_is_its_own_step_and_not_where_the_run_stood_then(
+    tmp_path: Path,
+) -> None:
     """Else a newest checkpoint that is damaged throws the run back behind all that it has."""
     run = tmp_path / "run"
     path = make(tmp_path / "other", 4, config_of())
@@ -181,13 +189,17 @@ def test_the_run_folder_is_no_mirror_of_itself(prefix: str, tmp_path: Path) -> N
     make(run, 4, config_of())
     with pytest.raises(ConfigError, match="which is the run folder itself; name a place elsewhere"):
         begin(run, f"checkpoint.mirror={prefix}{tmp_path}")
-    assert begin(run, f"checkpoint.mirror={prefix}{run}") == run / "checkpoint-4", "a place within it is another"
+    assert begin(run, f"checkpoint.mirror={prefix}{run}") == run / "checkpoint-4", (
+        "a place within it is another"
+    )
 
 
 def test_a_run_folder_for_a_checkpoint_is_told_which_there_are(tmp_path: Path) -> None:
     make(tmp_path / "first", 4, config_of())
     newest = make(tmp_path / "first", 8, config_of())
-    with pytest.raises(CheckpointError, match=f"is a run folder: name one of its checkpoints, of which {newest} is"):
+    with pytest.raises(
+        CheckpointError, match=f"is a run folder: name one of its checkpoints, of which {newest} is"
+    ):
         begin(tmp_path / "second", f"resume_from_checkpoint={tmp_path}/first")
     with pytest.raises(CheckpointError, match="no such folder"):
         begin(tmp_path / "second", f"resume_from_checkpoint={tmp_path}/nothing")

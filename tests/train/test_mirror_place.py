@@ -1,4 +1,6 @@
-"""A place at a mirror that another run has filled: refused by what begins anew, and never emptied."""
+"""A place at a mirror that another run has filled: refused by what begins anew, and never
+emptied.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def there(mirror: Path) -> list[str]:
 def test_what_begins_anew_is_refused_a_place_that_is_used(tmp_path: Path) -> None:
     mirror, first = tmp_path / "mirror", tmp_path / "first"
     assert copy(first, mirror, start(first, mirror), 10, {10}) == []
-    with pytest.raises(CheckpointError, match=r"another run has filled \(checkpoints: checkpoint-10\)"):
+    with pytest.raises(
+        CheckpointError, match=r"another run has filled \(checkpoints: checkpoint-10\)"
+    ):
         start(tmp_path / "second", mirror, "resume_from_checkpoint=none")
     path = make(tmp_path / "other", 20, config_of())
     with pytest.raises(CheckpointError, match="another run has filled"):
@@ -99,7 +103,9 @@ def test_a_lost_folder_goes_on_at_its_own_place(tmp_path: Path) -> None:
     assert there(mirror) == ["checkpoint-20"]
 
 
-def test_copies_that_the_run_did_not_write_are_not_removed_though_nobody_looked(tmp_path: Path) -> None:
+def test_copies_that_the_run_did_not_write_are_not_removed_though_nobody_looked(
+    tmp_path: Path,
+) -> None:
     """The mirror was out of reach at the start, and is there when the first copy comes."""
     mirror, first = tmp_path / "mirror", tmp_path / "first"
     assert copy(first, mirror, start(first, mirror), 10, {10}) == []
@@ -107,14 +113,19 @@ def test_copies_that_the_run_did_not_write_are_not_removed_though_nobody_looked(
     for step in (10, 30):
         failed = copy(tmp_path / "second", mirror, "another", step, {step})
         assert failed == [
-            (f"checkpoint-{step}", "the place belongs to another run; take another run_name= or checkpoint.mirror=")
+            (
+                f"checkpoint-{step}",
+                "the place belongs to another run; take another run_name= or checkpoint.mirror=",
+            )
         ]
     assert there(mirror) == ["checkpoint-10"]
     assert (mirror / "r" / "checkpoint-10" / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["exp*", "exp?", "exp[0-9]", "a b#c%20", "exp[lr=1e-4]"])
-def test_a_name_that_reads_like_a_pattern_removes_its_own_copies_only(name: str, tmp_path: Path) -> None:
+def test_a_name_that_reads_like_a_pattern_removes_its_own_copies_only(
+    name: str, tmp_path: Path
+) -> None:
     """At an object store; ``memory://`` is one, in this process."""
     system = fsspec.filesystem("memory")
     url = f"memory://{tmp_path.name}"
@@ -124,13 +135,22 @@ def test_a_name_that_reads_like_a_pattern_removes_its_own_copies_only(name: str,
         for step in (4, 8, 12) if run_name == name else (8,):
             copies.put(make(tmp_path / f"run-{number}", step, config_of()), {f"checkpoint-{step}"})
             assert copies.finish(30) == []
-    found = {path.removeprefix(f"/{tmp_path.name}/").rpartition("/")[0] for path in system.find(f"/{tmp_path.name}")}
+    found = {
+        path.removeprefix(f"/{tmp_path.name}/").rpartition("/")[0]
+        for path in system.find(f"/{tmp_path.name}")
+    }
     assert found == {"", "exp1/checkpoint-8", "expl/checkpoint-8", f"{name}/checkpoint-12"}
     assert withdraw_copies(url, name, name, 8) == ["checkpoint-12"]
-    assert [find_remote(url, run_name) != [] for run_name in ("exp1", "expl", name)] == [True, True, False]
+    assert [find_remote(url, run_name) != [] for run_name in ("exp1", "expl", name)] == [
+        True,
+        True,
+        False,
+    ]
 
 
-def test_a_mirror_out_of_reach_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirror_out_of_reach_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unreachable(*_: object) -> None:
         raise CheckpointError("no network")
 
@@ -142,19 +162,33 @@ def test_a_mirror_out_of_reach_is_a_warning(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.process
 def test_none_with_a_used_mirror_ends_with_exit_5_and_leaves_it_as_it_was(tmp_path: Path) -> None:
-    job = [*TINY, "train.max_steps=1", "export=none", "launch.nproc=1", "run_name=r", f"checkpoint.mirror={tmp_path}/m"]
+    job = [
+        *TINY,
+        "train.max_steps=1",
+        "export=none",
+        "launch.nproc=1",
+        "run_name=r",
+        f"checkpoint.mirror={tmp_path}/m",
+    ]
     first = run_cli(*job, f"output_dir={tmp_path}/first")
     assert (first.code, there(tmp_path / "m")) == (0, ["checkpoint-1"]), first.err
-    assert (tmp_path / "m" / "r.owner").read_text() == RunFolder(tmp_path / "first").read_run_id(), (
-        "it has marked its place"
-    )
+    assert (tmp_path / "m" / "r.owner").read_text() == RunFolder(
+        tmp_path / "first"
+    ).read_run_id(), "it has marked its place"
     files = {path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()}
     done = run_cli(*job, f"output_dir={tmp_path}/second", "resume_from_checkpoint=none")
-    assert (done.code, "has a place for run_name=r that another run has filled" in done.err) == (5, True), done.err
-    assert {path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()} == files
+    assert (done.code, "has a place for run_name=r that another run has filled" in done.err) == (
+        5,
+        True,
+    ), done.err
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()
+    } == files
 
 
-def test_what_a_stop_left_no_time_for_is_copied_by_verify(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_a_stop_left_no_time_for_is_copied_by_verify(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     mirror, run = tmp_path / "mirror", tmp_path / "run"
     run_id = start(run, mirror)
     assert copy(run, mirror, run_id, 5, {5}) == []
@@ -164,14 +198,18 @@ def test_what_a_stop_left_no_time_for_is_copied_by_verify(tmp_path: Path, capfd:
     (run / layout.PLAN).write_text(json.dumps({"run_id": run_id, "run_name": "r"}))
     (run / layout.CONFIG).write_text(dump_redacted(config_of(f"checkpoint.mirror={mirror}")))
     assert main(["verify", f"run={run}", "--mirror"]) == 5
-    assert "ok  " + str(mirror / "r") + " has every checkpoint that is whole" in capfd.readouterr().out
+    assert (
+        "ok  " + str(mirror / "r") + " has every checkpoint that is whole" in capfd.readouterr().out
+    )
     assert there(mirror) == ["checkpoint-5", "checkpoint-10"]
     shutil.rmtree(run / "checkpoint-15")
     assert main(["verify", f"run={run}", "--mirror", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["not_copied"] == {}
 
 
-def test_verify_does_not_copy_beside_a_run_that_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_verify_does_not_copy_beside_a_run_that_does(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     mirror, run = tmp_path / "mirror", tmp_path / "run"
     start(run, mirror)
     make(run, 10, config_of())
@@ -186,7 +224,9 @@ def test_verify_does_not_copy_beside_a_run_that_does(tmp_path: Path, capfd: pyte
     assert there(mirror) == ["checkpoint-10"]
 
 
-def test_verify_says_what_it_could_not_copy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_verify_says_what_it_could_not_copy(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     mirror, run = tmp_path / "mirror", tmp_path / "run"
     assert copy(tmp_path / "first", mirror, start(tmp_path / "first", mirror), 5, {5}) == []
     make(run, 10, config_of())
@@ -194,10 +234,22 @@ def test_verify_says_what_it_could_not_copy(tmp_path: Path, capfd: pytest.Captur
     for stored, given, code, part in (
         (None, None, 2, "it has none"),
         ("s3://me:hunter2@b/x", None, 2, "a run folder holds no passwords"),
-        (str(mirror), None, 5, "checkpoint-10 is not at checkpoint.mirror: the place belongs to another run"),
-        (None, str(mirror), 5, "checkpoint-10 is not at checkpoint.mirror: the place belongs to another run"),
+        (
+            str(mirror),
+            None,
+            5,
+            "checkpoint-10 is not at checkpoint.mirror: the place belongs to another run",
+        ),
+        (
+            None,
+            str(mirror),
+            5,
+            "checkpoint-10 is not at checkpoint.mirror: the place belongs to another run",
+        ),
     ):
-        (run / layout.CONFIG).write_text(dump_redacted(config_of(f"checkpoint.mirror={stored or 'null'}")))
+        (run / layout.CONFIG).write_text(
+            dump_redacted(config_of(f"checkpoint.mirror={stored or 'null'}"))
+        )
         extra = [f"checkpoint.mirror={given}"] if given else []
         assert main(["verify", f"run={run}", "--mirror", *extra]) == code
         assert part in capfd.readouterr().err
@@ -207,8 +259,17 @@ def test_verify_says_what_it_could_not_copy(tmp_path: Path, capfd: pytest.Captur
 
 @pytest.mark.process
 def test_the_next_start_copies_what_is_not_there_first(tmp_path: Path) -> None:
-    job = [*TINY, "export=none", "launch.nproc=1", "run_name=r", "train.save_steps=1", f"output_dir={tmp_path}/run"]
+    job = [
+        *TINY,
+        "export=none",
+        "launch.nproc=1",
+        "run_name=r",
+        "train.save_steps=1",
+        f"output_dir={tmp_path}/run",
+    ]
     assert run_cli(*job, "train.max_steps=2", "train.eval_max_rows=2").code == 0
-    done = run_cli(*job, "train.max_steps=3", "train.eval_max_rows=2", f"checkpoint.mirror={tmp_path}/m")
+    done = run_cli(
+        *job, "train.max_steps=3", "train.eval_max_rows=2", f"checkpoint.mirror={tmp_path}/m"
+    )
     assert done.code == 0, done.err
     assert there(tmp_path / "m") == ["checkpoint-2", "checkpoint-3"]

@@ -38,10 +38,14 @@ BAD = StepResult(math.nan, math.inf, False)
 
 def test_stop_names_the_rows_that_are_to_blame(tmp_path: Path) -> None:
     numbers, _ = watch(tmp_path, OnNan.stop, [[1.0, math.nan], [2.0, math.nan]])
-    with pytest.raises(DivergedError, match=r"step 9: loss nan, .* the loss is not finite on rows.jsonl:3$"):
+    with pytest.raises(
+        DivergedError, match=r"step 9: loss nan, .* the loss is not finite on rows.jsonl:3$"
+    ):
         numbers.check(9, STEP, BAD)
     numbers, _ = watch(tmp_path, OnNan.stop)
-    with pytest.raises(DivergedError, match=r"the rows of the step are rows.jsonl:3, rows.jsonl:5, rows.jsonl:7$"):
+    with pytest.raises(
+        DivergedError, match=r"the rows of the step are rows.jsonl:3, rows.jsonl:5, rows.jsonl:7$"
+    ):
         numbers.check(9, STEP, StepResult(1.0, math.inf, False))
 
 
@@ -79,5 +83,8 @@ def test_a_spike_is_told_against_the_last_steps(tmp_path: Path) -> None:
     assert said == []
     numbers.check(40, STEP, StepResult(4.0, 1.0, True))
     numbers.check(41, STEP, StepResult(2.0, 25.0, True))
-    assert ["the loss 4.0000 is a spike" in said[0], "the gradient norm 25 is a spike" in said[1]] == [True, True]
+    assert [
+        "the loss 4.0000 is a spike" in said[0],
+        "the gradient norm 25 is a spike" in said[1],
+    ] == [True, True]
     assert len(said) == 2

@@ -1,4 +1,6 @@
-"""Documents of a packed row are tried for leaks: exactly, on any architecture, and on what is right as well."""
+"""Documents of a packed row are tried for leaks: exactly, on any architecture, and on what is right
+as well.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,12 @@ def test_an_architecture_is_known_by_a_small_model_of_it(family: str, kernel: st
     [
         (
             "llama",
-            {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8},
+            {
+                "hidden_size": 8192,
+                "num_hidden_layers": 80,
+                "num_attention_heads": 64,
+                "num_key_value_heads": 8,
+            },
             False,
         ),
         ("gemma3_text", {}, False),
@@ -66,10 +73,19 @@ def test_an_architecture_is_known_by_a_small_model_of_it(family: str, kernel: st
         ("deepseek_v3", {}, False),
         ("qwen3_next", {}, True),
         ("jamba", {}, True),
-        ("lfm2", {"layer_types": ["conv", "conv", "full_attention"] * 5 + ["conv"], "num_hidden_layers": 16}, True),
+        (
+            "lfm2",
+            {
+                "layer_types": ["conv", "conv", "full_attention"] * 5 + ["conv"],
+                "num_hidden_layers": 16,
+            },
+            True,
+        ),
     ],
 )
-def test_models_of_full_size_are_tried_as_small_ones(family: str, numbers: dict[str, Any], leaks: bool) -> None:
+def test_models_of_full_size_are_tried_as_small_ones(
+    family: str, numbers: dict[str, Any], leaks: bool
+) -> None:
     found = find_leak(AutoConfig.for_model(family, **numbers), "eager", False)
     assert found is not None
     assert (found.largest > SMALL_LIMIT) == leaks
@@ -79,7 +95,9 @@ def test_a_small_model_has_the_kinds_of_layers_of_the_large_one() -> None:
     large = AutoConfig.for_model("gemma3_text", num_hidden_layers=62)
     small = shrink(large)
     assert small.num_hidden_layers == MAX_LAYERS
-    assert set(small.layer_types) == set(large.layer_types) == {"sliding_attention", "full_attention"}
+    assert (
+        set(small.layer_types) == set(large.layer_types) == {"sliding_attention", "full_attention"}
+    )
     assert large.num_hidden_layers == 62, "the model's own configuration is left as it is"
     assert sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters()) < 1e6
 
@@ -95,19 +113,27 @@ def test_the_trial_packs_as_training_does() -> None:
     measure_mixing(forward, Collator(0), (one, other))
     ids = np.concatenate([one.ids, other.ids])
     expected = Collator(0).pack(
-        [Row(ids, np.ones(5, bool), (3, 2)), Row(np.concatenate([other.ids, one.ids]), np.ones(5, bool), (2, 3))]
+        [
+            Row(ids, np.ones(5, bool), (3, 2)),
+            Row(np.concatenate([other.ids, one.ids]), np.ones(5, bool), (2, 3)),
+        ]
     )
     assert torch.equal(seen[0].input_ids, expected.input_ids)
     assert seen[0].position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "qwen3_moe", "mamba", "rwkv", "recurrent_gemma"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "opt", "qwen3_moe", "mamba", "rwkv", "recurrent_gemma"]
+)
 def test_the_model_itself_is_judged_in_its_own_precision(family: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(configuration(family), attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(
+        configuration(family), attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
-        # As much as is learned in training: a model that was just drawn takes little notice of what stands before.
+        # As much as is learned in training: a model that was just drawn takes little notice of what
+        # stands before.
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
@@ -115,7 +141,9 @@ def test_the_model_itself_is_judged_in_its_own_precision(family: str, dtype: tor
     answer_on_host(model)
     documents = draw_documents((LENGTHS[0] // 2, LENGTHS[1]), 128)
     with torch.no_grad():
-        found = measure_mixing(lambda batch: model(**batch.inputs, use_cache=False).logits, Collator(0), documents)
+        found = measure_mixing(
+            lambda batch: model(**batch.inputs, use_cache=False).logits, Collator(0), documents
+        )
     assert (found.mean_square > LIMITS[dtype]) == (family in MIXING), found
 
 
@@ -131,11 +159,15 @@ def test_packing_is_refused_before_the_ranks_with_what_to_do(tmp_path: Path) -> 
 
     folder = save_model("lfm2", tmp_path / "m")
     packed, alone = (
-        compose_config([f"model.name_or_path={folder}", "data.train=x.jsonl", f"data.packing={on}"]).config
+        compose_config(
+            [f"model.name_or_path={folder}", "data.train=x.jsonl", f"data.packing={on}"]
+        ).config
         for on in ("true", "false")
     )
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"data.packing=true: .*transformers' lfm2.*Take data.packing=false"):
+        with pytest.raises(
+            ConfigError, match=r"data.packing=true: .*transformers' lfm2.*Take data.packing=false"
+        ):
             check_model(packed, "eager", 0, folder, tmp_path / "cache", lambda _: None)
     check_model(alone, "eager", 0, folder, tmp_path / "cache", lambda _: None)
 
@@ -154,10 +186,20 @@ def logits_of(bad: dict[tuple[int, int], float]) -> Any:
 
 @pytest.mark.parametrize(
     ("place", "alone", "behind"),
-    [((0, 1), (0,), ()), ((1, 0), (1,), ()), ((0, 4), (), (1,)), ((1, 3), (), (0,)), ((0, 3), (), (1,))],
+    [
+        ((0, 1), (0,), ()),
+        ((1, 0), (1,), ()),
+        ((0, 4), (), (1,)),
+        ((1, 3), (), (0,)),
+        ((0, 3), (), (1,)),
+    ],
 )
-def test_documents_without_numbers_are_named(place: tuple[int, int], alone: Any, behind: Any) -> None:
-    found = measure_mixing(logits_of({place: float("nan")}), Collator(0), draw_documents((3, 2), 97))
+def test_documents_without_numbers_are_named(
+    place: tuple[int, int], alone: Any, behind: Any
+) -> None:
+    found = measure_mixing(
+        logits_of({place: float("nan")}), Collator(0), draw_documents((3, 2), 97)
+    )
     assert (found.numberless_alone, found.numberless_behind) == (alone, behind)
 
 
@@ -172,8 +214,13 @@ def test_infinite_logits_are_numbers_where_both_have_them() -> None:
 
     found = measure_mixing(forward, Collator(0), draw_documents((3, 2), 97))
     assert (found.largest, found.numberless_alone, found.numberless_behind) == (0.0, (), ())
-    assert measure_mixing(logits_of(everywhere), Collator(0), draw_documents((3, 2), 97)).largest == 0.0
-    leak = measure_mixing(logits_of({(0, 4): float("-inf")}), Collator(0), draw_documents((3, 2), 97))
+    assert (
+        measure_mixing(logits_of(everywhere), Collator(0), draw_documents((3, 2), 97)).largest
+        == 0.0
+    )
+    leak = measure_mixing(
+        logits_of({(0, 4): float("-inf")}), Collator(0), draw_documents((3, 2), 97)
+    )
     assert leak.largest > SMALL_LIMIT
 
 
@@ -182,10 +229,14 @@ def test_infinite_logits_are_numbers_where_both_have_them() -> None:
     [
         (
             {(0, 1): float("nan"), (1, 0): float("nan")},
-            r"model.name_or_path=m: the model answers with NaN: .* logits of the first and the second are no numbers where "
+            r"model.name_or_path=m: the model answers with NaN: .* logits of the first and the"
+            r" second are no numbers where "
             r"nothing stands before it.*take bf16 or fp32",
         ),
-        ({(1, 3): float("nan")}, r"the model answers with NaN: .* logits of the second are no numbers where nothing"),
+        (
+            {(1, 3): float("nan")},
+            r"the model answers with NaN: .* logits of the second are no numbers where nothing",
+        ),
         (
             {(0, 50): float("nan")},
             r"data.packing=true: m answers with NaN behind another .* logits of the second are no",
@@ -193,7 +244,9 @@ def test_infinite_logits_are_numbers_where_both_have_them() -> None:
         ({(0, 50): 3.0}, r"data.packing=true: m does not keep the documents of a row apart"),
     ],
 )
-def test_a_model_that_answers_with_nan_is_no_leak(bad: dict[tuple[int, int], float], message: str) -> None:
+def test_a_model_that_answers_with_nan_is_no_leak(
+    bad: dict[tuple[int, int], float], message: str
+) -> None:
     module: Any = SimpleNamespace(
         logits=logits_of(bad),
         rank=SimpleNamespace(world_size=1),
@@ -204,21 +257,32 @@ def test_a_model_that_answers_with_nan_is_no_leak(bad: dict[tuple[int, int], flo
 
 
 def test_a_model_whose_weights_are_nan_is_told_so() -> None:
-    model = AutoModelForCausalLM.from_config(configuration("llama"), attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(
+        configuration("llama"), attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
         found = measure_mixing(
-            lambda batch: model(**batch.inputs, use_cache=False).logits, Collator(0), draw_documents((9, 5), 128)
+            lambda batch: model(**batch.inputs, use_cache=False).logits,
+            Collator(0),
+            draw_documents((9, 5), 128),
         )
     assert (found.numberless_alone, found.numberless_behind) == ((0, 1), (0, 1))
 
 
-def test_a_small_model_that_answers_with_nan_alone_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_model_that_answers_with_nan_alone_decides_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its weights are random; those of the model itself are tried before step 1."""
     nan = float("nan")
     said = {}
-    for case, found in {"alone": Mixing(nan, nan, (0, 1), (0, 1)), "behind": Mixing(nan, nan, (), (1,))}.items():
-        monkeypatch.setattr("llmtune.train.hooks.packing_probe.find_leak", lambda *_, found=found: found)
+    for case, found in {
+        "alone": Mixing(nan, nan, (0, 1), (0, 1)),
+        "behind": Mixing(nan, nan, (), (1,)),
+    }.items():
+        monkeypatch.setattr(
+            "llmtune.train.hooks.packing_probe.find_leak", lambda *_, found=found: found
+        )
         said[case] = try_architecture(configuration("llama"), "eager", "m", False)
     assert said["alone"] is None
     assert "m answers with NaN behind another document" in str(said["behind"])

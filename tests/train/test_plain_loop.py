@@ -59,14 +59,19 @@ def conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
     for _ in range(count):
         row = [{"role": "system", "content": text(6)}] if draws.random() < 0.3 else []
         for _ in range(draws.randint(1, 3)):
-            row += [{"role": "user", "content": text(9)}, {"role": "assistant", "content": text(12)}]
+            row += [
+                {"role": "user", "content": text(9)},
+                {"role": "assistant", "content": text(12)},
+            ]
         rows.append(row)
     return rows
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data: 23 rows to train on, so that no batch size divides them, and 7 that are held out."""
+    """The data: 23 rows to train on, so that no batch size divides them, and 7 that are held
+    out.
+    """
     folder = tmp_path_factory.mktemp("plain")
     for name, count, seed in (("train", 23, 1), ("eval", 7, 2)):
         lines = (json.dumps({"messages": row}) for row in conversations(count, seed))
@@ -78,7 +83,9 @@ def make_adapter(base: Path, folder: Path) -> Path:
     """By peft, with both of its matrices drawn, so that its first step is not one on zeros."""
     torch.manual_seed(3)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
     wrapped = get_peft_model(model, settings)
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name:
@@ -87,7 +94,9 @@ def make_adapter(base: Path, folder: Path) -> Path:
     return folder / "first"
 
 
-def documents_of_steps(run: Path, documents: list[plain_loop.Document]) -> list[list[plain_loop.Document]]:
+def documents_of_steps(
+    run: Path, documents: list[plain_loop.Document]
+) -> list[list[plain_loop.Document]]:
     """Which documents each step saw: the one thing that only the run can say."""
     plan = json.loads((run / "plan.json").read_text())
     rows = open_rows(PreparedData.from_dict(plan["data"]), "train")
@@ -104,10 +113,24 @@ def check(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
     schedule = SCHEDULES[(stage + ranks) % 3]
     run = tmp_path / "run"
     overrides = [
-        *(*TINY, f"tuner={tuner}", f"data.packing={packing}", f"zero={stage}", f"launch.nproc={ranks}"),
+        *(
+            *TINY,
+            f"tuner={tuner}",
+            f"data.packing={packing}",
+            f"zero={stage}",
+            f"launch.nproc={ranks}",
+        ),
         *(f"train.gradient_accumulation_steps={accumulation}", f"optim.weight_decay={decay}"),
-        *(f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'eval.jsonl'}", "precision=fp32"),
-        *(f"train.global_batch_size={BATCH}", "train.num_train_epochs=1.5", f"optim.learning_rate={RATE}"),
+        *(
+            f"data.train={folder / 'train.jsonl'}",
+            f"data.eval={folder / 'eval.jsonl'}",
+            "precision=fp32",
+        ),
+        *(
+            f"train.global_batch_size={BATCH}",
+            "train.num_train_epochs=1.5",
+            f"optim.learning_rate={RATE}",
+        ),
         *(f"schedule.warmup_steps={WARMUP}", f"schedule={schedule}", f"train.max_grad_norm={CLIP}"),
         *("export=none", f"output_dir={run}"),
     ]
@@ -122,11 +145,16 @@ def check(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
 
     tokenizer = plain_loop.load_tokenizer(base)
     train, held_out = (
-        [plain_loop.encode(json.loads(line)["messages"], tokenizer) for line in (folder / name).open()]
+        [
+            plain_loop.encode(json.loads(line)["messages"], tokenizer)
+            for line in (folder / name).open()
+        ]
         for name in ("train.jsonl", "eval.jsonl")
     )
     steps = documents_of_steps(run, train)
-    found = plain_loop.train(plain_loop.Recipe(base, adapter, steps, held_out, RATE, schedule, WARMUP, decay, CLIP))
+    found = plain_loop.train(
+        plain_loop.Recipe(base, adapter, steps, held_out, RATE, schedule, WARMUP, decay, CLIP)
+    )
 
     records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     lines = [record for record in records if "loss" in record]
@@ -135,7 +163,9 @@ def check(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
     assert [line["loss"] for line in lines] == pytest.approx(found.losses, rel=TOLERANCE)
     assert [line["grad_norm"] for line in lines] == pytest.approx(found.norms, rel=TOLERANCE)
     assert [line["learning_rate"] for line in lines] == pytest.approx(found.rates, rel=1e-9)
-    assert [line["tokens"] for line in lines] == [sum(len(document.ids) for document in step) for step in steps]
+    assert [line["tokens"] for line in lines] == [
+        sum(len(document.ids) for document in step) for step in steps
+    ]
     evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert evaluations == pytest.approx(found.eval_losses, rel=TOLERANCE)
     check_weights(run, found)
@@ -147,20 +177,27 @@ def check_weights(run: Path, found: plain_loop.Curve) -> None:
     expected = {name.replace(".default.", "."): weight for name, weight in found.weights.items()}
     assert written.keys() == expected.keys()
     for name, weight in expected.items():
-        # AdamW makes a step of full length out of a gradient of any size, so that single elements may differ by one.
+        # AdamW makes a step of full length out of a gradient of any size, so that single elements
+        # may differ by one.
         assert float((written[name] - weight).norm() / weight.norm()) < TOLERANCE, name
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
-def test_a_run_is_what_plain_pytorch_computes(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
+def test_a_run_is_what_plain_pytorch_computes(
+    cell: tuple[Any, ...], folder: Path, tmp_path: Path
+) -> None:
     check(cell, folder, tmp_path)
 
 
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "cell", [cell for cell in product(*FACTORS) if cell not in CELLS], ids=lambda cell: "-".join(map(str, cell))
+    "cell",
+    [cell for cell in product(*FACTORS) if cell not in CELLS],
+    ids=lambda cell: "-".join(map(str, cell)),
 )
-def test_every_other_run_is_what_plain_pytorch_computes(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
+def test_every_other_run_is_what_plain_pytorch_computes(
+    cell: tuple[Any, ...], folder: Path, tmp_path: Path
+) -> None:
     check(cell, folder, tmp_path)

@@ -17,15 +17,24 @@ from tests.train.test_resume import config_of
 
 
 @pytest.mark.parametrize("resume_from", [None, Path("/runs/r/checkpoint-4")])
-def test_every_part_of_a_request_arrives(resume_from: Path | None, tiny_model: Path, tmp_path: Path) -> None:
+def test_every_part_of_a_request_arrives(
+    resume_from: Path | None, tiny_model: Path, tmp_path: Path
+) -> None:
     config = config_of(
-        "data.train=stdlib_docs@40", "data.val_set_size=4", "checkpoint.mirror=s3://bucket/place", "launch.nproc=1"
+        "data.train=stdlib_docs@40",
+        "data.val_set_size=4",
+        "checkpoint.mirror=s3://bucket/place",
+        "launch.nproc=1",
     )
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     data = prepare_data(config.data, tokenizer, 1, tmp_path)
     plan = resolve_plan(config, 1)
-    steps = resolve_steps(config.train, config.schedule, data.train.rows, plan.batch.global_batch_size)
-    request = RunRequest(config, plan, steps, data, tmp_path / "run", "name", tiny_model, resume_from, "an id")
+    steps = resolve_steps(
+        config.train, config.schedule, data.train.rows, plan.batch.global_batch_size
+    )
+    request = RunRequest(
+        config, plan, steps, data, tmp_path / "run", "name", tiny_model, resume_from, "an id"
+    )
     read = RunRequest.from_json(request.to_json())
     for part in fields(RunRequest):
         there, here = getattr(read, part.name), getattr(request, part.name)

@@ -32,7 +32,9 @@ def make(run: Path, step: int, config: Config, draws_version: int = DRAWS_VERSIO
     (folder / "trainer_state.json").write_text(state.to_json())
     (folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
     (folder / "config.yaml").write_text(dump_redacted(config))
-    write_manifest(folder, {file.name: hash_file(file) for file in folder.iterdir()}, {"step": step})
+    write_manifest(
+        folder, {file.name: hash_file(file) for file in folder.iterdir()}, {"step": step}
+    )
     mark_complete(folder)
     return folder
 
@@ -52,7 +54,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Pat
     damage(folders[2])
     (folders[1] / "trainer_state.json").unlink()
     assert resume_point(run, config, "r", said.append) == folders[0]
-    assert "checkpoint-15 is damaged and passed over: trainer_state.json has other contents" in said[0]
+    assert (
+        "checkpoint-15 is damaged and passed over: trainer_state.json has other contents" in said[0]
+    )
     assert "checkpoint-10 is damaged and passed over: trainer_state.json is missing" in said[1]
     damage(folders[0])
     with pytest.raises(CheckpointError, match="every checkpoint in it is damaged"):
@@ -69,18 +73,34 @@ def test_a_named_checkpoint_must_be_whole_and_of_this_run(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="seed: 42 there, 7 now"):
         resume_point(run, config_of(f"resume_from_checkpoint={folder}", "seed=7"), "r", print)
     # Of a long value, that of it which differs.
-    with pytest.raises(CheckpointError, match=r":\n  model.config.num_hidden_layers: 2 there, 3 now\nTake"):
-        resume_point(run, config_of(f"resume_from_checkpoint={folder}", "model.config.num_hidden_layers=3"), "r", print)
+    with pytest.raises(
+        CheckpointError, match=r":\n  model.config.num_hidden_layers: 2 there, 3 now\nTake"
+    ):
+        resume_point(
+            run,
+            config_of(f"resume_from_checkpoint={folder}", "model.config.num_hidden_layers=3"),
+            "r",
+            print,
+        )
     # A null is not the same as nothing, which leaves the base's own value.
-    with pytest.raises(CheckpointError, match=r"model.config.rope_scaling: not set there, None now"):
-        resume_point(run, config_of(f"resume_from_checkpoint={folder}", "+model.config.rope_scaling=null"), "r", print)
+    with pytest.raises(
+        CheckpointError, match=r"model.config.rope_scaling: not set there, None now"
+    ):
+        resume_point(
+            run,
+            config_of(f"resume_from_checkpoint={folder}", "+model.config.rope_scaling=null"),
+            "r",
+            print,
+        )
     damage(folder)
     with pytest.raises(CheckpointError, match=r"is damaged: trainer_state.json"):
         resume_point(run, named, "r", print)
     assert resume_point(run, config_of("resume_from_checkpoint=none"), "r", print) is None
 
 
-def test_a_lost_run_folder_comes_back_from_the_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_run_folder_comes_back_from_the_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.0)
     url = str(tmp_path / "elsewhere")
     config, said = config_of(f"checkpoint.mirror={url}"), []
@@ -111,7 +131,9 @@ def test_a_lost_run_folder_comes_back_from_the_mirror(tmp_path: Path, monkeypatc
         resume_point(run, config, "r", said.append)
 
 
-def test_a_start_that_ended_behind_its_fetch_goes_on_and_another_run_does_not(tmp_path: Path) -> None:
+def test_a_start_that_ended_behind_its_fetch_goes_on_and_another_run_does_not(
+    tmp_path: Path,
+) -> None:
     """The folder then holds a checkpoint and no configuration of its own."""
     config = config_of()
     folder = make(tmp_path, 5, config)
@@ -130,7 +152,10 @@ def test_a_run_that_began_with_other_draws_is_refused(tmp_path: Path) -> None:
     for chosen in (config, config_of(f"resume_from_checkpoint={older}")):
         with pytest.raises(
             CheckpointError,
-            match=rf"version {DRAWS_VERSION - 1} of the random draws, and this llmtune has version {DRAWS_VERSION}",
+            match=(
+                rf"version {DRAWS_VERSION - 1} of the random draws, and this llmtune has version"
+                rf" {DRAWS_VERSION}"
+            ),
         ):
             resume_point(RunFolder(tmp_path), chosen, "r", print)
     make(tmp_path, 10, config)
@@ -146,7 +171,14 @@ def test_a_checkpoint_that_is_not_there_is_not_called_damaged(tmp_path: Path) ->
 @pytest.mark.process
 def test_dropout_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
     """Interrupted or not, with or without workers that make the batches."""
-    base = [*TINY, "tuner.lora_dropout=0.3", "precision=fp32", "train.save_steps=2", "export=none", "launch.nproc=1"]
+    base = [
+        *TINY,
+        "tuner.lora_dropout=0.3",
+        "precision=fp32",
+        "train.save_steps=2",
+        "export=none",
+        "launch.nproc=1",
+    ]
     base += ["schedule.lr_scheduler_type=constant", "schedule.warmup_ratio=0", "train.eval_steps=2"]
 
     def curve(name: str, *overrides: str) -> list[float]:

@@ -1,4 +1,6 @@
-"""A run folder's small files are whole or not there: a full disk or an end in the middle blocks no later start."""
+"""A run folder's small files are whole or not there: a full disk or an end in the middle blocks no
+later start.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,15 @@ def start(run: Path) -> None:
     folder.check_owner(config)
     resume_from = resume_point(folder, config, "r", lambda _: None)
     step = -1 if resume_from is None else 4
-    folder.begin(config, ["seed=42"], {"run_id": "a", "data": {"fingerprint": "x"}}, step, resume_from)
+    folder.begin(
+        config, ["seed=42"], {"run_id": "a", "data": {"fingerprint": "x"}}, step, resume_from
+    )
 
 
 def describing(run: Path) -> dict[str, bytes]:
     return {
-        name: (run / name).read_bytes() for name in (layout.CONFIG, layout.OVERRIDES, layout.PLAN, layout.ENVIRONMENT)
+        name: (run / name).read_bytes()
+        for name in (layout.CONFIG, layout.OVERRIDES, layout.PLAN, layout.ENVIRONMENT)
     }
 
 
@@ -78,7 +83,9 @@ def test_a_full_disk_leaves_the_description_of_the_run_as_it_was(tmp_path: Path)
         ballast = fill(disk)
         for _ in range(2):
             with hold_lock(run / layout.LOCK):
-                with pytest.raises(CheckpointError, match=r"No space left on device\. Free space there") as refusal:
+                with pytest.raises(
+                    CheckpointError, match=r"No space left on device\. Free space there"
+                ) as refusal:
                     start(run)
                 assert refusal.value.exit_code == 5
         assert describing(run) == before
@@ -94,14 +101,19 @@ def test_what_a_crash_of_the_machine_cut_off_is_passed_over(tmp_path: Path) -> N
     for text in ("", '{"step"', '{"run_id": "a"'):
         for name in (layout.PLAN, layout.FINISHED, layout.SKIPPED_STEPS):
             (tmp_path / name).write_text(text)
-        assert (folder.finished_step, folder.read_run_id(), folder.read_began()) == (None, None, None)
+        assert (folder.finished_step, folder.read_run_id(), folder.read_began()) == (
+            None,
+            None,
+            None,
+        )
         assert folder.read_history() == []
         assert _read(tmp_path / layout.SKIPPED_STEPS) == frozenset()
         start(tmp_path)
         assert folder.read_run_id() == "a"
 
 
-#: Ends the process as ``kill -9`` does, at the moment that is named, while a start describes its run.
+# : Ends the process as ``kill -9`` does, at the moment that is named, while a start describes its
+# run.
 KILLED = """
 import os, sys
 from pathlib import Path
@@ -128,15 +140,21 @@ def test_a_first_start_that_is_killed_anywhere_does_not_stand_in_the_way_of_the_
 ) -> None:
     (tmp_path / ".nfs0001").touch()
     (tmp_path / layout.LOG).touch()
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(moment)], cwd=ROOT, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(moment)], cwd=ROOT, check=False
+    )
     assert killed.returncode == 9
     start(tmp_path)
     assert json.loads((tmp_path / layout.PLAN).read_text())["run_id"] == "a"
     assert not list(tmp_path.glob(".*.part"))
 
 
-@pytest.mark.parametrize("name", [".seen-by-all-3f", ".nfs000012", ".DS_Store", "SAVE", "train.log", ".plan.json.part"])
-def test_marks_of_our_own_and_of_file_systems_make_no_folder_a_strangers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [".seen-by-all-3f", ".nfs000012", ".DS_Store", "SAVE", "train.log", ".plan.json.part"]
+)
+def test_marks_of_our_own_and_of_file_systems_make_no_folder_a_strangers(
+    name: str, tmp_path: Path
+) -> None:
     (tmp_path / name).touch()
     assert RunFolder(tmp_path).check_owner(config_of()) == []
 
@@ -174,5 +192,8 @@ def test_a_file_that_is_no_json_is_none(tmp_path: Path) -> None:
 
 def test_nothing_in_a_run_folder_is_written_in_place() -> None:
     """But for files that grow, of which readers pass over a line that is cut off."""
-    for file in (*(ROOT / "llmtune" / "train").glob("*.py"), ROOT / "llmtune" / "track" / "metrics.py"):
+    for file in (
+        *(ROOT / "llmtune" / "train").glob("*.py"),
+        ROOT / "llmtune" / "track" / "metrics.py",
+    ):
         assert not re.search(r"\.write_(text|bytes)\(|open\(\"w", file.read_text()), file

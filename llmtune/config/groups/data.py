@@ -10,7 +10,9 @@ from omegaconf import MISSING
 
 
 class _ByNameOrValue(EnumMeta):
-    """An enum that is also looked up by its values, as OmegaConf looks up what a YAML file says: ``raise`` can be no name."""
+    """An enum that is also looked up by its values, as OmegaConf looks up what a YAML file says:
+    ``raise`` can be no name.
+    """
 
     def __getitem__(cls, name: str) -> Any:
         members: dict[str, Any] = dict(cls.__members__)
@@ -37,7 +39,9 @@ class OnBadRow(Enum, metaclass=_ByNameOrValue):
 def name_data(value: Any) -> str:
     """What ``data.train`` or ``data.eval`` names, for a reader."""
     entries = value if isinstance(value, list) else [value]
-    return ", ".join(str(entry.get("path") if isinstance(entry, dict) else entry) for entry in entries)
+    return ", ".join(
+        str(entry.get("path") if isinstance(entry, dict) else entry) for entry in entries
+    )
 
 
 @dataclass(slots=True)
@@ -45,16 +49,18 @@ class DataConfig:
     """Which rows are trained on, and how they become tokens."""
 
     train: Any = MISSING
-    """A file, a pattern, a folder, a URL, a Hugging Face id, ``stdlib_docs``, or a list of them; ``@N`` behind it takes N
-    rows drawn with the seed. Instead of a text, a mapping with ``path`` and any of ``format fields ignore limit repeat
-    weight split name revision``."""
+    """A file, a pattern, a folder, a URL, a Hugging Face id, ``stdlib_docs``, or a list of them;
+    ``@N`` behind it takes N rows drawn with the seed. Instead of a text, a mapping with ``path``
+    and any of ``format fields ignore limit repeat weight split name revision``."""
     eval: Any = None
     """The same for evaluation; without it ``val_set_size`` rows are split off the training data."""
     val_set_size: int | float = 0.05
-    """Rows of the files (an integer), or a share of them (a fraction below 1), split off for evaluation; 0 for none. A
-    long text is held out whole, whatever ``overlong`` makes of it."""
+    """Rows of the files (an integer), or a share of them (a fraction below 1), split off for
+    evaluation; 0 for none. A long text is held out whole, whatever ``overlong`` makes of it."""
     format: str = "auto"
-    """Format of the rows (``data/formats/``); ``auto`` tells it by the fields of each file's first row."""
+    """Format of the rows (``data/formats/``); ``auto`` tells it by the fields of each file's first
+    row.
+    """
     chat_template: str | None = None
     """A name in ``conf/chat_template/`` or a ``.jinja`` file; without it the tokenizer's own."""
     max_seq_length: int = 2048
@@ -62,23 +68,32 @@ class DataConfig:
     packing: bool = False
     """Put several short rows into one of ``max_seq_length``; they do not see each other."""
     overlong: Overlong = Overlong.drop
-    """What happens to longer rows: ``drop``, ``truncate``, ``split`` (plain text only), ``raise``; all are counted."""
+    """What happens to longer rows: ``drop``, ``truncate``, ``split`` (plain text only), ``raise``;
+    all are counted.
+    """
     max_overlong_share: float = 0.1
     """Share of a source's rows that may be dropped or truncated before llmtune refuses the data."""
     train_on_inputs: bool = False
     """Also train on what the user and the system say."""
     allow_special_tokens: bool = False
-    """Texts may hold special tokens, such as ``<|im_end|>``, and the tokenizer reads them as such; for texts that have been
-    through a chat template on purpose. Otherwise a row that holds one is refused."""
+    """Texts may hold special tokens, such as ``<|im_end|>``, and the tokenizer reads them as such;
+    for texts that have been through a chat template on purpose. Otherwise a row that holds one is
+    refused."""
     on_bad_row: OnBadRow = OnBadRow.error
-    """``raise`` refuses data with rows that cannot be trained on; ``skip`` leaves them out and lists them in a file."""
+    """``raise`` refuses data with rows that cannot be trained on; ``skip`` leaves them out and
+    lists them in a file.
+    """
     num_workers: int | str = "auto"
     """Processes that tokenise; ``auto`` is one a core, and none for small files."""
     dataloader_num_workers: int = 0
-    """Processes of each rank that make batches ahead of the training step; 0 makes them in the rank itself."""
+    """Processes of each rank that make batches ahead of the training step; 0 makes them in the rank
+    itself.
+    """
     pin_memory: bool | str = "auto"
     """Batches in page-locked host memory, which copies to a GPU faster; ``auto`` on CUDA."""
     streaming: bool = False
-    """Tokenise while training, for data larger than the disk; needs ``train.max_steps``, and ``data.eval`` or none held out."""
+    """Tokenise while training, for data larger than the disk; needs ``train.max_steps``, and
+    ``data.eval`` or none held out.
+    """
     shuffle_buffer: int = 10_000
     """Rows among which streaming shuffles and packs."""

@@ -40,24 +40,36 @@ class ExportConfig:
     """What is written after training, and by ``llmtune export``."""
 
     format: str = "safetensors"
-    """``safetensors`` (a merged model folder), ``adapter`` (a copy of the adapter), ``gguf`` (llama.cpp, Ollama), ``onnx``,
-    ``torchscript``, ``pt`` (one weights-only file), ``bnb_4bit`` (bitsandbytes NF4), ``none``."""
+    """``safetensors`` (a merged model folder), ``adapter`` (a copy of the adapter), ``gguf``
+    (llama.cpp, Ollama), ``onnx``, ``torchscript``, ``pt`` (one weights-only file), ``bnb_4bit``
+    (bitsandbytes NF4), ``none``."""
     dtype: ExportDtype = ExportDtype.auto
-    """``auto`` keeps the base's, which rounds once; a checkpoint of a full fine-tuning has fp32 master weights for ``fp32``."""
+    """``auto`` keeps the base's, which rounds once; a checkpoint of a full fine-tuning has fp32
+    master weights for ``fp32``.
+    """
     max_shard_bytes: int = 5_000_000_000
     """Largest safetensors file."""
     merge_onto: MergeOnto = MergeOnto.original
-    """``nf4``: quantise the base to NF4 and back before adding the adapter, so that it sits on the weights that a QLoRA
-    training saw, with their quantisation error; ``original``: add it to the unquantised weights."""
+    """``nf4``: quantise the base to NF4 and back before adding the adapter, so that it sits on the
+    weights that a QLoRA training saw, with their quantisation error; ``original``: add it to the
+    unquantised weights."""
     gguf_type: GgufType = GgufType.f16
     """With ``export=gguf``: ``f32 f16 bf16``, or quantised: ``q8_0 q5_1 q5_0 q4_1 q4_0``."""
     parity: bool = True
-    """Compare every number of what was written, and its logits, with base and adapter before it is published."""
+    """Compare every number of what was written, and its logits, with base and adapter before it is
+    published.
+    """
     parity_bound: float | None = None
-    """Largest allowed relative difference of the logits; unset, what rounding to the stored dtype explains."""
+    """Largest allowed relative difference of the logits; unset, what rounding to the stored dtype
+    explains.
+    """
     upload: str | None = None
-    """Where the published folder is copied to: ``hf://user/name``, or any fsspec URL (``s3://bucket/path``)."""
+    """Where the published folder is copied to: ``hf://user/name``, or any fsspec URL
+    (``s3://bucket/path``).
+    """
     upload_private: bool = True
     """A hub repository that is made for the upload is private."""
     dry_run: bool = False
-    """Write and upload nothing; say what would be written, from what, how large, and what would be uploaded."""
+    """Write and upload nothing; say what would be written, from what, how large, and what would be
+    uploaded.
+    """

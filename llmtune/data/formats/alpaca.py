@@ -11,13 +11,19 @@ from llmtune.data.rows.values import Row, read_list, read_text
 
 
 def _read(row: Row) -> Conversation:
-    """``instruction``, optional ``input``, ``system`` and ``history`` ([[question, answer], ...]), and ``output``."""
+    """``instruction``, optional ``input``, ``system`` and ``history`` ([[question, answer], ...]),
+    and ``output``.
+    """
     instruction = read_text(row, "instruction")
     extra = read_text(row, "input", required=False)
     system = read_text(row, "system", required=False)
     messages = [Message(Role.system, system)] if system else []
     for number, turn in enumerate(_history(row)):
-        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+        if (
+            not isinstance(turn, list | tuple)
+            or len(turn) != 2
+            or not all(isinstance(text, str) for text in turn)
+        ):
             raise RowError(f"history[{number}] must be [question, answer], not {short(turn)}")
         messages += [Message(Role.user, turn[0]), Message(Role.assistant, turn[1])]
     messages.append(Message(Role.user, f"{instruction}\n\n{extra}" if extra else instruction))

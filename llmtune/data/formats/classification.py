@@ -9,14 +9,18 @@ from llmtune.data.rows.values import Row, describe_missing, read_text
 
 
 def _read(row: Row) -> Conversation:
-    """``text``, or ``sentence1`` and perhaps ``sentence2``; and ``label``: a class name, a class number or a value."""
+    """``text``, or ``sentence1`` and perhaps ``sentence2``; and ``label``: a class name, a class
+    number or a value.
+    """
     first = "text" if "text" in row else "sentence1"
     texts = [read_text(row, first)]
     if first == "sentence1" and row.get("sentence2") is not None:
         texts.append(read_text(row, "sentence2"))
     label = row.get("label")
     if label is None or label == "":
-        raise RowError("the field 'label' is empty" if "label" in row else describe_missing(row, "label"))
+        raise RowError(
+            "the field 'label' is empty" if "label" in row else describe_missing(row, "label")
+        )
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         raise RowError(f"the field 'label' must be text or a number, not {short(label)}")
     return Conversation(tuple(Message(Role.user, text) for text in texts), plain=True, label=label)

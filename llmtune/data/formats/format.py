@@ -1,6 +1,7 @@
 """What the program asks of a format of rows, and which formats there are.
 
-A format is one file of this folder that registers one :class:`RowFormat`, and one YAML in ``conf/data/``.
+A format is one file of this folder that registers one :class:`RowFormat`, and one YAML in
+``conf/data/``.
 """
 
 from __future__ import annotations
@@ -68,6 +69,6 @@ def detect_format(row: Row) -> RowFormat:
             return kind
     described = "; ".join(f"{kind.name} has {'/'.join(sorted(fields))}" for fields, kind in marks)
     raise RowError(
-        f"cannot tell the format by the fields {', '.join(map(str, row)) or '(none)'}: {described}. "
-        "Name columns with fields= of the source"
+        f"cannot tell the format by the fields {', '.join(map(str, row)) or '(none)'}: {described}."
+        " Name columns with fields= of the source"
     )

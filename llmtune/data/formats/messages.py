@@ -9,7 +9,9 @@ from llmtune.data.rows.values import Row
 
 
 def _read(row: Row) -> Conversation:
-    """``messages``: a list of ``{role, content}``, optionally with ``train``, ``tool_calls`` ...; and ``tools``."""
+    """``messages``: a list of ``{role, content}``, optionally with ``train``, ``tool_calls`` ...;
+    and ``tools``.
+    """
     return from_turns(row, "messages")
 
 

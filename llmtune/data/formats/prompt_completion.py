@@ -9,23 +9,34 @@ from llmtune.data.rows.values import Row, read_list, read_text
 
 
 def _read(row: Row) -> Conversation:
-    """``prompt`` and ``completion``: two texts without a template, or two lists of messages with it."""
+    """``prompt`` and ``completion``: two texts without a template, or two lists of messages with
+    it.
+    """
     if isinstance(row.get("prompt"), list | tuple):
         turns = [*read_list(row, "prompt"), *read_list(row, "completion")]
         asked = len(read_list(row, "prompt"))
-        # Only the completion is trained, also where the prompt holds earlier answers that do not say so.
+        # Only the completion is trained, also where the prompt holds earlier answers that do not
+        # say so.
         messages = [
-            {**turn, "train": False} if index < asked and is_answer(turn) and not list_switches(turn) else turn
+            {**turn, "train": False}
+            if index < asked and is_answer(turn) and not list_switches(turn)
+            else turn
             for index, turn in enumerate(turns)
         ]
         return from_turns({**row, "messages": messages}, "messages")
     prompt, completion = read_text(row, "prompt"), read_text(row, "completion")
-    return Conversation((Message(Role.user, prompt), Message(Role.assistant, completion)), plain=True)
+    return Conversation(
+        (Message(Role.user, prompt), Message(Role.assistant, completion)), plain=True
+    )
 
 
 def _beside_lists(row: Row) -> frozenset[str]:
     """What stands beside two lists of messages, and has no place beside two texts."""
-    return frozenset({"system", "tools", "functions"}) if isinstance(row.get("prompt"), list | tuple) else frozenset()
+    return (
+        frozenset({"system", "tools", "functions"})
+        if isinstance(row.get("prompt"), list | tuple)
+        else frozenset()
+    )
 
 
 FORMATS.register(

@@ -1,4 +1,6 @@
-"""How the rows of a file become conversations: its format, the names of its columns, and what of them is ignored."""
+"""How the rows of a file become conversations: its format, the names of its columns, and what of
+them is ignored.
+"""
 
 from __future__ import annotations
 
@@ -37,4 +39,6 @@ class Recipe:
         kind = FORMATS.find(self.format)
         row = with_lists(rename(row, self.fields), kind.lists, kind.lists_may_be_texts, self.ignore)
         conversation = kind.read(row)
-        return conversation, find_unknown_fields(row, kind.fields | kind.more_fields(row), kind.lists)
+        return conversation, find_unknown_fields(
+            row, kind.fields | kind.more_fields(row), kind.lists
+        )

@@ -9,7 +9,9 @@ from llmtune.data.rows.values import Row
 
 
 def _read(row: Row) -> Conversation:
-    """``conversations``: a list of ``{from, value}``; optional ``system`` and ``tools`` beside it."""
+    """``conversations``: a list of ``{from, value}``; optional ``system`` and ``tools`` beside
+    it.
+    """
     return from_turns(row, "conversations")
 
 

@@ -1,4 +1,6 @@
-"""Rows become the tensors of a forward pass: padded, or packed with positions that restart at each document."""
+"""Rows become the tensors of a forward pass: padded, or packed with positions that restart at each
+document.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ class Targets:
     """What is trained in a batch. Found on the host, so that no step asks a GPU where it is."""
 
     positions: torch.Tensor
-    """Of the logits that are judged, in the flattened batch: ``row * length + column``. Shape (trained tokens,)."""
+    """Of the logits that are judged, in the flattened batch: ``row * length + column``.
+
+    Shape (trained tokens,).
+    """
     tokens: torch.Tensor
     """The tokens that follow there. Shape (trained tokens,)."""
 
@@ -41,7 +46,9 @@ class Targets:
 
     @classmethod
     def of_labels(cls, labels: torch.Tensor) -> Targets:
-        """Those of labels as transformers has them: not shifted, ``IGNORE`` where nothing is trained. Shape (rows, length)."""
+        """Those of labels as transformers has them: not shifted, ``IGNORE`` where nothing is
+        trained. Shape (rows, length).
+        """
         following = labels[:, 1:]
         rows, columns = (following != IGNORE).nonzero(as_tuple=True)
         return cls(rows * labels.shape[1] + columns, following[rows, columns])
@@ -54,9 +61,14 @@ class Batch:
     input_ids: torch.Tensor
     targets: Targets
     attention_mask: torch.Tensor | None = None
-    """1 for tokens, 0 for padding; None for causal models, whose tokens see nothing that comes after them."""
+    """1 for tokens, 0 for padding; None for causal models, whose tokens see nothing that comes
+    after them.
+    """
     position_ids: torch.Tensor | None = None
-    """Position in the document; None where rows hold one each. The model keeps documents apart where they restart."""
+    """Position in the document; None where rows hold one each.
+
+    The model keeps documents apart where they restart.
+    """
     varlen: VarlenIndex | None = None
     """For FlashAttention, which reads no mask: then the batch is one row."""
 
@@ -70,7 +82,10 @@ class Batch:
     def split(self) -> list[Batch]:
         """The same, a batch for each row."""
         tensors = (self.input_ids, self.labels, self.attention_mask, self.position_ids)
-        pieces = ([None] * len(self.input_ids) if tensor is None else tensor.split(1) for tensor in tensors)
+        pieces = (
+            [None] * len(self.input_ids) if tensor is None else tensor.split(1)
+            for tensor in tensors
+        )
         return [
             Batch(ids, Targets.of_labels(labels), mask, positions, self.varlen)
             for ids, labels, mask, positions in zip(*pieces, strict=True)
@@ -120,8 +135,8 @@ class Collator:
     varlen: bool = False
     """Flatten packed rows for FlashAttention."""
     masked: bool = False
-    """Say where padding is. Causal models compute the same without it, and attention takes its fast kernels only where there
-    is no mask."""
+    """Say where padding is. Causal models compute the same without it, and attention takes its fast
+    kernels only where there is no mask."""
 
     def collate(self, rows: Rows, numbers: Sequence[int | None]) -> Batch:
         """The batch of some rows; None makes an empty row, which trains nothing."""
@@ -140,7 +155,9 @@ class Collator:
         return Batch(input_ids, Targets.of_labels(labels), attention_mask)
 
     def pack(self, rows: Sequence[Row | None]) -> Batch:
-        """Several documents a row; what is left of a row is a document of padding, which trains nothing."""
+        """Several documents a row; what is left of a row is a document of padding, which trains
+        nothing.
+        """
         input_ids, labels = self._fill(rows)
         height, width = input_ids.shape
         lengths = []
@@ -148,14 +165,18 @@ class Collator:
             documents = list(row.documents) if row else []
             rest = width - sum(documents)
             lengths.append(documents + ([rest] if rest else []))
-        position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+        position_ids = torch.stack(
+            [torch.cat([torch.arange(length) for length in row]) for row in lengths]
+        )
         if not self.varlen:
             return Batch(input_ids, Targets.of_labels(labels), position_ids=position_ids)
         flat = torch.tensor([0, *(length for row in lengths for length in row)], dtype=torch.int32)
         index = VarlenIndex(torch.cumsum(flat, 0, dtype=torch.int32), int(flat.max()))
         shape = (1, height * width)
         targets = Targets.of_labels(labels.view(shape))
-        return Batch(input_ids.view(shape), targets, position_ids=position_ids.view(shape), varlen=index)
+        return Batch(
+            input_ids.view(shape), targets, position_ids=position_ids.view(shape), varlen=index
+        )
 
     def _fill(self, rows: Sequence[Row | None]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max((len(row.ids) for row in rows if row), default=1)
@@ -166,5 +187,7 @@ class Collator:
                 continue
             ids = torch.tensor(row.ids, dtype=torch.long)
             input_ids[number, : len(ids)] = ids
-            labels[number, : len(ids)] = torch.where(torch.tensor(row.mask), ids, torch.tensor(IGNORE))
+            labels[number, : len(ids)] = torch.where(
+                torch.tensor(row.mask), ids, torch.tensor(IGNORE)
+            )
         return input_ids, labels

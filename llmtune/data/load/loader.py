@@ -1,7 +1,7 @@
 """Rows in a fixed order, batch by batch: a pure function of seed and position.
 
-The order of rows knows nothing of ranks or micro-batches, and a position is a number. So resuming is starting at another
-position, and any number of ranks sees the same global batches.
+The order of rows knows nothing of ranks or micro-batches, and a position is a number. So resuming
+is starting at another position, and any number of ranks sees the same global batches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class StepBatch:
     position: Mapping[str, Any]
     """Where the data goes on after this step, for the checkpoint."""
     rows: list[list[int | None]] = field(default_factory=list)
-    """Number of each row of the micro-batches, for :meth:`Steps.places`; None for those that fill up."""
+    """Number of each row of the micro-batches, for :meth:`Steps.places`; None for those that fill
+    up.
+    """
 
     def pin_memory(self) -> StepBatch:
         """The same in page-locked host memory."""
@@ -78,7 +80,8 @@ class TrainLoader:
     ):
         """
         Args:
-            last_row: Rows after which the stream ends, counted over epochs; the step that reaches it is smaller.
+            last_row: Rows after which the stream ends, counted over epochs; the step that reaches
+                it is smaller.
         """
         self.rows = rows
         self.batch = batch
@@ -104,7 +107,8 @@ class TrainLoader:
             here = {"rows": len(self.rows), "seed": self.seed}
             if there != here or not isinstance(position.get("next_row"), int):
                 raise CheckpointError(
-                    f"the checkpoint's place in the data is {dict(position)}, of other data than {here}"
+                    f"the checkpoint's place in the data is {dict(position)}, of other data than"
+                    f" {here}"
                 )
             first = int(position["next_row"])
         size = self.batch.global_batch_size
@@ -113,8 +117,9 @@ class TrainLoader:
 
     def step_at(self, first_row: int) -> StepBatch:
         """The step whose global batch begins at a row, counted over epochs."""
-        # Longest first: rows of a micro-batch, and those of the ranks at the same moment, are of like length, so that
-        # little is padded and no rank waits. The sum that the step computes does not depend on it.
+        # Longest first: rows of a micro-batch, and those of the ranks at the same moment, are of
+        # like length, so that little is padded and no rank waits. The sum that the step computes
+        # does not depend on it.
         numbers = self.row_numbers(first_row)
         chosen = sorted(numbers, key=lambda row: (-self._lengths[row], row))
         mine = share_of_rank(chosen, self.batch, self.rank)
@@ -133,7 +138,9 @@ class TrainLoader:
         return [f"{file}:{line}" for file, line in self.rows.places(row)]
 
     def row_numbers(self, first_row: int) -> list[int]:
-        """Rows of the global batch, in order; fewer than its size only in the last step of whole epochs."""
+        """Rows of the global batch, in order; fewer than its size only in the last step of whole
+        epochs.
+        """
         end = first_row + self.batch.global_batch_size
         end = end if self.last_row is None else min(end, self.last_row)
         return [self._row_at(position) for position in range(first_row, end)]
@@ -164,7 +171,8 @@ def load(items: Any, order: Sequence[int] | None, settings: LoaderSettings) -> I
         num_workers=settings.workers,
         pin_memory=settings.pin_memory,
         worker_init_fn=_start_worker if settings.workers else None,
-        # It draws a seed for its workers whether it has any or not: not from where dropout is drawn.
+        # It draws a seed for its workers whether it has any or not: not from where dropout is
+        # drawn.
         generator=torch.Generator(),
     )
     return iter(loader)
@@ -181,7 +189,9 @@ class _StepsAt(Dataset[StepBatch]):
 
 
 def _start_worker(_: int) -> None:
-    """In a worker process: one thread, no signals of the rank's, and an end together with the rank."""
+    """In a worker process: one thread, no signals of the rank's, and an end together with the
+    rank.
+    """
     import signal
 
     die_with_parent()
@@ -192,9 +202,16 @@ def _start_worker(_: int) -> None:
 
 
 def iterate_eval(
-    rows: Rows, batch_size: int, rank: int, world_size: int, collator: Collator, max_rows: int | None
+    rows: Rows,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    collator: Collator,
+    max_rows: int | None,
 ) -> Iterator[Batch]:
-    """This rank's evaluation batches, the same number on every rank, since ZeRO 3 gathers weights in each of them."""
+    """This rank's evaluation batches, the same number on every rank, since ZeRO 3 gathers weights
+    in each of them.
+    """
     count = min(len(rows), max_rows or len(rows))
     # By length, so that little is padded.
     order = np.argsort(rows.lengths[:count], kind="stable").tolist()

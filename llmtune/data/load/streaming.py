@@ -1,9 +1,9 @@
 """Rows tokenised while training, for data larger than the disk.
 
-The stream is cut into windows of whole blocks. Within a window rows are shuffled, and packed, as a function of seed and
-window number alone. So a position is small (where the files stood when the window began, and how many of its rows are
-done), resuming makes one window again, and any number of ranks sees the same global batches: each rank tokenises the
-whole stream and takes its share.
+The stream is cut into windows of whole blocks. Within a window rows are shuffled, and packed, as a
+function of seed and window number alone. So a position is small (where the files stood when the
+window began, and how many of its rows are done), resuming makes one window again, and any number of
+ranks sees the same global batches: each rank tokenises the whole stream and takes its share.
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ class Cursor:
 
     def copy(self) -> Cursor:
         """One that moves by itself."""
-        return replace(self, files=list(self.files), places=[list(p) for p in self.places], taken=list(self.taken))
+        return replace(
+            self,
+            files=list(self.files),
+            places=[list(p) for p in self.places],
+            taken=list(self.taken),
+        )
 
 
 class RowStream:
@@ -106,16 +111,17 @@ class RowStream:
             Fields of its rows that nobody reads.
 
         Raises:
-            DataError: A row cannot be trained on, too many are over-long, or they are for a classifier.
+            DataError: A row cannot be trained on, too many are over-long, or they are for a
+                classifier.
         """
         blocks, _ = self._read_window(self.start())
         cut = sum(len(block.overlong) + block.truncated for block in blocks)
         total = sum(len(block.lengths) + len(block.overlong) for block in blocks)
         if cut > self.config.max_overlong_share * total:
             raise DataError(
-                f"data.train={self.config.train}: {cut:,} of the stream's first {total:,} rows are longer than "
-                f"data.max_seq_length={self.config.max_seq_length}, more than "
-                f"data.max_overlong_share={self.config.max_overlong_share:g}"
+                f"data.train={self.config.train}: {cut:,} of the stream's first {total:,} rows are"
+                f" longer than data.max_seq_length={self.config.max_seq_length}, more than"
+                f" data.max_overlong_share={self.config.max_overlong_share:g}"
             )
         return {name for block in blocks for name in block.unknown}
 
@@ -128,7 +134,8 @@ class RowStream:
         while count < self.config.shuffle_buffer:
             number = self._next_source(after)
             if number is None:
-                # All have been read once; the next pass begins a window of its own, unless this one has nothing yet.
+                # All have been read once; the next pass begins a window of its own, unless this one
+                # has nothing yet.
                 if count:
                     break
                 number = 0
@@ -144,7 +151,10 @@ class RowStream:
             after.taken[number] += len(block.lengths)
             count += len(block.lengths)
             if len(block.lengths):
-                idle = [0 if n == number or not self._weighted else passes for n, passes in enumerate(idle)]
+                idle = [
+                    0 if n == number or not self._weighted else passes
+                    for n, passes in enumerate(idle)
+                ]
         after.window, after.row = cursor.window + 1, 0
         return blocks, after
 
@@ -154,7 +164,9 @@ class RowStream:
             idle[number] += 1
             # The first time, the window may just have begun at the end of a pass.
             if idle[number] > 2:
-                raise DataError(f"data.train: {self._sources[number].path} has no row that can be trained on")
+                raise DataError(
+                    f"data.train: {self._sources[number].path} has no row that can be trained on"
+                )
             cursor.files[number], cursor.places[number] = 0, [0, 1]
 
     @property
@@ -162,8 +174,15 @@ class RowStream:
         return self._sources[0].weight is not None
 
     def _next_source(self, cursor: Cursor) -> int | None:
-        """The source that is furthest behind its weight. Without weights they take turns until each has ended."""
-        unread = [n for n, files in enumerate(self._files) if cursor.files[n] < len(files) or self._weighted]
+        """The source that is furthest behind its weight.
+
+        Without weights they take turns until each has ended.
+        """
+        unread = [
+            n
+            for n, files in enumerate(self._files)
+            if cursor.files[n] < len(files) or self._weighted
+        ]
         if not unread:
             return None
         return min(unread, key=lambda n: (cursor.taken[n] / (self._sources[n].weight or 1), n))
@@ -179,7 +198,13 @@ class RowStream:
                 cursor.places[number] = list(block.next)
                 (made,) = tokenise_block(block, self._encoder, recipe)  # type: ignore[arg-type]
                 if self._model_folder is not None:
-                    check_block(made.ids, made.lengths, (made.file, made.lines), self._model_folder, self._tokenizer)
+                    check_block(
+                        made.ids,
+                        made.lengths,
+                        (made.file, made.lines),
+                        self._model_folder,
+                        self._tokenizer,
+                    )
                 yield made
             cursor.files[number] += 1
             cursor.places[number] = [0, 1]
@@ -188,7 +213,9 @@ class RowStream:
         if file.path not in self._recipes:
             recipe = find_recipe(source, file)
             if recipe is not None and FORMATS.find(recipe.format).has_labels:
-                raise DataError(f"{file.path}: classification rows; a classifier cannot be trained yet")
+                raise DataError(
+                    f"{file.path}: classification rows; a classifier cannot be trained yet"
+                )
             self._recipes[file.path] = recipe
         return self._recipes[file.path]
 
@@ -212,13 +239,22 @@ class RowStream:
             members, starts = pack_rows(lengths, self.config.max_seq_length, self.seed, window)
             groups = [members[begin:end].tolist() for begin, end in itertools.pairwise(starts)]
         order = generator(self.seed, Draw.window_order, window).permutation(len(groups)).tolist()
-        return [join_documents([documents[member] for member in groups[number]]) for number in order]
+        return [
+            join_documents([documents[member] for member in groups[number]]) for number in order
+        ]
 
 
 class StreamLoader:
     """Global batches of a stream, and this rank's share of them."""
 
-    def __init__(self, stream: RowStream, batch: BatchPlan, rank: int, collator: Collator, settings: LoaderSettings):
+    def __init__(
+        self,
+        stream: RowStream,
+        batch: BatchPlan,
+        rank: int,
+        collator: Collator,
+        settings: LoaderSettings,
+    ):
         self.stream = stream
         self.batch = batch
         self.rank = rank
@@ -243,7 +279,9 @@ class StreamLoader:
                     f"the checkpoint's place in the data is {dict(position)}, not a stream's"
                 ) from error
             if len(cursor.files) != len(start.files):
-                raise CheckpointError("the checkpoint's place in the data is that of another number of sources")
+                raise CheckpointError(
+                    "the checkpoint's place in the data is that of another number of sources"
+                )
         for item in load(_Stream(self, cursor, steps), None, self.settings):
             if isinstance(item, DataError):
                 raise item
@@ -278,7 +316,10 @@ class StreamLoader:
 
 
 class _Stream(IterableDataset[Any]):
-    """For torch's DataLoader. An error is handed over as an item: the loader would wrap it into a traceback."""
+    """For torch's DataLoader.
+
+    An error is handed over as an item: the loader would wrap it into a traceback.
+    """
 
     def __init__(self, loader: StreamLoader, cursor: Cursor, steps: int):
         self._loader = loader

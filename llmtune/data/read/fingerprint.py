@@ -1,4 +1,7 @@
-"""Hashes of what shapes the tokens: file contents, tokenizer, settings. They name the prepared rows in the cache."""
+"""Hashes of what shapes the tokens: file contents, tokenizer, settings.
+
+They name the prepared rows in the cache.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,9 @@ def hash_files(files: Sequence[DataFile], source: Source, cache: Path) -> list[l
 
 
 def identify_file(file: DataFile) -> list[str]:
-    """Name and size of a file, or what its file system says of it: for streams, which are too large to be hashed."""
+    """Name and size of a file, or what its file system says of it: for streams, which are too large
+    to be hashed.
+    """
     if "://" in file.path:
         return [file.path, _identify_remote(file.path)]
     path = Path(file.path)
@@ -71,14 +76,22 @@ def _hash_file(file: DataFile, source: Source, cache: Path) -> str:
 def _identify_remote(url: str) -> str:
     """An etag, or size and times: what the file system has without reading."""
     system, inner = open_system(url)
-    told = {key.lower(): str(value) for key, value in system.info(inner).items() if key.lower() in _VERSION_KEYS}
+    told = {
+        key.lower(): str(value)
+        for key, value in system.info(inner).items()
+        if key.lower() in _VERSION_KEYS
+    }
     return digest([told, str(system.ukey(inner))])
 
 
 def hash_content(path: Path, cache: Path) -> str:
-    """The hash of a local file, remembered by size and time of change, so that only new content is read."""
+    """The hash of a local file, remembered by size and time of change, so that only new content is
+    read.
+    """
     stat = path.stat()
-    key = digest([os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns])
+    key = digest(
+        [os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
+    )
     memory = cache / "data" / "hashes" / key
     if memory.is_file():
         return memory.read_text()

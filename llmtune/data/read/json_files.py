@@ -1,7 +1,8 @@
-"""Rows of a file that is JSON as a whole: a list, an object around one, or objects of several lines each.
+"""Rows of a file that is JSON as a whole: a list, an object around one, or objects of several lines
+each.
 
-JSON lines are told apart by the first line: where it is a whole object, and no object around a list of rows, each line is a
-row of its own, and a line that is broken breaks no other.
+JSON lines are told apart by the first line: where it is a whole object, and no object around a list
+of rows, each line is a row of its own, and a line that is broken breaks no other.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def is_whole(begin: bytes) -> bool:
     """Whether a file is JSON as a whole, and no JSON lines.
 
     Args:
-        begin: Its first bytes: all of the first line where :func:`may_be_around_rows` says so, or a million.
+        begin: Its first bytes: all of the first line where :func:`may_be_around_rows` says so, or a
+            million.
     """
     first, _, rest = begin.removeprefix(_BOM).lstrip().partition(b"\n")
     first = first.strip()
@@ -39,13 +41,16 @@ def is_whole(begin: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     except ValueError:
-        # One line that is broken, or an object over several: then the next one goes on with a field, or ends it.
+        # One line that is broken, or an object over several: then the next one goes on with a
+        # field, or ends it.
         return first == b"{" or rest.lstrip()[:1] in {b'"', b"}", b"]", b","}
     return not rest.strip() and bool(_lists_of_rows(row, None))
 
 
 def may_be_around_rows(begin: bytes) -> bool:
-    """Whether the first line may be an object around a list of rows, so that all of it is needed to tell."""
+    """Whether the first line may be an object around a list of rows, so that all of it is needed to
+    tell.
+    """
     return _AROUND.match(begin.removeprefix(_BOM)) is not None and b"\n" not in begin
 
 
@@ -53,8 +58,8 @@ def find_rows(path: str, text: str, source: Source) -> Iterator[tuple[int, Any]]
     """Rows with the lines on which they begin.
 
     Raises:
-        DataError: The file is no JSON; of several lists in an object it cannot be told which holds the rows; or a field
-            beside them would change what is learned.
+        DataError: The file is no JSON; of several lists in an object it cannot be told which holds
+            the rows; or a field beside them would change what is learned.
     """
     begin = _skip(text, 0, _SPACE)
     line = 1 + text.count("\n", 0, begin)
@@ -62,12 +67,16 @@ def find_rows(path: str, text: str, source: Source) -> Iterator[tuple[int, Any]]
         yield from _list_items(path, text, begin, line, whole_file=True)
         return
     if text[begin : begin + 1] != "{":
-        raise DataError(f"{path}:1: must hold a list of rows, or a row a line, not {text[begin : begin + 20]!r}")
+        raise DataError(
+            f"{path}:1: must hold a list of rows, or a row a line, not {text[begin : begin + 20]!r}"
+        )
     first, end = _decode(path, text, begin, line)
     if _skip(text, end, _SPACE) == len(text) and (lists := _lists_of_rows(first, source)):
         chosen = _choose(path, line, lists, source)
         try:
-            refuse_changing_fields({name: value for name, value in first.items() if name not in lists})
+            refuse_changing_fields(
+                {name: value for name, value in first.items() if name not in lists}
+            )
         except RowError as error:
             raise DataError(f"{path}:{line}: beside the rows in {chosen!r}, {error}") from error
         at = _find_field(text, begin, chosen)
@@ -108,13 +117,15 @@ def _choose(path: str, line: int, lists: list[str], source: Source) -> str:
     if source.split in lists:
         return source.split
     raise DataError(
-        f"{path}:{line}: the object has lists of rows in {', '.join(map(repr, lists))}; say which with split: "
-        f"{short(lists[0])} of the source"
+        f"{path}:{line}: the object has lists of rows in {', '.join(map(repr, lists))}; say which"
+        f" with split: {short(lists[0])} of the source"
     )
 
 
 def _find_field(text: str, begin: int, name: str) -> int:
-    """Where the value of a field of the object begins that begins at ``begin``, and is known to be whole."""
+    """Where the value of a field of the object begins that begins at ``begin``, and is known to be
+    whole.
+    """
     position = begin + 1
     while True:
         position = _skip(text, position, _BETWEEN)
@@ -125,7 +136,9 @@ def _find_field(text: str, begin: int, name: str) -> int:
         _, position = decode_json(text, position)
 
 
-def _list_items(path: str, text: str, begin: int, line: int, whole_file: bool) -> Iterator[tuple[int, Any]]:
+def _list_items(
+    path: str, text: str, begin: int, line: int, whole_file: bool
+) -> Iterator[tuple[int, Any]]:
     """Elements of a JSON list with the lines on which they begin."""
     position = begin + 1
     before = begin
@@ -138,7 +151,10 @@ def _list_items(path: str, text: str, begin: int, line: int, whole_file: bool) -
         yield line, row
         before, position = position, end
     if whole_file and (rest := text[position + 1 :].strip()):
-        raise DataError(f"{path}:{line}: something stands behind the list: {rest[:20]!r}; one object a line is .jsonl")
+        raise DataError(
+            f"{path}:{line}: something stands behind the list: {rest[:20]!r}; one object a line is"
+            " .jsonl"
+        )
 
 
 def _decode(path: str, text: str, position: int, line: int) -> tuple[Any, int]:

@@ -1,7 +1,9 @@
-"""Files read in blocks of a bounded size, from any place; what stands in a block is parsed later, by whoever tokenises it.
+"""Files read in blocks of a bounded size, from any place; what stands in a block is parsed later,
+by whoever tokenises it.
 
-A block is what travels to a worker process: the bytes of some lines, or some rows as Arrow. So reading a file of any size
-takes the memory of a few blocks, and the costly parsing of JSON is shared among the workers.
+A block is what travels to a worker process: the bytes of some lines, or some rows as Arrow. So
+reading a file of any size takes the memory of a few blocks, and the costly parsing of JSON is
+shared among the workers.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 #: Bytes of a block of text; some thousand rows of a chat.
 BLOCK_BYTES = 1 << 20
 
-#: What pyarrow raises beside its own errors, for names that are no UTF-8 and lengths that no memory has.
+# : What pyarrow raises beside its own errors, for names that are no UTF-8 and lengths that no
+# memory has.
 _BAD_VALUES = (UnicodeError, MemoryError, OverflowError)
 
 #: Rows of a block of anything else.
@@ -109,7 +112,9 @@ def _unparsed(block: Block) -> Iterator[tuple[int, Any]]:
 
 
 def _to_rows(batch: pa.RecordBatch) -> list[Any]:
-    """The rows, or what is wrong with each: pyarrow does not validate the names of fields within fields."""
+    """The rows, or what is wrong with each: pyarrow does not validate the names of fields within
+    fields.
+    """
     try:
         rows: list[Any] = batch.to_pylist()
     except UnicodeDecodeError as error:
@@ -129,7 +134,9 @@ def _lines(content: bytes) -> Iterator[bytes]:
 
 
 def _without_nulls(row: Any) -> Any:
-    """Without the nulls that Arrow puts where one struct lacks the fields of another; those of columns stay."""
+    """Without the nulls that Arrow puts where one struct lacks the fields of another; those of
+    columns stay.
+    """
     if isinstance(row, RowError):
         return row
     return {key: _pruned(value) for key, value in row.items()}
@@ -184,7 +191,8 @@ def _read_jsonl(file: DataFile, _source: Source, start: tuple[int, int]) -> Iter
         rest = bytearray()
         while chunk := stream.read(BLOCK_BYTES):
             if len(rest) > BLOCK_BYTES:
-                # A long line is a block of its own, so that no more than its parsed text is held beside it.
+                # A long line is a block of its own, so that no more than its parsed text is held
+                # beside it.
                 head, separator, chunk = chunk.partition(b"\n")
                 rest += head
                 if len(rest) > MAX_ROW_BYTES:
@@ -212,7 +220,9 @@ def _read_jsonl(file: DataFile, _source: Source, start: tuple[int, int]) -> Iter
 
 
 def _read_lines(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    """JSON lines; a file of this name may hold a list, or objects over several lines, all the same."""
+    """JSON lines; a file of this name may hold a list, or objects over several lines, all the
+    same.
+    """
     with closing(open_file(file.path)) as stream:
         begin = stream.read(BLOCK_BYTES)
         if may_be_around_rows(begin):
@@ -221,7 +231,9 @@ def _read_lines(file: DataFile, source: Source, start: tuple[int, int]) -> Itera
 
 
 def _read_json(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    """A list of rows, an object around one, or objects over several lines; JSON lines under this name are told as such."""
+    """A list of rows, an object around one, or objects over several lines; JSON lines under this
+    name are told as such.
+    """
     with closing(open_file(file.path)) as stream:
         data = read_whole(file.path, stream)
     if not is_whole(data) and data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b""):
@@ -248,7 +260,8 @@ def _read_csv(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterat
             try:
                 line = 2
                 for row in reader:
-                    # line_num is that of a record's last line; the blank ones before it are passed over.
+                    # line_num is that of a record's last line; the blank ones before it are passed
+                    # over.
                     yield min(line, reader.line_num), row
                     line = reader.line_num + 1
             except csv.Error as error:
@@ -266,7 +279,9 @@ def _read_parquet(file: DataFile, _source: Source, start: tuple[int, int]) -> It
             batches = pq.ParquetFile(stream).iter_batches(batch_size=BLOCK_ROWS)
             yield from _arrow_blocks(file.path, batches, start[0])
         except (pa.ArrowException, *_BAD_VALUES) as error:
-            raise DataError(f"{file.path}: not a Parquet file that pyarrow reads ({_reason(error)})") from error
+            raise DataError(
+                f"{file.path}: not a Parquet file that pyarrow reads ({_reason(error)})"
+            ) from error
 
 
 def _read_arrow(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterator[Block]:
@@ -283,7 +298,9 @@ def _read_arrow(file: DataFile, _source: Source, start: tuple[int, int]) -> Iter
                 batches = iter(pa.ipc.open_stream(stream))
             yield from _arrow_blocks(file.path, batches, start[0])
         except (pa.ArrowException, *_BAD_VALUES) as error:
-            raise DataError(f"{file.path}: not an Arrow file that pyarrow reads ({_reason(error)})") from error
+            raise DataError(
+                f"{file.path}: not an Arrow file that pyarrow reads ({_reason(error)})"
+            ) from error
 
 
 def _read_hub(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
@@ -301,7 +318,9 @@ def _read_hub(file: DataFile, source: Source, start: tuple[int, int]) -> Iterato
             batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
         yield from _arrow_blocks(file.path, batches, start[0])
     except (pa.ArrowException, *_BAD_VALUES) as error:
-        raise DataError(f"{file.path}: not a data set that pyarrow reads ({_reason(error)})") from error
+        raise DataError(
+            f"{file.path}: not a data set that pyarrow reads ({_reason(error)})"
+        ) from error
 
 
 def load_hub(path: str, source: Source) -> Any:
@@ -320,17 +339,28 @@ def load_hub(path: str, source: Source) -> Any:
             if isinstance(loaded, datasets.DatasetDict):
                 loaded = loaded[source.split]
             return loaded
-        return datasets.load_dataset(path, source.name, split=source.split, revision=source.revision)
+        return datasets.load_dataset(
+            path, source.name, split=source.split, revision=source.revision
+        )
     except ConnectionError as error:
         raise MissingPrerequisiteError(
-            f"{path}: no such file here, and the Hugging Face hub cannot be reached: {str(error).splitlines()[0]}"
+            f"{path}: no such file here, and the Hugging Face hub cannot be reached:"
+            f" {str(error).splitlines()[0]}"
         ) from error
-    except (KeyError, ValueError, RuntimeError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (
+        KeyError,
+        ValueError,
+        RuntimeError,
+        FileNotFoundError,
+        datasets.exceptions.DatasetNotFoundError,
+    ) as error:
         raise DataError(f"{path}: {str(error).splitlines()[0]} (split={source.split})") from error
 
 
 def _read_builtin(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    rows = ({"messages": [message.to_dict() for message in row.messages]} for row in read_stdlib_docs())
+    rows = (
+        {"messages": [message.to_dict() for message in row.messages]} for row in read_stdlib_docs()
+    )
     yield from _in_blocks(file.path, enumerate(rows, 1), start[0])
 
 
@@ -355,7 +385,8 @@ def _reason(error: BaseException) -> str:
 def check_batch(batch: pa.RecordBatch, where: str) -> None:
     """Look at every offset, index and text of a batch before anything follows them.
 
-    Arrow trusts a file: one wrong offset ends the process, or shows other memory of it as text. A 112 MB batch takes 6 ms.
+    Arrow trusts a file: one wrong offset ends the process, or shows other memory of it as text. A
+    112 MB batch takes 6 ms.
 
     Raises:
         pyarrow.ArrowInvalid: With the column.
@@ -364,12 +395,15 @@ def check_batch(batch: pa.RecordBatch, where: str) -> None:
 
     batch.validate()
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        # Of numbers and dates only their values could be wrong; JavaScript writes times of day into date64.
+        # Of numbers and dates only their values could be wrong; JavaScript writes times of day into
+        # date64.
         if not pa.types.is_primitive(column.type):
             try:
                 column.validate(full=True)
             except pa.ArrowInvalid as error:
-                raise pa.ArrowInvalid(f"{where}: the column {name!r} is damaged: {error}") from error
+                raise pa.ArrowInvalid(
+                    f"{where}: the column {name!r} is damaged: {error}"
+                ) from error
 
 
 def _arrow_blocks(path: str, batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[Block]:

@@ -1,4 +1,6 @@
-"""How much of a file is read at a time, however it was packed: half a megabyte of gzip can unpack to half a gigabyte."""
+"""How much of a file is read at a time, however it was packed: half a megabyte of gzip can unpack
+to half a gigabyte.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ from typing import BinaryIO, TextIO
 from llmtune.data.read.sources import open_system
 from llmtune.errors import DataError
 
-#: Of one row of text. A row that is trained on has some thousand tokens; one of this size takes ten times as much memory.
+# : Of one row of text. A row that is trained on has some thousand tokens; one of this size takes
+# ten times as much memory.
 MAX_ROW_BYTES = 1 << 30
-#: Of a packed file that is read as a whole: as much, or so many times its own size, where text shrinks to a tenth.
+# : Of a packed file that is read as a whole: as much, or so many times its own size, where text
+# shrinks to a tenth.
 MAX_RATIO = 100
 #: The same where nobody says how large the packed file is.
 MAX_UNKNOWN_BYTES = 1 << 34
@@ -21,7 +25,8 @@ _PIECE = 1 << 26
 def refuse_row(path: str, line: int) -> DataError:
     """What is said of a row that is too long."""
     return DataError(
-        f"{path}:{line}: a row of more than {MAX_ROW_BYTES >> 20} MiB; is it a file of text? One row is one line"
+        f"{path}:{line}: a row of more than {MAX_ROW_BYTES >> 20} MiB; is it a file of text? One"
+        " row is one line"
     )
 
 
@@ -42,8 +47,8 @@ def read_whole(path: str, stream: BinaryIO) -> bytes:
         size += len(piece)
         if size > limit:
             raise DataError(
-                f"{path}: unpacks to more than {limit >> 20} MiB, which no data set of its size does; if it is right, unpack it "
-                "and name the unpacked file"
+                f"{path}: unpacks to more than {limit >> 20} MiB, which no data set of its size"
+                " does; if it is right, unpack it and name the unpacked file"
             )
     return b"".join(pieces)
 

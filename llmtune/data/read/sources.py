@@ -1,4 +1,6 @@
-"""``data.train`` and ``data.eval``: what stands there becomes a list of sources with their files."""
+"""``data.train`` and ``data.eval``: what stands there becomes a list of sources with their
+files.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,16 @@ class Source:
     """One entry of ``data.train``."""
 
     path: str
-    """A file, a pattern, a folder, a URL that fsspec opens, a Hugging Face id, or a built-in source."""
+    """A file, a pattern, a folder, a URL that fsspec opens, a Hugging Face id, or a built-in
+    source.
+    """
     format: str = AUTO
     fields: dict[str, str] = field(default_factory=dict)
     """Field of the format -> column of the file."""
     ignore: tuple[str, ...] = ()
-    """Fields of rows and messages that are left out knowingly, although they may say what is to be learned."""
+    """Fields of rows and messages that are left out knowingly, although they may say what is to be
+    learned.
+    """
     limit: int | None = None
     """Rows taken, drawn with the seed."""
     repeat: int = 1
@@ -61,7 +67,8 @@ class DataFile:
 
 
 def parse_sources(value: Any, key: str, default_format: str) -> list[Source]:
-    """The sources of a config value: a text, a mapping, or a list of them; ``@N`` behind a path is ``limit: N``.
+    """The sources of a config value: a text, a mapping, or a list of them; ``@N`` behind a path is
+    ``limit: N``.
 
     Raises:
         ConfigError: An unknown field or a value of the wrong kind.
@@ -78,7 +85,10 @@ def parse_sources(value: Any, key: str, default_format: str) -> list[Source]:
     weighted = [source for source in found if source.weight is not None]
     if weighted and len(weighted) < len(found):
         unweighted = next(source.path for source in found if source.weight is None)
-        raise ConfigError(f"{key}: {unweighted} has no weight, but other sources have one; give each of them a weight")
+        raise ConfigError(
+            f"{key}: {unweighted} has no weight, but other sources have one; give each of them a"
+            " weight"
+        )
     return found
 
 
@@ -88,10 +98,15 @@ def _parse_source(entry: Any, key: str, default_format: str) -> Source:
     elif isinstance(entry, dict) and isinstance(entry.get("path"), str) and entry["path"]:
         known = {f.name for f in fields(Source)}
         if unknown := sorted(set(entry) - known):
-            raise ConfigError(f"{key}.{unknown[0]}: unknown; a source has {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"{key}.{unknown[0]}: unknown; a source has {', '.join(sorted(known))}"
+            )
         source = Source(**{"format": default_format, **entry, **_checked(entry, key)})
     else:
-        raise ConfigError(f"{key}={entry}: a file name, or a mapping with path, such as {{path: a.jsonl, weight: 2}}")
+        raise ConfigError(
+            f"{key}={entry}: a file name, or a mapping with path, such as {{path: a.jsonl,"
+            " weight: 2}"
+        )
     match = re.fullmatch(r"(.+)@(\d+)", source.path)
     if match and source.limit is None and not Path(source.path).expanduser().exists():
         source = replace(source, path=match[1], limit=int(match[2]))
@@ -102,21 +117,28 @@ def _checked(entry: dict[str, Any], key: str) -> dict[str, Any]:
     """Values of a mapping that are not what they should be are refused."""
     for name, allowed in (("limit", int), ("repeat", int), ("weight", int | float)):
         value = entry.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, allowed) or value <= 0):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, allowed) or value <= 0
+        ):
             raise ConfigError(f"{key}.{name}={value}: must be a number above 0")
     columns = entry.get("fields", {})
     if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns.values()):
-        raise ConfigError(f"{key}.fields={columns}: a mapping such as {{instruction: question, output: answer}}")
+        raise ConfigError(
+            f"{key}.fields={columns}: a mapping such as {{instruction: question, output: answer}}"
+        )
     ignore = entry.get("ignore", [])
     if not isinstance(ignore, list | tuple) or not all(isinstance(name, str) for name in ignore):
         raise ConfigError(f"{key}.ignore={ignore}: a list of fields such as [label, score]")
     if "format" in entry and entry["format"] not in (AUTO, *FORMATS.list()):
-        raise ConfigError(f"{key}.format={entry['format']}: must be one of {', '.join((AUTO, *FORMATS.list()))}")
+        raise ConfigError(
+            f"{key}.format={entry['format']}: must be one of {', '.join((AUTO, *FORMATS.list()))}"
+        )
     return {"ignore": tuple(ignore)}
 
 
 def check_local_files(config: DataConfig) -> None:
-    """Find out in no time whether files of this machine are there, before a model is fetched or loaded.
+    """Find out in no time whether files of this machine are there, before a model is fetched or
+    loaded.
 
     Raises:
         DataError: One is not there.
@@ -139,27 +161,38 @@ def resolve_files(source: Source) -> list[DataFile]:
     system, inner = open_system(path)
     if (
         "://" not in path
-        and (Path(path) / "dataset_info.json").is_file() | (Path(path) / "dataset_dict.json").is_file()
+        and (Path(path) / "dataset_info.json").is_file()
+        | (Path(path) / "dataset_dict.json").is_file()
     ):
         return [DataFile(path, "hub")]
     exists = system.exists(inner)
     if not exists and any(letter in inner for letter in "*?["):
         names = sorted(str(name) for name in system.glob(inner) if not system.isdir(name))
         if not names:
-            raise DataError(f"{source.path}: no file matches this pattern (relative to {Path.cwd()})")
+            raise DataError(
+                f"{source.path}: no file matches this pattern (relative to {Path.cwd()})"
+            )
     elif system.isdir(inner):
         names = sorted(str(name) for name in system.find(inner) if _kind(str(name)))
         if not names:
-            raise DataError(f"{source.path}: no data file in this folder; there should be {_known_kinds()}")
+            raise DataError(
+                f"{source.path}: no data file in this folder; there should be {_known_kinds()}"
+            )
     elif exists:
         names = [inner]
     elif "://" not in path and _HUB_ID.fullmatch(path) and _kind(path) is None:
         return [DataFile(path, "hub")]
     else:
         several = "; several names are a list: data.train=[a.jsonl,b.jsonl]" if "," in path else ""
-        raise DataError(f"{source.path}: no such file (data.train and data.eval are relative to {Path.cwd()}){several}")
+        raise DataError(
+            f"{source.path}: no such file (data.train and data.eval are relative to"
+            f" {Path.cwd()}){several}"
+        )
     prefix = "" if "://" not in path else path.split("://")[0] + "://"
-    return [DataFile(prefix + name.removeprefix(prefix), _checked_kind(name)) for name in _as_given(names, path)]
+    return [
+        DataFile(prefix + name.removeprefix(prefix), _checked_kind(name))
+        for name in _as_given(names, path)
+    ]
 
 
 def open_system(path: str) -> tuple[AbstractFileSystem, str]:
@@ -203,7 +236,10 @@ def _kind(name: str) -> str | None:
 def _checked_kind(name: str) -> str:
     kind = _kind(name)
     if kind is None:
-        raise DataError(f"{name}: unknown kind of file; data.train takes {_known_kinds()}, or {', '.join(BUILTIN)}")
+        raise DataError(
+            f"{name}: unknown kind of file; data.train takes {_known_kinds()}, or"
+            f" {', '.join(BUILTIN)}"
+        )
     return kind
 
 

@@ -1,6 +1,7 @@
 """Questions and answers from the docstrings of the installed Python's standard library.
 
-The sources are parsed, never imported: importing some standard modules opens browsers, prints or starts loops.
+The sources are parsed, never imported: importing some standard modules opens browsers, prints or
+starts loops.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from llmtune.data.rows.conversation import Conversation, Message, Role
 
 #: Modules whose docstrings describe tests, tools or the past rather than a library.
 SKIPPED = {
-    *("antigravity", "idlelib", "lib2to3", "pydoc_data", "test", "this", "turtledemo", "ensurepip", "distutils"),
+    *(
+        "antigravity",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "test",
+        "this",
+        "turtledemo",
+        "ensurepip",
+        "distutils",
+    ),
     # Not part of every Python: Debian ships them apart.
     *("tkinter", "turtle"),
 }
@@ -36,7 +47,9 @@ def read_stdlib_docs() -> tuple[Conversation, ...]:
     """About 1,300 pairs, in the order of the module names; the same for the same Python."""
     root = Path(sysconfig.get_paths()["stdlib"])
     conversations: dict[str, Conversation] = {}
-    for module in sorted(name for name in sys.stdlib_module_names if not name.startswith("_") and name not in SKIPPED):
+    for module in sorted(
+        name for name in sys.stdlib_module_names if not name.startswith("_") and name not in SKIPPED
+    ):
         path = root / f"{module}.py"
         path = path if path.is_file() else root / module / "__init__.py"
         if path.is_file():
@@ -48,7 +61,9 @@ def read_stdlib_docs() -> tuple[Conversation, ...]:
 def _from_module(module: str, tree: ast.Module) -> Iterator[Conversation]:
     for node in tree.body:
         if isinstance(node, _FUNCTION):
-            yield from _from_definition(node, f"the function {module}.{node.name}{_signature(node)}")
+            yield from _from_definition(
+                node, f"the function {module}.{node.name}{_signature(node)}"
+            )
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield from _from_definition(node, f"the class {module}.{node.name}")
             for member in node.body:

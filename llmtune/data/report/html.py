@@ -1,4 +1,6 @@
-"""The data as a picture and as a page: lengths, what is trained, what is wrong, and rows with their masks."""
+"""The data as a picture and as a page: lengths, what is trained, what is wrong, and rows with their
+masks.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,15 @@ def write_picture(lengths: Lengths, title: str, path: Path) -> None:
         (left, lengths.rows, "tab:blue", "documents"),
         (right, lengths.trained, TRAINED_COLOUR, "trained tokens"),
     ):
-        axes.bar(lengths.edges[:-1], values, width=widths, align="edge", color=colour, edgecolor="white")
+        axes.bar(
+            lengths.edges[:-1], values, width=widths, align="edge", color=colour, edgecolor="white"
+        )
         axes.set(xlabel="tokens of a document", ylabel=label)
         axes.grid(axis="y", alpha=0.3)
     left.axvline(lengths.p50, color="black", linewidth=1, label=f"median {lengths.p50}")
-    left.axvline(lengths.p95, color="black", linewidth=1, linestyle="--", label=f"95 % {lengths.p95}")
+    left.axvline(
+        lengths.p95, color="black", linewidth=1, linestyle="--", label=f"95 % {lengths.p95}"
+    )
     left.legend()
     figure.suptitle(title)
     figure.tight_layout()
@@ -54,7 +60,9 @@ def write_picture(lengths: Lengths, title: str, path: Path) -> None:
 
 def write_page(report: DataReport, picture: Path | None, path: Path) -> None:
     """One HTML file that needs nothing else."""
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        _PAGE
+    )
     image = base64.b64encode(picture.read_bytes()).decode() if picture is not None else ""
     text = page.render(
         report=report,
@@ -74,59 +82,4 @@ def _bars(lengths: Lengths) -> list[tuple[str, int, int]]:
     return list(zip(names, lengths.rows, lengths.trained, strict=True))
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ report.title }}</title>
-<style>
-  body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328; }
-  table { border-collapse: collapse; margin: 1rem 0; }
-  th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #d0d7de; vertical-align: top; }
-  td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-  pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8fa; padding: .8rem; border-radius: 6px; }
-  .t { color: {{ trained }}; font-weight: 600; background: #dafbe1; }
-  .m { color: {{ masked }}; }
-  .bad { color: #cf222e; }
-  img { max-width: 100%; }
-</style>
-</head>
-<body>
-<h1>{{ report.title }}</h1>
-<table>
-{% for name, value in report.numbers.items() %}
-  <tr><th>{{ name }}</th><td>{{ value }}</td></tr>
-{% endfor %}
-</table>
-{% if problems %}
-<h2 class="bad">Problems</h2>
-<table>
-  <tr><th>first place</th><th>what</th><th class="n">rows</th></tr>
-{% for problem, count in problems %}
-  <tr><td>{{ problem.file }}{% if problem.line is not none %}:{{ problem.line }}{% endif %}</td>
-      <td>{{ problem.message }}</td><td class="n">{{ count }}</td></tr>
-{% endfor %}
-</table>
-{% endif %}
-{% if bars %}
-<h2>Lengths</h2>
-<img alt="Histograms of lengths and of trained tokens" src="data:image/png;base64,{{ image }}">
-<table>
-  <tr><th>tokens</th><th class="n">documents</th><th class="n">trained tokens</th></tr>
-{% for name, count, tokens in bars %}
-  <tr><td>{{ name }}</td><td class="n">{{ "{:,}".format(count) }}</td><td class="n">{{ "{:,}".format(tokens) }}</td></tr>
-{% endfor %}
-</table>
-{% endif %}
-{% if report.rows %}
-<h2>Rows</h2>
-<p><span class="t">trained</span> and <span class="m">masked</span> tokens, as the model sees them.</p>
-{% for place, pieces in report.rows %}
-<h3>{{ place }}</h3>
-<pre>{% for piece in pieces %}<span class="{{ "t" if piece.trained else "m" }}">{{ piece.text }}</span>{% endfor %}</pre>
-{% endfor %}
-{% endif %}
-</body>
-</html>
-"""
+_PAGE = Path(__file__).with_name("page.html.jinja").read_text()

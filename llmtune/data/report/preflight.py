@@ -1,4 +1,6 @@
-"""What no single row shows: over-long shares, validation rows that are trained on, labels of two kinds."""
+"""What no single row shows: over-long shares, validation rows that are trained on, labels of two
+kinds.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def check_overlong(stores: Sequence[TokenStore], max_seq_length: int, allowed_share: float) -> list[Problem]:
+def check_overlong(
+    stores: Sequence[TokenStore], max_seq_length: int, allowed_share: float
+) -> list[Problem]:
     """A source of which more than the allowed share was dropped or truncated."""
     found = []
     for store in stores:
@@ -31,15 +35,18 @@ def check_overlong(stores: Sequence[TokenStore], max_seq_length: int, allowed_sh
                 Problem(
                     summary.files[0] if summary.files else "",
                     None,
-                    f"{cut:,} of {total:,} rows ({cut / total:.1%}) are {what} because they are longer than "
-                    f"data.max_seq_length={max_seq_length}, more than data.max_overlong_share={allowed_share:g}{hint}",
+                    f"{cut:,} of {total:,} rows ({cut / total:.1%}) are {what} because they are"
+                    f" longer than data.max_seq_length={max_seq_length}, more than"
+                    f" data.max_overlong_share={allowed_share:g}{hint}",
                 )
             )
     return found
 
 
 def _length_that_fits(store: TokenStore, allowed_share: float) -> int | None:
-    """The shortest length at which few enough rows are too long; None where truncation hid the lengths."""
+    """The shortest length at which few enough rows are too long; None where truncation hid the
+    lengths.
+    """
     if store.summary.truncated:
         return None
     total = store.summary.rows + store.summary.dropped
@@ -53,7 +60,10 @@ def _length_that_fits(store: TokenStore, allowed_share: float) -> int | None:
 
 
 def check_leaks(train: Rows, held_out: Rows | None) -> tuple[list[Problem], NDArray[np.bool_]]:
-    """Evaluation rows that stand in training too, and which of the evaluation rows they are. Shape (rows,)."""
+    """Evaluation rows that stand in training too, and which of the evaluation rows they are.
+
+    Shape (rows,).
+    """
     if held_out is None or not len(held_out):
         return [], np.zeros(0, dtype=bool)
     train_hashes, eval_hashes = train.documents("hashes"), held_out.documents("hashes")
@@ -89,7 +99,7 @@ def check_labels(stores: Sequence[TokenStore]) -> list[Problem]:
         Problem(
             other,
             at,
-            f"mixed label types: {another!r} is {second} ({rows_of[second]:,} rows), but {label!r} in {file}:{line} is "
-            f"{first} ({rows_of[first]:,} rows)",
+            f"mixed label types: {another!r} is {second} ({rows_of[second]:,} rows), but {label!r}"
+            f" in {file}:{line} is {first} ({rows_of[first]:,} rows)",
         )
     ]

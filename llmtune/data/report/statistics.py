@@ -36,7 +36,9 @@ class Lengths:
     p99: int
     longest: int
     edges: list[int]
-    """Borders of the histogram's bars: a bar holds ``edges[i] <= tokens < edges[i + 1]``, the last one also its end."""
+    """Borders of the histogram's bars: a bar holds ``edges[i] <= tokens < edges[i + 1]``, the last
+    one also its end.
+    """
     rows: list[int]
     """Documents in each bar."""
     trained: list[int]
@@ -56,7 +58,9 @@ class Padding:
     random: float
     """Micro-batches of random rows, each padded to its longest."""
     grouped: float
-    """What llmtune does without packing: the rows of a step sorted by length before they are divided."""
+    """What llmtune does without packing: the rows of a step sorted by length before they are
+    divided.
+    """
     packed: float | None
     """What is left with packing; None where it is off."""
 
@@ -93,7 +97,12 @@ def measure_lengths(rows: Rows) -> Lengths:
 
 
 def measure_padding(
-    rows: Rows, max_seq_length: int, micro_batch: int, global_batch: int, seed: int, efficiency: float | None
+    rows: Rows,
+    max_seq_length: int,
+    micro_batch: int,
+    global_batch: int,
+    seed: int,
+    efficiency: float | None,
 ) -> Padding:
     """What padding costs.
 
@@ -106,7 +115,8 @@ def measure_padding(
     order = draw_rows(len(lengths), PADDING_ROWS, seed, Draw.padding)
     drawn = lengths[order]
     in_steps = np.concatenate(
-        [np.sort(drawn[at : at + global_batch])[::-1] for at in range(0, len(drawn), global_batch)] or [drawn]
+        [np.sort(drawn[at : at + global_batch])[::-1] for at in range(0, len(drawn), global_batch)]
+        or [drawn]
     )
     return Padding(
         to_max_length=1 - float(lengths.mean()) / max_seq_length,

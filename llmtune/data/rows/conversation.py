@@ -24,10 +24,12 @@ class Message:
     role: Role
     content: str
     train: bool | None = None
-    """Whether its words are trained; None where the row does not say: the assistant's are, what others say is not."""
+    """Whether its words are trained; None where the row does not say: the assistant's are, what
+    others say is not.
+    """
     extra: dict[str, Any] = field(default_factory=dict)
-    """More that chat templates read: ``tool_calls`` with mappings as arguments, ``tool_call_id``, ``name``,
-    ``reasoning_content``."""
+    """More that chat templates read: ``tool_calls`` with mappings as arguments, ``tool_call_id``,
+    ``name``, ``reasoning_content``."""
 
     @property
     def trained(self) -> bool:
@@ -47,14 +49,18 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     """Function schemas for the chat template."""
     plain: bool = False
-    """No chat template: the contents are joined as they are (``text``, ``prompt/completion``, classification)."""
+    """No chat template: the contents are joined as they are (``text``, ``prompt/completion``,
+    classification).
+    """
     label: str | int | float | None = None
     """Class or value of a classification row; its one or two texts are user messages."""
 
     @property
     def uses_tools(self) -> bool:
         """Whether there are tools, calls of them, or what they gave."""
-        return bool(self.tools) or any(m.role is Role.tool or "tool_calls" in m.extra for m in self.messages)
+        return bool(self.tools) or any(
+            m.role is Role.tool or "tool_calls" in m.extra for m in self.messages
+        )
 
     def prompt(self) -> list[dict[str, Any]]:
         """Everything before the last answer."""

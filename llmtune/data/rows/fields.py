@@ -1,7 +1,9 @@
-"""Which fields of a row are read, which are harmless, and which would change what is learned if they were dropped.
+"""Which fields of a row are read, which are harmless, and which would change what is learned if
+they were dropped.
 
-A field that no format reads is ignored in silence only where it stands in the one list of harmless names. One that says
-what is to be learned, and how, is refused by name. All others are listed once for whoever prepares the data.
+A field that no format reads is ignored in silence only where it stands in the one list of harmless
+names. One that says what is to be learned, and how, is refused by name. All others are listed once
+for whoever prepares the data.
 """
 
 from __future__ import annotations
@@ -13,7 +15,17 @@ from typing import Any
 from llmtune.data.rows.problems import RowError, short
 
 #: Fields of a message that say whether its words are trained: true or 1, false or 0.
-TRAINED = ("train", "trained", "trainable", "training", "loss", "compute_loss", "loss_mask", "weight", "loss_weight")
+TRAINED = (
+    "train",
+    "trained",
+    "trainable",
+    "training",
+    "loss",
+    "compute_loss",
+    "loss_mask",
+    "weight",
+    "loss_weight",
+)
 
 #: Fields of a message that say the opposite.
 MASKED = ("masked", "is_masked")
@@ -32,31 +44,148 @@ _PLAIN = tuple(map(set, SPELLINGS))
 _PART_FIELDS = frozenset({"type", "text"})
 _CALL_FIELDS = frozenset({"id", "type", "index", "function", "name", "arguments"})
 
-#: Names that say where something comes from and how long it is, in small letters. Nothing is learned from them.
+# : Names that say where something comes from and how long it is, in small letters. Nothing is
+# learned from them.
 HARMLESS = frozenset(
     {
         # Identity.
-        *("id", "_id", "ids", "idx", "index", "uid", "uuid", "guid", "key", "qid", "pid", "hash", "hashed_ip", "sha"),
-        *("sha1", "sha256", "md5", "digest", "checksum", "fingerprint", "turn_identifier", "__index_level_0__"),
+        *(
+            "id",
+            "_id",
+            "ids",
+            "idx",
+            "index",
+            "uid",
+            "uuid",
+            "guid",
+            "key",
+            "qid",
+            "pid",
+            "hash",
+            "hashed_ip",
+            "sha",
+        ),
+        *(
+            "sha1",
+            "sha256",
+            "md5",
+            "digest",
+            "checksum",
+            "fingerprint",
+            "turn_identifier",
+            "__index_level_0__",
+        ),
         # Source.
-        *("source", "sources", "dataset", "dataset_name", "data_source", "subset", "split", "origin", "collection"),
-        *("corpus", "file", "filename", "file_name", "filepath", "path", "url", "uri", "link", "domain", "host"),
-        *("dump", "repo", "repository", "commit", "branch", "license", "licence", "author", "authors", "annotator"),
-        *("creator", "publisher", "provenance", "model", "model_name", "generator", "engine", "provider", "username"),
+        *(
+            "source",
+            "sources",
+            "dataset",
+            "dataset_name",
+            "data_source",
+            "subset",
+            "split",
+            "origin",
+            "collection",
+        ),
+        *(
+            "corpus",
+            "file",
+            "filename",
+            "file_name",
+            "filepath",
+            "path",
+            "url",
+            "uri",
+            "link",
+            "domain",
+            "host",
+        ),
+        *(
+            "dump",
+            "repo",
+            "repository",
+            "commit",
+            "branch",
+            "license",
+            "licence",
+            "author",
+            "authors",
+            "annotator",
+        ),
+        *(
+            "creator",
+            "publisher",
+            "provenance",
+            "model",
+            "model_name",
+            "generator",
+            "engine",
+            "provider",
+            "username",
+        ),
         # Language and place.
         *("language", "languages", "lang", "locale", "country", "state"),
         *("language_score", "language_confidence", "lang_score"),
         # Time.
-        *("timestamp", "time", "date", "datetime", "created", "updated", "modified", "published", "year"),
+        *(
+            "timestamp",
+            "time",
+            "date",
+            "datetime",
+            "created",
+            "updated",
+            "modified",
+            "published",
+            "year",
+        ),
         # Description.
-        *("title", "topic", "topics", "category", "categories", "subcategory", "tag", "tags", "task", "task_name"),
-        *("task_type", "type", "kind", "subject", "difficulty", "level", "genre", "keywords", "metadata", "meta"),
+        *(
+            "title",
+            "topic",
+            "topics",
+            "category",
+            "categories",
+            "subcategory",
+            "tag",
+            "tags",
+            "task",
+            "task_name",
+        ),
+        *(
+            "task_type",
+            "type",
+            "kind",
+            "subject",
+            "difficulty",
+            "level",
+            "genre",
+            "keywords",
+            "metadata",
+            "meta",
+        ),
         *("comment", "comments", "note", "notes", "version", "views"),
         # Counts.
-        *("length", "len", "num_turns", "num_tokens", "n_tokens", "token_count", "word_count", "char_count"),
+        *(
+            "length",
+            "len",
+            "num_turns",
+            "num_tokens",
+            "n_tokens",
+            "token_count",
+            "word_count",
+            "char_count",
+        ),
         *("num_chars", "size", "seed"),
         # What an API adds to its answers.
-        *("finish_reason", "stop_reason", "usage", "cache_control", "parallel_tool_calls", "object", "service_tier"),
+        *(
+            "finish_reason",
+            "stop_reason",
+            "usage",
+            "cache_control",
+            "parallel_tool_calls",
+            "object",
+            "service_tier",
+        ),
         *("system_fingerprint", "temperature", "top_p", "max_tokens", "header"),
     }
 )
@@ -71,7 +200,9 @@ _BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[-. ]+")
 #: Names that would change what is learned, and what llmtune makes of them.
 _CHANGES: list[tuple[re.Pattern[str], str]] = [
     (
-        re.compile(r"(input|token|prompt|completion|position|token_type|label|target)_ids|attention_mask|.+_masks?"),
+        re.compile(
+            r"(input|token|prompt|completion|position|token_type|label|target)_ids|attention_mask|.+_masks?"
+        ),
         "holds tokens or a mask of them, and llmtune makes its own",
     ),
     (
@@ -84,8 +215,10 @@ _CHANGES: list[tuple[re.Pattern[str], str]] = [
             r"(in)?correctness|helpfulness|harmlessness|toxicity|polarity|grades?|verdict|judge?ments?|thumbs?(_.*)?|"
             r"(is_)?(passed|failed|success|successful)"
         ),
-        "says how good an answer is, and every answer is learned as one to give: keep the rows that are to be learned, and "
-        "take the field out",
+        (
+            "says how good an answer is, and every answer is learned as one to give: keep the rows"
+            " that are to be learned, and take the field out"
+        ),
     ),
     (
         re.compile(
@@ -109,13 +242,17 @@ _CHANGES: list[tuple[re.Pattern[str], str]] = [
             r"function_call|reasoning(_content|_details|_text|_effort)?|thinking(_content|_budget)?|thoughts?|chain_of_thoughts?|"
             r"cot|rationales?|chat_template(_kwargs)?|enable_thinking|refusal|documents|builtin_tools|add_generation_prompt"
         ),
-        "belongs to the text, and is not read here: give it the name by which the format knows it, in the file or with fields "
-        "of the source",
+        (
+            "belongs to the text, and is not read here: give it the name by which the format knows"
+            " it, in the file or with fields of the source"
+        ),
     ),
 ]
 
 
-def find_unknown_fields(row: Mapping[str, Any], known: frozenset[str], lists: Sequence[str]) -> set[str]:
+def find_unknown_fields(
+    row: Mapping[str, Any], known: frozenset[str], lists: Sequence[str]
+) -> set[str]:
     """Fields of a row, its messages and their parts that are neither read nor known to be harmless.
 
     Args:
@@ -130,14 +267,20 @@ def find_unknown_fields(row: Mapping[str, Any], known: frozenset[str], lists: Se
         entries = row.get(field)
         for number, entry in enumerate(entries if isinstance(entries, list | tuple) else ()):
             # Nothing but who says what, as most messages are.
-            plain = type(entry) is dict and entry.keys() in _PLAIN and list not in map(type, entry.values())
+            plain = (
+                type(entry) is dict
+                and entry.keys() in _PLAIN
+                and list not in map(type, entry.values())
+            )
             if not plain and isinstance(entry, Mapping):
                 unknown.update(_judge_message(entry, field, f"{field}[{number}]"))
     return unknown
 
 
 def says_nothing_else(entry: Mapping[str, Any]) -> bool:
-    """Whether every field of a message is one that is read, so that its words are not there under another name."""
+    """Whether every field of a message is one that is read, so that its words are not there under
+    another name.
+    """
     return entry.keys() <= _SAID.union(*_PLAIN)
 
 
@@ -162,7 +305,9 @@ def without_fields(row: Mapping[str, Any], ignored: frozenset[str]) -> Mapping[s
 
 def prune(entries: list[Any] | tuple[Any, ...], ignored: frozenset[str]) -> list[Any]:
     """A list whose mappings lose some fields."""
-    return [without_fields(entry, ignored) if isinstance(entry, Mapping) else entry for entry in entries]
+    return [
+        without_fields(entry, ignored) if isinstance(entry, Mapping) else entry for entry in entries
+    ]
 
 
 def describe_unknown_fields(names: Iterable[str]) -> str:
@@ -177,16 +322,26 @@ def _judge_message(message: Mapping[str, Any], field: str, place: str) -> Iterat
     known = frozenset(_SAID.union(*_PLAIN))
     if not message.keys() <= known:
         yield from _judge(message, known, f"{place}: ", f"{field}[].")
-    for name, inner in (("content", _PART_FIELDS), ("value", _PART_FIELDS), ("tool_calls", _CALL_FIELDS)):
+    for name, inner in (
+        ("content", _PART_FIELDS),
+        ("value", _PART_FIELDS),
+        ("tool_calls", _CALL_FIELDS),
+    ):
         parts = message.get(name)
         for number, part in enumerate(parts if isinstance(parts, list) else ()):
             # What a part that is no text would be is said by whoever reads it.
-            read = isinstance(part, Mapping) and (name == "tool_calls" or part.get("type") == "text")
+            read = isinstance(part, Mapping) and (
+                name == "tool_calls" or part.get("type") == "text"
+            )
             if read and not part.keys() <= inner:
-                yield from _judge(part, inner, f"{place}.{name}[{number}]: ", f"{field}[].{name}[].")
+                yield from _judge(
+                    part, inner, f"{place}.{name}[{number}]: ", f"{field}[].{name}[]."
+                )
 
 
-def _judge(fields: Mapping[str, Any], known: frozenset[str], place: str, path: str) -> Iterator[str]:
+def _judge(
+    fields: Mapping[str, Any], known: frozenset[str], place: str, path: str
+) -> Iterator[str]:
     """The fields that nobody knows.
 
     Args:
@@ -200,13 +355,16 @@ def _judge(fields: Mapping[str, Any], known: frozenset[str], place: str, path: s
         if lower in HARMLESS or lower in TRAINED + MASKED:
             if lower not in HARMLESS and not _says_nothing(lower, value):
                 raise RowError(
-                    f"{place}the field {name!r} ({short(value)}) says that this is not trained like the rest, and only a whole "
-                    f"message can say so: put it into the messages, or take the row out; {_ignoring(name)}"
+                    f"{place}the field {name!r} ({short(value)}) says that this is not trained like"
+                    " the rest, and only a whole message can say so: put it into the messages, or"
+                    f" take the row out; {_ignoring(name)}"
                 )
             continue
         for pattern, reason in _CHANGES:
             if pattern.fullmatch(lower):
-                raise RowError(f"{place}the field {name!r} ({short(value)}) {reason}; {_ignoring(name)}")
+                raise RowError(
+                    f"{place}the field {name!r} ({short(value)}) {reason}; {_ignoring(name)}"
+                )
         if not _HARMLESS_ENDING.fullmatch(lower):
             yield f"{path}{name}"
 

@@ -1,4 +1,6 @@
-"""Objects of JSON in which no name stands twice: parsers take the last of them and drop the others without a word."""
+"""Objects of JSON in which no name stands twice: parsers take the last of them and drop the others
+without a word.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twin = next(name for number, name in enumerate(names) if name in names[:number])
-        raise ValueError(f"the name {twin!r} stands twice in an object, of which one would be dropped")
+        raise ValueError(
+            f"the name {twin!r} stands twice in an object, of which one would be dropped"
+        )
     return found
 
 

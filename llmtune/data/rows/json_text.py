@@ -1,4 +1,6 @@
-"""Lists that a row holds as JSON text: CSV, and many exports, have no other way to write a conversation into a field."""
+"""Lists that a row holds as JSON text: CSV, and many exports, have no other way to write a
+conversation into a field.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,20 @@ _SPEAKERS = ("role", "from")
 
 
 def with_lists(
-    row: Mapping[str, Any], lists: Sequence[str], may_be_texts: bool, ignored: frozenset[str] = frozenset()
+    row: Mapping[str, Any],
+    lists: Sequence[str],
+    may_be_texts: bool,
+    ignored: frozenset[str] = frozenset(),
 ) -> Mapping[str, Any]:
-    """The row with lists where it has JSON of them, and with messages where a list has JSON of those.
+    """The row with lists where it has JSON of them, and with messages where a list has JSON of
+    those.
 
     Args:
         lists: Fields that hold lists.
-        may_be_texts: They are taken for lists only where all of them are lists of messages: a prompt may be JSON.
-        ignored: Fields that messages lose, as :func:`~llmtune.data.rows.fields.without_fields` has it.
+        may_be_texts: They are taken for lists only where all of them are lists of messages: a
+            prompt may be JSON.
+        ignored: Fields that messages lose, as :func:`~llmtune.data.rows.fields.without_fields` has
+            it.
 
     Raises:
         RowError: A field that must be a list begins like one, and is no JSON.
@@ -41,7 +49,10 @@ def with_lists(
         return row
     return {
         **row,
-        **{name: prune(value, ignored) if isinstance(value, list) else value for name, value in changed.items()},
+        **{
+            name: prune(value, ignored) if isinstance(value, list) else value
+            for name, value in changed.items()
+        },
     }
 
 
@@ -52,13 +63,16 @@ def _parse(text: str, field: str, quiet: bool) -> Any:
         if quiet:
             return text
         raise RowError(
-            f"{field!r} is text that begins like a list, and no JSON ({error}): {short(text)}; write it with json.dumps"
+            f"{field!r} is text that begins like a list, and no JSON ({error}): {short(text)};"
+            " write it with json.dumps"
         ) from error
     return [_parse_message(entry) for entry in parsed] if isinstance(parsed, list) else parsed
 
 
 def _parse_message(entry: Any) -> Any:
-    """A message of a list whose elements are JSON; anything else as it is, for whoever reads it to refuse."""
+    """A message of a list whose elements are JSON; anything else as it is, for whoever reads it to
+    refuse.
+    """
     if not isinstance(entry, str) or entry.lstrip()[:1] != "{":
         return entry
     try:
@@ -71,5 +85,8 @@ def _holds_messages(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and bool(value)
-        and all(isinstance(entry, Mapping) and any(name in entry for name in _SPEAKERS) for entry in value)
+        and all(
+            isinstance(entry, Mapping) and any(name in entry for name in _SPEAKERS)
+            for entry in value
+        )
     )

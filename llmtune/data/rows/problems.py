@@ -1,4 +1,6 @@
-"""What is wrong with the data: found row by row, named by ``file:line``, counted, and reported together."""
+"""What is wrong with the data: found row by row, named by ``file:line``, counted, and reported
+together.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Problem:
 
     file: str
     line: int | None
-    """Counted from 1: a line of a text file, a row of Parquet and Arrow; None where the whole file is meant."""
+    """Counted from 1: a line of a text file, a row of Parquet and Arrow; None where the whole file
+    is meant.
+    """
     message: str
 
     def __str__(self) -> str:
@@ -34,7 +38,9 @@ class Problem:
 
     @property
     def kind(self) -> str:
-        """The message without what differs from row to row, by which problems are counted together."""
+        """The message without what differs from row to row, by which problems are counted
+        together.
+        """
         return re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\(.*?\)|\d+", "_", self.message)
 
 
@@ -51,7 +57,10 @@ def short(value: Any) -> str:
 
 def write_problems(problems: Iterable[Problem], file: TextIO) -> None:
     """A line of JSON for each, behind what stands in the file."""
-    file.writelines(json.dumps(redact_values(asdict(problem)), ensure_ascii=False) + "\n" for problem in problems)
+    file.writelines(
+        json.dumps(redact_values(asdict(problem)), ensure_ascii=False) + "\n"
+        for problem in problems
+    )
 
 
 def read_problem_file(path: Path) -> Iterator[Problem]:
@@ -62,7 +71,9 @@ def read_problem_file(path: Path) -> Iterator[Problem]:
 
 
 def group_by_kind(problems: Iterable[Problem]) -> list[tuple[Problem, int]]:
-    """The first problem of each kind, in the order met, and how many there are of it; they are gone through once."""
+    """The first problem of each kind, in the order met, and how many there are of it; they are gone
+    through once.
+    """
     first: dict[str, Problem] = {}
     counts: dict[str, int] = {}
     for problem in problems:
@@ -86,4 +97,6 @@ def refuse(problems: Iterable[Problem], advice: str) -> DataError:
     lines = list(describe(problems))
     if len(lines) == 1:
         return DataError(f"{lines[0]}\n{advice}")
-    return DataError("problems in the data:\n" + "\n".join(f"  {line}" for line in lines) + f"\n{advice}")
+    return DataError(
+        "problems in the data:\n" + "\n".join(f"  {line}" for line in lines) + f"\n{advice}"
+    )

@@ -1,7 +1,8 @@
-"""Who says what, and which call a result answers: a template that does not tell is refused where it matters.
+"""Who says what, and which call a result answers: a template that does not tell is refused where it
+matters.
 
-Words alone do not say it. A template that knows no tools may write a result as the assistant's answer, and one that leaves out
-the ids of calls says by their order alone which result is whose.
+Words alone do not say it. A template that knows no tools may write a result as the assistant's
+answer, and one that leaves out the ids of calls says by their order alone which result is whose.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Speakers:
         self._known: dict[Hashable, str | None] = {}
 
     def check(self, conversation: Conversation, text: str) -> None:
-        """Compare a row's text with those in which somebody else speaks, or another call is answered.
+        """Compare a row's text with those in which somebody else speaks, or another call is
+        answered.
 
         Raises:
             RowError: There is no difference.
@@ -54,9 +56,10 @@ class Speakers:
                 moved[first + offset] = replace(result, extra={**result.extra, **address})
             if self._is_same(replace(conversation, messages=tuple(moved)), text):
                 raise RowError(
-                    f"message {first} (tool) and those behind it answer calls in another order than they were made, and the "
-                    "chat template writes no tool_call_id, so the model would take one result for the other's: put the results "
-                    "into the order of their calls"
+                    f"message {first} (tool) and those behind it answer calls in another order than"
+                    " they were made, and the chat template writes no tool_call_id, so the model"
+                    " would take one result for the other's: put the results into the order of"
+                    " their calls"
                 )
 
     def _find_mistaken(self, conversation: Conversation, text: str) -> str | None:
@@ -65,12 +68,16 @@ class Speakers:
             message = messages[number]
             answer = Message(Role.assistant, message.content, extra=message.extra)
             if self._is_same(
-                replace(conversation, messages=(*messages[:number], answer, *messages[number + 1 :])), text
+                replace(
+                    conversation, messages=(*messages[:number], answer, *messages[number + 1 :])
+                ),
+                text,
             ):
                 return (
-                    f"the chat template writes what message {number} ({message.role.value}) says as an answer of the assistant; "
-                    f"take a data.chat_template that knows {'tools' if message.role is Role.tool else 'system messages'}, such "
-                    "as qwen, or the model's own"
+                    f"the chat template writes what message {number} ({message.role.value}) says as"
+                    " an answer of the assistant; take a data.chat_template that knows"
+                    f" {'tools' if message.role is Role.tool else 'system messages'}, such as qwen,"
+                    " or the model's own"
                 )
         return None
 
@@ -83,19 +90,25 @@ class Speakers:
 
 
 def _first_and_last(messages: Sequence[Message]) -> list[int]:
-    """Messages that nobody but a system or a tool may say; a template often knows one at the beginning only."""
+    """Messages that nobody but a system or a tool may say; a template often knows one at the
+    beginning only.
+    """
     found: set[int] = set()
     for role in (Role.system, Role.tool):
-        numbers = [number for number, m in enumerate(messages) if m.role is role and m.content.strip()]
+        numbers = [
+            number for number, m in enumerate(messages) if m.role is role and m.content.strip()
+        ]
         found |= {*numbers[:1], *numbers[-1:]}
     return sorted(found)
 
 
 def _out_of_order(messages: Sequence[Message]) -> Iterator[tuple[int, list[Message]]]:
-    """Results that follow several calls, where they do not answer the first, the second ... in this order.
+    """Results that follow several calls, where they do not answer the first, the second ... in this
+    order.
 
     Yields:
-        The number of the first result, and the results; calls and results without ids say nothing of an order.
+        The number of the first result, and the results; calls and results without ids say nothing
+        of an order.
     """
     for number, message in enumerate(messages):
         calls = [call.get("id") for call in message.extra.get("tool_calls", ())]

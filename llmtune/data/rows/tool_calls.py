@@ -1,4 +1,6 @@
-"""Calls of tools and the tools that may be called, in the forms of the field, as chat templates want them."""
+"""Calls of tools and the tools that may be called, in the forms of the field, as chat templates
+want them.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ _ELSEWHERE = ("name", "arguments", "parameters", "params", "args", "kwargs", "in
 
 
 def read_tool_calls(entry: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
-    """The calls of a message: ``tool_calls``, a list or its JSON; or one ``function_call``, as the older API had it.
+    """The calls of a message: ``tool_calls``, a list or its JSON; or one ``function_call``, as the
+    older API had it.
 
     Returns:
-        ``{"type": "function", "function": {"name", "arguments"}}`` each, with its ``id`` where it has one; ``arguments``
-        is a mapping, also where it was given as JSON text.
+        ``{"type": "function", "function": {"name", "arguments"}}`` each, with its ``id`` where it
+        has one; ``arguments`` is a mapping, also where it was given as JSON text.
 
     Raises:
         RowError: Something is no call.
@@ -37,7 +40,8 @@ def read_tool_calls(entry: Mapping[str, Any], place: str) -> list[dict[str, Any]
 
 
 def parse_tool_calls(text: str, place: str) -> list[dict[str, Any]]:
-    """The calls of a ``function_call`` turn, whose text is the JSON of one, of a list of them, or of several in a row.
+    """The calls of a ``function_call`` turn, whose text is the JSON of one, of a list of them, or
+    of several in a row.
 
     Raises:
         RowError: It is not.
@@ -51,7 +55,9 @@ def parse_tool_calls(text: str, place: str) -> list[dict[str, Any]]:
             raise _no_function_call(text, place) from error
         calls += call if isinstance(call, list) else [call]
         position = _between(text, position)
-    if not calls or not all(isinstance(call, dict) and ("name" in call or "function" in call) for call in calls):
+    if not calls or not all(
+        isinstance(call, dict) and ("name" in call or "function" in call) for call in calls
+    ):
         raise _no_function_call(text, place)
     return [_read_call(call, place) for call in calls]
 
@@ -64,7 +70,8 @@ def _between(text: str, position: int) -> int:
 
 
 def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The tools of a row: ``tools``, or ``functions`` as the older API had them; a list or its JSON.
+    """The tools of a row: ``tools``, or ``functions`` as the older API had them; a list or its
+    JSON.
 
     Raises:
         RowError: It is no list of function schemas.
@@ -97,18 +104,25 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
         or not isinstance(name, str)
         or not name.strip()
     ):
-        raise RowError(f"{place}: a tool call must be {{function: {{name, arguments}}}}, not {short(call)}")
+        raise RowError(
+            f"{place}: a tool call must be {{function: {{name, arguments}}}}, not {short(call)}"
+        )
     told = {key: value for key, value in function.items() if value not in (None, "")}
     # Beside the function, where only what says nothing of the call may stand.
-    beside = [key for key in _ELSEWHERE if function is not call and call.get(key) not in (None, "", [], {})]
+    beside = [
+        key
+        for key in _ELSEWHERE
+        if function is not call and call.get(key) not in (None, "", [], {})
+    ]
     if beside:
         raise RowError(
-            f"{place}: the call of {name!r} has the field {beside[0]!r} beside its function, where it is not read; name and "
-            "arguments stand in the function"
+            f"{place}: the call of {name!r} has the field {beside[0]!r} beside its function, where"
+            " it is not read; name and arguments stand in the function"
         )
     if unread := [key for key in told if key not in _READ]:
         raise RowError(
-            f"{place}: the call of {name!r} has the field {unread[0]!r}, which is not read; a call has name and arguments"
+            f"{place}: the call of {name!r} has the field {unread[0]!r}, which is not read; a call"
+            " has name and arguments"
         )
     outer = {key: call[key] for key in ("id", "index") if call.get(key) is not None}
     arguments = _read_arguments(function.get("arguments"), name, place)
@@ -122,7 +136,10 @@ def _read_arguments(arguments: Any, name: str, place: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         arguments = _parse(arguments, f"{place}: the arguments of the call of {name!r} are no JSON")
     if not isinstance(arguments, Mapping):
-        raise RowError(f"{place}: the arguments of the call of {name!r} must be a JSON object, not {short(given)}")
+        raise RowError(
+            f"{place}: the arguments of the call of {name!r} must be a JSON object, not"
+            f" {short(given)}"
+        )
     return dict(arguments)
 
 
@@ -135,4 +152,6 @@ def _parse(text: str, message: str) -> Any:
 
 
 def _no_function_call(text: str, place: str) -> RowError:
-    return RowError(f"{place}: a function_call must be JSON with name and arguments, not {short(text)}")
+    return RowError(
+        f"{place}: a function_call must be JSON with name and arguments, not {short(text)}"
+    )

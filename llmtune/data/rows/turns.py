@@ -1,4 +1,6 @@
-"""Turns of a conversation, in the spellings of the field: who speaks, what, and whether it is trained."""
+"""Turns of a conversation, in the spellings of the field: who speaks, what, and whether it is
+trained.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.fields import MASKED, REASONING, SPELLINGS, TRAINED, says_nothing_else
 from llmtune.data.rows.problems import RowError, short
 from llmtune.data.rows.tool_calls import parse_tool_calls, read_tool_calls, read_tools
-from llmtune.data.rows.values import Row, check_unicode, describe_missing, read_list, read_text, texts_within
+from llmtune.data.rows.values import (
+    Row,
+    check_unicode,
+    describe_missing,
+    read_list,
+    read_text,
+    texts_within,
+)
 
 #: Names of roles in the formats of the field; capitals mean nothing.
 ROLES = {
@@ -55,7 +64,10 @@ def rename(row: Row, fields: Mapping[str, str]) -> Row:
     if missing:
         raise RowError(describe_missing(row, missing[0]))
     taken = set(fields.values())
-    return {**{key: row[key] for key in row if key not in taken}, **{key: row[name] for key, name in fields.items()}}
+    return {
+        **{key: row[key] for key in row if key not in taken},
+        **{key: row[name] for key, name in fields.items()},
+    }
 
 
 def from_turns(row: Row, field: str) -> Conversation:
@@ -73,7 +85,10 @@ def from_turns(row: Row, field: str) -> Conversation:
     for number, entry in enumerate(entries):
         place = f"{field}[{number}]"
         if not isinstance(entry, Mapping):
-            raise RowError(f"{place} must be {{{', '.join(SPELLINGS[field == 'conversations'])}}}, not {short(entry)}")
+            raise RowError(
+                f"{place} must be {{{', '.join(SPELLINGS[field == 'conversations'])}}}, not"
+                f" {short(entry)}"
+            )
         message, called = _to_message(entry, place)
         if called and calling and message.train == messages[-1].train:
             messages[-1] = _with_more_calls(messages[-1], message)
@@ -81,7 +96,9 @@ def from_turns(row: Row, field: str) -> Conversation:
             messages.append(message)
         calling = called
     if messages[-1].role is not Role.assistant:
-        raise RowError(f"the last message is the {messages[-1].role.value}'s; it must be the assistant's")
+        raise RowError(
+            f"the last message is the {messages[-1].role.value}'s; it must be the assistant's"
+        )
     tools = read_tools(row)
     for text in texts_within(tools) if tools else ():
         check_unicode(text, "tools")
@@ -95,13 +112,22 @@ def _with_more_calls(message: Message, more: Message) -> Message:
 
 
 def _message_fields(entry: Row, place: str) -> tuple[str, str]:
-    """The fields of a message that say who speaks and what: ``role`` and ``content``, or ``from`` and ``value``."""
+    """The fields of a message that say who speaks and what: ``role`` and ``content``, or ``from``
+    and ``value``.
+    """
     found = []
     for names in zip(*SPELLINGS, strict=True):
-        given = [name for name in names if entry.get(name) is not None] or [name for name in names if name in entry]
-        said = [_find_role(entry[name]) or entry[name] if names[0] == "role" else entry[name] for name in given]
+        given = [name for name in names if entry.get(name) is not None] or [
+            name for name in names if name in entry
+        ]
+        said = [
+            _find_role(entry[name]) or entry[name] if names[0] == "role" else entry[name]
+            for name in given
+        ]
         if len(given) > 1 and said[0] != said[1]:
-            raise RowError(f"{place}: {given[0]!r} and {given[1]!r} say different things; keep one of them")
+            raise RowError(
+                f"{place}: {given[0]!r} and {given[1]!r} say different things; keep one of them"
+            )
         found.append(given[0] if given else None)
     speaker = found[0] or "role"
     return speaker, found[1] or dict(SPELLINGS)[speaker]
@@ -117,7 +143,9 @@ def _to_message(entry: Row, place: str) -> tuple[Message, bool]:
     name = entry.get(role_field)
     role = _find_role(name)
     if role is None:
-        raise RowError(f"{place}: {role_field} is {short(name)}; it must be one of {', '.join(ROLES)}")
+        raise RowError(
+            f"{place}: {role_field} is {short(name)}; it must be one of {', '.join(ROLES)}"
+        )
     called = str(name).strip().lower() in _CALLERS
     if called:
         calls = parse_tool_calls(_content(entry, text_field, place), place)
@@ -128,7 +156,9 @@ def _to_message(entry: Row, place: str) -> tuple[Message, bool]:
         # Nothing but who says what, as most messages are.
         return Message(role, _content(entry, text_field, place, silent), train), False
     # Arrow fills the fields that other rows have with nulls.
-    extra: dict[str, Any] = {key: entry[key] for key in EXTRA if entry.get(key) not in (None, [], "")}
+    extra: dict[str, Any] = {
+        key: entry[key] for key in EXTRA if entry.get(key) not in (None, [], "")
+    }
     if not isinstance(extra.get("name", ""), str):
         raise RowError(f"{place}: 'name' must be text, not {short(extra['name'])}")
     calls = read_tool_calls(entry, place)
@@ -137,7 +167,12 @@ def _to_message(entry: Row, place: str) -> tuple[Message, bool]:
     extra |= thought
     for text in texts_within(extra) if extra else ():
         check_unicode(text, f"{place}: {', '.join(extra)}")
-    return Message(role, _content(entry, text_field, place, silent or bool(calls or thought)), train, extra), called
+    return (
+        Message(
+            role, _content(entry, text_field, place, silent or bool(calls or thought)), train, extra
+        ),
+        called,
+    )
 
 
 def _reasoning(entry: Row, place: str) -> dict[str, str]:
@@ -153,7 +188,9 @@ def _reasoning(entry: Row, place: str) -> dict[str, str]:
 
 def is_answer(turn: Any) -> bool:
     """Whether a turn is the assistant's."""
-    return isinstance(turn, Mapping) and Role.assistant in map(_find_role, (turn.get("role"), turn.get("from")))
+    return isinstance(turn, Mapping) and Role.assistant in map(
+        _find_role, (turn.get("role"), turn.get("from"))
+    )
 
 
 def list_switches(entry: Row) -> list[str]:
@@ -162,7 +199,8 @@ def list_switches(entry: Row) -> list[str]:
 
 
 def _says_train(entry: Row, place: str) -> bool | None:
-    """Whether a message is trained, by whatever name it says so: ``train``, OpenAI's ``weight``, ``loss``, ``masked`` ...
+    """Whether a message is trained, by whatever name it says so: ``train``, OpenAI's ``weight``,
+    ``loss``, ``masked`` ...
 
     None where it says nothing.
     """
@@ -171,11 +209,14 @@ def _says_train(entry: Row, place: str) -> bool | None:
         value = entry[name]
         if value not in (True, False):
             raise RowError(
-                f"{place}: {name!r} must be true or false, not {short(value)}: a message is trained, or it is not"
+                f"{place}: {name!r} must be true or false, not {short(value)}: a message is"
+                " trained, or it is not"
             )
         said[name] = bool(value) is not (name in MASKED)
     if len(set(said.values())) > 1:
-        raise RowError(f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them")
+        raise RowError(
+            f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them"
+        )
     return next(iter(said.values()), None)
 
 
@@ -185,8 +226,14 @@ def _content(entry: Row, field: str, place: str, may_be_empty: bool = False) -> 
     if isinstance(value, list):
         parts = []
         for part in value:
-            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise RowError(f"{place}: {field} holds {short(part)}; only text parts can be trained")
+            if (
+                not isinstance(part, Mapping)
+                or part.get("type") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
+                raise RowError(
+                    f"{place}: {field} holds {short(part)}; only text parts can be trained"
+                )
             parts.append(part["text"])
         value = "".join(parts)
     if may_be_empty and (value is None or (isinstance(value, str) and not value.strip())):

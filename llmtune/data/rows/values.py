@@ -36,7 +36,9 @@ def read_text(row: Row, field: str, required: bool = True) -> str:
     if value is None or value == "":
         if not required:
             return ""
-        raise RowError(f"the field {field!r} is empty" if field in row else describe_missing(row, field))
+        raise RowError(
+            f"the field {field!r} is empty" if field in row else describe_missing(row, field)
+        )
     if not isinstance(value, str):
         raise RowError(f"the field {field!r} must be text, not {short(value)}")
     if required and not value.strip():
@@ -60,7 +62,8 @@ def texts_within(value: Any) -> Iterator[str]:
 
 
 def check_unicode(value: str, field: str) -> None:
-    """Refuse what no tokenizer reads: bytes that were no UTF-8, and halves of surrogate pairs, which JSON can spell.
+    """Refuse what no tokenizer reads: bytes that were no UTF-8, and halves of surrogate pairs,
+    which JSON can spell.
 
     Raises:
         RowError: There is one.

@@ -1,4 +1,6 @@
-"""Which rows of which source stand in an epoch, and which are held out: numbers only, drawn with the seed."""
+"""Which rows of which source stand in an epoch, and which are held out: numbers only, drawn with
+the seed.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def hold_out(begins: NDArray[np.bool_], size: int | float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def hold_out(
+    begins: NDArray[np.bool_], size: int | float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Row numbers for training, in order, and for evaluation, in the order drawn.
 
-    Documents are drawn, each with all of its pieces: a piece between two that are trained on measures how much was
-    learned by heart.
+    Documents are drawn, each with all of its pieces: a piece between two that are trained on
+    measures how much was learned by heart.
 
     Args:
-        begins: Whether each row begins a document, or is a further piece of the one before it. Shape (rows,).
+        begins: Whether each row begins a document, or is a further piece of the one before it.
+            Shape (rows,).
         size: Documents, or a share of them below 1.
 
     Raises:
@@ -33,10 +38,12 @@ def hold_out(begins: NDArray[np.bool_], size: int | float, seed: int) -> tuple[N
     documents = len(starts)
     count = size if isinstance(size, int) else max(1, round(size * documents)) if size else 0
     if count >= documents:
-        cut = f", cut into {len(begins)} pieces but held out whole" if len(begins) > documents else ""
+        cut = (
+            f", cut into {len(begins)} pieces but held out whole" if len(begins) > documents else ""
+        )
         raise DataError(
-            f"data.val_set_size={size} takes all of data.train, which has {counted(documents, 'row')}{cut}: add rows, or take "
-            "data.val_set_size=0"
+            f"data.val_set_size={size} takes all of data.train, which has"
+            f" {counted(documents, 'row')}{cut}: add rows, or take data.val_set_size=0"
         )
     drawn = draw_rows(documents, count, seed, Draw.held_out)
     pieces = np.diff(np.append(starts, len(begins)))[drawn]
@@ -48,11 +55,13 @@ def hold_out(begins: NDArray[np.bool_], size: int | float, seed: int) -> tuple[N
     return np.flatnonzero(keep).astype(np.int64), held_out
 
 
-def mix(rows: NDArray[np.int64], sources: Sequence[Source], counts: Sequence[int], seed: int) -> NDArray[np.int64]:
+def mix(
+    rows: NDArray[np.int64], sources: Sequence[Source], counts: Sequence[int], seed: int
+) -> NDArray[np.int64]:
     """The rows of an epoch: ``repeat`` times each, or in the proportion of the weights.
 
-    With weights, the epoch is as long as it can be without taking a row of any source more than ``repeat`` times; what is
-    taken of the others is drawn.
+    With weights, the epoch is as long as it can be without taking a row of any source more than
+    ``repeat`` times; what is taken of the others is drawn.
 
     Args:
         rows: Numbers of the rows that may be taken, counted over all sources.
@@ -62,11 +71,15 @@ def mix(rows: NDArray[np.int64], sources: Sequence[Source], counts: Sequence[int
         DataError: A source with a weight has no rows.
     """
     ends = np.cumsum(counts)
-    shares = [rows[(rows >= end - count) & (rows < end)] for end, count in zip(ends, counts, strict=True)]
+    shares = [
+        rows[(rows >= end - count) & (rows < end)] for end, count in zip(ends, counts, strict=True)
+    ]
     if sources and sources[0].weight is not None:
         for source, share in zip(sources, shares, strict=True):
             if not len(share):
-                raise DataError(f"data.train: {source.path} has a weight, but no row that can be trained on")
+                raise DataError(
+                    f"data.train: {source.path} has a weight, but no row that can be trained on"
+                )
         total = sum(source.weight or 0 for source in sources)
         size = min(
             len(share) * source.repeat * total / (source.weight or 1)

@@ -1,7 +1,8 @@
 """Best-fit packing: several short rows share one of full length, so that nearly nothing is padding.
 
-Rows come in a seeded random order, those of more than a quarter of the length first: large ones decide how well rows
-fill up (as in best-fit decreasing), and the rest stays mixed, so that a packed row is not all rows of one length.
+Rows come in a seeded random order, those of more than a quarter of the length first: large ones
+decide how well rows fill up (as in best-fit decreasing), and the rest stays mixed, so that a packed
+row is not all rows of one length.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ def pack_rows(
         window: Of a stream, whose windows are packed one by one.
 
     Returns:
-        ``members``: row numbers, packed row by packed row, shape (rows,); ``starts``: where in it each packed row begins,
-        and its end, shape (packed rows + 1,).
+        ``members``: row numbers, packed row by packed row, shape (rows,); ``starts``: where in it
+        each packed row begins, and its end, shape (packed rows + 1,).
     """
-    bins = _assign(lengths, _placing_order(lengths, capacity, generator(seed, Draw.packing, window)), capacity)
+    bins = _assign(
+        lengths, _placing_order(lengths, capacity, generator(seed, Draw.packing, window)), capacity
+    )
     members = np.argsort(bins, kind="stable").astype(np.int64)
     counts = np.bincount(bins)
     return members, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -43,18 +46,23 @@ def packing_efficiency(lengths: NDArray[np.int32], packed_rows: int, capacity: i
     return float(lengths.sum(dtype=np.int64)) / (packed_rows * capacity) if packed_rows else 0.0
 
 
-def _placing_order(lengths: NDArray[np.int32], capacity: int, draws: np.random.Generator) -> NDArray[np.int64]:
+def _placing_order(
+    lengths: NDArray[np.int32], capacity: int, draws: np.random.Generator
+) -> NDArray[np.int64]:
     order = draws.permutation(len(lengths))
     large = lengths[order] > capacity * LARGE_SHARE
     first = order[large]
     return np.concatenate([first[np.argsort(-lengths[first], kind="stable")], order[~large]])
 
 
-def _assign(lengths: NDArray[np.int32], order: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """The bin of each row. Best fit: the open bin that has the least room left of those with enough.
+def _assign(
+    lengths: NDArray[np.int32], order: NDArray[np.int64], capacity: int
+) -> NDArray[np.int64]:
+    """The bin of each row. Best fit: the open bin that has the least room left of those with
+    enough.
 
-    The bins with r tokens of room form a stack, and bit r of one integer tells whether there are any; so the search for
-    the smallest sufficient room is one shift.
+    The bins with r tokens of room form a stack, and bit r of one integer tells whether there are
+    any; so the search for the smallest sufficient room is one shift.
     """
     stacks: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms = 0

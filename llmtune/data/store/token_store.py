@@ -1,4 +1,6 @@
-"""Tokenised rows on disk: one Arrow file a source, mapped into memory, with small arrays of numbers beside it."""
+"""Tokenised rows on disk: one Arrow file a source, mapped into memory, with small arrays of numbers
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class StoreSummary:
     rows: int = 0
     truncated: int = 0
     overlong: list[tuple[int, int]] = field(default_factory=list)
-    """(tokens, rows of as many) that were dropped as too long; 0 tokens of long texts, which were not counted."""
+    """(tokens, rows of as many) that were dropped as too long; 0 tokens of long texts, which were
+    not counted.
+    """
     bad_rows: int = 0
     files: list[str] = field(default_factory=list)
     special: list[int] = field(default_factory=list)
@@ -68,7 +72,8 @@ def publish_folder(folder: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        # Where another process published the same rows first, the rename fails and theirs are as good.
+        # Where another process published the same rows first, the rename fails and theirs are as
+        # good.
         with contextlib.suppress(OSError):
             aside.rename(folder)
     finally:
@@ -97,7 +102,9 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
                 summary.files.append(block.file)
             for name in ("lengths", "trained", "hashes", "lines", "begins"):
                 columns[name].append(getattr(block, name))
-            columns["files"].append(np.full(len(block.lengths), len(summary.files) - 1, dtype=np.int32))
+            columns["files"].append(
+                np.full(len(block.lengths), len(summary.files) - 1, dtype=np.int32)
+            )
             labels += block.labels
             overlong.update(block.overlong)
             special |= block.special
@@ -122,11 +129,15 @@ def _to_arrow(block: TokenBlock, schema: pa.Schema) -> pa.RecordBatch:
     import pyarrow as pa
 
     offsets = pa.array(np.concatenate([[0], np.cumsum(block.lengths)]).astype(np.int32))
-    lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (block.ids, block.mask)]
+    lists = [
+        pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (block.ids, block.mask)
+    ]
     return pa.RecordBatch.from_arrays(lists, schema=schema)
 
 
-def _write_numbers(columns: dict[str, list[Any]], labels: list[Any], summary: StoreSummary, folder: Path) -> None:
+def _write_numbers(
+    columns: dict[str, list[Any]], labels: list[Any], summary: StoreSummary, folder: Path
+) -> None:
     for name, dtype in _COLUMNS.items():
         values = np.concatenate(columns[name]) if columns[name] else np.zeros(0, dtype=dtype)
         np.save(folder / f"{name}.npy", values)
@@ -155,7 +166,9 @@ class TokenStore:
         return self.summary.rows
 
     def numbers(self, name: str) -> NDArray[Any]:
-        """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``, ``begins``. Shape (rows,)."""
+        """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``,
+        ``begins``. Shape (rows,).
+        """
         array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return array
 
@@ -190,7 +203,11 @@ class TokenStore:
         if number not in self._opened:
             batch = self._reader.get_batch(number)
             ids, mask = batch.column(0), batch.column(1)
-            self._opened[number] = (_view(ids.offsets, np.int32), _view(ids.values, np.int32), mask.values)
+            self._opened[number] = (
+                _view(ids.offsets, np.int32),
+                _view(ids.values, np.int32),
+                mask.values,
+            )
         return self._opened[number]
 
     @cached_property
@@ -202,20 +219,30 @@ class TokenStore:
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
         """Row number behind each record batch."""
-        counts = [self._reader.get_batch(number).num_rows for number in range(self._reader.num_record_batches)]
+        counts = [
+            self._reader.get_batch(number).num_rows
+            for number in range(self._reader.num_record_batches)
+        ]
         return np.cumsum(counts, dtype=np.int64)
 
 
 def _view(array: pa.Array, dtype: type[np.int32]) -> NDArray[np.int32]:
-    """The numbers of an Arrow array where they lie. Its own ``to_numpy`` imports pandas, a fifth of a second in every rank."""
+    """The numbers of an Arrow array where they lie.
+
+    Its own ``to_numpy`` imports pandas, a fifth of a second in every rank.
+    """
     return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
 
 
 def _view_bits(array: pa.Array, begin: int, end: int) -> NDArray[np.bool_]:
-    """Elements ``[begin, end)`` of an Arrow array of booleans, which are eight a byte, the lowest bit first."""
+    """Elements ``[begin, end)`` of an Arrow array of booleans, which are eight a byte, the lowest
+    bit first.
+    """
     first, last = array.offset + begin, array.offset + end
     packed = np.frombuffer(array.buffers()[1], np.uint8)[first // 8 : -(-last // 8)]
-    return np.unpackbits(packed, bitorder="little")[first % 8 : first % 8 + last - first].view(np.bool_)
+    return np.unpackbits(packed, bitorder="little")[first % 8 : first % 8 + last - first].view(
+        np.bool_
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,13 +256,15 @@ class Row:
 
 
 def join_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Row:
-    """The row of some documents, of ids and mask each. The first token of each is not trained: what stands before it is
-    another's.
+    """The row of some documents, of ids and mask each. The first token of each is not trained: what
+    stands before it is another's.
     """
     masks = [mask.copy() for _, mask in documents]
     for mask in masks:
         mask[:1] = False
-    return Row(np.concatenate([ids for ids, _ in documents]), np.concatenate(masks), tuple(map(len, masks)))
+    return Row(
+        np.concatenate([ids for ids, _ in documents]), np.concatenate(masks), tuple(map(len, masks))
+    )
 
 
 def _locate(number: int, ends: NDArray[np.int64]) -> tuple[int, int]:
@@ -245,13 +274,21 @@ def _locate(number: int, ends: NDArray[np.int64]) -> tuple[int, int]:
 
 
 class Rows:
-    """The rows of a split, of all its sources, in a fixed order; packed where ``starts`` is given."""
+    """The rows of a split, of all its sources, in a fixed order; packed where ``starts`` is
+    given.
+    """
 
-    def __init__(self, stores: Sequence[TokenStore], index: NDArray[np.int64], starts: NDArray[np.int64] | None = None):
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        index: NDArray[np.int64],
+        starts: NDArray[np.int64] | None = None,
+    ):
         """
         Args:
             index: Row numbers, counted over all stores. Shape (documents,).
-            starts: Where in ``index`` each packed row begins, and the end. Shape (packed rows + 1,).
+            starts: Where in ``index`` each packed row begins, and the end. Shape (packed rows +
+                1,).
         """
         self.stores = stores
         self.index = index
@@ -293,7 +330,10 @@ class Rows:
 
     def places(self, number: int) -> list[tuple[str, int]]:
         """File and line of every document of a row."""
-        return [self.place(document) for document in range(int(self._starts[number]), int(self._starts[number + 1]))]
+        return [
+            self.place(document)
+            for document in range(int(self._starts[number]), int(self._starts[number + 1]))
+        ]
 
     def source_place(self, document: int) -> tuple[int, str, int]:
         """Number of the store, file and line of a document."""

@@ -1,4 +1,6 @@
-"""Tokens for which the model has no embedding: on a GPU they end a run far from where they are, with a failed assertion."""
+"""Tokens for which the model has no embedding: on a GPU they end a run far from where they are,
+with a failed assertion.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def embedding_rows(model_folder: Path) -> int | None:
     return next((int(part["vocab_size"]) for part in parts if part.get("vocab_size")), None)
 
 
-def find_beyond(folders: Iterable[str], model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Problem]:
+def find_beyond(
+    folders: Iterable[str], model_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Problem]:
     """Rows with tokens that the model does not know, each with the first of them.
 
     Args:
@@ -51,7 +55,9 @@ def find_beyond(folders: Iterable[str], model_folder: Path, tokenizer: PreTraine
                 yield Problem(*store.place(row), _describe(first, rows, model_folder, tokenizer))
 
 
-def check_stores(folders: Iterable[str], model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_stores(
+    folders: Iterable[str], model_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Refuse rows with tokens that the model does not know.
 
     Args:
@@ -67,7 +73,8 @@ def check_stores(folders: Iterable[str], model_folder: Path, tokenizer: PreTrain
 
 
 def check_padding(model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a padding token that the model does not know: it is not trained on, but looked up like any other.
+    """Refuse a padding token that the model does not know: it is not trained on, but looked up like
+    any other.
 
     Raises:
         ConfigError: It is one.
@@ -76,10 +83,15 @@ def check_padding(model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
     if rows is None or padding is None or padding < rows:
         return
     end = tokenizer.eos_token_id
-    known = f"model.pad_token='{tokenizer.eos_token}'" if end is not None and end < rows else "one that it has"
+    known = (
+        f"model.pad_token='{tokenizer.eos_token}'"
+        if end is not None and end < rows
+        else "one that it has"
+    )
     raise ConfigError(
-        f"the padding token {padding} ({tokenizer.pad_token!r}) has no embedding: the model in {model_folder} has {rows}; take "
-        f"{known}, or save the model once more after model.resize_token_embeddings(len(tokenizer))"
+        f"the padding token {padding} ({tokenizer.pad_token!r}) has no embedding: the model in"
+        f" {model_folder} has {rows}; take {known}, or save the model once more after"
+        " model.resize_token_embeddings(len(tokenizer))"
     )
 
 
@@ -106,13 +118,16 @@ def check_block(
     row = int(np.searchsorted(np.cumsum(lengths), int(np.argmax(ids >= rows)), side="right"))
     file, lines = places
     token = int(ids[ids >= rows][0])
-    raise DataError(str(Problem(file, int(lines[row]), _describe(token, rows, model_folder, tokenizer))))
+    raise DataError(
+        str(Problem(file, int(lines[row]), _describe(token, rows, model_folder, tokenizer)))
+    )
 
 
 def _describe(token: int, rows: int, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     word = tokenizer.convert_ids_to_tokens(token)
     return (
-        f"token {token} ({word!r}) has no embedding: the model in {model_folder} has {rows}, its tokenizer "
-        f"{len(tokenizer)}. Tokens were added to the tokenizer and not to the model: take the tokenizer that the model was "
-        "saved with, or save the model once more after model.resize_token_embeddings(len(tokenizer))"
+        f"token {token} ({word!r}) has no embedding: the model in {model_folder} has {rows}, its"
+        f" tokenizer {len(tokenizer)}. Tokens were added to the tokenizer and not to the model:"
+        " take the tokenizer that the model was saved with, or save the model once more after"
+        " model.resize_token_embeddings(len(tokenizer))"
     )

@@ -1,8 +1,8 @@
 """Chat templates: which one, and a conversation rendered by it with the places of the answers.
 
-Where a template marks what the assistant says (``{% generation %}``), the marks decide. Elsewhere the places are derived:
-the template is rendered up to each answer and with it, and what the answer added is the answer and its end of turn; the
-pieces must add up to the whole text.
+Where a template marks what the assistant says (``{% generation %}``), the marks decide. Elsewhere
+the places are derived: the template is rendered up to each answer and with it, and what the answer
+added is the answer and its end of turn; the pieces must add up to the whole text.
 """
 
 from __future__ import annotations
@@ -57,33 +57,38 @@ def load_chat_template(name: str | None) -> str | None:
     path = Path(name).expanduser() if name.endswith(".jinja") else folder / f"{name}.jinja"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.jinja")))
-        raise ConfigError(f"data.chat_template={name}: no such template; there are {known}, or a .jinja file")
+        raise ConfigError(
+            f"data.chat_template={name}: no such template; there are {known}, or a .jinja file"
+        )
     return path.read_text(encoding="utf-8")
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
-    """Refuse a tokenizer without a template: guessing one trains a model that no other tool prompts right.
+    """Refuse a tokenizer without a template: guessing one trains a model that no other tool prompts
+    right.
 
     Raises:
-        ConfigError: There is no template, it is no Jinja, or there are several and none is named ``default``.
+        ConfigError: There is no template, it is no Jinja, or there are several and none is named
+            ``default``.
     """
     named = tokenizer.chat_template
     if isinstance(named, dict) and named and "default" not in named:
         raise ConfigError(
-            f"the tokenizer of {model_name} has the chat templates {', '.join(sorted(named))}, and none named default: save "
-            "the one that is meant to a file, and name it with data.chat_template=FILE.jinja"
+            f"the tokenizer of {model_name} has the chat templates {', '.join(sorted(named))}, and"
+            " none named default: save the one that is meant to a file, and name it with"
+            " data.chat_template=FILE.jinja"
         )
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"the tokenizer of {model_name} has no chat template (a base model?): add data.chat_template=llama3, "
-            "llama2, chatml, mistral, qwen, or a .jinja file"
+            f"the tokenizer of {model_name} has no chat template (a base model?): add"
+            " data.chat_template=llama3, llama2, chatml, mistral, qwen, or a .jinja file"
         )
     try:
         ChatTemplates(tokenizer)
     except TEMPLATE_ERRORS as error:
         raise ConfigError(
-            f"the chat template of {model_name}, or data.chat_template, is no Jinja: {describe_template_error(error)}; mend "
-            "it, or name another with data.chat_template"
+            f"the chat template of {model_name}, or data.chat_template, is no Jinja:"
+            f" {describe_template_error(error)}; mend it, or name another with data.chat_template"
         ) from error
 
 
@@ -94,24 +99,36 @@ class _Scaffold:
     between: tuple[str, ...]
     """Before the first message, between two, and behind the last."""
     reaches: tuple[tuple[int, int] | None, ...]
-    """How far the trained span of each answer reaches before and behind its words; None for what others say."""
+    """How far the trained span of each answer reaches before and behind its words; None for what
+    others say.
+    """
 
 
 class ChatTemplates:
-    """All templates of a tokenizer. One named ``tool_use`` is for rows with tools, as transformers has it."""
+    """All templates of a tokenizer.
+
+    One named ``tool_use`` is for rows with tools, as transformers has it.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, every_answer: bool = False):
         """
         Args:
-            every_answer: Find the places of answers that are not trained too, so that all else can be trained.
+            every_answer: Find the places of answers that are not trained too, so that all else can
+                be trained.
         """
         named: Any = tokenizer.chat_template
         self._default = ChatTemplate(tokenizer, every_answer=every_answer)
         uses_tools = isinstance(named, dict) and "tool_use" in named
-        self._tool_use = ChatTemplate(tokenizer, named["tool_use"], every_answer) if uses_tools else self._default
+        self._tool_use = (
+            ChatTemplate(tokenizer, named["tool_use"], every_answer)
+            if uses_tools
+            else self._default
+        )
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Text and spans of a row, by the template that it needs; see :meth:`ChatTemplate.render`."""
+        """Text and spans of a row, by the template that it needs; see
+        :meth:`ChatTemplate.render`.
+        """
         return self._of(conversation).render(conversation)
 
     def render_prompt(self, conversation: Conversation) -> str:
@@ -129,7 +146,12 @@ class ChatTemplates:
 class ChatTemplate:
     """One template, ready to render many conversations."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, every_answer: bool = False):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str | None = None,
+        every_answer: bool = False,
+    ):
         """
         Args:
             text: Of the template; the tokenizer's own where it is not given.
@@ -150,14 +172,16 @@ class ChatTemplate:
         refuse_powers(self._text)
         with bounded_template():
             environment: Any = _compile_jinja_template(self._text).environment
-        self._verbatim = Verbatim.no if self.marked else find_verbatim(environment.parse(self._text))
+        self._verbatim = (
+            Verbatim.no if self.marked else find_verbatim(environment.parse(self._text))
+        )
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The whole text, and the spans of the answers with what ends their turns, in order.
 
         Raises:
-            RowError: The template refuses the row, answers cannot be told from what surrounds them, or the text lacks
-                something that the row says.
+            RowError: The template refuses the row, answers cannot be told from what surrounds them,
+                or the text lacks something that the row says.
         """
         built = None if self.marked else self._by_scaffold(conversation)
         if built is not None:
@@ -193,37 +217,53 @@ class ChatTemplate:
         return text, self._by_prefixes(conversation, text)
 
     def _by_prefixes(self, conversation: Conversation, text: str) -> list[Span]:
-        """Render up to each answer, and with it. Untrained ones whose places cannot be told are left out."""
+        """Render up to each answer, and with it.
+
+        Untrained ones whose places cannot be told are left out.
+        """
         messages = conversation.messages
         spans = []
         for index, message in enumerate(conversation.messages):
             if message.role is not Role.assistant:
                 continue
             prefix, _ = self._apply(messages[:index], conversation, prompt=True)
-            whole = text if index == len(messages) - 1 else self._apply(messages[: index + 1], conversation)[0]
+            whole = (
+                text
+                if index == len(messages) - 1
+                else self._apply(messages[: index + 1], conversation)[0]
+            )
             upto = self._without_closing(whole.rstrip(), prefix, text)
             if not (upto.startswith(prefix) and text.startswith(upto)):
                 if not message.trained and not self._every_answer:
                     continue
                 raise RowError(
                     explain_difference(f"message {index}", prefix, upto, text)
-                    or f"the chat template renders the answer in message {index} differently with and without what "
-                    "surrounds it, so its tokens cannot be told apart; take another data.chat_template"
+                    or f"the chat template renders the answer in message {index} differently with"
+                    " and without what surrounds it, so its tokens cannot be told apart; take another"  # noqa: E501
+                    " data.chat_template"
                 )
             spans.append(Span(len(prefix), len(upto), message.trained))
         return spans
 
     def _without_closing(self, upto: str, prefix: str, text: str) -> str:
-        """Up to an answer, without the end-of-text token that some templates put behind whatever is last, as Phi-3's does."""
+        """Up to an answer, without the end-of-text token that some templates put behind whatever is
+        last, as Phi-3's does.
+        """
         if text.startswith(upto) or not self._closing or not upto.endswith(self._closing):
             return upto
         shorter = upto.removesuffix(self._closing).rstrip()
         return shorter if text.startswith(shorter) and len(shorter) > len(prefix) else upto
 
     def _by_scaffold(self, conversation: Conversation) -> tuple[str, list[Span]] | None:
-        """Text and spans without rendering, which is half of the time that a row takes; None where words may matter."""
+        """Text and spans without rendering, which is half of the time that a row takes; None where
+        words may matter.
+        """
         messages = conversation.messages
-        if self._verbatim is Verbatim.no or conversation.tools or any(message.extra for message in messages):
+        if (
+            self._verbatim is Verbatim.no
+            or conversation.tools
+            or any(message.extra for message in messages)
+        ):
             return None
         if self._verbatim is Verbatim.trimmed and any(
             not m.content or m.content != m.content.strip() for m in messages
@@ -238,7 +278,9 @@ class ChatTemplate:
         parts = [scaffold.between[0]]
         position = len(parts[0])
         spans = []
-        for message, following, reach in zip(messages, scaffold.between[1:], scaffold.reaches, strict=True):
+        for message, following, reach in zip(
+            messages, scaffold.between[1:], scaffold.reaches, strict=True
+        ):
             end = position + len(message.content)
             if reach is not None:
                 spans.append(Span(position - reach[0], end + reach[1], message.trained))
@@ -248,7 +290,9 @@ class ChatTemplate:
 
     def _learn_scaffold(self, roles: tuple[Role, ...]) -> _Scaffold | None:
         names = [f"\ue000{number}\ue001" for number in range(len(roles))]
-        sample = Conversation(tuple(Message(role, name) for role, name in zip(roles, names, strict=True)))
+        sample = Conversation(
+            tuple(Message(role, name) for role, name in zip(roles, names, strict=True))
+        )
         try:
             text, _ = self._apply(sample.messages, sample)
             spans = iter(self._by_prefixes(sample, text))
@@ -273,15 +317,22 @@ class ChatTemplate:
 
     @cached_property
     def _arguments_as_text(self) -> bool:
-        """Whether the template takes the arguments of a call as JSON text; most take a mapping, and write JSON or more.
+        """Whether the template takes the arguments of a call as JSON text; most take a mapping, and
+        write JSON or more.
 
         One that wants text cannot join a mapping to it, or writes the mapping as Python does.
         """
-        call = {"id": "callcall0", "type": "function", "function": {"name": "f", "arguments": {"zqkey": "zqvalue"}}}
+        call = {
+            "id": "callcall0",
+            "type": "function",
+            "function": {"name": "f", "arguments": {"zqkey": "zqvalue"}},
+        }
         answer = Message(Role.assistant, "", extra={"tool_calls": [call]})
         result = Message(Role.tool, "c", extra={"tool_call_id": "callcall0", "name": "f"})
         messages = (Message(Role.user, "a"), answer, result, Message(Role.assistant, "d"))
-        sample = Conversation(messages, tools=({"type": "function", "function": {"name": "f", "parameters": {}}},))
+        sample = Conversation(
+            messages, tools=({"type": "function", "function": {"name": "f", "parameters": {}}},)
+        )
         written: dict[bool, str | None] = {}
         for as_text in (False, True):
             try:
@@ -289,14 +340,22 @@ class ChatTemplate:
             except TEMPLATE_ERRORS:
                 written[as_text] = None
         as_mapping = written[False]
-        return written[True] is not None and (as_mapping is None or "{'zqkey': 'zqvalue'}" in as_mapping)
+        return written[True] is not None and (
+            as_mapping is None or "{'zqkey': 'zqvalue'}" in as_mapping
+        )
 
     def _to_dict(self, message: Message, as_text: bool | None) -> dict[str, Any]:
         """As the template wants it."""
         values = message.to_dict()
         if "tool_calls" in values and (self._arguments_as_text if as_text is None else as_text):
             values["tool_calls"] = [
-                {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+                {
+                    **call,
+                    "function": {
+                        **function,
+                        "arguments": json.dumps(function["arguments"], ensure_ascii=False),
+                    },
+                }
                 for call in values["tool_calls"]
                 for function in [call["function"]]
             ]
@@ -320,8 +379,8 @@ class ChatTemplate:
         Raises:
             ConfigError: The template does not end.
         """
-        # What tokenizer.apply_chat_template calls, without the tokenizer around it, which costs half as much again. Its
-        # annotation says str for what is a list of texts and one of spans.
+        # What tokenizer.apply_chat_template calls, without the tokenizer around it, which costs
+        # half as much again. Its annotation says str for what is a list of texts and one of spans.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
@@ -340,5 +399,6 @@ class ChatTemplate:
 
 def _refused(error: Exception) -> RowError:
     return RowError(
-        f"the chat template refuses the row: {describe_template_error(error)}; mend the row, or take another data.chat_template"
+        f"the chat template refuses the row: {describe_template_error(error)}; mend the row, or"
+        " take another data.chat_template"
     )

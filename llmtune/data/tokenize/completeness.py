@@ -1,11 +1,13 @@
 """All that a row says stands in its rendered text, or the row is refused.
 
-Templates drop what they do not know: calls of tools, their results and definitions, what the model thought. A model that is
-trained on the rest learns to answer without them. So after rendering each piece of a row is looked for in the text, as it
-is or escaped, with a place of its own: the longest first, and no letter is counted twice.
+Templates drop what they do not know: calls of tools, their results and definitions, what the model
+thought. A model that is trained on the rest learns to answer without them. So after rendering each
+piece of a row is looked for in the text, as it is or escaped, with a place of its own: the longest
+first, and no letter is counted twice.
 
-A short piece, such as ``1`` or ``ok``, may stand in the template's own words by accident. For rows of each shape the
-template is therefore rendered once with a made-up word in every place, which cannot.
+A short piece, such as ``1`` or ``ok``, may stand in the template's own words by accident. For rows
+of each shape the template is therefore rendered once with a made-up word in every place, which
+cannot.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Completeness:
         for number, message in enumerate(conversation.messages):
             walk.message(number, message)
         tools, lost_of_tools = self._read_tools(conversation)
-        missing = find_missing(walk.pieces, tools, text) | {len(walk.pieces) + number for number in lost_of_tools}
+        missing = find_missing(walk.pieces, tools, text) | {
+            len(walk.pieces) + number for number in lost_of_tools
+        }
         short_ones = _short(walk.pieces)
         if short_ones:
             missing |= short_ones & self._find_dropped(conversation, (len(tools), *walk.shape))
@@ -66,12 +70,17 @@ class Completeness:
             if len(self._dropped) >= REMEMBERED:
                 self._dropped.clear()
             walk = Walk(disguise=True)
-            messages = tuple(walk.message(number, message) for number, message in enumerate(conversation.messages))
+            messages = tuple(
+                walk.message(number, message)
+                for number, message in enumerate(conversation.messages)
+            )
             self._dropped[shape] = self._try(replace(conversation, messages=messages), walk)
         return self._dropped[shape]
 
     def _read_tools(self, conversation: Conversation) -> tuple[list[Piece], frozenset[int]]:
-        """The pieces of the definitions, and numbers of the short ones in whose place the template writes nothing."""
+        """The pieces of the definitions, and numbers of the short ones in whose place the template
+        writes nothing.
+        """
         if not conversation.tools:
             return [], frozenset()
         # Millions of rows share a few sets of tools.
@@ -101,7 +110,9 @@ def _short(pieces: list[Piece]) -> set[int]:
 
 
 def find_missing(messages: list[Piece], tools: list[Piece], text: str) -> set[int]:
-    """Numbers of the pieces, of messages and then of tools, that have no place of their own in the text."""
+    """Numbers of the pieces, of messages and then of tools, that have no place of their own in the
+    text.
+    """
     # Nearly always, each stands behind the one before it.
     used = bytearray(len(text))
     if _take_in_order(tools, text, used) and _take_in_order(messages, text, used):
@@ -109,7 +120,11 @@ def find_missing(messages: list[Piece], tools: list[Piece], text: str) -> set[in
     used = bytearray(len(text))
     pieces = [*messages, *tools]
     by_length = sorted(range(len(pieces)), key=lambda number: -len(str(pieces[number].value)))
-    return {number for number in by_length if not any(_take(form, text, used, 0) for form in _forms(pieces[number]))}
+    return {
+        number
+        for number in by_length
+        if not any(_take(form, text, used, 0) for form in _forms(pieces[number]))
+    }
 
 
 def _take_in_order(pieces: list[Piece], text: str, used: bytearray) -> bool:
@@ -140,7 +155,9 @@ def _take(form: str, text: str, used: bytearray, position: int) -> int:
 
 
 def _forms(piece: Piece) -> Iterator[str]:
-    """How something may be written: as it is or in JSON; what tools are and say, as Python and HTML have it too."""
+    """How something may be written: as it is or in JSON; what tools are and say, as Python and HTML
+    have it too.
+    """
     value = piece.value
     if not isinstance(value, str):
         yield json.dumps(value)
@@ -160,4 +177,7 @@ def _describe(missing: list[Piece]) -> str:
     # A tag says less than what stands in it.
     first = next((piece for piece in missing if not TAG.fullmatch(str(piece.value))), missing[0])
     more = f" and {len(missing) - 1} more of what the row says" if len(missing) > 1 else ""
-    return f"the chat template leaves out {first.where} ({short(first.value)}{more}); {first.kind.value}"
+    return (
+        f"the chat template leaves out {first.where} ({short(first.value)}{more});"
+        f" {first.kind.value}"
+    )

@@ -1,7 +1,7 @@
 """Conversations become token ids with a mask of what is trained.
 
-The mask is decided by position in the rendered text, never by token id: so the padding token may be the end-of-turn token
-without harm.
+The mask is decided by position in the rendered text, never by token id: so the padding token may be
+the end-of-turn token without harm.
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ class EncodeSettings:
     @classmethod
     def from_config(cls, config: DataConfig) -> EncodeSettings:
         """The slice of the configuration."""
-        return cls(config.max_seq_length, config.overlong, config.train_on_inputs, config.allow_special_tokens)
+        return cls(
+            config.max_seq_length,
+            config.overlong,
+            config.train_on_inputs,
+            config.allow_special_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +107,15 @@ class Encoder:
         self._backend.no_padding()
         self._windows = WindowTokeniser(self._backend)
         added = tokenizer.added_tokens_decoder
-        self.special = frozenset(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+        self.special = frozenset(tokenizer.all_special_ids) | {
+            index for index, token in added.items() if token.special
+        }
         #: Tokens that may end a turn; some tokenizers do not call theirs special.
         self._ends = self.special | set(added)
-        texts = sorted({str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self.special))}, reverse=True)
+        texts = sorted(
+            {str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self.special))},
+            reverse=True,
+        )
         self._special_text = re.compile("|".join(map(re.escape, texts))) if texts else None
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
@@ -115,7 +125,9 @@ class Encoder:
         every_answer = self.settings.train_on_inputs
         return ChatTemplates(self.tokenizer, every_answer) if self.tokenizer.chat_template else None
 
-    def encode(self, conversations: Sequence[Conversation], pulse: Pulse | None = None) -> list[Outcome]:
+    def encode(
+        self, conversations: Sequence[Conversation], pulse: Pulse | None = None
+    ) -> list[Outcome]:
         """The rows of each conversation, or why there are none.
 
         Args:
@@ -127,18 +139,24 @@ class Encoder:
             try:
                 self._check_special(conversation)
                 self._check_switches(conversation)
-                rendered[conversation.plain].append(_Rendered(number, conversation, *self._render(conversation)))
+                rendered[conversation.plain].append(
+                    _Rendered(number, conversation, *self._render(conversation))
+                )
             except RowError as error:
                 outcomes[number] = error
         for plain, entries in rendered.items():
             for row, encoding in self._tokenise(entries, plain, pulse):
                 try:
-                    outcomes[row.number] = self._finish(row.conversation, row.text, row.spans, encoding)
+                    outcomes[row.number] = self._finish(
+                        row.conversation, row.text, row.spans, encoding
+                    )
                 except RowError as error:
                     outcomes[row.number] = error
         return outcomes
 
-    def _tokenise(self, rows: list[_Rendered], plain: bool, pulse: Pulse | None) -> Iterator[tuple[_Rendered, Any]]:
+    def _tokenise(
+        self, rows: list[_Rendered], plain: bool, pulse: Pulse | None
+    ) -> Iterator[tuple[_Rendered, Any]]:
         """Each row with its encoding; None of one that is too long, and not to be cut."""
         done = 0
 
@@ -176,24 +194,37 @@ class Encoder:
             return row, encoding
         if not cuts:
             return row, None
-        return replace(row, text=row.text[: encoding.letters], spans=[Span(0, encoding.letters, True)]), encoding
+        return (
+            replace(
+                row, text=row.text[: encoding.letters], spans=[Span(0, encoding.letters, True)]
+            ),
+            encoding,
+        )
 
-    def _tokenise_long_texts(self, row: _Rendered, plain: bool, pulse: Pulse) -> tuple[_Rendered, Any]:
+    def _tokenise_long_texts(
+        self, row: _Rendered, plain: bool, pulse: Pulse
+    ) -> tuple[_Rendered, Any]:
         """A classification row, cut to letters of which there are surely too many tokens."""
 
         def enough(tokens: int, _letters: int) -> bool:
             return tokens > self.settings.max_seq_length
 
         texts = row.text if isinstance(row.text, tuple) else (row.text,)
-        # A window more, so that the letters at the cut, whose tokens may be others, are cut off by the tokens as well.
-        cut = tuple(text[: self._windows.encode(text, False, enough, pulse).letters + WINDOW] for text in texts)
+        # A window more, so that the letters at the cut, whose tokens may be others, are cut off by
+        # the tokens as well.
+        cut = tuple(
+            text[: self._windows.encode(text, False, enough, pulse).letters + WINDOW]
+            for text in texts
+        )
         if cut != texts and self.settings.overlong is not Overlong.truncate:
             return row, None
         row = replace(row, text=cut if isinstance(row.text, tuple) else cut[0])
         return row, self._backend.encode_batch([row.text], add_special_tokens=plain)[0]
 
     def _render(self, conversation: Conversation) -> tuple[Any, list[Span]]:
-        """What goes to the tokenizer: a text, or the pair of a classification row; and the trained spans of it."""
+        """What goes to the tokenizer: a text, or the pair of a classification row; and the trained
+        spans of it.
+        """
         texts = [message.content for message in conversation.messages]
         if conversation.label is not None:
             return (texts[0] if len(texts) == 1 else tuple(texts)), []
@@ -213,28 +244,42 @@ class Encoder:
                 found = found or self._special_text.search(text)
             if found:
                 raise RowError(
-                    f"the text of message {number} ({message.role.value}) holds {found[0]!r}, which the tokenizer reads as "
-                    f"a special token: has it been through a chat template already? {_ALLOW}"
+                    f"the text of message {number} ({message.role.value}) holds {found[0]!r}, which"
+                    " the tokenizer reads as a special token: has it been through a chat template"
+                    f" already? {_ALLOW}"
                 )
         for text in texts_within(list(conversation.tools)) if conversation.tools else ():
             if found := self._special_text.search(text):
-                raise RowError(f"'tools' holds {found[0]!r}, which the tokenizer reads as a special token. {_ALLOW}")
+                raise RowError(
+                    f"'tools' holds {found[0]!r}, which the tokenizer reads as a special token."
+                    f" {_ALLOW}"
+                )
 
     def _check_switches(self, conversation: Conversation) -> None:
         for number, message in enumerate(conversation.messages):
-            if message.role is Role.assistant or message.train in (None, self.settings.train_on_inputs):
+            if message.role is Role.assistant or message.train in (
+                None,
+                self.settings.train_on_inputs,
+            ):
                 continue
-            said, now = ("to be trained", "false") if message.train else ("not to be trained", "true")
+            said, now = (
+                ("to be trained", "false") if message.train else ("not to be trained", "true")
+            )
             raise RowError(
-                f"message {number} ({message.role.value}) says that it is {said}, and data.train_on_inputs={now} decides "
-                f"for all that is not the assistant's; take the field out, or data.train_on_inputs={str(message.train).lower()}"
+                f"message {number} ({message.role.value}) says that it is {said}, and"
+                f" data.train_on_inputs={now} decides for all that is not the assistant's; take the"
+                f" field out, or data.train_on_inputs={str(message.train).lower()}"
             )
 
-    def _finish(self, conversation: Conversation, text: Any, spans: list[Span], encoding: Any) -> Outcome:
+    def _finish(
+        self, conversation: Conversation, text: Any, spans: list[Span], encoding: Any
+    ) -> Outcome:
         if encoding is None:
             if self.settings.overlong is Overlong.drop:
                 return Overflow(0)
-            raise RowError(f"the row has more tokens than data.max_seq_length={self.settings.max_seq_length}")
+            raise RowError(
+                f"the row has more tokens than data.max_seq_length={self.settings.max_seq_length}"
+            )
         ids = np.asarray(encoding.ids, dtype=np.int32)
         if conversation.label is not None:
             return self._finish_classification(conversation, text, ids)
@@ -257,7 +302,9 @@ class Encoder:
             mask[-1] = True
         if not mask[1:].any():
             spoken = any(message.role is Role.assistant for message in conversation.messages)
-            raise RowError("no token is trained" + ("" if spoken else ": there is no answer of the assistant"))
+            raise RowError(
+                "no token is trained" + ("" if spoken else ": there is no answer of the assistant")
+            )
         # Nothing behind the last trained token can matter.
         end = len(mask) - int(np.argmax(mask[::-1]))
         row = TokenRow(ids[:end], mask[:end])
@@ -272,21 +319,27 @@ class Encoder:
             raise RowError("the tokenizer has no end-of-text token to end a text with")
         if len(ids) and ids[-1] == self._eos:
             return ids
-        # Others, such as BERT's [SEP], stay where they are. A long text has room for one more; all of it is not copied.
+        # Others, such as BERT's [SEP], stay where they are. A long text has room for one more; all
+        # of it is not copied.
         return (
-            encoding.ids_and(self._eos) if isinstance(encoding, LongEncoding) else np.append(ids, np.int32(self._eos))
+            encoding.ids_and(self._eos)
+            if isinstance(encoding, LongEncoding)
+            else np.append(ids, np.int32(self._eos))
         )
 
     def _check_end(self, text: str, end: int, last: int, encoding: Any) -> int:
-        """The last trained token of an answer, white space aside, which must be one that ends a turn."""
+        """The last trained token of an answer, white space aside, which must be one that ends a
+        turn.
+        """
         if text[end - 1].isspace():
             bare = len(text[:end].rstrip())
             last = _token_range(encoding, bare - 1, bare)[1]
         if encoding.ids[last] not in self._ends:
             token = self.tokenizer.decode([encoding.ids[last]])
             raise RowError(
-                f"the chat template does not end a trained answer with a special token (the last one is {token!r}), so "
-                "the model would never learn to stop; take another data.chat_template"
+                "the chat template does not end a trained answer with a special token (the last"
+                f" one is {token!r}), so the model would never learn to stop; take another"
+                " data.chat_template"
             )
         return int(encoding.ids[last])
 
@@ -307,22 +360,27 @@ class Encoder:
             return [_truncate(row, limit, end_of_turn)]
         if first >= limit - 1:
             raise RowError(
-                f"the prompt alone has {first} tokens, which leaves no room for an answer within "
-                f"data.max_seq_length={limit}; shorten the row, or take data.max_seq_length={length}"
+                f"the prompt alone has {first} tokens, which leaves no room for an answer within"
+                f" data.max_seq_length={limit}; shorten the row, or take"
+                f" data.max_seq_length={length}"
             )
         raise RowError(
-            f"the row has {length} tokens, more than data.max_seq_length={limit}; take data.overlong=drop or truncate, "
-            "or a larger data.max_seq_length"
+            f"the row has {length} tokens, more than data.max_seq_length={limit}; take"
+            " data.overlong=drop or truncate, or a larger data.max_seq_length"
         )
 
-    def _finish_classification(self, conversation: Conversation, text: Any, ids: NDArray[np.int32]) -> Outcome:
+    def _finish_classification(
+        self, conversation: Conversation, text: Any, ids: NDArray[np.int32]
+    ) -> Outcome:
         limit = self.settings.max_seq_length
         truncated = len(ids) > limit
         if truncated:
             if self.settings.overlong is Overlong.drop:
                 return Overflow(len(ids))
             if self.settings.overlong is not Overlong.truncate:
-                raise RowError(f"the row has {len(ids)} tokens, more than data.max_seq_length={limit}")
+                raise RowError(
+                    f"the row has {len(ids)} tokens, more than data.max_seq_length={limit}"
+                )
             pair = text if isinstance(text, tuple) else (text, None)
             cut: Any = self.tokenizer(*pair, truncation=True, max_length=limit)
             ids = np.asarray(cut["input_ids"], dtype=np.int32)
@@ -348,7 +406,10 @@ def _batches(rows: list[_Rendered]) -> Iterator[list[_Rendered]]:
 
 
 def _all_but(silent: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
-    """The mask of a row of which all is trained but what messages forbid. A row that was cut begins as the whole one did."""
+    """The mask of a row of which all is trained but what messages forbid.
+
+    A row that was cut begins as the whole one did.
+    """
     mask = np.ones(length, dtype=bool)
     known = silent[:length]
     mask[: len(known)] = ~known
@@ -361,20 +422,34 @@ def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int]:
     Raises:
         RowError: There is none.
     """
-    first = next((token for at in range(start, end) if (token := encoding.char_to_token(at)) is not None), None)
+    first = next(
+        (token for at in range(start, end) if (token := encoding.char_to_token(at)) is not None),
+        None,
+    )
     if first is None:
         raise RowError("an answer is empty after rendering, so that nothing of it is trained")
-    last = next(token for at in range(end - 1, start - 1, -1) if (token := encoding.char_to_token(at)) is not None)
+    last = next(
+        token
+        for at in range(end - 1, start - 1, -1)
+        if (token := encoding.char_to_token(at)) is not None
+    )
     # A letter of several bytes may be several tokens, of which char_to_token names the first.
-    while last + 1 < len(encoding) and (reach := encoding.token_to_chars(last + 1)) and start < reach[1] <= end:
+    while (
+        last + 1 < len(encoding)
+        and (reach := encoding.token_to_chars(last + 1))
+        and start < reach[1] <= end
+    ):
         last += 1
     return int(first), int(last)
 
 
 def _truncate(row: TokenRow, length: int, end_of_turn: int) -> TokenRow:
-    """Cut a row; its last answer keeps an end-of-turn token, so that the model still learns to stop."""
+    """Cut a row; its last answer keeps an end-of-turn token, so that the model still learns to
+    stop.
+    """
     keep = length - 1
-    # The cut falls into what somebody else says: end with the answer before it, whose turn ended by itself.
+    # The cut falls into what somebody else says: end with the answer before it, whose turn ended by
+    # itself.
     end = keep - int(np.argmax(row.mask[:keep][::-1]))
     if end == keep:
         start = keep - int(np.argmin(row.mask[:keep][::-1])) if not row.mask[:keep].all() else 0

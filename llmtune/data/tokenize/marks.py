@@ -1,7 +1,8 @@
 """What a template marks as the assistant's (``{% generation %}``), told apart by who says it.
 
-Marks may be wrong: around what somebody else says, or around a part of an answer, such as its words and not its calls. So rows
-of each shape are rendered once with a made-up word in every place, and it is looked which of the words are marked.
+Marks may be wrong: around what somebody else says, or around a part of an answer, such as its words
+and not its calls. So rows of each shape are rendered once with a made-up word in every place, and
+it is looked which of the words are marked.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from llmtune.template_errors import TEMPLATE_ERRORS
 #: Shapes of rows that are remembered.
 _REMEMBERED = 4096
 
-_COPY = "mark it right in a copy of the template (data.chat_template=FILE.jinja), or take one without marks"
+_COPY = (
+    "mark it right in a copy of the template (data.chat_template=FILE.jinja), or take one without"
+    " marks"
+)
 
 Places = list[tuple[int, int]]
 
@@ -37,7 +41,8 @@ class Marks:
     def __init__(self, render: Callable[[Conversation], tuple[str, Places]]):
         """
         Args:
-            render: The template; gives the text and the marked places, first and behind the last letter.
+            render: The template; gives the text and the marked places, first and behind the last
+                letter.
         """
         self._render = render
         self._known: dict[Hashable, _Owners | None] = {}
@@ -49,7 +54,8 @@ class Marks:
             count: Of the row's marks.
 
         Raises:
-            RowError: An answer that is to be trained is not marked, or what somebody else says is; or it cannot be told.
+            RowError: An answer that is to be trained is not marked, or what somebody else says is;
+                or it cannot be told.
         """
         walk = Walk(disguise=True)
         speakers: list[int] = []
@@ -61,22 +67,28 @@ class Marks:
         if shape not in self._known:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            self._known[shape] = self._find(replace(conversation, messages=tuple(messages)), walk.pieces, speakers)
+            self._known[shape] = self._find(
+                replace(conversation, messages=tuple(messages)), walk.pieces, speakers
+            )
         found = self._known[shape]
         if found is not None and found.problem:
             raise RowError(found.problem)
         if found is not None and len(found.messages) == count:
             return list(found.messages)
         # The template looks at the words, and does something else with made-up ones.
-        answers = [number for number, m in enumerate(conversation.messages) if m.role is Role.assistant]
+        answers = [
+            number for number, m in enumerate(conversation.messages) if m.role is Role.assistant
+        ]
         if len(answers) != count:
             raise RowError(
-                f"the chat template marks {count} places for {len(answers)} answers, and it cannot be told whose they are; "
-                f"{_COPY}"
+                f"the chat template marks {count} places for {len(answers)} answers, and it cannot"
+                f" be told whose they are; {_COPY}"
             )
         return answers
 
-    def _find(self, disguised: Conversation, pieces: list[Piece], speakers: list[int]) -> _Owners | None:
+    def _find(
+        self, disguised: Conversation, pieces: list[Piece], speakers: list[int]
+    ) -> _Owners | None:
         """None where the template refuses made-up words."""
         try:
             text, marks = self._render(disguised)
@@ -88,19 +100,27 @@ class Marks:
             word = str(piece.value)
             if isinstance(piece.value, bool) or TAG.fullmatch(word) or word not in text:
                 continue
-            inside = [number for number, (start, end) in enumerate(marks) if word in text[start:end]]
+            inside = [
+                number for number, (start, end) in enumerate(marks) if word in text[start:end]
+            ]
             if inside and message.role is not Role.assistant:
-                return _Owners((), f"the chat template marks {piece.where} as the assistant's; {_COPY}")
+                return _Owners(
+                    (), f"the chat template marks {piece.where} as the assistant's; {_COPY}"
+                )
             if not inside and message.trained and message.role is Role.assistant:
                 return _Owners(
                     (),
-                    f"the chat template does not mark {piece.where} as the assistant's, so it would not be trained; {_COPY}, or "
-                    "set 'train' of the message to false",
+                    f"the chat template does not mark {piece.where} as the assistant's, so it would"
+                    f" not be trained; {_COPY}, or set 'train' of the message to false",
                 )
             for number in inside:
-                if owners[number] not in (None, speaker) and message.trained != _trained(disguised, owners[number]):
+                if owners[number] not in (None, speaker) and message.trained != _trained(
+                    disguised, owners[number]
+                ):
                     return _Owners(
-                        (), f"the chat template puts one mark around several answers, up to {piece.where}; {_COPY}"
+                        (),
+                        "the chat template puts one mark around several answers, up to"
+                        f" {piece.where}; {_COPY}",
                     )
                 owners[number] = speaker
         return _Owners(tuple(_filled(owners)))

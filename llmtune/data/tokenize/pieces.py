@@ -1,4 +1,6 @@
-"""What a row says, piece by piece: words, thoughts, calls of tools, their results and definitions."""
+"""What a row says, piece by piece: words, thoughts, calls of tools, their results and
+definitions.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,16 @@ class Kind(Enum):
     """What a piece is, and what helps where it is missing."""
 
     content = "take a data.chat_template that writes it as it is"
-    reasoning = "take a data.chat_template that writes what the model thinks, or take it out of the row"
+    reasoning = (
+        "take a data.chat_template that writes what the model thinks, or take it out of the row"
+    )
     call = "take a data.chat_template that writes calls of tools, such as qwen, or the model's own"
-    result = "take a data.chat_template that writes results of tools, such as qwen, or the model's own"
+    result = (
+        "take a data.chat_template that writes results of tools, such as qwen, or the model's own"
+    )
     tool = (
-        "take a data.chat_template that writes tools, such as qwen, or the model's own; or take it out of the row's tools, "
-        "as ignore: [tools] of the source does with all of them"
+        "take a data.chat_template that writes tools, such as qwen, or the model's own; or take it"
+        " out of the row's tools, as ignore: [tools] of the source does with all of them"
     )
 
 
@@ -35,17 +41,30 @@ class Piece(NamedTuple):
 
 
 #: Between what the model thinks and what it says, where both are content.
-TAG = re.compile(r"(</?(?:think|thinking|thought|thoughts|reasoning|reason|seed:think)>|\[/?THINK\]|◁/?think▷)")
+TAG = re.compile(
+    r"(</?(?:think|thinking|thought|thoughts|reasoning|reason|seed:think)>|\[/?THINK\]|◁/?think▷)"
+)
 
 #: Fields of a schema that hold schemas, or lists or mappings of them.
-_INNER = ("items", "prefixItems", "anyOf", "oneOf", "allOf", "$defs", "definitions", "additionalProperties")
+_INNER = (
+    "items",
+    "prefixItems",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "$defs",
+    "definitions",
+    "additionalProperties",
+)
 
 #: Those whose schemas have names, which only they themselves refer to.
 _NAMED = ("$defs", "definitions")
 
 
 class Walk:
-    """Goes through a row and notes its pieces, and what rows have in common for which a template does the same."""
+    """Goes through a row and notes its pieces, and what rows have in common for which a template
+    does the same.
+    """
 
     def __init__(self, disguise: bool = False) -> None:
         """
@@ -67,7 +86,8 @@ class Walk:
         extra = dict(message.extra)
         self.shape += sorted(extra)
         reasoning = extra.get("reasoning_content")
-        # What was thought before an earlier answer that is not trained is not there at inference either.
+        # What was thought before an earlier answer that is not trained is not there at inference
+        # either.
         if reasoning and message.trained:
             said = self._note(reasoning.strip(), f"the reasoning of {place}", Kind.reasoning)
             extra |= {key: said for key, value in extra.items() if value == reasoning}
@@ -83,7 +103,8 @@ class Walk:
         """What is said, and what is thought within tags."""
         parts = TAG.split(message.content) if message.role is Role.assistant else [message.content]
         said_as = Kind.result if message.role is Role.tool else Kind.content
-        # What precedes the end of thinking is thought, also where the beginning stands in the prompt.
+        # What precedes the end of thinking is thought, also where the beginning stands in the
+        # prompt.
         thinks = len(parts) > 1 and "/" in parts[1]
         for index, part in enumerate(parts):
             tag = index % 2 == 1
@@ -107,7 +128,10 @@ class Walk:
     def _arguments(self, value: Any, where: str) -> Any:
         if isinstance(value, Mapping):
             self.shape.append(f"{{{len(value)}")
-            return {self._note(key, where, Kind.call): self._arguments(item, where) for key, item in value.items()}
+            return {
+                self._note(key, where, Kind.call): self._arguments(item, where)
+                for key, item in value.items()
+            }
         if isinstance(value, list | tuple):
             self.shape.append(f"[{len(value)}")
             return [self._arguments(item, where) for item in value]
@@ -119,7 +143,10 @@ class Walk:
         return self._note(value, where, Kind.call, keep=isinstance(value, bool))
 
     def tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
-        """Note what a definition tells the model: names, descriptions, what may be chosen. Types are written in many ways."""
+        """Note what a definition tells the model: names, descriptions, what may be chosen.
+
+        Types are written in many ways.
+        """
         inner = tool.get("function")
         said = dict(inner if isinstance(inner, Mapping) else tool)
         where = f"the definition of the tool {short(said.get('name'))}"
@@ -143,7 +170,8 @@ class Walk:
             said["enum"] = [self._choice(choice, where) for choice in said["enum"]]
         if isinstance(properties := said.get("properties"), Mapping):
             said["properties"] = {
-                self._note(name, where, Kind.tool): self._schema(inner, where) for name, inner in properties.items()
+                self._note(name, where, Kind.tool): self._schema(inner, where)
+                for name, inner in properties.items()
             }
         for field in _INNER:
             if field in _NAMED and isinstance(named := said.get(field), Mapping):

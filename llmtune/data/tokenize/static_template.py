@@ -1,7 +1,9 @@
-"""Does a chat template write what messages say just as it is? Read off its syntax tree, so that the answer is certain.
+"""Does a chat template write what messages say just as it is? Read off its syntax tree, so that the
+answer is certain.
 
-Where it does, the text between messages depends on who speaks in which order, never on the words; it can be learned once
-for each order, and rows need no rendering. Anything that is not understood counts as a no.
+Where it does, the text between messages depends on who speaks in which order, never on the words;
+it can be learned once for each order, and rows need no rendering. Anything that is not understood
+counts as a no.
 """
 
 from __future__ import annotations
@@ -22,14 +24,32 @@ class Verbatim(Enum):
     """Letter by letter."""
 
 
-#: Fields of a message that say nothing about its words, and those of a loop. Others may be methods, or messages.
-_FIELDS = {"role", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking"}
+# : Fields of a message that say nothing about its words, and those of a loop. Others may be
+# methods, or messages.
+_FIELDS = {
+    "role",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+}
 _LOOP = {"index", "index0", "revindex", "revindex0", "first", "last", "length"}
 
 
 #: What may stand anywhere, as long as no contents go into it.
 _UNDERSTOOD = (
-    *(nodes.Template, nodes.TemplateData, nodes.If, nodes.For, nodes.Assign, nodes.Const, nodes.Name, nodes.NSRef),
+    *(
+        nodes.Template,
+        nodes.TemplateData,
+        nodes.If,
+        nodes.For,
+        nodes.Assign,
+        nodes.Const,
+        nodes.Name,
+        nodes.NSRef,
+    ),
     *(
         nodes.Compare,
         nodes.Operand,
@@ -59,7 +79,9 @@ def find_verbatim(tree: nodes.Template) -> Verbatim:
 
 
 class _Reader:
-    """Walks the tree, knowing which names are lists of messages, which are one message, and which hold its words."""
+    """Walks the tree, knowing which names are lists of messages, which are one message, and which
+    hold its words.
+    """
 
     def __init__(self) -> None:
         self.lists = {"messages"}
@@ -78,7 +100,9 @@ class _Reader:
                 inside = written or isinstance(node, nodes.Output)
                 for child in node.iter_child_nodes():
                     self.read(child, inside)
-            case nodes.Filter(name="trim", node=nodes.Node() as inner, args=[], kwargs=[]) if written:
+            case nodes.Filter(name="trim", node=nodes.Node() as inner, args=[], kwargs=[]) if (
+                written
+            ):
                 self.trims = True
                 self.read(inner, written=True)
             case nodes.CondExpr(test=test, expr1=first, expr2=second):
@@ -97,10 +121,13 @@ class _Reader:
                 self.read(source, written=True)
                 if self.contents_read > before:
                     self.texts.add(name)
-            case nodes.Filter(node=source, name="length" | "count") if source is not None and self._is_list(source):
+            case nodes.Filter(node=source, name="length" | "count") if (
+                source is not None and self._is_list(source)
+            ):
                 pass
             case (
-                nodes.Getitem(node=source, arg=nodes.Const(value=str(field))) | nodes.Getattr(node=source, attr=field)
+                nodes.Getitem(node=source, arg=nodes.Const(value=str(field)))
+                | nodes.Getattr(node=source, attr=field)
             ) if self._is_message(source):
                 if field == "content":
                     self._read_content(written)
@@ -136,6 +163,8 @@ class _Reader:
         match node:
             case nodes.Name(name=name):
                 return name in self.singles
-            case nodes.Getitem(node=source, arg=nodes.Const() | nodes.Sub() | nodes.Add() | nodes.Neg()):
+            case nodes.Getitem(
+                node=source, arg=nodes.Const() | nodes.Sub() | nodes.Add() | nodes.Neg()
+            ):
                 return self._is_list(source)
         return False

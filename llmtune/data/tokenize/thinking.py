@@ -1,4 +1,6 @@
-"""What is said of templates of models that think, where they render an answer differently with and without what surrounds it."""
+"""What is said of templates of models that think, where they render an answer differently with and
+without what surrounds it.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,14 @@ _TAG_LETTERS = 24
 #: Letters behind that place where thinking has to begin, or end where it is empty.
 _NEAR = 48
 
-_NO_THINKING = "data.chat_template=qwen or chatml, which know no thinking (use the same one at inference)"
+_NO_THINKING = (
+    "data.chat_template=qwen or chatml, which know no thinking (use the same one at inference)"
+)
 
 
 def explain_difference(place: str, prompt: str, upto: str, text: str) -> str | None:
-    """What to say of an answer whose tokens cannot be told apart because of thinking; None where that is not the reason.
+    """What to say of an answer whose tokens cannot be told apart because of thinking; None where
+    that is not the reason.
 
     Args:
         place: Of the answer.
@@ -32,25 +37,29 @@ def explain_difference(place: str, prompt: str, upto: str, text: str) -> str | N
     if not upto.startswith(prompt):
         if tag := _find_thinking(prompt, upto):
             return (
-                f"the chat template opens the thinking of an answer in the prompt ({tag!r}), and writes the answer in {place} "
-                "without thinking, so the model would never be asked as it was trained. Rows for templates that think in the "
-                f"prompt cannot be trained yet: take {_NO_THINKING}, or a copy of the template that puts nothing behind the "
-                "beginning of an answer"
+                f"the chat template opens the thinking of an answer in the prompt ({tag!r}), and"
+                f" writes the answer in {place} without thinking, so the model would never be asked"
+                " as it was trained. Rows for templates that think in the prompt cannot be trained"
+                f" yet: take {_NO_THINKING}, or a copy of the template that puts nothing behind the"
+                " beginning of an answer"
             )
         return None
     # One of them has thinking where the other has words.
     if _find_thinking(upto, text) or _find_thinking(text, upto):
         return (
-            f"the chat template writes the answer in {place} with thinking where it is the last, and without where more is "
-            "said, as models that think forget what they thought; its tokens in one row are not those that the model would "
-            f"make. What can be trained: a row for each answer, in which only the last is trained and the answers before it "
-            f"have 'train': false; or {_NO_THINKING}"
+            f"the chat template writes the answer in {place} with thinking where it is the last,"
+            " and without where more is said, as models that think forget what they thought; its"
+            " tokens in one row are not those that the model would make. What can be trained: a"
+            " row for each answer, in which only the last is trained and the answers before it"
+            f" have 'train': false; or {_NO_THINKING}"
         )
     return None
 
 
 def _find_thinking(text: str, other: str) -> str | None:
-    """What begins or ends thinking in a text, at the place where another text parts from it, or soon behind."""
+    """What begins or ends thinking in a text, at the place where another text parts from it, or
+    soon behind.
+    """
     shorter = min(len(text), len(other))
     parting = next((at for at in range(shorter) if text[at] != other[at]), shorter)
     # Both may have the first letters of what is a tag in one of them.

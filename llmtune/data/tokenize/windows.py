@@ -1,14 +1,17 @@
-"""Long texts are tokenised in windows: exactly the tokens of the whole text, in the memory of one window.
+"""Long texts are tokenised in windows: exactly the tokens of the whole text, in the memory of one
+window.
 
-An encoding takes some 200 bytes a letter, so that of a text of 60 MB would take 12 GB. Windows overlap, and are joined where
-it is certain that a token begins in the whole text too:
+An encoding takes some 200 bytes a letter, so that of a text of 60 MB would take 12 GB. Windows
+overlap, and are joined where it is certain that a token begins in the whole text too:
 
-* In the middle of the overlap both windows have the same tokens at the same places. What a window's border changes (a prefix
-  that the tokenizer puts before a text, a word or a special token that is cut) is left behind, or not yet reached.
-* There a word of the pre-tokenizer begins. It goes from left to right, so that what follows is that of the whole text; and
-  the model sees each word by itself.
-* Or, where a text has no words (SentencePiece), no token of the vocabulary holds the two letters around the place. Then no
-  merge of BPE goes across it, and no piece of Unigram lies across it, so that both sides are tokenised independently.
+* In the middle of the overlap both windows have the same tokens at the same places. What a window's
+  border changes (a prefix that the tokenizer puts before a text, a word or a special token that is
+  cut) is left behind, or not yet reached.
+* There a word of the pre-tokenizer begins. It goes from left to right, so that what follows is that
+  of the whole text; and the model sees each word by itself.
+* Or, where a text has no words (SentencePiece), no token of the vocabulary holds the two letters
+  around the place. Then no merge of BPE goes across it, and no piece of Unigram lies across it, so
+  that both sides are tokenised independently.
 
 Where there is no such place, the window grows, to the whole text if need be.
 """
@@ -36,7 +39,8 @@ OVERLAP = 1 << 12
 #: Letters from the borders of the overlap on that are not looked at.
 MARGIN = 1 << 10
 
-#: Called between windows with the tokens that a text has so far, so that whoever waits sees that it goes on.
+# : Called between windows with the tokens that a text has so far, so that whoever waits sees that
+# it goes on.
 Pulse = Callable[[int], None]
 
 
@@ -45,8 +49,9 @@ _BEHIND = -1
 
 
 class LongEncoding:
-    """What is used of an ``Encoding`` of tokenizers. Of each token it holds the id alone: letters are asked for at the borders
-    of what is trained, and the windows around these are tokenised again.
+    """What is used of an ``Encoding`` of tokenizers. Of each token it holds the id alone: letters
+    are asked for at the borders of what is trained, and the windows around these are tokenised
+    again.
     """
 
     def __init__(self, again: Callable[[int, int], _Window], before: list[int]):
@@ -94,13 +99,15 @@ class LongEncoding:
         """The first token of a letter; None where no token has it."""
         number = bisect.bisect_right(self._letters, at)
         found = self._find(number, at)
-        # Where a space that the tokenizer puts before a word is a token without letters, a part may begin with it, and the
-        # next token with a letter before it.
+        # Where a space that the tokenizer puts before a word is a token without letters, a part may
+        # begin with it, and the next token with a letter before it.
         found = self._find(number + 1, at) if found == _BEHIND else found
         return None if found == _BEHIND else found
 
     def _find(self, number: int, at: int) -> int | None:
-        """The first token of a letter in a part; None where no token has it, ``_BEHIND`` where all of them end before."""
+        """The first token of a letter in a part; None where no token has it, ``_BEHIND`` where all
+        of them end before.
+        """
         if number >= len(self._parts):
             return None
         starts, ends = self._offsets(number)
@@ -113,7 +120,9 @@ class LongEncoding:
         return None
 
     def token_to_chars(self, token: int) -> tuple[int, int] | None:
-        """First letter of a token, and the one behind its last; None of a token that the text does not have."""
+        """First letter of a token, and the one behind its last; None of a token that the text does
+        not have.
+        """
         number = bisect.bisect_right(self._numbers, token) - 1
         if number < 0:
             return None
@@ -133,7 +142,10 @@ class LongEncoding:
         while len(self._known) > 1:
             del self._known[next(iter(self._known))]
         # Copies: a view would hold the whole window.
-        self._known[number] = window.starts[part.first : part.last].copy(), window.ends[part.first : part.last].copy()
+        self._known[number] = (
+            window.starts[part.first : part.last].copy(),
+            window.ends[part.first : part.last].copy(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +162,9 @@ class _Window:
 
     def within(self, low: int, high: int) -> tuple[int, int]:
         """The first token that lies between two places, and the one behind the last."""
-        return int(np.searchsorted(self.starts, low)), int(np.searchsorted(self.ends, high, side="right"))
+        return int(np.searchsorted(self.starts, low)), int(
+            np.searchsorted(self.ends, high, side="right")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +188,9 @@ class _NotLocalError(Exception):
 class WindowTokeniser:
     """Tokenises long texts."""
 
-    def __init__(self, backend: Any, window: int = WINDOW, overlap: int = OVERLAP, margin: int = MARGIN):
+    def __init__(
+        self, backend: Any, window: int = WINDOW, overlap: int = OVERLAP, margin: int = MARGIN
+    ):
         """
         Args:
             backend: A ``Tokenizer`` of tokenizers, without truncation and padding.
@@ -224,13 +240,17 @@ class WindowTokeniser:
         # Not every vocabulary has every letter.
         for text in ("a", "A", "0", "."):
             encoding = self._backend.encode(text, add_special_tokens=True)
-            own = [number for number, special in enumerate(encoding.special_tokens_mask) if not special]
+            own = [
+                number for number, special in enumerate(encoding.special_tokens_mask) if not special
+            ]
             if own:
                 return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
         return self._backend.encode("", add_special_tokens=True).ids, []
 
     def _parts(self, text: str) -> Iterator[tuple[_Window, int, int, int]]:
-        """Windows, each with its first token and the one behind its last between two joints, and the letters up to there."""
+        """Windows, each with its first token and the one behind its last between two joints, and
+        the letters up to there.
+        """
         window, done = self._encode(text, 0, self._window), 0
         while window.end < len(text):
             following = self._encode(text, window.end - self._overlap, self._window)
@@ -254,23 +274,40 @@ class WindowTokeniser:
         offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2) + begin
         words = [-1 if word is None else word for word in encoding.word_ids]
         ids = np.array(encoding.ids, dtype=np.int32)
-        return _Window(begin, end, ids, offsets[:, 0], offsets[:, 1], np.array(words, dtype=np.int32))
+        return _Window(
+            begin, end, ids, offsets[:, 0], offsets[:, 1], np.array(words, dtype=np.int32)
+        )
 
     def _join(self, text: str, window: _Window, following: _Window) -> tuple[int, int] | None:
-        """A token that is certain to begin in the whole text where it begins in both windows, by its number in each."""
+        """A token that is certain to begin in the whole text where it begins in both windows, by
+        its number in each.
+        """
         low, high = following.begin + self._margin, window.end - self._margin
         (first, last), (other, other_last) = window.within(low, high), following.within(low, high)
         for name in ("ids", "starts", "ends"):
-            if not np.array_equal(getattr(window, name)[first:last], getattr(following, name)[other:other_last]):
+            if not np.array_equal(
+                getattr(window, name)[first:last], getattr(following, name)[other:other_last]
+            ):
                 return None
-        # Those next to white space first, which nothing that groups letters or digits counts across.
+        # Those next to white space first, which nothing that groups letters or digits counts
+        # across.
         middle, shift = (first + last) // 2, other - first
         numbers = sorted(
-            range(first + 1, last), key=lambda n: (not _is_spaced(text, int(window.starts[n])), abs(n - middle))
+            range(first + 1, last),
+            key=lambda n: (not _is_spaced(text, int(window.starts[n])), abs(n - middle)),
         )
-        return next(((n, n + shift) for n in numbers if self._is_border(text, window, following, n, n + shift)), None)
+        return next(
+            (
+                (n, n + shift)
+                for n in numbers
+                if self._is_border(text, window, following, n, n + shift)
+            ),
+            None,
+        )
 
-    def _is_border(self, text: str, window: _Window, following: _Window, here: int, there: int) -> bool:
+    def _is_border(
+        self, text: str, window: _Window, following: _Window, here: int, there: int
+    ) -> bool:
         at = int(window.starts[here])
         if window.ends[here - 1] > at or text[at - 1].isdigit() or text[at].isdigit():
             return False
@@ -281,13 +318,19 @@ class WindowTokeniser:
         return True
 
     def _never_joined(self, before: int, behind: int) -> bool:
-        """Whether no token holds the last letter of one token and the first of another next to each other."""
+        """Whether no token holds the last letter of one token and the first of another next to each
+        other.
+        """
         if self._pairs is None:
             return False
         first, second = self._backend.id_to_token(before), self._backend.id_to_token(behind)
         unknown = {getattr(self._backend.model, "unk_token", None), self._unknown}
-        # Bytes of letters that the vocabulary does not have, and unknown letters, which may become one token.
-        if any(token is None or token in unknown or token.startswith("<0x") for token in (first, second)):
+        # Bytes of letters that the vocabulary does not have, and unknown letters, which may become
+        # one token.
+        if any(
+            token is None or token in unknown or token.startswith("<0x")
+            for token in (first, second)
+        ):
             return False
         return first[-1] + second[0] not in self._pairs
 
@@ -298,11 +341,14 @@ class WindowTokeniser:
 
     @cached_property
     def _pairs(self) -> frozenset[str] | None:
-        """Letters that follow each other in a token; None where tokens depend on more than their letters."""
+        """Letters that follow each other in a token; None where tokens depend on more than their
+        letters.
+        """
         model: Any = self._backend.model
         kind = type(model).__name__
         pure = kind == "Unigram" or (
-            kind == "BPE" and not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
+            kind == "BPE"
+            and not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
         )
         if not pure:
             return None

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-#: Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to hold in memory.
+# : Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to
+# hold in memory.
 AHEAD = 3
 
 #: Of a block of tokens that is written at once.
@@ -58,9 +59,13 @@ class TokenBlock:
     trained: NDArray[np.int32]
     """Trained tokens of each row."""
     hashes: NDArray[np.uint64]
-    """Of the ids of the whole document, to find the same one elsewhere; the pieces of a split document share it."""
+    """Of the ids of the whole document, to find the same one elsewhere; the pieces of a split
+    document share it.
+    """
     begins: NDArray[np.bool_]
-    """Whether a row begins a document; the other pieces of a document that was split follow the first."""
+    """Whether a row begins a document; the other pieces of a document that was split follow the
+    first.
+    """
     lines: NDArray[np.int64]
     labels: list[str | int | float] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -76,14 +81,18 @@ class TokenBlock:
 
 
 def tokenise_block(
-    block: Block, encoder: Encoder, recipe: Recipe, pulse: Pulse | None = None, most_tokens: int | None = None
+    block: Block,
+    encoder: Encoder,
+    recipe: Recipe,
+    pulse: Pulse | None = None,
+    most_tokens: int | None = None,
 ) -> Iterator[TokenBlock]:
     """Parse, render and encode.
 
     Args:
         pulse: Called now and then while a long text is tokenised.
-        most_tokens: Of a block of tokens, where it has several rows; None for all in one. One row of many megabytes, which is
-            split, becomes many rows, of which no second copy is made.
+        most_tokens: Of a block of tokens, where it has several rows; None for all in one. One row
+            of many megabytes, which is split, becomes many rows, of which no second copy is made.
     """
     lines: list[int] = []
     conversations: list[Conversation] = []
@@ -131,7 +140,9 @@ def _borders(rows: list[TokenRow], most_tokens: int | None) -> list[int]:
     return [*borders, len(rows)]
 
 
-def _collect(block: Block, rows: list[TokenRow], places: list[tuple[int, int, bool]], encoder: Encoder) -> TokenBlock:
+def _collect(
+    block: Block, rows: list[TokenRow], places: list[tuple[int, int, bool]], encoder: Encoder
+) -> TokenBlock:
     """
     Args:
         places: Of each row its line, the hash of its document, and whether it begins that.
@@ -162,7 +173,10 @@ def _hash(pieces: list[TokenRow]) -> int:
 
 
 class Tokeniser:
-    """Workers that tokenise; a context manager. With ``workers=0`` the calling process does it itself."""
+    """Workers that tokenise; a context manager.
+
+    With ``workers=0`` the calling process does it itself.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings, workers: int):
         self._encoder = Encoder(tokenizer, settings)
@@ -170,7 +184,8 @@ class Tokeniser:
         self._pool: ProcessPoolExecutor | None = None
         self._started: Future[None] | None = None
         if workers:
-            # Not forked from here: threads of torch and tokenizers may run. The fork server imports once, for all workers.
+            # Not forked from here: threads of torch and tokenizers may run. The fork server imports
+            # once, for all workers.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__, "transformers.utils.chat_template_utils"])
             _start_server()
@@ -195,7 +210,8 @@ class Tokeniser:
         """The tokens of each block, in the order of the blocks; only a few are held at a time.
 
         Args:
-            pulse: Called now and then while a block takes its time, with the tokens that a long text has so far.
+            pulse: Called now and then while a block takes its time, with the tokens that a long
+                text has so far.
 
         Raises:
             DataError: A worker was killed.
@@ -203,7 +219,8 @@ class Tokeniser:
         waiting: deque[Future[list[TokenBlock]]] = deque()
         try:
             for block, recipe in work:
-                # Workers take seconds to import what they need; meanwhile this process does their work.
+                # Workers take seconds to import what they need; meanwhile this process does their
+                # work.
                 if self._pool is None or self._started is None or not self._started.done():
                     yield from tokenise_block(block, self._encoder, recipe, pulse, MOST_TOKENS)
                     continue
@@ -214,8 +231,8 @@ class Tokeniser:
                 yield from _await(waiting.popleft(), pulse)
         except BrokenProcessPool as error:
             raise DataError(
-                "a process that tokenised the data was ended from outside, most likely because memory ran out; take "
-                "data.num_workers=1"
+                "a process that tokenised the data was ended from outside, most likely because"
+                " memory ran out; take data.num_workers=1"
             ) from error
 
 
@@ -228,8 +245,8 @@ def _await(block: Future[list[TokenBlock]], pulse: Pulse | None) -> list[TokenBl
 def _start_server() -> None:
     """Start the fork server with SIGINT blocked, which its workers inherit.
 
-    Ctrl-C goes to the whole group. A server that it ends while it imports leaves a pool that waits for its workers for ever;
-    the parent ends them all.
+    Ctrl-C goes to the whole group. A server that it ends while it imports leaves a pool that waits
+    for its workers for ever; the parent ends them all.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
@@ -258,7 +275,8 @@ _WORKER: list[Encoder] = []
 
 
 def _start_worker(tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings) -> None:
-    # Not PR_SET_PDEATHSIG: the parent that it knows is the fork server, which lives as long as its workers.
+    # Not PR_SET_PDEATHSIG: the parent that it knows is the fork server, which lives as long as its
+    # workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # The workers are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

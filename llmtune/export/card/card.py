@@ -1,6 +1,7 @@
 """The model card of an export: what it was made from, how, what came out, and how to load it.
 
-It has no clock, no host and no path of this machine, so that the same inputs make the same bytes; secrets are taken out.
+It has no clock, no host and no path of this machine, so that the same inputs make the same bytes;
+secrets are taken out.
 """
 
 from __future__ import annotations
@@ -46,16 +47,24 @@ _EMBEDDING = re.compile(r"(embed_tokens|wte)\.(modules_to_save\.|base_layer\.)?w
 _TUNERS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
 
 
-def write_model_card(folder: Path, request: ExportRequest, config: ExportConfig, parity: str | None = None) -> None:
-    """Write ``README.md``, the curves and the base's licence files into an export that is otherwise complete.
+def write_model_card(
+    folder: Path, request: ExportRequest, config: ExportConfig, parity: str | None = None
+) -> None:
+    """Write ``README.md``, the curves and the base's licence files into an export that is otherwise
+    complete.
 
     Args:
-        folder: Where the export is being written; its files decide what the commands in the card name.
+        folder: Where the export is being written; its files decide what the commands in the card
+            name.
         parity: What a comparison with base and adapter found, in one sentence.
     """
     facts = read_facts(request)
     name = _find_name(request, config, facts)
-    base = request.base_name if is_hub_id(request.base_name) else request.base_name.rstrip("/").rpartition("/")[2]
+    base = (
+        request.base_name
+        if is_hub_id(request.base_name)
+        else request.base_name.rstrip("/").rpartition("/")[2]
+    )
     licence = find_licence(_base_folders(request, facts))
     copy_licence_files(licence.files, folder)
     usage = _find_usage(folder, request, config, name)
@@ -64,7 +73,7 @@ def write_model_card(folder: Path, request: ExportRequest, config: ExportConfig,
     parts = [
         f"# {_escape(name)}\n",
         _introduction(base, config, facts),
-        f"## Load it\n\n{describe_usage(usage, find_format(config.format).describe_usage).rstrip()}\n",
+        f"## Load it\n\n{describe_usage(usage, find_format(config.format).describe_usage).rstrip()}\n",  # noqa: E501
         _table("Results", ("metric", "before", "after"), describe_metrics(facts)),
         f"![Loss over the steps]({CURVES})\n" if has_curves else "",
         _table("Data", ("", ""), describe_data(facts)),
@@ -91,13 +100,18 @@ def _find_name(request: ExportRequest, config: ExportConfig, facts: Facts) -> st
 def _base_folders(request: ExportRequest, facts: Facts) -> list[Path]:
     """Where files of the base may lie: a model that was trained as a whole has left them behind."""
     trained_from = facts.plan.get("model_folder")
-    return [request.base, *([Path(trained_from)] if request.adapter is None and trained_from else [])]
+    return [
+        request.base,
+        *([Path(trained_from)] if request.adapter is None and trained_from else []),
+    ]
 
 
 def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name: str) -> Usage:
     base_config = _read_json(request.base / "config.json")
     settings = _read_json(folder / "config.json") or base_config
-    adapter = _read_json(request.adapter / "adapter_config.json") if request.adapter is not None else {}
+    adapter = (
+        _read_json(request.adapter / "adapter_config.json") if request.adapter is not None else {}
+    )
     base = request.base_name
     return Usage(
         folder=folder,
@@ -109,13 +123,19 @@ def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name
         task=_find_task(settings, adapter),
         own_code=bool(settings.get("auto_map")),
         adapter=adapter,
-        base_rows=_resized_rows(request.adapter, base_config) if request.adapter is not None else None,
+        base_rows=_resized_rows(request.adapter, base_config)
+        if request.adapter is not None
+        else None,
     )
 
 
 def _find_task(settings: dict[str, Any], adapter: dict[str, Any]) -> Task:
     """An adapter with a head of its own has another task than its base."""
-    found = headed_task(adapter.get("task_type")) or task_of(str((settings.get("architectures") or [""])[0])) or TEXT
+    found = (
+        headed_task(adapter.get("task_type"))
+        or task_of(str((settings.get("architectures") or [""])[0]))
+        or TEXT
+    )
     # Models of images and text go by the same name, and are loaded as those of text.
     return TEXT if found is TEXT_TO_TEXT and not settings.get("is_encoder_decoder") else found
 
@@ -134,7 +154,9 @@ def _has_template(folders: Sequence[Path | None]) -> bool:
 
 
 def _resized_rows(adapter: Path, base_config: dict[str, Any]) -> int | None:
-    """Rows of the embedding in an adapter that added tokens; peft loads it only onto a base of that size."""
+    """Rows of the embedding in an adapter that added tokens; peft loads it only onto a base of that
+    size.
+    """
     from safetensors import safe_open
 
     file = adapter / WEIGHTS_FILE
@@ -155,7 +177,11 @@ def _front_matter(
     if is_hub_id(request.base_name):
         front["base_model"] = request.base_name
         front["base_model_relation"] = _relation(config, facts)
-    front |= {"library_name": find_format(config.format).library, "pipeline_tag": task, **licence.front_matter}
+    front |= {
+        "library_name": find_format(config.format).library,
+        "pipeline_tag": task,
+        **licence.front_matter,
+    }
     tags = ["llmtune"]
     if facts.tuner is not None:
         tags += [facts.tuner if facts.tuner != "full" else "full-fine-tuning"]
@@ -172,7 +198,10 @@ def _front_matter(
 
 
 def _relation(config: ExportConfig, facts: Facts) -> str:
-    """To the base, in the hub's words. Weights that were trained and then quantised are first of all another model."""
+    """To the base, in the hub's words.
+
+    Weights that were trained and then quantised are first of all another model.
+    """
     kind = find_format(config.format)
     if not kind.is_merged:
         return "adapter"
@@ -186,8 +215,14 @@ def _result(task: str, facts: Facts, metrics: dict[str, float]) -> dict[str, Any
     names = list_sources(facts.get("data.eval") or facts.get("data.train")) or ["held-out rows"]
     return {
         "task": {"type": task},
-        "dataset": {"type": hub[0] if len(hub) == 1 else "custom", "name": f"{', '.join(names)} (held-out rows)"},
-        "metrics": [{"type": key, "name": f"held-out {key}", "value": value} for key, value in metrics.items()],
+        "dataset": {
+            "type": hub[0] if len(hub) == 1 else "custom",
+            "name": f"{', '.join(names)} (held-out rows)",
+        },
+        "metrics": [
+            {"type": key, "name": f"held-out {key}", "value": value}
+            for key, value in metrics.items()
+        ],
     }
 
 
@@ -199,21 +234,25 @@ def _introduction(base: str, config: ExportConfig, facts: Facts) -> str:
     if facts.tuner is None:
         return f"{shown} as {kind}, written by llmtune {__version__}.\n"
     step = f" to step {facts.step}" if facts.step is not None else ""
-    return f"{shown}, fine-tuned with llmtune ({_TUNERS.get(facts.tuner, facts.tuner)}){step}, as {kind}.\n"
+    return f"{shown}, fine-tuned with llmtune ({_TUNERS.get(facts.tuner, facts.tuner)}){step}, as {kind}.\n"  # noqa: E501
 
 
-def _describe_making(request: ExportRequest, config: ExportConfig, facts: Facts, parity: str | None) -> str:
+def _describe_making(
+    request: ExportRequest, config: ExportConfig, facts: Facts, parity: str | None
+) -> str:
     """How the weights became what they are."""
     lines = []
     if request.adapter is not None and find_format(config.format).is_merged:
         if facts.tuner == "qlora" or config.merge_onto is MergeOnto.nf4:
             lines.append(_describe_merge(config.merge_onto, facts.tuner == "qlora"))
         else:
-            lines.append("The adapter was added to the base's weights, computed in fp32 and rounded once.")
+            lines.append(
+                "The adapter was added to the base's weights, computed in fp32 and rounded once."
+            )
     elif request.adapter is not None and facts.tuner == "qlora":
         lines.append(
-            "The adapter was trained on the base in 4 bits (NF4). On the unquantised base it computes slightly other numbers; "
-            'with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` it has those of the training.'
+            "The adapter was trained on the base in 4 bits (NF4). On the unquantised base it computes slightly other numbers; "  # noqa: E501
+            'with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` it has those of the training.'  # noqa: E501
         )
     if config.dtype is not ExportDtype.auto and find_format(config.format).tells_dtype:
         lines.append(f"The weights are stored in {config.dtype.value}.")
@@ -223,24 +262,30 @@ def _describe_making(request: ExportRequest, config: ExportConfig, facts: Facts,
 
 
 def _describe_merge(merge_onto: MergeOnto, trained_in_4_bits: bool) -> str:
-    start = "The adapter was trained on the base in 4 bits (NF4)" if trained_in_4_bits else "The adapter"
+    start = (
+        "The adapter was trained on the base in 4 bits (NF4)"
+        if trained_in_4_bits
+        else "The adapter"
+    )
     if merge_onto is MergeOnto.nf4:
         return (
-            f"{start}{' and' if trained_in_4_bits else ''} was added to the base after that had been quantised to NF4 and back "
-            "(`export.merge_onto=nf4`). These are the weights that such a training sees, with their quantisation error: the "
-            "model computes what it computed in training, but what the quantisation took from the base stays lost."
+            f"{start}{' and' if trained_in_4_bits else ''} was added to the base after that had been quantised to NF4 and back "  # noqa: E501
+            "(`export.merge_onto=nf4`). These are the weights that such a training sees, with their quantisation error: the "  # noqa: E501
+            "model computes what it computed in training, but what the quantisation took from the base stays lost."  # noqa: E501
         )
     return (
-        f"{start} and was added to the unquantised base (`export.merge_onto=original`). The base keeps its own precision, but "
-        "the adapter had learnt beside the quantised weights, and part of it makes up for an error that is not here: the "
-        "numbers differ a little from those of the training. `export.merge_onto=nf4` would keep those."
+        f"{start} and was added to the unquantised base (`export.merge_onto=original`). The base keeps its own precision, but "  # noqa: E501
+        "the adapter had learnt beside the quantised weights, and part of it makes up for an error that is not here: the "  # noqa: E501
+        "numbers differ a little from those of the training. `export.merge_onto=nf4` would keep those."  # noqa: E501
     )
 
 
 def _versions(facts: Facts) -> str:
     rows = describe_versions(facts)
     if not facts.environment:
-        return _table("Versions", ("", "exported with"), [(package, now) for package, _, now in rows])
+        return _table(
+            "Versions", ("", "exported with"), [(package, now) for package, _, now in rows]
+        )
     return _table("Versions", ("", "trained with", "exported with"), rows)
 
 
@@ -251,7 +296,7 @@ def _describe_licence(base: str, licence: Licence) -> str:
     elif not licence.files:
         text += ". Its files do not say which one it is; look it up before you publish this"
     if licence.files:
-        text += f". Its text lies beside this file: {', '.join(_escape(file.name) for file in licence.files)}"
+        text += f". Its text lies beside this file: {', '.join(_escape(file.name) for file in licence.files)}"  # noqa: E501
     return f"## Licence\n\n{text}.\n"
 
 
@@ -264,9 +309,15 @@ def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -
 
 
 def _escape(text: str) -> str:
-    """Text that markdown shows as it is, on one line; secrets go before their letters are escaped."""
+    """Text that markdown shows as it is, on one line; secrets go before their letters are
+    escaped.
+    """
     text = " ".join(redact(text).split())
-    text = re.sub(r"([\\`*\[\]|#])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+    text = re.sub(
+        r"([\\`*\[\]|#])",
+        r"\\\1",
+        text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"),
+    )
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
 
 

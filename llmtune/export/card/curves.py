@@ -41,4 +41,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], picture: Path) -> bool:
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     found = [(record["step"], record.get(key)) for record in records]
-    return [(step, value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
+    return [
+        (step, value)
+        for step, value in found
+        if isinstance(value, int | float) and math.isfinite(value)
+    ]

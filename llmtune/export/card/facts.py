@@ -1,4 +1,6 @@
-"""What a run's files, its adapter and its base say about a model, as rows of tables; what is not known is left out."""
+"""What a run's files, its adapter and its base say about a model, as rows of tables; what is not
+known is left out.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|bz2|xz)$", 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known about how a model was made, without secrets; paths and clocks are not taken from it into the card."""
+    """What is known about how a model was made, without secrets; paths and clocks are not taken
+    from it into the card.
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
@@ -72,11 +76,15 @@ def read_facts(request: ExportRequest) -> Facts:
     # A checkpoint has the configuration and the metrics of its own time.
     places = [place for place in (trained, request.run) if place is not None]
     step = _find_step(trained) if trained is not None else None
-    metrics = next((lines for place in places if (lines := _read_lines(place / layout.METRICS))), [])
+    metrics = next(
+        (lines for place in places if (lines := _read_lines(place / layout.METRICS))), []
+    )
     if step is not None:
         metrics = [record for record in metrics if record["step"] <= step]
     return Facts(
-        config=redact_values(next((found for place in places if (found := _read_yaml(place / layout.CONFIG))), {})),
+        config=redact_values(
+            next((found for place in places if (found := _read_yaml(place / layout.CONFIG))), {})
+        ),
         plan=redact_values(_read_json(request.run / layout.PLAN)),
         environment=redact_values(_read_json(request.run / layout.ENVIRONMENT)),
         metrics=metrics,
@@ -86,7 +94,9 @@ def read_facts(request: ExportRequest) -> Facts:
 
 
 def list_sources(value: Any) -> list[str]:
-    """What ``data.train`` or ``data.eval`` names, without folders of this machine and without what signs a URL."""
+    """What ``data.train`` or ``data.eval`` names, without folders of this machine and without what
+    signs a URL.
+    """
     if value is None:
         return []
     found = []
@@ -101,7 +111,11 @@ def list_sources(value: Any) -> list[str]:
 
 def find_hub_datasets(facts: Facts) -> list[str]:
     """Data sets of the hub among the sources."""
-    named = [name.partition("@")[0] for key in ("train", "eval") for name in list_sources(facts.get(f"data.{key}"))]
+    named = [
+        name.partition("@")[0]
+        for key in ("train", "eval")
+        for name in list_sources(facts.get(f"data.{key}"))
+    ]
     return sorted({name for name in named if _is_hub_source(name)})
 
 
@@ -115,7 +129,12 @@ def describe_data(facts: Facts) -> Rows:
             rows.append((label.replace("data", "rows"), _describe_counts(counts)))
     share = facts.get("data.val_set_size")
     if facts.config and facts.get("data.eval") is None and share:
-        rows.append(("held out", f"{share} {'of the rows' if share < 1 else 'rows'}, split off the training data"))
+        rows.append(
+            (
+                "held out",
+                f"{share} {'of the rows' if share < 1 else 'rows'}, split off the training data",
+            )
+        )
     rows += _rows(
         ("fingerprint of the rows", _get(facts.plan, "data.fingerprint")),
         ("tokenised sources", ", ".join(_stores(facts))),
@@ -128,8 +147,12 @@ def describe_data(facts: Facts) -> Rows:
 def describe_settings(facts: Facts) -> Rows:
     """What was trained, and how."""
     plan, adapter, get = facts.plan, facts.adapter, facts.get
-    trainable, parameters = (_get(plan, f"shape.{key}") for key in ("trainable_parameters", "parameters"))
-    micro, accumulated = (_get(plan, f"batch.{key}") for key in ("micro_batch_size", "accumulation_steps"))
+    trainable, parameters = (
+        _get(plan, f"shape.{key}") for key in ("trainable_parameters", "parameters")
+    )
+    micro, accumulated = (
+        _get(plan, f"batch.{key}") for key in ("micro_batch_size", "accumulation_steps")
+    )
     batch = _get(plan, "batch.global_batch_size", get("train.global_batch_size"))
     planned = _get(plan, "steps.total_steps")
     steps = f"{facts.step} of {planned}" if facts.step is not None and planned else planned
@@ -143,18 +166,36 @@ def describe_settings(facts: Facts) -> Rows:
         ("variant", ", ".join(name for name, key in _VARIANTS.items() if adapter.get(key))),
         ("target modules", _describe_targets(adapter.get("target_modules")) if tuned else None),
         ("also trained", _describe_targets(adapter.get("modules_to_save")) if tuned else None),
-        ("trainable parameters", f"{trainable:,} of {parameters:,}" if trainable and parameters else None),
+        (
+            "trainable parameters",
+            f"{trainable:,} of {parameters:,}" if trainable and parameters else None,
+        ),
         ("learning rate", plan.get("learning_rate", get("optim.learning_rate"))),
-        ("schedule", f"{schedule}, {warmup} steps of warm-up" if schedule and warmup is not None else schedule),
-        ("optimizer", f"AdamW, betas {get('optim.betas')}, weight decay {get('optim.weight_decay')}" if get("optim") else None),
+        (
+            "schedule",
+            f"{schedule}, {warmup} steps of warm-up"
+            if schedule and warmup is not None
+            else schedule,
+        ),
+        (
+            "optimizer",
+            f"AdamW, betas {get('optim.betas')}, weight decay {get('optim.weight_decay')}"
+            if get("optim")
+            else None,
+        ),
         ("gradient clipping", get("train.max_grad_norm")),
-        ("batch", f"{batch} rows{f' ({micro} a micro-batch, {accumulated} accumulated)' if micro else ''}" if batch else None),
+        (
+            "batch",
+            f"{batch} rows{f' ({micro} a micro-batch, {accumulated} accumulated)' if micro else ''}"
+            if batch
+            else None,
+        ),
         ("optimizer steps", steps),
         ("precision", get("precision")),
         ("sequence length", get("data.max_seq_length")),
         ("packing", _yes(get("data.packing"))),
         ("seed", get("seed")),
-    )  # fmt: skip
+    )
 
 
 #: Name of a variant of LoRA -> the key of peft that turns it on.
@@ -166,7 +207,13 @@ def describe_metrics(facts: Facts) -> list[tuple[str, str, str]]:
     evaluations, train = facts.evaluations, [r for r in facts.metrics if r.get("loss") is not None]
     found = []
     if train:
-        found.append(("training loss (first and last step)", _format(train[0]["loss"]), _format(train[-1]["loss"])))
+        found.append(
+            (
+                "training loss (first and last step)",
+                _format(train[0]["loss"]),
+                _format(train[-1]["loss"]),
+            )
+        )
     if evaluations:
         first = evaluations[0] if evaluations[0]["step"] == 0 else {}
         for key, value in read_metrics_after(facts).items():
@@ -198,17 +245,33 @@ def describe_plan(facts: Facts) -> Rows:
     nodes = hardware.get("nodes", 1)
     predicted = plan.get("tokens_per_second")
     return _rows(
-        ("hardware", (f"{nodes} nodes of {devices}" if nodes > 1 else devices) if hardware.get("name") else None),
+        (
+            "hardware",
+            (f"{nodes} nodes of {devices}" if nodes > 1 else devices)
+            if hardware.get("name")
+            else None,
+        ),
         ("world size", plan.get("world_size")),
         ("placement", _describe_placement(plan)),
         ("gradient checkpointing", _yes(plan.get("gradient_checkpointing"))),
         ("attention", plan.get("attn_implementation")),
         ("predicted memory of a rank", _describe_memory(plan)),
-        ("measured memory of a rank", f"{format_bytes(max(memory))} at its peak" if memory else None),
+        (
+            "measured memory of a rank",
+            f"{format_bytes(max(memory))} at its peak" if memory else None,
+        ),
         ("predicted speed", f"{predicted:,.0f} tokens/s" if predicted else None),
-        ("measured speed", f"{statistics.median(speeds):,.0f} tokens/s (median)" if speeds else None),
-        ("out of memory", f"{len(plan['history'])} times, gone on with another placement" if plan.get("history") else None),
-    )  # fmt: skip
+        (
+            "measured speed",
+            f"{statistics.median(speeds):,.0f} tokens/s (median)" if speeds else None,
+        ),
+        (
+            "out of memory",
+            f"{len(plan['history'])} times, gone on with another placement"
+            if plan.get("history")
+            else None,
+        ),
+    )
 
 
 def describe_versions(facts: Facts) -> list[tuple[str, str, str]]:
@@ -226,8 +289,12 @@ def _is_hub_source(path: str) -> bool:
 
 
 def _describe_counts(counts: Mapping[str, Any]) -> str:
-    text = f"{counts.get('rows') or 0:,} ({counts.get('tokens') or 0:,} tokens, {counts.get('trained_tokens') or 0:,} trained on)"
-    left_out = [f"{counts[key]:,} {key}" for key in ("dropped", "truncated", "skipped", "twins") if counts.get(key)]
+    text = f"{counts.get('rows') or 0:,} ({counts.get('tokens') or 0:,} tokens, {counts.get('trained_tokens') or 0:,} trained on)"  # noqa: E501
+    left_out = [
+        f"{counts[key]:,} {key}"
+        for key in ("dropped", "truncated", "skipped", "twins")
+        if counts.get(key)
+    ]
     if counts.get("packing_efficiency"):
         left_out.append(f"packed to {counts['packing_efficiency']:.1%}")
     return "; ".join([text, *left_out])

@@ -95,4 +95,7 @@ def _read_text(file: Path) -> dict[str, str]:
     if find_objection(file, _MOST_BYTES) is not None:
         return {}
     start = file.read_text(encoding="utf-8", errors="replace")[:2000]
-    return next(({"license": name} for pattern, name in _TEXTS if re.search(pattern, start, re.IGNORECASE)), {})
+    return next(
+        ({"license": name} for pattern, name in _TEXTS if re.search(pattern, start, re.IGNORECASE)),
+        {},
+    )

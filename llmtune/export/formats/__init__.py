@@ -1,1 +1,4 @@
-"""Formats of export, one file per format: what the rest of the program asks of each. How they are written: ``writers/``."""
+"""Formats of export, one file per format: what the rest of the program asks of each.
+
+How they are written: ``writers/``.
+"""

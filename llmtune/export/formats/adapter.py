@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.export.formats.format import FORMATS, Format
-from llmtune.export.usage import Usage, allow_code, ask, load_tokenizer, python_block, request_answer, shell_block
+from llmtune.export.usage import (
+    Usage,
+    allow_code,
+    ask,
+    load_tokenizer,
+    python_block,
+    request_answer,
+    shell_block,
+)
 
 if TYPE_CHECKING:
     from llmtune.export.model import Material
@@ -37,13 +45,11 @@ def _find_problems(config: ExportConfig) -> str | None:
 def _describe_usage(usage: Usage) -> str:
     rows = f"base.resize_token_embeddings({usage.base_rows})\n" if usage.base_rows else ""
     load = (
-        f"from peft import PeftModel\nfrom transformers import {usage.task.loader}, AutoTokenizer\n\n"
-        f'base = {usage.task.loader}.from_pretrained({json.dumps(usage.base)}, dtype="auto"{allow_code(usage)})\n{rows}'
-        f"model = PeftModel.from_pretrained(base, {json.dumps(usage.place)})\n{load_tokenizer(usage)}"
+        f"from peft import PeftModel\nfrom transformers import {usage.task.loader}, AutoTokenizer\n\n"  # noqa: E501
+        f'base = {usage.task.loader}.from_pretrained({json.dumps(usage.base)}, dtype="auto"{allow_code(usage)})\n{rows}'  # noqa: E501
+        f"model = PeftModel.from_pretrained(base, {json.dumps(usage.place)})\n{load_tokenizer(usage)}"  # noqa: E501
     )
-    text = (
-        f"These are the adapter's weights alone; they need the base.\n\nWith peft:\n\n{python_block(load + ask(usage))}"
-    )
+    text = f"These are the adapter's weights alone; they need the base.\n\nWith peft:\n\n{python_block(load + ask(usage))}"  # noqa: E501
     if not usage.writes_text or usage.base_rows or any(usage.adapter.get(key) for key in _UNUSUAL):
         return text
     rank = next((size for size in _VLLM_RANKS if size >= int(usage.adapter.get("r") or 1)), None)

@@ -25,7 +25,7 @@ def _check_base(_base: Path) -> None:
 
 
 def _describe_usage(usage: Usage) -> str:
-    text = "The weights are stored in 4 bits (NF4), for GPUs; transformers needs bitsandbytes to read them.\n\n"
+    text = "The weights are stored in 4 bits (NF4), for GPUs; transformers needs bitsandbytes to read them.\n\n"  # noqa: E501
     code = python_block(load_model(usage) + ask(usage))
     return f"{text}{shell_block('pip install bitsandbytes')}{code}{serve_with_vllm(usage)}"
 

@@ -1,7 +1,8 @@
 """What the program asks of a format of export, and which formats there are.
 
-A format is one file of this folder that registers one :class:`Format`, and one YAML in ``conf/export/``. It is imported wherever
-a configuration is checked, so that what takes long to import (torch, a writer) is imported by the functions that need it.
+A format is one file of this folder that registers one :class:`Format`, and one YAML in
+``conf/export/``. It is imported wherever a configuration is checked, so that what takes long to
+import (torch, a writer) is imported by the functions that need it.
 """
 
 from __future__ import annotations
@@ -53,19 +54,27 @@ class Format:
     is_merged: bool = True
     """False of what holds only the adapter."""
     space: float = 0.0
-    """Space that it takes on the disk, as a share of the weights; 0 where the writer checks that itself."""
+    """Space that it takes on the disk, as a share of the weights; 0 where the writer checks that
+    itself.
+    """
     loads_from_hub: bool = False
     """Loaders take the name of a repository, and not only a folder."""
     tells_dtype: bool = False
     """The card says in which dtype the weights are stored, where ``export.dtype`` was set."""
     is_checked_on_disk: bool = False
-    """transformers reads it, so that it is compared as it lies on the disk, and not before it is written."""
+    """transformers reads it, so that it is compared as it lies on the disk, and not before it is
+    written.
+    """
     find_problems: Callable[[ExportConfig], str | None] = _nothing
     """Why these options cannot be exported so; None where they can."""
     check_base: Callable[[Path], None] | None = None
-    """Raises what the model folder alone tells against it: ExportError, or MissingPrerequisiteError of a missing package."""
+    """Raises what the model folder alone tells against it: ExportError, or MissingPrerequisiteError
+    of a missing package.
+    """
     compared_dtype: Callable[[ExportConfig], torch.dtype | None] = _nothing
-    """What the merged fp32 becomes in the file, number by number; None where that is the stored dtype of the model."""
+    """What the merged fp32 becomes in the file, number by number; None where that is the stored
+    dtype of the model.
+    """
     quantization: Callable[[ExportConfig], str | None] = _nothing
     """In how few bits blocks of numbers are stored; None where each number is stored by itself."""
 
@@ -92,4 +101,6 @@ def require_package(package: str, wanted: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise MissingPrerequisiteError(f"{wanted} needs {package} ({error}): pip install {package}") from error
+        raise MissingPrerequisiteError(
+            f"{wanted} needs {package} ({error}): pip install {package}"
+        ) from error

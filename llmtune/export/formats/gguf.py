@@ -28,7 +28,7 @@ def _write(material: Material, folder: Path, journal: Journal, config: ExportCon
 def _find_problems(config: ExportConfig) -> str | None:
     if config.dtype is ExportDtype.auto:
         return None
-    return f"export.dtype={config.dtype.value} has no part in export=gguf: export.gguf_type says what it is stored in"
+    return f"export.dtype={config.dtype.value} has no part in export=gguf: export.gguf_type says what it is stored in"  # noqa: E501
 
 
 def _check_base(base: Path) -> None:
@@ -44,7 +44,9 @@ def _compared_dtype(config: ExportConfig) -> torch.dtype:
     """Quantised types are made of the merged fp32."""
     import torch
 
-    return {GgufType.f16: torch.float16, GgufType.bf16: torch.bfloat16}.get(config.gguf_type, torch.float32)
+    return {GgufType.f16: torch.float16, GgufType.bf16: torch.bfloat16}.get(
+        config.gguf_type, torch.float32
+    )
 
 
 def _quantization(config: ExportConfig) -> str | None:
@@ -53,8 +55,14 @@ def _quantization(config: ExportConfig) -> str | None:
 
 def _describe_usage(usage: Usage) -> str:
     file = first_file(usage.folder, "*.gguf", "model.gguf")
-    talk = '-cnv -p "You are a helpful assistant."' if usage.has_template else '-no-cnv -n 100 -p "Once upon a time"'
-    modelfile = "" if (usage.folder / "Modelfile").is_file() else f'echo "FROM ./{file}" > Modelfile\n'
+    talk = (
+        '-cnv -p "You are a helpful assistant."'
+        if usage.has_template
+        else '-no-cnv -n 100 -p "Once upon a time"'
+    )
+    modelfile = (
+        "" if (usage.folder / "Modelfile").is_file() else f'echo "FROM ./{file}" > Modelfile\n'
+    )
     serve = f"llama-server -m {file} --port 8000\n{request_answer(usage)}"
     ollama = f"{modelfile}ollama create {usage.name} -f Modelfile\nollama run {usage.name}"
     return (

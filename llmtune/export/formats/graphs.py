@@ -1,4 +1,6 @@
-"""What ``export=onnx`` and ``export=torchscript`` have in common: graphs in fp32, of models that are not too large."""
+"""What ``export=onnx`` and ``export=torchscript`` have in common: graphs in fp32, of models that
+are not too large.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,7 @@ def find_graph_problems(config: ExportConfig) -> str | None:
     """Graphs have one dtype."""
     if config.dtype in (ExportDtype.auto, ExportDtype.fp32):
         return None
-    return (
-        f"export.dtype={config.dtype.value}: graphs are written in fp32; take export.dtype=auto, or export=safetensors"
-    )
+    return f"export.dtype={config.dtype.value}: graphs are written in fp32; take export.dtype=auto, or export=safetensors"  # noqa: E501
 
 
 def check_graph_base(base: Path) -> None:

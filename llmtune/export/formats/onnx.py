@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 from llmtune.config.groups.export import ExportConfig
 from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format
 from llmtune.export.formats.graphs import check_graph_base, compared_as_fp32, find_graph_problems
-from llmtune.export.usage import Usage, adapt_output, allow_code, first_file, python_block, warn_no_cache
+from llmtune.export.usage import (
+    Usage,
+    adapt_output,
+    allow_code,
+    first_file,
+    python_block,
+    warn_no_cache,
+)
 
 if TYPE_CHECKING:
     from llmtune.export.model import Material
@@ -38,7 +45,7 @@ def _describe_usage(usage: Usage) -> str:
         "feed = {given.name: tokens[given.name] for given in session.get_inputs()}\n"
         "output = session.run(None, feed)[0]  # (batch, labels)\nprint(output.argmax(-1))\n"
     )
-    return f"With onnxruntime, without torch:\n\n{python_block(adapt_output(usage, code))}{warn_no_cache(usage)}"
+    return f"With onnxruntime, without torch:\n\n{python_block(adapt_output(usage, code))}{warn_no_cache(usage)}"  # noqa: E501
 
 
 FORMATS.register(

@@ -28,7 +28,8 @@ def _describe_usage(usage: Usage) -> str:
         f"model = {usage.task.loader}.from_config(config, dtype=config.dtype{allow_code(usage)})\n"
         f'tensors = torch.load("{file}", weights_only=True)\n'
         "# A head that is tied to the embedding is not stored twice.\n"
-        "model.load_state_dict(tensors, strict=False)\nmodel.tie_weights()\nmodel.eval()\n" + load_tokenizer(usage)
+        "model.load_state_dict(tensors, strict=False)\nmodel.tie_weights()\nmodel.eval()\n"
+        + load_tokenizer(usage)
     )
     text = "The file holds a state dict, which torch.load reads with weights_only=True.\n\n"
     return f"{text}{python_block(code + ask(usage))}"

@@ -21,7 +21,7 @@ def _write(material: Material, folder: Path, journal: Journal, config: ExportCon
 
 
 def _describe_usage(usage: Usage) -> str:
-    return f"With transformers:\n\n{python_block(load_model(usage) + ask(usage))}{serve_with_vllm(usage)}"
+    return f"With transformers:\n\n{python_block(load_model(usage) + ask(usage))}{serve_with_vllm(usage)}"  # noqa: E501
 
 
 FORMATS.register(

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 from llmtune.config.groups.export import ExportConfig
 from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format
 from llmtune.export.formats.graphs import check_graph_base, compared_as_fp32, find_graph_problems
-from llmtune.export.usage import Usage, adapt_output, allow_code, first_file, python_block, warn_no_cache
+from llmtune.export.usage import (
+    Usage,
+    adapt_output,
+    allow_code,
+    first_file,
+    python_block,
+    warn_no_cache,
+)
 
 if TYPE_CHECKING:
     from llmtune.export.model import Material
@@ -25,10 +32,10 @@ def _describe_usage(usage: Usage) -> str:
     file = first_file(usage.folder, "*.pt", "model.ts.pt")
     code = (
         f"import torch\nfrom transformers import AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("."{allow_code(usage)})\nmodel = torch.jit.load("{file}").eval()\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("."{allow_code(usage)})\nmodel = torch.jit.load("{file}").eval()\n'  # noqa: E501
         'tokens = tokenizer(["Hello"], return_tensors="pt")\n'
         "with torch.no_grad():\n"
-        '    output = model(tokens["input_ids"], tokens["attention_mask"])  # (batch, labels)\nprint(output.argmax(-1))\n'
+        '    output = model(tokens["input_ids"], tokens["attention_mask"])  # (batch, labels)\nprint(output.argmax(-1))\n'  # noqa: E501
     )
     return f"With torch alone:\n\n{python_block(adapt_output(usage, code))}{warn_no_cache(usage)}"
 

@@ -1,6 +1,7 @@
 """What an adapter does to one tensor of its base, a few rows at a time, in fp32.
 
-The formulas are peft's (``peft/tuners/lora``): the same products in the same order, so that fp32 adapters merge to the same bits.
+The formulas are peft's (``peft/tuners/lora``): the same products in the same order, so that fp32
+adapters merge to the same bits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class Change(Protocol):
         ...
 
     def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """What is done to rows of the tensor, given the row that is the first of them; read what it takes, once a tensor."""
+        """What is done to rows of the tensor, given the row that is the first of them; read what it
+        takes, once a tensor.
+        """
         ...
 
 
@@ -43,7 +46,9 @@ class Replacement:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """``W + scale * B @ A`` (Hu et al. 2021), for linear layers stored either way round and for embeddings."""
+    """``W + scale * B @ A`` (Hu et al. 2021), for linear layers stored either way round and for
+    embeddings.
+    """
 
     a: str
     """Shape (r, in), or (r, vocabulary) for an embedding."""
@@ -71,12 +76,17 @@ class LowRank:
             delta = (b @ a[:, first:last]).T if self.transposed else b[first:last] @ a
             delta = delta.mul_(self.scale)
             if magnitude is not None and self.transposed:
-                # Summed in peft's order of operands, which decides the layout in memory and so the last digit of the norm.
-                return (magnitude / torch.linalg.norm(rows.T + delta.T, dim=1)).view(1, -1) * delta.add_(rows)
+                # Summed in peft's order of operands, which decides the layout in memory and so the
+                # last digit of the norm.
+                return (magnitude / torch.linalg.norm(rows.T + delta.T, dim=1)).view(
+                    1, -1
+                ) * delta.add_(rows)
             merged = delta.add_(rows)
             if magnitude is None:
                 return merged
-            return merged.mul_((magnitude[first:last] / torch.linalg.norm(merged, dim=1)).view(-1, 1))
+            return merged.mul_(
+                (magnitude[first:last] / torch.linalg.norm(merged, dim=1)).view(-1, 1)
+            )
 
         return add
 

@@ -1,7 +1,8 @@
-"""Heads that peft trained on a base that has none, or another one: classes of texts and tokens, places of answers.
+"""Heads that peft trained on a base that has none, or another one: classes of texts and tokens,
+places of answers.
 
-Such an adapter names only its task; the architecture is transformers' for that task and the base's ``model_type``, and the
-number of classes is that of the head's last rows.
+Such an adapter names only its task; the architecture is transformers' for that task and the base's
+``model_type``, and the number of classes is that of the head's last rows.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Head:
 
 
 class HeadedSource:
-    """A base under the names of the architecture with the head; what that lacks, such as another head, is left out."""
+    """A base under the names of the architecture with the head; what that lacks, such as another
+    head, is left out.
+    """
 
     def __init__(self, base: TensorSource, adapter: Adapter, head: Head) -> None:
         self._base = base
@@ -68,7 +71,8 @@ def find_head(folder: Path, base: TensorSource, adapter: Adapter) -> Head | None
         folder: Whose ``config.json`` describes the base.
 
     Raises:
-        ExportError: The base has no architecture for the adapter's task, or one that the head does not fit.
+        ExportError: The base has no architecture for the adapter's task, or one that the head does
+            not fit.
     """
     task = headed_task(adapter.settings.get("task_type"))
     if task is None or not (folder / "config.json").is_file():
@@ -80,8 +84,8 @@ def find_head(folder: Path, base: TensorSource, adapter: Adapter) -> Head | None
         return None
     if is_renamed(folder):
         raise ExportError(
-            f"{adapter.folder}: a head for {task.hub} cannot be put on {folder}, whose stored names transformers translates; "
-            "merge it with peft"
+            f"{adapter.folder}: a head for {task.hub} cannot be put on {folder}, whose stored names"
+            " transformers translates; merge it with peft"
         )
     architecture = _find_headed(folder, task)
     for count in sorted({shape[0] for shape in trained.values()}):
@@ -90,15 +94,20 @@ def find_head(folder: Path, base: TensorSource, adapter: Adapter) -> Head | None
         wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         if trained.items() <= wanted.items():
             return Head(changes, skeleton)
-    head = some([f"{name} {shape}" for name, shape in sorted(trained.items())]) or "nothing is stored of it"
+    head = (
+        some([f"{name} {shape}" for name, shape in sorted(trained.items())])
+        or "nothing is stored of it"
+    )
     raise ExportError(
-        f"{adapter.folder}: its head ({head}) does not fit {architecture}, which transformers has for this base; "
-        "nothing was written"
+        f"{adapter.folder}: its head ({head}) does not fit {architecture}, which transformers has"
+        " for this base; nothing was written"
     )
 
 
 def _trained_whole(adapter: Adapter) -> dict[str, str]:
-    """Tensors of modules that were trained as a whole, embeddings apart: name in the model -> name in the adapter's file."""
+    """Tensors of modules that were trained as a whole, embeddings apart: name in the model -> name
+    in the adapter's file.
+    """
     return {
         f"{module}.{part}": parts.keys[part]
         for module, parts in adapter.modules.items()
@@ -115,8 +124,8 @@ def _find_headed(folder: Path, task: Task) -> str:
     found = getattr(modeling_auto, task.mapping).get(model_type)
     if not isinstance(found, str):
         raise ExportError(
-            f"{folder / 'config.json'}: transformers has no {task.hub} for model_type {model_type}, which the adapter was "
-            "trained for; nothing was written"
+            f"{folder / 'config.json'}: transformers has no {task.hub} for model_type {model_type},"
+            " which the adapter was trained for; nothing was written"
         )
     return found
 
@@ -127,4 +136,7 @@ def _label(folder: Path, count: int) -> dict[str, Any]:
     if len(known) == count:
         return {}
     labels = [f"LABEL_{number}" for number in range(count)]
-    return {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }

@@ -1,7 +1,9 @@
-"""Merge an adapter into its base as a stream: ``W + scale * B @ A`` in fp32, rounded once, a few rows at a time.
+"""Merge an adapter into its base as a stream: ``W + scale * B @ A`` in fp32, rounded once, a few
+rows at a time.
 
-Memory is that of a few blocks and of one module's adapter, whatever the model's size; only DoRA on layers that store their
-outputs as columns (embeddings, GPT-2's Conv1D) takes one whole tensor. What matches nothing is an error.
+Memory is that of a few blocks and of one module's adapter, whatever the model's size; only DoRA on
+layers that store their outputs as columns (embeddings, GPT-2's Conv1D) takes one whole tensor. What
+matches nothing is an error.
 """
 
 from __future__ import annotations
@@ -15,14 +17,23 @@ import torch
 from llmtune.errors import ExportError
 from llmtune.export.merge.adapter import Adapter, Parts, is_saved
 from llmtune.export.merge.deltas import BiasOfB, Change, LowRank, Replacement, TokenRows
-from llmtune.export.sources.base import TensorSource, find_name, is_embedding, is_input_embedding, read_whole, some
+from llmtune.export.sources.base import (
+    TensorSource,
+    find_name,
+    is_embedding,
+    is_input_embedding,
+    read_whole,
+    some,
+)
 from llmtune.storage.row_blocks import row_ranges
 from llmtune.storage.safetensors_writer import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What becomes of one tensor: rows of the base, or of nothing where the adapter brings its own, changed in turn."""
+    """What becomes of one tensor: rows of the base, or of nothing where the adapter brings its own,
+    changed in turn.
+    """
 
     base: str
     spec: TensorSpec
@@ -36,7 +47,8 @@ class MergedSource:
         """Match every tensor of the adapter to one of the base.
 
         Args:
-            output: What the model calls the matrix of its logits, stored or tied to the input; None if it has none.
+            output: What the model calls the matrix of its logits, stored or tied to the input; None
+                if it has none.
 
         Raises:
             ExportError: Anything does not match; all of it is named.
@@ -54,7 +66,9 @@ class MergedSource:
 
     @property
     def config_changes(self) -> dict[str, Any]:
-        """Keys of ``config.json`` that are no longer the base's: the vocabulary, and whether embeddings are tied."""
+        """Keys of ``config.json`` that are no longer the base's: the vocabulary, and whether
+        embeddings are tied.
+        """
         changes: dict[str, Any] = {}
         for name, edit in self._edits.items():
             if is_embedding(name) and edit.spec.shape[0] != self._base.specs[edit.base].shape[0]:
@@ -92,7 +106,9 @@ class MergedSource:
 
 
 class _Matcher:
-    """Which tensor of the base each tensor of the adapter belongs to, with everything that is wrong collected."""
+    """Which tensor of the base each tensor of the adapter belongs to, with everything that is wrong
+    collected.
+    """
 
     def __init__(self, base: TensorSource, adapter: Adapter, output: str | None) -> None:
         self._base = base
@@ -108,19 +124,29 @@ class _Matcher:
         """Every tensor that changes, by its name in the merged model."""
         edits: dict[str, Edit] = {}
         for parts in self._adapter.modules.values():
-            for kind, changes in (("weight", self._weight_changes(parts)), ("bias", self._bias_changes(parts))):
+            for kind, changes in (
+                ("weight", self._weight_changes(parts)),
+                ("bias", self._bias_changes(parts)),
+            ):
                 if changes or (kind == "weight" and "base_weight" in parts.keys):
                     self._add(edits, parts, f"{parts.module}.{kind}", changes)
         if not self._problems:
             self._settle_tie(edits)
         if self._problems:
             raise ExportError(
-                f"the adapter {self._adapter.folder} does not belong to this base: {len(self._problems)} of "
-                f"{len(self._adapter.modules)} modules do not match: {some(self._problems)}; nothing was written"
+                f"the adapter {self._adapter.folder} does not belong to this base:"
+                f" {len(self._problems)} of {len(self._adapter.modules)} modules do not match:"
+                f" {some(self._problems)}; nothing was written"
             )
         if not edits:
-            raise ExportError(f"{self._adapter.folder}: no tensor of the base would change; nothing was written")
-        return {name: edit for name, edit in edits.items() if edit.changes or name not in self._base.specs}
+            raise ExportError(
+                f"{self._adapter.folder}: no tensor of the base would change; nothing was written"
+            )
+        return {
+            name: edit
+            for name, edit in edits.items()
+            if edit.changes or name not in self._base.specs
+        }
 
     def _weight_changes(self, parts: Parts) -> list[Change]:
         keys, shapes = parts.keys, self._adapter.shapes
@@ -135,35 +161,50 @@ class _Matcher:
             changes.append(LowRank(keys["a"], keys["b"], scale, transposed, keys.get("magnitude")))
         if "embedding_a" in keys:
             scale = self._scale(parts.module, shapes[keys["embedding_a"]][0])
-            changes.append(LowRank(keys["embedding_a"], keys["embedding_b"], scale, True, keys.get("magnitude")))
+            changes.append(
+                LowRank(
+                    keys["embedding_a"], keys["embedding_b"], scale, True, keys.get("magnitude")
+                )
+            )
         if "token_rows" in keys:
             indices = self._adapter.token_indices(parts.module)
             if len(indices) != shapes[keys["token_rows"]][0]:
                 rows = shapes[keys["token_rows"]][0]
                 self._problems.append(
-                    f"{parts.module} has {rows} trained rows for {len(indices)} trainable_token_indices"
+                    f"{parts.module} has {rows} trained rows for {len(indices)}"
+                    " trainable_token_indices"
                 )
             changes.append(TokenRows(keys["token_rows"], indices))
         if "weight" in keys and not self._may_replace(parts.module):
-            self._problems.append(f"{keys['weight']} is neither in modules_to_save nor an embedding")
+            self._problems.append(
+                f"{keys['weight']} is neither in modules_to_save nor an embedding"
+            )
         return changes
 
     def _bias_changes(self, parts: Parts) -> list[Change]:
         keys = parts.keys
-        changes: list[Change] = [Replacement(keys[part]) for part in ("base_bias", "bias") if part in keys]
+        changes: list[Change] = [
+            Replacement(keys[part]) for part in ("base_bias", "bias") if part in keys
+        ]
         if "b_bias" in keys:
             rank = self._adapter.shapes[keys["a"]][0]
             changes.append(BiasOfB(keys["b_bias"], self._scale(parts.module, rank)))
         return changes
 
-    def _add(self, edits: dict[str, Edit], parts: Parts, wanted: str, changes: list[Change]) -> None:
+    def _add(
+        self, edits: dict[str, Edit], parts: Parts, wanted: str, changes: list[Change]
+    ) -> None:
         """Note an edit, or what is wrong with it."""
         name = self._base_name(wanted)
         ours = name
         if name is None and self._tied and wanted == self._output:
             name, ours = self._input, wanted
         if name is None or ours is None:
-            why = "; a base layer without bias cannot take lora_bias" if wanted.endswith(".bias") else ""
+            why = (
+                "; a base layer without bias cannot take lora_bias"
+                if wanted.endswith(".bias")
+                else ""
+            )
             self._problems.append(f"{wanted} is not in the base{why}")
             return
         spec = self._base.specs[name]
@@ -178,7 +219,9 @@ class _Matcher:
     def _base_name(self, wanted: str) -> str | None:
         return find_name(wanted, self._base.specs)
 
-    def _shape_problem(self, wanted: str, shape: tuple[int, ...], changes: list[Change]) -> str | None:
+    def _shape_problem(
+        self, wanted: str, shape: tuple[int, ...], changes: list[Change]
+    ) -> str | None:
         """How the adapter's shapes contradict the base's."""
         shapes, embedding = self._adapter.shapes, is_embedding(wanted)
         for change in changes:
@@ -195,25 +238,39 @@ class _Matcher:
             elif isinstance(change, TokenRows) and (
                 shapes[change.key][1:] != shape[1:] or max(change.indices, default=0) >= shape[0]
             ):
-                return f"{wanted} is {shape} in the base, its trained rows are {shapes[change.key]} up to {max(change.indices)}"
+                return (
+                    f"{wanted} is {shape} in the base, its trained rows are {shapes[change.key]} up"
+                    f" to {max(change.indices)}"
+                )
             if found != shape:
                 return f"{wanted} is {shape} in the base, the adapter is for {found}"
         return None
 
     def _result_shape(self, changes: list[Change], shape: tuple[int, ...]) -> tuple[int, ...]:
-        return next((self._adapter.shapes[c.key] for c in changes if isinstance(c, Replacement)), shape)
+        return next(
+            (self._adapter.shapes[c.key] for c in changes if isinstance(c, Replacement)), shape
+        )
 
     def _grew(self, parts: Parts) -> bool:
-        """Whether the stored copy of a base layer has more rows than the base: its vocabulary was resized."""
+        """Whether the stored copy of a base layer has more rows than the base: its vocabulary was
+        resized.
+        """
         name = self._base_name(f"{parts.module}.weight") or self._input
-        return name is not None and self._adapter.shapes[parts.keys["base_weight"]][0] > self._base.specs[name].shape[0]
+        return (
+            name is not None
+            and self._adapter.shapes[parts.keys["base_weight"]][0] > self._base.specs[name].shape[0]
+        )
 
     def _check_copy(self, key: str, name: str) -> None:
-        """peft stores the layer below an adapted embedding; it must be the base's, or the adapter is another base's."""
+        """peft stores the layer below an adapted embedding; it must be the base's, or the adapter
+        is another base's.
+        """
         copy = self._adapter.read(key)
         first = 0
         if len(copy) < self._base.specs[name].shape[0]:
-            self._problems.append(f"{key} is not equal to the base's {name}: it has {len(copy)} rows")
+            self._problems.append(
+                f"{key} is not equal to the base's {name}: it has {len(copy)} rows"
+            )
             return
         for rows in self._base.blocks(name):
             if not torch.equal(copy[first : first + len(rows)].to(rows.dtype), rows):
@@ -223,7 +280,10 @@ class _Matcher:
 
     def _stores_columns(self, parts: Parts) -> bool:
         """Told by the shapes; of a square matrix, by ``fan_in_fan_out``."""
-        out, width = self._adapter.shapes[parts.keys["b"]][0], self._adapter.shapes[parts.keys["a"]][1]
+        out, width = (
+            self._adapter.shapes[parts.keys["b"]][0],
+            self._adapter.shapes[parts.keys["a"]][1],
+        )
         name = self._base_name(f"{parts.module}.weight")
         if name is None or out == width:
             return bool(self._adapter.settings.get("fan_in_fan_out"))
@@ -241,11 +301,15 @@ class _Matcher:
         return any(is_saved(module, name) for name in saved) or is_embedding(f"{module}.weight")
 
     def _settle_tie(self, edits: dict[str, Edit]) -> None:
-        """One matrix for input and output stays one only if the adapter treats both alike; else it becomes two."""
+        """One matrix for input and output stays one only if the adapter treats both alike; else it
+        becomes two.
+        """
         if not self._tied or self._input is None or self._output is None:
             return
         output, into = self._output, edits.get(self._input)
-        if output not in edits and (into is None or all(isinstance(change, TokenRows) for change in into.changes)):
+        if output not in edits and (
+            into is None or all(isinstance(change, TokenRows) for change in into.changes)
+        ):
             # peft ties trained rows by itself.
             return
         if output in edits and into is not None and self._alike(into, edits[output]):
@@ -256,7 +320,8 @@ class _Matcher:
             grown = into.spec.shape if into is not None else spec.shape
             if grown != spec.shape:
                 self._problems.append(
-                    f"{self._input} grew to {grown[0]} rows, and the output that was tied to it is not there"
+                    f"{self._input} grew to {grown[0]} rows, and the output that was tied to it is"
+                    " not there"
                 )
             edits[output] = Edit(self._input, replace(spec, name=output), ())
 

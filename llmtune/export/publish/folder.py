@@ -1,6 +1,7 @@
 """Write an export aside, describe it, and give it its name in one rename.
 
-What was killed is gone on with: finished files wait aside, listed in a journal. What failed leaves nothing.
+What was killed is gone on with: finished files wait aside, listed in a journal. What failed leaves
+nothing.
 """
 
 from __future__ import annotations
@@ -36,18 +37,23 @@ def write_export(
     """Call ``write`` on a folder beside ``folder``, add the manifest, and publish it.
 
     Args:
-        job: Says what is written from what; the rest of another job that was killed is not gone on with.
+        job: Says what is written from what; the rest of another job that was killed is not gone on
+            with.
 
     Raises:
-        ExportError: The folder exists and is not an export, another export is writing it, or the disk refuses.
+        ExportError: The folder exists and is not an export, another export is writing it, or the
+            disk refuses.
     """
     restore_replaced(folder)
     if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
-        raise ExportError(f"{folder} exists and is not an export of llmtune; take another output_dir=")
+        raise ExportError(
+            f"{folder} exists and is not an export of llmtune; take another output_dir="
+        )
     aside = folder.with_name(folder.name + ".tmp")
     try:
         aside.mkdir(parents=True, exist_ok=True)
-        # Its name can be guessed, and in a folder that all share another may have made it, with links in it to be written over.
+        # Its name can be guessed, and in a folder that all share another may have made it, with
+        # links in it to be written over.
         require_own(aside, "output_dir", "take another output_dir=", ExportError)
         with _locked(aside):
             try:
@@ -61,7 +67,8 @@ def write_export(
 
 
 def check_replaceable(folder: Path, wanted: str) -> None:
-    """Whether what is published at ``folder``, if anything is, has the format ``wanted``: only that is written anew.
+    """Whether what is published at ``folder``, if anything is, has the format ``wanted``: only that
+    is written anew.
 
     Raises:
         ExportError: It has another format.
@@ -71,13 +78,14 @@ def check_replaceable(folder: Path, wanted: str) -> None:
     there = parse_json((folder / layout.MANIFEST).read_text()).get("format")
     if there is not None and there != wanted:
         raise ExportError(
-            f"{folder} holds another export (export={there}, and this is export={wanted}), which is not removed: take another "
-            "output_dir=, or remove it"
+            f"{folder} holds another export (export={there}, and this is export={wanted}), which is"
+            " not removed: take another output_dir=, or remove it"
         )
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Whether the disk of ``folder`` takes ``needed_bytes``; what a killed start left there counts as room.
+    """Whether the disk of ``folder`` takes ``needed_bytes``; what a killed start left there counts
+    as room.
 
     Raises:
         ExportError: It does not.
@@ -86,8 +94,8 @@ def check_room(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free + used
     if free < needed_bytes:
         raise ExportError(
-            f"{folder.parent} has {format_bytes(free)} free, the export needs {format_bytes(needed_bytes)}; "
-            "take an output_dir= on a larger disk"
+            f"{folder.parent} has {format_bytes(free)} free, the export needs"
+            f" {format_bytes(needed_bytes)}; take an output_dir= on a larger disk"
         )
 
 
@@ -139,14 +147,20 @@ def _locked(aside: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise ExportError(f"another export is writing {aside}; wait for it, or take another output_dir=") from error
+        raise ExportError(
+            f"another export is writing {aside}; wait for it, or take another output_dir="
+        ) from error
     finally:
         os.close(descriptor)
 
 
 def _is_export(folder: Path) -> bool:
-    """Only an export's manifest names a format; checkpoints and trained models have manifests too."""
+    """Only an export's manifest names a format; checkpoints and trained models have manifests
+    too.
+    """
     try:
-        return is_complete(folder) and "format" in parse_json((folder / layout.MANIFEST).read_text())
+        return is_complete(folder) and "format" in parse_json(
+            (folder / layout.MANIFEST).read_text()
+        )
     except (OSError, json.JSONDecodeError):
         return False

@@ -1,6 +1,8 @@
-"""A published export goes to the Hugging Face hub in one commit, so that nobody ever sees half of it.
+"""A published export goes to the Hugging Face hub in one commit, so that nobody ever sees half of
+it.
 
-Large files are sent before the commit; the hub knows them by their hash, so that a second start does not send them again.
+Large files are sent before the commit; the hub knows them by their hash, so that a second start
+does not send them again.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def parse_hub_url(url: str) -> HubPlace:
     match = _URL.fullmatch(url)
     if match is None or match["repo"].split("/")[0] in _NO_MODELS:
         raise ExportError(
-            f"export.upload={redact(url)}: a model on the hub is hf://user/name, a branch of it hf://user/name@branch"
+            f"export.upload={redact(url)}: a model on the hub is hf://user/name, a branch of it"
+            " hf://user/name@branch"
         )
     return HubPlace(match["repo"], match["branch"])
 
@@ -76,8 +79,8 @@ def check_token(url: str) -> str:
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
         raise MissingPrerequisiteError(
-            f"export.upload={redact(url)}: HF_TOKEN is not set; put a token with the right to write "
-            "(https://huggingface.co/settings/tokens) into the environment or into .env"
+            f"export.upload={redact(url)}: HF_TOKEN is not set; put a token with the right to write"
+            " (https://huggingface.co/settings/tokens) into the environment or into .env"
         )
     return token
 
@@ -110,29 +113,40 @@ def upload_to_hub(folder: Path, url: str, private: bool, say: Callable[[str], No
         status = error.response.status_code if error.response is not None else 500
         if 400 <= status < 500 and status not in _PASSING:
             raise UnfitError(
-                f"was not filled: {_first_line(error)}. Does HF_TOKEN have the right to write to {place.repo}?"
+                f"was not filled: {_first_line(error)}. Does HF_TOKEN have the right to write to"
+                f" {place.repo}?"
             ) from error
         raise
 
 
-def _upload(api: Any, place: HubPlace, folder: Path, private: bool, say: Callable[[str], None]) -> None:
+def _upload(
+    api: Any, place: HubPlace, folder: Path, private: bool, say: Callable[[str], None]
+) -> None:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     api.create_repo(place.repo, private=private, exist_ok=True)
     if place.branch is not None:
         api.create_branch(place.repo, branch=place.branch, exist_ok=True)
     remote = _look(api, place, private, say)
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    files = {
+        file.relative_to(folder).as_posix(): file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
     adds = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=file)
         for name, file in files.items()
         if not _is_same(file, remote.files.get(name))
     ]
     deletes = [
-        CommitOperationDelete(path_in_repo=name, is_folder=False) for name in sorted(remote.stale - files.keys())
+        CommitOperationDelete(path_in_repo=name, is_folder=False)
+        for name in sorted(remote.stale - files.keys())
     ]
     if not adds and not deletes:
-        say(f"{HUB}{place.repo} holds this export already: {len(files)} files, compared by their hashes")
+        say(
+            f"{HUB}{place.repo} holds this export already: {len(files)} files, compared by their"
+            " hashes"
+        )
         return
     for count, add in enumerate(adds, start=1):
         api.preupload_lfs_files(place.repo, [add], revision=place.branch, free_memory=False)
@@ -148,8 +162,13 @@ def _upload(api: Any, place: HubPlace, folder: Path, private: bool, say: Callabl
     there = _list(api, place.repo, commit.oid)
     wrong = [name for name, file in files.items() if not _is_same(file, there.get(name))]
     if wrong:
-        raise OSError(f"{', '.join(wrong[:5])} arrived with other contents than they were sent with")
-    say(f"uploaded {len(adds)} files to {HUB}{place.repo} in one commit; all compared by their hashes")
+        raise OSError(
+            f"{', '.join(wrong[:5])} arrived with other contents than they were sent with"
+        )
+    say(
+        f"uploaded {len(adds)} files to {HUB}{place.repo} in one commit; all compared by their"
+        " hashes"
+    )
 
 
 def _look(api: Any, place: HubPlace, private: bool, say: Callable[[str], None]) -> _Remote:
@@ -167,9 +186,12 @@ def _look(api: Any, place: HubPlace, private: bool, say: Callable[[str], None]) 
     text = _read(api, place.repo, info.sha) if layout.MANIFEST in files else b""
     if not is_export_manifest(text):
         raise UnfitError(
-            f"holds {', '.join(others[:5])}, which is no export of llmtune; take another repository or branch"
+            f"holds {', '.join(others[:5])}, which is no export of llmtune; take another repository"
+            " or branch"
         )
-    return _Remote(info.sha, files, frozenset(files.keys() & list_files(hash_text(text), text).keys()))
+    return _Remote(
+        info.sha, files, frozenset(files.keys() & list_files(hash_text(text), text).keys())
+    )
 
 
 def _list(api: Any, repo: str, commit: str) -> dict[str, Any]:
@@ -180,15 +202,23 @@ def _list(api: Any, repo: str, commit: str) -> dict[str, Any]:
 def _read(api: Any, repo: str, commit: str) -> bytes:
     """The manifest that lies there."""
     with tempfile.TemporaryDirectory() as folder:
-        return Path(api.hf_hub_download(repo, layout.MANIFEST, revision=commit, local_dir=folder)).read_bytes()
+        return Path(
+            api.hf_hub_download(repo, layout.MANIFEST, revision=commit, local_dir=folder)
+        ).read_bytes()
 
 
 def _is_same(file: Path, remote: Any | None) -> bool:
-    """Whether the hub has these bytes: it names large files by their SHA-256, others as git does."""
+    """Whether the hub has these bytes: it names large files by their SHA-256, others as git
+    does.
+    """
     if remote is None or remote.size != file.stat().st_size:
         return False
     large = remote.lfs is not None
-    digest = hashlib.sha256() if large else hashlib.sha1(f"blob {remote.size}\0".encode(), usedforsecurity=False)
+    digest = (
+        hashlib.sha256()
+        if large
+        else hashlib.sha1(f"blob {remote.size}\0".encode(), usedforsecurity=False)
+    )
     with file.open("rb") as source:
         while block := source.read(_BLOCK_BYTES):
             digest.update(block)
@@ -196,4 +226,6 @@ def _is_same(file: Path, remote: Any | None) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

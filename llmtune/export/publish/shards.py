@@ -1,6 +1,8 @@
-"""Write a stream of tensors as safetensors shards: the next block is computed while the last one is written and hashed.
+"""Write a stream of tensors as safetensors shards: the next block is computed while the last one is
+written and hashed.
 
-Finished shards are noted in a journal beside them, so that a run that was killed goes on with the shard it was in.
+Finished shards are noted in a journal beside them, so that a run that was killed goes on with the
+shard it was in.
 """
 
 from __future__ import annotations
@@ -31,13 +33,16 @@ _MOST_SHARDS = 8
 
 
 class Journal:
-    """Which files of an unfinished export are whole; of another job, or an unreadable one, it remembers nothing."""
+    """Which files of an unfinished export are whole; of another job, or an unreadable one, it
+    remembers nothing.
+    """
 
     def __init__(self, folder: Path, job: str) -> None:
         """Read what an earlier start left.
 
         Args:
-            job: Says what is written; a journal of another job, and all that it stands for, is thrown away.
+            job: Says what is written; a journal of another job, and all that it stands for, is
+                thrown away.
         """
         self.path = folder / JOURNAL
         self._lock = threading.Lock()
@@ -50,7 +55,8 @@ class Journal:
             return
         for record in map(_parse, lines[1:]):
             file = folder / str(record.get("file"))
-            # Read again: a machine that went down may have left a file with its length and without its bytes.
+            # Read again: a machine that went down may have left a file with its length and without
+            # its bytes.
             if "file" in record and file.is_file() and hash_file(file) == record["entry"]:
                 self.entries[record["file"]] = record["entry"]
 
@@ -89,7 +95,11 @@ class Progress:
 
 
 def write_shards(
-    source: TensorSource, folder: Path, max_shard_bytes: int, journal: Journal, progress: Progress | None = None
+    source: TensorSource,
+    folder: Path,
+    max_shard_bytes: int,
+    journal: Journal,
+    progress: Progress | None = None,
 ) -> None:
     """All tensors, in files as transformers names them, with the index.
 

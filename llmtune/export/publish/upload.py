@@ -1,7 +1,9 @@
-"""A published export goes to the hub, or to any URL that fsspec writes to; what is there already is not sent again.
+"""A published export goes to the hub, or to any URL that fsspec writes to; what is there already is
+not sent again.
 
-At a URL, a folder that is being filled has ``UPLOADING`` in it and no ``COMPLETE``, which comes last: it is known for what
-it is, gone on with, and never taken for whole. On the hub everything goes in one commit.
+At a URL, a folder that is being filled has ``UPLOADING`` in it and no ``COMPLETE``, which comes
+last: it is known for what it is, gone on with, and never taken for whole. On the hub everything
+goes in one commit.
 """
 
 from __future__ import annotations
@@ -18,8 +20,20 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from llmtune.errors import CheckpointError, ConfigError, ExportError, LlmtuneError, MissingPrerequisiteError
-from llmtune.export.publish.hub import HUB, check_token, is_export_manifest, parse_hub_url, upload_to_hub
+from llmtune.errors import (
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    LlmtuneError,
+    MissingPrerequisiteError,
+)
+from llmtune.export.publish.hub import (
+    HUB,
+    check_token,
+    is_export_manifest,
+    parse_hub_url,
+    upload_to_hub,
+)
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
 from llmtune.storage.manifest import check_undamaged, read_manifest
@@ -43,7 +57,8 @@ Say = Callable[[str], None]
 
 
 def check_upload(url: str, dry_run: bool = False) -> None:
-    """What can be known without a network, before hours are spent on an export; a dry run needs no token.
+    """What can be known without a network, before hours are spent on an export; a dry run needs no
+    token.
 
     Raises:
         ExportError: No place has this address.
@@ -61,10 +76,13 @@ def check_upload(url: str, dry_run: bool = False) -> None:
     except ImportError as error:
         package = DRIVERS.get(protocol)
         how = f"pip install {package}" if package else redact(str(error))
-        raise MissingPrerequisiteError(f"{shown}: the driver of {protocol}:// is not installed: {how}") from error
+        raise MissingPrerequisiteError(
+            f"{shown}: the driver of {protocol}:// is not installed: {how}"
+        ) from error
     except ValueError as error:
         raise ExportError(
-            f"{shown}: {protocol}:// is not known; take hf://user/name, or a URL of fsspec such as s3://bucket/folder"
+            f"{shown}: {protocol}:// is not known; take hf://user/name, or a URL of fsspec such as"
+            " s3://bucket/folder"
         ) from error
     if not url.partition("://")[2].strip("/") and "://" in url:
         raise ExportError(f"{shown} names no folder; take one below it")
@@ -80,7 +98,8 @@ def upload_export(folder: Path, url: str, private: bool, dry_run: bool, say: Say
         say: Takes a line for the user.
 
     Raises:
-        ExportError: ``folder`` is damaged, the place holds something else, or was not filled; the same command goes on.
+        ExportError: ``folder`` is damaged, the place holds something else, or was not filled; the
+            same command goes on.
         MissingPrerequisiteError: A package or a token is missing.
     """
     check_upload(url, dry_run)
@@ -103,7 +122,11 @@ def _say_plan(folder: Path, url: str, private: bool, say: Say) -> None:
         say(f"would upload to {where}: all of {folder}, once it is written")
         return
     read_manifest(folder)
-    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    sizes = {
+        file.relative_to(folder).as_posix(): file.stat().st_size
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
     say(f"would upload to {where}: {len(sizes)} files, {format_bytes(sum(sizes.values()))}")
     for name, size in sorted(sizes.items()):
         say(f"  {name}  {format_bytes(size)}")
@@ -120,14 +143,22 @@ class _Found:
 
 def _upload_to_store(folder: Path, url: str, say: Say) -> None:
     store = _open_store(folder, url)
-    marker, manifest = (folder / layout.COMPLETE).read_bytes(), (folder / layout.MANIFEST).read_bytes()
+    marker, manifest = (
+        (folder / layout.COMPLETE).read_bytes(),
+        (folder / layout.MANIFEST).read_bytes(),
+    )
     files = list_files(marker, manifest)
     found = persist(_look, store)
     missing = [name for name, entry in files.items() if not persist(_holds, store, name, entry)]
     stale = found.listed - files.keys()
-    signature = (folder / layout.SIGNATURE).read_bytes() if (folder / layout.SIGNATURE).is_file() else None
+    signature = (
+        (folder / layout.SIGNATURE).read_bytes() if (folder / layout.SIGNATURE).is_file() else None
+    )
     ends = {layout.SIGNATURE: signature, layout.MANIFEST: manifest, layout.COMPLETE: marker}
-    if not (found.unfinished or missing or stale) and {name: persist(store.read, name) for name in ends} == ends:
+    if (
+        not (found.unfinished or missing or stale)
+        and {name: persist(store.read, name) for name in ends} == ends
+    ):
         say(f"{redact(url)} holds this export already: {len(files)} files, read back and compared")
         return
     # From here to the end the place is nobody's export.
@@ -171,13 +202,17 @@ def _look(store: Store) -> _Found:
     if not others:
         return _Found(frozenset(), False)
     listed: set[str] = set()
-    manifests = [text for name in (UPLOADING, layout.MANIFEST) if (text := store.read(name)) is not None]
+    manifests = [
+        text for name in (UPLOADING, layout.MANIFEST) if (text := store.read(name)) is not None
+    ]
     exports = [text for text in manifests if is_export_manifest(text)]
     for text in exports:
         listed |= list_files(hash_text(text), text).keys()
     if not exports:
         some = ", ".join(sorted(str(entry["name"]).rpartition("/")[2] for entry in others)[:5])
-        raise UnfitError(f"holds {some}, which is no export of llmtune; take another place, or empty this one")
+        raise UnfitError(
+            f"holds {some}, which is no export of llmtune; take another place, or empty this one"
+        )
     return _Found(frozenset(listed), store.read(UPLOADING) is not None)
 
 
@@ -218,7 +253,9 @@ def _reported(url: str) -> Iterator[None]:
     except Exception as error:
         raise ExportError(
             redact(
-                f"{shown} was not filled: {describe_error(error)}. The export on this disk is whole; check the network and "
+                f"{shown} was not filled: {describe_error(error)}. The export on this disk is"
+                " whole; check the network and "
             )
-            + "the credentials, then run the same command again: what is there already is not sent again"
+            + "the credentials, then run the same command again: what is there already is not sent"
+            " again"
         ) from error

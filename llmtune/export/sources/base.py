@@ -1,7 +1,9 @@
-"""A model as a stream: what tensors it has, and each of them block by block; never the whole in memory.
+"""A model as a stream: what tensors it has, and each of them block by block; never the whole in
+memory.
 
-Everything that exports reads a :class:`TensorSource` and does not care where the numbers come from: a folder of
-safetensors, a checkpoint's master weights, DeepSpeed's files, or one of these with an adapter on it.
+Everything that exports reads a :class:`TensorSource` and does not care where the numbers come from:
+a folder of safetensors, a checkpoint's master weights, DeepSpeed's files, or one of these with an
+adapter on it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class TensorSource(Protocol):
         ...
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """The rows of one tensor from first to last, a few at a time, in the stored dtype or a finer one."""
+        """The rows of one tensor from first to last, a few at a time, in the stored dtype or a
+        finer one.
+        """
         ...
 
 
@@ -57,7 +61,9 @@ def usual_dtype(source: TensorSource) -> torch.dtype | None:
 
 
 def find_name(wanted: str, names: Collection[str]) -> str | None:
-    """A model's tensor among a file's: files may leave out, or add, the first part of what the model calls it."""
+    """A model's tensor among a file's: files may leave out, or add, the first part of what the
+    model calls it.
+    """
     roots = sorted({name.split(".", 1)[0] for name in names})
     tries = [wanted, wanted.split(".", 1)[-1], *(f"{root}.{wanted}" for root in roots)]
     return next((name for name in tries if name in names), None)
@@ -84,7 +90,9 @@ def _is_weight_of(name: str, modules: Collection[str]) -> bool:
 
 
 class SafetensorsSource:
-    """The weights of a model folder, mapped and not read: pages that were used can be given back at any time."""
+    """The weights of a model folder, mapped and not read: pages that were used can be given back at
+    any time.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open every file.
@@ -151,13 +159,18 @@ def open_tensors(file: Path) -> Any:
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ExportError(f"{file} is cut off or damaged ({error}); fetch or copy it again") from error
+        raise ExportError(
+            f"{file} is cut off or damaged ({error}); fetch or copy it again"
+        ) from error
 
 
 def _spec(handle: Any, name: str, file: Path) -> TensorSpec:
     piece = handle.get_slice(name)
     if piece.get_dtype() not in _DTYPES:
-        raise ExportError(f"{file}: {name} has dtype {piece.get_dtype()}; only {', '.join(_DTYPES)} can be exported")
+        raise ExportError(
+            f"{file}: {name} has dtype {piece.get_dtype()}; only {', '.join(_DTYPES)} can be"
+            " exported"
+        )
     return TensorSpec(name, _DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
 
 
@@ -171,10 +184,16 @@ def _weight_files(folder: Path) -> list[Path]:
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ExportError(f"{folder} holds no *.safetensors; convert older formats with transformers' save_pretrained")
+        raise ExportError(
+            f"{folder} holds no *.safetensors; convert older formats with transformers'"
+            " save_pretrained"
+        )
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ExportError(f"{folder}: {INDEX_FILE} names {some(missing)}, which is missing; fetch or copy it again")
+        raise ExportError(
+            f"{folder}: {INDEX_FILE} names {some(missing)}, which is missing; fetch or copy it"
+            " again"
+        )
     return files
 
 
@@ -195,7 +214,9 @@ def _check_index(folder: Path, found: Iterable[str]) -> None:
         return
     missing = sorted(_weight_map(index).keys() - set(found))
     if missing:
-        raise ExportError(f"{folder}: {INDEX_FILE} names tensors that no file holds: {some(missing)}")
+        raise ExportError(
+            f"{folder}: {INDEX_FILE} names tensors that no file holds: {some(missing)}"
+        )
 
 
 def some(names: list[str], shown: int = 4) -> str:

@@ -1,4 +1,6 @@
-"""A base that is stored as bitsandbytes 4-bit weights: its dequantised tensors, under their plain names, as a stream."""
+"""A base that is stored as bitsandbytes 4-bit weights: its dequantised tensors, under their plain
+names, as a stream.
+"""
 
 from __future__ import annotations
 
@@ -46,32 +48,42 @@ def check_plain_or_4bit(folder: Path) -> None:
         return
     cure = "name the model that it was quantised from with base="
     if method == "bitsandbytes 8-bit":
-        cure += ", or store it with transformers: from_pretrained(...).dequantize().save_pretrained(...)"
+        cure += (
+            ", or store it with transformers:"
+            " from_pretrained(...).dequantize().save_pretrained(...)"
+        )
     raise ExportError(
-        f"{folder / 'config.json'}: the weights are quantised ({method}); exported can be plain weights and bitsandbytes "
-        f"4-bit: {cure}"
+        f"{folder / 'config.json'}: the weights are quantised ({method}); exported can be plain"
+        f" weights and bitsandbytes 4-bit: {cure}"
     )
 
 
 class Bnb4bitSource:
-    """A folder that bitsandbytes quantised to 4 bits: the dequantised tensors, in the dtype that they were quantised from."""
+    """A folder that bitsandbytes quantised to 4 bits: the dequantised tensors, in the dtype that
+    they were quantised from.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Read what each tensor was; none is dequantised yet.
 
         Raises:
-            ExportError: The folder is quantised otherwise, or a tensor's statistics are missing or damaged.
+            ExportError: The folder is quantised otherwise, or a tensor's statistics are missing or
+                damaged.
         """
         check_plain_or_4bit(folder)
         self.folder = folder
         self._stored = SafetensorsSource(folder)
         self._states = {
-            match["weight"]: name for name in self._stored.specs if (match := _STATE_NAME.fullmatch(name)) is not None
+            match["weight"]: name
+            for name in self._stored.specs
+            if (match := _STATE_NAME.fullmatch(name)) is not None
         }
         self._check_whole()
         columns = quantised_names(folder, self._stored) if self._states else {}
         self._transposed = {name: columns.get(name, False) for name in self._states}
-        statistics = {f"{weight}.{part}" for weight in self._states for part in (*_NEEDED, *_NESTED)}
+        statistics = {
+            f"{weight}.{part}" for weight in self._states for part in (*_NEEDED, *_NESTED)
+        }
         self.specs = {
             name: self._plain_spec(name) if name in self._states else spec
             for name, spec in self._stored.specs.items()
@@ -98,11 +110,16 @@ class Bnb4bitSource:
 
     def _check_whole(self) -> None:
         """Every packed weight has its statistics, and the other way round."""
-        wanted = [name for weight in self._states for name in (weight, *(f"{weight}.{part}" for part in _NEEDED))]
+        wanted = [
+            name
+            for weight in self._states
+            for name in (weight, *(f"{weight}.{part}" for part in _NEEDED))
+        ]
         lost = [name for name in wanted if name not in self._stored.specs]
         if lost:
             raise ExportError(
-                f"{self.folder}: 4-bit weights are incomplete without {some(lost)}; fetch or copy it again"
+                f"{self.folder}: 4-bit weights are incomplete without {some(lost)}; fetch or copy"
+                " it again"
             )
         bare = [
             name
@@ -111,8 +128,8 @@ class Bnb4bitSource:
         ]
         if bare:
             raise ExportError(
-                f"{self.folder}: {some(bare)} are packed and lie without what says how; store the model again with "
-                "bitsandbytes 0.41.3 or newer"
+                f"{self.folder}: {some(bare)} are packed and lie without what says how; store the"
+                " model again with bitsandbytes 0.41.3 or newer"
             )
 
     def _plain_spec(self, name: str) -> TensorSpec:
@@ -120,7 +137,9 @@ class Bnb4bitSource:
             about = parse_json(bytes(self._stored.tensor(self._states[name]).tolist()))
             shape, dtype = tuple(about["shape"]), getattr(torch, about["dtype"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ExportError(f"{self.folder}: {self._states[name]} is damaged ({error!r}); fetch it again") from error
+            raise ExportError(
+                f"{self.folder}: {self._states[name]} is damaged ({error!r}); fetch it again"
+            ) from error
         return TensorSpec(name, dtype, shape[::-1] if self._transposed[name] else shape)
 
 
@@ -128,11 +147,15 @@ def _method(folder: Path) -> str | None:
     """How ``config.json`` says that the weights are quantised."""
     file = folder / "config.json"
     try:
-        settings: Any = parse_json(file.read_text()).get("quantization_config") if file.is_file() else None
+        settings: Any = (
+            parse_json(file.read_text()).get("quantization_config") if file.is_file() else None
+        )
     except (OSError, ValueError, AttributeError) as error:
         raise ExportError(f"{file} cannot be read ({error}); fetch or copy it again") from error
     if not settings:
         return None
     in_4bit, in_8bit = (bool(settings.get(key)) for key in ("load_in_4bit", "load_in_8bit"))
-    method = str(settings.get("quant_method") or ("bitsandbytes" if in_4bit or in_8bit else "unknown"))
+    method = str(
+        settings.get("quant_method") or ("bitsandbytes" if in_4bit or in_8bit else "unknown")
+    )
     return method if method != "bitsandbytes" else f"bitsandbytes {'8' if in_8bit else '4'}-bit"

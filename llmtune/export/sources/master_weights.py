@@ -1,4 +1,5 @@
-"""The fp32 master weights of a full fine-tuning's checkpoint, put together from the slices of its ranks.
+"""The fp32 master weights of a full fine-tuning's checkpoint, put together from the slices of its
+ranks.
 
 The model files of the same checkpoint hold these numbers rounded to the training dtype.
 """
@@ -32,7 +33,9 @@ def has_masters(folder: Path) -> bool:
 
 
 def find_masters(folder: Path) -> Path | None:
-    """The checkpoint with a trained model's master weights: the folder itself, or the one that a run's result was made from."""
+    """The checkpoint with a trained model's master weights: the folder itself, or the one that a
+    run's result was made from.
+    """
     if has_masters(folder):
         return folder
     try:
@@ -44,26 +47,32 @@ def find_masters(folder: Path) -> Path | None:
 
 
 class MastersSource:
-    """A checkpoint's model in fp32, one block at a time, from any ZeRO stage, number of ranks and placement."""
+    """A checkpoint's model in fp32, one block at a time, from any ZeRO stage, number of ranks and
+    placement.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open every file; nothing is read but headers.
 
         Raises:
-            ExportError: A file is missing or damaged, or slices do not make up the parameters of the model.
+            ExportError: A file is missing or damaged, or slices do not make up the parameters of
+                the model.
         """
         self.folder = folder
         slices = _read_slices(folder)
         if not has_masters(folder):
             raise ExportError(
-                f"{folder} holds no whole model (model*.safetensors), and so no whole model's master weights"
+                f"{folder} holds no whole model (model*.safetensors), and so no whole model's"
+                " master weights"
             )
         self._model = SafetensorsSource(folder)
         self._masters: dict[str, PiecedTensor] = {}
         self.specs = dict(self._model.specs)
         for name, (numel, pieces) in slices.items():
             if name not in self.specs:
-                raise ExportError(f"{folder}: {name} has master weights and is not in the model files; {_NEXT}")
+                raise ExportError(
+                    f"{folder}: {name} has master weights and is not in the model files; {_NEXT}"
+                )
             spec = replace(self.specs[name], dtype=torch.float32)
             _check_covered(folder, spec, numel, pieces)
             self._masters[name] = PiecedTensor(spec, tuple(pieces))
@@ -78,7 +87,9 @@ _NEXT = "fetch or copy the checkpoint again, or take another with checkpoint="
 
 
 def _state_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob(layout.STATE_FILES) if layout.state_file_ranks(file.name))
+    return sorted(
+        file for file in folder.glob(layout.STATE_FILES) if layout.state_file_ranks(file.name)
+    )
 
 
 def _read_slices(folder: Path) -> dict[str, tuple[int, list[Piece]]]:
@@ -93,15 +104,24 @@ def _read_slices(folder: Path) -> dict[str, tuple[int, list[Piece]]]:
             where: dict[str, Any] = parse_json(handle.metadata()[layout.STATE_SLICES])
             for name, (start, numel, total) in where.items():
                 values = handle.get_tensor(f"{name}/{_MASTER}").reshape(-1)
-                if values.numel() != int(numel) or numels.setdefault(name, int(total)) != int(total):
-                    raise ExportError(f"{file}: {name} has another size than its header says; {_NEXT}")
+                if values.numel() != int(numel) or numels.setdefault(name, int(total)) != int(
+                    total
+                ):
+                    raise ExportError(
+                        f"{file}: {name} has another size than its header says; {_NEXT}"
+                    )
                 pieces[name].append(Piece(int(start), values))
         except ExportError:
             raise
         except Exception as error:
             # safetensors has its own errors for what is missing; a header may hold anything.
-            raise ExportError(f"{file} is not a state file of llmtune ({error}); {_NEXT}") from error
-    return {name: (numels[name], sorted(found, key=lambda p: (p.start, p.end))) for name, found in pieces.items()}
+            raise ExportError(
+                f"{file} is not a state file of llmtune ({error}); {_NEXT}"
+            ) from error
+    return {
+        name: (numels[name], sorted(found, key=lambda p: (p.start, p.end)))
+        for name, found in pieces.items()
+    }
 
 
 def _check_ranks(folder: Path, files: list[Path]) -> None:
@@ -111,19 +131,26 @@ def _check_ranks(folder: Path, files: list[Path]) -> None:
     found = [ranks for ranks in (layout.state_file_ranks(file.name) for file in files) if ranks]
     sizes = sorted({world_size for _, world_size in found})
     if len(sizes) > 1:
-        raise ExportError(f"{folder} holds state files of {sizes[0]} and of {sizes[1]} ranks; {_NEXT}")
+        raise ExportError(
+            f"{folder} holds state files of {sizes[0]} and of {sizes[1]} ranks; {_NEXT}"
+        )
     here = {rank for rank, _ in found}
     missing = [layout.state_file(rank, sizes[0]) for rank in range(sizes[0]) if rank not in here]
     if missing:
-        raise ExportError(f"{folder}: {some(missing)} of {sizes[0]} state files is missing; {_NEXT}")
+        raise ExportError(
+            f"{folder}: {some(missing)} of {sizes[0]} state files is missing; {_NEXT}"
+        )
 
 
 def _check_covered(folder: Path, spec: TensorSpec, numel: int, pieces: list[Piece]) -> None:
     expected = math.prod(spec.shape)
     if numel != expected:
         raise ExportError(
-            f"{folder}: {spec.name} has {expected} elements in the model files and {numel} in its masters"
+            f"{folder}: {spec.name} has {expected} elements in the model files and {numel} in its"
+            " masters"
         )
     gap = find_gap(pieces, numel)
     if gap:
-        raise ExportError(f"{folder}: the master weights of {spec.name} are not complete: {gap}; {_NEXT}")
+        raise ExportError(
+            f"{folder}: the master weights of {spec.name} are not complete: {gap}; {_NEXT}"
+        )

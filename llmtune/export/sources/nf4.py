@@ -1,7 +1,9 @@
-"""bitsandbytes' NF4 (Dettmers et al. 2023, "QLoRA") as a stream: quantise, dequantise, and which tensors transformers quantises.
+"""bitsandbytes' NF4 (Dettmers et al. 2023, "QLoRA") as a stream: quantise, dequantise, and which
+tensors transformers quantises.
 
-Every 64 numbers have their own scale, so that a few rows give the bits of the whole tensor. Only the scales depend on each
-other, by the mean that double quantisation takes from them: of a tensor, 4 bits a number are held at once, never the model.
+Every 64 numbers have their own scale, so that a few rows give the bits of the whole tensor. Only
+the scales depend on each other, by the mean that double quantisation takes from them: of a tensor,
+4 bits a number are held at once, never the model.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from llmtune.storage.row_blocks import row_ranges
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-#: Numbers with a scale of their own, and scales with one of theirs: the defaults of bitsandbytes and transformers.
+# : Numbers with a scale of their own, and scales with one of theirs: the defaults of bitsandbytes
+# and transformers.
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 
@@ -34,16 +37,21 @@ _PIECE_ELEMENTS = 1 << 20
 
 
 class Nf4RoundTrip:
-    """Another source, with the named tensors quantised to NF4 and dequantised again: what a QLoRA training computes with.
+    """Another source, with the named tensors quantised to NF4 and dequantised again: what a QLoRA
+    training computes with.
 
-    An adapter that is merged onto it sits on the very weights that it was trained on. The merge adds the fp32 product of the
-    adapter to the dequantised weights and rounds the sum once, to the stored dtype. peft's own merge on a 4-bit model quantises
-    the sum to NF4 again, which adds a second quantisation error; the two merged models are therefore not equal.
+    An adapter that is merged onto it sits on the very weights that it was trained on. The merge
+    adds the fp32 product of the adapter to the dequantised weights and rounds the sum once, to the
+    stored dtype. peft's own merge on a 4-bit model quantises the sum to NF4 again, which adds a
+    second quantisation error; the two merged models are therefore not equal.
 
-    Quantised is what the source stores: where a training loads an fp32 base in bf16, put a ``Retyped`` of it in here.
+    Quantised is what the source stores: where a training loads an fp32 base in bf16, put a
+    ``Retyped`` of it in here.
     """
 
-    def __init__(self, source: TensorSource, names: Mapping[str, bool], double_quant: bool = True) -> None:
+    def __init__(
+        self, source: TensorSource, names: Mapping[str, bool], double_quant: bool = True
+    ) -> None:
         """Name what is quantised.
 
         Args:
@@ -51,7 +59,8 @@ class Nf4RoundTrip:
             double_quant: Quantise the scales too, ``bnb_4bit_use_double_quant``.
 
         Raises:
-            ExportError: A name is not the source's, or its dtype is none that bitsandbytes quantises.
+            ExportError: A name is not the source's, or its dtype is none that bitsandbytes
+                quantises.
         """
         check_quantisable(source, names)
         self._source = source
@@ -69,7 +78,8 @@ class Nf4RoundTrip:
 
 
 def quantised_names(model: Path | PretrainedConfig, source: TensorSource) -> dict[str, bool]:
-    """The tensors that transformers stores as NF4 when it loads a model in 4 bits: linear layers but the output layer.
+    """The tensors that transformers stores as NF4 when it loads a model in 4 bits: linear layers
+    but the output layer.
 
     The answer is transformers' own, on the skeleton that the configuration describes.
 
@@ -77,10 +87,12 @@ def quantised_names(model: Path | PretrainedConfig, source: TensorSource) -> dic
         model: A model folder, or its configuration.
 
     Returns:
-        Name in the source -> whether the layer stores (in, out), as GPT-2's Conv1D does; it is quantised transposed.
+        Name in the source -> whether the layer stores (in, out), as GPT-2's Conv1D does; it is
+        quantised transposed.
 
     Raises:
-        ExportError: The model cannot be built, or a layer is not in the source under a name of its own.
+        ExportError: The model cannot be built, or a layer is not in the source under a name of its
+            own.
     """
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
@@ -101,8 +113,8 @@ def quantised_names(model: Path | PretrainedConfig, source: TensorSource) -> dic
             found[name] = isinstance(module, Conv1D)
     if missing:
         raise ExportError(
-            f"{len(missing)} linear layers of the model are in no file under that name: {some(missing)}; "
-            "store the model with transformers' save_pretrained first"
+            f"{len(missing)} linear layers of the model are in no file under that name:"
+            f" {some(missing)}; store the model with transformers' save_pretrained first"
         )
     return found
 
@@ -115,20 +127,33 @@ def check_quantisable(source: TensorSource, names: Mapping[str, bool]) -> None:
     """
     strange = [name for name in names if name not in source.specs]
     if strange:
-        raise ExportError(f"cannot be quantised to NF4, because they are not there: {some(strange)}")
-    wrong = [f"{name} ({source.specs[name].dtype})" for name in names if source.specs[name].dtype not in DTYPES]
+        raise ExportError(
+            f"cannot be quantised to NF4, because they are not there: {some(strange)}"
+        )
+    wrong = [
+        f"{name} ({source.specs[name].dtype})"
+        for name in names
+        if source.specs[name].dtype not in DTYPES
+    ]
     if wrong:
-        raise ExportError(f"NF4 is made of bf16, fp16 or fp32, not of {some(wrong)}; set export.dtype=bf16")
+        raise ExportError(
+            f"NF4 is made of bf16, fp16 or fp32, not of {some(wrong)}; set export.dtype=bf16"
+        )
 
 
 def quantise(
-    source: TensorSource, name: str, transposed: bool, double_quant: bool = True, offset: float | None = None
+    source: TensorSource,
+    name: str,
+    transposed: bool,
+    double_quant: bool = True,
+    offset: float | None = None,
 ) -> tuple[torch.Tensor, Any]:
     """One tensor in NF4, with bitsandbytes' bits.
 
     Args:
         transposed: Quantise columns of the source as rows.
-        offset: The mean of the scales, where it is known; the last digit of a mean depends on the number of threads.
+        offset: The mean of the scales, where it is known; the last digit of a mean depends on the
+            number of threads.
 
     Returns:
         Two numbers a byte, shape (bytes, 1), and bitsandbytes' ``QuantState``.
@@ -170,7 +195,8 @@ def mean_scale(source: TensorSource, name: str, transposed: bool) -> float:
 
 
 def dequantise(packed: torch.Tensor, state: Any, transposed: bool) -> Iterator[torch.Tensor]:
-    """The numbers that the 4 bits stand for, a few rows at a time, in the dtype that they were quantised from.
+    """The numbers that the 4 bits stand for, a few rows at a time, in the dtype that they were
+    quantised from.
 
     Args:
         packed: Two numbers a byte; whatever dtype they are stored as.
@@ -187,7 +213,9 @@ def dequantise(packed: torch.Tensor, state: Any, transposed: bool) -> Iterator[t
 
 
 def load_bitsandbytes() -> Any:
-    """``bitsandbytes.functional``; on a CPU it says at import that kernels for inference are missing, which nobody needs here."""
+    """``bitsandbytes.functional``; on a CPU it says at import that kernels for inference are
+    missing, which nobody needs here.
+    """
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -210,8 +238,9 @@ def _dequantised_rows(packed: torch.Tensor, state: Any) -> Iterator[torch.Tensor
     for first in range(0, state.shape[0], step):
         last = min(first + step, state.shape[0])
         start, end = first * width, last * width
-        # As one row of even length: for rows that no block ends with, bitsandbytes 0.50 takes wrong scales on CPUs with
-        # AVX-512 (a GPU takes the right ones), and for odd lengths a path that it compiles first.
+        # As one row of even length: for rows that no block ends with, bitsandbytes 0.50 takes wrong
+        # scales on CPUs with AVX-512 (a GPU takes the right ones), and for odd lengths a path that
+        # it compiles first.
         piece = functional.QuantState(
             absmax=absmax[start // state.blocksize : -(-end // state.blocksize)],
             shape=torch.Size((end - start + end % 2,)),
@@ -224,7 +253,9 @@ def _dequantised_rows(packed: torch.Tensor, state: Any) -> Iterator[torch.Tensor
 
 
 def _pieces(source: TensorSource, name: str, transposed: bool) -> Iterator[torch.Tensor]:
-    """The tensor's numbers in order, rounded to the stored dtype, in pieces of whole blocks but for the last one."""
+    """The tensor's numbers in order, rounded to the stored dtype, in pieces of whole blocks but for
+    the last one.
+    """
     spec = source.specs[name]
     blocks = source.blocks(name) if not transposed else iter([read_whole(source, name).T])
     rest = torch.empty(0, dtype=spec.dtype)

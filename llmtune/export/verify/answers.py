@@ -1,8 +1,9 @@
-"""Whether modules whose numbers cannot be recomputed answer as base and adapter do, on the same input.
+"""Whether modules whose numbers cannot be recomputed answer as base and adapter do, on the same
+input.
 
-An answer cannot tell a change that rounding took from one that was never made. What can be told is what rounding is able to do:
-each stored number may be off by half a unit in its last place, so an output by half the sum of those times the inputs. Less than
-that is never refused.
+An answer cannot tell a change that rounding took from one that was never made. What can be told is
+what rounding is able to do: each stored number may be off by half a unit in its last place, so an
+output by half the sum of those times the inputs. Less than that is never refused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def half_unit(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class HalfUnits:
-    """Another source's distances to the next numbers of the stored dtype, halved: the most that one rounding is off by."""
+    """Another source's distances to the next numbers of the stored dtype, halved: the most that one
+    rounding is off by.
+    """
 
     def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
         self._source = source
@@ -46,7 +49,9 @@ class HalfUnits:
 
 
 class Shaken:
-    """Another source with every number moved by up to half a unit, at random: as different as two roundings of one model are."""
+    """Another source with every number moved by up to half a unit, at random: as different as two
+    roundings of one model are.
+    """
 
     def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
         self._source = source
@@ -62,7 +67,9 @@ class Shaken:
             yield from self._source.blocks(name)
             return
         draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        for block, half in zip(self._source.blocks(name), self._half_units.blocks(name), strict=True):
+        for block, half in zip(
+            self._source.blocks(name), self._half_units.blocks(name), strict=True
+        ):
             yield block.float() + half.float() * (2 * torch.rand(block.shape, generator=draw) - 1)
 
 
@@ -71,14 +78,20 @@ def shake_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(half_unit(parameter, dtype) * (2 * torch.rand(parameter.shape, generator=draw) - 1))
+            parameter.add_(
+                half_unit(parameter, dtype) * (2 * torch.rand(parameter.shape, generator=draw) - 1)
+            )
 
 
 class Answers:
     """Asks wrapped modules what they would answer with merged weights, while the reference runs."""
 
     def __init__(
-        self, reference: StreamedModel, merged: TensorSource, units: Sequence[Unit], dtype: torch.dtype
+        self,
+        reference: StreamedModel,
+        merged: TensorSource,
+        units: Sequence[Unit],
+        dtype: torch.dtype,
     ) -> None:
         """Take what is asked.
 
@@ -100,7 +113,8 @@ class Answers:
             return
         name = unit.inner[0][0]
         if len(unit.inner) != 1:
-            # It has no weights of its own that could be changed for the merged ones; the logits tell.
+            # It has no weights of its own that could be changed for the merged ones; the logits
+            # tell.
             self.errors[unit.name] = math.nan
             return
         found = self._reference.with_weights_of(self._merged, unit, arguments)
@@ -110,7 +124,9 @@ class Answers:
         arithmetic = _ARITHMETIC * output.norm(dim=-1, keepdim=True)
         inside = (found - output).abs() <= bound + arithmetic
         if not bool(inside.all()):
-            self._problems.append(f"{name} (off by {self.errors[name]:.1e}, which no rounding explains)")
+            self._problems.append(
+                f"{name} (off by {self.errors[name]:.1e}, which no rounding explains)"
+            )
 
     def check(self) -> None:
         """Refuse.
@@ -120,19 +136,25 @@ class Answers:
         """
         if self._problems:
             raise ExportError(
-                f"the merged model is not base and adapter: {len(self._problems)} of {len(self.errors)} modules answer "
-                f"otherwise: {some(self._problems)}; nothing was published"
+                f"the merged model is not base and adapter: {len(self._problems)} of"
+                f" {len(self.errors)} modules answer otherwise: {some(self._problems)}; nothing was"
+                " published"
             )
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor, centred: bool = True) -> float:
-    """Largest over positions of the length of the difference by the length of what is expected; NaN is the largest.
+    """Largest over positions of the length of the difference by the length of what is expected; NaN
+    is the largest.
 
     Args:
-        centred: Take the mean off first; logits mean the same with any number added, unless there is only one.
+        centred: Take the mean off first; logits mean the same with any number added, unless there
+            is only one.
     """
     if centred and expected.shape[-1] > 1:
-        found, expected = found - found.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True)
+        found, expected = (
+            found - found.mean(-1, keepdim=True),
+            expected - expected.mean(-1, keepdim=True),
+        )
     lengths = expected.norm(dim=-1)
     # A position whose answer is nearly nothing has no relative error to speak of.
     ratio = (found - expected).norm(dim=-1) / lengths.clamp(min=float(lengths.max()) * 1e-3)

@@ -1,4 +1,6 @@
-"""What must hold before anything is published: others can load it, and it computes what was trained."""
+"""What must hold before anything is published: others can load it, and it computes what was
+trained.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from llmtune.export.sources.base import (
     is_input_embedding,
     usual_dtype,
 )
-from llmtune.export.verify.parity import Parity, Sides, check_numbers, check_parity, compare_whole, probe_tokens
+from llmtune.export.verify.parity import (
+    Parity,
+    Sides,
+    check_numbers,
+    check_parity,
+    compare_whole,
+    probe_tokens,
+)
 from llmtune.export.verify.serving_checks import check_export
 from llmtune.export.writers.model_files import copy_companions, settle_config
 from llmtune.units import format_bytes
@@ -59,7 +68,11 @@ def check_material(material: Material, config: ExportConfig) -> Parity | None:
 
 
 def _check(
-    material: Material, folder: Path, source: TensorSource, config: ExportConfig, quantised: str | None = None
+    material: Material,
+    folder: Path,
+    source: TensorSource,
+    config: ExportConfig,
+    quantised: str | None = None,
 ) -> Parity | None:
     say = material.request.say
     for note in check_export(folder, source):
@@ -68,7 +81,14 @@ def _check(
     if not config.parity or not material.computed or dtype is None:
         return None
     tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(material))
-    sides = Sides(material.request.base, material.base, material.adapter, folder, source, material.base_changes)
+    sides = Sides(
+        material.request.base,
+        material.base,
+        material.adapter,
+        folder,
+        source,
+        material.base_changes,
+    )
     unfit = _find_unfit(material, folder) if is_renamed(folder) else None
     if unfit is not None:
         parity = check_numbers(sides, dtype)
@@ -98,7 +118,8 @@ def _rows(source: TensorSource) -> int:
     found = [spec.shape[0] for name, spec in source.specs.items() if is_input_embedding(name)]
     if not found:
         raise ExportError(
-            "parity: no embedding of tokens was found, so no text can be tried; export.parity=false leaves it out"
+            "parity: no embedding of tokens was found, so no text can be tried; export.parity=false"
+            " leaves it out"
         )
     return found[0]
 
@@ -107,21 +128,30 @@ def _trained_tokens(material: Material) -> list[int]:
     """Tokens whose rows the adapter brings: trained one by one, or added to the vocabulary."""
     if material.adapter is None:
         return []
-    found = {row for module in material.adapter.modules for row in material.adapter.token_indices(module)}
+    found = {
+        row for module in material.adapter.modules for row in material.adapter.token_indices(module)
+    }
     before, after = _rows(material.base), _rows(material.source)
     return sorted(found) + list(range(before, after))
 
 
 def _find_unfit(material: Material, folder: Path) -> str | None:
-    """Why a model whose stored names transformers translates, and that is therefore loaded whole, cannot be; None if it can."""
+    """Why a model whose stored names transformers translates, and that is therefore loaded whole,
+    cannot be; None if it can.
+    """
     if not any(folder.glob("*.safetensors")):
         return "it can be loaded from safetensors only"
     base = material.base.source if isinstance(material.base, Without) else material.base
-    if material.base_changes or (material.adapter is not None and not isinstance(base, SafetensorsSource)):
+    if material.base_changes or (
+        material.adapter is not None and not isinstance(base, SafetensorsSource)
+    ):
         return "its base is not in a folder that can be loaded"
     count = sum(spec.nbytes // spec.dtype.itemsize for spec in material.source.specs.values())
     needed = _WHOLE_BYTES_PER_BYTE * count * torch.float32.itemsize
     free = psutil.virtual_memory().available
     if needed > free:
-        return f"they need the whole model in memory, {format_bytes(needed)} of {format_bytes(free)} that are free"
+        return (
+            f"they need the whole model in memory, {format_bytes(needed)} of {format_bytes(free)}"
+            " that are free"
+        )
     return None

@@ -1,7 +1,8 @@
 """What a merged model's tensors must be, told by peft's own layers on the skeleton of the base.
 
-Nothing here asks the merge: which module a matrix belongs to, its scale, rank, orientation and DoRA's lengths are read from the
-layers that peft itself built from ``adapter_config.json`` and filled from the adapter's file. Rows are computed block by block.
+Nothing here asks the merge: which module a matrix belongs to, its scale, rank, orientation and
+DoRA's lengths are read from the layers that peft itself built from ``adapter_config.json`` and
+filled from the adapter's file. Rows are computed block by block.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _PEFT_PREFIX = "base_model.model."
 
 @dataclass(slots=True)
 class Expected:
-    """One parameter of the merged model: ``start``, or the base's numbers, and what peft's layers do to them."""
+    """One parameter of the merged model: ``start``, or the base's numbers, and what peft's layers
+    do to them.
+    """
 
     name: str
     """In the model that ``config.json`` describes."""
@@ -40,10 +43,16 @@ class Expected:
     @property
     def adapted(self) -> bool:
         """Whether it is other than the base's tensor."""
-        return self.start is not None or self.delta is not None or self.added is not None or bool(self.rows)
+        return (
+            self.start is not None
+            or self.delta is not None
+            or self.added is not None
+            or bool(self.rows)
+        )
 
     def exact(self, base: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the tensor in fp64, and how far fp32 arithmetic may be off; both of the shape of ``base``.
+        """Rows of the tensor in fp64, and how far fp32 arithmetic may be off; both of the shape of
+        ``base``.
 
         Args:
             base: Rows to start from.
@@ -82,7 +91,9 @@ class Expected:
 
 @dataclass(slots=True)
 class Delta:
-    """``W + scale * B @ A``; with lengths, DoRA's ``m * (W + scale * B @ A) / ||W + scale * B @ A||`` over an output's inputs."""
+    """``W + scale * B @ A``; with lengths, DoRA's ``m * (W + scale * B @ A) / ||W + scale * B @
+    A||`` over an output's inputs.
+    """
 
     a: torch.Tensor
     """Shape (r, inputs)."""
@@ -94,7 +105,9 @@ class Delta:
     lengths: torch.Tensor | None = None
     """Shape (outputs,)."""
     norms: torch.Tensor | None = None
-    """Of every output, where they run over all stored rows; and what fp32 may miss them by, relative. Shape (2, outputs)."""
+    """Of every output, where they run over all stored rows; and what fp32 may miss them by,
+    relative. Shape (2, outputs).
+    """
 
     def measure(self, rows: Iterator[torch.Tensor]) -> None:
         """Find the norms that run over all stored rows, in one pass over them."""
@@ -135,13 +148,18 @@ class Delta:
         return value * factor.view(-1, 1)
 
     def _plain(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Without lengths. Of a sum of r products fp32 loses at most r roundings of their absolute values, which is bounded by
-        the lengths of the two vectors (Higham 2002, section 3.1; Cauchy and Schwarz)."""
+        """Without lengths. Of a sum of r products fp32 loses at most r roundings of their absolute
+        values, which is bounded by the lengths of the two vectors (Higham 2002, section 3.1; Cauchy
+        and Schwarz)."""
         last = first + len(rows)
-        left = (self.a[:, first:last].norm(dim=0) if self.by_input else self.b[first:last].norm(dim=1)).double()
+        left = (
+            self.a[:, first:last].norm(dim=0) if self.by_input else self.b[first:last].norm(dim=1)
+        ).double()
         right = (self.b.norm(dim=1) if self.by_input else self.a.norm(dim=0)).double()
         slack = (
-            torch.outer(left, right).mul_((len(self.a) + 4) * _FP32 * abs(self.scale)).add_(rows.abs(), alpha=2 * _FP32)
+            torch.outer(left, right)
+            .mul_((len(self.a) + 4) * _FP32 * abs(self.scale))
+            .add_(rows.abs(), alpha=2 * _FP32)
         )
         return self._product(rows, first, torch.float64).mul_(self.scale).add_(rows), slack
 
@@ -153,7 +171,9 @@ class Delta:
 
 
 def _norm_error(count: int) -> float:
-    """A sum of squares gathers its roundings as a random walk does; four times what is expected of one running sum."""
+    """A sum of squares gathers its roundings as a random walk does; four times what is expected of
+    one running sum.
+    """
     return _FP32 * (2 * math.sqrt(count) + 4)
 
 
@@ -186,14 +206,18 @@ def find_expected(model: StreamedModel) -> Expectations:
             found.tensors.setdefault(other, Expected(other))
     for unit in found.unknown:
         for name, _ in unit.inner:
-            found.tensors = {key: value for key, value in found.tensors.items() if not key.startswith(f"{name}.")}
+            found.tensors = {
+                key: value for key, value in found.tensors.items() if not key.startswith(f"{name}.")
+            }
     return found
 
 
 def base_rows(expected: Expected, base: TensorSource, aliases: dict[str, list[str]]) -> str | None:
     """The base's tensor that a parameter starts from; None where the base has none."""
     tries = (expected.name, *aliases.get(expected.name, ()))
-    return next((found for name in tries if (found := find_name(name, base.specs)) is not None), None)
+    return next(
+        (found for name in tries if (found := find_name(name, base.specs)) is not None), None
+    )
 
 
 def _of_unit(unit: Unit) -> dict[str, Expected] | None:
@@ -202,7 +226,9 @@ def _of_unit(unit: Unit) -> dict[str, Expected] | None:
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     tensors = {
-        f"{name}.{key}": Expected(f"{name}.{key}", None if is_hollow(parameter) else parameter.detach())
+        f"{name}.{key}": Expected(
+            f"{name}.{key}", None if is_hollow(parameter) else parameter.detach()
+        )
         for name, module in unit.inner
         for key, parameter in module._parameters.items()
         if parameter is not None
@@ -218,7 +244,11 @@ def _of_unit(unit: Unit) -> dict[str, Expected] | None:
     if isinstance(outer, TrainableTokensWrapper) and outer.token_adapter.base_layer is module:
         layer = outer.token_adapter
         (adapter,) = layer.token_indices
-        rows = zip(layer.token_indices[adapter], layer.trainable_tokens_delta[adapter].detach(), strict=True)
+        rows = zip(
+            layer.token_indices[adapter],
+            layer.trainable_tokens_delta[adapter].detach(),
+            strict=True,
+        )
         tensors[f"{name}.weight"].rows = dict(rows)
         return tensors
     if type(outer) in (Linear, Embedding) and outer.base_layer is module:
@@ -246,11 +276,19 @@ def _add_lora(layer: Any, name: str, tensors: dict[str, Expected]) -> bool:
     if variant is not None and type(variant) not in (DoraLinearVariant, DoraEmbeddingVariant):
         return False
     if layer.lora_A:
-        a, b, by_input = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, bool(layer.fan_in_fan_out)
+        a, b, by_input = (
+            layer.lora_A[adapter].weight,
+            layer.lora_B[adapter].weight,
+            bool(layer.fan_in_fan_out),
+        )
     else:
         a, b, by_input = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], True
     scale = float(layer.scaling[adapter])
-    lengths = layer.lora_magnitude_vector[adapter].weight.detach().reshape(-1) if variant is not None else None
+    lengths = (
+        layer.lora_magnitude_vector[adapter].weight.detach().reshape(-1)
+        if variant is not None
+        else None
+    )
     tensors[f"{name}.weight"].delta = Delta(a.detach(), b.detach(), scale, by_input, lengths)
     bias = layer.lora_B[adapter].bias if layer.lora_A else None
     if bias is not None:

@@ -1,11 +1,12 @@
 """Whether what was merged is base and adapter: every stored number, and the logits of both models.
 
-Numbers are recomputed from peft's own layers (:mod:`llmtune.export.verify.recompute`); that tells a lost part of the smallest
-change from rounding, which answers cannot do. The logits then tell what numbers cannot: that the folder's configuration makes the
-same function of them. Both models are streamed, so that neither has to fit; base and adapter run in peft, which knows nothing
-of our merge. All arithmetic is fp32, so that what is left is the rounding of the stored weights. A number rounded to ``p``
-bits is off by at most ``u = 2**-p`` of itself, at random, so a matrix product by about ``u / sqrt(3)``; the bound of the
-logits is a few times that.
+Numbers are recomputed from peft's own layers (:mod:`llmtune.export.verify.recompute`); that tells a
+lost part of the smallest change from rounding, which answers cannot do. The logits then tell what
+numbers cannot: that the folder's configuration makes the same function of them. Both models are
+streamed, so that neither has to fit; base and adapter run in peft, which knows nothing of our
+merge. All arithmetic is fp32, so that what is left is the rounding of the stored weights. A number
+rounded to ``p`` bits is off by at most ``u = 2**-p`` of itself, at random, so a matrix product by
+about ``u / sqrt(3)``; the bound of the logits is a few times that.
 """
 
 from __future__ import annotations
@@ -44,14 +45,26 @@ _MUCH_LOST = 0.5
 
 _ROWS, _POSITIONS = 4, 24
 _TEXTS = (
-    "The committee met on Tuesday to discuss the proposal. After three hours of debate, most members agreed that the plan "
-    "needed further work before it could be adopted, and the chair asked for a new draft by the end of the month.",
-    "def merge(left, right):\n    result = []\n    while left and right:\n        result.append((left if left[0] <= right[0] "
-    "else right).pop(0))\n    return result + left + right\n\nprint(merge([1, 4, 9], [2, 3, 10]))",
-    "Question: A train leaves at 14:35 and takes 2 hours and 50 minutes. When does it arrive?\nAnswer: It arrives at 17:25, "
-    "because 14:35 plus 2:50 is 17:25. Question: How many minutes is that in all? Answer: 170 minutes, or 10,200 seconds.",
-    "Les élèves ont visité le musée hier. Морской воздух был холодным и солёным. 今日は天気がいいですね。 El perro duerme "
-    "bajo la mesa, y nadie quiere despertarlo; mañana será otro día. Wo ist der Bahnhof, bitte? Straße, Fuß, Öl.",
+    (
+        "The committee met on Tuesday to discuss the proposal. After three hours of debate, most"
+        " members agreed that the plan needed further work before it could be adopted, and the"
+        " chair asked for a new draft by the end of the month."
+    ),
+    (
+        "def merge(left, right):\n    result = []\n    while left and right:\n       "
+        " result.append((left if left[0] <= right[0] else right).pop(0))\n    return result + left"
+        " + right\n\nprint(merge([1, 4, 9], [2, 3, 10]))"
+    ),
+    (
+        "Question: A train leaves at 14:35 and takes 2 hours and 50 minutes. When does it"
+        " arrive?\nAnswer: It arrives at 17:25, because 14:35 plus 2:50 is 17:25. Question: How"
+        " many minutes is that in all? Answer: 170 minutes, or 10,200 seconds."
+    ),
+    (
+        "Les élèves ont visité le musée hier. Морской воздух был холодным и солёным."
+        " 今日は天気がいいですね。 El perro duerme bajo la mesa, y nadie quiere despertarlo; mañana"
+        " será otro día. Wo ist der Bahnhof, bitte? Straße, Fuß, Öl."
+    ),
 )
 
 
@@ -60,7 +73,9 @@ class Parity:
     """What was compared, and how near it came."""
 
     logits: float | None
-    """Largest relative difference of a position's logits, their mean taken off; None where numbers alone were compared."""
+    """Largest relative difference of a position's logits, their mean taken off; None where numbers
+    alone were compared.
+    """
     bound: float
     agreement: Agreement
     """Of the stored numbers with recomputed ones."""
@@ -71,12 +86,17 @@ class Parity:
     adapted: bool
     """Whether an adapter was merged; without one, what was compared is the rounding alone."""
     quantised: str | None = None
-    """As what the numbers are stored after they were compared, where that is coarser than ``dtype``."""
+    """As what the numbers are stored after they were compared, where that is coarser than
+    ``dtype``.
+    """
 
     def describe(self) -> str:
-        """One line for the console and the card: which check each module got, and how much of the change is stored."""
+        """One line for the console and the card: which check each module got, and how much of the
+        change is stored.
+        """
         return self._describe() + (
-            f". That is of the numbers before they are stored as {self.quantised}, which is not compared"
+            f". That is of the numbers before they are stored as {self.quantised}, which is not"
+            " compared"
             if self.quantised
             else ""
         )
@@ -88,18 +108,29 @@ class Parity:
             text = f"logits within {self.logits:.1e} of {of} (bound {self.bound:.1e})"
         kind = str(self.dtype).removeprefix("torch.")
         if not self.adapted:
-            return f"{text}; {self.agreement.tensors} tensors recomputed, every number is the nearest {kind}"
+            return (
+                f"{text}; {self.agreement.tensors} tensors recomputed, every number is the nearest"
+                f" {kind}"
+            )
         total = self.agreement.total
-        text += f"; {len(self.agreement.modules)} adapted modules recomputed from peft's layers, every number is "
+        text += (
+            f"; {len(self.agreement.modules)} adapted modules recomputed from peft's layers, every"
+            " number is "
+        )
         text += f"the sum rounded once to {kind}"
         if total.ties:
             text += f" ({total.ties:,} within the arithmetic of fp32)"
-        text += f"; {total.share:.1%} of the change arrived, {total.below_rounding:.1%} of it lies below the rounding"
+        text += (
+            f"; {total.share:.1%} of the change arrived, {total.below_rounding:.1%} of it lies"
+            " below the rounding"
+        )
         if self.agreement.still:
             text += f", and {self.agreement.still} modules stay as they were"
         asked = [error for error in self.answers.values() if not math.isnan(error)]
         if asked:
-            text += f"; {len(asked)} modules compared by their answers alone, within {max(asked):.1e}"
+            text += (
+                f"; {len(asked)} modules compared by their answers alone, within {max(asked):.1e}"
+            )
         if len(asked) < len(self.answers):
             text += f"; {len(self.answers) - len(asked)} modules compared in the logits alone"
         return text
@@ -112,8 +143,9 @@ class Parity:
             return None
         kind = str(self.dtype).removeprefix("torch.")
         return (
-            f"{below:.0%} of what was trained is smaller than the rounding of {kind} and is not in the merged weights; "
-            "export.dtype=fp32 (of GGUF, export.gguf_type=f32) or export=adapter keeps it"
+            f"{below:.0%} of what was trained is smaller than the rounding of {kind} and is not in"
+            " the merged weights; export.dtype=fp32 (of GGUF, export.gguf_type=f32) or"
+            " export=adapter keeps it"
         )
 
 
@@ -131,7 +163,9 @@ class Sides:
     """Keys of the base's ``config.json`` that an adapter with a head of its own changes."""
 
 
-def check_parity(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None) -> Parity:
+def check_parity(
+    sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None
+) -> Parity:
     """Run base and adapter, then the merged model, and compare.
 
     Args:
@@ -159,16 +193,22 @@ def check_parity(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: 
     return Parity(difference, bound, agreement, dtype, answers.errors, sides.adapter is not None)
 
 
-def _recompute(sides: Sides, reference: StreamedModel, dtype: torch.dtype) -> tuple[Agreement, Answers]:
+def _recompute(
+    sides: Sides, reference: StreamedModel, dtype: torch.dtype
+) -> tuple[Agreement, Answers]:
     """Compare all numbers; and what has to be compared by answers, for want of numbers."""
     expectations = find_expected(reference)
     merged_aliases = tied_aliases(build_skeleton(sides.merged_folder))
-    agreement = Recomputation(sides.base, sides.merged, reference.aliases, merged_aliases).run(expectations)
+    agreement = Recomputation(sides.base, sides.merged, reference.aliases, merged_aliases).run(
+        expectations
+    )
     agreement.check()
     return agreement, Answers(reference, sides.merged, expectations.unknown, dtype)
 
 
-def compare_whole(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None) -> Parity:
+def compare_whole(
+    sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None
+) -> Parity:
     """The same for architectures that cannot be streamed, with one model in memory at a time.
 
     Raises:
@@ -180,7 +220,9 @@ def compare_whole(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound:
     numbers = check_numbers(sides, dtype, alone=False)
 
     def run(folder: Path, adapter: Adapter | None, shaken: bool = False) -> torch.Tensor:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, trust_remote_code=False
+        )
         if shaken:
             shake_parameters(model, dtype)
         if adapter is not None:
@@ -192,7 +234,10 @@ def compare_whole(sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound:
     expected = run(sides.base_folder, sides.adapter)
     difference = relative_error(run(sides.merged_folder, None), expected)
     bound = _check_logits(
-        difference, dtype, bound, lambda: relative_error(run(sides.base_folder, sides.adapter, shaken=True), expected)
+        difference,
+        dtype,
+        bound,
+        lambda: relative_error(run(sides.base_folder, sides.adapter, shaken=True), expected),
     )
     return replace(numbers, logits=difference, bound=bound)
 
@@ -204,24 +249,35 @@ def check_numbers(sides: Sides, dtype: torch.dtype, alone: bool = True) -> Parit
         alone: Nothing else is going to be compared.
 
     Raises:
-        ExportError: Some are wrong; or, ``alone``, there are modules whose numbers cannot be recomputed.
+        ExportError: Some are wrong; or, ``alone``, there are modules whose numbers cannot be
+            recomputed.
     """
     skeleton = StreamedModel(sides.base_folder, sides.base, sides.adapter, sides.base_changes)
     agreement, answers = _recompute(sides, skeleton, dtype)
     if alone and answers.units:
         raise ExportError(
-            f"parity: what the adapter makes of {some(answers.units)} cannot be recomputed, and the model cannot be run here; "
-            "export.parity=false leaves it out"
+            f"parity: what the adapter makes of {some(answers.units)} cannot be recomputed, and the"
+            " model cannot be run here; export.parity=false leaves it out"
         )
-    return Parity(None, 0.0, agreement, dtype, dict.fromkeys(answers.units, math.nan), sides.adapter is not None)
+    return Parity(
+        None,
+        0.0,
+        agreement,
+        dtype,
+        dict.fromkeys(answers.units, math.nan),
+        sides.adapter is not None,
+    )
 
 
-def _check_logits(difference: float, dtype: torch.dtype, given: float | None, shake: Callable[[], float]) -> float:
+def _check_logits(
+    difference: float, dtype: torch.dtype, given: float | None, shake: Callable[[], float]
+) -> float:
     """Refuse logits that differ by more than a bound; the bound.
 
     Args:
-        given: By the user; None takes what rounding explains: so many roundings, or, where a model answers otherwise at the least
-            (experts that are chosen, attention that is all or nothing), a few times what moving its weights by one does.
+        given: By the user; None takes what rounding explains: so many roundings, or, where a model
+            answers otherwise at the least (experts that are chosen, attention that is all or
+            nothing), a few times what moving its weights by one does.
         shake: Measures that.
     """
     bound = _LOGIT_ROUNDINGS * max(ROUNDING[dtype], _ARITHMETIC) if given is None else given
@@ -229,8 +285,9 @@ def _check_logits(difference: float, dtype: torch.dtype, given: float | None, sh
         bound = max(bound, _MOST_SHAKES * shake())
     if not difference <= bound:
         raise ExportError(
-            f"the exported model's logits differ from those of what was trained by {difference:.2e}, the bound is {bound:.1e} "
-            "(export.parity_bound); nothing was published"
+            "the exported model's logits differ from those of what was trained by"
+            f" {difference:.2e}, the bound is {bound:.1e} (export.parity_bound); nothing was"
+            " published"
         )
     return bound
 
@@ -244,10 +301,17 @@ def probe_tokens(tokenizer: Any, vocabulary: int, always: list[int]) -> torch.Te
     """
     rows = []
     for number in range(_ROWS):
-        ids = list(tokenizer(_TEXTS[number], add_special_tokens=True)["input_ids"]) if tokenizer is not None else []
+        ids = (
+            list(tokenizer(_TEXTS[number], add_special_tokens=True)["input_ids"])
+            if tokenizer is not None
+            else []
+        )
         ids = [token for token in ids if token < vocabulary][:_POSITIONS]
         # Spread by a number without a common divisor with most vocabulary sizes.
-        ids += [(7919 * (number * _POSITIONS + place)) % vocabulary for place in range(len(ids), _POSITIONS)]
+        ids += [
+            (7919 * (number * _POSITIONS + place)) % vocabulary
+            for place in range(len(ids), _POSITIONS)
+        ]
         rows.append(ids)
     for place, token in enumerate(always[: _ROWS * _POSITIONS // 4]):
         rows[place % _ROWS][-1 - place // _ROWS] = token

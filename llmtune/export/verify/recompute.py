@@ -1,11 +1,13 @@
-"""Whether every number of a merged model is what base and adapter come to, rounded once to the stored dtype.
+"""Whether every number of a merged model is what base and adapter come to, rounded once to the
+stored dtype.
 
 A merge computes in fp32 and rounds. What it must come to is computed again from peft's layers
-(:mod:`llmtune.export.verify.expected`), a block of rows at a time: first in fp32, and where the rounded numbers differ, in fp64
-with the bound of what fp32 arithmetic may be off by. A stored number outside that bound, rounded to either side, is wrong, be
-the change ever so small. Inside it, errors of arithmetic have either sign: where they lean towards or away from the change by
-more than six times what chance explains, and by more than a thousandth of it, a part of the change is missing that is too small
-to be seen in single numbers.
+(:mod:`llmtune.export.verify.expected`), a block of rows at a time: first in fp32, and where the
+rounded numbers differ, in fp64 with the bound of what fp32 arithmetic may be off by. A stored
+number outside that bound, rounded to either side, is wrong, be the change ever so small. Inside it,
+errors of arithmetic have either sign: where they lean towards or away from the change by more than
+six times what chance explains, and by more than a thousandth of it, a part of the change is missing
+that is too small to be seen in single numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from llmtune.export.sources.base import TensorSource, find_name, some
 from llmtune.export.verify.expected import Expectations, Expected, base_rows
 from llmtune.storage.row_blocks import row_ranges
 
-#: Standard deviations that chance is allowed, and the share of the change below which nothing is made of it.
+# : Standard deviations that chance is allowed, and the share of the change below which nothing is
+# made of it.
 _SIGMAS, _LEAST_SHARE = 6.0, 1e-3
 
 
@@ -61,12 +64,16 @@ class Comparison:
 
     @property
     def share(self) -> float:
-        """Of the wanted change, how much is stored, measured along it; rounding up makes it more than 1."""
+        """Of the wanted change, how much is stored, measured along it; rounding up makes it more
+        than 1.
+        """
         return self.arrived / self.wanted if self.wanted else 1.0
 
     @property
     def below_rounding(self) -> float:
-        """The share of the change, in squares, that falls on numbers which rounding leaves as they were."""
+        """The share of the change, in squares, that falls on numbers which rounding leaves as they
+        were.
+        """
         return self.lost / self.wanted if self.wanted else 0.0
 
     def describe(self) -> str:
@@ -75,7 +82,10 @@ class Comparison:
         if not self.wrong:
             text = "its numbers lean away from the sum"
         if self.wanted:
-            text += f"; {self.share:.0%} of its change arrived, {self.due / self.wanted:.0%} should have"
+            text += (
+                f"; {self.share:.0%} of its change arrived, {self.due / self.wanted:.0%} should"
+                " have"
+            )
         return text
 
 
@@ -109,8 +119,9 @@ class Agreement:
         """
         if self.problems:
             raise ExportError(
-                f"the merged model is not base and adapter: {len(self.problems)} of {self.tensors} tensors are not what "
-                f"the base and peft's layers come to: {some(self.problems)}; nothing was published"
+                f"the merged model is not base and adapter: {len(self.problems)} of {self.tensors}"
+                f" tensors are not what the base and peft's layers come to: {some(self.problems)};"
+                " nothing was published"
             )
 
 
@@ -137,7 +148,9 @@ class Recomputation:
         self._used: set[str] = set()
 
     def run(self, expectations: Expectations) -> Agreement:
-        """Compare everything; tensors of modules that are not known here are left to other checks."""
+        """Compare everything; tensors of modules that are not known here are left to other
+        checks.
+        """
         owners = {name: module for module, names in expectations.modules.items() for name in names}
         self._result.modules = {module: Comparison() for module in expectations.modules}
         for name, expected in expectations.tensors.items():
@@ -157,7 +170,11 @@ class Recomputation:
         for parameter, others in self._merged_aliases.items():
             if find_name(parameter, self._base.specs) != name:
                 continue
-            found = [one for one in (find_name(other, self._base.specs) for other in others) if one is not None]
+            found = [
+                one
+                for one in (find_name(other, self._base.specs) for other in others)
+                if one is not None
+            ]
             if any(one in self._merged.specs and _equal(self._base, name, one) for one in found):
                 return True
         return False
@@ -178,10 +195,14 @@ class Recomputation:
             self._result.problems.append(f"{expected.name} is not in the merged model")
         for name in stored:
             self._seen.add(name)
-            self._note(name, compare_tensor(expected, self._base, start, self._merged, name), module)
+            self._note(
+                name, compare_tensor(expected, self._base, start, self._merged, name), module
+            )
 
     def _stored(self, name: str) -> list[str]:
-        """Every tensor of the merged model that a loader may take for this parameter; all of them must be right."""
+        """Every tensor of the merged model that a loader may take for this parameter; all of them
+        must be right.
+        """
         tries = [name, *self._merged_aliases.get(name, ())]
         found = [find_name(one, self._merged.specs) for one in tries]
         return list(dict.fromkeys(one for one in found if one is not None))
@@ -220,26 +241,40 @@ def compare_tensor(
         name: The stored tensor.
     """
     spec = merged.specs[name]
-    shape = tuple(expected.start.shape) if expected.start is not None else base.specs[start].shape if start else None
+    shape = (
+        tuple(expected.start.shape)
+        if expected.start is not None
+        else base.specs[start].shape
+        if start
+        else None
+    )
     if shape is None:
         return "neither the base nor the adapter has it"
     if spec.shape != shape:
         return f"its shape is {spec.shape}, and should be {shape}"
-    if not spec.dtype.is_floating_point and start is not None and base.specs[start].dtype != spec.dtype:
+    if (
+        not spec.dtype.is_floating_point
+        and start is not None
+        and base.specs[start].dtype != spec.dtype
+    ):
         return f"it is stored as {spec.dtype}, in the base as {base.specs[start].dtype}"
     if expected.delta is not None:
         expected.delta.measure(_start_rows(expected, base, start, spec.shape))
     rows = _Rows(_start_rows(expected, base, start, spec.shape))
     # A change is counted from the base's numbers, where it has as many.
     before = (
-        _Rows(base.blocks(start)) if start and expected.start is not None and base.specs[start].shape == shape else rows
+        _Rows(base.blocks(start))
+        if start and expected.start is not None and base.specs[start].shape == shape
+        else rows
     )
     total, first = Comparison(), 0
     for block in merged.blocks(name):
         count = len(block) if block.ndim else 1
         given = rows.take(count)
         origin = given if before is rows else before.take(count)
-        total.add(_compare_rows(expected, given, origin, block.reshape(given.shape).to(spec.dtype), first))
+        total.add(
+            _compare_rows(expected, given, origin, block.reshape(given.shape).to(spec.dtype), first)
+        )
         first += count
     return total
 
@@ -269,7 +304,9 @@ def _compare_rows(
         low, high = ((exact + sign * slack).to(stored.dtype).double() for sign in (-1, 1))
         number = stored.double()
         right = (low <= number) & (number <= high)
-        off = torch.where(right, number - exact.to(stored.dtype).double(), 0.0) * (exact - origin.double())
+        off = torch.where(right, number - exact.to(stored.dtype).double(), 0.0) * (
+            exact - origin.double()
+        )
         found.wrong = int((~right).sum())
         found.ties = int((differs & right).sum())
         found.drift, found.variance = float(off.sum()), float(off.square().sum())

@@ -1,4 +1,6 @@
-"""What serving programs stumble over: tensors that the architecture does not have, tokens without a row, ids out of range."""
+"""What serving programs stumble over: tensors that the architecture does not have, tokens without a
+row, ids out of range.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,13 @@ def check_export(folder: Path, source: TensorSource) -> list[str]:
         source: The tensors that lie, or are going to lie, beside them.
 
     Raises:
-        ExportError: A program that loads it would refuse it, or compute something else; all of it is named.
+        ExportError: A program that loads it would refuse it, or compute something else; all of it
+            is named.
     """
     if not (folder / "config.json").is_file():
         raise ExportError(
-            f"{folder.name}: no config.json, so that nothing can load the weights; give base= its model folder"
+            f"{folder.name}: no config.json, so that nothing can load the weights; give base= its"
+            " model folder"
         )
     config: dict[str, Any] = parse_json((folder / "config.json").read_text())
     problems = find_unfit_names(folder, source)
@@ -37,13 +41,16 @@ def check_export(folder: Path, source: TensorSource) -> list[str]:
     problems += token_problems
     if problems:
         raise ExportError(
-            f"what was to be published cannot be served: {len(problems)} problems: {some(problems, 6)}; nothing was published"
+            f"what was to be published cannot be served: {len(problems)} problems:"
+            f" {some(problems, 6)}; nothing was published"
         )
     return notes
 
 
 def find_unfit_names(folder: Path, source: TensorSource) -> list[str]:
-    """Tensors that the architecture lacks, wants, or has in another shape; none where files have other names."""
+    """Tensors that the architecture lacks, wants, or has in another shape; none where files have
+    other names.
+    """
     if is_renamed(folder):
         return []
     model = build_skeleton(folder)
@@ -58,16 +65,26 @@ def find_unfit_names(folder: Path, source: TensorSource) -> list[str]:
             if not any(stored.get(other) for other in aliases.get(name, ())):
                 problems.append(f"{name} is missing")
         elif source.specs[found].shape != tuple(wanted[name].shape):
-            problems.append(f"{name} is {source.specs[found].shape}, config.json makes it {tuple(wanted[name].shape)}")
+            problems.append(
+                f"{name} is {source.specs[found].shape}, config.json makes it"
+                f" {tuple(wanted[name].shape)}"
+            )
     ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     unknown = sorted(source.specs.keys() - set(filter(None, stored.values())))
-    # Buffers that older versions stored, such as rotary frequencies and position numbers, are passed over when loading.
-    unknown = [name for name in unknown if source.specs[name].dtype.is_floating_point and "inv_freq" not in name]
+    # Buffers that older versions stored, such as rotary frequencies and position numbers, are
+    # passed over when loading.
+    unknown = [
+        name
+        for name in unknown
+        if source.specs[name].dtype.is_floating_point and "inv_freq" not in name
+    ]
     unknown = [name for name in unknown if not any(part in name for part in ignored)]
     return problems + [f"{name} is not in the architecture" for name in unknown]
 
 
-def _check_tokens(folder: Path, config: dict[str, Any], source: TensorSource) -> tuple[list[str], list[str]]:
+def _check_tokens(
+    folder: Path, config: dict[str, Any], source: TensorSource
+) -> tuple[list[str], list[str]]:
     """Vocabulary, special ids, chat template: what is wrong, and what is only noted."""
     vocabulary = (config.get("text_config") or config).get("vocab_size")
     if vocabulary is None:
@@ -75,14 +92,21 @@ def _check_tokens(folder: Path, config: dict[str, Any], source: TensorSource) ->
     problems, notes = [], []
     rows = {spec.shape[0] for name, spec in source.specs.items() if is_embedding(name)}
     if rows - {vocabulary}:
-        problems.append(f"config.json has vocab_size {vocabulary}, the embeddings have {sorted(rows)} rows")
+        problems.append(
+            f"config.json has vocab_size {vocabulary}, the embeddings have {sorted(rows)} rows"
+        )
     for file in ("config.json", "generation_config.json"):
         values = parse_json((folder / file).read_text()) if (folder / file).is_file() else {}
         for key in _SPECIAL:
             ids = values.get(key)
             tokens = ids if isinstance(ids, list) else [ids]
-            outside = [token for token in tokens if token is not None and not -1 <= token < vocabulary]
-            problems += [f"{file}: {key} {token} is outside the vocabulary of {vocabulary}" for token in outside]
+            outside = [
+                token for token in tokens if token is not None and not -1 <= token < vocabulary
+            ]
+            problems += [
+                f"{file}: {key} {token} is outside the vocabulary of {vocabulary}"
+                for token in outside
+            ]
     if not has_tokenizer(folder):
         notes.append("there is no tokenizer: programs that serve it need one beside the weights")
         return problems, notes
@@ -100,14 +124,22 @@ def _check_tokenizer(folder: Path, vocabulary: int, notes: list[str]) -> list[st
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocabulary:
         problems.append(
-            f"the tokenizer knows token {largest}, the model has {vocabulary} rows: resize the embeddings in training"
+            f"the tokenizer knows token {largest}, the model has {vocabulary} rows: resize the"
+            " embeddings in training"
         )
     elif largest + 1 < vocabulary:
-        notes.append(f"{vocabulary - largest - 1} rows behind the tokenizer's {largest + 1} tokens are never used")
+        notes.append(
+            f"{vocabulary - largest - 1} rows behind the tokenizer's {largest + 1} tokens are never"
+            " used"
+        )
     if tokenizer.eos_token_id is None:
-        notes.append("the tokenizer names no end-of-text token: answers end only at their longest length")
+        notes.append(
+            "the tokenizer names no end-of-text token: answers end only at their longest length"
+        )
     if tokenizer.chat_template is None:
-        notes.append("there is no chat template: vLLM and llama.cpp can complete texts, and not chat")
+        notes.append(
+            "there is no chat template: vLLM and llama.cpp can complete texts, and not chat"
+        )
     else:
         problems += _check_template(tokenizer)
     return problems
@@ -121,5 +153,7 @@ def _check_template(tokenizer: Any) -> list[str]:
                 [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
             )
     except (*TEMPLATE_ERRORS, ConfigError) as error:
-        return [f"the chat template fails on a question of a user ({describe_template_error(error)})"]
+        return [
+            f"the chat template fails on a question of a user ({describe_template_error(error)})"
+        ]
     return [] if "Hello" in str(text) else ["the chat template leaves out what a user asks"]

@@ -1,6 +1,8 @@
-"""A transformers model that holds the weights of one module at a time: read before it computes, dropped after.
+"""A transformers model that holds the weights of one module at a time: read before it computes,
+dropped after.
 
-Plain linear layers and embeddings, also those below LoRA's matrices, hold not even that: they compute block by block.
+Plain linear layers and embeddings, also those below LoRA's matrices, hold not even that: they
+compute block by block.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from llmtune.export.merge.adapter import Adapter
 from llmtune.export.sources.base import TensorSource, find_name, is_input_embedding, read_whole
 from llmtune.model.skeleton import build_skeleton, hollow, is_hollow, tied_aliases
 
-#: Told of a wrapped module, its input and its output, while the weights below the wrapper are there.
+# : Told of a wrapped module, its input and its output, while the weights below the wrapper are
+# there.
 Look = Callable[["Unit", tuple[Any, ...], torch.Tensor], None]
 
 
@@ -34,7 +37,9 @@ class Unit:
     """Modules of the base in it, by the name they have in the unwrapped model."""
 
     by_rows: bool
-    """Whether nothing asks for the inner weights but the inner modules' own arithmetic, which goes by rows."""
+    """Whether nothing asks for the inner weights but the inner modules' own arithmetic, which goes
+    by rows.
+    """
 
     @property
     def wrapped(self) -> bool:
@@ -43,7 +48,9 @@ class Unit:
 
 
 class StreamedModel:
-    """The skeleton of a model; parameters come from a source, in fp32, while their module computes."""
+    """The skeleton of a model; parameters come from a source, in fp32, while their module
+    computes.
+    """
 
     def __init__(
         self,
@@ -52,9 +59,11 @@ class StreamedModel:
         adapter: Adapter | None = None,
         changes: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Build what ``config.json`` in ``folder`` describes, ``changes`` made, with peft's wrappers where there is an adapter.
+        """Build what ``config.json`` in ``folder`` describes, ``changes`` made, with peft's
+        wrappers where there is an adapter.
 
-        The source must use the model's own names; :func:`llmtune.export.verify.serving_checks.find_unfit_names` tells.
+        The source must use the model's own names;
+        :func:`llmtune.export.verify.serving_checks.find_unfit_names` tells.
         """
         self._source = source
         self.model = build_skeleton(folder, changes)
@@ -89,7 +98,9 @@ class StreamedModel:
         answer: torch.Tensor = outputs.logits if hasattr(outputs, "logits") else outputs[0]
         return answer
 
-    def with_weights_of(self, source: TensorSource, unit: Unit, arguments: tuple[Any, ...]) -> torch.Tensor:
+    def with_weights_of(
+        self, source: TensorSource, unit: Unit, arguments: tuple[Any, ...]
+    ) -> torch.Tensor:
         """What the unit's one base module answers with another source's weights."""
         ((name, module),) = unit.inner
         if unit.by_rows:
@@ -102,9 +113,17 @@ class StreamedModel:
             module._parameters.update(before)
         return answer
 
-    def _load(self, name: str, module: Any, source: TensorSource, everything: bool = False) -> list[str]:
-        """Read a module's parameters; those that the adapter brought are there already, and are not the base's."""
-        loaded = [key for key, old in module._parameters.items() if old is not None and (everything or is_hollow(old))]
+    def _load(
+        self, name: str, module: Any, source: TensorSource, everything: bool = False
+    ) -> list[str]:
+        """Read a module's parameters; those that the adapter brought are there already, and are not
+        the base's.
+        """
+        loaded = [
+            key
+            for key, old in module._parameters.items()
+            if old is not None and (everything or is_hollow(old))
+        ]
         for key in loaded:
             tensor = self._read(source, f"{name}.{key}")
             module._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
@@ -120,8 +139,12 @@ class StreamedModel:
                 return found
         raise ExportError(f"{wanted}, which the model of config.json has, is in no file")
 
-    def _answer(self, name: str, module: Any, source: TensorSource, given: torch.Tensor) -> torch.Tensor:
-        """What a linear layer or an embedding answers with a source's weights, of which a block is read at a time."""
+    def _answer(
+        self, name: str, module: Any, source: TensorSource, given: torch.Tensor
+    ) -> torch.Tensor:
+        """What a linear layer or an embedding answers with a source's weights, of which a block is
+        read at a time.
+        """
         stored = self._find(source, f"{name}.weight")
         # Rounded as they are stored, whatever the blocks are computed in.
         blocks = (block.to(source.specs[stored].dtype).float() for block in source.blocks(stored))
@@ -169,7 +192,9 @@ def _resize(model: Any, adapter: Adapter) -> None:
 
 
 def _put_on(model: Any, adapter: Adapter) -> Any:
-    """peft's wrappers, with the adapter's numbers; ``from_pretrained`` would also look for another device."""
+    """peft's wrappers, with the adapter's numbers; ``from_pretrained`` would also look for another
+    device.
+    """
     import warnings
 
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
@@ -180,7 +205,8 @@ def _put_on(model: Any, adapter: Adapter) -> Any:
         # peft warns of adapters on tied embeddings; they are what is compared here.
         warnings.simplefilter("ignore")
         wrapped = PeftModel(model, settings, low_cpu_mem_usage=True)
-        # In fp32: peft rounds matrices to the dtype of a base layer that the file brings along, before it can be asked not to.
+        # In fp32: peft rounds matrices to the dtype of a base layer that the file brings along,
+        # before it can be asked not to.
         tensors = {key: adapter.read(key).float() for key in adapter.shapes}
         set_peft_model_state_dict(wrapped, tensors, low_cpu_mem_usage=True)
     return wrapped.float()
@@ -214,14 +240,19 @@ def _units(model: Any, owners: dict[str, Any]) -> list[Unit]:
 
 
 def _goes_by_rows(outer: Any, inner: list[Any]) -> bool:
-    """Plain layers whose weights are the source's; DoRA, trained rows and saved modules look at the whole weight."""
+    """Plain layers whose weights are the source's; DoRA, trained rows and saved modules look at the
+    whole weight.
+    """
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if not all(type(module) in (torch.nn.Linear, torch.nn.Embedding) for module in inner):
         return False
     if not all(
-        is_hollow(parameter) for module in inner for parameter in module._parameters.values() if parameter is not None
+        is_hollow(parameter)
+        for module in inner
+        for parameter in module._parameters.values()
+        if parameter is not None
     ):
         return False
     if any(isinstance(module, AuxiliaryTrainingWrapper) for module in outer.modules()):

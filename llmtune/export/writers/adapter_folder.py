@@ -14,7 +14,9 @@ from llmtune.export.writers.model_files import copy_companions
 from llmtune.model.adapter.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
 
 
-def write_adapter(material: Material, folder: Path, _journal: Journal, _config: ExportConfig) -> None:
+def write_adapter(
+    material: Material, folder: Path, _journal: Journal, _config: ExportConfig
+) -> None:
     """Weights and settings as they are, but for the name of the base."""
     assert material.adapter is not None
     shutil.copyfile(material.adapter.folder / WEIGHTS_FILE, folder / WEIGHTS_FILE)

@@ -1,7 +1,8 @@
 """Write a model folder in bitsandbytes' 4 bits, as a stream.
 
-The layout is that of transformers' ``save_pretrained``: ``X.weight`` holds two numbers a byte, and beside it lie
-``X.weight.absmax``, ``.quant_map``, ``.nested_absmax``, ``.nested_quant_map`` and ``.quant_state.bitsandbytes__nf4``.
+The layout is that of transformers' ``save_pretrained``: ``X.weight`` holds two numbers a byte, and
+beside it lie ``X.weight.absmax``, ``.quant_map``, ``.nested_absmax``, ``.nested_quant_map`` and
+``.quant_state.bitsandbytes__nf4``.
 """
 
 from __future__ import annotations
@@ -39,14 +40,19 @@ _OFFSETS = "nf4_offsets.json"
 
 
 class PackedSource:
-    """Another source with some of its tensors in NF4, named, typed and packed as transformers stores them."""
+    """Another source with some of its tensors in NF4, named, typed and packed as transformers
+    stores them.
+    """
 
-    def __init__(self, source: TensorSource, names: Mapping[str, bool], offsets: Mapping[str, float]) -> None:
+    def __init__(
+        self, source: TensorSource, names: Mapping[str, bool], offsets: Mapping[str, float]
+    ) -> None:
         """Say what will be written.
 
         Args:
             names: From :func:`llmtune.export.sources.nf4.quantised_names`.
-            offsets: The mean of each one's scales; it is stored as text, whose length the file's header must know.
+            offsets: The mean of each one's scales; it is stored as text, whose length the file's
+                header must know.
 
         Raises:
             ExportError: Something cannot be quantised.
@@ -60,9 +66,12 @@ class PackedSource:
         self._last = threading.local()
         self.specs: dict[str, TensorSpec] = {}
         for spec in source.specs.values():
-            for part, dtype, shape in self._layout(spec) if spec.name in names else [("", spec.dtype, spec.shape)]:
+            for part, dtype, shape in (
+                self._layout(spec) if spec.name in names else [("", spec.dtype, spec.shape)]
+            ):
                 self._add(spec.name, part, dtype, shape)
-        # Texts have odd lengths: at the end they leave every other tensor where its dtype wants to be.
+        # Texts have odd lengths: at the end they leave every other tensor where its dtype wants to
+        # be.
         for name, text in self._states.items():
             self._add(name, _STATE, torch.uint8, tuple(text.shape))
 
@@ -79,10 +88,14 @@ class PackedSource:
                 yield tensor[first:last]
 
     def _quantised(self, weight: str) -> dict[str, torch.Tensor]:
-        """All parts of one tensor; each thread keeps its last, since they are written one after the other."""
+        """All parts of one tensor; each thread keeps its last, since they are written one after the
+        other.
+        """
         if getattr(self._last, "weight", None) != weight:
             self._last.weight, self._last.parts = None, {}
-            packed, state = quantise(self._source, weight, self._names[weight], offset=self._offsets[weight])
+            packed, state = quantise(
+                self._source, weight, self._names[weight], offset=self._offsets[weight]
+            )
             self._last.parts = {"": packed, **state.as_dict(packed=True)}
             self._last.weight = weight
         parts: dict[str, torch.Tensor] = self._last.parts
@@ -106,7 +119,11 @@ class PackedSource:
 
     def _describe(self, name: str) -> torch.Tensor:
         """What bitsandbytes writes as text: shape, dtype, block sizes and the mean."""
-        state, nothing, spec = load_bitsandbytes().QuantState, torch.empty(0), self._source.specs[name]
+        state, nothing, spec = (
+            load_bitsandbytes().QuantState,
+            torch.empty(0),
+            self._source.specs[name],
+        )
         described: dict[str, torch.Tensor] = state(
             absmax=nothing,
             shape=torch.Size(spec.shape[::-1] if self._names[name] else spec.shape),
@@ -115,19 +132,26 @@ class PackedSource:
             quant_type="nf4",
             dtype=spec.dtype,
             offset=torch.tensor(self._offsets[name]),
-            state2=state(absmax=nothing, code=nothing, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32),
+            state2=state(
+                absmax=nothing, code=nothing, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32
+            ),
         ).as_dict(packed=True)
         return described[_STATE]
 
 
-def write_bnb_4bit(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:
-    """A model folder that transformers loads in 4 bits, with the bits of a model that it quantises on loading.
+def write_bnb_4bit(
+    material: Material, folder: Path, journal: Journal, config: ExportConfig
+) -> None:
+    """A model folder that transformers loads in 4 bits, with the bits of a model that it quantises
+    on loading.
 
-    All tensors are read twice: first for the means of their scales, which files of this layout store as text.
+    All tensors are read twice: first for the means of their scales, which files of this layout
+    store as text.
     """
     copy_companions(material.companions, folder)
     settle_config(folder, material.dtype, material.config_changes)
-    # Of the settled configuration: an adapter may have untied the output layer or resized the vocabulary.
+    # Of the settled configuration: an adapter may have untied the output layer or resized the
+    # vocabulary.
     names = quantised_names(folder, material.source)
     offsets = _settle_offsets(material.source, names, folder, journal)
     packed = PackedSource(material.source, names, offsets)
@@ -140,7 +164,9 @@ def write_bnb_4bit(material: Material, folder: Path, journal: Journal, config: E
 def _settle_offsets(
     source: TensorSource, names: Mapping[str, bool], folder: Path, journal: Journal
 ) -> dict[str, float]:
-    """The mean of each tensor's scales; a start that was killed after it found them left them in the journal."""
+    """The mean of each tensor's scales; a start that was killed after it found them left them in
+    the journal.
+    """
     check_quantisable(source, names)
     file = folder / _OFFSETS
     if _OFFSETS not in journal.entries:
@@ -153,7 +179,9 @@ def _settle_offsets(
 
 
 def _declare(folder: Path, dtype: torch.dtype | None) -> None:
-    """Say in ``config.json`` how to load it: computed is in the dtype of the tensors that are not quantised, if that is fp16."""
+    """Say in ``config.json`` how to load it: computed is in the dtype of the tensors that are not
+    quantised, if that is fp16.
+    """
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(

@@ -1,4 +1,6 @@
-"""What makes weights a model that others load: configuration, tokenizer, chat template, generation settings."""
+"""What makes weights a model that others load: configuration, tokenizer, chat template, generation
+settings.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def settle_config(folder: Path, dtype: torch.dtype | None, changes: dict[str, An
 
 
 def settle_generation(folder: Path) -> None:
-    """Make plain transformers stop where an answer was trained to end, which a base model's own settings do not name."""
+    """Make plain transformers stop where an answer was trained to end, which a base model's own
+    settings do not name.
+    """
     from transformers import AutoTokenizer, GenerationConfig
 
     file = folder / "generation_config.json"
@@ -87,8 +91,14 @@ def settle_generation(folder: Path) -> None:
     if not has_tokenizer(folder):
         return
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    settings = GenerationConfig.from_pretrained(str(folder)) if file.is_file() else GenerationConfig()
-    own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    settings = (
+        GenerationConfig.from_pretrained(str(folder)) if file.is_file() else GenerationConfig()
+    )
+    own = (
+        settings.eos_token_id
+        if isinstance(settings.eos_token_id, list)
+        else [settings.eos_token_id]
+    )
     ends = {*end_of_turn_ids(tokenizer), *(token for token in own if token is not None)}
     settings.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
     settings.pad_token_id = tokenizer.pad_token_id
@@ -104,7 +114,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def writes_text(folder: Path) -> bool:
-    """Whether the model continues text, so that settings of generation mean something; what names no architecture may."""
+    """Whether the model continues text, so that settings of generation mean something; what names
+    no architecture may.
+    """
     architecture = find_architecture(folder)
     return not architecture or task_of(architecture) in (TEXT, TEXT_TO_TEXT)
 

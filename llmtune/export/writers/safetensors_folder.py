@@ -13,19 +13,27 @@ from llmtune.export.sources.base import SafetensorsSource
 from llmtune.export.writers.model_files import copy_companions, settle_config, settle_generation
 
 
-def write_safetensors(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:
-    """Weights in shards, or links to those that stay as they are, with configuration and tokenizer."""
+def write_safetensors(
+    material: Material, folder: Path, journal: Journal, config: ExportConfig
+) -> None:
+    """Weights in shards, or links to those that stay as they are, with configuration and
+    tokenizer.
+    """
     if isinstance(material.source, SafetensorsSource):
         _link_weights(material.source, folder)
     else:
-        write_shards(material.source, folder, config.max_shard_bytes, journal, material.request.progress)
+        write_shards(
+            material.source, folder, config.max_shard_bytes, journal, material.request.progress
+        )
     copy_companions(material.companions, folder)
     settle_config(folder, material.dtype, material.config_changes)
     settle_generation(folder)
 
 
 def _link_weights(source: SafetensorsSource, folder: Path) -> None:
-    """Weights that stay as they are need no arithmetic: hard links where the file system has them."""
+    """Weights that stay as they are need no arithmetic: hard links where the file system has
+    them.
+    """
     index = source.folder / "model.safetensors.index.json"
     for file in [*source.files, *([index] if index.is_file() else [])]:
         (folder / file.name).unlink(missing_ok=True)

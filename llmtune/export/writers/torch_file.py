@@ -1,4 +1,6 @@
-"""``model.pt``: one file with a state dict, which ``torch.load(weights_only=True)`` reads; the model is never in memory."""
+"""``model.pt``: one file with a state dict, which ``torch.load(weights_only=True)`` reads; the
+model is never in memory.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,15 @@ TORCH_FILE = "model.pt"
 _WEIGHTS = "weights.tmp"
 
 
-def write_torch_file(material: Material, folder: Path, _journal: Journal, config: ExportConfig) -> None:
-    """``model.pt`` beside tokenizer and configuration; tied tensors are in it once, as in safetensors.
+def write_torch_file(
+    material: Material, folder: Path, _journal: Journal, config: ExportConfig
+) -> None:
+    """``model.pt`` beside tokenizer and configuration; tied tensors are in it once, as in
+    safetensors.
 
     Raises:
-        ExportError: The disk has no room for the weights twice, or the file that was written is not whole.
+        ExportError: The disk has no room for the weights twice, or the file that was written is not
+            whole.
     """
     weights = folder / _WEIGHTS
     if isinstance(material.source, SafetensorsSource):
@@ -33,10 +39,15 @@ def write_torch_file(material: Material, folder: Path, _journal: Journal, config
         check_room(folder, 2 * material.nbytes)
         weights.mkdir(exist_ok=True)
         progress = material.request.progress
-        write_shards(material.source, weights, config.max_shard_bytes, Journal(weights, _WEIGHTS), progress)
+        write_shards(
+            material.source, weights, config.max_shard_bytes, Journal(weights, _WEIGHTS), progress
+        )
         source = SafetensorsSource(weights)
     # torch.save writes a storage as it lies: from mapped files, page by page.
-    torch.save({name: _own_storage(source.tensor(name)) for name in material.source.specs}, folder / TORCH_FILE)
+    torch.save(
+        {name: _own_storage(source.tensor(name)) for name in material.source.specs},
+        folder / TORCH_FILE,
+    )
     _check(folder / TORCH_FILE, source)
     del source
     shutil.rmtree(weights, ignore_errors=True)
@@ -46,7 +57,9 @@ def write_torch_file(material: Material, folder: Path, _journal: Journal, config
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The same bytes as a storage that ends where the tensor does; a mapped file is one storage for all its tensors."""
+    """The same bytes as a storage that ends where the tensor does; a mapped file is one storage for
+    all its tensors.
+    """
     if not tensor.numel():
         return torch.empty_like(tensor)
     data = torch.from_numpy(_bits(tensor).numpy())
@@ -62,7 +75,9 @@ def _check(file: Path, source: SafetensorsSource) -> None:
         if name not in found or not torch.equal(_bits(found[name]), _bits(source.tensor(name)))
     ]
     if wrong or len(found) != len(source.specs):
-        raise ExportError(f"{file} does not hold what was written: {len(wrong)} of {len(found)} tensors differ")
+        raise ExportError(
+            f"{file} does not hold what was written: {len(wrong)} of {len(found)} tensors differ"
+        )
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""``launch.hostfile``: hand the command over to DeepSpeed's runner, which starts ranks on several machines through ssh."""
+"""``launch.hostfile``: hand the command over to DeepSpeed's runner, which starts ranks on several
+machines through ssh.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.security.redaction import describe_secret_overrides
 from llmtune.security.trust import require_own
 
-#: Beginnings of names that DeepSpeed's runner hands on and ranks do not need; MLflow's are mostly keys.
+# : Beginnings of names that DeepSpeed's runner hands on and ranks do not need; MLflow's are mostly
+# keys.
 _HANDED_ON = ("MLFLOW",)
 
 #: Names of variables that say which libraries, modules and programs a process loads.
 _EXECUTED = re.compile(r"(LD_|DYLD_|PYTHON).*|PATH|BASH_ENV|ENV|.*(PLUGIN|PRELOAD|INJECTION).*")
 
-#: A name or an address: pdsh and ssh take what begins with a hyphen for an option, and have signs of their own.
+# : A name or an address: pdsh and ssh take what begins with a hyphen for an option, and have signs
+# of their own.
 _HOST = re.compile(r"(?:[A-Za-z_][A-Za-z0-9._-]*@)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,4})\s*(?:#.*)?")
 
@@ -44,14 +48,19 @@ def read_hostfile(path: Path) -> dict[str, int]:
             continue
         match = _LINE.fullmatch(text)
         if match is None or int(match[2]) == 0:
-            raise ConfigError(f"{path}:{number}: {text!r} is not 'HOST slots=N' with N ranks of one GPU each")
+            raise ConfigError(
+                f"{path}:{number}: {text!r} is not 'HOST slots=N' with N ranks of one GPU each"
+            )
         if not _HOST.fullmatch(match[1]):
             raise ConfigError(
-                f"{path}:{number}: {match[1]!r} is no name or address of a machine: letters, digits, '.', '-' and '_', of which "
-                "a letter or a digit comes first, and perhaps USER@ before it; it would be given to ssh"
+                f"{path}:{number}: {match[1]!r} is no name or address of a machine: letters,"
+                " digits, '.', '-' and '_', of which a letter or a digit comes first, and perhaps"
+                " USER@ before it; it would be given to ssh"
             )
         if match[1] in slots:
-            raise ConfigError(f"{path}:{number}: {match[1]} is there twice; give all its slots in one line")
+            raise ConfigError(
+                f"{path}:{number}: {match[1]} is there twice; give all its slots in one line"
+            )
         slots[match[1]] = int(match[2])
     if not slots:
         raise ConfigError(f"launch.hostfile={path}: no line 'HOST slots=N' in it")
@@ -82,32 +91,48 @@ def runner_command(path: Path, arguments: Sequence[str]) -> list[str]:
     missing = [program for program in ("pdsh", "ssh") if several and shutil.which(program) is None]
     if missing:
         raise MissingPrerequisiteError(
-            f"launch.hostfile={path} needs {' and '.join(missing)} here (apt-get install pdsh openssh-client), or start "
-            "one command a machine: torchrun --nnodes ... --module llmtune ..."
+            f"launch.hostfile={path} needs {' and '.join(missing)} here (apt-get install pdsh"
+            " openssh-client), or start one command a machine: torchrun --nnodes ... --module"
+            " llmtune ..."
         )
     # The rank's number is in the environment too; as an argument it would stand before the verb.
-    runner = ["-m", "deepspeed.launcher.runner", "--hostfile", str(path), "--no_local_rank", "--module", "llmtune"]
+    runner = [
+        "-m",
+        "deepspeed.launcher.runner",
+        "--hostfile",
+        str(path),
+        "--no_local_rank",
+        "--module",
+        "llmtune",
+    ]
     return [sys.executable, *runner, *(map(quote_for_pdsh, arguments) if several else arguments)]
 
 
 def runner_environment() -> dict[str, str]:
-    """What DeepSpeed's runner is given: it hands variables on as arguments of pdsh and ssh, which all users of every machine see.
+    """What DeepSpeed's runner is given: it hands variables on as arguments of pdsh and ssh, which
+    all users of every machine see.
 
-    So do the lines of ``.deepspeed_env``. The ranks take their keys from ``.env``, or from the environment of their machine.
+    So do the lines of ``.deepspeed_env``. The ranks take their keys from ``.env``, or from the
+    environment of their machine.
 
     Raises:
-        MissingPrerequisiteError: The working folder's ``.deepspeed_env`` is another user's, or says what ranks execute: the
-            folder may have come from somebody else.
+        MissingPrerequisiteError: The working folder's ``.deepspeed_env`` is another user's, or says
+            what ranks execute: the folder may have come from somebody else.
     """
     listed = Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env"))
     if listed.is_file():
-        require_own(listed, "DeepSpeed's variables for all nodes", "start llmtune in another folder")
+        require_own(
+            listed, "DeepSpeed's variables for all nodes", "start llmtune in another folder"
+        )
     if not listed.is_absolute() and listed.is_file():
-        names = (line.partition("=")[0].strip() for line in listed.read_text(errors="replace").splitlines())
+        names = (
+            line.partition("=")[0].strip()
+            for line in listed.read_text(errors="replace").splitlines()
+        )
         if executed := sorted(filter(_EXECUTED.fullmatch, names)):
             raise MissingPrerequisiteError(
-                f"{listed} in the working folder sets {', '.join(executed)}, which says what every node executes; move it to "
-                "~/.deepspeed_env"
+                f"{listed} in the working folder sets {', '.join(executed)}, which says what every"
+                " node executes; move it to ~/.deepspeed_env"
             )
     return {name: value for name, value in os.environ.items() if not name.startswith(_HANDED_ON)}
 
@@ -122,10 +147,12 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 
 def quote_for_pdsh(argument: str) -> str:
-    """An argument as it must be given to DeepSpeed's runner, so that the shell at the other end of pdsh reads it unchanged.
+    """An argument as it must be given to DeepSpeed's runner, so that the shell at the other end of
+    pdsh reads it unchanged.
 
-    The runner itself puts double quotes around what has a blank, and a backslash before the double quotes in it
-    (``PDSHRunner.parse_user_args``); it does nothing else. pdsh replaces ``%n``, ``%h`` and ``%u``.
+    The runner itself puts double quotes around what has a blank, and a backslash before the double
+    quotes in it (``PDSHRunner.parse_user_args``); it does nothing else. pdsh replaces ``%n``,
+    ``%h`` and ``%u``.
     """
     text = argument.replace("%", "%%")
     return re.sub(r"([\\$`])", r"\\\1", text) if " " in text else shlex.quote(text)

@@ -1,7 +1,9 @@
-"""Which launcher started this process as one of several ranks, and whether it is one at all: the one place that decides.
+"""Which launcher started this process as one of several ranks, and whether it is one at all: the
+one place that decides.
 
-The variables are those of ``torch.distributed``'s ``env://``. Launchers also set LOCAL_RANK, but for Kubernetes' training
-operator, which starts one process a pod: https://www.kubeflow.org/docs/components/trainer/legacy-v1/user-guides/pytorch/
+The variables are those of ``torch.distributed``'s ``env://``. Launchers also set LOCAL_RANK, but
+for Kubernetes' training operator, which starts one process a pod:
+https://www.kubeflow.org/docs/components/trainer/legacy-v1/user-guides/pytorch/
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Launcher:
     stays: bool = False
     """Whether it is the parent, which stays until its ranks end."""
     unattended: str = ""
-    """What to do when the others do not come, where the variables alone speak for a launcher; else empty."""
+    """What to do when the others do not come, where the variables alone speak for a launcher; else
+    empty.
+    """
 
     @property
     def meet_seconds(self) -> float | None:
@@ -53,15 +57,18 @@ class Launcher:
         return text + (f" for {UNATTENDED_SECONDS:g} s" if self.unattended else "")
 
 
-def adopt_launcher(environ: MutableMapping[str, str], say: Callable[[str], None]) -> Launcher | None:
-    """The launcher of this process, whose missing variables are added; None where llmtune itself is to start the ranks.
+def adopt_launcher(
+    environ: MutableMapping[str, str], say: Callable[[str], None]
+) -> Launcher | None:
+    """The launcher of this process, whose missing variables are added; None where llmtune itself is
+    to start the ranks.
 
     Args:
         say: Told what was found, where that is not what the user sees anyway.
 
     Raises:
-        MissingPrerequisiteError: The variables contradict each other, or somebody means several processes to train together
-            and has not given them what they need for it.
+        MissingPrerequisiteError: The variables contradict each other, or somebody means several
+            processes to train together and has not given them what they need for it.
     """
     from_slurm = adopt_slurm(environ)
     if not {"RANK", "WORLD_SIZE"} <= environ.keys():
@@ -69,12 +76,15 @@ def adopt_launcher(environ: MutableMapping[str, str], say: Callable[[str], None]
         for name in ("RANK", "WORLD_SIZE"):
             if name in environ:
                 say(
-                    f"{name}={environ[name]} is set, and the other variables of a launcher are not: starting the ranks here"
+                    f"{name}={environ[name]} is set, and the other variables of a launcher are not:"
+                    " starting the ranks here"
                 )
         return None
     rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     if not 0 <= rank < world_size:
-        raise MissingPrerequisiteError(f"RANK={rank} is not one of WORLD_SIZE={world_size} ranks; {_unset(environ)}")
+        raise MissingPrerequisiteError(
+            f"RANK={rank} is not one of WORLD_SIZE={world_size} ranks; {_unset(environ)}"
+        )
     name = _name(environ, from_slurm)
     if world_size == 1 and name not in (_TORCHRUN, _DEEPSPEED):
         say(f"{_given(environ)}: one rank, which needs no launcher: starting the ranks here")
@@ -82,11 +92,13 @@ def adopt_launcher(environ: MutableMapping[str, str], say: Callable[[str], None]
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if missing:
         raise MissingPrerequisiteError(
-            f"{_given(environ)}, as by a launcher, but not {' and '.join(missing)}: where do the {world_size} ranks meet? "
-            f"{_unset(environ)}"
+            f"{_given(environ)}, as by a launcher, but not {' and '.join(missing)}: where do the"
+            f" {world_size} ranks meet? {_unset(environ)}"
         )
     if not 0 < _number(environ, "MASTER_PORT") < 1 << 16:
-        raise MissingPrerequisiteError(f"MASTER_PORT={environ['MASTER_PORT']} is no port; {_unset(environ)}")
+        raise MissingPrerequisiteError(
+            f"MASTER_PORT={environ['MASTER_PORT']} is no port; {_unset(environ)}"
+        )
     _complete_node(environ, name)
     launcher = Launcher(
         name,
@@ -103,7 +115,10 @@ def adopt_launcher(environ: MutableMapping[str, str], say: Callable[[str], None]
 
 
 _TORCHRUN, _DEEPSPEED, _SLURM = "torchrun", "DeepSpeed's launcher", "Slurm"
-_KUBERNETES, _VARIABLES_ALONE = "Kubernetes, one rank a pod", "variables of a launcher in the environment"
+_KUBERNETES, _VARIABLES_ALONE = (
+    "Kubernetes, one rank a pod",
+    "variables of a launcher in the environment",
+)
 
 
 def _name(environ: Mapping[str, str], from_slurm: bool) -> str:
@@ -123,10 +138,12 @@ def _advice_alone(environ: Mapping[str, str], name: str) -> str:
     if name == _VARIABLES_ALONE:
         return f"The environment says {_given(environ)}. {_unset(environ)}"
     if name == _SLURM and _SLURM_TERMINAL in environ:
-        # A shell that somebody opened on a node has the variables of its step, and so has all that is started in it.
+        # A shell that somebody opened on a node has the variables of its step, and so has all that
+        # is started in it.
         return (
-            f"This is task {environ['SLURM_PROCID']} of srun --pty. In a shell that it opened, start the ranks with srun, or "
-            "with env -u SLURM_PROCID python -m llmtune, which starts those of this machine itself"
+            f"This is task {environ['SLURM_PROCID']} of srun --pty. In a shell that it opened,"
+            " start the ranks with srun, or with env -u SLURM_PROCID python -m llmtune, which"
+            " starts those of this machine itself"
         )
     return ""
 
@@ -138,7 +155,11 @@ def _complete_node(environ: MutableMapping[str, str], name: str) -> None:
         return
     a_node = environ.get("LOCAL_WORLD_SIZE") or environ.get("PET_NPROC_PER_NODE", "1")
     if _NUMBER.fullmatch(a_node) and int(a_node) > 1:
-        torchrun = "take torchrun -m llmtune ... as the command, which starts them" if name == _KUBERNETES else _ADVICE
+        torchrun = (
+            "take torchrun -m llmtune ... as the command, which starts them"
+            if name == _KUBERNETES
+            else _ADVICE
+        )
         raise MissingPrerequisiteError(
             f"{_given(environ)} without LOCAL_RANK, and {a_node} ranks on this machine: {torchrun}"
         )
@@ -150,20 +171,24 @@ def _refuse_others(environ: Mapping[str, str]) -> None:
     for name in _MPI_SIZES:
         if environ.get(name, "1") not in ("0", "1"):
             raise MissingPrerequisiteError(
-                f"{name}={environ[name]}: MPI started {environ[name]} processes, which would each train alone; {_ADVICE}"
+                f"{name}={environ[name]}: MPI started {environ[name]} processes, which would each"
+                f" train alone; {_ADVICE}"
             )
-    # MIN:MAX in elastic jobs. The training operator sets it for torchrun, which is then to be the pod's command.
+    # MIN:MAX in elastic jobs. The training operator sets it for torchrun, which is then to be the
+    # pod's command.
     nodes = environ.get("PET_NNODES", "1").rpartition(":")[2]
     if nodes != "1" and "TORCHELASTIC_RUN_ID" not in environ:
         raise MissingPrerequisiteError(
-            f"PET_NNODES={environ['PET_NNODES']} is set for torchrun, without which each machine would train alone: take "
-            "torchrun -m llmtune ... as the command"
+            f"PET_NNODES={environ['PET_NNODES']} is set for torchrun, without which each machine"
+            " would train alone: take torchrun -m llmtune ... as the command"
         )
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
     if not _NUMBER.fullmatch(environ[name]):
-        raise MissingPrerequisiteError(f"{name}={environ[name]!r} is not a number; {_unset(environ)}")
+        raise MissingPrerequisiteError(
+            f"{name}={environ[name]!r} is not a number; {_unset(environ)}"
+        )
     return int(environ[name])
 
 

@@ -1,4 +1,6 @@
-"""Ranks that nobody is known to have started meet within a minute, or end with advice instead of waiting without a word."""
+"""Ranks that nobody is known to have started meet within a minute, or end with advice instead of
+waiting without a word.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,12 @@ def await_ranks(launcher: Launcher) -> TCPStore | None:
     """Wait for the other ranks; at once where the launcher sees to them.
 
     Returns:
-        The store at which they met, to be held until the process group has been made: its server is the same one then.
+        The store at which they met, to be held until the process group has been made: its server is
+        the same one then.
 
     Raises:
-        MissingPrerequisiteError: Some did not come in ``launcher.meet_seconds``, or cannot be reached.
+        MissingPrerequisiteError: Some did not come in ``launcher.meet_seconds``, or cannot be
+            reached.
     """
     seconds = launcher.meet_seconds
     if seconds is None:
@@ -53,7 +57,9 @@ def await_ranks(launcher: Launcher) -> TCPStore | None:
         ) from error
     if here < launcher.world_size:
         raise _given_up(
-            launcher, f"{here} of {launcher.world_size} ranks came to {launcher.meeting} within {seconds:g} s"
+            launcher,
+            f"{here} of {launcher.world_size} ranks came to {launcher.meeting} within"
+            f" {seconds:g} s",
         )
     return store
 

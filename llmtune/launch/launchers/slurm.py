@@ -1,4 +1,5 @@
-"""A rank's variables from those of a Slurm job step, so that ``srun python -m llmtune ...`` is one rank a task.
+"""A rank's variables from those of a Slurm job step, so that ``srun python -m llmtune ...`` is one
+rank a task.
 
 Slurm's variables: https://slurm.schedmd.com/srun.html (OUTPUT ENVIRONMENT VARIABLES).
 """
@@ -11,25 +12,29 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.units import counted
 
-#: Only ``srun`` sets them, in the tasks of a step: a batch script and a shell of ``salloc`` have the job's variables alone.
+# : Only ``srun`` sets them, in the tasks of a step: a batch script and a shell of ``salloc`` have
+# the job's variables alone.
 _STEP_VARIABLES = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
 #: What a launcher sets; a user may set the other two, MASTER_ADDR and MASTER_PORT.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
-#: Below Linux's ephemeral ports (32768 and up), of which one may be in use for an outgoing connection.
+# : Below Linux's ephemeral ports (32768 and up), of which one may be in use for an outgoing
+# connection.
 _FIRST_PORT, _PORTS = 15000, 16384
 #: Steps of one job that run at the same time take other ports than those of the job after it.
 _PORTS_A_JOB = 31
 
 _COUNT = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
-#: Slurm itself lists no more nodes (``MAX_SLURM_NODES``); one name has brackets for racks, chassis and the like.
+# : Slurm itself lists no more nodes (``MAX_SLURM_NODES``); one name has brackets for racks, chassis
+# and the like.
 _MAX_NODES, _MAX_BRACKETS = 65536, 8
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _ADVICE = "start one task a GPU: srun --ntasks-per-node=GPUS python -m llmtune ..."
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
-    """Add a launcher's variables where this process is one of several tasks of a step; whether it is.
+    """Add a launcher's variables where this process is one of several tasks of a step; whether it
+    is.
 
     MASTER_ADDR and MASTER_PORT stay what the user has set.
 
@@ -61,11 +66,13 @@ def derive_rank(environ: Mapping[str, str]) -> dict[str, str]:
     node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else _node_of(rank, counts)
     if len(counts) != len(hosts) or sum(counts) != world_size:
         raise MissingPrerequisiteError(
-            f"Slurm says {world_size} tasks, as {counts} on {counted(len(hosts), 'node')}; {_ADVICE}"
+            f"Slurm says {world_size} tasks, as {counts} on {counted(len(hosts), 'node')};"
+            f" {_ADVICE}"
         )
     if not (0 <= rank < world_size and 0 <= node < len(hosts) and 0 <= local_rank < counts[node]):
         raise MissingPrerequisiteError(
-            f"Slurm says task {rank} of {world_size}, {local_rank} of {counts} on node {node}; {_ADVICE}"
+            f"Slurm says task {rank} of {world_size}, {local_rank} of {counts} on node {node};"
+            f" {_ADVICE}"
         )
     if environ.get("SLURM_GPUS_PER_TASK", "1").rpartition(":")[2] not in ("0", "1"):
         raise MissingPrerequisiteError(
@@ -134,7 +141,9 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _expand(part: str) -> Iterator[str]:
-    """The first bracket, and what follows it with each of its numbers; there may be several (``rack[1-2]n[1-4]``)."""
+    """The first bracket, and what follows it with each of its numbers; there may be several
+    (``rack[1-2]n[1-4]``).
+    """
     before, bracket, rest = part.partition("[")
     if not bracket:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
@@ -158,7 +167,9 @@ def _hosts(environ: Mapping[str, str]) -> list[str]:
     try:
         return expand_hosts(text)
     except ValueError:
-        raise MissingPrerequisiteError(f"{name}={text!r} is no list of hosts such as node[01-03,07],gpu5") from None
+        raise MissingPrerequisiteError(
+            f"{name}={text!r} is no list of hosts such as node[01-03,07],gpu5"
+        ) from None
 
 
 def _tasks_a_node(environ: Mapping[str, str], nodes: int) -> list[int]:
@@ -167,7 +178,9 @@ def _tasks_a_node(environ: Mapping[str, str], nodes: int) -> list[int]:
     try:
         counts = expand_counts(text)
     except ValueError:
-        raise MissingPrerequisiteError(f"{name}={text!r} is no list of task counts such as 4(x2),3") from None
+        raise MissingPrerequisiteError(
+            f"{name}={text!r} is no list of task counts such as 4(x2),3"
+        ) from None
     return counts * nodes if name == "SLURM_NTASKS_PER_NODE" and len(counts) == 1 else counts
 
 
@@ -180,14 +193,18 @@ def _node_of(rank: int, counts: list[int]) -> int:
 
 
 def _sees_one_gpu(environ: Mapping[str, str]) -> bool:
-    """Whether Slurm shows this task its own GPU only (``--gpus-per-task=1``), which is then number 0."""
+    """Whether Slurm shows this task its own GPU only (``--gpus-per-task=1``), which is then number
+    0.
+    """
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
     return visible != "" and "," not in visible
 
 
 def _port(environ: Mapping[str, str]) -> int:
     step = environ.get("SLURM_STEP_ID", "0")
-    job = _number(environ, "SLURM_JOB_ID", "SLURM_JOBID") * _PORTS_A_JOB + (int(step) if _NUMBER.fullmatch(step) else 0)
+    job = _number(environ, "SLURM_JOB_ID", "SLURM_JOBID") * _PORTS_A_JOB + (
+        int(step) if _NUMBER.fullmatch(step) else 0
+    )
     return _FIRST_PORT + job % _PORTS
 
 
@@ -196,11 +213,15 @@ def _text(environ: Mapping[str, str], *names: str) -> tuple[str, str]:
     for name in names:
         if environ.get(name):
             return name, environ[name]
-    raise MissingPrerequisiteError(f"{' or '.join(names)} is not set, though this is a task of a Slurm step; {_ADVICE}")
+    raise MissingPrerequisiteError(
+        f"{' or '.join(names)} is not set, though this is a task of a Slurm step; {_ADVICE}"
+    )
 
 
 def _number(environ: Mapping[str, str], *names: str) -> int:
     name, text = _text(environ, *names)
     if not _NUMBER.fullmatch(text):
-        raise MissingPrerequisiteError(f"{name}={text!r} is not a number, though this is a task of a Slurm step")
+        raise MissingPrerequisiteError(
+            f"{name}={text!r} is not a number, though this is a task of a Slurm step"
+        )
     return int(text)

@@ -1,6 +1,8 @@
-"""DeepSpeed's compiled ops, built before any rank needs them: ranks that build at once wait on each other's locks.
+"""DeepSpeed's compiled ops, built before any rank needs them: ranks that build at once wait on each
+other's locks.
 
-``python -m llmtune.launch.preflight.deepspeed_ops`` builds what this machine can use; the set-up scripts call it.
+``python -m llmtune.launch.preflight.deepspeed_ops`` builds what this machine can use; the set-up
+scripts call it.
 """
 
 from __future__ import annotations
@@ -60,7 +62,11 @@ def has_libaio() -> bool:
     """Whether the compiler finds the headers of libaio, which lie in different places."""
     try:
         probe = subprocess.run(
-            ["g++", "-E", "-"], input="#include <libaio.h>\n", capture_output=True, text=True, check=False
+            ["g++", "-E", "-"],
+            input="#include <libaio.h>\n",
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except OSError:
         return False
@@ -73,7 +79,9 @@ def is_built(name: str) -> bool:
 
 
 def find_foreign_op() -> Path | None:
-    """What another user may have put in the place of a compiled op: its folder, the op's own, or the file."""
+    """What another user may have put in the place of a compiled op: its folder, the op's own, or
+    the file.
+    """
     top = extensions_dir()
     if not top.is_dir():
         return None
@@ -85,7 +93,10 @@ def find_foreign_op() -> Path | None:
     ]
     # Between them torch puts one folder for each version of Python.
     between = {folder for path in below for folder in path.parents if top in folder.parents}
-    return next((path for path in (top, *sorted(between), *below) if find_owner_problem(path) is not None), None)
+    return next(
+        (path for path in (top, *sorted(between), *below) if find_owner_problem(path) is not None),
+        None,
+    )
 
 
 def require_own_ops() -> None:
@@ -111,10 +122,12 @@ def missing_ops(accelerator: str, placement: Placement) -> list[str]:
 
 
 def stale_locks() -> list[Path]:
-    """torch's lock files that a killed process left behind: torch waits on them for ever, in silence.
+    """torch's lock files that a killed process left behind: torch waits on them for ever, in
+    silence.
 
-    All of llmtune's processes load and build ops under :func:`hold_ops`, a lock that the kernel drops with its holder. While
-    nobody holds it, a lock file of torch's is stale, unless a compiler of another program works in its folder.
+    All of llmtune's processes load and build ops under :func:`hold_ops`, a lock that the kernel
+    drops with its holder. While nobody holds it, a lock file of torch's is stale, unless a compiler
+    of another program works in its folder.
     """
     if not _can_build():
         return []
@@ -140,7 +153,8 @@ def _idle_locks() -> list[Path]:
 
 @contextlib.contextmanager
 def hold_ops(say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-    """In the block, no other process of llmtune loads or builds an op; locks that killed ones left behind are removed.
+    """In the block, no other process of llmtune loads or builds an op; locks that killed ones left
+    behind are removed.
 
     Args:
         say: Prints a line to the user, where another process builds first.
@@ -175,7 +189,8 @@ def _can_build() -> bool:
 def _ops_lock() -> IO[str]:
     """
     Raises:
-        MissingPrerequisiteError: The folder is another user's, or something in it that would be loaded.
+        MissingPrerequisiteError: The folder is another user's, or something in it that would be
+            loaded.
     """
     make_own(extensions_dir(), "DeepSpeed's compiled ops", INSTEAD)
     require_own_ops()
@@ -192,14 +207,16 @@ def ensure_ops(accelerator: str, placement: Placement, say: Callable[[str], None
         reason = build_in_child(name, say)
         if reason is not None:
             raise MissingPrerequisiteError(
-                f"DeepSpeed's {name.removesuffix('Builder')} cannot be built: {reason}\n"
-                "It needs g++, ninja and Python's headers, and libaio for NVMe: apt-get install g++ python3-dev "
-                "libaio-dev; pip install ninja"
+                f"DeepSpeed's {name.removesuffix('Builder')} cannot be built: {reason}\nIt needs"
+                " g++, ninja and Python's headers, and libaio for NVMe: apt-get install g++"
+                " python3-dev libaio-dev; pip install ninja"
             )
 
 
 def load_ops(accelerator: str, placement: Placement) -> None:
-    """Load a run's ops into this rank before DeepSpeed asks for them, which then finds them loaded."""
+    """Load a run's ops into this rank before DeepSpeed asks for them, which then finds them
+    loaded.
+    """
     names = needed_ops(accelerator, placement)
     if names:
         with hold_ops():
@@ -208,13 +225,16 @@ def load_ops(accelerator: str, placement: Placement) -> None:
 
 
 def build_op(name: str) -> bool:
-    """Compile and load one op in this process, inside :func:`hold_ops`; False where the machine cannot.
+    """Compile and load one op in this process, inside :func:`hold_ops`; False where the machine
+    cannot.
 
-    Where nothing can be written, torch cannot take its lock, and what is compiled already is loaded as it is.
+    Where nothing can be written, torch cannot take its lock, and what is compiled already is loaded
+    as it is.
 
-    Always by DeepSpeed's builders for CPUs: no source of these ops calls CUDA, and the builders for CUDA want its toolkit,
-    whose headers and libraries they never use, and compile anew where a GPU comes or goes. DeepSpeed keeps loaded modules by
-    name, so that those for CUDA find what was loaded here.
+    Always by DeepSpeed's builders for CPUs: no source of these ops calls CUDA, and the builders for
+    CUDA want its toolkit, whose headers and libraries they never use, and compile anew where a GPU
+    comes or goes. DeepSpeed keeps loaded modules by name, so that those for CUDA find what was
+    loaded here.
     """
     from deepspeed.ops.op_builder import cpu
     from deepspeed.ops.op_builder.builder import OpBuilder
@@ -225,7 +245,8 @@ def build_op(name: str) -> bool:
         builder.load()
         return True
     if name == "AsyncIOBuilder":
-        # Compiled for any CPU of the kind, so that an image built on one machine runs on the next; disks set the pace.
+        # Compiled for any CPU of the kind, so that an image built on one machine runs on the next;
+        # disks set the pace.
         builder.cpu_arch = lambda: ""
         builder.simd_width = lambda: "-D__SCALAR__"
     if not builder.is_compatible(verbose=False):
@@ -234,7 +255,8 @@ def build_op(name: str) -> bool:
     return True
 
 
-def _load_compiled(builder: Any, verbose: bool = False) -> ModuleType:  # noqa: ARG001 - as the original is called
+# As the original is called.
+def _load_compiled(builder: Any, verbose: bool = False) -> ModuleType:  # noqa: ARG001
     """In the place of DeepSpeed's ``jit_load``: the module as it lies there.
 
     Raises:
@@ -244,7 +266,8 @@ def _load_compiled(builder: Any, verbose: bool = False) -> ModuleType:  # noqa: 
     file = next(folder.glob(f"**/{builder.name}.so"), None)
     if file is None:
         raise PermissionError(
-            f"{builder.name} is not compiled in {folder}, which cannot be written: set TORCH_EXTENSIONS_DIR to a folder that can"
+            f"{builder.name} is not compiled in {folder}, which cannot be written: set"
+            " TORCH_EXTENSIONS_DIR to a folder that can"
         )
     loader = importlib.machinery.ExtensionFileLoader(builder.name, str(file))
     spec = importlib.util.spec_from_loader(builder.name, loader)
@@ -256,7 +279,8 @@ def _load_compiled(builder: Any, verbose: bool = False) -> ModuleType:  # noqa: 
 
 
 def build_in_child(name: str, say: Callable[[str], None] = lambda _: None) -> str | None:
-    """Compile one op, or try whether it loads, in a process of its own, whose output is kept off the console.
+    """Compile one op, or try whether it loads, in a process of its own, whose output is kept off
+    the console.
 
     Args:
         say: Told of a build, which takes a while.
@@ -265,8 +289,15 @@ def build_in_child(name: str, say: Callable[[str], None] = lambda _: None) -> st
         What the process said, where it failed.
     """
     if not is_built(name):
-        say(f"building DeepSpeed's {name.removesuffix('Builder')} (once an environment, about a minute) ...")
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        say(
+            f"building DeepSpeed's {name.removesuffix('Builder')} (once an environment, about a"
+            " minute) ..."
+        )
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     command = [sys.executable, "-m", "llmtune.launch.preflight.deepspeed_ops", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     return None if done.returncode == 0 else (done.stderr or done.stdout).strip()[-600:]
@@ -293,7 +324,10 @@ def main(names: list[str]) -> int:
             sys.stderr.write(f"{name}: {error}\n")
             built = False
         state = "ready" if built else "cannot be built here"
-        sys.stdout.write(f"DeepSpeed op {name.removesuffix('Builder')}: {state} ({reasons.get(name, 'asked for')})\n")
+        sys.stdout.write(
+            f"DeepSpeed op {name.removesuffix('Builder')}: {state}"
+            f" ({reasons.get(name, 'asked for')})\n"
+        )
         if not built:
             failed.append(name)
     # Only what was asked for by name must work: NVMe offload is optional.

@@ -66,7 +66,11 @@ def hold_swap_folder(folder: Path) -> Iterator[None]:
 
 
 def check_nvme(
-    nvme_path: str, swap_bytes: int, checkpoint_bytes: int, run_folder: Path, say: Callable[[str], None]
+    nvme_path: str,
+    swap_bytes: int,
+    checkpoint_bytes: int,
+    run_folder: Path,
+    say: Callable[[str], None],
 ) -> DiskProbe:
     """Everything that would stop an NVMe run later: the op, direct reads and writes, space.
 
@@ -82,14 +86,14 @@ def check_nvme(
     reason = build_in_child("AsyncIOBuilder", say)
     if reason is not None:
         raise MissingPrerequisiteError(
-            f"offload on NVMe: DeepSpeed's AsyncIO op does not load ({reason}); run: apt-get install libaio-dev, then "
-            "python -m llmtune doctor --fix"
+            f"offload on NVMe: DeepSpeed's AsyncIO op does not load ({reason}); run: apt-get"
+            " install libaio-dev, then python -m llmtune doctor --fix"
         )
     _check_space(folder, swap_bytes, checkpoint_bytes, run_folder)
     probe = probe_disk(folder)
     say(
-        f"NVMe: {folder} ({disk_behind(folder)}) reads {format_bytes(probe.read)}/s, writes {format_bytes(probe.write)}/s "
-        f"(one stream, direct); swap {format_bytes(swap_bytes)}"
+        f"NVMe: {folder} ({disk_behind(folder)}) reads {format_bytes(probe.read)}/s, writes"
+        f" {format_bytes(probe.write)}/s (one stream, direct); swap {format_bytes(swap_bytes)}"
     )
     if min(probe.read, probe.write) < SLOW_BANDWIDTH:
         say("NVMe: this is slow for a drive; every optimizer step reads and writes all states")
@@ -97,7 +101,9 @@ def check_nvme(
 
 
 def disk_behind(folder: Path) -> str:
-    """The block device of a folder's file system, such as ``nvme0n1``; a disk that turns is said to."""
+    """The block device of a folder's file system, such as ``nvme0n1``; a disk that turns is said
+    to.
+    """
     number = os.stat(folder).st_dev
     device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     if not device.exists():
@@ -123,18 +129,23 @@ def probe_disk(folder: Path) -> DiskProbe:
     """Write and read a file past the page cache (``O_DIRECT``), as DeepSpeed's swapper does.
 
     Raises:
-        MissingPrerequisiteError: The file system refuses it (tmpfs and some network file systems do).
+        MissingPrerequisiteError: The file system refuses it (tmpfs and some network file systems
+            do).
     """
-    # A drive for scratch files is often open to all, and a name that can be guessed may be a link that another has put there.
+    # A drive for scratch files is often open to all, and a name that can be guessed may be a link
+    # that another has put there.
     path = folder / f".llmtune-probe-{uuid.uuid4().hex}"
     block = mmap.mmap(-1, 4 * 2**20)
     block.write(os.urandom(4096) * (len(block) // 4096))
     try:
-        write = _time_blocks(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, lambda file: os.write(file, block))
+        write = _time_blocks(
+            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, lambda file: os.write(file, block)
+        )
         read = _time_blocks(path, os.O_RDONLY, lambda file: os.readv(file, [block]))
     except OSError as error:
         raise MissingPrerequisiteError(
-            f"offload.nvme_path={folder}: no direct I/O here ({error.strerror}); name a folder on a local disk with ext4 or xfs"
+            f"offload.nvme_path={folder}: no direct I/O here ({error.strerror}); name a folder on a"
+            " local disk with ext4 or xfs"
         ) from error
     finally:
         path.unlink(missing_ok=True)
@@ -163,7 +174,13 @@ def _check_space(folder: Path, swap_bytes: int, checkpoint_bytes: int, run_folde
     for path, needed in needs.items():
         free = shutil.disk_usage(path).free
         if needed > free:
-            what = "swap files and checkpoints" if same else "swap files" if path == folder else "checkpoints"
+            what = (
+                "swap files and checkpoints"
+                if same
+                else "swap files"
+                if path == folder
+                else "checkpoints"
+            )
             raise DoesNotFitError(
                 f"{path}: {what} need {format_bytes(needed)}, free are {format_bytes(free)}; free "
                 f"{format_bytes(needed - free)}, or take another offload.nvme_path= or output_dir="

@@ -1,4 +1,6 @@
-"""End this process and everything it started, however deep, when it was asked to and does not get to its end by itself."""
+"""End this process and everything it started, however deep, when it was asked to and does not get
+to its end by itself.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ from typing import Any, NoReturn
 
 import psutil
 
-#: ``prctl`` option of Linux: orphans among the descendants become children of this process, and not of ``init``.
+# : ``prctl`` option of Linux: orphans among the descendants become children of this process, and
+# not of ``init``.
 _PR_SET_CHILD_SUBREAPER = 36
 
-#: SIGKILL works at once, except on a process that waits for a file system or a driver; those end without us.
+# : SIGKILL works at once, except on a process that waits for a file system or a driver; those end
+# without us.
 _KILL_SECONDS = 2.0
 
 
@@ -24,7 +28,8 @@ def adopt_orphans() -> None:
 
 
 def end_descendants() -> None:
-    """Kill every process below this one, in whatever group or session, and wait until they are gone.
+    """Kill every process below this one, in whatever group or session, and wait until they are
+    gone.
 
     Not so Python's resource tracker: it ends with those who use it, and removes their semaphores.
     """
@@ -33,7 +38,9 @@ def end_descendants() -> None:
     deadline = time.monotonic() + _KILL_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(psutil.Error):
-            left = [child for child in psutil.Process().children(recursive=True) if child.pid != spared]
+            left = [
+                child for child in psutil.Process().children(recursive=True) if child.pid != spared
+            ]
             if not left:
                 return
             # Deepest first: one whose parent is gone says so at length before it ends.
@@ -44,7 +51,9 @@ def end_descendants() -> None:
 
 
 def end_now(code: int, message: str = "") -> NoReturn:
-    """Say so on standard error, and end without the clean-up of libraries, which may wait for what was cut off."""
+    """Say so on standard error, and end without the clean-up of libraries, which may wait for what
+    was cut off.
+    """
     with contextlib.suppress(OSError):
         if message:
             os.write(2, f"{message}\n".encode())

@@ -1,8 +1,10 @@
-"""A small process between a rank and its log that takes secrets out of what the rank and its libraries print.
+"""A small process between a rank and its log that takes secrets out of what the rank and its
+libraries print.
 
-Libraries write to the file descriptors 1 and 2 past Python, so both are the writing end of a pipe, and the filter reads
-the other one. It is no part of the rank, because the last words of a rank that aborts or is killed must reach the log.
-It ends when the pipe has no writer left, or shortly after the rank where a child of the rank holds on to it.
+Libraries write to the file descriptors 1 and 2 past Python, so both are the writing end of a pipe,
+and the filter reads the other one. It is no part of the rank, because the last words of a rank that
+aborts or is killed must reach the log. It ends when the pipe has no writer left, or shortly after
+the rank where a child of the rank holds on to it.
 """
 
 from __future__ import annotations
@@ -30,22 +32,29 @@ _PACKAGE_ROOT = Path(__file__).parents[3]
 def start_filter(log: Path) -> int:
     """Start a filter that appends to ``log``; the file descriptor to print to.
 
-    The filter holds a shared lock on the log while it lives, for :func:`wait_for_filters`. It has a process group of its
-    own and no signal that asks for an end reaches it (Slurm sends those to every process of a step), so that what ends the
-    rank lets the filter finish, and a rank that saves has somewhere to print to.
+    The filter holds a shared lock on the log while it lives, for :func:`wait_for_filters`. It has a
+    process group of its own and no signal that asks for an end reaches it (Slurm sends those to
+    every process of a step), so that what ends the rank lets the filter finish, and a rank that
+    saves has somewhere to print to.
     """
     read_end, write_end = os.pipe()
     target = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     # Taken here and inherited: there is no moment at which the filter runs without it.
     with contextlib.suppress(OSError):
         fcntl.flock(target, fcntl.LOCK_SH)
-    code = f"import sys; sys.path.insert(0, {str(_PACKAGE_ROOT)!r}); from {__name__} import main; main({os.getpid()})"
+    code = (
+        f"import sys; sys.path.insert(0, {str(_PACKAGE_ROOT)!r}); from {__name__} import main;"
+        f" main({os.getpid()})"
+    )
     os.posix_spawn(
         sys.executable,
         # Isolated and without site: 30 ms, and nothing from PYTHONPATH runs in it.
         [sys.executable, "-I", "-S", "-c", code],
         os.environ,
-        file_actions=[(os.POSIX_SPAWN_DUP2, source, to) for source, to in ((read_end, 0), (target, 1), (target, 2))],
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, source, to)
+            for source, to in ((read_end, 0), (target, 1), (target, 2))
+        ],
         setpgroup=0,
         setsigmask=STOP_SIGNALS,
     )
@@ -55,7 +64,9 @@ def start_filter(log: Path) -> int:
 
 
 def wait_for_filters(log: Path, timeout_seconds: float = 2 * DRAIN_SECONDS) -> None:
-    """Until the filters of ranks that have ended have written everything; returns at once where there are none."""
+    """Until the filters of ranks that have ended have written everything; returns at once where
+    there are none.
+    """
     deadline = time.monotonic() + timeout_seconds
     # There may be no log, or no right to write to it any more.
     with contextlib.suppress(OSError), log.open("r+b") as file:

@@ -1,7 +1,9 @@
-"""Memory that ran out, told by an exception or by the words of the library that could not get it, and whose memory it was.
+"""Memory that ran out, told by an exception or by the words of the library that could not get it,
+and whose memory it was.
 
-torch's CUDA allocator raises an exception of its own. Everybody else raises a plain ``RuntimeError`` or aborts, so that the
-words are all there is; they are those of the libraries' sources.
+torch's CUDA allocator raises an exception of its own. Everybody else raises a plain
+``RuntimeError`` or aborts, so that the words are all there is; they are those of the libraries'
+sources.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ _DEVICE = re.compile(
             r"(?i:(?:cuda|hip|nccl)\b.*\bout of memory)",
             r"cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY",
             r"CU(?:BLAS|SOLVER|SPARSE|FFT)(?:LT)?_(?:STATUS_)?ALLOC_FAILED",
-            # cuBLAS makes its handle and workspace when it is first called; with no memory left it cannot.
+            # cuBLAS makes its handle and workspace when it is first called; with no memory left it
+            # cannot.
             r"CUBLAS_STATUS_NOT_INITIALIZED.*cublasCreate",
             r"CUDNN_STATUS_ALLOC_FAILED|CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
         )
@@ -31,17 +34,30 @@ _DEVICE = re.compile(
 _HOST = re.compile(
     "|".join(
         (
-            # torch's allocator, the C++ library, the kernel (malloc, mmap, fork), numpy, Arrow, Rust's tokenizers, OpenMP.
+            # torch's allocator, the C++ library, the kernel (malloc, mmap, fork), numpy, Arrow,
+            # Rust's tokenizers, OpenMP.
             r"can't allocate memory|not enough memory: you tried to allocate",
             r"std::bad_alloc|Cannot allocate memory|unable to mmap|posix_memalign",
             r"Unable to allocate .* for an array",
-            r"(?:malloc|realloc|calloc) of size \d+ failed|Out of memory: malloc|memory allocation of \d+ bytes failed",
-            r"Thread creation failed|can't start new thread|Resource temporarily unavailable.*(?:thread|fork)",
+            (
+                r"(?:malloc|realloc|calloc) of size \d+ failed|Out of memory: malloc|memory"
+                r" allocation of \d+ bytes failed"
+            ),
+            (
+                r"Thread creation failed|can't start new thread|Resource temporarily"
+                r" unavailable.*(?:thread|fork)"
+            ),
             # oneDNN has no word for it: what it makes first is its memory.
-            r"could not create a (?:primitive|memory object|memory storage|scratchpad)(?! descriptor)",
+            (
+                r"could not create a (?:primitive|memory object|memory storage|scratchpad)(?!"
+                r" descriptor)"
+            ),
             r"could not (?:initialize a memory object|reserve memory)",
             # /dev/shm, which is memory.
-            r"(?:unable to (?:write to|resize|allocate).*(?:torch_|shm)|shared memory).*No space left on device",
+            (
+                r"(?:unable to (?:write to|resize|allocate).*(?:torch_|shm)|shared memory).*No"
+                r" space left on device"
+            ),
             # A worker of torch's loader, whom the kernel chose, or whose batches filled it.
             r"DataLoader worker \(pid.*\) is killed by signal: (?:Killed|Bus error)",
             r"CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
@@ -50,7 +66,8 @@ _HOST = re.compile(
     )
 )
 
-#: Page-locked memory is the host's, but CUDA hands it out, in the words of a device. These functions ask for it.
+# : Page-locked memory is the host's, but CUDA hands it out, in the words of a device. These
+# functions ask for it.
 _PINNING = {
     "pin_memory",
     "pin",

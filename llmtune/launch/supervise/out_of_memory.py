@@ -1,4 +1,6 @@
-"""Memory that ran out in a rank: recognised however the rank ended, and described by what it left behind."""
+"""Memory that ran out in a rank: recognised however the rank ended, and described by what it left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ class MemoryEvent:
 
     rank: int
     phase: str
-    """``start``, ``load``, ``answer``, ``forward``, ``backward``, ``step``, ``evaluate`` or ``save``."""
+    """``start``, ``load``, ``answer``, ``forward``, ``backward``, ``step``, ``evaluate`` or
+    ``save``.
+    """
     step: int
     """The optimizer step under way; 0 before the first."""
     peak_bytes: int
-    """Of the rank, when it last noted where it stood: resident, or what torch had allocated on its GPU."""
+    """Of the rank, when it last noted where it stood: resident, or what torch had allocated on its
+    GPU.
+    """
     pool: str
     """``device`` or ``host``."""
     message: str
@@ -30,7 +36,10 @@ class MemoryEvent:
     def describe(self) -> str:
         """One sentence."""
         where = f"in {self.phase}" + (f" of step {self.step}" if self.step else "")
-        return f"out of {self.pool} memory {where} (rank {self.rank}): {self.message.splitlines()[0][:200]}"
+        return (
+            f"out of {self.pool} memory {where} (rank {self.rank}):"
+            f" {self.message.splitlines()[0][:200]}"
+        )
 
 
 class RanOutOfMemoryError(DoesNotFitError):
@@ -47,7 +56,9 @@ def phase_file(folder: Path, rank: int) -> Path:
 
 
 def read_kills() -> int:
-    """Processes that the kernel has ended for want of memory: of this machine, or of this container."""
+    """Processes that the kernel has ended for want of memory: of this machine, or of this
+    container.
+    """
     total = 0
     for path, key in (("/proc/vmstat", "oom_kill"), ("/sys/fs/cgroup/memory.events", "oom_kill")):
         try:
@@ -59,7 +70,11 @@ def read_kills() -> int:
 
 
 def find_event(
-    codes: list[int | None], first_failed: int | None, reports: list[dict[str, Any]], folder: Path, output: str
+    codes: list[int | None],
+    first_failed: int | None,
+    reports: list[dict[str, Any]],
+    folder: Path,
+    output: str,
 ) -> MemoryEvent | None:
     """The event, if memory is what ended the ranks.
 
@@ -67,16 +82,23 @@ def find_event(
         codes: Exit codes of the ranks.
         first_failed: The rank that ended first.
         reports: What ranks reported themselves.
-        folder: Where ranks noted their phases, and the supervisor the number of :func:`read_kills` at the start.
+        folder: Where ranks noted their phases, and the supervisor the number of :func:`read_kills`
+            at the start.
         output: What the ranks printed.
     """
     for report in reports:
         if "out_of_memory" in report:
             message = report["message"].removeprefix("out of memory: ")
             return _event(folder, report["rank"], report["out_of_memory"], message)
-    if first_failed is not None and codes[first_failed] == -signal.SIGKILL and _kills_since_start(folder) > 0:
+    if (
+        first_failed is not None
+        and codes[first_failed] == -signal.SIGKILL
+        and _kills_since_start(folder) > 0
+    ):
         return _event(folder, first_failed, "host", "the kernel ended the process")
-    said = next((line for line in output.splitlines() if memory_pool_of_text(line) is not None), None)
+    said = next(
+        (line for line in output.splitlines() if memory_pool_of_text(line) is not None), None
+    )
     for rank, code in enumerate(codes):
         if said is not None and code not in (0, None, -signal.SIGKILL, -signal.SIGTERM):
             return _event(folder, rank, memory_pool_of_text(said) or "host", said.strip())
@@ -84,7 +106,9 @@ def find_event(
 
 
 def event_at_limit(folder: Path, rank: int, message: str) -> MemoryEvent | None:
-    """What memory may have had to do with it where a rank ended near its limit, in whatever words; None where it did not."""
+    """What memory may have had to do with it where a rank ended near its limit, in whatever words;
+    None where it did not.
+    """
     event = _event(folder, rank, "host", message)
     pool = _record(folder, rank).get("at_limit")
     return replace(event, pool=pool) if pool else None

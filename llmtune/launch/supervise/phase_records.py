@@ -20,7 +20,9 @@ _LONGEST_LOOK = 1.0
 
 
 def read_phase(folder: Path, rank: int) -> dict[str, Any]:
-    """The record of a rank, as :class:`~llmtune.engine.heartbeat.PhaseLog` writes it; ``start`` where there is none yet."""
+    """The record of a rank, as :class:`~llmtune.engine.heartbeat.PhaseLog` writes it; ``start``
+    where there is none yet.
+    """
     try:
         return dict(json.loads(_read(folder, rank)))
     except ValueError:
@@ -56,7 +58,11 @@ class HangWatch:
         self._looked = time.monotonic()
 
     def is_hung(self) -> bool:
-        """Look. Time in which nobody looked does not count: a machine that was suspended is not a run that hangs."""
+        """Look.
+
+        Time in which nobody looked does not count: a machine that was suspended is not a run that
+        hangs.
+        """
         now = time.monotonic()
         self._still_seconds += min(now - self._looked, _LONGEST_LOOK)
         self._looked = now

@@ -1,4 +1,6 @@
-"""The ranks of one attempt: their processes, the folder in which they meet and report, and a port that nobody else has."""
+"""The ranks of one attempt: their processes, the folder in which they meet and report, and a port
+that nobody else has.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ class RankGroup:
         """
         Args:
             command: Arguments behind the Python interpreter.
-            ahead: Their work is not known yet: they import what takes seconds, and wait to be told the rest.
+            ahead: Their work is not known yet: they import what takes seconds, and wait to be told
+                the rest.
         """
         self.ranks: list[RankProcess] = []
         self.waits = ahead
-        # Nobody listens on it. It names the shared memory of DeepSpeed's collectives, and no other run is given it meanwhile.
+        # Nobody listens on it. It names the shared memory of DeepSpeed's collectives, and no other
+        # run is given it meanwhile.
         self._held = hold_port()
         self._port = int(self._held.getsockname()[1])
         self.folder = Path(tempfile.mkdtemp(prefix="llmtune-"))

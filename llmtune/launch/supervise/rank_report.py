@@ -1,4 +1,6 @@
-"""What a rank does about its surroundings: send library output to the log, limit its memory, report its error."""
+"""What a rank does about its surroundings: send library output to the log, limit its memory, report
+its error.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from llmtune.errors import EXIT_UNEXPECTED, DoesNotFitError, LlmtuneError, MissingPrerequisiteError, RollbackError
+from llmtune.errors import (
+    EXIT_UNEXPECTED,
+    DoesNotFitError,
+    LlmtuneError,
+    MissingPrerequisiteError,
+    RollbackError,
+)
 from llmtune.launch.launchers.environment import FAILURE_DIR
 from llmtune.launch.supervise.log_filter import start_filter
 from llmtune.launch.supervise.memory_errors import memory_pool
@@ -45,8 +53,8 @@ _DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @contextlib.contextmanager
 def hold_output(file: Path) -> Iterator[None]:
-    """In the block, what this process and its libraries print goes to ``file``: there is no log yet, and the console is the
-    supervisor's."""
+    """In the block, what this process and its libraries print goes to ``file``: there is no log
+    yet, and the console is the supervisor's."""
     kept = [os.dup(descriptor) for descriptor in (1, 2)]
     target = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for descriptor in (1, 2):
@@ -63,23 +71,26 @@ def hold_output(file: Path) -> Iterator[None]:
 
 
 def to_user_error(error: BaseException) -> LlmtuneError | None:
-    """An error with advice for those that have one: ours, memory that ran out, and a disk that takes nothing more."""
+    """An error with advice for those that have one: ours, memory that ran out, and a disk that
+    takes nothing more.
+    """
     if isinstance(error, LlmtuneError):
         return error
     if isinstance(error, OSError) and error.errno in _DISK_REFUSES:
         where = f" ({redact(str(error.filename))})" if error.filename else ""
         return MissingPrerequisiteError(
-            f"{error.strerror}{where}: free space, or name another place (output_dir=, paths.cache_dir=, TMPDIR). The same "
-            "command then goes on"
+            f"{error.strerror}{where}: free space, or name another place (output_dir=,"
+            " paths.cache_dir=, TMPDIR). The same command then goes on"
         )
     # Before it is cut: half a secret is not recognised.
     text = redact(str(error))
     if memory_pool(error) is not None:
         first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         return DoesNotFitError(
-            f"out of memory: {first[:300]}\nTry: train.per_device_train_batch_size=1 train.gradient_checkpointing=true; "
-            "zero=3 on several ranks; offload=optimizer_cpu or offload=cpu; a smaller data.max_seq_length. "
-            "The same command then goes on from the newest checkpoint."
+            f"out of memory: {first[:300]}\nTry: train.per_device_train_batch_size=1"
+            " train.gradient_checkpointing=true; zero=3 on several ranks; offload=optimizer_cpu or"
+            " offload=cpu; a smaller data.max_seq_length. The same command then goes on from the"
+            " newest checkpoint."
         )
     return None
 
@@ -99,18 +110,31 @@ def limit_memory(limit_bytes: int, accelerator: str, local_rank: int) -> None:
 
 
 def report_failure(error: BaseException, rank: int, console: IO[str], trace: bool) -> int:
-    """Traceback to the log; the message to the supervisor, or to the console where there is none. Returns the exit code."""
+    """Traceback to the log; the message to the supervisor, or to the console where there is none.
+
+    Returns the exit code.
+    """
     story = redact("".join(traceback.format_exception(error)))
     # The log may lie on the disk whose end this is about.
     with contextlib.suppress(OSError):
         sys.stderr.write(story)
         sys.stderr.flush()
     known = to_user_error(error)
-    message = story.rstrip() if trace else redact(str(known) if known else f"{type(error).__name__}: {error}")
+    message = (
+        story.rstrip()
+        if trace
+        else redact(str(known) if known else f"{type(error).__name__}: {error}")
+    )
     code = known.exit_code if known else EXIT_UNEXPECTED
     folder = os.environ.get(FAILURE_DIR)
     if folder:
-        report = {"rank": rank, "code": code, "message": message, "known": known is not None, "time": time.time()}
+        report = {
+            "rank": rank,
+            "code": code,
+            "message": message,
+            "known": known is not None,
+            "time": time.time(),
+        }
         pool = memory_pool(error)
         if pool is not None:
             report["out_of_memory"] = pool

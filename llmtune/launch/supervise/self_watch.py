@@ -18,14 +18,16 @@ from llmtune.launch.supervise.out_of_memory import phase_file
 from llmtune.launch.supervise.phase_records import HangWatch, read_phase
 
 _LOOK_SECONDS = 0.5
-#: To write the stacks, after which the rank ends without: with the network, the run folder's file system may be gone too.
+# : To write the stacks, after which the rank ends without: with the network, the run folder's file
+# system may be gone too.
 _WRITE_SECONDS = 15.0
 
 
 class SelfWatch:
     """Ends this process when its own phase record no longer changes.
 
-    A rank that waits in vain for one whose node or network is gone would otherwise wait for the process group's timeout.
+    A rank that waits in vain for one whose node or network is gone would otherwise wait for the
+    process group's timeout.
     """
 
     def __init__(self, rank: int, run_folder: Path, say: Callable[[str], None]):
@@ -46,8 +48,12 @@ class SelfWatch:
 
     @contextmanager
     def watch(self, timeout_seconds: float) -> Iterator[None]:
-        """In the block, end the process after so many seconds without a change; ten times as many while it starts or answers."""
-        thread = threading.Thread(target=self._look, args=(timeout_seconds,), name="self-watch", daemon=True)
+        """In the block, end the process after so many seconds without a change; ten times as many
+        while it starts or answers.
+        """
+        thread = threading.Thread(
+            target=self._look, args=(timeout_seconds,), name="self-watch", daemon=True
+        )
         thread.start()
         try:
             yield
@@ -66,14 +72,21 @@ class SelfWatch:
         late.daemon = True
         late.start()
         stands = read_phase(self._folder, 0)
-        where = f"rank {self._rank} on {socket.gethostname()} ({stands['phase']}, step {stands['step']})"
-        why = f"{where} did not get on for {timeout_seconds:g} s (launch.hang_timeout; ten times that while it starts or answers)"
+        where = (
+            f"rank {self._rank} on {socket.gethostname()} ({stands['phase']}, step"
+            f" {stands['step']})"
+        )
+        why = (
+            f"{where} did not get on for {timeout_seconds:g} s (launch.hang_timeout; ten times that"
+            " while it starts or answers)"
+        )
         try:
             saved = f"its stacks are in {self._write_stacks(why)}"
         except OSError as error:
             saved = f"its stacks could not be saved ({error.strerror})"
         self._say(
-            f"{why}: another rank, its node or the network may be gone; {saved}; ending, so that the launcher can"
+            f"{why}: another rank, its node or the network may be gone; {saved}; ending, so that"
+            " the launcher can"
         )
         self.remove()
         os._exit(EXIT_UNEXPECTED)

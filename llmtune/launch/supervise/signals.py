@@ -1,4 +1,6 @@
-"""Signals that ask for an end: remembered while ranks can save, an end where there is nothing to save."""
+"""Signals that ask for an end: remembered while ranks can save, an end where there is nothing to
+save.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ END_SECONDS = 5.0
 #: What a stop means before there is anything to save.
 NOT_BEGUN = "stopped before training began; nothing is lost, the same command starts again"
 #: What a stop means when there is nothing to train any more.
-NOT_EXPORTED = "stopped during the export; the model is trained, and the same command goes on with the export"
+NOT_EXPORTED = (
+    "stopped during the export; the model is trained, and the same command goes on with the export"
+)
 
 
 class StopRequests:
@@ -32,7 +36,10 @@ class StopRequests:
 
     @property
     def at_once(self) -> bool:
-        """Whether Ctrl-C was pressed twice. Slurm sends SIGTERM after SIGUSR1: that must not cut a save off."""
+        """Whether Ctrl-C was pressed twice.
+
+        Slurm sends SIGTERM after SIGUSR1: that must not cut a save off.
+        """
         return self.received.count(signal.SIGINT) > 1
 
 
@@ -49,7 +56,9 @@ def remember_stops() -> Iterator[StopRequests]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """On its way from the handler to the end of the verb; no ``except Exception`` may take it for a bad row."""
+    """On its way from the handler to the end of the verb; no ``except Exception`` may take it for a
+    bad row.
+    """
 
     def __init__(self, number: signal.Signals):
         super().__init__(f"ended by {number.name}")
@@ -59,15 +68,17 @@ class Interrupted(KeyboardInterrupt):
 class Ending(StopRequests):
     """A handler that ends what is being done: by an exception, and at the second Ctrl-C at once.
 
-    A library may swallow the exception, and a call into C may keep Python from calling the handler: that is for the thread of
-    :func:`end_on_signals`, which knows this handler by its class.
+    A library may swallow the exception, and a call into C may keep Python from calling the handler:
+    that is for the thread of :func:`end_on_signals`, which knows this handler by its class.
     """
 
     def __init__(self, message: str | None = None, received: list[signal.Signals] | None = None):
         """
         Args:
-            message: What a stop means here, where the same command goes on; None where there is nothing to go on with.
-            received: The list of the handler in whose place this one is put, which is to know as well.
+            message: What a stop means here, where the same command goes on; None where there is
+                nothing to go on with.
+            received: The list of the handler in whose place this one is put, which is to know as
+                well.
         """
         super().__init__()
         self.message = message
@@ -113,10 +124,11 @@ def raise_stops(message: str) -> Iterator[Ending]:
 
 
 def end_on_signals() -> Ending:
-    """The handlers of the program, for its whole life: those of ``END_SIGNALS`` end it in seconds, wherever it stands.
+    """The handlers of the program, for its whole life: those of ``END_SIGNALS`` end it in seconds,
+    wherever it stands.
 
-    A thread sees to that. It hears of a signal from the interpreter's own handler in C, and looks which handler Python has for
-    it now: those that remember signals are left alone.
+    A thread sees to that. It hears of a signal from the interpreter's own handler in C, and looks
+    which handler Python has for it now: those that remember signals are left alone.
     """
     ending = Ending()
     read, write = os.pipe()
@@ -138,7 +150,9 @@ def _watch(read: int) -> None:
     came: list[signal.Signals] = []
     deadline = 0.0
     while True:
-        ready, _, _ = select.select([read], [], [], max(0.0, deadline - time.monotonic()) if came else None)
+        ready, _, _ = select.select(
+            [read], [], [], max(0.0, deadline - time.monotonic()) if came else None
+        )
         if ready:
             number = signal.Signals(os.read(read, 1)[0])
             if isinstance(signal.getsignal(number), Ending):

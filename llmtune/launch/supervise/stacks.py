@@ -22,14 +22,18 @@ def stack_file(folder: Path, rank: int) -> Path:
 
 
 def answer_with_stacks(folder: Path, rank: int) -> None:
-    """Called by a rank: write its stacks when SIGUSR2 comes, from C, so that a thread stuck in a library is no hindrance."""
+    """Called by a rank: write its stacks when SIGUSR2 comes, from C, so that a thread stuck in a
+    library is no hindrance.
+    """
     # Not closed: it lives as long as the process.
     answer = os.open(stack_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     faulthandler.register(signal.SIGUSR2, file=answer, all_threads=True, chain=False)
 
 
 def save_stacks(ranks: Sequence[RankProcess], folder: Path, run_folder: Path, why: str) -> str:
-    """Ask all ranks and write their answers to ``run_folder``; a sentence that says where, and who was silent."""
+    """Ask all ranks and write their answers to ``run_folder``; a sentence that says where, and who
+    was silent.
+    """
     for rank in ranks:
         # Before that file is there, the signal would end the rank.
         if rank.exit_code() is None and stack_file(folder, rank.number).exists():
@@ -44,7 +48,10 @@ def save_stacks(ranks: Sequence[RankProcess], folder: Path, run_folder: Path, wh
         elif not stack:
             silent.append(str(rank.number))
             stack = "no answer\n"
-        parts.append(f"==== rank {rank.number}: {record['phase']}, step {record['step']}, pid {rank.pid}\n{stack}")
+        parts.append(
+            f"==== rank {rank.number}: {record['phase']}, step {record['step']}, pid"
+            f" {rank.pid}\n{stack}"
+        )
     not_heard = f"no answer from rank {', '.join(silent)}" if silent else ""
     file = run_folder / f"stacks-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.txt"
     try:

@@ -1,4 +1,6 @@
-"""Run the ranks of this machine once: a failing rank ends the others, a signal lets them save, a hang is noticed."""
+"""Run the ranks of this machine once: a failing rank ends the others, a signal lets them save, a
+hang is noticed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def run_ranks(
         command: Arguments behind the Python interpreter.
         log: What messages point to; stack traces are saved beside it.
         say: Prints a line to the user.
-        ahead: Ranks that were started ahead and wait; they are told the last argument of ``command``.
+        ahead: Ranks that were started ahead and wait; they are told the last argument of
+            ``command``.
 
     Raises:
         RanOutOfMemoryError: Memory ran out in a rank.
@@ -49,25 +52,41 @@ def run_ranks(
             end, stacks = _run_to_end(group, log.parent, say, limits, stops)
         wait_for_filters(log)
         reports = read_reports(group.folder)
-        event = find_event(end.codes, end.first_failed, reports, group.folder, _read_from(log, printed))
+        event = find_event(
+            end.codes, end.first_failed, reports, group.folder, _read_from(log, printed)
+        )
         step = finished_step(group.folder, world_size)
         failed = end.first_failed
-        at_limit = event_at_limit(group.folder, failed, "it had nearly all its memory") if failed is not None else None
+        at_limit = (
+            event_at_limit(group.folder, failed, "it had nearly all its memory")
+            if failed is not None
+            else None
+        )
         error = Aftermath(end, reports, event, at_limit, step, stacks, log).to_error(limits)
     if error is not None:
         raise error
 
 
 def _run_to_end(
-    group: RankGroup, run_folder: Path, say: Callable[[str], None], limits: Limits, stops: StopRequests
+    group: RankGroup,
+    run_folder: Path,
+    say: Callable[[str], None],
+    limits: Limits,
+    stops: StopRequests,
 ) -> tuple[End, str]:
-    """How the ranks ended, and where their stack traces are if that was the question; no process of theirs is left."""
+    """How the ranks ended, and where their stack traces are if that was the question; no process of
+    theirs is left.
+    """
     ranks, folder = group.ranks, group.folder
     try:
-        end = Watch(ranks, stops, HangWatch(folder, len(ranks), limits.hang_timeout), limits, say).until_end()
+        end = Watch(
+            ranks, stops, HangWatch(folder, len(ranks), limits.hang_timeout), limits, say
+        ).until_end()
         stacks = ""
         if end.cause in (Cause.hang, Cause.stop_timeout):
-            stacks = save_stacks(ranks, folder, run_folder, f"the ranks as they were given up ({end.cause.value})")
+            stacks = save_stacks(
+                ranks, folder, run_folder, f"the ranks as they were given up ({end.cause.value})"
+            )
     finally:
         group.end()
     return end, stacks

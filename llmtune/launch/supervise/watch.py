@@ -1,4 +1,6 @@
-"""Watch running ranks: hand a signal on, see that one failed or that none gets on, and say why the watch is over."""
+"""Watch running ranks: hand a signal on, see that one failed or that none gets on, and say why the
+watch is over.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ from llmtune.launch.supervise.processes import RankProcess
 from llmtune.launch.supervise.signals import StopRequests
 from llmtune.process import STOP_SIGNALS
 
-#: Between a first failure and the end of the other ranks: they report a lost connection by themselves in about a second.
+# : Between a first failure and the end of the other ranks: they report a lost connection by
+# themselves in about a second.
 GRACE_SECONDS = 5.0
-#: The same where a rank stopped as it was asked to: others may still be in a collective with it, or finish a tracker.
+# : The same where a rank stopped as it was asked to: others may still be in a collective with it,
+# or finish a tracker.
 STOP_GRACE_SECONDS = 30.0
 POLL_SECONDS = 0.05
 
@@ -61,7 +65,10 @@ class End:
 
 
 def is_stop(code: int | None, asked: bool) -> bool:
-    """Whether this exit code is that of a rank which stopped. One that had no handler yet dies of the signal."""
+    """Whether this exit code is that of a rank which stopped.
+
+    One that had no handler yet dies of the signal.
+    """
     return code == EXIT_STOPPED or (asked and code in [-number for number in STOP_SIGNALS])
 
 
@@ -118,10 +125,13 @@ class Watch:
         asked = bool(self._stops.received)
         if self._stopped_at is None and any(is_stop(code, asked) for code in self._codes):
             self._stopped_at = now
-        failed = [number for number, code in enumerate(self._codes) if code and not is_stop(code, asked)]
+        failed = [
+            number for number, code in enumerate(self._codes) if code and not is_stop(code, asked)
+        ]
         if failed and self._failed_at is None:
             self._failed_at = now
-            # Of several since the last look: one that a signal ended, for the others may have lost the connection to it.
+            # Of several since the last look: one that a signal ended, for the others may have lost
+            # the connection to it.
             self._first_failed = min(failed, key=lambda number: (self._codes[number] or 0) > 0)
 
     def _hand_on(self, first: signal.Signals) -> None:
@@ -129,7 +139,9 @@ class Watch:
             rank.send(signal.SIGTERM)
         # In `llmtune | tee log`, Ctrl-C has ended tee already; that must not cost the save.
         with contextlib.suppress(OSError, SystemExit):
-            self._say(f"{first.name}: saving after the current step (Ctrl-C twice ends at once) ...")
+            self._say(
+                f"{first.name}: saving after the current step (Ctrl-C twice ends at once) ..."
+            )
 
 
 def _is_over(since: float | None, seconds: float, now: float) -> bool:

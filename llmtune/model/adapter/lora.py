@@ -13,7 +13,11 @@ import torch
 from llmtune.config.schema import TunerConfig
 from llmtune.draws import Draw, torch_seed
 from llmtune.errors import CheckpointError
-from llmtune.model.adapter.stored_adapter import WEIGHTS_FILE, read_adapter_config, with_peft_defaults
+from llmtune.model.adapter.stored_adapter import (
+    WEIGHTS_FILE,
+    read_adapter_config,
+    with_peft_defaults,
+)
 from llmtune.plan.memory.adapted_layers import choose_layers
 from llmtune.process import no_collection
 
@@ -64,7 +68,8 @@ def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
 
 @contextmanager
 def _without_bitsandbytes() -> Iterator[None]:
-    """Hide the package from peft, which imports it wherever it is installed, and with it torch's compiler: more than a second.
+    """Hide the package from peft, which imports it wherever it is installed, and with it torch's
+    compiler: more than a second.
 
     Only layers of bitsandbytes need it, and a model that has some has imported it.
     """
@@ -106,11 +111,15 @@ def load_adapter(model: Any, folder: Path) -> None:
         raise CheckpointError(f"{file}: cannot be read as an adapter ({error})") from error
     parameters = {to_file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     wrong = sorted(stored.keys() ^ parameters.keys())
-    wrong += [name for name in stored.keys() & parameters.keys() if stored[name].shape != parameters[name].shape]
+    wrong += [
+        name
+        for name in stored.keys() & parameters.keys()
+        if stored[name].shape != parameters[name].shape
+    ]
     if wrong:
         raise CheckpointError(
-            f"{file} is not an adapter of this model with tuner.lora_r and tuner.target_modules as they are: "
-            f"{len(wrong)} tensors differ, such as {wrong[0]}"
+            f"{file} is not an adapter of this model with tuner.lora_r and tuner.target_modules as"
+            f" they are: {len(wrong)} tensors differ, such as {wrong[0]}"
         )
     with torch.no_grad():
         for name, tensor in stored.items():
@@ -122,12 +131,21 @@ def _check_settings(model: Any, folder: Path) -> None:
     here, there = model.peft_config["default"], with_peft_defaults(read_adapter_config(folder))
     different = [
         f"{key}: {there[key]} there, {getattr(here, key)} here"
-        for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
+        for key in (
+            "r",
+            "lora_alpha",
+            "rank_pattern",
+            "alpha_pattern",
+            "use_rslora",
+            "use_dora",
+            "bias",
+        )
         if there[key] != getattr(here, key)
     ]
     if there.get("peft_type") != "LORA" or different:
         raise CheckpointError(
-            f"{folder} is an adapter of another kind ({there.get('peft_type')}; {'; '.join(different)})"
+            f"{folder} is an adapter of another kind ({there.get('peft_type')};"
+            f" {'; '.join(different)})"
         )
 
 

@@ -1,7 +1,8 @@
-"""Regular expressions of other people's settings, which Python matches by trying: some would take years for one name.
+"""Regular expressions of other people's settings, which Python matches by trying: some would take
+years for one name.
 
-An expression is refused by what it is made of, before anything is matched. What is bounded is the number of ways in which it can
-be tried on a name: those of a repeat times those of what follows it.
+An expression is refused by what it is made of, before anything is matched. What is bounded is the
+number of ways in which it can be tried on a name: those of a repeat times those of what follows it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import math
 import re
 
-# Moved in Python 3.11, and part of no public interface; the checks of a pattern's structure have no other source.
+# Moved in Python 3.11, and part of no public interface; the checks of a pattern's structure have no
+# other source.
 from re import _constants as kinds  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
@@ -53,7 +55,9 @@ def _ways_of(kind: Any, argument: Any) -> float:
             # Repeats of what may itself match in several ways multiply with each character.
             single = len(inner) == 1 and inner[0][0] in _SINGLE
             if not single and (endless or _ways(inner) > 1):
-                raise _CostlyError("it repeats what can itself be matched in several ways, such as (a+)+ or (a|b)*")
+                raise _CostlyError(
+                    "it repeats what can itself be matched in several ways, such as (a+)+ or (a|b)*"
+                )
             return _NAME_LENGTH if endless else min(_NAME_LENGTH, most - least + 1)
         return (most - least + 1) * _ways(inner)
     if kind is kinds.BRANCH:

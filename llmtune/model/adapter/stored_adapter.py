@@ -1,6 +1,8 @@
-"""An adapter folder to go on from: what it is, read without its tensors, and what of it llmtune can train.
+"""An adapter folder to go on from: what it is, read without its tensors, and what of it llmtune can
+train.
 
-Only the small files and headers are read, and torch is not needed, so that the supervisor can do it before any rank starts.
+Only the small files and headers are read, and torch is not needed, so that the supervisor can do it
+before any rank starts.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ PEFT_DEFAULTS: dict[str, Any] = {
     "init_lora_weights": True,
 }
 
-#: Settings that say how an adapter was trained, started or found, or that its tensors' names say better.
+# : Settings that say how an adapter was trained, started or found, or that its tensors' names say
+# better.
 _SAID_ELSEWHERE = {
     *(
         "auto_mapping",
@@ -51,8 +54,21 @@ _SAID_ELSEWHERE = {
         "peft_version",
         "peft_type",
     ),
-    *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-    *("ensure_weight_tying", "ephemeral_gpu_offload", "runtime_config", "megatron_core", "qalora_group_size"),
+    *(
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+    ),
+    *(
+        "ensure_weight_tying",
+        "ephemeral_gpu_offload",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+    ),
     *(
         "eva_config",
         "corda_config",
@@ -65,7 +81,8 @@ _SAID_ELSEWHERE = {
 }
 _CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 
-#: Starts that also change the base; the adapter is then the difference to a base that nobody stored.
+# : Starts that also change the base; the adapter is then the difference to a base that nobody
+# stored.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 #: Keys of ``tuner`` -> the setting of peft's that an adapter brings.
@@ -76,7 +93,10 @@ _KEYS = {
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
 }
-_MERGE = "merge it with `export base= adapter= output_dir=` and train on the merged model (model.name_or_path=)"
+_MERGE = (
+    "merge it with `export base= adapter= output_dir=` and train on the merged model"
+    " (model.name_or_path=)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +113,11 @@ class StoredAdapter:
     def modules(self) -> list[str]:
         """Modules of the base that have a pair of matrices, in the order of the file."""
         names = (name.removeprefix(PREFIX) for name in self.shapes)
-        return list(dict.fromkeys(name.removesuffix(_MATRICES[0]) for name in names if name.endswith(_MATRICES[0])))
+        return list(
+            dict.fromkeys(
+                name.removesuffix(_MATRICES[0]) for name in names if name.endswith(_MATRICES[0])
+            )
+        )
 
 
 def read_stored_adapter(folder: Path) -> StoredAdapter:
@@ -122,7 +146,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The settings of an adapter folder, as they stand in its file.
 
     Raises:
-        CheckpointError: There is no adapter; or its settings have peft import a module, or match patterns that take years.
+        CheckpointError: There is no adapter; or its settings have peft import a module, or match
+            patterns that take years.
     """
     file = folder / CONFIG_FILE
     if not file.is_file():
@@ -135,13 +160,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged (it holds no settings); fetch or copy it again")
     if values.get("megatron_config") and (named := values.get("megatron_core")):
         raise CheckpointError(
-            f"{file}: megatron_config has peft import {named}, which only a training with Megatron needs"
+            f"{file}: megatron_config has peft import {named}, which only a training with Megatron"
+            " needs"
         )
     for key, pattern in _patterns(values):
         if problem := pattern_problem(pattern):
             raise CheckpointError(
-                f"{file}: {key} has the pattern {pattern[:80]!r}, which is not matched: {problem}; write the "
-                "modules' names out"
+                f"{file}: {key} has the pattern {pattern[:80]!r}, which is not matched: {problem};"
+                " write the modules' names out"
             )
     return values
 
@@ -149,7 +175,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def _patterns(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Settings that peft takes for regular expressions."""
     for key in ("rank_pattern", "alpha_pattern"):
-        yield from ((key, str(pattern)) for pattern in (settings.get(key) or {}))
+        yield from ((key, str(pattern)) for pattern in settings.get(key) or {})
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = settings.get(key)
         if isinstance(value, str):
@@ -160,7 +186,11 @@ def _patterns(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def with_peft_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of any version of peft, with its defaults for what is absent or null."""
-    given = {key: value for key, value in settings.items() if value is not None or key not in PEFT_DEFAULTS}
+    given = {
+        key: value
+        for key, value in settings.items()
+        if value is not None or key not in PEFT_DEFAULTS
+    }
     return {**PEFT_DEFAULTS, **given}
 
 
@@ -180,7 +210,8 @@ def adopt_settings(tuner: TunerConfig, stored: StoredAdapter, asked: set[str]) -
     found["lora_alpha"] = _whole(found["lora_alpha"])
     found["alpha_pattern"] = {name: _whole(alpha) for name, alpha in found["alpha_pattern"].items()}
     contradictions = [
-        f"tuner.{key}={getattr(tuner, key)}: {stored.folder} has {found[key]}; leave it out, and it is taken from there"
+        f"tuner.{key}={getattr(tuner, key)}: {stored.folder} has {found[key]}; leave it out, and it"
+        " is taken from there"
         for key in sorted(asked & found.keys())
         if getattr(tuner, key) != found[key]
     ]
@@ -202,7 +233,10 @@ def find_misfits(stored: StoredAdapter, built: dict[str, int], model: str) -> li
     surplus = [name for name in stored.shapes if name not in built]
     lacking = [name for name in built if name not in stored.shapes]
     if surplus:
-        problems.append(f"{len(surplus)} of its tensors belong to no adapted layer of {model}, such as {surplus[0]}")
+        problems.append(
+            f"{len(surplus)} of its tensors belong to no adapted layer of {model}, such as"
+            f" {surplus[0]}"
+        )
     if lacking:
         problems.append(f"{len(lacking)} that {model} needs are not in it, such as {lacking[0]}")
     for name, shape in stored.shapes.items():
@@ -224,9 +258,14 @@ def _rank(stored: StoredAdapter, tensor: str) -> int:
 
 
 def _targets(stored: StoredAdapter) -> str | list[str]:
-    """The adapter's own list where that is all that chooses modules; else each module by its whole name."""
+    """The adapter's own list where that is all that chooses modules; else each module by its whole
+    name.
+    """
     targets, settings = stored.settings.get("target_modules"), stored.settings
-    narrowed = any(settings.get(key) not in (None, [], "") for key in ("exclude_modules", "layers_to_transform"))
+    narrowed = any(
+        settings.get(key) not in (None, [], "")
+        for key in ("exclude_modules", "layers_to_transform")
+    )
     if isinstance(targets, list) and targets and not narrowed:
         return sorted(map(str, targets))
     return stored.modules
@@ -236,45 +275,64 @@ def _check_kind(stored: StoredAdapter) -> None:
     settings, place = stored.settings, stored.folder / CONFIG_FILE
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{place}: peft_type is {settings.get('peft_type')}; only LORA adapters can be trained on"
+            f"{place}: peft_type is {settings.get('peft_type')}; only LORA adapters can be"
+            " trained on"
         )
     if settings.get("task_type") not in (None, "CAUSAL_LM"):
         raise CheckpointError(
-            f"{place}: task_type is {settings['task_type']}; only adapters of causal language models can be trained on"
+            f"{place}: task_type is {settings['task_type']}; only adapters of causal language"
+            " models can be trained on"
         )
     start = str(settings["init_lora_weights"]).lower()
     if start.startswith(CHANGES_BASE):
         raise CheckpointError(
-            f"{place}: init_lora_weights={start} changed the base before training, and the changed base is not here. Load it "
-            "with peft and store it with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes a "
-            "plain adapter of it"
+            f"{place}: init_lora_weights={start} changed the base before training, and the changed"
+            " base is not here. Load it with peft and store it with save_pretrained(...,"
+            " path_initial_model_for_weight_conversion=...), which makes a plain adapter of it"
         )
     numbers = {"r": settings["r"], **settings["rank_pattern"]}
-    if wrong := [f"{key}={rank}" for key, rank in numbers.items() if type(rank) is not int or rank < 1]:
+    if wrong := [
+        f"{key}={rank}" for key, rank in numbers.items() if type(rank) is not int or rank < 1
+    ]:
         raise CheckpointError(f"{place}: {wrong[0]} is no rank")
     scales = {"lora_alpha": settings["lora_alpha"], **settings["alpha_pattern"]}
-    if wrong := [f"{key}={json.dumps(scale)}" for key, scale in scales.items() if not _is_scale(scale)]:
+    if wrong := [
+        f"{key}={json.dumps(scale)}" for key, scale in scales.items() if not _is_scale(scale)
+    ]:
         raise CheckpointError(f"{place}: {wrong[0]} is no scale; a number other than 0 is")
     known = _SAID_ELSEWHERE | _CARRIED
     foreign = sorted(
-        key for key, value in settings.items() if key not in known and value and value != PEFT_DEFAULTS.get(key, False)
+        key
+        for key, value in settings.items()
+        if key not in known and value and value != PEFT_DEFAULTS.get(key, False)
     )
     if foreign:
         described = ", ".join(f"{key}={json.dumps(settings[key])}" for key in foreign)
-        raise CheckpointError(f"{place}: {described}: llmtune trains LoRA matrices of linear layers only; {_MERGE}")
-    strange = [name for name in stored.shapes if not (name.startswith(PREFIX) and name.endswith(_MATRICES))]
+        raise CheckpointError(
+            f"{place}: {described}: llmtune trains LoRA matrices of linear layers only; {_MERGE}"
+        )
+    strange = [
+        name for name in stored.shapes if not (name.startswith(PREFIX) and name.endswith(_MATRICES))
+    ]
     if strange:
         raise CheckpointError(
-            f"{stored.folder / WEIGHTS_FILE}: {len(strange)} tensors are no LoRA matrices of linear layers, such as "
-            f"{strange[0]}; {_MERGE}"
+            f"{stored.folder / WEIGHTS_FILE}: {len(strange)} tensors are no LoRA matrices of linear"
+            f" layers, such as {strange[0]}; {_MERGE}"
         )
     if not stored.shapes:
         raise CheckpointError(f"{stored.folder / WEIGHTS_FILE} holds no tensors")
 
 
 def _is_scale(value: Any) -> bool:
-    """Whether something is learned with it: with 0 nothing is, and peft divides a text by the rank in vain."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value != 0
+    """Whether something is learned with it: with 0 nothing is, and peft divides a text by the rank
+    in vain.
+    """
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value != 0
+    )
 
 
 def _whole(value: Any) -> Any:

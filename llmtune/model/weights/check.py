@@ -1,4 +1,6 @@
-"""Compare the names and shapes in a model's files with those of the model: what they lack would be random."""
+"""Compare the names and shapes in a model's files with those of the model: what they lack would be
+random.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ import torch
 
 from llmtune.model.weights.files import Entry, read_entries, read_slice
 from llmtune.model.weights.names import Conversion, Matching, find_missing, match_names, tied_groups
-from llmtune.model.weights.quantized import find_meaningless, find_scaleless, is_packed, quantization, weight_entries
+from llmtune.model.weights.quantized import (
+    find_meaningless,
+    find_scaleless,
+    is_packed,
+    quantization,
+    weight_entries,
+)
 from llmtune.model.weights.report import WeightReport
 
 #: Elements that are compared at once.
@@ -33,13 +41,18 @@ def compare_weights(model: Any, folder: Path) -> WeightReport:
     matching = match_names(model, entries)
     state = model.state_dict()
     found = set(matching.direct)
-    shapes = {name: entries[source].shape for name, source in matching.direct.items() if source not in packed}
+    shapes = {
+        name: entries[source].shape
+        for name, source in matching.direct.items()
+        if source not in packed
+    }
     for conversion in matching.conversions:
         if packed & {name for names in conversion.sources.values() for name in names}:
             found |= _targets(conversion, state)
             continue
         made = conversion.run(
-            model, lambda name: torch.empty(entries[name].shape, dtype=entries[name].dtype, device="meta")
+            model,
+            lambda name: torch.empty(entries[name].shape, dtype=entries[name].dtype, device="meta"),
         )
         shapes |= {name: tuple(tensor.shape) for name, tensor in made.items()}
     found |= shapes.keys()
@@ -63,15 +76,24 @@ def compare_weights(model: Any, folder: Path) -> WeightReport:
 
 
 def _targets(conversion: Conversion, state: dict[str, Any]) -> set[str]:
-    """What comes of tensors that cannot be computed here, because they are packed: by the names alone."""
+    """What comes of tensors that cannot be computed here, because they are packed: by the names
+    alone.
+    """
     patterns = [re.compile(pattern) for pattern in conversion.converter.target_patterns]
-    begin = min((match.start() for one in patterns if (match := one.search(conversion.target))), default=0)
+    begin = min(
+        (match.start() for one in patterns if (match := one.search(conversion.target))), default=0
+    )
     beside = {name for name in state if name.startswith(conversion.target[:begin])}
-    return {conversion.target, *(name for name in beside if any(one.search(name) for one in patterns))}
+    return {
+        conversion.target,
+        *(name for name in beside if any(one.search(name) for one in patterns)),
+    }
 
 
 def _find_untied(model: Any, matching: Matching, entries: dict[str, Entry]) -> list[str]:
-    """Of weights that are one by the configuration and twice in the files, those whose values differ."""
+    """Of weights that are one by the configuration and twice in the files, those whose values
+    differ.
+    """
     found = []
     for group in tied_groups(model):
         first, *others = sorted(name for name in group if name in matching.direct) or [""]

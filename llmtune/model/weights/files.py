@@ -1,4 +1,6 @@
-"""The safetensors files of a model folder: which are read, what their headers say, and single tensors or slices of them."""
+"""The safetensors files of a model folder: which are read, what their headers say, and single
+tensors or slices of them.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ class Entry:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that transformers reads of a model folder; some hold a second copy under other names.
+    """The safetensors that transformers reads of a model folder; some hold a second copy under
+    other names.
 
     Raises:
         MissingPrerequisiteError: There are none, or the index names one that is not there.
@@ -66,20 +69,23 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / ONE_FILE]
     index = folder / INDEX_FILE
     if not index.is_file():
+        others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:8])
         raise MissingPrerequisiteError(
-            f"{folder} holds neither {ONE_FILE} nor {INDEX_FILE}, which transformers reads (it has: "
-            f"{', '.join(sorted(path.name for path in folder.glob('*.safetensors'))[:8]) or 'no *.safetensors'}); save the "
-            "model with transformers' save_pretrained"
+            f"{folder} holds neither {ONE_FILE} nor {INDEX_FILE}, which transformers reads (it has:"
+            f" {others or 'no *.safetensors'}); save the model with transformers' save_pretrained"
         )
     try:
         names = sorted(set(parse_json(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MissingPrerequisiteError(f"{index} is no index of safetensors ({error}); fetch it again") from error
+        raise MissingPrerequisiteError(
+            f"{index} is no index of safetensors ({error}); fetch it again"
+        ) from error
     gone = [name for name in names if not (folder / name).is_file()]
     if gone:
         raise MissingPrerequisiteError(
-            f"{folder}: {INDEX_FILE} names {', '.join(gone[:4])}{' and more' if len(gone) > 4 else ''}, which "
-            f"{'is' if len(gone) == 1 else 'are'} not there; fetch the model again"
+            f"{folder}: {INDEX_FILE} names"
+            f" {', '.join(gone[:4])}{' and more' if len(gone) > 4 else ''}, which"
+            f" {'is' if len(gone) == 1 else 'are'} not there; fetch the model again"
         )
     return [folder / name for name in names]
 
@@ -87,7 +93,8 @@ def weight_files(folder: Path) -> list[Path]:
 def read_entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of a model folder, from the headers alone.
 
-    The layout is that of safetensors: an 8-byte little-endian header length, a JSON header, the data.
+    The layout is that of safetensors: an 8-byte little-endian header length, a JSON header, the
+    data.
 
     Raises:
         MissingPrerequisiteError: A file is missing, or is no whole safetensors file.
@@ -98,7 +105,8 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             header = read_header(file)
         except ValueError as error:
             raise MissingPrerequisiteError(
-                f"{file}: no whole safetensors file (cut off, or a pointer of Git LFS: run git lfs pull in its folder; {error})"
+                f"{file}: no whole safetensors file (cut off, or a pointer of Git LFS: run git lfs"
+                f" pull in its folder; {error})"
             ) from error
         for name, about in header.items():
             if about.kind in DTYPES:
@@ -129,17 +137,22 @@ def read_slice(entry: Entry, start: int, count: int) -> torch.Tensor:
         while done < len(buffer):
             got = os.preadv(handle.fileno(), [view[done:]], entry.offset + start * width + done)
             if not got:
-                raise MissingPrerequisiteError(f"{entry.file} ended while it was read; fetch the model again")
+                raise MissingPrerequisiteError(
+                    f"{entry.file} ended while it was read; fetch the model again"
+                )
             done += got
     return torch.frombuffer(buffer, dtype=entry.dtype)
 
 
 def identify_weights(folder: Path) -> str:
-    """A digest of the configuration and of every tensor's name, type, shape, file, size and time: what a report depends on."""
+    """A digest of the configuration and of every tensor's name, type, shape, file, size and time:
+    what a report depends on.
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for name, entry in sorted(read_entries(folder).items()):
         status = entry.file.stat()
         digest.update(
-            f"{name} {entry.kind} {entry.shape} {entry.file.name} {status.st_size} {status.st_mtime_ns}".encode()
+            f"{name} {entry.kind} {entry.shape} {entry.file.name} {status.st_size}"
+            f" {status.st_mtime_ns}".encode()
         )
     return digest.hexdigest()

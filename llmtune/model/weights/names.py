@@ -1,9 +1,12 @@
-"""Which tensors of a model's files become which of the model, by the rules of transformers' own loading.
+"""Which tensors of a model's files become which of the model, by the rules of transformers' own
+loading.
 
-A file's names are not always the model's: prefixes of the base model come and go (``wte.weight`` is GPT-2's
-``transformer.wte.weight``), older names live on (``LayerNorm.gamma``), and experts that are stored one by one are stacked.
-transformers has the rules for it (``transformers.conversion_mapping``); here they are applied to names and shapes alone, so that
-it is known what a model lacks before anything is read, and so that a rank of ZeRO 3 reads its own slices only.
+A file's names are not always the model's: prefixes of the base model come and go (``wte.weight`` is
+GPT-2's ``transformer.wte.weight``), older names live on (``LayerNorm.gamma``), and experts that are
+stored one by one are stacked. transformers has the rules for it
+(``transformers.conversion_mapping``); here they are applied to names and shapes alone, so that it
+is known what a model lacks before anything is read, and so that a rank of ZeRO 3 reads its own
+slices only.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """Tensors of the files that are computed into tensors of the model, such as experts that are stacked."""
+    """Tensors of the files that are computed into tensors of the model, such as experts that are
+    stacked.
+    """
 
     target: str
     """The first of the model's tensors that come of it."""
@@ -40,7 +45,9 @@ class Conversion:
             for name in names:
                 converter.add_tensor(self.target, name, pattern, read(name))
         made = converter.convert(self.target, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,9 @@ def match_names(model: Any, stored: Iterable[str]) -> Matching:
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    by_pattern = {
+        pattern: converter for converter in converters for pattern in converter.source_patterns
+    }
     prefix, state = model.base_model_prefix, model.state_dict()
     direct: dict[str, str] = {}
     conversions: dict[str, Conversion] = {}
@@ -93,8 +102,14 @@ def match_names(model: Any, stored: Iterable[str]) -> Matching:
 
 
 def _passed_over(model: Any, names: list[str]) -> list[str]:
-    """Without those that the architecture leaves out on purpose, such as rotary frequencies, which are computed."""
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    """Without those that the architecture leaves out on purpose, such as rotary frequencies, which
+    are computed.
+    """
+    patterns = [
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    ]
     return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
 
 
@@ -108,7 +123,8 @@ def tied_groups(model: Any) -> list[frozenset[str]]:
 
 
 def find_missing(model: Any, found: Mapping[str, Any] | set[str]) -> tuple[list[str], list[str]]:
-    """Parameters that are nowhere in the files, and those that are another one's by the configuration.
+    """Parameters that are nowhere in the files, and those that are another one's by the
+    configuration.
 
     Args:
         found: Names of the model for which the files hold something.

@@ -1,7 +1,9 @@
-"""Bases whose files hold weights in fewer bits: what their tensors are called, and what can be trained on them.
+"""Bases whose files hold weights in fewer bits: what their tensors are called, and what can be
+trained on them.
 
-A quantizer stores a weight as several tensors: its packed numbers, and the scales that they are multiplied with. Where their
-names are known, the files are compared with the model by the names of the weights that they stand for.
+A quantizer stores a weight as several tensors: its packed numbers, and the scales that they are
+multiplied with. Where their names are known, the files are compared with the model by the names of
+the weights that they stand for.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from llmtune.errors import ConfigError
 from llmtune.model.weights.files import Entry
 from llmtune.storage.plain_json import parse_json
 
-#: ``quant_method`` of quantizers whose names are known -> the key of its settings that names a layout, and the known ones.
+# : ``quant_method`` of quantizers whose names are known -> the key of its settings that names a
+# layout, and the known ones.
 _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "bitsandbytes": ("", ()),
     "gptq": ("checkpoint_format", ("gptq", "gptq_v2")),
@@ -27,7 +30,8 @@ _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
 #: Endings of tensors that hold the numbers of a weight, where they are not called ``weight``.
 _PACKED = re.compile(r"\.(qweight|weight_packed)$")
 
-#: Endings of tensors that say how a weight is packed: bitsandbytes' in 4 and in 8 bits, GPTQ's and AWQ's, compressed-tensors'.
+# : Endings of tensors that say how a weight is packed: bitsandbytes' in 4 and in 8 bits, GPTQ's and
+# AWQ's, compressed-tensors'.
 _BESIDE = re.compile(
     r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)$|\.(SCB|weight_format)$|"
     r"\.(qzeros|scales|g_idx)$|\.(weight|input|output|k|v|q)_(scale|zero_point|shape|g_idx|global_scale)$"
@@ -39,13 +43,18 @@ _SMALL_FLOATS = ("F8_E4M3", "F8_E5M2")
 
 
 def quantization(folder: Path) -> dict[str, Any] | None:
-    """``quantization_config`` of a model folder's ``config.json``; None where the weights are stored as they are."""
+    """``quantization_config`` of a model folder's ``config.json``; None where the weights are
+    stored as they are.
+    """
     settings = parse_json((folder / "config.json").read_bytes()).get("quantization_config")
     return dict(settings) if settings else None
 
 
 def method_of(settings: Mapping[str, Any]) -> str:
-    """The quantizer's name. Old files of bitsandbytes have none, which transformers reads all the same."""
+    """The quantizer's name.
+
+    Old files of bitsandbytes have none, which transformers reads all the same.
+    """
     old = settings.get("load_in_4bit") or settings.get("load_in_8bit")
     return str(settings.get("quant_method") or ("bitsandbytes" if old else "an unknown quantizer"))
 
@@ -60,11 +69,17 @@ def has_known_names(settings: Mapping[str, Any]) -> bool:
 
 def weight_entries(stored: Mapping[str, Entry]) -> dict[str, Entry]:
     """The tensors that hold numbers of weights, under the names of those weights."""
-    return {_PACKED.sub(".weight", name): entry for name, entry in stored.items() if not _BESIDE.search(name)}
+    return {
+        _PACKED.sub(".weight", name): entry
+        for name, entry in stored.items()
+        if not _BESIDE.search(name)
+    }
 
 
 def is_packed(name: str, stored: Mapping[str, Entry]) -> bool:
-    """Whether a weight's numbers mean nothing by themselves, so that their shape is not the weight's."""
+    """Whether a weight's numbers mean nothing by themselves, so that their shape is not the
+    weight's.
+    """
     # bitsandbytes may keep its packed bytes in tensors of any type (bnb_4bit_quant_storage).
     return name not in stored or stored[name].kind in _INTEGERS or f"{name}.absmax" in stored
 
@@ -85,8 +100,11 @@ def find_scaleless(stored: Mapping[str, Entry]) -> list[str]:
     return sorted(name for name in wanted if name not in stored)
 
 
-def find_meaningless(direct: Mapping[str, str], stored: Mapping[str, Entry], floating: set[str]) -> list[str]:
-    """Weights that are stored as integers, or as 8-bit floats with scales, in a folder that says nothing of a quantizer.
+def find_meaningless(
+    direct: Mapping[str, str], stored: Mapping[str, Entry], floating: set[str]
+) -> list[str]:
+    """Weights that are stored as integers, or as 8-bit floats with scales, in a folder that says
+    nothing of a quantizer.
 
     transformers would take the numbers for the weights.
 
@@ -104,7 +122,11 @@ def find_meaningless(direct: Mapping[str, str], stored: Mapping[str, Entry], flo
 
 
 def check_trainable(
-    settings: Mapping[str, Any], stored: Mapping[str, Entry], tuner: TunerKind, stage: int, name: str
+    settings: Mapping[str, Any],
+    stored: Mapping[str, Entry],
+    tuner: TunerKind,
+    stage: int,
+    name: str,
 ) -> None:
     """Refuse what would train something else than the model that is stored.
 
@@ -117,28 +139,37 @@ def check_trainable(
         ConfigError: With what can be trained instead.
     """
     method = method_of(settings)
-    base = f"model.name_or_path={name}: its weights are stored in fewer bits (quantization_config: {method})"
+    base = (
+        f"model.name_or_path={name}: its weights are stored in fewer bits (quantization_config:"
+        f" {method})"
+    )
     if tuner is TunerKind.full:
         raise ConfigError(
-            f"{base}, of which tuner=full could train the norms and embeddings alone: take tuner=lora, or the model in 16 bits"
+            f"{base}, of which tuner=full could train the norms and embeddings alone: take"
+            " tuner=lora, or the model in 16 bits"
         )
     if any(entry.kind in _SMALL_FLOATS for entry in stored.values()) or not _is_trainable(settings):
         raise ConfigError(
-            f"{base}, which cannot be trained on: store the model in 16 bits first (transformers' from_pretrained with "
-            f"dequantize=True in its quantization_config, where {method} has it, then save_pretrained), and name that"
+            f"{base}, which cannot be trained on: store the model in 16 bits first (transformers'"
+            f" from_pretrained with dequantize=True in its quantization_config, where {method} has"
+            " it, then save_pretrained), and name that"
         )
     if stage == 3:
         raise ConfigError(
-            f"{base}, which ZeRO 3 cannot cut into slices: take zero=2 (or 0, 1), or the model in 16 bits"
+            f"{base}, which ZeRO 3 cannot cut into slices: take zero=2 (or 0, 1), or the model in"
+            " 16 bits"
         )
 
 
 def _is_trainable(settings: Mapping[str, Any]) -> bool:
-    """What transformers says of a quantizer; one that it cannot make for want of a package is refused when it is read."""
+    """What transformers says of a quantizer; one that it cannot make for want of a package is
+    refused when it is read.
+    """
     from transformers.quantizers.auto import AutoHfQuantizer
 
     try:
         return bool(AutoHfQuantizer.from_config(dict(settings), pre_quantized=True).is_trainable)
     except Exception:
-        # Missing packages and unknown settings raise anything; whoever loads the model says what is missing.
+        # Missing packages and unknown settings raise anything; whoever loads the model says what is
+        # missing.
         return True

@@ -59,14 +59,15 @@ class WeightReport:
         where = f"model.name_or_path={name}"
         if self.missing:
             raise MissingPrerequisiteError(
-                f"{where}: {_count(len(self.missing))} in none of the files of {folder}: {some(self.missing)}. "
-                "transformers would draw random numbers instead, and other ones on every rank and after every restart. "
-                f"{self._explain_missing()}"
+                f"{where}: {_count(len(self.missing))} in none of the files of {folder}:"
+                f" {some(self.missing)}. transformers would draw random numbers instead, and other"
+                f" ones on every rank and after every restart. {self._explain_missing()}"
             )
         if self.meaningless:
             raise MissingPrerequisiteError(
-                f"{where}: {folder} holds packed numbers in the place of {some(self.meaningless)}, and its config.json has no "
-                "quantization_config that says how to unpack them; put the model's own config.json back, or fetch the model again"
+                f"{where}: {folder} holds packed numbers in the place of {some(self.meaningless)},"
+                " and its config.json has no quantization_config that says how to unpack them; put"
+                " the model's own config.json back, or fetch the model again"
             )
         if self.reshaped:
             raise MissingPrerequisiteError(
@@ -74,25 +75,34 @@ class WeightReport:
             )
         if self.untied:
             raise MissingPrerequisiteError(
-                f"{where}: config.json makes one weight of {some(self.untied)}, and the files of {folder} hold them with "
-                "different values; set tie_word_embeddings to false in its config.json, or leave one out of the files"
+                f"{where}: config.json makes one weight of {some(self.untied)}, and the files of"
+                f" {folder} hold them with different values; set tie_word_embeddings to false in"
+                " its config.json, or leave one out of the files"
             )
 
     def _explain_missing(self) -> str:
         for prefix, wrapper in _WRAPPERS.items():
             if self.unused and all(name.startswith(prefix) for name in self.unused):
                 return (
-                    f"The names in the files begin with '{prefix}', which {wrapper} puts there: save the model inside the "
-                    "wrapper, or take the prefix off the names"
+                    f"The names in the files begin with '{prefix}', which {wrapper} puts there:"
+                    " save the model inside the wrapper, or take the prefix off the names"
                 )
-        held = f" (they hold {len(self.unused)} others, such as {some(self.unused[:3])})" if self.unused else ""
+        held = (
+            f" (they hold {len(self.unused)} others, such as {some(self.unused[:3])})"
+            if self.unused
+            else ""
+        )
         return f"Fetch the model again, or save it whole with transformers' save_pretrained{held}"
 
     def notes(self) -> list[str]:
         """What is as it should be and worth a line in the log."""
         texts = {
-            "tied by the configuration (one weight under two names), and not in the files": self.tied,
-            "buffers that are not in the files, and have the architecture's own values": self.defaults,
+            "tied by the configuration (one weight under two names), and not in the files": (
+                self.tied
+            ),
+            "buffers that are not in the files, and have the architecture's own values": (
+                self.defaults
+            ),
             "in the files, and not used": self.unused,
         }
         return [f"weights: {what}: {some(names)}" for what, names in texts.items() if names]

@@ -1,15 +1,18 @@
-"""Partition-direct loading: under ZeRO 3 a rank reads the bytes of its own slices, and nothing is gathered or sent.
+"""Partition-direct loading: under ZeRO 3 a rank reads the bytes of its own slices, and nothing is
+gathered or sent.
 
-A ZeRO-3 partition is a contiguous slice of the flattened tensor: rank ``r`` of ``w`` owns the elements
-``[r*P, (r+1)*P)`` with ``P = ceil(n / w)``, padded on the last rank. A safetensors entry is the flattened tensor too,
-so the slice is one read at a computed offset. Only what transformers computes out of several tensors of the files, such as
-stacked experts, is made whole first, one tensor after the other.
+A ZeRO-3 partition is a contiguous slice of the flattened tensor: rank ``r`` of ``w`` owns the
+elements ``[r*P, (r+1)*P)`` with ``P = ceil(n / w)``, padded on the last rank. A safetensors entry
+is the flattened tensor too, so the slice is one read at a computed offset. Only what transformers
+computes out of several tensors of the files, such as stacked experts, is made whole first, one
+tensor after the other.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ from llmtune.model.weights.names import Conversion, find_missing, match_names
 
 
 def load_partitions(model: Any, folder: Path, rank: int) -> None:
-    """Fill this rank's slice of every parameter that ``zero.Init`` made, and every buffer that the files hold.
+    """Fill this rank's slice of every parameter that ``zero.Init`` made, and every buffer that the
+    files hold.
 
     Raises:
         MissingPrerequisiteError: The files lack a parameter, or hold it in another shape.
@@ -40,27 +44,32 @@ def load_partitions(model: Any, folder: Path, rank: int) -> None:
         elif parameter is None:
             buffers[name].data.copy_(read_tensor(entry))
         elif id(parameter) not in done:
-            _load_slice(parameter, lambda start, count, entry=entry: read_slice(entry, start, count), rank)  # type: ignore[misc]
+            _load_slice(parameter, partial(read_slice, entry), rank)
             done.add(id(parameter))
     found = set(matching.direct)
     for conversion in matching.conversions:
         found |= _load_converted(model, conversion, entries, rank)
     problems += [f"{name} is not in the files" for name in find_missing(model, found)[0]]
     if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise MissingPrerequisiteError(
-            f"{folder} cannot be loaded: {'; '.join(problems[:4])}"
-            f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}; fetch the model again"
+            f"{folder} cannot be loaded: {'; '.join(problems[:4])}{more}; fetch the model again"
         )
 
 
-def _load_converted(model: Any, conversion: Conversion, entries: dict[str, Entry], rank: int) -> set[str]:
-    """Compute some parameters as transformers does, and keep this rank's slices of them; their names."""
+def _load_converted(
+    model: Any, conversion: Conversion, entries: dict[str, Entry], rank: int
+) -> set[str]:
+    """Compute some parameters as transformers does, and keep this rank's slices of them; their
+    names.
+    """
     made = conversion.run(model, lambda name: read_tensor(entries[name]))
     for name, tensor in made.items():
         parameter = model.get_parameter(name)
         if tuple(tensor.shape) != tuple(parameter.ds_shape):
             raise MissingPrerequisiteError(
-                f"{name} is {tuple(tensor.shape)} as the files have it and {tuple(parameter.ds_shape)} in the model"
+                f"{name} is {tuple(tensor.shape)} as the files have it and"
+                f" {tuple(parameter.ds_shape)} in the model"
             )
         flat = tensor.reshape(-1)
         _load_slice(parameter, lambda start, count, flat=flat: flat[start : start + count], rank)  # type: ignore[misc]
@@ -88,8 +97,9 @@ def _load_slice(parameter: Any, read: Callable[[int, int], torch.Tensor], rank: 
         target[:count].copy_(read(start, count))
     if swapped:
         swapper.swap_out_and_release([parameter])
-    # hpZ keeps a second slice, for gathers within a node. ``zero.Init`` cut it from memory that nobody had written; it is cut
-    # anew from the weights when they are first gathered and given back.
+    # hpZ keeps a second slice, for gathers within a node. ``zero.Init`` cut it from memory that
+    # nobody had written; it is cut anew from the weights when they are first gathered and given
+    # back.
     if getattr(parameter, "ds_secondary_tensor", None) is not None:
         parameter.ds_secondary_tensor = None
 
@@ -97,8 +107,9 @@ def _load_slice(parameter: Any, read: Callable[[int, int], torch.Tensor], rank: 
 def restore_buffers(model: Any, build: Callable[[torch.dtype], Any], dtype: torch.dtype) -> None:
     """Give a partitioned model the buffers of one that is not, such as rotary frequencies in fp32.
 
-    ``zero.Init`` casts every float tensor that is made inside it to the training dtype. A model that transformers reads whole
-    has buffers that are computed in fp32, and then have the dtype in which the architecture makes them.
+    ``zero.Init`` casts every float tensor that is made inside it to the training dtype. A model
+    that transformers reads whole has buffers that are computed in fp32, and then have the dtype in
+    which the architecture makes them.
 
     Args:
         build: Makes the same model once more in a dtype, outside of ``zero.Init``.
@@ -117,5 +128,9 @@ def restore_buffers(model: Any, build: Callable[[torch.dtype], Any], dtype: torc
                 continue
             whole = f"{owner}.{name}" if owner else name
             floating = values[whole].is_floating_point()
-            wanted = torch.float32 if floating and any(one.search(whole) for one in kept) else dtypes[whole]
+            wanted = (
+                torch.float32
+                if floating and any(one.search(whole) for one in kept)
+                else dtypes[whole]
+            )
             module._buffers[name] = values[whole].to(buffer.device, wanted)

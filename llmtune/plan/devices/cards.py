@@ -1,4 +1,6 @@
-"""Speeds of accelerators by name: data sheets, and the shares of them that training reaches in published runs."""
+"""Speeds of accelerators by name: data sheets, and the shares of them that training reaches in
+published runs.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ class Card:
 
 GIB = 2**30
 
-#: Efficiencies are those of DeepSpeed and FSDP runs of 70B models with eager kernels (docs/planner.md has the runs); a
-#: data sheet's NVLink figure counts both directions, and collectives reach about 80 % of one.
+# : Efficiencies are those of DeepSpeed and FSDP runs of 70B models with eager kernels
+# (docs/planner.md has the runs); a : data sheet's NVLink figure counts both directions, and
+# collectives reach about 80 % of one.
 CARDS: dict[str, Card] = {
     "A100-80GB": Card(312e12, 0.57, 240e9, 20e9, 19.5e12, 80),
     "A100-40GB": Card(312e12, 0.57, 240e9, 20e9, 19.5e12, 80),
@@ -60,16 +63,22 @@ _SLICES = {"A30": 4}
 
 
 def find_card(name: str | None, memory_bytes: int | None = None) -> Card | None:
-    """The card whose name ``name`` begins with, maker aside (``NVIDIA A100-SXM4-80GB``); A100s are told apart by memory."""
+    """The card whose name ``name`` begins with, maker aside (``NVIDIA A100-SXM4-80GB``); A100s are
+    told apart by memory.
+    """
     if not name:
         return None
     plain = name.upper().replace("NVIDIA", "").replace("TESLA", "").replace("GEFORCE", "").strip()
     known = sorted(CARDS, key=len, reverse=True)
-    key = next((card for card in known if re.match(re.escape(card.upper()) + r"(?![0-9A-Z])", plain)), None)
+    key = next(
+        (card for card in known if re.match(re.escape(card.upper()) + r"(?![0-9A-Z])", plain)), None
+    )
     piece = _SLICE.search(plain)
     if plain.startswith("A100"):
         # A slice has less memory than its card.
-        small = "40GB" in plain or (memory_bytes is not None and memory_bytes < 50 * GIB and not piece)
+        small = "40GB" in plain or (
+            memory_bytes is not None and memory_bytes < 50 * GIB and not piece
+        )
         key = "A100-40GB" if small else "A100-80GB"
     if key is None:
         return None

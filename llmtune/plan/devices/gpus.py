@@ -1,4 +1,6 @@
-"""The GPUs that this process may use, as torch sees them, and what NVIDIA's library knows beside it."""
+"""The GPUs that this process may use, as torch sees them, and what NVIDIA's library knows beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from llmtune.units import counted
 
 #: Where torch reads the settings of its allocators; the first wins.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-#: The setting that leaves large blocks of pinned memory as they are, and torch's first version that knows it.
+# : The setting that leaves large blocks of pinned memory as they are, and torch's first version
+# that knows it.
 EXACT_PINS, _FIRST_WITH_EXACT_PINS = "pinned_max_round_threshold_mb", (2, 13)
 
 
@@ -31,7 +34,10 @@ class Gpu:
 
 
 def visible_gpus() -> list[Gpu]:
-    """In torch's order. Without a driver's library there are none, and torch, which takes a second, is not asked."""
+    """In torch's order.
+
+    Without a driver's library there are none, and torch, which takes a second, is not asked.
+    """
     if "torch" not in sys.modules and not any(map(_can_load, ("libcuda.so.1", "libamdhip64.so"))):
         return []
     import torch
@@ -43,7 +49,8 @@ def visible_gpus() -> list[Gpu]:
 
 
 def check_kernels(gpu: Gpu) -> None:
-    """torch is compiled for some generations of GPUs, and says so only when the first kernel is started.
+    """torch is compiled for some generations of GPUs, and says so only when the first kernel is
+    started.
 
     Raises:
         MissingPrerequisiteError: Not for this one.
@@ -53,13 +60,16 @@ def check_kernels(gpu: Gpu) -> None:
     built = torch.cuda.get_arch_list()
     if built and not any(_runs_on(name, gpu.compute_capability) for name in built):
         raise MissingPrerequisiteError(
-            f"torch {torch.__version__} has no kernels for {gpu.name} (compute capability {gpu.compute_capability / 10:.1f}); "
-            f"it has {', '.join(built)}. Install a build that has them: python -m llmtune doctor says which"
+            f"torch {torch.__version__} has no kernels for {gpu.name} (compute capability"
+            f" {gpu.compute_capability / 10:.1f}); it has {', '.join(built)}. Install a build that"
+            " has them: python -m llmtune doctor says which"
         )
 
 
 def _runs_on(name: str, capability: int) -> bool:
-    """``sm_80`` is machine code for its generation from that minor number on; ``compute_80`` is compiled where it runs."""
+    """``sm_80`` is machine code for its generation from that minor number on; ``compute_80`` is
+    compiled where it runs.
+    """
     kind, _, number = name.partition("_")
     digits = "".join(character for character in number if character.isdigit())
     built = int(digits or 0)
@@ -69,7 +79,8 @@ def _runs_on(name: str, capability: int) -> bool:
 
 
 def hidden_gpus() -> str | None:
-    """NVIDIA GPUs that the driver has and torch cannot use, with the driver's version; None where there are none.
+    """NVIDIA GPUs that the driver has and torch cannot use, with the driver's version; None where
+    there are none.
 
     GPUs that ``CUDA_VISIBLE_DEVICES`` hides from this process are hidden on purpose.
     """
@@ -90,7 +101,8 @@ def hidden_gpus() -> str | None:
 
 
 def count_gpus() -> int:
-    """GPUs that this process may use, as NVML and ``CUDA_VISIBLE_DEVICES`` say, in no time; 0 where NVML does not.
+    """GPUs that this process may use, as NVML and ``CUDA_VISIBLE_DEVICES`` say, in no time; 0 where
+    NVML does not.
 
     Whether torch can use them is another question: :func:`visible_gpus`.
     """
@@ -107,7 +119,12 @@ def count_gpus() -> int:
     if visible is None:
         return count
     # CUDA stops reading at the first that is none.
-    return sum(1 for _ in takewhile(lambda name: _names_gpus(name) and _is_there(name, count), visible.split(",")))
+    return sum(
+        1
+        for _ in takewhile(
+            lambda name: _names_gpus(name) and _is_there(name, count), visible.split(",")
+        )
+    )
 
 
 def _is_there(name: str, count: int) -> bool:
@@ -127,8 +144,9 @@ def check_hidden_gpus() -> None:
 
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
     raise MissingPrerequisiteError(
-        f"this machine has {found}, but torch {torch.__version__}, which is built {built}, cannot use them. Run "
-        "bash scripts/setup.sh, which installs the build for the driver; hardware.accelerator=cpu trains on the CPU all the same"
+        f"this machine has {found}, but torch {torch.__version__}, which is built {built}, cannot"
+        " use them. Run bash scripts/setup.sh, which installs the build for the driver;"
+        " hardware.accelerator=cpu trains on the CPU all the same"
     )
 
 
@@ -157,7 +175,9 @@ def pins_exactly() -> bool:
 
 
 def has_nvlink() -> bool:
-    """Whether the first GPU of this process has an active NVLink, by NVML; True where NVML does not say."""
+    """Whether the first GPU of this process has an active NVLink, by NVML; True where NVML does not
+    say.
+    """
     try:
         import pynvml
 
@@ -183,11 +203,18 @@ def near_cores(index: int) -> set[int]:
         words = pynvml.nvmlDeviceGetCpuAffinity(handle, -(-(os.cpu_count() or 1) // 64))
     except Exception:
         return set()
-    return {64 * place + bit for place, word in enumerate(words) for bit in range(64) if int(word) >> bit & 1}
+    return {
+        64 * place + bit
+        for place, word in enumerate(words)
+        for bit in range(64)
+        if int(word) >> bit & 1
+    }
 
 
 def _handle(pynvml: Any, visible: str | None, index: int = 0) -> Any:
-    """NVML knows nothing of ``CUDA_VISIBLE_DEVICES``, which counts or names GPUs and their slices (``GPU-...``, ``MIG-...``)."""
+    """NVML knows nothing of ``CUDA_VISIBLE_DEVICES``, which counts or names GPUs and their slices
+    (``GPU-...``, ``MIG-...``).
+    """
     names = [str(index)] if visible is None else [name.strip() for name in visible.split(",")]
     name = names[min(index, len(names) - 1)]
     if name.isdigit():

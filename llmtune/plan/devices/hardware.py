@@ -17,16 +17,19 @@ from llmtune.plan.devices.cards import CARDS, UNKNOWN, Card, find_card
 from llmtune.plan.devices.gpus import check_hidden_gpus, check_kernels, has_nvlink, visible_gpus
 from llmtune.units import counted, format_bytes, parse_bytes
 
-#: Between the ranks of one CPU, through gloo on the loopback (measured on 2 cores: 0.7 to 1.3 GB/s).
+# : Between the ranks of one CPU, through gloo on the loopback (measured on 2 cores: 0.7 to 1.3
+# GB/s).
 CPU_LINK_BANDWIDTH = 1e9
-#: A node's memory, two sockets of eight channels; of the 400 GB/s of the data sheet the optimizer reaches about this.
+# : A node's memory, two sockets of eight channels; of the 400 GB/s of the data sheet the optimizer
+# reaches about this.
 SERVER_MEMORY_BANDWIDTH = 250e9
 CPU_MEMORY_BANDWIDTH = 15e9
 #: Eight adapters of 200 Gb/s.
 NETWORK_BANDWIDTH = 160e9
 #: Four drives of PCIe 4 under DeepNVMe.
 NVME_READ_BANDWIDTH, NVME_WRITE_BANDWIDTH = 10e9, 5e9
-#: Share of the CPU's own matrix multiplication that a training step reaches (SmolLM2-135M on 2 cores).
+# : Share of the CPU's own matrix multiplication that a training step reaches (SmolLM2-135M on 2
+# cores).
 CPU_EFFICIENCY = 0.35
 #: Of one core, without and with bf16 instructions (2 EPYC cores: 200 GFLOP/s in fp32, 440 in bf16).
 CPU_FLOPS_PER_CORE = {False: 100e9, True: 220e9}
@@ -76,13 +79,17 @@ class Hardware:
         nodes = f"{self.nodes} x " if self.nodes > 1 else ""
         name = f" {self.name}" if self.name else ""
         return (
-            f"{nodes}{counted(self.device_count, 'GPU')}{name} of {format_bytes(self.device_memory_bytes)}, "
-            f"host {format_bytes(self.host_memory_bytes)}{nvme}"
+            f"{nodes}{counted(self.device_count, 'GPU')}{name} of"
+            f" {format_bytes(self.device_memory_bytes)}, host"
+            f" {format_bytes(self.host_memory_bytes)}{nvme}"
         )
 
 
 def resolve_hardware(
-    config: HardwareConfig, nvme_path: str | None = None, planning: bool = False, ranks_on_node: int | None = None
+    config: HardwareConfig,
+    nvme_path: str | None = None,
+    planning: bool = False,
+    ranks_on_node: int | None = None,
 ) -> Hardware:
     """Fill what the config leaves open from this machine.
 
@@ -91,13 +98,18 @@ def resolve_hardware(
         ranks_on_node: That a foreign launcher started here; each may see one GPU only.
 
     Raises:
-        MissingPrerequisiteError: CUDA was asked for and there is none, torch cannot use the GPUs that there are, or
-            ``offload.nvme_path`` cannot be used.
+        MissingPrerequisiteError: CUDA was asked for and there is none, torch cannot use the GPUs
+            that there are, or ``offload.nvme_path`` cannot be used.
     """
-    named = planning and config.accelerator is Accelerator.cuda and config.gpu_memory_bytes is not None
+    named = (
+        planning and config.accelerator is Accelerator.cuda and config.gpu_memory_bytes is not None
+    )
     hardware = _named(config) if named else _probed(config, planning, ranks_on_node)
     hardware = replace(hardware, nodes=config.nodes, **_given(config))
-    known = find_card(hardware.name, hardware.device_memory_bytes) is not None or config.gpu_flops is not None
+    known = (
+        find_card(hardware.name, hardware.device_memory_bytes) is not None
+        or config.gpu_flops is not None
+    )
     if hardware.accelerator == "cuda" and not known:
         hardware = replace(hardware, notes=(*hardware.notes, _describe_unknown(hardware.name)))
     if nvme_path is not None and config.nvme_bytes is None:
@@ -129,7 +141,9 @@ def check_nvme_path(nvme_path: str) -> Path:
             f"offload.nvme_path={nvme_path}: {error.strerror}; name a folder on a local disk"
         ) from error
     if not os.access(folder, os.W_OK):
-        raise MissingPrerequisiteError(f"offload.nvme_path={nvme_path}: not writable; name a folder on a local disk")
+        raise MissingPrerequisiteError(
+            f"offload.nvme_path={nvme_path}: not writable; name a folder on a local disk"
+        )
     return folder
 
 
@@ -138,7 +152,11 @@ def _named(config: HardwareConfig) -> Hardware:
     memory = parse_bytes(config.gpu_memory_bytes, "hardware.gpu_memory_bytes")
     card = find_card(config.gpu_name, memory) or UNKNOWN
     host = config.host_memory_bytes
-    host_bytes = parse_bytes(host, "hardware.host_memory_bytes") if host is not None else probe_host_memory_bytes()
+    host_bytes = (
+        parse_bytes(host, "hardware.host_memory_bytes")
+        if host is not None
+        else probe_host_memory_bytes()
+    )
     return _with_card(card, config.gpu_name or "", config.gpus_per_node or 1, memory, host_bytes)
 
 
@@ -146,30 +164,52 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
     gpus = visible_gpus()
     accelerator = _accelerator(config.accelerator, len(gpus))
     notes: list[str] = []
-    host_bytes = _within(config.host_memory_bytes, "host_memory_bytes", probe_host_memory_bytes(), planning, notes)
+    host_bytes = _within(
+        config.host_memory_bytes, "host_memory_bytes", probe_host_memory_bytes(), planning, notes
+    )
     if accelerator == "cpu":
         cores = len(os.sched_getaffinity(0))
         flops = config.gpu_flops or _cpu_flops(cores)
         return Hardware(
-            "cpu", 1, host_bytes, host_bytes, name="CPU", flops=flops, efficiency=CPU_EFFICIENCY, notes=tuple(notes)
+            "cpu",
+            1,
+            host_bytes,
+            host_bytes,
+            name="CPU",
+            flops=flops,
+            efficiency=CPU_EFFICIENCY,
+            notes=tuple(notes),
         )
     # A task of Slurm often sees the one GPU that is its own.
     found = max(len(gpus), ranks_on_node or 0)
     count = config.gpus_per_node or found
     if count > found:
         raise MissingPrerequisiteError(
-            f"hardware.gpus_per_node={count}: this machine has {counted(found, 'GPU')}; take hardware=probe to use what is there"
+            f"hardware.gpus_per_node={count}: this machine has {counted(found, 'GPU')}; take"
+            " hardware=probe to use what is there"
         )
     first = gpus[0]
     check_kernels(first)
-    device_bytes = _within(config.gpu_memory_bytes, "gpu_memory_bytes", first.memory_bytes, planning, notes)
+    device_bytes = _within(
+        config.gpu_memory_bytes, "gpu_memory_bytes", first.memory_bytes, planning, notes
+    )
     name = config.gpu_name if planning and config.gpu_name else first.name
     card = find_card(name, device_bytes) or UNKNOWN
-    if config.gpu_name and card not in (find_card(config.gpu_name), find_card(config.gpu_name, device_bytes)):
-        notes.append(f"hardware.gpu_name={config.gpu_name}: this machine has {first.name}, which is planned for")
+    if config.gpu_name and card not in (
+        find_card(config.gpu_name),
+        find_card(config.gpu_name, device_bytes),
+    ):
+        notes.append(
+            f"hardware.gpu_name={config.gpu_name}: this machine has {first.name}, which is"
+            " planned for"
+        )
     hardware = _with_card(card, name, count, device_bytes, host_bytes)
     hardware = replace(hardware, compute_capability=first.compute_capability, notes=tuple(notes))
-    return hardware if count == 1 or has_nvlink() else replace(hardware, link_bandwidth=card.pcie_bandwidth)
+    return (
+        hardware
+        if count == 1 or has_nvlink()
+        else replace(hardware, link_bandwidth=card.pcie_bandwidth)
+    )
 
 
 def _within(given: Any, key: str, probed: int, planning: bool, notes: list[str]) -> int:
@@ -181,7 +221,9 @@ def _within(given: Any, key: str, probed: int, planning: bool, notes: list[str])
         return wanted
     # What a data sheet calls 80 GB is a little less to programs.
     if wanted > 1.05 * probed:
-        notes.append(f"hardware.{key}={given}: this machine has {format_bytes(probed)}, which is planned for")
+        notes.append(
+            f"hardware.{key}={given}: this machine has {format_bytes(probed)}, which is planned for"
+        )
     return probed
 
 
@@ -206,8 +248,8 @@ def _describe_unknown(name: str) -> str:
     known = next((card for card in CARDS if name and name.upper() in card.split()), None)
     meant = f" (did you mean hardware.gpu_name={known!r}?)" if known else ""
     return (
-        f"the speed of {name or 'a GPU without a name'} is not known{meant}: {UNKNOWN.flops / 1e12:.0f} TFLOP/s are assumed; "
-        "hardware.gpu_flops= sets another"
+        f"the speed of {name or 'a GPU without a name'} is not known{meant}:"
+        f" {UNKNOWN.flops / 1e12:.0f} TFLOP/s are assumed; hardware.gpu_flops= sets another"
     )
 
 
@@ -234,7 +276,9 @@ def _given(config: HardwareConfig) -> dict[str, Any]:
 
 
 def choose_accelerator(wanted: Accelerator, gpus: int) -> str:
-    """What is asked for, by the configuration or by DeepSpeed's variable, or what there is; not looked at any further."""
+    """What is asked for, by the configuration or by DeepSpeed's variable, or what there is; not
+    looked at any further.
+    """
     if wanted is not Accelerator.auto:
         return wanted.value
     return os.environ.get("DS_ACCELERATOR", "cuda" if gpus else "cpu")
@@ -249,14 +293,15 @@ def _accelerator(wanted: Accelerator, cuda_devices: int) -> str:
         check_hidden_gpus()
     if name == "cuda" and not cuda_devices:
         raise MissingPrerequisiteError(
-            f"{origin}=cuda, but torch sees no CUDA device: install a CUDA build of torch and check nvidia-smi, "
-            "or take hardware=probe hardware.accelerator=cpu"
+            f"{origin}=cuda, but torch sees no CUDA device: install a CUDA build of torch and check"
+            " nvidia-smi, or take hardware=probe hardware.accelerator=cpu"
         )
     return name
 
 
 def probe_host_memory_bytes(root: Path = Path("/")) -> int:
-    """Physical memory, or the lowest limit of the control groups that this process is in (containers, jobs of Slurm).
+    """Physical memory, or the lowest limit of the control groups that this process is in
+    (containers, jobs of Slurm).
 
     Args:
         root: Of the file system; for tests.
@@ -273,7 +318,9 @@ def probe_host_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def _memory_limits(root: Path) -> Iterator[Path]:
-    """Files with the limits of this process's control group and of those around it, of both versions."""
+    """Files with the limits of this process's control group and of those around it, of both
+    versions.
+    """
     mounted = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -293,7 +340,9 @@ def _memory_limits(root: Path) -> Iterator[Path]:
 
 
 def _cpu_flops(cores: int) -> float:
-    """bf16 operations a second by what the cores have; not measured, so that two starts of a run plan the same."""
+    """bf16 operations a second by what the cores have; not measured, so that two starts of a run
+    plan the same.
+    """
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

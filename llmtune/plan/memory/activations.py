@@ -1,7 +1,8 @@
 """Activations, by running a few layers of the model on fake tensors and scaling by layers.
 
-``FakeTensorMode`` runs every operation without memory or arithmetic; ``MemTracker`` books what would be allocated. Parameters'
-gradients are dropped as soon as they are made: where they live is ZeRO's affair and is counted there.
+``FakeTensorMode`` runs every operation without memory or arithmetic; ``MemTracker`` books what
+would be allocated. Parameters' gradients are dropped as soon as they are made: where they live is
+ZeRO's affair and is counted there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from llmtune.plan.memory.model_shape import ModelShape, load_architecture
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.process import hold_interruptions
 
-#: After the first layer, its input is no intermediate result; from the second on, each adds the same.
+# : After the first layer, its input is no intermediate result; from the second on, each adds the
+# same.
 TRACED_LAYERS = 3
 
 
@@ -50,7 +52,9 @@ class TraceSettings:
     zero3: bool
     """Under ZeRO 3 DeepSpeed's linear function keeps its input, also where the weight is frozen."""
     masked: bool = False
-    """Documents that share a row: attention then keeps a mask, and keys and values repeated for every head."""
+    """Documents that share a row: attention then keeps a mask, and keys and values repeated for
+    every head.
+    """
 
 
 #: Traces of this process: the search for what would make a job fit plans the same model many times.
@@ -60,7 +64,13 @@ _TRACES: dict[str, dict[TraceSettings, ActivationBytes]] = {}
 class ActivationModel:
     """Traces on demand and remembers, for one model and tuner."""
 
-    def __init__(self, model: ModelConfig, tuner: TunerConfig, shape: ModelShape, cache_dir: Path | None = None):
+    def __init__(
+        self,
+        model: ModelConfig,
+        tuner: TunerConfig,
+        shape: ModelShape,
+        cache_dir: Path | None = None,
+    ):
         self.cache_dir = cache_dir
         self.model = model
         self.tuner = tuner
@@ -77,13 +87,17 @@ class ActivationModel:
             settings.attn_implementation,
             settings.precision,
             # What is trained keeps its input anyway.
-            settings.zero3 and self.tuner.kind is not TunerKind.full and self.tuner.target_modules != "all-linear",
+            settings.zero3
+            and self.tuner.kind is not TunerKind.full
+            and self.tuner.target_modules != "all-linear",
             masked=settings.masked and settings.attn_implementation in ("sdpa", "eager"),
         )
         if one not in self._done:
             self._done[one] = self._measure(one)
         found, rows = self._done[one], settings.rows
-        return ActivationBytes(found.saved * rows, found.working * rows, found.logits * rows, found.origin)
+        return ActivationBytes(
+            found.saved * rows, found.working * rows, found.logits * rows, found.origin
+        )
 
     def _measure(self, settings: TraceSettings) -> ActivationBytes:
         # The shape too: a local folder may hold another model tomorrow.
@@ -105,7 +119,9 @@ class ActivationModel:
             trace = trace_layers(self._architecture, self.tuner, settings)
         except Exception as error:
             # Any of the hundreds of architectures may do something that fake tensors cannot.
-            logging.getLogger(__name__).info("activations estimated, because the trace failed: %s", error)
+            logging.getLogger(__name__).info(
+                "activations estimated, because the trace failed: %s", error
+            )
             return estimate(self.shape, settings, logits)
         saved = trace.held + trace.layer * (self.shape.layers - TRACED_LAYERS)
         return ActivationBytes(saved, max(0, trace.peak - trace.held), logits)
@@ -133,7 +149,9 @@ def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings)
     from torch.distributed._tools.mem_tracker import MemTracker
 
     class PeakTracker(MemTracker):
-        """Books the whole's peak, and not each module's, which takes half of the time of a trace."""
+        """Books the whole's peak, and not each module's, which takes half of the time of a
+        trace.
+        """
 
         def _update_peak_stats(self, *args: Any) -> None:
             modules, self.memory_tracking = self.memory_tracking, {}  # type: ignore[assignment]
@@ -146,7 +164,9 @@ def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings)
     with hold_interruptions(), FakeTensorMode(allow_non_fake_inputs=True):
         _to_fake(model)
         hidden = architecture.get_text_config().hidden_size
-        inputs = torch.empty(settings.rows, settings.length, hidden, dtype=dtype, requires_grad=True)
+        inputs = torch.empty(
+            settings.rows, settings.length, hidden, dtype=dtype, requires_grad=True
+        )
         tracker = PeakTracker()
         tracker.track_external(model, inputs)
         for layer in _layers(model):
@@ -161,7 +181,8 @@ def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings)
             inputs.grad = None
         peak = _activation_bytes(tracker.get_tracker_snapshot("peak"))
     own = settings.rows * settings.length * hidden * dtype.itemsize
-    # The output and the gradient that is fed in belong to the head: it has them whatever the layers do.
+    # The output and the gradient that is fed in belong to the head: it has them whatever the layers
+    # do.
     return Trace(held - own, after[2] - after[1], peak - own)
 
 
@@ -169,12 +190,17 @@ def _layers(model: Any) -> Any:
     """The layers: the children of the module list that holds most."""
     from torch import nn
 
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == TRACED_LAYERS]
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == TRACED_LAYERS
+    ]
     return max(lists, key=lambda module: sum(1 for _ in module.modules()))
 
 
 def loss_bytes(tokens: int, vocab_size: int, precision: Precision) -> int:
-    """Peak of logits and loss: the logits in the training dtype; in fp32 the log-probabilities and two gradients of them.
+    """Peak of logits and loss: the logits in the training dtype; in fp32 the log-probabilities and
+    two gradients of them.
 
     Follows ``model/loss.py``: cross entropy over all positions in fp32, and its backward pass.
     """
@@ -182,7 +208,9 @@ def loss_bytes(tokens: int, vocab_size: int, precision: Precision) -> int:
 
 
 def estimate(shape: ModelShape, settings: TraceSettings, logits: int) -> ActivationBytes:
-    """Without a trace: ``10 hidden + 5 intermediate`` a token and layer, fitted to a Llama layer."""
+    """Without a trace: ``10 hidden + 5 intermediate`` a token and layer, fitted to a Llama
+    layer.
+    """
     tokens = settings.rows * settings.length
     size = _dtype(settings.precision).itemsize
     layer = (10 * shape.hidden_size + 5 * shape.intermediate_size) * size * tokens
@@ -192,7 +220,9 @@ def estimate(shape: ModelShape, settings: TraceSettings, logits: int) -> Activat
     return ActivationBytes(layer * shape.layers, layer // 2, logits, "estimated")
 
 
-def _build(architecture: Any, tuner: TunerConfig, settings: TraceSettings, layers: int, dtype: Any) -> Any:
+def _build(
+    architecture: Any, tuner: TunerConfig, settings: TraceSettings, layers: int, dtype: Any
+) -> Any:
     import torch
     from transformers import AutoModel
 
@@ -205,7 +235,11 @@ def _build(architecture: Any, tuner: TunerConfig, settings: TraceSettings, layer
             setattr(numbers, name, getattr(numbers, name)[:layers])
     # A vocabulary that costs nothing: embeddings are not part of the trace.
     numbers.vocab_size, numbers.pad_token_id = 8, None
-    kernel = settings.attn_implementation if settings.masked or settings.attn_implementation == "eager" else _unmasked()
+    kernel = (
+        settings.attn_implementation
+        if settings.masked or settings.attn_implementation == "eager"
+        else _unmasked()
+    )
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype, attn_implementation=kernel)
         if tuner.kind is not TunerKind.full:
@@ -219,7 +253,9 @@ def _build(architecture: Any, tuner: TunerConfig, settings: TraceSettings, layer
 
 
 def _unmasked() -> str:
-    """SDPA without a mask, and what flash attention keeps: on fake tensors transformers would make a mask in any case."""
+    """SDPA without a mask, and what flash attention keeps: on fake tensors transformers would make
+    a mask in any case.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -252,7 +288,9 @@ def _to_fake(model: Any) -> None:
 
 
 def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any) -> Any:
-    """Freeze the model and put in what peft computes for a LoRA layer; importing peft takes longer than the trace."""
+    """Freeze the model and put in what peft computes for a LoRA layer; importing peft takes longer
+    than the trace.
+    """
     from torch import nn
 
     class Adapted(nn.Module):
@@ -279,7 +317,11 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any) -> Any:
     else:
         # The head, which may be among them, is not part of the trace.
         endings = tuple(f".{ending}" for ending in wanted)
-        layers = {name: module for name, module in linear_layers(model).items() if f".{name}".endswith(endings)}
+        layers = {
+            name: module
+            for name, module in linear_layers(model).items()
+            if f".{name}".endswith(endings)
+        }
     for name, module in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Adapted(module, lora_rank(tuner, name)))
@@ -287,7 +329,9 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any) -> Any:
 
 
 def _keep_linear_inputs(model: Any) -> None:
-    """Make linear layers keep what DeepSpeed's ``LinearFunctionForZeroStage3`` keeps: input and weight."""
+    """Make linear layers keep what DeepSpeed's ``LinearFunctionForZeroStage3`` keeps: input and
+    weight.
+    """
     import torch
     from torch import nn
 
@@ -305,7 +349,11 @@ def _keep_linear_inputs(model: Any) -> None:
             return gradient.matmul(weight), None
 
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad and getattr(module, "bias", None) is None:
+        if (
+            isinstance(module, nn.Linear)
+            and not module.weight.requires_grad
+            and getattr(module, "bias", None) is None
+        ):
             linear: Any = module
             linear.forward = functools.partial(_apply_kept, KeepInput, linear)
 
@@ -328,4 +376,8 @@ def _activation_bytes(snapshot: dict[Any, dict[Any, int]]) -> int:
 def _dtype(precision: Precision) -> Any:
     import torch
 
-    return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}[precision]
+    return {
+        Precision.bf16: torch.bfloat16,
+        Precision.fp16: torch.float16,
+        Precision.fp32: torch.float32,
+    }[precision]

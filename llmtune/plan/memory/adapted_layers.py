@@ -1,4 +1,6 @@
-"""Which layers get LoRA adapters: those that peft adapts, that are called as layers, and that do not choose among experts."""
+"""Which layers get LoRA adapters: those that peft adapts, that are called as layers, and that do
+not choose among experts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from llmtune.errors import ConfigError
 if TYPE_CHECKING:
     from llmtune.config.schema import TunerConfig
 
-#: Of a state-space layer (Mamba's), which hands their weights to its kernel instead of calling them: adapters would be passed by.
+# : Of a state-space layer (Mamba's), which hands their weights to its kernel instead of calling
+# them: adapters would be passed by.
 _HANDED_OVER = ("x_proj", "dt_proj", "out_proj")
 
 
@@ -56,31 +59,54 @@ def choose_layers(model: Any, tuner: TunerConfig) -> AdaptedLayers:
     head = model.get_output_embeddings()
     left_alone = _left_alone(model, linear)
     if tuner.target_modules == "all-linear":
-        layers = {name: one for name, one in linear.items() if one is not head and name not in left_alone}
-        return AdaptedLayers(layers, left_alone, patterned=bool(left_alone) or _has_stacked_experts(model))
+        layers = {
+            name: one for name, one in linear.items() if one is not head and name not in left_alone
+        }
+        return AdaptedLayers(
+            layers, left_alone, patterned=bool(left_alone) or _has_stacked_experts(model)
+        )
     endings = list(tuner.target_modules)
     matched = {e: [n for n in linear if n == e or n.endswith(f".{e}")] for e in endings}
     nothing = [ending for ending in endings if not matched[ending]]
     if nothing:
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise ConfigError(f"tuner.target_modules: {nothing} matches no linear layer; the model has {known}")
-    impossible = {e: left_alone[n] for e, names in matched.items() for n in names if n in left_alone}
+        raise ConfigError(
+            f"tuner.target_modules: {nothing} matches no linear layer; the model has {known}"
+        )
+    impossible = {
+        e: left_alone[n] for e, names in matched.items() for n in names if n in left_alone
+    }
     if impossible:
         ending, reason = next(iter(impossible.items()))
         free = sorted(
-            {name.rsplit(".", 1)[-1] for name, one in linear.items() if name not in left_alone and one is not head}
+            {
+                name.rsplit(".", 1)[-1]
+                for name, one in linear.items()
+                if name not in left_alone and one is not head
+            }
         )
-        raise ConfigError(f"tuner.target_modules: {ending} cannot have an adapter: {reason}; the others are {free}")
+        raise ConfigError(
+            f"tuner.target_modules: {ending} cannot have an adapter: {reason}; the others are"
+            f" {free}"
+        )
     chosen = {name for names in matched.values() for name in names}
-    return AdaptedLayers({name: one for name, one in linear.items() if name in chosen}, left_alone, patterned=False)
+    return AdaptedLayers(
+        {name: one for name, one in linear.items() if name in chosen}, left_alone, patterned=False
+    )
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """What peft takes for linear layers; GPT-2's are called ``Conv1D``, and have their weight transposed."""
+    """What peft takes for linear layers; GPT-2's are called ``Conv1D``, and have their weight
+    transposed.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
 
 
 def matrix_sides(linear: Any) -> tuple[int, int]:
@@ -88,7 +114,11 @@ def matrix_sides(linear: Any) -> tuple[int, int]:
     from torch import nn
 
     shape = linear.weight.shape
-    return (int(shape[1]), int(shape[0])) if isinstance(linear, nn.Linear) else (int(shape[0]), int(shape[1]))
+    return (
+        (int(shape[1]), int(shape[0]))
+        if isinstance(linear, nn.Linear)
+        else (int(shape[0]), int(shape[1]))
+    )
 
 
 def count_experts(architecture: Any) -> int:
@@ -96,12 +126,19 @@ def count_experts(architecture: Any) -> int:
     text = architecture.get_text_config()
     keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     places = [text, getattr(text, "ffn_config", None)]
-    return next((int(number) for place in places for key in keys if (number := getattr(place, key, None))), 0)
+    return next(
+        (int(number) for place in places for key in keys if (number := getattr(place, key, None))),
+        0,
+    )
 
 
 def stacked_parameters(model: Any) -> int:
     """Elements of experts that are stacked in one tensor, which is no linear layer."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and len(_shape(p)) > 2)
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if ".experts." in name and len(_shape(p)) > 2
+    )
 
 
 def _has_stacked_experts(model: Any) -> bool:
@@ -120,12 +157,18 @@ def _left_alone(model: Any, linear: dict[str, Any]) -> dict[str, str]:
     for name, layer in linear.items():
         owner, _, ending = name.rpartition(".")
         if _is_router(name, layer, experts):
-            found[name] = "it chooses among the experts, and an adapter would change who answers instead of what"
+            found[name] = (
+                "it chooses among the experts, and an adapter would change who answers instead of"
+                " what"
+            )
         elif ending in taken:
-            found[name] = "peft takes its name for that of the stacked experts, and would adapt those instead"
+            found[name] = (
+                "peft takes its name for that of the stacked experts, and would adapt those instead"
+            )
         elif ending in _HANDED_OVER and _is_state_space(model.get_submodule(owner)):
             found[name] = (
-                "its layer hands the weight to a kernel instead of calling it, and an adapter would be passed by"
+                "its layer hands the weight to a kernel instead of calling it, and an adapter would"
+                " be passed by"
             )
     return found
 
@@ -143,9 +186,11 @@ def _is_state_space(module: Any) -> bool:
 
 
 def _taken_for_experts(model: Any) -> set[str]:
-    """Names of layers that peft maps to stacked experts, as they were called before transformers stacked them.
+    """Names of layers that peft maps to stacked experts, as they were called before transformers
+    stacked them.
 
-    It does so whatever layer has the name, a dense or a shared one too, in training and whenever such an adapter is loaded.
+    It does so whatever layer has the name, a dense or a shared one too, in training and whenever
+    such an adapter is loaded.
     """
     if not _has_stacked_experts(model):
         return set()

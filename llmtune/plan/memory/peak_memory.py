@@ -1,8 +1,10 @@
-"""What a rank needs at its peak, by category, on the accelerator, the host and NVMe; and what a checkpoint takes on disk.
+"""What a rank needs at its peak, by category, on the accelerator, the host and NVMe; and what a
+checkpoint takes on disk.
 
-The accelerator's peak is the highest of three moments: the loss (all activations, logits), the backward pass of a layer (all
-activations, the layer's working set, gathered weights, gradients on their way), and the optimizer step. The categories add up
-to it: ``working_set`` and ``step`` count only what goes beyond what is free again by then.
+The accelerator's peak is the highest of three moments: the loss (all activations, logits), the
+backward pass of a layer (all activations, the layer's working set, gathered weights, gradients on
+their way), and the optimizer step. The categories add up to it: ``working_set`` and ``step`` count
+only what goes beyond what is free again by then.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from llmtune.plan.memory.zero_buffers import ZeroSizes, partition_numel
 from llmtune.plan.memory.zero_states import StateBytes, element_bytes
 from llmtune.units import format_bytes
 
-#: Share of a memory that a plan may fill; the rest is fragmentation, other processes, the operating system.
+# : Share of a memory that a plan may fill; the rest is fragmentation, other processes, the
+# operating system.
 USABLE_SHARE = 0.92
 
 #: CUDA context, NCCL's and cuBLAS' buffers of one rank.
 CUDA_RUNTIME_BYTES = 1_600_000_000
-#: Python, torch and the libraries in one rank's host memory: with CUDA's, and of a CPU rank (0.75 GB measured).
+# : Python, torch and the libraries in one rank's host memory: with CUDA's, and of a CPU rank (0.75
+# GB measured).
 HOST_RUNTIME_BYTES = {"cuda": 3_000_000_000, "cpu": 800_000_000}
 
 
@@ -61,7 +65,9 @@ class HostBytes:
     buffers: int = 0
     """Pinned buffers of the swapper."""
     load: int = 0
-    """What loading has beyond the rest: below ZeRO 3 every rank reads the whole model, with adapters through the host."""
+    """What loading has beyond the rest: below ZeRO 3 every rank reads the whole model, with
+    adapters through the host.
+    """
     save: int = 0
     """One tensor on its way to a file."""
     runtime: int = 0
@@ -81,7 +87,9 @@ class MemoryPlan:
     nvme: int
     nvme_written_per_step: int
     checkpoint: int
-    """Files of one checkpoint of the whole run; states on NVMe are written into it, and not copied beside it."""
+    """Files of one checkpoint of the whole run; states on NVMe are written into it, and not copied
+    beside it.
+    """
 
     @classmethod
     def from_dict(cls, values: dict[str, dict[str, int]]) -> MemoryPlan:
@@ -141,8 +149,12 @@ def estimate_memory(
     )
 
 
-def gathered_bytes(shape: ModelShape, placement: Placement, sizes: ZeroSizes, size: int) -> tuple[int, int]:
-    """Whole weights that stage 3 has gathered: at the loss head and last layer, inside a layer it and what is prefetched."""
+def gathered_bytes(
+    shape: ModelShape, placement: Placement, sizes: ZeroSizes, size: int
+) -> tuple[int, int]:
+    """Whole weights that stage 3 has gathered: at the loss head and last layer, inside a layer it
+    and what is prefetched.
+    """
     if placement.zero_stage < 3:
         return 0, 0
     at_loss = size * (shape.head_parameters + shape.layer_parameters)
@@ -151,21 +163,32 @@ def gathered_bytes(shape: ModelShape, placement: Placement, sizes: ZeroSizes, si
 
 
 def checkpoint_bytes(shape: ModelShape, size: int) -> int:
-    """Model or adapter in the training dtype, and fp32 master weights and two moments of what is trained."""
+    """Model or adapter in the training dtype, and fp32 master weights and two moments of what is
+    trained.
+    """
     model = shape.adapter_parameters or shape.parameters
     return size * model + 12 * shape.trainable_parameters
 
 
 def _host_bytes(
-    shape: ModelShape, placement: Placement, states: StateBytes, size: int, world_size: int, accelerator: str
+    shape: ModelShape,
+    placement: Placement,
+    states: StateBytes,
+    size: int,
+    world_size: int,
+    accelerator: str,
 ) -> HostBytes:
-    # torch's allocator of pinned memory rounds a block up to a power of two, where it cannot be told not to.
+    # torch's allocator of pinned memory rounds a block up to a power of two, where it cannot be
+    # told not to.
     round_up = _power_of_two if accelerator == "cuda" and not pins_exactly() else int
     gradients = round_up(states.gradients.host)
-    weights = round_up(states.weights.host) if shape.adapter_parameters == 0 else states.weights.host
+    weights = (
+        round_up(states.weights.host) if shape.adapter_parameters == 0 else states.weights.host
+    )
     optimizer = states.optimizer.host + sum(round_up(block) - block for block in states.pinned)
     standing = weights + gradients + optimizer + states.adapters.host + states.buckets.host
-    # A CPU counts the weights as its accelerator's; loading has them once more while they are cast or flattened.
+    # A CPU counts the weights as its accelerator's; loading has them once more while they are cast
+    # or flattened.
     whole = (
         size * shape.parameters
         if placement.zero_stage < 3
@@ -209,7 +232,9 @@ def fits(memory: MemoryPlan, hardware: Hardware, ranks_on_node: int) -> str | No
         }
     for name, (needed, has) in needs.items():
         if needed > USABLE_SHARE * has:
-            problems.append(f"{name}: needs {format_bytes(needed)} of {format_bytes(USABLE_SHARE * has)}")
+            problems.append(
+                f"{name}: needs {format_bytes(needed)} of {format_bytes(USABLE_SHARE * has)}"
+            )
     if memory.nvme * ranks_on_node > USABLE_SHARE * hardware.nvme_bytes:
         swap = format_bytes(memory.nvme * ranks_on_node)
         problems.append(f"NVMe: needs {swap} of {format_bytes(USABLE_SHARE * hardware.nvme_bytes)}")

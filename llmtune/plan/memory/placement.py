@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from llmtune.config.schema import OffloadConfig, OffloadDevice, TunerKind
 
-#: Rung -> (device of optimizer and master weights, device of weights), fastest first; the options of ``conf/offload/``.
+# : Rung -> (device of optimizer and master weights, device of weights), fastest first; the options
+# of ``conf/offload/``.
 RUNGS: dict[str, tuple[str, str]] = {
     "none": ("none", "none"),
     "optimizer_cpu": ("cpu", "none"),
@@ -22,7 +23,9 @@ class Placement:
 
     zero_stage: int
     optimizer: str = "none"
-    """``none`` (the accelerator), ``cpu`` or ``nvme``: master weights, moments and the optimizer step."""
+    """``none`` (the accelerator), ``cpu`` or ``nvme``: master weights, moments and the optimizer
+    step.
+    """
     param: str = "none"
     """The same for the weights."""
 
@@ -31,7 +34,9 @@ class Placement:
         """Its name on the ladder. LoRA's ``nvme`` has the small optimizer on the host."""
         if self.param == "nvme":
             return "nvme"
-        return next(name for name, devices in RUNGS.items() if devices == (self.optimizer, self.param))
+        return next(
+            name for name, devices in RUNGS.items() if devices == (self.optimizer, self.param)
+        )
 
     @property
     def uses_nvme(self) -> bool:
@@ -41,11 +46,16 @@ class Placement:
     def describe(self) -> str:
         """One phrase for messages."""
         places = {"none": "accelerator", "cpu": "host", "nvme": "NVMe"}
-        return f"{self.rung}: ZeRO {self.zero_stage}, optimizer on {places[self.optimizer]}, weights on {places[self.param]}"
+        return (
+            f"{self.rung}: ZeRO {self.zero_stage}, optimizer on {places[self.optimizer]}, weights"
+            f" on {places[self.param]}"
+        )
 
 
 def make_placement(stage: int, rung: str, tuner: TunerKind) -> Placement:
-    """The placement of a rung; for adapters ``nvme`` means weights on NVMe and the optimizer on the host."""
+    """The placement of a rung; for adapters ``nvme`` means weights on NVMe and the optimizer on the
+    host.
+    """
     optimizer, param = RUNGS[rung]
     if tuner is not TunerKind.full and param == "nvme":
         optimizer = "cpu"
@@ -53,13 +63,22 @@ def make_placement(stage: int, rung: str, tuner: TunerKind) -> Placement:
 
 
 def named_rung(offload: OffloadConfig) -> str | None:
-    """The rung that the config names; None for ``auto``. Other pairs were refused by the config's rules."""
+    """The rung that the config names; None for ``auto``.
+
+    Other pairs were refused by the config's rules.
+    """
     if offload.optimizer is OffloadDevice.auto:
         return None
     pair = (offload.optimizer.value, offload.param.value)
-    return "nvme" if pair[1] == "nvme" else next(name for name, devices in RUNGS.items() if devices == pair)
+    return (
+        "nvme"
+        if pair[1] == "nvme"
+        else next(name for name, devices in RUNGS.items() if devices == pair)
+    )
 
 
 def allowed_stages(rung: str) -> tuple[int, ...]:
-    """ZeRO stages in which DeepSpeed honours a rung: below 3 it ignores where weights are offloaded to."""
+    """ZeRO stages in which DeepSpeed honours a rung: below 3 it ignores where weights are offloaded
+    to.
+    """
     return {"none": (0, 1, 2, 3), "optimizer_cpu": (1, 2, 3)}.get(rung, (3,))

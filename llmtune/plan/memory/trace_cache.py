@@ -1,4 +1,6 @@
-"""What planning found out about a model, on disk: a second plan of it builds and traces none, and imports neither."""
+"""What planning found out about a model, on disk: a second plan of it builds and traces none, and
+imports neither.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from typing import Any
 
 from llmtune import __version__
 
-#: What the values depend on beside model and settings; of llmtune itself, the files that compute them.
+# : What the values depend on beside model and settings; of llmtune itself, the files that compute
+# them.
 _LIBRARIES = ("torch", "transformers")
 _SOURCES = ("activations.py", "lora.py", "model_shape.py", "../abilities.py", "adapted_layers.py")
 
@@ -51,5 +54,7 @@ def _file(folder: Path, kind: str, key: str) -> Path:
 
 @cache
 def _versions() -> tuple[str, ...]:
-    sources = (hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in _SOURCES)
+    sources = (
+        hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in _SOURCES
+    )
     return (__version__, *(metadata.version(name) for name in _LIBRARIES), *sources)

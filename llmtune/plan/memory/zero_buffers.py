@@ -1,7 +1,9 @@
-"""Bucket, prefetch, sub-group and swap buffer sizes of ZeRO, derived from the model; and the sub-groups that follow.
+"""Bucket, prefetch, sub-group and swap buffer sizes of ZeRO, derived from the model; and the
+sub-groups that follow.
 
-All sizes are in elements. What DeepSpeed makes of them stands in its ``runtime/zero/stage3.py`` (sub-groups),
-``partitioned_param_coordinator.py`` (live parameters, prefetch) and ``runtime/swap_tensor/`` (buffers).
+All sizes are in elements. What DeepSpeed makes of them stands in its ``runtime/zero/stage3.py``
+(sub-groups), ``partitioned_param_coordinator.py`` (live parameters, prefetch) and
+``runtime/swap_tensor/`` (buffers).
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ from dataclasses import dataclass
 from llmtune.plan.memory.model_shape import ModelShape, TensorShape
 from llmtune.plan.memory.placement import Placement
 
-#: DeepSpeed swaps what has at least this many bytes (``swap_tensor/utils.py: MIN_AIO_BYTES``, or the aio block).
+# : DeepSpeed swaps what has at least this many bytes (``swap_tensor/utils.py: MIN_AIO_BYTES``, or
+# the aio block).
 MIN_SWAP_BYTES = 2**20
 #: Lengths on disk are padded to this, times the threads of a request (``AIO_ALIGNED_BYTES``).
 SWAP_ALIGNMENT_BYTES = 1024
-#: A gradient is read back into the middle of a buffer by O_DIRECT, which wants this alignment; else DeepSpeed trains on
-#: wrong gradients without a word.
+# : A gradient is read back into the middle of a buffer by O_DIRECT, which wants this alignment;
+# else DeepSpeed trains on : wrong gradients without a word.
 SECTOR_BYTES = 512
 #: Buffers of the optimizer's swapper: weights, two moments, gradient.
 OPTIMIZER_SWAP_BUFFERS = 4
@@ -63,15 +66,19 @@ def partition_numel(numel: int, world_size: int) -> int:
     return -(-numel // world_size)
 
 
-def resolve_zero_sizes(shape: ModelShape, placement: Placement, world_size: int, accelerator: str) -> ZeroSizes:
-    """The sizes for this model: a layer in use and one in flight, adapters resident, buffers as large as the largest slice."""
+def resolve_zero_sizes(
+    shape: ModelShape, placement: Placement, world_size: int, accelerator: str
+) -> ZeroSizes:
+    """The sizes for this model: a layer in use and one in flight, adapters resident, buffers as
+    large as the largest slice.
+    """
     largest = partition_numel(shape.largest_tensor, world_size)
     aio = AioSizes(intra_op_parallelism=4 if accelerator == "cuda" else 1)
     lengths = aio.alignment_bytes // 2
     sub_group = 100_000_000
     if placement.optimizer == "nvme":
-        # Four buffers of the largest sub-group are held on the host; smaller groups than a quarter of the largest
-        # tensor would not make them smaller.
+        # Four buffers of the largest sub-group are held on the host; smaller groups than a quarter
+        # of the largest tensor would not make them smaller.
         sub_group = min(sub_group, max(largest // 4, MIN_SWAP_BYTES))
     trained = partition_numel(shape.trainable_parameters, world_size)
     return ZeroSizes(
@@ -79,9 +86,13 @@ def resolve_zero_sizes(shape: ModelShape, placement: Placement, world_size: int,
         allgather_bucket=min(shape.trainable_parameters, 500_000_000),
         sub_group=sub_group,
         max_live=2 * shape.layer_parameters + shape.largest_tensor,
-        # A layer stays between its recomputation and its backward pass; from NVMe it would hold on to a swap buffer.
-        max_reuse_distance=0 if placement.param == "nvme" else max(1_000_000_000, 2 * shape.layer_parameters),
-        # Weights on NVMe are fetched one module at a time: DeepSpeed's prefetch runs out of swap buffers.
+        # A layer stays between its recomputation and its backward pass; from NVMe it would hold on
+        # to a swap buffer.
+        max_reuse_distance=0
+        if placement.param == "nvme"
+        else max(1_000_000_000, 2 * shape.layer_parameters),
+        # Weights on NVMe are fetched one module at a time: DeepSpeed's prefetch runs out of swap
+        # buffers.
         prefetch=0 if placement.param == "nvme" else max(shape.layer_parameters * 7 // 20, 1),
         # Adapters stay on every rank: gathering them one by one is bound by latency, not by bytes.
         persistence_threshold=max(shape.largest_adapter_tensor, 10 * shape.hidden_size),
@@ -97,11 +108,14 @@ def _reduce_bucket(shape: ModelShape, placement: Placement) -> int:
     return max(shape.hidden_size**2, shape.largest_adapter_tensor, 1_000_000)
 
 
-def parameter_groups(tensors: list[TensorShape], placement: Placement, world_size: int) -> list[list[TensorShape]]:
+def parameter_groups(
+    tensors: list[TensorShape], placement: Placement, world_size: int
+) -> list[list[TensorShape]]:
     """The optimizer's parameter groups: matrices, then vectors, which do not decay.
 
-    With the optimizer on NVMe the order is also what keeps gradients right: every matrix whose slice is no whole number
-    of sectors stands in a group of its own, where its offset is 0, and vectors, which shift offsets, stand apart.
+    With the optimizer on NVMe the order is also what keeps gradients right: every matrix whose
+    slice is no whole number of sectors stands in a group of its own, where its offset is 0, and
+    vectors, which shift offsets, stand apart.
     """
     matrices = [tensor for tensor in tensors if tensor.trained and not tensor.vector]
     vectors = [tensor for tensor in tensors if tensor.trained and tensor.vector]
@@ -117,8 +131,12 @@ def is_sector_aligned(numel: int) -> bool:
     return numel * 4 % SECTOR_BYTES == 0
 
 
-def sub_groups(groups: list[list[TensorShape]], world_size: int, sub_group_size: int) -> list[list[TensorShape]]:
-    """The sub-groups that stage 3 steps one after the other (``stage3.py: _create_fp16_sub_groups``)."""
+def sub_groups(
+    groups: list[list[TensorShape]], world_size: int, sub_group_size: int
+) -> list[list[TensorShape]]:
+    """The sub-groups that stage 3 steps one after the other (``stage3.py:
+    _create_fp16_sub_groups``).
+    """
     found: list[list[TensorShape]] = []
     for group in groups:
         if sub_group_size >= rank_numel(group, world_size):

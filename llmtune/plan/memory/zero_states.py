@@ -1,7 +1,9 @@
-"""Bytes of ZeRO's states on one rank: weights, gradients, master weights and moments, where they live, and their buffers.
+"""Bytes of ZeRO's states on one rank: weights, gradients, master weights and moments, where they
+live, and their buffers.
 
-Follows what DeepSpeed 0.19.8 allocates (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``swap_tensor/``);
-``tests/engine/test_states.py`` walks the live engine's tensors and the swap folder and compares.
+Follows what DeepSpeed 0.19.8 allocates (``runtime/zero/stage_1_and_2.py``, ``stage3.py``,
+``swap_tensor/``); ``tests/engine/test_states.py`` walks the live engine's tensors and the swap
+folder and compares.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from llmtune.plan.memory.zero_buffers import (
     sub_groups,
 )
 
-#: NF4 with double quantisation: half a byte an element, one byte a block of 64, and four a block of 256 blocks.
+# : NF4 with double quantisation: half a byte an element, one byte a block of 64, and four a block
+# of 256 blocks.
 NF4_BYTES = 0.5
 NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
 
@@ -94,19 +97,29 @@ def state_bytes(
         gradients, optimizer = Split(size * share), Split(12 * share)
         # Flattened in the training dtype, then turned to fp32.
         step = 4 * share + (size * share if size < 4 else 0)
-        return StateBytes(weights, adapters, gradients, optimizer, Split(), bucket + largest, step, 0)
-    # On the host: master weights, moments, fp32 gradients, a copy of the weights' share, and one tensor on either side.
+        return StateBytes(
+            weights, adapters, gradients, optimizer, Split(), bucket + largest, step, 0
+        )
+    # On the host: master weights, moments, fp32 gradients, a copy of the weights' share, and one
+    # tensor on either side.
     optimizer = Split(largest, 16 * share + size * share + largest)
-    # Stage 2 adds up micro-batches on the host, stage 1 in the flat buffer that it reduces at the end.
-    gradients = Split(0, size * share if accumulation_steps > 1 and placement.zero_stage == 2 else 0)
+    # Stage 2 adds up micro-batches on the host, stage 1 in the flat buffer that it reduces at the
+    # end.
+    gradients = Split(
+        0, size * share if accumulation_steps > 1 and placement.zero_stage == 2 else 0
+    )
     pinned = (4 * share, size * share)
-    return StateBytes(weights, adapters, gradients, optimizer, Split(), bucket + largest, 0, 0, pinned)
+    return StateBytes(
+        weights, adapters, gradients, optimizer, Split(), bucket + largest, 0, 0, pinned
+    )
 
 
 def _whole_weights(shape: ModelShape, size: int) -> tuple[Split, Split]:
     quantized = shape.quantized_parameters
     packed = int(quantized * (NF4_BYTES + NF4_SCALE_BYTES))
-    return Split(size * (shape.parameters - quantized) + packed), Split(size * shape.adapter_parameters)
+    return Split(size * (shape.parameters - quantized) + packed), Split(
+        size * shape.adapter_parameters
+    )
 
 
 def _stage3(
@@ -114,7 +127,9 @@ def _stage3(
 ) -> StateBytes:
     size = element_bytes(precision)
     trained = [tensor for tensor in shape.tensors if tensor.trained]
-    groups = sub_groups(parameter_groups(trained, placement, world_size), world_size, sizes.sub_group)
+    groups = sub_groups(
+        parameter_groups(trained, placement, world_size), world_size, sizes.sub_group
+    )
     numels = [rank_numel(group, world_size) for group in groups]
     share, largest_group = sum(numels), max(numels)
     gradients = size * share
@@ -124,34 +139,47 @@ def _stage3(
         resident = 0
     bucket = Split(size * sizes.reduce_bucket + resident)
     backward = size * max(tensor.numel for tensor in trained)
-    weights = _place_weights([t for t in shape.tensors if not t.adapter], placement, sizes, size, world_size)
-    adapters = _place_weights([t for t in shape.tensors if t.adapter], placement, sizes, size, world_size)
+    weights = _place_weights(
+        [t for t in shape.tensors if not t.adapter], placement, sizes, size, world_size
+    )
+    adapters = _place_weights(
+        [t for t in shape.tensors if t.adapter], placement, sizes, size, world_size
+    )
     if placement.param == "nvme":
         bucket += Split(0, _param_buffers(groups, sizes, size, world_size))
     if placement.optimizer == "none":
         step = 4 * largest_group + (size * largest_group if size < 4 else 0)
-        return StateBytes(weights, adapters, Split(gradients), Split(12 * share), bucket, backward, step, 0)
+        return StateBytes(
+            weights, adapters, Split(gradients), Split(12 * share), bucket, backward, step, 0
+        )
     if placement.optimizer == "cpu":
         # Master weights, two moments and an fp32 gradient.
         optimizer = Split(0, 16 * share)
         # The fp32 gradient of each sub-group.
         pinned = tuple(4 * numel for numel in numels)
-        return StateBytes(weights, adapters, Split(0, gradients), optimizer, bucket, backward, 0, 0, pinned)
+        return StateBytes(
+            weights, adapters, Split(0, gradients), optimizer, bucket, backward, 0, 0, pinned
+        )
     swapped = [_aligned(numel, sizes, 4) for numel in numels if 4 * numel >= sizes.aio.block_size]
     small = [numel for numel in numels if 4 * numel < sizes.aio.block_size]
     on_disk, in_memory = _swapped_gradients(trained, sizes, world_size)
-    # Small gradients stay in memory until their sub-group has been stepped: in fp32, right where they were reduced to.
+    # Small gradients stay in memory until their sub-group has been stepped: in fp32, right where
+    # they were reduced to.
     in_memory = in_memory if size < 4 else 0
     optimizer = Split(0, 16 * sum(small), 12 * sum(swapped) + on_disk)
     bucket += Split(0, sizes.optimizer_buffers * 4 * _aligned(largest_group, sizes, 4))
     written = 12 * sum(swapped) + on_disk + (weights.nvme + adapters.nvme)
-    return StateBytes(weights, adapters, Split(0, gradients + in_memory), optimizer, bucket, backward, 0, written)
+    return StateBytes(
+        weights, adapters, Split(0, gradients + in_memory), optimizer, bucket, backward, 0, written
+    )
 
 
 def _place_weights(
     tensors: list[TensorShape], placement: Placement, sizes: ZeroSizes, size: int, world_size: int
 ) -> Split:
-    """Partitions in the training dtype; 4-bit weights with their scales, which bitsandbytes leaves on every rank."""
+    """Partitions in the training dtype; 4-bit weights with their scales, which bitsandbytes leaves
+    on every rank.
+    """
     device = host = nvme = 0
     for tensor in tensors:
         partition = partition_numel(tensor.numel, world_size)
@@ -161,15 +189,23 @@ def _place_weights(
             device += int(NF4_SCALE_BYTES * tensor.numel)
         if placement.param == "none":
             device += nbytes
-        elif placement.param == "nvme" and nbytes >= sizes.aio.block_size and not (tensor.trained and sizes.max_in_cpu):
+        elif (
+            placement.param == "nvme"
+            and nbytes >= sizes.aio.block_size
+            and not (tensor.trained and sizes.max_in_cpu)
+        ):
             nvme += size * _aligned(partition, sizes, size)
         else:
             host += nbytes
     return Split(device, host, nvme)
 
 
-def _param_buffers(groups: list[list[TensorShape]], sizes: ZeroSizes, size: int, world_size: int) -> int:
-    """Pinned buffers of weights on NVMe; the one for writing back holds a whole sub-group, not only this rank's slice."""
+def _param_buffers(
+    groups: list[list[TensorShape]], sizes: ZeroSizes, size: int, world_size: int
+) -> int:
+    """Pinned buffers of weights on NVMe; the one for writing back holds a whole sub-group, not only
+    this rank's slice.
+    """
     nbytes = sizes.param_buffers * size * _aligned(sizes.param_buffer, sizes, size)
     if sizes.max_in_cpu:
         return nbytes
@@ -177,8 +213,12 @@ def _param_buffers(groups: list[list[TensorShape]], sizes: ZeroSizes, size: int,
     return nbytes + size * sum(_aligned(tensor.numel, sizes, size) for tensor in largest)
 
 
-def _swapped_gradients(trained: list[TensorShape], sizes: ZeroSizes, world_size: int) -> tuple[int, int]:
-    """fp32 gradients on disk, and those too small for it; a length that is not aligned is cut in two."""
+def _swapped_gradients(
+    trained: list[TensorShape], sizes: ZeroSizes, world_size: int
+) -> tuple[int, int]:
+    """fp32 gradients on disk, and those too small for it; a length that is not aligned is cut in
+    two.
+    """
     on_disk = in_memory = 0
     alignment = sizes.aio.alignment_bytes // 4
     for tensor in trained:

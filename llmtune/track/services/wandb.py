@@ -34,7 +34,9 @@ class WandbTracker:
         config, mode = run.config, run.config.mode
         if mode is TrackerMode.online and not _has_key():
             mode = TrackerMode.offline
-            run.say("W&B: no WANDB_API_KEY in the environment or .env, so this run is tracked offline")
+            run.say(
+                "W&B: no WANDB_API_KEY in the environment or .env, so this run is tracked offline"
+            )
         self._run = wandb.init(
             project=redact(config.project),
             entity=redact(config.entity) if config.entity else None,
@@ -66,9 +68,11 @@ class WandbTracker:
 
 
 def check_working_folder() -> None:
-    """Refuse ``wandb/settings`` of the working folder, which W&B reads by itself, where it is another's or says too much.
+    """Refuse ``wandb/settings`` of the working folder, which W&B reads by itself, where it is
+    another's or says too much.
 
-    The folder may have come from somebody else. A server, a proxy or unchecked certificates of their choice are given the key.
+    The folder may have come from somebody else. A server, a proxy or unchecked certificates of
+    their choice are given the key.
 
     Raises:
         MissingPrerequisiteError: With what it says.
@@ -80,8 +84,9 @@ def check_working_folder() -> None:
         keys = set(_SETTING.findall(file.read_text(encoding="utf-8", errors="replace"))) - _HARMLESS
         if keys:
             raise MissingPrerequisiteError(
-                f"{file} in the working folder sets {', '.join(sorted(keys))}, which is not taken from there; move it to "
-                "~/.config/wandb/settings, or set it in the environment (WANDB_BASE_URL)"
+                f"{file} in the working folder sets {', '.join(sorted(keys))}, which is not taken"
+                " from there; move it to ~/.config/wandb/settings, or set it in the environment"
+                " (WANDB_BASE_URL)"
             )
 
 
@@ -93,7 +98,9 @@ def _has_key() -> bool:
 
 
 def _run_id(run_folder: Path) -> str:
-    """The sweep agent's id, or one kept in the run folder, so that a resumed run goes on in the same place."""
+    """The sweep agent's id, or one kept in the run folder, so that a resumed run goes on in the
+    same place.
+    """
     if given := os.environ.get("WANDB_RUN_ID"):
         return given
     path = run_folder / "wandb" / "run_id"

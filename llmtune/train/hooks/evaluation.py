@@ -17,7 +17,12 @@ class HeldOutLoss:
     """Mean loss over the trained tokens of the evaluation rows, all ranks taking their share."""
 
     def __init__(
-        self, module: TrainModule, rows: Rows | None, batch_size: int, collator: Collator, max_rows: int | None
+        self,
+        module: TrainModule,
+        rows: Rows | None,
+        batch_size: int,
+        collator: Collator,
+        max_rows: int | None,
     ):
         self.module = module
         self.rows = rows
@@ -30,7 +35,9 @@ class HeldOutLoss:
         if self.rows is None:
             return None
         rank = self.module.rank
-        batches = iterate_eval(self.rows, self.batch_size, rank.rank, rank.world_size, self.collator, self.max_rows)
+        batches = iterate_eval(
+            self.rows, self.batch_size, rank.rank, rank.world_size, self.collator, self.max_rows
+        )
         result = self.module.evaluate(batches, interrupted)
         if result is None:
             return None

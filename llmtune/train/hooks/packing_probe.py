@@ -1,15 +1,19 @@
-"""Whether documents that share a row stay apart in a model: tried, not looked up, so that no architecture can be forgotten.
+"""Whether documents that share a row stay apart in a model: tried, not looked up, so that no
+architecture can be forgotten.
 
-Two documents are packed as the collator packs them, and the same two in the other order. The model computes each of them twice:
-behind the other one, and at the beginning of a row, where a causal model sees nothing else. What differs came from the other
-document, or from positions that do not begin anew.
+Two documents are packed as the collator packs them, and the same two in the other order. The model
+computes each of them twice: behind the other one, and at the beginning of a row, where a causal
+model sees nothing else. What differs came from the other document, or from positions that do not
+begin anew.
 
-It is tried twice. Before any rank starts, on a small model of random weights of the same architecture
-(:mod:`llmtune.model.shrink`) in fp32 on the CPU: that is exact enough to see the smallest leak (a short convolution over the
-border moves logits by a thousandth), takes a tenth of a second for a model of 70 B parameters too, and is an error message
-instead of ranks that were started in vain. And before step 1 on the model that is trained, as it is trained: with its adapters,
-its kernel of attention on its device, in its precision, under its ZeRO stage. That is one more forward pass. In 16 bits it sees
-what is above rounding only, and it is the only trial where the small model cannot be made, or where the kernel is one of a GPU's.
+It is tried twice. Before any rank starts, on a small model of random weights of the same
+architecture (:mod:`llmtune.model.shrink`) in fp32 on the CPU: that is exact enough to see the
+smallest leak (a short convolution over the border moves logits by a thousandth), takes a tenth of a
+second for a model of 70 B parameters too, and is an error message instead of ranks that were
+started in vain. And before step 1 on the model that is trained, as it is trained: with its
+adapters, its kernel of attention on its device, in its precision, under its ZeRO stage. That is one
+more forward pass. In 16 bits it sees what is above rounding only, and it is the only trial where
+the small model cannot be made, or where the kernel is one of a GPU's.
 """
 
 from __future__ import annotations
@@ -36,21 +40,23 @@ if TYPE_CHECKING:
 
     from llmtune.engine.train_module import TrainModule
 
-#: Tokens of the two documents of the small model. The first is longer than any window that is left, and ends beyond the positions
-#: (256) up to which bf16, in which some models hold them, counts every one.
+# : Tokens of the two documents of the small model. The first is longer than any window that is
+# left, and ends beyond the positions : (256) up to which bf16, in which some models hold them,
+# counts every one.
 SMALL_LENGTHS = (300, 40)
 #: Of the model that is trained.
 LENGTHS = (40, 24)
 
-#: Largest difference of a logit of the small model, in units of their spread, that is rounding. Measured over 60 architectures:
-#: rounding is below 6e-6, leaks are above 8e-5.
+# : Largest difference of a logit of the small model, in units of their spread, that is rounding.
+# Measured over 60 architectures: : rounding is below 6e-6, leaks are above 8e-5.
 SMALL_LIMIT = 2e-5
 #: Largest root mean square of all differences of the trained model, in the same unit.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 _ADVICE = (
-    "data.packing=true would train every document on the end of the one before it. Take data.packing=false (data=text and other "
-    "groups set it to true): rows then hold one document each"
+    "data.packing=true would train every document on the end of the one before it. Take"
+    " data.packing=false (data=text and other groups set it to true): rows then hold one document"
+    " each"
 )
 
 
@@ -63,16 +69,21 @@ class Mixing:
     mean_square: float
     """Root mean square of all differences, in the same unit; only where every logit is a number."""
     numberless_alone: tuple[int, ...] = ()
-    """Documents for which the model has logits that are NaN where nothing stands before them, 0 and 1."""
+    """Documents for which the model has logits that are NaN where nothing stands before them, 0 and
+    1.
+    """
     numberless_behind: tuple[int, ...] = ()
     """The same of documents behind the other one."""
 
 
-def measure_mixing(forward: Callable[[Batch], torch.Tensor], collator: Collator, documents: tuple[Row, Row]) -> Mixing:
+def measure_mixing(
+    forward: Callable[[Batch], torch.Tensor], collator: Collator, documents: tuple[Row, Row]
+) -> Mixing:
     """Compare documents behind another one with the same at the beginning of a row.
 
     Args:
-        forward: The logits of a batch. Shape (rows, length, vocabulary), or (1, rows * length, vocabulary) where it is flat.
+        forward: The logits of a batch. Shape (rows, length, vocabulary), or (1, rows * length,
+            vocabulary) where it is flat.
         collator: Packs as in training.
     """
     one, other = documents
@@ -90,9 +101,13 @@ def measure_mixing(forward: Callable[[Batch], torch.Tensor], collator: Collator,
     one_by_one, packed = torch.cat(alone), torch.cat(behind)
     # Some models give tokens that cannot follow a logit of minus infinity.
     finite = one_by_one[one_by_one.isfinite()]
-    spread = (float(finite.sub(finite.mean()).square().mean().sqrt()) if len(finite) else 0.0) or 1.0
+    spread = (
+        float(finite.sub(finite.mean()).square().mean().sqrt()) if len(finite) else 0.0
+    ) or 1.0
     difference = torch.where(packed == one_by_one, 0.0, packed - one_by_one)
-    return Mixing(float(difference.abs().max()) / spread, float(difference.square().mean().sqrt()) / spread)
+    return Mixing(
+        float(difference.abs().max()) / spread, float(difference.square().mean().sqrt()) / spread
+    )
 
 
 def _join(one: Row, other: Row) -> Row:
@@ -111,7 +126,8 @@ def draw_documents(lengths: tuple[int, int], vocabulary: int) -> tuple[Row, Row]
 
 
 def find_leak(architecture: Any, kernel: str, trust_remote_code: bool) -> Mixing | None:
-    """Try a small model of an architecture; None where it cannot be made, and only the real one can tell.
+    """Try a small model of an architecture; None where it cannot be made, and only the real one can
+    tell.
 
     Args:
         architecture: A transformers configuration.
@@ -131,15 +147,23 @@ def find_leak(architecture: Any, kernel: str, trust_remote_code: bool) -> Mixing
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, **settings).eval()
             answer_on_host(model)
             positions = named_positions(small) or sum(SMALL_LENGTHS)
-            lengths = (max(2, min(SMALL_LENGTHS[0], positions - SMALL_LENGTHS[1])), SMALL_LENGTHS[1])
+            lengths = (
+                max(2, min(SMALL_LENGTHS[0], positions - SMALL_LENGTHS[1])),
+                SMALL_LENGTHS[1],
+            )
             documents = draw_documents(lengths, min(VOCABULARY, int(small.vocab_size)))
-            return measure_mixing(lambda batch: model(**batch.inputs, use_cache=False).logits, collator, documents)
+            return measure_mixing(
+                lambda batch: model(**batch.inputs, use_cache=False).logits, collator, documents
+            )
         except Exception:
-            # What a narrow model of unknown code raises can be anything; the model itself is tried before step 1.
+            # What a narrow model of unknown code raises can be anything; the model itself is tried
+            # before step 1.
             return None
 
 
-def try_architecture(architecture: Any, kernel: str, name: str, trust_remote_code: bool) -> str | None:
+def try_architecture(
+    architecture: Any, kernel: str, name: str, trust_remote_code: bool
+) -> str | None:
     """Try a small model of an architecture; what is wrong, or None.
 
     Args:
@@ -167,9 +191,10 @@ def _describe_leak(size: float, limit: float, name: str, kind: str) -> str | Non
     if size <= limit:
         return None
     return (
-        f"data.packing=true: {name} does not keep the documents of a row apart: behind another document the logits of one "
-        f"change by {size:.1e} of their spread. In transformers' {kind}, what stands before a document in its row reaches into "
-        f"it, or its positions do not begin anew. {_ADVICE}"
+        f"data.packing=true: {name} does not keep the documents of a row apart: behind another"
+        f" document the logits of one change by {size:.1e} of their spread. In transformers'"
+        f" {kind}, what stands before a document in its row reaches into it, or its positions do"
+        f" not begin anew. {_ADVICE}"
     )
 
 
@@ -180,18 +205,24 @@ def _describe_numberless(mixing: Mixing, name: str) -> str:
     where = "of two documents of random tokens that were packed into a row, logits of"
     if mixing.numberless_alone:
         return (
-            f"model.name_or_path={name}: the model answers with NaN: {where} {named(mixing.numberless_alone)} are no numbers "
-            "where nothing stands before it. That is not packing: weights are NaN or infinite, or overflow in this precision "
-            "(of precision=fp16, take bf16 or fp32). Fetch the model again, or look where its training went wrong"
+            f"model.name_or_path={name}: the model answers with NaN: {where}"
+            f" {named(mixing.numberless_alone)} are no numbers where nothing stands before it. That"
+            " is not packing: weights are NaN or infinite, or overflow in this precision (of"
+            " precision=fp16, take bf16 or fp32). Fetch the model again, or look where its"
+            " training went wrong"
         )
     return (
-        f"data.packing=true: {name} answers with NaN behind another document: {where} {named(mixing.numberless_behind)} are no "
-        f"numbers behind the other one, and are numbers where it stands first. {_ADVICE}"
+        f"data.packing=true: {name} answers with NaN behind another document: {where}"
+        f" {named(mixing.numberless_behind)} are no numbers behind the other one, and are numbers"
+        f" where it stands first. {_ADVICE}"
     )
 
 
-def check_module(module: TrainModule, collator: Collator, vocabulary: int, dtype: torch.dtype, name: str) -> None:
-    """Try the model that is about to be trained. Collective: all ranks compute the same documents and decide alike.
+def check_module(
+    module: TrainModule, collator: Collator, vocabulary: int, dtype: torch.dtype, name: str
+) -> None:
+    """Try the model that is about to be trained. Collective: all ranks compute the same documents
+    and decide alike.
 
     Args:
         vocabulary: Of the model.
@@ -199,7 +230,8 @@ def check_module(module: TrainModule, collator: Collator, vocabulary: int, dtype
         name: Of the model, as the user has it.
 
     Raises:
-        ConfigError: On every rank: documents of a row see each other, or the model answers with NaN.
+        ConfigError: On every rank: documents of a row see each other, or the model answers with
+            NaN.
     """
     mixing = measure_mixing(module.logits, collator, draw_documents(LENGTHS, vocabulary))
     pairs = (mixing.numberless_alone, mixing.numberless_behind)
@@ -208,6 +240,8 @@ def check_module(module: TrainModule, collator: Collator, vocabulary: int, dtype
     if any(counts):
         alone, behind = (tuple(n for n in (0, 1) if counts[2 * pair + n]) for pair in (0, 1))
         raise ConfigError(_describe_numberless(Mixing(math.nan, math.nan, alone, behind), name))
-    problem = _describe_leak(size / module.rank.world_size, LIMITS[dtype], name, module.model.config.model_type)
+    problem = _describe_leak(
+        size / module.rank.world_size, LIMITS[dtype], name, module.model.config.model_type
+    )
     if problem is not None:
         raise ConfigError(problem)

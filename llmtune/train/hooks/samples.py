@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 48
 
-#: Above this, generating with gathered or offloaded weights costs minutes: every token moves the whole model.
+# : Above this, generating with gathered or offloaded weights costs minutes: every token moves the
+# whole model.
 LARGE_MODEL_PARAMETERS = 1_000_000_000
 
 
@@ -52,31 +53,49 @@ class SampleAnswers:
         if self.module.rank.is_first:
             samples = json.loads(self.path.read_text())
             rows = [[s["prompt"], s.get("before", "(not recorded)"), s["after"]] for s in samples]
-            self.console.table("Held-out prompts", ["prompt", "before training", "after training"], rows)
+            self.console.table(
+                "Held-out prompts", ["prompt", "before training", "after training"], rows
+            )
 
     def _record(self, moment: str) -> None:
         answers = self._answers()
         if not self.module.rank.is_first:
             return
-        blank = [{"prompt": p.messages[-1]["content"], "expected": p.expected} for p in self.prompts]
+        blank = [
+            {"prompt": p.messages[-1]["content"], "expected": p.expected} for p in self.prompts
+        ]
         samples = (read_json(self.path) if moment == "after" else None) or blank
         for sample, text in zip(samples, answers, strict=True):
             sample[moment] = text
         write_whole(self.path, json.dumps(redact_values(samples), ensure_ascii=False, indent=1))
 
     def _answers(self) -> list[str]:
-        """Under ZeRO 3 all ranks generate together, since each forward pass gathers weights; else rank 0 alone."""
+        """Under ZeRO 3 all ranks generate together, since each forward pass gathers weights; else
+        rank 0 alone.
+        """
         sharded = self.module.zero_stage == 3
         if not (sharded or self.module.rank.is_first):
             return []
         texts = [prompt.text for prompt in self.prompts]
         device = self.module.rank.device
         with self.module.rank.phases.within("answer"):
-            return answer(self.module.model, self.tokenizer, texts, MAX_NEW_TOKENS, device=device, synced_ranks=sharded)
+            return answer(
+                self.module.model,
+                self.tokenizer,
+                texts,
+                MAX_NEW_TOKENS,
+                device=device,
+                synced_ranks=sharded,
+            )
 
 
-def samples_reason_to_skip(wanted: bool | str, parameters: int, sharded_or_offloaded: bool, prompts: int) -> str | None:
-    """Why no samples are taken, or None. ``auto`` leaves out models that generation would gather token by token."""
+def samples_reason_to_skip(
+    wanted: bool | str, parameters: int, sharded_or_offloaded: bool, prompts: int
+) -> str | None:
+    """Why no samples are taken, or None.
+
+    ``auto`` leaves out models that generation would gather token by token.
+    """
     if wanted is False:
         return "train.sample_answers is false"
     if prompts == 0:

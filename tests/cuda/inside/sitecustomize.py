@@ -1,11 +1,13 @@
-"""Runs inside every process of llmtune that is to find pretend GPUs: its folder is on ``PYTHONPATH``.
+"""Runs inside every process of llmtune that is to find pretend GPUs: its folder is on
+``PYTHONPATH``.
 
     PRETEND_DEVICES   how many there are
     PRETEND_MEMORY    bytes of each
     PRETEND_PINNED    bytes of the host's memory that a process may pin, where that is limited
     PRETEND_NVML      how many NVML counts, where that is another number
 
-DeepSpeed is given the pretend accelerator as soon as it looks for one, and llmtune's planning is shown the cards.
+DeepSpeed is given the pretend accelerator as soon as it looks for one, and llmtune's planning is
+shown the cards.
 """
 
 from __future__ import annotations
@@ -52,9 +54,15 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds what the others find, and acts when it was executed."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         act = _PATCHES.get(name)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if act is not None else None
+        spec = (
+            importlib.machinery.PathFinder.find_spec(name, path, target)
+            if act is not None
+            else None
+        )
         if act is None or spec is None or spec.loader is None:
             return None
         loader = spec.loader
@@ -69,7 +77,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _make_nvml() -> ModuleType:
-    """The module, with what llmtune asks it first; whatever else it asks, such a driver does not know."""
+    """The module, with what llmtune asks it first; whatever else it asks, such a driver does not
+    know.
+    """
     nvml = ModuleType("pynvml")
     count = int(os.environ.get("PRETEND_NVML", os.environ["PRETEND_DEVICES"]))
     nvml.nvmlInit = lambda: None  # type: ignore[attr-defined]

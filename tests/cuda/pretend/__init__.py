@@ -1,7 +1,8 @@
-"""A pretend GPU on which DeepSpeed and llmtune run: device, communicator, and DeepSpeed's own accelerator of CUDA.
+"""A pretend GPU on which DeepSpeed and llmtune run: device, communicator, and DeepSpeed's own
+accelerator of CUDA.
 
-Its semantics are in ``device.cpp``. :func:`register` puts it into this process; ``inside/sitecustomize.py`` does so in
-processes of the command line.
+Its semantics are in ``device.cpp``. :func:`register` puts it into this process;
+``inside/sitecustomize.py`` does so in processes of the command line.
 """
 
 from __future__ import annotations
@@ -39,12 +40,16 @@ def load_device() -> Any:
     folder = extensions_dir() / "llmtune_pretend_gpu"
     folder.mkdir(parents=True, exist_ok=True)
     _device = load(
-        "llmtune_pretend_gpu", [str(_HERE / "device.cpp")], extra_cflags=["-O1"], build_directory=str(folder)
+        "llmtune_pretend_gpu",
+        [str(_HERE / "device.cpp")],
+        extra_cflags=["-O1"],
+        build_directory=str(folder),
     )
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _module(_device))
-    # ``Module.to`` keeps parameters and what hangs on them, as it does between a CPU and CUDA: torch's way of doing that knows
-    # its own devices only, and the other way refuses parameters that somebody refers to.
+    # ``Module.to`` keeps parameters and what hangs on them, as it does between a CPU and CUDA:
+    # torch's way of doing that knows its own devices only, and the other way refuses parameters
+    # that somebody refers to.
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch.utils.swap_tensors = torch._C._swap_tensor_impl
     torch.utils.generate_methods_for_privateuse1_backend(unsupported_dtype=[torch.quint8])
@@ -52,7 +57,9 @@ def load_device() -> Any:
 
 
 def register() -> Any:
-    """Device, collectives, and the accelerator that DeepSpeed asks; the compiled device, whose counters a test may read."""
+    """Device, collectives, and the accelerator that DeepSpeed asks; the compiled device, whose
+    counters a test may read.
+    """
     device = load_device()
     if NAME not in dist.Backend.backend_type_map:
         from tests.cuda.pretend.group import make_group
@@ -68,7 +75,9 @@ def register() -> Any:
 
 
 def accelerator_of_cuda() -> Any:
-    """DeepSpeed's accelerator of CUDA, its own source, with the pretend device in the place of ``torch.cuda``."""
+    """DeepSpeed's accelerator of CUDA, its own source, with the pretend device in the place of
+    ``torch.cuda``.
+    """
     from deepspeed.accelerator import cuda_accelerator
 
     source = Path(cuda_accelerator.__file__).read_text()
@@ -123,12 +132,18 @@ def _module(device: Any) -> ModuleType:
     def make_stream(device: Any = None, priority: int = 0) -> torch.Stream:
         return torch.Stream(torch.device(NAME, index(device)), priority=priority)
 
-    def make_event(enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> torch.Event:
+    def make_event(
+        enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
+    ) -> torch.Event:
         return torch.Event(NAME, enable_timing=enable_timing)
 
     def properties(which: Any = None) -> SimpleNamespace:
         return SimpleNamespace(
-            name="NVIDIA Pretend", total_memory=_total_memory(), major=9, minor=0, uuid=f"p-{index(which)}"
+            name="NVIDIA Pretend",
+            total_memory=_total_memory(),
+            major=9,
+            minor=0,
+            uuid=f"p-{index(which)}",
         )
 
     shares: dict[int, float] = {}
@@ -142,9 +157,14 @@ def _module(device: Any) -> ModuleType:
         "max_memory_allocated": lambda which=None: device.memory(index(which))[1],
         "memory_reserved": lambda which=None: device.memory(index(which))[0],
         "max_memory_reserved": lambda which=None: device.memory(index(which))[1],
-        "memory_stats": lambda which=None: {"allocated_bytes.all.peak": device.memory(index(which))[1]},
+        "memory_stats": lambda which=None: {
+            "allocated_bytes.all.peak": device.memory(index(which))[1]
+        },
         "reset_peak_memory_stats": lambda which=None: device.reset_peak(index(which)),
-        "mem_get_info": lambda which=None: (_total_memory() - device.memory(index(which))[0], _total_memory()),
+        "mem_get_info": lambda which=None: (
+            _total_memory() - device.memory(index(which))[0],
+            _total_memory(),
+        ),
         "get_device_properties": properties,
         "get_device_name": lambda which=None: properties(which).name,
         "set_per_process_memory_fraction": limit,
@@ -173,8 +193,12 @@ def _module(device: Any) -> ModuleType:
         "Stream": make_stream,
         "Event": make_event,
         "stream": on_stream,
-        "current_stream": lambda which=None: torch.accelerator.current_stream(torch.device(NAME, index(which))),
-        "default_stream": lambda which=None: torch.accelerator.current_stream(torch.device(NAME, index(which))),
+        "current_stream": lambda which=None: torch.accelerator.current_stream(
+            torch.device(NAME, index(which))
+        ),
+        "default_stream": lambda which=None: torch.accelerator.current_stream(
+            torch.device(NAME, index(which))
+        ),
         "get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16],
         "is_bf16_supported": lambda including_emulation=True: True,
         "get_device_capability": lambda which=None: (9, 0),

@@ -1,4 +1,6 @@
-"""Collectives of pretend devices: as NCCL they take no host tensors and run on a stream of their own; gloo sends the bytes."""
+"""Collectives of pretend devices: as NCCL they take no host tensors and run on a stream of their
+own; gloo sends the bytes.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class PretendGroup(dist.ProcessGroup):
         for tensor in (*reads, *writes):
             if tensor.device.type != pretend.NAME:
                 # The words of torch, where NCCL is the only backend of a group.
-                raise RuntimeError(f"No backend type associated with device type {tensor.device.type}")
+                raise RuntimeError(
+                    f"No backend type associated with device type {tensor.device.type}"
+                )
             if not tensor.is_contiguous():
                 raise ValueError("Tensors must be contiguous")
         return int(self._device.begin_collective(reads, writes, name))
@@ -86,7 +90,9 @@ class PretendGroup(dist.ProcessGroup):
         self._host.reduce(self._see(tensors), opts or dist.ReduceOptions()).wait()
         return Done(ticket, tensors)
 
-    def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None) -> Done:
+    def allgather(
+        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None
+    ) -> Done:
         """Into a list."""
         ticket = self._start("allgather", inputs, outputs[0])
         self._host.allgather([self._see(outputs[0])], self._see(inputs)).wait()
@@ -98,7 +104,9 @@ class PretendGroup(dist.ProcessGroup):
         self._host.allgather([parts], [self._see([given])[0].reshape(-1).clone()]).wait()
         return Done(ticket, [output])
 
-    def _reduce_scatter_base(self, output: torch.Tensor, given: torch.Tensor, opts: Any = None) -> Done:
+    def _reduce_scatter_base(
+        self, output: torch.Tensor, given: torch.Tensor, opts: Any = None
+    ) -> Done:
         ticket = self._start("reduce_scatter", [given], [output])
         (whole,) = self._see([given])
         whole = whole.clone()

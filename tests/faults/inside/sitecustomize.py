@@ -1,15 +1,19 @@
-"""Runs inside every process of a run under test: notes what the ranks do, slows it, and holds it at gates.
+"""Runs inside every process of a run under test: notes what the ranks do, slows it, and holds it at
+gates.
 
-Its folder is on ``PYTHONPATH``, so that Python imports it at start-up. It changes no result: it only sleeps around functions of
-the product, which it wraps as their modules are imported.
+Its folder is on ``PYTHONPATH``, so that Python imports it at start-up. It changes no result: it
+only sleeps around functions of the product, which it wraps as their modules are imported.
 
     FAULT_DIR     folder of ``trace-<rank>-<pid>.jsonl`` and of gates
     FAULT_SLOW    JSON: point -> seconds slept there, each time
-    FAULT_GATES   JSON: points; the first process to come to one writes ``at <point>`` and waits for ``open <point>``
-    FAULT_MIRROR  a folder: ``broken://`` of fsspec writes to it, and its first FAULT_MIRROR_FAILURES uploads fail
+    FAULT_GATES   JSON: points; the first process to come to one writes ``at <point>`` and waits for
+    ``open <point>``
+    FAULT_MIRROR  a folder: ``broken://`` of fsspec writes to it, and its first
+    FAULT_MIRROR_FAILURES uploads fail
 
-Points are ``start``, ``prepare`` (in the supervisor), ``load``, ``step:7``, ``evaluate:8``, ``save:12``,
-``file:12:manifest.json`` (before it is written), and ``write:12`` (every tensor and every flush of the save of step 12).
+Points are ``start``, ``prepare`` (in the supervisor), ``load``, ``step:7``, ``evaluate:8``,
+``save:12``, ``file:12:manifest.json`` (before it is written), and ``write:12`` (every tensor and
+every flush of the save of step 12).
 """
 
 from __future__ import annotations
@@ -38,7 +42,13 @@ _STEP_OF_PATH = re.compile(r"checkpoint-(\d+)")
 
 def note(event: str, step: int | None = None) -> None:
     """One line of this process's trace."""
-    line = {"time": time.monotonic(), "event": event, "step": step, "rank": _RANK, "pid": os.getpid()}
+    line = {
+        "time": time.monotonic(),
+        "event": event,
+        "step": step,
+        "rank": _RANK,
+        "pid": os.getpid(),
+    }
     file = Path(str(_FOLDER)) / f"trace-{_RANK}-{os.getpid()}.jsonl"
     with file.open("a") as out:
         out.write(json.dumps({**line, "port": os.environ.get("MASTER_PORT")}) + "\n")
@@ -129,7 +139,9 @@ def _patch_manifest(module: Any) -> None:
     module.write_manifest = _before(
         module.write_manifest, lambda folder, *rest, **named: _before_file(folder / "manifest.json")
     )
-    module.mark_complete = _before(module.mark_complete, lambda folder: _before_file(folder / "COMPLETE"))
+    module.mark_complete = _before(
+        module.mark_complete, lambda folder: _before_file(folder / "COMPLETE")
+    )
 
 
 def _patch_save(module: Any) -> None:
@@ -213,7 +225,9 @@ _PATCHES: dict[str, Callable[[Any], None]] = {
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds what the others find, and patches it when it was executed."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         patch = _PATCHES.get(name)
         if patch is None:
             return None
@@ -237,7 +251,9 @@ def _is_of_the_run() -> bool:
 
 
 def _sleep(seconds: float) -> None:
-    """``time.sleep``, which fails under libfaketime 0.9.10 when the monotonic clock is not faked (``clock_nanosleep``)."""
+    """``time.sleep``, which fails under libfaketime 0.9.10 when the monotonic clock is not faked
+    (``clock_nanosleep``).
+    """
     select.select([], [], [], seconds)
 
 

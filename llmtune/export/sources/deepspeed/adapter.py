@@ -1,4 +1,6 @@
-"""Parts of DeepSpeed's checkpoint: the whole model, or an adapter under peft's names of files and the base below it."""
+"""Parts of DeepSpeed's checkpoint: the whole model, or an adapter under peft's names of files and
+the base below it.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def has_adapter(source: ZeroSource) -> bool:
 
 
 def open_model_part(source: ZeroSource) -> Renamed:
-    """Everything in a full fine-tuning's checkpoint, tied tensors once: so transformers stores models."""
+    """Everything in a full fine-tuning's checkpoint, tied tensors once: so transformers stores
+    models.
+    """
     return Renamed(source, {name: name for name in source.specs if name not in source.shared})
 
 
@@ -67,21 +71,29 @@ def open_adapter_part(source: ZeroSource) -> Renamed:
     parts = [match for match in map(_PART.search, source.trained) if match]
     adapters = sorted({match["adapter"] for match in parts})
     if not adapters:
-        raise ExportError(f"{source.folder}: no adapter was trained here, such as *.lora_A.default.weight")
+        raise ExportError(
+            f"{source.folder}: no adapter was trained here, such as *.lora_A.default.weight"
+        )
     if len(adapters) > 1:
-        raise ExportError(f"{source.folder} holds several adapters ({some(adapters)}); only one can be exported")
+        raise ExportError(
+            f"{source.folder} holds several adapters ({some(adapters)}); only one can be exported"
+        )
     names: dict[str, str] = {}
     for name in source.specs:
         owner = source.shared.get(name, name)
         part = _PART.search(name)
-        # Of second names peft stores those of whole modules; rows of tokens it ties again by itself.
-        if owner in source.trained and (name == owner or (part and part["part"] == "modules_to_save")):
+        # Of second names peft stores those of whole modules; rows of tokens it ties again by
+        # itself.
+        if owner in source.trained and (
+            name == owner or (part and part["part"] == "modules_to_save")
+        ):
             names[_file_name(name)] = name
     return Renamed(source, names)
 
 
 def open_base_part(source: ZeroSource) -> Renamed:
-    """The model below the adapter under its own names, where frozen parameters are in the checkpoint; tied ones once.
+    """The model below the adapter under its own names, where frozen parameters are in the
+    checkpoint; tied ones once.
 
     Raises:
         ExportError: They are not, or they are quantised.
@@ -90,24 +102,29 @@ def open_base_part(source: ZeroSource) -> Renamed:
     for name in source.specs:
         if not _PART.search(name) and name not in source.shared:
             names[_WRAPPERS.sub("", name.removeprefix(_PREFIX))] = name
-    weights = [name for name, own in names.items() if own not in source.trained and name.endswith(".weight")]
+    weights = [
+        name
+        for name, own in names.items()
+        if own not in source.trained and name.endswith(".weight")
+    ]
     if not weights:
         raise ExportError(
-            f"{source.folder} holds the adapter alone (it was saved with exclude_frozen_parameters); "
-            "name the model below it with base="
+            f"{source.folder} holds the adapter alone (it was saved with"
+            " exclude_frozen_parameters); name the model below it with base="
         )
     quantised = [name for name in names if name.endswith(_QUANTISED) or ".quant_state" in name]
     quantised += [name for name in weights if not source.specs[names[name]].dtype.is_floating_point]
     if quantised:
         raise ExportError(
-            f"{source.folder} holds the model below the adapter only quantised ({some(quantised)}); "
-            "name the model that it was quantised from with base="
+            f"{source.folder} holds the model below the adapter only quantised ({some(quantised)});"
+            " name the model that it was quantised from with base="
         )
     return Renamed(source, names)
 
 
 def write_adapter(source: ZeroSource, output: Path, dtype: torch.dtype = torch.float32) -> bool:
-    """Write an adapter's folder as peft does; whether settings lay beside the checkpoint and were copied too.
+    """Write an adapter's folder as peft does; whether settings lay beside the checkpoint and were
+    copied too.
 
     Without settings (``adapter_config.json``) peft cannot load the folder.
 
@@ -129,17 +146,23 @@ def write_adapter(source: ZeroSource, output: Path, dtype: torch.dtype = torch.f
 
 
 def find_settings(source: ZeroSource) -> Path | None:
-    """``adapter_config.json``: transformers' Trainer puts it next to the folder of the ranks' files."""
+    """``adapter_config.json``: transformers' Trainer puts it next to the folder of the ranks'
+    files.
+    """
     places = (source.folder / CONFIG_FILE, source.folder.parent / CONFIG_FILE)
     return next((file for file in places if file.is_file()), None)
 
 
 def _file_name(name: str) -> str:
-    """peft leaves the adapter's name out, of a module that was saved whole also that it is one, and has vectors of its own."""
+    """peft leaves the adapter's name out, of a module that was saved whole also that it is one, and
+    has vectors of its own.
+    """
     match = _PART.search(name)
     if match is None:
         return name
     stem = name[: match.start()]
     if match["part"] == "modules_to_save":
         return stem + match["rest"]
-    return f"{stem}.{match['part']}" + ("" if match["part"] == "lora_magnitude_vector" else match["rest"])
+    return f"{stem}.{match['part']}" + (
+        "" if match["part"] == "lora_magnitude_vector" else match["rest"]
+    )

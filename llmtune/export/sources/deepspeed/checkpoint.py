@@ -1,9 +1,10 @@
 """DeepSpeed's own checkpoints of ZeRO 1, 2 and 3, one tensor at a time, without DeepSpeed.
 
-Every rank's ``*_optim_states.pt`` holds its part of the fp32 master weights as flat tensors without names; the model states
-of rank 0 say which parameters, of which shapes, lie in them in which order. In stages 1 and 2 the ranks' flat tensors of a
-group are one after the other the group's parameters. In stage 3 every parameter is cut into equal parts, one a rank, and a
-rank's parts lie one after the other over all its flat tensors. Frozen parameters and buffers are in the model states.
+Every rank's ``*_optim_states.pt`` holds its part of the fp32 master weights as flat tensors without
+names; the model states of rank 0 say which parameters, of which shapes, lie in them in which order.
+In stages 1 and 2 the ranks' flat tensors of a group are one after the other the group's parameters.
+In stage 3 every parameter is cut into equal parts, one a rank, and a rank's parts lie one after the
+other over all its flat tensors. Frozen parameters and buffers are in the model states.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ _ANY_OPTIMIZER_FILE, _ANY_FILE = "*_optim_states.pt", "*_states.pt"
 
 #: Files of other ways to divide a model than over data-parallel ranks -> what wrote them.
 _OTHERS = (
-    (re.compile(r"(expp_rank_|layer_\d+_expert_|expert_).*"), "a mixture of experts (expert parallelism)"),
+    (
+        re.compile(r"(expp_rank_|layer_\d+_expert_|expert_).*"),
+        "a mixture of experts (expert parallelism)",
+    ),
     (re.compile(r"layer_\d+-model_.*"), "pipeline parallelism"),
     (re.compile(r".*mp_rank_(?!00)\d+_.*"), "tensor parallelism"),
 )
@@ -43,7 +47,9 @@ _AGAIN = "copy the whole folder again, or take an older checkpoint"
 
 
 def is_zero_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds files of DeepSpeed's ranks, itself or one level below; whether they can be read is not asked."""
+    """Whether a folder holds files of DeepSpeed's ranks, itself or one level below; whether they
+    can be read is not asked.
+    """
     return folder.is_dir() and bool(_holders(folder))
 
 
@@ -63,24 +69,32 @@ def find_step_folder(folder: Path) -> Path:
         if not name or not found.resolve().is_relative_to(folder.resolve()):
             raise ExportError(f"{latest} names {name!r}, which is not a folder inside {folder}")
         if not any(found.glob(_ANY_FILE)):
-            raise ExportError(f"{latest} names {name}, which holds no checkpoint of DeepSpeed; {_AGAIN}")
+            raise ExportError(
+                f"{latest} names {name}, which holds no checkpoint of DeepSpeed; {_AGAIN}"
+            )
         return found
     if len(holders) == 1:
         return holders[0]
     if holders:
         names = [holder.name for holder in holders]
-        raise ExportError(f"{folder} has no file {_LATEST} and several checkpoints: {some(names)}; name one of them")
+        raise ExportError(
+            f"{folder} has no file {_LATEST} and several checkpoints: {some(names)}; name one of"
+            " them"
+        )
     raise ExportError(f"{folder} holds no checkpoint of DeepSpeed (*_optim_states.pt)")
 
 
 class ZeroSource:
-    """A checkpoint of DeepSpeed: fp32 master weights of what was trained, everything else as it is stored."""
+    """A checkpoint of DeepSpeed: fp32 master weights of what was trained, everything else as it is
+    stored.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Map every file and find every tensor; of the numbers nothing is read.
 
         Raises:
-            ExportError: The checkpoint is of another kind, incomplete or damaged; the files and tensors are named.
+            ExportError: The checkpoint is of another kind, incomplete or damaged; the files and
+                tensors are named.
         """
         self.folder = find_step_folder(folder)
         try:
@@ -98,7 +112,8 @@ class ZeroSource:
         ) as error:
             # The files say where everything is; they may say anything.
             raise ExportError(
-                f"{self.folder} is not as DeepSpeed writes it ({type(error).__name__}: {error}); {_AGAIN}"
+                f"{self.folder} is not as DeepSpeed writes it ({type(error).__name__}: {error});"
+                f" {_AGAIN}"
             ) from error
 
     def _find_tensors(self, states: _States) -> None:
@@ -112,11 +127,18 @@ class ZeroSource:
         """Second names of tensors -> the name under which they are stored."""
         found |= {name: found[owner] for name, owner in self.shared.items()}
         # As the model has them, and then what it does not name.
-        self._tensors = {name: found[name] for name in dict.fromkeys((*states.module, *found)) if name in found}
-        self.specs = {
-            name: TensorSpec(name, tensor.spec.dtype, tensor.spec.shape) for name, tensor in self._tensors.items()
+        self._tensors = {
+            name: found[name] for name in dict.fromkeys((*states.module, *found)) if name in found
         }
-        strange = [f"{name} ({spec.dtype})" for name, spec in self.specs.items() if spec.dtype not in DTYPE_NAMES]
+        self.specs = {
+            name: TensorSpec(name, tensor.spec.dtype, tensor.spec.shape)
+            for name, tensor in self._tensors.items()
+        }
+        strange = [
+            f"{name} ({spec.dtype})"
+            for name, spec in self.specs.items()
+            if spec.dtype not in DTYPE_NAMES
+        ]
         if strange:
             raise ExportError(f"{self.folder}: dtypes that cannot be exported: {some(strange)}")
 
@@ -160,7 +182,9 @@ def _read_states(folder: Path) -> _States:
     key = _FLAT_12 if _FLAT_12 in states[0] else _FLAT_3
     _check_same_run(folder, files, states, key)
     stage = 3 if key == _FLAT_3 else 2
-    file = folder / ("zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt")
+    file = folder / (
+        "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+    )
     if not file.is_file():
         raise ExportError(f"{folder}: {file.name} is missing; {_AGAIN}")
     model = _read_model(file)
@@ -186,18 +210,24 @@ def _read_model(file: Path) -> Mapping[str, Any]:
     experts = [key for key in _EXPERT_KEYS if model.get(key)]
     if experts:
         raise ExportError(
-            f"{file} is of a mixture of experts ({experts[0]}); convert it with DeepSpeed's ds_to_universal"
+            f"{file} is of a mixture of experts ({experts[0]}); convert it with DeepSpeed's"
+            " ds_to_universal"
         )
     shapes = model.get("param_shapes")
     if not isinstance(shapes, list) or not all(isinstance(group, Mapping) for group in shapes):
-        raise ExportError(f"{file} names no parameters of ZeRO (param_shapes): it is of stage 0 or of another program")
+        raise ExportError(
+            f"{file} names no parameters of ZeRO (param_shapes): it is of stage 0 or of another"
+            " program"
+        )
     return model
 
 
 def _optimizer_files(folder: Path) -> list[Path]:
     """One file a rank, by rank."""
     for pattern, kind in _OTHERS:
-        other = next((file.name for file in sorted(folder.iterdir()) if pattern.fullmatch(file.name)), None)
+        other = next(
+            (file.name for file in sorted(folder.iterdir()) if pattern.fullmatch(file.name)), None
+        )
         if other:
             raise ExportError(
                 f"{folder} was written with {kind} ({other}), which cannot be read; "
@@ -209,38 +239,56 @@ def _optimizer_files(folder: Path) -> list[Path]:
         if match is None:
             raise ExportError(f"{folder}: {file.name} is no file of a ZeRO rank")
         if int(match[1]) in ranks:
-            raise ExportError(f"{folder} holds rank {match[1]} twice: {ranks[int(match[1])].name} and {file.name}")
+            raise ExportError(
+                f"{folder} holds rank {match[1]} twice: {ranks[int(match[1])].name} and {file.name}"
+            )
         ranks[int(match[1])] = file
     if not ranks:
         raise ExportError(
-            f"{folder} holds no *_optim_states.pt: a checkpoint of ZeRO stage 0, or only a part of one; "
-            "for stage 0 convert mp_rank_00_model_states.pt"
+            f"{folder} holds no *_optim_states.pt: a checkpoint of ZeRO stage 0, or only a part of"
+            " one; for stage 0 convert mp_rank_00_model_states.pt"
         )
     # A name may hold any number.
-    missing = [str(rank) for rank in range(min(max(ranks), len(ranks) + _NAMED_RANKS)) if rank not in ranks]
+    missing = [
+        str(rank) for rank in range(min(max(ranks), len(ranks) + _NAMED_RANKS)) if rank not in ranks
+    ]
     if missing:
-        raise ExportError(f"{folder}: *_optim_states.pt of rank {some(missing)} is missing; {_AGAIN}")
+        raise ExportError(
+            f"{folder}: *_optim_states.pt of rank {some(missing)} is missing; {_AGAIN}"
+        )
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-def _check_same_run(folder: Path, files: list[Path], states: list[Mapping[str, Any]], key: str) -> None:
+def _check_same_run(
+    folder: Path, files: list[Path], states: list[Mapping[str, Any]], key: str
+) -> None:
     """Every file is from as many ranks as there are files, of one stage, with as many groups."""
     ranks = [_count_ranks(state) for state in states]
     if len(set(ranks)) > 1:
         other = next(number for number, count in enumerate(ranks) if count != ranks[0])
         raise ExportError(
-            f"{folder}: {files[0].name} was written by {ranks[0]} ranks and {files[other].name} by {ranks[other]}: "
-            f"one of two runs left files of the other; {_AGAIN}"
+            f"{folder}: {files[0].name} was written by {ranks[0]} ranks and {files[other].name} by"
+            f" {ranks[other]}: one of two runs left files of the other; {_AGAIN}"
         )
     if ranks[0] != len(files):
-        missing = [str(rank) for rank in range(len(files), min(ranks[0], len(files) + _NAMED_RANKS))]
-        what = f"*_optim_states.pt of rank {some(missing)} is missing" if missing else "there are more files than that"
+        missing = [
+            str(rank) for rank in range(len(files), min(ranks[0], len(files) + _NAMED_RANKS))
+        ]
+        what = (
+            f"*_optim_states.pt of rank {some(missing)} is missing"
+            if missing
+            else "there are more files than that"
+        )
         raise ExportError(f"{folder} was written by {ranks[0]} ranks, and {what}; {_AGAIN}")
     for file, state in zip(files, states, strict=True):
         if key not in state or len(state[key]) != len(states[0][key]):
-            raise ExportError(f"{folder}: {file.name} is of another stage or model than {files[0].name}; {_AGAIN}")
+            raise ExportError(
+                f"{folder}: {file.name} is of another stage or model than {files[0].name}; {_AGAIN}"
+            )
         if state.get("ds_zero_partition_groups"):
-            raise ExportError(f"{folder}: {file.name} is of a mixture of experts; use DeepSpeed's ds_to_universal")
+            raise ExportError(
+                f"{folder}: {file.name} is of a mixture of experts; use DeepSpeed's ds_to_universal"
+            )
 
 
 def _count_ranks(state: Mapping[str, Any]) -> int:
@@ -251,40 +299,48 @@ def _count_ranks(state: Mapping[str, Any]) -> int:
 def _trained(states: _States) -> Iterator[tuple[str, tuple[TensorSpec, tuple[Piece, ...]]]]:
     """Parameters in the flat tensors."""
     shapes: list[dict[str, tuple[int, ...]]] = [
-        {name: tuple(shape) for name, shape in group.items()} for group in states.model["param_shapes"]
+        {name: tuple(shape) for name, shape in group.items()}
+        for group in states.model["param_shapes"]
     ]
     if states.stage == 3:
-        return _trained_3(states, {name: shape for group in shapes for name, shape in group.items()})
+        return _trained_3(
+            states, {name: shape for group in shapes for name, shape in group.items()}
+        )
     return _trained_12(states, shapes)
 
 
 def _trained_12(
     states: _States, shapes: list[dict[str, tuple[int, ...]]]
 ) -> Iterator[tuple[str, tuple[TensorSpec, tuple[Piece, ...]]]]:
-    """The ranks' parts of a group, one behind the other, are its parameters, one behind the other."""
+    """The ranks' parts of a group, one behind the other, are its parameters, one behind the
+    other.
+    """
     if len(shapes) != len(states.flats[0]):
         raise ExportError(
-            f"{states.folder}: {len(shapes)} groups of parameters, {len(states.flats[0])} of master weights"
+            f"{states.folder}: {len(shapes)} groups of parameters, {len(states.flats[0])} of master"
+            " weights"
         )
     for number, group in enumerate(shapes):
         parts = [rank[number].open().reshape(-1) for rank in states.flats]
         paddings = [0] * len(group) if states.paddings is None else list(states.paddings[number])
         if len(paddings) != len(group):
             raise ExportError(
-                f"{states.folder}: group {number} has {len(group)} parameters and {len(paddings)} paddings"
+                f"{states.folder}: group {number} has {len(group)} parameters and {len(paddings)}"
+                " paddings"
             )
         offset = 0
         for (name, shape), padding in zip(group.items(), paddings, strict=True):
             numel = math.prod(shape)
             yield name, _assemble(states.folder, name, shape, _cut(parts, offset, offset + numel))
             offset += numel + int(padding)
-        # Ranks are filled up to a multiple of twice their number, and some versions store what fills them.
+        # Ranks are filled up to a multiple of twice their number, and some versions store what
+        # fills them.
         step = 2 * len(parts)
         available = sum(part.numel() for part in parts)
         if math.ceil(offset / step) != math.ceil(available / step):
             raise ExportError(
-                f"{states.folder}: the parameters of group {number} have {offset} elements, its master weights {available}; "
-                f"the files do not belong together; {_AGAIN}"
+                f"{states.folder}: the parameters of group {number} have {offset} elements, its"
+                f" master weights {available}; the files do not belong together; {_AGAIN}"
             )
 
 
@@ -298,21 +354,30 @@ def _trained_3(
     for number, rank in enumerate(parts):
         available = sum(group.numel() for group in rank)
         if available != needed:
-            hint = " (is the optimizer on NVMe? its numbers are not in these files)" if available < needed else ""
+            hint = (
+                " (is the optimizer on NVMe? its numbers are not in these files)"
+                if available < needed
+                else ""
+            )
             raise ExportError(
-                f"{states.folder}: rank {number} has {available} elements of master weights, its parts of the parameters "
-                f"have {needed}{hint}; {_AGAIN}"
+                f"{states.folder}: rank {number} has {available} elements of master weights, its"
+                f" parts of the parameters have {needed}{hint}; {_AGAIN}"
             )
     offset = 0
     for name, shape in shapes.items():
         share = math.ceil(math.prod(shape) / world)
         cut = [_cut(rank, offset, offset + share) for rank in parts]
-        yield name, _assemble(states.folder, name, shape, [values for rank in cut for values in rank])
+        yield (
+            name,
+            _assemble(states.folder, name, shape, [values for rank in cut for values in rank]),
+        )
         offset += share
 
 
 def _frozen(states: _States) -> Iterator[tuple[str, PiecedTensor]]:
-    """Parameters that were not trained, where the checkpoint has them apart from the model's ``state_dict``."""
+    """Parameters that were not trained, where the checkpoint has them apart from the model's
+    ``state_dict``.
+    """
     shapes = states.model.get("frozen_param_shapes") or {}
     if not shapes:
         return
@@ -321,13 +386,20 @@ def _frozen(states: _States) -> Iterator[tuple[str, PiecedTensor]]:
         for rank in range(1, len(states.flats)):
             file = states.folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
             if not file.is_file():
-                raise ExportError(f"{states.folder}: {file.name} with frozen parameters is missing; {_AGAIN}")
+                raise ExportError(
+                    f"{states.folder}: {file.name} with frozen parameters is missing; {_AGAIN}"
+                )
             fragments.append(_read_model(file).get("frozen_param_fragments") or {})
     for name, shape in shapes.items():
         parts = [rank.get(name) for rank in fragments]
-        lacking = [str(rank) for rank, part in enumerate(parts) if not isinstance(part, StoredTensor)]
+        lacking = [
+            str(rank) for rank, part in enumerate(parts) if not isinstance(part, StoredTensor)
+        ]
         if lacking:
-            raise ExportError(f"{states.folder}: the frozen {name} is not in the model states of rank {some(lacking)}")
+            raise ExportError(
+                f"{states.folder}: the frozen {name} is not in the model states of rank"
+                f" {some(lacking)}"
+            )
         values = [part.open().reshape(-1) for part in parts if isinstance(part, StoredTensor)]
         yield name, PiecedTensor(*_assemble(states.folder, name, tuple(shape), values))
 
@@ -335,12 +407,16 @@ def _frozen(states: _States) -> Iterator[tuple[str, PiecedTensor]]:
 def _others(states: _States) -> Iterator[tuple[str, PiecedTensor]]:
     """Buffers, and what stage 1 keeps nowhere else: its frozen parameters.
 
-    Second names of tied tensors are left to their owners: where frozen ones are excluded, DeepSpeed forgets those names.
-    Placeholders of stage 3 have no elements.
+    Second names of tied tensors are left to their owners: where frozen ones are excluded, DeepSpeed
+    forgets those names. Placeholders of stage 3 have no elements.
     """
     shared = states.model.get("shared_params") or {}
     for name, tensor in states.module.items():
-        if isinstance(tensor, StoredTensor) and name not in shared and (tensor.numel or states.stage < 3):
+        if (
+            isinstance(tensor, StoredTensor)
+            and name not in shared
+            and (tensor.numel or states.stage < 3)
+        ):
             spec = TensorSpec(name, tensor.dtype, tensor.shape)
             yield name, PiecedTensor(spec, (Piece(0, tensor.open().reshape(-1)),))
 
@@ -372,5 +448,8 @@ def _assemble(
         raise ExportError(f"{folder}: {name} is not complete: {gap}; {_AGAIN}")
     dtypes = {part.dtype for part in values} or {torch.float32}
     if len(dtypes) > 1:
-        raise ExportError(f"{folder}: the ranks hold {name} in different dtypes ({some(sorted(map(str, dtypes)))})")
+        raise ExportError(
+            f"{folder}: the ranks hold {name} in different dtypes"
+            f" ({some(sorted(map(str, dtypes)))})"
+        )
     return TensorSpec(name, dtypes.pop(), tuple(int(size) for size in shape)), tuple(pieces)

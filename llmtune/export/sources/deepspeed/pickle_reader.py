@@ -1,11 +1,12 @@
 """What ``torch.save`` wrote, mapped and looked at without running anything of it.
 
-Such a file is a zip archive of stored members: a pickle, and the bytes of each storage. The pickle is read by an unpickler
-that imports nothing: plain containers and tensors come out as what they are, every other object as an empty stand-in. So a
-file of a stranger cannot run code, and the program that wrote it need not be installed.
+Such a file is a zip archive of stored members: a pickle, and the bytes of each storage. The pickle
+is read by an unpickler that imports nothing: plain containers and tensors come out as what they
+are, every other object as an empty stand-in. So a file of a stranger cannot run code, and the
+program that wrote it need not be installed.
 
-``torch.load(mmap=True)`` maps with the promise of private memory, which Linux refuses for files larger than the machine's
-memory; the mapping here promises nothing.
+``torch.load(mmap=True)`` maps with the promise of private memory, which Linux refuses for files
+larger than the machine's memory; the mapping here promises nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _SIGNATURE = b"PK\x03\x04"
 #: Linux counts no memory for such a mapping; ``mmap`` has the name from Python 3.13 on.
 _NO_RESERVE = 0x4000
 
-#: Bytes of a tensor that may be larger than its storage: some programs store a mask or positions expanded.
+# : Bytes of a tensor that may be larger than its storage: some programs store a mask or positions
+# expanded.
 _MAX_EXPANDED_BYTES = 64 << 20
 
 _STORAGES = {
@@ -87,7 +89,9 @@ class StoredTensor:
 
 
 class Inert:
-    """Stands for an object of any class: takes what a pickle does to it, does nothing, and is nothing."""
+    """Stands for an object of any class: takes what a pickle does to it, does nothing, and is
+    nothing.
+    """
 
     __slots__ = ("arguments",)
     arguments: tuple[Any, ...]
@@ -134,12 +138,15 @@ def read_archive(file: Path) -> Any:
         raise
     except zipfile.BadZipFile as error:
         raise ExportError(
-            f"{file} is cut off, or not in the zip format of torch.save (DeepSpeed's checkpoint_serialization=false and its "
-            f"fast writer use another): {error}; fetch or copy it again"
+            f"{file} is cut off, or not in the zip format of torch.save (DeepSpeed's"
+            f" checkpoint_serialization=false and its fast writer use another): {error}; fetch or"
+            " copy it again"
         ) from error
     except Exception as error:
         # A broken pickle raises whatever its bytes happen to ask for.
-        raise ExportError(f"{file} cannot be read ({type(error).__name__}: {error}); fetch or copy it again") from error
+        raise ExportError(
+            f"{file} cannot be read ({type(error).__name__}: {error}); fetch or copy it again"
+        ) from error
 
 
 class _Archive:
@@ -151,10 +158,15 @@ class _Archive:
             with zipfile.ZipFile(opened) as archive:
                 self._members = {member.filename: member for member in archive.infolist()}
             self._map = mmap.mmap(
-                opened.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                opened.fileno(),
+                0,
+                flags=mmap.MAP_PRIVATE | _NO_RESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        pickles = [name for name in self._members if name.count("/") == 1 and name.endswith("/data.pkl")]
+        pickles = [
+            name for name in self._members if name.count("/") == 1 and name.endswith("/data.pkl")
+        ]
         if len(pickles) != 1:
             raise ExportError(f"{file} holds no data.pkl: it is not a file of torch.save")
         self._root = pickles[0].removesuffix("data.pkl")
@@ -163,7 +175,9 @@ class _Archive:
     def load(self) -> Any:
         """What was saved."""
         if f"{self._root}byteorder" in self._members and self._read("byteorder") != b"little":
-            raise ExportError(f"{self.file} was written by a big-endian machine, which is not supported")
+            raise ExportError(
+                f"{self.file} was written by a big-endian machine, which is not supported"
+            )
         return _Unpickler(io.BytesIO(self._read("data.pkl")), self.storage).load()
 
     def storage(self, saved: Any) -> StoredStorage:
@@ -171,13 +185,16 @@ class _Archive:
         kind, dtype, key, _, numel = saved
         known = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
         if not known or not isinstance(numel, int) or numel < 0:
-            # What it holds instead is not written out: lists within each other may be longer than memory.
+            # What it holds instead is not written out: lists within each other may be longer than
+            # memory.
             raise ExportError(f"{self.file} holds a storage of another kind than tensors have")
         if key not in self._storages:
             nbytes = numel * dtype.itemsize
             first, size = self._place(f"data/{key}") if nbytes else (0, 0)
             if size < nbytes:
-                raise ExportError(f"{self.file} is damaged: storage {key} has {size} bytes of {nbytes}")
+                raise ExportError(
+                    f"{self.file} is damaged: storage {key} has {size} bytes of {nbytes}"
+                )
             self._storages[key] = StoredStorage(self._bytes[first : first + nbytes], dtype)
         return self._storages[key]
 
@@ -229,15 +246,25 @@ class _Unpickler(pickle.Unpickler):
 def _make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> StoredTensor:
     """``torch._utils._rebuild_tensor_v2`` and its kin, with the same arguments."""
     dtype = next((item for item in rest if isinstance(item, torch.dtype)), storage.dtype)
-    tensor = StoredTensor(storage, dtype, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
-    if len(tensor.shape) != len(tensor.stride) or min((tensor.offset, *tensor.shape, *tensor.stride)) < 0:
+    tensor = StoredTensor(
+        storage, dtype, int(offset), tuple(map(int, shape)), tuple(map(int, stride))
+    )
+    if (
+        len(tensor.shape) != len(tensor.stride)
+        or min((tensor.offset, *tensor.shape, *tensor.stride)) < 0
+    ):
         raise ValueError(f"a tensor of shape {tensor.shape} with strides {tensor.stride}")
-    last = tensor.offset + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
+    last = tensor.offset + sum(
+        (size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True)
+    )
     if tensor.numel and (last + 1) * dtype.itemsize > storage.data.numel():
         raise ValueError(f"a tensor of shape {tensor.shape} goes beyond its storage")
-    # A stride of 0 shows one number many times, and whoever copies such a tensor writes each of them.
+    # A stride of 0 shows one number many times, and whoever copies such a tensor writes each of
+    # them.
     if tensor.numel * dtype.itemsize > max(storage.data.numel(), _MAX_EXPANDED_BYTES):
-        raise ValueError(f"a tensor of shape {tensor.shape} is made of a storage of {storage.data.numel()} bytes")
+        raise ValueError(
+            f"a tensor of shape {tensor.shape} is made of a storage of {storage.data.numel()} bytes"
+        )
     return tensor
 
 
@@ -259,6 +286,11 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _Maker(_make_parameter),
     ("torch._utils", "_rebuild_parameter_with_state"): _Maker(_make_parameter),
     ("torch._tensor", "_rebuild_from_type_v2"): _Maker(_make_subclass),
-    **{("builtins", kind.__name__): kind for kind in (set, frozenset, list, dict, tuple, int, float, bool, str)},
+    **{
+        ("builtins", kind.__name__): kind
+        for kind in (set, frozenset, list, dict, tuple, int, float, bool, str)
+    },
 }
-_KNOWN |= {("__builtin__", name): kind for (module, name), kind in _KNOWN.items() if module == "builtins"}
+_KNOWN |= {
+    ("__builtin__", name): kind for (module, name), kind in _KNOWN.items() if module == "builtins"
+}

@@ -1,8 +1,10 @@
-"""A tokenizer as llama.cpp needs it: what transformers runs is read, and only what llama.cpp runs the same way is written.
+"""A tokenizer as llama.cpp needs it: what transformers runs is read, and only what llama.cpp runs
+the same way is written.
 
-llama.cpp has two tokenizers for these models: ``gpt2`` (byte-level BPE with a named splitting rule) and ``llama``
-(SentencePiece BPE: characters are joined by the score of the token that they make). A name that does not fit would give
-other ids, and a model that talks worse for no visible reason; so what is not known is refused.
+llama.cpp has two tokenizers for these models: ``gpt2`` (byte-level BPE with a named splitting rule)
+and ``llama`` (SentencePiece BPE: characters are joined by the score of the token that they make). A
+name that does not fit would give other ids, and a model that talks worse for no visible reason; so
+what is not known is refused.
 """
 
 from __future__ import annotations
@@ -31,12 +33,19 @@ _CASED = (
 )
 _CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-#: How text is split before merging, and whether whole words of the vocabulary skip the merges -> llama.cpp's name.
+# : How text is split before merging, and whether whole words of the vocabulary skip the merges ->
+# llama.cpp's name.
 _SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     (("gpt2",), False): "gpt-2",
     (("digits", "gpt2"), False): "smollm",
-    ((rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}",), True): "llama-bpe",
-    ((rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}",), False): "smaug-bpe",
+    (
+        (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}",),
+        True,
+    ): "llama-bpe",
+    (
+        (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}",),
+        False,
+    ): "smaug-bpe",
     ((rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}",), False): "qwen2",
     ((rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_CASED_TAIL}",), True): "tekken",
     (
@@ -85,9 +94,14 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"export=gguf: no tokenizer can be loaded beside the weights ({error})") from error
+        raise ExportError(
+            f"export=gguf: no tokenizer can be loaded beside the weights ({error})"
+        ) from error
     if not tokenizer.is_fast:
-        raise ExportError("export=gguf needs a tokenizer.json (a fast tokenizer); save the base's tokenizer with one")
+        raise ExportError(
+            "export=gguf needs a tokenizer.json (a fast tokenizer); save the base's tokenizer"
+            " with one"
+        )
     # transformers builds some tokenizers anew; what it runs counts, and not what lies in the file.
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = _kind(state)
@@ -98,7 +112,9 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         pre = _split_name(state)
         merges = [_join(pair) for pair in state["model"]["merges"]]
         if not merges:
-            raise ExportError("export=gguf: the tokenizer has no merges, and llama.cpp loads no BPE without them")
+            raise ExportError(
+                "export=gguf: the tokenizer has no merges, and llama.cpp loads no BPE without them"
+            )
     else:
         prefix = _prefixes_space(state, notes)
     tokens, types = _tokens(tokenizer, state, rows, notes)
@@ -141,7 +157,9 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
     template = vocabulary.chat_template
     if isinstance(template, dict):
-        writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
+        writer.add_chat_template(
+            [{"name": name, "template": text} for name, text in template.items()]
+        )
     elif template:
         writer.add_chat_template(template)
 
@@ -150,16 +168,22 @@ def _kind(state: dict[str, Any]) -> str:
     model = state["model"]
     if model["type"] != "BPE":
         raise ExportError(
-            f"export=gguf: the tokenizer is a {model['type']} model; llama.cpp's tokenizers for these architectures are BPE"
+            f"export=gguf: the tokenizer is a {model['type']} model; llama.cpp's tokenizers for"
+            " these architectures are BPE"
         )
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
-            raise ExportError(f"export=gguf: the tokenizer has {key}={model[key]!r}, which llama.cpp does not know")
+            raise ExportError(
+                f"export=gguf: the tokenizer has {key}={model[key]!r}, which llama.cpp does not"
+                " know"
+            )
     if any(step["type"] == "ByteLevel" for step in _steps(state["pre_tokenizer"])):
         return "gpt2"
     if model.get("byte_fallback"):
         return "llama"
-    raise ExportError("export=gguf: the tokenizer is neither byte-level BPE nor BPE with byte_fallback")
+    raise ExportError(
+        "export=gguf: the tokenizer is neither byte-level BPE nor BPE with byte_fallback"
+    )
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -168,7 +192,11 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     if part["type"] != "Sequence":
         return [part]
-    return [step for inner in part.get("pretokenizers", part.get("normalizers", [])) for step in _steps(inner)]
+    return [
+        step
+        for inner in part.get("pretokenizers", part.get("normalizers", []))
+        for step in _steps(inner)
+    ]
 
 
 def _split_name(state: dict[str, Any]) -> str:
@@ -187,23 +215,32 @@ def _split_name(state: dict[str, Any]) -> str:
     name = _SPLITS.get((tuple(signature), ignore_merges))
     if name is None:
         raise ExportError(
-            f"export=gguf: the tokenizer splits text by {' then '.join(signature) or 'nothing'} "
-            f"(ignore_merges={ignore_merges}), and no splitting rule of llama.cpp is known to do the same; "
-            f"known are {', '.join(_SPLITS.values())}. export=safetensors keeps the tokenizer as it is"
+            f"export=gguf: the tokenizer splits text by {' then '.join(signature) or 'nothing'}"
+            f" (ignore_merges={ignore_merges}), and no splitting rule of llama.cpp is known to do"
+            f" the same; known are {', '.join(_SPLITS.values())}. export=safetensors keeps the"
+            " tokenizer as it is"
         )
     return name
 
 
 def _check_normalizers(state: dict[str, Any], notes: list[str]) -> None:
     for step in _steps(state["normalizer"]):
-        spaces = step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _SPACE
+        spaces = (
+            step["type"] == "Replace"
+            and step["pattern"] == {"String": " "}
+            and step["content"] == _SPACE
+        )
         if spaces or (step["type"] == "Prepend" and step["prepend"] == _SPACE):
             continue
         if step["type"] not in ("NFC", "NFKC"):
             raise ExportError(
-                f"export=gguf: the tokenizer changes text by {json.dumps(step)}, which llama.cpp does not do"
+                f"export=gguf: the tokenizer changes text by {json.dumps(step)}, which llama.cpp"
+                " does not do"
             )
-        notes.append(f"llama.cpp leaves out the tokenizer's {step['type']}: give it text that is normalised so")
+        notes.append(
+            f"llama.cpp leaves out the tokenizer's {step['type']}: give it text that is"
+            " normalised so"
+        )
 
 
 def _prefixes_space(state: dict[str, Any], notes: list[str]) -> bool:
@@ -213,17 +250,25 @@ def _prefixes_space(state: dict[str, Any], notes: list[str]) -> bool:
         return any(step["type"] == "Prepend" for step in _steps(state["normalizer"]))
     space = steps[0]
     if len(steps) > 1 or space["type"] != "Metaspace" or space["replacement"] != _SPACE:
-        raise ExportError(f"export=gguf: the tokenizer splits text by {json.dumps(steps)}, which llama.cpp does not do")
+        raise ExportError(
+            f"export=gguf: the tokenizer splits text by {json.dumps(steps)}, which llama.cpp does"
+            " not do"
+        )
     if space.get("split", True) and any(_SPACE in token[1:] for token in state["model"]["vocab"]):
         raise ExportError(
-            "export=gguf: the tokenizer splits text at spaces (Metaspace split=true) and has tokens with spaces inside; "
-            "llama.cpp would use those"
+            "export=gguf: the tokenizer splits text at spaces (Metaspace split=true) and has tokens"
+            " with spaces inside; llama.cpp would use those"
         )
     scheme = str(space["prepend_scheme"])
     if scheme != "never":
-        notes.append("llama.cpp puts a space before a text that begins with one; transformers does not")
+        notes.append(
+            "llama.cpp puts a space before a text that begins with one; transformers does not"
+        )
     if scheme == "first":
-        notes.append("llama.cpp puts a space behind every special token; transformers only at the start of a text")
+        notes.append(
+            "llama.cpp puts a space behind every special token; transformers only at the start of a"
+            " text"
+        )
     return scheme != "never"
 
 
@@ -231,18 +276,23 @@ def _join(pair: str | list[str]) -> str:
     return pair if isinstance(pair, str) else " ".join(pair)
 
 
-def _tokens(tokenizer: Any, state: dict[str, Any], rows: int, notes: list[str]) -> tuple[list[str], list[int]]:
+def _tokens(
+    tokenizer: Any, state: dict[str, Any], rows: int, notes: list[str]
+) -> tuple[list[str], list[int]]:
     """Text and type of every row."""
     known = {token: text for text, token in tokenizer.get_vocab().items()}
     added = {entry["id"]: entry for entry in state["added_tokens"]}
     beyond = sorted(token for token in known if token >= rows)
     if any(token not in added for token in beyond):
         raise ExportError(
-            f"export=gguf: the tokenizer has {max(known) + 1} tokens and the model {rows} rows of embedding; "
-            "the tokenizer belongs to another model"
+            f"export=gguf: the tokenizer has {max(known) + 1} tokens and the model {rows} rows of"
+            " embedding; the tokenizer belongs to another model"
         )
     if beyond:
-        notes.append(f"tokens without a row of embedding are left out: {some([known[token] for token in beyond])}")
+        notes.append(
+            "tokens without a row of embedding are left out:"
+            f" {some([known[token] for token in beyond])}"
+        )
     texts = set(known.values())
     tokens, types = [], []
     for token in range(rows):
@@ -267,15 +317,19 @@ def _scores(state: dict[str, Any], tokens: list[str], types: list[int]) -> list[
     """The earlier a token is made by merging, the higher its score.
 
     Raises:
-        ExportError: Some pairs of tokens that make a token are no merge, and llama.cpp would join them; or bytes are missing.
+        ExportError: Some pairs of tokens that make a token are no merge, and llama.cpp would join
+            them; or bytes are missing.
     """
     if types.count(BYTE) != 256:
         raise ExportError(
-            f"export=gguf: the tokenizer has {types.count(BYTE)} of the 256 byte tokens <0x00> to <0xFF>, "
-            "which llama.cpp needs for unknown characters"
+            f"export=gguf: the tokenizer has {types.count(BYTE)} of the 256 byte tokens <0x00> to"
+            " <0xFF>, which llama.cpp needs for unknown characters"
         )
     ranks: dict[str, int] = {}
-    merges = {tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in state["model"]["merges"]}
+    merges = {
+        tuple(pair.split(" ") if isinstance(pair, str) else pair)
+        for pair in state["model"]["merges"]
+    }
     for rank, pair in enumerate(state["model"]["merges"]):
         ranks.setdefault(_join(pair).replace(" ", ""), rank)
     normal = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}
@@ -287,8 +341,9 @@ def _scores(state: dict[str, Any], tokens: list[str], types: list[int]) -> list[
     ]
     if missing:
         raise ExportError(
-            f"export=gguf: llama.cpp joins any two tokens that make a third, and {len(missing)} such pairs are no merge of "
-            f"the tokenizer ({some(missing)}); this is no SentencePiece vocabulary. export=safetensors keeps it as it is"
+            f"export=gguf: llama.cpp joins any two tokens that make a third, and {len(missing)}"
+            f" such pairs are no merge of the tokenizer ({some(missing)}); this is no SentencePiece"
+            " vocabulary. export=safetensors keeps it as it is"
         )
     return [-float(ranks.get(text, len(ranks))) for text in tokens]
 
@@ -298,7 +353,8 @@ def _special_ids(tokenizer: Any, tokens: list[str]) -> dict[str, int]:
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     if ids["eos"] is None or ids["eos"] >= len(tokens):
         raise ExportError(
-            f"export=gguf: eos_token {tokenizer.eos_token!r} is no token of the model; set it in the tokenizer"
+            f"export=gguf: eos_token {tokenizer.eos_token!r} is no token of the model; set it in"
+            " the tokenizer"
         )
     others = [token for token in end_of_turn_ids(tokenizer) if token != ids["eos"]]
     if others:
@@ -312,10 +368,15 @@ def _added_around(tokenizer: Any) -> tuple[bool, bool]:
     Raises:
         ExportError: It puts something else there.
     """
-    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    plain, whole = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
+    )
     for add_bos in (False, True):
         for add_eos in (False, True):
-            if whole == [tokenizer.bos_token_id] * add_bos + plain + [tokenizer.eos_token_id] * add_eos:
+            if (
+                whole
+                == [tokenizer.bos_token_id] * add_bos + plain + [tokenizer.eos_token_id] * add_eos
+            ):
                 return add_bos, add_eos
     raise ExportError(
         f"export=gguf: the tokenizer makes {tokenizer.convert_ids_to_tokens(whole)} of 'a'; "

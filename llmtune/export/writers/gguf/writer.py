@@ -1,7 +1,9 @@
-"""GGUF, the one file that llama.cpp, Ollama and LM Studio load: tensors renamed, quantised and written as a stream.
+"""GGUF, the one file that llama.cpp, Ollama and LM Studio load: tensors renamed, quantised and
+written as a stream.
 
-Which tensors and keys an architecture has, and that the rows of the query and key projections of Llama are in another order
-(pairs that rotate together lie side by side, where transformers has them half a head apart), is llama.cpp's own convention.
+Which tensors and keys an architecture has, and that the rows of the query and key projections of
+Llama are in another order (pairs that rotate together lie side by side, where transformers has them
+half a head apart), is llama.cpp's own convention.
 """
 
 from __future__ import annotations
@@ -42,13 +44,24 @@ ARCHITECTURES = {
 }
 
 #: What every layer of every one of them has, and what some have besides.
-_LAYER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+_LAYER = (
+    "attn_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_output",
+    "ffn_norm",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+)
 _LAYER_MORE = {"llama": (), "qwen2": (), "qwen3": ("attn_q_norm", "attn_k_norm")}
 
 #: Buffers that old files carry along; nobody loads them.
 _LEFT_OUT = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
-#: Elements of a quantised block; of what these types do not divide, f16 is taken, as llama.cpp does.
+# : Elements of a quantised block; of what these types do not divide, f16 is taken, as llama.cpp
+# does.
 _BLOCK = 32
 _PIECE = 1 << 16
 _COARSE = (GgufType.q5_1, GgufType.q5_0, GgufType.q4_1, GgufType.q4_0)
@@ -82,10 +95,12 @@ class StoredTensor:
 def write_gguf(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:
     """``model-<type>.gguf`` and a ``Modelfile`` for Ollama.
 
-    Numbers are rounded once, from what the source gives to the type in the file; ``export.dtype`` has no part in it.
+    Numbers are rounded once, from what the source gives to the type in the file; ``export.dtype``
+    has no part in it.
 
     Raises:
-        ExportError: llama.cpp has no such architecture, tensor, rope scaling or tokenizer, or would read it otherwise.
+        ExportError: llama.cpp has no such architecture, tensor, rope scaling or tokenizer, or would
+            read it otherwise.
     """
     file = folder / f"model-{config.gguf_type.value}.gguf"
     companions = folder / _COMPANIONS
@@ -103,7 +118,9 @@ def write_gguf(material: Material, folder: Path, journal: Journal, config: Expor
     notes += vocabulary.notes
     window = getattr(settings, "sliding_window", None)
     if window:
-        notes.append(f"llama.cpp looks at the whole text, where the model has a window of {window} tokens")
+        notes.append(
+            f"llama.cpp looks at the whole text, where the model has a window of {window} tokens"
+        )
     for note in notes:
         material.request.say(f"{file.name}: {note}")
     if file.name not in journal.entries:
@@ -114,7 +131,9 @@ def write_gguf(material: Material, folder: Path, journal: Journal, config: Expor
     elif material.request.progress:
         material.request.progress.total(journal.entries[file.name]["size"])
         material.request.progress.done(journal.entries[file.name]["size"])
-    (folder / "Modelfile").write_text(_modelfile(file.name, vocabulary.stops, notes), encoding="utf-8")
+    (folder / "Modelfile").write_text(
+        _modelfile(file.name, vocabulary.stops, notes), encoding="utf-8"
+    )
 
 
 def read_settings(folder: Path) -> tuple[Any, str]:
@@ -137,15 +156,20 @@ def read_settings(folder: Path) -> tuple[Any, str]:
             "For others, export=safetensors and llama.cpp's own convert_hf_to_gguf.py"
         )
     if settings.hidden_act not in ("silu", "swish"):
-        raise ExportError(f"export=gguf: hidden_act={settings.hidden_act!r}; llama.cpp computes {name} with silu")
+        raise ExportError(
+            f"export=gguf: hidden_act={settings.hidden_act!r}; llama.cpp computes {name} with silu"
+        )
     rope = settings.rope_parameters
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError(
-            f"export=gguf: partial_rotary_factor={rope['partial_rotary_factor']}; llama.cpp rotates whole heads"
+            f"export=gguf: partial_rotary_factor={rope['partial_rotary_factor']}; llama.cpp rotates"
+            " whole heads"
         )
     allowed = ["default", "linear", "yarn"] + (["llama3"] if architecture == "llama" else [])
     if rope["rope_type"] not in allowed or rope.get("truncate") is False:
-        raise ExportError(f"export=gguf: rope_parameters={rope}; for {name} it can write {', '.join(allowed)}")
+        raise ExportError(
+            f"export=gguf: rope_parameters={rope}; for {name} it can write {', '.join(allowed)}"
+        )
     return settings, architecture
 
 
@@ -180,14 +204,19 @@ def plan_tensors(
             fallen.append(stored)
             kind = GgufType.f16
         heads = _rotated_heads(stored, settings) if architecture == "llama" else None
-        tensors.append(StoredTensor(stored, name, spec.shape, GGMLQuantizationType[kind.name.upper()], heads))
+        tensors.append(
+            StoredTensor(stored, name, spec.shape, GGMLQuantizationType[kind.name.upper()], heads)
+        )
     if unknown:
-        raise ExportError(f"export=gguf: llama.cpp's {architecture} has no place for {some(unknown)}")
+        raise ExportError(
+            f"export=gguf: llama.cpp's {architecture} has no place for {some(unknown)}"
+        )
     _check_complete({tensor.name for tensor in tensors}, settings, architecture)
     notes = []
     if fallen:
         notes.append(
-            f"rows of {some(fallen)} are no multiple of {_BLOCK} numbers: stored in f16, not in {wanted.value}"
+            f"rows of {some(fallen)} are no multiple of {_BLOCK} numbers: stored in f16, not in"
+            f" {wanted.value}"
         )
     return tensors, notes
 
@@ -206,12 +235,16 @@ def _check_complete(found: set[str], settings: Any, architecture: str) -> None:
     missing = [name for name in needed if name not in found]
     if missing:
         raise ExportError(
-            f"export=gguf: llama.cpp's {architecture} needs {some(missing)}, which the model does not have"
+            f"export=gguf: llama.cpp's {architecture} needs {some(missing)}, which the model does"
+            " not have"
         )
 
 
 def _write_file(
-    file: Path, material: Material, tensors: list[StoredTensor], about: tuple[str, Any, Vocabulary, GgufType]
+    file: Path,
+    material: Material,
+    tensors: list[StoredTensor],
+    about: tuple[str, Any, Vocabulary, GgufType],
 ) -> None:
     """Keys first, then the tensors one after the other."""
     import numpy as np
@@ -225,10 +258,14 @@ def _write_file(
     add_vocabulary(writer, vocabulary)
     frequencies = rope_factors(settings)
     if frequencies is not None:
-        writer.add_tensor_info("rope_freqs.weight", frequencies.shape, frequencies.dtype, frequencies.nbytes)
+        writer.add_tensor_info(
+            "rope_freqs.weight", frequencies.shape, frequencies.dtype, frequencies.nbytes
+        )
     for tensor in tensors:
         # The dtype of the array plays no part where the type in the file is named.
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -283,7 +320,9 @@ def add_settings(writer: GGUFWriter, settings: Any, wanted: GgufType) -> None:
     writer.add_layer_norm_rms_eps(settings.rms_norm_eps)
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_file_type(LlamaFileType["ALL_F32" if wanted is GgufType.f32 else f"MOSTLY_{wanted.name.upper()}"])
+    writer.add_file_type(
+        LlamaFileType["ALL_F32" if wanted is GgufType.f32 else f"MOSTLY_{wanted.name.upper()}"]
+    )
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -307,13 +346,21 @@ def rope_factors(settings: Any) -> np.ndarray[Any, Any] | None:
     if settings.rope_parameters["rope_type"] != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](settings, torch.device("cpu"))
-    head = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    plain = 1.0 / settings.rope_parameters["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
+    head = (
+        getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    )
+    plain = 1.0 / settings.rope_parameters["rope_theta"] ** (
+        torch.arange(0, head, 2, dtype=torch.float32) / head
+    )
     return (plain / scaled).to(torch.float32).numpy()
 
 
-def _converted(source: TensorSource, tensors: list[StoredTensor]) -> Iterator[np.ndarray[Any, Any] | None]:
-    """The bytes of every tensor in order, and None behind each; a few blocks ahead are quantised by other threads."""
+def _converted(
+    source: TensorSource, tensors: list[StoredTensor]
+) -> Iterator[np.ndarray[Any, Any] | None]:
+    """The bytes of every tensor in order, and None behind each; a few blocks ahead are quantised by
+    other threads.
+    """
     cores = len(os.sched_getaffinity(0))
     waiting: deque[Future[np.ndarray[Any, Any]] | None] = deque()
     with ThreadPoolExecutor(cores) as pool:
@@ -355,8 +402,8 @@ def convert(rows: torch.Tensor, tensor: StoredTensor) -> np.ndarray[Any, Any]:
         narrow = rows.to(torch.float16)
         if not bool(narrow.isfinite().all()):
             raise ExportError(
-                f"export=gguf: {tensor.source} has numbers that f16 cannot hold (up to {float(rows.abs().max()):.4g}); "
-                "take export.gguf_type=bf16 or f32"
+                f"export=gguf: {tensor.source} has numbers that f16 cannot hold (up to"
+                f" {float(rows.abs().max()):.4g}); take export.gguf_type=bf16 or f32"
             )
         return narrow.contiguous().reshape(-1).numpy()
     # Blocks do not see where rows end; pieces of this length stay in the processor's cache.

@@ -1,4 +1,6 @@
-"""A model of transformers as a graph sees it: tensors in, one tensor out; and batches that tell whether a graph is that model."""
+"""A model of transformers as a graph sees it: tensors in, one tensor out; and batches that tell
+whether a graph is that model.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ class Check:
 class GraphModel(torch.nn.Module):
     """A model of transformers with nothing but tensors going in and one tensor coming out."""
 
-    def __init__(self, model: Any, inputs: tuple[str, ...], output: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Any, inputs: tuple[str, ...], output: str, settings: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.model = model
         self.inputs = inputs
@@ -61,11 +65,16 @@ class GraphModel(torch.nn.Module):
         self.settings = settings
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The output for ids and mask of shape (batch, length)."""
         given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **given, **self.settings)
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, **given, **self.settings
+        )
         found: torch.Tensor = outputs[self.output]
         return found
 
@@ -81,8 +90,8 @@ def find_loader(folder: Path) -> tuple[str, str]:
     if task is None or task not in _TASKS or _has_both_halves(folder):
         ends = ", ".join(end for task in _TASKS for end in task.ends)
         raise ExportError(
-            f"{folder / 'config.json'}: {architecture or 'no architecture'} is neither an encoder nor a decoder of text; "
-            f"graphs are written of {ends}; take export=safetensors"
+            f"{folder / 'config.json'}: {architecture or 'no architecture'} is neither an encoder"
+            f" nor a decoder of text; graphs are written of {ends}; take export=safetensors"
         )
     return task.loader, architecture
 
@@ -110,15 +119,18 @@ def load_graph_model(folder: Path, loader: str, architecture: str) -> GraphModel
             )
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             raise ExportError(
-                f"transformers cannot load {architecture} with {loader}: {first_line(error)}; take export=safetensors"
+                f"transformers cannot load {architecture} with {loader}: {first_line(error)}; take"
+                " export=safetensors"
             ) from error
     # A model without a head gives its last states, which do not go through the pooler.
     bare = loader == "AutoModel"
-    missing = sorted(name for name in report["missing_keys"] if not (bare and name.startswith("pooler.")))
+    missing = sorted(
+        name for name in report["missing_keys"] if not (bare and name.startswith("pooler."))
+    )
     if missing:
         raise ExportError(
-            f"{architecture} in config.json has {len(missing)} weights that are not there: {some(missing)}; "
-            "nothing was written"
+            f"{architecture} in config.json has {len(missing)} weights that are not there:"
+            f" {some(missing)}; nothing was written"
         )
     accepted = inspect.signature(model.forward).parameters
     types = "token_type_ids" in accepted and (getattr(model.config, "type_vocab_size", 0) or 0) > 1
@@ -140,7 +152,9 @@ def make_example(model: GraphModel) -> tuple[torch.Tensor, ...]:
 
 @torch.no_grad()
 def make_checks(model: GraphModel) -> list[Check]:
-    """Batches of several sizes and lengths, padded on either side, with what the model makes of them."""
+    """Batches of several sizes and lengths, padded on either side, with what the model makes of
+    them.
+    """
     checks = []
     for number, (rows, length) in enumerate(_CHECKS):
         inputs = _make_batch(model, rows, min(length, _most_tokens(model)), left=number % 2 == 0)
@@ -148,8 +162,12 @@ def make_checks(model: GraphModel) -> list[Check]:
     return checks
 
 
-def _make_batch(model: GraphModel, rows: int, length: int, left: bool = False) -> tuple[torch.Tensor, ...]:
-    """Random ids and token types; every row but the first is padded a little more than the one before."""
+def _make_batch(
+    model: GraphModel, rows: int, length: int, left: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """Random ids and token types; every row but the first is padded a little more than the one
+    before.
+    """
     config = model.model.config
     numbers = torch.Generator().manual_seed(rows * 1000 + length)
     ids = torch.randint(config.vocab_size, (rows, length), generator=numbers)
@@ -165,7 +183,8 @@ def check_graph(run: Run, checks: Iterable[Check], name: str) -> float:
     """Run every batch; the largest difference where there is no padding.
 
     Raises:
-        ExportError: It is larger than ``MOST_DIFFERENCE``, not a number, or the graph cannot run a batch.
+        ExportError: It is larger than ``MOST_DIFFERENCE``, not a number, or the graph cannot run a
+            batch.
     """
     worst = 0.0
     for check in checks:
@@ -174,12 +193,13 @@ def check_graph(run: Run, checks: Iterable[Check], name: str) -> float:
             found = run(check.inputs)
         except Exception as error:
             raise ExportError(
-                f"{name} cannot run {rows} rows of {length} tokens: {first_line(error)}; nothing was written"
+                f"{name} cannot run {rows} rows of {length} tokens: {first_line(error)}; nothing"
+                " was written"
             ) from error
         if found.shape != check.expected.shape:
             raise ExportError(
-                f"{name} gives {tuple(found.shape)} for {rows} rows of {length} tokens, transformers gives "
-                f"{tuple(check.expected.shape)}; nothing was written"
+                f"{name} gives {tuple(found.shape)} for {rows} rows of {length} tokens,"
+                f" transformers gives {tuple(check.expected.shape)}; nothing was written"
             )
         difference = (found - check.expected).abs()
         if difference.ndim == 3:
@@ -187,8 +207,9 @@ def check_graph(run: Run, checks: Iterable[Check], name: str) -> float:
         largest = float(difference.max())
         if not largest <= MOST_DIFFERENCE:
             raise ExportError(
-                f"{name} is not the model: with {rows} rows of {length} tokens its output differs from transformers' by "
-                f"{largest:.2g}, allowed are {MOST_DIFFERENCE:g}; nothing was written, take export=safetensors"
+                f"{name} is not the model: with {rows} rows of {length} tokens its output differs"
+                f" from transformers' by {largest:.2g}, allowed are {MOST_DIFFERENCE:g}; nothing"
+                " was written, take export=safetensors"
             )
         worst = max(worst, largest)
     return worst
@@ -196,15 +217,20 @@ def check_graph(run: Run, checks: Iterable[Check], name: str) -> float:
 
 def _most_tokens(model: GraphModel) -> int:
     """Longest row; RoBERTa's positions begin behind the padding's."""
-    most = getattr(model.model.config, "max_position_embeddings", None) or max(length for _, length in _CHECKS)
-    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    most = getattr(model.model.config, "max_position_embeddings", None) or max(
+        length for _, length in _CHECKS
+    )
+    tables = (
+        module for name, module in model.named_modules() if name.endswith("position_embeddings")
+    )
     padding = next((getattr(table, "padding_idx", None) for table in tables), None)
     return int(most) if padding is None else int(most) - padding - 1
 
 
 @contextlib.contextmanager
 def refusing(model: GraphModel, kind: str) -> Iterator[None]:
-    """What torch's exporters raise is of many kinds, and always about a model that they cannot export.
+    """What torch's exporters raise is of many kinds, and always about a model that they cannot
+    export.
 
     Raises:
         ExportError: Instead of any of them.
@@ -214,8 +240,8 @@ def refusing(model: GraphModel, kind: str) -> Iterator[None]:
             yield
         except Exception as error:
             raise ExportError(
-                f"torch {torch.__version__} cannot write {type(model.model).__name__} as {kind}: {first_line(error)}; "
-                "take export=safetensors"
+                f"torch {torch.__version__} cannot write {type(model.model).__name__} as {kind}:"
+                f" {first_line(error)}; take export=safetensors"
             ) from error
 
 

@@ -1,4 +1,6 @@
-"""ONNX and TorchScript: a model as a graph that runs without transformers, checked against transformers before it is kept."""
+"""ONNX and TorchScript: a model as a graph that runs without transformers, checked against
+transformers before it is kept.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def write_onnx(material: Material, folder: Path, _journal: Journal, config: Expo
     """``model.onnx`` in fp32 with any batch size and length, beside tokenizer and configuration.
 
     Raises:
-        ExportError: The model is no encoder or small decoder, or the graph does not compute what transformers does.
+        ExportError: The model is no encoder or small decoder, or the graph does not compute what
+            transformers does.
         MissingPrerequisiteError: A package of the extra ``onnx`` is missing.
     """
     import_onnx()
@@ -84,16 +87,20 @@ def check_size(parameters: int) -> None:
     """
     if parameters > MOST_PARAMETERS:
         raise ExportError(
-            f"a graph is made of the whole model in memory, and {format_count(parameters)} parameters are more than "
-            f"{format_count(MOST_PARAMETERS)}; take export=gguf or export=safetensors"
+            f"a graph is made of the whole model in memory, and {format_count(parameters)}"
+            f" parameters are more than {format_count(MOST_PARAMETERS)}; take export=gguf or"
+            " export=safetensors"
         )
 
 
-def write_torchscript(material: Material, folder: Path, _journal: Journal, config: ExportConfig) -> None:
+def write_torchscript(
+    material: Material, folder: Path, _journal: Journal, config: ExportConfig
+) -> None:
     """``model.ts.pt`` in fp32, which torch.jit.load reads, beside tokenizer and configuration.
 
     Raises:
-        ExportError: The model is no encoder or small decoder, or the graph does not compute what transformers does.
+        ExportError: The model is no encoder or small decoder, or the graph does not compute what
+            transformers does.
     """
     file = folder / TORCHSCRIPT_FILE
     model = _prepare(material, folder, config)
@@ -113,8 +120,8 @@ def _prepare(material: Material, folder: Path, config: ExportConfig) -> GraphMod
     """Write what stays beside the graph, and load the model from a folder that does not stay."""
     if config.dtype not in (ExportDtype.auto, ExportDtype.fp32):
         raise ExportError(
-            f"export.dtype={config.dtype.value}: graphs are written in fp32; take export.dtype=auto, or "
-            "export=safetensors for another dtype"
+            f"export.dtype={config.dtype.value}: graphs are written in fp32; take"
+            " export.dtype=auto, or export=safetensors for another dtype"
         )
     count = sum(math.prod(spec.shape) for spec in material.source.specs.values())
     check_size(count)
@@ -126,7 +133,13 @@ def _prepare(material: Material, folder: Path, config: ExportConfig) -> GraphMod
     weights.mkdir(exist_ok=True)
     # In fp32 a merged weight is not rounded at all.
     source = Retyped(material.source, torch.float32)
-    write_shards(source, weights, config.max_shard_bytes, Journal(weights, _WEIGHTS), material.request.progress)
+    write_shards(
+        source,
+        weights,
+        config.max_shard_bytes,
+        Journal(weights, _WEIGHTS),
+        material.request.progress,
+    )
     copy_companions([folder], weights)
     try:
         model = load_graph_model(weights, loader, architecture)
@@ -137,7 +150,9 @@ def _prepare(material: Material, folder: Path, config: ExportConfig) -> GraphMod
 
 
 def _copy_program(traced: Path, file: Path) -> None:
-    """All of a program but the lines of code that it was traced from, which name this machine's folders."""
+    """All of a program but the lines of code that it was traced from, which name this machine's
+    folders.
+    """
     reader: Any = torch._C.PyTorchFileReader(str(traced))
     writer: Any = torch._C.PyTorchFileWriter(str(file))
     for name in reader.get_all_records():
@@ -183,10 +198,14 @@ def _open_onnx(file: Path, names: tuple[str, ...], output: str) -> Run:
     try:
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"{file.name} cannot be opened by onnxruntime: {first_line(error)}") from error
+        raise ExportError(
+            f"{file.name} cannot be opened by onnxruntime: {first_line(error)}"
+        ) from error
     found = [(given.name, given.shape) for given in session.get_inputs()]
     if found != [(name, ["batch", "sequence"]) for name in names]:
-        raise ExportError(f"{file.name} takes {found}, not {', '.join(names)} of any size; nothing was written")
+        raise ExportError(
+            f"{file.name} takes {found}, not {', '.join(names)} of any size; nothing was written"
+        )
 
     def run(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         values = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
