@@ -35,7 +35,7 @@ class _EndlessError(BaseException):
     """
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Render:
     thread: int
     clock: int
@@ -103,7 +103,9 @@ class bounded_template:  # noqa: N801 - a context manager reads as a function
     def __enter__(self) -> None:
         thread = threading.get_ident()
         clock = time.pthread_getcpuclockid(thread)
-        self._render = _Render(thread, clock, time.clock_gettime(clock) + SECONDS)
+        self._render = _Render(
+            thread=thread, clock=clock, deadline=time.clock_gettime(clock) + SECONDS
+        )
         _watch.add(self._render)
 
     def __exit__(

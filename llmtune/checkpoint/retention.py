@@ -21,7 +21,7 @@ class Kept:
     """Of the evaluation at its step."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
     """What a user wants to keep."""
 

@@ -37,7 +37,7 @@ from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
 _POLL_SECONDS = 0.02
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRequest:
     """One checkpoint."""
 

@@ -15,7 +15,7 @@ from llmtune.storage.manifest import read_manifest
 from llmtune.storage.plain_json import parse_json
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
     """With the seed it also determines the rows to come and the dropout."""
 

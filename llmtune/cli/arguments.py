@@ -12,7 +12,7 @@ from llmtune.errors import ConfigError
 LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Arguments:
     """The command line, taken apart."""
 

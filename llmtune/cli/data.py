@@ -174,12 +174,12 @@ def _build_report(
         for number in range(0, len(rows), step)[:SHOWN_ROWS]
     ]
     return DataReport(
-        f"Data: {name_data(config.data.train)}",
-        _numbers(config, data, lengths, padding),
-        lengths,
-        padding,
-        problems,
-        shown,
+        title=f"Data: {name_data(config.data.train)}",
+        numbers=_numbers(config, data, lengths, padding),
+        lengths=lengths,
+        padding=padding,
+        problems=problems,
+        rows=shown,
     )
 
 

@@ -58,7 +58,7 @@ _NO_VALUE = "no value"
 _LOOKUP = re.compile(r"\$\{[^:\n]*:")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Composed:
     """A composed config and where it came from."""
 
@@ -141,7 +141,7 @@ def compose_config(
         problems += more_rules(config)
     if problems:
         raise ConfigError.from_problems(problems)
-    return Composed(config, choices, list(overrides), unnamed)
+    return Composed(config=config, choices=choices, overrides=list(overrides), unnamed=unnamed)
 
 
 def with_overrides(stored: Config, composed: Composed) -> Config:

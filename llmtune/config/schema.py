@@ -82,7 +82,7 @@ class TrackerMode(Enum):
     offline = "offline"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class ModelConfig:
     """Which model, and where its weights come from."""
 
@@ -106,7 +106,7 @@ class ModelConfig:
     """Allow Python code from the model's repository."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class TunerConfig:
     """What is trained: everything, or LoRA adapters."""
 
@@ -134,7 +134,7 @@ class TunerConfig:
     """``all-linear`` (all but the head), or a list of module name endings."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class TrainConfig:
     """Batches, length of the run, evaluation, saving."""
 
@@ -179,7 +179,7 @@ class TrainConfig:
     """
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
     """How checkpoints are written, kept and copied.
 
@@ -216,7 +216,7 @@ class CheckpointConfig:
     """
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class OptimConfig:
     """AdamW."""
 
@@ -272,7 +272,7 @@ class OffloadConfig:
     """
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class HardwareConfig:
     """What the run is planned for; a null is probed, or taken from a table by the accelerator's
     name.
@@ -318,7 +318,7 @@ class HardwareConfig:
     """The same for writing."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class LaunchConfig:
     """How ranks are started."""
 
@@ -344,7 +344,7 @@ class LaunchConfig:
     """
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class TrackerConfig:
     """An experiment tracker beside the run folder's own files."""
 
@@ -358,7 +358,7 @@ class TrackerConfig:
     """User or team."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class ChatConfig:
     """``llmtune chat``."""
 
@@ -383,7 +383,7 @@ class PathsConfig:
     """
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Config:
     """Everything; seen whole only by ``config/``, ``plan/``, ``train/build.py``, ``run/`` and
     ``cli/``.

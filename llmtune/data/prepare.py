@@ -49,7 +49,7 @@ MAX_CLASSES = 1000
 _SUMMARY, _SAMPLES, PROBLEMS = "summary.json", "samples.json", "problems.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SplitSummary:
     """Counts of one split."""
 
@@ -72,7 +72,7 @@ class SplitSummary:
     """Share of the packed rows' places that hold a token; None without packing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedData:
     """Where the tokenised rows lie, and what they are."""
 

@@ -42,7 +42,7 @@ SMALL_BYTES = 8_000_000
 MAX_AUTO_WORKERS = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokeniseProgress:
     """How far a source is."""
 
@@ -281,5 +281,11 @@ class _Watched:
         )
         seconds = time.monotonic() - self._started
         self._watch(
-            TokeniseProgress(self._source.path, self._rows, self._tokens + tokens, seconds, share)
+            TokeniseProgress(
+                source=self._source.path,
+                rows=self._rows,
+                tokens=self._tokens + tokens,
+                seconds=seconds,
+                share=share,
+            )
         )

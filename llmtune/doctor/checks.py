@@ -47,7 +47,7 @@ LITTLE_DISK = 10 * 10**9
 LITTLE_SHM = 10**9
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One thing that was looked at."""
 
@@ -82,30 +82,30 @@ def _packages() -> Iterator[Finding]:
     unmet = unmet_requirements()
     for requirement, version in unmet:
         yield Finding(
-            "packages",
-            "bad",
-            f"{requirement} is needed, {version or 'none'} is installed",
-            f"pip install '{requirement}'",
+            what="packages",
+            state="bad",
+            message=f"{requirement} is needed, {version or 'none'} is installed",
+            command=f"pip install '{requirement}'",
         )
     pairs = bad_pairs(versions)
     for pair in pairs:
         yield Finding(
-            "packages",
-            "bad",
-            f"{pair.first} {versions[pair.first]} with {pair.second} {versions[pair.second]}:"
+            what="packages",
+            state="bad",
+            message=f"{pair.first} {versions[pair.first]} with {pair.second} {versions[pair.second]}:"
             f" {pair.symptom}",
-            pair.command,
+            command=pair.command,
         )
     deepspeed = versions["deepspeed"] or ""
     if deepspeed and not deepspeed.startswith(TRIED_DEEPSPEED):
         yield Finding(
-            "packages",
-            "note",
-            f"deepspeed {deepspeed}: plan and corrections were tried with {TRIED_DEEPSPEED}",
-            "pip install 'deepspeed>=0.19.8,<0.20'",
+            what="packages",
+            state="note",
+            message=f"deepspeed {deepspeed}: plan and corrections were tried with {TRIED_DEEPSPEED}",
+            command="pip install 'deepspeed>=0.19.8,<0.20'",
         )
     if not unmet and not pairs:
-        yield Finding("packages", "ok", shown)
+        yield Finding(what="packages", state="ok", message=shown)
 
 
 def _cuda() -> Iterator[Finding]:
@@ -120,32 +120,32 @@ def _cuda() -> Iterator[Finding]:
             else "no NVLink: gathers go over PCIe"
         )
         yield Finding(
-            "GPUs",
-            "ok",
-            f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, NCCL {nccl}, {links}",
+            what="GPUs",
+            state="ok",
+            message=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, NCCL {nccl}, {links}",
         )
         return
     hidden = hidden_gpus()
     if hidden is None:
         yield Finding(
-            "CUDA",
-            "ok",
-            "no NVIDIA GPU that this process may use; ranks run on the CPU through gloo",
+            what="CUDA",
+            state="ok",
+            message="no NVIDIA GPU that this process may use; ranks run on the CPU through gloo",
         )
     elif build is None:
         yield Finding(
-            "CUDA",
-            "bad",
-            f"there is {hidden}, but torch {torch.__version__} is built for CPUs",
-            "bash scripts/setup.sh",
+            what="CUDA",
+            state="bad",
+            message=f"there is {hidden}, but torch {torch.__version__} is built for CPUs",
+            command="bash scripts/setup.sh",
         )
     else:
         yield Finding(
-            "CUDA",
-            "bad",
-            f"there is {hidden}, but torch {torch.__version__}, built for CUDA {build}, cannot use"
+            what="CUDA",
+            state="bad",
+            message=f"there is {hidden}, but torch {torch.__version__}, built for CUDA {build}, cannot use"
             " it: as a rule the driver is older than the build",
-            "bash scripts/setup.sh",
+            command="bash scripts/setup.sh",
         )
 
 
@@ -157,21 +157,21 @@ def _compiler() -> Iterator[Finding]:
     if missing:
         wanted = " ".join(packages.get(name, name) for name in missing)
         yield Finding(
-            "compiler",
-            "bad",
-            f"missing: {', '.join(missing)}; DeepSpeed compiles its ops",
-            f"apt-get install {wanted}",
+            what="compiler",
+            state="bad",
+            message=f"missing: {', '.join(missing)}; DeepSpeed compiles its ops",
+            command=f"apt-get install {wanted}",
         )
     else:
-        yield Finding("compiler", "ok", "g++, ninja and Python's headers")
+        yield Finding(what="compiler", state="ok", message="g++, ninja and Python's headers")
     if has_libaio():
-        yield Finding("libaio", "ok", "headers are there")
+        yield Finding(what="libaio", state="ok", message="headers are there")
     else:
         yield Finding(
-            "libaio",
-            "note",
-            "not installed: offload to NVMe does not work",
-            "apt-get install libaio-dev",
+            what="libaio",
+            state="note",
+            message="not installed: offload to NVMe does not work",
+            command="apt-get install libaio-dev",
         )
 
 
@@ -191,31 +191,42 @@ def _owners(cache: Path) -> Iterator[Finding]:
             # Whoever may write to Python's own folder could do worse than change what llmtune then
             # keeps elsewhere.
             state = "note" if what == "Python" else "bad"
-            yield Finding("owners", state, f"{what}: {path} {problem}", owner_command(path))
+            yield Finding(
+                what="owners",
+                state=state,
+                message=f"{what}: {path} {problem}",
+                command=owner_command(path),
+            )
     for path in dict.fromkeys((extensions, cache)):
         for parent in filter(Path.exists, path.absolute().parents):
             mode = parent.stat().st_mode
             if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
                 clean = False
                 message = f"{parent}: everybody may put another folder in the place of {path}"
-                yield Finding("owners", "note", message, f"chmod o-w {parent}")
+                yield Finding(
+                    what="owners", state="note", message=message, command=f"chmod o-w {parent}"
+                )
     if clean:
-        yield Finding("owners", "ok", "compiled ops, cache and Python are this user's or root's")
+        yield Finding(
+            what="owners",
+            state="ok",
+            message="compiled ops, cache and Python are this user's or root's",
+        )
 
 
 def _locks() -> Iterator[Finding]:
     found = stale_locks()
     for lock in found:
         yield Finding(
-            "op locks",
-            "note",
-            f"{lock}: left by a build that was killed; the next run of llmtune removes it,"
+            what="op locks",
+            state="note",
+            message=f"{lock}: left by a build that was killed; the next run of llmtune removes it,"
             " DeepSpeed alone would hang on it",
-            f"rm {lock}",
-            functools.partial(_remove, lock),
+            command=f"rm {lock}",
+            fix=functools.partial(_remove, lock),
         )
     if not found:
-        yield Finding("op locks", "ok", f"none below {extensions_dir()}")
+        yield Finding(what="op locks", state="ok", message=f"none below {extensions_dir()}")
 
 
 def _ops() -> Iterator[Finding]:
@@ -223,14 +234,14 @@ def _ops() -> Iterator[Finding]:
     for name in needed_ops(accelerator, None):
         short = name.removesuffix("Builder")
         if is_built(name):
-            yield Finding("ops", "ok", f"{short} is compiled")
+            yield Finding(what="ops", state="ok", message=f"{short} is compiled")
         else:
             yield Finding(
-                "ops",
-                "note",
-                f"{short} is not compiled yet: the first run that needs it waits a minute or two",
-                f"python -P -m llmtune.launch.preflight.deepspeed_ops {name}",
-                functools.partial(build_in_child, name),
+                what="ops",
+                state="note",
+                message=f"{short} is not compiled yet: the first run that needs it waits a minute or two",
+                command=f"python -P -m llmtune.launch.preflight.deepspeed_ops {name}",
+                fix=functools.partial(build_in_child, name),
             )
 
 
@@ -238,48 +249,50 @@ def _limits() -> Iterator[Finding]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files < 4096:
         yield Finding(
-            "open files",
-            "note",
-            f"ulimit -n is {files}; many shards and ranks need more",
-            "ulimit -n 65536",
+            what="open files",
+            state="note",
+            message=f"ulimit -n is {files}; many shards and ranks need more",
+            command="ulimit -n 65536",
         )
     else:
-        yield Finding("open files", "ok", f"ulimit -n is {files}")
+        yield Finding(what="open files", state="ok", message=f"ulimit -n is {files}")
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if locked != resource.RLIM_INFINITY and locked < 2**30:
         yield Finding(
-            "locked memory",
-            "note",
-            f"ulimit -l is {format_bytes(locked)}: pinned buffers of offload on a GPU machine may"
+            what="locked memory",
+            state="note",
+            message=f"ulimit -l is {format_bytes(locked)}: pinned buffers of offload on a GPU machine may"
             " fail",
-            "ulimit -l unlimited",
+            command="ulimit -l unlimited",
         )
     else:
-        yield Finding("locked memory", "ok", "enough for pinned buffers")
+        yield Finding(what="locked memory", state="ok", message="enough for pinned buffers")
     shm = Path("/dev/shm")
     size = shutil.disk_usage(shm).total if shm.is_dir() else 0
     if size < LITTLE_SHM:
         yield Finding(
-            "/dev/shm",
-            "bad",
-            f"{format_bytes(size)}: collectives of several ranks fail",
-            "docker run --shm-size 16g ...",
+            what="/dev/shm",
+            state="bad",
+            message=f"{format_bytes(size)}: collectives of several ranks fail",
+            command="docker run --shm-size 16g ...",
         )
     else:
-        yield Finding("/dev/shm", "ok", format_bytes(size))
+        yield Finding(what="/dev/shm", state="ok", message=format_bytes(size))
     left = left_shared_buffers()
     if left:
         held = sum(file.stat().st_size for file in left)
         yield Finding(
-            "/dev/shm",
-            "note",
-            f"{len(left)} buffers of ranks that are gone hold {format_bytes(held)} of memory",
-            f"rm {' '.join(map(str, left))}",
-            functools.partial(_remove_all, left),
+            what="/dev/shm",
+            state="note",
+            message=f"{len(left)} buffers of ranks that are gone hold {format_bytes(held)} of memory",
+            command=f"rm {' '.join(map(str, left))}",
+            fix=functools.partial(_remove_all, left),
         )
     memory = psutil.virtual_memory()
     yield Finding(
-        "memory", "ok", f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free"
+        what="memory",
+        state="ok",
+        message=f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free",
     )
 
 
@@ -311,11 +324,21 @@ def _disks(cache: Path) -> Iterator[Finding]:
             there = there.parent
         free = shutil.disk_usage(there).free
         if not os.access(there, os.W_OK):
-            yield Finding(what, "bad", f"{path} is not writable", f"chmod u+w {there}")
+            yield Finding(
+                what=what,
+                state="bad",
+                message=f"{path} is not writable",
+                command=f"chmod u+w {there}",
+            )
         elif free < LITTLE_DISK:
-            yield Finding(what, "note", f"{path}: only {format_bytes(free)} free", f"df -h {there}")
+            yield Finding(
+                what=what,
+                state="note",
+                message=f"{path}: only {format_bytes(free)} free",
+                command=f"df -h {there}",
+            )
         else:
-            yield Finding(what, "ok", f"{path}: {format_bytes(free)} free")
+            yield Finding(what=what, state="ok", message=f"{path}: {format_bytes(free)} free")
 
 
 def _tokens() -> Iterator[Finding]:
@@ -323,14 +346,18 @@ def _tokens() -> Iterator[Finding]:
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "token"
     here = "HF_TOKEN" in os.environ or hub.is_file()
     yield Finding(
-        "HF_TOKEN", "ok", "present" if here else "absent: gated models (Llama) cannot be downloaded"
+        what="HF_TOKEN",
+        state="ok",
+        message="present" if here else "absent: gated models (Llama) cannot be downloaded",
     )
     netrc = Path("~/.netrc").expanduser()
     here = "WANDB_API_KEY" in os.environ or (
         netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
     )
     yield Finding(
-        "WANDB_API_KEY", "ok", "present" if here else "absent: tracker=wandb works offline"
+        what="WANDB_API_KEY",
+        state="ok",
+        message="present" if here else "absent: tracker=wandb works offline",
     )
 
 

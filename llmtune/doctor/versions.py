@@ -16,7 +16,7 @@ from packaging.version import Version
 TRIED_DEEPSPEED = "0.19"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BadPair:
     """Two versions that do not go together."""
 
@@ -30,24 +30,36 @@ class BadPair:
 
 KNOWN_BAD = [
     BadPair(
-        *("deepspeed", "<0.14.4", "numpy", ">=2"),
-        "importing deepspeed fails: cannot import name 'BUFSIZE' from 'numpy'",
-        "pip install 'deepspeed>=0.19.8,<0.20'",
+        first="deepspeed",
+        first_versions="<0.14.4",
+        second="numpy",
+        second_versions=">=2",
+        symptom="importing deepspeed fails: cannot import name 'BUFSIZE' from 'numpy'",
+        command="pip install 'deepspeed>=0.19.8,<0.20'",
     ),
     BadPair(
-        *("deepspeed", "<0.16.3", "torch", ">=2.6"),
-        "torch.load refuses DeepSpeed's checkpoints (weights_only became the default)",
-        "pip install 'deepspeed>=0.19.8,<0.20'",
+        first="deepspeed",
+        first_versions="<0.16.3",
+        second="torch",
+        second_versions=">=2.6",
+        symptom="torch.load refuses DeepSpeed's checkpoints (weights_only became the default)",
+        command="pip install 'deepspeed>=0.19.8,<0.20'",
     ),
     BadPair(
-        *("peft", "<0.18", "transformers", ">=5"),
-        "peft imports what transformers 5 no longer has",
-        "pip install 'peft>=0.21,<0.22'",
+        first="peft",
+        first_versions="<0.18",
+        second="transformers",
+        second_versions=">=5",
+        symptom="peft imports what transformers 5 no longer has",
+        command="pip install 'peft>=0.21,<0.22'",
     ),
     BadPair(
-        *("bitsandbytes", "<0.43", "torch", ">=2.5"),
-        "bitsandbytes finds no CUDA library of that torch",
-        "pip install -U bitsandbytes",
+        first="bitsandbytes",
+        first_versions="<0.43",
+        second="torch",
+        second_versions=">=2.5",
+        symptom="bitsandbytes finds no CUDA library of that torch",
+        command="pip install -U bitsandbytes",
     ),
 ]
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from llmtune.engine.heartbeat import PhaseLog
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
     """This process among the others."""
 
@@ -86,7 +86,13 @@ def init_ranks(
         else dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
     )
     return Rank(
-        dist.get_rank(), local_rank, dist.get_world_size(), device, phases, on_node, control
+        rank=dist.get_rank(),
+        local_rank=local_rank,
+        world_size=dist.get_world_size(),
+        device=device,
+        phases=phases,
+        ranks_on_node=on_node,
+        control=control,
     )
 
 

@@ -24,7 +24,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StateSlice:
     """Elements ``[start, start + numel)`` of a flattened parameter, and where this rank keeps
     them.
@@ -86,12 +86,12 @@ def owned_slices(module: TrainModule) -> list[StateSlice]:
         if count > 0:
             owned.append(
                 StateSlice(
-                    piece.name,
-                    start,
-                    count,
-                    piece.parameter_numel,
-                    piece.flat,
-                    piece.flat_offset + start,
+                    name=piece.name,
+                    start=start,
+                    numel=count,
+                    parameter_numel=piece.parameter_numel,
+                    flat=piece.flat,
+                    flat_offset=piece.flat_offset + start,
                 )
             )
     return owned
@@ -170,7 +170,14 @@ def _stage0_slices(module: TrainModule, names: dict[int, str]) -> Iterator[State
         own = [parameter for group in module.adam.param_groups for parameter in group["params"]]
         pairs = zip(chain(own), chain(own), strict=True)
     for parameter, master in pairs:
-        yield StateSlice(names[id(parameter)], 0, parameter.numel(), parameter.numel(), master, 0)
+        yield StateSlice(
+            name=names[id(parameter)],
+            start=0,
+            numel=parameter.numel(),
+            parameter_numel=parameter.numel(),
+            flat=master,
+            flat_offset=0,
+        )
 
 
 def _stage12_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
@@ -183,7 +190,14 @@ def _stage12_slices(module: TrainModule, names: dict[int, str]) -> Iterator[Stat
             if mapping is not None:
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                 name = names[id(parameter)]
-                yield StateSlice(name, here.start, here.numel, parameter.numel(), flat, there.start)
+                yield StateSlice(
+                    name=name,
+                    start=here.start,
+                    numel=here.numel,
+                    parameter_numel=parameter.numel(),
+                    flat=flat,
+                    flat_offset=there.start,
+                )
 
 
 def _stage3_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
@@ -199,11 +213,11 @@ def _stage3_slices(module: TrainModule, names: dict[int, str]) -> Iterator[State
         if count > 0:
             flat = optimizer.fp32_partitioned_groups_flat[group]
             yield StateSlice(
-                names[id(parameter)],
-                start,
-                count,
-                parameter.ds_numel,
-                flat,
-                int(offset),
-                int(group),
+                name=names[id(parameter)],
+                start=start,
+                numel=count,
+                parameter_numel=parameter.ds_numel,
+                flat=flat,
+                flat_offset=int(offset),
+                sub_group=int(group),
             )

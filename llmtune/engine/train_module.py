@@ -262,7 +262,10 @@ def group_parameters(model: Any, placement: Placement, world_size: int) -> list[
     }
     shapes = [
         TensorShape(
-            name, getattr(p, "ds_numel", p.numel()), True, len(getattr(p, "ds_shape", p.shape)) <= 1
+            name=name,
+            numel=getattr(p, "ds_numel", p.numel()),
+            trained=True,
+            vector=len(getattr(p, "ds_shape", p.shape)) <= 1,
         )
         for name, p in by_name.items()
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from llmtune.storage.plain_json import parse_json
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """A kind of answer."""
 
@@ -30,36 +30,46 @@ class Task:
     """Modules that peft adds to ``modules_to_save`` by itself; a model has one of them."""
 
 
-TEXT = Task("text-generation", "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), "CAUSAL_LM")
+TEXT = Task(
+    hub="text-generation",
+    loader="AutoModelForCausalLM",
+    ends=("ForCausalLM", "LMHeadModel"),
+    peft="CAUSAL_LM",
+)
 TEXT_TO_TEXT = Task(
-    "text-generation", "AutoModelForSeq2SeqLM", ("ForConditionalGeneration",), "SEQ_2_SEQ_LM"
+    hub="text-generation",
+    loader="AutoModelForSeq2SeqLM",
+    ends=("ForConditionalGeneration",),
+    peft="SEQ_2_SEQ_LM",
 )
 TEXT_CLASSES = Task(
-    "text-classification",
-    "AutoModelForSequenceClassification",
-    ("ForSequenceClassification",),
-    "SEQ_CLS",
-    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    ("classifier", "score"),
+    hub="text-classification",
+    loader="AutoModelForSequenceClassification",
+    ends=("ForSequenceClassification",),
+    peft="SEQ_CLS",
+    mapping="MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    heads=("classifier", "score"),
 )
 TOKEN_CLASSES = Task(
-    "token-classification",
-    "AutoModelForTokenClassification",
-    ("ForTokenClassification",),
-    "TOKEN_CLS",
-    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-    ("classifier", "score"),
+    hub="token-classification",
+    loader="AutoModelForTokenClassification",
+    ends=("ForTokenClassification",),
+    peft="TOKEN_CLS",
+    mapping="MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    heads=("classifier", "score"),
 )
 ANSWERS = Task(
-    "question-answering",
-    "AutoModelForQuestionAnswering",
-    ("ForQuestionAnswering",),
-    "QUESTION_ANS",
-    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-    ("qa_outputs",),
+    hub="question-answering",
+    loader="AutoModelForQuestionAnswering",
+    ends=("ForQuestionAnswering",),
+    peft="QUESTION_ANS",
+    mapping="MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    heads=("qa_outputs",),
 )
-MASKED_WORDS = Task("fill-mask", "AutoModelForMaskedLM", ("ForMaskedLM",), "")
-STATES = Task("feature-extraction", "AutoModel", ("Model",), "FEATURE_EXTRACTION")
+MASKED_WORDS = Task(hub="fill-mask", loader="AutoModelForMaskedLM", ends=("ForMaskedLM",), peft="")
+STATES = Task(
+    hub="feature-extraction", loader="AutoModel", ends=("Model",), peft="FEATURE_EXTRACTION"
+)
 
 #: ``LMHeadModel`` before ``Model``.
 TASKS = (TEXT, TEXT_TO_TEXT, TEXT_CLASSES, TOKEN_CLASSES, ANSWERS, MASKED_WORDS, STATES)

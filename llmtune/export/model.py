@@ -47,7 +47,7 @@ def _silent(_: str) -> None:
     """Says nothing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest:
     """What is exported, and to where."""
 
@@ -72,7 +72,7 @@ class ExportRequest:
     """Signs what is published."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
     """A model to be written in some format."""
 
@@ -134,7 +134,16 @@ def open_material(request: ExportRequest, config: ExportConfig) -> Material:
         dtype = _stored_dtype(request.base)
     if dtype is not None:
         source = Retyped(source, dtype)
-    return Material(request, base, source, companions, changes, adapter, merged, base_changes)
+    return Material(
+        request=request,
+        base=base,
+        source=source,
+        companions=companions,
+        config_changes=changes,
+        adapter=adapter,
+        merged=merged,
+        base_changes=base_changes,
+    )
 
 
 def _note_other_base(request: ExportRequest, adapter: Adapter) -> None:

@@ -123,7 +123,15 @@ def _refuse_random(model: Any, missing: Iterable[str], folder: Path) -> None:
         meaningless = find_meaningless(
             {name: name for name in parameters & stored.keys()}, stored, parameters
         )
-    WeightReport(random, (), (), (), (), (), tuple(meaningless)).refuse(str(folder), folder)
+    WeightReport(
+        missing=random,
+        reshaped=(),
+        tied=(),
+        untied=(),
+        defaults=(),
+        unused=(),
+        meaningless=tuple(meaningless),
+    ).refuse(str(folder), folder)
 
 
 def sees_padding(model: Any) -> bool:

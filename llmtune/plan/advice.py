@@ -16,7 +16,7 @@ from llmtune.plan.memory.placement import Placement
 from llmtune.units import format_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """One change that alters what is computed."""
 
@@ -42,10 +42,10 @@ def list_advice(config: Config, ladder: Ladder) -> list[Advice]:
     if length > 1024 and candidate.batch.micro_batch_size == 1:
         found.append(
             Advice(
-                "rows half as long",
-                by_length // 2,
-                "accelerator",
-                f"data.max_seq_length={length // 2}",
+                change="rows half as long",
+                saves_bytes=by_length // 2,
+                where="accelerator",
+                override=f"data.max_seq_length={length // 2}",
             )
         )
     return sorted(found, key=lambda advice: -advice.saves_bytes)
@@ -59,15 +59,27 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
         return
     if config.tuner.kind is TunerKind.full:
         lora = shape.trainable_parameters * 12 // ladder.world_size
-        yield Advice("train adapters only", lora, where, "tuner=lora")
-    yield Advice("master weights and moments in bf16 instead of fp32", 6 * trained, where, None)
-    yield Advice("moments in 8 bits (bitsandbytes)", 6 * trained, where, None)
+        yield Advice(
+            change="train adapters only", saves_bytes=lora, where=where, override="tuner=lora"
+        )
+    yield Advice(
+        change="master weights and moments in bf16 instead of fp32",
+        saves_bytes=6 * trained,
+        where=where,
+        override=None,
+    )
+    yield Advice(
+        change="moments in 8 bits (bitsandbytes)",
+        saves_bytes=6 * trained,
+        where=where,
+        override=None,
+    )
     if placement.optimizer == "cpu":
         yield Advice(
-            "a quarter of the optimizer back on the accelerator, with another AdamW there",
-            4 * trained,
-            where,
-            None,
+            change="a quarter of the optimizer back on the accelerator, with another AdamW there",
+            saves_bytes=4 * trained,
+            where=where,
+            override=None,
         )
 
 

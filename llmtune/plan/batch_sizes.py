@@ -20,7 +20,7 @@ AUTO_MICRO_BATCH_TOKENS = {"cuda": 32768, "cpu": 1024}
 AUTO_GLOBAL_BATCH_ROWS = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
     """``global_batch_size == micro_batch_size * accumulation_steps * world_size``, always."""
 
@@ -96,7 +96,15 @@ def batch_options(
     if not sizes:
         limit = max(1, AUTO_MICRO_BATCH_TOKENS[accelerator] // max_seq_length)
         sizes = [size for size in reversed(_divisors(per_rank)) if size <= limit]
-    return [BatchPlan(rows, size, per_rank // size, world_size) for size in sizes]
+    return [
+        BatchPlan(
+            global_batch_size=rows,
+            micro_batch_size=size,
+            accumulation_steps=per_rank // size,
+            world_size=world_size,
+        )
+        for size in sizes
+    ]
 
 
 def _derive(micro: int | None, accumulation: int | None, world_size: int) -> tuple[int, str]:

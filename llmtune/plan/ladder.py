@@ -38,7 +38,7 @@ EQUAL_SPEED = 0.985
 CLEARLY_LESS = {False: 0.95, True: 0.8}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One way to run the job."""
 
@@ -78,7 +78,7 @@ class Rung:
     """Why it was chosen, or why it lost."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ladder:
     """All candidates of a job, and what was chosen."""
 
@@ -132,15 +132,15 @@ def build_ladder(
     origin = search.origin
     rows = settle_batch(config.train, world_size, begun)
     return Ladder(
-        hardware,
-        shape,
-        world_size,
-        rows,
-        tuple(allowed),
-        rungs,
-        chosen,
-        attn_implementation,
-        origin,
+        hardware=hardware,
+        shape=shape,
+        world_size=world_size,
+        rows=rows,
+        candidates=tuple(allowed),
+        rungs=rungs,
+        chosen=chosen,
+        attn_implementation=attn_implementation,
+        activations_origin=origin,
     )
 
 
@@ -277,12 +277,12 @@ class Search:
             shape, placement, sizes, config.precision, world, batch.accumulation_steps
         )
         settings = TraceSettings(
-            batch.micro_batch_size,
-            length,
-            recompute,
-            self.attn_implementation,
-            config.precision,
-            placement.zero_stage == 3,
+            rows=batch.micro_batch_size,
+            length=length,
+            gradient_checkpointing=recompute,
+            attn_implementation=self.attn_implementation,
+            precision=config.precision,
+            zero3=placement.zero_stage == 3,
             masked=config.data.packing,
         )
         activations = self.trace(settings)
@@ -300,7 +300,15 @@ class Search:
         speed = estimate_speed(
             shape, placement, batch, length, recompute, config.precision, self.cluster
         )
-        return Candidate(placement, batch, recompute, sizes, memory, speed, lacks)
+        return Candidate(
+            placement=placement,
+            batch=batch,
+            gradient_checkpointing=recompute,
+            sizes=sizes,
+            memory=memory,
+            speed=speed,
+            lacks=lacks,
+        )
 
     def _eval_logits(self, batch: BatchPlan) -> int:
         """Logits, their fp32 copy and the log-probabilities of an evaluation batch, which has no

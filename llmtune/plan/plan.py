@@ -35,7 +35,7 @@ SHORT_ROW_TOKENS = 512
 FIRST_WITH_BF16 = 80
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Every derived number of a run but the number of steps, which the data decides."""
 
@@ -75,7 +75,7 @@ class Plan:
         return cls(**{**values, **parts})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepsPlan:
     """Length of the run, in optimizer steps."""
 
@@ -311,7 +311,12 @@ def resolve_steps(
         raise ConfigError(
             f"schedule.warmup_steps={warmup} leaves nothing of the {total} steps ({origin})"
         )
-    return StepsPlan(total, min(warmup, total - 1), None if train.max_steps else epoch_rows, origin)
+    return StepsPlan(
+        total_steps=total,
+        warmup_steps=min(warmup, total - 1),
+        total_rows=None if train.max_steps else epoch_rows,
+        origin=origin,
+    )
 
 
 def _resolve_world_size(config: Config, hardware: Hardware) -> int:

@@ -26,7 +26,7 @@ LAUNCH_SECONDS = {"cuda": (0.0003, 0.0010), "cpu": (0.0003, 0.0015)}
 ADAM_BYTES, DEVICE_BANDWIDTH = 30, {"cuda": 1.5e12, "cpu": 10e9}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedPlan:
     """Predicted, for full rows."""
 
@@ -112,7 +112,10 @@ def estimate_speed(
     seconds = overlapped + rest
     rows = batch.global_batch_size
     return SpeedPlan(
-        seconds, rows * length / seconds, max(terms, key=lambda name: terms[name]), terms
+        step_seconds=seconds,
+        tokens_per_second=rows * length / seconds,
+        bound_by=max(terms, key=lambda name: terms[name]),
+        terms=terms,
     )
 
 

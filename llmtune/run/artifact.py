@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 WEIGHTS_SHARE = 0.75
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """A model on disk."""
 
@@ -86,7 +86,9 @@ def resolve_target(composed: Composed) -> Target:
     model = replace(given.model, name_or_path=given.base, wheel=None) if given.base else given.model
     folder = resolve_model_folder(model, cache_dir(given))
     adapter = Path(given.adapter).expanduser() if given.adapter else None
-    return Target(given, folder, adapter, None, model.name_or_path)
+    return Target(
+        config=given, model_folder=folder, adapter=adapter, run=None, base_name=model.name_or_path
+    )
 
 
 def _from_stored(stored: Config, composed: Composed, folder: Path, run: Path) -> Target:
@@ -227,8 +229,20 @@ def put_on(model: Any, adapter: Path) -> Any:
 def from_trained(config: Config, folder: Path, run: Path) -> Target:
     """What was trained: an adapter on its base, or the whole model in ``folder``."""
     if config.tuner.kind is TunerKind.full:
-        return Target(config, folder, None, run, config.model.name_or_path)
-    return Target(config, _base_folder(config, run), folder, run, config.model.name_or_path)
+        return Target(
+            config=config,
+            model_folder=folder,
+            adapter=None,
+            run=run,
+            base_name=config.model.name_or_path,
+        )
+    return Target(
+        config=config,
+        model_folder=_base_folder(config, run),
+        adapter=folder,
+        run=run,
+        base_name=config.model.name_or_path,
+    )
 
 
 def _base_folder(config: Config, run: Path) -> Path:

@@ -37,11 +37,11 @@ def export_target(target: Target, config: Config, output: Path, say: Callable[[s
     """
     with show_progress(f"writing {output.name}", say) as shown:
         request = ExportRequest(
-            target.model_folder,
-            target.base_name,
-            target.adapter,
-            target.run,
-            output,
+            base=target.model_folder,
+            base_name=target.base_name,
+            adapter=target.adapter,
+            run=target.run,
+            output=output,
             progress=shown.progress,
             say=shown.say,
             signer=read_signer(config.checkpoint.sign),
@@ -73,13 +73,13 @@ def export_zero_checkpoint(given: Config) -> Path:
         own_weights = None if adapter is not None and given.base else checkpoint
         unpacked_from = checkpoint if adapter is not None else None
         request = ExportRequest(
-            described,
-            base_name,
-            adapter,
-            None,
-            output,
-            own_weights,
-            unpacked_from,
+            base=described,
+            base_name=base_name,
+            adapter=adapter,
+            run=None,
+            output=output,
+            zero=own_weights,
+            unpacked_from=unpacked_from,
             progress=shown.progress,
             say=shown.say,
             signer=read_signer(given.checkpoint.sign),

@@ -116,7 +116,15 @@ def resolve_request(
     if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
         return None
     request = RunRequest(
-        config, plan, steps, data, target.folder, target.name, model_folder, resume_from, run_id
+        config=config,
+        plan=plan,
+        steps=steps,
+        data=data,
+        run_folder=target.folder,
+        run_name=target.name,
+        model_folder=model_folder,
+        resume_from=resume_from,
+        run_id=run_id,
     )
     step = _check_resume(resume_from, steps.total_steps, data.fingerprint)
     about: dict[str, Any] = {

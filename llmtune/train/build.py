@@ -90,7 +90,12 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         state = load_checkpoint(module, request.resume_from)
         line = LineSums.from_dict(state.line)
         start = Progress(
-            state.step, state.tokens, state.skipped, state.data_position, state.evaluation_due, line
+            step=state.step,
+            tokens=state.tokens,
+            skipped=state.skipped,
+            data_position=state.data_position,
+            evaluation_due=state.evaluation_due,
+            line=line,
         )
 
     collator = Collator(
@@ -147,10 +152,10 @@ def build_saver(
         run=run,
         weights=weights,
         retention=Retention(
-            config.train.save_total_limit,
-            chosen.keep_every,
-            chosen.metric_for_best_model,
-            chosen.greater_is_better,
+            limit=config.train.save_total_limit,
+            every=chosen.keep_every,
+            metric=chosen.metric_for_best_model,
+            greater_is_better=chosen.greater_is_better,
         ),
         save_steps=config.train.save_steps,
         background=chosen.background,

@@ -58,7 +58,7 @@ class Mirror(Protocol):
         """Wait for the queue; the checkpoints that did not make it, each with the reason."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveSettings:
     """What a user chose, and what every checkpoint of the run says of itself."""
 

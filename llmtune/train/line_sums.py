@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LineSums:
     """Over the steps since the last line."""
 
@@ -39,10 +39,10 @@ class LineSums:
         """
         counts = math.isfinite(loss)
         return LineSums(
-            self.steps + 1,
-            self.loss + (loss * trained_tokens if counts else 0.0),
-            self.trained_tokens + (trained_tokens if counts else 0),
-            self.skipped_steps if applied else (*self.skipped_steps, step),
+            steps=self.steps + 1,
+            loss=self.loss + (loss * trained_tokens if counts else 0.0),
+            trained_tokens=self.trained_tokens + (trained_tokens if counts else 0),
+            skipped_steps=self.skipped_steps if applied else (*self.skipped_steps, step),
         )
 
     def to_record(self, loss: float) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from llmtune.train.schedule import learning_rate_at
 from llmtune.train.stop_request import Stop
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Where the run stands."""
 
@@ -96,7 +96,7 @@ class Saver(Protocol):
         """The trained model under its final name, and the mark that the run is finished."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Job:
     """Everything the loop touches, built by ``job.py``."""
 
@@ -205,7 +205,13 @@ def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Pr
         job.trackers.log(record)
         line = LineSums()
     skipped = progress.skipped + (not result.applied)
-    return Progress(step, progress.tokens + batch.tokens, skipped, batch.position, line=line)
+    return Progress(
+        step=step,
+        tokens=progress.tokens + batch.tokens,
+        skipped=skipped,
+        data_position=batch.position,
+        line=line,
+    )
 
 
 def evaluate(job: Job, progress: Progress) -> Progress:

@@ -15,7 +15,7 @@ from llmtune.data.prepare import PreparedData
 from llmtune.plan.plan import Plan, StepsPlan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
     """One run, fully resolved."""
 

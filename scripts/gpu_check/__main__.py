@@ -77,7 +77,9 @@ def run_check(bench: Bench, check: Check) -> Result:
     started = time.monotonic()
 
     def result(passed: bool | None, **more: Any) -> Result:
-        return Result(check.name, passed, round(time.monotonic() - started, 1), **more)
+        return Result(
+            name=check.name, passed=passed, seconds=round(time.monotonic() - started, 1), **more
+        )
 
     try:
         verdict = check.run(bench)

@@ -53,7 +53,7 @@ _GRACE_SECONDS = 10.0
 _RESUMING = re.compile(r"^ +resuming +\S*checkpoint-(\d+)$", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """One line of the report."""
 
@@ -76,12 +76,12 @@ def all_checks(device: str, cards: int) -> list[Check]:
         *(_losses(jobs.precision_job(*cell)) for cell in PRECISIONS),
         _losses(jobs.ranks_job(cards)),
         _losses(UNDISTURBED),
-        Check("resume/killed", _check_killed),
-        Check("evaluation/adapter", _check_evaluation),
-        Check("export/merged", _check_export),
-        Check("fallback/out-of-memory", _check_fallback, (UNLIMITED,)),
+        Check(name="resume/killed", run=_check_killed),
+        Check(name="evaluation/adapter", run=_check_evaluation),
+        Check(name="export/merged", run=_check_export),
+        Check(name="fallback/out-of-memory", run=_check_fallback, jobs=(UNLIMITED,)),
         _losses(SMALL_SMOLLM2),
-        Check("smollm2/plan", _check_plan, alone=device != "cpu"),
+        Check(name="smollm2/plan", run=_check_plan, alone=device != "cpu"),
     ]
 
 
@@ -105,7 +105,7 @@ def _losses(job: Job) -> Check:
     def run(bench: Bench) -> Verdict:
         return compare_curves(bench.train(job).curve, bench.expected(job), job.precision)
 
-    return Check(job.name, run, (job,))
+    return Check(name=job.name, run=run, jobs=(job,))
 
 
 def _check_killed(bench: Bench) -> Verdict:
@@ -130,7 +130,12 @@ def _check_killed(bench: Bench) -> Verdict:
         "killed_after_step": steps_done,
         "resumed_from_step": resumed_from,
     }
-    return Verdict(measured, verdict.expected, verdict.tolerance, [*problems, *verdict.problems])
+    return Verdict(
+        measured=measured,
+        expected=verdict.expected,
+        tolerance=verdict.tolerance,
+        problems=[*problems, *verdict.problems],
+    )
 
 
 class _Killer:
@@ -185,7 +190,12 @@ def _check_evaluation(bench: Bench) -> Verdict:
             f"the held-out loss (against {name.replace('_', ' ')})", measured, value, tolerance
         )
     ]
-    return Verdict({"held_out_loss": measured}, expected, tolerance, problems)
+    return Verdict(
+        measured={"held_out_loss": measured},
+        expected=expected,
+        tolerance=tolerance,
+        problems=problems,
+    )
 
 
 def _check_export(bench: Bench) -> Verdict:
@@ -218,10 +228,10 @@ def _check_export(bench: Bench) -> Verdict:
         problems.append("the export did not say how near the logits are")
     logits, bound = (float(said[1]), float(said[2])) if said else (None, None)
     return Verdict(
-        {"held_out_loss": measured, "logits": logits},
-        {"held_out_loss": expected, "logits": 0.0},
-        {"held_out_loss": tolerance, "logits": bound},
-        problems,
+        measured={"held_out_loss": measured, "logits": logits},
+        expected={"held_out_loss": expected, "logits": 0.0},
+        tolerance={"held_out_loss": tolerance, "logits": bound},
+        problems=problems,
     )
 
 
@@ -237,7 +247,12 @@ def _check_fallback(bench: Bench) -> Verdict:
         limit = peak.largest - CPU_BYTES_LESS
     else:
         limit = int(GPU_MEMORY_SHARE * max(line["memory_bytes"] for line in _step_lines(folder)))
-    limited = Job(name, UNLIMITED.overrides, ("zero=auto", "offload=auto"), UNLIMITED.precision)
+    limited = Job(
+        name=name,
+        overrides=UNLIMITED.overrides,
+        placement=("zero=auto", "offload=auto"),
+        precision=UNLIMITED.precision,
+    )
     lower = bench.train_in(bench.folder(f"{name}-limited"), limited, f"launch.memory_limit={limit}")
     verdict = compare_curves(lower.curve, bench.expected(UNLIMITED), UNLIMITED.precision)
     problems = [
@@ -253,7 +268,12 @@ def _check_fallback(bench: Bench) -> Verdict:
         f"{event['phase']} of step {event['step']}, {event['pool']} memory" for event in history
     ]
     more = {"memory_limit_bytes": limit, "ran_out_in": left, "came_to": came_to}
-    return Verdict({**verdict.measured, **more}, verdict.expected, verdict.tolerance, problems)
+    return Verdict(
+        measured={**verdict.measured, **more},
+        expected=verdict.expected,
+        tolerance=verdict.tolerance,
+        problems=problems,
+    )
 
 
 class _PeakData:

@@ -36,7 +36,7 @@ class Curve:
         return {"losses": self.losses, "held_out_loss": self.after, "fall": self.fall}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What a check found; without problems it passed."""
 
@@ -79,7 +79,12 @@ def compare_curves(measured: Curve, expected: Curve, precision: str) -> Verdict:
         "the fall of the held-out loss", measured.fall, expected.fall, FALL_TOLERANCE
     )
     tolerances = {"losses": tolerance, "held_out_loss": tolerance, "fall": FALL_TOLERANCE}
-    return Verdict(measured.to_dict(), expected.to_dict(), tolerances, problems)
+    return Verdict(
+        measured=measured.to_dict(),
+        expected=expected.to_dict(),
+        tolerance=tolerances,
+        problems=problems,
+    )
 
 
 def compare_number(name: str, measured: float, expected: float, tolerance: float) -> list[str]:

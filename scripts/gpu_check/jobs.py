@@ -104,7 +104,7 @@ SMOLLM2_FULL = (
 PLAIN = ("zero=0", "offload=none")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One training run."""
 
@@ -130,7 +130,7 @@ class Job:
     def reference(self) -> Job:
         """The same arithmetic on one rank without ZeRO; in fp32 for fp16, which few CPUs have."""
         precision = "fp32" if self.precision == "fp16" else self.precision
-        return Job(self.name, self.overrides, PLAIN, precision)
+        return Job(name=self.name, overrides=self.overrides, placement=PLAIN, precision=precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +151,21 @@ class Trained:
 def placement_job(stage: int, rung: str) -> Job:
     """All parameters of the tiny model, with states where this rung has them."""
     placement = (f"zero={stage}", f"offload={rung}", "train.per_device_train_batch_size=4")
-    return Job(f"placement/zero{stage}-{rung}", (*TINY, "tuner=full"), placement)
+    return Job(
+        name=f"placement/zero{stage}-{rung}", overrides=(*TINY, "tuner=full"), placement=placement
+    )
 
 
 def precision_job(precision: str, tuner: str, rows: str, stage: int, rung: str) -> Job:
     """One of the ways to train the tiny model."""
     placement = (f"zero={stage}", f"offload={rung}", "train.per_device_train_batch_size=4")
     overrides = (*TINY, f"tuner={tuner}", f"data.packing={str(rows == 'packed').lower()}")
-    return Job(f"precision/{precision}-{tuner}-{rows}", overrides, placement, precision)
+    return Job(
+        name=f"precision/{precision}-{tuner}-{rows}",
+        overrides=overrides,
+        placement=placement,
+        precision=precision,
+    )
 
 
 def ranks_job(ranks: int) -> Job:
@@ -167,11 +174,23 @@ def ranks_job(ranks: int) -> Job:
     overrides = (*TINY, f"train.global_batch_size={rows}") if rows != 8 else TINY
     micro = min(4, rows // ranks)
     placement = ("zero=3", "offload=none", f"train.per_device_train_batch_size={micro}")
-    return Job("ranks/zero3", (*overrides, "tuner=full"), placement, ranks=ranks)
+    return Job(
+        name="ranks/zero3", overrides=(*overrides, "tuner=full"), placement=placement, ranks=ranks
+    )
 
 
 ADAPTER = precision_job("bf16", "lora", "padded", 1, "none")
-UNDISTURBED = Job("resume/undisturbed", LONG, ("zero=2", "offload=none"))
-UNLIMITED = Job("fallback/out-of-memory", WIDE, PLAIN, "bf16")
-SMALL_SMOLLM2 = Job("smollm2/losses", SMOLLM2, ("zero=auto", "offload=auto"), "bf16")
-LARGE_SMOLLM2 = Job("smollm2/plan", SMOLLM2_FULL, ("zero=auto", "offload=auto"), "bf16")
+UNDISTURBED = Job(name="resume/undisturbed", overrides=LONG, placement=("zero=2", "offload=none"))
+UNLIMITED = Job(name="fallback/out-of-memory", overrides=WIDE, placement=PLAIN, precision="bf16")
+SMALL_SMOLLM2 = Job(
+    name="smollm2/losses",
+    overrides=SMOLLM2,
+    placement=("zero=auto", "offload=auto"),
+    precision="bf16",
+)
+LARGE_SMOLLM2 = Job(
+    name="smollm2/plan",
+    overrides=SMOLLM2_FULL,
+    placement=("zero=auto", "offload=auto"),
+    precision="bf16",
+)

@@ -16,7 +16,7 @@ from llmtune.units import format_bytes
 PACKAGES = ("llmtune", "torch", "deepspeed", "transformers", "peft", "bitsandbytes")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """Where it runs."""
 
@@ -37,7 +37,11 @@ def find_machine(use_cpu: bool) -> Machine:
     """
     if use_cpu:
         return Machine(
-            "cpu", 2, f"no GPU: {_cpu_name()}, {os.cpu_count()} cores", None, _versions()
+            device="cpu",
+            cards=2,
+            card=f"no GPU: {_cpu_name()}, {os.cpu_count()} cores",
+            driver=None,
+            versions=_versions(),
         )
     # As planning finds them.
     gpus = hardware.visible_gpus()
@@ -53,7 +57,13 @@ def find_machine(use_cpu: bool) -> Machine:
         )
     first = gpus[0]
     card = f"{len(gpus)} x {first.name}, {format_bytes(first.memory_bytes)}"
-    return Machine("cuda", len(gpus), card, _driver(), {**_versions(), "cuda": _cuda_version()})
+    return Machine(
+        device="cuda",
+        cards=len(gpus),
+        card=card,
+        driver=_driver(),
+        versions={**_versions(), "cuda": _cuda_version()},
+    )
 
 
 def _versions() -> dict[str, str | None]:

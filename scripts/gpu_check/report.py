@@ -21,7 +21,7 @@ _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 _FILE_WIDTH = 140
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """One check."""
 

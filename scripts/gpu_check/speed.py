@@ -60,10 +60,10 @@ def judge_plan(plan: dict[str, Any], steps: list[dict[str, Any]], length: int) -
     factor = STEP_FACTOR[plan["hardware"]["accelerator"]]
     tolerance = {"peak_share": list(MEMORY_SHARE), "step_factor": factor}
     return Verdict(
-        measured,
-        expected,
-        tolerance,
-        _problems(peak / planned_bytes, seconds / planned_seconds, factor),
+        measured=measured,
+        expected=expected,
+        tolerance=tolerance,
+        problems=_problems(peak / planned_bytes, seconds / planned_seconds, factor),
     )
 
 

@@ -113,7 +113,12 @@ def build(config: Config, shape: ModelShape, folder: Path, kernel: str, rank: Ra
     lora = config.tuner.kind is TunerKind.lora
     placement = make_placement(int(config.zero.stage), "none", config.tuner.kind)
     sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
-    batch = BatchPlan(len(LENGTHS) * rank.world_size, len(LENGTHS), 1, rank.world_size)
+    batch = BatchPlan(
+        global_batch_size=len(LENGTHS) * rank.world_size,
+        micro_batch_size=len(LENGTHS),
+        accumulation_steps=1,
+        world_size=rank.world_size,
+    )
     optimizer = adamw_parameters(config.optim, RATE)
     plan = to_deepspeed(
         placement, batch, sizes, optimizer, config.precision, config.train.max_grad_norm

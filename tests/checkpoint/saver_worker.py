@@ -39,9 +39,19 @@ def attempt(rank: Rank, folder: Path, background: bool, value: float = 1.0) -> s
     """Save once; the error, or nothing."""
     stand_in(rank, value)
     module: Any = SimpleNamespace(rank=rank)
-    state = TrainerState(int(folder.name.split("-")[1]), 0, 0, "x", None)
+    state = TrainerState(
+        step=int(folder.name.split("-")[1]),
+        tokens=0,
+        skipped=0,
+        data_fingerprint="x",
+        data_position=None,
+    )
     request = save.SaveRequest(
-        folder, state, WeightFiles(False), {"config.json": b"{}"}, {"step": state.step}
+        folder=folder,
+        state=state,
+        weights=WeightFiles(False),
+        companions={"config.json": b"{}"},
+        about={"step": state.step},
     )
     try:
         save.begin_save(module, request, Buffers() if background else None).finish()

@@ -20,7 +20,11 @@ def told(
 ) -> str | None:
     composed = compose_config(["model=tiny", *overrides])
     config = compose_config(["model=tiny", ROWS, *(stored or [])]).config
-    return find_other_split(composed, Target(config, Path("/model"), None, run, "tiny"), now)
+    return find_other_split(
+        composed,
+        Target(config=config, model_folder=Path("/model"), adapter=None, run=run, base_name="tiny"),
+        now,
+    )
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ SMOLLM2, LLAMA3, TINY = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """What an experiment of the user's says."""
 
@@ -37,22 +37,28 @@ class Experiment:
 
 EXPERIMENTS: dict[str | None, Experiment] = {
     None: Experiment(),
-    "names_nothing": Experiment("train:\n  max_steps: 7\n"),
-    "names_a_model": Experiment("model:\n  name_or_path: /of/experiment\n", name="/of/experiment"),
-    "chooses_a_model": Experiment("defaults:\n  - override /model: llama3_8b\n", model="llama3_8b"),
+    "names_nothing": Experiment(text="train:\n  max_steps: 7\n"),
+    "names_a_model": Experiment(
+        text="model:\n  name_or_path: /of/experiment\n", name="/of/experiment"
+    ),
+    "chooses_a_model": Experiment(
+        text="defaults:\n  - override /model: llama3_8b\n", model="llama3_8b"
+    ),
     "chooses_and_names": Experiment(
-        "defaults:\n  - override /model: smollm2_135m\nmodel:\n  name_or_path: /of/experiment\n",
+        text="defaults:\n  - override /model: smollm2_135m\nmodel:\n  name_or_path: /of/experiment\n",
         model="smollm2_135m",
         name="/of/experiment",
     ),
-    "names_data": Experiment("data:\n  train: experiment.jsonl\n", train="experiment.jsonl"),
-    "names_embedded_data": Experiment("data:\n  train: stdlib_docs@100\n", train="stdlib_docs@100"),
+    "names_data": Experiment(text="data:\n  train: experiment.jsonl\n", train="experiment.jsonl"),
+    "names_embedded_data": Experiment(
+        text="data:\n  train: stdlib_docs@100\n", train="stdlib_docs@100"
+    ),
     "chooses_data": Experiment(
-        "defaults:\n  - override /data: alpaca\ndata:\n  train: experiment.jsonl\n",
+        text="defaults:\n  - override /data: alpaca\ndata:\n  train: experiment.jsonl\n",
         data="alpaca",
         train="experiment.jsonl",
     ),
-    "has_a_length": Experiment("data:\n  max_seq_length: 777\n", length=777),
+    "has_a_length": Experiment(text="data:\n  max_seq_length: 777\n", length=777),
     "llama2_7b_lora": Experiment(model="llama2_7b", length=2048),
 }
 MODELS = [None, "tiny", "smollm2_135m", "llama3_8b", "custom"]

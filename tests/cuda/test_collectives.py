@@ -67,7 +67,7 @@ def test_the_norm_of_slices_is_reduced_where_they_are(
 def test_sums_are_made_on_the_device_and_decisions_on_the_host(
     reached: list[tuple[str, Any]],
 ) -> None:
-    rank = Rank(0, 0, 2, torch.device("meta"), control="gloo")
+    rank = Rank(rank=0, local_rank=0, world_size=2, device=torch.device("meta"), control="gloo")
     with pytest.raises(RuntimeError, match="meta"):
         distributed.sum_over_ranks([1.0], rank)
     distributed.any_rank([True, False], rank)

@@ -35,7 +35,13 @@ BUILD = (
     "DeepSpeed's AsyncIO cannot be built: CUDA_HOME is not set; It needs g++, ninja, and libaio for"
     " NVMe: apt-get install"
 )
-MACHINE = Machine("cuda", 1, "1 x Some Card, 80.0 GB", "570.1", {"torch": "2.13.0"})
+MACHINE = Machine(
+    device="cuda",
+    cards=1,
+    card="1 x Some Card, 80.0 GB",
+    driver="570.1",
+    versions={"torch": "2.13.0"},
+)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,15 @@ def test_what_a_run_ends_with_decides_between_failed_and_skipped(tmp_path: Path)
     # As planning says it of a V100.
     with pytest.raises(LlmtuneError) as refusal:
         _check_precision(
-            Precision.bf16, Hardware("cuda", 1, 10**9, 10**9, name="V100", compute_capability=70)
+            Precision.bf16,
+            Hardware(
+                accelerator="cuda",
+                device_count=1,
+                device_memory_bytes=10**9,
+                host_memory_bytes=10**9,
+                name="V100",
+                compute_capability=70,
+            ),
         )
     old = Finished(refusal.value.exit_code, "", f"error: {refusal.value}\n")
     with pytest.raises(
@@ -124,16 +138,28 @@ def test_an_op_that_cannot_be_had_is_skipped_only_without_its_library(
 def run_one(check: Any, folder: Path) -> Result:
     bench = Bench("cuda", folder, 1.0)
     try:
-        return program.run_check(bench, Check("name", check))
+        return program.run_check(bench, Check(name="name", run=check))
     finally:
         bench.close()
 
 
 def test_table_and_json_name_what_was_skipped_and_why(tmp_path: Path) -> None:
     results = [
-        Result("a/right", True, 1.25, RIGHT.to_dict(), RIGHT.to_dict(), {"losses": 1e-4}),
-        Result("b/wrong", False, 2.0, problems=["the loss of step 1 is 7 instead of 6"]),
-        Result("c/absent", None, 0.5, skipped="this card has no bf16"),
+        Result(
+            name="a/right",
+            passed=True,
+            seconds=1.25,
+            measured=RIGHT.to_dict(),
+            expected=RIGHT.to_dict(),
+            tolerance={"losses": 1e-4},
+        ),
+        Result(
+            name="b/wrong",
+            passed=False,
+            seconds=2.0,
+            problems=["the loss of step 1 is 7 instead of 6"],
+        ),
+        Result(name="c/absent", passed=None, seconds=0.5, skipped="this card has no bf16"),
     ]
     write_json(tmp_path / "new" / "report.json", MACHINE, results)
     report = json.loads((tmp_path / "new" / "report.json").read_text())

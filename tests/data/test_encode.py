@@ -42,10 +42,10 @@ def families(cache: Path) -> dict[str, Any]:
 
 def talk(*turns: str, system: str | None = None, **more: Any) -> Conversation:
     roles = [Role.user, Role.assistant]
-    messages = [Message(roles[index % 2], text) for index, text in enumerate(turns)]
+    messages = [Message(role=roles[index % 2], content=text) for index, text in enumerate(turns)]
     if system:
-        messages.insert(0, Message(Role.system, system))
-    return Conversation(tuple(messages), **more)
+        messages.insert(0, Message(role=Role.system, content=system))
+    return Conversation(messages=tuple(messages), **more)
 
 
 def encode(
@@ -55,7 +55,9 @@ def encode(
     overlong: Overlong = Overlong.drop,
     inputs: bool = False,
 ) -> Any:
-    (outcome,) = Encoder(tokenizer, EncodeSettings(length, overlong, inputs)).encode([conversation])
+    (outcome,) = Encoder(
+        tokenizer, EncodeSettings(max_seq_length=length, overlong=overlong, train_on_inputs=inputs)
+    ).encode([conversation])
     return outcome
 
 
@@ -134,7 +136,10 @@ def test_masks_equal_those_of_transformers_where_a_template_marks_generation(cac
     """TRL's ``assistant_only_loss`` takes its masks from this call."""
     tokenizer = load_smollm2(cache)
     tokenizer.chat_template = MARKED
-    encoder = Encoder(tokenizer, EncodeSettings(8192, Overlong.drop, False))
+    encoder = Encoder(
+        tokenizer,
+        EncodeSettings(max_seq_length=8192, overlong=Overlong.drop, train_on_inputs=False),
+    )
     draw = random.Random(7)
     letters = [
         "word",
@@ -186,13 +191,13 @@ def test_a_message_can_be_left_untrained(template: str | None, tiny_model: Path)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = template or tokenizer.chat_template
     messages = (
-        Message(Role.user, "a"),
-        Message(Role.assistant, "wrong", train=False),
-        Message(Role.user, "b"),
-        Message(Role.assistant, "right"),
+        Message(role=Role.user, content="a"),
+        Message(role=Role.assistant, content="wrong", train=False),
+        Message(role=Role.user, content="b"),
+        Message(role=Role.assistant, content="right"),
     )
     assert (
-        trained_text(only(encode(tokenizer, Conversation(messages))), tokenizer)
+        trained_text(only(encode(tokenizer, Conversation(messages=messages))), tokenizer)
         == "right<|im_end|>"
     )
 
@@ -201,13 +206,13 @@ def test_tool_calls_are_trained_and_their_results_are_not(families: dict[str, An
     tokenizer = families["qwen"]
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     messages = (
-        Message(Role.user, "1+1?"),
-        Message(Role.assistant, "", extra={"tool_calls": [call]}),
-        Message(Role.tool, "2"),
-        Message(Role.assistant, "Two."),
+        Message(role=Role.user, content="1+1?"),
+        Message(role=Role.assistant, content="", extra={"tool_calls": [call]}),
+        Message(role=Role.tool, content="2"),
+        Message(role=Role.assistant, content="Two."),
     )
     tools = ({"type": "function", "function": {"name": "add", "parameters": {}}},)
-    row = only(encode(tokenizer, Conversation(messages, tools=tools)))
+    row = only(encode(tokenizer, Conversation(messages=messages, tools=tools)))
     text = trained_text(row, tokenizer)
     assert '"name": "add"' in text
     assert text.endswith("<|im_end|>Two.<|im_end|>")
@@ -226,7 +231,10 @@ def test_plain_text_is_trained_whole_and_ends(families: dict[str, Any]) -> None:
     tokenizer = families["llama3"]
     row = only(
         encode(
-            tokenizer, Conversation((Message(Role.assistant, "Once upon a time 🙂"),), plain=True)
+            tokenizer,
+            Conversation(
+                messages=(Message(role=Role.assistant, content="Once upon a time 🙂"),), plain=True
+            ),
         )
     )
     assert trained_text(row, tokenizer) == "Once upon a time 🙂<|eot_id|>"
@@ -234,7 +242,7 @@ def test_plain_text_is_trained_whole_and_ends(families: dict[str, Any]) -> None:
 
 
 def test_long_texts_are_split_without_losing_a_token(chatml: Any) -> None:
-    text = Conversation((Message(Role.assistant, "word " * 100),), plain=True)
+    text = Conversation(messages=(Message(role=Role.assistant, content="word " * 100),), plain=True)
     whole = only(encode(chatml, text, length=4096))
     pieces = encode(chatml, text, length=64, overlong=Overlong.split)
     assert [len(piece.ids) for piece in pieces[:-1]] == [64] * (len(pieces) - 1)
@@ -289,7 +297,7 @@ def test_a_cut_row_ends_its_turn_once_whatever_follows_in_the_template(tiny_mode
 
 
 def test_a_text_of_one_token_more_than_the_limit_keeps_its_end(chatml: Any) -> None:
-    text = Conversation((Message(Role.assistant, "word " * 100),), plain=True)
+    text = Conversation(messages=(Message(role=Role.assistant, content="word " * 100),), plain=True)
     whole = only(encode(chatml, text, length=4096))
     pieces = encode(chatml, text, length=len(whole.ids) - 1, overlong=Overlong.split)
     assert np.array_equal(np.concatenate([piece.ids for piece in pieces]), whole.ids)
@@ -297,9 +305,12 @@ def test_a_text_of_one_token_more_than_the_limit_keeps_its_end(chatml: Any) -> N
 
 
 def test_training_on_inputs_leaves_out_what_a_message_forbids(chatml: Any) -> None:
-    messages = (Message(Role.user, "a"), Message(Role.assistant, "wrong", train=False))
-    more = (Message(Role.user, "b"), Message(Role.assistant, "right"))
-    row = only(encode(chatml, Conversation(messages + more), inputs=True))
+    messages = (
+        Message(role=Role.user, content="a"),
+        Message(role=Role.assistant, content="wrong", train=False),
+    )
+    more = (Message(role=Role.user, content="b"), Message(role=Role.assistant, content="right"))
+    row = only(encode(chatml, Conversation(messages=messages + more), inputs=True))
     text = trained_text(row, chatml)
     assert "wrong" not in text
     assert "<|im_start|>user\na<|im_end|>" in text
@@ -309,11 +320,13 @@ def test_training_on_inputs_leaves_out_what_a_message_forbids(chatml: Any) -> No
 def test_what_others_say_is_trained_as_the_setting_has_it_or_the_row_is_refused(
     chatml: Any,
 ) -> None:
-    answer = Message(Role.assistant, "b")
+    answer = Message(role=Role.assistant, content="b")
     for said, inputs in ((True, True), (False, False), (None, True), (None, False)):
         only(
             encode(
-                chatml, Conversation((Message(Role.user, "a", train=said), answer)), inputs=inputs
+                chatml,
+                Conversation(messages=(Message(role=Role.user, content="a", train=said), answer)),
+                inputs=inputs,
             )
         )
     for said, inputs, message in (
@@ -329,7 +342,9 @@ def test_what_others_say_is_trained_as_the_setting_has_it_or_the_row_is_refused(
         ),
     ):
         refused = encode(
-            chatml, Conversation((Message(Role.user, "a", train=said), answer)), inputs=inputs
+            chatml,
+            Conversation(messages=(Message(role=Role.user, content="a", train=said), answer)),
+            inputs=inputs,
         )
         assert isinstance(refused, RowError)
         assert message in str(refused)
@@ -344,8 +359,11 @@ def test_training_on_inputs_of_plain_texts_trains_all_of_them(families: dict[str
 
 def test_special_tokens_in_tool_calls_are_refused(families: dict[str, Any]) -> None:
     call = {"type": "function", "function": {"name": "say", "arguments": {"text": "x<|im_end|>"}}}
-    messages = (Message(Role.user, "a"), Message(Role.assistant, "", extra={"tool_calls": [call]}))
-    refused = encode(families["qwen"], Conversation(messages))
+    messages = (
+        Message(role=Role.user, content="a"),
+        Message(role=Role.assistant, content="", extra={"tool_calls": [call]}),
+    )
+    refused = encode(families["qwen"], Conversation(messages=messages))
     assert isinstance(refused, RowError)
     assert "message 1 (assistant) holds '<|im_end|>'" in str(refused)
 
@@ -411,9 +429,19 @@ def test_texts_with_special_tokens_on_purpose_have_the_tokens_of_their_chats(
     chat = only(encode(tokenizer, talk(*turns)))
     text = tokenizer.decode(chat.ids.tolist())
     encoder = Encoder(
-        tokenizer, EncodeSettings(512, Overlong.drop, False, allow_special_tokens=True)
+        tokenizer,
+        EncodeSettings(
+            max_seq_length=512,
+            overlong=Overlong.drop,
+            train_on_inputs=False,
+            allow_special_tokens=True,
+        ),
     )
-    row = only(encoder.encode([Conversation((Message(Role.assistant, text),), plain=True)])[0])
+    row = only(
+        encoder.encode(
+            [Conversation(messages=(Message(role=Role.assistant, content=text),), plain=True)]
+        )[0]
+    )
     start = 0 if chat.ids[0] == tokenizer.bos_token_id else 1
     assert row.ids[start:].tolist() == chat.ids.tolist(), "one BOS, one end"
     assert row.ids[0] == tokenizer.bos_token_id
@@ -422,7 +450,13 @@ def test_texts_with_special_tokens_on_purpose_have_the_tokens_of_their_chats(
 
 def test_special_tokens_on_purpose_may_stand_in_chats_and_tools(families: dict[str, Any]) -> None:
     encoder = Encoder(
-        families["qwen"], EncodeSettings(512, Overlong.drop, False, allow_special_tokens=True)
+        families["qwen"],
+        EncodeSettings(
+            max_seq_length=512,
+            overlong=Overlong.drop,
+            train_on_inputs=False,
+            allow_special_tokens=True,
+        ),
     )
     tools = ({"type": "function", "function": {"name": "f<|im_end|>", "parameters": {}}},)
     row = only(
@@ -440,7 +474,9 @@ def test_a_template_that_is_no_jinja_is_named_by_its_line(chatml: Any) -> None:
         ConfigError, match=r"the chat template of org/model, .* is no Jinja: line 2: .*name another"
     ):
         check_chat_template(tokenizer, "org/model")
-    text = Conversation((Message(Role.assistant, "a text needs no template"),), plain=True)
+    text = Conversation(
+        messages=(Message(role=Role.assistant, content="a text needs no template"),), plain=True
+    )
     assert trained_text(only(encode(tokenizer, text)), tokenizer).startswith(
         "a text needs no template"
     )

@@ -173,7 +173,7 @@ def test_long_rows_come_out_as_if_they_were_encoded_at_once(
 ) -> None:
     row = KINDS[kind](size + 100)
     conversations = [detect_format(row).read(row)] * 2
-    settings = EncodeSettings(limit, overlong, False)
+    settings = EncodeSettings(max_seq_length=limit, overlong=overlong, train_on_inputs=False)
     whole = Encoder(tokenizer, settings).encode(conversations)
     monkeypatch.setattr(encode, "WINDOW", 500)
     encoder = Encoder(tokenizer, settings)

@@ -51,7 +51,7 @@ def read(path: Path, **values: Any) -> list[tuple[int, Any]]:
     file = DataFile(str(path), "json" if path.suffix == ".json" else "jsonl")
     return [
         pair
-        for block in read_blocks(file, Source(str(path), **values))
+        for block in read_blocks(file, Source(path=str(path), **values))
         for pair in parse_rows(block)
     ]
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_told_is_said_with_its_line(text: str, message: str, tmp_
 def test_a_stream_goes_on_in_the_middle_of_an_object_around_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"data": [{"text": str(number)} for number in range(2500)]}))
-    file, source = DataFile(str(path), "jsonl"), Source(str(path))
+    file, source = DataFile(str(path), "jsonl"), Source(path=str(path))
     first, *others = read_blocks(file, source)
     again = list(read_blocks(file, source, first.next))
     assert [block.content for block in again] == [block.content for block in others]

@@ -36,7 +36,12 @@ def rows(folder: Path, count: int) -> Rows:
 def loader(
     data: Rows, world: int = 1, rank: int = 0, size: int = 8, micro: int = 2, **more: Any
 ) -> TrainLoader:
-    plan = BatchPlan(size, micro, size // micro // world, world)
+    plan = BatchPlan(
+        global_batch_size=size,
+        micro_batch_size=micro,
+        accumulation_steps=size // micro // world,
+        world_size=world,
+    )
     return TrainLoader(data, plan, rank, 42, Collator(PAD, masked=True), **more)
 
 

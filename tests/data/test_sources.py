@@ -22,7 +22,7 @@ ROWS = [
 
 
 def read(path: str, **more: Any) -> list[tuple[str, int, Any]]:
-    source = Source(path, **more)
+    source = Source(path=path, **more)
     return [
         (block.file, line, row)
         for file in resolve_files(source)
@@ -88,7 +88,7 @@ def test_reading_goes_on_behind_any_block(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmtune.data.read.readers.BLOCK_BYTES", 20_000)
-    source = Source(str(write(tmp_path / name)))
+    source = Source(path=str(write(tmp_path / name)))
     (file,) = resolve_files(source)
     blocks = list(read_blocks(file, source))
     assert len(blocks) > 2
@@ -187,7 +187,7 @@ def test_a_hub_id_without_a_network_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_some_rows_can_be_drawn(tmp_path: Path) -> None:
-    source = Source(str(write(tmp_path / "a.jsonl")))
+    source = Source(path=str(write(tmp_path / "a.jsonl")))
     (file,) = resolve_files(source)
     assert count_rows(read_blocks(file, source)) == len(ROWS)
     drawn = [
@@ -204,8 +204,8 @@ def test_an_entry_is_a_path_or_a_mapping() -> None:
         {"path": "b.csv", "format": "alpaca", "weight": 2},
     ]
     assert parse_sources(values, "data.train", "auto") == [
-        Source("a.jsonl", limit=5, weight=1),
-        Source("b.csv", "alpaca", weight=2),
+        Source(path="a.jsonl", limit=5, weight=1),
+        Source(path="b.csv", format="alpaca", weight=2),
     ]
     mapped = {
         "path": "b",
@@ -216,7 +216,7 @@ def test_an_entry_is_a_path_or_a_mapping() -> None:
         "split": "test",
     }
     assert parse_sources(mapped, "data.train", "auto") == [
-        Source("b", "text", {"text": "body"}, limit=3, repeat=2, split="test")
+        Source(path="b", format="text", fields={"text": "body"}, limit=3, repeat=2, split="test")
     ]
 
 

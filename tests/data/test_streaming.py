@@ -59,7 +59,9 @@ def loader(
     config = DataConfig(
         **{"train": train, "streaming": True, "shuffle_buffer": 30, "max_seq_length": 64, **more}
     )
-    plan = BatchPlan(8, 2, 4 // world, world)
+    plan = BatchPlan(
+        global_batch_size=8, micro_batch_size=2, accumulation_steps=4 // world, world_size=world
+    )
     return StreamLoader(
         RowStream(config, tokenizer, 42, bad_rows), plan, rank, Collator(2), LoaderSettings(workers)
     )

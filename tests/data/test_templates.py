@@ -41,10 +41,12 @@ def test_text_and_spans_are_those_of_the_template(
     template = templates[name]
     roles = [Role.user, Role.assistant]
     messages = [
-        Message(roles[n % 2], text, train=n != untrained)
+        Message(role=roles[n % 2], content=text, train=n != untrained)
         for n, text in enumerate(words[: len(words) // 2 * 2])
     ]
-    conversation = Conversation((*([Message(Role.system, system)] if system else []), *messages))
+    conversation = Conversation(
+        messages=(*([Message(role=Role.system, content=system)] if system else []), *messages)
+    )
     built = template._by_scaffold(conversation)
     if built is None:
         assert any(message.content != message.content.strip() for message in conversation.messages)
@@ -136,7 +138,9 @@ def test_words_that_are_written_twice_are_rendered(cache: Path) -> None:
         "{% for m in messages %}{{ m.role + ': ' + m.content + '/' + m.content + '<|im_end|>' }}{%"
         " endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    row = Conversation((Message(Role.user, "a"), Message(Role.assistant, "b")))
+    row = Conversation(
+        messages=(Message(role=Role.user, content="a"), Message(role=Role.assistant, content="b"))
+    )
     text, spans = ChatTemplate(tokenizer).render(row)
     assert text == "user: a/a<|im_end|>assistant: b/b<|im_end|>"
     assert [text[span.start : span.end] for span in spans] == ["b/b<|im_end|>"]
@@ -149,6 +153,11 @@ def test_a_template_that_looks_at_words_is_rendered(cache: Path) -> None:
         " m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:"
         " {% endif %}"
     )
-    row = Conversation((Message(Role.user, "aha"), Message(Role.assistant, "ja")))
+    row = Conversation(
+        messages=(
+            Message(role=Role.user, content="aha"),
+            Message(role=Role.assistant, content="ja"),
+        )
+    )
     text, spans = ChatTemplate(tokenizer).render(row)
     assert [text[span.start : span.end] for span in spans] == ["ja!<|im_end|>"]

@@ -43,11 +43,11 @@ def encode(
     tokenizer.chat_template = template
     roles = (Role.user, Role.assistant)
     messages = [
-        Message(roles[n % 2], text, False if n in untrained else None)
+        Message(role=roles[n % 2], content=text, train=False if n in untrained else None)
         for n, text in enumerate(turns)
     ]
-    settings = EncodeSettings(512, Overlong.drop, inputs)
-    (outcome,) = Encoder(tokenizer, settings).encode([Conversation(tuple(messages))])
+    settings = EncodeSettings(max_seq_length=512, overlong=Overlong.drop, train_on_inputs=inputs)
+    (outcome,) = Encoder(tokenizer, settings).encode([Conversation(messages=tuple(messages))])
     if isinstance(outcome, RowError):
         return str(outcome)
     assert isinstance(outcome, list)

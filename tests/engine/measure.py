@@ -61,7 +61,10 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     placement = make_placement(task["stage"], task["rung"], config.tuner.kind)
     sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
     batch = BatchPlan(
-        task["accumulation"] * rank.world_size, 1, task["accumulation"], rank.world_size
+        global_batch_size=task["accumulation"] * rank.world_size,
+        micro_batch_size=1,
+        accumulation_steps=task["accumulation"],
+        world_size=rank.world_size,
     )
     predicted = state_bytes(
         shape, placement, sizes, config.precision, rank.world_size, batch.accumulation_steps

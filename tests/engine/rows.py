@@ -12,4 +12,4 @@ def random_rows(rows: int, length: int, vocab: int, seed: int) -> Batch:
     input_ids = torch.randint(
         0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed)
     )
-    return Batch(input_ids, Targets.of_labels(input_ids))
+    return Batch(input_ids=input_ids, targets=Targets.of_labels(input_ids))

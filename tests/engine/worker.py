@@ -61,7 +61,15 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     )
     load = Path(task["load"]) if task.get("load") else None
     request = RunRequest(
-        config, plan, steps, data, Path(tempfile.gettempdir()), "test", model_folder, load, ""
+        config=config,
+        plan=plan,
+        steps=steps,
+        data=data,
+        run_folder=Path(tempfile.gettempdir()),
+        run_name="test",
+        model_folder=model_folder,
+        resume_from=load,
+        run_id="",
     )
     if load is not None:
         # What is loaded must not be right by accident.
@@ -146,10 +154,14 @@ def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: A
         write_config = Path(tempfile.mkdtemp())
         (write_config / "config.yaml").write_text("")
         companions = render_companions(module.model, tokenizer, weights, write_config)
-    state = TrainerState(step, 0, 0, "test", None)
+    state = TrainerState(
+        step=step, tokens=0, skipped=0, data_fingerprint="test", data_position=None
+    )
     return begin_save(
         module,
-        SaveRequest(folder, state, weights, companions, {"step": step}),
+        SaveRequest(
+            folder=folder, state=state, weights=weights, companions=companions, about={"step": step}
+        ),
         Buffers(module.rank.device) if task.get("background") else None,
     )
 

@@ -26,5 +26,6 @@ if __name__ == "__main__":
     base, adapter, output = map(Path, sys.argv[1:])
     TensorFile.write = write_slowly  # type: ignore[method-assign]
     run_export(
-        ExportRequest(base, "tiny", adapter, None, output), ExportConfig(max_shard_bytes=40_000)
+        ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output),
+        ExportConfig(max_shard_bytes=40_000),
     )

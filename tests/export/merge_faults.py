@@ -13,7 +13,7 @@ from llmtune.storage.safetensors_writer import TensorSpec
 Tensors = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """What a merge starts from and what it should come to, in fp64."""
 

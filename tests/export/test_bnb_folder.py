@@ -35,7 +35,10 @@ KINDS = ["llama", "llama-tied", "llama-bias", "gpt2"]
 
 def open_one(base: Path, adapter: Path | None = None) -> Material:
     return open_material(
-        ExportRequest(base, "tiny", adapter, None, base.with_name("out")), ExportConfig()
+        ExportRequest(
+            base=base, base_name="tiny", adapter=adapter, run=None, output=base.with_name("out")
+        ),
+        ExportConfig(),
     )
 
 
@@ -100,7 +103,10 @@ def test_an_adapter_is_merged_before_it_is_quantised(tiny_model: Path, tmp_path:
         tiny_model, tmp_path / "adapter", torch.bfloat16, modules_to_save=["lm_head"]
     )
     merged = run_export(
-        ExportRequest(tiny_model, "tiny", adapter, None, tmp_path / "merged"), ExportConfig()
+        ExportRequest(
+            base=tiny_model, base_name="tiny", adapter=adapter, run=None, output=tmp_path / "merged"
+        ),
+        ExportConfig(),
     )
     load_in_4bit(merged).save_pretrained(tmp_path / "theirs")
     ours = write(open_one(tiny_model, adapter), tmp_path / "ours")
@@ -115,7 +121,10 @@ def test_a_tied_output_that_an_adapter_unties_stays_unquantised(
     ours = write(open_one(base, adapter), tmp_path / "ours")
     assert tensors_of(ours)["lm_head.weight"].dtype == torch.bfloat16
     merged = run_export(
-        ExportRequest(base, "tiny", adapter, None, tmp_path / "merged"), ExportConfig()
+        ExportRequest(
+            base=base, base_name="tiny", adapter=adapter, run=None, output=tmp_path / "merged"
+        ),
+        ExportConfig(),
     )
     assert torch.equal(
         answer(AutoModelForCausalLM.from_pretrained(ours)), answer(load_in_4bit(merged))

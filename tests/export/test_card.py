@@ -49,7 +49,13 @@ def make_run(folder: Path, *overrides: str, **plan: Any) -> Path:
         "truncated": 0,
         "skipped": 0,
     }
-    memory = MemoryPlan(DeviceBytes(weights=3_000_000_000), HostBytes(runtime=800_000_000), 0, 0, 5)
+    memory = MemoryPlan(
+        device=DeviceBytes(weights=3_000_000_000),
+        host=HostBytes(runtime=800_000_000),
+        nvme=0,
+        nvme_written_per_step=0,
+        checkpoint=5,
+    )
     written = {
         "world_size": 8,
         "hardware": {"device_count": 8, "nodes": 1, "name": "A100"},
@@ -137,7 +143,11 @@ def code_blocks(text: str, language: str) -> list[str]:
 
 def test_a_card_says_what_the_run_was(run: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
     request = ExportRequest(
-        base, "HuggingFaceTB/SmolLM2-135M-Instruct", adapter, run, run / "merged"
+        base=base,
+        base_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+        adapter=adapter,
+        run=run,
+        output=run / "merged",
     )
     text = write(tmp_path / "out", request, parity="0.12 % at most")
     for part in (
@@ -202,7 +212,10 @@ def test_a_card_says_what_the_run_was(run: Path, base: Path, adapter: Path, tmp_
 def test_the_hubs_own_library_reads_the_metrics(
     run: Path, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    text = write(tmp_path / "out", ExportRequest(base, "tiny", adapter, run, run / "merged"))
+    text = write(
+        tmp_path / "out",
+        ExportRequest(base=base, base_name="tiny", adapter=adapter, run=run, output=run / "merged"),
+    )
     results = {result.metric_type: result for result in ModelCard(text).data.eval_results}
     assert {name: result.metric_value for name, result in results.items()} == {
         "loss": 2.0,
@@ -215,7 +228,9 @@ def test_the_hubs_own_library_reads_the_metrics(
 def test_the_same_inputs_make_the_same_bytes_and_name_no_machine(
     run: Path, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    request = ExportRequest(base, str(base), adapter, run, run / "merged")
+    request = ExportRequest(
+        base=base, base_name=str(base), adapter=adapter, run=run, output=run / "merged"
+    )
     first = write(tmp_path / "a", request)
     # peft stores the names of modules in the order of a set, which changes from one process to the
     # next.
@@ -224,7 +239,14 @@ def test_the_same_inputs_make_the_same_bytes_and_name_no_machine(
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     shutil.move(run, tmp_path / "moved")
     second = write(
-        tmp_path / "b", ExportRequest(base, str(base), adapter, tmp_path / "moved", tmp_path / "b")
+        tmp_path / "b",
+        ExportRequest(
+            base=base,
+            base_name=str(base),
+            adapter=adapter,
+            run=tmp_path / "moved",
+            output=tmp_path / "b",
+        ),
     )
     assert first == second
     assert (tmp_path / "a" / "loss.png").read_bytes() == (tmp_path / "b" / "loss.png").read_bytes()
@@ -248,7 +270,9 @@ def test_secrets_are_in_no_card(base: Path, adapter: Path, tmp_path: Path) -> No
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     text = write(
         tmp_path / "out",
-        ExportRequest(base, f"x-{SECRET}", adapter, run, tmp_path / SECRET),
+        ExportRequest(
+            base=base, base_name=f"x-{SECRET}", adapter=adapter, run=run, output=tmp_path / SECRET
+        ),
         parity=SECRET,
     )
     for part in (SECRET, "hunter22", "X-Sig", "s3cr3t"):
@@ -268,7 +292,11 @@ def test_letters_with_a_meaning_do_not_break_the_card(
     config["model"]["revision"] = NASTY
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     text = write(
-        tmp_path / "out", ExportRequest(base, NASTY, adapter, run, tmp_path / "out"), parity=NASTY
+        tmp_path / "out",
+        ExportRequest(
+            base=base, base_name=NASTY, adapter=adapter, run=run, output=tmp_path / "out"
+        ),
+        parity=NASTY,
     )
     front = front_matter(text)
     assert NASTY.replace("/", "") in front["model-index"][0]["results"][0]["dataset"]["name"]
@@ -301,20 +329,32 @@ def test_a_checkpoint_is_described_as_of_its_step(
 ) -> None:
     checkpoint = run / "checkpoint-10"
     shutil.copytree(adapter, checkpoint)
-    text = write(tmp_path / "out", ExportRequest(base, "tiny", checkpoint, run, tmp_path / "out"))
+    text = write(
+        tmp_path / "out",
+        ExportRequest(
+            base=base, base_name="tiny", adapter=checkpoint, run=run, output=tmp_path / "out"
+        ),
+    )
     assert "| held-out loss | 3.0000 | 2.5000 |" in text
     assert "| optimizer steps | 10 of 20 |" in text
     result = tmp_path / "result"
     shutil.copytree(adapter, result)
     (result / "manifest.json").write_text(json.dumps({"kind": "result", "step": 10, "files": {}}))
-    again = write(tmp_path / "again", ExportRequest(base, "tiny", result, run, tmp_path / "again"))
+    again = write(
+        tmp_path / "again",
+        ExportRequest(
+            base=base, base_name="tiny", adapter=result, run=run, output=tmp_path / "again"
+        ),
+    )
     assert again == text
 
 
 def test_without_a_run_a_card_says_what_is_known(base: Path, adapter: Path, tmp_path: Path) -> None:
     text = write(
         tmp_path / "merged-model",
-        ExportRequest(base, "tiny", adapter, None, tmp_path / "merged-model"),
+        ExportRequest(
+            base=base, base_name="tiny", adapter=adapter, run=None, output=tmp_path / "merged-model"
+        ),
     )
     assert "# merged-model" in text
     assert "| rank | 4 |" in text
@@ -322,7 +362,12 @@ def test_without_a_run_a_card_says_what_is_known(base: Path, adapter: Path, tmp_
     assert "loss.png" not in text
     assert not (tmp_path / "merged-model" / "loss.png").exists()
     assert "| exported with |" in text
-    plain = write(tmp_path / "plain", ExportRequest(base, "tiny", None, None, tmp_path / "plain"))
+    plain = write(
+        tmp_path / "plain",
+        ExportRequest(
+            base=base, base_name="tiny", adapter=None, run=None, output=tmp_path / "plain"
+        ),
+    )
     assert "fine-tuned" not in plain
     assert "## Settings" not in plain
     assert front_matter(plain)["tags"] == ["llmtune", "conversational"]
@@ -338,7 +383,12 @@ def test_broken_files_of_a_run_are_left_out(base: Path, adapter: Path, tmp_path:
         "metrics.jsonl": "{}\nx",
     }.items():
         (run / name).write_text(data)
-    text = write(tmp_path / "out", ExportRequest(base, "tiny", adapter, run, tmp_path / "out"))
+    text = write(
+        tmp_path / "out",
+        ExportRequest(
+            base=base, base_name="tiny", adapter=adapter, run=run, output=tmp_path / "out"
+        ),
+    )
     front_matter(text)
     assert "## Load it" in text
     # Numbers of another kind than expected do not stop an export either.
@@ -349,7 +399,10 @@ def test_broken_files_of_a_run_are_left_out(base: Path, adapter: Path, tmp_path:
         data=None,
     )
     assert "## Plan" in write(
-        tmp_path / "out2", ExportRequest(base, "tiny", adapter, odd, tmp_path / "out2")
+        tmp_path / "out2",
+        ExportRequest(
+            base=base, base_name="tiny", adapter=adapter, run=odd, output=tmp_path / "out2"
+        ),
     )
 
 
@@ -373,7 +426,10 @@ def test_the_code_for_transformers_runs(
     if not template:
         for file in base.glob("*.jinja"):
             file.unlink()
-    text = write(tmp_path / "out", ExportRequest(base, "tiny", None, None, tmp_path / "out"))
+    text = write(
+        tmp_path / "out",
+        ExportRequest(base=base, base_name="tiny", adapter=None, run=None, output=tmp_path / "out"),
+    )
     assert ("apply_chat_template" in text) == template
     assert ("/v1/chat/completions" in text) == template
     assert run_code(text, tmp_path / "out", monkeypatch, capsys)
@@ -386,7 +442,8 @@ def test_a_template_inside_the_tokenizers_configuration_counts(base: Path, tmp_p
     file = base / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
     assert "apply_chat_template" in write(
-        tmp_path / "out", ExportRequest(base, "tiny", None, None, tmp_path / "out")
+        tmp_path / "out",
+        ExportRequest(base=base, base_name="tiny", adapter=None, run=None, output=tmp_path / "out"),
     )
 
 
@@ -402,7 +459,11 @@ def test_the_code_for_an_adapter_runs(
     shutil.copytree(adapter, out)
     for file in [*base.glob("tokenizer*"), *base.glob("*.jinja")]:
         shutil.copyfile(file, out / file.name)
-    text = write(out, ExportRequest(base, str(base), adapter, None, out), format="adapter")
+    text = write(
+        out,
+        ExportRequest(base=base, base_name=str(base), adapter=adapter, run=None, output=out),
+        format="adapter",
+    )
     assert front_matter(text)["library_name"] == "peft"
     assert ("resize_token_embeddings(600)" in text) == (resized is not None)
     assert ("--enable-lora --max-lora-rank 8" in text) == (resized is None)
@@ -420,10 +481,16 @@ def test_the_code_for_one_file_of_weights_gives_the_same_model(
     }
     torch.save(tensors, out / "model.pt")
     (out / "model.safetensors").unlink()
-    text = write(out, ExportRequest(base, "tiny", None, None, out), format="pt")
+    text = write(
+        out,
+        ExportRequest(base=base, base_name="tiny", adapter=None, run=None, output=out),
+        format="pt",
+    )
     from_card = run_code(text, out, monkeypatch, capsys)
     shutil.copyfile(base / "model.safetensors", out / "model.safetensors")
-    plain = write(out, ExportRequest(base, "tiny", None, None, out))
+    plain = write(
+        out, ExportRequest(base=base, base_name="tiny", adapter=None, run=None, output=out)
+    )
     assert run_code(plain, out, monkeypatch, capsys) == from_card
 
 
@@ -451,7 +518,7 @@ def test_the_code_for_graphs_runs(
     inputs = (tokens["input_ids"], tokens["attention_mask"])
     torch.jit.trace(model, inputs, check_trace=False).save(str(out / "model.ts.pt"))
     expected = AutoTokenizer.from_pretrained(base).decode(model(*inputs)[0, -1].argmax())
-    request = ExportRequest(base, "tiny", None, None, out)
+    request = ExportRequest(base=base, base_name="tiny", adapter=None, run=None, output=out)
     text = write(out, request, format="torchscript")
     assert run_code(text, out, monkeypatch, capsys).removesuffix("\n") == expected
     assert "has no cache" in text
@@ -478,7 +545,11 @@ def test_the_code_for_onnx_runs(
     onnx.save(onnx.helper.make_model(graph, **versions), out / "model.onnx")
     tokenizer = AutoTokenizer.from_pretrained(base)
     expected = tokenizer.decode(table[tokenizer("Once upon a time")["input_ids"][-1]].argmax())
-    text = write(out, ExportRequest(base, "tiny", None, None, out), format="onnx")
+    text = write(
+        out,
+        ExportRequest(base=base, base_name="tiny", adapter=None, run=None, output=out),
+        format="onnx",
+    )
     assert run_code(text, out, monkeypatch, capsys).removesuffix("\n") == expected
 
 
@@ -492,7 +563,7 @@ def test_a_classifier_is_asked_for_a_label(
     LlamaForSequenceClassification(config).save_pretrained(out)
     for file in tiny_model.glob("tokenizer*"):
         shutil.copyfile(file, out / file.name)
-    text = write(out, ExportRequest(out, "tiny", None, None, out))
+    text = write(out, ExportRequest(base=out, base_name="tiny", adapter=None, run=None, output=out))
     assert front_matter(text)["pipeline_tag"] == "text-classification"
     assert run_code(text, out, monkeypatch, capsys).split()[0] in ("bad", "so", "good")
     assert "vllm" not in text
@@ -504,7 +575,9 @@ def test_a_gguf_file_is_served_by_its_name(
     out = tmp_path / "out"
     out.mkdir()
     (out / "model-q8_0.gguf").write_bytes(b"GGUF")
-    request = ExportRequest(base, "meta-llama/Llama-3", adapter, run, out)
+    request = ExportRequest(
+        base=base, base_name="meta-llama/Llama-3", adapter=adapter, run=run, output=out
+    )
     text = write(out, request, format="gguf", gguf_type=GgufType.q8_0)
     for part in (
         "llama-cli -m model-q8_0.gguf -cnv",
@@ -517,7 +590,9 @@ def test_a_gguf_file_is_served_by_its_name(
     front = front_matter(text)
     assert (front["library_name"], front["base_model_relation"]) == ("gguf", "finetune")
     (out / "Modelfile").write_text("FROM ./model-q8_0.gguf")
-    plain = ExportRequest(base, "meta-llama/Llama-3", None, None, out)
+    plain = ExportRequest(
+        base=base, base_name="meta-llama/Llama-3", adapter=None, run=None, output=out
+    )
     text = write(out, plain, format="gguf", gguf_type=GgufType.q4_0)
     assert "echo" not in text
     assert front_matter(text)["base_model_relation"] == "quantized"
@@ -527,7 +602,9 @@ def test_a_gguf_file_is_served_by_its_name(
 def test_every_format_has_a_card_that_the_hub_reads(
     base: Path, adapter: Path, run: Path, tmp_path: Path, kind: str
 ) -> None:
-    request = ExportRequest(base, "meta-llama/Llama-3", adapter, run, tmp_path / "out")
+    request = ExportRequest(
+        base=base, base_name="meta-llama/Llama-3", adapter=adapter, run=run, output=tmp_path / "out"
+    )
     text = write(
         tmp_path / "out", request, format=kind, upload="hf://me/my_model@v2", dtype=ExportDtype.fp16
     )
@@ -551,7 +628,9 @@ def test_a_card_says_onto_which_base_a_qlora_adapter_was_merged(
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["tuner"]["kind"] = "qlora"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    request = ExportRequest(base, "tiny", adapter, run, tmp_path / "x")
+    request = ExportRequest(
+        base=base, base_name="tiny", adapter=adapter, run=run, output=tmp_path / "x"
+    )
     original = write(tmp_path / "a", request)
     assert "was added to the unquantised base (`export.merge_onto=original`)" in original
     assert "qlora" in front_matter(original)["tags"]
@@ -559,7 +638,12 @@ def test_a_card_says_onto_which_base_a_qlora_adapter_was_merged(
     assert "quantised to NF4 and back (`export.merge_onto=nf4`)" in nf4
     alone = write(tmp_path / "c", request, format="adapter")
     assert "BitsAndBytesConfig(load_in_4bit=True" in alone
-    lora = write(tmp_path / "d", ExportRequest(base, "tiny", adapter, None, tmp_path / "x"))
+    lora = write(
+        tmp_path / "d",
+        ExportRequest(
+            base=base, base_name="tiny", adapter=adapter, run=None, output=tmp_path / "x"
+        ),
+    )
     assert "rounded once" in lora
     assert "NF4" not in lora
 
@@ -599,7 +683,9 @@ def test_the_licence_is_the_bases(
         (base / name).write_text(data)
     out = tmp_path / "out"
     out.mkdir()
-    text = write(out, ExportRequest(base, "tiny", None, None, out))
+    text = write(
+        out, ExportRequest(base=base, base_name="tiny", adapter=None, run=None, output=out)
+    )
     assert {
         key: value for key, value in front_matter(text).items() if key.startswith("license")
     } == expected
@@ -614,7 +700,12 @@ def test_a_wholly_trained_model_has_the_licence_of_what_it_was_trained_from(
     (run / "base" / "LICENSE").write_text("MIT License")
     trained = run / "model"
     shutil.copytree(base, trained)
-    text = write(tmp_path / "out", ExportRequest(trained, "some/base", None, run, tmp_path / "out"))
+    text = write(
+        tmp_path / "out",
+        ExportRequest(
+            base=trained, base_name="some/base", adapter=None, run=run, output=tmp_path / "out"
+        ),
+    )
     assert front_matter(text)["license"] == "mit"
     assert front_matter(text)["base_model_relation"] == "finetune"
     assert (tmp_path / "out" / "LICENSE").read_text() == "MIT License"
@@ -628,7 +719,10 @@ def test_a_real_run_has_every_part(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     base = Path(json.loads((run / "plan.json").read_text())["model_folder"])
     text = write(
-        tmp_path / "out", ExportRequest(base, "random", run / "adapter", run, run / "merged")
+        tmp_path / "out",
+        ExportRequest(
+            base=base, base_name="random", adapter=run / "adapter", run=run, output=run / "merged"
+        ),
     )
     for title in (
         "Load it",

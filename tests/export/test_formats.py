@@ -38,7 +38,14 @@ FILES = {
 def test_every_format_is_published_whole_with_a_card(kind: str, base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     said: list[str] = []
-    request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out", say=said.append)
+    request = ExportRequest(
+        base=base,
+        base_name="tiny",
+        adapter=adapter,
+        run=None,
+        output=tmp_path / "out",
+        say=said.append,
+    )
     folder = run_export(request, ExportConfig(format=kind, gguf_type=GgufType.q8_0))
     assert (folder / FILES[kind]).stat().st_size > 10_000
     assert find_damage(folder) == []
@@ -68,7 +75,9 @@ def test_a_wrong_merge_is_published_in_no_format(
     adapter = make_adapter(base, tmp_path / "adapter")
     monkeypatch.setattr("llmtune.export.merge.adapter.Adapter.scale", lambda *_: 0.5)
     for kind in ("safetensors", "gguf", "pt"):
-        request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out")
+        request = ExportRequest(
+            base=base, base_name="tiny", adapter=adapter, run=None, output=tmp_path / "out"
+        )
         with pytest.raises(
             ExportError, match="14 of 20 tensors are not what the base and peft's layers come to"
         ):
@@ -81,7 +90,9 @@ def test_an_adapter_merges_onto_what_a_qlora_training_saw(base: Path, tmp_path: 
     adapter = make_adapter(base, tmp_path / "adapter")
     found = {}
     for onto in MergeOnto:
-        request = ExportRequest(base, "tiny", adapter, None, tmp_path / onto.value)
+        request = ExportRequest(
+            base=base, base_name="tiny", adapter=adapter, run=None, output=tmp_path / onto.value
+        )
         found[onto] = load_file(
             run_export(request, ExportConfig(merge_onto=onto)) / "model.safetensors"
         )
@@ -95,7 +106,9 @@ def test_an_adapter_merges_onto_what_a_qlora_training_saw(base: Path, tmp_path: 
     )
     with pytest.raises(ExportError, match="there is no adapter to merge"):
         run_export(
-            ExportRequest(base, "tiny", None, None, tmp_path / "x"),
+            ExportRequest(
+                base=base, base_name="tiny", adapter=None, run=None, output=tmp_path / "x"
+            ),
             ExportConfig(merge_onto=MergeOnto.nf4),
         )
 
@@ -103,7 +116,14 @@ def test_an_adapter_merges_onto_what_a_qlora_training_saw(base: Path, tmp_path: 
 def test_a_dry_run_matches_everything_and_writes_nothing(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     said: list[str] = []
-    request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out", say=said.append)
+    request = ExportRequest(
+        base=base,
+        base_name="tiny",
+        adapter=adapter,
+        run=None,
+        output=tmp_path / "out",
+        say=said.append,
+    )
     run_export(request, ExportConfig(dry_run=True, dtype=ExportDtype.bf16, upload="hf://me/mine"))
     assert said[0] == f"would write safetensors to {tmp_path / 'out'}"
     assert "changes 14 tensors" in said[1]
@@ -135,7 +155,9 @@ def test_the_command_line_exports_verifies_and_refuses(base: Path, tmp_path: Pat
 
 def test_an_export_is_replaced_by_its_like_only(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
-    request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out")
+    request = ExportRequest(
+        base=base, base_name="tiny", adapter=adapter, run=None, output=tmp_path / "out"
+    )
 
     def export(kind: str, **settings: Any) -> Path:
         return run_export(request, ExportConfig(format=kind, parity=False, **settings))

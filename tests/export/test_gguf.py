@@ -165,7 +165,9 @@ def write(
     config = ExportConfig(format="gguf", gguf_type=GgufType[kind])
     folder.mkdir(parents=True, exist_ok=True)
     say = (said if said is not None else []).append
-    request = ExportRequest(base, "tiny", adapter, None, folder, say=say)
+    request = ExportRequest(
+        base=base, base_name="tiny", adapter=adapter, run=None, output=folder, say=say
+    )
     write_gguf(open_material(request, config), folder, Journal(folder, "test"), config)
     return folder / f"model-{kind}.gguf"
 

@@ -129,7 +129,10 @@ def make_pair(
 
 
 def export(base: Path, adapter: Path, output: Path, **settings: Any) -> Path:
-    return run_export(ExportRequest(base, "tiny", adapter, None, output), ExportConfig(**settings))
+    return run_export(
+        ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output),
+        ExportConfig(**settings),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +140,14 @@ def export(base: Path, adapter: Path, output: Path, **settings: Any) -> Path:
 def test_a_head_becomes_part_of_the_model(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     base, adapter, wrapped = make_pair(kind, tmp_path, tiny_model)
     said: list[str] = []
-    request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out", say=said.append)
+    request = ExportRequest(
+        base=base,
+        base_name="tiny",
+        adapter=adapter,
+        run=None,
+        output=tmp_path / "out",
+        say=said.append,
+    )
     folder = run_export(request, ExportConfig())
     assert any(line.startswith("parity: ") for line in said)
     _, _, headed, _, labels, _ = KINDS[kind]

@@ -84,7 +84,7 @@ def test_an_option_is_in_the_identity_exactly_if_it_shapes_a_file(
         monkeypatch.setattr(f"llmtune.export.pipeline.{name}", lambda *_: None)
     adapter = published(make_adapter(base, tmp_path / "adapter"))
     plain, output = ExportConfig(format=kind), tmp_path / "out"
-    request = ExportRequest(base, "tiny", adapter, None, output)
+    request = ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output)
     first = contents(run_export(request, plain))
     assert is_export_of(output, adapter, plain)
     for key in OTHERS:
@@ -112,7 +112,9 @@ def test_the_export_of_another_adapter_or_without_a_note_of_its_options_is_done_
     adapter = published(make_adapter(base, tmp_path / "adapter"))
     other = published(make_adapter(base, tmp_path / "other", r=2))
     config, output = ExportConfig(), tmp_path / "out"
-    run_export(ExportRequest(base, "tiny", adapter, None, output), config)
+    run_export(
+        ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output), config
+    )
     assert is_export_of(output, adapter, config)
     assert not is_export_of(output, other, config)
     assert not is_export_of(tmp_path / "nothing", adapter, config)
@@ -134,7 +136,12 @@ def test_what_an_export_leaves_inside_its_base_makes_it_no_other_job(
     base: Path, tmp_path: Path
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
-    request, config = ExportRequest(base, "tiny", adapter, None, base / "merged"), ExportConfig()
+    request, config = (
+        ExportRequest(
+            base=base, base_name="tiny", adapter=adapter, run=None, output=base / "merged"
+        ),
+        ExportConfig(),
+    )
     before = describe_job(request, config)
     (base / "merged.tmp").mkdir()
     (base / "merged.tmp" / "model.safetensors").write_bytes(b"half of it")

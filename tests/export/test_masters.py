@@ -200,7 +200,9 @@ def test_a_runs_result_finds_the_checkpoint_that_it_was_made_from(
     result = tmp_path / "model"
     link_result(checkpoint, result)
     assert find_masters(result) == find_masters(checkpoint) == checkpoint
-    request = ExportRequest(result, "tiny", None, tmp_path, tmp_path / "out")
+    request = ExportRequest(
+        base=result, base_name="tiny", adapter=None, run=tmp_path, output=tmp_path / "out"
+    )
     stored = open_material(request, ExportConfig())
     fine = open_material(request, ExportConfig(dtype=ExportDtype.fp32))
     assert stored.dtype == torch.bfloat16

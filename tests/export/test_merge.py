@@ -113,7 +113,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 def export(base: Path, adapter: Path | None, output: Path, **settings: Any) -> Path:
-    request = ExportRequest(base, "tiny", adapter, None, output)
+    request = ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output)
     return run_export(request, ExportConfig(**settings))
 
 
@@ -225,7 +225,7 @@ def test_blocks_of_real_sizes_have_the_bits_of_the_whole(
     }
     base = torch.randn(shape, generator=draw).bfloat16()
     whole = tensors["b"] @ tensors["a"]
-    step = LowRank("a", "b", 2.0, transposed).bind(tensors.__getitem__)
+    step = LowRank(a="a", b="b", scale=2.0, transposed=transposed).bind(tensors.__getitem__)
     ranges = list(row_ranges(shape))
     assert len(ranges) > 1
     found = torch.cat([step(base[first:last], first) for first, last in ranges])
@@ -435,7 +435,12 @@ def test_a_base_of_another_name_is_noted(base: Path, tmp_path: Path) -> None:
         said: list[str] = []
         run_export(
             ExportRequest(
-                tmp_path / "Twin-1B", name, adapter, None, tmp_path / "out", say=said.append
+                base=tmp_path / "Twin-1B",
+                base_name=name,
+                adapter=adapter,
+                run=None,
+                output=tmp_path / "out",
+                say=said.append,
             ),
             ExportConfig(),
         )
@@ -470,7 +475,14 @@ def test_a_full_model_is_exported_as_it_is(base: Path, tmp_path: Path) -> None:
     )
     assert "Load it" in (folder / "README.md").read_text()
     said: list[str] = []
-    request = ExportRequest(base, "tiny", None, None, tmp_path / "rounded", say=said.append)
+    request = ExportRequest(
+        base=base,
+        base_name="tiny",
+        adapter=None,
+        run=None,
+        output=tmp_path / "rounded",
+        say=said.append,
+    )
     rounded = run_export(request, ExportConfig(dtype=ExportDtype.bf16))
     assert any("of the weights before they were rounded" in line for line in said), said
     assert "of the weights before they were rounded" in (rounded / "README.md").read_text()

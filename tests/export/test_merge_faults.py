@@ -109,7 +109,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Scene(request.param, base, train(request.param, base, folder))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
     """Base and adapter, opened once."""
 
@@ -131,7 +131,13 @@ def judge(base: Path, folder: Path) -> Judge:
     reference = StreamedModel(base, source, adapter)
     merged = MergedSource(source, adapter, "lm_head.weight")
     untied = merged.config_changes.get("tie_word_embeddings") is False
-    return Judge(source, reference, find_expected(reference), merged, untied)
+    return Judge(
+        source=source,
+        reference=reference,
+        expected=find_expected(reference),
+        merged=merged,
+        untied=untied,
+    )
 
 
 def truth(base: Path, folder: Path, name: str) -> tuple[Tensors, Tensors]:
@@ -174,12 +180,12 @@ def test_the_right_merge_passes_and_every_fault_that_changes_a_number_is_refused
     base, right = truth(scene.base, folder, scene.name)
     settings = json.loads((folder / "adapter_config.json").read_text())
     case = Case(
-        {name: base[name] for name in stored},
-        {name: right[name] for name in stored},
-        stored,
-        dtype,
-        settings,
-        load_file(folder / "adapter_model.safetensors"),
+        base={name: base[name] for name in stored},
+        right={name: right[name] for name in stored},
+        stored=stored,
+        dtype=dtype,
+        settings=settings,
+        adapter=load_file(folder / "adapter_model.safetensors"),
     )
     assert_as_peft(case)
     unseen = set()
@@ -210,7 +216,12 @@ def test_the_right_merge_is_published_at_every_size(
     for adapter in scene.adapters.values():
         said: list[str] = []
         request = ExportRequest(
-            scene.base, "tiny", adapter, None, tmp_path / "out", say=said.append
+            base=scene.base,
+            base_name="tiny",
+            adapter=adapter,
+            run=None,
+            output=tmp_path / "out",
+            say=said.append,
         )
         run_export(request, ExportConfig(dtype=dtype))
         assert any("adapted modules recomputed from peft's layers" in line for line in said), said

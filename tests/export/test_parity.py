@@ -39,7 +39,13 @@ def compare(
     base: Path, adapter: Path, merged: Path, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Parity:
     opened = read_adapter(adapter)
-    sides = Sides(base, SafetensorsSource(base), opened, merged, SafetensorsSource(merged))
+    sides = Sides(
+        base_folder=base,
+        base=SafetensorsSource(base),
+        adapter=opened,
+        merged_folder=merged,
+        merged=SafetensorsSource(merged),
+    )
     tokenizer = AutoTokenizer.from_pretrained(base)
     return check_parity(sides, probe_tokens(tokenizer, 512, [2, 9, 511]), dtype, **settings)
 
@@ -209,7 +215,11 @@ def test_a_model_that_answers_otherwise_at_the_least_has_the_bound_of_its_own_ro
     adapter = make_adapter(base, tmp_path / "adapter")
     merged = export(base, adapter, tmp_path / "out")
     sides = Sides(
-        base, SafetensorsSource(base), read_adapter(adapter), merged, SafetensorsSource(merged)
+        base_folder=base,
+        base=SafetensorsSource(base),
+        adapter=read_adapter(adapter),
+        merged_folder=merged,
+        merged=SafetensorsSource(merged),
     )
     check = compare_whole if whole else check_parity
     parity = check(sides, probe_tokens(None, 512, []), torch.bfloat16)
@@ -267,7 +277,14 @@ def test_the_rounding_that_is_told_is_that_of_the_format(
         file,
     )
     said: list[str] = []
-    request = ExportRequest(base, "tiny", adapter, None, tmp_path / "out", say=said.append)
+    request = ExportRequest(
+        base=base,
+        base_name="tiny",
+        adapter=adapter,
+        run=None,
+        output=tmp_path / "out",
+        say=said.append,
+    )
     run_export(request, ExportConfig(**settings))
     text = " ".join(said)
     assert f"every number is the sum rounded once to {kind}" in text
@@ -305,7 +322,15 @@ def test_experts_whose_names_are_translated_are_compared_whole_or_by_their_numbe
         config = ExportConfig(**settings)
         output = tmp_path / f"out-{config.format}"
         run_export(
-            ExportRequest(tmp_path / "base", "tiny", adapter, None, output, say=said.append), config
+            ExportRequest(
+                base=tmp_path / "base",
+                base_name="tiny",
+                adapter=adapter,
+                run=None,
+                output=output,
+                say=said.append,
+            ),
+            config,
         )
         return " ".join(said)
 

@@ -17,7 +17,7 @@ from tests.support import TINY, run_cli
 
 @pytest.mark.parametrize("kind", ["none", *FORMATS.list()])
 def test_what_every_format_can_hold_is_not_refused(kind: str, tiny_model: Path) -> None:
-    check_exportable(ExportConfig(kind), tiny_model)
+    check_exportable(ExportConfig(format=kind), tiny_model)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ def test_a_package_that_is_missing_is_named(
     with pytest.raises(
         MissingPrerequisiteError, match=f"export={kind} needs {package} .*pip install"
     ):
-        check_exportable(ExportConfig(kind), tiny_model)
-    check_exportable(ExportConfig("safetensors"), tiny_model)
+        check_exportable(ExportConfig(format=kind), tiny_model)
+    check_exportable(ExportConfig(format="safetensors"), tiny_model)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_an_architecture_that_gguf_does_not_know_is_named(
         MissingPrerequisiteError,
         match=f"cannot write {architecture}.*the training, which has not begun",
     ):
-        check_exportable(ExportConfig("gguf"), base)
-    check_exportable(ExportConfig("safetensors"), base)
+        check_exportable(ExportConfig(format="gguf"), base)
+    check_exportable(ExportConfig(format="safetensors"), base)
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_for_gguf(
@@ -64,7 +64,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_for_gguf(
     tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
     file.write_text(json.dumps(tokenizer))
     with pytest.raises(MissingPrerequisiteError, match="export=gguf"):
-        check_exportable(ExportConfig("gguf"), base)
+        check_exportable(ExportConfig(format="gguf"), base)
 
 
 @pytest.mark.parametrize(
@@ -80,20 +80,20 @@ def test_a_base_that_cannot_be_unpacked_is_refused_for_whatever_is_merged(
         MissingPrerequisiteError,
         match=r"the weights are quantised .*the training, which has not begun",
     ):
-        check_exportable(ExportConfig(kind), base)
+        check_exportable(ExportConfig(format=kind), base)
     for other in ("none", "adapter"):
-        check_exportable(ExportConfig(other), base)
+        check_exportable(ExportConfig(format=other), base)
     (base / "config.json").write_text(
         json.dumps({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
     )
-    check_exportable(ExportConfig("safetensors"), base)
+    check_exportable(ExportConfig(format="safetensors"), base)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript"])
 def test_what_no_graph_is_made_of_is_refused(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     base = with_config(tiny_model, tmp_path, architectures=["WhisperForConditionalGeneration"])
     with pytest.raises(MissingPrerequisiteError, match="neither an encoder nor a decoder of text"):
-        check_exportable(ExportConfig(kind), base)
+        check_exportable(ExportConfig(format=kind), base)
 
 
 def test_a_model_too_large_for_a_graph_is_refused(
@@ -101,7 +101,7 @@ def test_a_model_too_large_for_a_graph_is_refused(
 ) -> None:
     monkeypatch.setattr("llmtune.export.writers.graph.writers.MOST_PARAMETERS", 1000)
     with pytest.raises(MissingPrerequisiteError, match="more than 1"):
-        check_exportable(ExportConfig("torchscript"), tiny_model)
+        check_exportable(ExportConfig(format="torchscript"), tiny_model)
 
 
 def test_an_upload_needs_its_token_and_its_driver(
@@ -111,7 +111,7 @@ def test_an_upload_needs_its_token_and_its_driver(
     with pytest.raises(MissingPrerequisiteError, match="HF_TOKEN is not set"):
         check_exportable(ExportConfig(upload="hf://user/name"), tiny_model)
     check_exportable(ExportConfig(upload="hf://user/name", dry_run=True), tiny_model)
-    check_exportable(ExportConfig("none", upload="hf://user/name"), tiny_model)
+    check_exportable(ExportConfig(format="none", upload="hf://user/name"), tiny_model)
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     check_exportable(ExportConfig(upload="hf://user/name@branch"), tiny_model)
     monkeypatch.setitem(sys.modules, "s3fs", None)

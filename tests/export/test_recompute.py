@@ -46,22 +46,22 @@ def draw(
         lengths = stored.norm(dim=0 if by_input else 1) * (
             1 + 0.01 * torch.randn(outputs, generator=generator)
         )
-    return Delta(a, b, 16 / 12, by_input, lengths), stored.bfloat16()
+    return Delta(a=a, b=b, scale=16 / 12, by_input=by_input, lengths=lengths), stored.bfloat16()
 
 
 def merge(delta: Delta, base: torch.Tensor, dtype: torch.dtype, size: float = 1.0) -> torch.Tensor:
     """What the merge under test computes."""
     tensors = {"a": delta.a, "b": delta.b, "m": delta.lengths}
     magnitude = None if delta.lengths is None else "m"
-    step = LowRank("a", "b", delta.scale * size, delta.by_input, magnitude).bind(
-        lambda key: tensors[key]
-    )  # type: ignore[arg-type,return-value]
+    step = LowRank(
+        a="a", b="b", scale=delta.scale * size, transposed=delta.by_input, magnitude=magnitude
+    ).bind(lambda key: tensors[key])  # type: ignore[arg-type,return-value]
     return step(base, 0).to(dtype)
 
 
 def compare(delta: Delta, base: torch.Tensor, merged: torch.Tensor) -> Comparison:
     found = compare_tensor(
-        Expected("w", delta=replace(delta)), Held({"w": base}), "w", Held({"w": merged}), "w"
+        Expected(name="w", delta=replace(delta)), Held({"w": base}), "w", Held({"w": merged}), "w"
     )
     assert isinstance(found, Comparison)
     return found
@@ -102,7 +102,10 @@ def test_a_missing_half_that_no_single_number_tells_is_told_by_the_lean_of_all()
     nothing.
     """
     signs = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).sign()
-    delta, base = Delta(signs * 0.7 * 2.0**-23, torch.ones(64, 1), 1.0, False), torch.ones(64, 64)
+    delta, base = (
+        Delta(a=signs * 0.7 * 2.0**-23, b=torch.ones(64, 1), scale=1.0, by_input=False),
+        torch.ones(64, 64),
+    )
     right = merge(delta, base, torch.float32)
     assert not compare(delta, base, right).leaning
     lacking = compare(delta, base, merge(delta, base, torch.float32, 0.5))
@@ -115,7 +118,7 @@ def test_the_share_is_measured_and_what_rounding_takes_is_told_apart() -> None:
     base = torch.full((4, 64), 1.0).bfloat16()
     # bf16 has steps of 2**-7 above 1: the first half moves by a tenth of one, the second by one.
     a = torch.cat([torch.full((1, 32), 0.1), torch.ones(1, 32)], dim=1) * 2.0**-7
-    delta = Delta(a, torch.ones(4, 1), 1.0, False)
+    delta = Delta(a=a, b=torch.ones(4, 1), scale=1.0, by_input=False)
     found = compare(delta, base, merge(delta, base, torch.bfloat16))
     assert found.wrong == 0
     assert found.below_rounding == pytest.approx(0.01 / 1.01, rel=1e-3)
@@ -154,7 +157,13 @@ def test_modules_that_cannot_be_recomputed_are_asked_and_less_than_a_rounding_is
     monkeypatch.setattr(parity, "find_expected", unknown_modules)
 
     def check(source: TensorSource) -> parity.Parity:
-        sides = Sides(base, SafetensorsSource(base), read_adapter(adapter), merged, source)
+        sides = Sides(
+            base_folder=base,
+            base=SafetensorsSource(base),
+            adapter=read_adapter(adapter),
+            merged_folder=merged,
+            merged=source,
+        )
         return check_parity(sides, probe_tokens(None, 512, []), dtype, 10.0)
 
     tensors = load_file(merged / "model.safetensors")

@@ -50,7 +50,8 @@ def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(
     )
     output = tmp_path / "out"
     run_export(
-        ExportRequest(base, "tiny", adapter, None, output), ExportConfig(max_shard_bytes=40_000)
+        ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output),
+        ExportConfig(max_shard_bytes=40_000),
     )
     undisturbed = contents(output)
     output.rename(tmp_path / "undisturbed")
@@ -80,7 +81,7 @@ def test_finished_shards_are_not_written_again(
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     output, config = tmp_path / "out", ExportConfig(max_shard_bytes=40_000)
-    request = ExportRequest(base, "tiny", adapter, None, output)
+    request = ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output)
 
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
@@ -110,23 +111,37 @@ def test_what_is_left_of_another_job_is_thrown_away(base: Path, tmp_path: Path) 
     (aside / "model.safetensors").write_bytes(b"of another adapter")
     Journal(aside, "another job").note("model.safetensors", {"size": 18, "xxh3_128": "0"})
     adapter = make_adapter(base, tmp_path / "adapter")
-    run_export(ExportRequest(base, "tiny", adapter, None, tmp_path / "out"), ExportConfig())
+    run_export(
+        ExportRequest(
+            base=base, base_name="tiny", adapter=adapter, run=None, output=tmp_path / "out"
+        ),
+        ExportConfig(),
+    )
     assert not find_damage(tmp_path / "out")
 
 
 def test_the_old_export_stays_until_the_new_one_is_whole(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
     output = tmp_path / "out"
-    run_export(ExportRequest(base, "tiny", adapter, None, output), ExportConfig())
+    run_export(
+        ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output),
+        ExportConfig(),
+    )
     old = contents(output)
     (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-5])
     with pytest.raises(ExportError):
-        run_export(ExportRequest(base, "tiny", adapter, None, output), ExportConfig())
+        run_export(
+            ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output),
+            ExportConfig(),
+        )
     assert contents(output) == old
     # An end between the two renames: the old one has its other name, and comes back.
     output.rename(tmp_path / "out.old.tmp")
     with pytest.raises(ExportError):
-        run_export(ExportRequest(base, "tiny", adapter, None, output), ExportConfig())
+        run_export(
+            ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output),
+            ExportConfig(),
+        )
     assert contents(output) == old
 
 
@@ -138,7 +153,10 @@ def test_two_exports_do_not_write_one_folder(base: Path, tmp_path: Path) -> None
     while not (tmp_path / "out.tmp" / JOURNAL).is_file():
         time.sleep(0.002)
     with pytest.raises(ExportError, match="another export is writing"):
-        run_export(ExportRequest(base, "tiny", adapter, None, output), ExportConfig())
+        run_export(
+            ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output),
+            ExportConfig(),
+        )
     assert process.wait() == 0
     assert not find_damage(output)
 
@@ -152,5 +170,10 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
         ExportError,
         match=r"free, the export needs 10000\.00 TB; take an output_dir= on a larger disk",
     ):
-        run_export(ExportRequest(base, "tiny", adapter, None, tmp_path / "out"), ExportConfig())
+        run_export(
+            ExportRequest(
+                base=base, base_name="tiny", adapter=adapter, run=None, output=tmp_path / "out"
+            ),
+            ExportConfig(),
+        )
     assert not list(tmp_path.glob("out*"))

@@ -24,7 +24,9 @@ from tests.export.conftest import TOKENS, make_adapter, make_base
 
 def write(base: Path, output: Path, adapter: Path | None = None, **settings: Any) -> Path:
     config = ExportConfig(format="pt", **settings)
-    material = open_material(ExportRequest(base, "tiny", adapter, None, output), config)
+    material = open_material(
+        ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output), config
+    )
     output.mkdir()
     write_torch_file(material, output, Journal(output, "test"), config)
     return output
@@ -44,7 +46,9 @@ def test_a_merged_model_is_in_one_file_with_the_bits_of_the_safetensors(
     settings = {"target_modules": ["c_attn"], "fan_in_fan_out": True} if kind == "gpt2" else {}
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
     folder = write(base, tmp_path / "out", adapter, dtype=dtype, max_shard_bytes=60_000)
-    request = ExportRequest(base, "tiny", adapter, None, tmp_path / "reference")
+    request = ExportRequest(
+        base=base, base_name="tiny", adapter=adapter, run=None, output=tmp_path / "reference"
+    )
     expected = load_file(run_export(request, ExportConfig(dtype=dtype)) / "model.safetensors")
     found = read(folder)
     assert found.keys() == expected.keys()

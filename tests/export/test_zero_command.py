@@ -61,7 +61,7 @@ def test_a_killed_export_of_a_lora_checkpoint_goes_on_where_it_was(
         f"base={written}/base",
         f"output_dir={tmp_path}/out",
     ]
-    command = Arguments("export", [*overrides, "export.max_shard_bytes=4000"])
+    command = Arguments(verb="export", overrides=[*overrides, "export.max_shard_bytes=4000"])
 
     def fail(*_: object) -> None:
         raise KeyboardInterrupt

@@ -12,7 +12,12 @@ def _read(row: Row) -> Conversation:
     question, border, answer = read_text(row, "pipe").partition(" | ")
     if not border:
         raise RowError("there is no ' | ' between a question and its answer")
-    return Conversation((Message(Role.user, question), Message(Role.assistant, answer)))
+    return Conversation(
+        messages=(
+            Message(role=Role.user, content=question),
+            Message(role=Role.assistant, content=answer),
+        )
+    )
 
 
 FORMATS.register(

@@ -275,7 +275,7 @@ class Snapshot:
     """The step whose checkpoint was being written."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trial:
     """What became of one fault."""
 
@@ -458,7 +458,7 @@ class Table:
     @contextlib.contextmanager
     def trial(self, fault: str, name: str, *runs: Run) -> Iterator[Trial]:
         """Record what becomes of it; fails where anything is wrong with it."""
-        trial, started = Trial(fault, name), time.monotonic()
+        trial, started = Trial(fault=fault, name=name), time.monotonic()
         try:
             yield trial
         except AssertionError as error:

@@ -40,7 +40,7 @@ HANG_SECONDS = 60.0
 ENDING_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Interrupt:
     """One trial: what is done, and when it is interrupted how."""
 
@@ -58,7 +58,7 @@ class Interrupt:
         return f"{self.verb} at {self.moment:.0%}, {self.number.name} {often} to the {self.target}"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Outcome:
     """What came of it."""
 
@@ -77,11 +77,15 @@ def draw_interrupts(verbs: Sequence[str]) -> list[Interrupt]:
     """Thirty moments a verb, evenly over its time, and each of the ten ways three times, in another
     order for each.
     """
-    return [
-        Interrupt(verb, (number + 0.5) / MOMENTS, *WAYS[(3 * number + place) % len(WAYS)])
-        for place, verb in enumerate(verbs)
-        for number in range(MOMENTS)
-    ]
+    trials = []
+    for place, verb in enumerate(verbs):
+        for index in range(MOMENTS):
+            number, times, target = WAYS[(3 * index + place) % len(WAYS)]
+            moment = (index + 0.5) / MOMENTS
+            trials.append(
+                Interrupt(verb=verb, moment=moment, number=number, times=times, target=target)
+            )
+    return trials
 
 
 def run_interrupted(
@@ -123,7 +127,13 @@ def run_interrupted(
                 os.kill(pid, signal.SIGKILL)
         process.wait(HANG_SECONDS)
     code = 128 - code if code < 0 else code
-    return Outcome(code, round(seconds, 2), len(left), over, console.read_text(errors="replace"))
+    return Outcome(
+        code=code,
+        seconds=round(seconds, 2),
+        left=len(left),
+        over=over,
+        console=console.read_text(errors="replace"),
+    )
 
 
 def judge_interrupt(trial: Interrupt, outcome: Outcome, undisturbed: int) -> list[str]:

@@ -161,7 +161,7 @@ def until_it_tokenises(console: Path, process: subprocess.Popen[bytes]) -> None:
 def test_tokenising_ends_with_all_its_workers(
     verb: str, number: signal.Signals, times: int, target: str, setting: Setting, tmp_path: Path
 ) -> None:
-    trial = Interrupt(verb, 0.5, number, times, target)
+    trial = Interrupt(verb=verb, moment=0.5, number=number, times=times, target=target)
     outcome = run_interrupted(
         setting.arguments(verb, tmp_path), tmp_path, trial, until_it_tokenises
     )

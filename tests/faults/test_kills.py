@@ -23,7 +23,7 @@ WRITE_SECONDS = 0.025
 SAVE_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kill:
     """Who dies when."""
 
@@ -51,30 +51,49 @@ def draw_kill(number: int) -> Kill:
     victim, zero, background = VICTIMS[number % 3], drawn.choice((2, 3)), drawn.random() < 0.5
     if number % 2 == 0:
         return Kill(
-            victim,
-            "save",
-            drawn.choice(SAVED_STEPS),
-            drawn.uniform(0, SAVE_SECONDS),
-            background,
-            zero,
+            victim=victim,
+            event="save",
+            step=drawn.choice(SAVED_STEPS),
+            delay=drawn.uniform(0, SAVE_SECONDS),
+            background=background,
+            zero=zero,
         )
     event = drawn.choices(("step", "evaluate", "start"), (6, 2, 2))[0]
     if event == "step":
         return Kill(
-            victim, event, drawn.randrange(1, STEPS + 1), drawn.uniform(0, 0.2), background, zero
+            victim=victim,
+            event=event,
+            step=drawn.randrange(1, STEPS + 1),
+            delay=drawn.uniform(0, 0.2),
+            background=background,
+            zero=zero,
         )
     if event == "evaluate":
         return Kill(
-            victim, event, drawn.choice((0, 8, 16, 24)), drawn.uniform(0, 0.4), background, zero
+            victim=victim,
+            event=event,
+            step=drawn.choice((0, 8, 16, 24)),
+            delay=drawn.uniform(0, 0.4),
+            background=background,
+            zero=zero,
         )
-    return Kill(victim, event, None, drawn.uniform(0, 8), background, zero)
+    return Kill(
+        victim=victim,
+        event=event,
+        step=None,
+        delay=drawn.uniform(0, 8),
+        background=background,
+        zero=zero,
+    )
 
 
 #: In the ordinary suite: a rank in a step, a rank and the supervisor inside a save.
 CHOSEN = {
-    "step": Kill("1", "step", 14, 0.07, True, 2),
-    "save of a rank": Kill("0", "save", 12, 0.6, False, 2),
-    "save of the supervisor": Kill("supervisor", "save", 16, 0.8, True, 2),
+    "step": Kill(victim="1", event="step", step=14, delay=0.07, background=True, zero=2),
+    "save of a rank": Kill(victim="0", event="save", step=12, delay=0.6, background=False, zero=2),
+    "save of the supervisor": Kill(
+        victim="supervisor", event="save", step=16, delay=0.8, background=True, zero=2
+    ),
 }
 KILLS = [pytest.param(kill, id=f"chosen: {kill}") for kill in CHOSEN.values()]
 KILLS += [

@@ -67,7 +67,15 @@ def test_kept_activations_are_within_five_percent(cells: list[Any]) -> None:
     ((tuner, kernel, precision, (rows, packed)),) = cells
     config = compose_config([*MODEL, f"tuner={tuner}"]).config
     shape = resolve_shape(config.model, config.tuner)
-    settings = TraceSettings(rows, 192, False, kernel, precision, False, masked=packed)
+    settings = TraceSettings(
+        rows=rows,
+        length=192,
+        gradient_checkpointing=False,
+        attn_implementation=kernel,
+        precision=precision,
+        zero3=False,
+        masked=packed,
+    )
     predicted = ActivationModel(config.model, config.tuner, shape)(settings)
     assert predicted.origin == "traced"
     assert predicted.saved == pytest.approx(kept_bytes(config, settings), rel=0.05)
@@ -76,8 +84,26 @@ def test_kept_activations_are_within_five_percent(cells: list[Any]) -> None:
 def test_checkpointing_keeps_a_layers_input_and_works_on_one_layer() -> None:
     config = compose_config(MODEL).config
     model = ActivationModel(config.model, config.tuner, resolve_shape(config.model, config.tuner))
-    plain = model(TraceSettings(1, 256, False, "sdpa", Precision.bf16, False))
-    recomputed = model(TraceSettings(1, 256, True, "sdpa", Precision.bf16, False))
+    plain = model(
+        TraceSettings(
+            rows=1,
+            length=256,
+            gradient_checkpointing=False,
+            attn_implementation="sdpa",
+            precision=Precision.bf16,
+            zero3=False,
+        )
+    )
+    recomputed = model(
+        TraceSettings(
+            rows=1,
+            length=256,
+            gradient_checkpointing=True,
+            attn_implementation="sdpa",
+            precision=Precision.bf16,
+            zero3=False,
+        )
+    )
     assert recomputed.saved < plain.saved / 8
     assert recomputed.saved >= 5 * 256 * 576 * 2
     assert recomputed.working > plain.working
@@ -92,7 +118,16 @@ def test_layers_and_rows_scale() -> None:
         model = ActivationModel(
             config.model, config.tuner, resolve_shape(config.model, config.tuner)
         )
-        return model(TraceSettings(rows, 128, False, "eager", Precision.bf16, False)).saved
+        return model(
+            TraceSettings(
+                rows=rows,
+                length=128,
+                gradient_checkpointing=False,
+                attn_implementation="eager",
+                precision=Precision.bf16,
+                zero3=False,
+            )
+        ).saved
 
     assert saved(8, 4) == 2 * saved(8, 2)
     assert saved(20, 2) - saved(14, 2) == saved(14, 2) - saved(8, 2)
@@ -115,7 +150,14 @@ def test_an_architecture_that_cannot_be_traced_is_estimated_and_said_so() -> Non
     ).config
     shape = resolve_shape(config.model, config.tuner)
     found = ActivationModel(config.model, config.tuner, shape)(
-        TraceSettings(1, 64, False, "sdpa", Precision.bf16, False)
+        TraceSettings(
+            rows=1,
+            length=64,
+            gradient_checkpointing=False,
+            attn_implementation="sdpa",
+            precision=Precision.bf16,
+            zero3=False,
+        )
     )
     assert found.origin == "estimated"
     assert found.saved > 0

@@ -150,7 +150,7 @@ class FakeRun:
 
     def go(self) -> bool:
         ladder: Any = SimpleNamespace(chosen="top")
-        composed = Composed(self.config, {}, [], "")
+        composed = Composed(config=self.config, choices={}, overrides=[], unnamed="")
         target = RunTarget("run", self.folder)
         return Descent(
             composed, ladder, target, RunFolder(self.folder), Console(self.printed)

@@ -59,7 +59,7 @@ def _read_rows(kind: str, name: str) -> Callable[[Path, bytes], None]:
     def read(folder: Path, content: bytes) -> None:
         file = folder / name
         file.write_bytes(content)
-        for block in read_blocks(DataFile(str(file), kind), Source(str(file), format="auto")):
+        for block in read_blocks(DataFile(str(file), kind), Source(path=str(file), format="auto")):
             for _, row in parse_rows(block):
                 if not isinstance(row, RowError):
                     try:

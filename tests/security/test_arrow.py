@@ -33,7 +33,7 @@ def write(folder: Path, batch: pa.RecordBatch, stream: bool = False) -> Path:
 
 
 def read(file: Path, kind: str = "arrow") -> list[Any]:
-    source = Source(str(file), format="text")
+    source = Source(path=str(file), format="text")
     return [
         row
         for block in read_blocks(DataFile(str(file), kind), source)

@@ -46,7 +46,7 @@ def objects(depth: int) -> str:
 
 
 def rows_of(file: Path, kind: str = "jsonl") -> list[Any]:
-    source = Source(str(file), format="text")
+    source = Source(path=str(file), format="text")
     return [
         row
         for block in read_blocks(DataFile(str(file), kind), source)

@@ -121,8 +121,8 @@ def test_every_form_of_link_is_seen(
     if adapter is None:
         with pytest.raises(MissingPrerequisiteError, match="leads out of its folder"):
             # Before a training, of which the export would fail days later.
-            check_exportable(ExportConfig("safetensors"), base)
-        check_exportable(ExportConfig("none"), base)
+            check_exportable(ExportConfig(format="safetensors"), base)
+        check_exportable(ExportConfig(format="none"), base)
         return
     assert (
         export(f"base={base}", f"adapter={adapter}", f"output_dir={tmp_path / 'out'}")
@@ -162,7 +162,7 @@ def test_a_snapshot_of_the_hub_is_exported_as_ever(
         load_file(tmp_path / f"out-{number}" / "model.safetensors") for number in (0, 2)
     )
     assert all(bool((first[name] == second[name]).all()) for name in first)
-    check_exportable(ExportConfig("safetensors"), snapshot)
+    check_exportable(ExportConfig(format="safetensors"), snapshot)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_the_meeting_place_is_closed_to_other_users() -> None:
 
 
 def test_what_ranks_tell_each_other_is_json() -> None:
-    rank = distributed.Rank(0, 0, 1, torch.device("cpu"))
+    rank = distributed.Rank(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     value = {
         "text": "pä\u2028\x00\ud83d 👩‍💻",
         "many": [1, -2.5, None, True],

@@ -234,7 +234,12 @@ def test_a_secret_in_two_colours_of_the_page_is_hidden(
     monkeypatch.setenv("HF_TOKEN", "hf_abcDEF<123456")
     pieces = [Piece("masked hf_abc", False), Piece("DEF<123", True), Piece("456 more", False)]
     report = DataReport(
-        "Data", {"read by": "hf_abcDEF<123456"}, None, None, [], [("a:1", redact_texts(pieces))]
+        title="Data",
+        numbers={"read by": "hf_abcDEF<123456"},
+        lengths=None,
+        padding=None,
+        problems=[],
+        rows=[("a:1", redact_texts(pieces))],
     )
     write_page(report, None, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()

@@ -45,7 +45,9 @@ POWERS = [
     "{% if 3 ** 2 ** 99 %}{% endif %}",
     "{{ (2 ** 64) ** 64 }}",
 ]
-ROW = Conversation((Message(Role.user, "a"), Message(Role.assistant, "b")))
+ROW = Conversation(
+    messages=(Message(role=Role.user, content="a"), Message(role=Role.assistant, content="b"))
+)
 
 
 @pytest.fixture(autouse=True)

@@ -98,7 +98,7 @@ def test_an_answer_of_a_model_gives_no_orders(
     monkeypatch.setattr(
         "llmtune.model.generate.answer", lambda *_: ["fine\x1b]52;c;cm0gLXJmIH4=\x07 👩‍💻\n\tend"]
     )
-    arguments = Arguments("chat", ["model=tiny", "chat.prompt=hello"])
+    arguments = Arguments(verb="chat", overrides=["model=tiny", "chat.prompt=hello"])
     assert chat.main(arguments) == 0
     assert capsys.readouterr().out == "fine\\x1b]52;c;cm0gLXJmIH4=\\x07 👩‍💻\n\tend\n"
 

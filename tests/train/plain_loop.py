@@ -27,7 +27,7 @@ class Document:
     """Which of ``ids`` the model is to learn. Shape (tokens,)."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Recipe:
     """What decides the arithmetic."""
 
@@ -43,7 +43,7 @@ class Recipe:
     max_grad_norm: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Curve:
     """What :func:`train` saw."""
 

@@ -18,14 +18,16 @@ from llmtune.errors import DivergedError, RollbackError
 from llmtune.train.divergence import MAX_ROLLBACKS, NumberWatch
 
 #: Two micro-batches of two rows; the last one only fills up.
-STEP = StepBatch([], 4, 4, {}, [[7, 3], [5, None]])
+STEP = StepBatch(
+    micro_batches=[], trained_tokens=4, tokens=4, position={}, rows=[[7, 3], [5, None]]
+)
 
 
 def watch(
     run: Path, on_nan: OnNan, losses: list[list[float]] | None = None, precision: str = "bf16"
 ) -> tuple[NumberWatch, list[str]]:
     said: list[str] = []
-    rank = Rank(0, 0, 1, torch.device("cpu"))
+    rank = Rank(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     module: Any = SimpleNamespace(
         rank=rank, config={precision: {}}, row_losses=lambda _: losses or [[1.0, 1.0], [1.0, 0.0]]
     )

@@ -277,8 +277,10 @@ def test_a_small_model_that_answers_with_nan_alone_decides_nothing(
     nan = float("nan")
     said = {}
     for case, found in {
-        "alone": Mixing(nan, nan, (0, 1), (0, 1)),
-        "behind": Mixing(nan, nan, (), (1,)),
+        "alone": Mixing(
+            largest=nan, mean_square=nan, numberless_alone=(0, 1), numberless_behind=(0, 1)
+        ),
+        "behind": Mixing(largest=nan, mean_square=nan, numberless_alone=(), numberless_behind=(1,)),
     }.items():
         monkeypatch.setattr(
             "llmtune.train.hooks.packing_probe.find_leak", lambda *_, found=found: found

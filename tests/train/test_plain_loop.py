@@ -100,7 +100,9 @@ def documents_of_steps(
     """Which documents each step saw: the one thing that only the run can say."""
     plan = json.loads((run / "plan.json").read_text())
     rows = open_rows(PreparedData.from_dict(plan["data"]), "train")
-    batch = BatchPlan(BATCH, BATCH, 1, 1)
+    batch = BatchPlan(
+        global_batch_size=BATCH, micro_batch_size=BATCH, accumulation_steps=1, world_size=1
+    )
     last: Any = plan["steps"]["total_rows"]
     seed = int(yaml.safe_load((run / "config.yaml").read_text())["seed"])
     loader = TrainLoader(rows, batch, 0, seed, None, last)  # type: ignore[arg-type]
@@ -153,7 +155,17 @@ def check(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
     )
     steps = documents_of_steps(run, train)
     found = plain_loop.train(
-        plain_loop.Recipe(base, adapter, steps, held_out, RATE, schedule, WARMUP, decay, CLIP)
+        plain_loop.Recipe(
+            base=base,
+            adapter=adapter,
+            steps=steps,
+            held_out=held_out,
+            learning_rate=RATE,
+            kind=schedule,
+            warmup_steps=WARMUP,
+            weight_decay=decay,
+            max_grad_norm=CLIP,
+        )
     )
 
     records = [json.loads(line) for line in (run / "metrics.jsonl").open()]

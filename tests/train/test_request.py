@@ -33,7 +33,15 @@ def test_every_part_of_a_request_arrives(
         config.train, config.schedule, data.train.rows, plan.batch.global_batch_size
     )
     request = RunRequest(
-        config, plan, steps, data, tmp_path / "run", "name", tiny_model, resume_from, "an id"
+        config=config,
+        plan=plan,
+        steps=steps,
+        data=data,
+        run_folder=tmp_path / "run",
+        run_name="name",
+        model_folder=tiny_model,
+        resume_from=resume_from,
+        run_id="an id",
     )
     read = RunRequest.from_json(request.to_json())
     for part in fields(RunRequest):

@@ -28,7 +28,15 @@ def config_of(*overrides: str) -> Config:
 def make(run: Path, step: int, config: Config, draws_version: int = DRAWS_VERSION) -> Path:
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    state = TrainerState(step, 0, 0, "x", None, tracker_run_id="abc", draws_version=draws_version)
+    state = TrainerState(
+        step=step,
+        tokens=0,
+        skipped=0,
+        data_fingerprint="x",
+        data_position=None,
+        tracker_run_id="abc",
+        draws_version=draws_version,
+    )
     (folder / "trainer_state.json").write_text(state.to_json())
     (folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
     (folder / "config.yaml").write_text(dump_redacted(config))

@@ -44,7 +44,7 @@ def name_data(value: Any) -> str:
     )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class DataConfig:
     """Which rows are trained on, and how they become tokens."""
 

@@ -35,7 +35,7 @@ class GgufType(Enum):
     q4_0 = "q4_0"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class ExportConfig:
     """What is written after training, and by ``llmtune export``."""
 

@@ -17,7 +17,7 @@ def _read(row: Row) -> Conversation:
     instruction = read_text(row, "instruction")
     extra = read_text(row, "input", required=False)
     system = read_text(row, "system", required=False)
-    messages = [Message(Role.system, system)] if system else []
+    messages = [Message(role=Role.system, content=system)] if system else []
     for number, turn in enumerate(_history(row)):
         if (
             not isinstance(turn, list | tuple)
@@ -25,10 +25,15 @@ def _read(row: Row) -> Conversation:
             or not all(isinstance(text, str) for text in turn)
         ):
             raise RowError(f"history[{number}] must be [question, answer], not {short(turn)}")
-        messages += [Message(Role.user, turn[0]), Message(Role.assistant, turn[1])]
-    messages.append(Message(Role.user, f"{instruction}\n\n{extra}" if extra else instruction))
-    messages.append(Message(Role.assistant, read_text(row, "output")))
-    return Conversation(tuple(messages))
+        messages += [
+            Message(role=Role.user, content=turn[0]),
+            Message(role=Role.assistant, content=turn[1]),
+        ]
+    messages.append(
+        Message(role=Role.user, content=f"{instruction}\n\n{extra}" if extra else instruction)
+    )
+    messages.append(Message(role=Role.assistant, content=read_text(row, "output")))
+    return Conversation(messages=tuple(messages))
 
 
 def _history(row: Row) -> list[Any]:

@@ -23,7 +23,11 @@ def _read(row: Row) -> Conversation:
         )
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         raise RowError(f"the field 'label' must be text or a number, not {short(label)}")
-    return Conversation(tuple(Message(Role.user, text) for text in texts), plain=True, label=label)
+    return Conversation(
+        messages=tuple(Message(role=Role.user, content=text) for text in texts),
+        plain=True,
+        label=label,
+    )
 
 
 FORMATS.register(

@@ -26,7 +26,11 @@ def _read(row: Row) -> Conversation:
         return from_turns({**row, "messages": messages}, "messages")
     prompt, completion = read_text(row, "prompt"), read_text(row, "completion")
     return Conversation(
-        (Message(Role.user, prompt), Message(Role.assistant, completion)), plain=True
+        messages=(
+            Message(role=Role.user, content=prompt),
+            Message(role=Role.assistant, content=completion),
+        ),
+        plain=True,
     )
 
 

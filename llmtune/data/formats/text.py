@@ -9,7 +9,9 @@ from llmtune.data.rows.values import Row, read_text
 
 def _read(row: Row) -> Conversation:
     """``text``, trained whole: continued pre-training."""
-    return Conversation((Message(Role.assistant, read_text(row, "text")),), plain=True)
+    return Conversation(
+        messages=(Message(role=Role.assistant, content=read_text(row, "text")),), plain=True
+    )
 
 
 FORMATS.register(

@@ -54,7 +54,7 @@ class Targets:
         return cls(rows * labels.shape[1] + columns, following[rows, columns])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Rows of one forward pass, padded on the right. Shapes: (rows, longest row)."""
 
@@ -87,7 +87,13 @@ class Batch:
             for tensor in tensors
         )
         return [
-            Batch(ids, Targets.of_labels(labels), mask, positions, self.varlen)
+            Batch(
+                input_ids=ids,
+                targets=Targets.of_labels(labels),
+                attention_mask=mask,
+                position_ids=positions,
+                varlen=self.varlen,
+            )
             for ids, labels, mask, positions in zip(*pieces, strict=True)
         ]
 
@@ -147,12 +153,14 @@ class Collator:
         """One document a row."""
         input_ids, labels = self._fill(rows)
         if not self.masked:
-            return Batch(input_ids, Targets.of_labels(labels))
+            return Batch(input_ids=input_ids, targets=Targets.of_labels(labels))
         attention_mask = torch.zeros_like(input_ids)
         for number, row in enumerate(rows):
             # One visible token of an empty row: attention over nothing is NaN.
             attention_mask[number, : len(row.ids) if row else 1] = 1
-        return Batch(input_ids, Targets.of_labels(labels), attention_mask)
+        return Batch(
+            input_ids=input_ids, targets=Targets.of_labels(labels), attention_mask=attention_mask
+        )
 
     def pack(self, rows: Sequence[Row | None]) -> Batch:
         """Several documents a row; what is left of a row is a document of padding, which trains
@@ -169,13 +177,18 @@ class Collator:
             [torch.cat([torch.arange(length) for length in row]) for row in lengths]
         )
         if not self.varlen:
-            return Batch(input_ids, Targets.of_labels(labels), position_ids=position_ids)
+            return Batch(
+                input_ids=input_ids, targets=Targets.of_labels(labels), position_ids=position_ids
+            )
         flat = torch.tensor([0, *(length for row in lengths for length in row)], dtype=torch.int32)
         index = VarlenIndex(torch.cumsum(flat, 0, dtype=torch.int32), int(flat.max()))
         shape = (1, height * width)
         targets = Targets.of_labels(labels.view(shape))
         return Batch(
-            input_ids.view(shape), targets, position_ids=position_ids.view(shape), varlen=index
+            input_ids=input_ids.view(shape),
+            targets=targets,
+            position_ids=position_ids.view(shape),
+            varlen=index,
         )
 
     def _fill(self, rows: Sequence[Row | None]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
     """What one rank does in one optimizer step."""
 
@@ -126,11 +126,11 @@ class TrainLoader:
         index = np.asarray(chosen, dtype=np.int64)
         position = {"next_row": first_row + len(numbers), "rows": len(self.rows), "seed": self.seed}
         return StepBatch(
-            [self.collator.collate(self.rows, numbers) for numbers in mine],
-            int(self._trained[index].sum()),
-            int(self._lengths[index].sum()),
-            position,
-            mine,
+            micro_batches=[self.collator.collate(self.rows, numbers) for numbers in mine],
+            trained_tokens=int(self._trained[index].sum()),
+            tokens=int(self._lengths[index].sum()),
+            position=position,
+            rows=mine,
         )
 
     def places(self, row: int) -> list[str]:

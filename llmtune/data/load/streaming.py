@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Cursor:
     """Where the stream stands."""
 
@@ -93,7 +93,13 @@ class RowStream:
     def start(self) -> Cursor:
         """The beginning."""
         count = len(self._sources)
-        return Cursor(0, 0, [0] * count, [[0, 1] for _ in range(count)], [0] * count)
+        return Cursor(
+            window=0,
+            row=0,
+            files=[0] * count,
+            places=[[0, 1] for _ in range(count)],
+            taken=[0] * count,
+        )
 
     def window(self, cursor: Cursor) -> tuple[list[Row], Cursor]:
         """The rows of the window that begins at the cursor, and the cursor behind it.
@@ -308,10 +314,10 @@ class StreamLoader:
             mine = share_of_rank(chosen, self.batch, self.rank)
             collate = self.collator.pack if self.stream.config.packing else self.collator.pad
             yield StepBatch(
-                [collate(rows_of) for rows_of in mine],
-                sum(int(np.count_nonzero(row.mask)) for row in chosen),
-                sum(len(row.ids) for row in chosen),
-                asdict(cursor),
+                micro_batches=[collate(rows_of) for rows_of in mine],
+                trained_tokens=sum(int(np.count_nonzero(row.mask)) for row in chosen),
+                tokens=sum(len(row.ids) for row in chosen),
+                position=asdict(cursor),
             )
 
 

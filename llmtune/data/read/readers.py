@@ -41,7 +41,7 @@ _BAD_VALUES = (UnicodeError, MemoryError, OverflowError)
 BLOCK_ROWS = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """Some rows that follow each other in a file."""
 
@@ -202,7 +202,7 @@ def _read_jsonl(file: DataFile, _source: Source, start: tuple[int, int]) -> Iter
                 content = bytes(rest)
                 rest.clear()
                 position += len(content) + 1
-                yield Block(file.path, line, content, (position, line + 1))
+                yield Block(file=file.path, first=line, content=content, next=(position, line + 1))
                 line += 1
             head, separator, tail = chunk.rpartition(b"\n")
             if not separator:
@@ -212,11 +212,16 @@ def _read_jsonl(file: DataFile, _source: Source, start: tuple[int, int]) -> Iter
             rest = bytearray(tail)
             position += len(content) + 1
             first, line = line, line + content.count(b"\n") + 1
-            yield Block(file.path, first, content, (position, line))
+            yield Block(file=file.path, first=first, content=content, next=(position, line))
         if rest:
             content = bytes(rest)
             rest.clear()
-            yield Block(file.path, line, content, (position + len(content), line + 1))
+            yield Block(
+                file=file.path,
+                first=line,
+                content=content,
+                next=(position + len(content), line + 1),
+            )
 
 
 def _read_lines(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
@@ -372,10 +377,10 @@ def _in_blocks(path: str, rows: Iterator[tuple[int, Any]], skip: int) -> Iterato
             continue
         block.append(row)
         if len(block) == BLOCK_ROWS:
-            yield Block(path, block[0][0], block, (number, 0))
+            yield Block(file=path, first=block[0][0], content=block, next=(number, 0))
             block = []
     if block:
-        yield Block(path, block[0][0], block, (number, 0))
+        yield Block(file=path, first=block[0][0], content=block, next=(number, 0))
 
 
 def _reason(error: BaseException) -> str:
@@ -416,7 +421,7 @@ def _arrow_blocks(path: str, batches: Iterator[pa.RecordBatch], skip: int) -> It
             done += batch.num_rows
             if done <= skip or not batch.num_rows:
                 continue
-            yield Block(path, done - batch.num_rows + 1, batch, (done, 0))
+            yield Block(file=path, first=done - batch.num_rows + 1, content=batch, next=(done, 0))
 
 
 READERS: dict[str, Callable[[DataFile, Source, tuple[int, int]], Iterator[Block]]] = {

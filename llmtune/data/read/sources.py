@@ -27,7 +27,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """One entry of ``data.train``."""
 
@@ -94,7 +94,7 @@ def parse_sources(value: Any, key: str, default_format: str) -> list[Source]:
 
 def _parse_source(entry: Any, key: str, default_format: str) -> Source:
     if isinstance(entry, str) and entry:
-        source = Source(entry, default_format)
+        source = Source(path=entry, format=default_format)
     elif isinstance(entry, dict) and isinstance(entry.get("path"), str) and entry["path"]:
         known = {f.name for f in fields(Source)}
         if unknown := sorted(set(entry) - known):

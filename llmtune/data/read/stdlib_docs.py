@@ -78,8 +78,11 @@ def _from_definition(node: _Definition, what: str) -> Iterator[Conversation]:
         return
     verb = "represent" if isinstance(node, ast.ClassDef) else "do"
     question = f"What does {what} {verb} in Python's standard library?"
-    messages = (Message(Role.user, question), Message(Role.assistant, answer))
-    yield Conversation(messages)
+    messages = (
+        Message(role=Role.user, content=question),
+        Message(role=Role.assistant, content=answer),
+    )
+    yield Conversation(messages=messages)
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:

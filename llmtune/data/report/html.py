@@ -18,7 +18,7 @@ from llmtune.security.redaction import redact
 TRAINED_COLOUR, MASKED_COLOUR = "#1a7f37", "#8c959f"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
     """What there is to show."""
 

@@ -24,7 +24,7 @@ BARS = 12
 PADDING_ROWS = 20_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
     """How long documents are, in tokens."""
 
@@ -49,7 +49,7 @@ class Lengths:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Padding:
     """Share of the places in a batch that hold no token, by how rows are put together."""
 

@@ -17,7 +17,7 @@ class Role(Enum):
     tool = "tool"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn."""
 
@@ -41,7 +41,7 @@ class Message:
         return {"role": self.role.value, "content": self.content, **self.extra}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """One row of the data."""
 

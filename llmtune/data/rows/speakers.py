@@ -66,7 +66,7 @@ class Speakers:
         messages = conversation.messages
         for number in _first_and_last(messages):
             message = messages[number]
-            answer = Message(Role.assistant, message.content, extra=message.extra)
+            answer = Message(role=Role.assistant, content=message.content, extra=message.extra)
             if self._is_same(
                 replace(
                     conversation, messages=(*messages[:number], answer, *messages[number + 1 :])

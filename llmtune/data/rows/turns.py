@@ -80,7 +80,7 @@ def from_turns(row: Row, field: str) -> Conversation:
     messages: list[Message] = []
     system = read_text(row, "system", required=False)
     if system:
-        messages.append(Message(Role.system, system))
+        messages.append(Message(role=Role.system, content=system))
     calling = False
     for number, entry in enumerate(entries):
         place = f"{field}[{number}]"
@@ -102,7 +102,7 @@ def from_turns(row: Row, field: str) -> Conversation:
     tools = read_tools(row)
     for text in texts_within(tools) if tools else ():
         check_unicode(text, "tools")
-    return Conversation(tuple(messages), tools=tools)
+    return Conversation(messages=tuple(messages), tools=tools)
 
 
 def _with_more_calls(message: Message, more: Message) -> Message:
@@ -154,7 +154,9 @@ def _to_message(entry: Row, place: str) -> tuple[Message, bool]:
     silent = role in _MAY_BE_SILENT and (text_field in entry or says_nothing_else(entry))
     if len(entry) == 2 and text_field in entry:
         # Nothing but who says what, as most messages are.
-        return Message(role, _content(entry, text_field, place, silent), train), False
+        return Message(
+            role=role, content=_content(entry, text_field, place, silent), train=train
+        ), False
     # Arrow fills the fields that other rows have with nulls.
     extra: dict[str, Any] = {
         key: entry[key] for key in EXTRA if entry.get(key) not in (None, [], "")
@@ -169,7 +171,10 @@ def _to_message(entry: Row, place: str) -> tuple[Message, bool]:
         check_unicode(text, f"{place}: {', '.join(extra)}")
     return (
         Message(
-            role, _content(entry, text_field, place, silent or bool(calls or thought)), train, extra
+            role=role,
+            content=_content(entry, text_field, place, silent or bool(calls or thought)),
+            train=train,
+            extra=extra,
         ),
         called,
     )

@@ -37,7 +37,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class StoreSummary:
     """Counts of one source."""
 

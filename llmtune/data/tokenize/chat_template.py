@@ -291,7 +291,9 @@ class ChatTemplate:
     def _learn_scaffold(self, roles: tuple[Role, ...]) -> _Scaffold | None:
         names = [f"\ue000{number}\ue001" for number in range(len(roles))]
         sample = Conversation(
-            tuple(Message(role, name) for role, name in zip(roles, names, strict=True))
+            messages=tuple(
+                Message(role=role, content=name) for role, name in zip(roles, names, strict=True)
+            )
         )
         try:
             text, _ = self._apply(sample.messages, sample)
@@ -327,11 +329,19 @@ class ChatTemplate:
             "type": "function",
             "function": {"name": "f", "arguments": {"zqkey": "zqvalue"}},
         }
-        answer = Message(Role.assistant, "", extra={"tool_calls": [call]})
-        result = Message(Role.tool, "c", extra={"tool_call_id": "callcall0", "name": "f"})
-        messages = (Message(Role.user, "a"), answer, result, Message(Role.assistant, "d"))
+        answer = Message(role=Role.assistant, content="", extra={"tool_calls": [call]})
+        result = Message(
+            role=Role.tool, content="c", extra={"tool_call_id": "callcall0", "name": "f"}
+        )
+        messages = (
+            Message(role=Role.user, content="a"),
+            answer,
+            result,
+            Message(role=Role.assistant, content="d"),
+        )
         sample = Conversation(
-            messages, tools=({"type": "function", "function": {"name": "f", "parameters": {}}},)
+            messages=messages,
+            tools=({"type": "function", "function": {"name": "f", "parameters": {}}},),
         )
         written: dict[bool, str | None] = {}
         for as_text in (False, True):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRow:
     """One row: shapes (length,)."""
 
@@ -59,7 +59,7 @@ _ALLOW = "If it is meant as one, take data.allow_special_tokens=true"
 Outcome = list[TokenRow] | Overflow | RowError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeSettings:
     """What shapes a row beside the tokenizer."""
 
@@ -72,14 +72,14 @@ class EncodeSettings:
     def from_config(cls, config: DataConfig) -> EncodeSettings:
         """The slice of the configuration."""
         return cls(
-            config.max_seq_length,
-            config.overlong,
-            config.train_on_inputs,
-            config.allow_special_tokens,
+            max_seq_length=config.max_seq_length,
+            overlong=config.overlong,
+            train_on_inputs=config.train_on_inputs,
+            allow_special_tokens=config.allow_special_tokens,
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Rendered:
     """What goes to the tokenizer."""
 
@@ -139,8 +139,9 @@ class Encoder:
             try:
                 self._check_special(conversation)
                 self._check_switches(conversation)
+                text, spans = self._render(conversation)
                 rendered[conversation.plain].append(
-                    _Rendered(number, conversation, *self._render(conversation))
+                    _Rendered(number=number, conversation=conversation, text=text, spans=spans)
                 )
             except RowError as error:
                 outcomes[number] = error
@@ -307,7 +308,7 @@ class Encoder:
             )
         # Nothing behind the last trained token can matter.
         end = len(mask) - int(np.argmax(mask[::-1]))
-        row = TokenRow(ids[:end], mask[:end])
+        row = TokenRow(ids=ids[:end], mask=mask[:end])
         rows = self._fit(row, end_of_turn, whole_text=len(conversation.messages) == 1)
         if self.settings.train_on_inputs and isinstance(rows, list):
             return [replace(cut, mask=_all_but(silent, len(cut.ids))) for cut in rows]
@@ -354,7 +355,10 @@ class Encoder:
             # No piece of one token: nothing of it could be trained.
             first_piece = limit - 1 if length % limit == 1 else limit
             borders = [0, *range(first_piece, length, limit), length]
-            return [TokenRow(row.ids[a:b], row.mask[a:b]) for a, b in itertools.pairwise(borders)]
+            return [
+                TokenRow(ids=row.ids[a:b], mask=row.mask[a:b])
+                for a, b in itertools.pairwise(borders)
+            ]
         first = int(np.argmax(row.mask))
         if self.settings.overlong is Overlong.truncate and first < limit - 1:
             return [_truncate(row, limit, end_of_turn)]
@@ -385,7 +389,14 @@ class Encoder:
             cut: Any = self.tokenizer(*pair, truncation=True, max_length=limit)
             ids = np.asarray(cut["input_ids"], dtype=np.int32)
             self._backend.no_truncation()
-        return [TokenRow(ids, np.zeros(len(ids), dtype=bool), truncated, conversation.label)]
+        return [
+            TokenRow(
+                ids=ids,
+                mask=np.zeros(len(ids), dtype=bool),
+                truncated=truncated,
+                label=conversation.label,
+            )
+        ]
 
 
 def _batches(rows: list[_Rendered]) -> Iterator[list[_Rendered]]:
@@ -456,7 +467,7 @@ def _truncate(row: TokenRow, length: int, end_of_turn: int) -> TokenRow:
         turn_ends = np.flatnonzero(row.ids[start:keep] == end_of_turn)
         if not len(turn_ends):
             ids = np.append(row.ids[:keep], np.int32(end_of_turn))
-            return TokenRow(ids, np.append(row.mask[:keep], True), truncated=True)
+            return TokenRow(ids=ids, mask=np.append(row.mask[:keep], True), truncated=True)
         # Only white space that the template puts behind a turn was left of it.
         end = start + int(turn_ends[-1]) + 1
-    return TokenRow(row.ids[:end], row.mask[:end], truncated=True)
+    return TokenRow(ids=row.ids[:end], mask=row.mask[:end], truncated=True)

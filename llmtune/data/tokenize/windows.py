@@ -71,7 +71,7 @@ class LongEncoding:
 
     def add(self, window: _Window, first: int, last: int, letters: int) -> None:
         """The tokens that follow: some of a window, up to a letter of the text."""
-        self._parts.append(_Part(window.begin, window.end, first, last))
+        self._parts.append(_Part(begin=window.begin, end=window.end, first=first, last=last))
         self._letters.append(letters)
         self._numbers.append(len(self._ids))
         self._remember(len(self._parts) - 1, window)
@@ -148,7 +148,7 @@ class LongEncoding:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Window:
     """Tokens of a part of the text, with places in the text. Shapes: (tokens,)."""
 
@@ -167,7 +167,7 @@ class _Window:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """The tokens of a window from one joint to the next."""
 
@@ -275,7 +275,12 @@ class WindowTokeniser:
         words = [-1 if word is None else word for word in encoding.word_ids]
         ids = np.array(encoding.ids, dtype=np.int32)
         return _Window(
-            begin, end, ids, offsets[:, 0], offsets[:, 1], np.array(words, dtype=np.int32)
+            begin=begin,
+            end=end,
+            ids=ids,
+            starts=offsets[:, 0],
+            ends=offsets[:, 1],
+            words=np.array(words, dtype=np.int32),
         )
 
     def _join(self, text: str, window: _Window, following: _Window) -> tuple[int, int] | None:

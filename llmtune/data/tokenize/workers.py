@@ -46,7 +46,7 @@ PULSE_SECONDS = 0.5
 Work = tuple[Block, Recipe]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class TokenBlock:
     """The tokens of one block. Shapes: (tokens,) for ``ids`` and ``mask``, (rows,) for the rest."""
 

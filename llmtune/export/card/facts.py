@@ -36,7 +36,7 @@ _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "data
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|bz2|xz)$", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What is known about how a model was made, without secrets; paths and clocks are not taken
     from it into the card.

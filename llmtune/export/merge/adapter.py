@@ -102,7 +102,7 @@ class Parts:
     keys: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """An adapter folder, opened; tensors are mapped and read when they are asked for."""
 
@@ -169,7 +169,9 @@ def read_adapter(folder: Path) -> Adapter:
             f"{file} holds {len(strange)} tensors that no adapter has: {some(strange)}; nothing was"
             " written"
         )
-    adapter = Adapter(folder, settings, modules, shapes, handle)
+    adapter = Adapter(
+        folder=folder, settings=settings, modules=modules, shapes=shapes, handle=handle
+    )
     problems = [*_find_incomplete(adapter), *_find_contradictions(adapter)] or check_tensors(file)
     if not any(
         part in parts.keys

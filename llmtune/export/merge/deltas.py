@@ -44,7 +44,7 @@ class Replacement:
         return lambda rows, first: new[first : first + len(rows)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
     """``W + scale * B @ A`` (Hu et al. 2021), for linear layers stored either way round and for
     embeddings.

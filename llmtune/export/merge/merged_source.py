@@ -158,12 +158,24 @@ class _Matcher:
         if "a" in keys:
             transposed = self._stores_columns(parts)
             scale = self._scale(parts.module, shapes[keys["a"]][0])
-            changes.append(LowRank(keys["a"], keys["b"], scale, transposed, keys.get("magnitude")))
+            changes.append(
+                LowRank(
+                    a=keys["a"],
+                    b=keys["b"],
+                    scale=scale,
+                    transposed=transposed,
+                    magnitude=keys.get("magnitude"),
+                )
+            )
         if "embedding_a" in keys:
             scale = self._scale(parts.module, shapes[keys["embedding_a"]][0])
             changes.append(
                 LowRank(
-                    keys["embedding_a"], keys["embedding_b"], scale, True, keys.get("magnitude")
+                    a=keys["embedding_a"],
+                    b=keys["embedding_b"],
+                    scale=scale,
+                    transposed=True,
+                    magnitude=keys.get("magnitude"),
                 )
             )
         if "token_rows" in keys:

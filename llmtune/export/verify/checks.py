@@ -82,12 +82,12 @@ def _check(
         return None
     tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(material))
     sides = Sides(
-        material.request.base,
-        material.base,
-        material.adapter,
-        folder,
-        source,
-        material.base_changes,
+        base_folder=material.request.base,
+        base=material.base,
+        adapter=material.adapter,
+        merged_folder=folder,
+        merged=source,
+        base_changes=material.base_changes,
     )
     unfit = _find_unfit(material, folder) if is_renamed(folder) else None
     if unfit is not None:

@@ -24,7 +24,7 @@ _FP32 = 2.0**-24
 _PEFT_PREFIX = "base_model.model."
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Expected:
     """One parameter of the merged model: ``start``, or the base's numbers, and what peft's layers
     do to them.
@@ -89,7 +89,7 @@ class Expected:
                     slack[row - first] = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Delta:
     """``W + scale * B @ A``; with lengths, DoRA's ``m * (W + scale * B @ A) / ||W + scale * B @
     A||`` over an output's inputs.
@@ -203,7 +203,7 @@ def find_expected(model: StreamedModel) -> Expectations:
             found.modules[unit.name.removeprefix(_PEFT_PREFIX)] = list(changed)
     for name in list(found.tensors):
         for other in model.aliases.get(name, ()):
-            found.tensors.setdefault(other, Expected(other))
+            found.tensors.setdefault(other, Expected(name=other))
     for unit in found.unknown:
         for name, _ in unit.inner:
             found.tensors = {
@@ -227,7 +227,7 @@ def _of_unit(unit: Unit) -> dict[str, Expected] | None:
 
     tensors = {
         f"{name}.{key}": Expected(
-            f"{name}.{key}", None if is_hollow(parameter) else parameter.detach()
+            name=f"{name}.{key}", start=None if is_hollow(parameter) else parameter.detach()
         )
         for name, module in unit.inner
         for key, parameter in module._parameters.items()
@@ -262,7 +262,7 @@ def _of_saved(unit: Unit, tensors: dict[str, Expected]) -> dict[str, Expected]:
     stem = unit.name.removeprefix(_PEFT_PREFIX)
     for key, parameter in copy.named_parameters():
         name = f"{stem}.{key}"
-        tensors[name] = Expected(name, parameter.detach())
+        tensors[name] = Expected(name=name, start=parameter.detach())
     return tensors
 
 
@@ -289,7 +289,9 @@ def _add_lora(layer: Any, name: str, tensors: dict[str, Expected]) -> bool:
         if variant is not None
         else None
     )
-    tensors[f"{name}.weight"].delta = Delta(a.detach(), b.detach(), scale, by_input, lengths)
+    tensors[f"{name}.weight"].delta = Delta(
+        a=a.detach(), b=b.detach(), scale=scale, by_input=by_input, lengths=lengths
+    )
     bias = layer.lora_B[adapter].bias if layer.lora_A else None
     if bias is not None:
         tensors[f"{name}.bias"].added = bias.detach().double() * scale

@@ -68,7 +68,7 @@ _TEXTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
     """What was compared, and how near it came."""
 
@@ -149,7 +149,7 @@ class Parity:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sides:
     """The two models."""
 
@@ -190,7 +190,14 @@ def check_parity(
         return relative_error(model.logits(tokens), expected)
 
     bound = _check_logits(difference, dtype, bound, shake)
-    return Parity(difference, bound, agreement, dtype, answers.errors, sides.adapter is not None)
+    return Parity(
+        logits=difference,
+        bound=bound,
+        agreement=agreement,
+        dtype=dtype,
+        answers=answers.errors,
+        adapted=sides.adapter is not None,
+    )
 
 
 def _recompute(
@@ -260,12 +267,12 @@ def check_numbers(sides: Sides, dtype: torch.dtype, alone: bool = True) -> Parit
             " model cannot be run here; export.parity=false leaves it out"
         )
     return Parity(
-        None,
-        0.0,
-        agreement,
-        dtype,
-        dict.fromkeys(answers.units, math.nan),
-        sides.adapter is not None,
+        logits=None,
+        bound=0.0,
+        agreement=agreement,
+        dtype=dtype,
+        answers=dict.fromkeys(answers.units, math.nan),
+        adapted=sides.adapter is not None,
     )
 
 

@@ -28,7 +28,7 @@ from llmtune.storage.row_blocks import row_ranges
 _SIGMAS, _LEAST_SHARE = 6.0, 1e-3
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Comparison:
     """One tensor, or all of them: what was found, as sums over its numbers."""
 
@@ -212,7 +212,9 @@ class Recomputation:
             self._result.tensors += 1
             self._result.problems.append(f"{name} is in the merged model and not in the base")
             return
-        self._note(name, compare_tensor(Expected(name), self._base, name, self._merged, name), None)
+        self._note(
+            name, compare_tensor(Expected(name=name), self._base, name, self._merged, name), None
+        )
 
     def _note(self, name: str, found: Comparison | str, module: str | None) -> None:
         self._result.tensors += 1

@@ -27,7 +27,7 @@ from llmtune.model.skeleton import build_skeleton, hollow, is_hollow, tied_alias
 Look = Callable[["Unit", tuple[Any, ...], torch.Tensor], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
     """What is loaded together: a module with parameters, or peft's wrapper around one."""
 
@@ -235,7 +235,14 @@ def _units(model: Any, owners: dict[str, Any]) -> list[Unit]:
         inside = list(module.modules()) if wrapper else [module]
         taken |= {id(part) for part in inside}
         inner = [(names[id(part)], part) for part in inside if id(part) in names]
-        units.append(Unit(name, module, inner, _goes_by_rows(module, [part for _, part in inner])))
+        units.append(
+            Unit(
+                name=name,
+                outer=module,
+                inner=inner,
+                by_rows=_goes_by_rows(module, [part for _, part in inner]),
+            )
+        )
     return units
 
 

@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"[0-9]{1,18}")
 _ADVICE = "let torchrun, deepspeed or srun start the ranks (docs/nodes.md)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Launcher:
     """Who started the ranks of which this process is one."""
 
@@ -101,12 +101,12 @@ def adopt_launcher(
         )
     _complete_node(environ, name)
     launcher = Launcher(
-        name,
-        rank,
-        world_size,
-        f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}",
-        name in (_TORCHRUN, _DEEPSPEED),
-        _advice_alone(environ, name),
+        name=name,
+        rank=rank,
+        world_size=world_size,
+        meeting=f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}",
+        stays=name in (_TORCHRUN, _DEEPSPEED),
+        unattended=_advice_alone(environ, name),
     )
     # Each pod and each shell has a console of its own; the ranks of the others share one.
     if rank == 0 or name in (_KUBERNETES, _VARIABLES_ALONE):

@@ -14,7 +14,7 @@ from llmtune.errors import DoesNotFitError
 from llmtune.launch.supervise.memory_errors import memory_pool_of_text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEvent:
     """What is known of it."""
 
@@ -126,7 +126,14 @@ def _kills_since_start(folder: Path) -> int:
 def _event(folder: Path, rank: int, pool: str, message: str) -> MemoryEvent:
     record = _record(folder, rank)
     peak = record["device_peak_bytes"] if pool == "device" else record["peak_bytes"]
-    return MemoryEvent(rank, record["phase"], record["step"], peak, pool, message)
+    return MemoryEvent(
+        rank=rank,
+        phase=record["phase"],
+        step=record["step"],
+        peak_bytes=peak,
+        pool=pool,
+        message=message,
+    )
 
 
 def _record(folder: Path, rank: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class RanksFailedError(LlmtuneError):
         """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Aftermath:
     """What is known when all ranks are gone."""
 

@@ -62,7 +62,15 @@ def run_ranks(
             if failed is not None
             else None
         )
-        error = Aftermath(end, reports, event, at_limit, step, stacks, log).to_error(limits)
+        error = Aftermath(
+            end=end,
+            reports=reports,
+            event=event,
+            at_limit=at_limit,
+            step=step,
+            stacks=stacks,
+            log=log,
+        ).to_error(limits)
     if error is not None:
         raise error
 

@@ -47,7 +47,7 @@ class Cause(Enum):
     hang = "none gets on"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class End:
     """How the ranks stood when the watch was over."""
 
@@ -98,7 +98,12 @@ class Watch:
         """Wait until all ranks have ended, or are to be ended."""
         while (cause := self._look()) is None:
             time.sleep(POLL_SECONDS)
-        return End(cause, self._codes, self._first_failed, self._stops.received)
+        return End(
+            cause=cause,
+            codes=self._codes,
+            first_failed=self._first_failed,
+            signals=self._stops.received,
+        )
 
     def _look(self) -> Cause | None:
         self._codes = [rank.exit_code() for rank in self._ranks]

@@ -38,7 +38,7 @@ DTYPES = {
 ONE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One tensor in a safetensors file."""
 
@@ -110,7 +110,9 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             ) from error
         for name, about in header.items():
             if about.kind in DTYPES:
-                entries[name] = Entry(file, about.kind, about.shape, about.start)
+                entries[name] = Entry(
+                    file=file, kind=about.kind, shape=about.shape, offset=about.start
+                )
     return entries
 
 

@@ -20,7 +20,7 @@ _WRAPPERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightReport:
     """What a model's files hold of it."""
 

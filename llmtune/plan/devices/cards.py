@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     """One accelerator."""
 
@@ -32,30 +32,170 @@ GIB = 2**30
 # (docs/planner.md has the runs); a : data sheet's NVLink figure counts both directions, and
 # collectives reach about 80 % of one.
 CARDS: dict[str, Card] = {
-    "A100-80GB": Card(312e12, 0.57, 240e9, 20e9, 19.5e12, 80),
-    "A100-40GB": Card(312e12, 0.57, 240e9, 20e9, 19.5e12, 80),
-    "H100": Card(989e12, 0.33, 360e9, 40e9, 67e12, 90),
-    "H100 NVL": Card(835e12, 0.33, 240e9, 40e9, 60e12, 90),
-    "H100 PCIE": Card(756e12, 0.33, 40e9, 40e9, 51e12, 90),
-    "H200": Card(989e12, 0.33, 360e9, 40e9, 67e12, 90),
-    "H20": Card(148e12, 0.57, 360e9, 40e9, 44e12, 90),
-    "GH200": Card(989e12, 0.33, 360e9, 40e9, 67e12, 90),
-    "B200": Card(2250e12, 0.33, 720e9, 40e9, 80e12, 100),
-    "A30": Card(165e12, 0.57, 80e9, 20e9, 10.3e12, 80),
-    "A10": Card(125e12, 0.45, 10e9, 10e9, 31.2e12, 86),
-    "L4": Card(121e12, 0.40, 10e9, 10e9, 30.3e12, 89),
-    "L40": Card(181e12, 0.40, 20e9, 20e9, 90.5e12, 89),
-    "L40S": Card(362e12, 0.40, 20e9, 20e9, 91.6e12, 89),
-    "RTX A6000": Card(155e12, 0.45, 20e9, 20e9, 38.7e12, 86),
-    "RTX 4090": Card(165e12, 0.55, 20e9, 20e9, 82.6e12, 89),
-    "RTX 3090": Card(71e12, 0.53, 10e9, 10e9, 35.6e12, 86),
+    "A100-80GB": Card(
+        flops=312e12,
+        efficiency=0.57,
+        link_bandwidth=240e9,
+        pcie_bandwidth=20e9,
+        fp32_flops=19.5e12,
+        compute_capability=80,
+    ),
+    "A100-40GB": Card(
+        flops=312e12,
+        efficiency=0.57,
+        link_bandwidth=240e9,
+        pcie_bandwidth=20e9,
+        fp32_flops=19.5e12,
+        compute_capability=80,
+    ),
+    "H100": Card(
+        flops=989e12,
+        efficiency=0.33,
+        link_bandwidth=360e9,
+        pcie_bandwidth=40e9,
+        fp32_flops=67e12,
+        compute_capability=90,
+    ),
+    "H100 NVL": Card(
+        flops=835e12,
+        efficiency=0.33,
+        link_bandwidth=240e9,
+        pcie_bandwidth=40e9,
+        fp32_flops=60e12,
+        compute_capability=90,
+    ),
+    "H100 PCIE": Card(
+        flops=756e12,
+        efficiency=0.33,
+        link_bandwidth=40e9,
+        pcie_bandwidth=40e9,
+        fp32_flops=51e12,
+        compute_capability=90,
+    ),
+    "H200": Card(
+        flops=989e12,
+        efficiency=0.33,
+        link_bandwidth=360e9,
+        pcie_bandwidth=40e9,
+        fp32_flops=67e12,
+        compute_capability=90,
+    ),
+    "H20": Card(
+        flops=148e12,
+        efficiency=0.57,
+        link_bandwidth=360e9,
+        pcie_bandwidth=40e9,
+        fp32_flops=44e12,
+        compute_capability=90,
+    ),
+    "GH200": Card(
+        flops=989e12,
+        efficiency=0.33,
+        link_bandwidth=360e9,
+        pcie_bandwidth=40e9,
+        fp32_flops=67e12,
+        compute_capability=90,
+    ),
+    "B200": Card(
+        flops=2250e12,
+        efficiency=0.33,
+        link_bandwidth=720e9,
+        pcie_bandwidth=40e9,
+        fp32_flops=80e12,
+        compute_capability=100,
+    ),
+    "A30": Card(
+        flops=165e12,
+        efficiency=0.57,
+        link_bandwidth=80e9,
+        pcie_bandwidth=20e9,
+        fp32_flops=10.3e12,
+        compute_capability=80,
+    ),
+    "A10": Card(
+        flops=125e12,
+        efficiency=0.45,
+        link_bandwidth=10e9,
+        pcie_bandwidth=10e9,
+        fp32_flops=31.2e12,
+        compute_capability=86,
+    ),
+    "L4": Card(
+        flops=121e12,
+        efficiency=0.40,
+        link_bandwidth=10e9,
+        pcie_bandwidth=10e9,
+        fp32_flops=30.3e12,
+        compute_capability=89,
+    ),
+    "L40": Card(
+        flops=181e12,
+        efficiency=0.40,
+        link_bandwidth=20e9,
+        pcie_bandwidth=20e9,
+        fp32_flops=90.5e12,
+        compute_capability=89,
+    ),
+    "L40S": Card(
+        flops=362e12,
+        efficiency=0.40,
+        link_bandwidth=20e9,
+        pcie_bandwidth=20e9,
+        fp32_flops=91.6e12,
+        compute_capability=89,
+    ),
+    "RTX A6000": Card(
+        flops=155e12,
+        efficiency=0.45,
+        link_bandwidth=20e9,
+        pcie_bandwidth=20e9,
+        fp32_flops=38.7e12,
+        compute_capability=86,
+    ),
+    "RTX 4090": Card(
+        flops=165e12,
+        efficiency=0.55,
+        link_bandwidth=20e9,
+        pcie_bandwidth=20e9,
+        fp32_flops=82.6e12,
+        compute_capability=89,
+    ),
+    "RTX 3090": Card(
+        flops=71e12,
+        efficiency=0.53,
+        link_bandwidth=10e9,
+        pcie_bandwidth=10e9,
+        fp32_flops=35.6e12,
+        compute_capability=86,
+    ),
     # Their rates are those of fp16; they have no bf16.
-    "V100": Card(112e12, 0.40, 100e9, 10e9, 15.7e12, 70),
-    "T4": Card(65e12, 0.40, 10e9, 10e9, 8.1e12, 75),
+    "V100": Card(
+        flops=112e12,
+        efficiency=0.40,
+        link_bandwidth=100e9,
+        pcie_bandwidth=10e9,
+        fp32_flops=15.7e12,
+        compute_capability=70,
+    ),
+    "T4": Card(
+        flops=65e12,
+        efficiency=0.40,
+        link_bandwidth=10e9,
+        pcie_bandwidth=10e9,
+        fp32_flops=8.1e12,
+        compute_capability=75,
+    ),
 }
 
 #: What is assumed of a card that is not in the table.
-UNKNOWN = Card(60e12, 0.40, 10e9, 10e9, 15e12, 0)
+UNKNOWN = Card(
+    flops=60e12,
+    efficiency=0.40,
+    link_bandwidth=10e9,
+    pcie_bandwidth=10e9,
+    fp32_flops=15e12,
+    compute_capability=0,
+)
 
 #: A slice of a card that is divided (MIG): ``A100-SXM4-80GB MIG 2g.20gb`` has two of seven.
 _SLICE = re.compile(r"\bMIG (\d)G\.")

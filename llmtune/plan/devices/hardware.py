@@ -35,7 +35,7 @@ CPU_EFFICIENCY = 0.35
 CPU_FLOPS_PER_CORE = {False: 100e9, True: 220e9}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
     """One node, and how many of it. Bandwidths are bytes a second."""
 
@@ -171,10 +171,10 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
         cores = len(os.sched_getaffinity(0))
         flops = config.gpu_flops or _cpu_flops(cores)
         return Hardware(
-            "cpu",
-            1,
-            host_bytes,
-            host_bytes,
+            accelerator="cpu",
+            device_count=1,
+            device_memory_bytes=host_bytes,
+            host_memory_bytes=host_bytes,
             name="CPU",
             flops=flops,
             efficiency=CPU_EFFICIENCY,

@@ -26,7 +26,7 @@ from llmtune.process import hold_interruptions
 TRACED_LAYERS = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationBytes:
     """Of one micro-batch on one rank."""
 
@@ -40,7 +40,7 @@ class ActivationBytes:
     """``traced``, or ``estimated`` where the architecture could not be run on fake tensors."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TraceSettings:
     """What the activations of a micro-batch depend on."""
 
@@ -81,13 +81,13 @@ class ActivationModel:
     def __call__(self, settings: TraceSettings) -> ActivationBytes:
         """Bytes of a micro-batch; rows scale, so that one row is traced."""
         one = TraceSettings(
-            1,
-            settings.length,
-            settings.gradient_checkpointing,
-            settings.attn_implementation,
-            settings.precision,
+            rows=1,
+            length=settings.length,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            attn_implementation=settings.attn_implementation,
+            precision=settings.precision,
             # What is trained keeps its input anyway.
-            settings.zero3
+            zero3=settings.zero3
             and self.tuner.kind is not TunerKind.full
             and self.tuner.target_modules != "all-linear",
             masked=settings.masked and settings.attn_implementation in ("sdpa", "eager"),
@@ -96,7 +96,10 @@ class ActivationModel:
             self._done[one] = self._measure(one)
         found, rows = self._done[one], settings.rows
         return ActivationBytes(
-            found.saved * rows, found.working * rows, found.logits * rows, found.origin
+            saved=found.saved * rows,
+            working=found.working * rows,
+            logits=found.logits * rows,
+            origin=found.origin,
         )
 
     def _measure(self, settings: TraceSettings) -> ActivationBytes:
@@ -104,7 +107,9 @@ class ActivationModel:
         key = repr((self.model, self.tuner, settings, self.shape))
         stored = read_cached(self.cache_dir, "traces", key)
         if stored is not None:
-            return ActivationBytes(stored["saved"], stored["working"], stored["logits"])
+            return ActivationBytes(
+                saved=stored["saved"], working=stored["working"], logits=stored["logits"]
+            )
         found = self._trace(settings)
         if found.origin == "traced":
             values = {"saved": found.saved, "working": found.working, "logits": found.logits}
@@ -124,7 +129,7 @@ class ActivationModel:
             )
             return estimate(self.shape, settings, logits)
         saved = trace.held + trace.layer * (self.shape.layers - TRACED_LAYERS)
-        return ActivationBytes(saved, max(0, trace.peak - trace.held), logits)
+        return ActivationBytes(saved=saved, working=max(0, trace.peak - trace.held), logits=logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +221,10 @@ def estimate(shape: ModelShape, settings: TraceSettings, logits: int) -> Activat
     layer = (10 * shape.hidden_size + 5 * shape.intermediate_size) * size * tokens
     inputs = shape.hidden_size * size * tokens * shape.layers
     if settings.gradient_checkpointing:
-        return ActivationBytes(inputs, layer, logits, "estimated")
-    return ActivationBytes(layer * shape.layers, layer // 2, logits, "estimated")
+        return ActivationBytes(saved=inputs, working=layer, logits=logits, origin="estimated")
+    return ActivationBytes(
+        saved=layer * shape.layers, working=layer // 2, logits=logits, origin="estimated"
+    )
 
 
 def _build(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorShape:
     """One parameter, in the order in which the model names them."""
 
@@ -41,7 +41,7 @@ class TensorShape:
     """Stored as 4-bit NF4."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """Counts are in elements."""
 
@@ -206,11 +206,10 @@ def resolve_shape(
     key = repr((identity, tuner.kind, tuner.lora_r, *patterns, tuner.target_modules))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
-        tensors = tuple(TensorShape(*values) for values in stored.pop("tensors"))
+        tensors = tuple(TensorShape(**values) for values in stored.pop("tensors"))
         return replace(ModelShape.from_dict(stored), tensors=tensors)
     shape = _count(config, tuner)
     values = asdict(shape)
-    values["tensors"] = [list(tensor.values()) for tensor in values["tensors"]]
     write_cached(cache_dir, "shapes", key, values)
     return shape
 
@@ -306,7 +305,13 @@ def _tensors(
     for name, parameter in model.named_parameters():
         quantized = tuner.kind is TunerKind.qlora and id(parameter) in linear
         found.append(
-            TensorShape(name, parameter.numel(), full, parameter.dim() <= 1, quantized=quantized)
+            TensorShape(
+                name=name,
+                numel=parameter.numel(),
+                trained=full,
+                vector=parameter.dim() <= 1,
+                quantized=quantized,
+            )
         )
         owner = name.removesuffix(".weight")
         if name.endswith(".weight") and owner in adapters:
@@ -320,7 +325,13 @@ def _tensors(
 
 def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
     return [
-        TensorShape(f"{owner}.lora_{matrix}.default.weight", numel, True, False, adapter=True)
+        TensorShape(
+            name=f"{owner}.lora_{matrix}.default.weight",
+            numel=numel,
+            trained=True,
+            vector=False,
+            adapter=True,
+        )
         for matrix, numel in zip("AB", sizes, strict=True)
     ]
 

@@ -32,7 +32,7 @@ CUDA_RUNTIME_BYTES = 1_600_000_000
 HOST_RUNTIME_BYTES = {"cuda": 3_000_000_000, "cpu": 800_000_000}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceBytes:
     """One rank's peak on its accelerator; the fields add up to it."""
 
@@ -54,7 +54,7 @@ class DeviceBytes:
         return sum(asdict(self).values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostBytes:
     """One rank's peak in its machine's memory, beside what a CPU counts as its accelerator."""
 
@@ -78,7 +78,7 @@ class HostBytes:
         return sum(asdict(self).values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Bytes of one rank, and of the whole run's checkpoint."""
 
@@ -95,7 +95,7 @@ class MemoryPlan:
     def from_dict(cls, values: dict[str, dict[str, int]]) -> MemoryPlan:
         """From plain values."""
         rest = {key: int(value) for key, value in values.items() if key not in ("device", "host")}  # type: ignore[call-overload]
-        return cls(DeviceBytes(**values["device"]), HostBytes(**values["host"]), **rest)
+        return cls(device=DeviceBytes(**values["device"]), host=HostBytes(**values["host"]), **rest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ class AioSizes:
         return SWAP_ALIGNMENT_BYTES * self.intra_op_parallelism
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroSizes:
     """Everything that tunes ZeRO for one model, placement and number of ranks."""
 

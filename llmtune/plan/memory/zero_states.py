@@ -39,7 +39,7 @@ class Split:
         return Split(self.device + other.device, self.host + other.host, self.nvme + other.nvme)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StateBytes:
     """Of one rank, between two steps unless it says otherwise."""
 
@@ -89,7 +89,16 @@ def state_bytes(
         # fp32 has no separate master weights.
         optimizer = Split((8 if precision is Precision.fp32 else 12) * trained)
         step = 0 if precision is Precision.fp32 else 4 * trained
-        return StateBytes(weights, adapters, Split(size * trained), optimizer, Split(), 0, step, 0)
+        return StateBytes(
+            weights=weights,
+            adapters=adapters,
+            gradients=Split(size * trained),
+            optimizer=optimizer,
+            buckets=Split(),
+            backward=0,
+            step=step,
+            nvme_written_per_step=0,
+        )
     share = -(-trained // world_size)
     bucket = size * min(sizes.reduce_bucket, trained)
     largest = size * max(tensor.numel for tensor in shape.tensors if tensor.trained)
@@ -98,7 +107,14 @@ def state_bytes(
         # Flattened in the training dtype, then turned to fp32.
         step = 4 * share + (size * share if size < 4 else 0)
         return StateBytes(
-            weights, adapters, gradients, optimizer, Split(), bucket + largest, step, 0
+            weights=weights,
+            adapters=adapters,
+            gradients=gradients,
+            optimizer=optimizer,
+            buckets=Split(),
+            backward=bucket + largest,
+            step=step,
+            nvme_written_per_step=0,
         )
     # On the host: master weights, moments, fp32 gradients, a copy of the weights' share, and one
     # tensor on either side.
@@ -110,7 +126,15 @@ def state_bytes(
     )
     pinned = (4 * share, size * share)
     return StateBytes(
-        weights, adapters, gradients, optimizer, Split(), bucket + largest, 0, 0, pinned
+        weights=weights,
+        adapters=adapters,
+        gradients=gradients,
+        optimizer=optimizer,
+        buckets=Split(),
+        backward=bucket + largest,
+        step=0,
+        nvme_written_per_step=0,
+        pinned=pinned,
     )
 
 
@@ -150,7 +174,14 @@ def _stage3(
     if placement.optimizer == "none":
         step = 4 * largest_group + (size * largest_group if size < 4 else 0)
         return StateBytes(
-            weights, adapters, Split(gradients), Split(12 * share), bucket, backward, step, 0
+            weights=weights,
+            adapters=adapters,
+            gradients=Split(gradients),
+            optimizer=Split(12 * share),
+            buckets=bucket,
+            backward=backward,
+            step=step,
+            nvme_written_per_step=0,
         )
     if placement.optimizer == "cpu":
         # Master weights, two moments and an fp32 gradient.
@@ -158,7 +189,15 @@ def _stage3(
         # The fp32 gradient of each sub-group.
         pinned = tuple(4 * numel for numel in numels)
         return StateBytes(
-            weights, adapters, Split(0, gradients), optimizer, bucket, backward, 0, 0, pinned
+            weights=weights,
+            adapters=adapters,
+            gradients=Split(0, gradients),
+            optimizer=optimizer,
+            buckets=bucket,
+            backward=backward,
+            step=0,
+            nvme_written_per_step=0,
+            pinned=pinned,
         )
     swapped = [_aligned(numel, sizes, 4) for numel in numels if 4 * numel >= sizes.aio.block_size]
     small = [numel for numel in numels if 4 * numel < sizes.aio.block_size]
@@ -170,7 +209,14 @@ def _stage3(
     bucket += Split(0, sizes.optimizer_buffers * 4 * _aligned(largest_group, sizes, 4))
     written = 12 * sum(swapped) + on_disk + (weights.nvme + adapters.nvme)
     return StateBytes(
-        weights, adapters, Split(0, gradients + in_memory), optimizer, bucket, backward, 0, written
+        weights=weights,
+        adapters=adapters,
+        gradients=Split(0, gradients + in_memory),
+        optimizer=optimizer,
+        buckets=bucket,
+        backward=backward,
+        step=0,
+        nvme_written_per_step=written,
     )
 
 

@@ -60,7 +60,7 @@ _ADVICE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mixing:
     """How far documents of a row reach into each other."""
 
@@ -97,7 +97,12 @@ def measure_mixing(
         for pair in (alone, behind)
     ]
     if any(numberless):
-        return Mixing(math.nan, math.nan, *numberless)
+        return Mixing(
+            largest=math.nan,
+            mean_square=math.nan,
+            numberless_alone=numberless[0],
+            numberless_behind=numberless[1],
+        )
     one_by_one, packed = torch.cat(alone), torch.cat(behind)
     # Some models give tokens that cannot follow a logit of minus infinity.
     finite = one_by_one[one_by_one.isfinite()]
@@ -106,7 +111,8 @@ def measure_mixing(
     ) or 1.0
     difference = torch.where(packed == one_by_one, 0.0, packed - one_by_one)
     return Mixing(
-        float(difference.abs().max()) / spread, float(difference.square().mean().sqrt()) / spread
+        largest=float(difference.abs().max()) / spread,
+        mean_square=float(difference.square().mean().sqrt()) / spread,
     )
 
 
@@ -239,7 +245,17 @@ def check_module(
     size, *counts = sum_over_ranks([mixing.mean_square, *flags], module.rank)
     if any(counts):
         alone, behind = (tuple(n for n in (0, 1) if counts[2 * pair + n]) for pair in (0, 1))
-        raise ConfigError(_describe_numberless(Mixing(math.nan, math.nan, alone, behind), name))
+        raise ConfigError(
+            _describe_numberless(
+                Mixing(
+                    largest=math.nan,
+                    mean_square=math.nan,
+                    numberless_alone=alone,
+                    numberless_behind=behind,
+                ),
+                name,
+            )
+        )
     problem = _describe_leak(
         size / module.rank.world_size, LIMITS[dtype], name, module.model.config.model_type
     )

@@ -147,7 +147,7 @@ class ZeroSource:
         return self._tensors[name].blocks()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _States:
     """What the files of all ranks say."""
 
@@ -194,12 +194,12 @@ def _read_states(folder: Path) -> _States:
             raise ExportError(f"{path}: {key} holds other things than tensors; {_AGAIN}")
     module = model.get("module")
     return _States(
-        folder,
-        stage,
-        model,
-        module if isinstance(module, Mapping) else {},
-        flats,
-        states[0].get("param_alignment_paddings"),
+        folder=folder,
+        stage=stage,
+        model=model,
+        module=module if isinstance(module, Mapping) else {},
+        flats=flats,
+        paddings=states[0].get("param_alignment_paddings"),
     )
 
 

@@ -61,7 +61,7 @@ class StoredStorage:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
     """A tensor of the archive; its numbers are mapped when they are asked for."""
 
@@ -247,7 +247,11 @@ def _make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any)
     """``torch._utils._rebuild_tensor_v2`` and its kin, with the same arguments."""
     dtype = next((item for item in rest if isinstance(item, torch.dtype)), storage.dtype)
     tensor = StoredTensor(
-        storage, dtype, int(offset), tuple(map(int, shape)), tuple(map(int, stride))
+        storage=storage,
+        dtype=dtype,
+        offset=int(offset),
+        shape=tuple(map(int, shape)),
+        stride=tuple(map(int, stride)),
     )
     if (
         len(tensor.shape) != len(tensor.stride)

@@ -55,7 +55,7 @@ _SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
     """The ``tokenizer.*`` keys of a GGUF file."""
 

@@ -71,7 +71,7 @@ _HEADER_BYTES = 64 << 20
 _COMPANIONS = "companions.tmp"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
     """One tensor of the file."""
 
@@ -205,7 +205,13 @@ def plan_tensors(
             kind = GgufType.f16
         heads = _rotated_heads(stored, settings) if architecture == "llama" else None
         tensors.append(
-            StoredTensor(stored, name, spec.shape, GGMLQuantizationType[kind.name.upper()], heads)
+            StoredTensor(
+                name=stored,
+                source=name,
+                shape=spec.shape,
+                kind=GGMLQuantizationType[kind.name.upper()],
+                heads=heads,
+            )
         )
     if unknown:
         raise ExportError(
