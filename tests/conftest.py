@@ -40,7 +40,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Converted models and tokenised rows of this test session.
+    """Converted models and tokenized rows of this test session.
 
     ``LLMTUNE_TEST_CACHE`` keeps them between sessions, which saves the conversion of the real
     model.

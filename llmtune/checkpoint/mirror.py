@@ -23,14 +23,14 @@ from llmtune.security.redaction import redact
 from llmtune.storage import layout
 from llmtune.storage.manifest import find_damage, flush, publish
 from llmtune.storage.remote import (
+    PermanentCopyError,
     Store,
-    UnfitError,
     describe_error,
     hash_stream,
     hash_text,
     list_files,
     open_source,
-    persist,
+    retry,
 )
 
 T = TypeVar("T")
@@ -137,9 +137,9 @@ class Mirror:
         if job.keep is None:
             return
         try:
-            for _, other in persist(self._store.list_checkpoints):
+            for _, other in retry(self._store.list_checkpoints):
                 if other != name and other not in job.keep:
-                    persist(self._store.remove, other)
+                    retry(self._store.remove, other)
         except Exception as error:
             self._say(
                 f"older checkpoints at {redact(self.url)} were not removed:"
@@ -150,11 +150,11 @@ class Mirror:
         """Mark the place, once."""
         if not self._run_id:
             return
-        owner = persist(self._owner.read)
+        owner = retry(self._owner.read)
         if owner is None:
-            persist(self._owner.write, self._run_id)
+            retry(self._owner.write, self._run_id)
         elif owner != self._run_id:
-            raise UnfitError(
+            raise PermanentCopyError(
                 "the place belongs to another run; take another run_name= or checkpoint.mirror="
             )
         self._run_id = ""
@@ -167,15 +167,15 @@ class Mirror:
             _local_bytes(folder / name) for name in (layout.COMPLETE, layout.MANIFEST)
         )
         if marker is None or manifest is None:
-            raise UnfitError("skipped, because it was pruned")
+            raise PermanentCopyError("skipped, because it was pruned")
         files = list_files(marker, manifest)
-        if persist(self._store.read, f"{folder.name}/{layout.COMPLETE}") == marker:
+        if retry(self._store.read, f"{folder.name}/{layout.COMPLETE}") == marker:
             return
-        if folder.name in (name for _, name in persist(self._store.list_checkpoints)):
+        if folder.name in (name for _, name in retry(self._store.list_checkpoints)):
             # A copy that was cut off, or another checkpoint of the same step.
-            persist(self._store.remove, folder.name)
+            retry(self._store.remove, folder.name)
         for name, entry in files.items():
-            persist(
+            retry(
                 self._store.upload,
                 partial(open_source, folder / name),
                 f"{folder.name}/{name}",
@@ -185,9 +185,7 @@ class Mirror:
         signed = [] if signature is None else [(layout.SIGNATURE, signature)]
         for name, data in (*signed, (layout.MANIFEST, manifest), (layout.COMPLETE, marker)):
             open_data = partial(io.BytesIO, data)
-            persist(
-                self._store.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data())
-            )
+            retry(self._store.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data()))
 
 
 def owner_file(run_name: str) -> str:
@@ -229,9 +227,9 @@ def read_place(url: str, run_name: str) -> tuple[str | None, list[str]]:
     """
     root = _join(url, run_name)
     with _reported(root):
-        owner = persist(Owner(url, run_name).read)
+        owner = retry(Owner(url, run_name).read)
         store = Store(root, f"checkpoint.mirror={redact(url)}")
-        return owner, [name for _, name in sorted(persist(store.list_checkpoints))]
+        return owner, [name for _, name in sorted(retry(store.list_checkpoints))]
 
 
 def withdraw_copies(url: str, run_name: str, run_id: str, step: int) -> list[str]:
@@ -247,14 +245,14 @@ def withdraw_copies(url: str, run_name: str, run_id: str, step: int) -> list[str
     root = _join(url, run_name)
     store = Store(root, f"checkpoint.mirror={redact(url)}")
     with _reported(root):
-        if persist(Owner(url, run_name).read) not in (None, run_id):
+        if retry(Owner(url, run_name).read) not in (None, run_id):
             return []
-        found = [name for at, name in sorted(persist(store.list_checkpoints)) if at >= step]
+        found = [name for at, name in sorted(retry(store.list_checkpoints)) if at >= step]
         found = [
-            name for name in found if persist(store.read, f"{name}/{layout.COMPLETE}") is not None
+            name for name in found if retry(store.read, f"{name}/{layout.COMPLETE}") is not None
         ]
         for name in found:
-            persist(store.unmark, name)
+            retry(store.unmark, name)
     return found
 
 
@@ -270,9 +268,9 @@ def find_remote(url: str, run_name: str) -> list[tuple[int, str]]:
     store = Store(root, f"checkpoint.mirror={redact(url)}")
     found = []
     with _reported(root):
-        for step, name in persist(store.list_checkpoints):
-            marker = persist(store.read, f"{name}/{layout.COMPLETE}")
-            manifest = persist(store.read, f"{name}/{layout.MANIFEST}") if marker else None
+        for step, name in retry(store.list_checkpoints):
+            marker = retry(store.read, f"{name}/{layout.COMPLETE}")
+            manifest = retry(store.read, f"{name}/{layout.MANIFEST}") if marker else None
             if manifest is not None and marker == hash_text(manifest):
                 found.append((step, _join(root, name)))
     return sorted(found)
@@ -287,7 +285,7 @@ def read_remote(checkpoint_url: str, name: str) -> bytes | None:
     """
     store = Store(checkpoint_url.rstrip("/"), redact(checkpoint_url))
     with _reported(checkpoint_url):
-        return persist(store.read, name)
+        return retry(store.read, name)
 
 
 def fetch_remote(checkpoint_url: str, run: Path) -> Path:
@@ -306,11 +304,9 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
     folder = layout.checkpoint_folder(run, int(match[1]))
     store = Store(checkpoint_url.rstrip("/"), shown)
     with _reported(checkpoint_url):
-        marker, manifest = (
-            persist(store.read, name) for name in (layout.COMPLETE, layout.MANIFEST)
-        )
+        marker, manifest = (retry(store.read, name) for name in (layout.COMPLETE, layout.MANIFEST))
         if marker is None or manifest is None:
-            raise UnfitError(
+            raise PermanentCopyError(
                 f"no complete checkpoint is there (no {layout.COMPLETE} or no {layout.MANIFEST})"
             )
         files = list_files(marker, manifest)
@@ -330,8 +326,8 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
         with _reported(checkpoint_url):
             aside.mkdir(parents=True)
             for name, entry in files.items():
-                persist(store.download, name, aside / name, entry)
-            signature = persist(store.read, layout.SIGNATURE)
+                retry(store.download, name, aside / name, entry)
+            signature = retry(store.read, layout.SIGNATURE)
             for name, data in ((layout.MANIFEST, manifest), (layout.SIGNATURE, signature)):
                 if data is not None:
                     (aside / name).write_bytes(data)
@@ -352,7 +348,7 @@ def _reported(url: str) -> Iterator[None]:
         yield
     except LlmtuneError:
         raise
-    except UnfitError as error:
+    except PermanentCopyError as error:
         raise CheckpointError(
             f"{redact(url)}: {error}; take another checkpoint of this mirror"
         ) from error

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llmtune.checkpoint.writer import Outbox
+from llmtune.checkpoint.writer import CheckpointWriter
 from llmtune.engine.optimizer_state import (
-    KINDS,
+    STATE_KEYS,
     StateSlice,
-    by_residence,
+    iterate_in_memory,
     make_state,
-    owned_slices,
+    slices_to_save,
     state_slices,
     view_state,
     write_state,
@@ -42,14 +42,14 @@ class StoredSlice:
     numel: int
 
 
-def put_states(module: TrainModule, outbox: Outbox) -> None:
+def put_states(module: TrainModule, outbox: CheckpointWriter) -> None:
     """This rank's slices, fp32, one file a rank; the header says which elements they are."""
-    pieces = owned_slices(module)
+    pieces = slices_to_save(module)
     where = {piece.name: [piece.start, piece.numel, piece.parameter_numel] for piece in pieces}
     ((name, specs),) = state_specs(module).items()
     outbox.start(name, specs, {layout.STATE_SLICES: json.dumps(where)})
-    for batch in by_residence(module, pieces):
-        for piece, kind in product(batch, KINDS):
+    for batch in iterate_in_memory(module, pieces):
+        for piece, kind in product(batch, STATE_KEYS):
             outbox.put(view_state(module, piece, kind))
 
 
@@ -57,8 +57,8 @@ def state_specs(module: TrainModule) -> dict[str, list[TensorSpec]]:
     """This rank's file, and the tensors in it."""
     specs = [
         TensorSpec(f"{piece.name}/{kind}", torch.float32, (piece.numel,))
-        for piece in owned_slices(module)
-        for kind in KINDS
+        for piece in slices_to_save(module)
+        for kind in STATE_KEYS
     ]
     return {layout.state_file(module.rank.rank, module.rank.world_size): specs}
 
@@ -73,7 +73,7 @@ def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
         CheckpointError: A slice is not covered, or a parameter has another size.
     """
     stored = _read_index(folder)
-    for batch in by_residence(module, state_slices(module), write_back=True):
+    for batch in iterate_in_memory(module, state_slices(module), write_back=True):
         make_state(module, batch, steps)
         for piece in batch:
             _load_slice(module, piece, stored, folder)
@@ -95,7 +95,7 @@ def _load_slice(
         raise CheckpointError(
             f"{folder}: {piece.name} has {numel} elements there and {piece.parameter_numel} here"
         )
-    for kind in KINDS:
+    for kind in STATE_KEYS:
         values = _assemble(slices, f"{piece.name}/{kind}", piece.start, piece.numel, folder)
         write_state(module, piece, kind, values)
 

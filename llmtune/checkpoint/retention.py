@@ -33,7 +33,7 @@ class Retention:
     """The checkpoint where it was best."""
     greater_is_better: bool = False
 
-    def superfluous(self, checkpoints: Sequence[Kept], limit: int | None = None) -> list[Kept]:
+    def to_remove(self, checkpoints: Sequence[Kept], limit: int | None = None) -> list[Kept]:
         """What may go, oldest first.
 
         Args:
@@ -79,7 +79,7 @@ def prune_checkpoints(
 ) -> list[str]:
     """Remove what is superfluous, but for what is being copied elsewhere; the names that went."""
     gone = []
-    for kept in retention.superfluous(list_kept(run), limit):
+    for kept in retention.to_remove(list_kept(run), limit):
         if kept.folder not in busy:
             remove_checkpoint(kept.folder)
             gone.append(kept.folder.name)

@@ -22,8 +22,8 @@ from llmtune.checkpoint.find import REPLACED
 from llmtune.checkpoint.optimizer_files import load_state_files, put_states
 from llmtune.checkpoint.trainer_state import TrainerState, read_trainer_state
 from llmtune.checkpoint.weight_files import WeightFiles, put_weights
-from llmtune.checkpoint.writer import Buffers, Outbox
-from llmtune.engine.distributed import any_rank, gather_objects
+from llmtune.checkpoint.writer import Buffers, CheckpointWriter
+from llmtune.engine.distributed import all_reduce_any, gather_objects
 from llmtune.engine.optimizer_state import optimizer_steps, read_loss_scale, write_loss_scale
 from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
@@ -44,7 +44,7 @@ class SaveRequest:
     folder: Path
     state: TrainerState
     weights: WeightFiles
-    companions: dict[str, bytes]
+    model_files: dict[str, bytes]
     """Small files of rank 0's: configuration, tokenizer, metrics so far."""
     about: dict[str, Any]
     """More for the manifest."""
@@ -61,7 +61,7 @@ class DiskRefusedError(CheckpointError):
 class PendingSave:
     """A save under way on this rank: the copies are taken, the files are being written."""
 
-    def __init__(self, module: TrainModule, request: SaveRequest, outbox: Outbox):
+    def __init__(self, module: TrainModule, request: SaveRequest, outbox: CheckpointWriter):
         self.folder = request.folder
         self.pause_seconds = 0.0
         """Training stood still for as long."""
@@ -87,7 +87,7 @@ class PendingSave:
             self._thread.start()
             return
         self._write()
-        if any_rank([self._failure is not None], self._rank)[0]:
+        if all_reduce_any([self._failure is not None], self._rank)[0]:
             self._given_up.set()
         self._publish_if_first()
         self.pause_seconds = self.seconds
@@ -111,7 +111,7 @@ class PendingSave:
             CheckpointError: The same, when what was written is not worth keeping.
         """
         while True:
-            failed, writing = any_rank([self.has_failed, not self.has_ended], self._rank)
+            failed, writing = all_reduce_any([self.has_failed, not self.has_ended], self._rank)
             if failed:
                 # Rank 0 need not wait for a report that may never come.
                 self._given_up.set()
@@ -191,7 +191,7 @@ class PendingSave:
             files |= report["files"]
             tensors |= report["tensors"]
         for name, data in {
-            **self._request.companions,
+            **self._request.model_files,
             layout.TRAINER_STATE: self._state_text(),
         }.items():
             (aside / name).parent.mkdir(exist_ok=True)
@@ -247,7 +247,7 @@ def begin_save(module: TrainModule, request: SaveRequest, buffers: Buffers | Non
     state = replace(
         request.state, optimizer_steps=optimizer_steps(module), loss_scale=read_loss_scale(module)
     )
-    outbox = Outbox(aside, buffers)
+    outbox = CheckpointWriter(aside, buffers)
     pending = PendingSave(module, replace(request, state=state), outbox)
     put_weights(module, request.weights, outbox)
     put_states(module, outbox)
@@ -292,7 +292,7 @@ def _report_name(rank: int) -> str:
     return f"written-{rank:05d}.json"
 
 
-def _describe(outbox: Outbox) -> dict[str, dict[str, Any]]:
+def _describe(outbox: CheckpointWriter) -> dict[str, dict[str, Any]]:
     """File -> tensor -> dtype and shape, for the manifest."""
     return {
         name: {

@@ -15,7 +15,7 @@ from llmtune.storage.safetensors_writer import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorSlice:
     """Elements of a flattened tensor from ``start`` on."""
 
     start: int
@@ -33,7 +33,7 @@ class PiecedTensor:
     """A tensor, and where its elements are."""
 
     spec: TensorSpec
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorSlice, ...]
     """In order, without gap and without overlap."""
 
     def blocks(self) -> Iterator[torch.Tensor]:
@@ -58,7 +58,7 @@ class PiecedTensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def find_gap(pieces: Sequence[Piece], numel: int) -> str | None:
+def find_gap(pieces: Sequence[TensorSlice], numel: int) -> str | None:
     """What keeps sorted pieces from being a tensor of ``numel`` elements; None if nothing does."""
     reached = 0
     for piece in pieces:

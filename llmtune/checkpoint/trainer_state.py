@@ -28,7 +28,7 @@ class TrainerState:
     them.
     """
     data_fingerprint: str
-    """Of the tokenised rows."""
+    """Of the tokenized rows."""
     data_position: Mapping[str, Any] | None
     """Where the data goes on, as the loader says it."""
     evaluation_due: bool = False

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llmtune.checkpoint.writer import Outbox
+from llmtune.checkpoint.writer import CheckpointWriter
 from llmtune.engine.train_module import TrainModule
 from llmtune.storage.safetensors_writer import INDEX_FILE, TensorSpec, describe_shards, plan_shards
 
@@ -57,7 +57,7 @@ class WeightFiles:
         return dict(self.shards(module)[module.rank.rank :: module.rank.world_size])
 
 
-def put_weights(module: TrainModule, files: WeightFiles, outbox: Outbox) -> None:
+def put_weights(module: TrainModule, files: WeightFiles, outbox: CheckpointWriter) -> None:
     """Adapters or the whole model; the shards are dealt out among the ranks.
 
     Collective under ZeRO 3.

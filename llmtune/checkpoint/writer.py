@@ -16,7 +16,7 @@ import torch
 from llmtune.storage.safetensors_writer import TensorFile, TensorSpec
 
 
-class Outbox:
+class CheckpointWriter:
     """The files of one rank in one save. Tensors are put in the order of each file's specs, one
     file after the other.
 

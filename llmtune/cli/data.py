@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.data import DataConfig, name_data
 from llmtune.errors import DataError
-from llmtune.security.terminal import GREEN, GREY, colour, show_controls, to_json_line
+from llmtune.security.terminal import GRAY, GREEN, color, show_controls, to_json_line
 from llmtune.units import counted
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ def main(arguments: Arguments) -> int:
     from llmtune.cli.plan import stdout_for_us
 
     # Asked before standard output is kept from libraries, after which it is no longer the user's.
-    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with stdout_for_us() as write:
         try:
-            return _report(arguments, write, colours)
+            return _report(arguments, write, colors)
         except DataError as error:
             # Nothing to count: a program that reads the report still gets one.
             if arguments.as_json:
@@ -56,7 +56,7 @@ def main(arguments: Arguments) -> int:
             raise
 
 
-def _report(arguments: Arguments, write: Any, colours: bool) -> int:
+def _report(arguments: Arguments, write: Any, colors: bool) -> int:
     from llmtune.cli.output import quiet_libraries
     from llmtune.config.compose import compose_config
     from llmtune.data.prepare import open_rows, prepare_data, read_problems
@@ -64,7 +64,7 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
     from llmtune.data.tokenize.chat_template import load_chat_template
     from llmtune.model.source import resolve_model_folder
     from llmtune.model.tokenizer import load_tokenizer
-    from llmtune.run.prepare import cache_dir, resolve_target, watch_tokenising
+    from llmtune.run.prepare import cache_dir, resolve_target, watch_tokenizing
     from llmtune.track.console import Console
 
     composed = compose_config(arguments.overrides, arguments.config_dir)
@@ -80,7 +80,7 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
     folder = resolve_model_folder(config.model, cache, console.say)
     tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(
-        config.data, tokenizer, config.seed, cache, watch_tokenising(console), strict=False
+        config.data, tokenizer, config.seed, cache, watch_tokenizing(console), strict=False
     )
     check_padding(folder, tokenizer)
     beyond = list(find_beyond((*data.train_stores, *data.eval_stores), folder, tokenizer))
@@ -104,7 +104,7 @@ def _report(arguments: Arguments, write: Any, colours: bool) -> int:
         _write_files(
             report,
             Path(config.output_dir or f"{resolve_target(composed).folder}-data").expanduser(),
-            colours,
+            colors,
             write,
         )
     if data.fatal:
@@ -289,13 +289,13 @@ def _histogram(lengths: Lengths) -> list[str]:
     return lines
 
 
-def _write_files(report: DataReport, folder: Path, colours: bool, write: Any) -> None:
-    """Rows in two colours, the picture and the page."""
+def _write_files(report: DataReport, folder: Path, colors: bool, write: Any) -> None:
+    """Rows in two colors, the picture and the page."""
     from llmtune.data.report.html import write_page, write_picture
 
     for where, pieces in report.rows:
         write(f"\n{where}\n")
-        write.in_colour(_coloured(pieces, colours) + "\n")
+        write.in_color(_colored(pieces, colors) + "\n")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         picture = folder / "lengths.png"
@@ -309,8 +309,8 @@ def _write_files(report: DataReport, folder: Path, colours: bool, write: Any) ->
     write(f"\npicture {picture}\npage    {folder / 'data.html'}\n")
 
 
-def _coloured(pieces: list[Piece], colours: bool) -> str:
-    """Trained text in green, masked text in grey; where there are no colours, trained text in
+def _colored(pieces: list[Piece], colors: bool) -> str:
+    """Trained text in green, masked text in gray; where there are no colors, trained text in
     brackets.
     """
     parts = []
@@ -318,8 +318,8 @@ def _coloured(pieces: list[Piece], colours: bool) -> str:
     for piece in pieces:
         text = piece.text if len(piece.text) <= left else piece.text[:left] + " ..."
         left -= len(text)
-        if colours:
-            parts.append(colour(text, GREEN if piece.trained else GREY))
+        if colors:
+            parts.append(color(text, GREEN if piece.trained else GRAY))
         else:
             parts.append(f"[[{show_controls(text)}]]" if piece.trained else show_controls(text))
         if left <= 0:

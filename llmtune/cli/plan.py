@@ -43,8 +43,8 @@ class Output:
         """Without secrets, and without what a terminal would obey."""
         self._stream.write(to_terminal(text))
 
-    def in_colour(self, text: str) -> None:
-        """A text with colours of ours, made with :func:`~llmtune.security.terminal.colour`; all
+    def in_color(self, text: str) -> None:
+        """A text with colors of ours, made with :func:`~llmtune.security.terminal.color`; all
         else as above.
         """
         self._stream.write(redact(text))

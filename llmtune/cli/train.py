@@ -54,7 +54,7 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     from llmtune.data.read.sources import check_local_files
     from llmtune.plan.plan import resolve_ladder
     from llmtune.run.adapter import adopt_adapter, check_adapter
-    from llmtune.run.fallback import Descent, check_fits
+    from llmtune.run.fallback import FallbackRunner, check_fits
     from llmtune.run.prepare import lock_file, resolve_target
     from llmtune.run.ranks_ahead import RanksAhead, Surroundings
     from llmtune.run.settings import find_problems
@@ -87,7 +87,7 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
         folder = open_run_folder(target.folder, console.say)
         lock.enter_context(hold_lock(lock_file(folder)))
         quiet_libraries()
-        trained = Descent(
+        trained = FallbackRunner(
             composed, ladder, target, folder, console, ahead if is_first else None
         ).run()
     if trained:
@@ -97,12 +97,12 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
 
 def _hand_over(arguments: Arguments, composed: Composed) -> NoReturn:
     """``launch.hostfile``: DeepSpeed's runner starts the ranks, each with these arguments."""
-    from llmtune.launch.launchers.hostfile import hand_over
+    from llmtune.launch.launchers.hostfile import exec_runner
 
     folder = (
         ["--config-dir", str(Path(arguments.config_dir).resolve())] if arguments.config_dir else []
     )
-    hand_over(
+    exec_runner(
         Path(str(composed.config.launch.hostfile)).expanduser(),
         ["train", *folder, *arguments.overrides],
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from llmtune.config.nearest import nearest
 
-_NO_QUANTISED = (
+_NO_QUANTIZED = (
     "tuner=lora (training on weights in 4 or 8 bits is not there yet; tuner=qlora can be planned)"
 )
 _NO_PREFERENCES = "nothing: llmtune does supervised fine-tuning and no other stage"
@@ -44,20 +44,20 @@ MEANINGS: dict[str, str] = {
     "pure_bf16": "precision=bf16 (or fp16, fp32)",
     "torch_dtype": "precision=bf16 (or fp16, fp32)",
     "tf32": "precision=bf16 (or fp16, fp32)",
-    "load_in_4bit": _NO_QUANTISED,
-    "load_in_8bit": _NO_QUANTISED,
-    "use_4bit": _NO_QUANTISED,
-    "bnb_4bit_quant_type": _NO_QUANTISED,
-    "bnb_4bit_compute_dtype": _NO_QUANTISED,
-    "quantization_bit": _NO_QUANTISED,
-    "quantization_method": _NO_QUANTISED,
+    "load_in_4bit": _NO_QUANTIZED,
+    "load_in_8bit": _NO_QUANTIZED,
+    "use_4bit": _NO_QUANTIZED,
+    "bnb_4bit_quant_type": _NO_QUANTIZED,
+    "bnb_4bit_compute_dtype": _NO_QUANTIZED,
+    "quantization_bit": _NO_QUANTIZED,
+    "quantization_method": _NO_QUANTIZED,
     # Adapters.
     "lora": "tuner=lora",
     "use_lora": "tuner=lora",
     "use_peft": "tuner=lora",
     "peft_type": "tuner=lora (or full)",
     "finetuning_type": "tuner=lora (or full)",
-    "qlora": _NO_QUANTISED,
+    "qlora": _NO_QUANTIZED,
     "r": "tuner.lora_r",
     "rank": "tuner.lora_r",
     "lora_dim": "tuner.lora_r",

@@ -377,7 +377,7 @@ class PathsConfig:
     """Folders outside the run."""
 
     cache_dir: str = MISSING
-    """Converted models and tokenised data; can be deleted at any time.
+    """Converted models and tokenized data; can be deleted at any time.
 
     This user's own folder, made with mode 0700.
     """

@@ -1,4 +1,4 @@
-"""Sources become tokenised rows on disk, once, and an index that says which of them are trained on
+"""Sources become tokenized rows on disk, once, and an index that says which of them are trained on
 and in which packed row.
 
 The tokens of each source lie in the cache under a hash of its content and of all that shapes them;
@@ -29,7 +29,12 @@ from llmtune.data.store.mixing import hold_out, mix
 from llmtune.data.store.packing import pack_rows, packing_efficiency
 from llmtune.data.store.token_store import Rows, TokenStore, publish_folder
 from llmtune.data.tokenize.chat_template import ChatTemplates
-from llmtune.data.tokenized_source import Watch, find_conversations, token_folder, tokenise_source
+from llmtune.data.tokenized_source import (
+    ProgressCallback,
+    find_conversations,
+    token_folder,
+    tokenize_source,
+)
 from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import ConfigError, DataError
 from llmtune.security.trust import require_own
@@ -74,7 +79,7 @@ class SplitSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedData:
-    """Where the tokenised rows lie, and what they are."""
+    """Where the tokenized rows lie, and what they are."""
 
     folder: str
     fingerprint: str
@@ -122,14 +127,14 @@ def prepare_data(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     cache_dir: Path,
-    watch: Watch | None = None,
+    watch: ProgressCallback | None = None,
     strict: bool = True,
 ) -> PreparedData:
-    """Read, tokenise, check, split, mix, pack and store; a second call with the same content only
+    """Read, tokenize, check, split, mix, pack and store; a second call with the same content only
     reads the summary.
 
     Args:
-        watch: Told of the progress of tokenising.
+        watch: Told of the progress of tokenizing.
         strict: Refuse data with problems; otherwise they are in :func:`read_problems`.
 
     Raises:
@@ -145,11 +150,11 @@ def prepare_data(
     if config.streaming:
         stream, sources = _identify_stream(sources), []
     keys = [
-        tokenise_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch)
+        tokenize_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch)
         for s in sources
     ]
     eval_keys = [
-        tokenise_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch)
+        tokenize_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch)
         for s in eval_sources
     ]
     mixing = [(source.repeat, source.weight) for source in sources]
@@ -281,7 +286,7 @@ class _Index:
         with (self.folder / PROBLEMS).open("w", encoding="utf-8") as file:
             write_problems(problems, file)
         summary = {
-            "train": self._summarise(
+            "train": self._summarize(
                 self._write_split(train, "train", self.config.packing), self.stores, twins=twins
             ),
             "eval": None,
@@ -296,7 +301,7 @@ class _Index:
         }
         if len(rows):
             written = self._write_split(rows, "eval", False)
-            summary["eval"] = self._summarise(written, self.eval_stores, leaks=len(leaks))
+            summary["eval"] = self._summarize(written, self.eval_stores, leaks=len(leaks))
         (self.folder / _SUMMARY).write_text(json.dumps(summary))
 
     def _bad_rows(self, stores: list[TokenStore]) -> Iterator[Problem]:
@@ -352,7 +357,7 @@ class _Index:
         np.save(self.folder / f"{name}.npy", index)
         return rows
 
-    def _summarise(
+    def _summarize(
         self, rows: Rows, stores: list[TokenStore], twins: int = 0, leaks: int = 0
     ) -> dict[str, Any]:
         lengths = rows.documents("lengths")

@@ -23,7 +23,7 @@ from llmtune.data.rows.turns import rename
 from llmtune.data.store.token_store import SUMMARY, publish_folder, write_store
 from llmtune.data.tokenize.chat_template import check_chat_template
 from llmtune.data.tokenize.encode import EncodeSettings
-from llmtune.data.tokenize.workers import TokenBlock, Tokeniser, Work
+from llmtune.data.tokenize.workers import TokenBlock, TokenizerPool, Work
 from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
 from llmtune.errors import DataError
 from llmtune.registry import hash_plugins
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: Part of the cache key; raise it when rows come out differently.
 TOKENS_VERSION = 6
 
-#: Below this many bytes, starting workers takes longer than tokenising.
+#: Below this many bytes, starting workers takes longer than tokenizing.
 SMALL_BYTES = 8_000_000
 
 #: Most workers that ``auto`` takes.
@@ -43,7 +43,7 @@ MAX_AUTO_WORKERS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokeniseProgress:
+class TokenizeProgress:
     """How far a source is."""
 
     source: str
@@ -54,17 +54,17 @@ class TokeniseProgress:
     """Of the source's bytes; None where its size says nothing about the rows."""
 
 
-Watch = Callable[[TokeniseProgress], None]
+ProgressCallback = Callable[[TokenizeProgress], None]
 
 
-def tokenise_source(
+def tokenize_source(
     source: Source,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_hash: str,
     seed: int,
     cache: Path,
-    watch: Watch | None,
+    watch: ProgressCallback | None,
 ) -> str:
     """Make sure that the tokens of a source lie in the cache; their key there.
 
@@ -93,12 +93,10 @@ def tokenise_source(
             check_chat_template(tokenizer, tokenizer.name_or_path)
         with (
             publish_folder(folder) as aside,
-            Tokeniser(tokenizer, settings, _workers(config, files)) as tokeniser,
+            TokenizerPool(tokenizer, settings, _workers(config, files)) as pool,
         ):
             watched = _Watched(source, files, watch)
-            blocks = tokeniser.map(
-                read_source(source, files, recipes, seed, contents), watched.pulse
-            )
+            blocks = pool.map(read_source(source, files, recipes, seed, contents), watched.pulse)
             write_store(watched.count(blocks), aside)
     require_own(folder, KEY, INSTEAD)
     return key
@@ -219,7 +217,7 @@ def _may_hold(block: Block, wanted: set[tuple[str, int]]) -> bool:
 
 
 def _workers(config: DataConfig, files: list[DataFile]) -> int:
-    """Processes that tokenise; 0 for none."""
+    """Processes that tokenize; 0 for none."""
     if isinstance(config.num_workers, int):
         return config.num_workers
     if sum(file_size(file) for file in files) < SMALL_BYTES:
@@ -240,7 +238,7 @@ class _Watched:
     takes its time.
     """
 
-    def __init__(self, source: Source, files: list[DataFile], watch: Watch | None):
+    def __init__(self, source: Source, files: list[DataFile], watch: ProgressCallback | None):
         self._source, self._watch = source, watch
         self._started = time.monotonic()
         self._rows = self._tokens = 0
@@ -270,7 +268,7 @@ class _Watched:
         """Tell how far it is.
 
         Args:
-            tokens: Of the text that is being tokenised.
+            tokens: Of the text that is being tokenized.
         """
         if self._watch is None:
             return
@@ -281,7 +279,7 @@ class _Watched:
         )
         seconds = time.monotonic() - self._started
         self._watch(
-            TokeniseProgress(
+            TokenizeProgress(
                 source=self._source.path,
                 rows=self._rows,
                 tokens=self._tokens + tokens,

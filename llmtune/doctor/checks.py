@@ -92,8 +92,10 @@ def _packages() -> Iterator[Finding]:
         yield Finding(
             what="packages",
             state="bad",
-            message=f"{pair.first} {versions[pair.first]} with {pair.second} {versions[pair.second]}:"
-            f" {pair.symptom}",
+            message=(
+                f"{pair.first} {versions[pair.first]} with {pair.second} {versions[pair.second]}:"
+                f" {pair.symptom}"
+            ),
             command=pair.command,
         )
     deepspeed = versions["deepspeed"] or ""
@@ -101,7 +103,9 @@ def _packages() -> Iterator[Finding]:
         yield Finding(
             what="packages",
             state="note",
-            message=f"deepspeed {deepspeed}: plan and corrections were tried with {TRIED_DEEPSPEED}",
+            message=(
+                f"deepspeed {deepspeed}: plan and corrections were tried with {TRIED_DEEPSPEED}"
+            ),
             command="pip install 'deepspeed>=0.19.8,<0.20'",
         )
     if not unmet and not pairs:
@@ -122,7 +126,10 @@ def _cuda() -> Iterator[Finding]:
         yield Finding(
             what="GPUs",
             state="ok",
-            message=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, NCCL {nccl}, {links}",
+            message=(
+                f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, NCCL {nccl},"
+                f" {links}"
+            ),
         )
         return
     hidden = hidden_gpus()
@@ -143,8 +150,10 @@ def _cuda() -> Iterator[Finding]:
         yield Finding(
             what="CUDA",
             state="bad",
-            message=f"there is {hidden}, but torch {torch.__version__}, built for CUDA {build}, cannot use"
-            " it: as a rule the driver is older than the build",
+            message=(
+                f"there is {hidden}, but torch {torch.__version__}, built for CUDA {build}, cannot"
+                " use it: as a rule the driver is older than the build"
+            ),
             command="bash scripts/setup.sh",
         )
 
@@ -220,8 +229,10 @@ def _locks() -> Iterator[Finding]:
         yield Finding(
             what="op locks",
             state="note",
-            message=f"{lock}: left by a build that was killed; the next run of llmtune removes it,"
-            " DeepSpeed alone would hang on it",
+            message=(
+                f"{lock}: left by a build that was killed; the next run of llmtune removes it,"
+                " DeepSpeed alone would hang on it"
+            ),
             command=f"rm {lock}",
             fix=functools.partial(_remove, lock),
         )
@@ -239,7 +250,10 @@ def _ops() -> Iterator[Finding]:
             yield Finding(
                 what="ops",
                 state="note",
-                message=f"{short} is not compiled yet: the first run that needs it waits a minute or two",
+                message=(
+                    f"{short} is not compiled yet: the first run that needs it waits a minute"
+                    " or two"
+                ),
                 command=f"python -P -m llmtune.launch.preflight.deepspeed_ops {name}",
                 fix=functools.partial(build_in_child, name),
             )
@@ -261,8 +275,10 @@ def _limits() -> Iterator[Finding]:
         yield Finding(
             what="locked memory",
             state="note",
-            message=f"ulimit -l is {format_bytes(locked)}: pinned buffers of offload on a GPU machine may"
-            " fail",
+            message=(
+                f"ulimit -l is {format_bytes(locked)}: pinned buffers of offload on a GPU machine"
+                " may fail"
+            ),
             command="ulimit -l unlimited",
         )
     else:
@@ -284,7 +300,9 @@ def _limits() -> Iterator[Finding]:
         yield Finding(
             what="/dev/shm",
             state="note",
-            message=f"{len(left)} buffers of ranks that are gone hold {format_bytes(held)} of memory",
+            message=(
+                f"{len(left)} buffers of ranks that are gone hold {format_bytes(held)} of memory"
+            ),
             command=f"rm {' '.join(map(str, left))}",
             fix=functools.partial(_remove_all, left),
         )

@@ -110,14 +110,14 @@ def _device_peak(accelerator: Any, local_rank: int) -> tuple[int, int]:
     )
 
 
-def meet_ranks(rank: Rank) -> None:
+def barrier(rank: Rank) -> None:
     """Wait for the others, so that none ends while another still talks to it."""
     if rank.world_size > 1:
         # NCCL's has a GPU spin for as long as the slowest copies its checkpoint elsewhere.
         dist.barrier(group=rank.control)
 
 
-def sum_over_ranks(values: list[float], rank: Rank) -> list[float]:
+def all_reduce_sum(values: list[float], rank: Rank) -> list[float]:
     """The element-wise sum over all ranks, in fp64: token counts outgrow fp32."""
     if rank.world_size == 1:
         return values
@@ -126,7 +126,7 @@ def sum_over_ranks(values: list[float], rank: Rank) -> list[float]:
     return [float(value) for value in tensor]
 
 
-def any_rank(flags: Sequence[bool], rank: Rank) -> list[bool]:
+def all_reduce_any(flags: Sequence[bool], rank: Rank) -> list[bool]:
     """Which of the flags are set on any rank. Waits for no GPU."""
     if rank.world_size == 1:
         return list(flags)

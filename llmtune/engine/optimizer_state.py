@@ -19,7 +19,7 @@ from llmtune.engine.nvme_swap import swapped_in
 from llmtune.engine.train_module import TrainModule
 
 #: The fp32 copy of the weight, and AdamW's two moments.
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
 
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -57,7 +57,7 @@ def state_slices(module: TrainModule) -> list[StateSlice]:
     return list(_stage0_slices(module, names))
 
 
-def by_residence(
+def iterate_in_memory(
     module: TrainModule, slices: list[StateSlice], write_back: bool = False
 ) -> Iterator[list[StateSlice]]:
     """The slices in batches whose states are in memory until the next batch is asked for.
@@ -73,7 +73,7 @@ def by_residence(
             yield list(batch)
 
 
-def owned_slices(module: TrainModule) -> list[StateSlice]:
+def slices_to_save(module: TrainModule) -> list[StateSlice]:
     """The slices that this rank writes: an equal share where every rank holds everything."""
     slices = state_slices(module)
     if module.zero_stage > 0 or module.rank.world_size == 1:
@@ -98,8 +98,8 @@ def owned_slices(module: TrainModule) -> list[StateSlice]:
 
 
 def view_state(module: TrainModule, piece: StateSlice, kind: str) -> torch.Tensor:
-    """The numbers where they lie, for the length of the batch of :func:`by_residence`; before the
-    first step, zeros.
+    """The numbers where they lie, for the length of the batch of :func:`iterate_in_memory`; before
+    the first step, zeros.
     """
     if kind == "master":
         return piece.view(piece.flat)
@@ -115,7 +115,7 @@ def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> Non
         state = module.adam.state[flat]
         # The fused kernel wants it where the numbers are.
         state["step"] = torch.tensor(float(steps), device=flat.device)
-        for kind in KINDS[1:]:
+        for kind in STATE_KEYS[1:]:
             if kind in state:
                 # Kept as the same tensor: the swapper of NVMe knows it.
                 state[kind].data.zero_()

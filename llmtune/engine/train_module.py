@@ -21,7 +21,7 @@ from llmtune.engine.deepspeed_fixes import (
     step_in_few_kernels,
     undo_stage0_dummy_step,
 )
-from llmtune.engine.distributed import Rank, sum_over_ranks
+from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.nvme_swap import check_swapped_offsets
 from llmtune.plan.deepspeed_config import read_placement
 from llmtune.plan.memory.model_shape import TensorShape
@@ -66,7 +66,7 @@ def zero_init(deepspeed_config: dict[str, Any]) -> AbstractContextManager[Any]:
     """Inside it, ZeRO 3 keeps only this rank's slice of every parameter that is made. What is in it
     is not sent to anybody.
 
-    DeepSpeed broadcasts every parameter from rank 0 before it cuts it, here 141 GB of uninitialised
+    DeepSpeed broadcasts every parameter from rank 0 before it cuts it, here 141 GB of uninitialized
     memory for a 70B model. The weights are read slice by slice afterwards.
     """
     import deepspeed
@@ -168,7 +168,7 @@ class TrainModule:
                 self._leave_step_out()
         reported = self.engine.get_global_grad_norm()
         norm = norm if norm is not None else float(reported) if reported is not None else 0.0
-        (summed,) = sum_over_ranks([float(total)], self.rank)
+        (summed,) = all_reduce_sum([float(total)], self.rank)
         applied = bool(self.engine.was_step_applied()) and math.isfinite(norm)
         return StepResult(summed / max(trained_tokens, 1), norm, applied)
 
@@ -193,7 +193,7 @@ class TrainModule:
                 count += len(batch.targets)
                 self.rank.phases.beat()
         self.engine.train()
-        summed, tokens_seen = sum_over_ranks([float(total), float(count)], self.rank)
+        summed, tokens_seen = all_reduce_sum([float(total), float(count)], self.rank)
         return summed / max(tokens_seen, 1), int(tokens_seen)
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:

@@ -11,11 +11,11 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
-from llmtune.export.card.licence import check_licences
+from llmtune.export.card.license import check_licenses
 from llmtune.export.merge.adapter import Adapter, read_adapter
 from llmtune.export.merge.heads import HeadedSource, find_head
 from llmtune.export.merge.merged_source import MergedSource
-from llmtune.export.publish.shards import Progress
+from llmtune.export.publish.shards import ProgressCallbacks
 from llmtune.export.sources.base import (
     Retyped,
     SafetensorsSource,
@@ -30,7 +30,7 @@ from llmtune.export.sources.bitsandbytes import open_base
 from llmtune.export.sources.deepspeed.adapter import has_adapter, open_base_part, open_model_part
 from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
 from llmtune.export.sources.master_weights import MastersSource, find_masters
-from llmtune.export.sources.nf4 import Nf4RoundTrip, quantised_names
+from llmtune.export.sources.nf4 import Nf4RoundTrip, quantized_names
 from llmtune.export.writers.model_files import check_companions
 from llmtune.model.skeleton import build_skeleton
 from llmtune.storage.plain_json import parse_json
@@ -65,7 +65,7 @@ class ExportRequest:
     """
     unpacked_from: Path | None = None
     """DeepSpeed's own checkpoint that ``adapter``, a folder of this start alone, was made from."""
-    progress: Progress | None = None
+    progress: ProgressCallbacks | None = None
     say: Callable[[str], None] = _silent
     """Told what was checked, and what is worth knowing."""
     signer: Signer | None = None
@@ -73,7 +73,7 @@ class ExportRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Material:
+class ExportModel:
     """A model to be written in some format."""
 
     request: ExportRequest
@@ -81,7 +81,7 @@ class Material:
     """What the adapter is for; without one, the trained model itself."""
     source: TensorSource
     """The tensors as they are to be stored, an adapter merged."""
-    companions: list[Path]
+    model_files: list[Path]
     """Folders with configuration and tokenizer; a later one wins."""
     config_changes: dict[str, Any]
     """Keys of ``config.json`` that are no longer the base's."""
@@ -107,14 +107,14 @@ class Material:
         return sum(spec.nbytes for spec in self.source.specs.values())
 
 
-def open_material(request: ExportRequest, config: ExportConfig) -> Material:
+def open_material(request: ExportRequest, config: ExportConfig) -> ExportModel:
     """Open what is exported.
 
     Raises:
         ExportError: Something is missing, damaged, or does not belong together.
     """
     base = _open_base(request, config)
-    source, companions, changes = base, [request.base], {}
+    source, model_files, changes = base, [request.base], {}
     adapter, merged = None, None
     base_changes: dict[str, Any] = {}
     if request.adapter is not None:
@@ -128,17 +128,17 @@ def open_material(request: ExportRequest, config: ExportConfig) -> Material:
         output = _output_embedding(request.base, base_changes) if embeds else None
         merged = MergedSource(base, adapter, output)
         source, changes = merged, base_changes | merged.config_changes
-        companions.append(request.adapter)
+        model_files.append(request.adapter)
     dtype = DTYPES.get(config.dtype)
     if request.zero is not None and dtype is None:
         dtype = _stored_dtype(request.base)
     if dtype is not None:
         source = Retyped(source, dtype)
-    return Material(
+    return ExportModel(
         request=request,
         base=base,
         source=source,
-        companions=companions,
+        model_files=model_files,
         config_changes=changes,
         adapter=adapter,
         merged=merged,
@@ -175,7 +175,7 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
         return MastersSource(checkpoint) if checkpoint is not None else open_base(request.base)
     base = open_base(request.base)
     if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
-        base = Nf4RoundTrip(base, quantised_names(request.base, base))
+        base = Nf4RoundTrip(base, quantized_names(request.base, base))
     copies = _tied_copies(request.base, base)
     return Without(base, copies) if copies else base
 
@@ -256,4 +256,4 @@ def check_links(request: ExportRequest) -> None:
     )
     for folder in filter(None, (request.base, request.adapter, request.zero, *sorted(beside))):
         check_companions(folder)
-        check_licences(folder)
+        check_licenses(folder)

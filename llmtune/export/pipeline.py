@@ -12,7 +12,13 @@ from llmtune.errors import ExportError
 from llmtune.export.card.card import write_model_card
 from llmtune.export.formats.format import find_format
 from llmtune.export.identity import describe_job, describe_options, identify, is_hub_id
-from llmtune.export.model import ExportRequest, Material, check_links, check_places, open_material
+from llmtune.export.model import (
+    ExportModel,
+    ExportRequest,
+    check_links,
+    check_places,
+    open_material,
+)
 from llmtune.export.publish.folder import (
     check_replaceable,
     check_room,
@@ -21,7 +27,7 @@ from llmtune.export.publish.folder import (
 )
 from llmtune.export.publish.shards import Journal
 from llmtune.export.publish.upload import check_upload, upload_export
-from llmtune.export.verify.checks import check_folder, check_material
+from llmtune.export.verify.checks import check_folder, check_model
 from llmtune.units import format_bytes
 
 #: Configuration, tokenizer and card beside the weights.
@@ -47,20 +53,20 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     restore_replaced(request.output)
     if config.upload:
         check_upload(config.upload, config.dry_run)
-    material = open_material(request, config)
+    export_model = open_material(request, config)
     about = _describe(request, config)
     check_replaceable(request.output, kind.name)
     if config.dry_run:
-        _say_what_would_be(material, config)
+        _say_what_would_be(export_model, config)
         return request.output
 
     def write(folder: Path, journal: Journal) -> None:
-        check_room(folder, int(material.nbytes * kind.space) + _COMPANION_BYTES)
-        parity = None if kind.is_checked_on_disk else check_material(material, config)
-        kind.write(material, folder, journal, config)
+        check_room(folder, int(export_model.nbytes * kind.space) + _COMPANION_BYTES)
+        parity = None if kind.is_checked_on_disk else check_model(export_model, config)
+        kind.write(export_model, folder, journal, config)
         if kind.is_checked_on_disk and kind.is_merged:
             # Of what lies on the disk now.
-            parity = check_folder(material, folder, config)
+            parity = check_folder(export_model, folder, config)
         write_model_card(folder, request, config, parity.describe() if parity else None)
 
     write_export(request.output, describe_job(request, config), write, about, request.signer)
@@ -79,16 +85,16 @@ def _describe(request: ExportRequest, config: ExportConfig) -> dict[str, Any]:
     }
 
 
-def _say_what_would_be(material: Material, config: ExportConfig) -> None:
+def _say_what_would_be(export_model: ExportModel, config: ExportConfig) -> None:
     """``export.dry_run``: everything that is opened fits together; nothing is written."""
-    request, say = material.request, material.request.say
-    changed = material.merged.changed if material.merged is not None else {}
+    request, say = export_model.request, export_model.request.say
+    changed = export_model.merged.changed if export_model.merged is not None else {}
     say(f"would write {config.format} to {request.output}")
     say(
         f"from {request.base}"
         + (f" and {request.adapter}, which changes {len(changed)} tensors" if changed else "")
     )
-    dtype = str(material.dtype).removeprefix("torch.")
-    say(f"{len(material.source.specs)} tensors, {format_bytes(material.nbytes)} in {dtype}")
+    dtype = str(export_model.dtype).removeprefix("torch.")
+    say(f"{len(export_model.source.specs)} tensors, {format_bytes(export_model.nbytes)} in {dtype}")
     if config.upload:
         upload_export(request.output, config.upload, config.upload_private, True, say)

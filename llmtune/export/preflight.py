@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ConfigError, ExportError, MissingPrerequisiteError
-from llmtune.export.card.licence import check_licences
+from llmtune.export.card.license import check_licenses
 from llmtune.export.formats.format import NONE, find_format
 from llmtune.export.writers.model_files import check_companions
 from llmtune.model.weights.quantized import quantization
@@ -35,7 +35,7 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
         if kind.is_merged:
             check_companions(base)
             _check_base(base)
-        check_licences(base)
+        check_licenses(base)
         if kind.check_base is not None:
             kind.check_base(base)
     except ExportError as error:

@@ -93,7 +93,7 @@ def build_model(
             with no_init_weights():
                 with weights.partitioned():
                     model = make(dtype)
-                    # Part of the initialisation that no_init_weights leaves out.
+                    # Part of the initialization that no_init_weights leaves out.
                     model.tie_weights()
                 restore_buffers(model, make, dtype)
             load_partitions(model, folder, weights.rank)

@@ -69,7 +69,7 @@ KNOWN: dict[str, set[str]] = {
     "aio": {
         "block_size",
         "queue_depth",
-        "intra_op_parallelism",
+        "intra_op_parallelizm",
         "single_submit",
         "overlap_events",
         "use_gds",
@@ -148,7 +148,7 @@ def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
             sizes.aio,
             **{
                 key: aio[key]
-                for key in ("block_size", "queue_depth", "intra_op_parallelism")
+                for key in ("block_size", "queue_depth", "intra_op_parallelizm")
                 if key in aio
             },
         ),

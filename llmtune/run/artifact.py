@@ -117,7 +117,7 @@ def load_model(target: Target) -> tuple[Any, Any]:
     with explain_own_code(target.model_folder, target.code_asked_by):
         model = _load_weights(target)
     if target.adapter is not None:
-        model = put_on(model, target.adapter)
+        model = load_peft_adapter(model, target.adapter)
     model.config.use_cache = True
     return model.eval(), tokenizer
 
@@ -197,7 +197,7 @@ def free_memory_bytes(device: torch.device) -> int:
     return int(torch.get_device_module(device).mem_get_info(device)[0])
 
 
-def put_on(model: Any, adapter: Path) -> Any:
+def load_peft_adapter(model: Any, adapter: Path) -> Any:
     """The model with an adapter, in the model's dtype.
 
     Raises:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from llmtune.train.run_folder import RunFolder
 
 
-class Descent:
+class FallbackRunner:
     """One run on its way down the ladder."""
 
     def __init__(

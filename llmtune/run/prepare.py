@@ -21,7 +21,7 @@ from llmtune.data.read.sources import parse_sources
 from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
 from llmtune.data.tokenize.chat_template import load_chat_template
-from llmtune.data.tokenized_source import TokeniseProgress, Watch
+from llmtune.data.tokenized_source import ProgressCallback, TokenizeProgress
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.export.preflight import check_exportable
 from llmtune.model.source import resolve_model_folder
@@ -106,7 +106,7 @@ def resolve_request(
     tokenizer = load_tokenizer(
         model_folder, config.model, load_chat_template(config.data.chat_template)
     )
-    data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenising(console))
+    data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenizing(console))
     _check_data(config, data, tokenizer, model_folder, console)
     epoch_rows = None if config.data.streaming else data.train.rows
     steps = resolve_steps(config.train, config.schedule, epoch_rows, step_rows)
@@ -154,11 +154,11 @@ def resolve_request(
     return request
 
 
-def watch_tokenising(console: Console) -> Watch:
-    """A progress line while sources are tokenised."""
+def watch_tokenizing(console: Console) -> ProgressCallback:
+    """A progress line while sources are tokenized."""
     shown = 0.0
 
-    def watch(progress: TokeniseProgress) -> None:
+    def watch(progress: TokenizeProgress) -> None:
         nonlocal shown
         now = time.monotonic()
         if (
@@ -169,7 +169,7 @@ def watch_tokenising(console: Console) -> Watch:
         shown = now
         share = "" if progress.share is None else f"{_bar(progress.share)} {progress.share:4.0%}  "
         console.progress(
-            f"tokenising {progress.source}  {share}{format_count(progress.rows)} rows  "
+            f"tokenizing {progress.source}  {share}{format_count(progress.rows)} rows  "
             f"{format_count(int(progress.tokens / progress.seconds))} tokens/s"
         )
 
@@ -294,7 +294,7 @@ def describe_memory(plan: Plan) -> str:
 
 
 def cache_dir(config: Config) -> Path:
-    """Folder of converted models and tokenised data.
+    """Folder of converted models and tokenized data.
 
     Raises:
         MissingPrerequisiteError: It is another user's, or cannot be made.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from llmtune.export.publish.shards import Progress
+from llmtune.export.publish.shards import ProgressCallbacks
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 
@@ -16,7 +16,7 @@ from llmtune.track.status import Status
 class Shown:
     """What a long export is given to tell of itself."""
 
-    progress: Progress | None
+    progress: ProgressCallbacks | None
     """Told of bytes; None where there is no bar."""
     say: Callable[[str], None]
     """Writes a line, above the bar."""
@@ -60,7 +60,7 @@ def show_progress(what: str, say: Callable[[str], None]) -> Iterator[Shown]:
             sys.stdout.flush()
             bar.start()
 
-        progress = Progress(
+        progress = ProgressCallbacks(
             lambda size: bar.update(task, total=size), lambda size: bar.advance(task, size)
         )
         yield Shown(progress, say_above)

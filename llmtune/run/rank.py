@@ -36,14 +36,14 @@ from llmtune.launch.launchers.environment import (
 from llmtune.launch.launchers.launcher import Launcher
 from llmtune.launch.launchers.meeting import await_ranks
 from llmtune.launch.preflight.affinity import bind_to_gpu
-from llmtune.launch.supervise.processes import follow_launcher, follow_supervisor
+from llmtune.launch.supervise.processes import die_with_supervisor, follow_launcher
 from llmtune.launch.supervise.rank_report import (
     hold_output,
     redirect_output,
     report_failure,
     to_user_error,
 )
-from llmtune.launch.supervise.self_watch import SelfWatch
+from llmtune.launch.supervise.self_watch import RankWatchdog
 from llmtune.launch.supervise.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.launch.supervise.stacks import answer_with_stacks
 from llmtune.process import no_collection
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> NoReturn:
     """A rank of llmtune's own supervisor."""
-    follow_supervisor()
+    die_with_supervisor()
     # Slurm sends it to every process of a job; the supervisor hands it on as SIGTERM.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
@@ -159,7 +159,7 @@ def run_launched(overrides: list[str], config_dir: str | None, launcher: Launche
         load_ops(accelerator, Placement(0))
         with ExitStack() as stack:
             stack.enter_context(raise_stops(NOT_BEGUN))
-            watch = SelfWatch(rank, folder.path, lambda text: _tell(stream, text))
+            watch = RankWatchdog(rank, folder.path, lambda text: _tell(stream, text))
             stack.callback(watch.remove)
             # Held until this rank ends.
             meeting = await_ranks(launcher)
@@ -174,7 +174,7 @@ def run_launched(overrides: list[str], config_dir: str | None, launcher: Launche
 
 
 def _train_launched(
-    composed: Composed, target: RunTarget, folder: RunFolder, console: Console, watch: SelfWatch
+    composed: Composed, target: RunTarget, folder: RunFolder, console: Console, watch: RankWatchdog
 ) -> None:
     from llmtune.engine.distributed import broadcast_object, init_ranks
     from llmtune.engine.heartbeat import PhaseLog
@@ -218,11 +218,11 @@ def _train_launched(
             _finish_first(composed, target, console)
 
 
-def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: SelfWatch) -> None:
+def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: RankWatchdog) -> None:
     """Train; a rank that waits for rank 0 to finish its copies elsewhere is not watched any
     more.
     """
-    from llmtune.engine.distributed import meet_ranks
+    from llmtune.engine.distributed import barrier
     from llmtune.train.build import run_job
 
     try:
@@ -232,9 +232,9 @@ def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: SelfW
         # The first that ends has the launcher end the others; all have saved, and one that cannot
         # be met has ended.
         with contextlib.suppress(RuntimeError):
-            meet_ranks(rank)
+            barrier(rank)
         raise
-    meet_ranks(rank)
+    barrier(rank)
 
 
 def _on_nodes(composed: Composed) -> Composed:
@@ -344,7 +344,7 @@ def _finish_first(composed: Composed, target: RunTarget, console: Console) -> No
 
 
 def _train(request: RunRequest, console: Console) -> None:
-    from llmtune.engine.distributed import init_ranks, meet_ranks
+    from llmtune.engine.distributed import barrier, init_ranks
     from llmtune.engine.heartbeat import PhaseLog
     from llmtune.launch.preflight.deepspeed_ops import load_ops
     from llmtune.launch.supervise.out_of_memory import phase_file
@@ -358,7 +358,7 @@ def _train(request: RunRequest, console: Console) -> None:
     with _telling(console, phases):
         rank = init_ranks(phases=phases, meeting=meeting_file(folder))
         run_job(request, rank, console)
-    meet_ranks(rank)
+    barrier(rank)
 
 
 def _telling(console: Console, phases: PhaseLog) -> AbstractContextManager[object]:

@@ -178,7 +178,7 @@ def forms_of(value: str) -> list[Form]:
 
 def _in_base64(raw: bytes) -> Iterable[str]:
     """What base64 makes of the bytes behind 0, 1 or 2 others of its groups of three, without what
-    depends on neighbours.
+    depends on neighbors.
     """
     for before in range(3):
         text = base64.b64encode(b"\0" * before + raw).decode().rstrip("=")

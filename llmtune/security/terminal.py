@@ -16,8 +16,8 @@ from llmtune.security.redaction import redact
 # : C0 but for tab and newline, DEL, and C1. Letters that run from right to left and joiners of
 # emoji are none of them.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-#: The colours that llmtune itself writes.
-GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
+#: The colors that llmtune itself writes.
+GREEN, GRAY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 
 
 def show_controls(text: str) -> str:
@@ -25,8 +25,8 @@ def show_controls(text: str) -> str:
     return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-def colour(text: str, code: str) -> str:
-    """A text of others in one of our colours."""
+def color(text: str, code: str) -> str:
+    """A text of others in one of our colors."""
     return f"{code}{show_controls(text)}{PLAIN}"
 
 

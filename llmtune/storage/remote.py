@@ -53,7 +53,7 @@ def check_protocol(url: str, key: str) -> None:
         )
 
 
-class UnfitError(Exception):
+class PermanentCopyError(Exception):
     """What is to be copied is not there, or not as its manifest says: trying again does not
     help.
     """
@@ -105,13 +105,13 @@ class Store:
         """Write a file and read it back.
 
         Raises:
-            UnfitError: The source is not there, or not as ``entry`` says.
+            PermanentCopyError: The source is not there, or not as ``entry`` says.
         """
         path = self.at(name)
         with open_source() as source, self._create(path) as target:
             sent = hash_stream(source, target)
         if sent != entry:
-            raise UnfitError(
+            raise PermanentCopyError(
                 f"{name} is damaged on the local disk: not the size and hash of its manifest"
             )
         if isinstance(self._driver, LocalFileSystem):
@@ -186,14 +186,18 @@ def list_files(marker: bytes, manifest: bytes) -> dict[str, dict[str, Any]]:
     outside its folder.
     """
     if marker != hash_text(manifest):
-        raise UnfitError(f"{layout.MANIFEST} is not the one that {layout.COMPLETE} was written for")
+        raise PermanentCopyError(
+            f"{layout.MANIFEST} is not the one that {layout.COMPLETE} was written for"
+        )
     try:
         listed = parse_json(manifest)["files"].items()
         files = {
             name: {"size": entry["size"], "xxh3_128": entry["xxh3_128"]} for name, entry in listed
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnfitError(f"{layout.MANIFEST} cannot be read ({describe_error(error)})") from error
+        raise PermanentCopyError(
+            f"{layout.MANIFEST} cannot be read ({describe_error(error)})"
+        ) from error
     for name in files:
         path = PurePosixPath(name)
         inside = (
@@ -204,16 +208,18 @@ def list_files(marker: bytes, manifest: bytes) -> dict[str, dict[str, Any]]:
             or "\0" in name
             or name in (layout.MANIFEST, layout.SIGNATURE, layout.COMPLETE)
         ):
-            raise UnfitError(f"{layout.MANIFEST} lists {name!r}, which is no file of a checkpoint")
+            raise PermanentCopyError(
+                f"{layout.MANIFEST} lists {name!r}, which is no file of a checkpoint"
+            )
     return files
 
 
-def persist(act: Callable[..., T], *arguments: Any) -> T:
+def retry(act: Callable[..., T], *arguments: Any) -> T:
     """Try several times, unless it cannot help."""
     for attempt in range(ATTEMPTS - 1):
         try:
             return act(*arguments)
-        except UnfitError:
+        except PermanentCopyError:
             raise
         except Exception:
             time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
@@ -225,7 +231,7 @@ def open_source(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError as error:
-        raise UnfitError("skipped, because it was pruned") from error
+        raise PermanentCopyError("skipped, because it was pruned") from error
 
 
 def hash_stream(source: BinaryIO, target: BinaryIO | None = None) -> dict[str, Any]:
@@ -246,4 +252,6 @@ def hash_text(manifest: bytes) -> bytes:
 
 def describe_error(error: BaseException) -> str:
     """Its kind and text, on one line."""
-    return str(error) if isinstance(error, UnfitError) else f"{type(error).__name__}: {error}"
+    return (
+        str(error) if isinstance(error, PermanentCopyError) else f"{type(error).__name__}: {error}"
+    )

@@ -25,7 +25,7 @@ class Console:
     but the first.
 
     Secrets and controls are taken out of texts, not of what is written: a table breaks them over
-    lines, and has colours.
+    lines, and has colors.
     """
 
     def __init__(self, stream: IO[str] | None):

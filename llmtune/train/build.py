@@ -34,13 +34,13 @@ from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import NONE, SERVICES, TrackedRun
 from llmtune.track.tracker import Tracker, Trackers
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings, render_companions
-from llmtune.train.divergence import NumberWatch
+from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.evaluation import HeldOutLoss
 from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
 from llmtune.train.line_sums import LineSums
-from llmtune.train.loop import Hook, Job, Progress, run
+from llmtune.train.loop import Hook, Job, TrainingState, run
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
 from llmtune.train.stop_request import Stop
@@ -85,11 +85,11 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
 
     module = build_module(request, rank)
     state: TrainerState | None = None
-    start = Progress()
+    start = TrainingState()
     if request.resume_from is not None:
         state = load_checkpoint(module, request.resume_from)
         line = LineSums.from_dict(state.line)
-        start = Progress(
+        start = TrainingState(
             step=state.step,
             tokens=state.tokens,
             skipped=state.skipped,
@@ -123,7 +123,9 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         seed=config.seed,
         evaluator=evaluator,
         saver=build_saver(request, module, tokenizer, state, console),
-        numbers=NumberWatch(module, loader, config.train.on_nan, request.run_folder, console.say),
+        numbers=DivergenceMonitor(
+            module, loader, config.train.on_nan, request.run_folder, console.say
+        ),
         trackers=build_trackers(request, rank, console),
         hooks=build_hooks(request, rank, console, module, tokenizer),
         stop=stop,
@@ -174,10 +176,10 @@ def build_saver(
         },
         signer=read_signer(chosen.sign) if module.rank.is_first else None,
     )
-    companions: dict[str, bytes] = {}
+    model_files: dict[str, bytes] = {}
     mirror: Mirror | None = None
     if module.rank.is_first:
-        companions = {
+        model_files = {
             **render_companions(module.model, tokenizer, weights, run),
             **weights.index(module),
         }
@@ -188,11 +190,11 @@ def build_saver(
         if request.resume_from is not None and state is not None
         else None
     )
-    return CheckpointSaver(module, settings, companions, start, console.say, mirror)
+    return CheckpointSaver(module, settings, model_files, start, console.say, mirror)
 
 
 def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Collator) -> Steps:
-    """The training rows, from disk or tokenised on the way."""
+    """The training rows, from disk or tokenized on the way."""
     config, batch = request.config, request.plan.batch
     pinned = config.data.pin_memory
     settings = LoaderSettings(

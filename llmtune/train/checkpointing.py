@@ -21,7 +21,7 @@ from llmtune.checkpoint.weight_files import WeightFiles, write_model_config
 from llmtune.checkpoint.writer import Buffers
 from llmtune.config.schema import OnDiskLow
 from llmtune.draws import DRAWS_VERSION
-from llmtune.engine.distributed import any_rank, gather_objects, sum_over_ranks
+from llmtune.engine.distributed import all_reduce_any, all_reduce_sum, gather_objects
 from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
 from llmtune.model.adapter.lora import write_adapter_config
@@ -30,7 +30,7 @@ from llmtune.storage.atomic import write_whole
 from llmtune.storage.manifest import hash_file, publish, read_manifest, write_manifest
 from llmtune.storage.signature import Signer
 from llmtune.track.tracker import Record
-from llmtune.train.loop import Progress
+from llmtune.train.loop import TrainingState
 from llmtune.train.memory_usage import spare_host_memory_bytes
 from llmtune.units import counted, format_bytes
 
@@ -85,7 +85,7 @@ class CheckpointSaver:
         self,
         module: TrainModule,
         settings: SaveSettings,
-        companions: dict[str, bytes],
+        model_files: dict[str, bytes],
         start: tuple[Path, TrainerState] | None,
         say: Callable[[str], None],
         mirror: Mirror | None = None,
@@ -97,7 +97,7 @@ class CheckpointSaver:
         """
         self.module = module
         self.settings = settings
-        self.companions = companions
+        self.model_files = model_files
         self.say = say
         self.mirror = mirror
         self._best = start[1].best if start else None
@@ -113,7 +113,7 @@ class CheckpointSaver:
         # Neither changes during the run.
         self._own_files = {**settings.weights.own_specs(module), **state_specs(module)}
         self._own_bytes = sum(spec.nbytes for specs in self._own_files.values() for spec in specs)
-        self._bytes = int(sum_over_ranks([float(self._own_bytes)], module.rank)[0])
+        self._bytes = int(all_reduce_sum([float(self._own_bytes)], module.rank)[0])
 
     def prepare(self, steps_to_come: int) -> None:
         """Before the first step: room for all checkpoints that will be there at once. Collective.
@@ -146,7 +146,7 @@ class CheckpointSaver:
             for folder in find_checkpoints(self.settings.run):
                 self.mirror.put(folder, None)
 
-    def saw(self, record: Record) -> None:
+    def record_evaluation(self, record: Record) -> None:
         """An evaluation: its numbers belong to the checkpoint of its step, and may be the best so
         far.
         """
@@ -158,7 +158,7 @@ class CheckpointSaver:
         if self._best is None or sign * record[metric] < sign * self._best["value"]:
             self._best = {"metric": metric, "value": record[metric], "step": record["step"]}
 
-    def save(self, progress: Progress) -> Path:
+    def save(self, progress: TrainingState) -> Path:
         """Begin to write the checkpoint of this step, unless it is there. Collective.
 
         Raises:
@@ -185,7 +185,7 @@ class CheckpointSaver:
             folder=folder,
             state=self._state(progress),
             weights=self.settings.weights,
-            companions={**self.companions, **self._history()},
+            model_files={**self.model_files, **self._history()},
             about=about,
             signer=self.settings.signer,
             published=self._published,
@@ -253,7 +253,7 @@ class CheckpointSaver:
         pause, self._pause = self._pause, None
         return pause
 
-    def publish_result(self, progress: Progress) -> Path:
+    def publish_result(self, progress: TrainingState) -> Path:
         """``adapter/`` or ``model/``: the last checkpoint's model, hard-linked, and marked as the
         end of the run.
         """
@@ -275,7 +275,7 @@ class CheckpointSaver:
                 )
         return result
 
-    def _state(self, progress: Progress) -> TrainerState:
+    def _state(self, progress: TrainingState) -> TrainerState:
         return TrainerState(
             step=progress.step,
             tokens=progress.tokens,
@@ -300,7 +300,7 @@ class CheckpointSaver:
         """On rank 0, when a checkpoint is there: copy it elsewhere, and let older ones go."""
         run, retention = self.settings.run, self.settings.retention
         if self.mirror is not None:
-            gone = {kept.folder.name for kept in retention.superfluous(list_kept(run))}
+            gone = {kept.folder.name for kept in retention.to_remove(list_kept(run))}
             self.mirror.put(folder, {kept.folder.name for kept in list_kept(run)} - gone)
         prune_checkpoints(run, retention, self._busy())
 
@@ -313,7 +313,7 @@ class CheckpointSaver:
             return bool(self.settings.background)
         needed = self._own_bytes - self._buffers.nbytes
         lacking = needed > _COPY_SHARE * self._spare_memory()
-        return not any_rank([lacking], self.module.rank)[0]
+        return not all_reduce_any([lacking], self.module.rank)[0]
 
     def _spare_memory(self) -> int:
         return spare_host_memory_bytes(

@@ -32,7 +32,7 @@ _NAMED_ROWS = 8
 MAX_ROLLBACKS = 8
 
 
-class NumberWatch:
+class DivergenceMonitor:
     """Sees the result of every step, on every rank."""
 
     def __init__(
@@ -67,7 +67,7 @@ class NumberWatch:
             return
         what = (
             f"step {step}: loss {result.loss}, gradient norm {result.grad_norm};"
-            f" {self._blame(batch)}"
+            f" {self._find_bad_rows(batch)}"
         )
         if self.on_nan is OnNan.skip:
             self.say(f"{what}. The step is left out (train.on_nan=skip)")
@@ -88,7 +88,7 @@ class NumberWatch:
             f"{what}. Going back to the newest checkpoint; this step is left out on the way"
         )
 
-    def _blame(self, batch: StepBatch) -> str:
+    def _find_bad_rows(self, batch: StepBatch) -> str:
         """The rows whose own loss is not finite; without one, those of the step."""
         losses = self.module.row_losses(batch.micro_batches)
         pairs = [

@@ -19,7 +19,7 @@ from llmtune.engine.train_module import StepResult, TrainModule
 from llmtune.errors import CheckpointError, DivergedError, StoppedError
 from llmtune.plan.plan import StepsPlan
 from llmtune.track.tracker import Record, Trackers
-from llmtune.train.divergence import NumberWatch
+from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.line_sums import LineSums
 from llmtune.train.memory_usage import used_memory_bytes
 from llmtune.train.schedule import learning_rate_at
@@ -27,7 +27,7 @@ from llmtune.train.stop_request import Stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class TrainingState:
     """Where the run stands."""
 
     step: int = 0
@@ -47,32 +47,32 @@ class Progress:
 class Hook(Protocol):
     """A side concern of rank 0 and the others, which sees the run begin and end."""
 
-    def on_start(self, progress: Progress) -> None:
+    def on_start(self, progress: TrainingState) -> None:
         """Before the first step. Called on every rank."""
 
-    def on_end(self, progress: Progress) -> None:
+    def on_end(self, progress: TrainingState) -> None:
         """After the last step. Called on every rank."""
 
 
 class Evaluator(Protocol):
     """Held-out loss. Collective."""
 
-    def evaluate(self, progress: Progress, interrupted: Callable[[], bool]) -> Record | None:
+    def evaluate(self, progress: TrainingState, interrupted: Callable[[], bool]) -> Record | None:
         """A record with ``eval_loss``; None where nothing is held out, or where it was
         interrupted.
         """
 
 
 class Saver(Protocol):
-    """Checkpoints. Collective, but for ``saw``."""
+    """Checkpoints. Collective, but for ``record_evaluation``."""
 
     def prepare(self, steps_to_come: int) -> None:
         """Before the first step: whether the disk has room."""
 
-    def saw(self, record: Record) -> None:
+    def record_evaluation(self, record: Record) -> None:
         """An evaluation, which tells which checkpoint is the best."""
 
-    def save(self, progress: Progress) -> Path:
+    def save(self, progress: TrainingState) -> Path:
         """Begin to write one, unless it is there; training may go on."""
 
     @property
@@ -92,7 +92,7 @@ class Saver(Protocol):
     def pause_seconds(self) -> float | None:
         """How long training stood still for a save since this was last asked."""
 
-    def publish_result(self, progress: Progress) -> Path:
+    def publish_result(self, progress: TrainingState) -> Path:
         """The trained model under its final name, and the mark that the run is finished."""
 
 
@@ -111,14 +111,14 @@ class Job:
     seed: int
     evaluator: Evaluator
     saver: Saver
-    numbers: NumberWatch
+    numbers: DivergenceMonitor
     trackers: Trackers
     hooks: list[Hook]
     stop: Stop
-    start: Progress
+    start: TrainingState
 
 
-def run(job: Job) -> Progress:
+def run(job: Job) -> TrainingState:
     """Train from where the job stands to its last step.
 
     Raises:
@@ -158,7 +158,7 @@ def run(job: Job) -> Progress:
     return progress
 
 
-def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Progress:
+def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) -> TrainingState:
     """One optimizer step, and a line of ``metrics.jsonl`` where one is due."""
     started = time.perf_counter()
     step = progress.step + 1
@@ -205,7 +205,7 @@ def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Pr
         job.trackers.log(record)
         line = LineSums()
     skipped = progress.skipped + (not result.applied)
-    return Progress(
+    return TrainingState(
         step=step,
         tokens=progress.tokens + batch.tokens,
         skipped=skipped,
@@ -214,21 +214,21 @@ def train_step(job: Job, progress: Progress, batches: Iterator[StepBatch]) -> Pr
     )
 
 
-def evaluate(job: Job, progress: Progress) -> Progress:
+def evaluate(job: Job, progress: TrainingState) -> TrainingState:
     """Held-out loss, logged.
 
     A stop in the middle of it saves and ends: the evaluation comes first after a resume.
     """
     record = job.evaluator.evaluate(progress, job.stop.requested)
     if record is not None:
-        job.saver.saw(record)
+        job.saver.record_evaluation(record)
         job.trackers.log(record)
     elif job.stop.requested():
         save_and_stop(job, replace(progress, evaluation_due=True))
     return replace(progress, evaluation_due=False)
 
 
-def save_and_stop(job: Job, progress: Progress) -> NoReturn:
+def save_and_stop(job: Job, progress: TrainingState) -> NoReturn:
     """Save where the run stands, and end it."""
     if progress.step == 0:
         raise StoppedError("stopped before the first step was done; the same command starts again")
@@ -245,7 +245,7 @@ def save_and_stop(job: Job, progress: Progress) -> NoReturn:
     )
 
 
-def save_before(job: Job, progress: Progress, error: DivergedError) -> NoReturn:
+def save_before(job: Job, progress: TrainingState, error: DivergedError) -> NoReturn:
     """Save the state from before a step that went wrong, which changed nothing, and end the run
     with its error.
     """

@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-from llmtune.engine.distributed import Rank, any_rank
+from llmtune.engine.distributed import Rank, all_reduce_any
 from llmtune.errors import EXIT_STOPPED
 from llmtune.process import STOP_SIGNALS, without_ignored
 from llmtune.storage import layout
@@ -23,7 +23,7 @@ class Stop:
     def __init__(self, rank: Rank, run: Path):
         self._rank = rank
         self._file = run / layout.SAVE_REQUEST
-        self._signalled = False
+        self._signaled = False
         self._armed = False
         self._agreed = False
         for number in without_ignored(STOP_SIGNALS):
@@ -41,8 +41,8 @@ class Stop:
         """Whether any rank was asked to stop, and which of ``others`` are true on any: one
         collective.
         """
-        asked = self._signalled or (self._rank.is_first and self._file.exists())
-        stop, *found = any_rank([asked, *others], self._rank)
+        asked = self._signaled or (self._rank.is_first and self._file.exists())
+        stop, *found = all_reduce_any([asked, *others], self._rank)
         self._agreed = self._agreed or stop
         if stop and self._rank.is_first:
             # Heard: the same command is to go on, not to stop again.
@@ -53,4 +53,4 @@ class Stop:
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if not self._armed:
             os._exit(EXIT_STOPPED)
-        self._signalled = True
+        self._signaled = True

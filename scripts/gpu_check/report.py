@@ -44,7 +44,7 @@ class Result:
     @property
     def note(self) -> str:
         """Why it did not pass, or what it measured."""
-        return self.skipped or "; ".join(self.problems) or summarise(self.measured)
+        return self.skipped or "; ".join(self.problems) or summarize(self.measured)
 
 
 def write_json(path: Path, machine: Machine, results: Sequence[Result]) -> None:
@@ -61,7 +61,7 @@ def write_json(path: Path, machine: Machine, results: Sequence[Result]) -> None:
 
 
 def print_table(console: Console, machine: Machine, results: Sequence[Result]) -> None:
-    """One row a check; coloured on a terminal."""
+    """One row a check; colored on a terminal."""
     table = Table(title=machine.card, title_justify="left")
     for heading in ("check", "", "seconds", "measured, or what is wrong"):
         table.add_column(
@@ -84,7 +84,7 @@ def make_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
 
 
-def summarise(measured: Any) -> str:
+def summarize(measured: Any) -> str:
     """The numbers of a check that passed, in one line."""
     if not isinstance(measured, dict):
         return "" if measured is None else str(measured)

@@ -22,7 +22,7 @@ from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config, Precision, TunerKind
 from llmtune.data.load.collate import Batch, Collator
 from llmtune.data.store.token_store import Row
-from llmtune.engine.distributed import Rank, broadcast_object, meet_ranks
+from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import LlmtuneError
 from llmtune.model.adapter.lora import add_lora
@@ -227,7 +227,7 @@ def main(cells: list[list[Any]], result: Path) -> None:
             found.append({"error": f"{type(error).__name__}: {error}"})
         if rank.is_first:
             result.write_text(json.dumps(found))
-    meet_ranks(rank)
+    barrier(rank)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from llmtune.checkpoint import save
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles
 from llmtune.checkpoint.writer import Buffers
-from llmtune.engine.distributed import Rank, meet_ranks
+from llmtune.engine.distributed import Rank, barrier
 from llmtune.errors import CheckpointError
 from llmtune.storage.safetensors_writer import TensorSpec
 from tests.joined import join_ranks
@@ -50,7 +50,7 @@ def attempt(rank: Rank, folder: Path, background: bool, value: float = 1.0) -> s
         folder=folder,
         state=state,
         weights=WeightFiles(False),
-        companions={"config.json": b"{}"},
+        model_files={"config.json": b"{}"},
         about={"step": state.step},
     )
     try:
@@ -94,5 +94,5 @@ if __name__ == "__main__":
     for mode in (False, True):
         said[f"full {mode}"] = attempt(this, run / f"checkpoint-{30 + mode}", mode)
     Path(f"{run}/said-{this.rank}.json").write_text(json.dumps(said))
-    meet_ranks(this)
+    barrier(this)
     os._exit(0)

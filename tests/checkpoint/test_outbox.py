@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmtune.checkpoint.writer import Buffers, Outbox
+from llmtune.checkpoint.writer import Buffers, CheckpointWriter
 from llmtune.storage.manifest import hash_file
 from llmtune.storage.safetensors_writer import TensorFile, TensorSpec
 
@@ -29,7 +29,7 @@ VALUES = {
 }
 
 
-def fill(outbox: Outbox) -> None:
+def fill(outbox: CheckpointWriter) -> None:
     for name, specs in SPECS.items():
         outbox.start(name, specs, {"of": name})
         for spec in specs:
@@ -38,7 +38,7 @@ def fill(outbox: Outbox) -> None:
 
 @pytest.mark.parametrize("hold", [False, True])
 def test_files_and_hashes_are_those_of_the_tensors(hold: bool, tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path, Buffers() if hold else None)
+    outbox = CheckpointWriter(tmp_path, Buffers() if hold else None)
     fill(outbox)
     assert bool(list(tmp_path.iterdir())) is not hold, "what is held is not on disk yet"
     beats: list[None] = []
@@ -59,7 +59,7 @@ def test_copies_are_of_the_moment_and_their_memory_is_used_again(tmp_path: Path)
     places = []
     for number in (1.0, 2.0):
         value.fill_(number)
-        outbox = Outbox(tmp_path, buffers)
+        outbox = CheckpointWriter(tmp_path, buffers)
         outbox.start("b.safetensors", SPECS["b.safetensors"])
         outbox.put(value)
         value.fill_(99.0)
@@ -99,7 +99,7 @@ def test_a_full_disk_is_said_when_all_tensors_were_taken(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(TensorFile, "_append", refuse)
-    outbox = Outbox(tmp_path, Buffers() if hold else None)
+    outbox = CheckpointWriter(tmp_path, Buffers() if hold else None)
     fill(outbox)
     with pytest.raises(OSError, match="No space left"):
         outbox.deliver(lambda: None)

@@ -140,7 +140,7 @@ def test_every_placement_goes_on_to_the_last_digit(
         same = run_cells(load_from(folders), ranks, tmp_path)
         for cell, losses in same.items():
             assert losses == whole[cell][FIRST:], cell
-        before = neighbours(of_ranks)
+        before = neighbors(of_ranks)
         moved = run_cells(
             load_from({cell: folders[before[cell]] for cell in of_ranks}), 3 - ranks, tmp_path
         )
@@ -151,7 +151,7 @@ def test_every_placement_goes_on_to_the_last_digit(
             )
 
 
-def neighbours(cells: list[Any]) -> dict[Any, Any]:
+def neighbors(cells: list[Any]) -> dict[Any, Any]:
     """Cell -> the one before it of those with its tuner and precision, the last one for the
     first.
     """

@@ -45,7 +45,7 @@ EXPERIMENTS: dict[str | None, Experiment] = {
         text="defaults:\n  - override /model: llama3_8b\n", model="llama3_8b"
     ),
     "chooses_and_names": Experiment(
-        text="defaults:\n  - override /model: smollm2_135m\nmodel:\n  name_or_path: /of/experiment\n",
+        text="defaults:\n  - override /model: smollm2_135m\nmodel:\n  name_or_path: /of/experiment\n",  # noqa: E501
         model="smollm2_135m",
         name="/of/experiment",
     ),

@@ -69,6 +69,6 @@ def test_sums_are_made_on_the_device_and_decisions_on_the_host(
 ) -> None:
     rank = Rank(rank=0, local_rank=0, world_size=2, device=torch.device("meta"), control="gloo")
     with pytest.raises(RuntimeError, match="meta"):
-        distributed.sum_over_ranks([1.0], rank)
-    distributed.any_rank([True, False], rank)
+        distributed.all_reduce_sum([1.0], rank)
+    distributed.all_reduce_any([True, False], rank)
     assert reached == [("meta", None), ("cpu", "gloo")]

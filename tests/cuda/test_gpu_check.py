@@ -166,10 +166,10 @@ def test_table_and_json_name_what_was_skipped_and_why(tmp_path: Path) -> None:
     check_schema(report)
     assert [check["passed"] for check in report["checks"]] == [True, False, None]
     assert [check["skipped"] for check in report["checks"]] == [None, None, "this card has no bf16"]
-    plain, coloured = io.StringIO(), io.StringIO()
+    plain, colored = io.StringIO(), io.StringIO()
     print_table(Console(file=plain, width=140), MACHINE, results)
     print_table(
-        Console(file=coloured, width=140, force_terminal=True, color_system="standard"),
+        Console(file=colored, width=140, force_terminal=True, color_system="standard"),
         MACHINE,
         results,
     )
@@ -180,7 +180,7 @@ def test_table_and_json_name_what_was_skipped_and_why(tmp_path: Path) -> None:
     assert "step 1 is 7" in rows["b/wrong"]
     assert "skipped" in rows["c/absent"]
     assert "this card has no bf16" in rows["c/absent"]
-    assert "\x1b[1;31mfailed" in coloured.getvalue()
+    assert "\x1b[1;31mfailed" in colored.getvalue()
     assert "\x1b" not in plain.getvalue()
 
 

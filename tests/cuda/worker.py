@@ -17,7 +17,7 @@ from tests.support import ROOT
 
 device = pretend.register()
 
-from llmtune.engine.distributed import meet_ranks  # noqa: E402
+from llmtune.engine.distributed import barrier  # noqa: E402
 from llmtune.engine.train_module import TrainModule  # noqa: E402
 from llmtune.launch.supervise.memory_errors import memory_pool  # noqa: E402
 from tests.engine.worker import ask_cpu_once, run_task  # noqa: E402
@@ -76,5 +76,5 @@ if __name__ == "__main__":
         results.append({**result, "waits": list(waits), "peak": device.memory(rank.local_rank)[1]})
     if rank.is_first:
         Path(sys.argv[2]).write_text(json.dumps(results))
-    meet_ranks(rank)
+    barrier(rank)
     os._exit(0)

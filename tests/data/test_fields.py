@@ -212,9 +212,9 @@ def test_so_it_is_in_a_part_of_a_message_and_in_a_call() -> None:
         )
         == set()
     )
-    assert read({"colour": "red"}, {"colour": "red"}) == {
-        "messages[].content[].colour",
-        "messages[].tool_calls[].colour",
+    assert read({"color": "red"}, {"color": "red"}) == {
+        "messages[].content[].color",
+        "messages[].tool_calls[].color",
     }
     for part, call, where in (
         ({"train": False}, {}, "content[0]: the field 'train'"),

@@ -98,7 +98,7 @@ ROWS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
 @pytest.mark.parametrize(
     ("data_format", "row", "expected"), ROWS, ids=[f"{row[0]}-{n}" for n, row in enumerate(ROWS)]
 )
-def test_a_row_is_recognised_and_read(
+def test_a_row_is_recognized_and_read(
     data_format: str, row: Any, expected: list[tuple[str, str]]
 ) -> None:
     assert detect_format(row).name == data_format

@@ -21,8 +21,8 @@ from llmtune.data.prepare import open_rows, prepare_data, read_problems
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize import encode, workers
 from llmtune.data.tokenize.encode import Encoder, EncodeSettings, Overflow, TokenRow
-from llmtune.data.tokenize.windows import WindowTokeniser
-from llmtune.data.tokenized_source import TokeniseProgress
+from llmtune.data.tokenize.windows import WindowTokenizer
+from llmtune.data.tokenized_source import TokenizeProgress
 
 LONG = "one two three four. "
 
@@ -135,7 +135,7 @@ def test_the_progress_goes_on_within_a_row(
     config = DataConfig(
         train=str(file), val_set_size=0, num_workers=workers, overlong=Overlong.split
     )
-    seen: list[TokeniseProgress] = []
+    seen: list[TokenizeProgress] = []
     began = time.monotonic()
     prepare_data(config, tokenizer, 1, tmp_path / "cache", seen.append)
     assert len(seen) > 20, "there are few blocks, and many windows"
@@ -177,7 +177,7 @@ def test_long_rows_come_out_as_if_they_were_encoded_at_once(
     whole = Encoder(tokenizer, settings).encode(conversations)
     monkeypatch.setattr(encode, "WINDOW", 500)
     encoder = Encoder(tokenizer, settings)
-    encoder._windows = WindowTokeniser(tokenizer.backend_tokenizer, 500, 240, 60)
+    encoder._windows = WindowTokenizer(tokenizer.backend_tokenizer, 500, 240, 60)
     for expected, outcome in zip(whole, encoder.encode(conversations), strict=True):
         assert type(outcome) is type(expected)
         if isinstance(expected, Overflow):

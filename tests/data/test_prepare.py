@@ -20,7 +20,7 @@ from llmtune.config.groups.data import DataConfig, Overlong
 from llmtune.data.prepare import PreparedData, open_rows, prepare_data, read_samples
 from llmtune.data.store.mixing import hold_out
 from llmtune.data.tokenize.chat_template import load_chat_template
-from llmtune.data.tokenized_source import TokeniseProgress
+from llmtune.data.tokenized_source import TokenizeProgress
 from llmtune.errors import ConfigError, DataError
 
 
@@ -79,7 +79,7 @@ def test_the_cache_knows_the_content(tokenizer: Any, tmp_path: Path) -> None:
     other = prepare(tokenizer, tmp_path, train=str(path), val_set_size=3)
     assert other.fingerprint != first.fingerprint
     assert len(list((tmp_path / "data/tokens").iterdir())) == tokens, (
-        "another split tokenises nothing again"
+        "another split tokenizes nothing again"
     )
     write(path, 11)
     assert (
@@ -105,7 +105,7 @@ def test_worker_processes_make_the_same_rows_and_tell_their_progress(
     tokenizer: Any, tmp_path: Path
 ) -> None:
     source = str(write(tmp_path / "a.jsonl", 30_000))
-    told: list[TokeniseProgress] = []
+    told: list[TokenizeProgress] = []
     alone = prepare(tokenizer, tmp_path / "1", train=source, num_workers=0)
     helped = prepare(tokenizer, tmp_path / "2", told.append, train=source, num_workers=2)
     assert helped.fingerprint == alone.fingerprint
@@ -127,7 +127,7 @@ def test_the_share_is_told_of_lines_that_are_not_compressed(
     path = write(tmp_path / name, 10)
     if name.endswith(".gz"):
         path.write_bytes(gzip.compress(path.read_bytes()))
-    told: list[TokeniseProgress] = []
+    told: list[TokenizeProgress] = []
     prepare(tokenizer, tmp_path, told.append, train=str(path), val_set_size=0)
     assert told[-1].share == (pytest.approx(1.0) if known else None)
 

@@ -56,7 +56,7 @@ SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     "write", [list, json.dumps, lambda turns: list(map(json.dumps, turns)), lambda t: f" {t!s}"]
 )
 @pytest.mark.parametrize("field", ["messages", "conversations"])
-def test_a_conversation_is_read_however_it_is_spelt(field: str, write: Any, turns: Any) -> None:
+def test_a_conversation_is_read_however_it_is_spelled(field: str, write: Any, turns: Any) -> None:
     written = write(turns)
     if isinstance(written, str) and "'" in written:
         with pytest.raises(

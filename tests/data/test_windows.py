@@ -20,7 +20,7 @@ from tokenizers import (
     trainers,
 )
 
-from llmtune.data.tokenize.windows import LongEncoding, WindowTokeniser
+from llmtune.data.tokenize.windows import LongEncoding, WindowTokenizer
 from tests.data.tokenizers import load_smollm2
 
 #: What the small tokenizers learn from, and what the texts are made of.
@@ -203,15 +203,15 @@ def check(backend: Tokenizer, text: str, window: int = 240) -> int:
     pulses: list[int] = []
     for around in (True, False):
         whole = backend.encode(text, add_special_tokens=around)
-        tokeniser = WindowTokeniser(backend, window, overlap=120, margin=30)
-        windows = tokeniser.encode(text, around, pulse=pulses.append)
+        tokenizer = WindowTokenizer(backend, window, overlap=120, margin=30)
+        windows = tokenizer.encode(text, around, pulse=pulses.append)
         assert windows.ids.tolist() == whole.ids
         own = own_tokens(windows)
         assert len(own) == len(backend.encode(text, add_special_tokens=False))
         # Each time that it is asked for, tokenizers makes a list of all of it.
         offsets = whole.offsets
         assert [windows.token_to_chars(token) for token in own] == [offsets[token] for token in own]
-        # Windows are tokenised again in whatever order they are asked about.
+        # Windows are tokenized again in whatever order they are asked about.
         for token in own[:: -max(1, len(own) // 5)]:
             assert windows.token_to_chars(token) == offsets[token]
         assert windows.letters == len(text)
@@ -282,7 +282,7 @@ def test_letters_and_tokens_find_each_other_as_in_an_encoding(
         for around in (True, False):
             whole, windows = (
                 backend.encode(text, add_special_tokens=around),
-                WindowTokeniser(backend, 240, 120, 30),
+                WindowTokenizer(backend, 240, 120, 30),
             )
             encoding = windows.encode(text, around)
             for at in range(len(text)):
@@ -295,7 +295,7 @@ def test_letters_and_tokens_find_each_other_as_in_an_encoding(
 def test_enough_is_enough(tokenizers: dict[str, Tokenizer]) -> None:
     backend = tokenizers["WordPiece"]
     text = "one two " * 5000
-    encoding = WindowTokeniser(backend, 240, 120, 30).encode(
+    encoding = WindowTokenizer(backend, 240, 120, 30).encode(
         text, True, enough=lambda tokens, letters: tokens > 100
     )
     assert 100 < len(encoding) < 300
@@ -308,7 +308,7 @@ def test_enough_is_enough(tokenizers: dict[str, Tokenizer]) -> None:
 
 
 def test_there_is_room_for_one_more_token(tokenizers: dict[str, Tokenizer]) -> None:
-    encoding = WindowTokeniser(tokenizers["WordPiece"], 240, 120, 30).encode("one two " * 500, True)
+    encoding = WindowTokenizer(tokenizers["WordPiece"], 240, 120, 30).encode("one two " * 500, True)
     ids = encoding.ids.tolist()
     assert encoding.ids_and(7).tolist() == [*ids, 7]
     assert (encoding.ids.tolist(), len(encoding)) == (ids, len(ids))

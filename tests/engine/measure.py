@@ -17,7 +17,7 @@ import torch
 
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import TunerKind
-from llmtune.engine.distributed import Rank, broadcast_object, meet_ranks
+from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.launch.preflight.deepspeed_ops import load_ops
 from llmtune.model.adapter.lora import add_lora
@@ -85,7 +85,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     module = TrainModule(model, deepspeed, rank, sum_token_losses)
     del model
     memory = measure_steps(module, before, batch, shape.vocab_size)
-    meet_ranks(rank)
+    barrier(rank)
     swapped = sum(
         file.stat().st_size for file in Path(folder).rglob(f"rank{rank.rank}/*") if file.is_file()
     )
@@ -144,5 +144,5 @@ if __name__ == "__main__":
         if this.is_first:
             # Line by line, so that a failing task can be told.
             Path(sys.argv[2]).write_text(json.dumps(results))
-    meet_ranks(this)
+    barrier(this)
     os._exit(0)

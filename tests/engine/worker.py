@@ -22,7 +22,7 @@ from llmtune.config.schema import Config, Precision, TunerKind
 from llmtune.data.load.collate import Collator, Targets
 from llmtune.data.load.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
-from llmtune.engine.distributed import Rank, broadcast_object, meet_ranks
+from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.optimizer_state import read_loss_scale, write_loss_scale
 from llmtune.engine.train_module import TrainModule
 from llmtune.launch.preflight.deepspeed_ops import load_ops
@@ -108,7 +108,7 @@ def resolve_on_first(config: Config, rank: Rank) -> Path:
     """The model's folder, made by rank 0: transformers writes nothing on the others."""
     if rank.is_first:
         resolve_model_folder(config.model, Path(config.paths.cache_dir))
-    meet_ranks(rank)
+    barrier(rank)
     return resolve_model_folder(config.model, Path(config.paths.cache_dir))
 
 
@@ -148,19 +148,23 @@ def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: A
     weights = WeightFiles(lora, 10**9, to_file_name if lora else str)
     folder, step = Path(task["save"]), task["save_at"]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    companions = {}
+    model_files = {}
     if module.rank.is_first:
         # Of a run's small files, the configuration of the run itself is not wanted here.
         write_config = Path(tempfile.mkdtemp())
         (write_config / "config.yaml").write_text("")
-        companions = render_companions(module.model, tokenizer, weights, write_config)
+        model_files = render_companions(module.model, tokenizer, weights, write_config)
     state = TrainerState(
         step=step, tokens=0, skipped=0, data_fingerprint="test", data_position=None
     )
     return begin_save(
         module,
         SaveRequest(
-            folder=folder, state=state, weights=weights, companions=companions, about={"step": step}
+            folder=folder,
+            state=state,
+            weights=weights,
+            model_files=model_files,
+            about={"step": step},
         ),
         Buffers(module.rank.device) if task.get("background") else None,
     )
@@ -172,5 +176,5 @@ if __name__ == "__main__":
     results = [run_task(task, this) for task in json.loads(sys.argv[1])]
     if this.is_first:
         Path(sys.argv[2]).write_text(json.dumps(results))
-    meet_ranks(this)
+    barrier(this)
     os._exit(0)

@@ -20,12 +20,12 @@ from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
 from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.merge.merged_source import MergedSource
-from llmtune.export.model import Material, open_material
+from llmtune.export.model import ExportModel, open_material
 from llmtune.export.pipeline import ExportRequest, run_export
 from llmtune.export.publish.shards import Journal
 from llmtune.export.sources.base import SafetensorsSource, TensorSource, read_whole
 from llmtune.export.sources.bitsandbytes import Bnb4bitSource, is_bnb_folder, open_base
-from llmtune.export.sources.nf4 import Nf4RoundTrip, quantised_names
+from llmtune.export.sources.nf4 import Nf4RoundTrip, quantized_names
 from llmtune.export.writers.bitsandbytes import write_bnb_4bit
 from tests.export.conftest import TOKENS, make_adapter, make_base
 from tests.export.test_nf4 import load_in_4bit, plain_weights
@@ -33,7 +33,7 @@ from tests.export.test_nf4 import load_in_4bit, plain_weights
 KINDS = ["llama", "llama-tied", "llama-bias", "gpt2"]
 
 
-def open_one(base: Path, adapter: Path | None = None) -> Material:
+def open_one(base: Path, adapter: Path | None = None) -> ExportModel:
     return open_material(
         ExportRequest(
             base=base, base_name="tiny", adapter=adapter, run=None, output=base.with_name("out")
@@ -42,9 +42,9 @@ def open_one(base: Path, adapter: Path | None = None) -> Material:
     )
 
 
-def write(material: Material, folder: Path, **settings: Any) -> Path:
+def write(export_model: ExportModel, folder: Path, **settings: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    write_bnb_4bit(material, folder, Journal(folder, "job"), ExportConfig(**settings))
+    write_bnb_4bit(export_model, folder, Journal(folder, "job"), ExportConfig(**settings))
     return folder
 
 
@@ -98,7 +98,7 @@ def test_a_written_folder_has_the_bits_of_one_that_transformers_stores(
     assert torch.equal(answer(loaded), answer(reference))
 
 
-def test_an_adapter_is_merged_before_it_is_quantised(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_merged_before_it_is_quantized(tiny_model: Path, tmp_path: Path) -> None:
     adapter = make_adapter(
         tiny_model, tmp_path / "adapter", torch.bfloat16, modules_to_save=["lm_head"]
     )
@@ -113,7 +113,7 @@ def test_an_adapter_is_merged_before_it_is_quantised(tiny_model: Path, tmp_path:
     assert_same(tensors_of(ours), tensors_of(tmp_path / "theirs"))
 
 
-def test_a_tied_output_that_an_adapter_unties_stays_unquantised(
+def test_a_tied_output_that_an_adapter_unties_stays_unquantized(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     base = make_base("llama-tied", tmp_path / "base", tiny_model, torch.bfloat16)
@@ -173,7 +173,7 @@ def test_what_was_killed_goes_on_with_the_shard_that_it_was_in(
     expected = write(whole, tmp_path / "whole", max_shard_bytes=20_000)
     folder = tmp_path / "killed"
     first = Ending(
-        whole.source, len(quantised_names(tiny_model, whole.source)) + len(whole.source.specs) // 2
+        whole.source, len(quantized_names(tiny_model, whole.source)) + len(whole.source.specs) // 2
     )
     with pytest.raises(OSError, match="the disk is gone"):
         write(replace(whole, source=first), folder, max_shard_bytes=20_000)
@@ -251,7 +251,7 @@ def test_an_adapter_merges_onto_a_4_bit_folder_as_onto_nf4(
     load_in_4bit(tiny_model).save_pretrained(tmp_path / "packed")
     stored = SafetensorsSource(tiny_model)
     onto_nf4 = MergedSource(
-        Nf4RoundTrip(stored, quantised_names(tiny_model, stored)), adapter, "lm_head.weight"
+        Nf4RoundTrip(stored, quantized_names(tiny_model, stored)), adapter, "lm_head.weight"
     )
     onto_folder = MergedSource(open_base(tmp_path / "packed"), adapter, "lm_head.weight")
     assert onto_folder.changed.keys() == onto_nf4.changed.keys()
@@ -268,12 +268,12 @@ def test_an_adapter_merges_onto_a_4_bit_folder_as_onto_nf4(
             r"bitsandbytes 8-bit.*base=.*dequantize\(\)",
         ),
         ({"load_in_8bit": True}, "bitsandbytes 8-bit"),
-        ({"quant_method": "gptq", "bits": 4}, r"quantised \(gptq\).*base="),
-        ({"quant_method": "awq", "bits": 4}, r"quantised \(awq\).*base="),
-        ({"quant_method": "fp8"}, r"quantised \(fp8\)"),
+        ({"quant_method": "gptq", "bits": 4}, r"quantized \(gptq\).*base="),
+        ({"quant_method": "awq", "bits": 4}, r"quantized \(awq\).*base="),
+        ({"quant_method": "fp8"}, r"quantized \(fp8\)"),
     ],
 )
-def test_other_quantisations_are_refused(
+def test_other_quantizations_are_refused(
     settings: dict[str, Any], part: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     base = make_base("llama", tmp_path / "base", tiny_model)

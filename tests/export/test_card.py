@@ -315,7 +315,7 @@ def test_letters_with_a_meaning_do_not_break_the_card(
             "Plan",
             "How it was made",
             "Versions",
-            "Licence",
+            "License",
         )
     ]
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
@@ -632,10 +632,10 @@ def test_a_card_says_onto_which_base_a_qlora_adapter_was_merged(
         base=base, base_name="tiny", adapter=adapter, run=run, output=tmp_path / "x"
     )
     original = write(tmp_path / "a", request)
-    assert "was added to the unquantised base (`export.merge_onto=original`)" in original
+    assert "was added to the unquantized base (`export.merge_onto=original`)" in original
     assert "qlora" in front_matter(original)["tags"]
     nf4 = write(tmp_path / "b", request, merge_onto=MergeOnto.nf4)
-    assert "quantised to NF4 and back (`export.merge_onto=nf4`)" in nf4
+    assert "quantized to NF4 and back (`export.merge_onto=nf4`)" in nf4
     alone = write(tmp_path / "c", request, format="adapter")
     assert "BitsAndBytesConfig(load_in_4bit=True" in alone
     lora = write(
@@ -676,7 +676,7 @@ def test_a_card_says_onto_which_base_a_qlora_adapter_was_merged(
         ({}, {}, "look it up"),
     ],
 )
-def test_the_licence_is_the_bases(
+def test_the_license_is_the_bases(
     base: Path, tmp_path: Path, files: dict[str, str], expected: dict[str, str], shown: str
 ) -> None:
     for name, data in files.items():
@@ -693,7 +693,7 @@ def test_the_licence_is_the_bases(
     assert {file.name for file in out.iterdir()} == {"README.md", *(files.keys() - {"README.md"})}
 
 
-def test_a_wholly_trained_model_has_the_licence_of_what_it_was_trained_from(
+def test_a_wholly_trained_model_has_the_license_of_what_it_was_trained_from(
     base: Path, run: Path, tmp_path: Path
 ) -> None:
     (run / "base").mkdir()
@@ -732,7 +732,7 @@ def test_a_real_run_has_every_part(tmp_path: Path) -> None:
         "Plan",
         "How it was made",
         "Versions",
-        "Licence",
+        "License",
     ):
         assert f"\n## {title}\n" in text
     for part in (

@@ -100,7 +100,7 @@ def test_an_adapter_merges_onto_what_a_qlora_training_saw(base: Path, tmp_path: 
     difference = (found[MergeOnto.nf4][name] - found[MergeOnto.original][name]).norm() / found[
         MergeOnto.original
     ][name].norm()
-    assert 0.01 < float(difference) < 0.2, "the quantisation error of NF4"
+    assert 0.01 < float(difference) < 0.2, "the quantization error of NF4"
     assert torch.equal(
         found[MergeOnto.nf4]["model.norm.weight"], found[MergeOnto.original]["model.norm.weight"]
     )

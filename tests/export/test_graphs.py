@@ -82,12 +82,12 @@ def write(
     kind: str, base: Path, output: Path, adapter: Path | None = None, **settings: Any
 ) -> Path:
     config = ExportConfig(format=kind, **settings)
-    material = open_material(
+    export_model = open_material(
         ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output), config
     )
     output.mkdir()
     writer = write_onnx if kind == "onnx" else write_torchscript
-    writer(material, output, Journal(output, "test"), config)
+    writer(export_model, output, Journal(output, "test"), config)
     return output
 
 
@@ -275,14 +275,14 @@ def test_what_cannot_be_a_graph_is_refused(
 
     config, out = ExportConfig(format=kind), tmp_path / "large"
     out.mkdir()
-    material = open_material(
+    export_model = open_material(
         ExportRequest(base=base, base_name="tiny", adapter=None, run=None, output=out), config
     )
     large = Large({"a": TensorSpec("a", torch.bfloat16, (70_000, 1_000_000))})
     with pytest.raises(
         ExportError, match=r"70\.0 B parameters are more than 3\.0 B; take export=gguf"
     ):
-        writer(replace(material, source=large), out, Journal(out, "test"), config)
+        writer(replace(export_model, source=large), out, Journal(out, "test"), config)
 
     settings = base / "config.json"
     for named in (["T5ForConditionalGeneration"], ["Speech2TextEncoder"], None):

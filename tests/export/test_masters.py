@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmtune.checkpoint.slices import Piece, PiecedTensor, find_gap
+from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.engine.optimizer_state import KINDS
 from llmtune.errors import ExportError
@@ -227,12 +227,12 @@ def test_a_folder_without_masters_is_told_from_one_with(tmp_path: Path) -> None:
 
 def test_a_block_in_one_piece_is_no_copy(tmp_path: Path) -> None:
     values = torch.arange(12.0)
-    whole = PiecedTensor(TensorSpec("t", torch.float32, (3, 4)), (Piece(0, values),))
+    whole = PiecedTensor(TensorSpec("t", torch.float32, (3, 4)), (TensorSlice(0, values),))
     (block,) = whole.blocks()
     assert block.data_ptr() == values.data_ptr()
-    halves = PiecedTensor(whole.spec, (Piece(0, values[:5]), Piece(5, values[5:])))
+    halves = PiecedTensor(whole.spec, (TensorSlice(0, values[:5]), TensorSlice(5, values[5:])))
     assert torch.equal(next(halves.blocks()), values.reshape(3, 4))
-    scalar = PiecedTensor(TensorSpec("s", torch.float32, ()), (Piece(0, values[7:8]),))
+    scalar = PiecedTensor(TensorSpec("s", torch.float32, ()), (TensorSlice(0, values[7:8]),))
     assert torch.equal(next(scalar.blocks()), torch.tensor(7.0))
     assert find_gap([], 1) == "it has 1 elements, and 0 are there"
 

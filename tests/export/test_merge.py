@@ -121,7 +121,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def put_on(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_peft_adapter(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Base and adapter in peft, unmerged."""
     model = load(base, dtype)
     rows = [
@@ -152,7 +152,7 @@ def test_a_merged_model_is_the_unmerged_one_and_peft_merges_to_the_same_bits(
     name, settings, as_peft = KINDS[kind]
     base = make_base(name, tmp_path / "base", tiny_model)
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
-    reference = put_on(base, adapter)
+    reference = load_peft_adapter(base, adapter)
     merged = load(export(base, adapter, tmp_path / "out"))
     with torch.no_grad():
         expected, found, plain = (
@@ -178,7 +178,7 @@ def test_in_bf16_there_is_one_rounding_as_in_peft(
     stored = load_file(adapter / "adapter_model.safetensors")
     assert {tensor.dtype for key, tensor in stored.items() if "lora_" in key} == {torch.float32}
     merged = load_file(export(base, adapter, tmp_path / "out") / "model.safetensors")
-    bits = put_on(base, adapter, torch.bfloat16).merge_and_unload().state_dict()
+    bits = load_peft_adapter(base, adapter, torch.bfloat16).merge_and_unload().state_dict()
     for parameter, tensor in merged.items():
         assert tensor.dtype == torch.bfloat16
         if "embed_tokens" in parameter and kind == "both embeddings":

@@ -24,10 +24,10 @@ from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.sources.base import Retyped, SafetensorsSource, TensorSource, read_whole
 from llmtune.export.sources.nf4 import (
     Nf4RoundTrip,
-    dequantise,
+    dequantize,
     mean_scale,
-    quantise,
-    quantised_names,
+    quantize,
+    quantized_names,
 )
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
 
@@ -38,7 +38,7 @@ KINDS = ["tiny", "llama", "llama-tied", "llama-bias", "gpt2"]
 def load_in_4bit(
     base: Path, dtype: Any = "auto", compute: torch.dtype = torch.bfloat16, **settings: Any
 ) -> Any:
-    """The reference: transformers quantises while it loads."""
+    """The reference: transformers quantizes while it loads."""
     given = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, **settings}
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute, **given)
     return AutoModelForCausalLM.from_pretrained(
@@ -61,10 +61,10 @@ def stand_for(packed: torch.Tensor, state: Any) -> torch.Tensor:
 
 
 def plain_weights(model: Any) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """All weights of a 4-bit model under the names and in the orientation of the unquantised one,
+    """All weights of a 4-bit model under the names and in the orientation of the unquantized one,
     and those that were not.
     """
-    tensors, quantised = {}, set()
+    tensors, quantized = {}, set()
     for name, module in model.named_modules():
         for part, tensor in module._parameters.items():
             if tensor is not None:
@@ -81,8 +81,8 @@ def plain_weights(model: Any) -> tuple[dict[str, torch.Tensor], set[str]]:
             tensors[f"{name}.weight"] = (
                 weight.T if issubclass(module.source_cls, Conv1D) else weight
             )
-            quantised.add(f"{name}.weight")
-    return tensors, quantised
+            quantized.add(f"{name}.weight")
+    return tensors, quantized
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -98,7 +98,7 @@ def test_every_weight_has_the_bits_of_a_model_that_transformers_loads_in_4_bits(
         make_base(kind, base, tiny_model, dtype)
     expected, layers = plain_weights(load_in_4bit(base, bnb_4bit_use_double_quant=double_quant))
     stored = SafetensorsSource(base)
-    names = quantised_names(base, stored)
+    names = quantized_names(base, stored)
     assert names.keys() == layers
     assert set(names.values()) == {kind == "gpt2"}
     source = Nf4RoundTrip(stored, names, double_quant)
@@ -109,13 +109,13 @@ def test_every_weight_has_the_bits_of_a_model_that_transformers_loads_in_4_bits(
         assert torch.equal(found, read_whole(stored, name)) == (name not in layers), name
 
 
-def test_a_base_of_another_dtype_is_quantised_in_that_of_the_training(
+def test_a_base_of_another_dtype_is_quantized_in_that_of_the_training(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     base = make_base("llama", tmp_path / "base", tiny_model, torch.float32)
     expected, layers = plain_weights(load_in_4bit(base, dtype=torch.bfloat16))
     stored = Retyped(SafetensorsSource(base), torch.bfloat16)
-    source = Nf4RoundTrip(stored, quantised_names(AutoConfig.from_pretrained(base), stored))
+    source = Nf4RoundTrip(stored, quantized_names(AutoConfig.from_pretrained(base), stored))
     assert all(torch.equal(read_whole(source, name), expected[name]) for name in layers)
 
 
@@ -139,12 +139,12 @@ def test_rows_at_a_time_have_the_bits_of_the_whole(
     monkeypatch.setattr("llmtune.storage.row_blocks._LEAST_ROWS", 1)
     monkeypatch.setattr("llmtune.export.sources.nf4._PIECE_ELEMENTS", 128)
     source = write_tensor(tensor, tmp_path)
-    ours, described = quantise(source, "w", transposed=False)
+    ours, described = quantize(source, "w", transposed=False)
     assert torch.equal(ours, packed)
     assert torch.equal(described.absmax, state.absmax)
     assert torch.equal(described.offset, state.offset)
     assert mean_scale(source, "w", transposed=False) == state.offset.item()
-    rows = list(dequantise(ours, described, transposed=False))
+    rows = list(dequantize(ours, described, transposed=False))
     assert torch.equal(torch.cat(rows), stand_for(packed, state))
     assert len(rows) > 1 or shape[0] * shape[1] < 20 * 64
 
@@ -177,7 +177,7 @@ def test_a_model_merged_onto_nf4_answers_as_the_training_did(
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
     trained = in_training(load_in_4bit(base, compute=torch.float32), adapter)
     stored = SafetensorsSource(base)
-    onto = {"nf4": Nf4RoundTrip(stored, quantised_names(base, stored)), "original": stored}
+    onto = {"nf4": Nf4RoundTrip(stored, quantized_names(base, stored)), "original": stored}
     with torch.no_grad():
         expected = trained(TOKENS).logits
         distances = {}
@@ -190,20 +190,20 @@ def test_a_model_merged_onto_nf4_answers_as_the_training_did(
         peft_merged = trained.merge_and_unload()(TOKENS).logits
     assert distances["nf4"] < 1e-4
     assert distances["original"] > 1e-2
-    assert (peft_merged - expected).abs().max() > 1e-2, "peft quantises the sum again"
+    assert (peft_merged - expected).abs().max() > 1e-2, "peft quantizes the sum again"
 
 
 def test_a_base_in_4_bits_computes_with_these_very_bits(tiny_model: Path, tmp_path: Path) -> None:
     stored = SafetensorsSource(tiny_model)
     folder = store(
-        Nf4RoundTrip(stored, quantised_names(tiny_model, stored)), tiny_model, tmp_path / "round"
+        Nf4RoundTrip(stored, quantized_names(tiny_model, stored)), tiny_model, tmp_path / "round"
     )
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
     with torch.no_grad():
         assert torch.equal(plain(TOKENS).logits, load_in_4bit(tiny_model).train()(TOKENS).logits)
 
 
-def test_what_cannot_be_quantised_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_quantized_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     source = write_tensor(torch.ones(4, 64, dtype=torch.int32), tmp_path / "one")
     with pytest.raises(ExportError, match=r"not of w \(torch.int32\)"):
         Nf4RoundTrip(source, {"w": False})
@@ -216,10 +216,10 @@ def test_what_cannot_be_quantised_is_refused(tiny_model: Path, tmp_path: Path) -
         base / "model.safetensors",
     )
     with pytest.raises(ExportError, match=r"2 linear layers .* model.layers.0.mlp.up_proj.weight"):
-        quantised_names(base, SafetensorsSource(base))
+        quantized_names(base, SafetensorsSource(base))
     (base / "config.json").write_text('{"model_type": "of_next_year"}')
     with pytest.raises(ExportError, match="cannot tell which layers are linear") as caught:
-        quantised_names(base, SafetensorsSource(base))
+        quantized_names(base, SafetensorsSource(base))
     assert caught.value.exit_code == 6
 
 
@@ -231,7 +231,7 @@ def test_files_that_leave_out_the_first_part_of_names_are_matched(
     short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     save_file(short, base / "model.safetensors", {"format": "pt"})
     copy_tokenizer(tiny_model, base)
-    names = quantised_names(base, SafetensorsSource(base))
+    names = quantized_names(base, SafetensorsSource(base))
     assert {f"transformer.{name}" for name in names} == plain_weights(load_in_4bit(base))[1]
 
 

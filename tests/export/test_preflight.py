@@ -78,7 +78,7 @@ def test_a_base_that_cannot_be_unpacked_is_refused_for_whatever_is_merged(
     base = with_config(tiny_model, tmp_path, quantization_config=settings)
     with pytest.raises(
         MissingPrerequisiteError,
-        match=r"the weights are quantised .*the training, which has not begun",
+        match=r"the weights are quantized .*the training, which has not begun",
     ):
         check_exportable(ExportConfig(format=kind), base)
     for other in ("none", "adapter"):

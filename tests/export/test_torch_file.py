@@ -24,11 +24,11 @@ from tests.export.conftest import TOKENS, make_adapter, make_base
 
 def write(base: Path, output: Path, adapter: Path | None = None, **settings: Any) -> Path:
     config = ExportConfig(format="pt", **settings)
-    material = open_material(
+    export_model = open_material(
         ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output), config
     )
     output.mkdir()
-    write_torch_file(material, output, Journal(output, "test"), config)
+    write_torch_file(export_model, output, Journal(output, "test"), config)
     return output
 
 

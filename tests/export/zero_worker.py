@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmtune.engine.distributed import Rank, meet_ranks
+from llmtune.engine.distributed import Rank, barrier
 from tests.engine import worker
 from tests.joined import join_ranks
 
@@ -164,5 +164,5 @@ if __name__ == "__main__":
         (write_own if "masters" in todo else write_zero)(todo, this)
     if this.is_first:
         Path(sys.argv[2]).write_text("[]")
-    meet_ranks(this)
+    barrier(this)
     os._exit(0)

@@ -10,12 +10,14 @@ from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format
 from llmtune.export.usage import Usage, shell_block
 
 if TYPE_CHECKING:
-    from llmtune.export.model import Material
+    from llmtune.export.model import ExportModel
     from llmtune.export.publish.shards import Journal
 
 
-def _write(material: Material, folder: Path, _journal: Journal, _config: ExportConfig) -> None:
-    (folder / "names.txt").write_text("\n".join(sorted(material.source.specs)) + "\n")
+def _write(
+    export_model: ExportModel, folder: Path, _journal: Journal, _config: ExportConfig
+) -> None:
+    (folder / "names.txt").write_text("\n".join(sorted(export_model.source.specs)) + "\n")
 
 
 def _describe_usage(usage: Usage) -> str:

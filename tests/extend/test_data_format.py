@@ -1,4 +1,4 @@
-"""A format of rows from a file of one's own is recognised, checked, reported and trained like any
+"""A format of rows from a file of one's own is recognized, checked, reported and trained like any
 other.
 """
 

@@ -94,7 +94,7 @@ def run_interrupted(
     trial: Interrupt,
     wait: Callable[[Path, subprocess.Popen[bytes]], None],
 ) -> Outcome:
-    """The program in a session of its own, signalled when ``wait(console, process)`` returns;
+    """The program in a session of its own, signaled when ``wait(console, process)`` returns;
     nothing is left of it.
     """
     mark, console = uuid.uuid4().hex, folder / "console.txt"

@@ -34,7 +34,7 @@ ROWS = 60_000
 
 @dataclass(frozen=True)
 class Setting:
-    """A finished run, and rows that take seconds to tokenise."""
+    """A finished run, and rows that take seconds to tokenize."""
 
     folder: Path
 
@@ -138,9 +138,9 @@ def test_every_verb_ends_at_every_moment(
     assert not wrong, outcome
 
 
-def until_it_tokenises(console: Path, process: subprocess.Popen[bytes]) -> None:
+def until_it_tokenizes(console: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 120
-    while b"tokenising" not in console.read_bytes():
+    while b"tokenizing" not in console.read_bytes():
         assert process.poll() is None, console.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -158,12 +158,12 @@ def until_it_tokenises(console: Path, process: subprocess.Popen[bytes]) -> None:
         ("train", signal.SIGHUP, 1, "group"),
     ],
 )
-def test_tokenising_ends_with_all_its_workers(
+def test_tokenizing_ends_with_all_its_workers(
     verb: str, number: signal.Signals, times: int, target: str, setting: Setting, tmp_path: Path
 ) -> None:
     trial = Interrupt(verb=verb, moment=0.5, number=number, times=times, target=target)
     outcome = run_interrupted(
-        setting.arguments(verb, tmp_path), tmp_path, trial, until_it_tokenises
+        setting.arguments(verb, tmp_path), tmp_path, trial, until_it_tokenizes
     )
     assert not judge_interrupt(trial, outcome, 0), outcome
     assert outcome.code == (75 if verb == "train" else 128 + number)

@@ -24,13 +24,13 @@ from llmtune.engine.heartbeat import PhaseLog
 from llmtune.errors import DataError, LlmtuneError, StoppedError
 from llmtune.launch.launchers.environment import FAILURE_DIR
 from llmtune.launch.supervise.out_of_memory import phase_file
-from llmtune.launch.supervise.processes import follow_supervisor
+from llmtune.launch.supervise.processes import die_with_supervisor
 from llmtune.launch.supervise.rank_report import report_failure
 from llmtune.launch.supervise.stacks import answer_with_stacks
 rank = int(os.environ["RANK"])
 failures = Path(os.environ[FAILURE_DIR])
 out = Path(os.environ.get("OUT", failures))
-follow_supervisor()
+die_with_supervisor()
 answer_with_stacks(failures, rank)
 phases = PhaseLog(phase_file(failures, rank))
 def reach(step, phase="forward"):

@@ -13,7 +13,7 @@ from llmtune.engine.heartbeat import PhaseLog
 from llmtune.launch.supervise import phase_records
 from llmtune.launch.supervise.out_of_memory import phase_file
 from llmtune.launch.supervise.outcome import RanksFailedError
-from llmtune.launch.supervise.phase_records import HangWatch, finished_step, read_phase
+from llmtune.launch.supervise.phase_records import HangDetector, finished_step, read_phase
 from llmtune.launch.supervise.watch import Limits
 from tests.launch.fakes import run_fakes
 
@@ -110,7 +110,7 @@ def test_a_supervisor_that_was_suspended_with_its_ranks_sees_no_hang(
     log.enter("forward")
     now = 0.0
     monkeypatch.setattr(phase_records, "time", SimpleNamespace(monotonic=lambda: now))
-    watch = HangWatch(tmp_path, 1, 10.0)
+    watch = HangDetector(tmp_path, 1, 10.0)
     assert not watch.is_hung()
     for seconds in [1.0] * 8 + [86400.0]:
         now += seconds
@@ -126,8 +126,8 @@ def test_a_supervisor_that_was_suspended_with_its_ranks_sees_no_hang(
 def test_clocks_and_time_stamps_of_files_do_not_matter(tmp_path: Path) -> None:
     log = PhaseLog(phase_file(tmp_path, 0))
     log.enter("forward")
-    watch = HangWatch(tmp_path, 1, 0.0)
-    assert not HangWatch(tmp_path, 1, 60.0).is_hung()
+    watch = HangDetector(tmp_path, 1, 0.0)
+    assert not HangDetector(tmp_path, 1, 60.0).is_hung()
     watch.is_hung()
     os.utime(phase_file(tmp_path, 0), (0, 0))
     assert watch.is_hung()

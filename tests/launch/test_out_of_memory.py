@@ -1,4 +1,4 @@
-"""Memory that ran out is recognised however a rank ended."""
+"""Memory that ran out is recognized however a rank ended."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ _PRELUDE = """
 import sys, threading, time
 from pathlib import Path
 from llmtune.engine.heartbeat import PhaseLog
-from llmtune.launch.supervise.self_watch import SelfWatch
+from llmtune.launch.supervise.self_watch import RankWatchdog
 run = Path(sys.argv[1])
-watch = SelfWatch(3, run, lambda text: print(text, flush=True))
+watch = RankWatchdog(3, run, lambda text: print(text, flush=True))
 phases = PhaseLog(watch.record)
 print(watch.record.parent, flush=True)
 def reach(step, phase="forward"):

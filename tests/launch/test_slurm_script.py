@@ -139,7 +139,7 @@ def wait_for(*files: Path) -> None:
 def test_a_signal_to_the_batch_script_reaches_every_rank(
     tasks: int, number: signal.Signals, code: int, requeued: int, slurm: Slurm
 ) -> None:
-    """A job that was cancelled is not queued again."""
+    """A job that was canceled is not queued again."""
     ranks = ["-"] if tasks == 1 else ["0", "1"]
     job = slurm.start(tasks=tasks, end="save")
     wait_for(*(slurm.folder / f"ready-{rank}" for rank in ranks))

@@ -136,7 +136,7 @@ def test_a_rank_whose_supervisor_died_before_it_looked_does_not_begin() -> None:
     orphan = "import os\nos.environ['LLMTUNE_SUPERVISOR'] = '1'\n"
     body = (
         "from llmtune.launch.supervise.processes import"
-        " follow_supervisor\nfollow_supervisor()\nos._exit(42)\n"
+        " die_with_supervisor\nfollow_supervisor()\nos._exit(42)\n"
     )
     process = RankProcess(0, ["-c", orphan + body], environment)
     assert wait_until(lambda: process.exit_code() is not None)

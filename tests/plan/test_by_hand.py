@@ -135,7 +135,7 @@ def test_an_evaluation_of_many_rows_needs_room_for_its_logits_unless_there_is_no
 def test_four_bits_are_half_a_byte_a_byte_a_block_and_four_a_block_of_blocks(
     stage: int, ranks: int
 ) -> None:
-    """Layers are quantised; embedding, head and norms are bf16; bitsandbytes leaves the scales on
+    """Layers are quantized; embedding, head and norms are bf16; bitsandbytes leaves the scales on
     every rank.
     """
     shape = shape_of("tuner=qlora")

@@ -25,7 +25,7 @@ from llmtune.launch.supervise import restart, watch
 from llmtune.launch.supervise.outcome import RanksFailedError
 from llmtune.launch.supervise.restart import Restarts
 from llmtune.run import fallback
-from llmtune.run.fallback import Descent
+from llmtune.run.fallback import FallbackRunner
 from llmtune.run.prepare import RunTarget
 from llmtune.storage import layout
 from llmtune.track.console import Console
@@ -110,8 +110,8 @@ KILLED_AT_5 = "if step == 5 and rank == 1 and resumed < 4: os.kill(os.getpid(), 
 
 
 class FakeRun:
-    """``Descent`` over fake ranks: plan and data are left out, processes, signals and checkpoints
-    are real.
+    """``FallbackRunner`` over fake ranks: plan and data are left out, processes, signals and
+    checkpoints are real.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -152,7 +152,7 @@ class FakeRun:
         ladder: Any = SimpleNamespace(chosen="top")
         composed = Composed(config=self.config, choices={}, overrides=[], unnamed="")
         target = RunTarget("run", self.folder)
-        return Descent(
+        return FallbackRunner(
             composed, ladder, target, RunFolder(self.folder), Console(self.printed)
         ).run()
 

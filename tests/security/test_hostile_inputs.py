@@ -32,7 +32,7 @@ from llmtune.storage.plain_json import MAX_DEPTH, check_depth, decode_json, pars
 from llmtune.storage.safetensors_header import read_header
 from tests.security.archives import tensor, write_archive
 
-# : A slow machine with a busy neighbour; what was quadratic or exponential took minutes, or for
+# : A slow machine with a busy neighbor; what was quadratic or exponential took minutes, or for
 # ever.
 SECONDS = 10.0
 

@@ -74,7 +74,7 @@ def test_a_link_that_leads_out_is_not_exported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if where == "adapter" and name == "USE_POLICY.md":
-        pytest.skip("one of the licences is enough for the adapter")
+        pytest.skip("one of the licenses is enough for the adapter")
     adapter = make_adapter(base, tmp_path / "adapter")
     folder = {"base": base, "adapter": adapter}[where]
     (folder / name).unlink(missing_ok=True)

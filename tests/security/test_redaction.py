@@ -198,7 +198,7 @@ def test_ordinary_text_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLDPWD", "/no/such/folder")
     monkeypatch.setenv("SSH_ASKPASS", "ksshaskpass")
     monkeypatch.setenv("GIT_REMOTE", "https://research@host.example/x")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("TOKENIZERS_PARALLELIZM", "false")
     for text in ORDINARY:
         assert redact(text) == text
 
@@ -228,7 +228,7 @@ def test_pieces_of_a_text_show_no_more_than_the_whole(
         os.environ.update(environment)
 
 
-def test_a_secret_in_two_colours_of_the_page_is_hidden(
+def test_a_secret_in_two_colors_of_the_page_is_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_abcDEF<123456")

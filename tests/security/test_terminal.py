@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 import llmtune
 from llmtune.cli import chat, main
 from llmtune.cli.arguments import Arguments
-from llmtune.cli.data import _coloured
+from llmtune.cli.data import _colored
 from llmtune.cli.plan import Output
 from llmtune.data.report.statistics import Piece
-from llmtune.security.terminal import GREEN, GREY, PLAIN, show_controls, to_json_line, to_terminal
+from llmtune.security.terminal import GRAY, GREEN, PLAIN, show_controls, to_json_line, to_terminal
 from llmtune.track.console import Console
 
 ORDERS = [
@@ -78,9 +78,9 @@ def test_every_way_to_the_terminal_spells_controls_out(
     Output(out)(text)
     assert not CONTROLS & set(out.getvalue())
     assert "\\x" in out.getvalue()
-    for colours in (True, False):
-        shown = _coloured([Piece(text, True), Piece(text, False)], colours)
-        assert not CONTROLS & set(shown.replace(GREEN, "").replace(GREY, "").replace(PLAIN, ""))
+    for colors in (True, False):
+        shown = _colored([Piece(text, True), Piece(text, False)], colors)
+        assert not CONTROLS & set(shown.replace(GREEN, "").replace(GRAY, "").replace(PLAIN, ""))
     for argument in (f"no_such_key={text}", f"--{text}", text, f"model={text}"):
         assert main.main([argument]) == 2
     captured = capsys.readouterr()

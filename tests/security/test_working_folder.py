@@ -15,7 +15,7 @@ from llmtune.cli.dotenv_file import load_dotenv_file
 from llmtune.cli.main import main
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.launch.launchers import hostfile
-from llmtune.launch.launchers.hostfile import hand_over, runner_environment
+from llmtune.launch.launchers.hostfile import exec_runner, runner_environment
 from llmtune.security.working_folder import leave_working_folder
 from llmtune.track.services.wandb import check_working_folder
 from tests.support import ROOT, TINY, run_cli
@@ -265,7 +265,7 @@ def test_a_secret_does_not_go_onto_the_command_lines_of_other_machines(bare: Pat
     with pytest.raises(
         ConfigError, match=r"launch.hostfile: there is a secret in checkpoint.mirror.*oc.env:NAME"
     ) as caught:
-        hand_over(bare / "hosts", ["train", "checkpoint.mirror=ftp://me:planted-password@host/x"])
+        exec_runner(bare / "hosts", ["train", "checkpoint.mirror=ftp://me:planted-password@host/x"])
     assert "planted" not in str(caught.value)
 
 
@@ -280,7 +280,7 @@ def test_deepspeeds_runner_gets_no_variables_that_it_would_show(
     given: dict[str, str] = {}
     monkeypatch.setattr(hostfile.os, "execvpe", lambda _program, _arguments, env: given.update(env))
     (bare / "hosts").write_text("a slots=1\n")
-    hand_over(bare / "hosts", ["train"])
+    exec_runner(bare / "hosts", ["train"])
     assert given == environment
     (bare / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
     with pytest.raises(

@@ -64,7 +64,7 @@ PLANTED = [
         fault="a rank takes its slice for that of another",
         file="engine/optimizer_state.py",
         right="start = module.rank.rank * parameter.ds_tensor.ds_numel",
-        wrong="start = (module.rank.world_size - 1 - module.rank.rank) * parameter.ds_tensor.ds_numel",
+        wrong="start = (module.rank.world_size - 1 - module.rank.rank) * parameter.ds_tensor.ds_numel",  # noqa: E501
         tests=(
             "tests/checkpoint/test_resume_matrix.py::test_every_placement_goes_on_to_the_last_digit",
         ),
@@ -107,8 +107,8 @@ PLANTED = [
     Planted(
         fault="a rank does not hear a signal",
         file="train/stop_request.py",
-        right="        self._signalled = True",
-        wrong="        self._signalled = False",
+        right="        self._signaled = True",
+        wrong="        self._signaled = False",
         tests=("tests/faults/test_signals.py",),
     ),
     Planted(

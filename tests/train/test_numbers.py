@@ -15,7 +15,7 @@ from llmtune.data.load.loader import StepBatch
 from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import StepResult
 from llmtune.errors import DivergedError, RollbackError
-from llmtune.train.divergence import MAX_ROLLBACKS, NumberWatch
+from llmtune.train.divergence import MAX_ROLLBACKS, DivergenceMonitor
 
 #: Two micro-batches of two rows; the last one only fills up.
 STEP = StepBatch(
@@ -25,14 +25,14 @@ STEP = StepBatch(
 
 def watch(
     run: Path, on_nan: OnNan, losses: list[list[float]] | None = None, precision: str = "bf16"
-) -> tuple[NumberWatch, list[str]]:
+) -> tuple[DivergenceMonitor, list[str]]:
     said: list[str] = []
     rank = Rank(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     module: Any = SimpleNamespace(
         rank=rank, config={precision: {}}, row_losses=lambda _: losses or [[1.0, 1.0], [1.0, 0.0]]
     )
     loader: Any = SimpleNamespace(places=lambda row: [f"rows.jsonl:{row}"])
-    return NumberWatch(module, loader, on_nan, run, said.append), said
+    return DivergenceMonitor(module, loader, on_nan, run, said.append), said
 
 
 BAD = StepResult(math.nan, math.inf, False)

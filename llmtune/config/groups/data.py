@@ -84,7 +84,7 @@ class DataConfig:
     lists them in a file.
     """
     num_workers: int | str = "auto"
-    """Processes that tokenise; ``auto`` is one a core, and none for small files."""
+    """Processes that tokenize; ``auto`` is one a core, and none for small files."""
     dataloader_num_workers: int = 0
     """Processes of each rank that make batches ahead of the training step; 0 makes them in the rank
     itself.
@@ -92,7 +92,7 @@ class DataConfig:
     pin_memory: bool | str = "auto"
     """Batches in page-locked host memory, which copies to a GPU faster; ``auto`` on CUDA."""
     streaming: bool = False
-    """Tokenise while training, for data larger than the disk; needs ``train.max_steps``, and
+    """Tokenize while training, for data larger than the disk; needs ``train.max_steps``, and
     ``data.eval`` or none held out.
     """
     shuffle_buffer: int = 10_000

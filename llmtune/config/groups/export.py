@@ -50,11 +50,11 @@ class ExportConfig:
     max_shard_bytes: int = 5_000_000_000
     """Largest safetensors file."""
     merge_onto: MergeOnto = MergeOnto.original
-    """``nf4``: quantise the base to NF4 and back before adding the adapter, so that it sits on the
-    weights that a QLoRA training saw, with their quantisation error; ``original``: add it to the
-    unquantised weights."""
+    """``nf4``: quantize the base to NF4 and back before adding the adapter, so that it sits on the
+    weights that a QLoRA training saw, with their quantization error; ``original``: add it to the
+    unquantized weights."""
     gguf_type: GgufType = GgufType.f16
-    """With ``export=gguf``: ``f32 f16 bf16``, or quantised: ``q8_0 q5_1 q5_0 q4_1 q4_0``."""
+    """With ``export=gguf``: ``f32 f16 bf16``, or quantized: ``q8_0 q5_1 q5_0 q4_1 q4_0``."""
     parity: bool = True
     """Compare every number of what was written, and its logits, with base and adapter before it is
     published.

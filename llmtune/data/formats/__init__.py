@@ -1,3 +1,3 @@
-"""Formats of rows, one file per format: what a row is recognised by, and how it becomes a
+"""Formats of rows, one file per format: what a row is recognized by, and how it becomes a
 conversation.
 """

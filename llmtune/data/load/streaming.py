@@ -1,9 +1,9 @@
-"""Rows tokenised while training, for data larger than the disk.
+"""Rows tokenized while training, for data larger than the disk.
 
 The stream is cut into windows of whole blocks. Within a window rows are shuffled, and packed, as a
 function of seed and window number alone. So a position is small (where the files stood when the
 window began, and how many of its rows are done), resuming makes one window again, and any number of
-ranks sees the same global batches: each rank tokenises the whole stream and takes its share.
+ranks sees the same global batches: each rank tokenizes the whole stream and takes its share.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llmtune.data.store.packing import pack_rows
 from llmtune.data.store.token_store import Row, join_documents
 from llmtune.data.store.vocabulary import check_block
 from llmtune.data.tokenize.encode import Encoder, EncodeSettings
-from llmtune.data.tokenize.workers import TokenBlock, tokenise_block
+from llmtune.data.tokenize.workers import TokenBlock, tokenize_block
 from llmtune.data.tokenized_source import find_recipe
 from llmtune.draws import Draw, generator
 from llmtune.errors import CheckpointError, DataError
@@ -65,7 +65,7 @@ class Cursor:
 
 
 class RowStream:
-    """The rows of all sources, tokenised, window by window, without end."""
+    """The rows of all sources, tokenized, window by window, without end."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class RowStream:
             start = (cursor.places[number][0], cursor.places[number][1])
             for block in read_blocks(file, source, start) if recipe else ():
                 cursor.places[number] = list(block.next)
-                (made,) = tokenise_block(block, self._encoder, recipe)  # type: ignore[arg-type]
+                (made,) = tokenize_block(block, self._encoder, recipe)  # type: ignore[arg-type]
                 if self._model_folder is not None:
                     check_block(
                         made.ids,

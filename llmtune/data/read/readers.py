@@ -1,5 +1,5 @@
 """Files read in blocks of a bounded size, from any place; what stands in a block is parsed later,
-by whoever tokenises it.
+by whoever tokenizes it.
 
 A block is what travels to a worker process: the bytes of some lines, or some rows as Arrow. So
 reading a file of any size takes the memory of a few blocks, and the costly parsing of JSON is

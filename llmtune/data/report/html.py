@@ -14,8 +14,8 @@ from llmtune.data.report.statistics import Lengths, Padding, Piece
 from llmtune.data.rows.problems import Problem, group_by_kind
 from llmtune.security.redaction import redact
 
-#: Trained and masked text: the same two colours in picture, page and terminal.
-TRAINED_COLOUR, MASKED_COLOUR = "#1a7f37", "#8c959f"
+#: Trained and masked text: the same two colors in picture, page and terminal.
+TRAINED_COLOR, MASKED_COLOR = "#1a7f37", "#8c959f"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +39,12 @@ def write_picture(lengths: Lengths, title: str, path: Path) -> None:
     figure = Figure(figsize=(10, 3.8), dpi=120)
     left, right = figure.subplots(1, 2)
     widths = [end - begin for begin, end in zip(lengths.edges[:-1], lengths.edges[1:], strict=True)]
-    for axes, values, colour, label in (
+    for axes, values, color, label in (
         (left, lengths.rows, "tab:blue", "documents"),
-        (right, lengths.trained, TRAINED_COLOUR, "trained tokens"),
+        (right, lengths.trained, TRAINED_COLOR, "trained tokens"),
     ):
         axes.bar(
-            lengths.edges[:-1], values, width=widths, align="edge", color=colour, edgecolor="white"
+            lengths.edges[:-1], values, width=widths, align="edge", color=color, edgecolor="white"
         )
         axes.set(xlabel="tokens of a document", ylabel=label)
         axes.grid(axis="y", alpha=0.3)
@@ -69,8 +69,8 @@ def write_page(report: DataReport, picture: Path | None, path: Path) -> None:
         image=image,
         problems=group_by_kind(report.problems),
         bars=list(_bars(report.lengths)) if report.lengths else [],
-        trained=TRAINED_COLOUR,
-        masked=MASKED_COLOUR,
+        trained=TRAINED_COLOR,
+        masked=MASKED_COLOR,
     )
     path.write_text(redact(text), encoding="utf-8")
 

@@ -67,7 +67,7 @@ class Padding:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Neighbouring tokens that are all trained or all not."""
+    """Neighboring tokens that are all trained or all not."""
 
     text: str
     trained: bool

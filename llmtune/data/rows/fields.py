@@ -107,7 +107,7 @@ HARMLESS = frozenset(
             "commit",
             "branch",
             "license",
-            "licence",
+            "license",
             "author",
             "authors",
             "annotator",

@@ -1,1 +1,1 @@
-"""Tokenised rows on disk: mixed, packed, read back."""
+"""Tokenized rows on disk: mixed, packed, read back."""

@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: one Arrow file a source, mapped into memory, with small arrays of numbers
+"""Tokenized rows on disk: one Arrow file a source, mapped into memory, with small arrays of numbers
 beside it.
 """
 

@@ -93,7 +93,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class _Scaffold:
+class _TurnLayout:
     """What a template puts around the messages of a sequence of roles."""
 
     between: tuple[str, ...]
@@ -161,7 +161,7 @@ class ChatTemplate:
         # Here, because it imports torch, which commands without data do not need.
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        self._scaffolds: dict[tuple[Role, ...], _Scaffold | None] = {}
+        self._scaffolds: dict[tuple[Role, ...], _TurnLayout | None] = {}
         self._text = text if text is not None else str(tokenizer.get_chat_template())
         self._variables = dict(tokenizer.special_tokens_map)
         self._closing = str(tokenizer.eos_token or "")
@@ -288,7 +288,7 @@ class ChatTemplate:
             position = end + len(following)
         return "".join(parts), spans
 
-    def _learn_scaffold(self, roles: tuple[Role, ...]) -> _Scaffold | None:
+    def _learn_scaffold(self, roles: tuple[Role, ...]) -> _TurnLayout | None:
         names = [f"\ue000{number}\ue001" for number in range(len(roles))]
         sample = Conversation(
             messages=tuple(
@@ -315,7 +315,7 @@ class ChatTemplate:
         if any("\ue000" in part for part in between):
             # Words that are written more than once.
             return None
-        return _Scaffold(tuple(between), tuple(reaches))
+        return _TurnLayout(tuple(between), tuple(reaches))
 
     @cached_property
     def _arguments_as_text(self) -> bool:

@@ -20,7 +20,7 @@ from llmtune.data.rows.conversation import Conversation, Role
 from llmtune.data.rows.problems import RowError
 from llmtune.data.rows.values import texts_within
 from llmtune.data.tokenize.chat_template import ChatTemplates, Span
-from llmtune.data.tokenize.windows import WINDOW, LongEncoding, Pulse, WindowTokeniser
+from llmtune.data.tokenize.windows import WINDOW, LongEncoding, Pulse, WindowTokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,10 +48,10 @@ class Overflow:
     """A row that is longer than ``max_seq_length`` and was left out."""
 
     tokens: int
-    """0 of a long text that was not tokenised to its end."""
+    """0 of a long text that was not tokenized to its end."""
 
 
-#: Letters that are tokenised together: an encoding takes some 200 bytes for each.
+#: Letters that are tokenized together: an encoding takes some 200 bytes for each.
 BATCH_LETTERS = 1 << 20
 
 _ALLOW = "If it is meant as one, take data.allow_special_tokens=true"
@@ -105,7 +105,7 @@ class Encoder:
         self._backend = known.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._windows = WindowTokeniser(self._backend)
+        self._windows = WindowTokenizer(self._backend)
         added = tokenizer.added_tokens_decoder
         self.special = frozenset(tokenizer.all_special_ids) | {
             index for index, token in added.items() if token.special
@@ -131,7 +131,7 @@ class Encoder:
         """The rows of each conversation, or why there are none.
 
         Args:
-            pulse: Called now and then while a long one is tokenised.
+            pulse: Called now and then while a long one is tokenized.
         """
         outcomes: list[Any] = [None] * len(conversations)
         rendered: dict[bool, list[_Rendered]] = {True: [], False: []}
@@ -146,7 +146,7 @@ class Encoder:
             except RowError as error:
                 outcomes[number] = error
         for plain, entries in rendered.items():
-            for row, encoding in self._tokenise(entries, plain, pulse):
+            for row, encoding in self._tokenize(entries, plain, pulse):
                 try:
                     outcomes[row.number] = self._finish(
                         row.conversation, row.text, row.spans, encoding
@@ -155,7 +155,7 @@ class Encoder:
                     outcomes[row.number] = error
         return outcomes
 
-    def _tokenise(
+    def _tokenize(
         self, rows: list[_Rendered], plain: bool, pulse: Pulse | None
     ) -> Iterator[tuple[_Rendered, Any]]:
         """Each row with its encoding; None of one that is too long, and not to be cut."""
@@ -174,13 +174,13 @@ class Encoder:
                 continue
             row = batch[0]
             if row.conversation.label is None:
-                row, encoding = self._tokenise_long(row, plain, pulse_on)
+                row, encoding = self._tokenize_long(row, plain, pulse_on)
             else:
-                row, encoding = self._tokenise_long_texts(row, plain, pulse_on)
+                row, encoding = self._tokenize_long_texts(row, plain, pulse_on)
             yield row, encoding
             done += len(encoding) if encoding is not None else 0
 
-    def _tokenise_long(self, row: _Rendered, plain: bool, pulse: Pulse) -> tuple[_Rendered, Any]:
+    def _tokenize_long(self, row: _Rendered, plain: bool, pulse: Pulse) -> tuple[_Rendered, Any]:
         limit, overlong = self.settings.max_seq_length, self.settings.overlong
         # What stands behind the last trained letter does not count.
         end = max((span.end for span in row.spans if span.train), default=0)
@@ -202,7 +202,7 @@ class Encoder:
             encoding,
         )
 
-    def _tokenise_long_texts(
+    def _tokenize_long_texts(
         self, row: _Rendered, plain: bool, pulse: Pulse
     ) -> tuple[_Rendered, Any]:
         """A classification row, cut to letters of which there are surely too many tokens."""
@@ -400,7 +400,7 @@ class Encoder:
 
 
 def _batches(rows: list[_Rendered]) -> Iterator[list[_Rendered]]:
-    """Rows that are tokenised together, of at most ``BATCH_LETTERS``; long ones alone."""
+    """Rows that are tokenized together, of at most ``BATCH_LETTERS``; long ones alone."""
     batch: list[_Rendered] = []
     letters = 0
     for row in rows:

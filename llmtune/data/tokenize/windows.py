@@ -1,4 +1,4 @@
-"""Long texts are tokenised in windows: exactly the tokens of the whole text, in the memory of one
+"""Long texts are tokenized in windows: exactly the tokens of the whole text, in the memory of one
 window.
 
 An encoding takes some 200 bytes a letter, so that of a text of 60 MB would take 12 GB. Windows
@@ -11,7 +11,7 @@ overlap, and are joined where it is certain that a token begins in the whole tex
   of the whole text; and the model sees each word by itself.
 * Or, where a text has no words (SentencePiece), no token of the vocabulary holds the two letters
   around the place. Then no merge of BPE goes across it, and no piece of Unigram lies across it, so
-  that both sides are tokenised independently.
+  that both sides are tokenized independently.
 
 Where there is no such place, the window grows, to the whole text if need be.
 """
@@ -30,7 +30,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Letters of a window; shorter texts are tokenised whole.
+#: Letters of a window; shorter texts are tokenized whole.
 WINDOW = 1 << 16
 
 #: Letters that two windows share.
@@ -50,7 +50,7 @@ _BEHIND = -1
 
 class LongEncoding:
     """What is used of an ``Encoding`` of tokenizers. Of each token it holds the id alone: letters
-    are asked for at the borders of what is trained, and the windows around these are tokenised
+    are asked for at the borders of what is trained, and the windows around these are tokenized
     again.
     """
 
@@ -61,7 +61,7 @@ class LongEncoding:
             before: Tokens that are put before the text.
         """
         self.letters = 0
-        """Of the text that are tokenised: all of them, or as many as were enough."""
+        """Of the text that are tokenized: all of them, or as many as were enough."""
         self._again = again
         self._ids = array("i", before)
         self._parts: list[_Part] = []
@@ -185,8 +185,8 @@ class _NotLocalError(Exception):
     """Tokens depend on what stands far away."""
 
 
-class WindowTokeniser:
-    """Tokenises long texts."""
+class WindowTokenizer:
+    """Tokenizes long texts."""
 
     def __init__(
         self, backend: Any, window: int = WINDOW, overlap: int = OVERLAP, margin: int = MARGIN

@@ -80,7 +80,7 @@ class TokenBlock:
     """As what the rows were read."""
 
 
-def tokenise_block(
+def tokenize_block(
     block: Block,
     encoder: Encoder,
     recipe: Recipe,
@@ -90,7 +90,7 @@ def tokenise_block(
     """Parse, render and encode.
 
     Args:
-        pulse: Called now and then while a long text is tokenised.
+        pulse: Called now and then while a long text is tokenized.
         most_tokens: Of a block of tokens, where it has several rows; None for all in one. One row
             of many megabytes, which is split, becomes many rows, of which no second copy is made.
     """
@@ -172,8 +172,8 @@ def _hash(pieces: list[TokenRow]) -> int:
     return state.intdigest()
 
 
-class Tokeniser:
-    """Workers that tokenise; a context manager.
+class TokenizerPool:
+    """Workers that tokenize; a context manager.
 
     With ``workers=0`` the calling process does it itself.
     """
@@ -192,7 +192,7 @@ class Tokeniser:
             self._pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, settings))
             self._started = self._pool.submit(_nothing)
 
-    def __enter__(self) -> Tokeniser:
+    def __enter__(self) -> TokenizerPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -222,7 +222,7 @@ class Tokeniser:
                 # Workers take seconds to import what they need; meanwhile this process does their
                 # work.
                 if self._pool is None or self._started is None or not self._started.done():
-                    yield from tokenise_block(block, self._encoder, recipe, pulse, MOST_TOKENS)
+                    yield from tokenize_block(block, self._encoder, recipe, pulse, MOST_TOKENS)
                     continue
                 waiting.append(self._pool.submit(_work, block, recipe))
                 if len(waiting) > self._ahead:
@@ -231,7 +231,7 @@ class Tokeniser:
                 yield from _await(waiting.popleft(), pulse)
         except BrokenProcessPool as error:
             raise DataError(
-                "a process that tokenised the data was ended from outside, most likely because"
+                "a process that tokenized the data was ended from outside, most likely because"
                 " memory ran out; take data.num_workers=1"
             ) from error
 
@@ -278,8 +278,8 @@ def _start_worker(tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings) 
     # Not PR_SET_PDEATHSIG: the parent that it knows is the fork server, which lives as long as its
     # workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The workers are the parallelism.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # The workers are the parallelizm.
+    os.environ["TOKENIZERS_PARALLELIZM"] = "false"
     _WORKER.append(Encoder(tokenizer, settings))
     # Rows make millions of small objects and no cycles: looking for some takes a tenth of the time.
     gc.freeze()
@@ -291,4 +291,4 @@ def _nothing() -> None:
 
 
 def _work(block: Block, recipe: Recipe) -> list[TokenBlock]:
-    return list(tokenise_block(block, _WORKER[0], recipe, most_tokens=MOST_TOKENS))
+    return list(tokenize_block(block, _WORKER[0], recipe, most_tokens=MOST_TOKENS))

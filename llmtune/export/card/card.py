@@ -29,7 +29,7 @@ from llmtune.export.card.facts import (
     read_facts,
     read_metrics_after,
 )
-from llmtune.export.card.licence import Licence, copy_licence_files, find_licence
+from llmtune.export.card.license import License, copy_license_files, find_license
 from llmtune.export.formats.format import find_format
 from llmtune.export.identity import find_repo, is_hub_id
 from llmtune.export.model import ExportRequest
@@ -50,7 +50,7 @@ _TUNERS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
 def write_model_card(
     folder: Path, request: ExportRequest, config: ExportConfig, parity: str | None = None
 ) -> None:
-    """Write ``README.md``, the curves and the base's licence files into an export that is otherwise
+    """Write ``README.md``, the curves and the base's license files into an export that is otherwise
     complete.
 
     Args:
@@ -65,11 +65,11 @@ def write_model_card(
         if is_hub_id(request.base_name)
         else request.base_name.rstrip("/").rpartition("/")[2]
     )
-    licence = find_licence(_base_folders(request, facts))
-    copy_licence_files(licence.files, folder)
+    base_license = find_license(_base_folders(request, facts))
+    copy_license_files(base_license.files, folder)
     usage = _find_usage(folder, request, config, name)
     has_curves = draw_curves(facts.metrics, folder / CURVES)
-    front = _front_matter(request, config, facts, licence, usage)
+    front = _front_matter(request, config, facts, base_license, usage)
     parts = [
         f"# {_escape(name)}\n",
         _introduction(base, config, facts),
@@ -81,7 +81,7 @@ def write_model_card(
         _table("Plan", ("", ""), describe_plan(facts)),
         _describe_making(request, config, facts, parity),
         _versions(facts),
-        _describe_licence(base, licence),
+        _describe_license(base, base_license),
     ]
     body = redact("\n".join(part for part in parts if part))
     header = to_yaml(redact_values(front), width=float("inf"))
@@ -169,7 +169,7 @@ def _resized_rows(adapter: Path, base_config: dict[str, Any]) -> int | None:
 
 
 def _front_matter(
-    request: ExportRequest, config: ExportConfig, facts: Facts, licence: Licence, usage: Usage
+    request: ExportRequest, config: ExportConfig, facts: Facts, base_license: License, usage: Usage
 ) -> dict[str, Any]:
     """What the hub reads."""
     task = usage.task.hub
@@ -180,7 +180,7 @@ def _front_matter(
     front |= {
         "library_name": find_format(config.format).library,
         "pipeline_tag": task,
-        **licence.front_matter,
+        **base_license.front_matter,
     }
     tags = ["llmtune"]
     if facts.tuner is not None:
@@ -200,13 +200,13 @@ def _front_matter(
 def _relation(config: ExportConfig, facts: Facts) -> str:
     """To the base, in the hub's words.
 
-    Weights that were trained and then quantised are first of all another model.
+    Weights that were trained and then quantized are first of all another model.
     """
     kind = find_format(config.format)
     if not kind.is_merged:
         return "adapter"
-    quantised = kind.quantization(config) is not None
-    return "quantized" if quantised and facts.tuner is None else "finetune"
+    quantized = kind.quantization(config) is not None
+    return "quantized" if quantized and facts.tuner is None else "finetune"
 
 
 def _result(task: str, facts: Facts, metrics: dict[str, float]) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def _describe_making(
             )
     elif request.adapter is not None and facts.tuner == "qlora":
         lines.append(
-            "The adapter was trained on the base in 4 bits (NF4). On the unquantised base it computes slightly other numbers; "  # noqa: E501
+            "The adapter was trained on the base in 4 bits (NF4). On the unquantized base it computes slightly other numbers; "  # noqa: E501
             'with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` it has those of the training.'  # noqa: E501
         )
     if config.dtype is not ExportDtype.auto and find_format(config.format).tells_dtype:
@@ -269,13 +269,13 @@ def _describe_merge(merge_onto: MergeOnto, trained_in_4_bits: bool) -> str:
     )
     if merge_onto is MergeOnto.nf4:
         return (
-            f"{start}{' and' if trained_in_4_bits else ''} was added to the base after that had been quantised to NF4 and back "  # noqa: E501
-            "(`export.merge_onto=nf4`). These are the weights that such a training sees, with their quantisation error: the "  # noqa: E501
-            "model computes what it computed in training, but what the quantisation took from the base stays lost."  # noqa: E501
+            f"{start}{' and' if trained_in_4_bits else ''} was added to the base after that had been quantized to NF4 and back "  # noqa: E501
+            "(`export.merge_onto=nf4`). These are the weights that such a training sees, with their quantization error: the "  # noqa: E501
+            "model computes what it computed in training, but what the quantization took from the base stays lost."  # noqa: E501
         )
     return (
-        f"{start} and was added to the unquantised base (`export.merge_onto=original`). The base keeps its own precision, but "  # noqa: E501
-        "the adapter had learnt beside the quantised weights, and part of it makes up for an error that is not here: the "  # noqa: E501
+        f"{start} and was added to the unquantized base (`export.merge_onto=original`). The base keeps its own precision, but "  # noqa: E501
+        "the adapter had learned beside the quantized weights, and part of it makes up for an error that is not here: the "  # noqa: E501
         "numbers differ a little from those of the training. `export.merge_onto=nf4` would keep those."  # noqa: E501
     )
 
@@ -289,15 +289,15 @@ def _versions(facts: Facts) -> str:
     return _table("Versions", ("", "trained with", "exported with"), rows)
 
 
-def _describe_licence(base: str, licence: Licence) -> str:
-    text = f"The licence of {_escape(base)} applies"
-    if licence.shown:
-        text += f": {_escape(licence.shown)}"
-    elif not licence.files:
+def _describe_license(base: str, base_license: License) -> str:
+    text = f"The license of {_escape(base)} applies"
+    if base_license.shown:
+        text += f": {_escape(base_license.shown)}"
+    elif not base_license.files:
         text += ". Its files do not say which one it is; look it up before you publish this"
-    if licence.files:
-        text += f". Its text lies beside this file: {', '.join(_escape(file.name) for file in licence.files)}"  # noqa: E501
-    return f"## Licence\n\n{text}.\n"
+    if base_license.files:
+        text += f". Its text lies beside this file: {', '.join(_escape(file.name) for file in base_license.files)}"  # noqa: E501
+    return f"## License\n\n{text}.\n"
 
 
 def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -137,7 +137,7 @@ def describe_data(facts: Facts) -> Rows:
         )
     rows += _rows(
         ("fingerprint of the rows", _get(facts.plan, "data.fingerprint")),
-        ("tokenised sources", ", ".join(_stores(facts))),
+        ("tokenized sources", ", ".join(_stores(facts))),
         ("trained on", _describe_mask(facts)),
         ("chat template", str(facts.get("data.chat_template") or "").rpartition("/")[2]),
     )
@@ -306,7 +306,7 @@ def _describe_mask(facts: Facts) -> str | None:
 
 
 def _stores(facts: Facts) -> list[str]:
-    """The hashes by which tokenised sources are kept; their folder is this machine's affair."""
+    """The hashes by which tokenized sources are kept; their folder is this machine's affair."""
     return [Path(store).name for store in _get(facts.plan, "data.train_stores", [])]
 
 

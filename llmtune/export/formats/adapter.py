@@ -20,7 +20,7 @@ from llmtune.export.usage import (
 )
 
 if TYPE_CHECKING:
-    from llmtune.export.model import Material
+    from llmtune.export.model import ExportModel
     from llmtune.export.publish.shards import Journal
 
 #: Ranks that vLLM keeps room for.
@@ -30,10 +30,10 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _UNUSUAL = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
 
 
-def _write(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:
+def _write(export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig) -> None:
     from llmtune.export.writers.adapter_folder import write_adapter
 
-    write_adapter(material, folder, journal, config)
+    write_adapter(export_model, folder, journal, config)
 
 
 def _find_problems(config: ExportConfig) -> str | None:

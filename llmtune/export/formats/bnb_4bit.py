@@ -10,14 +10,14 @@ from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format, requi
 from llmtune.export.usage import Usage, ask, load_model, python_block, serve_with_vllm, shell_block
 
 if TYPE_CHECKING:
-    from llmtune.export.model import Material
+    from llmtune.export.model import ExportModel
     from llmtune.export.publish.shards import Journal
 
 
-def _write(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:
+def _write(export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig) -> None:
     from llmtune.export.writers.bitsandbytes import write_bnb_4bit
 
-    write_bnb_4bit(material, folder, journal, config)
+    write_bnb_4bit(export_model, folder, journal, config)
 
 
 def _check_base(_base: Path) -> None:

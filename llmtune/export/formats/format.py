@@ -20,7 +20,7 @@ from llmtune.registry import Registry
 if TYPE_CHECKING:
     import torch
 
-    from llmtune.export.model import Material
+    from llmtune.export.model import ExportModel
     from llmtune.export.publish.shards import Journal
     from llmtune.export.usage import Usage
 
@@ -47,7 +47,7 @@ class Format:
     """The library that loads it, in the words of the hub."""
     describe_usage: Callable[[Usage], str]
     """Markdown for the model card: the code and the commands that load and serve it."""
-    write: Callable[[Material, Path, Journal, ExportConfig], None]
+    write: Callable[[ExportModel, Path, Journal, ExportConfig], None]
     """Write the weights and everything beside them into a folder."""
     options: frozenset[str]
     """Keys of ``export`` on which one of its files depends, beside ``format`` and ``upload``."""

@@ -12,17 +12,17 @@ from llmtune.export.usage import Usage, first_file, request_answer, shell_block
 if TYPE_CHECKING:
     import torch
 
-    from llmtune.export.model import Material
+    from llmtune.export.model import ExportModel
     from llmtune.export.publish.shards import Journal
 
 #: Types that hold each number by itself.
 _PLAIN = (GgufType.f32, GgufType.f16, GgufType.bf16)
 
 
-def _write(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:
+def _write(export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig) -> None:
     from llmtune.export.writers.gguf.writer import write_gguf
 
-    write_gguf(material, folder, journal, config)
+    write_gguf(export_model, folder, journal, config)
 
 
 def _find_problems(config: ExportConfig) -> str | None:
@@ -41,7 +41,7 @@ def _check_base(base: Path) -> None:
 
 
 def _compared_dtype(config: ExportConfig) -> torch.dtype:
-    """Quantised types are made of the merged fp32."""
+    """Quantized types are made of the merged fp32."""
     import torch
 
     return {GgufType.f16: torch.float16, GgufType.bf16: torch.bfloat16}.get(

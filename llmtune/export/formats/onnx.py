@@ -18,14 +18,14 @@ from llmtune.export.usage import (
 )
 
 if TYPE_CHECKING:
-    from llmtune.export.model import Material
+    from llmtune.export.model import ExportModel
     from llmtune.export.publish.shards import Journal
 
 
-def _write(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:
+def _write(export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig) -> None:
     from llmtune.export.writers.graph.writers import write_onnx
 
-    write_onnx(material, folder, journal, config)
+    write_onnx(export_model, folder, journal, config)
 
 
 def _check_base(base: Path) -> None:

@@ -10,14 +10,14 @@ from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format
 from llmtune.export.usage import Usage, ask, load_model, python_block, serve_with_vllm
 
 if TYPE_CHECKING:
-    from llmtune.export.model import Material
+    from llmtune.export.model import ExportModel
     from llmtune.export.publish.shards import Journal
 
 
-def _write(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:
+def _write(export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig) -> None:
     from llmtune.export.writers.safetensors_folder import write_safetensors
 
-    write_safetensors(material, folder, journal, config)
+    write_safetensors(export_model, folder, journal, config)
 
 
 def _describe_usage(usage: Usage) -> str:

@@ -18,14 +18,14 @@ from llmtune.export.usage import (
 )
 
 if TYPE_CHECKING:
-    from llmtune.export.model import Material
+    from llmtune.export.model import ExportModel
     from llmtune.export.publish.shards import Journal
 
 
-def _write(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:
+def _write(export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig) -> None:
     from llmtune.export.writers.graph.writers import write_torchscript
 
-    write_torchscript(material, folder, journal, config)
+    write_torchscript(export_model, folder, journal, config)
 
 
 def _describe_usage(usage: Usage) -> str:

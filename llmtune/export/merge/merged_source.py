@@ -131,7 +131,7 @@ class _Matcher:
                 if changes or (kind == "weight" and "base_weight" in parts.keys):
                     self._add(edits, parts, f"{parts.module}.{kind}", changes)
         if not self._problems:
-            self._settle_tie(edits)
+            self._resolve_tying(edits)
         if self._problems:
             raise ExportError(
                 f"the adapter {self._adapter.folder} does not belong to this base:"
@@ -312,7 +312,7 @@ class _Matcher:
         saved = self._adapter.settings.get("modules_to_save") or []
         return any(is_saved(module, name) for name in saved) or is_embedding(f"{module}.weight")
 
-    def _settle_tie(self, edits: dict[str, Edit]) -> None:
+    def _resolve_tying(self, edits: dict[str, Edit]) -> None:
         """One matrix for input and output stays one only if the adapter treats both alike; else it
         becomes two.
         """

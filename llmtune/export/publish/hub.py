@@ -21,7 +21,7 @@ from llmtune.errors import ExportError, MissingPrerequisiteError
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
 from llmtune.storage.plain_json import parse_json
-from llmtune.storage.remote import UnfitError, hash_text, list_files
+from llmtune.storage.remote import PermanentCopyError, hash_text, list_files
 from llmtune.units import format_bytes
 
 HUB = "hf://"
@@ -97,7 +97,7 @@ def upload_to_hub(folder: Path, url: str, private: bool, say: Callable[[str], No
     """One attempt; a further one sends only what is still missing.
 
     Raises:
-        UnfitError: Trying again does not help.
+        PermanentCopyError: Trying again does not help.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -106,13 +106,13 @@ def upload_to_hub(folder: Path, url: str, private: bool, say: Callable[[str], No
     try:
         _upload(HfApi(token=check_token(url)), place, folder, private, say)
     except OfflineModeIsEnabled as error:
-        raise UnfitError("was not filled: HF_HUB_OFFLINE is set; unset it") from error
+        raise PermanentCopyError("was not filled: HF_HUB_OFFLINE is set; unset it") from error
     except HFValidationError as error:
-        raise UnfitError(f"is no name of a repository: {error}") from error
+        raise PermanentCopyError(f"is no name of a repository: {error}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 500
         if 400 <= status < 500 and status not in _PASSING:
-            raise UnfitError(
+            raise PermanentCopyError(
                 f"was not filled: {_first_line(error)}. Does HF_TOKEN have the right to write to"
                 f" {place.repo}?"
             ) from error
@@ -174,7 +174,7 @@ def _upload(
 def _look(api: Any, place: HubPlace, private: bool, say: Callable[[str], None]) -> _Remote:
     """
     Raises:
-        UnfitError: Something lies there which is no export of llmtune's.
+        PermanentCopyError: Something lies there which is no export of llmtune's.
     """
     info = api.repo_info(place.repo, revision=place.branch)
     if private and info.private is False:
@@ -185,7 +185,7 @@ def _look(api: Any, place: HubPlace, private: bool, say: Callable[[str], None]) 
         return _Remote(info.sha, files, frozenset())
     text = _read(api, place.repo, info.sha) if layout.MANIFEST in files else b""
     if not is_export_manifest(text):
-        raise UnfitError(
+        raise PermanentCopyError(
             f"holds {', '.join(others[:5])}, which is no export of llmtune; take another repository"
             " or branch"
         )

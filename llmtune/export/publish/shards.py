@@ -85,7 +85,7 @@ def _parse(line: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class ProgressCallbacks:
     """Who is told how far it is."""
 
     total: Callable[[int], None]
@@ -99,7 +99,7 @@ def write_shards(
     folder: Path,
     max_shard_bytes: int,
     journal: Journal,
-    progress: Progress | None = None,
+    progress: ProgressCallbacks | None = None,
 ) -> None:
     """All tensors, in files as transformers names them, with the index.
 

@@ -39,14 +39,14 @@ from llmtune.storage import layout
 from llmtune.storage.manifest import check_undamaged, read_manifest
 from llmtune.storage.remote import (
     DRIVERS,
+    PermanentCopyError,
     Store,
-    UnfitError,
     describe_error,
     hash_stream,
     hash_text,
     list_files,
     open_source,
-    persist,
+    retry,
 )
 from llmtune.units import format_bytes
 
@@ -109,7 +109,7 @@ def upload_export(folder: Path, url: str, private: bool, dry_run: bool, say: Say
     with _reported(url):
         check_undamaged(folder)
         if url.startswith(HUB):
-            persist(partial(upload_to_hub, folder, url, private, say))
+            retry(partial(upload_to_hub, folder, url, private, say))
         else:
             _upload_to_store(folder, url, say)
 
@@ -148,8 +148,8 @@ def _upload_to_store(folder: Path, url: str, say: Say) -> None:
         (folder / layout.MANIFEST).read_bytes(),
     )
     files = list_files(marker, manifest)
-    found = persist(_look, store)
-    missing = [name for name, entry in files.items() if not persist(_holds, store, name, entry)]
+    found = retry(_look, store)
+    missing = [name for name, entry in files.items() if not retry(_holds, store, name, entry)]
     stale = found.listed - files.keys()
     signature = (
         (folder / layout.SIGNATURE).read_bytes() if (folder / layout.SIGNATURE).is_file() else None
@@ -157,23 +157,23 @@ def _upload_to_store(folder: Path, url: str, say: Say) -> None:
     ends = {layout.SIGNATURE: signature, layout.MANIFEST: manifest, layout.COMPLETE: marker}
     if (
         not (found.unfinished or missing or stale)
-        and {name: persist(store.read, name) for name in ends} == ends
+        and {name: retry(store.read, name) for name in ends} == ends
     ):
         say(f"{redact(url)} holds this export already: {len(files)} files, read back and compared")
         return
     # From here to the end the place is nobody's export.
     listed = {**{name: {"size": 0, "xxh3_128": ""} for name in found.listed}, **files}
-    persist(_write, store, UPLOADING, json.dumps({"format": "upload", "files": listed}).encode())
+    retry(_write, store, UPLOADING, json.dumps({"format": "upload", "files": listed}).encode())
     for name in (layout.COMPLETE, layout.MANIFEST, layout.SIGNATURE, *sorted(stale)):
-        persist(_remove, store, name)
+        retry(_remove, store, name)
     for count, name in enumerate(missing, start=1):
-        persist(store.upload, partial(open_source, folder / name), name, files[name])
+        retry(store.upload, partial(open_source, folder / name), name, files[name])
         say(f"uploaded {name}  {format_bytes(files[name]['size'])}  ({count}/{len(missing)})")
-    persist(_write, store, layout.MANIFEST, manifest)
+    retry(_write, store, layout.MANIFEST, manifest)
     if signature is not None:
-        persist(_write, store, layout.SIGNATURE, signature)
-    persist(_remove, store, UPLOADING)
-    persist(_write, store, layout.COMPLETE, marker)
+        retry(_write, store, layout.SIGNATURE, signature)
+    retry(_remove, store, UPLOADING)
+    retry(_write, store, layout.COMPLETE, marker)
     there = f", {len(files) - len(missing)} were there" if len(missing) < len(files) else ""
     say(f"uploaded {len(missing)} files to {redact(url)}{there}; all read back and compared")
 
@@ -183,14 +183,16 @@ def _open_store(folder: Path, url: str) -> Store:
     if isinstance(store.system, LocalFileSystem):
         place = Path(store.root).resolve()
         if place == folder.resolve() or folder.resolve() in place.parents:
-            raise UnfitError(f"lies in {folder}, which is what would be copied; take another place")
+            raise PermanentCopyError(
+                f"lies in {folder}, which is what would be copied; take another place"
+            )
     return store
 
 
 def _look(store: Store) -> _Found:
     """
     Raises:
-        UnfitError: Something lies there which is no export of llmtune's.
+        PermanentCopyError: Something lies there which is no export of llmtune's.
     """
     try:
         entries = store.system.ls(store.root, detail=True)
@@ -210,7 +212,7 @@ def _look(store: Store) -> _Found:
         listed |= list_files(hash_text(text), text).keys()
     if not exports:
         some = ", ".join(sorted(str(entry["name"]).rpartition("/")[2] for entry in others)[:5])
-        raise UnfitError(
+        raise PermanentCopyError(
             f"holds {some}, which is no export of llmtune; take another place, or empty this one"
         )
     return _Found(frozenset(listed), store.read(UPLOADING) is not None)
@@ -242,7 +244,7 @@ def _reported(url: str) -> Iterator[None]:
     shown = f"export.upload={redact(url)}"
     try:
         yield
-    except UnfitError as error:
+    except PermanentCopyError as error:
         raise ExportError(redact(f"{shown}: {error}")) from error
     except CheckpointError as error:
         raise ExportError(redact(f"{shown}: nothing was sent: {error}; export again")) from error

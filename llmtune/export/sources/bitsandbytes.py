@@ -1,4 +1,4 @@
-"""A base that is stored as bitsandbytes 4-bit weights: its dequantised tensors, under their plain
+"""A base that is stored as bitsandbytes 4-bit weights: its dequantized tensors, under their plain
 names, as a stream.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.sources.base import SafetensorsSource, TensorSource, some
-from llmtune.export.sources.nf4 import dequantise, load_bitsandbytes, quantised_names
+from llmtune.export.sources.nf4 import dequantize, load_bitsandbytes, quantized_names
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.safetensors_writer import TensorSpec
 
@@ -23,22 +23,22 @@ _NESTED = ("nested_absmax", "nested_quant_map")
 
 
 def open_base(folder: Path) -> TensorSource:
-    """The plain tensors of a model folder, quantised by bitsandbytes to 4 bits or not at all.
+    """The plain tensors of a model folder, quantized by bitsandbytes to 4 bits or not at all.
 
     Raises:
-        ExportError: It is quantised otherwise, or something is missing or damaged.
+        ExportError: It is quantized otherwise, or something is missing or damaged.
     """
     check_plain_or_4bit(folder)
     return Bnb4bitSource(folder) if is_bnb_folder(folder) else SafetensorsSource(folder)
 
 
 def is_bnb_folder(folder: Path) -> bool:
-    """Whether ``config.json`` says that bitsandbytes quantised the weights to 4 bits."""
+    """Whether ``config.json`` says that bitsandbytes quantized the weights to 4 bits."""
     return _method(folder) == "bitsandbytes 4-bit"
 
 
 def check_plain_or_4bit(folder: Path) -> None:
-    """Refuse weights in other quantisations, which would be taken for what they are not.
+    """Refuse weights in other quantizations, which would be taken for what they are not.
 
     Raises:
         ExportError: With what to do.
@@ -46,28 +46,28 @@ def check_plain_or_4bit(folder: Path) -> None:
     method = _method(folder)
     if method in (None, "bitsandbytes 4-bit"):
         return
-    cure = "name the model that it was quantised from with base="
+    cure = "name the model that it was quantized from with base="
     if method == "bitsandbytes 8-bit":
         cure += (
             ", or store it with transformers:"
             " from_pretrained(...).dequantize().save_pretrained(...)"
         )
     raise ExportError(
-        f"{folder / 'config.json'}: the weights are quantised ({method}); exported can be plain"
+        f"{folder / 'config.json'}: the weights are quantized ({method}); exported can be plain"
         f" weights and bitsandbytes 4-bit: {cure}"
     )
 
 
 class Bnb4bitSource:
-    """A folder that bitsandbytes quantised to 4 bits: the dequantised tensors, in the dtype that
-    they were quantised from.
+    """A folder that bitsandbytes quantized to 4 bits: the dequantized tensors, in the dtype that
+    they were quantized from.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read what each tensor was; none is dequantised yet.
+        """Read what each tensor was; none is dequantized yet.
 
         Raises:
-            ExportError: The folder is quantised otherwise, or a tensor's statistics are missing or
+            ExportError: The folder is quantized otherwise, or a tensor's statistics are missing or
                 damaged.
         """
         check_plain_or_4bit(folder)
@@ -79,7 +79,7 @@ class Bnb4bitSource:
             if (match := _STATE_NAME.fullmatch(name)) is not None
         }
         self._check_whole()
-        columns = quantised_names(folder, self._stored) if self._states else {}
+        columns = quantized_names(folder, self._stored) if self._states else {}
         self._transposed = {name: columns.get(name, False) for name in self._states}
         statistics = {
             f"{weight}.{part}" for weight in self._states for part in (*_NEEDED, *_NESTED)
@@ -91,7 +91,7 @@ class Bnb4bitSource:
         }
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Rows, dequantised; of other tensors views of the file's own bytes."""
+        """Rows, dequantized; of other tensors views of the file's own bytes."""
         if name not in self._states:
             yield from self._stored.blocks(name)
             return
@@ -106,7 +106,7 @@ class Bnb4bitSource:
             raise ExportError(
                 f"{self.folder}: the statistics of {name} are damaged ({error!r}); fetch it again"
             ) from error
-        yield from dequantise(self._stored.tensor(name), state, self._transposed[name])
+        yield from dequantize(self._stored.tensor(name), state, self._transposed[name])
 
     def _check_whole(self) -> None:
         """Every packed weight has its statistics, and the other way round."""
@@ -144,7 +144,7 @@ class Bnb4bitSource:
 
 
 def _method(folder: Path) -> str | None:
-    """How ``config.json`` says that the weights are quantised."""
+    """How ``config.json`` says that the weights are quantized."""
     file = folder / "config.json"
     try:
         settings: Any = (

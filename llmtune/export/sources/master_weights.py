@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llmtune.checkpoint.slices import Piece, PiecedTensor, find_gap
+from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.sources.base import SafetensorsSource, open_tensors, some
 from llmtune.storage import layout
@@ -92,12 +92,12 @@ def _state_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_slices(folder: Path) -> dict[str, tuple[int, list[Piece]]]:
+def _read_slices(folder: Path) -> dict[str, tuple[int, list[TensorSlice]]]:
     """Parameter -> its number of elements, and its slices in order."""
     files = _state_files(folder)
     _check_ranks(folder, files)
     numels: dict[str, int] = {}
-    pieces: dict[str, list[Piece]] = defaultdict(list)
+    pieces: dict[str, list[TensorSlice]] = defaultdict(list)
     for file in files:
         handle = open_tensors(file)
         try:
@@ -110,7 +110,7 @@ def _read_slices(folder: Path) -> dict[str, tuple[int, list[Piece]]]:
                     raise ExportError(
                         f"{file}: {name} has another size than its header says; {_NEXT}"
                     )
-                pieces[name].append(Piece(int(start), values))
+                pieces[name].append(TensorSlice(int(start), values))
         except ExportError:
             raise
         except Exception as error:
@@ -142,7 +142,7 @@ def _check_ranks(folder: Path, files: list[Path]) -> None:
         )
 
 
-def _check_covered(folder: Path, spec: TensorSpec, numel: int, pieces: list[Piece]) -> None:
+def _check_covered(folder: Path, spec: TensorSpec, numel: int, pieces: list[TensorSlice]) -> None:
     expected = math.prod(spec.shape)
     if numel != expected:
         raise ExportError(

@@ -1,8 +1,8 @@
-"""bitsandbytes' NF4 (Dettmers et al. 2023, "QLoRA") as a stream: quantise, dequantise, and which
-tensors transformers quantises.
+"""bitsandbytes' NF4 (Dettmers et al. 2023, "QLoRA") as a stream: quantize, dequantize, and which
+tensors transformers quantizes.
 
 Every 64 numbers have their own scale, so that a few rows give the bits of the whole tensor. Only
-the scales depend on each other, by the mean that double quantisation takes from them: of a tensor,
+the scales depend on each other, by the mean that double quantization takes from them: of a tensor,
 4 bits a number are held at once, never the model.
 """
 
@@ -29,55 +29,55 @@ if TYPE_CHECKING:
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 
-#: What bitsandbytes quantises.
+#: What bitsandbytes quantizes.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-#: Elements quantised at once; bitsandbytes takes 16 bytes for each on the way.
+#: Elements quantized at once; bitsandbytes takes 16 bytes for each on the way.
 _PIECE_ELEMENTS = 1 << 20
 
 
 class Nf4RoundTrip:
-    """Another source, with the named tensors quantised to NF4 and dequantised again: what a QLoRA
+    """Another source, with the named tensors quantized to NF4 and dequantized again: what a QLoRA
     training computes with.
 
     An adapter that is merged onto it sits on the very weights that it was trained on. The merge
-    adds the fp32 product of the adapter to the dequantised weights and rounds the sum once, to the
-    stored dtype. peft's own merge on a 4-bit model quantises the sum to NF4 again, which adds a
-    second quantisation error; the two merged models are therefore not equal.
+    adds the fp32 product of the adapter to the dequantized weights and rounds the sum once, to the
+    stored dtype. peft's own merge on a 4-bit model quantizes the sum to NF4 again, which adds a
+    second quantization error; the two merged models are therefore not equal.
 
-    Quantised is what the source stores: where a training loads an fp32 base in bf16, put a
+    Quantized is what the source stores: where a training loads an fp32 base in bf16, put a
     ``Retyped`` of it in here.
     """
 
     def __init__(
         self, source: TensorSource, names: Mapping[str, bool], double_quant: bool = True
     ) -> None:
-        """Name what is quantised.
+        """Name what is quantized.
 
         Args:
-            names: From :func:`quantised_names`: tensor -> whether its rows are inputs, not outputs.
-            double_quant: Quantise the scales too, ``bnb_4bit_use_double_quant``.
+            names: From :func:`quantized_names`: tensor -> whether its rows are inputs, not outputs.
+            double_quant: Quantize the scales too, ``bnb_4bit_use_double_quant``.
 
         Raises:
             ExportError: A name is not the source's, or its dtype is none that bitsandbytes
-                quantises.
+                quantizes.
         """
-        check_quantisable(source, names)
+        check_quantizable(source, names)
         self._source = source
         self._names = dict(names)
         self._double_quant = double_quant
         self.specs = dict(source.specs)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Rows of the tensor, with their quantisation error, in the stored dtype."""
+        """Rows of the tensor, with their quantization error, in the stored dtype."""
         if name not in self._names:
             yield from self._source.blocks(name)
             return
-        packed, state = quantise(self._source, name, self._names[name], self._double_quant)
-        yield from dequantise(packed, state, self._names[name])
+        packed, state = quantize(self._source, name, self._names[name], self._double_quant)
+        yield from dequantize(packed, state, self._names[name])
 
 
-def quantised_names(model: Path | PretrainedConfig, source: TensorSource) -> dict[str, bool]:
+def quantized_names(model: Path | PretrainedConfig, source: TensorSource) -> dict[str, bool]:
     """The tensors that transformers stores as NF4 when it loads a model in 4 bits: linear layers
     but the output layer.
 
@@ -88,7 +88,7 @@ def quantised_names(model: Path | PretrainedConfig, source: TensorSource) -> dic
 
     Returns:
         Name in the source -> whether the layer stores (in, out), as GPT-2's Conv1D does; it is
-        quantised transposed.
+        quantized transposed.
 
     Raises:
         ExportError: The model cannot be built, or a layer is not in the source under a name of its
@@ -119,8 +119,8 @@ def quantised_names(model: Path | PretrainedConfig, source: TensorSource) -> dic
     return found
 
 
-def check_quantisable(source: TensorSource, names: Mapping[str, bool]) -> None:
-    """Whether bitsandbytes can quantise these tensors.
+def check_quantizable(source: TensorSource, names: Mapping[str, bool]) -> None:
+    """Whether bitsandbytes can quantize these tensors.
 
     Raises:
         ExportError: One is not there, or has another dtype.
@@ -128,7 +128,7 @@ def check_quantisable(source: TensorSource, names: Mapping[str, bool]) -> None:
     strange = [name for name in names if name not in source.specs]
     if strange:
         raise ExportError(
-            f"cannot be quantised to NF4, because they are not there: {some(strange)}"
+            f"cannot be quantized to NF4, because they are not there: {some(strange)}"
         )
     wrong = [
         f"{name} ({source.specs[name].dtype})"
@@ -141,7 +141,7 @@ def check_quantisable(source: TensorSource, names: Mapping[str, bool]) -> None:
         )
 
 
-def quantise(
+def quantize(
     source: TensorSource,
     name: str,
     transposed: bool,
@@ -151,7 +151,7 @@ def quantise(
     """One tensor in NF4, with bitsandbytes' bits.
 
     Args:
-        transposed: Quantise columns of the source as rows.
+        transposed: Quantize columns of the source as rows.
         offset: The mean of the scales, where it is known; the last digit of a mean depends on the
             number of threads.
 
@@ -184,7 +184,7 @@ def quantise(
 
 
 def mean_scale(source: TensorSource, name: str, transposed: bool) -> float:
-    """The mean of a tensor's scales, as :func:`quantise` finds it, at a tenth of its cost."""
+    """The mean of a tensor's scales, as :func:`quantize` finds it, at a tenth of its cost."""
     scales = []
     for piece in _pieces(source, name, transposed):
         full = len(piece) // BLOCK_SIZE * BLOCK_SIZE
@@ -194,16 +194,16 @@ def mean_scale(source: TensorSource, name: str, transposed: bool) -> float:
     return torch.cat(scales).mean().item()
 
 
-def dequantise(packed: torch.Tensor, state: Any, transposed: bool) -> Iterator[torch.Tensor]:
+def dequantize(packed: torch.Tensor, state: Any, transposed: bool) -> Iterator[torch.Tensor]:
     """The numbers that the 4 bits stand for, a few rows at a time, in the dtype that they were
-    quantised from.
+    quantized from.
 
     Args:
         packed: Two numbers a byte; whatever dtype they are stored as.
         state: bitsandbytes' ``QuantState``.
         transposed: Give columns as rows; takes the whole tensor.
     """
-    rows = _dequantised_rows(packed.reshape(-1).view(torch.uint8), state)
+    rows = _dequantized_rows(packed.reshape(-1).view(torch.uint8), state)
     if not transposed:
         yield from rows
         return
@@ -226,7 +226,7 @@ def load_bitsandbytes() -> Any:
     return functional
 
 
-def _dequantised_rows(packed: torch.Tensor, state: Any) -> Iterator[torch.Tensor]:
+def _dequantized_rows(packed: torch.Tensor, state: Any) -> Iterator[torch.Tensor]:
     functional = load_bitsandbytes()
     absmax = state.absmax
     if state.nested:

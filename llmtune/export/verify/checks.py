@@ -16,7 +16,7 @@ from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
 from llmtune.export.architecture import is_renamed
 from llmtune.export.formats.format import find_format
-from llmtune.export.model import Material
+from llmtune.export.model import ExportModel
 from llmtune.export.sources.base import (
     Retyped,
     SafetensorsSource,
@@ -34,23 +34,23 @@ from llmtune.export.verify.parity import (
     probe_tokens,
 )
 from llmtune.export.verify.serving_checks import check_export
-from llmtune.export.writers.model_files import copy_companions, settle_config
+from llmtune.export.writers.model_files import copy_companions, update_config
 from llmtune.units import format_bytes
 
 #: Two models in fp32, one after the other, and what computing takes.
 _WHOLE_BYTES_PER_BYTE = 3
 
 
-def check_folder(material: Material, folder: Path, config: ExportConfig) -> Parity | None:
+def check_folder(export_model: ExportModel, folder: Path, config: ExportConfig) -> Parity | None:
     """Check a model folder that was written aside; None where there was nothing to compare.
 
     Raises:
         ExportError: It would be refused by what serves it, or is another model.
     """
-    return _check(material, folder, SafetensorsSource(folder), config)
+    return _check(export_model, folder, SafetensorsSource(folder), config)
 
 
-def check_material(material: Material, config: ExportConfig) -> Parity | None:
+def check_model(export_model: ExportModel, config: ExportConfig) -> Parity | None:
     """The same for a model that is going to be written in a format that transformers does not read.
 
     Raises:
@@ -59,37 +59,37 @@ def check_material(material: Material, config: ExportConfig) -> Parity | None:
     kind = find_format(config.format)
     with tempfile.TemporaryDirectory(prefix="llmtune-") as name:
         folder = Path(name)
-        copy_companions(material.companions, folder)
-        settle_config(folder, material.dtype, material.config_changes)
+        copy_companions(export_model.model_files, folder)
+        update_config(folder, export_model.dtype, export_model.config_changes)
         dtype = kind.compared_dtype(config)
         # These are made of numbers that were never rounded to the base's dtype.
-        source = material.source if dtype is None else Retyped(material.source, dtype)
-        return _check(material, folder, source, config, kind.quantization(config))
+        source = export_model.source if dtype is None else Retyped(export_model.source, dtype)
+        return _check(export_model, folder, source, config, kind.quantization(config))
 
 
 def _check(
-    material: Material,
+    export_model: ExportModel,
     folder: Path,
     source: TensorSource,
     config: ExportConfig,
-    quantised: str | None = None,
+    quantized: str | None = None,
 ) -> Parity | None:
-    say = material.request.say
+    say = export_model.request.say
     for note in check_export(folder, source):
         say(f"note: {note}")
     dtype = usual_dtype(source)
-    if not config.parity or not material.computed or dtype is None:
+    if not config.parity or not export_model.computed or dtype is None:
         return None
-    tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(material))
+    tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(export_model))
     sides = Sides(
-        base_folder=material.request.base,
-        base=material.base,
-        adapter=material.adapter,
+        base_folder=export_model.request.base,
+        base=export_model.base,
+        adapter=export_model.adapter,
         merged_folder=folder,
         merged=source,
-        base_changes=material.base_changes,
+        base_changes=export_model.base_changes,
     )
-    unfit = _find_unfit(material, folder) if is_renamed(folder) else None
+    unfit = _find_unfit(export_model, folder) if is_renamed(folder) else None
     if unfit is not None:
         parity = check_numbers(sides, dtype)
         say(f"note: the logits of this architecture are not compared: {unfit}")
@@ -97,7 +97,7 @@ def _check(
         parity = compare_whole(sides, tokens, dtype, config.parity_bound)
     else:
         parity = check_parity(sides, tokens, dtype, config.parity_bound)
-    parity = replace(parity, quantised=quantised)
+    parity = replace(parity, quantized=quantized)
     say(f"parity: {parity.describe()}")
     if parity.lost is not None:
         say(f"note: {parity.lost}")
@@ -124,29 +124,31 @@ def _rows(source: TensorSource) -> int:
     return found[0]
 
 
-def _trained_tokens(material: Material) -> list[int]:
+def _trained_tokens(export_model: ExportModel) -> list[int]:
     """Tokens whose rows the adapter brings: trained one by one, or added to the vocabulary."""
-    if material.adapter is None:
+    if export_model.adapter is None:
         return []
     found = {
-        row for module in material.adapter.modules for row in material.adapter.token_indices(module)
+        row
+        for module in export_model.adapter.modules
+        for row in export_model.adapter.token_indices(module)
     }
-    before, after = _rows(material.base), _rows(material.source)
+    before, after = _rows(export_model.base), _rows(export_model.source)
     return sorted(found) + list(range(before, after))
 
 
-def _find_unfit(material: Material, folder: Path) -> str | None:
+def _find_unfit(export_model: ExportModel, folder: Path) -> str | None:
     """Why a model whose stored names transformers translates, and that is therefore loaded whole,
     cannot be; None if it can.
     """
     if not any(folder.glob("*.safetensors")):
         return "it can be loaded from safetensors only"
-    base = material.base.source if isinstance(material.base, Without) else material.base
-    if material.base_changes or (
-        material.adapter is not None and not isinstance(base, SafetensorsSource)
+    base = export_model.base.source if isinstance(export_model.base, Without) else export_model.base
+    if export_model.base_changes or (
+        export_model.adapter is not None and not isinstance(base, SafetensorsSource)
     ):
         return "its base is not in a folder that can be loaded"
-    count = sum(spec.nbytes // spec.dtype.itemsize for spec in material.source.specs.values())
+    count = sum(spec.nbytes // spec.dtype.itemsize for spec in export_model.source.specs.values())
     needed = _WHOLE_BYTES_PER_BYTE * count * torch.float32.itemsize
     free = psutil.virtual_memory().available
     if needed > free:

@@ -85,7 +85,7 @@ class Parity:
     """Modules whose numbers could not be recomputed -> relative difference of what they answer."""
     adapted: bool
     """Whether an adapter was merged; without one, what was compared is the rounding alone."""
-    quantised: str | None = None
+    quantized: str | None = None
     """As what the numbers are stored after they were compared, where that is coarser than
     ``dtype``.
     """
@@ -95,9 +95,9 @@ class Parity:
         change is stored.
         """
         return self._describe() + (
-            f". That is of the numbers before they are stored as {self.quantised}, which is not"
+            f". That is of the numbers before they are stored as {self.quantized}, which is not"
             " compared"
-            if self.quantised
+            if self.quantized
             else ""
         )
 

@@ -15,19 +15,23 @@ from pathlib import Path
 import torch
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.model import Material
+from llmtune.export.model import ExportModel
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.base import TensorSource
 from llmtune.export.sources.nf4 import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
-    check_quantisable,
+    check_quantizable,
     load_bitsandbytes,
     mean_scale,
-    quantise,
-    quantised_names,
+    quantize,
+    quantized_names,
 )
-from llmtune.export.writers.model_files import copy_companions, settle_config, settle_generation
+from llmtune.export.writers.model_files import (
+    copy_companions,
+    update_config,
+    update_generation_config,
+)
 from llmtune.storage.manifest import flush, hash_file
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.row_blocks import row_ranges
@@ -50,14 +54,14 @@ class PackedSource:
         """Say what will be written.
 
         Args:
-            names: From :func:`llmtune.export.sources.nf4.quantised_names`.
+            names: From :func:`llmtune.export.sources.nf4.quantized_names`.
             offsets: The mean of each one's scales; it is stored as text, whose length the file's
                 header must know.
 
         Raises:
-            ExportError: Something cannot be quantised.
+            ExportError: Something cannot be quantized.
         """
-        check_quantisable(source, names)
+        check_quantizable(source, names)
         self._source = source
         self._names = dict(names)
         self._offsets = dict(offsets)
@@ -83,17 +87,17 @@ class PackedSource:
         elif part == _STATE:
             yield self._states[weight]
         else:
-            tensor = self._quantised(weight)[part]
+            tensor = self._quantized(weight)[part]
             for first, last in row_ranges(tuple(tensor.shape)):
                 yield tensor[first:last]
 
-    def _quantised(self, weight: str) -> dict[str, torch.Tensor]:
+    def _quantized(self, weight: str) -> dict[str, torch.Tensor]:
         """All parts of one tensor; each thread keeps its last, since they are written one after the
         other.
         """
         if getattr(self._last, "weight", None) != weight:
             self._last.weight, self._last.parts = None, {}
-            packed, state = quantise(
+            packed, state = quantize(
                 self._source, weight, self._names[weight], offset=self._offsets[weight]
             )
             self._last.parts = {"": packed, **state.as_dict(packed=True)}
@@ -140,24 +144,24 @@ class PackedSource:
 
 
 def write_bnb_4bit(
-    material: Material, folder: Path, journal: Journal, config: ExportConfig
+    export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig
 ) -> None:
-    """A model folder that transformers loads in 4 bits, with the bits of a model that it quantises
+    """A model folder that transformers loads in 4 bits, with the bits of a model that it quantizes
     on loading.
 
     All tensors are read twice: first for the means of their scales, which files of this layout
     store as text.
     """
-    copy_companions(material.companions, folder)
-    settle_config(folder, material.dtype, material.config_changes)
+    copy_companions(export_model.model_files, folder)
+    update_config(folder, export_model.dtype, export_model.config_changes)
     # Of the settled configuration: an adapter may have untied the output layer or resized the
     # vocabulary.
-    names = quantised_names(folder, material.source)
-    offsets = _settle_offsets(material.source, names, folder, journal)
-    packed = PackedSource(material.source, names, offsets)
-    write_shards(packed, folder, config.max_shard_bytes, journal, material.request.progress)
-    _declare(folder, material.dtype)
-    settle_generation(folder)
+    names = quantized_names(folder, export_model.source)
+    offsets = _settle_offsets(export_model.source, names, folder, journal)
+    packed = PackedSource(export_model.source, names, offsets)
+    write_shards(packed, folder, config.max_shard_bytes, journal, export_model.request.progress)
+    _declare(folder, export_model.dtype)
+    update_generation_config(folder)
     (folder / _OFFSETS).unlink()
 
 
@@ -167,7 +171,7 @@ def _settle_offsets(
     """The mean of each tensor's scales; a start that was killed after it found them left them in
     the journal.
     """
-    check_quantisable(source, names)
+    check_quantizable(source, names)
     file = folder / _OFFSETS
     if _OFFSETS not in journal.entries:
         found = {name: mean_scale(source, name, transposed) for name, transposed in names.items()}
@@ -180,7 +184,7 @@ def _settle_offsets(
 
 def _declare(folder: Path, dtype: torch.dtype | None) -> None:
     """Say in ``config.json`` how to load it: computed is in the dtype of the tensors that are not
-    quantised, if that is fp16.
+    quantized, if that is fp16.
     """
     from transformers import BitsAndBytesConfig
 

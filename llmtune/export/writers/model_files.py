@@ -53,7 +53,7 @@ def check_companions(folder: Path) -> None:
             check_foreign(file, ExportError, most_bytes=None)
 
 
-def settle_config(folder: Path, dtype: torch.dtype | None, changes: dict[str, Any]) -> None:
+def update_config(folder: Path, dtype: torch.dtype | None, changes: dict[str, Any]) -> None:
     """Make ``config.json`` say what the weights are.
 
     Args:
@@ -77,7 +77,7 @@ def settle_config(folder: Path, dtype: torch.dtype | None, changes: dict[str, An
         file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def settle_generation(folder: Path) -> None:
+def update_generation_config(folder: Path) -> None:
     """Make plain transformers stop where an answer was trained to end, which a base model's own
     settings do not name.
     """

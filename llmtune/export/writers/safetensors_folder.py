@@ -7,27 +7,35 @@ import shutil
 from pathlib import Path
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.model import Material
+from llmtune.export.model import ExportModel
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.base import SafetensorsSource
-from llmtune.export.writers.model_files import copy_companions, settle_config, settle_generation
+from llmtune.export.writers.model_files import (
+    copy_companions,
+    update_config,
+    update_generation_config,
+)
 
 
 def write_safetensors(
-    material: Material, folder: Path, journal: Journal, config: ExportConfig
+    export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig
 ) -> None:
     """Weights in shards, or links to those that stay as they are, with configuration and
     tokenizer.
     """
-    if isinstance(material.source, SafetensorsSource):
-        _link_weights(material.source, folder)
+    if isinstance(export_model.source, SafetensorsSource):
+        _link_weights(export_model.source, folder)
     else:
         write_shards(
-            material.source, folder, config.max_shard_bytes, journal, material.request.progress
+            export_model.source,
+            folder,
+            config.max_shard_bytes,
+            journal,
+            export_model.request.progress,
         )
-    copy_companions(material.companions, folder)
-    settle_config(folder, material.dtype, material.config_changes)
-    settle_generation(folder)
+    copy_companions(export_model.model_files, folder)
+    update_config(folder, export_model.dtype, export_model.config_changes)
+    update_generation_config(folder)
 
 
 def _link_weights(source: SafetensorsSource, folder: Path) -> None:

@@ -11,11 +11,15 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
-from llmtune.export.model import Material
+from llmtune.export.model import ExportModel
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.base import SafetensorsSource
-from llmtune.export.writers.model_files import copy_companions, settle_config, settle_generation
+from llmtune.export.writers.model_files import (
+    copy_companions,
+    update_config,
+    update_generation_config,
+)
 
 TORCH_FILE = "model.pt"
 
@@ -23,7 +27,7 @@ _WEIGHTS = "weights.tmp"
 
 
 def write_torch_file(
-    material: Material, folder: Path, _journal: Journal, config: ExportConfig
+    export_model: ExportModel, folder: Path, _journal: Journal, config: ExportConfig
 ) -> None:
     """``model.pt`` beside tokenizer and configuration; tied tensors are in it once, as in
     safetensors.
@@ -33,27 +37,31 @@ def write_torch_file(
             whole.
     """
     weights = folder / _WEIGHTS
-    if isinstance(material.source, SafetensorsSource):
-        source = material.source
+    if isinstance(export_model.source, SafetensorsSource):
+        source = export_model.source
     else:
-        check_room(folder, 2 * material.nbytes)
+        check_room(folder, 2 * export_model.nbytes)
         weights.mkdir(exist_ok=True)
-        progress = material.request.progress
+        progress = export_model.request.progress
         write_shards(
-            material.source, weights, config.max_shard_bytes, Journal(weights, _WEIGHTS), progress
+            export_model.source,
+            weights,
+            config.max_shard_bytes,
+            Journal(weights, _WEIGHTS),
+            progress,
         )
         source = SafetensorsSource(weights)
     # torch.save writes a storage as it lies: from mapped files, page by page.
     torch.save(
-        {name: _own_storage(source.tensor(name)) for name in material.source.specs},
+        {name: _own_storage(source.tensor(name)) for name in export_model.source.specs},
         folder / TORCH_FILE,
     )
     _check(folder / TORCH_FILE, source)
     del source
     shutil.rmtree(weights, ignore_errors=True)
-    copy_companions(material.companions, folder)
-    settle_config(folder, material.dtype, material.config_changes)
-    settle_generation(folder)
+    copy_companions(export_model.model_files, folder)
+    update_config(folder, export_model.dtype, export_model.config_changes)
+    update_generation_config(folder)
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:

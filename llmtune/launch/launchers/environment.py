@@ -26,13 +26,13 @@ def set_defaults(accelerator: str, ranks_on_node: int) -> None:
     """Variables that must stand before torch and DeepSpeed are imported; what the user has set
     wins.
 
-    Not so DS_ACCELERATOR: the plan has honoured it where it was not overruled, and was made for
+    Not so DS_ACCELERATOR: the plan has honored it where it was not overruled, and was made for
     ``accelerator``.
     """
     os.environ["DS_ACCELERATOR"] = accelerator
     use_own_ninja()
     defaults = {
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELIZM": "false",
         "TORCH_EXTENSIONS_DIR": str(extensions_dir()),
         "DEEPSPEED_TIMEOUT": "60",
         "PYTHONUNBUFFERED": "1",

@@ -67,7 +67,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return slots
 
 
-def hand_over(path: Path, arguments: Sequence[str]) -> NoReturn:
+def exec_runner(path: Path, arguments: Sequence[str]) -> NoReturn:
     """Become DeepSpeed's runner, with the same arguments for every rank.
 
     Raises:
@@ -85,7 +85,7 @@ def runner_command(path: Path, arguments: Sequence[str]) -> list[str]:
     """DeepSpeed's runner of this environment, and what it is to start.
 
     Raises:
-        As :func:`hand_over`.
+        As :func:`exec_runner`.
     """
     several = len(read_hostfile(path)) > 1
     missing = [program for program in ("pdsh", "ssh") if several and shutil.which(program) is None]

@@ -1,1 +1,1 @@
-"""N ranks of this machine: started, watched, signalled, ended."""
+"""N ranks of this machine: started, watched, signaled, ended."""

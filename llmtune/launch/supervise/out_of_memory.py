@@ -1,4 +1,4 @@
-"""Memory that ran out in a rank: recognised however the rank ended, and described by what it left
+"""Memory that ran out in a rank: recognized however the rank ended, and described by what it left
 behind.
 """
 

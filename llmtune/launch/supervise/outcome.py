@@ -12,7 +12,7 @@ from typing import Any
 
 from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, LlmtuneError, StoppedError
 from llmtune.launch.supervise.out_of_memory import MemoryEvent, RanOutOfMemoryError
-from llmtune.launch.supervise.watch import Cause, End, Limits
+from llmtune.launch.supervise.watch import EndReason, Limits, WatchResult
 
 _GO_ON = "The same command goes on from the newest checkpoint."
 
@@ -44,10 +44,10 @@ class RanksFailedError(LlmtuneError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Aftermath:
+class AttemptOutcome:
     """What is known when all ranks are gone."""
 
-    end: End
+    end: WatchResult
     reports: list[dict[str, Any]]
     """What failing ranks said, those with advice first."""
     event: MemoryEvent | None
@@ -65,7 +65,7 @@ class Aftermath:
         stop.
         """
         end = self.end
-        if end.cause is Cause.stop_at_once:
+        if end.cause is EndReason.stop_at_once:
             return StoppedError(f"ended at once, without saving. {_GO_ON}")
         known = next(
             (
@@ -77,13 +77,13 @@ class Aftermath:
         )
         if known is None and end.stopped:
             return StoppedError(self._stop_message())
-        if end.cause is Cause.stop_timeout:
+        if end.cause is EndReason.stop_timeout:
             return StoppedError(
                 f"not saved: the ranks had not ended {limits.stop_timeout:g} s after"
                 f" {end.signals[0].name} (launch.stop_timeout) and were killed; {self.stacks}."
                 f" {_GO_ON}"
             )
-        if not any(end.codes) and end.cause is Cause.all_ended:
+        if not any(end.codes) and end.cause is EndReason.all_ended:
             return (
                 StoppedError("stopped; training was done, the same command does the rest")
                 if end.signals
@@ -115,7 +115,7 @@ class Aftermath:
             return RanksFailedError(
                 known["message"], _first_line(known["message"]), self.step, rollback=True
             )
-        if self.end.cause is Cause.hang:
+        if self.end.cause is EndReason.hang:
             seconds = (
                 f"{limits.hang_timeout:g} s (launch.hang_timeout; ten times as long while ranks"
                 " start or answer)"

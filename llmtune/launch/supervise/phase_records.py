@@ -46,7 +46,7 @@ def _read(folder: Path, rank: int) -> bytes:
         return b""
 
 
-class HangWatch:
+class HangDetector:
     """Sees that no rank gets on. One that is stuck holds up all others at their next collective."""
 
     def __init__(self, folder: Path, world_size: int, timeout_seconds: float):

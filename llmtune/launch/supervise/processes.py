@@ -137,7 +137,7 @@ def may_be_launcher(pid: int) -> bool:
         return pid != 1
 
 
-def follow_supervisor() -> None:
+def die_with_supervisor() -> None:
     """Called by a rank first of all: end with the supervisor, also with one that ended before this
     call.
     """

@@ -82,7 +82,7 @@ def to_user_error(error: BaseException) -> LlmtuneError | None:
             f"{error.strerror}{where}: free space, or name another place (output_dir=,"
             " paths.cache_dir=, TMPDIR). The same command then goes on"
         )
-    # Before it is cut: half a secret is not recognised.
+    # Before it is cut: half a secret is not recognized.
     text = redact(str(error))
     if memory_pool(error) is not None:
         first = text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llmtune.errors import EXIT_UNEXPECTED
 from llmtune.launch.supervise.out_of_memory import phase_file
-from llmtune.launch.supervise.phase_records import HangWatch, read_phase
+from llmtune.launch.supervise.phase_records import HangDetector, read_phase
 
 _LOOK_SECONDS = 0.5
 # : To write the stacks, after which the rank ends without: with the network, the run folder's file
@@ -23,7 +23,7 @@ _LOOK_SECONDS = 0.5
 _WRITE_SECONDS = 15.0
 
 
-class SelfWatch:
+class RankWatchdog:
     """Ends this process when its own phase record no longer changes.
 
     A rank that waits in vain for one whose node or network is gone would otherwise wait for the
@@ -62,7 +62,7 @@ class SelfWatch:
             thread.join()
 
     def _look(self, timeout_seconds: float) -> None:
-        watch = HangWatch(self._folder, 1, timeout_seconds)
+        watch = HangDetector(self._folder, 1, timeout_seconds)
         while not self._over.wait(min(_LOOK_SECONDS, timeout_seconds / 4)):
             if watch.is_hung():
                 self._end(timeout_seconds)

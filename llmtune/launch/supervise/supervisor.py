@@ -10,12 +10,12 @@ from pathlib import Path
 
 from llmtune.launch.supervise.log_filter import wait_for_filters
 from llmtune.launch.supervise.out_of_memory import event_at_limit, find_event
-from llmtune.launch.supervise.outcome import Aftermath, read_reports
-from llmtune.launch.supervise.phase_records import HangWatch, finished_step
+from llmtune.launch.supervise.outcome import AttemptOutcome, read_reports
+from llmtune.launch.supervise.phase_records import HangDetector, finished_step
 from llmtune.launch.supervise.rank_group import RankGroup
 from llmtune.launch.supervise.signals import StopRequests, remember_stops
 from llmtune.launch.supervise.stacks import save_stacks
-from llmtune.launch.supervise.watch import Cause, End, Limits, Watch
+from llmtune.launch.supervise.watch import EndReason, Limits, Supervisor, WatchResult
 
 
 def run_ranks(
@@ -62,7 +62,7 @@ def run_ranks(
             if failed is not None
             else None
         )
-        error = Aftermath(
+        error = AttemptOutcome(
             end=end,
             reports=reports,
             event=event,
@@ -81,17 +81,17 @@ def _run_to_end(
     say: Callable[[str], None],
     limits: Limits,
     stops: StopRequests,
-) -> tuple[End, str]:
+) -> tuple[WatchResult, str]:
     """How the ranks ended, and where their stack traces are if that was the question; no process of
     theirs is left.
     """
     ranks, folder = group.ranks, group.folder
     try:
-        end = Watch(
-            ranks, stops, HangWatch(folder, len(ranks), limits.hang_timeout), limits, say
+        end = Supervisor(
+            ranks, stops, HangDetector(folder, len(ranks), limits.hang_timeout), limits, say
         ).until_end()
         stacks = ""
-        if end.cause in (Cause.hang, Cause.stop_timeout):
+        if end.cause in (EndReason.hang, EndReason.stop_timeout):
             stacks = save_stacks(
                 ranks, folder, run_folder, f"the ranks as they were given up ({end.cause.value})"
             )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from llmtune.errors import EXIT_STOPPED
-from llmtune.launch.supervise.phase_records import HangWatch
+from llmtune.launch.supervise.phase_records import HangDetector
 from llmtune.launch.supervise.processes import RankProcess
 from llmtune.launch.supervise.signals import StopRequests
 from llmtune.process import STOP_SIGNALS
@@ -36,7 +36,7 @@ class Limits:
     """Seconds between a signal and the end of the ranks."""
 
 
-class Cause(Enum):
+class EndReason(Enum):
     """Why the watch is over."""
 
     all_ended = "all ended"
@@ -48,10 +48,10 @@ class Cause(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class End:
+class WatchResult:
     """How the ranks stood when the watch was over."""
 
-    cause: Cause
+    cause: EndReason
     codes: list[int | None]
     """Exit codes; None for a rank that still ran."""
     first_failed: int | None
@@ -72,14 +72,14 @@ def is_stop(code: int | None, asked: bool) -> bool:
     return code == EXIT_STOPPED or (asked and code in [-number for number in STOP_SIGNALS])
 
 
-class Watch:
+class Supervisor:
     """One watch over one set of ranks."""
 
     def __init__(
         self,
         ranks: Sequence[RankProcess],
         stops: StopRequests,
-        hang: HangWatch,
+        hang: HangDetector,
         limits: Limits,
         say: Callable[[str], None],
     ):
@@ -94,36 +94,36 @@ class Watch:
         self._asked_at: float | None = None
         self._stopped_at: float | None = None
 
-    def until_end(self) -> End:
+    def until_end(self) -> WatchResult:
         """Wait until all ranks have ended, or are to be ended."""
         while (cause := self._look()) is None:
             time.sleep(POLL_SECONDS)
-        return End(
+        return WatchResult(
             cause=cause,
             codes=self._codes,
             first_failed=self._first_failed,
             signals=self._stops.received,
         )
 
-    def _look(self) -> Cause | None:
+    def _look(self) -> EndReason | None:
         self._codes = [rank.exit_code() for rank in self._ranks]
         now = time.monotonic()
         self._note_ends(now)
         if None not in self._codes:
-            return Cause.all_ended
+            return EndReason.all_ended
         if self._stops.received and self._asked_at is None:
             self._asked_at = now
             self._hand_on(self._stops.received[0])
         if self._stops.at_once:
-            return Cause.stop_at_once
+            return EndReason.stop_at_once
         if _is_over(self._failed_at, GRACE_SECONDS, now):
-            return Cause.failure
+            return EndReason.failure
         if _is_over(self._stopped_at, STOP_GRACE_SECONDS, now):
-            return Cause.stop
+            return EndReason.stop
         if _is_over(self._asked_at, self._limits.stop_timeout, now):
-            return Cause.stop_timeout
+            return EndReason.stop_timeout
         if self._asked_at is None and self._hang.is_hung():
-            return Cause.hang
+            return EndReason.hang
         return None
 
     def _note_ends(self, now: float) -> None:

@@ -17,7 +17,7 @@ class Card:
     efficiency: float
     """Share of ``flops`` that a training step reaches, recomputation counted (HFU)."""
     link_bandwidth: float
-    """To its neighbours, one direction, as a collective reaches it: NVLink, or PCIe without it."""
+    """To its neighbors, one direction, as a collective reaches it: NVLink, or PCIe without it."""
     pcie_bandwidth: float
     """To the host, one direction, with all accelerators of a common board at once."""
     fp32_flops: float

@@ -78,7 +78,7 @@ def named_rung(offload: OffloadConfig) -> str | None:
 
 
 def allowed_stages(rung: str) -> tuple[int, ...]:
-    """ZeRO stages in which DeepSpeed honours a rung: below 3 it ignores where weights are offloaded
+    """ZeRO stages in which DeepSpeed honors a rung: below 3 it ignores where weights are offloaded
     to.
     """
     return {"none": (0, 1, 2, 3), "optimizer_cpu": (1, 2, 3)}.get(rung, (3,))

@@ -10,7 +10,7 @@ from llmtune.data.load.loader import iterate_eval
 from llmtune.data.store.token_store import Rows
 from llmtune.engine.train_module import TrainModule
 from llmtune.track.tracker import Record
-from llmtune.train.loop import Progress
+from llmtune.train.loop import TrainingState
 
 
 class HeldOutLoss:
@@ -30,7 +30,7 @@ class HeldOutLoss:
         self.collator = collator
         self.max_rows = max_rows
 
-    def evaluate(self, progress: Progress, interrupted: Callable[[], bool]) -> Record | None:
+    def evaluate(self, progress: TrainingState, interrupted: Callable[[], bool]) -> Record | None:
         """One evaluation line; None where nothing is held out, or where it was interrupted."""
         if self.rows is None:
             return None

@@ -7,7 +7,7 @@ from pathlib import Path
 from llmtune.engine.distributed import Rank
 from llmtune.storage import layout
 from llmtune.track.plot import write_loss_plot
-from llmtune.train.loop import Progress
+from llmtune.train.loop import TrainingState
 
 
 class LossPlot:
@@ -18,10 +18,10 @@ class LossPlot:
         self.run_name = run_name
         self.rank = rank
 
-    def on_start(self, progress: Progress) -> None:
+    def on_start(self, progress: TrainingState) -> None:
         """Nothing to draw yet."""
 
-    def on_end(self, progress: Progress) -> None:  # noqa: ARG002 - as all hooks
+    def on_end(self, progress: TrainingState) -> None:  # noqa: ARG002 - as all hooks
         """Draw what ``metrics.jsonl`` holds."""
         if self.rank.is_first:
             write_loss_plot(self.run / layout.METRICS, self.run / layout.LOSS_PLOT, self.run_name)

@@ -29,7 +29,7 @@ import torch
 from llmtune.data.load.collate import Batch, Collator
 from llmtune.data.store.token_store import Row
 from llmtune.draws import Draw, generator, torch_seed
-from llmtune.engine.distributed import sum_over_ranks
+from llmtune.engine.distributed import all_reduce_sum
 from llmtune.errors import ConfigError
 from llmtune.model.attention import answer_on_host
 from llmtune.model.shrink import VOCABULARY, shrink
@@ -242,7 +242,7 @@ def check_module(
     mixing = measure_mixing(module.logits, collator, draw_documents(LENGTHS, vocabulary))
     pairs = (mixing.numberless_alone, mixing.numberless_behind)
     flags = [float(document in documents) for documents in pairs for document in (0, 1)]
-    size, *counts = sum_over_ranks([mixing.mean_square, *flags], module.rank)
+    size, *counts = all_reduce_sum([mixing.mean_square, *flags], module.rank)
     if any(counts):
         alone, behind = (tuple(n for n in (0, 1) if counts[2 * pair + n]) for pair in (0, 1))
         raise ConfigError(

@@ -13,7 +13,7 @@ from llmtune.security.redaction import redact_values
 from llmtune.storage import layout
 from llmtune.storage.atomic import read_json, write_whole
 from llmtune.track.console import Console
-from llmtune.train.loop import Progress
+from llmtune.train.loop import TrainingState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,12 +42,12 @@ class SampleAnswers:
         self.path = run / layout.SAMPLES
         self.console = console
 
-    def on_start(self, progress: Progress) -> None:
+    def on_start(self, progress: TrainingState) -> None:
         """Answer before the first step of a new run; a resumed one has its answers on disk."""
         if progress.step == 0:
             self._record("before")
 
-    def on_end(self, progress: Progress) -> None:  # noqa: ARG002 - as all hooks
+    def on_end(self, progress: TrainingState) -> None:  # noqa: ARG002 - as all hooks
         """Answer again, and show both."""
         self._record("after")
         if self.module.rank.is_first:

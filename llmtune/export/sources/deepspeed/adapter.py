@@ -29,8 +29,8 @@ _PART = re.compile(
 #: What peft puts between a module and its own tensor.
 _WRAPPERS = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.[^.]+$)")
 
-#: What bitsandbytes keeps beside a quantised weight.
-_QUANTISED = (".absmax", ".quant_map", ".SCB")
+#: What bitsandbytes keeps beside a quantized weight.
+_QUANTIZED = (".absmax", ".quant_map", ".SCB")
 
 
 class Renamed:
@@ -96,7 +96,7 @@ def open_base_part(source: ZeroSource) -> Renamed:
     checkpoint; tied ones once.
 
     Raises:
-        ExportError: They are not, or they are quantised.
+        ExportError: They are not, or they are quantized.
     """
     names: dict[str, str] = {}
     for name in source.specs:
@@ -112,12 +112,12 @@ def open_base_part(source: ZeroSource) -> Renamed:
             f"{source.folder} holds the adapter alone (it was saved with"
             " exclude_frozen_parameters); name the model below it with base="
         )
-    quantised = [name for name in names if name.endswith(_QUANTISED) or ".quant_state" in name]
-    quantised += [name for name in weights if not source.specs[names[name]].dtype.is_floating_point]
-    if quantised:
+    quantized = [name for name in names if name.endswith(_QUANTIZED) or ".quant_state" in name]
+    quantized += [name for name in weights if not source.specs[names[name]].dtype.is_floating_point]
+    if quantized:
         raise ExportError(
-            f"{source.folder} holds the model below the adapter only quantised ({some(quantised)});"
-            " name the model that it was quantised from with base="
+            f"{source.folder} holds the model below the adapter only quantized ({some(quantized)});"
+            " name the model that it was quantized from with base="
         )
     return Renamed(source, names)
 

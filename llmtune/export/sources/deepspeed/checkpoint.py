@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llmtune.checkpoint.slices import Piece, PiecedTensor, find_gap
+from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.errors import ExportError
 from llmtune.export.sources.base import some
 from llmtune.export.sources.deepspeed.pickle_reader import StoredTensor, read_archive
@@ -33,10 +33,10 @@ _ANY_OPTIMIZER_FILE, _ANY_FILE = "*_optim_states.pt", "*_states.pt"
 _OTHERS = (
     (
         re.compile(r"(expp_rank_|layer_\d+_expert_|expert_).*"),
-        "a mixture of experts (expert parallelism)",
+        "a mixture of experts (expert parallelizm)",
     ),
-    (re.compile(r"layer_\d+-model_.*"), "pipeline parallelism"),
-    (re.compile(r".*mp_rank_(?!00)\d+_.*"), "tensor parallelism"),
+    (re.compile(r"layer_\d+-model_.*"), "pipeline parallelizm"),
+    (re.compile(r".*mp_rank_(?!00)\d+_.*"), "tensor parallelizm"),
 )
 _EXPERT_KEYS = ("ds_autoep_layers", "autoep_layers", "ds_zero_partition_groups")
 
@@ -296,7 +296,7 @@ def _count_ranks(state: Mapping[str, Any]) -> int:
     return int(max(counts) if isinstance(counts, list | tuple) else counts or 0)
 
 
-def _trained(states: _States) -> Iterator[tuple[str, tuple[TensorSpec, tuple[Piece, ...]]]]:
+def _trained(states: _States) -> Iterator[tuple[str, tuple[TensorSpec, tuple[TensorSlice, ...]]]]:
     """Parameters in the flat tensors."""
     shapes: list[dict[str, tuple[int, ...]]] = [
         {name: tuple(shape) for name, shape in group.items()}
@@ -311,7 +311,7 @@ def _trained(states: _States) -> Iterator[tuple[str, tuple[TensorSpec, tuple[Pie
 
 def _trained_12(
     states: _States, shapes: list[dict[str, tuple[int, ...]]]
-) -> Iterator[tuple[str, tuple[TensorSpec, tuple[Piece, ...]]]]:
+) -> Iterator[tuple[str, tuple[TensorSpec, tuple[TensorSlice, ...]]]]:
     """The ranks' parts of a group, one behind the other, are its parameters, one behind the
     other.
     """
@@ -346,7 +346,7 @@ def _trained_12(
 
 def _trained_3(
     states: _States, shapes: dict[str, tuple[int, ...]]
-) -> Iterator[tuple[str, tuple[TensorSpec, tuple[Piece, ...]]]]:
+) -> Iterator[tuple[str, tuple[TensorSpec, tuple[TensorSlice, ...]]]]:
     """Every rank has an equal part of every parameter; the last one's is filled up."""
     world = len(states.flats)
     parts = [[group.open().reshape(-1) for group in rank] for rank in states.flats]
@@ -418,7 +418,7 @@ def _others(states: _States) -> Iterator[tuple[str, PiecedTensor]]:
             and (tensor.numel or states.stage < 3)
         ):
             spec = TensorSpec(name, tensor.dtype, tensor.shape)
-            yield name, PiecedTensor(spec, (Piece(0, tensor.open().reshape(-1)),))
+            yield name, PiecedTensor(spec, (TensorSlice(0, tensor.open().reshape(-1)),))
 
 
 def _cut(parts: list[torch.Tensor], first: int, last: int) -> list[torch.Tensor]:
@@ -434,12 +434,12 @@ def _cut(parts: list[torch.Tensor], first: int, last: int) -> list[torch.Tensor]
 
 def _assemble(
     folder: Path, name: str, shape: tuple[int, ...], values: list[torch.Tensor]
-) -> tuple[TensorSpec, tuple[Piece, ...]]:
+) -> tuple[TensorSpec, tuple[TensorSlice, ...]]:
     """A parameter of its parts in order; what fills up the last of them is left out."""
     numel = math.prod(shape)
     starts = accumulate((part.numel() for part in values), initial=0)
     pieces = [
-        Piece(start, part[: numel - start])
+        TensorSlice(start, part[: numel - start])
         for start, part in zip(starts, values, strict=False)
         if start < numel and part.numel()
     ]

@@ -239,7 +239,7 @@ def _check_normalizers(state: dict[str, Any], notes: list[str]) -> None:
             )
         notes.append(
             f"llama.cpp leaves out the tokenizer's {step['type']}: give it text that is"
-            " normalised so"
+            " normalized so"
         )
 
 

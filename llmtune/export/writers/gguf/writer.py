@@ -1,4 +1,4 @@
-"""GGUF, the one file that llama.cpp, Ollama and LM Studio load: tensors renamed, quantised and
+"""GGUF, the one file that llama.cpp, Ollama and LM Studio load: tensors renamed, quantized and
 written as a stream.
 
 Which tensors and keys an architecture has, and that the rows of the query and key projections of
@@ -22,12 +22,12 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig, GgufType
 from llmtune.errors import ExportError
-from llmtune.export.model import Material
+from llmtune.export.model import ExportModel
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal
 from llmtune.export.sources.base import TensorSource, some
 from llmtune.export.writers.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary
-from llmtune.export.writers.model_files import copy_companions, settle_config
+from llmtune.export.writers.model_files import copy_companions, update_config
 from llmtune.storage import layout
 from llmtune.storage.manifest import flush, hash_file
 
@@ -60,7 +60,7 @@ _LAYER_MORE = {"llama": (), "qwen2": (), "qwen3": ("attn_q_norm", "attn_k_norm")
 #: Buffers that old files carry along; nobody loads them.
 _LEFT_OUT = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
-# : Elements of a quantised block; of what these types do not divide, f16 is taken, as llama.cpp
+# : Elements of a quantized block; of what these types do not divide, f16 is taken, as llama.cpp
 # does.
 _BLOCK = 32
 _PIECE = 1 << 16
@@ -92,7 +92,9 @@ class StoredTensor:
         return math.prod(self.shape) // elements * size
 
 
-def write_gguf(material: Material, folder: Path, journal: Journal, config: ExportConfig) -> None:
+def write_gguf(
+    export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig
+) -> None:
     """``model-<type>.gguf`` and a ``Modelfile`` for Ollama.
 
     Numbers are rounded once, from what the source gives to the type in the file; ``export.dtype``
@@ -103,18 +105,18 @@ def write_gguf(material: Material, folder: Path, journal: Journal, config: Expor
             read it otherwise.
     """
     file = folder / f"model-{config.gguf_type.value}.gguf"
-    companions = folder / _COMPANIONS
-    shutil.rmtree(companions, ignore_errors=True)
-    companions.mkdir()
+    model_files = folder / _COMPANIONS
+    shutil.rmtree(model_files, ignore_errors=True)
+    model_files.mkdir()
     try:
-        copy_companions(material.companions, companions)
-        settle_config(companions, None, material.config_changes)
-        settings, architecture = read_settings(companions)
-        tensors, notes = plan_tensors(material.source, settings, architecture, config.gguf_type)
+        copy_companions(export_model.model_files, model_files)
+        update_config(model_files, None, export_model.config_changes)
+        settings, architecture = read_settings(model_files)
+        tensors, notes = plan_tensors(export_model.source, settings, architecture, config.gguf_type)
         rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
-        vocabulary = read_vocabulary(companions, rows)
+        vocabulary = read_vocabulary(model_files, rows)
     finally:
-        shutil.rmtree(companions)
+        shutil.rmtree(model_files)
     notes += vocabulary.notes
     window = getattr(settings, "sliding_window", None)
     if window:
@@ -122,15 +124,17 @@ def write_gguf(material: Material, folder: Path, journal: Journal, config: Expor
             f"llama.cpp looks at the whole text, where the model has a window of {window} tokens"
         )
     for note in notes:
-        material.request.say(f"{file.name}: {note}")
+        export_model.request.say(f"{file.name}: {note}")
     if file.name not in journal.entries:
         check_room(folder, sum(tensor.nbytes for tensor in tensors) + _HEADER_BYTES)
-        _write_file(file, material, tensors, (architecture, settings, vocabulary, config.gguf_type))
+        _write_file(
+            file, export_model, tensors, (architecture, settings, vocabulary, config.gguf_type)
+        )
         flush(file)
         journal.note(file.name, hash_file(file))
-    elif material.request.progress:
-        material.request.progress.total(journal.entries[file.name]["size"])
-        material.request.progress.done(journal.entries[file.name]["size"])
+    elif export_model.request.progress:
+        export_model.request.progress.total(journal.entries[file.name]["size"])
+        export_model.request.progress.done(journal.entries[file.name]["size"])
     (folder / "Modelfile").write_text(
         _modelfile(file.name, vocabulary.stops, notes), encoding="utf-8"
     )
@@ -196,7 +200,7 @@ def plan_tensors(
             continue
         kind = wanted
         if wanted in _COARSE and stored == ("token_embd.weight" if tied else "output.weight"):
-            # What the logits come from is worth more bits, as llama.cpp's own quantiser holds it.
+            # What the logits come from is worth more bits, as llama.cpp's own quantizer holds it.
             kind = GgufType.q8_0
         if len(spec.shape) < 2:
             kind = GgufType.f32
@@ -248,7 +252,7 @@ def _check_complete(found: set[str], settings: Any, architecture: str) -> None:
 
 def _write_file(
     file: Path,
-    material: Material,
+    export_model: ExportModel,
     tensors: list[StoredTensor],
     about: tuple[str, Any, Vocabulary, GgufType],
 ) -> None:
@@ -258,7 +262,7 @@ def _write_file(
 
     architecture, settings, vocabulary, wanted = about
     writer = GGUFWriter(file, architecture)
-    _add_about(writer, material)
+    _add_about(writer, export_model)
     add_settings(writer, settings, wanted)
     writer.add_vocab_size(len(vocabulary.tokens))
     add_vocabulary(writer, vocabulary)
@@ -277,13 +281,13 @@ def _write_file(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         assert writer.fout is not None
-        out, progress = writer.fout[0], material.request.progress
+        out, progress = writer.fout[0], export_model.request.progress
         if progress:
             progress.total(sum(tensor.nbytes for tensor in tensors))
         writer.write_padding(out, out.tell())
         if frequencies is not None:
             frequencies.tofile(out)
-        for data in _converted(material.source, tensors):
+        for data in _converted(export_model.source, tensors):
             if data is None:
                 writer.write_padding(out, out.tell())
                 continue
@@ -295,15 +299,15 @@ def _write_file(
         writer.close()
 
 
-def _add_about(writer: GGUFWriter, material: Material) -> None:
+def _add_about(writer: GGUFWriter, export_model: ExportModel) -> None:
     from gguf import GGML_QUANT_VERSION
 
-    output = material.request.output
+    output = export_model.request.output
     writer.add_type("model")
     own_name = output == layout.export_folder(output.parent, "gguf")
     writer.add_name(output.parent.name if own_name else output.name)
     writer.add_base_model_count(1)
-    writer.add_base_model_name(0, material.request.base_name)
+    writer.add_base_model_name(0, export_model.request.base_name)
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
@@ -364,7 +368,7 @@ def rope_factors(settings: Any) -> np.ndarray[Any, Any] | None:
 def _converted(
     source: TensorSource, tensors: list[StoredTensor]
 ) -> Iterator[np.ndarray[Any, Any] | None]:
-    """The bytes of every tensor in order, and None behind each; a few blocks ahead are quantised by
+    """The bytes of every tensor in order, and None behind each; a few blocks ahead are quantized by
     other threads.
     """
     cores = len(os.sched_getaffinity(0))

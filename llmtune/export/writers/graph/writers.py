@@ -14,7 +14,7 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError, MissingPrerequisiteError
-from llmtune.export.model import Material
+from llmtune.export.model import ExportModel
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.base import Retyped
@@ -29,7 +29,11 @@ from llmtune.export.writers.graph.model import (
     make_example,
     refusing,
 )
-from llmtune.export.writers.model_files import copy_companions, settle_config, settle_generation
+from llmtune.export.writers.model_files import (
+    copy_companions,
+    update_config,
+    update_generation_config,
+)
 from llmtune.process import hold_interruptions
 from llmtune.units import format_count
 
@@ -45,7 +49,9 @@ _WEIGHTS = "weights.tmp"
 _TRACED = "traced.tmp"
 
 
-def write_onnx(material: Material, folder: Path, _journal: Journal, config: ExportConfig) -> None:
+def write_onnx(
+    export_model: ExportModel, folder: Path, _journal: Journal, config: ExportConfig
+) -> None:
     """``model.onnx`` in fp32 with any batch size and length, beside tokenizer and configuration.
 
     Raises:
@@ -55,10 +61,10 @@ def write_onnx(material: Material, folder: Path, _journal: Journal, config: Expo
     """
     import_onnx()
     file = folder / ONNX_FILE
-    model = _prepare(material, folder, config)
+    model = _prepare(export_model, folder, config)
     with refusing(model, "ONNX"):
         checks = make_checks(model)
-        _export_onnx(model, file, material)
+        _export_onnx(model, file, export_model)
     names, output = model.inputs, model.output
     # What the check needs was computed; the session makes a copy of the weights.
     del model
@@ -94,7 +100,7 @@ def check_size(parameters: int) -> None:
 
 
 def write_torchscript(
-    material: Material, folder: Path, _journal: Journal, config: ExportConfig
+    export_model: ExportModel, folder: Path, _journal: Journal, config: ExportConfig
 ) -> None:
     """``model.ts.pt`` in fp32, which torch.jit.load reads, beside tokenizer and configuration.
 
@@ -103,7 +109,7 @@ def write_torchscript(
             transformers does.
     """
     file = folder / TORCHSCRIPT_FILE
-    model = _prepare(material, folder, config)
+    model = _prepare(export_model, folder, config)
     with refusing(model, "TorchScript"):
         checks = make_checks(model)
         with hold_interruptions():
@@ -116,36 +122,36 @@ def write_torchscript(
         check_graph(lambda inputs: loaded(*inputs), checks, TORCHSCRIPT_FILE)
 
 
-def _prepare(material: Material, folder: Path, config: ExportConfig) -> GraphModel:
+def _prepare(export_model: ExportModel, folder: Path, config: ExportConfig) -> GraphModel:
     """Write what stays beside the graph, and load the model from a folder that does not stay."""
     if config.dtype not in (ExportDtype.auto, ExportDtype.fp32):
         raise ExportError(
             f"export.dtype={config.dtype.value}: graphs are written in fp32; take"
             " export.dtype=auto, or export=safetensors for another dtype"
         )
-    count = sum(math.prod(spec.shape) for spec in material.source.specs.values())
+    count = sum(math.prod(spec.shape) for spec in export_model.source.specs.values())
     check_size(count)
     check_room(folder, 2 * 4 * count)
-    copy_companions(material.companions, folder)
-    settle_config(folder, torch.float32, material.config_changes)
+    copy_companions(export_model.model_files, folder)
+    update_config(folder, torch.float32, export_model.config_changes)
     loader, architecture = find_loader(folder)
     weights = folder / _WEIGHTS
     weights.mkdir(exist_ok=True)
     # In fp32 a merged weight is not rounded at all.
-    source = Retyped(material.source, torch.float32)
+    source = Retyped(export_model.source, torch.float32)
     write_shards(
         source,
         weights,
         config.max_shard_bytes,
         Journal(weights, _WEIGHTS),
-        material.request.progress,
+        export_model.request.progress,
     )
     copy_companions([folder], weights)
     try:
         model = load_graph_model(weights, loader, architecture)
     finally:
         shutil.rmtree(weights)
-    settle_generation(folder)
+    update_generation_config(folder)
     return model
 
 
@@ -164,7 +170,7 @@ def _copy_program(traced: Path, file: Path) -> None:
     traced.unlink()
 
 
-def _export_onnx(model: GraphModel, file: Path, material: Material) -> None:
+def _export_onnx(model: GraphModel, file: Path, export_model: ExportModel) -> None:
     import onnx
 
     axes = {0: "batch", 1: "sequence"}
@@ -182,7 +188,7 @@ def _export_onnx(model: GraphModel, file: Path, material: Material) -> None:
     # Each node carries the lines of code that it came from, with the paths of this machine.
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
-    nbytes = 4 * sum(math.prod(spec.shape) for spec in material.source.specs.values())
+    nbytes = 4 * sum(math.prod(spec.shape) for spec in export_model.source.specs.values())
     program.save(str(file), external_data=nbytes > _MOST_IN_ONE_FILE_BYTES)
     onnx.checker.check_model(str(file), full_check=True)
 

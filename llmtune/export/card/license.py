@@ -1,4 +1,4 @@
-"""The licence of a base, as its own files name it."""
+"""The license of a base, as its own files name it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from llmtune.errors import ExportError
 from llmtune.security.trust import check_foreign, copy_foreign, find_objection
 
-#: What a licence's text begins with -> the hub's name of it; the first that is found counts.
+#: What a license's text begins with -> the hub's name of it; the first that is found counts.
 _TEXTS = (
     (r"Apache License\s+Version 2\.0", "apache-2.0"),
     (r"MIT License", "mit"),
@@ -28,7 +28,7 @@ _MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Licence:
+class License:
     """What is known; possibly nothing."""
 
     front_matter: dict[str, str] = field(default_factory=dict)
@@ -42,18 +42,18 @@ class Licence:
         return self.front_matter.get("license_name") or self.front_matter.get("license", "")
 
 
-def find_licence(folders: Sequence[Path]) -> Licence:
-    """From the front matter of the base's card, or else from the text of its licence."""
-    files = {file.name: file for folder in reversed(folders) for file in _licence_files(folder)}
+def find_license(folders: Sequence[Path]) -> License:
+    """From the front matter of the base's card, or else from the text of its license."""
+    files = {file.name: file for folder in reversed(folders) for file in _license_files(folder)}
     named = next((found for folder in folders if (found := _read_card(folder / "README.md"))), None)
-    return Licence(
+    return License(
         named or next(filter(None, (_read_text(file) for file in files.values())), {}),
         tuple(file for _, file in sorted(files.items())),
     )
 
 
-def copy_licence_files(files: Sequence[Path], folder: Path) -> None:
-    """Put the texts beside the weights, as most licences ask for.
+def copy_license_files(files: Sequence[Path], folder: Path) -> None:
+    """Put the texts beside the weights, as most licenses ask for.
 
     Raises:
         ExportError: One is a link that leads out of its folder.
@@ -63,17 +63,17 @@ def copy_licence_files(files: Sequence[Path], folder: Path) -> None:
             copy_foreign(file, folder / file.name, ExportError, _MOST_BYTES)
 
 
-def check_licences(folder: Path) -> None:
-    """Refuse, before anything is written, what :func:`copy_licence_files` would.
+def check_licenses(folder: Path) -> None:
+    """Refuse, before anything is written, what :func:`copy_license_files` would.
 
     Raises:
         ExportError: With the first one.
     """
-    for file in _licence_files(folder):
+    for file in _license_files(folder):
         check_foreign(file, ExportError, _MOST_BYTES)
 
 
-def _licence_files(folder: Path) -> Iterator[Path]:
+def _license_files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
         if file.is_file() and _FILES.fullmatch(file.name) and file.stat().st_size <= _MOST_BYTES:
             yield file
