@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.config.groups.export import ExportConfig, ExportDtype
-from llmtune.engine.optimizer_state import KINDS
+from llmtune.engine.optimizer_state import STATE_KEYS
 from llmtune.errors import ExportError
 from llmtune.export.model import ExportRequest, open_material
 from llmtune.export.publish.shards import Journal, write_shards
@@ -239,4 +239,4 @@ def test_a_block_in_one_piece_is_no_copy(tmp_path: Path) -> None:
 
 def test_the_header_that_is_read_is_the_one_that_is_written() -> None:
     """The names are llmtune.checkpoint's; were they changed there alone, nothing would be found."""
-    assert KINDS[0] == master_weights._MASTER
+    assert STATE_KEYS[0] == master_weights._MASTER
