@@ -21,6 +21,8 @@ VICTIMS = ("0", "1", "supervisor")
 # a save.
 WRITE_SECONDS = 0.025
 SAVE_SECONDS = 1.0
+#: Less than a whole run takes: the victim must be there.
+START_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def draw_kill(number: int) -> Kill:
         victim=victim,
         event=event,
         step=None,
-        delay=drawn.uniform(0, 8),
+        delay=drawn.uniform(0, START_SECONDS),
         background=background,
         zero=zero,
     )

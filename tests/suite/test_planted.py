@@ -31,8 +31,8 @@ PLANTED = [
     Planted(
         fault="the loss is divided by the micro-batches as well",
         file="engine/train_module.py",
-        right="self.engine.optimizer)), scale_wrt_gas=False)",
-        wrong="self.engine.optimizer)), scale_wrt_gas=True)",
+        right="self.engine.optimizer)), scale_wrt_gas=False\n",
+        wrong="self.engine.optimizer)), scale_wrt_gas=True\n",
         tests=(
             "tests/engine/test_parity.py::test_stages_ranks_and_accumulation_give_the_same_curve",
         ),
