@@ -26,14 +26,6 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
-class TunerKind(Enum):
-    """What is trained."""
-
-    full = "full"
-    lora = "lora"
-    qlora = "qlora"
-
-
 class SchedulerType(Enum):
     """Shape of the learning rate after warm-up."""
 
@@ -110,7 +102,7 @@ class ModelConfig:
 class TunerConfig:
     """What is trained: everything, or LoRA adapters."""
 
-    kind: TunerKind = MISSING
+    kind: str = MISSING
     """``full``, ``lora``, or ``qlora`` (LoRA on weights in 4 bits; it can be planned, not trained
     yet).
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from llmtune.config.cache_folder import find_cache
-from llmtune.config.schema import Config, Precision, TrainConfig, TunerKind
+from llmtune.config.schema import Config, Precision, TrainConfig
 from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, settle_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
@@ -28,6 +28,7 @@ from llmtune.plan.memory.placement import (
 from llmtune.plan.memory.zero_buffers import ZeroSizes, resolve_zero_sizes
 from llmtune.plan.memory.zero_states import element_bytes, state_bytes
 from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
+from llmtune.tuner.tuner import TUNERS
 
 #: Candidates as fast as this share of the fastest count as equal; the simplest of them is taken.
 EQUAL_SPEED = 0.985
@@ -225,11 +226,12 @@ def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
     optimizer, param = RUNGS[rung]
     if rung != "none" and config.precision is Precision.fp16:
         return "offload is not supported with precision=fp16"
-    if rung == "optimizer_nvme" and config.tuner.kind is not TunerKind.full:
-        return "pointless: the optimizer of adapters is small"
+    tuner = TUNERS.find(config.tuner.kind)
+    if rung == "optimizer_nvme" and not tuner.trains_all:
+        return "pointless: the optimizer of what is trained is small"
     if "nvme" in (optimizer, param) and not hardware.nvme_bytes:
         return "no NVMe: set offload.nvme_path=/path, or hardware.nvme_bytes=4TB to plan with it"
-    if rung != "none" and config.tuner.kind is TunerKind.qlora:
+    if rung != "none" and tuner.is_quantized:
         return "weights in 4 bits are not offloaded"
     return None
 
@@ -247,6 +249,7 @@ class Search:
         begun: TrainConfig | None = None,
     ):
         self.config = config
+        self.tuner = TUNERS.find(config.tuner.kind)
         self.shape = shape
         self.cluster = Cluster(hardware, world_size)
         self.attn_implementation = attn_implementation
@@ -262,9 +265,8 @@ class Search:
         wanted = self.config.train.gradient_checkpointing
         checkpointing = [wanted] if isinstance(wanted, bool) else [False, True]
         for stage, batch, recompute in product(stages, self.batches, checkpointing):
-            yield self.evaluate(
-                make_placement(stage, rung, self.config.tuner.kind), batch, recompute
-            )
+            placement = make_placement(stage, rung, self.tuner.trains_all)
+            yield self.evaluate(placement, batch, recompute)
 
     def evaluate(self, placement: Placement, batch: BatchPlan, recompute: bool) -> Candidate:
         """Memory and speed of one candidate."""

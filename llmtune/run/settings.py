@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llmtune.config.schema import Config
+from llmtune.config.groups.export import MergeOnto
+from llmtune.config.schema import Config, OffloadDevice
 from llmtune.errors import ConfigError
 from llmtune.export.formats.format import NONE, find_format
 from llmtune.track.service import NONE as NO_TRACKER
 from llmtune.track.service import SERVICES
+from llmtune.tuner.tuner import TUNERS
 
 
 def find_problems(config: Config) -> list[str]:
@@ -26,6 +28,10 @@ def find_problems(config: Config) -> list[str]:
             check(config)
         except ConfigError as error:
             found.append(str(error))
+    try:
+        found += _find_tuner_problems(config)
+    except ConfigError as error:
+        found.append(str(error))
     return found
 
 
@@ -46,6 +52,24 @@ def _check_launch(config: Config) -> None:
             f"launch.nproc={launch.nproc}: with launch.hostfile the file says how many ranks, as"
             " slots=N"
         )
+
+
+def _find_tuner_problems(config: Config) -> list[str]:
+    tuner = TUNERS.find(config.tuner.kind)
+    problems = tuner.find_problems(config.tuner)
+    offload = (config.offload.optimizer, config.offload.param)
+    if offload == (OffloadDevice.nvme, OffloadDevice.none) and not tuner.trains_all:
+        problems.append(
+            f"offload=optimizer_nvme with tuner={tuner.name} is pointless: the optimizer of what it"
+            " trains is small. Take offload=optimizer_cpu, or offload=nvme for the weights"
+        )
+    if not tuner.has_adapter and config.export.format == "adapter":
+        problems.append(f"export=adapter: {tuner.title} has no adapter; take export=safetensors")
+    if not tuner.has_adapter and config.export.merge_onto is MergeOnto.nf4:
+        problems.append(
+            f"export.merge_onto=nf4: {tuner.title} has no adapter to merge; the key is for QLoRA"
+        )
+    return problems
 
 
 def _check_export(config: Config) -> None:

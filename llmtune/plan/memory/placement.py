@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmtune.config.schema import OffloadConfig, OffloadDevice, TunerKind
+from llmtune.config.schema import OffloadConfig, OffloadDevice
 
 # : Rung -> (device of optimizer and master weights, device of weights), fastest first; the options
 # of ``conf/offload/``.
@@ -52,12 +52,15 @@ class Placement:
         )
 
 
-def make_placement(stage: int, rung: str, tuner: TunerKind) -> Placement:
-    """The placement of a rung; for adapters ``nvme`` means weights on NVMe and the optimizer on the
-    host.
+def make_placement(stage: int, rung: str, trains_all: bool) -> Placement:
+    """The placement of a rung.
+
+    Args:
+        trains_all: The optimizer has states for all weights. Where it has not, they are small, and
+            the rung ``nvme`` keeps them on the host.
     """
     optimizer, param = RUNGS[rung]
-    if tuner is not TunerKind.full and param == "nvme":
+    if not trains_all and param == "nvme":
         optimizer = "cpu"
     return Placement(stage, optimizer, param)
 
