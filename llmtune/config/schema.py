@@ -26,14 +26,6 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
-class SchedulerType(Enum):
-    """Shape of the learning rate after warm-up."""
-
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-
-
 class Accelerator(Enum):
     """Device type of the ranks."""
 
@@ -226,7 +218,7 @@ class OptimConfig:
 class ScheduleConfig:
     """Learning rate over the steps."""
 
-    lr_scheduler_type: SchedulerType = SchedulerType.cosine
+    lr_scheduler_type: str = "cosine"
     """``cosine`` and ``linear`` fall to 0 at the last step; ``constant`` stays."""
     warmup_ratio: float = 0.05
     """Share of all steps over which the rate rises linearly."""

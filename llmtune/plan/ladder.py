@@ -21,7 +21,6 @@ from llmtune.plan.memory.peak_memory import MemoryPlan, Workload, estimate_memor
 from llmtune.plan.memory.placement import (
     RUNGS,
     Placement,
-    allowed_stages,
     make_placement,
     named_rung,
 )
@@ -223,13 +222,13 @@ def _rung(
 
 def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
     """Why a rung is not possible whatever the memory."""
-    optimizer, param = RUNGS[rung]
+    option = RUNGS[rung]
     if rung != "none" and config.precision is Precision.fp16:
         return "offload is not supported with precision=fp16"
     tuner = TUNERS.find(config.tuner.kind)
-    if rung == "optimizer_nvme" and not tuner.trains_all:
+    if option.for_large_optimizers and not tuner.trains_all:
         return "pointless: the optimizer of what is trained is small"
-    if "nvme" in (optimizer, param) and not hardware.nvme_bytes:
+    if option.uses_nvme and not hardware.nvme_bytes:
         return "no NVMe: set offload.nvme_path=/path, or hardware.nvme_bytes=4TB to plan with it"
     if rung != "none" and tuner.is_quantized:
         return "weights in 4 bits are not offloaded"
@@ -261,7 +260,7 @@ class Search:
     def candidates(self, rung: str) -> Iterator[Candidate]:
         """Every stage, micro-batch and checkpointing that the config leaves open."""
         asked = self.config.zero.stage
-        stages = [stage for stage in allowed_stages(rung) if asked in ("auto", stage)]
+        stages = [stage for stage in RUNGS[rung].stages if asked in ("auto", stage)]
         wanted = self.config.train.gradient_checkpointing
         checkpointing = [wanted] if isinstance(wanted, bool) else [False, True]
         for stage, batch, recompute in product(stages, self.batches, checkpointing):

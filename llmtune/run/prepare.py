@@ -231,7 +231,7 @@ def describe(request: RunRequest) -> dict[str, str]:
         "hardware": plan.hardware.describe(),
         "batch": plan.batch.describe(),
         "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
-        "learning rate": f"{plan.learning_rate:g}, {config.schedule.lr_scheduler_type.value}",
+        "learning rate": f"{plan.learning_rate:g}, {config.schedule.lr_scheduler_type}",
         "precision": f"{config.precision.value}; fp32 master weights and moments",
         "placement": plan.placement.describe(),
         "memory": describe_memory(plan),

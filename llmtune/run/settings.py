@@ -15,6 +15,7 @@ from llmtune.errors import ConfigError
 from llmtune.export.formats.format import NONE, find_format
 from llmtune.track.service import NONE as NO_TRACKER
 from llmtune.track.service import SERVICES
+from llmtune.train.schedule import SCHEDULES
 from llmtune.tuner.tuner import TUNERS
 
 
@@ -85,6 +86,10 @@ def _check_tracker(config: Config) -> None:
         SERVICES.find(config.tracker.kind)
 
 
+def _check_schedule(config: Config) -> None:
+    SCHEDULES.find(config.schedule.lr_scheduler_type)
+
+
 def _check_upload(config: Config) -> None:
     from llmtune.export.preflight import check_address
 
@@ -104,6 +109,7 @@ _CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_launch,
     _check_export,
     _check_tracker,
+    _check_schedule,
     _check_upload,
     _check_mirror,
 )

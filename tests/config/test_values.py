@@ -26,12 +26,13 @@ from llmtune.errors import ConfigError
 from llmtune.export.formats.format import FORMATS
 from llmtune.registry import Registry
 from llmtune.track.service import SERVICES
+from llmtune.train.schedule import SCHEDULES
 from llmtune.tuner.tuner import TUNERS
 from tests.support import ROOT
 
 GROUPS = config_groups()
 #: Keys that hold the name of a registered variant.
-REGISTRIES: list[Registry[Any]] = [FORMATS, SERVICES, TUNERS]
+REGISTRIES: list[Registry[Any]] = [FORMATS, SCHEDULES, SERVICES, TUNERS]
 #: Literals of docstrings that are no values of their key but names of other things.
 _NO_VALUE = re.compile(
     r"[./*<{@]|^[A-Z]|^(path|format fields|llmtune|max_seq_length|max_steps|val_set_size|overlong)"
