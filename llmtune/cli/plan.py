@@ -181,7 +181,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
     lines = [
         (
             f"{config.model.name_or_path}: {format_count(shape.parameters)} parameters,"
-            f" {config.tuner.kind.value} trains {format_count(shape.trainable_parameters)};"
+            f" {config.tuner.kind} trains {format_count(shape.trainable_parameters)};"
             f" {config.precision.value}, {describe_rows(composed)}, {ladder.rows.global_batch_size}"
             " a step"
         ),

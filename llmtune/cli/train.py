@@ -72,7 +72,7 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
     there = RunFolder(target.folder)
     if there.finished_step is None:
         check_local_files(composed.config.data)
-    with RanksAhead(composed.config.tuner.kind.value) as ahead, removed_if_unused(lock_file(there)):
+    with RanksAhead(composed.config.tuner.kind) as ahead, removed_if_unused(lock_file(there)):
         # Not for a run that is finished, nor for one that ran out of memory: there may be nothing
         # to do, or elsewhere.
         is_first = there.finished_step is None and not there.read_history()

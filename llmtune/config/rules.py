@@ -8,8 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from llmtune.config.groups.export import MergeOnto
-from llmtune.config.schema import Config, OffloadDevice, Precision, TunerKind
+from llmtune.config.schema import Config, OffloadDevice, Precision
 from llmtune.config.stored import read_key, to_plain
 
 
@@ -22,11 +21,9 @@ def problems(config: Config) -> list[str]:
         *_check_ranges(config),
         *_check_choices(config),
         *_check_zero(config),
-        *_check_tuner(config),
         *_check_schedule(config),
         *_check_data(config),
         *_check_checkpoint(config),
-        *_check_export(config),
     ]
 
 
@@ -196,44 +193,8 @@ def _check_zero(config: Config) -> list[str]:
             "offload on NVMe needs a folder on a fast local disk: add offload.nvme_path=/path (or"
             " hardware.nvme_bytes= to plan for another machine)"
         )
-    if pair == ("nvme", "none") and config.tuner.kind is not TunerKind.full:
-        found.append(
-            f"offload=optimizer_nvme with tuner={config.tuner.kind.value} is pointless: the"
-            " optimizer of adapters is small. Take offload=optimizer_cpu, or offload=nvme for the"
-            " weights"
-        )
     if pair not in (("none", "none"), ("auto", "auto")) and config.precision is Precision.fp16:
         found.append("offload with precision=fp16 is not supported: use precision=bf16")
-    return found
-
-
-def _check_tuner(config: Config) -> list[str]:
-    tuner = config.tuner
-    found = []
-    if tuner.kind is TunerKind.full and tuner.adapter_path:
-        found.append(
-            f"tuner.adapter_path={tuner.adapter_path} needs tuner=lora; full fine-tuning has no"
-            " adapter"
-        )
-    for key, pattern, kinds in (
-        ("rank_pattern", tuner.rank_pattern, int),
-        ("alpha_pattern", tuner.alpha_pattern, (int, float)),
-    ):
-        # A truth value is an integer to Python, and what is no number is not at most 0.
-        right = {
-            n
-            for n, v in pattern.items()
-            if isinstance(v, kinds) and not isinstance(v, bool) and 0 < v < math.inf
-        }
-        if wrong := {name: value for name, value in pattern.items() if name not in right}:
-            found.append(f"tuner.{key}={wrong}: numbers above 0 by module, such as {{q_proj: 8}}")
-    modules = tuner.target_modules
-    if modules != "all-linear" and not (
-        isinstance(modules, list) and modules and all(isinstance(name, str) for name in modules)
-    ):
-        found.append(
-            f"tuner.target_modules={modules}: 'all-linear', or a list such as [q_proj,v_proj]"
-        )
     return found
 
 
@@ -306,18 +267,5 @@ def _check_streaming(config: Config) -> list[str]:
     if data.eval is None and data.val_set_size:
         found.append(
             "data.streaming=true splits nothing off: add data.eval=FILE, or data.val_set_size=0"
-        )
-    return found
-
-
-def _check_export(config: Config) -> list[str]:
-    """What could not be written would be told only after the training."""
-    export, full = config.export, config.tuner.kind is TunerKind.full
-    found = []
-    if full and export.format == "adapter":
-        found.append("export=adapter: full fine-tuning has no adapter; take export=safetensors")
-    if full and export.merge_onto is MergeOnto.nf4:
-        found.append(
-            "export.merge_onto=nf4: full fine-tuning has no adapter to merge; the key is for QLoRA"
         )
     return found

@@ -26,22 +26,6 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
-class TunerKind(Enum):
-    """What is trained."""
-
-    full = "full"
-    lora = "lora"
-    qlora = "qlora"
-
-
-class SchedulerType(Enum):
-    """Shape of the learning rate after warm-up."""
-
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-
-
 class Accelerator(Enum):
     """Device type of the ranks."""
 
@@ -110,7 +94,7 @@ class ModelConfig:
 class TunerConfig:
     """What is trained: everything, or LoRA adapters."""
 
-    kind: TunerKind = MISSING
+    kind: str = MISSING
     """``full``, ``lora``, or ``qlora`` (LoRA on weights in 4 bits; it can be planned, not trained
     yet).
     """
@@ -234,7 +218,7 @@ class OptimConfig:
 class ScheduleConfig:
     """Learning rate over the steps."""
 
-    lr_scheduler_type: SchedulerType = SchedulerType.cosine
+    lr_scheduler_type: str = "cosine"
     """``cosine`` and ``linear`` fall to 0 at the last step; ``constant`` stays."""
     warmup_ratio: float = 0.05
     """Share of all steps over which the rate rises linearly."""

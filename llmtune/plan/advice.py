@@ -8,11 +8,12 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from llmtune.config.schema import Config, OffloadConfig, TunerKind
+from llmtune.config.schema import Config, OffloadConfig
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
 from llmtune.plan.memory.placement import Placement
+from llmtune.tuner.tuner import TUNERS
 from llmtune.units import format_bytes
 
 
@@ -57,7 +58,7 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
     where = {"none": "accelerator", "cpu": "host", "nvme": "NVMe"}[placement.optimizer]
     if trained * 12 < 10**9:
         return
-    if config.tuner.kind is TunerKind.full:
+    if TUNERS.find(config.tuner.kind).trains_all:
         lora = shape.trainable_parameters * 12 // ladder.world_size
         yield Advice(
             change="train adapters only", saves_bytes=lora, where=where, override="tuner=lora"
@@ -144,9 +145,9 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[tuple[str, Config, Hard
             shorter = copy.deepcopy(free)
             shorter.data.max_seq_length = shorter_length
             yield f"data.max_seq_length={shorter_length}", shorter, hardware
-    if config.tuner.kind is TunerKind.full:
+    if TUNERS.find(config.tuner.kind).trains_all:
         lora = copy.deepcopy(free)
-        lora.tuner.kind = TunerKind.lora
+        lora.tuner.kind = "lora"
         yield "tuner=lora", lora, hardware
     host = _needed_host(ladder)
     if hardware.accelerator == "cuda" and host > hardware.host_memory_bytes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from llmtune.config.cache_folder import find_cache
-from llmtune.config.schema import Config, Precision, TrainConfig, TunerKind
+from llmtune.config.schema import Config, Precision, TrainConfig
 from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, settle_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
@@ -21,13 +21,13 @@ from llmtune.plan.memory.peak_memory import MemoryPlan, Workload, estimate_memor
 from llmtune.plan.memory.placement import (
     RUNGS,
     Placement,
-    allowed_stages,
     make_placement,
     named_rung,
 )
 from llmtune.plan.memory.zero_buffers import ZeroSizes, resolve_zero_sizes
 from llmtune.plan.memory.zero_states import element_bytes, state_bytes
 from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
+from llmtune.tuner.tuner import TUNERS
 
 #: Candidates as fast as this share of the fastest count as equal; the simplest of them is taken.
 EQUAL_SPEED = 0.985
@@ -222,14 +222,15 @@ def _rung(
 
 def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
     """Why a rung is not possible whatever the memory."""
-    optimizer, param = RUNGS[rung]
+    option = RUNGS[rung]
     if rung != "none" and config.precision is Precision.fp16:
         return "offload is not supported with precision=fp16"
-    if rung == "optimizer_nvme" and config.tuner.kind is not TunerKind.full:
-        return "pointless: the optimizer of adapters is small"
-    if "nvme" in (optimizer, param) and not hardware.nvme_bytes:
+    tuner = TUNERS.find(config.tuner.kind)
+    if option.for_large_optimizers and not tuner.trains_all:
+        return "pointless: the optimizer of what is trained is small"
+    if option.uses_nvme and not hardware.nvme_bytes:
         return "no NVMe: set offload.nvme_path=/path, or hardware.nvme_bytes=4TB to plan with it"
-    if rung != "none" and config.tuner.kind is TunerKind.qlora:
+    if rung != "none" and tuner.is_quantized:
         return "weights in 4 bits are not offloaded"
     return None
 
@@ -247,6 +248,7 @@ class Search:
         begun: TrainConfig | None = None,
     ):
         self.config = config
+        self.tuner = TUNERS.find(config.tuner.kind)
         self.shape = shape
         self.cluster = Cluster(hardware, world_size)
         self.attn_implementation = attn_implementation
@@ -258,13 +260,12 @@ class Search:
     def candidates(self, rung: str) -> Iterator[Candidate]:
         """Every stage, micro-batch and checkpointing that the config leaves open."""
         asked = self.config.zero.stage
-        stages = [stage for stage in allowed_stages(rung) if asked in ("auto", stage)]
+        stages = [stage for stage in RUNGS[rung].stages if asked in ("auto", stage)]
         wanted = self.config.train.gradient_checkpointing
         checkpointing = [wanted] if isinstance(wanted, bool) else [False, True]
         for stage, batch, recompute in product(stages, self.batches, checkpointing):
-            yield self.evaluate(
-                make_placement(stage, rung, self.config.tuner.kind), batch, recompute
-            )
+            placement = make_placement(stage, rung, self.tuner.trains_all)
+            yield self.evaluate(placement, batch, recompute)
 
     def evaluate(self, placement: Placement, batch: BatchPlan, recompute: bool) -> Candidate:
         """Memory and speed of one candidate."""

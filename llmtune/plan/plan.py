@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmtune.config.cache_folder import find_cache
-from llmtune.config.schema import Config, Precision, ScheduleConfig, TrainConfig, TunerKind
+from llmtune.config.schema import Config, Precision, ScheduleConfig, TrainConfig
 from llmtune.errors import ConfigError, DoesNotFitError, LlmtuneError, MissingPrerequisiteError
 from llmtune.plan.abilities import check_kernel, check_row_length, check_stage
 from llmtune.plan.advice import smallest_change
@@ -25,6 +25,7 @@ from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
 from llmtune.plan.memory.peak_memory import USABLE_SHARE, MemoryPlan
 from llmtune.plan.memory.placement import Placement
+from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes, format_count, parse_bytes
 
 # : Up to this length eager attention is the faster one on a CPU (SmolLM2-135M, 8 x 128 tokens on 2
@@ -172,7 +173,8 @@ def plan_candidate(
         *ladder.hardware.notes,
         f"ranks: {ladder.world_size} ({_world_origin(config, launched)})",
     ]
-    rate = resolve_learning_rate(config.optim, config.tuner.kind, ladder.shape.parameters, notes)
+    tuner = TUNERS.find(config.tuner.kind)
+    rate = resolve_learning_rate(config.optim, tuner, ladder.shape.parameters, notes)
     notes += [ladder.rows.origin] if ladder.rows.origin else []
     notes += _describe_choice(config, ladder, candidate)
     optimizer = adamw_parameters(config.optim, rate)
@@ -218,7 +220,7 @@ def with_changes(ladder: Ladder) -> Any:
             )
         shape = (
             ladder.shape
-            if config.tuner.kind is TunerKind.full
+            if TUNERS.find(config.tuner.kind).trains_all
             else resolve_shape(config.model, config.tuner)
         )
         return build_ladder(config, hardware, shape, world, ladder.attn_implementation)
@@ -229,11 +231,7 @@ def with_changes(ladder: Ladder) -> Any:
 def describe_misfit(config: Config, ladder: Ladder) -> str:
     """What is missing on every rung, and the smallest change that would do."""
     shape = ladder.shape
-    tuner = (
-        "full fine-tuning"
-        if config.tuner.kind is TunerKind.full
-        else f"LoRA r={config.tuner.lora_r}"
-    )
+    tuner = TUNERS.find(config.tuner.kind).describe(config.tuner)
     lines = [
         (
             f"{config.model.name_or_path} does not fit: {format_count(shape.parameters)}"
@@ -356,8 +354,11 @@ def _check_trainable(config: Config, hardware: Hardware, world_size: int | None)
         raise MissingPrerequisiteError(
             "precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32"
         )
-    if config.tuner.kind is TunerKind.qlora:
-        raise ConfigError("tuner=qlora can be planned, not trained yet: take tuner=lora")
+    tuner = TUNERS.find(config.tuner.kind)
+    if tuner.not_trained_yet is not None:
+        raise ConfigError(
+            f"tuner={tuner.name} can be planned, not trained yet: take {tuner.not_trained_yet}"
+        )
     if config.launch.memory_limit is not None:
         parse_bytes(config.launch.memory_limit, "launch.memory_limit")
     if hardware.nodes > 1 and world_size is None:

@@ -13,7 +13,8 @@ from llmtune.config.compose import Composed
 from llmtune.config.schema import Config, TunerConfig
 from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError
-from llmtune.model.adapter.stored_adapter import (
+from llmtune.storage import layout
+from llmtune.tuner.stored_adapter import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
@@ -22,7 +23,6 @@ from llmtune.model.adapter.stored_adapter import (
     find_misfits,
     read_stored_adapter,
 )
-from llmtune.storage import layout
 
 if TYPE_CHECKING:
     from llmtune.plan.memory.model_shape import ModelShape

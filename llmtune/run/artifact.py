@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint.find import find_checkpoints, is_complete
 from llmtune.config.compose import Composed, with_overrides
-from llmtune.config.schema import Config, Precision, TunerKind
+from llmtune.config.schema import Config, Precision
 from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
-from llmtune.model.adapter.stored_adapter import read_adapter_config
 from llmtune.model.own_code import describe_own_code, explain_own_code
 from llmtune.model.source import resolve_model_folder
 from llmtune.run.prepare import cache_dir
@@ -24,6 +23,8 @@ from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
 from llmtune.storage.manifest import check_undamaged
 from llmtune.storage.plain_json import parse_json
+from llmtune.tuner.stored_adapter import read_adapter_config
+from llmtune.tuner.tuner import TUNERS
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +229,7 @@ def load_peft_adapter(model: Any, adapter: Path) -> Any:
 
 def from_trained(config: Config, folder: Path, run: Path) -> Target:
     """What was trained: an adapter on its base, or the whole model in ``folder``."""
-    if config.tuner.kind is TunerKind.full:
+    if not TUNERS.find(config.tuner.kind).has_adapter:
         return Target(
             config=config,
             model_folder=folder,
@@ -273,7 +274,7 @@ def _noted_base(plan: Path) -> Path | None:
 
 def trained_folder(run: Path, config: Config) -> Path:
     """The final result, or the newest checkpoint of a run that is not finished."""
-    result = run / (layout.ADAPTER if config.tuner.kind is TunerKind.lora else layout.MODEL)
+    result = layout.result_folder(run, TUNERS.find(config.tuner.kind).has_adapter)
     if is_complete(result):
         return result
     found = find_checkpoints(run)

@@ -22,6 +22,7 @@ from llmtune.model.weights.quantized import (
 )
 from llmtune.model.weights.report import WeightReport
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
+from llmtune.tuner.tuner import TUNERS
 
 #: What the remembered answers depend on beside the model.
 _SOURCES = (
@@ -65,7 +66,8 @@ def check_model(
     name, trusted = config.model.name_or_path, config.model.trust_remote_code
     settings = quantization(folder)
     if settings is not None:
-        check_trainable(settings, read_entries(folder), config.tuner.kind, stage, name)
+        trains_all = TUNERS.find(config.tuner.kind).trains_all
+        check_trainable(settings, read_entries(folder), trains_all, stage, name)
     if settings is None or has_known_names(settings):
         for note in _check_weights(name, folder, trusted, cache_dir):
             say(note)

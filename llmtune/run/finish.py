@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
-from llmtune.config.schema import TunerKind
 from llmtune.config.stored import load_config
 from llmtune.storage import layout
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
 from llmtune.train.run_folder import RunFolder
+from llmtune.tuner.tuner import TUNERS
 
 
 def finished_message(run: Path) -> str:
@@ -38,15 +38,15 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     memory is free.
     """
     config = replace(load_config(run / layout.CONFIG), export=export)
-    lora = config.tuner.kind is TunerKind.lora
-    trained = run / (layout.ADAPTER if lora else layout.MODEL)
-    as_trained = "adapter" if lora else "safetensors"
+    has_adapter = TUNERS.find(config.tuner.kind).has_adapter
+    trained = layout.result_folder(run, has_adapter)
+    as_trained = "adapter" if has_adapter else "safetensors"
     # What was trained lies there in its own dtype; another one has to be written.
     is_there = (
         export.format == as_trained and export.dtype is ExportDtype.auto and not export.upload
     )
     if export.format == "none" or is_there:
-        console.say(f"the trained {'adapter' if lora else 'model'}: {trained}")
+        console.say(f"the trained {'adapter' if has_adapter else 'model'}: {trained}")
         return
     # They bring torch along, which a run without an export does not need in this process.
     from llmtune.export.identity import is_export_of
@@ -61,9 +61,9 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
         upload_export(exported, export.upload, export.upload_private, False, console.say)
     if export.dry_run:
         return
-    is_merged = lora and export.format == "safetensors"
+    is_merged = has_adapter and export.format == "safetensors"
     console.say(
         f"merged model: {exported}" if is_merged else f"exported {export.format}: {exported}"
     )
-    console.say(f"{'adapter:     ' if lora else 'trained model:'} {trained}")
+    console.say(f"{'adapter:     ' if has_adapter else 'trained model:'} {trained}")
     console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')

@@ -37,6 +37,7 @@ from llmtune.train.mirror_place import settle_run_id, withdraw_left_copies
 from llmtune.train.request import RunRequest
 from llmtune.train.resume import began_from, resume_point
 from llmtune.train.run_folder import RunFolder
+from llmtune.tuner.tuner import TUNERS
 from llmtune.units import format_bytes, format_count
 
 
@@ -219,9 +220,7 @@ def describe(request: RunRequest) -> dict[str, str]:
     """The derived numbers and where they came from, for the page before step 1."""
     config, plan, data, steps = request.config, request.plan, request.data, request.steps
     shape = plan.shape
-    tuner = config.tuner.kind.value + (
-        f" r={config.tuner.lora_r}" if config.tuner.kind.value == "lora" else ""
-    )
+    tuner = TUNERS.find(config.tuner.kind).describe(config.tuner)
     rows = {
         "model": f"{config.model.name_or_path} from {request.model_folder}",
         "parameters": (
@@ -232,7 +231,7 @@ def describe(request: RunRequest) -> dict[str, str]:
         "hardware": plan.hardware.describe(),
         "batch": plan.batch.describe(),
         "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
-        "learning rate": f"{plan.learning_rate:g}, {config.schedule.lr_scheduler_type.value}",
+        "learning rate": f"{plan.learning_rate:g}, {config.schedule.lr_scheduler_type}",
         "precision": f"{config.precision.value}; fp32 master weights and moments",
         "placement": plan.placement.describe(),
         "memory": describe_memory(plan),

@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from llmtune.config.schema import TunerKind
 from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, ConfigError, LlmtuneError, StoppedError
 from llmtune.launch.launchers.environment import (
     FAILURE_DIR,
@@ -51,6 +50,7 @@ from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
 from llmtune.track.console import Console
 from llmtune.track.status import Status
+from llmtune.tuner.tuner import TUNERS
 
 if TYPE_CHECKING:
     from llmtune.config.compose import Composed
@@ -119,10 +119,7 @@ def import_libraries(tuner: str) -> None:
 
         import_deepspeed()
 
-    if tuner != TunerKind.full.value:
-        from llmtune.model.adapter.lora import import_peft
-
-        import_peft()
+    TUNERS.find(tuner).import_libraries()
 
 
 def run_launched(overrides: list[str], config_dir: str | None, launcher: Launcher) -> NoReturn:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llmtune.config.schema import Config
+from llmtune.config.groups.export import MergeOnto
+from llmtune.config.schema import Config, OffloadDevice
 from llmtune.errors import ConfigError
 from llmtune.export.formats.format import NONE, find_format
 from llmtune.track.service import NONE as NO_TRACKER
 from llmtune.track.service import SERVICES
+from llmtune.train.schedule import SCHEDULES
+from llmtune.tuner.tuner import TUNERS
 
 
 def find_problems(config: Config) -> list[str]:
@@ -26,6 +29,10 @@ def find_problems(config: Config) -> list[str]:
             check(config)
         except ConfigError as error:
             found.append(str(error))
+    try:
+        found += _find_tuner_problems(config)
+    except ConfigError as error:
+        found.append(str(error))
     return found
 
 
@@ -48,6 +55,24 @@ def _check_launch(config: Config) -> None:
         )
 
 
+def _find_tuner_problems(config: Config) -> list[str]:
+    tuner = TUNERS.find(config.tuner.kind)
+    problems = tuner.find_problems(config.tuner)
+    offload = (config.offload.optimizer, config.offload.param)
+    if offload == (OffloadDevice.nvme, OffloadDevice.none) and not tuner.trains_all:
+        problems.append(
+            f"offload=optimizer_nvme with tuner={tuner.name} is pointless: the optimizer of what it"
+            " trains is small. Take offload=optimizer_cpu, or offload=nvme for the weights"
+        )
+    if not tuner.has_adapter and config.export.format == "adapter":
+        problems.append(f"export=adapter: {tuner.title} has no adapter; take export=safetensors")
+    if not tuner.has_adapter and config.export.merge_onto is MergeOnto.nf4:
+        problems.append(
+            f"export.merge_onto=nf4: {tuner.title} has no adapter to merge; the key is for QLoRA"
+        )
+    return problems
+
+
 def _check_export(config: Config) -> None:
     """What could not be written would be told only after the training."""
     if config.export.format == NONE:
@@ -59,6 +84,10 @@ def _check_export(config: Config) -> None:
 def _check_tracker(config: Config) -> None:
     if config.tracker.kind != NO_TRACKER:
         SERVICES.find(config.tracker.kind)
+
+
+def _check_schedule(config: Config) -> None:
+    SCHEDULES.find(config.schedule.lr_scheduler_type)
 
 
 def _check_upload(config: Config) -> None:
@@ -80,6 +109,7 @@ _CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_launch,
     _check_export,
     _check_tracker,
+    _check_schedule,
     _check_upload,
     _check_mirror,
 )

@@ -45,6 +45,11 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / f"checkpoint-{step}"
 
 
+def result_folder(run: Path, has_adapter: bool) -> Path:
+    """What a run trained: an adapter, or a whole model."""
+    return run / (ADAPTER if has_adapter else MODEL)
+
+
 def export_folder(run: Path, export_format: str) -> Path:
     """Where a run's export lies: ``merged`` is the safetensors folder, and the other formats stand
     beside it.

@@ -13,7 +13,6 @@ from llmtune.checkpoint.retention import Retention
 from llmtune.checkpoint.save import load_checkpoint
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles
-from llmtune.config.schema import TunerKind
 from llmtune.config.stored import to_plain
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
@@ -23,7 +22,6 @@ from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
-from llmtune.model.adapter.lora import add_lora, load_adapter, to_file_name
 from llmtune.model.build import DTYPES, WeightsTo, build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
@@ -44,6 +42,8 @@ from llmtune.train.loop import Hook, Job, TrainingState, run
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
 from llmtune.train.stop_request import Stop
+from llmtune.tuner.peft_model import load_adapter, to_file_name
+from llmtune.tuner.tuner import TUNERS
 
 #: Waited at the end for copies to ``checkpoint.mirror``; whoever stops a run is in a hurry.
 MIRROR_SECONDS, MIRROR_SECONDS_AFTER_STOP = 3600.0, 20.0
@@ -146,9 +146,11 @@ def build_saver(
         state: Of ``request.resume_from``.
     """
     config, plan, run = request.config, request.plan, request.run_folder
-    lora = config.tuner.kind is TunerKind.lora
+    has_adapter = TUNERS.find(config.tuner.kind).has_adapter
     rank_is_host = plan.hardware.accelerator == "cpu"
-    weights = WeightFiles(lora, config.export.max_shard_bytes, to_file_name if lora else str)
+    weights = WeightFiles(
+        has_adapter, config.export.max_shard_bytes, to_file_name if has_adapter else str
+    )
     chosen = config.checkpoint
     settings = SaveSettings(
         run=run,
@@ -225,20 +227,22 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     """
     rank.phases.enter("load")
     config, plan = request.config, request.plan
-    lora = config.tuner.kind is TunerKind.lora
+    tuner = TUNERS.find(config.tuner.kind)
     weights = WeightsTo()
     if plan.placement.zero_stage == 3:
         weights = WeightsTo(partitioned=lambda: zero_init(plan.deepspeed), rank=rank.rank)
-    elif rank.device.type != "cpu" and not lora:
+    elif rank.device.type != "cpu" and not tuner.has_adapter:
         # Adapters are drawn on the host, so that every rung begins with the same ones.
         weights = WeightsTo({"": str(rank.device)})
-    folder = request.resume_from if request.resume_from and not lora else request.model_folder
+    folder = request.model_folder
+    if request.resume_from is not None and not tuner.has_adapter:
+        folder = request.resume_from
     recompute = plan.gradient_checkpointing
     model = build_model(
         folder, config.model, config.precision, recompute, plan.attn_implementation, weights
     )
-    if lora:
-        model = add_lora(model, config.tuner, _base_name(request), config.seed)
+    model = tuner.attach(model, config.tuner, _base_name(request), config.seed)
+    if tuner.has_adapter:
         adapter = request.resume_from or config.tuner.adapter_path
         if adapter is not None:
             load_adapter(model, Path(adapter).expanduser())

@@ -24,7 +24,6 @@ from llmtune.draws import DRAWS_VERSION
 from llmtune.engine.distributed import all_reduce_any, all_reduce_sum, gather_objects
 from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
-from llmtune.model.adapter.lora import write_adapter_config
 from llmtune.storage import layout
 from llmtune.storage.atomic import write_whole
 from llmtune.storage.manifest import hash_file, publish, read_manifest, write_manifest
@@ -32,6 +31,7 @@ from llmtune.storage.signature import Signer
 from llmtune.track.tracker import Record
 from llmtune.train.loop import TrainingState
 from llmtune.train.memory_usage import spare_host_memory_bytes
+from llmtune.tuner.peft_model import write_adapter_config
 from llmtune.units import counted, format_bytes
 
 if TYPE_CHECKING:

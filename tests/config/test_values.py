@@ -23,9 +23,16 @@ from llmtune.config.rules import PLACES
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_yaml, parse_yaml
 from llmtune.errors import ConfigError
+from llmtune.export.formats.format import FORMATS
+from llmtune.registry import Registry
+from llmtune.track.service import SERVICES
+from llmtune.train.schedule import SCHEDULES
+from llmtune.tuner.tuner import TUNERS
 from tests.support import ROOT
 
 GROUPS = config_groups()
+#: Keys that hold the name of a registered variant.
+REGISTRIES: list[Registry[Any]] = [FORMATS, SCHEDULES, SERVICES, TUNERS]
 #: Literals of docstrings that are no values of their key but names of other things.
 _NO_VALUE = re.compile(
     r"[./*<{@]|^[A-Z]|^(path|format fields|llmtune|max_seq_length|max_steps|val_set_size|overlong)"
@@ -75,6 +82,7 @@ def documented() -> list[tuple[str, str]]:
         elif str in get_args(hint) and not _NO_VALUE.search(" ".join(literals)):
             found += [(key, word) for word in literals if word == "auto"]
     known = {key for key, _, _ in keys}
+    found += [(registry.key, name) for registry in REGISTRIES for name in registry.list()]
     for file in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for key, value in re.findall(
             r"\b([a-z_]+\.[a-z0-9_]+)=([A-Za-z0-9_.+-]+|\[[^\]]*\])", file.read_text()

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import TunerKind
 from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.launch.preflight.deepspeed_ops import load_ops
-from llmtune.model.adapter.lora import add_lora
 from llmtune.model.build import WeightsTo, build_model
 from llmtune.model.loss import sum_token_losses
 from llmtune.plan.batch_sizes import BatchPlan
@@ -29,6 +27,7 @@ from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.placement import make_placement
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
+from llmtune.tuner.peft_model import add_lora
 from tests.engine.rows import random_rows
 from tests.engine.worker import ask_cpu_once, resolve_on_first
 from tests.joined import join_ranks
@@ -58,7 +57,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         tempfile.mkdtemp(dir=Path(sys.argv[2]).parent) if rank.is_first else None, rank
     )
     shape = resolve_shape(config.model, config.tuner)
-    placement = make_placement(task["stage"], task["rung"], config.tuner.kind)
+    placement = make_placement(task["stage"], task["rung"], config.tuner.kind == "full")
     sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
     batch = BatchPlan(
         global_batch_size=task["accumulation"] * rank.world_size,
@@ -77,7 +76,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
     load_ops("cpu", placement)
     before = storages()
-    lora = config.tuner.kind is TunerKind.lora
+    lora = config.tuner.kind == "lora"
     partitioned = (lambda: zero_init(deepspeed)) if placement.zero_stage == 3 else None
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
     model = build_model(model_folder, config.model, config.precision, False, "eager", weights)

@@ -18,7 +18,7 @@ from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles
 from llmtune.checkpoint.writer import Buffers
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import Config, Precision, TunerKind
+from llmtune.config.schema import Config, Precision
 from llmtune.data.load.collate import Collator, Targets
 from llmtune.data.load.loader import TrainLoader
 from llmtune.data.prepare import open_rows, prepare_data
@@ -26,7 +26,6 @@ from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.optimizer_state import read_loss_scale, write_loss_scale
 from llmtune.engine.train_module import TrainModule
 from llmtune.launch.preflight.deepspeed_ops import load_ops
-from llmtune.model.adapter.lora import to_file_name
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
@@ -35,6 +34,7 @@ from llmtune.plan.plan import Plan, resolve_plan, resolve_steps, with_nvme
 from llmtune.train.build import build_module
 from llmtune.train.checkpointing import render_companions
 from llmtune.train.request import RunRequest
+from llmtune.tuner.peft_model import to_file_name
 from tests.joined import join_ranks
 
 
@@ -144,7 +144,7 @@ def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: A
     """A checkpoint as a run writes it; in the background where the task says so, while training
     goes on.
     """
-    lora = config.tuner.kind is TunerKind.lora
+    lora = config.tuner.kind == "lora"
     weights = WeightFiles(lora, 10**9, to_file_name if lora else str)
     folder, step = Path(task["save"]), task["save_at"]
     folder.parent.mkdir(parents=True, exist_ok=True)

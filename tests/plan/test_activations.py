@@ -9,9 +9,9 @@ import torch
 
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Precision
-from llmtune.model.adapter.lora import add_lora
 from llmtune.plan.memory.activations import ActivationModel, TraceSettings, loss_bytes
 from llmtune.plan.memory.model_shape import load_architecture, resolve_shape
+from llmtune.tuner.peft_model import add_lora
 from tests.support import matrix
 
 #: Some layers of SmolLM2's width, so that a real pass is quick.
@@ -30,7 +30,7 @@ def kept_bytes(config: Any, settings: TraceSettings) -> int:
         dtype=DTYPES[settings.precision],
         attn_implementation=settings.attn_implementation,
     )
-    if config.tuner.kind.value == "lora":
+    if config.tuner.kind == "lora":
         model = add_lora(model, config.tuner, "base", 0).get_base_model()
     model.train()
     own = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import Precision, TunerKind
+from llmtune.config.schema import Precision
 from llmtune.plan import speed
 from llmtune.plan.ladder import Ladder
 from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
@@ -35,7 +35,7 @@ def test_without_zero_every_rank_has_all(
     precision: Precision, weights: int, optimizer: int, step: int
 ) -> None:
     shape = shape_of("tuner=full")
-    placement = make_placement(0, "none", TunerKind.full)
+    placement = make_placement(0, "none", trains_all=True)
     found = state_bytes(
         shape, placement, resolve_zero_sizes(shape, placement, 4, "cuda"), precision, 4
     )
@@ -53,7 +53,7 @@ def test_stages_1_and_2_share_the_optimizer(
     stage: int, precision: Precision, size: int, flattened: int
 ) -> None:
     shape = shape_of("tuner=full")
-    placement = make_placement(stage, "none", TunerKind.full)
+    placement = make_placement(stage, "none", trains_all=True)
     found = state_bytes(
         shape, placement, resolve_zero_sizes(shape, placement, 8, "cuda"), precision, 8
     )
@@ -66,14 +66,14 @@ def test_stages_1_and_2_share_the_optimizer(
 def test_stage_3_gathers_the_head_with_the_last_layer_and_a_layer_with_what_is_prefetched() -> None:
     shape = shape_of("tuner=full")
     assert (shape.head_parameters, shape.layer_parameters) == (HEAD, LAYER)
-    placement = make_placement(3, "none", TunerKind.full)
+    placement = make_placement(3, "none", trains_all=True)
     sizes = resolve_zero_sizes(shape, placement, 8, "cuda")
     assert sizes.prefetch == LAYER * 7 // 20
     assert gathered_bytes(shape, placement, sizes, 2) == (
         2 * (HEAD + LAYER),
         2 * max(LAYER + 2 * sizes.prefetch, HEAD),
     )
-    assert gathered_bytes(shape, make_placement(2, "none", TunerKind.full), sizes, 2) == (0, 0)
+    assert gathered_bytes(shape, make_placement(2, "none", trains_all=True), sizes, 2) == (0, 0)
 
 
 def test_a_full_checkpoint_is_the_model_and_three_fp32_numbers_a_parameter() -> None:
@@ -89,7 +89,7 @@ def collectives(
     is.
     """
     shape = shape_of(*overrides)
-    kind = TunerKind.full if "tuner=full" in overrides else TunerKind.lora
+    kind = "tuner=full" in overrides
     hardware: Any = None
     cluster = speed.Cluster(hardware, 8)
     sent: list[float] = []
@@ -142,7 +142,7 @@ def test_four_bits_are_half_a_byte_a_byte_a_block_and_four_a_block_of_blocks(
     norms = (2 * 32 + 1) * 4096
     quantized = PARAMETERS - 2 * HEAD - norms
     assert shape.quantized_parameters == quantized
-    placement = make_placement(stage, "none", TunerKind.qlora)
+    placement = make_placement(stage, "none", trains_all=False)
     found = state_bytes(
         shape, placement, resolve_zero_sizes(shape, placement, ranks, "cuda"), Precision.bf16, ranks
     )

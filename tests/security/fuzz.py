@@ -28,9 +28,9 @@ from llmtune.errors import LlmtuneError
 from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
 from llmtune.launch.launchers.hostfile import read_hostfile
 from llmtune.launch.launchers.slurm import expand_counts, expand_hosts
-from llmtune.model.adapter.stored_adapter import read_adapter_config
 from llmtune.storage.manifest import find_damage
 from llmtune.storage.safetensors_header import read_header
+from llmtune.tuner.stored_adapter import read_adapter_config
 
 #: Rows of every kind that a file may begin as.
 ROWS: list[Any] = [

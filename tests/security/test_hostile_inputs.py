@@ -25,15 +25,14 @@ from llmtune.data.rows.tool_calls import parse_tool_calls, read_tools
 from llmtune.errors import CheckpointError, DataError, ExportError
 from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
 from llmtune.export.sources.deepspeed.pickle_reader import read_archive
-from llmtune.model.adapter.patterns import pattern_problem
-from llmtune.model.adapter.stored_adapter import read_adapter_config
 from llmtune.storage.manifest import find_damage, write_manifest
 from llmtune.storage.plain_json import MAX_DEPTH, check_depth, decode_json, parse_json
 from llmtune.storage.safetensors_header import read_header
+from llmtune.tuner.pattern_limits import pattern_problem
+from llmtune.tuner.stored_adapter import read_adapter_config
 from tests.security.archives import tensor, write_archive
 
-# : A slow machine with a busy neighbor; what was quadratic or exponential took minutes, or for
-# ever.
+#: A slow machine with a busy neighbor; what was quadratic or exponential took minutes, or for ever.
 SECONDS = 10.0
 
 

@@ -93,8 +93,8 @@ PLANTED = [
     Planted(
         fault="the schedule is one step late",
         file="train/schedule.py",
-        right="progress = (step - warmup_steps) /",
-        wrong="progress = (step - 1 - warmup_steps) /",
+        right="done = (step - warmup_steps) /",
+        wrong="done = (step - 1 - warmup_steps) /",
         tests=("tests/train/test_schedule.py",),
     ),
     Planted(

@@ -34,17 +34,17 @@ from llmtune.export.formats.format import find_format
 from llmtune.export.identity import find_repo, is_hub_id
 from llmtune.export.model import ExportRequest
 from llmtune.export.usage import Usage, describe_usage
-from llmtune.model.adapter.stored_adapter import WEIGHTS_FILE
 from llmtune.security.redaction import redact, redact_values
 from llmtune.security.trust import read_foreign
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.yaml_text import to_yaml
+from llmtune.tuner.stored_adapter import WEIGHTS_FILE
+from llmtune.tuner.tuner import TUNERS
 
 CARD, CURVES = "README.md", "loss.png"
 
 #: An embedding that an adapter brings whole.
 _EMBEDDING = re.compile(r"(embed_tokens|wte)\.(modules_to_save\.|base_layer\.)?weight$")
-_TUNERS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
 
 
 def write_model_card(
@@ -234,7 +234,7 @@ def _introduction(base: str, config: ExportConfig, facts: Facts) -> str:
     if facts.tuner is None:
         return f"{shown} as {kind}, written by llmtune {__version__}.\n"
     step = f" to step {facts.step}" if facts.step is not None else ""
-    return f"{shown}, fine-tuned with llmtune ({_TUNERS.get(facts.tuner, facts.tuner)}){step}, as {kind}.\n"  # noqa: E501
+    return f"{shown}, fine-tuned with llmtune ({_name_tuner(facts.tuner)}){step}, as {kind}.\n"
 
 
 def _describe_making(
@@ -326,3 +326,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         found = parse_json(read_foreign(path, ExportError))
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def _name_tuner(name: str) -> str:
+    """What people call it; its own name where the module that registers it is not here."""
+    tuner = TUNERS.list().get(name)
+    return name if tuner is None else tuner.title

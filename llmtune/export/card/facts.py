@@ -20,13 +20,13 @@ from llmtune import __version__
 from llmtune.errors import ExportError
 from llmtune.export.identity import is_hub_id
 from llmtune.export.model import ExportRequest
-from llmtune.model.adapter.stored_adapter import CONFIG_FILE
 from llmtune.plan.memory.peak_memory import MemoryPlan
 from llmtune.plan.memory.placement import Placement
 from llmtune.security.redaction import redact_values
 from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
 from llmtune.storage.plain_json import parse_json
+from llmtune.tuner.stored_adapter import CONFIG_FILE
 from llmtune.units import format_bytes
 
 #: A table: what is said, and its value.

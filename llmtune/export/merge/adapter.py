@@ -13,7 +13,9 @@ import torch
 from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.architecture import headed_task
 from llmtune.export.sources.base import open_tensors, some
-from llmtune.model.adapter.stored_adapter import (
+from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
+from llmtune.tuner.lora_settings import lora_scale, match_pattern
+from llmtune.tuner.stored_adapter import (
     CHANGES_BASE,
     CONFIG_FILE,
     PREFIX,
@@ -21,11 +23,9 @@ from llmtune.model.adapter.stored_adapter import (
     read_adapter_config,
     with_peft_defaults,
 )
-from llmtune.plan.memory.lora import lora_scale, match_pattern
-from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
 
-# : Ends of peft's names -> the part that a tensor plays in its module. Older versions wrote some
-# with ``.weight``.
+#: Ends of peft's names -> the part that a tensor plays in its module. Older versions wrote some
+#: with ``.weight``.
 _PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",

@@ -11,7 +11,7 @@ from llmtune.export.identity import is_hub_id
 from llmtune.export.model import ExportModel
 from llmtune.export.publish.shards import Journal
 from llmtune.export.writers.model_files import copy_companions
-from llmtune.model.adapter.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
+from llmtune.tuner.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
 
 
 def write_adapter(

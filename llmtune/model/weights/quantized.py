@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmtune.config.schema import TunerKind
 from llmtune.errors import ConfigError
 from llmtune.model.weights.files import Entry
 from llmtune.storage.plain_json import parse_json
@@ -124,7 +123,7 @@ def find_meaningless(
 def check_trainable(
     settings: Mapping[str, Any],
     stored: Mapping[str, Entry],
-    tuner: TunerKind,
+    trains_all: bool,
     stage: int,
     name: str,
 ) -> None:
@@ -143,7 +142,7 @@ def check_trainable(
         f"model.name_or_path={name}: its weights are stored in fewer bits (quantization_config:"
         f" {method})"
     )
-    if tuner is TunerKind.full:
+    if trains_all:
         raise ConfigError(
             f"{base}, of which tuner=full could train the norms and embeddings alone: take"
             " tuner=lora, or the model in 16 bits"

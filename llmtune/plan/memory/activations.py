@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.config.schema import ModelConfig, Precision, TunerConfig, TunerKind
-from llmtune.plan.memory.adapted_layers import choose_layers, linear_layers, matrix_sides
-from llmtune.plan.memory.lora import lora_rank
+from llmtune.config.schema import ModelConfig, Precision, TunerConfig
 from llmtune.plan.memory.model_shape import ModelShape, load_architecture
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.process import hold_interruptions
+from llmtune.tuner.adapted_layers import choose_layers, linear_layers, matrix_sides
+from llmtune.tuner.lora_settings import lora_rank
+from llmtune.tuner.tuner import TUNERS, mark_trained
 
-# : After the first layer, its input is no intermediate result; from the second on, each adds the
-# same.
+#: After the first layer, its input is no intermediate result; from the second on, each adds the
+#: same.
 TRACED_LAYERS = 3
 
 
@@ -80,6 +81,7 @@ class ActivationModel:
 
     def __call__(self, settings: TraceSettings) -> ActivationBytes:
         """Bytes of a micro-batch; rows scale, so that one row is traced."""
+        tuner = TUNERS.find(self.tuner.kind)
         one = TraceSettings(
             rows=1,
             length=settings.length,
@@ -88,8 +90,8 @@ class ActivationModel:
             precision=settings.precision,
             # What is trained keeps its input anyway.
             zero3=settings.zero3
-            and self.tuner.kind is not TunerKind.full
-            and self.tuner.target_modules != "all-linear",
+            and not tuner.trains_all
+            and not (tuner.has_adapter and self.tuner.target_modules == "all-linear"),
             masked=settings.masked and settings.attn_implementation in ("sdpa", "eager"),
         )
         if one not in self._done:
@@ -249,7 +251,9 @@ def _build(
     )
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype, attn_implementation=kernel)
-        if tuner.kind is not TunerKind.full:
+        kind = TUNERS.find(tuner.kind)
+        mark_trained(kind, model)
+        if kind.has_adapter:
             model = _with_adapters(model, tuner, dtype)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

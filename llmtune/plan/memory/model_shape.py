@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.schema import ModelConfig, TunerConfig, TunerKind
+from llmtune.config.schema import ModelConfig, TunerConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.abilities import attention_kernels, max_positions
-from llmtune.plan.memory.adapted_layers import (
+from llmtune.plan.memory.trace_cache import read_cached, write_cached
+from llmtune.tuner.adapted_layers import (
     AdaptedLayers,
-    choose_layers,
     matrix_sides,
     stacked_parameters,
 )
-from llmtune.plan.memory.lora import check_patterns, lora_rank
-from llmtune.plan.memory.trace_cache import read_cached, write_cached
+from llmtune.tuner.lora_settings import check_patterns, lora_rank
+from llmtune.tuner.tuner import TUNERS, Tuner
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,7 +77,7 @@ class ModelShape:
     """Last parts of the names of the layers that get adapters."""
     left_alone: tuple[str, ...] = ()
     """Of linear layers that ``all-linear`` does not reach, such as routers of experts; see
-    :mod:`llmtune.plan.memory.adapted_layers`."""
+    :mod:`llmtune.tuner.adapted_layers`."""
     stacked_parameters: int = 0
     """Of experts that are stacked in one tensor, which is no linear layer and takes no adapter."""
     kind: str = ""
@@ -236,10 +236,9 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     architecture = load_architecture(config)
     meta_model, causal = build_meta_model(architecture, config.trust_remote_code)
     model: Any = meta_model
-    full = tuner.kind is TunerKind.full
-    adapted = None if full else choose_layers(model, tuner)
+    adapted = TUNERS.find(tuner.kind).choose_layers(model, tuner)
     adapters = _adapter_sizes(adapted, tuner) if adapted else {}
-    tensors = _tensors(model, adapters, full, tuner)
+    tensors = _tensors(model, adapters, TUNERS.find(tuner.kind))
     numbers: Any = architecture.get_text_config()
     hidden = int(getattr(numbers, "hidden_size", 0) or getattr(numbers, "d_model", 0))
     layers = max(1, int(getattr(numbers, "num_hidden_layers", 1)))
@@ -285,9 +284,7 @@ def _intermediate_size(numbers: Any) -> int:
     return max(size) if isinstance(size, list | tuple) else int(size)
 
 
-def _tensors(
-    model: Any, adapters: dict[str, tuple[int, int]], full: bool, tuner: TunerConfig
-) -> list[TensorShape]:
+def _tensors(model: Any, adapters: dict[str, tuple[int, int]], tuner: Tuner) -> list[TensorShape]:
     """The parameters as peft's model names them: an adapted layer's own weight, then ``lora_A``,
     then ``lora_B``.
     """
@@ -303,12 +300,12 @@ def _tensors(
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - kept
     found = []
     for name, parameter in model.named_parameters():
-        quantized = tuner.kind is TunerKind.qlora and id(parameter) in linear
+        quantized = tuner.is_quantized and id(parameter) in linear
         found.append(
             TensorShape(
                 name=name,
                 numel=parameter.numel(),
-                trained=full,
+                trained=tuner.trains(name, parameter),
                 vector=parameter.dim() <= 1,
                 quantized=quantized,
             )

@@ -4,16 +4,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmtune.config.schema import OffloadConfig, OffloadDevice, TunerKind
+from llmtune.config.schema import OffloadConfig, OffloadDevice
 
-# : Rung -> (device of optimizer and master weights, device of weights), fastest first; the options
-# of ``conf/offload/``.
-RUNGS: dict[str, tuple[str, str]] = {
-    "none": ("none", "none"),
-    "optimizer_cpu": ("cpu", "none"),
-    "cpu": ("cpu", "cpu"),
-    "optimizer_nvme": ("nvme", "none"),
-    "nvme": ("nvme", "nvme"),
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadOption:
+    """One rung of the ladder: an option of ``conf/offload/``, and what DeepSpeed makes of it."""
+
+    name: str
+    optimizer: str
+    """Device of master weights, moments and the optimizer step: ``none`` is the accelerator."""
+    param: str
+    """Device of the weights."""
+    stages: tuple[int, ...]
+    """ZeRO stages in which DeepSpeed honors it: below 3 it ignores where weights are offloaded."""
+    for_large_optimizers: bool = False
+    """Pointless where few parameters are trained."""
+
+    @property
+    def uses_nvme(self) -> bool:
+        """Whether anything is swapped to a disk."""
+        return "nvme" in (self.optimizer, self.param)
+
+
+#: The rungs by name, fastest first.
+RUNGS = {
+    option.name: option
+    for option in (
+        OffloadOption(name="none", optimizer="none", param="none", stages=(0, 1, 2, 3)),
+        OffloadOption(name="optimizer_cpu", optimizer="cpu", param="none", stages=(1, 2, 3)),
+        OffloadOption(name="cpu", optimizer="cpu", param="cpu", stages=(3,)),
+        OffloadOption(
+            name="optimizer_nvme",
+            optimizer="nvme",
+            param="none",
+            stages=(3,),
+            for_large_optimizers=True,
+        ),
+        OffloadOption(name="nvme", optimizer="nvme", param="nvme", stages=(3,)),
+    )
 }
 
 
@@ -31,12 +60,8 @@ class Placement:
 
     @property
     def rung(self) -> str:
-        """Its name on the ladder. LoRA's ``nvme`` has the small optimizer on the host."""
-        if self.param == "nvme":
-            return "nvme"
-        return next(
-            name for name, devices in RUNGS.items() if devices == (self.optimizer, self.param)
-        )
+        """Its name on the ladder; a small optimizer on the host, weights on NVMe, is ``nvme``."""
+        return find_rung(self.optimizer, self.param)
 
     @property
     def uses_nvme(self) -> bool:
@@ -52,33 +77,28 @@ class Placement:
         )
 
 
-def make_placement(stage: int, rung: str, tuner: TunerKind) -> Placement:
-    """The placement of a rung; for adapters ``nvme`` means weights on NVMe and the optimizer on the
-    host.
+def make_placement(stage: int, rung: str, trains_all: bool) -> Placement:
+    """The placement of a rung.
+
+    Args:
+        trains_all: The optimizer has states for all weights. Where it has not, they are small, and
+            the rung ``nvme`` keeps them on the host.
     """
-    optimizer, param = RUNGS[rung]
-    if tuner is not TunerKind.full and param == "nvme":
-        optimizer = "cpu"
-    return Placement(stage, optimizer, param)
+    option = RUNGS[rung]
+    is_small = option.param == "nvme" and not trains_all
+    return Placement(stage, "cpu" if is_small else option.optimizer, option.param)
+
+
+def find_rung(optimizer: str, param: str) -> str:
+    """The rung of a pair of devices; pairs that are none were refused by the config's rules."""
+    if param == "nvme":
+        return "nvme"
+    pairs = {(option.optimizer, option.param): name for name, option in RUNGS.items()}
+    return pairs[optimizer, param]
 
 
 def named_rung(offload: OffloadConfig) -> str | None:
-    """The rung that the config names; None for ``auto``.
-
-    Other pairs were refused by the config's rules.
-    """
+    """The rung that the config names; None for ``auto``."""
     if offload.optimizer is OffloadDevice.auto:
         return None
-    pair = (offload.optimizer.value, offload.param.value)
-    return (
-        "nvme"
-        if pair[1] == "nvme"
-        else next(name for name, devices in RUNGS.items() if devices == pair)
-    )
-
-
-def allowed_stages(rung: str) -> tuple[int, ...]:
-    """ZeRO stages in which DeepSpeed honors a rung: below 3 it ignores where weights are offloaded
-    to.
-    """
-    return {"none": (0, 1, 2, 3), "optimizer_cpu": (1, 2, 3)}.get(rung, (3,))
+    return find_rung(offload.optimizer.value, offload.param.value)

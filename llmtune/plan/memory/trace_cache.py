@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from llmtune import __version__
+from llmtune.registry import hash_plugins
 
 # : What the values depend on beside model and settings; of llmtune itself, the files that compute
 # them.
 _LIBRARIES = ("torch", "transformers")
-_SOURCES = ("activations.py", "lora.py", "model_shape.py", "../abilities.py", "adapted_layers.py")
+_SOURCES = ("activations.py", "model_shape.py", "../abilities.py")
+_TUNERS = "../../tuner"
 
 
 def read_cached(folder: Path | None, kind: str, key: str) -> Any:
@@ -48,13 +50,15 @@ def write_cached(folder: Path | None, kind: str, key: str, values: Any) -> None:
 
 
 def _file(folder: Path, kind: str, key: str) -> Path:
-    digest = hashlib.sha256(repr((_versions(), key)).encode()).hexdigest()[:24]
+    # A tuner of the user's own may train something else tomorrow.
+    digest = hashlib.sha256(repr((_versions(), hash_plugins(), key)).encode()).hexdigest()[:24]
     return folder / kind / f"{digest}.json"
 
 
 @cache
 def _versions() -> tuple[str, ...]:
-    sources = (
-        hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in _SOURCES
-    )
+    here = Path(__file__).parent
+    files = [here / name for name in _SOURCES]
+    files += sorted((here / _TUNERS).rglob("*.py"))
+    sources = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     return (__version__, *(metadata.version(name) for name in _LIBRARIES), *sources)

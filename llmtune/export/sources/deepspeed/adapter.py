@@ -14,9 +14,9 @@ import torch
 from llmtune.errors import ExportError
 from llmtune.export.sources.base import TensorSource, some
 from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
-from llmtune.model.adapter.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
 from llmtune.security.trust import copy_foreign
 from llmtune.storage.safetensors_writer import TensorFile
+from llmtune.tuner.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
 
 _PREFIX = "base_model.model."
 

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import ModelConfig, TunerConfig
 from llmtune.errors import ConfigError
-from llmtune.model.adapter.lora import add_lora
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.plan import plan_candidate, resolve_ladder
+from llmtune.tuner.peft_model import add_lora
 from tests.architectures.families import FAMILIES
 
 

@@ -12,7 +12,7 @@ _PROGRAM = """
 import sys
 from transformers import LlamaConfig, LlamaForCausalLM
 from llmtune.config.compose import compose_config
-from llmtune.model.adapter.lora import add_lora
+from llmtune.tuner.peft_model import add_lora
 numbers = compose_config(["model=tiny"]).config.model.config
 model = LlamaForCausalLM(LlamaConfig(**numbers))
 wrapped = add_lora(model, compose_config(["model=tiny"]).config.tuner, "base", 0)

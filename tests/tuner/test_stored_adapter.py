@@ -20,15 +20,15 @@ from transformers import AutoModelForCausalLM
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, ConfigError
-from llmtune.model.adapter.lora import add_lora, load_adapter
-from llmtune.model.adapter.stored_adapter import (
+from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.run.adapter import adopt_adapter, check_adapter
+from llmtune.tuner.peft_model import add_lora, load_adapter
+from llmtune.tuner.stored_adapter import (
     CONFIG_FILE,
     PEFT_DEFAULTS,
     WEIGHTS_FILE,
     read_stored_adapter,
 )
-from llmtune.plan.memory.model_shape import resolve_shape
-from llmtune.run.adapter import adopt_adapter, check_adapter
 
 #: What versions of peft before 0.6 did not write; 0.18 and later write more.
 NEWER_KEYS = {

@@ -13,13 +13,13 @@ import torch
 from llmtune.config.schema import TunerConfig
 from llmtune.draws import Draw, torch_seed
 from llmtune.errors import CheckpointError
-from llmtune.model.adapter.stored_adapter import (
+from llmtune.process import no_collection
+from llmtune.tuner.adapted_layers import choose_layers
+from llmtune.tuner.stored_adapter import (
     WEIGHTS_FILE,
     read_adapter_config,
     with_peft_defaults,
 )
-from llmtune.plan.memory.adapted_layers import choose_layers
-from llmtune.process import no_collection
 
 #: peft's name for the only adapter, which its files leave out.
 _INFIX = ".default."

@@ -7,8 +7,9 @@ from peft.utils.other import get_pattern_key
 
 from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError
-from llmtune.plan.memory.lora import lora_scale, match_pattern
 from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.run.settings import find_problems
+from llmtune.tuner.lora_settings import lora_scale, match_pattern
 
 MODULES = [
     "model.layers.0.self_attn.q_proj",
@@ -82,4 +83,4 @@ def test_the_scale_of_rank_stabilised_adapters() -> None:
 )
 def test_a_pattern_holds_numbers(override: str, part: str) -> None:
     with pytest.raises(ConfigError, match=part):
-        compose_config(["model=tiny", override])
+        compose_config(["model=tiny", override], more_rules=find_problems)

@@ -51,6 +51,34 @@ def check_patterns(tuner: TunerConfig, modules: Iterable[str]) -> None:
                 )
 
 
+def find_setting_problems(tuner: TunerConfig) -> list[str]:
+    """Patterns whose values are no numbers above 0, and targets that are no names."""
+    problems = _find_pattern_problems("rank_pattern", tuner.rank_pattern, (int,))
+    problems += _find_pattern_problems("alpha_pattern", tuner.alpha_pattern, (int, float))
+    modules = tuner.target_modules
+    is_list = isinstance(modules, list) and all(isinstance(name, str) for name in modules)
+    if modules != "all-linear" and not (is_list and modules):
+        problems.append(
+            f"tuner.target_modules={modules}: 'all-linear', or a list such as [q_proj,v_proj]"
+        )
+    return problems
+
+
+def _find_pattern_problems(
+    key: str, pattern: Mapping[str, Any], kinds: tuple[type, ...]
+) -> list[str]:
+    wrong = {name: value for name, value in pattern.items() if not _is_positive(value, kinds)}
+    if not wrong:
+        return []
+    return [f"tuner.{key}={wrong}: numbers above 0 by module, such as {{q_proj: 8}}"]
+
+
+def _is_positive(value: Any, kinds: tuple[type, ...]) -> bool:
+    # A truth value is an integer to Python, and ``nan`` is not at most 0.
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    return is_number and bool(0 < value < math.inf)
+
+
 def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
     """What ``B @ A`` is multiplied with: alpha / r, or alpha / sqrt(r) for rsLoRA
     (https://arxiv.org/abs/2312.03732).

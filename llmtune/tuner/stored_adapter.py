@@ -16,11 +16,11 @@ from typing import Any
 
 from llmtune.config.schema import TunerConfig
 from llmtune.errors import CheckpointError, ConfigError
-from llmtune.model.adapter.patterns import pattern_problem
-from llmtune.plan.memory.lora import match_pattern
 from llmtune.security.trust import read_foreign
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.safetensors_header import read_header
+from llmtune.tuner.lora_settings import match_pattern
+from llmtune.tuner.pattern_limits import pattern_problem
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -42,8 +42,8 @@ PEFT_DEFAULTS: dict[str, Any] = {
     "init_lora_weights": True,
 }
 
-# : Settings that say how an adapter was trained, started or found, or that its tensors' names say
-# better.
+#: Settings that say how an adapter was trained, started or found, or that its tensors' names say
+#: better.
 _SAID_ELSEWHERE = {
     *(
         "auto_mapping",
@@ -81,8 +81,8 @@ _SAID_ELSEWHERE = {
 }
 _CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 
-# : Starts that also change the base; the adapter is then the difference to a base that nobody
-# stored.
+#: Starts that also change the base; the adapter is then the difference to a base that nobody
+#: stored.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 #: Keys of ``tuner`` -> the setting of peft's that an adapter brings.

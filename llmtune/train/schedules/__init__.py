@@ -1,0 +1,1 @@
+"""Shapes of the learning rate after warm-up, one file per shape."""

@@ -1,0 +1,7 @@
+"""The peak, up to the last step."""
+
+from __future__ import annotations
+
+from llmtune.train.schedule import SCHEDULES, Schedule
+
+SCHEDULES.register(Schedule("constant", lambda _: 1.0))

@@ -1,0 +1,7 @@
+"""A straight line from the peak down to 0."""
+
+from __future__ import annotations
+
+from llmtune.train.schedule import SCHEDULES, Schedule
+
+SCHEDULES.register(Schedule("linear", lambda done: 1 - done))

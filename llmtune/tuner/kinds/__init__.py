@@ -1,0 +1,1 @@
+"""Tuners, one file per tuner."""
