@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 
 from llmtune.storage import layout
-
-#: Behind the name of a checkpoint that is being replaced by one of the same step.
-REPLACED = ".old.tmp"
+from llmtune.storage.atomic import ASIDE, REPLACED, remove_folder, restore_replaced
+from llmtune.storage.manifest import is_complete
 
 
 def find_checkpoints(run: Path) -> list[Path]:
@@ -23,23 +22,18 @@ def find_checkpoints(run: Path) -> list[Path]:
     ]
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the folder was published."""
-    return (folder / layout.COMPLETE).is_file()
-
-
 def remove_checkpoint(folder: Path) -> None:
     """Remove a published folder; the marker goes first, so that none is left half-gone."""
     (folder / layout.COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
 
 
 def sweep_incomplete(run: Path) -> list[str]:
-    """Remove what a save that was cut off left behind; the names that went."""
-    restore_replaced(run)
+    """Remove what a save that was cut off left behind; return the names that went."""
+    restore_checkpoints(run)
     swept = []
     for folder in sorted(run.iterdir()) if run.is_dir() else []:
-        half = folder.name.endswith(".tmp") or (
+        half = folder.name.endswith(ASIDE) or (
             layout.checkpoint_step(folder) is not None and not is_complete(folder)
         )
         if folder.is_dir() and half:
@@ -48,10 +42,7 @@ def sweep_incomplete(run: Path) -> list[str]:
     return swept
 
 
-def restore_replaced(run: Path) -> None:
-    """Give a checkpoint its name back whose replacement was never finished."""
+def restore_checkpoints(run: Path) -> None:
+    """Give every folder of a run its name back whose replacement was cut off."""
     for old in sorted(run.glob(f"*{REPLACED}")) if run.is_dir() else []:
-        folder = old.with_name(old.name.removesuffix(REPLACED))
-        if is_complete(old) and not is_complete(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            old.rename(folder)
+        restore_replaced(old.with_name(old.name.removesuffix(REPLACED)), is_complete)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,18 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from llmtune.checkpoint.find import is_complete
 from llmtune.errors import CheckpointError, LlmtuneError
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
-from llmtune.storage.manifest import find_damage, flush, publish
+from llmtune.storage.atomic import ASIDE, flush, make_empty, remove_folder
+from llmtune.storage.hashing import hash_stream
+from llmtune.storage.manifest import find_damage, is_complete, publish
 from llmtune.storage.remote import (
     PermanentCopyError,
     Store,
     describe_error,
-    hash_stream,
-    hash_text,
     list_files,
+    marker_of,
     open_source,
     retry,
 )
@@ -271,7 +270,7 @@ def find_remote(url: str, run_name: str) -> list[tuple[int, str]]:
         for step, name in retry(store.list_checkpoints):
             marker = retry(store.read, f"{name}/{layout.COMPLETE}")
             manifest = retry(store.read, f"{name}/{layout.MANIFEST}") if marker else None
-            if manifest is not None and marker == hash_text(manifest):
+            if manifest is not None and marker == marker_of(manifest):
                 found.append((step, _join(root, name)))
     return sorted(found)
 
@@ -320,11 +319,10 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
             )
         if not find_damage(folder):
             return folder
-    aside = folder.with_name(folder.name + ".fetch.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = folder.with_name(f"{folder.name}.fetch{ASIDE}")
     try:
         with _reported(checkpoint_url):
-            aside.mkdir(parents=True)
+            make_empty(aside)
             for name, entry in files.items():
                 retry(store.download, name, aside / name, entry)
             signature = retry(store.read, layout.SIGNATURE)
@@ -332,12 +330,10 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
                 if data is not None:
                     (aside / name).write_bytes(data)
                     flush(aside / name)
-            # Either incomplete, or a damaged copy of this very checkpoint.
-            (folder / layout.COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            # What is there is incomplete, or a damaged copy of this very checkpoint.
             publish(aside, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_folder(aside)
     return folder
 
 

@@ -5,15 +5,12 @@ any other wrote.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from llmtune.checkpoint.stored_states import StoredParameter, read_stored_states
 from llmtune.checkpoint.writer import CheckpointWriter
 from llmtune.engine.optimizer_state import (
     STATE_KEYS,
@@ -29,17 +26,7 @@ from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
 from llmtune.storage import layout
 from llmtune.storage.manifest import read_manifest
-from llmtune.storage.plain_json import parse_json
 from llmtune.storage.safetensors_writer import TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class StoredSlice:
-    """Elements ``[start, start + numel)`` of a flattened parameter, in one file."""
-
-    file: Path
-    start: int
-    numel: int
 
 
 def put_states(module: TrainModule, outbox: CheckpointWriter) -> None:
@@ -72,7 +59,12 @@ def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
     Raises:
         CheckpointError: A slice is not covered, or a parameter has another size.
     """
-    stored = _read_index(folder)
+    names = read_manifest(folder)["files"]
+    stored = read_stored_states(
+        folder / name for name in sorted(names) if layout.is_state_file(name)
+    )
+    if not stored:
+        raise CheckpointError(f"{folder}: holds no optimizer state ({layout.STATE_FILES})")
     for batch in iterate_in_memory(module, state_slices(module), write_back=True):
         make_state(module, batch, steps)
         for piece in batch:
@@ -82,65 +74,18 @@ def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
 def _load_slice(
     module: TrainModule,
     piece: StateSlice,
-    stored: dict[str, tuple[int, list[StoredSlice]]],
+    stored: dict[str, StoredParameter],
     folder: Path,
 ) -> None:
-    sources = stored.get(piece.name)
-    if sources is None:
+    parameter = stored.get(piece.name)
+    if parameter is None:
         raise CheckpointError(
             f"{folder}: no optimizer state for {piece.name}; the model or the tuner is another"
         )
-    numel, slices = sources
-    if numel != piece.parameter_numel:
+    if parameter.numel != piece.parameter_numel:
         raise CheckpointError(
-            f"{folder}: {piece.name} has {numel} elements there and {piece.parameter_numel} here"
+            f"{folder}: {piece.name} has {parameter.numel} elements there and"
+            f" {piece.parameter_numel} here"
         )
     for kind in STATE_KEYS:
-        values = _assemble(slices, f"{piece.name}/{kind}", piece.start, piece.numel, folder)
-        write_state(module, piece, kind, values)
-
-
-def _read_index(folder: Path) -> dict[str, tuple[int, list[StoredSlice]]]:
-    """Parameter name -> its number of elements, and the slices in the files."""
-    index: dict[str, list[StoredSlice]] = defaultdict(list)
-    numels: dict[str, int] = {}
-    for file in sorted(
-        folder / name for name in read_manifest(folder)["files"] if layout.is_state_file(name)
-    ):
-        try:
-            with safe_open(str(file), framework="pt") as handle:
-                where: dict[str, Any] = parse_json(handle.metadata()[layout.STATE_SLICES])
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{file}: not a state file of llmtune ({error})") from error
-        for name, (start, numel, total) in where.items():
-            index[name].append(StoredSlice(file, start, numel))
-            numels[name] = total
-    if not index:
-        raise CheckpointError(f"{folder}: holds no optimizer state ({layout.STATE_FILES})")
-    return {
-        name: (numels[name], sorted(slices, key=lambda s: s.start))
-        for name, slices in index.items()
-    }
-
-
-def _assemble(
-    slices: list[StoredSlice], key: str, start: int, numel: int, folder: Path
-) -> torch.Tensor:
-    """Elements ``[start, start + numel)`` put together from the stored slices that overlap them."""
-    values = torch.empty(numel)
-    filled = 0
-    for piece in slices:
-        first = max(start, piece.start)
-        last = min(start + numel, piece.start + piece.numel)
-        if first >= last:
-            continue
-        with safe_open(str(piece.file), framework="pt") as handle:
-            values[first - start : last - start] = handle.get_slice(key)[
-                first - piece.start : last - piece.start
-            ]
-        filled += last - first
-    if filled != numel:
-        raise CheckpointError(
-            f"{folder}: {key} is covered for {filled} of {numel} elements; a state file is missing"
-        )
-    return values
+        write_state(module, piece, kind, parameter.read(kind, piece.start, piece.numel))

@@ -9,7 +9,6 @@ file each what they wrote; rank 0 publishes.
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoint.find import REPLACED
 from llmtune.checkpoint.optimizer_files import load_state_files, put_states
 from llmtune.checkpoint.trainer_state import TrainerState, read_trainer_state
 from llmtune.checkpoint.weight_files import WeightFiles, put_weights
@@ -28,8 +26,9 @@ from llmtune.engine.optimizer_state import optimizer_steps, read_loss_scale, wri
 from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
 from llmtune.storage import layout
-from llmtune.storage.atomic import write_whole
-from llmtune.storage.manifest import hash_file, publish, write_manifest
+from llmtune.storage.atomic import aside_path, make_empty, remove_folder, write_atomically
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import publish, write_manifest
 from llmtune.storage.signature import Signer
 from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
 
@@ -126,7 +125,7 @@ class PendingSave:
         if failures:
             if self._rank.is_first:
                 # Half a checkpoint is of no use, and what is full needs the room.
-                shutil.rmtree(aside_folder(self.folder), ignore_errors=True)
+                remove_folder(aside_path(self.folder))
             kind = DiskRefusedError if any(refused for _, refused in failures) else CheckpointError
             raise kind(
                 f"{self.folder.name} was not saved"
@@ -141,7 +140,7 @@ class PendingSave:
 
     def _write(self) -> None:
         """This rank's files, looked at again, and its report."""
-        aside = aside_folder(self.folder)
+        aside = aside_path(self.folder)
         with self._noted():
             self._outbox.deliver(self._rank.phases.beat)
             problems = self._find_faults(aside)
@@ -151,12 +150,12 @@ class PendingSave:
                 # Without this rank's report nothing is published.
                 return
             report = {"files": self._outbox.entries, "tensors": _describe(self._outbox)}
-            write_whole(aside / _report_name(self._rank.rank), json.dumps(report).encode())
+            write_atomically(aside / _report_name(self._rank.rank), json.dumps(report).encode())
 
     def _publish_if_first(self) -> None:
         if self._rank.is_first:
             with self._noted():
-                self._publish(aside_folder(self.folder))
+                self._publish(aside_path(self.folder))
         self.seconds = time.monotonic() - self._started
 
     @contextmanager
@@ -195,7 +194,7 @@ class PendingSave:
             layout.TRAINER_STATE: self._state_text(),
         }.items():
             (aside / name).parent.mkdir(exist_ok=True)
-            write_whole(aside / name, data)
+            write_atomically(aside / name, data)
             files[name] = hash_file(aside / name)
         for number in range(len(reports)):
             (aside / _report_name(number)).unlink()
@@ -206,7 +205,7 @@ class PendingSave:
             "tensors": tensors,
         }
         write_manifest(aside, files, about, self._request.signer)
-        _replace(aside, self.folder)
+        publish(aside, self.folder)
         self._request.published(self.folder)
 
     def _wait_for_reports(self, aside: Path) -> list[dict[str, Any]]:
@@ -232,11 +231,11 @@ def begin_save(module: TrainModule, request: SaveRequest, buffers: Buffers | Non
     Raises:
         CheckpointError: On every rank, when the folder could not be made.
     """
-    aside = aside_folder(request.folder)
+    aside = aside_path(request.folder)
     failure: str | None = None
     if module.rank.is_first:
         try:
-            _make_fresh(aside)
+            make_empty(aside)
         except OSError as error:
             failure = str(error)
     failure = gather_objects(failure, module.rank)[0]
@@ -266,26 +265,6 @@ def load_checkpoint(module: TrainModule, folder: Path) -> TrainerState:
     load_state_files(module, folder, state.optimizer_steps)
     write_loss_scale(module, state.loss_scale)
     return state
-
-
-def aside_folder(folder: Path) -> Path:
-    """Where a checkpoint is written before it has its name."""
-    return folder.with_name(folder.name + ".tmp")
-
-
-def _make_fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _replace(aside: Path, folder: Path) -> None:
-    """Publish, in the place of the same step saved before if there is one."""
-    old = folder.with_name(folder.name + REPLACED)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    publish(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _report_name(rank: int) -> str:

@@ -15,10 +15,8 @@ import torch
 
 from llmtune.checkpoint.writer import CheckpointWriter
 from llmtune.engine.train_module import TrainModule
-from llmtune.storage.safetensors_writer import INDEX_FILE, TensorSpec, describe_shards, plan_shards
-
-#: peft's name.
-ADAPTER_FILE = "adapter_model.safetensors"
+from llmtune.storage.layout import ADAPTER_WEIGHTS, MODEL_INDEX
+from llmtune.storage.safetensors_writer import TensorSpec, describe_shards, plan_shards
 
 #: Tensors gathered by one collective: many small ones cost as many round trips.
 _GATHERED_BYTES = 256 * 2**20
@@ -42,7 +40,7 @@ class WeightFiles:
             for name, tensor in tensors
         ]
         return (
-            [(ADAPTER_FILE, specs)]
+            [(ADAPTER_WEIGHTS, specs)]
             if self.adapter_only
             else plan_shards(specs, self.max_shard_bytes)
         )
@@ -50,7 +48,7 @@ class WeightFiles:
     def index(self, module: TrainModule) -> dict[str, bytes]:
         """The index file, where there is more than one shard."""
         shards = self.shards(module)
-        return {INDEX_FILE: describe_shards(shards).encode()} if len(shards) > 1 else {}
+        return {MODEL_INDEX: describe_shards(shards).encode()} if len(shards) > 1 else {}
 
     def own_specs(self, module: TrainModule) -> dict[str, list[TensorSpec]]:
         """The files that this rank writes, and the tensors in each."""

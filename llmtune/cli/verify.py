@@ -26,8 +26,6 @@ _COPY_SECONDS = 7 * 86400.0
 #: What stands in a stored URL for a password.
 _HIDDEN = "***"
 
-_ADAPTER_FILE = "adapter_model.safetensors"
-
 
 def main(arguments: Arguments) -> int:
     """Print a line a folder; exit code 5 where anything is wrong."""
@@ -203,7 +201,7 @@ def _find_problems(folder: Path) -> list[str]:
             and str(file.relative_to(folder)) not in damaged
         ):
             problems += check_tensors(file)
-            problems += check_adapter_trained(file) if file.name == _ADAPTER_FILE else []
+            problems += check_adapter_trained(file) if file.name == layout.ADAPTER_WEIGHTS else []
     return problems
 
 

@@ -14,9 +14,7 @@ from llmtune.config.schema import Config, TunerConfig
 from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError
 from llmtune.model.adapter.stored_adapter import (
-    CONFIG_FILE,
     PREFIX,
-    WEIGHTS_FILE,
     StoredAdapter,
     adopt_settings,
     find_misfits,
@@ -46,7 +44,7 @@ def adopt_adapter(composed: Composed, run: Path | None = None) -> Composed:
     folder = _folder(tuner)
     begun = (
         _stored_tuner(run, tuner)
-        if run is not None and not (folder / CONFIG_FILE).is_file()
+        if run is not None and not (folder / layout.ADAPTER_CONFIG).is_file()
         else None
     )
     if begun is None:
@@ -74,7 +72,7 @@ def check_adapter(config: Config, shape: ModelShape, run: Path) -> None:
 
     stored = read_stored_adapter(_folder(config.tuner))
     problems = find_misfits(stored, _built(shape), config.model.name_or_path)
-    problems = problems or check_tensors(stored.folder / WEIGHTS_FILE)
+    problems = problems or check_tensors(stored.folder / layout.ADAPTER_WEIGHTS)
     if problems:
         raise CheckpointError(
             f"tuner.adapter_path={config.tuner.adapter_path} is no adapter of"

@@ -27,6 +27,13 @@ SIGNATURE = "manifest.json.sig"
 COMPLETE = "COMPLETE"
 TRAINER_STATE = "trainer_state.json"
 
+#: peft's names of the files of an adapter, and transformers' of the files of a model: one file of
+#: weights, or several and their index.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_WEIGHTS = "model.safetensors"
+MODEL_INDEX = "model.safetensors.index.json"
+
 ADAPTER = "adapter"
 MODEL = "model"
 MERGED = "merged"
@@ -36,8 +43,10 @@ _MERGED_FORMAT = "safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _STATE_FILE = re.compile(r"optimizer-(\d+)-of-(\d+)\.safetensors")
 
-#: What a state file's header calls the offsets of its slices.
+#: The entry of a state file's header with the offsets of its slices.
 STATE_SLICES = "llmtune_slices"
+#: A parameter's fp32 master weight among its tensors in a state file.
+MASTER_WEIGHT = "master"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -8,17 +8,16 @@ unchecked.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import xxhash
-
 from llmtune import __version__
 from llmtune.errors import CheckpointError
 from llmtune.storage import layout
+from llmtune.storage.atomic import flush, replace_folder
+from llmtune.storage.hashing import hash_bytes, hash_file
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.signature import Signer, with_sha256
 
@@ -26,15 +25,6 @@ from llmtune.storage.signature import Signer, with_sha256
 _OWN = {layout.MANIFEST, layout.SIGNATURE, layout.COMPLETE}
 
 _HASHING_THREADS = 4
-
-
-def hash_file(path: Path) -> dict[str, Any]:
-    """Size in bytes and xxh3-128 of a file."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"size": path.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 
 def write_manifest(
@@ -113,31 +103,26 @@ def check_undamaged(folder: Path, left_out: Callable[[str], bool] = lambda _: Fa
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
 
 
+def is_complete(folder: Path) -> bool:
+    """Tell whether a folder was published."""
+    return (folder / layout.COMPLETE).is_file()
+
+
 def publish(aside: Path, folder: Path) -> None:
-    """Rename a finished folder into place and mark it complete; its parent is flushed, so that the
-    name survives too.
+    """Give a finished folder its name and mark it complete, in the place of an older one.
+
+    Raises:
+        OSError: The disk refused.
     """
-    flush(aside)
-    aside.rename(folder)
-    mark_complete(folder)
-    flush(folder.parent)
+    replace_folder(aside, folder, is_complete, seal=mark_complete)
 
 
 def mark_complete(folder: Path) -> None:
     """Write the marker, with the manifest's hash in it."""
     marker = folder / layout.COMPLETE
-    marker.write_text(str(hash_file(folder / layout.MANIFEST)["xxh3_128"]))
+    marker.write_text(hash_bytes((folder / layout.MANIFEST).read_bytes()))
     flush(marker)
     flush(folder)
-
-
-def flush(path: Path) -> None:
-    """``fsync`` of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _look(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -155,7 +140,7 @@ def _look(folder: Path) -> tuple[dict[str, Any], list[str]]:
         expected = marker.read_text(errors="replace")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return {}, [f"{layout.MANIFEST} cannot be read ({error})"]
-    if expected != xxhash.xxh3_128(text).hexdigest():
+    if expected != hash_bytes(text):
         return {}, [f"{layout.MANIFEST} is not the one that {layout.COMPLETE} was written for"]
     problems = [
         problem for name, (size, _) in files.items() if (problem := _look_at(folder, name, size))

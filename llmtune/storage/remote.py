@@ -12,13 +12,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
-import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from llmtune.errors import ConfigError
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
-from llmtune.storage.manifest import flush
+from llmtune.storage.atomic import flush
+from llmtune.storage.hashing import hash_bytes, hash_stream
 from llmtune.storage.plain_json import parse_json
 
 T = TypeVar("T")
@@ -26,8 +26,6 @@ T = TypeVar("T")
 #: How often a file is tried, and the wait after the first failure, which doubles each time.
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 1.0
-
-_BLOCK_BYTES = 1 << 22
 
 #: Protocol -> package with its driver.
 DRIVERS = {
@@ -185,7 +183,7 @@ def list_files(marker: bytes, manifest: bytes) -> dict[str, dict[str, Any]]:
     """Files with size and hash, once the manifest is known to be the marker's and to name nothing
     outside its folder.
     """
-    if marker != hash_text(manifest):
+    if marker != marker_of(manifest):
         raise PermanentCopyError(
             f"{layout.MANIFEST} is not the one that {layout.COMPLETE} was written for"
         )
@@ -234,20 +232,9 @@ def open_source(path: Path) -> BinaryIO:
         raise PermanentCopyError("skipped, because it was pruned") from error
 
 
-def hash_stream(source: BinaryIO, target: BinaryIO | None = None) -> dict[str, Any]:
-    """Size and xxh3-128 of what is read, as a manifest has them, and copied on the way."""
-    digest, size = xxhash.xxh3_128(), 0
-    while block := source.read(_BLOCK_BYTES):
-        digest.update(block)
-        size += len(block)
-        if target is not None:
-            target.write(block)
-    return {"size": size, "xxh3_128": digest.hexdigest()}
-
-
-def hash_text(manifest: bytes) -> bytes:
-    """What a marker holds."""
-    return xxhash.xxh3_128(manifest).hexdigest().encode()
+def marker_of(manifest: bytes) -> bytes:
+    """Compute what the marker of a folder with this manifest holds."""
+    return hash_bytes(manifest).encode()
 
 
 def describe_error(error: BaseException) -> str:

@@ -18,23 +18,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import xxhash
+
+from llmtune.storage.dtypes import to_safetensors
+from llmtune.storage.hashing import FileHash
+from llmtune.storage.layout import MODEL_INDEX, MODEL_WEIGHTS
 
 #: Bytes written and hashed at once.
 _BLOCK = 1 << 24
-
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +54,10 @@ class TensorFile:
         header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         offset = 0
         for spec in self.specs:
+            kind = to_safetensors(spec.dtype)
+            assert kind is not None, f"{spec.name}: {spec.dtype} is not written"
             header[spec.name] = {
-                "dtype": DTYPE_NAMES[spec.dtype],
+                "dtype": kind,
                 "shape": list(spec.shape),
                 "data_offsets": [offset, offset + spec.nbytes],
             }
@@ -73,8 +65,7 @@ class TensorFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._expected = 8 + len(text) + offset
-        self._size = 0
-        self._digest = xxhash.xxh3_128()
+        self._hash = FileHash()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._append(struct.pack("<Q", len(text)) + text)
 
@@ -86,15 +77,14 @@ class TensorFile:
     @property
     def entry(self) -> dict[str, Any]:
         """Size and hash of what was written, as a manifest has them."""
-        return {"size": self._size, "xxh3_128": self._digest.hexdigest()}
+        return self._hash.entry
 
     def _append(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
             # Both give the interpreter free, so that training goes on in the main thread.
             written = os.write(self._file, view[:_BLOCK])
-            self._digest.update(view[:written])
-            self._size += written
+            self._hash.update(view[:written])
             view = view[written:]
 
     def __enter__(self) -> TensorFile:
@@ -110,8 +100,8 @@ class TensorFile:
         finally:
             os.close(self._file)
         if kind is None:
-            assert self._size == self._expected, (
-                f"{self.path}: {self._size} bytes written, {self._expected} announced"
+            assert self._hash.size == self._expected, (
+                f"{self.path}: {self._hash.size} bytes written, {self._expected} announced"
             )
 
 
@@ -125,7 +115,7 @@ def plan_shards(
             shards.append([])
         shards[-1].append(spec)
     if len(shards) == 1:
-        return [("model.safetensors", shards[0])]
+        return [(MODEL_WEIGHTS, shards[0])]
     count = len(shards)
     return [
         (f"model-{number:05d}-of-{count:05d}.safetensors", shard)
@@ -136,7 +126,7 @@ def plan_shards(
 def write_index(folder: Path, shards: list[tuple[str, list[TensorSpec]]]) -> None:
     """``model.safetensors.index.json`` where there is more than one file."""
     if len(shards) > 1:
-        (folder / INDEX_FILE).write_text(describe_shards(shards))
+        (folder / MODEL_INDEX).write_text(describe_shards(shards))
 
 
 def describe_shards(shards: list[tuple[str, list[TensorSpec]]]) -> str:

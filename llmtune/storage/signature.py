@@ -8,7 +8,6 @@ them is not one of the folder.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import ConfigError
 from llmtune.storage import layout
+from llmtune.storage.hashing import sha256_file
 from llmtune.storage.plain_json import parse_json
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _SHA256 = "sha256"
 _HASHING_THREADS = 4
-_BLOCK_BYTES = 1 << 22
 _MAKE = (
     "openssl genpkey -algorithm ed25519 -out KEY.pem && openssl pkey -in KEY.pem -pubout -out"
     " PUBLIC.pem"
@@ -62,7 +61,7 @@ def with_sha256(folder: Path, files: dict[str, dict[str, Any]]) -> dict[str, dic
     missing = [name for name, entry in files.items() if _SHA256 not in entry]
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         found = dict(
-            zip(missing, pool.map(sha256_of, (folder / name for name in missing)), strict=True)
+            zip(missing, pool.map(sha256_file, (folder / name for name in missing)), strict=True)
         )
     return {
         name: {**entry, _SHA256: found[name]} if name in found else entry
@@ -127,18 +126,9 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     return key
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _compare(folder: Path, name: str, expected: str) -> str | None:
     try:
-        found = sha256_of(folder / name)
+        found = sha256_file(folder / name)
     except (OSError, ValueError) as error:
         return f"{name} cannot be read ({error})"
     return None if found == expected else f"{name} is not the file that was signed (sha256 {found})"

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llmtune.storage.dtypes import TYPES
+
 #: Bytes looked at in one piece, unless one row is larger.
 BLOCK_BYTES = 64 << 20
 
-# : Dtypes, as safetensors spells them, that can hold NaN or infinity -> bytes of an element as it
-# is compared.
-_FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 4, "F8_E5M2": 4, "F8_E8M0": 4}
+#: Bytes of a number as it is compared: torch compares 8-bit floats as fp32 only. F8_E8M0 holds
+#: scales, and no weights.
+_FLOATING = {name: max(kind.nbytes, 2) for name, kind in TYPES.items() if kind.is_floating}
+_FLOATING |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), 4)
 
 #: The half of a LoRA pair that starts at zero; of an embedding it is A.
 _ZERO_AT_START = ("lora_B", "lora_embedding_A")

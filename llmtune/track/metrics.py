@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import CheckpointError
-from llmtune.storage.atomic import write_whole
+from llmtune.storage.atomic import write_atomically
 from llmtune.storage.plain_json import parse_json
 from llmtune.track.tracker import Record
 
@@ -67,4 +67,4 @@ def cut_metrics(path: Path, step: int) -> None:
     kept = "".join(
         json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step
     )
-    write_whole(path, kept)
+    write_atomically(path, kept)

@@ -72,14 +72,14 @@ def refuse_on(number: int, rank: Rank, names: str) -> None:
         return original(path, flags, *rest, **more)
 
     os.open = refusing
-    write_whole = save.write_whole
+    write_atomically = save.write_atomically
 
     def refuse_small(path: Path, data: bytes) -> None:
         if path.name.startswith(("written", names)):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_whole(path, data)
+        write_atomically(path, data)
 
-    save.write_whole = refuse_small
+    save.write_atomically = refuse_small
 
 
 if __name__ == "__main__":

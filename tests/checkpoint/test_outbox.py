@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmtune.checkpoint.writer import Buffers, CheckpointWriter
-from llmtune.storage.manifest import hash_file
+from llmtune.storage.hashing import hash_file
 from llmtune.storage.safetensors_writer import TensorFile, TensorSpec
 
 SPECS = {

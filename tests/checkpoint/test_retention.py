@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from llmtune.checkpoint.find import REPLACED, find_checkpoints, restore_replaced, sweep_incomplete
+from llmtune.checkpoint.find import find_checkpoints, restore_checkpoints, sweep_incomplete
 from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
-from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
+from llmtune.storage.atomic import REPLACED
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import mark_complete, write_manifest
 
 
 def make(run: Path, step: int, **metrics: float) -> Path:
@@ -72,7 +74,7 @@ def test_what_a_cut_off_save_left_is_swept_and_what_it_was_to_replace_comes_back
     # The replacement was finished, and only the removal of the old one was not.
     new: Any = (tmp_path / "checkpoint-5").rename(tmp_path / f"checkpoint-5{REPLACED}")
     make(tmp_path, 5, eval_loss=1.0)
-    restore_replaced(tmp_path)
+    restore_checkpoints(tmp_path)
     assert new.exists()
     assert sweep_incomplete(tmp_path) == [new.name]
     assert list_kept(tmp_path)[0].metrics == {"eval_loss": 1.0}

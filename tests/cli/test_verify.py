@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from llmtune.cli.main import main
 from llmtune.storage import tensor_checks
-from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import mark_complete, write_manifest
 from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
 from tests.support import run_cli
 

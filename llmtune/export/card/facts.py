@@ -20,7 +20,6 @@ from llmtune import __version__
 from llmtune.errors import ExportError
 from llmtune.export.identity import is_hub_id
 from llmtune.export.model import ExportRequest
-from llmtune.model.adapter.stored_adapter import CONFIG_FILE
 from llmtune.plan.memory.peak_memory import MemoryPlan
 from llmtune.plan.memory.placement import Placement
 from llmtune.security.redaction import redact_values
@@ -70,7 +69,9 @@ class Facts:
 def read_facts(request: ExportRequest) -> Facts:
     """Read what there is; a file that is missing or broken is as good as none."""
     trained = request.adapter or (request.base if request.run is not None else None)
-    adapter = _read_json(request.adapter / CONFIG_FILE) if request.adapter is not None else {}
+    adapter = (
+        _read_json(request.adapter / layout.ADAPTER_CONFIG) if request.adapter is not None else {}
+    )
     if request.run is None:
         return Facts(adapter=redact_values(adapter))
     # A checkpoint has the configuration and the metrics of its own time.

@@ -36,15 +36,15 @@ from llmtune.export.publish.hub import (
 )
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
+from llmtune.storage.hashing import hash_stream
 from llmtune.storage.manifest import check_undamaged, read_manifest
 from llmtune.storage.remote import (
     DRIVERS,
     PermanentCopyError,
     Store,
     describe_error,
-    hash_stream,
-    hash_text,
     list_files,
+    marker_of,
     open_source,
     retry,
 )
@@ -209,7 +209,7 @@ def _look(store: Store) -> _Found:
     ]
     exports = [text for text in manifests if is_export_manifest(text)]
     for text in exports:
-        listed |= list_files(hash_text(text), text).keys()
+        listed |= list_files(marker_of(text), text).keys()
     if not exports:
         some = ", ".join(sorted(str(entry["name"]).rpartition("/")[2] for entry in others)[:5])
         raise PermanentCopyError(

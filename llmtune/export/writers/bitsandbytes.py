@@ -32,7 +32,8 @@ from llmtune.export.writers.model_files import (
     update_config,
     update_generation_config,
 )
-from llmtune.storage.manifest import flush, hash_file
+from llmtune.storage.atomic import flush
+from llmtune.storage.hashing import hash_file
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.row_blocks import row_ranges
 from llmtune.storage.safetensors_writer import TensorSpec

@@ -13,13 +13,10 @@ import torch
 from llmtune.config.schema import TunerConfig
 from llmtune.draws import Draw, torch_seed
 from llmtune.errors import CheckpointError
-from llmtune.model.adapter.stored_adapter import (
-    WEIGHTS_FILE,
-    read_adapter_config,
-    with_peft_defaults,
-)
+from llmtune.model.adapter.stored_adapter import read_adapter_config, with_peft_defaults
 from llmtune.plan.memory.adapted_layers import choose_layers
 from llmtune.process import no_collection
+from llmtune.storage.layout import ADAPTER_WEIGHTS
 
 #: peft's name for the only adapter, which its files leave out.
 _INFIX = ".default."
@@ -104,7 +101,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     _check_settings(model, folder)
-    file = folder / WEIGHTS_FILE
+    file = folder / ADAPTER_WEIGHTS
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:

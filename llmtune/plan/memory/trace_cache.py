@@ -5,15 +5,15 @@ imports neither.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from llmtune import __version__
+from llmtune.storage.atomic import write_cache_file
+from llmtune.storage.hashing import sha256_bytes, sha256_files
 
 # : What the values depend on beside model and settings; of llmtune itself, the files that compute
 # them.
@@ -39,22 +39,16 @@ def write_cached(folder: Path | None, kind: str, key: str, values: Any) -> None:
     """Store what JSON can hold; a cache that cannot be written is no reason to stop."""
     if folder is None:
         return
-    file = _file(folder, kind, key)
-    aside = file.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(values))
-        aside.rename(file)
+        write_cache_file(_file(folder, kind, key), json.dumps(values))
 
 
 def _file(folder: Path, kind: str, key: str) -> Path:
-    digest = hashlib.sha256(repr((_versions(), key)).encode()).hexdigest()[:24]
+    digest = sha256_bytes(repr((_versions(), key)).encode())[:24]
     return folder / kind / f"{digest}.json"
 
 
 @cache
 def _versions() -> tuple[str, ...]:
-    sources = (
-        hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in _SOURCES
-    )
-    return (__version__, *(metadata.version(name) for name in _LIBRARIES), *sources)
+    sources = sha256_files(Path(__file__).parent / name for name in _SOURCES)
+    return (__version__, *(metadata.version(name) for name in _LIBRARIES), sources)

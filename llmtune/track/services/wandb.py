@@ -11,6 +11,7 @@ from llmtune.config.schema import TrackerMode
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.security.redaction import redact, redact_values
 from llmtune.security.trust import require_own
+from llmtune.storage import layout
 from llmtune.track.service import SERVICES, Service, TrackedRun
 from llmtune.track.tracker import Record
 
@@ -103,7 +104,7 @@ def _run_id(run_folder: Path) -> str:
     """
     if given := os.environ.get("WANDB_RUN_ID"):
         return given
-    path = run_folder / "wandb" / "run_id"
+    path = run_folder / layout.TRACKER_RUN_ID
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4))
