@@ -5,7 +5,6 @@ chance.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import re
@@ -22,6 +21,7 @@ from llmtune.plan.memory.model_shape import unreachable_model
 from llmtune.security.trust import open_lock, require_own
 from llmtune.storage.atomic import aside_path, remove_folder, replace_folder
 from llmtune.storage.hashing import short_hash, short_hash_file
+from llmtune.storage.lock import wait_for_lock
 from llmtune.storage.plain_json import parse_json
 
 #: What a hub snapshot must bring; other weight formats of the same model are left out.
@@ -202,7 +202,7 @@ def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
         return folder
     # Names of models have dots in them, so that with_suffix would make one name of several.
     with open_lock(folder.with_name(folder.name + ".lock")) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_lock(lock)
         if not folder.is_dir():
             aside = aside_path(folder)
             remove_folder(aside)

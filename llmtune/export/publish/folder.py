@@ -7,7 +7,6 @@ nothing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from llmtune.storage.atomic import (
     restore_replaced,
 )
 from llmtune.storage.hashing import hash_file
+from llmtune.storage.lock import try_lock
 from llmtune.storage.manifest import is_complete, mark_complete, write_manifest
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.signature import Signer
@@ -138,12 +138,11 @@ def _locked(aside: Path) -> Iterator[None]:
     """One export at a time; the lock goes with the process that holds it."""
     descriptor = os.open(aside, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not try_lock(descriptor):
+            raise ExportError(
+                f"another export is writing {aside}; wait for it, or take another output_dir="
+            )
         yield
-    except BlockingIOError as error:
-        raise ExportError(
-            f"another export is writing {aside}; wait for it, or take another output_dir="
-        ) from error
     finally:
         os.close(descriptor)
 
