@@ -24,7 +24,7 @@ from llmtune.storage.hashing import hash_stream
 from llmtune.storage.manifest import find_damage, is_complete, publish
 from llmtune.storage.remote import (
     PermanentCopyError,
-    Store,
+    RemoteFolder,
     describe_error,
     list_files,
     marker_of,
@@ -60,7 +60,7 @@ class Mirror:
             ConfigError: The protocol is unknown, or its driver is not installed.
         """
         self.url = _join(url, run_name)
-        self._store = Store(self.url, f"checkpoint.mirror={redact(url)}")
+        self._store = RemoteFolder(self.url, f"checkpoint.mirror={redact(url)}")
         self._owner = Owner(url, run_name)
         self._run_id = run_id
         self._say = say
@@ -110,13 +110,13 @@ class Mirror:
                 self._changed.wait_for(lambda: self._waiting)
                 job = self._current = self._waiting.pop(0)
             try:
-                self._deliver(job)
+                self._copy_and_prune(job)
             finally:
                 with self._changed:
                     self._current = None
                     self._changed.notify_all()
 
-    def _deliver(self, job: _Job) -> None:
+    def _copy_and_prune(self, job: _Job) -> None:
         """Copy, then let go at the mirror what is not kept; nothing is raised."""
         name = job.folder.name
         try:
@@ -202,7 +202,7 @@ class Owner:
         Raises:
             ConfigError: The protocol is unknown, or its driver is not installed.
         """
-        self._store = Store(url.rstrip("/"), f"checkpoint.mirror={redact(url)}")
+        self._store = RemoteFolder(url.rstrip("/"), f"checkpoint.mirror={redact(url)}")
         self._name = owner_file(run_name)
 
     def read(self) -> str | None:
@@ -225,9 +225,9 @@ def read_place(url: str, run_name: str) -> tuple[str | None, list[str]]:
         CheckpointError: The mirror cannot be read.
     """
     root = _join(url, run_name)
-    with _reported(root):
+    with _as_checkpoint_errors(root):
         owner = retry(Owner(url, run_name).read)
-        store = Store(root, f"checkpoint.mirror={redact(url)}")
+        store = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
         return owner, [name for _, name in sorted(retry(store.list_checkpoints))]
 
 
@@ -242,8 +242,8 @@ def withdraw_copies(url: str, run_name: str, run_id: str, step: int) -> list[str
         CheckpointError: The mirror cannot be read or written.
     """
     root = _join(url, run_name)
-    store = Store(root, f"checkpoint.mirror={redact(url)}")
-    with _reported(root):
+    store = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
+    with _as_checkpoint_errors(root):
         if retry(Owner(url, run_name).read) not in (None, run_id):
             return []
         found = [name for at, name in sorted(retry(store.list_checkpoints)) if at >= step]
@@ -264,9 +264,9 @@ def find_remote(url: str, run_name: str) -> list[tuple[int, str]]:
         CheckpointError: The mirror cannot be read.
     """
     root = _join(url, run_name)
-    store = Store(root, f"checkpoint.mirror={redact(url)}")
+    store = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
     found = []
-    with _reported(root):
+    with _as_checkpoint_errors(root):
         for step, name in retry(store.list_checkpoints):
             marker = retry(store.read, f"{name}/{layout.COMPLETE}")
             manifest = retry(store.read, f"{name}/{layout.MANIFEST}") if marker else None
@@ -282,8 +282,8 @@ def read_remote(checkpoint_url: str, name: str) -> bytes | None:
         ConfigError: The protocol is unknown, or its driver is not installed.
         CheckpointError: The mirror cannot be read.
     """
-    store = Store(checkpoint_url.rstrip("/"), redact(checkpoint_url))
-    with _reported(checkpoint_url):
+    store = RemoteFolder(checkpoint_url.rstrip("/"), redact(checkpoint_url))
+    with _as_checkpoint_errors(checkpoint_url):
         return retry(store.read, name)
 
 
@@ -301,8 +301,8 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
     if match is None:
         raise CheckpointError(f"{shown}: the URL of a checkpoint ends in checkpoint-<step>")
     folder = layout.checkpoint_folder(run, int(match[1]))
-    store = Store(checkpoint_url.rstrip("/"), shown)
-    with _reported(checkpoint_url):
+    store = RemoteFolder(checkpoint_url.rstrip("/"), shown)
+    with _as_checkpoint_errors(checkpoint_url):
         marker, manifest = (retry(store.read, name) for name in (layout.COMPLETE, layout.MANIFEST))
         if marker is None or manifest is None:
             raise PermanentCopyError(
@@ -321,7 +321,7 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
             return folder
     aside = folder.with_name(f"{folder.name}.fetch{ASIDE}")
     try:
-        with _reported(checkpoint_url):
+        with _as_checkpoint_errors(checkpoint_url):
             make_empty(aside)
             for name, entry in files.items():
                 retry(store.download, name, aside / name, entry)
@@ -338,7 +338,7 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
 
 
 @contextmanager
-def _reported(url: str) -> Iterator[None]:
+def _as_checkpoint_errors(url: str) -> Iterator[None]:
     """Whatever goes wrong becomes an error that a user can act on."""
     try:
         yield

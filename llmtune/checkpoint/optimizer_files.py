@@ -29,15 +29,15 @@ from llmtune.storage.manifest import read_manifest
 from llmtune.storage.safetensors_writer import TensorSpec
 
 
-def put_states(module: TrainModule, outbox: CheckpointWriter) -> None:
+def add_states(module: TrainModule, writer: CheckpointWriter) -> None:
     """This rank's slices, fp32, one file a rank; the header says which elements they are."""
     pieces = slices_to_save(module)
     where = {piece.name: [piece.start, piece.numel, piece.parameter_numel] for piece in pieces}
     ((name, specs),) = state_specs(module).items()
-    outbox.start(name, specs, {layout.STATE_SLICES: json.dumps(where)})
+    writer.start(name, specs, {layout.STATE_SLICES: json.dumps(where)})
     for batch in iterate_in_memory(module, pieces):
         for piece, kind in product(batch, STATE_KEYS):
-            outbox.put(view_state(module, piece, kind))
+            writer.add(view_state(module, piece, kind))
 
 
 def state_specs(module: TrainModule) -> dict[str, list[TensorSpec]]:

@@ -12,7 +12,7 @@ from llmtune.storage.plain_json import parse_json
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class CheckpointInfo:
     """A complete checkpoint, as retention sees it."""
 
     folder: Path
@@ -33,7 +33,9 @@ class Retention:
     """The checkpoint where it was best."""
     greater_is_better: bool = False
 
-    def to_remove(self, checkpoints: Sequence[Kept], limit: int | None = None) -> list[Kept]:
+    def to_remove(
+        self, checkpoints: Sequence[CheckpointInfo], limit: int | None = None
+    ) -> list[CheckpointInfo]:
         """What may go, oldest first.
 
         Args:
@@ -50,7 +52,7 @@ class Retention:
             if kept is not best and not (self.every and kept.step % self.every == 0)
         ]
 
-    def best(self, checkpoints: Sequence[Kept]) -> Kept | None:
+    def best(self, checkpoints: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
         """The checkpoint with the best value of the metric, the older of equal ones."""
         metric = self.metric
         judged = [kept for kept in checkpoints if metric is not None and metric in kept.metrics]
@@ -62,7 +64,7 @@ class Retention:
         )
 
 
-def list_kept(run: Path) -> list[Kept]:
+def list_checkpoints(run: Path) -> list[CheckpointInfo]:
     """The complete checkpoints of a run, oldest first."""
     found = []
     for folder in find_checkpoints(run):
@@ -70,7 +72,7 @@ def list_kept(run: Path) -> list[Kept]:
             metrics = parse_json((folder / layout.MANIFEST).read_text()).get("metrics", {})
         except (OSError, ValueError):
             metrics = {}
-        found.append(Kept(folder, layout.checkpoint_step(folder) or 0, metrics))
+        found.append(CheckpointInfo(folder, layout.checkpoint_step(folder) or 0, metrics))
     return found
 
 
@@ -79,7 +81,7 @@ def prune_checkpoints(
 ) -> list[str]:
     """Remove what is superfluous, but for what is being copied elsewhere; the names that went."""
     gone = []
-    for kept in retention.to_remove(list_kept(run), limit):
+    for kept in retention.to_remove(list_checkpoints(run), limit):
         if kept.folder not in busy:
             remove_checkpoint(kept.folder)
             gone.append(kept.folder.name)

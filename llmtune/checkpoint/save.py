@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoint.optimizer_files import load_state_files, put_states
+from llmtune.checkpoint.optimizer_files import add_states, load_state_files
 from llmtune.checkpoint.trainer_state import TrainerState, read_trainer_state
-from llmtune.checkpoint.weight_files import WeightFiles, put_weights
+from llmtune.checkpoint.weight_files import WeightFiles, add_weights
 from llmtune.checkpoint.writer import Buffers, CheckpointWriter
 from llmtune.engine.distributed import all_reduce_any, gather_objects
 from llmtune.engine.optimizer_state import optimizer_steps, read_loss_scale, write_loss_scale
@@ -30,7 +30,7 @@ from llmtune.storage.atomic import aside_path, make_empty, remove_folder, write_
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.manifest import publish, write_manifest
 from llmtune.storage.signature import Signer
-from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
+from llmtune.storage.tensor_checks import find_bad_tensors, find_untrained_adapter
 
 #: Between two looks of rank 0 at what the others have written.
 _POLL_SECONDS = 0.02
@@ -60,7 +60,7 @@ class DiskRefusedError(CheckpointError):
 class PendingSave:
     """A save under way on this rank: the copies are taken, the files are being written."""
 
-    def __init__(self, module: TrainModule, request: SaveRequest, outbox: CheckpointWriter):
+    def __init__(self, module: TrainModule, request: SaveRequest, writer: CheckpointWriter):
         self.folder = request.folder
         self.pause_seconds = 0.0
         """Training stood still for as long."""
@@ -68,7 +68,7 @@ class PendingSave:
         """From the beginning until the folder was published; on rank 0."""
         self._rank = module.rank
         self._request = request
-        self._outbox = outbox
+        self._writer = writer
         self._started = time.monotonic()
         self._failure: str | None = None
         self._disk_refused = False
@@ -77,7 +77,7 @@ class PendingSave:
 
     def begin_writing(self, background: bool) -> None:
         """Write in a thread, or here. Collective."""
-        self._outbox.arrive()
+        self._writer.wait_for_copies()
         if background:
             self.pause_seconds = time.monotonic() - self._started
             self._thread = threading.Thread(
@@ -141,25 +141,25 @@ class PendingSave:
     def _write(self) -> None:
         """This rank's files, looked at again, and its report."""
         aside = aside_path(self.folder)
-        with self._noted():
-            self._outbox.deliver(self._rank.phases.beat)
+        with self._recorded():
+            self._writer.write(self._rank.phases.beat)
             problems = self._find_faults(aside)
             if problems:
                 more = " ..." if len(problems) > 3 else ""
                 self._failure = f"rank {self._rank.rank}: {'; '.join(problems[:3])}{more}"
                 # Without this rank's report nothing is published.
                 return
-            report = {"files": self._outbox.entries, "tensors": _describe(self._outbox)}
+            report = {"files": self._writer.entries, "tensors": _describe(self._writer)}
             write_atomically(aside / _report_name(self._rank.rank), json.dumps(report).encode())
 
     def _publish_if_first(self) -> None:
         if self._rank.is_first:
-            with self._noted():
+            with self._recorded():
                 self._publish(aside_path(self.folder))
         self.seconds = time.monotonic() - self._started
 
     @contextmanager
-    def _noted(self) -> Iterator[None]:
+    def _recorded(self) -> Iterator[None]:
         """What goes wrong is kept for :meth:`finish`: nobody sees the exception of a thread."""
         try:
             yield
@@ -170,12 +170,12 @@ class PendingSave:
     def _find_faults(self, aside: Path) -> list[str]:
         """Open weights again and look at every number."""
         found = []
-        for name in self._outbox.files:
+        for name in self._writer.files:
             if layout.is_state_file(name):
                 continue
-            found += check_tensors(aside / name)
+            found += find_bad_tensors(aside / name)
             if self._request.weights.adapter_only and self._request.state.optimizer_steps > 0:
-                found += check_adapter_trained(aside / name)
+                found += find_untrained_adapter(aside / name)
             self._rank.phases.beat()
         return found
 
@@ -246,10 +246,10 @@ def begin_save(module: TrainModule, request: SaveRequest, buffers: Buffers | Non
     state = replace(
         request.state, optimizer_steps=optimizer_steps(module), loss_scale=read_loss_scale(module)
     )
-    outbox = CheckpointWriter(aside, buffers)
-    pending = PendingSave(module, replace(request, state=state), outbox)
-    put_weights(module, request.weights, outbox)
-    put_states(module, outbox)
+    writer = CheckpointWriter(aside, buffers)
+    pending = PendingSave(module, replace(request, state=state), writer)
+    add_weights(module, request.weights, writer)
+    add_states(module, writer)
     pending.begin_writing(background=buffers is not None)
     return pending
 
@@ -271,11 +271,11 @@ def _report_name(rank: int) -> str:
     return f"written-{rank:05d}.json"
 
 
-def _describe(outbox: CheckpointWriter) -> dict[str, dict[str, Any]]:
+def _describe(writer: CheckpointWriter) -> dict[str, dict[str, Any]]:
     """File -> tensor -> dtype and shape, for the manifest."""
     return {
         name: {
             spec.name: [str(spec.dtype).removeprefix("torch."), list(spec.shape)] for spec in specs
         }
-        for name, specs in outbox.files.items()
+        for name, specs in writer.files.items()
     }

@@ -55,7 +55,7 @@ class WeightFiles:
         return dict(self.shards(module)[module.rank.rank :: module.rank.world_size])
 
 
-def put_weights(module: TrainModule, files: WeightFiles, outbox: CheckpointWriter) -> None:
+def add_weights(module: TrainModule, files: WeightFiles, writer: CheckpointWriter) -> None:
     """Adapters or the whole model; the shards are dealt out among the ranks.
 
     Collective under ZeRO 3.
@@ -68,13 +68,13 @@ def put_weights(module: TrainModule, files: WeightFiles, outbox: CheckpointWrite
         for number, (name, specs) in enumerate(files.shards(module)):
             mine = number % rank.world_size == rank.rank
             if mine:
-                outbox.start(name, specs)
+                writer.start(name, specs)
             shard, tensors = tensors[: len(specs)], tensors[len(specs) :]
             for batch in _batches(shard, specs, limit):
                 with _whole(module, batch):
                     if mine:
                         for tensor in batch:
-                            outbox.put(tensor.data)
+                            writer.add(tensor.data)
 
 
 def write_model_config(model: Any, folder: Path) -> None:

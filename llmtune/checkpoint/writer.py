@@ -20,14 +20,14 @@ class CheckpointWriter:
     """The files of one rank in one save. Tensors are put in the order of each file's specs, one
     file after the other.
 
-    An error of the disk is kept until :meth:`deliver`: between two tensors that all ranks gather
+    An error of the disk is kept until :meth:`write`: between two tensors that all ranks gather
     together, a rank that left would leave the others waiting.
     """
 
     def __init__(self, folder: Path, hold: Buffers | None = None):
         """
         Args:
-            hold: Where tensors are kept until :meth:`deliver`; without it they are written as they
+            hold: Where tensors are kept until :meth:`write`; without it they are written as they
                 are put.
         """
         self.folder = folder
@@ -53,7 +53,7 @@ class CheckpointWriter:
         else:
             self._try(lambda: self._begin(name))
 
-    def put(self, tensor: torch.Tensor) -> None:
+    def add(self, tensor: torch.Tensor) -> None:
         """The next tensor of the file."""
         name = next(reversed(self.files))
         spec = self.files[name][-self._left]
@@ -65,14 +65,14 @@ class CheckpointWriter:
         if self._left == 0:
             self._try(self._end)
 
-    def arrive(self) -> None:
+    def wait_for_copies(self) -> None:
         """Wait until copies are complete; only then may training change what was copied, or a
         thread read the copies.
         """
         if self._hold is not None:
-            self._hold.arrive()
+            self._hold.wait_for_copies()
 
-    def deliver(self, beat: Callable[[], None]) -> None:
+    def write(self, beat: Callable[[], None]) -> None:
         """Write what is held, or say what went wrong.
 
         Args:
@@ -144,7 +144,7 @@ class Buffers:
 
     def copy(self, file: str, tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
         """A copy on the host, in the dtype and with the number of elements of ``spec``; complete
-        after :meth:`arrive`.
+        after :meth:`wait_for_copies`.
         """
         self._wait()
         numel = tensor.numel()
@@ -154,7 +154,7 @@ class Buffers:
         kept.copy_(tensor.detach().reshape(-1), non_blocking=self._source is not None)
         return kept
 
-    def arrive(self) -> None:
+    def wait_for_copies(self) -> None:
         """Wait for copies that are on their way from a GPU."""
         if self._source is not None:
             torch.accelerator.current_stream(self._source).synchronize()

@@ -47,7 +47,7 @@ def hold_lock(path: Path) -> Iterator[None]:
     """
     with _take(path) as file:
         file.truncate(0)
-        # For whoever is refused. A full disk has no room for it.
+        # The process id is for the message of whoever is refused. A full disk has no room for it.
         with contextlib.suppress(OSError):
             os.write(file.fileno(), str(os.getpid()).encode())
         _held.add(path)
@@ -74,8 +74,8 @@ def _take(path: Path) -> IO[str]:
                 f"{path.parent}: another run is using this folder (process {holder}); "
                 "wait for it, or take another run_name= or output_dir="
             )
-        # Its holder may have removed it, with the folder, since it was opened here; then others
-        # take another file.
+        # Its last holder may have removed it, with the folder, since it was opened here. Then
+        # others lock another file of that name.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file

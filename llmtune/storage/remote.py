@@ -1,6 +1,4 @@
-"""Files at any URL that fsspec writes to: one attempt a call, read back and compared, and the
-patience around it.
-"""
+"""Copy files to and from any URL that fsspec writes to, verified; and retry what fails."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from llmtune.storage.plain_json import parse_json
 
 T = TypeVar("T")
 
-#: How often a file is tried, and the wait after the first failure, which doubles each time.
+#: Attempts per file, and the wait after the first failed one, which doubles each time.
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 1.0
 
@@ -37,13 +35,13 @@ DRIVERS = {
 
 
 def check_protocol(url: str, key: str) -> None:
-    """Whether fsspec knows how such a URL is read, driver installed or not; no network is used.
+    """Refuse a URL of a protocol that fsspec does not know. Neither driver nor network is used.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: Its protocol is unknown.
     """
     protocol = url.split("::")[-1].partition("://")[0]
-    # Those that fsspec brings along or finds installed, and those that a program has registered.
+    # Protocols that fsspec knows by itself, and those that a program has registered.
     if "://" in url and protocol not in {*fsspec.available_protocols(), *fsspec.registry}:
         raise ConfigError(
             f"{key}={redact(url)}: {protocol}:// is not known; take a URL of fsspec such as"
@@ -52,18 +50,19 @@ def check_protocol(url: str, key: str) -> None:
 
 
 class PermanentCopyError(Exception):
-    """What is to be copied is not there, or not as its manifest says: trying again does not
-    help.
-    """
+    """The source is missing or does not match its manifest; retrying cannot help."""
 
 
-class Store:
-    """One place at a URL; paths are relative to it. Every method does one attempt."""
+class RemoteFolder:
+    """A folder at a URL; names are relative to it. Every method makes one attempt."""
 
     def __init__(self, url: str, label: str):
         """
         Args:
-            label: What an error names: the key and the URL without credentials.
+            label: Names the URL in errors: the key, and the URL without credentials.
+
+        Raises:
+            ConfigError: The protocol is unknown, or its driver is not installed.
         """
         protocol = url.split("::")[-1].partition("://")[0]
         package = DRIVERS.get(protocol)
@@ -74,36 +73,38 @@ class Store:
         try:
             self._driver, self.root = fsspec.url_to_fs(url)
         except Exception as error:
-            # Drivers raise classes of their own, here and in all that follows.
+            # Drivers raise their own classes, here and in all methods.
             raise ConfigError(
                 f"{label}: cannot be used: {redact(describe_error(error))}"
             ) from error
 
     @property
     def system(self) -> Any:
-        """The driver, made to forget its listings: others write there too."""
+        """The driver, with its cached listings dropped: other processes write there too."""
         self._driver.invalidate_cache()
         return self._driver
 
     def at(self, name: str) -> str:
-        """The driver's own path of a name."""
+        """Return the driver's path of a name."""
         return f"{self.root}/{name}"
 
     def read(self, name: str) -> bytes | None:
-        """A small file; None where there is none.
-
-        ``exists`` of fsspec takes a failing network for that, too.
-        """
+        """Read a small file; None where there is none."""
+        # fsspec's exists() also says no where the network fails.
         try:
             return bytes(self.system.cat_file(self.at(name)))
         except FileNotFoundError:
             return None
 
     def upload(self, open_source: Callable[[], BinaryIO], name: str, entry: dict[str, Any]) -> None:
-        """Write a file and read it back.
+        """Write a file, read it back and compare.
+
+        Args:
+            entry: Size and hash of the file, from its manifest.
 
         Raises:
-            PermanentCopyError: The source is not there, or not as ``entry`` says.
+            PermanentCopyError: The source is missing, or does not match ``entry``.
+            OSError: What was read back does not match.
         """
         path = self.at(name)
         with open_source() as source, self._create(path) as target:
@@ -120,7 +121,11 @@ class Store:
                 raise OSError(f"{name} reads back with other contents than it was written with")
 
     def download(self, name: str, target: Path, entry: dict[str, Any]) -> None:
-        """Write a file to the local disk, verified and flushed."""
+        """Write a file to the local disk, verified and flushed.
+
+        Raises:
+            OSError: What arrived does not match ``entry``.
+        """
         target.parent.mkdir(parents=True, exist_ok=True)
         with self.system.open(self.at(name), "rb") as source, target.open("wb") as file:
             received = hash_stream(source, file)
@@ -130,7 +135,7 @@ class Store:
         flush(target.parent)
 
     def list_checkpoints(self) -> list[tuple[int, str]]:
-        """Steps and names of checkpoints, complete or not."""
+        """List steps and names of the checkpoints there, complete or not."""
         try:
             paths = self.system.ls(self.root, detail=False)
         except FileNotFoundError:
@@ -139,24 +144,19 @@ class Store:
         return [(step, name) for step, name in found if step is not None]
 
     def unmark(self, name: str) -> None:
-        """From here on it is no complete checkpoint."""
+        """Remove the marker of a checkpoint, which is incomplete from then on."""
         with suppress(FileNotFoundError):
             self.system.rm_file(self.at(f"{name}/{layout.COMPLETE}"))
 
     def remove(self, name: str) -> None:
-        """Remove what lies under a name, the marker first, so that it is never half-gone with its
-        marker.
-        """
+        """Remove a checkpoint, its marker first, so that none is half-gone and marked complete."""
         self.unmark(name)
         with suppress(FileNotFoundError):
             self._remove_all(self.at(name))
 
     def _remove_all(self, folder: str) -> None:
-        """File by file.
-
-        ``rm`` of fsspec takes a name with ``*``, ``?`` or ``[`` for a pattern, and other runs go
-        with it.
-        """
+        # File by file: fsspec's rm takes a name with *, ? or [ for a pattern, and would remove
+        # other runs with it.
         if isinstance(self._driver, LocalFileSystem):
             self._driver.rm(folder, recursive=True)
             return
@@ -166,7 +166,7 @@ class Store:
             with suppress(FileNotFoundError):
                 self._driver.rm_file(path)
         for path in sorted(folders, reverse=True):
-            # Object stores have none.
+            # Object stores have no folders.
             with suppress(OSError, ValueError, NotImplementedError):
                 self._driver.rmdir(path)
 
@@ -174,14 +174,17 @@ class Store:
         try:
             return self.system.open(path, "wb")
         except FileNotFoundError:
-            # Only systems with real folders ask for the folder first.
+            # Only file systems with real folders need the folder first.
             self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
             return self.system.open(path, "wb")
 
 
 def list_files(marker: bytes, manifest: bytes) -> dict[str, dict[str, Any]]:
-    """Files with size and hash, once the manifest is known to be the marker's and to name nothing
-    outside its folder.
+    """Parse a manifest into the size and hash of each file, and check it.
+
+    Raises:
+        PermanentCopyError: It is not the manifest that the marker was written for, or names a file
+            outside its folder.
     """
     if marker != marker_of(manifest):
         raise PermanentCopyError(
@@ -232,7 +235,11 @@ def retry(act: Callable[..., T], *arguments: Any) -> T:
 
 
 def open_source(path: Path) -> BinaryIO:
-    """A local file to be copied; one that is gone cannot be waited for."""
+    """Open a local file to be copied.
+
+    Raises:
+        PermanentCopyError: It was removed meanwhile.
+    """
     try:
         return path.open("rb")
     except FileNotFoundError as error:
@@ -245,7 +252,7 @@ def marker_of(manifest: bytes) -> bytes:
 
 
 def describe_error(error: BaseException) -> str:
-    """Its kind and text, on one line."""
-    return (
-        str(error) if isinstance(error, PermanentCopyError) else f"{type(error).__name__}: {error}"
-    )
+    """Return an error's class and text."""
+    if isinstance(error, PermanentCopyError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

@@ -1,8 +1,7 @@
-"""Write safetensors one tensor at a time: the header from names, dtypes and shapes, then the data
-in order.
+"""Write safetensors files tensor by tensor: a header from names, dtypes and shapes, then the data.
 
-The format: an 8-byte little-endian header length, a JSON header padded with spaces to 8 bytes, the
-tensors' bytes.
+The format (https://github.com/huggingface/safetensors#format): an 8-byte little-endian header
+length, a JSON header padded with spaces to 8 bytes, the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _BLOCK = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What the header says of one tensor."""
+    """Name, dtype and shape of one tensor of a file."""
 
     name: str
     dtype: torch.dtype
@@ -37,13 +36,14 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size of its data."""
+        """Size of its data in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFile:
-    """One safetensors file; tensors are written in the order of the specs, whole or in pieces, and
-    hashed on the way.
+    """A safetensors file that is being written, and hashed on the way.
+
+    Tensors are written in the order of the specs, whole or a few rows at a time.
     """
 
     def __init__(
@@ -70,19 +70,19 @@ class TensorFile:
         self._append(struct.pack("<Q", len(text)) + text)
 
     def write(self, tensor: torch.Tensor) -> None:
-        """Append a tensor, or the next piece of one."""
+        """Append a tensor, or the next rows of one."""
         data = tensor.detach().cpu().contiguous().reshape(-1)
         self._append(data.view(torch.uint8).numpy().data)
 
     @property
     def entry(self) -> dict[str, Any]:
-        """Size and hash of what was written, as a manifest has them."""
+        """Size and hash of what was written, as a manifest lists them."""
         return self._hash.entry
 
     def _append(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
-            # Both give the interpreter free, so that training goes on in the main thread.
+            # Both release the interpreter's lock, so that the main thread trains meanwhile.
             written = os.write(self._file, view[:_BLOCK])
             self._hash.update(view[:written])
             view = view[written:]
@@ -93,7 +93,7 @@ class TensorFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        """Flush to the disk; a file that is not as long as its header says is an error of ours."""
+        """Flush to the disk; a file of another length than its header says is a bug."""
         try:
             if kind is None:
                 os.fsync(self._file)
@@ -108,7 +108,7 @@ class TensorFile:
 def plan_shards(
     specs: list[TensorSpec], max_shard_bytes: int
 ) -> list[tuple[str, list[TensorSpec]]]:
-    """File names as transformers uses them, and the tensors of each; a tensor is never split."""
+    """Divide tensors among files named as transformers names them; a tensor is never split."""
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:
         if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
@@ -124,13 +124,13 @@ def plan_shards(
 
 
 def write_index(folder: Path, shards: list[tuple[str, list[TensorSpec]]]) -> None:
-    """``model.safetensors.index.json`` where there is more than one file."""
+    """Write ``model.safetensors.index.json`` where there is more than one file."""
     if len(shards) > 1:
         (folder / MODEL_INDEX).write_text(describe_shards(shards))
 
 
 def describe_shards(shards: list[tuple[str, list[TensorSpec]]]) -> str:
-    """The index's text."""
+    """Return the text of the index: the total size, and the file of each tensor."""
     total = sum(spec.nbytes for _, specs in shards for spec in specs)
     weight_map = {spec.name: name for name, specs in shards for spec in specs}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)

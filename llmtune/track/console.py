@@ -32,7 +32,7 @@ class Console:
         self.is_heard = stream is not None
         """Whether anybody reads it."""
         opened = stream or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
-        self._out = cast("IO[str]", _Lasting(opened))
+        self._out = cast("IO[str]", _LastingStream(opened))
         self._rich = RichConsole(file=self._out, highlight=False, soft_wrap=True)
         self._line_open = self._line_passes = False
         # : Threads that say what is under way write between the lines of others. A signal's handler
@@ -108,7 +108,7 @@ class Console:
             self._line_open = self._line_passes = False
 
 
-class _Lasting:
+class _LastingStream:
     """A stream whose reader may go away, as ``tee`` does at Ctrl-C: that must cost neither the run
     nor its last save.
     """

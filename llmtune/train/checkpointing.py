@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.optimizer_files import state_specs
-from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
+from llmtune.checkpoint.retention import Retention, list_checkpoints, prune_checkpoints
 from llmtune.checkpoint.save import DiskRefusedError, PendingSave, SaveRequest, begin_save
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles, write_model_config
@@ -127,7 +127,7 @@ class CheckpointSaver:
         wanted = saves if limit is None else min(saves, limit + 1)
         if self.settings.on_disk_low is not OnDiskLow.stop:
             wanted = 1
-        present = len(list_kept(self.settings.run)) if limit is not None else 0
+        present = len(list_checkpoints(self.settings.run)) if limit is not None else 0
         self._check_disk(
             max(1, wanted - present),
             f"{counted(wanted, 'checkpoint')} of {format_bytes(self._bytes)}",
@@ -300,8 +300,8 @@ class CheckpointSaver:
         """On rank 0, when a checkpoint is there: copy it elsewhere, and let older ones go."""
         run, retention = self.settings.run, self.settings.retention
         if self.mirror is not None:
-            gone = {kept.folder.name for kept in retention.to_remove(list_kept(run))}
-            self.mirror.put(folder, {kept.folder.name for kept in list_kept(run)} - gone)
+            gone = {kept.folder.name for kept in retention.to_remove(list_checkpoints(run))}
+            self.mirror.put(folder, {kept.folder.name for kept in list_checkpoints(run)} - gone)
         prune_checkpoints(run, retention, self._busy())
 
     def _busy(self) -> Container[Path]:

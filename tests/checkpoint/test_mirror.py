@@ -528,7 +528,7 @@ def test_the_same_checkpoint_here_already_is_taken_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = remote_checkpoint(tmp_path)
-    monkeypatch.setattr(remote.Store, "download", None)
+    monkeypatch.setattr(remote.RemoteFolder, "download", None)
     assert fetch_remote(url, tmp_path / "source") == tmp_path / "source" / "checkpoint-10"
 
 

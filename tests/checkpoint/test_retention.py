@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmtune.checkpoint.find import find_checkpoints, restore_checkpoints, sweep_incomplete
-from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
+from llmtune.checkpoint.retention import Retention, list_checkpoints, prune_checkpoints
 from llmtune.storage.atomic import REPLACED
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.manifest import mark_complete, write_manifest
@@ -56,7 +56,7 @@ def test_a_full_disk_takes_older_ones_but_never_the_last_nor_what_is_being_copie
     (tmp_path / "checkpoint-4").mkdir()
     assert prune_checkpoints(tmp_path, Retention(), busy={folders[1]}, limit=0) == ["checkpoint-2"]
     assert left(tmp_path) == [1, 3]
-    assert [kept.step for kept in list_kept(tmp_path)] == [1, 3]
+    assert [kept.step for kept in list_checkpoints(tmp_path)] == [1, 3]
 
 
 def test_what_a_cut_off_save_left_is_swept_and_what_it_was_to_replace_comes_back(
@@ -77,4 +77,4 @@ def test_what_a_cut_off_save_left_is_swept_and_what_it_was_to_replace_comes_back
     restore_checkpoints(tmp_path)
     assert new.exists()
     assert sweep_incomplete(tmp_path) == [new.name]
-    assert list_kept(tmp_path)[0].metrics == {"eval_loss": 1.0}
+    assert list_checkpoints(tmp_path)[0].metrics == {"eval_loss": 1.0}
