@@ -1,4 +1,4 @@
-"""Which checkpoints a run folder holds."""
+"""Find the checkpoints of a run folder, and clean up after saves that were cut off."""
 
 from __future__ import annotations
 
@@ -11,28 +11,34 @@ from llmtune.storage.manifest import is_complete
 
 
 def find_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. A folder without its marker does not exist."""
+    """List the complete checkpoints, oldest first; a folder without its marker does not count."""
     if not run.is_dir():
         return []
-    found = [(layout.checkpoint_step(folder), folder) for folder in run.iterdir()]
-    return [
-        folder
-        for step, folder in sorted((s, f) for s, f in found if s is not None)
-        if is_complete(folder)
-    ]
+    folders = [(layout.checkpoint_step(folder), folder) for folder in run.iterdir()]
+    numbered = sorted((step, folder) for step, folder in folders if step is not None)
+    return [folder for _, folder in numbered if is_complete(folder)]
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a published folder; the marker goes first, so that none is left half-gone."""
+    """Remove a checkpoint, its marker first, so that none is half-gone and marked complete."""
     (folder / layout.COMPLETE).unlink(missing_ok=True)
     remove_folder(folder)
 
 
 def sweep_incomplete(run: Path) -> list[str]:
-    """Remove what a save that was cut off left behind; return the names that went."""
+    """Remove what saves that were cut off left behind.
+
+    Returns:
+        The names of the removed folders.
+
+    Raises:
+        OSError: The disk refused.
+    """
     restore_checkpoints(run)
+    if not run.is_dir():
+        return []
     swept = []
-    for folder in sorted(run.iterdir()) if run.is_dir() else []:
+    for folder in sorted(run.iterdir()):
         half = folder.name.endswith(ASIDE) or (
             layout.checkpoint_step(folder) is not None and not is_complete(folder)
         )
@@ -44,5 +50,5 @@ def sweep_incomplete(run: Path) -> list[str]:
 
 def restore_checkpoints(run: Path) -> None:
     """Give every folder of a run its name back whose replacement was cut off."""
-    for old in sorted(run.glob(f"*{REPLACED}")) if run.is_dir() else []:
+    for old in sorted(run.glob(f"*{REPLACED}")):
         restore_replaced(old.with_name(old.name.removesuffix(REPLACED)), is_complete)

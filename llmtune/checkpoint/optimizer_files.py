@@ -1,5 +1,6 @@
-"""Master weights and moments as slices by parameter name: any number of ranks, any stage reads what
-any other wrote.
+"""Save and load the optimizer's state as slices by parameter name.
+
+Any number of ranks in any ZeRO stage reads what any other wrote.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from llmtune.storage.safetensors_writer import TensorSpec
 
 
 def add_states(module: TrainModule, writer: CheckpointWriter) -> None:
-    """This rank's slices, fp32, one file a rank; the header says which elements they are."""
+    """Add this rank's file: its slices in fp32, and in the header which elements they are."""
     pieces = slices_to_save(module)
     where = {piece.name: [piece.start, piece.numel, piece.parameter_numel] for piece in pieces}
     ((name, specs),) = state_specs(module).items()
@@ -41,7 +42,7 @@ def add_states(module: TrainModule, writer: CheckpointWriter) -> None:
 
 
 def state_specs(module: TrainModule) -> dict[str, list[TensorSpec]]:
-    """This rank's file, and the tensors in it."""
+    """Return the name of this rank's file, and the tensors in it."""
     specs = [
         TensorSpec(f"{piece.name}/{kind}", torch.float32, (piece.numel,))
         for piece in slices_to_save(module)
@@ -51,13 +52,13 @@ def state_specs(module: TrainModule) -> dict[str, list[TensorSpec]]:
 
 
 def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
-    """Fill this rank's slices from whatever files cover them.
+    """Fill this rank's slices from the files that cover them.
 
     Args:
         steps: Optimizer steps that AdamW had counted.
 
     Raises:
-        CheckpointError: A slice is not covered, or a parameter has another size.
+        CheckpointError: A file is damaged, a slice is not covered, or a parameter has another size.
     """
     names = read_manifest(folder)["files"]
     stored = read_stored_states(
@@ -80,7 +81,8 @@ def _load_slice(
     parameter = stored.get(piece.name)
     if parameter is None:
         raise CheckpointError(
-            f"{folder}: no optimizer state for {piece.name}; the model or the tuner is another"
+            f"{folder}: no optimizer state for {piece.name}; it was saved with another model or"
+            " tuner"
         )
     if parameter.numel != piece.parameter_numel:
         raise CheckpointError(

@@ -6,8 +6,7 @@ from typing import Any
 
 import yaml
 
-#: Line ends of Unicode. PyYAML writes them unescaped into quoted text, and reads a line end in it as
-#: a space.
+#: Line ends of Unicode. PyYAML does not escape them in quoted text, where it reads them as a space.
 _LINE_ENDS = frozenset("\x85\u2028\u2029")
 
 
