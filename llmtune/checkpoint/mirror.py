@@ -19,7 +19,7 @@ from typing import TypeVar
 from llmtune.errors import CheckpointError, LlmtuneError
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
-from llmtune.storage.atomic import ASIDE, flush, make_empty, remove_folder
+from llmtune.storage.atomic import ASIDE, make_empty, remove_folder, write_atomically
 from llmtune.storage.hashing import hash_stream
 from llmtune.storage.manifest import find_damage, is_complete, publish
 from llmtune.storage.remote import (
@@ -344,8 +344,7 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
             signature = retry(store.read, layout.SIGNATURE)
             for name, data in ((layout.MANIFEST, manifest), (layout.SIGNATURE, signature)):
                 if data is not None:
-                    (aside / name).write_bytes(data)
-                    flush(aside / name)
+                    write_atomically(aside / name, data)
             # What is there is incomplete, or a damaged copy of this very checkpoint.
             publish(aside, folder)
     finally:

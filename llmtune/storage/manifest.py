@@ -15,7 +15,7 @@ from typing import Any
 from llmtune import __version__
 from llmtune.errors import CheckpointError
 from llmtune.storage import layout
-from llmtune.storage.atomic import flush, replace_folder
+from llmtune.storage.atomic import replace_folder, write_atomically
 from llmtune.storage.hashing import hash_bytes, hash_file
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.signature import Signer, add_sha256
@@ -49,8 +49,7 @@ def write_manifest(
     # A signature of an earlier manifest would be wrong.
     (folder / layout.SIGNATURE).unlink(missing_ok=True)
     for name, data in written.items():
-        (folder / name).write_bytes(data)
-        flush(folder / name)
+        write_atomically(folder / name, data)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -119,11 +118,9 @@ def publish(aside: Path, folder: Path) -> None:
 
 
 def mark_complete(folder: Path) -> None:
-    """Write the marker, with the manifest's hash in it, and flush it."""
-    marker = folder / layout.COMPLETE
-    marker.write_text(hash_bytes((folder / layout.MANIFEST).read_bytes()))
-    flush(marker)
-    flush(folder)
+    """Write the marker, with the manifest's hash in it, flushed."""
+    manifest = (folder / layout.MANIFEST).read_bytes()
+    write_atomically(folder / layout.COMPLETE, hash_bytes(manifest))
 
 
 def _read_checked(folder: Path) -> tuple[dict[str, Any], list[str]]:

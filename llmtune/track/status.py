@@ -1,4 +1,4 @@
-"""Show what a command is doing once it has been silent for a while: nobody should think it hangs."""
+"""Show what a command is doing after a while of silence, so that nobody thinks it hangs."""
 
 from __future__ import annotations
 
