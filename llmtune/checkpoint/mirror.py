@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from llmtune.errors import CheckpointError, LlmtuneError
 from llmtune.security.redaction import redact
@@ -31,8 +30,6 @@ from llmtune.storage.remote import (
     open_source,
     retry,
 )
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +59,7 @@ class Mirror:
             ConfigError: The protocol is unknown, or its driver is not installed.
         """
         self.url = _join(url, run_name)
-        self._store = RemoteFolder(self.url, f"checkpoint.mirror={redact(url)}")
+        self._remote = RemoteFolder(self.url, f"checkpoint.mirror={redact(url)}")
         self._owner = Owner(url, run_name)
         self._run_id = run_id
         self._say = say
@@ -142,9 +139,9 @@ class Mirror:
         if job.keep is None:
             return
         try:
-            for _, other in retry(self._store.list_checkpoints):
+            for _, other in retry(self._remote.list_checkpoints):
                 if other != name and other not in job.keep:
-                    retry(self._store.remove, other)
+                    retry(self._remote.remove, other)
         except Exception as error:
             self._say(
                 f"older checkpoints at {redact(self.url)} were not removed:"
@@ -172,14 +169,14 @@ class Mirror:
         if marker is None or manifest is None:
             raise PermanentCopyError("skipped, because it was pruned")
         files = list_files(marker, manifest)
-        if retry(self._store.read, f"{folder.name}/{layout.COMPLETE}") == marker:
+        if retry(self._remote.read, f"{folder.name}/{layout.COMPLETE}") == marker:
             return
-        if folder.name in (name for _, name in retry(self._store.list_checkpoints)):
+        if folder.name in (name for _, name in retry(self._remote.list_checkpoints)):
             # It is a copy that was cut off, or another checkpoint of the same step.
-            retry(self._store.remove, folder.name)
+            retry(self._remote.remove, folder.name)
         for name, entry in files.items():
             retry(
-                self._store.upload,
+                self._remote.upload,
                 partial(open_source, folder / name),
                 f"{folder.name}/{name}",
                 entry,
@@ -188,7 +185,7 @@ class Mirror:
         signed = [] if signature is None else [(layout.SIGNATURE, signature)]
         for name, data in (*signed, (layout.MANIFEST, manifest), (layout.COMPLETE, marker)):
             open_data = partial(io.BytesIO, data)
-            retry(self._store.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data()))
+            retry(self._remote.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data()))
 
 
 def owner_file(run_name: str) -> str:
@@ -207,18 +204,18 @@ class Owner:
         Raises:
             ConfigError: The protocol is unknown, or its driver is not installed.
         """
-        self._store = RemoteFolder(url.rstrip("/"), f"checkpoint.mirror={redact(url)}")
+        self._remote = RemoteFolder(url.rstrip("/"), f"checkpoint.mirror={redact(url)}")
         self._name = owner_file(run_name)
 
     def read(self) -> str | None:
         """Read the id of the run; None where there is no mark. Makes one attempt."""
-        data = self._store.read(self._name)
+        data = self._remote.read(self._name)
         return data.decode(errors="replace").strip() if data is not None else None
 
     def write(self, run_id: str) -> None:
         """Write the mark. Makes one attempt."""
         open_data = partial(io.BytesIO, run_id.encode())
-        self._store.upload(open_data, self._name, hash_stream(open_data()))
+        self._remote.upload(open_data, self._name, hash_stream(open_data()))
 
 
 def read_place(url: str, run_name: str) -> tuple[str | None, list[str]]:
@@ -234,8 +231,8 @@ def read_place(url: str, run_name: str) -> tuple[str | None, list[str]]:
     root = _join(url, run_name)
     with _as_checkpoint_errors(root):
         owner = retry(Owner(url, run_name).read)
-        store = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
-        return owner, [name for _, name in sorted(retry(store.list_checkpoints))]
+        remote = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
+        return owner, [name for _, name in sorted(retry(remote.list_checkpoints))]
 
 
 def withdraw_copies(url: str, run_name: str, run_id: str, step: int) -> list[str]:
@@ -251,16 +248,16 @@ def withdraw_copies(url: str, run_name: str, run_id: str, step: int) -> list[str
         CheckpointError: The mirror cannot be read or written.
     """
     root = _join(url, run_name)
-    store = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
+    remote = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
     with _as_checkpoint_errors(root):
         if retry(Owner(url, run_name).read) not in (None, run_id):
             return []
-        later = [name for at, name in sorted(retry(store.list_checkpoints)) if at >= step]
+        later = [name for at, name in sorted(retry(remote.list_checkpoints)) if at >= step]
         complete = [
-            name for name in later if retry(store.read, f"{name}/{layout.COMPLETE}") is not None
+            name for name in later if retry(remote.read, f"{name}/{layout.COMPLETE}") is not None
         ]
         for name in complete:
-            retry(store.unmark, name)
+            retry(remote.unmark, name)
     return complete
 
 
@@ -275,15 +272,15 @@ def find_remote(url: str, run_name: str) -> list[tuple[int, str]]:
         CheckpointError: The mirror cannot be read.
     """
     root = _join(url, run_name)
-    store = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
-    found = []
+    remote = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
+    complete = []
     with _as_checkpoint_errors(root):
-        for step, name in retry(store.list_checkpoints):
-            marker = retry(store.read, f"{name}/{layout.COMPLETE}")
-            manifest = retry(store.read, f"{name}/{layout.MANIFEST}") if marker else None
+        for step, name in retry(remote.list_checkpoints):
+            marker = retry(remote.read, f"{name}/{layout.COMPLETE}")
+            manifest = retry(remote.read, f"{name}/{layout.MANIFEST}") if marker else None
             if manifest is not None and marker == marker_of(manifest):
-                found.append((step, _join(root, name)))
-    return sorted(found)
+                complete.append((step, _join(root, name)))
+    return sorted(complete)
 
 
 def read_remote(checkpoint_url: str, name: str) -> bytes | None:
@@ -293,9 +290,9 @@ def read_remote(checkpoint_url: str, name: str) -> bytes | None:
         ConfigError: The protocol is unknown, or its driver is not installed.
         CheckpointError: The mirror cannot be read.
     """
-    store = RemoteFolder(checkpoint_url.rstrip("/"), redact(checkpoint_url))
+    remote = RemoteFolder(checkpoint_url.rstrip("/"), redact(checkpoint_url))
     with _as_checkpoint_errors(checkpoint_url):
-        return retry(store.read, name)
+        return retry(remote.read, name)
 
 
 def fetch_remote(checkpoint_url: str, run: Path) -> Path:
@@ -314,10 +311,10 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
     if match is None:
         raise CheckpointError(f"{shown}: the URL of a checkpoint ends in checkpoint-<step>")
     folder = layout.checkpoint_folder(run, int(match[1]))
-    store = RemoteFolder(checkpoint_url.rstrip("/"), shown)
+    remote = RemoteFolder(checkpoint_url.rstrip("/"), shown)
     # Marker and manifest first: what the checkpoint is, and which files it has.
     with _as_checkpoint_errors(checkpoint_url):
-        marker, manifest = (retry(store.read, name) for name in (layout.COMPLETE, layout.MANIFEST))
+        marker, manifest = (retry(remote.read, name) for name in (layout.COMPLETE, layout.MANIFEST))
         if marker is None or manifest is None:
             raise PermanentCopyError(
                 f"no complete checkpoint is there (no {layout.COMPLETE} or no {layout.MANIFEST})"
@@ -330,7 +327,7 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
         ):
             raise CheckpointError(
                 f"{folder} is another checkpoint than {shown}; move it away to fetch that one, "
-                f"or go on from it with resume_from_checkpoint={folder}"
+                f"or resume from it with resume_from_checkpoint={folder}"
             )
         if not find_damage(folder):
             return folder
@@ -340,8 +337,8 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
         with _as_checkpoint_errors(checkpoint_url):
             make_empty(aside)
             for name, entry in files.items():
-                retry(store.download, name, aside / name, entry)
-            signature = retry(store.read, layout.SIGNATURE)
+                retry(remote.download, name, aside / name, entry)
+            signature = retry(remote.read, layout.SIGNATURE)
             for name, data in ((layout.MANIFEST, manifest), (layout.SIGNATURE, signature)):
                 if data is not None:
                     write_atomically(aside / name, data)

@@ -101,9 +101,9 @@ def read_stored_states(files: Iterable[Path]) -> dict[str, StoredParameter]:
                 )
     return {
         name: StoredParameter(
-            numels[name], tuple(sorted(found, key=lambda piece: (piece.start, piece.end)))
+            numels[name], tuple(sorted(pieces, key=lambda piece: (piece.start, piece.end)))
         )
-        for name, found in slices.items()
+        for name, pieces in slices.items()
     }
 
 
@@ -125,7 +125,7 @@ def map_slices(stored: dict[str, StoredParameter], kind: str) -> dict[str, list[
 
 def _read_header(file: Path) -> list[tuple[StoredSlice, int]]:
     """Read which slices a file holds, each with the number of elements of its parameter."""
-    found = []
+    pieces = []
     try:
         with safe_open(str(file), framework="pt") as handle:
             where: dict[str, Any] = parse_json(handle.metadata()[layout.STATE_SLICES])
@@ -136,7 +136,7 @@ def _read_header(file: Path) -> list[tuple[StoredSlice, int]]:
                 if math.prod(shape) != numel:
                     raise CheckpointError(f"{file}: {name} has another size than its header says")
                 piece = StoredSlice(file=file, name=name, start=int(start), numel=int(numel))
-                found.append((piece, int(total)))
+                pieces.append((piece, int(total)))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
@@ -144,4 +144,4 @@ def _read_header(file: Path) -> list[tuple[StoredSlice, int]]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         # A header may hold anything.
         raise CheckpointError(f"{file} is not a state file of llmtune ({error!r})") from error
-    return found
+    return pieces

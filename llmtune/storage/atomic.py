@@ -1,7 +1,6 @@
-"""Files and folders that are there whole or not at all, whatever ends the process or fills the disk
-in the middle: written aside, flushed, renamed, and the folder of the new name flushed.
+"""Write files and folders that are there completely or not at all, after a kill or a full disk too.
 
-Every folder may import this.
+They are written aside, flushed and renamed, then the folder that holds the new name is flushed.
 """
 
 from __future__ import annotations
@@ -38,16 +37,20 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     """
     # Hidden: a folder that holds nothing else yet counts as empty.
     aside = path.with_name(f".{path.name}.part")
+    # Opened before: whoever sees the new file may rename its folder at once.
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         with aside.open("wb") as file:
             file.write(_encode(data))
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+        os.fsync(folder)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-    flush(path.parent)
+    finally:
+        os.close(folder)
 
 
 def write_cache_file(path: Path, data: str | bytes) -> None:
@@ -110,12 +113,12 @@ def link_or_copy(source: Path, target: Path) -> bool:
 
 
 def aside_path(folder: Path) -> Path:
-    """Where a folder is written before it has its name."""
+    """Return the path that a folder is written to before it gets its name."""
     return folder.with_name(folder.name + ASIDE)
 
 
 def replaced_path(folder: Path) -> Path:
-    """Where the old folder waits while a new one takes its name."""
+    """Return the path that the old folder is moved to while a new one takes its name."""
     return folder.with_name(folder.name + REPLACED)
 
 
@@ -147,22 +150,22 @@ def move_folder(folder: Path, target: Path) -> None:
 def replace_folder(
     aside: Path,
     folder: Path,
-    is_whole: Callable[[Path], bool],
+    is_complete: Callable[[Path], bool],
     seal: Callable[[Path], None] | None = None,
 ) -> None:
-    """Give a finished folder its name. An older one keeps another name until the new one is whole.
+    """Give a finished folder its name; keep an older one until the new one is complete.
 
     A process that is killed in between leaves one of the two under its own name, or the old one for
     :func:`restore_replaced` to bring back. The files in ``aside`` must be flushed already.
 
     Args:
-        is_whole: Whether a folder counts.
-        seal: Makes the folder whole, once it has its name.
+        is_complete: Tells whether a folder counts.
+        seal: Makes the folder complete, once it has its name.
 
     Raises:
         OSError: The disk refused.
     """
-    restore_replaced(folder, is_whole)
+    restore_replaced(folder, is_complete)
     old = replaced_path(folder)
     remove_folder(old)
     flush(aside)
@@ -175,10 +178,10 @@ def replace_folder(
     remove_folder(old)
 
 
-def restore_replaced(folder: Path, is_whole: Callable[[Path], bool]) -> None:
+def restore_replaced(folder: Path, is_complete: Callable[[Path], bool]) -> None:
     """Give an old folder its name back whose replacement was cut off; call it at the next start."""
     old = replaced_path(folder)
-    if is_whole(old) and not is_whole(folder):
+    if is_complete(old) and not is_complete(folder):
         remove_folder(folder)
         old.rename(folder)
         flush(folder.parent)

@@ -38,12 +38,12 @@ class FileHash:
 
 def hash_stream(source: BinaryIO, target: BinaryIO | None = None) -> dict[str, Any]:
     """Read a stream to its end, and copy it to ``target`` on the way; its size and xxh3-128."""
-    found = FileHash()
+    digest = FileHash()
     while block := source.read(_BLOCK_BYTES):
-        found.update(block)
+        digest.update(block)
         if target is not None:
             target.write(block)
-    return found.entry
+    return digest.entry
 
 
 def hash_file(path: Path) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_damage(folder: Path, left_out: Callable[[str], bool] = lambda _: False) -> list[str]:
-    """Compare a folder with its manifest; return every difference, none for a whole folder.
+    """Compare a folder with its manifest; return every difference, none if it is intact.
 
     Args:
         left_out: Tells which files are not read, but checked for presence and size only.

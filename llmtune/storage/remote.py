@@ -140,8 +140,9 @@ class RemoteFolder:
             paths = self.system.ls(self.root, detail=False)
         except FileNotFoundError:
             return []
-        found = ((layout.checkpoint_step(Path(path)), Path(path).name) for path in paths)
-        return [(step, name) for step, name in found if step is not None]
+        names = [Path(path).name for path in paths]
+        steps = [(layout.checkpoint_step(Path(name)), name) for name in names]
+        return [(step, name) for step, name in steps if step is not None]
 
     def unmark(self, name: str) -> None:
         """Remove the marker of a checkpoint, which is incomplete from then on."""
@@ -160,9 +161,10 @@ class RemoteFolder:
         if isinstance(self._driver, LocalFileSystem):
             self._driver.rm(folder, recursive=True)
             return
-        found = self.system.find(folder, withdirs=True, detail=True)
-        folders = {folder, *(path for path, entry in found.items() if entry["type"] == "directory")}
-        for path in found.keys() - folders:
+        entries = self.system.find(folder, withdirs=True, detail=True)
+        folders = {path for path, entry in entries.items() if entry["type"] == "directory"}
+        folders.add(folder)
+        for path in entries.keys() - folders:
             with suppress(FileNotFoundError):
                 self._driver.rm_file(path)
         for path in sorted(folders, reverse=True):

@@ -31,7 +31,7 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
     """Read the entries of all tensors of a file, by name, in the file's order.
 
     Raises:
-        ValueError: It is no whole safetensors file.
+        ValueError: It is no complete safetensors file.
         OSError: It cannot be read.
     """
     size = file.stat().st_size
@@ -57,7 +57,7 @@ def _to_entry(name: str, about: Any, first: int, size: int) -> HeaderEntry:
         raise ValueError(f"{name[:80]!r} has no type, shape and place")
     start, end = offsets
     if not start <= end <= size - first:
-        raise ValueError(f"{name[:80]!r} lies at the bytes {start} to {end} of {size - first}")
+        raise ValueError(f"{name[:80]!r} is at bytes {start} to {end} of {size - first}")
     return HeaderEntry(kind, tuple(shape), first + start)
 
 

@@ -11,7 +11,8 @@ from llmtune.checkpoint.find import find_checkpoints, restore_checkpoints, sweep
 from llmtune.checkpoint.retention import Retention, list_checkpoints, prune_checkpoints
 from llmtune.storage.atomic import REPLACED
 from llmtune.storage.hashing import hash_file
-from llmtune.storage.manifest import mark_complete, write_manifest
+from llmtune.storage.manifest import find_damage, mark_complete, write_manifest
+from llmtune.train.checkpointing import link_result
 
 
 def make(run: Path, step: int, **metrics: float) -> Path:
@@ -78,3 +79,18 @@ def test_what_a_cut_off_save_left_is_swept_and_what_it_was_to_replace_comes_back
     assert new.exists()
     assert sweep_incomplete(tmp_path) == [new.name]
     assert list_checkpoints(tmp_path)[0].metrics == {"eval_loss": 1.0}
+
+
+@pytest.mark.parametrize("name", ["adapter", "model"])
+def test_a_result_whose_replacement_was_cut_off_comes_back(tmp_path: Path, name: str) -> None:
+    checkpoint = make(tmp_path, 5)
+    result = tmp_path / name
+    link_result(checkpoint, result)
+    old = result.rename(tmp_path / f"{name}{REPLACED}")
+    (tmp_path / f"{name}.tmp").mkdir()
+    restore_checkpoints(tmp_path)
+    assert find_damage(result) == []
+    assert not old.exists()
+    assert sweep_incomplete(tmp_path) == [f"{name}.tmp"]
+    link_result(checkpoint, result)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, checkpoint.name]

@@ -73,7 +73,7 @@ def every_kill(act: Callable[[], None], prepare: Callable[[], None]) -> Iterator
     raise AssertionError("it never ends")
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     return (folder / "mark").is_file()
 
 
@@ -103,6 +103,22 @@ def write_old(file: Path) -> None:
     file.write_text("old")
 
 
+def test_whoever_sees_a_file_may_rename_its_folder_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 publishes a checkpoint as soon as the last rank's report is there."""
+    folder = make(tmp_path / "checkpoint-5.tmp", "x")
+    real = os.replace
+
+    def replace_and_publish(source: Path, target: Path) -> None:
+        real(source, target)
+        folder.rename(tmp_path / "checkpoint-5")
+
+    monkeypatch.setattr(os, "replace", replace_and_publish)
+    write_atomically(folder / "written-00001.json", "{}")
+    assert (tmp_path / "checkpoint-5" / "written-00001.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize("seals", [True, False])
 def test_a_folder_killed_at_any_step_is_the_old_or_the_new_one(tmp_path: Path, seals: bool) -> None:
     folder = tmp_path / "checkpoint-5"
@@ -118,13 +134,13 @@ def test_a_folder_killed_at_any_step_is_the_old_or_the_new_one(tmp_path: Path, s
         (place / "mark").touch()
 
     def replace() -> None:
-        replace_folder(aside, folder, is_whole, seal if seals else None)
+        replace_folder(aside, folder, is_complete, seal if seals else None)
 
     seen, steps = [], []
     for calls in every_kill(replace, prepare):
         steps = calls
-        restore_replaced(folder, is_whole)
-        assert is_whole(folder), calls
+        restore_replaced(folder, is_complete)
+        assert is_complete(folder), calls
         seen.append((folder / "data").read_text())
         # Once more over whatever was left.
         remove_folder(aside)
@@ -140,11 +156,11 @@ def test_a_folder_killed_at_any_step_is_the_old_or_the_new_one(tmp_path: Path, s
 
 def test_a_first_folder_needs_no_old_one(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    replace_folder(make(aside_path(folder), "first"), folder, is_whole)
+    replace_folder(make(aside_path(folder), "first"), folder, is_complete)
     assert (folder / "data").read_text() == "first"
     empty = tmp_path / "empty"
     empty.mkdir()
-    replace_folder(make(aside_path(empty), "first"), empty, is_whole)
+    replace_folder(make(aside_path(empty), "first"), empty, is_complete)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
@@ -154,9 +170,9 @@ def test_a_whole_old_folder_is_not_thrown_away_for_half_a_new_one(tmp_path: Path
     make(replaced_path(folder), "old")
     aside = make(aside_path(folder), "newer", mark=False)
     with killed_at(3) as calls:
-        replace_folder(aside, folder, is_whole)
+        replace_folder(aside, folder, is_complete)
     assert calls[-1] == "killed"
-    restore_replaced(folder, is_whole)
+    restore_replaced(folder, is_complete)
     assert (folder / "data").read_text() == "old"
 
 
@@ -164,11 +180,11 @@ def test_only_a_whole_old_folder_comes_back(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     old = make(replaced_path(folder), "old", mark=False)
     assert old.name == f"out{REPLACED}"
-    restore_replaced(folder, is_whole)
+    restore_replaced(folder, is_complete)
     assert not folder.exists()
     (old / "mark").touch()
     make(folder, "new")
-    restore_replaced(folder, is_whole)
+    restore_replaced(folder, is_complete)
     assert (folder / "data").read_text() == "new"
     assert old.is_dir(), "whoever sweeps says so"
 
@@ -183,7 +199,7 @@ def test_links_to_folders_elsewhere_are_replaced_and_not_followed(
         folder.symlink_to(other)
     if place in ("old", "both"):
         replaced_path(folder).symlink_to(other)
-    replace_folder(make(aside_path(folder), "new"), folder, is_whole)
+    replace_folder(make(aside_path(folder), "new"), folder, is_complete)
     assert (folder / "data").read_text() == "new"
     assert (other / "data").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "disk"]
