@@ -38,10 +38,21 @@ class StoredSlice:
         return self.start + self.numel
 
     def read(self, kind: str, first: int, last: int) -> torch.Tensor:
-        """Read elements ``[first, last)`` of the parameter. Shape (last - first,)."""
-        with safe_open(str(self.file), framework="pt") as handle:
-            stored = handle.get_slice(f"{self.name}/{kind}")
-            values: torch.Tensor = stored[first - self.start : last - self.start]
+        """Read elements ``[first, last)`` of the parameter. Shape (last - first,).
+
+        Raises:
+            CheckpointError: The file does not hold them.
+        """
+        try:
+            with safe_open(str(self.file), framework="pt") as handle:
+                stored = handle.get_slice(f"{self.name}/{kind}")
+                values: torch.Tensor = stored[first - self.start : last - self.start]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.file}: {self.name}/{kind}: {error}") from error
+        if values.shape != (last - first,):
+            raise CheckpointError(
+                f"{self.file}: {self.name}/{kind} has another size than its header says"
+            )
         return values
 
 
@@ -112,15 +123,12 @@ def map_slices(stored: dict[str, StoredParameter], kind: str) -> dict[str, list[
     files = {piece.file for parameter in stored.values() for piece in parameter.slices}
     # Each file is mapped once: the kernel limits the number of mappings.
     handles = {file: safe_open(str(file), framework="pt") for file in files}
-    return {
-        name: [
-            TensorSlice(
-                piece.start, handles[piece.file].get_tensor(f"{piece.name}/{kind}").reshape(-1)
-            )
-            for piece in parameter.slices
-        ]
-        for name, parameter in stored.items()
-    }
+    mapped: dict[str, list[TensorSlice]] = {name: [] for name in stored}
+    for name, parameter in stored.items():
+        for piece in parameter.slices:
+            values = handles[piece.file].get_tensor(f"{name}/{kind}")
+            mapped[name].append(TensorSlice(piece.start, values.reshape(-1)))
+    return mapped
 
 
 def _read_header(file: Path) -> list[tuple[StoredSlice, int]]:

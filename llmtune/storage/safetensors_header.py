@@ -51,7 +51,9 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
 
 def _to_entry(name: str, about: Any, first: int, size: int) -> HeaderEntry:
     values: dict[str, Any] = about if isinstance(about, dict) else {}
-    kind, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
+    kind: Any = values.get("dtype")
+    shape: Any = values.get("shape")
+    offsets: Any = values.get("data_offsets")
     has_offsets = _are_counts(offsets) and len(offsets) == 2
     if not isinstance(kind, str) or not _are_counts(shape) or not has_offsets:
         raise ValueError(f"{name[:80]!r} has no type, shape and place")

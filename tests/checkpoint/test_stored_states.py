@@ -98,6 +98,18 @@ def test_sizes_that_contradict_each_other_are_an_error(tmp_path: Path) -> None:
         read_stored_states([first, second])
 
 
+def test_a_moment_that_is_missing_or_short_is_an_error(tmp_path: Path) -> None:
+    where = {"w": [0, 4, 4]}
+    file = write(
+        tmp_path / "a.safetensors", where, w__master=torch.ones(4), w__exp_avg=torch.ones(3)
+    )
+    stored = read_stored_states([file])
+    with pytest.raises(CheckpointError, match="a.safetensors: w/exp_avg has another size"):
+        stored["w"].read("exp_avg", 0, 4)
+    with pytest.raises(CheckpointError, match="a.safetensors: w/exp_avg_sq: .*exp_avg_sq"):
+        stored["w"].read("exp_avg_sq", 0, 4)
+
+
 def test_a_damaged_file_and_one_that_is_gone_are_named(tmp_path: Path) -> None:
     file = write_slice(tmp_path / "a.safetensors", 0, 10)
     file.write_bytes(file.read_bytes()[:-4])
