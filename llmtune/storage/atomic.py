@@ -17,6 +17,9 @@ from llmtune.storage.plain_json import parse_json
 #: Ends of the names of a folder that is being written, and of one that is being replaced.
 ASIDE = ".tmp"
 REPLACED = ".old.tmp"
+#: End of the name of a file that is being written. The name begins with a dot: a folder that holds
+#: nothing else yet counts as empty.
+_PART = ".part"
 
 
 def flush(path: Path) -> None:
@@ -35,8 +38,7 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     Raises:
         OSError: The disk refused.
     """
-    # Hidden: a folder that holds nothing else yet counts as empty.
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.with_name(f".{path.name}{_PART}")
     # Opened before: whoever sees the new file may rename its folder at once.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -62,13 +64,19 @@ def write_cache_file(path: Path, data: str | bytes) -> None:
         OSError: The disk refused.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
     try:
         aside.write_bytes(_encode(data))
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the parts of files whose writing was killed, before the folder's files are listed."""
+    for part in list(folder.rglob(f".*{_PART}")):
+        part.unlink()
 
 
 def append_line(path: Path, line: str) -> None:

@@ -22,6 +22,7 @@ from llmtune.storage.atomic import (
     move_folder,
     read_json,
     remove_folder,
+    remove_parts,
     replace_folder,
     replaced_path,
     restore_replaced,
@@ -314,6 +315,18 @@ def test_a_cache_folder_that_gets_no_name_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="key"):
         write()
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_parts_of_files_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    make(tmp_path / "sub", "x")
+    with killed_at(0):
+        write_atomically(tmp_path / "sub" / "manifest.json", "{}")
+    with killed_at(0):
+        write_cache_file(tmp_path / "key", "x")
+    (tmp_path / "model.part").touch()
+    remove_parts(tmp_path)
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert names == {"sub", "data", "mark", "model.part"}
 
 
 def test_lines_are_appended_and_on_the_disk(tmp_path: Path) -> None:

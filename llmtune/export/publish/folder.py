@@ -23,6 +23,7 @@ from llmtune.storage.atomic import (
     aside_path,
     flush,
     remove_folder,
+    remove_parts,
     replace_folder,
     replaced_path,
     restore_replaced,
@@ -115,6 +116,7 @@ def _write(
 ) -> None:
     journal = Journal(aside, job)
     write(aside, journal)
+    remove_parts(aside)
     files = {}
     own = (journal.path, aside / layout.MANIFEST, aside / layout.SIGNATURE)
     for file in sorted(file for file in aside.rglob("*") if file.is_file() and file not in own):
