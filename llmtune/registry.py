@@ -9,7 +9,6 @@ are looked up, in the ranks too, so they must be installed or stand on ``PYTHONP
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import os
 import pkgutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from llmtune.errors import ConfigError
+from llmtune.storage.hashing import sha256_files
 
 PLUGINS = "LLMTUNE_PLUGINS"
 
@@ -104,7 +104,7 @@ def hash_plugins() -> str:
     files = [sys.modules[name].__file__ for name in _split(names)]
     if not files:
         return ""
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files if file)).hexdigest()
+    return sha256_files(Path(file) for file in files if file)
 
 
 def _split(names: str) -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from llmtune.storage import layout
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llmtune"
@@ -251,6 +254,62 @@ def is_a_drawer(path: Path) -> Iterator[str]:
         yield "is a drawer"
 
 
+#: Files outside ``storage/`` that make one of its moves by themselves, and why.
+MOVES_OF_THEIR_OWN = {
+    "draws.py": {"hashlib"},  # seeds: no file is hashed
+    "data/tokenize/workers.py": {"xxhash"},  # the ids of a row, for every row
+    "launch/preflight/nvme.py": {"os.fsync"},  # times a drive
+    "launch/supervise/log_filter.py": {"fcntl"},  # a shared lock, which the filter inherits
+}
+_MOVES = {f"os.{name}" for name in ("replace", "rename", "link", "fsync", "symlink")}
+_MOVES |= {"shutil.move", "shutil.copytree"}
+
+
+def moves_files_by_itself(path: Path) -> Iterator[str]:
+    """Renames, links, flushes, locks and hashes of files are written once, in ``storage/``."""
+    if relative(path).split("/")[0] != "storage":
+        found = imports(path) & {"hashlib", "xxhash", "fcntl"}
+        found |= set(_moves(ast.parse(path.read_text())))
+        own = MOVES_OF_THEIR_OWN.get(relative(path), set())
+        yield from (f"uses {name}" for name in sorted(found - own))
+
+
+def _moves(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in _MOVES:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name = node.func.attr
+            # The replace of a text takes two arguments, that of a dataclass its fields by name.
+            is_path_replace = name == "replace" and len(node.args) == 1 and not node.keywords
+            is_move = name in ("rename", "hardlink_to", "symlink_to") or is_path_replace
+            if is_move and ast.unparse(node.func) not in _MOVES:
+                yield f".{name}"
+
+
+#: Files whose own folders hold a file of the same name as a run's.
+SAME_NAMES = {
+    "data/store/token_store.py": {"bad_rows.jsonl"},  # in the cache of tokens
+    "data/prepare.py": {"samples.json"},  # in the cache of prepared rows
+    "export/card/card.py": {"loss.png"},  # beside the card
+    "model/source.py": {".lock"},  # the end of a name
+}
+
+
+def spells_a_name_of_the_run_folder(path: Path) -> Iterator[str]:
+    """The names of a run folder's files are constants of ``storage/layout.py``."""
+    if relative(path) == "storage/layout.py":
+        return
+    names = {value for value in vars(layout).values() if isinstance(value, str)}
+    # A word like model has other uses, and __name__ and __doc__ are the module's own.
+    names = {name for name in names if re.fullmatch(r"[\w/.]*[./]\w+|[A-Z]{4,}", name)}
+    names -= {layout.__name__}
+    names -= SAME_NAMES.get(relative(path), set())
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and node.value in names:
+            yield f"line {node.lineno}: spells {node.value}"
+
+
 RULES = (
     *(
         imports_higher_layers,
@@ -260,6 +319,7 @@ RULES = (
         sees_the_whole_config,
     ),
     *(is_a_drawer, imports_higher_rooms, is_in_a_crowd),
+    *(moves_files_by_itself, spells_a_name_of_the_run_folder),
 )
 
 
@@ -313,6 +373,27 @@ def test_no_file_breaks_the_rule(broken: Callable[[Path], Iterator[str]]) -> Non
             "from llmtune.data.load.loader import load",
             "imports data/load",
         ),
+        (moves_files_by_itself, "data/a.py", "import hashlib", "uses hashlib"),
+        (moves_files_by_itself, "data/a.py", "from hashlib import sha256", "uses hashlib"),
+        (moves_files_by_itself, "launch/preflight/nvme.py", "import fcntl", "uses fcntl"),
+        (moves_files_by_itself, "data/a.py", "os.replace(a, b)", "uses os.replace"),
+        (moves_files_by_itself, "data/a.py", "move = os.rename", "uses os.rename"),
+        (moves_files_by_itself, "data/a.py", "folder.rename(other)", "uses .rename"),
+        (moves_files_by_itself, "data/a.py", "(a / b).replace(c)", "uses .replace"),
+        (moves_files_by_itself, "data/a.py", "os.fsync(file.fileno())", "uses os.fsync"),
+        (
+            spells_a_name_of_the_run_folder,
+            "data/a.py",
+            'file = run / "plan.json"',
+            "line 1: spells plan.json",
+        ),
+        (
+            spells_a_name_of_the_run_folder,
+            "export/card/card.py",
+            'a = "metrics.jsonl", "loss.png"',
+            "line 1: spells metrics.jsonl",
+        ),
+        (spells_a_name_of_the_run_folder, "a.py", '(a / "COMPLETE").touch()', "line 1: spells COM"),
     ],
 )
 def test_a_rule_finds_what_breaks_it(
@@ -329,6 +410,40 @@ def test_a_rule_finds_what_breaks_it(
     path.write_text(text)
     (found,) = broken(path)
     assert found.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "text"),
+    [
+        (moves_files_by_itself, "storage/a.py", "os.replace(a, b); import hashlib"),
+        (moves_files_by_itself, "draws.py", "import hashlib"),
+        (moves_files_by_itself, "data/a.py", 'text.replace("a", "b"); rename(row, fields)'),
+        (moves_files_by_itself, "data/a.py", "dataclasses.replace(spec, dtype=dtype)"),
+        (spells_a_name_of_the_run_folder, "data/a.py", '"""Read plan.json."""\nkind = "model"'),
+        (spells_a_name_of_the_run_folder, "export/card/card.py", 'CURVES = "loss.png"'),
+    ],
+)
+def test_a_rule_lets_pass_what_keeps_it(
+    rule: Callable[[Path], Iterator[str]],
+    name: str,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    assert list(rule(path)) == []
+
+
+def test_every_exception_of_a_rule_is_still_needed() -> None:
+    for name, words in MOVES_OF_THEIR_OWN.items():
+        text = (PACKAGE / name).read_text()
+        assert all(word in text for word in words), name
+    for name, words in SAME_NAMES.items():
+        text = (PACKAGE / name).read_text()
+        assert all(f'"{word}"' in text for word in words), name
 
 
 def test_a_folder_of_sixteen_modules_is_found(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Checkpoints that do not know where they came from: names, files, manifest, save, find, load."""
+"""Checkpoints: save, find, load, prune and copy them, independent of the ranks that wrote them."""

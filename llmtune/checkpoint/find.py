@@ -1,4 +1,4 @@
-"""Which checkpoints a run folder holds."""
+"""Find the checkpoints of a run folder, and clean up after saves that were cut off."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ import shutil
 from pathlib import Path
 
 from llmtune.storage import layout
-
-#: Behind the name of a checkpoint that is being replaced by one of the same step.
-REPLACED = ".old.tmp"
+from llmtune.storage.atomic import ASIDE, REPLACED, remove_folder, restore_replaced
+from llmtune.storage.manifest import is_complete
 
 
 def find_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. A folder without its marker does not exist."""
+    """List the complete checkpoints, oldest first; a folder without its marker does not count."""
     if not run.is_dir():
         return []
-    found = [(layout.checkpoint_step(folder), folder) for folder in run.iterdir()]
-    return [
-        folder
-        for step, folder in sorted((s, f) for s, f in found if s is not None)
-        if is_complete(folder)
-    ]
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the folder was published."""
-    return (folder / layout.COMPLETE).is_file()
+    folders = [(layout.checkpoint_step(folder), folder) for folder in run.iterdir()]
+    numbered = sorted((step, folder) for step, folder in folders if step is not None)
+    return [folder for _, folder in numbered if is_complete(folder)]
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a published folder; the marker goes first, so that none is left half-gone."""
+    """Remove a checkpoint, its marker first, so that none is half-gone and marked complete."""
     (folder / layout.COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
 
 
 def sweep_incomplete(run: Path) -> list[str]:
-    """Remove what a save that was cut off left behind; the names that went."""
-    restore_replaced(run)
+    """Remove what saves that were cut off left behind.
+
+    Returns:
+        The names of the removed folders.
+
+    Raises:
+        OSError: The disk refused.
+    """
+    restore_checkpoints(run)
+    if not run.is_dir():
+        return []
     swept = []
-    for folder in sorted(run.iterdir()) if run.is_dir() else []:
-        half = folder.name.endswith(".tmp") or (
+    for folder in sorted(run.iterdir()):
+        half = folder.name.endswith(ASIDE) or (
             layout.checkpoint_step(folder) is not None and not is_complete(folder)
         )
         if folder.is_dir() and half:
@@ -48,10 +48,7 @@ def sweep_incomplete(run: Path) -> list[str]:
     return swept
 
 
-def restore_replaced(run: Path) -> None:
-    """Give a checkpoint its name back whose replacement was never finished."""
-    for old in sorted(run.glob(f"*{REPLACED}")) if run.is_dir() else []:
-        folder = old.with_name(old.name.removesuffix(REPLACED))
-        if is_complete(old) and not is_complete(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            old.rename(folder)
+def restore_checkpoints(run: Path) -> None:
+    """Give every folder of a run its name back whose replacement was cut off."""
+    for old in sorted(run.glob(f"*{REPLACED}")):
+        restore_replaced(old.with_name(old.name.removesuffix(REPLACED)), is_complete)

@@ -1,67 +1,65 @@
-"""Copies of complete checkpoints at any URL that fsspec writes to, and the way back.
+"""Copy complete checkpoints to any URL that fsspec writes to, and fetch them back.
 
-Object stores know neither renames nor folders: a copy is complete by its marker alone, which is
-written last and removed first, and which holds the hash of the manifest that it was written for.
+Object stores have neither renames nor folders. So a copy counts as complete by its marker alone,
+which is written last and removed first, and holds the hash of the manifest it was written for.
 """
 
 from __future__ import annotations
 
 import io
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from llmtune.checkpoint.find import is_complete
 from llmtune.errors import CheckpointError, LlmtuneError
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
-from llmtune.storage.manifest import find_damage, flush, publish
+from llmtune.storage.atomic import ASIDE, make_empty, remove_folder, write_atomically
+from llmtune.storage.hashing import hash_stream
+from llmtune.storage.manifest import find_damage, is_complete, publish
 from llmtune.storage.remote import (
     PermanentCopyError,
-    Store,
+    RemoteFolder,
     describe_error,
-    hash_stream,
-    hash_text,
     list_files,
+    marker_of,
     open_source,
     retry,
 )
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A checkpoint on its way."""
+    """A checkpoint that waits to be copied, or is being copied."""
 
     folder: Path
     keep: frozenset[str] | None
+    """Names of the checkpoints that stay at the mirror; None for all."""
 
 
 class Mirror:
-    """Copies complete checkpoints to ``<url>/<run_name>/`` in a thread, which neither training nor
-    the exit waits for.
+    """Copies complete checkpoints to ``<url>/<run_name>/``, in a thread.
+
+    Training does not wait for it, nor does the end of the process.
     """
 
     def __init__(self, url: str, run_name: str, say: Callable[[str], None], run_id: str = ""):
         """
         Args:
-            say: Takes a line for the user; called from the thread, once for a checkpoint that was
-                not copied.
-            run_id: Marks the place as this run's, where nothing is written or removed if it is
-                another's.
+            say: Shows a line to the user; called from the thread, once per checkpoint that was not
+                copied.
+            run_id: Marks the mirror as this run's. Nothing is written to or removed from one that
+                another run has marked.
 
         Raises:
             ConfigError: The protocol is unknown, or its driver is not installed.
         """
         self.url = _join(url, run_name)
-        self._store = Store(self.url, f"checkpoint.mirror={redact(url)}")
+        self._remote = RemoteFolder(self.url, f"checkpoint.mirror={redact(url)}")
         self._owner = Owner(url, run_name)
         self._run_id = run_id
         self._say = say
@@ -76,8 +74,8 @@ class Mirror:
 
         Args:
             keep: Names of the checkpoints that stay at the mirror once this one is there; None for
-                all. Those that wait in the queue and are not among them are dropped from it, so
-                that a slow network does not make the disk fill.
+                all. Others are also dropped from the queue, so that they can be pruned: a slow
+                network must not fill the disk.
         """
         with self._changed:
             self._waiting = [
@@ -88,12 +86,16 @@ class Mirror:
 
     @property
     def busy(self) -> set[Path]:
-        """Folders queued or being copied: not to be removed yet."""
+        """Folders that are queued or being copied, and must not be removed yet."""
         with self._changed:
             return {job.folder for job in self._open_jobs()}
 
     def finish(self, timeout_seconds: float) -> list[tuple[str, str]]:
-        """Wait for the queue; the checkpoints that did not make it, each with the reason."""
+        """Wait for the queue.
+
+        Returns:
+            The name of each checkpoint that was not copied, and the reason.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._open_jobs(), timeout_seconds)
             late = {
@@ -111,14 +113,14 @@ class Mirror:
                 self._changed.wait_for(lambda: self._waiting)
                 job = self._current = self._waiting.pop(0)
             try:
-                self._deliver(job)
+                self._copy_and_prune(job)
             finally:
                 with self._changed:
                     self._current = None
                     self._changed.notify_all()
 
-    def _deliver(self, job: _Job) -> None:
-        """Copy, then let go at the mirror what is not kept; nothing is raised."""
+    def _copy_and_prune(self, job: _Job) -> None:
+        """Copy a checkpoint, then remove what is not kept at the mirror; nothing is raised."""
         name = job.folder.name
         try:
             self._claim()
@@ -128,7 +130,7 @@ class Mirror:
             with self._changed:
                 self._failures[name] = reason
             self._say(
-                f"{name} was not copied to {redact(self.url)}, training goes on without the copy:"
+                f"{name} was not copied to {redact(self.url)}, training continues without the copy:"
                 f" {reason}"
             )
             return
@@ -137,9 +139,9 @@ class Mirror:
         if job.keep is None:
             return
         try:
-            for _, other in retry(self._store.list_checkpoints):
+            for _, other in retry(self._remote.list_checkpoints):
                 if other != name and other not in job.keep:
-                    retry(self._store.remove, other)
+                    retry(self._remote.remove, other)
         except Exception as error:
             self._say(
                 f"older checkpoints at {redact(self.url)} were not removed:"
@@ -147,7 +149,7 @@ class Mirror:
             )
 
     def _claim(self) -> None:
-        """Mark the place, once."""
+        """Mark the mirror as this run's, once."""
         if not self._run_id:
             return
         owner = retry(self._owner.read)
@@ -160,23 +162,21 @@ class Mirror:
         self._run_id = ""
 
     def _copy(self, folder: Path) -> None:
-        """Upload and verify every file, the marker last; nothing where the same copy is complete
-        already.
-        """
+        """Upload and verify every file, the marker last, unless this copy is complete already."""
         marker, manifest = (
             _local_bytes(folder / name) for name in (layout.COMPLETE, layout.MANIFEST)
         )
         if marker is None or manifest is None:
             raise PermanentCopyError("skipped, because it was pruned")
         files = list_files(marker, manifest)
-        if retry(self._store.read, f"{folder.name}/{layout.COMPLETE}") == marker:
+        if retry(self._remote.read, f"{folder.name}/{layout.COMPLETE}") == marker:
             return
-        if folder.name in (name for _, name in retry(self._store.list_checkpoints)):
-            # A copy that was cut off, or another checkpoint of the same step.
-            retry(self._store.remove, folder.name)
+        if folder.name in (name for _, name in retry(self._remote.list_checkpoints)):
+            # It is a copy that was cut off, or another checkpoint of the same step.
+            retry(self._remote.remove, folder.name)
         for name, entry in files.items():
             retry(
-                self._store.upload,
+                self._remote.upload,
                 partial(open_source, folder / name),
                 f"{folder.name}/{name}",
                 entry,
@@ -185,17 +185,18 @@ class Mirror:
         signed = [] if signature is None else [(layout.SIGNATURE, signature)]
         for name, data in (*signed, (layout.MANIFEST, manifest), (layout.COMPLETE, marker)):
             open_data = partial(io.BytesIO, data)
-            retry(self._store.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data()))
+            retry(self._remote.upload, open_data, f"{folder.name}/{name}", hash_stream(open_data()))
 
 
 def owner_file(run_name: str) -> str:
-    """The name of the file that says whose a run's place is."""
+    """Return the name of the file that says which run a mirror's folder belongs to."""
     return f"{run_name}.owner"
 
 
 class Owner:
-    """Whose the place of a run at a mirror is: a file beside it, for the place itself holds
-    checkpoints only.
+    """The mark of the run that a folder at a mirror belongs to.
+
+    It is a file beside the folder, which holds nothing but checkpoints.
     """
 
     def __init__(self, url: str, run_name: str):
@@ -203,94 +204,102 @@ class Owner:
         Raises:
             ConfigError: The protocol is unknown, or its driver is not installed.
         """
-        self._store = Store(url.rstrip("/"), f"checkpoint.mirror={redact(url)}")
+        self._remote = RemoteFolder(url.rstrip("/"), f"checkpoint.mirror={redact(url)}")
         self._name = owner_file(run_name)
 
     def read(self) -> str | None:
-        """The id of a run; None where nobody has marked it. One attempt."""
-        data = self._store.read(self._name)
+        """Read the id of the run; None where there is no mark. Makes one attempt."""
+        data = self._remote.read(self._name)
         return data.decode(errors="replace").strip() if data is not None else None
 
     def write(self, run_id: str) -> None:
-        """Mark the place. One attempt."""
+        """Write the mark. Makes one attempt."""
         open_data = partial(io.BytesIO, run_id.encode())
-        self._store.upload(open_data, self._name, hash_stream(open_data()))
+        self._remote.upload(open_data, self._name, hash_stream(open_data()))
 
 
 def read_place(url: str, run_name: str) -> tuple[str | None, list[str]]:
-    """Who has marked a run's place at a mirror, and the names of the checkpoints there, complete or
-    not.
+    """Read which run has marked a mirror's folder, and which checkpoints are there.
+
+    Returns:
+        The run's id, and the names of the checkpoints, complete or not.
 
     Raises:
         ConfigError: The protocol is unknown, or its driver is not installed.
         CheckpointError: The mirror cannot be read.
     """
     root = _join(url, run_name)
-    with _reported(root):
+    with _as_checkpoint_errors(root):
         owner = retry(Owner(url, run_name).read)
-        store = Store(root, f"checkpoint.mirror={redact(url)}")
-        return owner, [name for _, name in sorted(retry(store.list_checkpoints))]
+        remote = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
+        return owner, [name for _, name in sorted(retry(remote.list_checkpoints))]
 
 
 def withdraw_copies(url: str, run_name: str, run_id: str, step: int) -> list[str]:
-    """Take the marker from a run's own copies of ``step`` and later ones, so that no start goes on
-    from them; their names.
+    """Unmark a run's own copies of ``step`` and later ones, so that no start resumes from them.
 
-    The files go with the next copy, which removes what the run folder does not keep.
+    Their files are removed with the next copy, which removes what the run folder does not keep.
+
+    Returns:
+        The names of the copies.
 
     Raises:
         ConfigError: The protocol is unknown, or its driver is not installed.
         CheckpointError: The mirror cannot be read or written.
     """
     root = _join(url, run_name)
-    store = Store(root, f"checkpoint.mirror={redact(url)}")
-    with _reported(root):
+    remote = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
+    with _as_checkpoint_errors(root):
         if retry(Owner(url, run_name).read) not in (None, run_id):
             return []
-        found = [name for at, name in sorted(retry(store.list_checkpoints)) if at >= step]
-        found = [
-            name for name in found if retry(store.read, f"{name}/{layout.COMPLETE}") is not None
+        later = [name for at, name in sorted(retry(remote.list_checkpoints)) if at >= step]
+        complete = [
+            name for name in later if retry(remote.read, f"{name}/{layout.COMPLETE}") is not None
         ]
-        for name in found:
-            retry(store.unmark, name)
-    return found
+        for name in complete:
+            retry(remote.unmark, name)
+    return complete
 
 
 def find_remote(url: str, run_name: str) -> list[tuple[int, str]]:
-    """Complete checkpoints of a run at a mirror, oldest first: step and URL (with the credentials
-    that ``url`` has).
+    """List the complete checkpoints of a run at a mirror, oldest first.
+
+    Returns:
+        Step and URL of each, with the credentials that ``url`` has.
 
     Raises:
         ConfigError: The protocol is unknown, or its driver is not installed.
         CheckpointError: The mirror cannot be read.
     """
     root = _join(url, run_name)
-    store = Store(root, f"checkpoint.mirror={redact(url)}")
-    found = []
-    with _reported(root):
-        for step, name in retry(store.list_checkpoints):
-            marker = retry(store.read, f"{name}/{layout.COMPLETE}")
-            manifest = retry(store.read, f"{name}/{layout.MANIFEST}") if marker else None
-            if manifest is not None and marker == hash_text(manifest):
-                found.append((step, _join(root, name)))
-    return sorted(found)
+    remote = RemoteFolder(root, f"checkpoint.mirror={redact(url)}")
+    complete = []
+    with _as_checkpoint_errors(root):
+        for step, name in retry(remote.list_checkpoints):
+            marker = retry(remote.read, f"{name}/{layout.COMPLETE}")
+            manifest = retry(remote.read, f"{name}/{layout.MANIFEST}") if marker else None
+            if manifest is not None and marker == marker_of(manifest):
+                complete.append((step, _join(root, name)))
+    return sorted(complete)
 
 
 def read_remote(checkpoint_url: str, name: str) -> bytes | None:
-    """A small file of a checkpoint at a mirror; None where there is none.
+    """Read a small file of a checkpoint at a mirror; None where there is none.
 
     Raises:
         ConfigError: The protocol is unknown, or its driver is not installed.
         CheckpointError: The mirror cannot be read.
     """
-    store = Store(checkpoint_url.rstrip("/"), redact(checkpoint_url))
-    with _reported(checkpoint_url):
-        return retry(store.read, name)
+    remote = RemoteFolder(checkpoint_url.rstrip("/"), redact(checkpoint_url))
+    with _as_checkpoint_errors(checkpoint_url):
+        return retry(remote.read, name)
 
 
 def fetch_remote(checkpoint_url: str, run: Path) -> Path:
-    """Download a complete checkpoint into ``run``; it appears there whole and verified, or not at
-    all.
+    """Download a complete checkpoint into ``run``, where it appears verified or not at all.
+
+    Returns:
+        The folder, which may have been there already.
 
     Raises:
         ConfigError: The protocol is unknown, or its driver is not installed.
@@ -302,48 +311,47 @@ def fetch_remote(checkpoint_url: str, run: Path) -> Path:
     if match is None:
         raise CheckpointError(f"{shown}: the URL of a checkpoint ends in checkpoint-<step>")
     folder = layout.checkpoint_folder(run, int(match[1]))
-    store = Store(checkpoint_url.rstrip("/"), shown)
-    with _reported(checkpoint_url):
-        marker, manifest = (retry(store.read, name) for name in (layout.COMPLETE, layout.MANIFEST))
+    remote = RemoteFolder(checkpoint_url.rstrip("/"), shown)
+    # Marker and manifest first: what the checkpoint is, and which files it has.
+    with _as_checkpoint_errors(checkpoint_url):
+        marker, manifest = (retry(remote.read, name) for name in (layout.COMPLETE, layout.MANIFEST))
         if marker is None or manifest is None:
             raise PermanentCopyError(
                 f"no complete checkpoint is there (no {layout.COMPLETE} or no {layout.MANIFEST})"
             )
         files = list_files(marker, manifest)
+    # The same checkpoint may be here already.
     if is_complete(folder):
         if marker != _local_bytes(folder / layout.COMPLETE) and manifest != _local_bytes(
             folder / layout.MANIFEST
         ):
             raise CheckpointError(
                 f"{folder} is another checkpoint than {shown}; move it away to fetch that one, "
-                f"or go on from it with resume_from_checkpoint={folder}"
+                f"or resume from it with resume_from_checkpoint={folder}"
             )
         if not find_damage(folder):
             return folder
-    aside = folder.with_name(folder.name + ".fetch.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    # All files aside, each verified.
+    aside = folder.with_name(f"{folder.name}.fetch{ASIDE}")
     try:
-        with _reported(checkpoint_url):
-            aside.mkdir(parents=True)
+        with _as_checkpoint_errors(checkpoint_url):
+            make_empty(aside)
             for name, entry in files.items():
-                retry(store.download, name, aside / name, entry)
-            signature = retry(store.read, layout.SIGNATURE)
+                retry(remote.download, name, aside / name, entry)
+            signature = retry(remote.read, layout.SIGNATURE)
             for name, data in ((layout.MANIFEST, manifest), (layout.SIGNATURE, signature)):
                 if data is not None:
-                    (aside / name).write_bytes(data)
-                    flush(aside / name)
-            # Either incomplete, or a damaged copy of this very checkpoint.
-            (folder / layout.COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+                    write_atomically(aside / name, data)
+            # What is there is incomplete, or a damaged copy of this very checkpoint.
             publish(aside, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_folder(aside)
     return folder
 
 
 @contextmanager
-def _reported(url: str) -> Iterator[None]:
-    """Whatever goes wrong becomes an error that a user can act on."""
+def _as_checkpoint_errors(url: str) -> Iterator[None]:
+    """Turn whatever goes wrong into an error that a user can act on."""
     try:
         yield
     except LlmtuneError:

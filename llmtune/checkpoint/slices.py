@@ -1,6 +1,4 @@
-"""A tensor that lies in pieces: slices of many ranks, mapped, put together a block of rows at a
-time.
-"""
+"""Put a tensor together from the mapped slices of many ranks, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -30,16 +28,14 @@ class TensorSlice:
 
 @dataclass(frozen=True, slots=True)
 class PiecedTensor:
-    """A tensor, and where its elements are."""
+    """A tensor, and the slices that its elements are in."""
 
     spec: TensorSpec
     pieces: tuple[TensorSlice, ...]
     """In order, without gap and without overlap."""
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """Rows as a source gives them: views where a block lies in one piece, copies where it does
-        not.
-        """
+        """Yield blocks of rows: views where a block is in one slice, copies where it is not."""
         shape = self.spec.shape
         width = math.prod(shape[1:])
         if not math.prod(shape):
@@ -59,7 +55,7 @@ class PiecedTensor:
 
 
 def find_gap(pieces: Sequence[TensorSlice], numel: int) -> str | None:
-    """What keeps sorted pieces from being a tensor of ``numel`` elements; None if nothing does."""
+    """Find out why sorted slices are no tensor of ``numel`` elements; None where they are one."""
     reached = 0
     for piece in pieces:
         if piece.start != reached:

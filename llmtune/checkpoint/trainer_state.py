@@ -1,4 +1,4 @@
-"""Where a run stands, as its checkpoints say it."""
+"""The state of a run in its checkpoints, beside weights and optimizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmtune.storage.plain_json import parse_json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """With the seed it also determines the rows to come and the dropout."""
+    """The state of a run; with the seed it also determines the coming rows and the dropout."""
 
     step: int
     """Optimizer steps done, skipped ones included."""
@@ -30,29 +30,29 @@ class TrainerState:
     data_fingerprint: str
     """Of the tokenized rows."""
     data_position: Mapping[str, Any] | None
-    """Where the data goes on, as the loader says it."""
+    """Position in the data, as the loader describes it."""
     evaluation_due: bool = False
     """The evaluation of this step was interrupted, and comes first after a resume."""
     best: dict[str, Any] | None = None
     """``metric``, ``value`` and ``step`` of the best evaluation so far."""
     tracker_run_id: str | None = None
-    """Of the experiment tracker, so that a resumed run goes on in the same place."""
+    """The id at the experiment tracker, where a resumed run continues."""
     optimizer_steps: int = 0
     """Steps that AdamW counted."""
     loss_scale: dict[str, float] = field(default_factory=dict)
     """fp16 only."""
     draws_version: int = 1
-    """Of the random draws; checkpoints that do not name it are of the first."""
+    """Version of the random draws; checkpoints without it are of the first."""
     line: dict[str, Any] | None = None
     """Sums since the last line of ``metrics.jsonl``, where one was begun."""
 
     def to_json(self) -> str:
-        """The text of ``trainer_state.json``."""
+        """Return the text of ``trainer_state.json``."""
         return json.dumps(asdict(self), indent=1)
 
 
 def read_trainer_state(folder: Path) -> TrainerState:
-    """The state of a complete checkpoint.
+    """Read the state from a complete checkpoint.
 
     Raises:
         CheckpointError: The folder is incomplete or damaged.
@@ -67,7 +67,7 @@ def read_trainer_state(folder: Path) -> TrainerState:
 
 
 def check_draws(folder: Path) -> None:
-    """Refuse to go on where the rows to come and the dropout would be drawn otherwise than before.
+    """Refuse to resume where coming rows and dropout would be drawn in another way than before.
 
     Raises:
         CheckpointError: The folder is incomplete or damaged, or was written with other draws.
@@ -77,6 +77,6 @@ def check_draws(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} was written with version {version} of the random draws, and this llmtune has"
             f" version {DRAWS_VERSION}: the order of the rows would change in the middle of the"
-            " run. Go on with the llmtune that began it (environment.json names it), or start anew"
+            " run. Resume with the llmtune that began it (environment.json names it), or start anew"
             " with another run_name= or output_dir="
         )

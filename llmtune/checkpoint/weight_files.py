@@ -1,5 +1,5 @@
-"""The trained weights from the live ranks: gathered a few at a time and shared out, so that no rank
-holds the model twice.
+"""Save the trained weights: gathered a few at a time, and each file written by one rank, so that no
+rank holds the model twice.
 """
 
 from __future__ import annotations
@@ -15,72 +15,67 @@ import torch
 
 from llmtune.checkpoint.writer import CheckpointWriter
 from llmtune.engine.train_module import TrainModule
-from llmtune.storage.safetensors_writer import INDEX_FILE, TensorSpec, describe_shards, plan_shards
+from llmtune.storage.layout import ADAPTER_WEIGHTS, MODEL_INDEX
+from llmtune.storage.safetensors_writer import TensorSpec, describe_shards, plan_shards
 
-#: peft's name.
-ADAPTER_FILE = "adapter_model.safetensors"
-
-#: Tensors gathered by one collective: many small ones cost as many round trips.
+#: Bytes gathered by one collective: small tensors one by one would cost a round trip each.
 _GATHERED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """Which files a model's weights become."""
+    """The division of a model's weights into files."""
 
     adapter_only: bool
-    """Trained adapters in one file, instead of the whole model in shards."""
+    """Save the trained adapters in one file, instead of the whole model in shards."""
     max_shard_bytes: int = 5_000_000_000
     file_name: Callable[[str], str] = str
-    """A parameter's name in the file."""
+    """Maps a parameter's name to its name in the file."""
 
     def shards(self, module: TrainModule) -> list[tuple[str, list[TensorSpec]]]:
-        """File names, and the tensors of each."""
-        tensors = _tensors(module, self.adapter_only)
+        """List the files by name, and the tensors of each."""
         specs = [
             TensorSpec(self.file_name(name), tensor.dtype, _shape(tensor))
-            for name, tensor in tensors
+            for name, tensor in _tensors(module, self.adapter_only)
         ]
-        return (
-            [(ADAPTER_FILE, specs)]
-            if self.adapter_only
-            else plan_shards(specs, self.max_shard_bytes)
-        )
+        if self.adapter_only:
+            return [(ADAPTER_WEIGHTS, specs)]
+        return plan_shards(specs, self.max_shard_bytes)
 
     def index(self, module: TrainModule) -> dict[str, bytes]:
-        """The index file, where there is more than one shard."""
+        """Return the index file, by name; empty where there is one shard only."""
         shards = self.shards(module)
-        return {INDEX_FILE: describe_shards(shards).encode()} if len(shards) > 1 else {}
+        return {MODEL_INDEX: describe_shards(shards).encode()} if len(shards) > 1 else {}
 
     def own_specs(self, module: TrainModule) -> dict[str, list[TensorSpec]]:
-        """The files that this rank writes, and the tensors in each."""
+        """Return the files that this rank writes, and the tensors in each."""
         return dict(self.shards(module)[module.rank.rank :: module.rank.world_size])
 
 
-def put_weights(module: TrainModule, files: WeightFiles, outbox: CheckpointWriter) -> None:
-    """Adapters or the whole model; the shards are dealt out among the ranks.
+def add_weights(module: TrainModule, files: WeightFiles, writer: CheckpointWriter) -> None:
+    """Add the files with adapters or the whole model, each on the rank that writes it.
 
     Collective under ZeRO 3.
     """
     rank = module.rank
     tensors = [tensor for _, tensor in _tensors(module, files.adapter_only)]
-    # From NVMe weights come through a handful of buffers.
+    # Weights on NVMe are read through a handful of buffers, which hold one tensor at a time.
     limit = 0 if module.placement.param == "nvme" else _GATHERED_BYTES
     with _at_rest(module):
-        for number, (name, specs) in enumerate(files.shards(module)):
-            mine = number % rank.world_size == rank.rank
-            if mine:
-                outbox.start(name, specs)
+        for index, (name, specs) in enumerate(files.shards(module)):
+            is_mine = index % rank.world_size == rank.rank
+            if is_mine:
+                writer.start(name, specs)
             shard, tensors = tensors[: len(specs)], tensors[len(specs) :]
             for batch in _batches(shard, specs, limit):
-                with _whole(module, batch):
-                    if mine:
+                with _gathered(module, batch):
+                    if is_mine:
                         for tensor in batch:
-                            outbox.put(tensor.data)
+                            writer.add(tensor.data)
 
 
 def write_model_config(model: Any, folder: Path) -> None:
-    """``config.json`` and ``generation_config.json`` beside full weights."""
+    """Write ``config.json`` and ``generation_config.json``, for beside full weights."""
     config = model.config.to_dict()
     config["use_cache"] = True
     config["architectures"] = [type(model).__name__]
@@ -90,7 +85,7 @@ def write_model_config(model: Any, folder: Path) -> None:
 
 
 def _tensors(module: TrainModule, adapter_only: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, tied ones once, and the buffers that belong to a saved model."""
+    """Yield parameters, tied ones once, and the buffers that belong to a saved model."""
     for name, parameter in module.model.named_parameters():
         if parameter.requires_grad or not adapter_only:
             yield name, parameter
@@ -120,9 +115,7 @@ def _batches(
 
 @contextmanager
 def _at_rest(module: TrainModule) -> Iterator[None]:
-    """Under ZeRO 3 weights that were prefetched for a next layer may still be on their way, and
-    cannot be gathered then.
-    """
+    """Under ZeRO 3, wait for weights that are being prefetched: those cannot be gathered."""
     if module.zero_stage < 3:
         yield
         return
@@ -138,8 +131,8 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def _whole(module: TrainModule, tensors: list[torch.Tensor]) -> AbstractContextManager[Any]:
-    """Gathered on every rank for the length of the block."""
+def _gathered(module: TrainModule, tensors: list[torch.Tensor]) -> AbstractContextManager[Any]:
+    """Gather tensors on every rank for the length of the block."""
     partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if module.zero_stage < 3 or not partitioned:
         return nullcontext()

@@ -1,5 +1,5 @@
-"""Tensors on their way to files: written at once, or copied to host memory now and written by a
-thread while training goes on.
+"""Write tensors to a checkpoint's files: at once, or from copies in host memory, by a thread while
+training continues.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from llmtune.storage.safetensors_writer import TensorFile, TensorSpec
 
 
 class CheckpointWriter:
-    """The files of one rank in one save. Tensors are put in the order of each file's specs, one
-    file after the other.
+    """Writes the files of one rank in one save.
 
-    An error of the disk is kept until :meth:`deliver`: between two tensors that all ranks gather
-    together, a rank that left would leave the others waiting.
+    Tensors are added in the order of each file's specs, one file after the other. An error of the
+    disk is kept until :meth:`write`: a rank that left between two tensors that all ranks gather
+    together would leave the others waiting.
     """
 
     def __init__(self, folder: Path, hold: Buffers | None = None):
         """
         Args:
-            hold: Where tensors are kept until :meth:`deliver`; without it they are written as they
-                are put.
+            hold: Memory for copies of the tensors until :meth:`write`; None writes each tensor as
+                it is added.
         """
         self.folder = folder
         self.files: dict[str, list[TensorSpec]] = {}
@@ -44,7 +44,7 @@ class CheckpointWriter:
         self, name: str, specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None
     ) -> None:
         """Begin a file."""
-        assert self._left == 0, "the file before is not whole"
+        assert self._left == 0, "the previous file is not complete"
         self.files[name] = list(specs)
         self._metadata[name] = metadata or {}
         self._left = len(specs)
@@ -53,8 +53,8 @@ class CheckpointWriter:
         else:
             self._try(lambda: self._begin(name))
 
-    def put(self, tensor: torch.Tensor) -> None:
-        """The next tensor of the file."""
+    def add(self, tensor: torch.Tensor) -> None:
+        """Add the next tensor of the file."""
         name = next(reversed(self.files))
         spec = self.files[name][-self._left]
         self._left -= 1
@@ -65,21 +65,19 @@ class CheckpointWriter:
         if self._left == 0:
             self._try(self._end)
 
-    def arrive(self) -> None:
-        """Wait until copies are complete; only then may training change what was copied, or a
-        thread read the copies.
-        """
+    def wait_for_copies(self) -> None:
+        """Wait for the copies: until then, training must not change what is copied."""
         if self._hold is not None:
-            self._hold.arrive()
+            self._hold.wait_for_copies()
 
-    def deliver(self, beat: Callable[[], None]) -> None:
-        """Write what is held, or say what went wrong.
+    def write(self, beat: Callable[[], None]) -> None:
+        """Write the held copies.
 
         Args:
-            beat: Called after each tensor, to show that the rank is alive.
+            beat: Called after each tensor, to show that the rank makes progress.
 
         Raises:
-            OSError: The disk refused.
+            OSError: The disk refused, now or when a tensor was added.
         """
         if self._failure is not None:
             raise self._failure
@@ -112,14 +110,12 @@ class CheckpointWriter:
 
 
 class Buffers:
-    """Host memory for the copies, kept from one save to the next: the kernel's fresh pages cost ten
-    times the copying.
-    """
+    """Host memory for copies, kept from save to save: fresh pages cost ten times the copying."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         """
         Args:
-            device: Where tensors come from. From a GPU they go to pinned memory, at several times
+            device: Of the tensors. From a GPU they are copied to pinned memory, at several times
                 the speed, and the host waits once for all of them.
         """
         self._source = device if device is not None and device.type != "cpu" else None
@@ -127,12 +123,12 @@ class Buffers:
         self._reserving: threading.Thread | None = None
 
     def reserve(self, files: Mapping[str, Sequence[TensorSpec]]) -> None:
-        """Have the memory ready before the first save, in a thread."""
+        """Allocate the memory before the first save, in a thread."""
 
         def touch() -> None:
             for name, specs in files.items():
                 for spec in specs:
-                    # Memory that nobody wrote to is only a promise.
+                    # The kernel provides pages only when they are written.
                     self._kept[_key(name, spec)] = self._make(
                         math.prod(spec.shape), spec.dtype
                     ).zero_()
@@ -143,8 +139,9 @@ class Buffers:
         self._reserving.start()
 
     def copy(self, file: str, tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-        """A copy on the host, in the dtype and with the number of elements of ``spec``; complete
-        after :meth:`arrive`.
+        """Copy a tensor to the host, flattened, in the dtype of ``spec``. Shape (numel,).
+
+        The copy is complete after :meth:`wait_for_copies`.
         """
         self._wait()
         numel = tensor.numel()
@@ -154,30 +151,30 @@ class Buffers:
         kept.copy_(tensor.detach().reshape(-1), non_blocking=self._source is not None)
         return kept
 
-    def arrive(self) -> None:
-        """Wait for copies that are on their way from a GPU."""
+    def wait_for_copies(self) -> None:
+        """Wait for copies from a GPU."""
         if self._source is not None:
             torch.accelerator.current_stream(self._source).synchronize()
 
     def _make(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         if self._source is not None:
-            # A machine that has no more memory to pin has some to be copied to more slowly.
+            # Where no more memory can be pinned, other memory does, more slowly.
             with contextlib.suppress(RuntimeError):
                 return torch.empty(numel, dtype=dtype, pin_memory=True)
         return torch.empty(numel, dtype=dtype)
 
     @property
     def nbytes(self) -> int:
-        """Host memory that is kept."""
+        """Host memory that is kept, in bytes."""
         self._wait()
         return sum(tensor.nbytes for tensor in self._kept.values())
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._wait()
         self._kept.clear()
         if self._source is not None:
-            # torch keeps pinned memory that was freed, for the next who asks for some.
+            # torch's allocator keeps pinned memory that was freed.
             _empty_pinned_cache()
 
     def _wait(self) -> None:
@@ -187,7 +184,7 @@ class Buffers:
 
 
 def _empty_pinned_cache() -> None:
-    # The first is newer than the oldest torch that llmtune takes.
+    # The first does not exist in the oldest torch that llmtune supports.
     empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(
         torch._C, "_host_emptyCache", None
     )

@@ -26,8 +26,6 @@ _COPY_SECONDS = 7 * 86400.0
 #: What stands in a stored URL for a password.
 _HIDDEN = "***"
 
-_ADAPTER_FILE = "adapter_model.safetensors"
-
 
 def main(arguments: Arguments) -> int:
     """Print a line a folder; exit code 5 where anything is wrong."""
@@ -187,7 +185,7 @@ def _report(folder: Path, key: Path | None) -> dict[str, Any]:
 
 
 def _find_problems(folder: Path) -> list[str]:
-    from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
+    from llmtune.storage.tensor_checks import find_bad_tensors, find_untrained_adapter
 
     if not folder.is_dir():
         return ["no such folder"]
@@ -202,8 +200,8 @@ def _find_problems(folder: Path) -> list[str]:
             and not file.is_symlink()
             and str(file.relative_to(folder)) not in damaged
         ):
-            problems += check_tensors(file)
-            problems += check_adapter_trained(file) if file.name == _ADAPTER_FILE else []
+            problems += find_bad_tensors(file)
+            problems += find_untrained_adapter(file) if file.name == layout.ADAPTER_WEIGHTS else []
     return problems
 
 

@@ -20,14 +20,14 @@ import numpy as np
 
 from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.groups.data import DataConfig, OnBadRow
-from llmtune.data.read.fingerprint import digest, hash_tokenizer, identify_file
+from llmtune.data.read.fingerprint import hash_tokenizer, identify_file
 from llmtune.data.read.sources import Source, parse_sources, resolve_files
 from llmtune.data.report.preflight import check_labels, check_leaks, check_overlong
 from llmtune.data.rows.problems import Problem, RowError, read_problem_file, refuse, write_problems
 from llmtune.data.settings import check_eval_sources, check_streamed_sources
 from llmtune.data.store.mixing import hold_out, mix
 from llmtune.data.store.packing import pack_rows, packing_efficiency
-from llmtune.data.store.token_store import Rows, TokenStore, publish_folder
+from llmtune.data.store.token_store import Rows, TokenStore
 from llmtune.data.tokenize.chat_template import ChatTemplates
 from llmtune.data.tokenized_source import (
     ProgressCallback,
@@ -38,6 +38,8 @@ from llmtune.data.tokenized_source import (
 from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import ConfigError, DataError
 from llmtune.security.trust import require_own
+from llmtune.storage.atomic import write_cache_folder
+from llmtune.storage.hashing import hash_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,7 +166,7 @@ def prepare_data(
         config.on_bad_row.value,
     ]
     settings += [config.max_overlong_share, config.max_seq_length]
-    fingerprint = digest(
+    fingerprint = hash_json(
         [
             INDEX_VERSION,
             DRAWS_VERSION,
@@ -179,7 +181,7 @@ def prepare_data(
     )
     folder = cache_dir / "data" / "prepared" / fingerprint
     if not (folder / _SUMMARY).is_file():
-        with publish_folder(folder) as aside:
+        with write_cache_folder(folder) as aside:
             stores = [str(token_folder(cache_dir, key)) for key in keys]
             eval_stores = [str(token_folder(cache_dir, key)) for key in eval_keys]
             _Index(config, sources, stores, eval_stores, seed, aside).write()

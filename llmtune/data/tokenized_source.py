@@ -13,14 +13,14 @@ from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.groups.data import DataConfig
 from llmtune.data.formats.format import AUTO, FORMATS, detect_format
 from llmtune.data.formats.recipe import Recipe
-from llmtune.data.read.fingerprint import digest, hash_files
+from llmtune.data.read.fingerprint import hash_files
 from llmtune.data.read.readers import Block, count_rows, parse_rows, read_blocks, select_rows
 from llmtune.data.read.sources import DataFile, Source, is_compressed, resolve_files
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.fields import without_fields
 from llmtune.data.rows.problems import RowError, place
 from llmtune.data.rows.turns import rename
-from llmtune.data.store.token_store import SUMMARY, publish_folder, write_store
+from llmtune.data.store.token_store import SUMMARY, write_store
 from llmtune.data.tokenize.chat_template import check_chat_template
 from llmtune.data.tokenize.encode import EncodeSettings
 from llmtune.data.tokenize.workers import TokenBlock, TokenizerPool, Work
@@ -28,6 +28,8 @@ from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
 from llmtune.errors import DataError
 from llmtune.registry import hash_plugins
 from llmtune.security.trust import require_own
+from llmtune.storage.atomic import write_cache_folder
+from llmtune.storage.hashing import hash_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +85,7 @@ def tokenize_source(
     columns = [source.fields, sorted(source.ignore)]
     # A format of the user's own may read a row otherwise tomorrow.
     shaping += [plugins] if (plugins := hash_plugins()) else []
-    key = digest(
+    key = hash_json(
         [TOKENS_VERSION, tokenizer_hash, contents, source.format, *columns, drawn, shaping]
     )
     folder = token_folder(cache, key)
@@ -92,7 +94,7 @@ def tokenize_source(
         if any(FORMATS.find(recipe.format).is_chat for recipe in recipes.values()):
             check_chat_template(tokenizer, tokenizer.name_or_path)
         with (
-            publish_folder(folder) as aside,
+            write_cache_folder(folder) as aside,
             TokenizerPool(tokenizer, settings, _workers(config, files)) as pool,
         ):
             watched = _Watched(source, files, watch)
@@ -149,7 +151,7 @@ def read_source(
     if source.limit is not None:
         count = count_rows(blocks())
         if source.limit < count:
-            position = int(digest([content for _, content in contents]), 16)
+            position = int(hash_json([content for _, content in contents]), 16)
             drawn = draw_rows(count, source.limit, seed, Draw.source_rows, position)
             chosen = select_rows(blocks(), drawn.tolist())
     return ((block, recipes[block.file]) for block in chosen)

@@ -17,9 +17,10 @@ import torch
 
 from llmtune.engine.nvme_swap import swapped_in
 from llmtune.engine.train_module import TrainModule
+from llmtune.storage.layout import MASTER_WEIGHT
 
 #: The fp32 copy of the weight, and AdamW's two moments.
-STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
+STATE_KEYS = (MASTER_WEIGHT, "exp_avg", "exp_avg_sq")
 
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -101,7 +102,7 @@ def view_state(module: TrainModule, piece: StateSlice, kind: str) -> torch.Tenso
     """The numbers where they lie, for the length of the batch of :func:`iterate_in_memory`; before
     the first step, zeros.
     """
-    if kind == "master":
+    if kind == MASTER_WEIGHT:
         return piece.view(piece.flat)
     state = module.adam.state.get(piece.flat)
     return piece.view(state[kind]) if state else torch.zeros(piece.numel)
@@ -125,7 +126,7 @@ def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> Non
 
 def write_state(module: TrainModule, piece: StateSlice, kind: str, values: torch.Tensor) -> None:
     """Put numbers into this rank's slice; the state must exist."""
-    target = piece.flat if kind == "master" else module.adam.state[piece.flat][kind]
+    target = piece.flat if kind == MASTER_WEIGHT else module.adam.state[piece.flat][kind]
     with torch.no_grad():
         piece.view(target).copy_(values)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune import __version__
-from llmtune.checkpoint.find import REPLACED
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.formats.format import find_format
 from llmtune.storage import layout
+from llmtune.storage.atomic import aside_path, replaced_path
 from llmtune.storage.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -106,5 +106,5 @@ def describe_job(request: ExportRequest, config: ExportConfig) -> str:
 def _own_files(request: ExportRequest) -> set[Path]:
     """What exports to this place have written, should it lie inside a folder that is exported."""
     output = request.output
-    folders = [output, *(output.with_name(output.name + end) for end in (".tmp", REPLACED))]
+    folders = [output, aside_path(output), replaced_path(output)]
     return {file for folder in folders for file in folder.rglob("*")}

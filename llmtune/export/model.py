@@ -33,14 +33,9 @@ from llmtune.export.sources.master_weights import MastersSource, find_masters
 from llmtune.export.sources.nf4 import Nf4RoundTrip, quantized_names
 from llmtune.export.writers.model_files import check_companions
 from llmtune.model.skeleton import build_skeleton
+from llmtune.storage.dtypes import configured_dtype
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.signature import Signer
-
-DTYPES = {
-    ExportDtype.bf16: torch.bfloat16,
-    ExportDtype.fp16: torch.float16,
-    ExportDtype.fp32: torch.float32,
-}
 
 
 def _silent(_: str) -> None:
@@ -129,7 +124,8 @@ def open_material(request: ExportRequest, config: ExportConfig) -> ExportModel:
         merged = MergedSource(base, adapter, output)
         source, changes = merged, base_changes | merged.config_changes
         model_files.append(request.adapter)
-    dtype = DTYPES.get(config.dtype)
+    auto = config.dtype is ExportDtype.auto
+    dtype = None if auto else configured_dtype(config.dtype.value)
     if request.zero is not None and dtype is None:
         dtype = _stored_dtype(request.base)
     if dtype is not None:

@@ -22,7 +22,7 @@ from llmtune.export.model import (
 from llmtune.export.publish.folder import (
     check_replaceable,
     check_room,
-    restore_replaced,
+    restore_export,
     write_export,
 )
 from llmtune.export.publish.shards import Journal
@@ -50,7 +50,7 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         raise ExportError(problem)
     check_places(request)
     check_links(request)
-    restore_replaced(request.output)
+    restore_export(request.output)
     if config.upload:
         check_upload(config.upload, config.dry_run)
     export_model = open_material(request, config)

@@ -18,12 +18,7 @@ from llmtune.model.weights.quantized import find_meaningless, quantization
 from llmtune.model.weights.report import WeightReport
 from llmtune.model.weights.zero3_loading import load_partitions, restore_buffers
 from llmtune.process import no_collection
-
-DTYPES = {
-    Precision.bf16: torch.bfloat16,
-    Precision.fp16: torch.float16,
-    Precision.fp32: torch.float32,
-}
+from llmtune.storage.dtypes import configured_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +57,7 @@ def build_model(
         from transformers.initialization import no_init_weights
 
     model: Any
-    dtype = DTYPES[precision]
+    dtype = configured_dtype(precision.value)
     settings = {
         "attn_implementation": attn_implementation,
         "trust_remote_code": config.trust_remote_code,

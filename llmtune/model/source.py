@@ -5,17 +5,13 @@ chance.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import re
-import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.schema import ModelConfig
@@ -23,6 +19,9 @@ from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.random_model import write_random_model
 from llmtune.plan.memory.model_shape import unreachable_model
 from llmtune.security.trust import open_lock, require_own
+from llmtune.storage.atomic import aside_path, remove_folder, replace_folder
+from llmtune.storage.hashing import short_hash, short_hash_file
+from llmtune.storage.lock import wait_for_lock
 from llmtune.storage.plain_json import parse_json
 
 #: What a hub snapshot must bring; other weight formats of the same model are left out.
@@ -53,7 +52,7 @@ def resolve_model_folder(
                 "model.name_or_path=random needs the architecture's numbers in model.config"
             )
         numbers = config.config
-        key = f"random-{_digest(json.dumps(numbers, sort_keys=True).encode())}"
+        key = f"random-{short_hash(json.dumps(numbers, sort_keys=True).encode())}"
         return _cached(
             cache_dir / "models" / key, lambda folder: write_random_model(numbers, folder)
         )
@@ -100,11 +99,7 @@ def _wheel_file(distribution: str | None) -> Path | None:
 
 
 def _from_gguf(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Path:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    folder = cache_dir / "models" / f"{path.stem}-{digest.hexdigest()}"
+    folder = cache_dir / "models" / f"{path.stem}-{short_hash_file(path)}"
     if not folder.is_dir():
         say(f"unpacking {path.name} into {folder} (once, half a minute) ...")
     return _cached(folder, lambda target: convert_gguf(path, target))
@@ -205,20 +200,17 @@ def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         require_own(folder, KEY, INSTEAD)
         return folder
-    with open_lock(folder.with_suffix(".lock")) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # Names of models have dots in them, so that with_suffix would make one name of several.
+    with open_lock(folder.with_name(folder.name + ".lock")) as lock:
+        wait_for_lock(lock)
         if not folder.is_dir():
-            aside = folder.with_suffix(".tmp")
-            shutil.rmtree(aside, ignore_errors=True)
+            aside = aside_path(folder)
+            remove_folder(aside)
             make(aside)
             if not list(aside.glob("*.safetensors")):
                 raise MissingPrerequisiteError(
                     f"{folder.name}: no weights were written; convert it in a process of its own"
                 )
-            aside.rename(folder)
+            replace_folder(aside, folder, Path.is_dir)
     require_own(folder, KEY, INSTEAD)
     return folder
-
-
-def _digest(data: bytes) -> str:
-    return xxhash.xxh3_64(data).hexdigest()

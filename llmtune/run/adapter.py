@@ -15,9 +15,7 @@ from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError
 from llmtune.storage import layout
 from llmtune.tuner.stored_adapter import (
-    CONFIG_FILE,
     PREFIX,
-    WEIGHTS_FILE,
     StoredAdapter,
     adopt_settings,
     find_misfits,
@@ -46,7 +44,7 @@ def adopt_adapter(composed: Composed, run: Path | None = None) -> Composed:
     folder = _folder(tuner)
     begun = (
         _stored_tuner(run, tuner)
-        if run is not None and not (folder / CONFIG_FILE).is_file()
+        if run is not None and not (folder / layout.ADAPTER_CONFIG).is_file()
         else None
     )
     if begun is None:
@@ -70,11 +68,11 @@ def check_adapter(config: Config, shape: ModelShape, run: Path) -> None:
     """
     if config.tuner.adapter_path is None or find_checkpoints(run):
         return
-    from llmtune.storage.tensor_checks import check_tensors
+    from llmtune.storage.tensor_checks import find_bad_tensors
 
     stored = read_stored_adapter(_folder(config.tuner))
     problems = find_misfits(stored, _built(shape), config.model.name_or_path)
-    problems = problems or check_tensors(stored.folder / WEIGHTS_FILE)
+    problems = problems or find_bad_tensors(stored.folder / layout.ADAPTER_WEIGHTS)
     if problems:
         raise CheckpointError(
             f"tuner.adapter_path={config.tuner.adapter_path} is no adapter of"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.checkpoint.find import find_checkpoints, is_complete
+from llmtune.checkpoint.find import find_checkpoints
 from llmtune.config.compose import Composed, with_overrides
 from llmtune.config.schema import Config, Precision
 from llmtune.config.stored import load_config
@@ -21,7 +21,8 @@ from llmtune.run.prepare import cache_dir
 from llmtune.security.terminal import to_terminal
 from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
-from llmtune.storage.manifest import check_undamaged
+from llmtune.storage.dtypes import configured_dtype
+from llmtune.storage.manifest import check_undamaged, is_complete
 from llmtune.storage.plain_json import parse_json
 from llmtune.tuner.stored_adapter import read_adapter_config
 from llmtune.tuner.tuner import TUNERS
@@ -176,13 +177,12 @@ def place_weights(folder: Path, precision: Precision) -> Any:
     """
     import torch
 
-    from llmtune.model.build import DTYPES
     from llmtune.model.weights.files import read_entries
 
     device = torch.accelerator.current_accelerator()
     assert device is not None
     free, _ = torch.get_device_module(device).mem_get_info(0)
-    weights = DTYPES[precision].itemsize * sum(
+    weights = configured_dtype(precision.value).itemsize * sum(
         math.prod(entry.shape) for entry in read_entries(folder).values()
     )
     return {"": f"{device.type}:0"} if weights < WEIGHTS_SHARE * free else "auto"

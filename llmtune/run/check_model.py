@@ -4,7 +4,6 @@ remembered.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from llmtune.model.weights.quantized import (
 )
 from llmtune.model.weights.report import WeightReport
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
+from llmtune.storage.hashing import sha256_files
 from llmtune.tuner.tuner import TUNERS
 
 #: What the remembered answers depend on beside the model.
@@ -130,4 +130,4 @@ def _architecture(folder: Path, trusted: bool) -> Any:
 @cache
 def _sources() -> str:
     package = Path(str(llmtune.__file__)).parent
-    return hashlib.sha256(b"".join((package / name).read_bytes() for name in _SOURCES)).hexdigest()
+    return sha256_files(package / name for name in _SOURCES)

@@ -1,3 +1,1 @@
-"""Files: written whole or not at all, locked, hashed, named, copied; and the formats that are
-llmtune's own.
-"""
+"""Files: write, replace, lock, hash and copy them; names in a run folder; file formats."""

@@ -1,4 +1,4 @@
-"""Every name inside a run folder."""
+"""The names of the files and folders of a run folder."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ SIGNATURE = "manifest.json.sig"
 COMPLETE = "COMPLETE"
 TRAINER_STATE = "trainer_state.json"
 
+#: peft's names of the files of an adapter, and transformers' of the files of a model: one file of
+#: weights, or several and their index.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_WEIGHTS = "model.safetensors"
+MODEL_INDEX = "model.safetensors.index.json"
+
 ADAPTER = "adapter"
 MODEL = "model"
 MERGED = "merged"
@@ -34,14 +41,17 @@ _EXPORT = "export"
 _MERGED_FORMAT = "safetensors"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+STATE_FILES = "optimizer-*.safetensors"
 _STATE_FILE = re.compile(r"optimizer-(\d+)-of-(\d+)\.safetensors")
 
-#: What a state file's header calls the offsets of its slices.
+#: The entry of a state file's header with the offsets of its slices.
 STATE_SLICES = "llmtune_slices"
+#: A parameter's fp32 master weight among its tensors in a state file.
+MASTER_WEIGHT = "master"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """``checkpoint-<step>`` of a run folder."""
+    """Return the folder of a checkpoint: ``checkpoint-<step>``."""
     return run / f"checkpoint-{step}"
 
 
@@ -51,39 +61,34 @@ def result_folder(run: Path, has_adapter: bool) -> Path:
 
 
 def export_folder(run: Path, export_format: str) -> Path:
-    """Where a run's export lies: ``merged`` is the safetensors folder, and the other formats stand
-    beside it.
-    """
+    """Return the folder of an export: ``merged`` for safetensors, else ``export-<format>``."""
     return run / (MERGED if export_format == _MERGED_FORMAT else f"{_EXPORT}-{export_format}")
 
 
 def is_export_folder(folder: Path) -> bool:
-    """Whether a folder of a run has the name of an export."""
+    """Tell whether a folder of a run has the name of an export."""
     return folder.name == MERGED or (
         folder.name.startswith(f"{_EXPORT}-") and not folder.name.endswith(".tmp")
     )
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name; None for any other name."""
+    """Return the step in a checkpoint folder's name; None for any other name."""
     match = _CHECKPOINT.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def state_file(rank: int, world_size: int) -> str:
-    """A rank's share of master weights and moments."""
+    """Return the name of the file with a rank's share of master weights and moments."""
     return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def is_state_file(name: str) -> bool:
-    """Whether a file of a checkpoint holds a rank's share."""
+    """Tell whether a file of a checkpoint holds a rank's share of master weights and moments."""
     return fnmatchcase(name, STATE_FILES)
 
 
 def state_file_ranks(name: str) -> tuple[int, int] | None:
-    """Rank and number of ranks in a state file's name; None for any other name."""
+    """Return rank and number of ranks in a state file's name; None for any other name."""
     match = _STATE_FILE.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
-
-
-STATE_FILES = "optimizer-*.safetensors"

@@ -1,4 +1,8 @@
-"""One run a folder: a lock that the kernel drops when its holder dies, however it dies."""
+"""Locks that the kernel drops when their holder dies, however it dies (``flock``).
+
+Not filelock: it does not say which process holds a lock, takes a pipe in the place of the file, and
+where a file system has no flock it falls back to files that outlive a killed holder.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,25 @@ from llmtune.security.trust import open_lock
 _held: set[Path] = set()
 
 
+def try_lock(file: IO[str] | int) -> bool:
+    """Take the lock of an open file or folder, which is held until it is closed; False where
+    another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def wait_for_lock(file: IO[str] | int) -> None:
+    """Take the lock of an open file or folder, however long another process holds it."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
 @contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path`` for the length of the block.
+    """Hold the lock file of a run folder for the length of the block.
 
     Raises:
         CheckpointError: Another process holds it, or it cannot be made.
@@ -27,7 +47,7 @@ def hold_lock(path: Path) -> Iterator[None]:
     """
     with _take(path) as file:
         file.truncate(0)
-        # For whoever is refused. A full disk has no room for it.
+        # The process id is for the message of whoever is refused. A full disk has no room for it.
         with contextlib.suppress(OSError):
             os.write(file.fileno(), str(os.getpid()).encode())
         _held.add(path)
@@ -47,17 +67,15 @@ def _take(path: Path) -> IO[str]:
                 f"{path} cannot be written: {error.strerror}; free space there, or take another"
                 " output_dir="
             ) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(file):
             with file:
                 holder = file.read().strip() or "unknown"
             raise CheckpointError(
                 f"{path.parent}: another run is using this folder (process {holder}); "
                 "wait for it, or take another run_name= or output_dir="
-            ) from error
-        # Its holder may have removed it, with the folder, since it was opened here; then others
-        # take another file.
+            )
+        # Its last holder may have removed it, with the folder, since it was opened here. Then
+        # others lock another file of that name.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
@@ -66,11 +84,11 @@ def _take(path: Path) -> IO[str]:
 
 @contextmanager
 def removed_if_unused(path: Path) -> Iterator[None]:
-    """Leave no folder behind that a block made, took the lock of, and wrote nothing into before it
-    failed.
+    """Remove the folder that a block made and took the lock of, where it fails before it wrote
+    anything else.
 
-    It must still hold the lock then: another process may be in the folder, which has written no
-    more yet.
+    The block must still hold the lock then: another process may be in the folder, which has written
+    nothing else yet either.
     """
     was_there = path.parent.exists()
     try:

@@ -1,6 +1,4 @@
-"""JSON that somebody else wrote: whatever stands in it, reading it ends in a value of bounded depth
-or in a ``ValueError``.
-"""
+"""Parse JSON that somebody else wrote: into a value of bounded depth, or a ``ValueError``."""
 
 from __future__ import annotations
 
@@ -8,16 +6,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-# : Levels of lists and objects. Python gives up at about a thousand, in whatever function goes
-# through the value next.
+#: Levels of lists and objects. At about a thousand Python raises RecursionError, in whatever
+#: function walks through the value next.
 MAX_DEPTH = 128
-
 
 _DECODER = json.JSONDecoder()
 
 
 class DepthError(ValueError):
-    """Nested more deeply than anything that is meant."""
+    """JSON is nested more deeply than any that is meant to be read."""
 
     def __init__(self) -> None:
         super().__init__(f"nested too deeply (more than {MAX_DEPTH} levels)")
@@ -26,30 +23,34 @@ class DepthError(ValueError):
 def parse_json(
     text: str | bytes, on_object: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """As ``json.loads``.
+    """Parse a JSON document, as ``json.loads`` does.
 
     Args:
-        on_object: Makes an object of its names and values, such as one that refuses names that
-            stand twice.
+        on_object: Makes an object from its names and values, for example to refuse a name that is
+            there twice.
 
     Raises:
-        ValueError: It is no JSON, or :class:`DepthError`.
+        ValueError: It is no JSON, or is nested too deeply (:class:`DepthError`).
     """
     try:
         value = json.loads(text, object_pairs_hook=on_object)
     except RecursionError:
         raise DepthError from None
-    # Of what has fewer brackets than that, nothing needs to be looked at.
-    if (
-        text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else count_opening(text)
-    ) > MAX_DEPTH:
+    if isinstance(text, bytes):
+        opening = text.count(b"[") + text.count(b"{")
+    else:
+        opening = count_opening(text)
+    # Fewer brackets cannot be nested more deeply.
+    if opening > MAX_DEPTH:
         check_depth(value)
     return value
 
 
 def decode_json(text: str, start: int, decoder: json.JSONDecoder = _DECODER) -> tuple[Any, int]:
-    """The value that begins at a place of a text, and where it ends; as
-    ``json.JSONDecoder.raw_decode``.
+    """Parse the value that begins at ``start``, as ``json.JSONDecoder.raw_decode`` does.
+
+    Returns:
+        The value, and the index behind it.
 
     Raises:
         ValueError: As :func:`parse_json`.
@@ -64,25 +65,26 @@ def decode_json(text: str, start: int, decoder: json.JSONDecoder = _DECODER) -> 
 
 
 def count_opening(text: str, start: int = 0, end: int | None = None) -> int:
-    """Brackets that open, within texts too: no fewer than levels."""
+    """Count the opening brackets, those within texts too: at least as many as levels."""
     return text.count("[", start, end) + text.count("{", start, end)
 
 
 def check_depth(value: Any) -> None:
-    """Go down level by level; costs a microsecond for each list and object.
+    """Refuse a value that is nested too deeply; takes a microsecond per list and object.
 
     Raises:
         DepthError: A value of JSON is nested too deeply.
     """
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [
-            item
-            for holder in level
-            if isinstance(holder, list | dict)
-            for item in (holder.values() if isinstance(holder, dict) else holder)
-            if isinstance(item, list | dict)
-        ]
+        level = [item for container in level for item in _containers_in(container)]
         if not level:
             return
     raise DepthError
+
+
+def _containers_in(value: Any) -> list[Any]:
+    if not isinstance(value, list | dict):
+        return []
+    items = value.values() if isinstance(value, dict) else value
+    return [item for item in items if isinstance(item, list | dict)]

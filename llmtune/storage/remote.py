@@ -1,6 +1,4 @@
-"""Files at any URL that fsspec writes to: one attempt a call, read back and compared, and the
-patience around it.
-"""
+"""Copy files to and from any URL that fsspec writes to, verified; and retry what fails."""
 
 from __future__ import annotations
 
@@ -12,22 +10,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
-import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from llmtune.errors import ConfigError
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
-from llmtune.storage.manifest import flush
+from llmtune.storage.atomic import flush
+from llmtune.storage.hashing import hash_bytes, hash_stream
 from llmtune.storage.plain_json import parse_json
 
 T = TypeVar("T")
 
-#: How often a file is tried, and the wait after the first failure, which doubles each time.
+#: Attempts per file, and the wait after the first failed one, which doubles each time.
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 1.0
-
-_BLOCK_BYTES = 1 << 22
 
 #: Protocol -> package with its driver.
 DRIVERS = {
@@ -39,13 +35,13 @@ DRIVERS = {
 
 
 def check_protocol(url: str, key: str) -> None:
-    """Whether fsspec knows how such a URL is read, driver installed or not; no network is used.
+    """Refuse a URL of a protocol that fsspec does not know. Neither driver nor network is used.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: Its protocol is unknown.
     """
     protocol = url.split("::")[-1].partition("://")[0]
-    # Those that fsspec brings along or finds installed, and those that a program has registered.
+    # Protocols that fsspec knows by itself, and those that a program has registered.
     if "://" in url and protocol not in {*fsspec.available_protocols(), *fsspec.registry}:
         raise ConfigError(
             f"{key}={redact(url)}: {protocol}:// is not known; take a URL of fsspec such as"
@@ -54,18 +50,19 @@ def check_protocol(url: str, key: str) -> None:
 
 
 class PermanentCopyError(Exception):
-    """What is to be copied is not there, or not as its manifest says: trying again does not
-    help.
-    """
+    """The source is missing or does not match its manifest; retrying cannot help."""
 
 
-class Store:
-    """One place at a URL; paths are relative to it. Every method does one attempt."""
+class RemoteFolder:
+    """A folder at a URL; names are relative to it. Every method makes one attempt."""
 
     def __init__(self, url: str, label: str):
         """
         Args:
-            label: What an error names: the key and the URL without credentials.
+            label: Names the URL in errors: the key, and the URL without credentials.
+
+        Raises:
+            ConfigError: The protocol is unknown, or its driver is not installed.
         """
         protocol = url.split("::")[-1].partition("://")[0]
         package = DRIVERS.get(protocol)
@@ -76,36 +73,38 @@ class Store:
         try:
             self._driver, self.root = fsspec.url_to_fs(url)
         except Exception as error:
-            # Drivers raise classes of their own, here and in all that follows.
+            # Drivers raise their own classes, here and in all methods.
             raise ConfigError(
                 f"{label}: cannot be used: {redact(describe_error(error))}"
             ) from error
 
     @property
     def system(self) -> Any:
-        """The driver, made to forget its listings: others write there too."""
+        """The driver, with its cached listings dropped: other processes write there too."""
         self._driver.invalidate_cache()
         return self._driver
 
     def at(self, name: str) -> str:
-        """The driver's own path of a name."""
+        """Return the driver's path of a name."""
         return f"{self.root}/{name}"
 
     def read(self, name: str) -> bytes | None:
-        """A small file; None where there is none.
-
-        ``exists`` of fsspec takes a failing network for that, too.
-        """
+        """Read a small file; None where there is none."""
+        # fsspec's exists() also says no where the network fails.
         try:
             return bytes(self.system.cat_file(self.at(name)))
         except FileNotFoundError:
             return None
 
     def upload(self, open_source: Callable[[], BinaryIO], name: str, entry: dict[str, Any]) -> None:
-        """Write a file and read it back.
+        """Write a file, read it back and compare.
+
+        Args:
+            entry: Size and hash of the file, from its manifest.
 
         Raises:
-            PermanentCopyError: The source is not there, or not as ``entry`` says.
+            PermanentCopyError: The source is missing, or does not match ``entry``.
+            OSError: What was read back does not match.
         """
         path = self.at(name)
         with open_source() as source, self._create(path) as target:
@@ -122,7 +121,11 @@ class Store:
                 raise OSError(f"{name} reads back with other contents than it was written with")
 
     def download(self, name: str, target: Path, entry: dict[str, Any]) -> None:
-        """Write a file to the local disk, verified and flushed."""
+        """Write a file to the local disk, verified and flushed.
+
+        Raises:
+            OSError: What arrived does not match ``entry``.
+        """
         target.parent.mkdir(parents=True, exist_ok=True)
         with self.system.open(self.at(name), "rb") as source, target.open("wb") as file:
             received = hash_stream(source, file)
@@ -132,43 +135,40 @@ class Store:
         flush(target.parent)
 
     def list_checkpoints(self) -> list[tuple[int, str]]:
-        """Steps and names of checkpoints, complete or not."""
+        """List steps and names of the checkpoints there, complete or not."""
         try:
             paths = self.system.ls(self.root, detail=False)
         except FileNotFoundError:
             return []
-        found = ((layout.checkpoint_step(Path(path)), Path(path).name) for path in paths)
-        return [(step, name) for step, name in found if step is not None]
+        names = [Path(path).name for path in paths]
+        steps = [(layout.checkpoint_step(Path(name)), name) for name in names]
+        return [(step, name) for step, name in steps if step is not None]
 
     def unmark(self, name: str) -> None:
-        """From here on it is no complete checkpoint."""
+        """Remove the marker of a checkpoint, which is incomplete from then on."""
         with suppress(FileNotFoundError):
             self.system.rm_file(self.at(f"{name}/{layout.COMPLETE}"))
 
     def remove(self, name: str) -> None:
-        """Remove what lies under a name, the marker first, so that it is never half-gone with its
-        marker.
-        """
+        """Remove a checkpoint, its marker first, so that none is half-gone and marked complete."""
         self.unmark(name)
         with suppress(FileNotFoundError):
             self._remove_all(self.at(name))
 
     def _remove_all(self, folder: str) -> None:
-        """File by file.
-
-        ``rm`` of fsspec takes a name with ``*``, ``?`` or ``[`` for a pattern, and other runs go
-        with it.
-        """
+        # File by file: fsspec's rm takes a name with *, ? or [ for a pattern, and would remove
+        # other runs with it.
         if isinstance(self._driver, LocalFileSystem):
             self._driver.rm(folder, recursive=True)
             return
-        found = self.system.find(folder, withdirs=True, detail=True)
-        folders = {folder, *(path for path, entry in found.items() if entry["type"] == "directory")}
-        for path in found.keys() - folders:
+        entries = self.system.find(folder, withdirs=True, detail=True)
+        folders = {path for path, entry in entries.items() if entry["type"] == "directory"}
+        folders.add(folder)
+        for path in entries.keys() - folders:
             with suppress(FileNotFoundError):
                 self._driver.rm_file(path)
         for path in sorted(folders, reverse=True):
-            # Object stores have none.
+            # Object stores have no folders.
             with suppress(OSError, ValueError, NotImplementedError):
                 self._driver.rmdir(path)
 
@@ -176,16 +176,19 @@ class Store:
         try:
             return self.system.open(path, "wb")
         except FileNotFoundError:
-            # Only systems with real folders ask for the folder first.
+            # Only file systems with real folders need the folder first.
             self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
             return self.system.open(path, "wb")
 
 
 def list_files(marker: bytes, manifest: bytes) -> dict[str, dict[str, Any]]:
-    """Files with size and hash, once the manifest is known to be the marker's and to name nothing
-    outside its folder.
+    """Parse a manifest into the size and hash of each file, and check it.
+
+    Raises:
+        PermanentCopyError: It is not the manifest that the marker was written for, or names a file
+            outside its folder.
     """
-    if marker != hash_text(manifest):
+    if marker != marker_of(manifest):
         raise PermanentCopyError(
             f"{layout.MANIFEST} is not the one that {layout.COMPLETE} was written for"
         )
@@ -215,7 +218,14 @@ def list_files(marker: bytes, manifest: bytes) -> dict[str, dict[str, Any]]:
 
 
 def retry(act: Callable[..., T], *arguments: Any) -> T:
-    """Try several times, unless it cannot help."""
+    """Call ``act`` again where it raises, up to :data:`ATTEMPTS` times in all; waits double.
+
+    Not tenacity: for one policy of eight lines it would be a package more to pin and to trust.
+
+    Raises:
+        PermanentCopyError: At once, since trying again cannot help.
+        Exception: What the last attempt raised.
+    """
     for attempt in range(ATTEMPTS - 1):
         try:
             return act(*arguments)
@@ -227,31 +237,24 @@ def retry(act: Callable[..., T], *arguments: Any) -> T:
 
 
 def open_source(path: Path) -> BinaryIO:
-    """A local file to be copied; one that is gone cannot be waited for."""
+    """Open a local file to be copied.
+
+    Raises:
+        PermanentCopyError: It was removed meanwhile.
+    """
     try:
         return path.open("rb")
     except FileNotFoundError as error:
         raise PermanentCopyError("skipped, because it was pruned") from error
 
 
-def hash_stream(source: BinaryIO, target: BinaryIO | None = None) -> dict[str, Any]:
-    """Size and xxh3-128 of what is read, as a manifest has them, and copied on the way."""
-    digest, size = xxhash.xxh3_128(), 0
-    while block := source.read(_BLOCK_BYTES):
-        digest.update(block)
-        size += len(block)
-        if target is not None:
-            target.write(block)
-    return {"size": size, "xxh3_128": digest.hexdigest()}
-
-
-def hash_text(manifest: bytes) -> bytes:
-    """What a marker holds."""
-    return xxhash.xxh3_128(manifest).hexdigest().encode()
+def marker_of(manifest: bytes) -> bytes:
+    """Compute what the marker of a folder with this manifest holds."""
+    return hash_bytes(manifest).encode()
 
 
 def describe_error(error: BaseException) -> str:
-    """Its kind and text, on one line."""
-    return (
-        str(error) if isinstance(error, PermanentCopyError) else f"{type(error).__name__}: {error}"
-    )
+    """Return an error's class and text."""
+    if isinstance(error, PermanentCopyError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

@@ -1,24 +1,23 @@
-"""Large tensors are read and computed a few rows at a time: which rows make a block."""
+"""Cut large tensors into blocks of rows, which are read and computed one at a time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
-# : Elements of a block: 4 MiB in fp32. The C library holds several freed pieces of a size; larger
-# ones cost more memory, and no : time was won with them.
+#: Elements per block: 4 MiB in fp32. The C library keeps several freed pieces of each size, so that
+#: larger blocks take more memory; they were measured to be no faster.
 BLOCK_ELEMENTS = 1 << 20
 
-#: Of a block, unless the tensor has no more.
+#: Rows per block, unless the tensor has fewer.
 _LEAST_ROWS = 16
 
 
 def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows whose elements make a block; a scalar is one row.
+    """Yield the first row of each block and the row behind its last; a scalar is one row.
 
-    A last block of a few rows would be multiplied by another kernel, which sums in another order
-    than for the whole tensor. All others are of one length, so that the memory of one serves the
-    next.
+    All blocks but the last have one length, so that one's memory serves the next. The last has no
+    few rows only: the matrix kernels for those sum in another order than for the whole tensor.
     """
     rows = shape[0] if shape else 1
     most = min(rows, max(2 * _LEAST_ROWS, BLOCK_ELEMENTS // max(1, math.prod(shape[1:]))))

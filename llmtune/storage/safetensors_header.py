@@ -1,8 +1,7 @@
-"""The header of a safetensors file: an 8-byte little-endian length, then JSON with the type, shape
-and place of each tensor.
+"""Read the header of a safetensors file: type, shape and offset of each tensor.
 
-The format: https://github.com/huggingface/safetensors#format. Nothing in a header is believed that
-the file is too small for.
+The format (https://github.com/huggingface/safetensors#format): an 8-byte little-endian length, then
+JSON of that length, then the data. A header that reaches beyond the file is refused.
 """
 
 from __future__ import annotations
@@ -13,26 +12,26 @@ from typing import Any
 
 from llmtune.storage.plain_json import parse_json
 
-#: The library reads no longer one either.
+#: As the library's own limit.
 MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class HeaderEntry:
-    """One tensor."""
+    """One tensor of a file."""
 
     kind: str
-    """Its type, as safetensors calls it."""
+    """Its type, as safetensors calls it; see :data:`llmtune.storage.dtypes.TYPES`."""
     shape: tuple[int, ...]
     start: int
-    """Byte of the file where its data begins."""
+    """Offset of its data in the file, in bytes."""
 
 
 def read_header(file: Path) -> dict[str, HeaderEntry]:
-    """Every tensor of a file, in its order.
+    """Read the entries of all tensors of a file, by name, in the file's order.
 
     Raises:
-        ValueError: It is no whole safetensors file, with the reason.
+        ValueError: It is no complete safetensors file.
         OSError: It cannot be read.
     """
     size = file.stat().st_size
@@ -51,18 +50,16 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
 
 
 def _to_entry(name: str, about: Any, first: int, size: int) -> HeaderEntry:
-    given: dict[str, Any] = about if isinstance(about, dict) else {}
-    kind, shape, offsets = given.get("dtype"), given.get("shape", 0), given.get("data_offsets", 0)
-    if (
-        not isinstance(kind, str)
-        or not _are_counts(shape)
-        or not _are_counts(offsets)
-        or len(offsets) != 2
-    ):
+    values: dict[str, Any] = about if isinstance(about, dict) else {}
+    kind: Any = values.get("dtype")
+    shape: Any = values.get("shape")
+    offsets: Any = values.get("data_offsets")
+    has_offsets = _are_counts(offsets) and len(offsets) == 2
+    if not isinstance(kind, str) or not _are_counts(shape) or not has_offsets:
         raise ValueError(f"{name[:80]!r} has no type, shape and place")
     start, end = offsets
     if not start <= end <= size - first:
-        raise ValueError(f"{name[:80]!r} lies at the bytes {start} to {end} of {size - first}")
+        raise ValueError(f"{name[:80]!r} is at bytes {start} to {end} of {size - first}")
     return HeaderEntry(kind, tuple(shape), first + start)
 
 

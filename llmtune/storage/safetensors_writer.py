@@ -1,8 +1,7 @@
-"""Write safetensors one tensor at a time: the header from names, dtypes and shapes, then the data
-in order.
+"""Write safetensors files tensor by tensor: a header from names, dtypes and shapes, then the data.
 
-The format: an 8-byte little-endian header length, a JSON header padded with spaces to 8 bytes, the
-tensors' bytes.
+The format (https://github.com/huggingface/safetensors#format): an 8-byte little-endian header
+length, a JSON header padded with spaces to 8 bytes, the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -18,28 +17,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import xxhash
+
+from llmtune.storage.dtypes import to_safetensors
+from llmtune.storage.hashing import FileHash
+from llmtune.storage.layout import MODEL_INDEX, MODEL_WEIGHTS
 
 #: Bytes written and hashed at once.
 _BLOCK = 1 << 24
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-INDEX_FILE = "model.safetensors.index.json"
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What the header says of one tensor."""
+    """Name, dtype and shape of one tensor of a file."""
 
     name: str
     dtype: torch.dtype
@@ -47,13 +36,14 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size of its data."""
+        """Size of its data in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFile:
-    """One safetensors file; tensors are written in the order of the specs, whole or in pieces, and
-    hashed on the way.
+    """A safetensors file that is being written, and hashed on the way.
+
+    Tensors are written in the order of the specs, whole or a few rows at a time.
     """
 
     def __init__(
@@ -64,8 +54,10 @@ class TensorFile:
         header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         offset = 0
         for spec in self.specs:
+            kind = to_safetensors(spec.dtype)
+            assert kind is not None, f"{spec.name}: {spec.dtype} is not written"
             header[spec.name] = {
-                "dtype": DTYPE_NAMES[spec.dtype],
+                "dtype": kind,
                 "shape": list(spec.shape),
                 "data_offsets": [offset, offset + spec.nbytes],
             }
@@ -73,28 +65,26 @@ class TensorFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._expected = 8 + len(text) + offset
-        self._size = 0
-        self._digest = xxhash.xxh3_128()
+        self._hash = FileHash()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._append(struct.pack("<Q", len(text)) + text)
 
     def write(self, tensor: torch.Tensor) -> None:
-        """Append a tensor, or the next piece of one."""
+        """Append a tensor, or the next rows of one."""
         data = tensor.detach().cpu().contiguous().reshape(-1)
         self._append(data.view(torch.uint8).numpy().data)
 
     @property
     def entry(self) -> dict[str, Any]:
-        """Size and hash of what was written, as a manifest has them."""
-        return {"size": self._size, "xxh3_128": self._digest.hexdigest()}
+        """Size and hash of what was written, as a manifest lists them."""
+        return self._hash.entry
 
     def _append(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
-            # Both give the interpreter free, so that training goes on in the main thread.
+            # Both release the interpreter's lock, so that the main thread trains meanwhile.
             written = os.write(self._file, view[:_BLOCK])
-            self._digest.update(view[:written])
-            self._size += written
+            self._hash.update(view[:written])
             view = view[written:]
 
     def __enter__(self) -> TensorFile:
@@ -103,29 +93,29 @@ class TensorFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        """Flush to the disk; a file that is not as long as its header says is an error of ours."""
+        """Flush to the disk; a file of another length than its header says is a bug."""
         try:
             if kind is None:
                 os.fsync(self._file)
         finally:
             os.close(self._file)
         if kind is None:
-            assert self._size == self._expected, (
-                f"{self.path}: {self._size} bytes written, {self._expected} announced"
+            assert self._hash.size == self._expected, (
+                f"{self.path}: {self._hash.size} bytes written, {self._expected} announced"
             )
 
 
 def plan_shards(
     specs: list[TensorSpec], max_shard_bytes: int
 ) -> list[tuple[str, list[TensorSpec]]]:
-    """File names as transformers uses them, and the tensors of each; a tensor is never split."""
+    """Divide tensors among files named as transformers names them; a tensor is never split."""
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:
         if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
             shards.append([])
         shards[-1].append(spec)
     if len(shards) == 1:
-        return [("model.safetensors", shards[0])]
+        return [(MODEL_WEIGHTS, shards[0])]
     count = len(shards)
     return [
         (f"model-{number:05d}-of-{count:05d}.safetensors", shard)
@@ -134,13 +124,13 @@ def plan_shards(
 
 
 def write_index(folder: Path, shards: list[tuple[str, list[TensorSpec]]]) -> None:
-    """``model.safetensors.index.json`` where there is more than one file."""
+    """Write ``model.safetensors.index.json`` where there is more than one file."""
     if len(shards) > 1:
-        (folder / INDEX_FILE).write_text(describe_shards(shards))
+        (folder / MODEL_INDEX).write_text(describe_shards(shards))
 
 
 def describe_shards(shards: list[tuple[str, list[TensorSpec]]]) -> str:
-    """The index's text."""
+    """Return the text of the index: the total size, and the file of each tensor."""
     total = sum(spec.nbytes for _, specs in shards for spec in specs)
     weight_map = {spec.name: name for name, specs in shards for spec in specs}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)

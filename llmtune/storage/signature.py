@@ -1,14 +1,13 @@
-"""Signatures of published folders: ``manifest.json.sig`` beside the manifest, 64 bytes of ed25519
-(RFC 8032) over its bytes.
+"""Sign published folders, and verify their signatures.
 
-The hashes of a manifest, xxh3-128, find damage; whoever wants to can make another file with the
-same one. So a manifest that is signed also lists the SHA-256 of every file, and a signature without
-them is not one of the folder.
+``manifest.json.sig`` is an ed25519 signature (RFC 8032, 64 bytes) of the manifest's bytes. The
+hashes of a manifest, xxh3-128, find damage, but another file with the same hash can be made on
+purpose. So a signed manifest also lists the SHA-256 of every file; without them its signature says
+nothing about the files.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import ConfigError
 from llmtune.storage import layout
+from llmtune.storage.hashing import sha256_file
 from llmtune.storage.plain_json import parse_json
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _SHA256 = "sha256"
 _HASHING_THREADS = 4
-_BLOCK_BYTES = 1 << 22
 _MAKE = (
     "openssl genpkey -algorithm ed25519 -out KEY.pem && openssl pkey -in KEY.pem -pubout -out"
     " PUBLIC.pem"
@@ -34,7 +33,7 @@ _MAKE = (
 
 
 class Signer:
-    """A private key, read once: it may be gone or another one before the run's last checkpoint."""
+    """A private key, read once: its file may change before the run's last checkpoint."""
 
     def __init__(self, path: Path):
         """
@@ -44,12 +43,12 @@ class Signer:
         self._key = _read_private_key(path)
 
     def sign(self, manifest: bytes) -> bytes:
-        """The signature of a manifest."""
+        """Sign a manifest."""
         return self._key.sign(manifest)
 
 
 def read_signer(path: str | None) -> Signer | None:
-    """The key of ``checkpoint.sign``; None where nothing is to be signed.
+    """Read the key of ``checkpoint.sign``; None where nothing is to be signed.
 
     Raises:
         ConfigError: As :class:`Signer`.
@@ -57,22 +56,20 @@ def read_signer(path: str | None) -> Signer | None:
     return None if path is None else Signer(Path(path).expanduser())
 
 
-def with_sha256(folder: Path, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Files of a manifest with the SHA-256 of each; what has one already is not read again."""
+def add_sha256(folder: Path, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add the SHA-256 to the entry of every file of a manifest that has none yet."""
     missing = [name for name, entry in files.items() if _SHA256 not in entry]
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        found = dict(
-            zip(missing, pool.map(sha256_of, (folder / name for name in missing)), strict=True)
-        )
-    return {
-        name: {**entry, _SHA256: found[name]} if name in found else entry
-        for name, entry in files.items()
-    }
+        hashes = pool.map(sha256_file, [folder / name for name in missing])
+        added = {name: {_SHA256: value} for name, value in zip(missing, hashes, strict=True)}
+    return {name: {**entry, **added.get(name, {})} for name, entry in files.items()}
 
 
 def find_forgery(folder: Path, public_key: Path) -> list[str]:
-    """What is not as whoever has the private key signed it; empty where all of it is. Reads every
-    file.
+    """Compare a folder with what the owner of the key signed; reads every file.
+
+    Returns:
+        Every difference; none for a folder as it was signed.
 
     Raises:
         ConfigError: There is no ed25519 public key in ``public_key``.
@@ -110,7 +107,7 @@ def find_forgery(folder: Path, public_key: Path) -> list[str]:
 
 
 def read_public_key(path: Path) -> Ed25519PublicKey:
-    """``key=PUBLIC.pem``.
+    """Read the public key of ``key=PUBLIC.pem``.
 
     Raises:
         ConfigError: The file holds no ed25519 public key.
@@ -127,21 +124,14 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     return key
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _compare(folder: Path, name: str, expected: str) -> str | None:
     try:
-        found = sha256_of(folder / name)
+        actual = sha256_file(folder / name)
     except (OSError, ValueError) as error:
         return f"{name} cannot be read ({error})"
-    return None if found == expected else f"{name} is not the file that was signed (sha256 {found})"
+    if actual != expected:
+        return f"{name} is not the file that was signed (sha256 {actual})"
+    return None
 
 
 def _read_private_key(path: Path) -> Ed25519PrivateKey:
@@ -172,8 +162,8 @@ def _load(path: Path, name: str, what: str, load: Callable[[bytes], Any]) -> Any
             f" read it: openssl pkey -in {path} -out KEY.pem"
         ) from error
     except Exception as error:
-        # Of the library's own kinds, which differ from version to version; none of them may show
-        # what stands in the file.
+        # The library's error classes differ from version to version. None of their texts is shown:
+        # they may quote the file.
         raise ConfigError(
             f"{name}={path}: not a {what} key in PEM; make a pair with: {_MAKE}"
         ) from error

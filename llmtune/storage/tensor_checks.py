@@ -1,6 +1,4 @@
-"""What hashes cannot tell: whether the tensors of a file are numbers, and whether an adapter was
-trained at all.
-"""
+"""Check what hashes cannot tell: that tensors are finite, and that an adapter was trained."""
 
 from __future__ import annotations
 
@@ -12,19 +10,26 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-#: Bytes looked at in one piece, unless one row is larger.
+from llmtune.storage.dtypes import TYPES
+
+#: Bytes compared at once, unless one row is larger.
 BLOCK_BYTES = 64 << 20
 
-# : Dtypes, as safetensors spells them, that can hold NaN or infinity -> bytes of an element as it
-# is compared.
-_FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 4, "F8_E5M2": 4, "F8_E8M0": 4}
+#: Bytes of a number as it is compared: torch compares 8-bit floats as fp32 only. F8_E8M0 holds
+#: scales, and no weights.
+_FLOATING = {name: max(kind.nbytes, 2) for name, kind in TYPES.items() if kind.is_floating}
+_FLOATING |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), 4)
 
-#: The half of a LoRA pair that starts at zero; of an embedding it is A.
+#: The matrix of a LoRA pair that peft initializes with zeros; for an embedding it is A.
 _ZERO_AT_START = ("lora_B", "lora_embedding_A")
 
 
-def check_tensors(file: Path) -> list[str]:
-    """Tensors that are not finite, by name; or why the file cannot be read. Memory: one block."""
+def find_bad_tensors(file: Path) -> list[str]:
+    """Find tensors that are not finite, or why the file cannot be read. Takes memory for one block.
+
+    Returns:
+        A sentence per tensor; none for a good file.
+    """
     problems = []
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -37,29 +42,31 @@ def check_tensors(file: Path) -> list[str]:
     return problems
 
 
-def check_adapter_trained(file: Path) -> list[str]:
-    """A LoRA adapter whose every ``lora_B`` is zero changes nothing: peft starts them there, so it
-    was never trained.
+def find_untrained_adapter(file: Path) -> list[str]:
+    """Find out whether every ``lora_B`` is still zero, as peft initializes it: it was not trained.
+
+    Returns:
+        A sentence where it is so, or where the file cannot be read; none for a good file.
     """
-    found = False
+    has_pairs = False
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 if any(part in name for part in _ZERO_AT_START):
-                    found = True
+                    has_pairs = True
                     if any(bool(block.any()) for block in _blocks(tensors, name)):
                         return []
     except (OSError, SafetensorError) as error:
         return [f"{file.name} cannot be read ({error})"]
     return (
         [f"{file.name}: every lora_B is zero, so the adapter changes nothing: it was not trained"]
-        if found
+        if has_pairs
         else []
     )
 
 
 def _blocks(tensors: Any, name: str) -> Iterator[torch.Tensor]:
-    """A floating tensor by blocks of rows, in a dtype that torch can compare."""
+    """Yield a floating tensor as blocks of rows, in a dtype that torch can compare."""
     piece = tensors.get_slice(name)
     shape, itemsize = piece.get_shape(), _FLOATING.get(piece.get_dtype())
     if itemsize is None or 0 in shape:
@@ -73,15 +80,13 @@ def _blocks(tensors: Any, name: str) -> Iterator[torch.Tensor]:
 
 
 def _comparable(block: torch.Tensor) -> torch.Tensor:
-    """torch compares no 8-bit floats."""
+    # torch does not compare 8-bit floats.
     return block.float() if block.dtype.itemsize == 1 else block
 
 
 def _not_finite(block: torch.Tensor) -> str | None:
-    """``NaN`` or ``infinity``.
-
-    Extremes carry both, in a fraction of the time of ``isfinite`` and without a copy.
-    """
+    """Name what is not finite in a block: ``NaN`` or ``infinity``."""
+    # Extremes carry both, in a fraction of the time of isfinite and without a copy.
     low, high = (float(value) for value in torch.aminmax(block))
     if math.isnan(low) or math.isnan(high):
         return "NaN"

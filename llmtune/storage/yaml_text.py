@@ -1,4 +1,4 @@
-"""Values as YAML that reads back as they were, which PyYAML alone does not write for every text."""
+"""Write values as YAML that reads back unchanged; PyYAML alone does not for every text."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import Any
 
 import yaml
 
-# : Line ends of Unicode. PyYAML writes them as they are into a quoted text, and reads a line end
-# there as a space.
+#: Line ends of Unicode. PyYAML does not escape them in quoted text, where it reads them as a space.
 _LINE_ENDS = frozenset("\x85\u2028\u2029")
 
 
 class _Dumper(yaml.SafeDumper):
-    """As PyYAML's, with such texts in double quotes, where it escapes them."""
+    """PyYAML's dumper, with such texts in double quotes, where it escapes them."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -24,7 +23,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def to_yaml(values: Any, width: float = 80) -> str:
-    """Dictionaries, lists and plain values as a YAML document, keys in their order.
+    """Write dictionaries, lists and plain values as a YAML document, keys in their order.
 
     Args:
         width: Columns after which lines are folded.

@@ -1,1 +1,1 @@
-"""Looking on: metrics file, console, loss plot, W&B, behind one small interface."""
+"""What a run reports: metrics file, console, loss plot, experiment trackers."""

@@ -1,4 +1,4 @@
-"""What a person sees: the page before step 1, one progress line, tables."""
+"""The user's terminal: lines, tables, the page before step 1, and one progress line."""
 
 from __future__ import annotations
 
@@ -21,39 +21,42 @@ PLAIN_INTERVAL_SECONDS = 10.0
 
 
 class Console:
-    """Writes to the user's terminal, wherever the libraries' output was sent; silent on all ranks
-    but the first.
+    """Writes to the user's terminal, which the libraries' output does not reach.
 
-    Secrets and controls are taken out of texts, not of what is written: a table breaks them over
-    lines, and has colors.
+    Secrets and control characters are removed from each text before it is laid out: in a finished
+    table a secret may be broken over lines, and colors are control characters.
     """
 
     def __init__(self, stream: IO[str] | None):
+        """
+        Args:
+            stream: The terminal; None on all ranks but the first, which are silent.
+        """
         self.is_heard = stream is not None
-        """Whether anybody reads it."""
+        """Whether there is a terminal to write to."""
         opened = stream or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
-        self._out = cast("IO[str]", _Lasting(opened))
+        self._out = cast("IO[str]", _LastingStream(opened))
         self._rich = RichConsole(file=self._out, highlight=False, soft_wrap=True)
         self._line_open = self._line_passes = False
-        # : Threads that say what is under way write between the lines of others. A signal's handler
-        # may come in between.
+        # Other threads show their status in between. Reentrant, since a signal's handler may write
+        # while the main thread does.
         self._lock = threading.RLock()
         self.said_at = time.monotonic()
-        """When something was last written."""
+        """The ``time.monotonic()`` of the last line."""
 
     @property
     def is_terminal(self) -> bool:
-        """Whether a line can be written over."""
+        """Whether a line can be overwritten."""
         return self._rich.is_terminal
 
     def say(self, text: str) -> None:
-        """One line or paragraph."""
+        """Write a line or a paragraph."""
         with self._writing():
             self._close_line()
             self._rich.print(to_terminal(text), markup=False)
 
     def page(self, title: str, rows: dict[str, str]) -> None:
-        """A titled list of names and values."""
+        """Write a title, and a list of names and values."""
         width = max(map(len, rows), default=0)
         with self._writing():
             self._close_line()
@@ -63,7 +66,7 @@ class Console:
             self._rich.print()
 
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
-        """Columns side by side."""
+        """Write a table; its columns share the width."""
         table = Table(
             title=to_terminal(title), show_lines=True, width=None if self.is_terminal else 120
         )
@@ -76,10 +79,10 @@ class Console:
             RichConsole(file=self._out, width=None if self.is_terminal else 120).print(table)
 
     def progress(self, text: str, passing: bool = False) -> None:
-        """The progress line: written over on a terminal, a line of its own elsewhere.
+        """Show the progress line: it replaces the last one on a terminal, and is new elsewhere.
 
         Args:
-            passing: On a terminal it goes as soon as there is another line.
+            passing: On a terminal, remove it as soon as another line is written.
         """
         with self._writing():
             if self.is_terminal:
@@ -90,7 +93,7 @@ class Console:
                 self.say(text)
 
     def clear_passing(self) -> None:
-        """Take a passing line off a terminal."""
+        """Remove a passing progress line from a terminal."""
         with self._writing():
             if self._line_passes:
                 self._close_line()
@@ -108,16 +111,16 @@ class Console:
             self._line_open = self._line_passes = False
 
 
-class _Lasting:
-    """A stream whose reader may go away, as ``tee`` does at Ctrl-C: that must cost neither the run
-    nor its last save.
+class _LastingStream:
+    """A stream that ignores a closed pipe (``llmtune | tee log`` and Ctrl-C), so that the run can
+    still save.
     """
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """As the stream's own."""
+        """Write to the stream, or to nowhere once its reader is gone."""
         try:
             return self._stream.write(text)
         except OSError:
@@ -125,14 +128,14 @@ class _Lasting:
             return len(text)
 
     def flush(self) -> None:
-        """As the stream's own."""
+        """Flush the stream, if it still has a reader."""
         try:
             self._stream.flush()
         except OSError:
             self._give_up()
 
     def _give_up(self) -> None:
-        """From here on into the void, for what is still in the buffer too."""
+        # Whatever is still in the buffer goes to /dev/null too.
         void = os.open(os.devnull, os.O_WRONLY)
         os.dup2(void, self._stream.fileno())
         os.close(void)
@@ -142,18 +145,18 @@ class _Lasting:
 
 
 class ProgressLine:
-    """Step, loss, speed, time left, memory."""
+    """Shows step, loss, speed, time left and memory of a run."""
 
     def __init__(self, console: Console, total_steps: int):
         self._console = console
         self._total = total_steps
-        # : Time and step of the first record: what comes before it, such as the first evaluation,
-        # comes once.
+        # Time and step of the first record. What came before it, such as the first evaluation,
+        # happens once, and says nothing about the speed.
         self._first: tuple[float, int] | None = None
         self._shown = float("-inf")
 
     def log(self, record: Record) -> None:
-        """Show a training record now and then, an evaluation always."""
+        """Show a training record from time to time, and every evaluation."""
         if "eval_loss" in record:
             self._console.say(
                 f"step {record['step']}/{self._total}  held-out loss {record['eval_loss']:.4f}  "
@@ -181,4 +184,4 @@ class ProgressLine:
         return format_seconds((now - began) / max(step - first, 1) * (self._total - step))
 
     def finish(self) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""

@@ -1,6 +1,4 @@
-"""``metrics.jsonl``: one object a line, numbers unrounded, never a line beyond the step that the
-run stands at.
-"""
+"""Write and read ``metrics.jsonl``: one object per line, numbers unrounded."""
 
 from __future__ import annotations
 
@@ -10,34 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import CheckpointError
-from llmtune.storage.atomic import write_whole
+from llmtune.storage.atomic import write_atomically
 from llmtune.storage.plain_json import parse_json
 from llmtune.track.tracker import Record
 
 
 class MetricsFile:
-    """Appends records; each line is on its way to the disk before the next step begins.
+    """Appends records; each line is handed to the kernel before the next step begins.
 
-    JSON has no infinity: a loss or norm that is not finite is null.
+    JSON has no infinity: a loss or norm that is not finite is written as null.
     """
 
     def __init__(self, path: Path):
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, record: Record) -> None:
-        """One line."""
+        """Append a line.
+
+        Raises:
+            CheckpointError: The disk refused.
+        """
         finite = {key: value if _is_finite(value) else None for key, value in record.items()}
         try:
             self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            # Not left out like other trackers: every step has a line, or the run ends.
+            # Unlike other trackers it is not dropped: every step has a line, or the run ends.
             raise CheckpointError(
                 f"{self._file.name} cannot be written: {error.strerror}"
             ) from error
 
     def finish(self) -> None:
-        """Close."""
+        """Close the file."""
         self._file.close()
 
 
@@ -46,9 +48,11 @@ def _is_finite(value: Any) -> bool:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Every whole line; a half-written one, as a crash leaves it, is passed over."""
+    """Read the records; a half-written line, as a crash leaves it, is skipped."""
+    if not path.is_file():
+        return []
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             record = parse_json(line)
         except ValueError:
@@ -59,12 +63,14 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop half-written lines, and what lies beyond ``step`` because its checkpoint was never
-    written.
+    """Remove the lines after ``step``, from which the run resumes, and half-written ones.
+
+    Raises:
+        OSError: The disk refused; the file is unchanged.
     """
     if not path.is_file():
         return
     kept = "".join(
         json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step
     )
-    write_whole(path, kept)
+    write_atomically(path, kept)

@@ -1,4 +1,4 @@
-"""``loss.png``: training and held-out loss over the steps."""
+"""Draw ``loss.png``: training and held-out loss over the steps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from llmtune.track.metrics import read_metrics
 
 
 def write_loss_plot(metrics: Path, picture: Path, title: str) -> None:
-    """Draw the curves of a metrics file; nothing where it has no training line yet."""
-    # Not pyplot, which looks for a screen and keeps every figure.
+    """Draw the curves of a metrics file; draws nothing before the first training record."""
+    # pyplot would look for a screen, and keep every figure.
     from matplotlib.figure import Figure
 
     records = read_metrics(metrics)

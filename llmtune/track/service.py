@@ -1,4 +1,4 @@
-"""What the program asks of an experiment tracker, and which trackers there are."""
+"""The registry of experiment trackers: each service says how a run is opened at it."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from llmtune.config.schema import TrackerConfig
 from llmtune.registry import Registry
 from llmtune.track.tracker import Tracker
 
-#: ``tracker.kind`` of a run that only writes its own files.
+#: ``tracker.kind`` of a run that writes its own files only.
 NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedRun:
-    """What a tracker is told about a run."""
+    """A run, as a tracker is told about it."""
 
     config: TrackerConfig
     folder: Path
     name: str
     settings: dict[str, Any]
-    """The resolved configuration, as plain values; a tracker takes the secrets out of it."""
+    """The resolved configuration as plain values; a tracker must redact secrets."""
     say: Callable[[str], None]
     """Shows a line to the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Service:
-    """One kind of tracker."""
+    """A kind of experiment tracker."""
 
     name: str
-    """As ``tracker=`` takes it."""
+    """The value of ``tracker=``."""
     title: str
-    """What people call it."""
+    """Its name for people."""
     open: Callable[[TrackedRun], Tracker]
-    """Called once, in rank 0; where it raises, the run goes on without."""
+    """Called once, on rank 0; where it raises, the run continues without the tracker."""
 
 
 SERVICES: Registry[Service] = Registry("tracker.kind", "llmtune.track.services", also=(NONE,))

@@ -1,6 +1,4 @@
-"""What is under way, told where nothing was said for a while: nobody should wonder whether a
-command hangs.
-"""
+"""Show what a command is doing after a while of silence, so that nobody thinks it hangs."""
 
 from __future__ import annotations
 
@@ -12,17 +10,16 @@ from types import TracebackType
 from llmtune.track.console import Console
 from llmtune.units import format_seconds
 
-# : Seconds of silence before the first line, and the most between two lines about one thing; in
-# between they double.
+#: Seconds of silence before the first line about an activity. Later waits double, up to the second.
 QUIET_SECONDS, MOST_SECONDS = 5.0, 60.0
 _POLL_SECONDS = 0.5
 
 
 class Status:
-    """Watches a console in a thread of its own, until the block ends.
+    """Watches a console from a thread until the block ends, and shows the current activity.
 
-    A line says what is done and for how long. On a terminal it is written over by the next line;
-    elsewhere, where each line stays, a thing that takes long gets fewer and fewer of them.
+    A line names the activity and its duration. On a terminal the next line replaces it. Elsewhere
+    lines stay, so that a long activity gets fewer and fewer of them.
     """
 
     def __init__(
@@ -33,8 +30,8 @@ class Status:
     ):
         """
         Args:
-            doing: What is done, such as ``loading the model``. Asked for again and again where it
-                is a function; None where there is nothing to say.
+            doing: The activity, such as ``loading the model``, or a function that returns the
+                current one, None for none.
         """
         self.doing = doing
         self._console = console
@@ -57,14 +54,16 @@ class Status:
         self._console.clear_passing()
 
     def _watch(self) -> None:
-        told, since, patience = None, time.monotonic(), self._quiet
+        activity: str | None = None
+        since, wait_seconds = time.monotonic(), self._quiet
         while not self._ended.wait(min(_POLL_SECONDS, self._quiet / 2)):
             doing = self.doing if isinstance(self.doing, str) else self.doing()
             now = time.monotonic()
-            if doing != told:
-                told, since, patience = doing, now, self._quiet
-            if doing is None or now - max(self._console.said_at, since) < patience:
+            if doing != activity:
+                activity, since, wait_seconds = doing, now, self._quiet
+            silent_seconds = now - max(self._console.said_at, since)
+            if activity is None or silent_seconds < wait_seconds:
                 continue
-            self._console.progress(f"{doing} ... {format_seconds(now - since)}", passing=True)
+            self._console.progress(f"{activity} ... {format_seconds(now - since)}", passing=True)
             if not self._console.is_terminal:
-                patience = min(2 * patience, MOST_SECONDS)
+                wait_seconds = min(2 * wait_seconds, MOST_SECONDS)

@@ -1,6 +1,6 @@
-"""The interface of everything that looks on.
+"""The interface of everything that receives a run's records.
 
-A tracker never stops a run: what it raises is noted and it is left out.
+A tracker never stops a run: one that raises is logged and dropped.
 """
 
 from __future__ import annotations
@@ -18,23 +18,27 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Sees every record of rank 0, in order."""
+    """Receives every record of rank 0, in order."""
 
     def log(self, record: Record) -> None:
-        """One record."""
+        """Take a record."""
 
     def finish(self) -> None:
-        """The run has ended, well or not."""
+        """Close; called when the run has ended, successfully or not."""
 
 
 class Trackers:
-    """Several trackers as one; a failing one is dropped with a note in the log."""
+    """Several trackers as one; one that fails is logged and dropped."""
 
     def __init__(self, trackers: Sequence[Tracker]):
         self._trackers = list(trackers)
 
     def log(self, record: Record) -> None:
-        """Hand the record to each."""
+        """Pass the record to each tracker.
+
+        Raises:
+            LlmtuneError: From a tracker that must not be dropped.
+        """
         for tracker in list(self._trackers):
             try:
                 tracker.log(record)
@@ -44,7 +48,7 @@ class Trackers:
                 self._drop(tracker)
 
     def finish(self) -> None:
-        """Close each."""
+        """Close each tracker."""
         for tracker in list(self._trackers):
             try:
                 tracker.finish()
@@ -52,5 +56,5 @@ class Trackers:
                 self._drop(tracker)
 
     def _drop(self, tracker: Tracker) -> None:
-        log.exception("%s failed and is left out from here on", type(tracker).__name__)
+        log.exception("%s failed; the run continues without it", type(tracker).__name__)
         self._trackers.remove(tracker)

@@ -22,10 +22,11 @@ from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
-from llmtune.model.build import DTYPES, WeightsTo, build_model, sees_padding
+from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.storage import layout
+from llmtune.storage.dtypes import configured_dtype
 from llmtune.storage.signature import read_signer
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
@@ -102,7 +103,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model)
     )
     if config.data.packing:
-        dtype, vocabulary = DTYPES[config.precision], plan.shape.vocab_size
+        dtype, vocabulary = configured_dtype(config.precision.value), plan.shape.vocab_size
         check_module(module, collator, vocabulary, dtype, config.model.name_or_path)
     evaluator = HeldOutLoss(
         module,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -12,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmtune.checkpoint.find import find_checkpoints, is_complete
+from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.optimizer_files import state_specs
-from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
+from llmtune.checkpoint.retention import Retention, list_checkpoints, prune_checkpoints
 from llmtune.checkpoint.save import DiskRefusedError, PendingSave, SaveRequest, begin_save
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles, write_model_config
@@ -25,8 +24,9 @@ from llmtune.engine.distributed import all_reduce_any, all_reduce_sum, gather_ob
 from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
 from llmtune.storage import layout
-from llmtune.storage.atomic import write_whole
-from llmtune.storage.manifest import hash_file, publish, read_manifest, write_manifest
+from llmtune.storage.atomic import aside_path, link_or_copy, make_empty, write_atomically
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import is_complete, publish, read_manifest, write_manifest
 from llmtune.storage.signature import Signer
 from llmtune.track.tracker import Record
 from llmtune.train.loop import TrainingState
@@ -127,7 +127,7 @@ class CheckpointSaver:
         wanted = saves if limit is None else min(saves, limit + 1)
         if self.settings.on_disk_low is not OnDiskLow.stop:
             wanted = 1
-        present = len(list_kept(self.settings.run)) if limit is not None else 0
+        present = len(list_checkpoints(self.settings.run)) if limit is not None else 0
         self._check_disk(
             max(1, wanted - present),
             f"{counted(wanted, 'checkpoint')} of {format_bytes(self._bytes)}",
@@ -267,7 +267,7 @@ class CheckpointSaver:
                 )
             link_result(checkpoint, result, self.settings.signer)
             finished = {"step": progress.step, "tokens": progress.tokens, "best": self._best}
-            write_whole(run / layout.FINISHED, json.dumps(finished))
+            write_atomically(run / layout.FINISHED, json.dumps(finished))
             if self._best is not None:
                 self.say(
                     f"best {self._best['metric']}: {self._best['value']:.4f} at step"
@@ -300,8 +300,8 @@ class CheckpointSaver:
         """On rank 0, when a checkpoint is there: copy it elsewhere, and let older ones go."""
         run, retention = self.settings.run, self.settings.retention
         if self.mirror is not None:
-            gone = {kept.folder.name for kept in retention.to_remove(list_kept(run))}
-            self.mirror.put(folder, {kept.folder.name for kept in list_kept(run)} - gone)
+            gone = {kept.folder.name for kept in retention.to_remove(list_checkpoints(run))}
+            self.mirror.put(folder, {kept.folder.name for kept in list_checkpoints(run)} - gone)
         prune_checkpoints(run, retention, self._busy())
 
     def _busy(self) -> Container[Path]:
@@ -381,9 +381,8 @@ def link_result(checkpoint: Path, result: Path, signer: Signer | None = None) ->
     checkpoint's manifest.
     """
     manifest = read_manifest(checkpoint)
-    aside = result.with_name(result.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside = aside_path(result)
+    make_empty(aside)
     files = {
         name: entry
         for name, entry in manifest["files"].items()
@@ -391,14 +390,9 @@ def link_result(checkpoint: Path, result: Path, signer: Signer | None = None) ->
     }
     for name in files:
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(checkpoint / name, aside / name)
-        except OSError:
-            # No hard links on this file system.
-            shutil.copyfile(checkpoint / name, aside / name)
+        if not link_or_copy(checkpoint / name, aside / name):
             files[name] = hash_file(aside / name)
     write_manifest(
         aside, files, {"kind": "result", "from": checkpoint.name, "step": manifest["step"]}, signer
     )
-    shutil.rmtree(result, ignore_errors=True)
     publish(aside, result)

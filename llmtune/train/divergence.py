@@ -17,7 +17,7 @@ from llmtune.engine.distributed import gather_objects
 from llmtune.engine.train_module import StepResult, TrainModule
 from llmtune.errors import DivergedError, RollbackError
 from llmtune.storage import layout
-from llmtune.storage.atomic import read_json, write_whole
+from llmtune.storage.atomic import read_json, write_atomically
 
 #: Steps that a spike is measured against, and the fewest of them.
 _WINDOW, _FEWEST = 64, 16
@@ -83,7 +83,7 @@ class DivergenceMonitor:
                 " cause"
             )
         if self.module.rank.is_first:
-            write_whole(self._file, json.dumps(sorted({*self.skipped_steps, step})))
+            write_atomically(self._file, json.dumps(sorted({*self.skipped_steps, step})))
         raise RollbackError(
             f"{what}. Going back to the newest checkpoint; this step is left out on the way"
         )

@@ -10,7 +10,6 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from llmtune.checkpoint.find import is_complete
 from llmtune.config.schema import ScheduleConfig, TrainConfig
 from llmtune.data.load.loader import StepBatch, Steps
 from llmtune.draws import Draw, torch_seed
@@ -18,6 +17,7 @@ from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import StepResult, TrainModule
 from llmtune.errors import CheckpointError, DivergedError, StoppedError
 from llmtune.plan.plan import StepsPlan
+from llmtune.storage.manifest import is_complete
 from llmtune.track.tracker import Record, Trackers
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.line_sums import LineSums

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoint.find import find_checkpoints, restore_replaced
+from llmtune.checkpoint.find import find_checkpoints, restore_checkpoints
 from llmtune.checkpoint.mirror import fetch_remote, find_remote, read_place, read_remote
 from llmtune.checkpoint.trainer_state import check_draws, read_trainer_state
 from llmtune.config.schema import Config
@@ -33,7 +33,7 @@ def resume_point(
     wanted = config.resume_from_checkpoint
     if wanted == "none":
         return None
-    restore_replaced(folder.path)
+    restore_checkpoints(folder.path)
     if wanted != "auto":
         found = _own_since(folder, config, run_name, wanted, say) or _named(
             folder, config, run_name, wanted, say

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -15,8 +14,6 @@ from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from llmtune import __version__
 from llmtune.checkpoint.find import find_checkpoints, sweep_incomplete
@@ -28,7 +25,8 @@ from llmtune.plan.plan import StepsPlan
 from llmtune.security.redaction import redact, redact_values
 from llmtune.security.trust import check_links, close_run_folder
 from llmtune.storage import layout
-from llmtune.storage.atomic import read_json, write_whole
+from llmtune.storage.atomic import move_folder, read_json, write_atomically
+from llmtune.storage.hashing import short_hash
 from llmtune.track.metrics import cut_metrics, read_metrics
 
 #: What makes a run this run; anything else may differ between two starts.
@@ -177,8 +175,7 @@ class RunFolder:
                 step, resume_from
             ):
                 aside = folder.with_name(f"superseded-{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
+                move_folder(folder, aside)
                 notes.append(
                     f"{folder.name} is not on the way from {resume_from} and was renamed to"
                     f" {aside.name}"
@@ -187,13 +184,15 @@ class RunFolder:
         # Meant for a run that is no more.
         (self.path / layout.SAVE_REQUEST).unlink(missing_ok=True)
         cut_metrics(self.path / layout.METRICS, step)
-        write_whole(self.path / layout.CONFIG, dump_redacted(config))
-        write_whole(
+        write_atomically(self.path / layout.CONFIG, dump_redacted(config))
+        write_atomically(
             self.path / layout.OVERRIDES,
             "".join(f"- {json.dumps(redact(text))}\n" for text in overrides),
         )
-        write_whole(self.path / layout.PLAN, json.dumps(redact_values(plan), indent=1))
-        write_whole(self.path / layout.ENVIRONMENT, json.dumps(describe_environment(), indent=1))
+        write_atomically(self.path / layout.PLAN, json.dumps(redact_values(plan), indent=1))
+        write_atomically(
+            self.path / layout.ENVIRONMENT, json.dumps(describe_environment(), indent=1)
+        )
         return notes
 
     def first_left(self, step: int, resume_from: Path) -> int:
@@ -215,7 +214,7 @@ class RunFolder:
             if target.exists() or (text is None and not source.is_file()):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(target, source.read_bytes() if text is None else text)
+            write_atomically(target, source.read_bytes() if text is None else text)
 
     def read_began(self) -> dict[str, Any] | None:
         """``origin`` and ``step`` of the checkpoint that this run was told to begin from; None for
@@ -243,7 +242,7 @@ class RunFolder:
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Put them into the plan's file."""
         plan = {**self._read_plan(), "history": history}
-        write_whole(self.path / layout.PLAN, json.dumps(redact_values(plan), indent=1))
+        write_atomically(self.path / layout.PLAN, json.dumps(redact_values(plan), indent=1))
 
     def _read_plan(self) -> dict[str, Any]:
         """Empty where there is none that is whole."""
@@ -348,7 +347,7 @@ def fingerprint(config: Config) -> str:
     values = {
         key: value for key, value in _flatten(redact_config(config)).items() if is_identity(key)
     }
-    return xxhash.xxh3_64(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return short_hash(json.dumps(values, sort_keys=True, default=str).encode())
 
 
 def is_identity(key: str) -> bool:

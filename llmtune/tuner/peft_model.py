@@ -14,9 +14,9 @@ from llmtune.config.schema import TunerConfig
 from llmtune.draws import Draw, torch_seed
 from llmtune.errors import CheckpointError
 from llmtune.process import no_collection
+from llmtune.storage.layout import ADAPTER_WEIGHTS
 from llmtune.tuner.adapted_layers import choose_layers
 from llmtune.tuner.stored_adapter import (
-    WEIGHTS_FILE,
     read_adapter_config,
     with_peft_defaults,
 )
@@ -104,7 +104,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     _check_settings(model, folder)
-    file = folder / WEIGHTS_FILE
+    file = folder / ADAPTER_WEIGHTS
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:

@@ -17,13 +17,12 @@ from typing import Any
 from llmtune.config.schema import TunerConfig
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.security.trust import read_foreign
+from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.safetensors_header import read_header
 from llmtune.tuner.lora_settings import match_pattern
 from llmtune.tuner.pattern_limits import pattern_problem
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 _OLD_WEIGHTS_FILE = "adapter_model.bin"
 
 #: What peft's files put before the names of the model's own modules.
@@ -127,14 +126,14 @@ def read_stored_adapter(folder: Path) -> StoredAdapter:
         CheckpointError: There is no adapter, or its files cannot be read.
     """
     settings = with_peft_defaults(read_adapter_config(folder))
-    file = folder / WEIGHTS_FILE
+    file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         old = (
             f"; convert {_OLD_WEIGHTS_FILE} with peft's save_pretrained"
             if (folder / _OLD_WEIGHTS_FILE).is_file()
             else ""
         )
-        raise CheckpointError(f"{folder}: no {WEIGHTS_FILE} in it{old}")
+        raise CheckpointError(f"{folder}: no {ADAPTER_WEIGHTS} in it{old}")
     try:
         shapes = {name: entry.shape for name, entry in read_header(file).items()}
     except (OSError, ValueError) as error:
@@ -149,9 +148,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         CheckpointError: There is no adapter; or its settings have peft import a module, or match
             patterns that take years.
     """
-    file = folder / CONFIG_FILE
+    file = folder / ADAPTER_CONFIG
     if not file.is_file():
-        raise CheckpointError(f"{folder}: no adapter here (it has no {CONFIG_FILE})")
+        raise CheckpointError(f"{folder}: no adapter here (it has no {ADAPTER_CONFIG})")
     try:
         values = parse_json(read_foreign(file, CheckpointError))
     except ValueError as error:
@@ -272,7 +271,7 @@ def _targets(stored: StoredAdapter) -> str | list[str]:
 
 
 def _check_kind(stored: StoredAdapter) -> None:
-    settings, place = stored.settings, stored.folder / CONFIG_FILE
+    settings, place = stored.settings, stored.folder / ADAPTER_CONFIG
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{place}: peft_type is {settings.get('peft_type')}; only LORA adapters can be"
@@ -316,11 +315,11 @@ def _check_kind(stored: StoredAdapter) -> None:
     ]
     if strange:
         raise CheckpointError(
-            f"{stored.folder / WEIGHTS_FILE}: {len(strange)} tensors are no LoRA matrices of linear"
-            f" layers, such as {strange[0]}; {_MERGE}"
+            f"{stored.folder / ADAPTER_WEIGHTS}: {len(strange)} tensors are no LoRA matrices of"
+            f" linear layers, such as {strange[0]}; {_MERGE}"
         )
     if not stored.shapes:
-        raise CheckpointError(f"{stored.folder / WEIGHTS_FILE} holds no tensors")
+        raise CheckpointError(f"{stored.folder / ADAPTER_WEIGHTS} holds no tensors")
 
 
 def _is_scale(value: Any) -> bool:

@@ -19,13 +19,13 @@ import torch
 import transformers
 
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import Config, Precision
+from llmtune.config.schema import Config
 from llmtune.data.load.collate import Batch, Collator
 from llmtune.data.store.token_store import Row
 from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import LlmtuneError
-from llmtune.model.build import DTYPES, WeightsTo, build_model, sees_padding
+from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.plan.abilities import check_row_length, check_stage
 from llmtune.plan.batch_sizes import BatchPlan
@@ -177,7 +177,7 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
         module = build(config, shape, folder, kernel, rank)
         collator = Collator(0, masked=sees_padding(module.model))
         if packed:
-            check_module(module, collator, shape.vocab_size, DTYPES[Precision.fp32], family)
+            check_module(module, collator, shape.vocab_size, torch.float32, family)
     except LlmtuneError as error:
         return {**about, "refused": str(error), "code": error.exit_code}
     trained = {

@@ -25,12 +25,12 @@ from tests.joined import join_ranks
 def stand_in(rank: Rank, value: float) -> None:
     """One small tensor a rank in the place of a model's weights and states."""
 
-    def put_weights(_module: Any, _files: Any, outbox: Any) -> None:
-        outbox.start(f"model-{rank.rank}.safetensors", [TensorSpec("w", torch.float32, (8,))])
-        outbox.put(torch.full((8,), value))
+    def add_weights(_module: Any, _files: Any, writer: Any) -> None:
+        writer.start(f"model-{rank.rank}.safetensors", [TensorSpec("w", torch.float32, (8,))])
+        writer.add(torch.full((8,), value))
 
-    save.put_weights = put_weights
-    save.put_states = lambda *_: None
+    save.add_weights = add_weights
+    save.add_states = lambda *_: None
     save.optimizer_steps = lambda _: 1
     save.read_loss_scale = lambda _: {}
 
@@ -72,14 +72,14 @@ def refuse_on(number: int, rank: Rank, names: str) -> None:
         return original(path, flags, *rest, **more)
 
     os.open = refusing
-    write_whole = save.write_whole
+    write_atomically = save.write_atomically
 
     def refuse_small(path: Path, data: bytes) -> None:
         if path.name.startswith(("written", names)):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_whole(path, data)
+        write_atomically(path, data)
 
-    save.write_whole = refuse_small
+    save.write_atomically = refuse_small
 
 
 if __name__ == "__main__":

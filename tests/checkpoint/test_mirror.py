@@ -23,7 +23,8 @@ from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.mirror import Mirror, fetch_remote, find_remote
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.storage import layout, remote
-from llmtune.storage.manifest import check_undamaged, hash_file, mark_complete, write_manifest
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import check_undamaged, mark_complete, write_manifest
 from tests.support import ROOT
 
 TIMEOUT = 30
@@ -527,7 +528,7 @@ def test_the_same_checkpoint_here_already_is_taken_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = remote_checkpoint(tmp_path)
-    monkeypatch.setattr(remote.Store, "download", None)
+    monkeypatch.setattr(remote.RemoteFolder, "download", None)
     assert fetch_remote(url, tmp_path / "source") == tmp_path / "source" / "checkpoint-10"
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from llmtune.checkpoint.find import REPLACED, find_checkpoints, restore_replaced, sweep_incomplete
-from llmtune.checkpoint.retention import Retention, list_kept, prune_checkpoints
-from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
+from llmtune.checkpoint.find import find_checkpoints, restore_checkpoints, sweep_incomplete
+from llmtune.checkpoint.retention import Retention, list_checkpoints, prune_checkpoints
+from llmtune.storage.atomic import REPLACED
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import find_damage, mark_complete, write_manifest
+from llmtune.train.checkpointing import link_result
 
 
 def make(run: Path, step: int, **metrics: float) -> Path:
@@ -54,7 +57,7 @@ def test_a_full_disk_takes_older_ones_but_never_the_last_nor_what_is_being_copie
     (tmp_path / "checkpoint-4").mkdir()
     assert prune_checkpoints(tmp_path, Retention(), busy={folders[1]}, limit=0) == ["checkpoint-2"]
     assert left(tmp_path) == [1, 3]
-    assert [kept.step for kept in list_kept(tmp_path)] == [1, 3]
+    assert [kept.step for kept in list_checkpoints(tmp_path)] == [1, 3]
 
 
 def test_what_a_cut_off_save_left_is_swept_and_what_it_was_to_replace_comes_back(
@@ -72,7 +75,22 @@ def test_what_a_cut_off_save_left_is_swept_and_what_it_was_to_replace_comes_back
     # The replacement was finished, and only the removal of the old one was not.
     new: Any = (tmp_path / "checkpoint-5").rename(tmp_path / f"checkpoint-5{REPLACED}")
     make(tmp_path, 5, eval_loss=1.0)
-    restore_replaced(tmp_path)
+    restore_checkpoints(tmp_path)
     assert new.exists()
     assert sweep_incomplete(tmp_path) == [new.name]
-    assert list_kept(tmp_path)[0].metrics == {"eval_loss": 1.0}
+    assert list_checkpoints(tmp_path)[0].metrics == {"eval_loss": 1.0}
+
+
+@pytest.mark.parametrize("name", ["adapter", "model"])
+def test_a_result_whose_replacement_was_cut_off_comes_back(tmp_path: Path, name: str) -> None:
+    checkpoint = make(tmp_path, 5)
+    result = tmp_path / name
+    link_result(checkpoint, result)
+    old = result.rename(tmp_path / f"{name}{REPLACED}")
+    (tmp_path / f"{name}.tmp").mkdir()
+    restore_checkpoints(tmp_path)
+    assert find_damage(result) == []
+    assert not old.exists()
+    assert sweep_incomplete(tmp_path) == [f"{name}.tmp"]
+    link_result(checkpoint, result)
+    assert {path.name for path in tmp_path.iterdir()} == {name, checkpoint.name}

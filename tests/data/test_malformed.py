@@ -226,7 +226,8 @@ def test_a_bad_file_is_refused(name: str, tokenizer: Any, tmp_path: Path) -> Non
     with pytest.raises(DataError) as caught:
         prepare(tokenizer, tmp_path, source)
     assert str(caught.value).startswith(f"{tmp_path}/{message}")
-    assert not list((tmp_path / "data").rglob("*.tmp")), "nothing half made is left"
+    left = [path for path in tmp_path.rglob("*") if path.suffix in (".tmp", ".part")]
+    assert not left, "nothing half made is left"
 
 
 def test_there_are_enough_of_them() -> None:

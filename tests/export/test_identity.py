@@ -18,7 +18,8 @@ from llmtune.export.identity import (
     shaping_options,
 )
 from llmtune.export.pipeline import ExportRequest, run_export
-from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import mark_complete, write_manifest
 from tests.export.conftest import make_adapter
 
 #: Every option but the format with another value than its default.

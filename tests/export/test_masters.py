@@ -15,11 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.config.groups.export import ExportConfig, ExportDtype
-from llmtune.engine.optimizer_state import STATE_KEYS
 from llmtune.errors import ExportError
 from llmtune.export.model import ExportRequest, open_material
 from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources import master_weights
 from llmtune.export.sources.base import read_whole
 from llmtune.export.sources.master_weights import MastersSource, find_masters, has_masters
 from llmtune.storage.safetensors_writer import TensorSpec
@@ -235,8 +233,3 @@ def test_a_block_in_one_piece_is_no_copy(tmp_path: Path) -> None:
     scalar = PiecedTensor(TensorSpec("s", torch.float32, ()), (TensorSlice(0, values[7:8]),))
     assert torch.equal(next(scalar.blocks()), torch.tensor(7.0))
     assert find_gap([], 1) == "it has 1 elements, and 0 are there"
-
-
-def test_the_header_that_is_read_is_the_one_that_is_written() -> None:
-    """The names are llmtune.checkpoint's; were they changed there alone, nothing would be found."""
-    assert STATE_KEYS[0] == master_weights._MASTER

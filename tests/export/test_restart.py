@@ -96,7 +96,10 @@ def test_finished_shards_are_not_written_again(
     assert len(shards) > 3
     damaged = sorted(shards)[1]
     (tmp_path / "out.tmp" / damaged).write_bytes(b"not what was written")
+    (tmp_path / "out.tmp" / ".manifest.json.part").write_text("killed while it was written")
     run_export(request, config)
+    assert not find_damage(output)
+    assert not list(output.glob(".*"))
     again = {
         file.name
         for file in output.glob("*.safetensors")

@@ -17,12 +17,11 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
-from llmtune.checkpoint.find import is_complete
 from llmtune.errors import ExportError, MissingPrerequisiteError
 from llmtune.export.publish.folder import write_export
 from llmtune.export.publish.upload import UPLOADING, check_upload, upload_export
 from llmtune.storage import remote
-from llmtune.storage.manifest import check_undamaged
+from llmtune.storage.manifest import check_undamaged, is_complete
 from tests.support import run
 
 

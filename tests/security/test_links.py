@@ -20,8 +20,9 @@ from llmtune.export.preflight import check_exportable
 from llmtune.model import source
 from llmtune.security.trust import copy_foreign, find_objection, open_foreign
 from llmtune.storage import layout
+from llmtune.storage.hashing import hash_file
 from llmtune.storage.lock import hold_lock
-from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
+from llmtune.storage.manifest import mark_complete, write_manifest
 from llmtune.train.run_folder import open_run_folder
 from tests.export.conftest import make_adapter, make_base
 from tests.support import TINY

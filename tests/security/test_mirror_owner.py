@@ -10,7 +10,8 @@ import pytest
 
 from llmtune.checkpoint.mirror import Mirror, read_place
 from llmtune.storage import layout
-from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import mark_complete, write_manifest
 
 TIMEOUT = 30
 

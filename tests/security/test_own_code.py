@@ -16,7 +16,8 @@ from llmtune.config.stored import dump_yaml
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.own_code import find_own_code
 from llmtune.storage import layout
-from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import mark_complete, write_manifest
 from tests.export.conftest import make_adapter
 from tests.support import TINY
 

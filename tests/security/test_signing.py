@@ -18,7 +18,8 @@ from llmtune.cli.main import main
 from llmtune.errors import ConfigError
 from llmtune.export.publish.folder import write_export
 from llmtune.export.publish.upload import upload_export
-from llmtune.storage.manifest import find_damage, hash_file, mark_complete, write_manifest
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import find_damage, mark_complete, write_manifest
 from llmtune.storage.signature import Signer, find_forgery, read_public_key, read_signer
 from llmtune.train.checkpointing import link_result
 from tests.support import TINY, run_cli

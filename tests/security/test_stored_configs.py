@@ -18,7 +18,8 @@ from llmtune.config.keys import is_text, known_keys
 from llmtune.config.stored import dump_yaml, load_config, read_key, set_key
 from llmtune.errors import ConfigError
 from llmtune.storage import layout
-from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import mark_complete, write_manifest
 from tests.support import TINY
 
 SECRET = "planted-aws-secret"

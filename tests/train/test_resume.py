@@ -15,7 +15,8 @@ from llmtune.config.stored import dump_redacted
 from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import CheckpointError
 from llmtune.storage import remote
-from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.manifest import mark_complete, write_manifest
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from tests.support import TINY, losses, run_cli

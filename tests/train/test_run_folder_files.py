@@ -17,7 +17,7 @@ import pytest
 
 from llmtune.errors import CheckpointError
 from llmtune.storage import atomic, layout
-from llmtune.storage.atomic import read_json, write_whole
+from llmtune.storage.atomic import read_json, write_atomically
 from llmtune.storage.lock import hold_lock
 from llmtune.track.metrics import cut_metrics
 from llmtune.train.divergence import _read
@@ -53,7 +53,7 @@ def test_a_file_that_cannot_be_written_stays_what_it_was(
     last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "plan.json"
-    write_whole(file, "old")
+    write_atomically(file, "old")
 
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -64,7 +64,7 @@ def test_a_file_that_cannot_be_written_stays_what_it_was(
         else:
             patch.setattr(os, {"flush": "fsync", "replace": "replace"}[last], refuse)
         with pytest.raises(OSError, match="No space"):
-            write_whole(file, "new")
+            write_atomically(file, "new")
     assert file.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 

@@ -22,11 +22,10 @@ from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.run.adapter import adopt_adapter, check_adapter
+from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmtune.tuner.peft_model import add_lora, load_adapter
 from llmtune.tuner.stored_adapter import (
-    CONFIG_FILE,
     PEFT_DEFAULTS,
-    WEIGHTS_FILE,
     read_stored_adapter,
 )
 
@@ -147,7 +146,7 @@ def adopted(folder: Path | str, *overrides: str) -> Config:
 
 def change(folder: Path, **settings: Any) -> None:
     """Edit the settings of an adapter folder; None takes a key away."""
-    file = folder / CONFIG_FILE
+    file = folder / ADAPTER_CONFIG
     values = {**json.loads(file.read_text()), **settings}
     file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
@@ -247,9 +246,9 @@ def test_settings_of_the_future_are_refused_by_name(
 
 
 def edit(folder: Path, change_tensors: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     change_tensors(tensors)
-    save_file(tensors, folder / WEIGHTS_FILE)
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -329,15 +328,15 @@ def test_broken_folders_are_refused(base: Callable[[], Any], tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="no adapter here"):
         adopted(tmp_path / "none")
     folder = write(base(), tmp_path / "adapter")
-    data = (folder / WEIGHTS_FILE).read_bytes()
+    data = (folder / ADAPTER_WEIGHTS).read_bytes()
     for cut in (0, 7, 60):
-        (folder / WEIGHTS_FILE).write_bytes(data[:cut])
+        (folder / ADAPTER_WEIGHTS).write_bytes(data[:cut])
         with pytest.raises(CheckpointError, match="cannot be read as an adapter"):
             read_stored_adapter(folder)
-    (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+    (folder / ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="convert adapter_model.bin"):
         adopted(folder)
-    (folder / CONFIG_FILE).write_text("[1]")
+    (folder / ADAPTER_CONFIG).write_text("[1]")
     with pytest.raises(CheckpointError, match="holds no settings"):
         adopted(folder)
 

@@ -5,17 +5,16 @@ They name the prepared rows in the cache.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from llmtune.data.read.readers import load_hub
 from llmtune.data.read.sources import DataFile, Source, open_system
+from llmtune.storage.atomic import write_cache_file
+from llmtune.storage.hashing import hash_file, hash_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,17 +34,11 @@ _VERSION_KEYS = {
 }
 
 
-def digest(values: Any) -> str:
-    """A short hash of plain values."""
-    text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
-    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))[:24]
-
-
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Everything that shapes the ids: the tokenizer, its special tokens, its template."""
     backend: Any = tokenizer
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return digest([backend.backend_tokenizer.to_str(), tokenizer.chat_template, special])
+    return hash_json([backend.backend_tokenizer.to_str(), tokenizer.chat_template, special])
 
 
 def hash_files(files: Sequence[DataFile], source: Source, cache: Path) -> list[list[str]]:
@@ -81,7 +74,7 @@ def _identify_remote(url: str) -> str:
         for key, value in system.info(inner).items()
         if key.lower() in _VERSION_KEYS
     }
-    return digest([told, str(system.ukey(inner))])
+    return hash_json([told, str(system.ukey(inner))])
 
 
 def hash_content(path: Path, cache: Path) -> str:
@@ -89,18 +82,12 @@ def hash_content(path: Path, cache: Path) -> str:
     read.
     """
     stat = path.stat()
-    key = digest(
+    key = hash_json(
         [os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
     )
     memory = cache / "data" / "hashes" / key
-    if memory.is_file():
-        return memory.read_text()
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            state.update(block)
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    aside = memory.with_name(f"{key}.{os.getpid()}.tmp")
-    aside.write_text(state.hexdigest())
-    aside.rename(memory)
-    return state.hexdigest()
+    if memory.is_file() and (known := memory.read_text()):
+        return known
+    found = str(hash_file(path)["xxh3_128"])
+    write_cache_file(memory, found)
+    return found

@@ -4,10 +4,7 @@ beside it.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -62,22 +59,6 @@ class StoreSummary:
     def dropped(self) -> int:
         """Rows left out because they are too long."""
         return sum(count for _, count in self.overlong)
-
-
-@contextlib.contextmanager
-def publish_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write aside; it gets its name when it is whole."""
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        # Where another process published the same rows first, the rename fails and theirs are as
-        # good.
-        with contextlib.suppress(OSError):
-            aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:

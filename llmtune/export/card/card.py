@@ -36,9 +36,9 @@ from llmtune.export.model import ExportRequest
 from llmtune.export.usage import Usage, describe_usage
 from llmtune.security.redaction import redact, redact_values
 from llmtune.security.trust import read_foreign
+from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.yaml_text import to_yaml
-from llmtune.tuner.stored_adapter import WEIGHTS_FILE
 from llmtune.tuner.tuner import TUNERS
 
 CARD, CURVES = "README.md", "loss.png"
@@ -109,9 +109,7 @@ def _base_folders(request: ExportRequest, facts: Facts) -> list[Path]:
 def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name: str) -> Usage:
     base_config = _read_json(request.base / "config.json")
     settings = _read_json(folder / "config.json") or base_config
-    adapter = (
-        _read_json(request.adapter / "adapter_config.json") if request.adapter is not None else {}
-    )
+    adapter = _read_json(request.adapter / ADAPTER_CONFIG) if request.adapter is not None else {}
     base = request.base_name
     return Usage(
         folder=folder,
@@ -159,7 +157,7 @@ def _resized_rows(adapter: Path, base_config: dict[str, Any]) -> int | None:
     """
     from safetensors import safe_open
 
-    file = adapter / WEIGHTS_FILE
+    file = adapter / ADAPTER_WEIGHTS
     if not file.is_file():
         return None
     with safe_open(file, framework="pt") as tensors:

@@ -26,7 +26,6 @@ from llmtune.security.redaction import redact_values
 from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
 from llmtune.storage.plain_json import parse_json
-from llmtune.tuner.stored_adapter import CONFIG_FILE
 from llmtune.units import format_bytes
 
 #: A table: what is said, and its value.
@@ -70,7 +69,9 @@ class Facts:
 def read_facts(request: ExportRequest) -> Facts:
     """Read what there is; a file that is missing or broken is as good as none."""
     trained = request.adapter or (request.base if request.run is not None else None)
-    adapter = _read_json(request.adapter / CONFIG_FILE) if request.adapter is not None else {}
+    adapter = (
+        _read_json(request.adapter / layout.ADAPTER_CONFIG) if request.adapter is not None else {}
+    )
     if request.run is None:
         return Facts(adapter=redact_values(adapter))
     # A checkpoint has the configuration and the metrics of its own time.

@@ -13,13 +13,15 @@ import torch
 from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.architecture import headed_task
 from llmtune.export.sources.base import open_tensors, some
-from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
+from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llmtune.storage.tensor_checks import (
+    find_bad_tensors,
+    find_untrained_adapter,
+)
 from llmtune.tuner.lora_settings import lora_scale, match_pattern
 from llmtune.tuner.stored_adapter import (
     CHANGES_BASE,
-    CONFIG_FILE,
     PREFIX,
-    WEIGHTS_FILE,
     read_adapter_config,
     with_peft_defaults,
 )
@@ -126,7 +128,7 @@ class Adapter:
         expected = int(match_pattern(self.settings["rank_pattern"], module, self.settings["r"]))
         if rank != expected:
             raise ExportError(
-                f"{self.folder}: {module} has rank {rank}, {CONFIG_FILE} says {expected}"
+                f"{self.folder}: {module} has rank {rank}, {ADAPTER_CONFIG} says {expected}"
             )
         alpha = float(
             match_pattern(self.settings["alpha_pattern"], module, self.settings["lora_alpha"])
@@ -153,10 +155,10 @@ def read_adapter(folder: Path) -> Adapter:
     except CheckpointError as error:
         raise ExportError(f"cannot be read as an adapter: {error}") from error
     _check_settings(folder, settings)
-    file = folder / WEIGHTS_FILE
+    file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         raise ExportError(
-            f"{folder}: cannot be read as an adapter: no {WEIGHTS_FILE}; convert an"
+            f"{folder}: cannot be read as an adapter: no {ADAPTER_WEIGHTS}; convert an"
             " adapter_model.bin with peft"
         )
     handle = open_tensors(file)
@@ -172,13 +174,15 @@ def read_adapter(folder: Path) -> Adapter:
     adapter = Adapter(
         folder=folder, settings=settings, modules=modules, shapes=shapes, handle=handle
     )
-    problems = [*_find_incomplete(adapter), *_find_contradictions(adapter)] or check_tensors(file)
+    problems = [*_find_incomplete(adapter), *_find_contradictions(adapter)] or find_bad_tensors(
+        file
+    )
     if not any(
         part in parts.keys
         for parts in modules.values()
         for part in ("weight", "token_rows", "base_bias", "bias")
     ):
-        problems += check_adapter_trained(file)
+        problems += find_untrained_adapter(file)
     if problems:
         raise ExportError(
             f"{file}: {'; '.join(problems[:4])}{' ...' if len(problems) > 4 else ''}; nothing was"
@@ -220,7 +224,7 @@ def _find_incomplete(adapter: Adapter) -> Iterator[str]:
             "embedding_a",
         } & parts.keys.keys():
             yield (
-                f"{module}: use_dora={bool(adapter.settings.get('use_dora'))} in {CONFIG_FILE},"
+                f"{module}: use_dora={bool(adapter.settings.get('use_dora'))} in {ADAPTER_CONFIG},"
                 " which its tensors contradict"
             )
         if {"b_bias", "magnitude"} & parts.keys.keys() and not {
@@ -234,7 +238,7 @@ def _find_contradictions(adapter: Adapter) -> Iterator[str]:
     """What the settings announce and no tensor brings."""
     parts = {part for found in adapter.modules.values() for part in found.keys}
     if adapter.settings.get("trainable_token_indices") and "token_rows" not in parts:
-        yield f"{CONFIG_FILE} has trainable_token_indices, and no tensor holds trained rows"
+        yield f"{ADAPTER_CONFIG} has trainable_token_indices, and no tensor holds trained rows"
     whole = [
         module
         for module, found in adapter.modules.items()
@@ -249,7 +253,7 @@ def _find_contradictions(adapter: Adapter) -> Iterator[str]:
         if not any(is_saved(module, name) for module in whole) and not (
             name in heads and found_head
         ):
-            yield f"{CONFIG_FILE} has {name} among modules_to_save, and no tensor of it"
+            yield f"{ADAPTER_CONFIG} has {name} among modules_to_save, and no tensor of it"
 
 
 def is_saved(module: str, name: str) -> bool:
@@ -267,20 +271,20 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse what plain arithmetic on weights would merge wrongly."""
     if settings.get("peft_type") != "LORA":
         raise ExportError(
-            f"{folder / CONFIG_FILE}: peft_type {settings.get('peft_type')} is not supported, only"
-            " LORA; merge it with peft"
+            f"{folder / ADAPTER_CONFIG}: peft_type {settings.get('peft_type')} is not supported,"
+            " only LORA; merge it with peft"
         )
     unknown = sorted(key for key, value in settings.items() if value and key not in _HARMLESS)
     if unknown:
         raise ExportError(
-            f"{folder / CONFIG_FILE}: merging with {', '.join(unknown)} is not supported; merge it"
-            " with peft"
+            f"{folder / ADAPTER_CONFIG}: merging with {', '.join(unknown)} is not supported; merge"
+            " it with peft"
         )
     start = str(settings.get("init_lora_weights", True)).lower()
     if start.startswith(CHANGES_BASE):
         raise ExportError(
-            f"{folder / CONFIG_FILE}: init_lora_weights={start} changed the base before training,"
-            " and the changed base is not here. Load it with peft and store it with"
+            f"{folder / ADAPTER_CONFIG}: init_lora_weights={start} changed the base before"
+            " training, and the changed base is not here. Load it with peft and store it with"
             " save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes a"
             " plain adapter of it"
         )

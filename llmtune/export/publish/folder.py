@@ -7,7 +7,6 @@ nothing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -16,12 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoint.find import REPLACED, is_complete
 from llmtune.errors import ExportError, LlmtuneError
 from llmtune.export.publish.shards import Journal
 from llmtune.security.trust import require_own
 from llmtune.storage import layout
-from llmtune.storage.manifest import flush, hash_file, mark_complete, write_manifest
+from llmtune.storage.atomic import (
+    aside_path,
+    flush,
+    remove_folder,
+    remove_parts,
+    replace_folder,
+    replaced_path,
+    restore_replaced,
+)
+from llmtune.storage.hashing import hash_file
+from llmtune.storage.lock import try_lock
+from llmtune.storage.manifest import is_complete, mark_complete, write_manifest
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.signature import Signer
 from llmtune.units import format_bytes
@@ -44,12 +53,12 @@ def write_export(
         ExportError: The folder exists and is not an export, another export is writing it, or the
             disk refuses.
     """
-    restore_replaced(folder)
+    restore_export(folder)
     if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
         raise ExportError(
             f"{folder} exists and is not an export of llmtune; take another output_dir="
         )
-    aside = folder.with_name(folder.name + ".tmp")
+    aside = aside_path(folder)
     try:
         aside.mkdir(parents=True, exist_ok=True)
         # Its name can be guessed, and in a folder that all share another may have made it, with
@@ -58,9 +67,9 @@ def write_export(
         with _locked(aside):
             try:
                 _write(aside, job, write, partial(write_manifest, about=about, signer=signer))
-                _swap(aside, folder)
+                replace_folder(aside, folder, is_complete)
             except (OSError, LlmtuneError):
-                shutil.rmtree(aside, ignore_errors=True)
+                remove_folder(aside)
                 raise
     except OSError as error:
         raise ExportError(f"{folder} was not written: {error}") from error
@@ -107,6 +116,7 @@ def _write(
 ) -> None:
     journal = Journal(aside, job)
     write(aside, journal)
+    remove_parts(aside)
     files = {}
     own = (journal.path, aside / layout.MANIFEST, aside / layout.SIGNATURE)
     for file in sorted(file for file in aside.rglob("*") if file.is_file() and file not in own):
@@ -119,24 +129,10 @@ def _write(
     mark_complete(aside)
 
 
-def _swap(aside: Path, folder: Path) -> None:
-    """The old export keeps another name until the new one has taken its place."""
-    old = folder.with_name(folder.name + REPLACED)
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def restore_replaced(folder: Path) -> None:
-    """Give the old export its name back that an end between two renames left without."""
-    old = folder.with_name(folder.name + REPLACED)
-    if old.is_dir():
-        if folder.is_dir():
-            shutil.rmtree(old)
-        else:
-            old.rename(folder)
+def restore_export(folder: Path) -> None:
+    """Give an old export its name back whose replacement was cut off; remove a replaced one."""
+    restore_replaced(folder, is_complete)
+    remove_folder(replaced_path(folder))
 
 
 @contextlib.contextmanager
@@ -144,12 +140,11 @@ def _locked(aside: Path) -> Iterator[None]:
     """One export at a time; the lock goes with the process that holds it."""
     descriptor = os.open(aside, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not try_lock(descriptor):
+            raise ExportError(
+                f"another export is writing {aside}; wait for it, or take another output_dir="
+            )
         yield
-    except BlockingIOError as error:
-        raise ExportError(
-            f"another export is writing {aside}; wait for it, or take another output_dir="
-        ) from error
     finally:
         os.close(descriptor)
 

@@ -7,7 +7,6 @@ does not send them again.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tempfile
@@ -20,8 +19,9 @@ from typing import Any
 from llmtune.errors import ExportError, MissingPrerequisiteError
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
+from llmtune.storage.hashing import git_blob_id, sha256_file
 from llmtune.storage.plain_json import parse_json
-from llmtune.storage.remote import PermanentCopyError, hash_text, list_files
+from llmtune.storage.remote import PermanentCopyError, list_files, marker_of
 from llmtune.units import format_bytes
 
 HUB = "hf://"
@@ -190,7 +190,7 @@ def _look(api: Any, place: HubPlace, private: bool, say: Callable[[str], None]) 
             " or branch"
         )
     return _Remote(
-        info.sha, files, frozenset(files.keys() & list_files(hash_text(text), text).keys())
+        info.sha, files, frozenset(files.keys() & list_files(marker_of(text), text).keys())
     )
 
 
@@ -213,16 +213,9 @@ def _is_same(file: Path, remote: Any | None) -> bool:
     """
     if remote is None or remote.size != file.stat().st_size:
         return False
-    large = remote.lfs is not None
-    digest = (
-        hashlib.sha256()
-        if large
-        else hashlib.sha1(f"blob {remote.size}\0".encode(), usedforsecurity=False)
-    )
-    with file.open("rb") as source:
-        while block := source.read(_BLOCK_BYTES):
-            digest.update(block)
-    return bool(digest.hexdigest() == (remote.lfs.sha256 if large else remote.blob_id))
+    if remote.lfs is not None:
+        return bool(sha256_file(file) == remote.lfs.sha256)
+    return bool(git_blob_id(file) == remote.blob_id)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 
 from llmtune.export.sources.base import TensorSource
-from llmtune.storage.manifest import flush, hash_file
+from llmtune.storage.atomic import append_line, flush, remove_folder
+from llmtune.storage.hashing import hash_file
 from llmtune.storage.safetensors_writer import TensorFile, TensorSpec, plan_shards, write_index
 
 JOURNAL = "journal.jsonl"
@@ -50,7 +50,7 @@ class Journal:
         lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
         if not lines or _parse(lines[0]).get("job") != job:
             for file in folder.iterdir():
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+                remove_folder(file) if file.is_dir() else file.unlink()
             self._append({"job": job})
             return
         for record in map(_parse, lines[1:]):
@@ -70,10 +70,8 @@ class Journal:
         self.path.unlink()
 
     def _append(self, record: dict[str, Any]) -> None:
-        with self._lock, self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self._lock:
+            append_line(self.path, json.dumps(record))
 
 
 def _parse(line: str) -> dict[str, Any]:

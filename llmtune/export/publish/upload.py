@@ -36,15 +36,15 @@ from llmtune.export.publish.hub import (
 )
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
+from llmtune.storage.hashing import hash_stream
 from llmtune.storage.manifest import check_undamaged, read_manifest
 from llmtune.storage.remote import (
     DRIVERS,
     PermanentCopyError,
-    Store,
+    RemoteFolder,
     describe_error,
-    hash_stream,
-    hash_text,
     list_files,
+    marker_of,
     open_source,
     retry,
 )
@@ -178,8 +178,8 @@ def _upload_to_store(folder: Path, url: str, say: Say) -> None:
     say(f"uploaded {len(missing)} files to {redact(url)}{there}; all read back and compared")
 
 
-def _open_store(folder: Path, url: str) -> Store:
-    store = Store(url.rstrip("/"), f"export.upload={redact(url)}")
+def _open_store(folder: Path, url: str) -> RemoteFolder:
+    store = RemoteFolder(url.rstrip("/"), f"export.upload={redact(url)}")
     if isinstance(store.system, LocalFileSystem):
         place = Path(store.root).resolve()
         if place == folder.resolve() or folder.resolve() in place.parents:
@@ -189,7 +189,7 @@ def _open_store(folder: Path, url: str) -> Store:
     return store
 
 
-def _look(store: Store) -> _Found:
+def _look(store: RemoteFolder) -> _Found:
     """
     Raises:
         PermanentCopyError: Something lies there which is no export of llmtune's.
@@ -209,7 +209,7 @@ def _look(store: Store) -> _Found:
     ]
     exports = [text for text in manifests if is_export_manifest(text)]
     for text in exports:
-        listed |= list_files(hash_text(text), text).keys()
+        listed |= list_files(marker_of(text), text).keys()
     if not exports:
         some = ", ".join(sorted(str(entry["name"]).rpartition("/")[2] for entry in others)[:5])
         raise PermanentCopyError(
@@ -218,7 +218,7 @@ def _look(store: Store) -> _Found:
     return _Found(frozenset(listed), store.read(UPLOADING) is not None)
 
 
-def _holds(store: Store, name: str, entry: dict[str, Any]) -> bool:
+def _holds(store: RemoteFolder, name: str, entry: dict[str, Any]) -> bool:
     """Whether a file lies there with the right size and, read back, the right hash."""
     path = store.at(name)
     try:
@@ -230,11 +230,11 @@ def _holds(store: Store, name: str, entry: dict[str, Any]) -> bool:
         return False
 
 
-def _write(store: Store, name: str, data: bytes) -> None:
+def _write(store: RemoteFolder, name: str, data: bytes) -> None:
     store.upload(partial(io.BytesIO, data), name, hash_stream(io.BytesIO(data)))
 
 
-def _remove(store: Store, name: str) -> None:
+def _remove(store: RemoteFolder, name: str) -> None:
     with suppress(FileNotFoundError):
         store.system.rm_file(store.at(name))
 

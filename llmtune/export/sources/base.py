@@ -17,12 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llmtune.errors import ExportError
+from llmtune.storage.dtypes import WRITABLE, to_torch
+from llmtune.storage.layout import MODEL_INDEX, MODEL_WEIGHTS
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.row_blocks import row_ranges
-from llmtune.storage.safetensors_writer import DTYPE_NAMES, INDEX_FILE, TensorSpec
-
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_ONE_FILE = "model.safetensors"
+from llmtune.storage.safetensors_writer import TensorSpec
 
 #: What architectures call the modules that turn tokens into vectors, and vectors into tokens.
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
@@ -166,21 +165,21 @@ def open_tensors(file: Path) -> Any:
 
 def _spec(handle: Any, name: str, file: Path) -> TensorSpec:
     piece = handle.get_slice(name)
-    if piece.get_dtype() not in _DTYPES:
+    if piece.get_dtype() not in WRITABLE:
         raise ExportError(
-            f"{file}: {name} has dtype {piece.get_dtype()}; only {', '.join(_DTYPES)} can be"
+            f"{file}: {name} has dtype {piece.get_dtype()}; only {', '.join(WRITABLE)} can be"
             " exported"
         )
-    return TensorSpec(name, _DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
+    return TensorSpec(name, to_torch(piece.get_dtype()), tuple(piece.get_shape()))
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """What transformers would load; some folders hold a second copy under other names."""
-    index = folder / INDEX_FILE
+    index = folder / MODEL_INDEX
     if index.is_file():
         files = [folder / name for name in sorted(set(_weight_map(index).values()))]
-    elif (folder / _ONE_FILE).is_file():
-        files = [folder / _ONE_FILE]
+    elif (folder / MODEL_WEIGHTS).is_file():
+        files = [folder / MODEL_WEIGHTS]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -191,7 +190,7 @@ def _weight_files(folder: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ExportError(
-            f"{folder}: {INDEX_FILE} names {some(missing)}, which is missing; fetch or copy it"
+            f"{folder}: {MODEL_INDEX} names {some(missing)}, which is missing; fetch or copy it"
             " again"
         )
     return files
@@ -209,13 +208,13 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_index(folder: Path, found: Iterable[str]) -> None:
-    index = folder / INDEX_FILE
+    index = folder / MODEL_INDEX
     if not index.is_file():
         return
     missing = sorted(_weight_map(index).keys() - set(found))
     if missing:
         raise ExportError(
-            f"{folder}: {INDEX_FILE} names tensors that no file holds: {some(missing)}"
+            f"{folder}: {MODEL_INDEX} names tensors that no file holds: {some(missing)}"
         )
 
 

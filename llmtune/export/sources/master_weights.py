@@ -7,24 +7,19 @@ The model files of the same checkpoint hold these numbers rounded to the trainin
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
+from llmtune.checkpoint.stored_states import StoredParameter, map_slices, read_stored_states
 from llmtune.errors import CheckpointError, ExportError
-from llmtune.export.sources.base import SafetensorsSource, open_tensors, some
+from llmtune.export.sources.base import SafetensorsSource, some
 from llmtune.storage import layout
 from llmtune.storage.manifest import read_manifest
-from llmtune.storage.plain_json import parse_json
 from llmtune.storage.safetensors_writer import TensorSpec
-
-#: What a state file calls the master weight among a parameter's tensors.
-_MASTER = "master"
 
 
 def has_masters(folder: Path) -> bool:
@@ -59,7 +54,7 @@ class MastersSource:
                 the model.
         """
         self.folder = folder
-        slices = _read_slices(folder)
+        stored = _read_states(folder)
         if not has_masters(folder):
             raise ExportError(
                 f"{folder} holds no whole model (model*.safetensors), and so no whole model's"
@@ -68,14 +63,15 @@ class MastersSource:
         self._model = SafetensorsSource(folder)
         self._masters: dict[str, PiecedTensor] = {}
         self.specs = dict(self._model.specs)
-        for name, (numel, pieces) in slices.items():
+        masters = map_slices(stored, layout.MASTER_WEIGHT)
+        for name, parameter in stored.items():
             if name not in self.specs:
                 raise ExportError(
                     f"{folder}: {name} has master weights and is not in the model files; {_NEXT}"
                 )
             spec = replace(self.specs[name], dtype=torch.float32)
-            _check_covered(folder, spec, numel, pieces)
-            self._masters[name] = PiecedTensor(spec, tuple(pieces))
+            _check_covered(folder, spec, parameter.numel, masters[name])
+            self._masters[name] = PiecedTensor(spec, tuple(masters[name]))
             self.specs[name] = spec
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
@@ -92,36 +88,13 @@ def _state_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_slices(folder: Path) -> dict[str, tuple[int, list[TensorSlice]]]:
-    """Parameter -> its number of elements, and its slices in order."""
+def _read_states(folder: Path) -> dict[str, StoredParameter]:
     files = _state_files(folder)
     _check_ranks(folder, files)
-    numels: dict[str, int] = {}
-    pieces: dict[str, list[TensorSlice]] = defaultdict(list)
-    for file in files:
-        handle = open_tensors(file)
-        try:
-            where: dict[str, Any] = parse_json(handle.metadata()[layout.STATE_SLICES])
-            for name, (start, numel, total) in where.items():
-                values = handle.get_tensor(f"{name}/{_MASTER}").reshape(-1)
-                if values.numel() != int(numel) or numels.setdefault(name, int(total)) != int(
-                    total
-                ):
-                    raise ExportError(
-                        f"{file}: {name} has another size than its header says; {_NEXT}"
-                    )
-                pieces[name].append(TensorSlice(int(start), values))
-        except ExportError:
-            raise
-        except Exception as error:
-            # safetensors has its own errors for what is missing; a header may hold anything.
-            raise ExportError(
-                f"{file} is not a state file of llmtune ({error}); {_NEXT}"
-            ) from error
-    return {
-        name: (numels[name], sorted(found, key=lambda p: (p.start, p.end)))
-        for name, found in pieces.items()
-    }
+    try:
+        return read_stored_states(files)
+    except CheckpointError as error:
+        raise ExportError(f"{error}; {_NEXT}") from error
 
 
 def _check_ranks(folder: Path, files: list[Path]) -> None:

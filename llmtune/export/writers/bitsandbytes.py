@@ -32,7 +32,8 @@ from llmtune.export.writers.model_files import (
     update_config,
     update_generation_config,
 )
-from llmtune.storage.manifest import flush, hash_file
+from llmtune.storage.atomic import write_atomically
+from llmtune.storage.hashing import hash_file
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.row_blocks import row_ranges
 from llmtune.storage.safetensors_writer import TensorSpec
@@ -175,8 +176,7 @@ def _settle_offsets(
     file = folder / _OFFSETS
     if _OFFSETS not in journal.entries:
         found = {name: mean_scale(source, name, transposed) for name, transposed in names.items()}
-        file.write_text(json.dumps(found))
-        flush(file)
+        write_atomically(file, json.dumps(found))
         journal.note(_OFFSETS, hash_file(file))
     offsets: dict[str, float] = parse_json(file.read_text())
     return offsets

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from llmtune.errors import ExportError
 from llmtune.export.architecture import TEXT, TEXT_TO_TEXT, find_architecture, task_of
 from llmtune.model.tokenizer import end_of_turn_ids
-from llmtune.model.weights.files import INDEX_FILE
 from llmtune.security.trust import check_foreign, copy_foreign
 from llmtune.storage import layout
 from llmtune.storage.plain_json import parse_json
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 _KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
-_LEFT_OUT = {layout.MANIFEST, layout.TRAINER_STATE, "adapter_config.json", INDEX_FILE}
+_LEFT_OUT = {layout.MANIFEST, layout.TRAINER_STATE, layout.ADAPTER_CONFIG, layout.MODEL_INDEX}
 #: Scripts that DeepSpeed puts into its checkpoints.
 _LEFT_OUT |= {"zero_to_fp32.py", "zero_to_torch.py"}
 

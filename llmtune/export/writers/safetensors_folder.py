@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from llmtune.config.groups.export import ExportConfig
@@ -15,6 +13,8 @@ from llmtune.export.writers.model_files import (
     update_config,
     update_generation_config,
 )
+from llmtune.storage.atomic import link_or_copy
+from llmtune.storage.layout import MODEL_INDEX
 
 
 def write_safetensors(
@@ -42,10 +42,6 @@ def _link_weights(source: SafetensorsSource, folder: Path) -> None:
     """Weights that stay as they are need no arithmetic: hard links where the file system has
     them.
     """
-    index = source.folder / "model.safetensors.index.json"
+    index = source.folder / MODEL_INDEX
     for file in [*source.files, *([index] if index.is_file() else [])]:
-        (folder / file.name).unlink(missing_ok=True)
-        try:
-            os.link(file.resolve(), folder / file.name)
-        except OSError:
-            shutil.copyfile(file, folder / file.name)
+        link_or_copy(file, folder / file.name)

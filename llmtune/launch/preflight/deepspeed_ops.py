@@ -8,7 +8,6 @@ scripts call it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.machinery
 import importlib.util
 import os
@@ -26,6 +25,7 @@ from llmtune.errors import MissingPrerequisiteError
 from llmtune.launch.launchers.environment import extensions_dir, set_defaults
 from llmtune.plan.memory.placement import Placement
 from llmtune.security.trust import find_owner_problem, make_own, open_lock, require_own
+from llmtune.storage.lock import try_lock
 
 #: Op -> why; by the names of DeepSpeed's builders.
 CPU_OPS = {
@@ -132,11 +132,7 @@ def stale_locks() -> list[Path]:
     if not _can_build():
         return []
     with _ops_lock() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return []
-        return _idle_locks()
+        return _idle_locks() if try_lock(lock) else []
 
 
 def _idle_locks() -> list[Path]:
@@ -164,12 +160,8 @@ def hold_ops(say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
         return
     with _ops_lock() as lock:
         deadline: float | None = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.02)
+        while not try_lock(lock):
+            time.sleep(0.02)
             if deadline is not None and time.monotonic() > deadline:
                 deadline = None
                 say("waiting for another process that builds DeepSpeed's ops ...")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import shutil
@@ -17,6 +16,7 @@ from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
 from llmtune.launch.preflight.deepspeed_ops import build_in_child
 from llmtune.plan.devices.hardware import check_nvme_path
 from llmtune.security.trust import make_own
+from llmtune.storage.hashing import sha256_bytes
 from llmtune.units import format_bytes
 
 #: Written and read once by the probe: enough for a rate, too little to wear a drive.
@@ -35,7 +35,7 @@ class DiskProbe:
 
 def swap_folder(nvme_path: str, run_folder: Path) -> Path:
     """The run's own folder: two runs may share a drive."""
-    digest = hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:12]
+    digest = sha256_bytes(str(run_folder.resolve()).encode())[:12]
     return Path(nvme_path).expanduser() / f"llmtune-swap-{digest}"
 
 

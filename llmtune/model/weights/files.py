@@ -4,7 +4,6 @@ tensors or slices of them.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from dataclasses import dataclass
@@ -12,30 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import MissingPrerequisiteError
+from llmtune.storage.dtypes import TYPES, to_torch
+from llmtune.storage.hashing import sha256_bytes
+from llmtune.storage.layout import MODEL_INDEX, MODEL_WEIGHTS
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch
-
-#: safetensors' names of types -> torch's, which is imported where a tensor is read only.
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-
-#: The files that transformers reads, in the order in which it looks for them.
-ONE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +35,7 @@ class Entry:
     @property
     def dtype(self) -> torch.dtype:
         """Its type, as torch calls it."""
-        import torch
-
-        dtype: torch.dtype = getattr(torch, DTYPES[self.kind])
-        return dtype
+        return to_torch(self.kind)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -65,14 +45,15 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         MissingPrerequisiteError: There are none, or the index names one that is not there.
     """
-    if (folder / ONE_FILE).is_file():
-        return [folder / ONE_FILE]
-    index = folder / INDEX_FILE
+    if (folder / MODEL_WEIGHTS).is_file():
+        return [folder / MODEL_WEIGHTS]
+    index = folder / MODEL_INDEX
     if not index.is_file():
         others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:8])
         raise MissingPrerequisiteError(
-            f"{folder} holds neither {ONE_FILE} nor {INDEX_FILE}, which transformers reads (it has:"
-            f" {others or 'no *.safetensors'}); save the model with transformers' save_pretrained"
+            f"{folder} holds neither {MODEL_WEIGHTS} nor {MODEL_INDEX}, which transformers reads"
+            f" (it has: {others or 'no *.safetensors'}); save the model with transformers'"
+            " save_pretrained"
         )
     try:
         names = sorted(set(parse_json(index.read_text())["weight_map"].values()))
@@ -83,7 +64,7 @@ def weight_files(folder: Path) -> list[Path]:
     gone = [name for name in names if not (folder / name).is_file()]
     if gone:
         raise MissingPrerequisiteError(
-            f"{folder}: {INDEX_FILE} names"
+            f"{folder}: {MODEL_INDEX} names"
             f" {', '.join(gone[:4])}{' and more' if len(gone) > 4 else ''}, which"
             f" {'is' if len(gone) == 1 else 'are'} not there; fetch the model again"
         )
@@ -109,7 +90,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
                 f" pull in its folder; {error})"
             ) from error
         for name, about in header.items():
-            if about.kind in DTYPES:
+            if about.kind in TYPES:
                 entries[name] = Entry(
                     file=file, kind=about.kind, shape=about.shape, offset=about.start
                 )
@@ -150,11 +131,11 @@ def identify_weights(folder: Path) -> str:
     """A digest of the configuration and of every tensor's name, type, shape, file, size and time:
     what a report depends on.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    parts = [(folder / "config.json").read_bytes()]
     for name, entry in sorted(read_entries(folder).items()):
         status = entry.file.stat()
-        digest.update(
+        parts.append(
             f"{name} {entry.kind} {entry.shape} {entry.file.name} {status.st_size}"
             f" {status.st_mtime_ns}".encode()
         )
-    return digest.hexdigest()
+    return sha256_bytes(b"".join(parts))

@@ -18,6 +18,7 @@ from llmtune.config.schema import ModelConfig, Precision, TunerConfig
 from llmtune.plan.memory.model_shape import ModelShape, load_architecture
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.process import hold_interruptions
+from llmtune.storage.dtypes import configured_dtype
 from llmtune.tuner.adapted_layers import choose_layers, linear_layers, matrix_sides
 from llmtune.tuner.lora_settings import lora_rank
 from llmtune.tuner.tuner import TUNERS, mark_trained
@@ -165,7 +166,7 @@ def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings)
             super()._update_peak_stats(*args)
             self.memory_tracking = modules
 
-    dtype = _dtype(settings.precision)
+    dtype = configured_dtype(settings.precision.value)
     model = _build(architecture, tuner, settings, TRACED_LAYERS, dtype)
     after: list[int] = []
     with hold_interruptions(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -211,7 +212,7 @@ def loss_bytes(tokens: int, vocab_size: int, precision: Precision) -> int:
 
     Follows ``model/loss.py``: cross entropy over all positions in fp32, and its backward pass.
     """
-    return tokens * vocab_size * (_dtype(precision).itemsize + 12)
+    return tokens * vocab_size * (configured_dtype(precision.value).itemsize + 12)
 
 
 def estimate(shape: ModelShape, settings: TraceSettings, logits: int) -> ActivationBytes:
@@ -219,7 +220,7 @@ def estimate(shape: ModelShape, settings: TraceSettings, logits: int) -> Activat
     layer.
     """
     tokens = settings.rows * settings.length
-    size = _dtype(settings.precision).itemsize
+    size = configured_dtype(settings.precision.value).itemsize
     layer = (10 * shape.hidden_size + 5 * shape.intermediate_size) * size * tokens
     inputs = shape.hidden_size * size * tokens * shape.layers
     if settings.gradient_checkpointing:
@@ -382,13 +383,3 @@ def _activation_bytes(snapshot: dict[Any, dict[Any, int]]) -> int:
     (values,) = snapshot.values()
     names = {getattr(key, "value", str(key)): value for key, value in values.items()}
     return sum(value for name, value in names.items() if name in ("Activation", "Temp", "Gradient"))
-
-
-def _dtype(precision: Precision) -> Any:
-    import torch
-
-    return {
-        Precision.bf16: torch.bfloat16,
-        Precision.fp16: torch.float16,
-        Precision.fp32: torch.float32,
-    }[precision]

@@ -5,9 +5,7 @@ imports neither.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.registry import hash_plugins
+from llmtune.storage.atomic import write_cache_file
+from llmtune.storage.hashing import sha256_bytes, sha256_files
 
 # : What the values depend on beside model and settings; of llmtune itself, the files that compute
 # them.
@@ -41,17 +41,13 @@ def write_cached(folder: Path | None, kind: str, key: str, values: Any) -> None:
     """Store what JSON can hold; a cache that cannot be written is no reason to stop."""
     if folder is None:
         return
-    file = _file(folder, kind, key)
-    aside = file.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(values))
-        aside.rename(file)
+        write_cache_file(_file(folder, kind, key), json.dumps(values))
 
 
 def _file(folder: Path, kind: str, key: str) -> Path:
     # A tuner of the user's own may train something else tomorrow.
-    digest = hashlib.sha256(repr((_versions(), hash_plugins(), key)).encode()).hexdigest()[:24]
+    digest = sha256_bytes(repr((_versions(), hash_plugins(), key)).encode())[:24]
     return folder / kind / f"{digest}.json"
 
 
@@ -60,5 +56,4 @@ def _versions() -> tuple[str, ...]:
     here = Path(__file__).parent
     files = [here / name for name in _SOURCES]
     files += sorted((here / _TUNERS).rglob("*.py"))
-    sources = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
-    return (__version__, *(metadata.version(name) for name in _LIBRARIES), *sources)
+    return (__version__, *(metadata.version(name) for name in _LIBRARIES), sha256_files(files))

@@ -1,4 +1,4 @@
-"""Weights & Biases, on rank 0 only; its failures are notes, never the end of a run."""
+"""Weights & Biases, on rank 0 only; its failures never end a run."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from llmtune.config.schema import TrackerMode
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.security.redaction import redact, redact_values
 from llmtune.security.trust import require_own
+from llmtune.storage import layout
+from llmtune.storage.atomic import write_atomically
 from llmtune.track.service import SERVICES, Service, TrackedRun
 from llmtune.track.tracker import Record
 
 _SETTING = re.compile(r"^\s*([^\s=:#;\[][^\s=:]*)\s*[=:]", re.MULTILINE)
-#: What ``wandb init`` and ``wandb offline`` write about a project.
+#: Settings that ``wandb init`` and ``wandb offline`` write about a project.
 _HARMLESS = {"project", "entity", "mode", "disabled"}
 
 
 class WandbTracker:
-    """Sends every record; evaluation and training share the step axis."""
+    """Sends every record to W&B; evaluation and training share the step axis."""
 
     def __init__(self, run: TrackedRun):
-        """Start a run at W&B, or go on with it.
+        """Start a run at W&B, or resume it.
 
         Raises:
-            MissingPrerequisiteError: The working folder says where W&B is to send the key.
+            MissingPrerequisiteError: A file in the working folder tells W&B where to send the key.
         """
         import wandb
 
@@ -58,24 +60,23 @@ class WandbTracker:
         )
 
     def log(self, record: Record) -> None:
-        """One record, under its step."""
+        """Send a record, under its step."""
         values = {key: value for key, value in record.items() if key != "step"}
         self._run.log(values, step=record["step"])
 
     def finish(self) -> None:
-        """Upload what is left."""
+        """Upload the rest, and close the run."""
         self._run.finish()
 
 
 def check_working_folder() -> None:
-    """Refuse ``wandb/settings`` of the working folder, which W&B reads by itself, where it is
-    another's or says too much.
+    """Refuse ``wandb/settings`` in the working folder, which W&B reads by itself.
 
-    The folder may have come from somebody else. A server, a proxy or unchecked certificates of
-    their choice are given the key.
+    The folder may come from somebody else, and the file can name a server, a proxy or certificates
+    that W&B would then give the key to. What ``wandb init`` writes is allowed.
 
     Raises:
-        MissingPrerequisiteError: With what it says.
+        MissingPrerequisiteError: It belongs to another user, or sets something else.
     """
     for file in (Path(folder, "settings") for folder in ("wandb", ".wandb")):
         if not file.is_file():
@@ -98,15 +99,13 @@ def _has_key() -> bool:
 
 
 def _run_id(run_folder: Path) -> str:
-    """The sweep agent's id, or one kept in the run folder, so that a resumed run goes on in the
-    same place.
-    """
-    if given := os.environ.get("WANDB_RUN_ID"):
-        return given
-    path = run_folder / "wandb" / "run_id"
+    """Return the sweep agent's id, or one kept in the run folder, so that a run is resumed."""
+    if agents_id := os.environ.get("WANDB_RUN_ID"):
+        return agents_id
+    path = run_folder / layout.TRACKER_RUN_ID
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4))
+        write_atomically(path, secrets.token_hex(4))
     return path.read_text().strip()
 
 

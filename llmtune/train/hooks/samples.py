@@ -11,7 +11,7 @@ from llmtune.engine.train_module import TrainModule
 from llmtune.model.generate import answer
 from llmtune.security.redaction import redact_values
 from llmtune.storage import layout
-from llmtune.storage.atomic import read_json, write_whole
+from llmtune.storage.atomic import read_json, write_atomically
 from llmtune.track.console import Console
 from llmtune.train.loop import TrainingState
 
@@ -67,7 +67,9 @@ class SampleAnswers:
         samples = (read_json(self.path) if moment == "after" else None) or blank
         for sample, text in zip(samples, answers, strict=True):
             sample[moment] = text
-        write_whole(self.path, json.dumps(redact_values(samples), ensure_ascii=False, indent=1))
+        write_atomically(
+            self.path, json.dumps(redact_values(samples), ensure_ascii=False, indent=1)
+        )
 
     def _answers(self) -> list[str]:
         """Under ZeRO 3 all ranks generate together, since each forward pass gathers weights; else

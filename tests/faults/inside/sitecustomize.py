@@ -134,8 +134,7 @@ def _patch_tensor_file(module: Any) -> None:
 
 
 def _patch_manifest(module: Any) -> None:
-    """``llmtune.storage.manifest``: the manifest, the marker, and what is flushed."""
-    module.flush = _before(module.flush, lambda path: reach(f"write:{_step_of(path)}"))
+    """``llmtune.storage.manifest``: the manifest and the marker."""
     module.write_manifest = _before(
         module.write_manifest, lambda folder, *rest, **named: _before_file(folder / "manifest.json")
     )
@@ -144,27 +143,32 @@ def _patch_manifest(module: Any) -> None:
     )
 
 
+def _patch_atomic(module: Any) -> None:
+    """``llmtune.storage.atomic``: what is flushed."""
+    module.flush = _before(module.flush, lambda path: reach(f"write:{_step_of(path)}"))
+
+
 def _patch_save(module: Any) -> None:
     """``llmtune.checkpoint.save``: the small files, beginning and end."""
-    replace = module._replace
+    publish = module.publish
 
     def write(path: Path, data: Any) -> None:
         _before_file(path)
         reach(f"write:{_step_of(path)}")
 
-    module.write_whole = _before(module.write_whole, write)
+    module.write_atomically = _before(module.write_atomically, write)
 
     def begin(own: Any, request: Any, *rest: Any) -> None:
         step = request.state.step
         note("save", step)
         reach(f"save:{step}")
 
-    def noted_replace(aside: Path, folder: Path) -> None:
-        replace(aside, folder)
+    def noted_publish(aside: Path, folder: Path) -> None:
+        publish(aside, folder)
         note("saved", _step_of(folder))
 
     module.begin_save = _before(module.begin_save, begin)
-    module._replace = noted_replace
+    module.publish = noted_publish
 
 
 def _patch_job(module: Any) -> None:
@@ -214,6 +218,7 @@ def _patch_mirror(module: Any) -> None:
 _PATCHES: dict[str, Callable[[Any], None]] = {
     "llmtune.engine.train_module": _patch_module,
     "llmtune.storage.safetensors_writer": _patch_tensor_file,
+    "llmtune.storage.atomic": _patch_atomic,
     "llmtune.storage.manifest": _patch_manifest,
     "llmtune.checkpoint.save": _patch_save,
     "llmtune.storage.remote": _patch_mirror,

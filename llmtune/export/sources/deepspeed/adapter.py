@@ -15,8 +15,8 @@ from llmtune.errors import ExportError
 from llmtune.export.sources.base import TensorSource, some
 from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
 from llmtune.security.trust import copy_foreign
+from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmtune.storage.safetensors_writer import TensorFile
-from llmtune.tuner.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
 
 _PREFIX = "base_model.model."
 
@@ -134,14 +134,14 @@ def write_adapter(source: ZeroSource, output: Path, dtype: torch.dtype = torch.f
     part = open_adapter_part(source)
     specs = [replace(spec, dtype=dtype) for spec in part.specs.values()]
     output.mkdir(parents=True, exist_ok=True)
-    with TensorFile(output / WEIGHTS_FILE, specs) as file:
+    with TensorFile(output / ADAPTER_WEIGHTS, specs) as file:
         for spec in specs:
             for block in part.blocks(spec.name):
                 file.write(block.to(dtype))
     settings = find_settings(source)
     if settings is None:
         return False
-    copy_foreign(settings, output / CONFIG_FILE, ExportError)
+    copy_foreign(settings, output / ADAPTER_CONFIG, ExportError)
     return True
 
 
@@ -149,7 +149,7 @@ def find_settings(source: ZeroSource) -> Path | None:
     """``adapter_config.json``: transformers' Trainer puts it next to the folder of the ranks'
     files.
     """
-    places = (source.folder / CONFIG_FILE, source.folder.parent / CONFIG_FILE)
+    places = (source.folder / ADAPTER_CONFIG, source.folder.parent / ADAPTER_CONFIG)
     return next((file for file in places if file.is_file()), None)
 
 

@@ -23,7 +23,8 @@ from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.errors import ExportError
 from llmtune.export.sources.base import some
 from llmtune.export.sources.deepspeed.pickle_reader import StoredTensor, read_archive
-from llmtune.storage.safetensors_writer import DTYPE_NAMES, TensorSpec
+from llmtune.storage.dtypes import to_safetensors
+from llmtune.storage.safetensors_writer import TensorSpec
 
 _LATEST = "latest"
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -137,7 +138,7 @@ class ZeroSource:
         strange = [
             f"{name} ({spec.dtype})"
             for name, spec in self.specs.items()
-            if spec.dtype not in DTYPE_NAMES
+            if to_safetensors(spec.dtype) is None
         ]
         if strange:
             raise ExportError(f"{self.folder}: dtypes that cannot be exported: {some(strange)}")

@@ -29,7 +29,8 @@ from llmtune.export.sources.base import TensorSource, some
 from llmtune.export.writers.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary
 from llmtune.export.writers.model_files import copy_companions, update_config
 from llmtune.storage import layout
-from llmtune.storage.manifest import flush, hash_file
+from llmtune.storage.atomic import flush
+from llmtune.storage.hashing import hash_file
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmtune.checkpoint.writer import Buffers, CheckpointWriter
-from llmtune.storage.manifest import hash_file
+from llmtune.storage.hashing import hash_file
 from llmtune.storage.safetensors_writer import TensorFile, TensorSpec
 
 SPECS = {
@@ -29,26 +29,26 @@ VALUES = {
 }
 
 
-def fill(outbox: CheckpointWriter) -> None:
+def fill(writer: CheckpointWriter) -> None:
     for name, specs in SPECS.items():
-        outbox.start(name, specs, {"of": name})
+        writer.start(name, specs, {"of": name})
         for spec in specs:
-            outbox.put(VALUES[spec.name])
+            writer.add(VALUES[spec.name])
 
 
 @pytest.mark.parametrize("hold", [False, True])
 def test_files_and_hashes_are_those_of_the_tensors(hold: bool, tmp_path: Path) -> None:
-    outbox = CheckpointWriter(tmp_path, Buffers() if hold else None)
-    fill(outbox)
+    writer = CheckpointWriter(tmp_path, Buffers() if hold else None)
+    fill(writer)
     assert bool(list(tmp_path.iterdir())) is not hold, "what is held is not on disk yet"
     beats: list[None] = []
-    outbox.deliver(lambda: beats.append(None))
+    writer.write(lambda: beats.append(None))
     assert len(beats) == (3 if hold else 0)
     for name, specs in SPECS.items():
         stored = load_file(tmp_path / name)
         assert stored.keys() == {spec.name for spec in specs}
         assert all(torch.equal(stored[spec.name], VALUES[spec.name]) for spec in specs)
-        assert outbox.entries[name] == hash_file(tmp_path / name)
+        assert writer.entries[name] == hash_file(tmp_path / name)
 
 
 def test_copies_are_of_the_moment_and_their_memory_is_used_again(tmp_path: Path) -> None:
@@ -59,11 +59,11 @@ def test_copies_are_of_the_moment_and_their_memory_is_used_again(tmp_path: Path)
     places = []
     for number in (1.0, 2.0):
         value.fill_(number)
-        outbox = CheckpointWriter(tmp_path, buffers)
-        outbox.start("b.safetensors", SPECS["b.safetensors"])
-        outbox.put(value)
+        writer = CheckpointWriter(tmp_path, buffers)
+        writer.start("b.safetensors", SPECS["b.safetensors"])
+        writer.add(value)
         value.fill_(99.0)
-        outbox.deliver(lambda: None)
+        writer.write(lambda: None)
         assert load_file(tmp_path / "b.safetensors")["z"].tolist() == [number] * 4
         places.append(buffers.copy("b.safetensors", value, SPECS["b.safetensors"][0]).data_ptr())
     assert places[0] == places[1]
@@ -99,7 +99,7 @@ def test_a_full_disk_is_said_when_all_tensors_were_taken(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(TensorFile, "_append", refuse)
-    outbox = CheckpointWriter(tmp_path, Buffers() if hold else None)
-    fill(outbox)
+    writer = CheckpointWriter(tmp_path, Buffers() if hold else None)
+    fill(writer)
     with pytest.raises(OSError, match="No space left"):
-        outbox.deliver(lambda: None)
+        writer.write(lambda: None)

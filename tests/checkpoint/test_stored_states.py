@@ -1,0 +1,124 @@
+"""The one reader of optimizer state files: any slices, from any number of files, or an error that
+names the file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llmtune.checkpoint.stored_states import map_slices, read_stored_states
+from llmtune.errors import CheckpointError
+from llmtune.storage import layout
+
+VALUES = torch.arange(10.0)
+
+
+def write(file: Path, where: Any, **tensors: torch.Tensor) -> Path:
+    text = where if isinstance(where, str) else json.dumps(where)
+    stored = {name.replace("__", "/"): values for name, values in tensors.items()}
+    save_file(stored, file, metadata={layout.STATE_SLICES: text})
+    return file
+
+
+def write_slice(file: Path, start: int, end: int, total: int = 10) -> Path:
+    part = VALUES[start:end].clone()
+    where = {"w": [start, end - start, total]}
+    return write(file, where, w__master=part, w__exp_avg=part + 0.5)
+
+
+@pytest.mark.parametrize("cuts", [[10], [3, 10], [1, 2, 9, 10]])
+@pytest.mark.parametrize(("start", "numel"), [(0, 10), (2, 5), (9, 1), (4, 0)])
+def test_any_elements_come_from_whatever_files_hold_them(
+    tmp_path: Path, cuts: list[int], start: int, numel: int
+) -> None:
+    starts = [0, *cuts[:-1]]
+    files = [
+        write_slice(tmp_path / f"{number}.safetensors", first, last)
+        for number, (first, last) in enumerate(zip(starts, cuts, strict=True))
+    ]
+    stored = read_stored_states(reversed(files))
+    assert stored["w"].numel == 10
+    assert [piece.start for piece in stored["w"].slices] == starts
+    expected = VALUES[start : start + numel]
+    assert torch.equal(stored["w"].read("master", start, numel), expected)
+    assert torch.equal(stored["w"].read("exp_avg", start, numel), expected + 0.5)
+    mapped = map_slices(stored, layout.MASTER_WEIGHT)["w"]
+    assert torch.equal(torch.cat([piece.values for piece in mapped]), VALUES)
+    assert [piece.start for piece in mapped] == starts
+
+
+def test_elements_that_no_file_holds_are_an_error(tmp_path: Path) -> None:
+    stored = read_stored_states([write_slice(tmp_path / "a.safetensors", 0, 4)])
+    with pytest.raises(CheckpointError, match="w/master is covered for 2 of 4 elements"):
+        stored["w"].read("master", 2, 4)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "{",
+        "[]",
+        "null",
+        {"w": 1},
+        {"w": [0, 4]},
+        {"w": [0, 4, "10"]},
+        {"w": [-1, 4, 10]},
+        {"w": [8, 4, 10]},
+        {"w": [None, 4, 10]},
+        {"v": [0, 4, 10]},
+    ],
+)
+def test_a_header_that_says_something_else_is_an_error(tmp_path: Path, where: Any) -> None:
+    file = write(tmp_path / "optimizer.safetensors", where, w__master=torch.ones(4))
+    with pytest.raises(CheckpointError, match="optimizer.safetensors is"):
+        read_stored_states([file])
+
+
+def test_a_file_without_the_header_of_slices_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "optimizer.safetensors"
+    for metadata in (None, {"format": "pt"}):
+        save_file({"w/master": torch.ones(4)}, file, metadata=metadata)
+        with pytest.raises(CheckpointError, match="is not a state file of llmtune"):
+            read_stored_states([file])
+
+
+def test_sizes_that_contradict_each_other_are_an_error(tmp_path: Path) -> None:
+    short = write(tmp_path / "a.safetensors", {"w": [0, 4, 10]}, w__master=torch.ones(3))
+    with pytest.raises(CheckpointError, match="w has another size than its header says"):
+        read_stored_states([short])
+    first = write_slice(tmp_path / "b.safetensors", 0, 4)
+    second = write_slice(tmp_path / "c.safetensors", 4, 10, total=12)
+    with pytest.raises(CheckpointError, match="w has 12 elements there and 10 in another"):
+        read_stored_states([first, second])
+
+
+def test_a_moment_that_is_missing_or_short_is_an_error(tmp_path: Path) -> None:
+    where = {"w": [0, 4, 4]}
+    file = write(
+        tmp_path / "a.safetensors", where, w__master=torch.ones(4), w__exp_avg=torch.ones(3)
+    )
+    stored = read_stored_states([file])
+    with pytest.raises(CheckpointError, match="a.safetensors: w/exp_avg has another size"):
+        stored["w"].read("exp_avg", 0, 4)
+    with pytest.raises(CheckpointError, match="a.safetensors: w/exp_avg_sq: .*exp_avg_sq"):
+        stored["w"].read("exp_avg_sq", 0, 4)
+
+
+def test_a_damaged_file_and_one_that_is_gone_are_named(tmp_path: Path) -> None:
+    file = write_slice(tmp_path / "a.safetensors", 0, 10)
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="a.safetensors is cut off or damaged"):
+        read_stored_states([file])
+    with pytest.raises(CheckpointError, match="b.safetensors cannot be read"):
+        read_stored_states([tmp_path / "b.safetensors"])
+
+
+def test_no_files_hold_nothing() -> None:
+    assert read_stored_states([]) == {}
+    assert map_slices({}, layout.MASTER_WEIGHT) == {}
