@@ -27,7 +27,7 @@ from llmtune.export.publish.folder import (
 )
 from llmtune.export.publish.shards import Journal
 from llmtune.export.publish.upload import check_upload, upload_export
-from llmtune.export.verify.checks import check_folder, check_model
+from llmtune.export.verify.export_checks import verify_merged_model, verify_written_folder
 from llmtune.units import format_bytes
 
 #: Configuration, tokenizer and card beside the weights.
@@ -62,11 +62,11 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
 
     def write(folder: Path, journal: Journal) -> None:
         check_room(folder, int(export_model.nbytes * kind.space) + _COMPANION_BYTES)
-        parity = None if kind.is_checked_on_disk else check_model(export_model, config)
+        parity = None if kind.is_checked_on_disk else verify_merged_model(export_model, config)
         kind.write(export_model, folder, journal, config)
         if kind.is_checked_on_disk and kind.is_merged:
             # Of what lies on the disk now.
-            parity = check_folder(export_model, folder, config)
+            parity = verify_written_folder(export_model, folder, config)
         write_model_card(folder, request, config, parity.describe() if parity else None)
 
     write_export(request.output, describe_job(request, config), write, about, request.signer)

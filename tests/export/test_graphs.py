@@ -23,12 +23,12 @@ from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError, MissingPrerequisiteError
 from llmtune.export.model import ExportRequest, open_material
 from llmtune.export.publish.shards import Journal
-from llmtune.export.writers.graph.model import (
+from llmtune.export.writers.graph.graph_model import (
     GraphModel,
-    check_graph,
+    compare_graph,
     find_loader,
     load_graph_model,
-    make_checks,
+    make_probe_batches,
 )
 from llmtune.export.writers.graph.writers import write_onnx, write_torchscript
 from llmtune.storage.safetensors_writer import TensorSpec
@@ -219,13 +219,13 @@ def test_the_graph_of_another_model_is_refused(
 ) -> None:
     base = make_model(architecture, tmp_path / "base", tiny_model)
     model = load_graph_model(base, *find_loader(base))
-    checks = make_checks(model)
+    checks = make_probe_batches(model)
     with torch.no_grad():
-        assert check_graph(lambda inputs: model(*inputs), checks, "same") < 1e-5
+        assert compare_graph(lambda inputs: model(*inputs), checks, "same") < 1e-5
         with pytest.raises(
             ExportError, match=r"rows of \d+ tokens its output differs .* allowed are 0.001"
         ):
-            check_graph(
+            compare_graph(
                 lambda inputs: model(inputs[0], torch.ones_like(inputs[1]), *inputs[2:]),
                 checks,
                 "no mask",
@@ -234,11 +234,11 @@ def test_the_graph_of_another_model_is_refused(
             0
         ] += 0.1
         with pytest.raises(ExportError, match="moved is not the model"):
-            check_graph(lambda inputs: model(*inputs), checks, "moved")
+            compare_graph(lambda inputs: model(*inputs), checks, "moved")
         with pytest.raises(ExportError, match="differs from transformers' by nan"):
-            check_graph(lambda inputs: model(*inputs) * torch.nan, checks, "nan")
+            compare_graph(lambda inputs: model(*inputs) * torch.nan, checks, "nan")
         with pytest.raises(ExportError, match="gives .* transformers gives"):
-            check_graph(lambda inputs: model(*inputs)[..., :1], checks, "smaller")
+            compare_graph(lambda inputs: model(*inputs)[..., :1], checks, "smaller")
 
 
 def test_a_graph_that_was_made_for_one_length_is_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_graph_that_was_made_for_one_length_is_refused(tiny_model: Path, tmp_p
         return result
 
     with pytest.raises(ExportError, match="fixed cannot run 1 rows of 1 tokens"):
-        check_graph(run, make_checks(model), "fixed")
+        compare_graph(run, make_probe_batches(model), "fixed")
 
 
 @dataclass(frozen=True)
@@ -338,7 +338,7 @@ def test_a_graph_model_takes_tensors_and_gives_one(tiny_model: Path, tmp_path: P
         ("input_ids", "attention_mask", "token_type_ids"),
         "last_hidden_state",
     )
-    sizes = [tuple(check.inputs[0].shape) for check in make_checks(model)]
+    sizes = [tuple(check.inputs[0].shape) for check in make_probe_batches(model)]
     assert len({length for _, length in sizes}) == len(sizes)
     assert max(length for _, length in sizes) == 48, "the longest row is as long as the model takes"
     assert (2, 7) not in sizes, "no check is the batch that the graph is made from"

@@ -24,10 +24,16 @@ from transformers import (
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import read_adapter
+from llmtune.export.merge.peft_adapter import read_adapter
 from llmtune.export.pipeline import ExportRequest, run_export
-from llmtune.export.sources.base import SafetensorsSource
-from llmtune.export.verify.parity import Parity, Sides, check_parity, compare_whole, probe_tokens
+from llmtune.export.sources.tensor_source import SafetensorsSource
+from llmtune.export.verify.parity import (
+    ComparedModels,
+    Parity,
+    measure_parity,
+    measure_parity_in_memory,
+    probe_tokens,
+)
 from llmtune.export.verify.serving_checks import check_export
 from llmtune.export.verify.streamed_model import StreamedModel
 from llmtune.model.skeleton import is_hollow
@@ -39,7 +45,7 @@ def compare(
     base: Path, adapter: Path, merged: Path, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Parity:
     opened = read_adapter(adapter)
-    sides = Sides(
+    sides = ComparedModels(
         base_folder=base,
         base=SafetensorsSource(base),
         adapter=opened,
@@ -47,7 +53,7 @@ def compare(
         merged=SafetensorsSource(merged),
     )
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return check_parity(sides, probe_tokens(tokenizer, 512, [2, 9, 511]), dtype, **settings)
+    return measure_parity(sides, probe_tokens(tokenizer, 512, [2, 9, 511]), dtype, **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,14 +220,14 @@ def test_a_model_that_answers_otherwise_at_the_least_has_the_bound_of_its_own_ro
     )
     adapter = make_adapter(base, tmp_path / "adapter")
     merged = export(base, adapter, tmp_path / "out")
-    sides = Sides(
+    sides = ComparedModels(
         base_folder=base,
         base=SafetensorsSource(base),
         adapter=read_adapter(adapter),
         merged_folder=merged,
         merged=SafetensorsSource(merged),
     )
-    check = compare_whole if whole else check_parity
+    check = measure_parity_in_memory if whole else measure_parity
     parity = check(sides, probe_tokens(None, 512, []), torch.bfloat16)
     assert 48 * 2**-9 < parity.logits < parity.bound < 2
     with pytest.raises(ExportError, match="logits differ"):
@@ -343,9 +349,9 @@ def test_experts_whose_names_are_translated_are_compared_whole_or_by_their_numbe
         in text
     )
     assert "parity: logits not compared; 4 adapted modules recomputed" in text
-    monkeypatch.setattr("llmtune.export.verify.checks._WHOLE_BYTES_PER_BYTE", 10**9)
+    monkeypatch.setattr("llmtune.export.verify.export_checks._WHOLE_BYTES_PER_BYTE", 10**9)
     assert "they need the whole model in memory" in run()
-    monkeypatch.setattr("llmtune.export.merge.adapter.Adapter.scale", lambda *_: 0.5)
+    monkeypatch.setattr("llmtune.export.merge.peft_adapter.Adapter.scale", lambda *_: 0.5)
     with pytest.raises(ExportError, match=r"4 of 4[15] tensors are not"):
         run()
 

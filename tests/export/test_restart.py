@@ -87,7 +87,7 @@ def test_finished_shards_are_not_written_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmtune.export.writers.safetensors_folder.copy_companions", fail)
+        patch.setattr("llmtune.export.writers.safetensors_folder.copy_model_files", fail)
         with pytest.raises(KeyboardInterrupt):
             run_export(request, config)
     shards = {

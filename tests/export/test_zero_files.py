@@ -21,23 +21,23 @@ import torch
 from safetensors.torch import load_file
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.merge.merged_source import MergedSource
+from llmtune.export.merge.peft_adapter import read_adapter
 from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources.base import Retyped, read_whole
-from llmtune.export.sources.deepspeed.adapter import (
+from llmtune.export.sources.deepspeed.checkpoint import (
+    ZeroSource,
+    find_step_folder,
+    is_zero_checkpoint,
+)
+from llmtune.export.sources.deepspeed.checkpoint_parts import (
     has_adapter,
     open_adapter_part,
     open_base_part,
     open_model_part,
     write_adapter,
 )
-from llmtune.export.sources.deepspeed.checkpoint import (
-    ZeroSource,
-    find_step_folder,
-    is_zero_checkpoint,
-)
 from llmtune.export.sources.deepspeed.pickle_reader import Inert, StoredTensor, read_archive
+from llmtune.export.sources.tensor_source import RetypedSource, read_whole
 from tests.support import run, train_engines
 
 FROZEN = ["model.norm", "layers.0.mlp"]
@@ -190,7 +190,7 @@ def test_written_shards_are_deepspeeds(checkpoints: Path, tmp_path: Path) -> Non
         )
         ours.mkdir(parents=True)
         write_shards(
-            Retyped(ZeroSource(checkpoints / name), torch.bfloat16),
+            RetypedSource(ZeroSource(checkpoints / name), torch.bfloat16),
             ours,
             5_000,
             Journal(ours, name),

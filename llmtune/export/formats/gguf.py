@@ -33,7 +33,7 @@ def _find_problems(config: ExportConfig) -> str | None:
 
 def _check_base(base: Path) -> None:
     require_package("gguf", "export=gguf")
-    from llmtune.export.writers.gguf.vocabulary import read_vocabulary
+    from llmtune.export.writers.gguf.gguf_vocabulary import read_vocabulary
     from llmtune.export.writers.gguf.writer import read_settings
 
     settings, _ = read_settings(base)

@@ -16,7 +16,7 @@ import torch
 Read = Callable[[str], torch.Tensor]
 
 
-class Change(Protocol):
+class Delta(Protocol):
     """One step from a base tensor to the merged one."""
 
     @property
@@ -92,7 +92,7 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class BiasOfB:
+class LoraBias:
     """``lora_bias``: what the second matrix adds to the base's bias."""
 
     key: str

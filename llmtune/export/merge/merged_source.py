@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import Adapter, Parts, is_saved
-from llmtune.export.merge.deltas import BiasOfB, Change, LowRank, Replacement, TokenRows
-from llmtune.export.sources.base import (
+from llmtune.export.merge.deltas import Delta, LoraBias, LowRank, Replacement, TokenRows
+from llmtune.export.merge.peft_adapter import Adapter, ModuleTensors, is_module_to_save
+from llmtune.export.sources.tensor_source import (
     TensorSource,
     find_name,
     is_embedding,
@@ -37,7 +37,7 @@ class Edit:
 
     base: str
     spec: TensorSpec
-    changes: tuple[Change, ...]
+    changes: tuple[Delta, ...]
 
 
 class MergedSource:
@@ -148,9 +148,9 @@ class _Matcher:
             if edit.changes or name not in self._base.specs
         }
 
-    def _weight_changes(self, parts: Parts) -> list[Change]:
+    def _weight_changes(self, parts: ModuleTensors) -> list[Delta]:
         keys, shapes = parts.keys, self._adapter.shapes
-        changes: list[Change] = []
+        changes: list[Delta] = []
         if "weight" in keys:
             changes.append(Replacement(keys["weight"]))
         elif "base_weight" in keys and self._grew(parts):
@@ -193,18 +193,18 @@ class _Matcher:
             )
         return changes
 
-    def _bias_changes(self, parts: Parts) -> list[Change]:
+    def _bias_changes(self, parts: ModuleTensors) -> list[Delta]:
         keys = parts.keys
-        changes: list[Change] = [
+        changes: list[Delta] = [
             Replacement(keys[part]) for part in ("base_bias", "bias") if part in keys
         ]
         if "b_bias" in keys:
             rank = self._adapter.shapes[keys["a"]][0]
-            changes.append(BiasOfB(keys["b_bias"], self._scale(parts.module, rank)))
+            changes.append(LoraBias(keys["b_bias"], self._scale(parts.module, rank)))
         return changes
 
     def _add(
-        self, edits: dict[str, Edit], parts: Parts, wanted: str, changes: list[Change]
+        self, edits: dict[str, Edit], parts: ModuleTensors, wanted: str, changes: list[Delta]
     ) -> None:
         """Note an edit, or what is wrong with it."""
         name = self._base_name(wanted)
@@ -232,7 +232,7 @@ class _Matcher:
         return find_name(wanted, self._base.specs)
 
     def _shape_problem(
-        self, wanted: str, shape: tuple[int, ...], changes: list[Change]
+        self, wanted: str, shape: tuple[int, ...], changes: list[Delta]
     ) -> str | None:
         """How the adapter's shapes contradict the base's."""
         shapes, embedding = self._adapter.shapes, is_embedding(wanted)
@@ -245,7 +245,7 @@ class _Matcher:
                 found = shapes[change.key]
                 if embedding and found[1:] == shape[1:]:
                     shape = found
-            elif isinstance(change, BiasOfB):
+            elif isinstance(change, LoraBias):
                 found = shapes[change.key]
             elif isinstance(change, TokenRows) and (
                 shapes[change.key][1:] != shape[1:] or max(change.indices, default=0) >= shape[0]
@@ -258,12 +258,12 @@ class _Matcher:
                 return f"{wanted} is {shape} in the base, the adapter is for {found}"
         return None
 
-    def _result_shape(self, changes: list[Change], shape: tuple[int, ...]) -> tuple[int, ...]:
+    def _result_shape(self, changes: list[Delta], shape: tuple[int, ...]) -> tuple[int, ...]:
         return next(
             (self._adapter.shapes[c.key] for c in changes if isinstance(c, Replacement)), shape
         )
 
-    def _grew(self, parts: Parts) -> bool:
+    def _grew(self, parts: ModuleTensors) -> bool:
         """Whether the stored copy of a base layer has more rows than the base: its vocabulary was
         resized.
         """
@@ -290,7 +290,7 @@ class _Matcher:
                 return
             first += len(rows)
 
-    def _stores_columns(self, parts: Parts) -> bool:
+    def _stores_columns(self, parts: ModuleTensors) -> bool:
         """Told by the shapes; of a square matrix, by ``fan_in_fan_out``."""
         out, width = (
             self._adapter.shapes[parts.keys["b"]][0],
@@ -310,7 +310,9 @@ class _Matcher:
 
     def _may_replace(self, module: str) -> bool:
         saved = self._adapter.settings.get("modules_to_save") or []
-        return any(is_saved(module, name) for name in saved) or is_embedding(f"{module}.weight")
+        return any(is_module_to_save(module, name) for name in saved) or is_embedding(
+            f"{module}.weight"
+        )
 
     def _resolve_tying(self, edits: dict[str, Edit]) -> None:
         """One matrix for input and output stays one only if the adapter treats both alike; else it
@@ -343,7 +345,7 @@ class _Matcher:
             return False
         return all(self._same_change(a, b) for a, b in zip(one.changes, other.changes, strict=True))
 
-    def _same_change(self, a: Change, b: Change) -> bool:
+    def _same_change(self, a: Delta, b: Delta) -> bool:
         read = self._adapter.read
         if isinstance(a, Replacement) and isinstance(b, Replacement):
             return torch.equal(read(a.key), read(b.key))

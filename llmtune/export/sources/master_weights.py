@@ -17,7 +17,7 @@ import torch
 
 from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.errors import CheckpointError, ExportError
-from llmtune.export.sources.base import SafetensorsSource, open_tensors, some
+from llmtune.export.sources.tensor_source import SafetensorsSource, open_tensors, some
 from llmtune.storage import layout
 from llmtune.storage.manifest import read_manifest
 from llmtune.storage.plain_json import parse_json
@@ -27,26 +27,26 @@ from llmtune.storage.safetensors_writer import TensorSpec
 _MASTER = "master"
 
 
-def has_masters(folder: Path) -> bool:
+def has_master_weights(folder: Path) -> bool:
     """Whether a folder is a checkpoint of llmtune with a whole model and its master weights."""
     return bool(_state_files(folder)) and any(folder.glob("model*.safetensors"))
 
 
-def find_masters(folder: Path) -> Path | None:
+def find_master_weights(folder: Path) -> Path | None:
     """The checkpoint with a trained model's master weights: the folder itself, or the one that a
     run's result was made from.
     """
-    if has_masters(folder):
+    if has_master_weights(folder):
         return folder
     try:
         checkpoint = folder.parent / str(read_manifest(folder).get("from"))
         read_manifest(checkpoint)
     except CheckpointError:
         return None
-    return checkpoint if has_masters(checkpoint) else None
+    return checkpoint if has_master_weights(checkpoint) else None
 
 
-class MastersSource:
+class MasterWeightsSource:
     """A checkpoint's model in fp32, one block at a time, from any ZeRO stage, number of ranks and
     placement.
     """
@@ -60,7 +60,7 @@ class MastersSource:
         """
         self.folder = folder
         slices = _read_slices(folder)
-        if not has_masters(folder):
+        if not has_master_weights(folder):
             raise ExportError(
                 f"{folder} holds no whole model (model*.safetensors), and so no whole model's"
                 " master weights"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune.errors import ConfigError, ExportError
-from llmtune.export.sources.base import TensorSource, find_name, read_whole, some
+from llmtune.export.sources.tensor_source import TensorSource, find_name, read_whole, some
 from llmtune.plan.memory.model_shape import build_meta_model
 from llmtune.storage.row_blocks import row_ranges
 
@@ -36,7 +36,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PIECE_ELEMENTS = 1 << 20
 
 
-class Nf4RoundTrip:
+class Nf4RoundTripSource:
     """Another source, with the named tensors quantized to NF4 and dequantized again: what a QLoRA
     training computes with.
 
@@ -46,7 +46,7 @@ class Nf4RoundTrip:
     second quantization error; the two merged models are therefore not equal.
 
     Quantized is what the source stores: where a training loads an fp32 base in bf16, put a
-    ``Retyped`` of it in here.
+    ``RetypedSource`` of it in here.
     """
 
     def __init__(

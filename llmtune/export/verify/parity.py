@@ -20,10 +20,15 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import Adapter
-from llmtune.export.sources.base import TensorSource, some
-from llmtune.export.verify.answers import Answers, Shaken, relative_error, shake_parameters
-from llmtune.export.verify.expected import find_expected
+from llmtune.export.merge.peft_adapter import Adapter
+from llmtune.export.sources.tensor_source import TensorSource, some
+from llmtune.export.verify.expected_tensors import find_expected
+from llmtune.export.verify.module_outputs import (
+    OutputComparison,
+    PerturbedSource,
+    perturb_parameters,
+    relative_error,
+)
 from llmtune.export.verify.recompute import Agreement, Recomputation
 from llmtune.export.verify.streamed_model import StreamedModel
 from llmtune.model.skeleton import build_skeleton, tied_aliases
@@ -150,7 +155,7 @@ class Parity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sides:
+class ComparedModels:
     """The two models."""
 
     base_folder: Path
@@ -163,8 +168,8 @@ class Sides:
     """Keys of the base's ``config.json`` that an adapter with a head of its own changes."""
 
 
-def check_parity(
-    sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None
+def measure_parity(
+    sides: ComparedModels, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None
 ) -> Parity:
     """Run base and adapter, then the merged model, and compare.
 
@@ -185,7 +190,7 @@ def check_parity(
     difference = relative_error(found, expected)
 
     def shake() -> float:
-        source = Shaken(sides.base, dtype)
+        source = PerturbedSource(sides.base, dtype)
         model = StreamedModel(sides.base_folder, source, sides.adapter, sides.base_changes)
         return relative_error(model.logits(tokens), expected)
 
@@ -201,8 +206,8 @@ def check_parity(
 
 
 def _recompute(
-    sides: Sides, reference: StreamedModel, dtype: torch.dtype
-) -> tuple[Agreement, Answers]:
+    sides: ComparedModels, reference: StreamedModel, dtype: torch.dtype
+) -> tuple[Agreement, OutputComparison]:
     """Compare all numbers; and what has to be compared by answers, for want of numbers."""
     expectations = find_expected(reference)
     merged_aliases = tied_aliases(build_skeleton(sides.merged_folder))
@@ -210,28 +215,28 @@ def _recompute(
         expectations
     )
     agreement.check()
-    return agreement, Answers(reference, sides.merged, expectations.unknown, dtype)
+    return agreement, OutputComparison(reference, sides.merged, expectations.unknown, dtype)
 
 
-def compare_whole(
-    sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None
+def measure_parity_in_memory(
+    sides: ComparedModels, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None
 ) -> Parity:
     """The same for architectures that cannot be streamed, with one model in memory at a time.
 
     Raises:
-        ExportError: As :func:`check_parity`.
+        ExportError: As :func:`measure_parity`.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    numbers = check_numbers(sides, dtype, alone=False)
+    numbers = compare_weights(sides, dtype, alone=False)
 
     def run(folder: Path, adapter: Adapter | None, shaken: bool = False) -> torch.Tensor:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, trust_remote_code=False
         )
         if shaken:
-            shake_parameters(model, dtype)
+            perturb_parameters(model, dtype)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter.folder))
         with torch.no_grad():
@@ -249,7 +254,7 @@ def compare_whole(
     return replace(numbers, logits=difference, bound=bound)
 
 
-def check_numbers(sides: Sides, dtype: torch.dtype, alone: bool = True) -> Parity:
+def compare_weights(sides: ComparedModels, dtype: torch.dtype, alone: bool = True) -> Parity:
     """Compare the stored numbers of a model that is not run.
 
     Args:

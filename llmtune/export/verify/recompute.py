@@ -1,10 +1,9 @@
-"""Whether every number of a merged model is what base and adapter come to, rounded once to the
-stored dtype.
+"""Recompute every number of a merged model: base and adapter, rounded once to the stored dtype.
 
-A merge computes in fp32 and rounds. What it must come to is computed again from peft's layers
-(:mod:`llmtune.export.verify.expected`), a block of rows at a time: first in fp32, and where the
-rounded numbers differ, in fp64 with the bound of what fp32 arithmetic may be off by. A stored
-number outside that bound, rounded to either side, is wrong, be the change ever so small. Inside it,
+A merge computes in fp32 and rounds. The expected result is computed again from peft's layers
+(:mod:`llmtune.export.verify.expected_tensors`), a block of rows at a time: first in fp32, and where
+the rounded numbers differ, in fp64 with a bound of the error of fp32 arithmetic. A stored number
+outside that bound, rounded to either side, is wrong, however small the change is. Inside the bound,
 errors of arithmetic have either sign: where they lean towards or away from the change by more than
 six times what chance explains, and by more than a thousandth of it, a part of the change is missing
 that is too small to be seen in single numbers.
@@ -19,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.base import TensorSource, find_name, some
-from llmtune.export.verify.expected import Expectations, Expected, base_rows
+from llmtune.export.sources.tensor_source import TensorSource, find_name, some
+from llmtune.export.verify.expected_tensors import Expectations, ExpectedTensor, base_rows
 from llmtune.storage.row_blocks import row_ranges
 
 # : Standard deviations that chance is allowed, and the share of the change below which nothing is
@@ -185,7 +184,7 @@ class Recomputation:
         for names, seen in ((self._merged.specs, self._seen), (self._base.specs, self._used)):
             seen |= {name for name in names if stems and name.startswith(stems)}
 
-    def _check_expected(self, expected: Expected, module: str | None) -> None:
+    def _check_expected(self, expected: ExpectedTensor, module: str | None) -> None:
         start = base_rows(expected, self._base, self._base_aliases)
         stored = self._stored(expected.name)
         if start is not None:
@@ -213,7 +212,9 @@ class Recomputation:
             self._result.problems.append(f"{name} is in the merged model and not in the base")
             return
         self._note(
-            name, compare_tensor(Expected(name=name), self._base, name, self._merged, name), None
+            name,
+            compare_tensor(ExpectedTensor(name=name), self._base, name, self._merged, name),
+            None,
         )
 
     def _note(self, name: str, found: Comparison | str, module: str | None) -> None:
@@ -234,7 +235,7 @@ def _equal(source: TensorSource, one: str, other: str) -> bool:
 
 
 def compare_tensor(
-    expected: Expected, base: TensorSource, start: str | None, merged: TensorSource, name: str
+    expected: ExpectedTensor, base: TensorSource, start: str | None, merged: TensorSource, name: str
 ) -> Comparison | str:
     """Compare one stored tensor with what it must be; a text where the two cannot be compared.
 
@@ -282,7 +283,11 @@ def compare_tensor(
 
 
 def _compare_rows(
-    expected: Expected, given: torch.Tensor, origin: torch.Tensor, stored: torch.Tensor, first: int
+    expected: ExpectedTensor,
+    given: torch.Tensor,
+    origin: torch.Tensor,
+    stored: torch.Tensor,
+    first: int,
 ) -> Comparison:
     """Rows of one tensor: given to start from, of the base, and as they are stored."""
     found = Comparison(numbers=stored.numel())
@@ -320,7 +325,7 @@ def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _start_rows(
-    expected: Expected, base: TensorSource, start: str | None, shape: tuple[int, ...]
+    expected: ExpectedTensor, base: TensorSource, start: str | None, shape: tuple[int, ...]
 ) -> Iterator[torch.Tensor]:
     if expected.start is None:
         assert start is not None

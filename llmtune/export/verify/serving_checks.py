@@ -9,7 +9,7 @@ from typing import Any
 
 from llmtune.errors import ConfigError, ExportError
 from llmtune.export.architecture import is_renamed
-from llmtune.export.sources.base import TensorSource, find_name, is_embedding, some
+from llmtune.export.sources.tensor_source import TensorSource, find_name, is_embedding, some
 from llmtune.export.writers.model_files import has_tokenizer
 from llmtune.model.skeleton import build_skeleton, tied_aliases
 from llmtune.storage.plain_json import parse_json
@@ -36,7 +36,7 @@ def check_export(folder: Path, source: TensorSource) -> list[str]:
             " model folder"
         )
     config: dict[str, Any] = parse_json((folder / "config.json").read_text())
-    problems = find_unfit_names(folder, source)
+    problems = find_tensor_mismatches(folder, source)
     token_problems, notes = _check_tokens(folder, config, source)
     problems += token_problems
     if problems:
@@ -47,7 +47,7 @@ def check_export(folder: Path, source: TensorSource) -> list[str]:
     return notes
 
 
-def find_unfit_names(folder: Path, source: TensorSource) -> list[str]:
+def find_tensor_mismatches(folder: Path, source: TensorSource) -> list[str]:
     """Tensors that the architecture lacks, wants, or has in another shape; none where files have
     other names.
     """

@@ -18,13 +18,18 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import Adapter
-from llmtune.export.sources.base import TensorSource, find_name, is_input_embedding, read_whole
+from llmtune.export.merge.peft_adapter import Adapter
+from llmtune.export.sources.tensor_source import (
+    TensorSource,
+    find_name,
+    is_input_embedding,
+    read_whole,
+)
 from llmtune.model.skeleton import build_skeleton, hollow, is_hollow, tied_aliases
 
 # : Told of a wrapped module, its input and its output, while the weights below the wrapper are
 # there.
-Look = Callable[["Unit", tuple[Any, ...], torch.Tensor], None]
+UnitHook = Callable[["Unit", tuple[Any, ...], torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +68,7 @@ class StreamedModel:
         wrappers where there is an adapter.
 
         The source must use the model's own names;
-        :func:`llmtune.export.verify.serving_checks.find_unfit_names` tells.
+        :func:`llmtune.export.verify.serving_checks.find_tensor_mismatches` tells.
         """
         self._source = source
         self.model = build_skeleton(folder, changes)
@@ -80,11 +85,11 @@ class StreamedModel:
             self.model = _put_on(self.model, adapter)
         self.model.eval()
         self.units = _units(self.model, owners)
-        self._look: Look | None = None
+        self._look: UnitHook | None = None
         for unit in self.units:
             self._stream(unit)
 
-    def logits(self, tokens: torch.Tensor, look: Look | None = None) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor, look: UnitHook | None = None) -> torch.Tensor:
         """Run it; shape (rows, positions, vocabulary), fp32.
 
         Args:

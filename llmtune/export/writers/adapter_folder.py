@@ -10,7 +10,7 @@ from llmtune.config.groups.export import ExportConfig
 from llmtune.export.identity import is_hub_id
 from llmtune.export.model import ExportModel
 from llmtune.export.publish.shards import Journal
-from llmtune.export.writers.model_files import copy_companions
+from llmtune.export.writers.model_files import copy_model_files
 from llmtune.model.adapter.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
 
 
@@ -25,4 +25,4 @@ def write_adapter(
         # Training may have noted a folder of this machine, where nobody else finds the base.
         settings["base_model_name_or_path"] = export_model.request.base_name
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    copy_companions([export_model.adapter.folder], folder)
+    copy_model_files([export_model.adapter.folder], folder)

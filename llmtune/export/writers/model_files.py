@@ -29,7 +29,7 @@ _LEFT_OUT = {layout.MANIFEST, layout.TRAINER_STATE, "adapter_config.json", INDEX
 _LEFT_OUT |= {"zero_to_fp32.py", "zero_to_torch.py"}
 
 
-def copy_companions(sources: list[Path], folder: Path) -> None:
+def copy_model_files(sources: list[Path], folder: Path) -> None:
     """Copy configuration and tokenizer files; a later source wins.
 
     Raises:
@@ -40,7 +40,7 @@ def copy_companions(sources: list[Path], folder: Path) -> None:
             copy_foreign(file, folder / file.name, ExportError)
 
 
-def check_companions(folder: Path) -> None:
+def check_model_files(folder: Path) -> None:
     """Refuse a folder with links to files elsewhere, of which an export would publish the contents.
 
     Raises:

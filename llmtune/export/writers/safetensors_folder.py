@@ -9,9 +9,9 @@ from pathlib import Path
 from llmtune.config.groups.export import ExportConfig
 from llmtune.export.model import ExportModel
 from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources.base import SafetensorsSource
+from llmtune.export.sources.tensor_source import SafetensorsSource
 from llmtune.export.writers.model_files import (
-    copy_companions,
+    copy_model_files,
     update_config,
     update_generation_config,
 )
@@ -33,7 +33,7 @@ def write_safetensors(
             journal,
             export_model.request.progress,
         )
-    copy_companions(export_model.model_files, folder)
+    copy_model_files(export_model.model_files, folder)
     update_config(folder, export_model.dtype, export_model.config_changes)
     update_generation_config(folder)
 

@@ -14,9 +14,9 @@ from llmtune.errors import ExportError
 from llmtune.export.model import ExportModel
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources.base import SafetensorsSource
+from llmtune.export.sources.tensor_source import SafetensorsSource
 from llmtune.export.writers.model_files import (
-    copy_companions,
+    copy_model_files,
     update_config,
     update_generation_config,
 )
@@ -59,7 +59,7 @@ def write_torch_file(
     _check(folder / TORCH_FILE, source)
     del source
     shutil.rmtree(weights, ignore_errors=True)
-    copy_companions(export_model.model_files, folder)
+    copy_model_files(export_model.model_files, folder)
     update_config(folder, export_model.dtype, export_model.config_changes)
     update_generation_config(folder)
 

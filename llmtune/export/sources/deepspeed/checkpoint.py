@@ -21,8 +21,8 @@ import torch
 
 from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.errors import ExportError
-from llmtune.export.sources.base import some
 from llmtune.export.sources.deepspeed.pickle_reader import StoredTensor, read_archive
+from llmtune.export.sources.tensor_source import some
 from llmtune.storage.safetensors_writer import DTYPE_NAMES, TensorSpec
 
 _LATEST = "latest"

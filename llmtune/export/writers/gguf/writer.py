@@ -25,9 +25,9 @@ from llmtune.errors import ExportError
 from llmtune.export.model import ExportModel
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal
-from llmtune.export.sources.base import TensorSource, some
-from llmtune.export.writers.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary
-from llmtune.export.writers.model_files import copy_companions, update_config
+from llmtune.export.sources.tensor_source import TensorSource, some
+from llmtune.export.writers.gguf.gguf_vocabulary import Vocabulary, add_vocabulary, read_vocabulary
+from llmtune.export.writers.model_files import copy_model_files, update_config
 from llmtune.storage import layout
 from llmtune.storage.manifest import flush, hash_file
 
@@ -109,7 +109,7 @@ def write_gguf(
     shutil.rmtree(model_files, ignore_errors=True)
     model_files.mkdir()
     try:
-        copy_companions(export_model.model_files, model_files)
+        copy_model_files(export_model.model_files, model_files)
         update_config(model_files, None, export_model.config_changes)
         settings, architecture = read_settings(model_files)
         tensors, notes = plan_tensors(export_model.source, settings, architecture, config.gguf_type)

@@ -17,20 +17,20 @@ from llmtune.errors import ExportError, MissingPrerequisiteError
 from llmtune.export.model import ExportModel
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources.base import Retyped
-from llmtune.export.writers.graph.model import (
+from llmtune.export.sources.tensor_source import RetypedSource
+from llmtune.export.writers.graph.graph_model import (
     GraphModel,
     Run,
-    check_graph,
+    compare_graph,
     find_loader,
     first_line,
     load_graph_model,
-    make_checks,
     make_example,
+    make_probe_batches,
     refusing,
 )
 from llmtune.export.writers.model_files import (
-    copy_companions,
+    copy_model_files,
     update_config,
     update_generation_config,
 )
@@ -63,12 +63,12 @@ def write_onnx(
     file = folder / ONNX_FILE
     model = _prepare(export_model, folder, config)
     with refusing(model, "ONNX"):
-        checks = make_checks(model)
+        checks = make_probe_batches(model)
         _export_onnx(model, file, export_model)
     names, output = model.inputs, model.output
     # What the check needs was computed; the session makes a copy of the weights.
     del model
-    check_graph(_open_onnx(file, names, output), checks, ONNX_FILE)
+    compare_graph(_open_onnx(file, names, output), checks, ONNX_FILE)
 
 
 def import_onnx() -> None:
@@ -111,7 +111,7 @@ def write_torchscript(
     file = folder / TORCHSCRIPT_FILE
     model = _prepare(export_model, folder, config)
     with refusing(model, "TorchScript"):
-        checks = make_checks(model)
+        checks = make_probe_batches(model)
         with hold_interruptions():
             traced: Any = torch.jit.trace(model, make_example(model), check_trace=False)
         traced.save(str(folder / _TRACED))
@@ -119,7 +119,7 @@ def write_torchscript(
     del model, traced
     with torch.no_grad():
         loaded: Any = torch.jit.load(str(file))
-        check_graph(lambda inputs: loaded(*inputs), checks, TORCHSCRIPT_FILE)
+        compare_graph(lambda inputs: loaded(*inputs), checks, TORCHSCRIPT_FILE)
 
 
 def _prepare(export_model: ExportModel, folder: Path, config: ExportConfig) -> GraphModel:
@@ -132,13 +132,13 @@ def _prepare(export_model: ExportModel, folder: Path, config: ExportConfig) -> G
     count = sum(math.prod(spec.shape) for spec in export_model.source.specs.values())
     check_size(count)
     check_room(folder, 2 * 4 * count)
-    copy_companions(export_model.model_files, folder)
+    copy_model_files(export_model.model_files, folder)
     update_config(folder, torch.float32, export_model.config_changes)
     loader, architecture = find_loader(folder)
     weights = folder / _WEIGHTS
     weights.mkdir(exist_ok=True)
     # In fp32 a merged weight is not rounded at all.
-    source = Retyped(export_model.source, torch.float32)
+    source = RetypedSource(export_model.source, torch.float32)
     write_shards(
         source,
         weights,
@@ -146,7 +146,7 @@ def _prepare(export_model: ExportModel, folder: Path, config: ExportConfig) -> G
         Journal(weights, _WEIGHTS),
         export_model.request.progress,
     )
-    copy_companions([folder], weights)
+    copy_model_files([folder], weights)
     try:
         model = load_graph_model(weights, loader, architecture)
     finally:

@@ -17,31 +17,33 @@ from llmtune.errors import ExportError
 from llmtune.export.architecture import is_renamed
 from llmtune.export.formats.format import find_format
 from llmtune.export.model import ExportModel
-from llmtune.export.sources.base import (
-    Retyped,
+from llmtune.export.sources.tensor_source import (
+    FilteredSource,
+    RetypedSource,
     SafetensorsSource,
     TensorSource,
-    Without,
     is_input_embedding,
     usual_dtype,
 )
 from llmtune.export.verify.parity import (
+    ComparedModels,
     Parity,
-    Sides,
-    check_numbers,
-    check_parity,
-    compare_whole,
+    compare_weights,
+    measure_parity,
+    measure_parity_in_memory,
     probe_tokens,
 )
 from llmtune.export.verify.serving_checks import check_export
-from llmtune.export.writers.model_files import copy_companions, update_config
+from llmtune.export.writers.model_files import copy_model_files, update_config
 from llmtune.units import format_bytes
 
 #: Two models in fp32, one after the other, and what computing takes.
 _WHOLE_BYTES_PER_BYTE = 3
 
 
-def check_folder(export_model: ExportModel, folder: Path, config: ExportConfig) -> Parity | None:
+def verify_written_folder(
+    export_model: ExportModel, folder: Path, config: ExportConfig
+) -> Parity | None:
     """Check a model folder that was written aside; None where there was nothing to compare.
 
     Raises:
@@ -50,20 +52,20 @@ def check_folder(export_model: ExportModel, folder: Path, config: ExportConfig) 
     return _check(export_model, folder, SafetensorsSource(folder), config)
 
 
-def check_model(export_model: ExportModel, config: ExportConfig) -> Parity | None:
+def verify_merged_model(export_model: ExportModel, config: ExportConfig) -> Parity | None:
     """The same for a model that is going to be written in a format that transformers does not read.
 
     Raises:
-        ExportError: As :func:`check_folder`.
+        ExportError: As :func:`verify_written_folder`.
     """
     kind = find_format(config.format)
     with tempfile.TemporaryDirectory(prefix="llmtune-") as name:
         folder = Path(name)
-        copy_companions(export_model.model_files, folder)
+        copy_model_files(export_model.model_files, folder)
         update_config(folder, export_model.dtype, export_model.config_changes)
         dtype = kind.compared_dtype(config)
         # These are made of numbers that were never rounded to the base's dtype.
-        source = export_model.source if dtype is None else Retyped(export_model.source, dtype)
+        source = export_model.source if dtype is None else RetypedSource(export_model.source, dtype)
         return _check(export_model, folder, source, config, kind.quantization(config))
 
 
@@ -81,7 +83,7 @@ def _check(
     if not config.parity or not export_model.computed or dtype is None:
         return None
     tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(export_model))
-    sides = Sides(
+    sides = ComparedModels(
         base_folder=export_model.request.base,
         base=export_model.base,
         adapter=export_model.adapter,
@@ -91,12 +93,12 @@ def _check(
     )
     unfit = _find_unfit(export_model, folder) if is_renamed(folder) else None
     if unfit is not None:
-        parity = check_numbers(sides, dtype)
+        parity = compare_weights(sides, dtype)
         say(f"note: the logits of this architecture are not compared: {unfit}")
     elif is_renamed(folder):
-        parity = compare_whole(sides, tokens, dtype, config.parity_bound)
+        parity = measure_parity_in_memory(sides, tokens, dtype, config.parity_bound)
     else:
-        parity = check_parity(sides, tokens, dtype, config.parity_bound)
+        parity = measure_parity(sides, tokens, dtype, config.parity_bound)
     parity = replace(parity, quantized=quantized)
     say(f"parity: {parity.describe()}")
     if parity.lost is not None:
@@ -143,7 +145,11 @@ def _find_unfit(export_model: ExportModel, folder: Path) -> str | None:
     """
     if not any(folder.glob("*.safetensors")):
         return "it can be loaded from safetensors only"
-    base = export_model.base.source if isinstance(export_model.base, Without) else export_model.base
+    base = (
+        export_model.base.source
+        if isinstance(export_model.base, FilteredSource)
+        else export_model.base
+    )
     if export_model.base_changes or (
         export_model.adapter is not None and not isinstance(base, SafetensorsSource)
     ):

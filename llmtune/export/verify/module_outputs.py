@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.base import TensorSource, some
+from llmtune.export.sources.tensor_source import TensorSource, some
 from llmtune.export.verify.streamed_model import StreamedModel, Unit
 
 #: Two orders of summing the same fp32 products, relative to the length of an answer.
 _ARITHMETIC = 1e-5
 
 
-def half_unit(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def half_ulp(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Half the distance to the next number of a dtype, in fp32."""
     kind = torch.finfo(dtype)
     # Numbers are mantissa * 2**exponent with a mantissa from 1/2 to 1.
@@ -32,7 +32,7 @@ def half_unit(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ldexp(torch.full(exponent.shape, kind.eps / 4), exponent)
 
 
-class HalfUnits:
+class HalfUlpSource:
     """Another source's distances to the next numbers of the stored dtype, halved: the most that one
     rounding is off by.
     """
@@ -45,17 +45,17 @@ class HalfUnits:
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """In the stored dtype, of which they are powers of two."""
         for block in self._source.blocks(name):
-            yield half_unit(block, self._dtype).to(self.specs[name].dtype)
+            yield half_ulp(block, self._dtype).to(self.specs[name].dtype)
 
 
-class Shaken:
+class PerturbedSource:
     """Another source with every number moved by up to half a unit, at random: as different as two
     roundings of one model are.
     """
 
     def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
         self._source = source
-        self._half_units = HalfUnits(source, dtype)
+        self._half_units = HalfUlpSource(source, dtype)
         self.specs = {
             name: replace(spec, dtype=torch.float32) if spec.dtype.is_floating_point else spec
             for name, spec in source.specs.items()
@@ -73,17 +73,17 @@ class Shaken:
             yield block.float() + half.float() * (2 * torch.rand(block.shape, generator=draw) - 1)
 
 
-def shake_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def perturb_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """The same of a model in memory."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(
-                half_unit(parameter, dtype) * (2 * torch.rand(parameter.shape, generator=draw) - 1)
+                half_ulp(parameter, dtype) * (2 * torch.rand(parameter.shape, generator=draw) - 1)
             )
 
 
-class Answers:
+class OutputComparison:
     """Asks wrapped modules what they would answer with merged weights, while the reference runs."""
 
     def __init__(
@@ -101,7 +101,7 @@ class Answers:
         """
         self._reference = reference
         self._merged = merged
-        self._half_units = HalfUnits(merged, dtype)
+        self._half_units = HalfUlpSource(merged, dtype)
         self._outer = {id(unit.outer) for unit in units}
         self.units = [unit.name for unit in units]
         self._problems: list[str] = []

@@ -123,7 +123,7 @@ class SafetensorsSource:
         return found
 
 
-class Retyped:
+class RetypedSource:
     """Another source, with its floating tensors stored in one dtype."""
 
     def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
@@ -138,7 +138,7 @@ class Retyped:
         return self._source.blocks(name)
 
 
-class Without:
+class FilteredSource:
     """Another source, with some of its tensors left out."""
 
     def __init__(self, source: TensorSource, names: Collection[str]) -> None:

@@ -11,7 +11,7 @@ from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ConfigError, ExportError, MissingPrerequisiteError
 from llmtune.export.card.license import check_licenses
 from llmtune.export.formats.format import NONE, find_format
-from llmtune.export.writers.model_files import check_companions
+from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.weights.quantized import quantization
 
 
@@ -33,7 +33,7 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
     _check_upload(config, config.dry_run)
     try:
         if kind.is_merged:
-            check_companions(base)
+            check_model_files(base)
             _check_base(base)
         check_licenses(base)
         if kind.check_base is not None:
@@ -48,7 +48,7 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
 def _check_base(base: Path) -> None:
     """Weights in fewer bits can be unpacked for a merge where they are bitsandbytes' 4 bits."""
     if quantization(base) is not None:
-        from llmtune.export.sources.bitsandbytes import check_plain_or_4bit
+        from llmtune.export.sources.bitsandbytes_base import check_plain_or_4bit
 
         check_plain_or_4bit(base)
 

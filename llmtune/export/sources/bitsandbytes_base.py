@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.base import SafetensorsSource, TensorSource, some
 from llmtune.export.sources.nf4 import dequantize, load_bitsandbytes, quantized_names
+from llmtune.export.sources.tensor_source import SafetensorsSource, TensorSource, some
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.safetensors_writer import TensorSpec
 

@@ -12,7 +12,7 @@ import torch
 
 from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.architecture import headed_task
-from llmtune.export.sources.base import open_tensors, some
+from llmtune.export.sources.tensor_source import open_tensors, some
 from llmtune.model.adapter.stored_adapter import (
     CHANGES_BASE,
     CONFIG_FILE,
@@ -95,7 +95,7 @@ _HARMLESS = {
 
 
 @dataclass(slots=True)
-class Parts:
+class ModuleTensors:
     """The tensors of one module: part -> name in the file."""
 
     module: str
@@ -108,7 +108,7 @@ class Adapter:
 
     folder: Path
     settings: dict[str, Any]
-    modules: dict[str, Parts]
+    modules: dict[str, ModuleTensors]
     shapes: dict[str, tuple[int, ...]]
     handle: Any
 
@@ -187,16 +187,16 @@ def read_adapter(folder: Path) -> Adapter:
     return adapter
 
 
-def _sort(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Parts], list[str]]:
+def _sort(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, ModuleTensors], list[str]]:
     """Modules with their parts, and names that are none."""
-    modules: dict[str, Parts] = {}
+    modules: dict[str, ModuleTensors] = {}
     strange = []
     for name in sorted(shapes):
         match = _NAME.fullmatch(name)
         if match is None:
             strange.append(name)
             continue
-        parts = modules.setdefault(match["module"], Parts(match["module"]))
+        parts = modules.setdefault(match["module"], ModuleTensors(match["module"]))
         parts.keys[_PARTS[match["part"]]] = name
     return modules, strange
 
@@ -246,13 +246,13 @@ def _find_contradictions(adapter: Adapter) -> Iterator[str]:
     heads = task.heads if task is not None else ()
     found_head = any(module.split(".")[0] in heads for module in whole)
     for name in saved:
-        if not any(is_saved(module, name) for module in whole) and not (
+        if not any(is_module_to_save(module, name) for module in whole) and not (
             name in heads and found_head
         ):
             yield f"{CONFIG_FILE} has {name} among modules_to_save, and no tensor of it"
 
 
-def is_saved(module: str, name: str) -> bool:
+def is_module_to_save(module: str, name: str) -> bool:
     """Whether a name in ``modules_to_save`` means this module, or one that it is a part of, by its
     end as peft compares it.
     """

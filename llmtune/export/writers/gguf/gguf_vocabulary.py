@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.base import some
+from llmtune.export.sources.tensor_source import some
 from llmtune.model.tokenizer import end_of_turn_ids
 
 #: As ``gguf.TokenType`` has them.

@@ -11,7 +11,7 @@ import pytest
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.export.formats.format import FORMATS
-from llmtune.export.preflight import check_exportable
+from llmtune.export.prerequisites import check_exportable
 from tests.support import TINY, run_cli
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llmtune.export.sources.base import TensorSource, find_name
+from llmtune.export.sources.tensor_source import TensorSource, find_name
 from llmtune.export.verify.streamed_model import StreamedModel, Unit
 from llmtune.model.skeleton import is_hollow
 
@@ -25,7 +25,7 @@ _PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(slots=True, kw_only=True)
-class Expected:
+class ExpectedTensor:
     """One parameter of the merged model: ``start``, or the base's numbers, and what peft's layers
     do to them.
     """
@@ -34,7 +34,7 @@ class Expected:
     """In the model that ``config.json`` describes."""
     start: torch.Tensor | None = None
     """The whole tensor where the adapter brings it; None for the base's."""
-    delta: Delta | None = None
+    delta: ExpectedDelta | None = None
     added: torch.Tensor | None = None
     """A vector that is added to a bias, fp64."""
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Expected:
 
 
 @dataclass(slots=True, kw_only=True)
-class Delta:
+class ExpectedDelta:
     """``W + scale * B @ A``; with lengths, DoRA's ``m * (W + scale * B @ A) / ||W + scale * B @
     A||`` over an output's inputs.
     """
@@ -181,7 +181,7 @@ def _norm_error(count: int) -> float:
 class Expectations:
     """What peft's layers say of a whole model."""
 
-    tensors: dict[str, Expected]
+    tensors: dict[str, ExpectedTensor]
     """By name: those that the adapter changes, and those that the base ties to one of these."""
     modules: dict[str, list[str]]
     """Adapted module -> its parameters among them."""
@@ -203,7 +203,7 @@ def find_expected(model: StreamedModel) -> Expectations:
             found.modules[unit.name.removeprefix(_PEFT_PREFIX)] = list(changed)
     for name in list(found.tensors):
         for other in model.aliases.get(name, ()):
-            found.tensors.setdefault(other, Expected(name=other))
+            found.tensors.setdefault(other, ExpectedTensor(name=other))
     for unit in found.unknown:
         for name, _ in unit.inner:
             found.tensors = {
@@ -212,7 +212,9 @@ def find_expected(model: StreamedModel) -> Expectations:
     return found
 
 
-def base_rows(expected: Expected, base: TensorSource, aliases: dict[str, list[str]]) -> str | None:
+def base_rows(
+    expected: ExpectedTensor, base: TensorSource, aliases: dict[str, list[str]]
+) -> str | None:
     """The base's tensor that a parameter starts from; None where the base has none."""
     tries = (expected.name, *aliases.get(expected.name, ()))
     return next(
@@ -220,13 +222,13 @@ def base_rows(expected: Expected, base: TensorSource, aliases: dict[str, list[st
     )
 
 
-def _of_unit(unit: Unit) -> dict[str, Expected] | None:
+def _of_unit(unit: Unit) -> dict[str, ExpectedTensor] | None:
     """Parameters by name; None for a wrapper that is not known."""
     from peft.tuners.lora.layer import Embedding, Linear
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     tensors = {
-        f"{name}.{key}": Expected(
+        f"{name}.{key}": ExpectedTensor(
             name=f"{name}.{key}", start=None if is_hollow(parameter) else parameter.detach()
         )
         for name, module in unit.inner
@@ -256,17 +258,17 @@ def _of_unit(unit: Unit) -> dict[str, Expected] | None:
     return None
 
 
-def _of_saved(unit: Unit, tensors: dict[str, Expected]) -> dict[str, Expected]:
+def _of_saved(unit: Unit, tensors: dict[str, ExpectedTensor]) -> dict[str, ExpectedTensor]:
     """A module that was trained as a whole, with all that is in it."""
     ((_, copy),) = unit.outer.modules_to_save.items()
     stem = unit.name.removeprefix(_PEFT_PREFIX)
     for key, parameter in copy.named_parameters():
         name = f"{stem}.{key}"
-        tensors[name] = Expected(name=name, start=parameter.detach())
+        tensors[name] = ExpectedTensor(name=name, start=parameter.detach())
     return tensors
 
 
-def _add_lora(layer: Any, name: str, tensors: dict[str, Expected]) -> bool:
+def _add_lora(layer: Any, name: str, tensors: dict[str, ExpectedTensor]) -> bool:
     """The matrices of one of peft's LoRA layers; whether nothing else is on it."""
     from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 
@@ -289,7 +291,7 @@ def _add_lora(layer: Any, name: str, tensors: dict[str, Expected]) -> bool:
         if variant is not None
         else None
     )
-    tensors[f"{name}.weight"].delta = Delta(
+    tensors[f"{name}.weight"].delta = ExpectedDelta(
         a=a.detach(), b=b.detach(), scale=scale, by_input=by_input, lengths=lengths
     )
     bias = layer.lora_B[adapter].bias if layer.lora_A else None

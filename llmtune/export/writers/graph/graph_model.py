@@ -24,7 +24,7 @@ from llmtune.export.architecture import (
     find_architecture,
     task_of,
 )
-from llmtune.export.sources.base import some
+from llmtune.export.sources.tensor_source import some
 from llmtune.storage.plain_json import parse_json
 
 #: Largest difference between an output of the graph and transformers', both in fp32.
@@ -43,7 +43,7 @@ Run = Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class ProbeBatch:
     """A batch, and what transformers makes of it."""
 
     inputs: tuple[torch.Tensor, ...]
@@ -151,14 +151,14 @@ def make_example(model: GraphModel) -> tuple[torch.Tensor, ...]:
 
 
 @torch.no_grad()
-def make_checks(model: GraphModel) -> list[Check]:
+def make_probe_batches(model: GraphModel) -> list[ProbeBatch]:
     """Batches of several sizes and lengths, padded on either side, with what the model makes of
     them.
     """
     checks = []
     for number, (rows, length) in enumerate(_CHECKS):
         inputs = _make_batch(model, rows, min(length, _most_tokens(model)), left=number % 2 == 0)
-        checks.append(Check(inputs, model(*inputs).clone()))
+        checks.append(ProbeBatch(inputs, model(*inputs).clone()))
     return checks
 
 
@@ -179,7 +179,7 @@ def _make_batch(
     return (ids, mask.long(), types)[: len(model.inputs)]
 
 
-def check_graph(run: Run, checks: Iterable[Check], name: str) -> float:
+def compare_graph(run: Run, checks: Iterable[ProbeBatch], name: str) -> float:
     """Run every batch; the largest difference where there is no padding.
 
     Raises:

@@ -17,7 +17,6 @@ import torch
 from llmtune.config.groups.export import ExportConfig
 from llmtune.export.model import ExportModel
 from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources.base import TensorSource
 from llmtune.export.sources.nf4 import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
@@ -27,8 +26,9 @@ from llmtune.export.sources.nf4 import (
     quantize,
     quantized_names,
 )
+from llmtune.export.sources.tensor_source import TensorSource
 from llmtune.export.writers.model_files import (
-    copy_companions,
+    copy_model_files,
     update_config,
     update_generation_config,
 )
@@ -43,7 +43,7 @@ _STATE = "quant_state.bitsandbytes__nf4"
 _OFFSETS = "nf4_offsets.json"
 
 
-class PackedSource:
+class Nf4PackedSource:
     """Another source with some of its tensors in NF4, named, typed and packed as transformers
     stores them.
     """
@@ -152,13 +152,13 @@ def write_bnb_4bit(
     All tensors are read twice: first for the means of their scales, which files of this layout
     store as text.
     """
-    copy_companions(export_model.model_files, folder)
+    copy_model_files(export_model.model_files, folder)
     update_config(folder, export_model.dtype, export_model.config_changes)
     # Of the settled configuration: an adapter may have untied the output layer or resized the
     # vocabulary.
     names = quantized_names(folder, export_model.source)
     offsets = _settle_offsets(export_model.source, names, folder, journal)
-    packed = PackedSource(export_model.source, names, offsets)
+    packed = Nf4PackedSource(export_model.source, names, offsets)
     write_shards(packed, folder, config.max_shard_bytes, journal, export_model.request.progress)
     _declare(folder, export_model.dtype)
     update_generation_config(folder)

@@ -16,8 +16,14 @@ import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.architecture import Task, find_architecture, headed_task, is_renamed, task_of
-from llmtune.export.merge.adapter import Adapter
-from llmtune.export.sources.base import TensorSource, find_name, is_embedding, some, usual_dtype
+from llmtune.export.merge.peft_adapter import Adapter
+from llmtune.export.sources.tensor_source import (
+    TensorSource,
+    find_name,
+    is_embedding,
+    some,
+    usual_dtype,
+)
 from llmtune.model.skeleton import build_skeleton
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.row_blocks import row_ranges
@@ -25,7 +31,7 @@ from llmtune.storage.safetensors_writer import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class TaskHead:
     """What the adapter makes of its base."""
 
     changes: dict[str, Any]
@@ -34,12 +40,12 @@ class Head:
     """The model with the head, without weights."""
 
 
-class HeadedSource:
+class TaskHeadSource:
     """A base under the names of the architecture with the head; what that lacks, such as another
     head, is left out.
     """
 
-    def __init__(self, base: TensorSource, adapter: Adapter, head: Head) -> None:
+    def __init__(self, base: TensorSource, adapter: Adapter, head: TaskHead) -> None:
         self._base = base
         self._adapter = adapter
         self._stored: dict[str, str] = {}
@@ -64,7 +70,7 @@ class HeadedSource:
             yield tensor[first:last]
 
 
-def find_head(folder: Path, base: TensorSource, adapter: Adapter) -> Head | None:
+def find_task_head(folder: Path, base: TensorSource, adapter: Adapter) -> TaskHead | None:
     """The head that an adapter brings; None where the base has all of its modules already.
 
     Args:
@@ -93,7 +99,7 @@ def find_head(folder: Path, base: TensorSource, adapter: Adapter) -> Head | None
         skeleton = build_skeleton(folder, changes)
         wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         if trained.items() <= wanted.items():
-            return Head(changes, skeleton)
+            return TaskHead(changes, skeleton)
     head = (
         some([f"{name} {shape}" for name, shape in sorted(trained.items())])
         or "nothing is stored of it"

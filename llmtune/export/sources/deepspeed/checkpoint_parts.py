@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.base import TensorSource, some
 from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
+from llmtune.export.sources.tensor_source import TensorSource, some
 from llmtune.model.adapter.stored_adapter import CONFIG_FILE, WEIGHTS_FILE
 from llmtune.security.trust import copy_foreign
 from llmtune.storage.safetensors_writer import TensorFile
@@ -33,7 +33,7 @@ _WRAPPERS = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module
 _QUANTIZED = (".absmax", ".quant_map", ".SCB")
 
 
-class Renamed:
+class RenamedSource:
     """Some tensors of another source, under other names."""
 
     def __init__(self, source: TensorSource, names: dict[str, str]) -> None:
@@ -55,14 +55,14 @@ def has_adapter(source: ZeroSource) -> bool:
     return any(_PART.search(name) for name in source.trained)
 
 
-def open_model_part(source: ZeroSource) -> Renamed:
+def open_model_part(source: ZeroSource) -> RenamedSource:
     """Everything in a full fine-tuning's checkpoint, tied tensors once: so transformers stores
     models.
     """
-    return Renamed(source, {name: name for name in source.specs if name not in source.shared})
+    return RenamedSource(source, {name: name for name in source.specs if name not in source.shared})
 
 
-def open_adapter_part(source: ZeroSource) -> Renamed:
+def open_adapter_part(source: ZeroSource) -> RenamedSource:
     """Everything that was trained, fp32, as peft's files name it.
 
     Raises:
@@ -88,10 +88,10 @@ def open_adapter_part(source: ZeroSource) -> Renamed:
             name == owner or (part and part["part"] == "modules_to_save")
         ):
             names[_file_name(name)] = name
-    return Renamed(source, names)
+    return RenamedSource(source, names)
 
 
-def open_base_part(source: ZeroSource) -> Renamed:
+def open_base_part(source: ZeroSource) -> RenamedSource:
     """The model below the adapter under its own names, where frozen parameters are in the
     checkpoint; tied ones once.
 
@@ -119,7 +119,7 @@ def open_base_part(source: ZeroSource) -> Renamed:
             f"{source.folder} holds the model below the adapter only quantized ({some(quantized)});"
             " name the model that it was quantized from with base="
         )
-    return Renamed(source, names)
+    return RenamedSource(source, names)
 
 
 def write_adapter(source: ZeroSource, output: Path, dtype: torch.dtype = torch.float32) -> bool:
