@@ -218,7 +218,7 @@ def draws_by_itself(path: Path) -> Iterator[str]:
     if relative(path) not in (
         "draws.py",
         "model/random_model.py",
-        "export/writers/graph/graph_model.py",
+        "export/writers/graph/graph_comparison.py",
         "export/verify/module_outputs.py",
     ):
         text = path.read_text()

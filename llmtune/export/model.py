@@ -17,12 +17,12 @@ from llmtune.export.merge.peft_adapter import Adapter, read_adapter
 from llmtune.export.merge.task_head import TaskHeadSource, find_task_head
 from llmtune.export.publish.shards import ProgressCallbacks
 from llmtune.export.sources.bitsandbytes_base import open_base
-from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
 from llmtune.export.sources.deepspeed.checkpoint_parts import (
     has_adapter,
     open_base_part,
     open_model_part,
 )
+from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.export.sources.master_weights import MasterWeightsSource, find_master_weights
 from llmtune.export.sources.nf4 import Nf4RoundTripSource, quantized_names
 from llmtune.export.sources.tensor_source import (
@@ -126,7 +126,7 @@ def open_material(request: ExportRequest, config: ExportConfig) -> ExportModel:
         _note_other_base(request, adapter)
         head = find_task_head(request.base, base, adapter)
         if head is not None:
-            base, base_changes = TaskHeadSource(base, adapter, head), head.changes
+            base, base_changes = TaskHeadSource(base, adapter, head), head.config_changes
         # Only adapters on embeddings ask for it; building the model takes tens of megabytes.
         embeds = any(is_embedding(f"{module}.weight") for module in adapter.modules)
         output = _output_embedding(request.base, base_changes) if embeds else None

@@ -1,6 +1,4 @@
-"""What would end the export after days of training is found before it: packages, a token, a model
-that a format cannot hold.
-"""
+"""Check before the training that its result can be exported: packages, token, kind of model."""
 
 from __future__ import annotations
 
@@ -16,15 +14,14 @@ from llmtune.model.weights.quantized import quantization
 
 
 def check_exportable(config: ExportConfig, base: Path) -> None:
-    """Whether what is trained on ``base`` can be exported as asked, as far as its configuration and
-    tokenizer tell.
+    """Check that a model trained on ``base`` can be exported, by its configuration and tokenizer.
 
-    Reads no weights and uses no network. What the configuration alone tells is in
+    Reads no weights and uses no network. Rules about the configuration alone are in
     ``llmtune.config.rules``.
 
     Raises:
         ConfigError: ``export.upload`` is no address.
-        MissingPrerequisiteError: A package or a token is missing, the format has no place for this
+        MissingPrerequisiteError: A package or a token is missing, the format cannot hold this
             model, or links in its folder lead out of it.
     """
     if config.format == NONE:
@@ -46,7 +43,7 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
 
 
 def _check_base(base: Path) -> None:
-    """Weights in fewer bits can be unpacked for a merge where they are bitsandbytes' 4 bits."""
+    """Refuse quantized weights that cannot be dequantized for a merge."""
     if quantization(base) is not None:
         from llmtune.export.sources.bitsandbytes_base import check_plain_or_4bit
 
@@ -54,9 +51,10 @@ def _check_base(base: Path) -> None:
 
 
 def check_address(config: ExportConfig) -> None:
-    """
+    """Check ``export.upload``, whatever packages are installed.
+
     Raises:
-        ConfigError: ``export.upload`` is no address, whatever is installed here.
+        ConfigError: It is no address.
     """
     with contextlib.suppress(MissingPrerequisiteError):
         _check_upload(config, dry_run=True)

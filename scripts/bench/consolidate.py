@@ -151,7 +151,7 @@ def write_model_states(step: Path, groups: list[OrderedDict[str, torch.Size]], s
 def run_llmtune(checkpoint: Path, output: Path) -> float:
     """Our side."""
     from llmtune.export.publish.shards import Journal, write_shards
-    from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
+    from llmtune.export.sources.deepspeed.zero_source import ZeroSource
     from llmtune.export.sources.tensor_source import RetypedSource
 
     started = time.perf_counter()

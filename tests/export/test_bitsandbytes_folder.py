@@ -21,12 +21,11 @@ from llmtune.errors import ExportError
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.merge.peft_adapter import read_adapter
 from llmtune.export.model import ExportModel, open_material
-from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.export.pipeline import ExportRequest, run_export, write_files
 from llmtune.export.publish.shards import Journal
 from llmtune.export.sources.bitsandbytes_base import Bnb4bitSource, is_bnb_folder, open_base
 from llmtune.export.sources.nf4 import Nf4RoundTripSource, quantized_names
 from llmtune.export.sources.tensor_source import SafetensorsSource, TensorSource, read_whole
-from llmtune.export.writers.bitsandbytes_folder import write_bnb_4bit
 from tests.export.conftest import TOKENS, make_adapter, make_base
 from tests.export.test_nf4 import load_in_4bit, plain_weights
 
@@ -44,7 +43,8 @@ def open_one(base: Path, adapter: Path | None = None) -> ExportModel:
 
 def write(export_model: ExportModel, folder: Path, **settings: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    write_bnb_4bit(export_model, folder, Journal(folder, "job"), ExportConfig(**settings))
+    config = ExportConfig(format="bnb_4bit", **settings)
+    write_files(export_model, folder, Journal(folder, "job"), config)
     return folder
 
 
@@ -309,7 +309,7 @@ def test_a_4_bit_folder_without_its_scales_is_refused(tiny_model: Path, tmp_path
     )
     check(
         {name: tensor for name, tensor in whole.items() if name != state},
-        "packed and lie without what says how",
+        "packed in 4 bits and have no quant_state",
     )
     check({**whole, state: whole[state][:-9]}, "is damaged")
     check(

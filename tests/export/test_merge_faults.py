@@ -176,7 +176,7 @@ def test_the_right_merge_passes_and_every_fault_that_changes_a_number_is_refused
     agreement = court.look(stored)
     assert agreement.problems == []
     assert not court.expected.unknown, "every module is recomputed"
-    assert agreement.total.wanted > 0
+    assert agreement.total.squared_change > 0
     base, right = truth(scene.base, folder, scene.name)
     settings = json.loads((folder / "adapter_config.json").read_text())
     case = Case(

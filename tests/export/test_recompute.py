@@ -92,7 +92,7 @@ def test_a_right_merge_of_real_sizes_passes_and_a_part_of_one_does_not(
     delta, base = draw(shape, rank, by_input, dora, size)
     found = compare(delta, base, merge(delta, base, dtype))
     assert (found.wrong, found.leaning) == (0, False)
-    assert found.numbers == shape[0] * shape[1]
+    assert found.elements == shape[0] * shape[1]
     short = merge(delta, base, dtype, 0.5)
     assert not torch.equal(short, merge(delta, base, dtype))
     found = compare(delta, base, short)
@@ -136,7 +136,7 @@ def test_the_share_is_measured_and_what_rounding_takes_is_told_apart() -> None:
     assert found.wrong == 0
     assert found.below_rounding == pytest.approx(0.01 / 1.01, rel=1e-3)
     assert found.share == pytest.approx(1 / 1.01, rel=1e-4)
-    assert found.moved == 4 * 32
+    assert found.changed == 4 * 32
     fine = compare(delta, base, merge(delta, base, torch.float32))
     assert (fine.below_rounding, fine.share) == (0, pytest.approx(1, rel=1e-5))
 
@@ -182,11 +182,11 @@ def test_modules_that_cannot_be_recomputed_are_asked_and_less_than_a_rounding_is
     tensors = load_file(merged / "model.safetensors")
     found = check(Held(tensors))
     assert found.agreement.modules == {}
-    assert f"{len(found.answers)} modules compared by their answers alone" in found.describe()
+    assert f"{len(found.output_errors)} modules compared by their outputs alone" in found.describe()
     name = next(name for name in tensors if "up_proj" in name or "c_fc.weight" in name)
     plain = load_file(base / "model.safetensors")[name]
     with pytest.raises(
-        ExportError, match=r"1 of \d+ modules answer otherwise: .* no rounding explains"
+        ExportError, match=r"1 of \d+ modules have other outputs: .* no rounding explains"
     ):
         check(Held({**tensors, name: plain}))
     # A hundredth of a rounding may be lost: nobody can tell.

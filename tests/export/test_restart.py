@@ -87,7 +87,7 @@ def test_finished_shards_are_not_written_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmtune.export.writers.safetensors_folder.copy_model_files", fail)
+        patch.setattr("llmtune.export.pipeline.write_model_card", fail)
         with pytest.raises(KeyboardInterrupt):
             run_export(request, config)
     shards = {
@@ -165,7 +165,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
-    monkeypatch.setattr("llmtune.export.pipeline._COMPANION_BYTES", 10**16)
+    monkeypatch.setattr("llmtune.export.pipeline._MODEL_FILES_BYTES", 10**16)
     with pytest.raises(
         ExportError,
         match=r"free, the export needs 10000\.00 TB; take an output_dir= on a larger disk",

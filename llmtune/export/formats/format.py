@@ -53,6 +53,8 @@ class Format:
     """Keys of ``export`` on which one of its files depends, beside ``format`` and ``upload``."""
     is_merged: bool = True
     """False of what holds only the adapter."""
+    has_model_files: bool = True
+    """Configuration and tokenizer are files beside the weights, and not inside the one file."""
     space: float = 0.0
     """Space that it takes on the disk, as a share of the weights; 0 where the writer checks that
     itself.

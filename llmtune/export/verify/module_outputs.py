@@ -1,9 +1,9 @@
-"""Whether modules whose numbers cannot be recomputed answer as base and adapter do, on the same
-input.
+"""Compare the outputs of modules whose numbers cannot be recomputed, on the same inputs.
 
-An answer cannot tell a change that rounding took from one that was never made. What can be told is
-what rounding is able to do: each stored number may be off by half a unit in its last place, so an
-output by half the sum of those times the inputs. Less than that is never refused.
+From an output one cannot tell a change that was lost in rounding from one that was never merged.
+But the effect of rounding has a bound: each stored number may be off by half a unit in the last
+place (ULP), so an output by the sum of those times the inputs. A smaller difference is never
+refused.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ from llmtune.errors import ExportError
 from llmtune.export.sources.tensor_source import TensorSource, some
 from llmtune.export.verify.streamed_model import StreamedModel, Unit
 
-#: Two orders of summing the same fp32 products, relative to the length of an answer.
+#: Error of summing fp32 products in another order, relative to the norm of the output.
 _ARITHMETIC = 1e-5
 
 
-def half_ulp(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Half the distance to the next number of a dtype, in fp32."""
-    kind = torch.finfo(dtype)
+def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return half the distance to the next number of a dtype, in fp32."""
+    limits = torch.finfo(dtype)
     # Numbers are mantissa * 2**exponent with a mantissa from 1/2 to 1.
-    _, exponent = torch.frexp(numbers.to(dtype).float().abs().clamp(min=kind.tiny))
-    return torch.ldexp(torch.full(exponent.shape, kind.eps / 4), exponent)
+    _, exponent = torch.frexp(values.to(dtype).float().abs().clamp(min=limits.tiny))
+    return torch.ldexp(torch.full(exponent.shape, limits.eps / 4), exponent)
 
 
 class HalfUlpSource:
-    """Another source's distances to the next numbers of the stored dtype, halved: the most that one
-    rounding is off by.
-    """
+    """Half an ULP of every number of another source: the bound of the error of one rounding."""
 
     def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
         self._source = source
@@ -43,48 +41,49 @@ class HalfUlpSource:
         self.specs = source.specs
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """In the stored dtype, of which they are powers of two."""
+        """Yield powers of two in the stored dtype."""
         for block in self._source.blocks(name):
             yield half_ulp(block, self._dtype).to(self.specs[name].dtype)
 
 
 class PerturbedSource:
-    """Another source with every number moved by up to half a unit, at random: as different as two
-    roundings of one model are.
+    """Another source with every number moved by up to half an ULP, at random.
+
+    It differs from the source as much as two roundings of one model do.
     """
 
     def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
         self._source = source
-        self._half_units = HalfUlpSource(source, dtype)
+        self._half_ulps = HalfUlpSource(source, dtype)
         self.specs = {
             name: replace(spec, dtype=torch.float32) if spec.dtype.is_floating_point else spec
             for name, spec in source.specs.items()
         }
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """In fp32, the same each time."""
+        """Yield fp32 blocks, the same in each call."""
         if not self._source.specs[name].dtype.is_floating_point:
             yield from self._source.blocks(name)
             return
-        draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         for block, half in zip(
-            self._source.blocks(name), self._half_units.blocks(name), strict=True
+            self._source.blocks(name), self._half_ulps.blocks(name), strict=True
         ):
-            yield block.float() + half.float() * (2 * torch.rand(block.shape, generator=draw) - 1)
+            noise = 2 * torch.rand(block.shape, generator=generator) - 1
+            yield block.float() + half.float() * noise
 
 
 def perturb_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """The same of a model in memory."""
-    draw = torch.Generator().manual_seed(0)
+    """Move every number of a model in memory as :class:`PerturbedSource` does."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(
-                half_ulp(parameter, dtype) * (2 * torch.rand(parameter.shape, generator=draw) - 1)
-            )
+            noise = 2 * torch.rand(parameter.shape, generator=generator) - 1
+            parameter.add_(half_ulp(parameter, dtype) * noise)
 
 
 class OutputComparison:
-    """Asks wrapped modules what they would answer with merged weights, while the reference runs."""
+    """Runs wrapped modules also with the merged weights, while the reference runs."""
 
     def __init__(
         self,
@@ -93,69 +92,71 @@ class OutputComparison:
         units: Sequence[Unit],
         dtype: torch.dtype,
     ) -> None:
-        """Take what is asked.
+        """Choose the modules.
 
         Args:
-            units: Of the reference; others are passed over.
-            dtype: What the merged weights were rounded to.
+            units: Units of the reference that are compared.
+            dtype: The dtype that the merged weights were rounded to.
         """
         self._reference = reference
         self._merged = merged
-        self._half_units = HalfUlpSource(merged, dtype)
+        self._half_ulps = HalfUlpSource(merged, dtype)
         self._outer = {id(unit.outer) for unit in units}
         self.units = [unit.name for unit in units]
         self._problems: list[str] = []
         self.errors: dict[str, float] = {}
+        """Module -> relative difference of its outputs; NaN where only the logits show it."""
 
-    def look(self, unit: Unit, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Compare one module's answers."""
+    def compare(self, unit: Unit, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Compare one module's outputs; a :data:`UnitHook`."""
         if id(unit.outer) not in self._outer:
             return
         name = unit.inner[0][0]
         if len(unit.inner) != 1:
-            # It has no weights of its own that could be changed for the merged ones; the logits
-            # tell.
+            # It has no weights of its own to replace; only the logits show a difference.
             self.errors[unit.name] = math.nan
             return
-        found = self._reference.with_weights_of(self._merged, unit, arguments)
-        self.errors[name] = relative_error(found, output, centerd=False)
-        sizes = tuple(given.abs() if given.is_floating_point() else given for given in arguments)
-        bound = self._reference.with_weights_of(self._half_units, unit, sizes).abs()
+        merged_output = self._reference.run_unit(self._merged, unit, arguments)
+        self.errors[name] = relative_error(merged_output, output, centered=False)
+        # The bound: half an ULP of every weight, times the absolute inputs.
+        absolute = tuple(
+            tensor.abs() if tensor.is_floating_point() else tensor for tensor in arguments
+        )
+        bound = self._reference.run_unit(self._half_ulps, unit, absolute).abs()
         arithmetic = _ARITHMETIC * output.norm(dim=-1, keepdim=True)
-        inside = (found - output).abs() <= bound + arithmetic
+        inside = (merged_output - output).abs() <= bound + arithmetic
         if not bool(inside.all()):
             self._problems.append(
                 f"{name} (off by {self.errors[name]:.1e}, which no rounding explains)"
             )
 
     def check(self) -> None:
-        """Refuse.
+        """Refuse modules whose outputs differ by more than rounding explains.
 
         Raises:
-            ExportError: Modules answer otherwise by more than rounding can do; some are named.
+            ExportError: Some of them are named.
         """
         if self._problems:
             raise ExportError(
                 f"the merged model is not base and adapter: {len(self._problems)} of"
-                f" {len(self.errors)} modules answer otherwise: {some(self._problems)}; nothing was"
-                " published"
+                f" {len(self.errors)} modules have other outputs: {some(self._problems)}; nothing"
+                " was published"
             )
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor, centerd: bool = True) -> float:
-    """Largest over positions of the length of the difference by the length of what is expected; NaN
-    is the largest.
+def relative_error(output: torch.Tensor, expected: torch.Tensor, centered: bool = True) -> float:
+    """Return the largest ``||output - expected|| / ||expected||`` of a position.
+
+    NaN counts as the largest.
 
     Args:
-        centerd: Take the mean off first; logits mean the same with any number added, unless there
-            is only one.
+        centered: Subtract the mean of each position first: logits mean the same with any number
+            added, unless there is only one.
     """
-    if centerd and expected.shape[-1] > 1:
-        found, expected = (
-            found - found.mean(-1, keepdim=True),
-            expected - expected.mean(-1, keepdim=True),
-        )
-    lengths = expected.norm(dim=-1)
-    # A position whose answer is nearly nothing has no relative error to speak of.
-    ratio = (found - expected).norm(dim=-1) / lengths.clamp(min=float(lengths.max()) * 1e-3)
+    if centered and expected.shape[-1] > 1:
+        output = output - output.mean(-1, keepdim=True)
+        expected = expected - expected.mean(-1, keepdim=True)
+    norms = expected.norm(dim=-1)
+    # A position whose output is nearly zero has no meaningful relative error.
+    ratio = (output - expected).norm(dim=-1) / norms.clamp(min=float(norms.max()) * 1e-3)
     return float(ratio.max()) if bool(torch.isfinite(ratio).all()) else math.nan

@@ -1,19 +1,19 @@
-"""A model of transformers as a graph sees it: tensors in, one tensor out; and batches that tell
-whether a graph is that model.
-"""
+"""Load a model of transformers in fp32 for an exporter: tensors go in, one tensor comes out."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import math
+import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError
 from llmtune.export.architecture import (
     MASKED_WORDS,
@@ -24,35 +24,28 @@ from llmtune.export.architecture import (
     find_architecture,
     task_of,
 )
-from llmtune.export.sources.tensor_source import some
+from llmtune.export.model import ExportModel
+from llmtune.export.publish.folder import check_room
+from llmtune.export.publish.shards import Journal, write_shards
+from llmtune.export.sources.tensor_source import RetypedSource, some
+from llmtune.export.writers.model_files import copy_model_files
 from llmtune.storage.plain_json import parse_json
+from llmtune.units import format_count
 
-#: Largest difference between an output of the graph and transformers', both in fp32.
-MOST_DIFFERENCE = 1e-3
+#: Writing a graph takes one to three times its size in memory: up to 36 GB for this size.
+MOST_PARAMETERS = 3_000_000_000
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-#: Rows and tokens of the batch that a graph is made from; no check has either.
-_EXAMPLE = (2, 7)
-_CHECKS = ((1, 1), (3, 13), (5, 2), (4, 33), (1, 512))
 
-#: What a graph is made of: one tensor comes out.
+#: Tasks of models with one output tensor.
 _TASKS = (TEXT, TEXT_CLASSES, TOKEN_CLASSES, MASKED_WORDS, STATES)
 
-#: A graph's only output, from its inputs in order.
-Run = Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeBatch:
-    """A batch, and what transformers makes of it."""
-
-    inputs: tuple[torch.Tensor, ...]
-    """Ids, padding mask and, where the model takes them, token types; each (batch, length)."""
-    expected: torch.Tensor
+#: Folder for the merged weights in fp32, which transformers loads; removed after that.
+_WEIGHTS_FOLDER = "weights.tmp"
 
 
 class GraphModel(torch.nn.Module):
-    """A model of transformers with nothing but tensors going in and one tensor coming out."""
+    """A model of transformers with only tensors as inputs and one tensor as output."""
 
     def __init__(
         self, model: Any, inputs: tuple[str, ...], output: str, settings: dict[str, Any]
@@ -70,24 +63,38 @@ class GraphModel(torch.nn.Module):
         attention_mask: torch.Tensor,
         token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The output for ids and mask of shape (batch, length)."""
-        given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        """Return the output for ids and mask of shape (batch, length)."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, **given, **self.settings
+            input_ids=input_ids, attention_mask=attention_mask, **types, **self.settings
         )
-        found: torch.Tensor = outputs[self.output]
-        return found
+        output: torch.Tensor = outputs[self.output]
+        return output
+
+
+def check_size(parameters: int) -> None:
+    """Refuse a model that is too large to be held in memory by an exporter.
+
+    Raises:
+        ExportError: It has more than ``MOST_PARAMETERS``.
+    """
+    if parameters > MOST_PARAMETERS:
+        raise ExportError(
+            f"a graph is made of the whole model in memory, and {format_count(parameters)}"
+            f" parameters are more than {format_count(MOST_PARAMETERS)}; take export=gguf or"
+            " export=safetensors"
+        )
 
 
 def find_loader(folder: Path) -> tuple[str, str]:
-    """The class of transformers for what ``config.json`` names, and that name.
+    """Return the class of transformers that loads a model folder, and its architecture.
 
     Raises:
-        ExportError: It names something else than an encoder or a decoder of text.
+        ExportError: ``config.json`` names neither an encoder nor a decoder of text.
     """
     architecture = find_architecture(folder)
     task = task_of(architecture)
-    if task is None or task not in _TASKS or _has_both_halves(folder):
+    if task is None or task not in _TASKS or _is_encoder_decoder(folder):
         ends = ", ".join(end for task in _TASKS for end in task.ends)
         raise ExportError(
             f"{folder / 'config.json'}: {architecture or 'no architecture'} is neither an encoder"
@@ -96,19 +103,55 @@ def find_loader(folder: Path) -> tuple[str, str]:
     return task.loader, architecture
 
 
-def _has_both_halves(folder: Path) -> bool:
+def _is_encoder_decoder(folder: Path) -> bool:
     return bool(parse_json((folder / "config.json").read_text()).get("is_encoder_decoder"))
 
 
-def load_graph_model(folder: Path, loader: str, architecture: str) -> GraphModel:
-    """The model in fp32 on the CPU, with the attention that exporters understand.
+def load_merged_model(export_model: ExportModel, folder: Path, config: ExportConfig) -> GraphModel:
+    """Write the merged weights in fp32 to a temporary folder, and load them.
+
+    Args:
+        folder: Holds configuration and tokenizer; the weights are removed from it again.
 
     Raises:
-        ExportError: transformers cannot load it, or some of its weights are not there.
+        ExportError: Another dtype was asked for, the model is too large or of another kind, or the
+            disk has no room for it twice.
+    """
+    if config.dtype not in (ExportDtype.auto, ExportDtype.fp32):
+        raise ExportError(
+            f"export.dtype={config.dtype.value}: graphs are written in fp32; take"
+            " export.dtype=auto, or export=safetensors for another dtype"
+        )
+    count = sum(math.prod(spec.shape) for spec in export_model.source.specs.values())
+    check_size(count)
+    check_room(folder, 2 * count * torch.float32.itemsize)
+    loader, architecture = find_loader(folder)
+    weights = folder / _WEIGHTS_FOLDER
+    weights.mkdir(exist_ok=True)
+    # In fp32 a merged weight is not rounded at all.
+    write_shards(
+        RetypedSource(export_model.source, torch.float32),
+        weights,
+        config.max_shard_bytes,
+        Journal(weights, _WEIGHTS_FOLDER),
+        export_model.request.progress,
+    )
+    copy_model_files([folder], weights)
+    try:
+        return load_graph_model(weights, loader, architecture)
+    finally:
+        shutil.rmtree(weights)
+
+
+def load_graph_model(folder: Path, loader: str, architecture: str) -> GraphModel:
+    """Load the model in fp32 on the CPU, with the attention that exporters understand.
+
+    Raises:
+        ExportError: transformers cannot load it, or some of its weights are missing.
     """
     import transformers
 
-    with _quiet():
+    with _ignore_warnings():
         try:
             model, report = getattr(transformers, loader).from_pretrained(
                 str(folder),
@@ -122,120 +165,42 @@ def load_graph_model(folder: Path, loader: str, architecture: str) -> GraphModel
                 f"transformers cannot load {architecture} with {loader}: {first_line(error)}; take"
                 " export=safetensors"
             ) from error
-    # A model without a head gives its last states, which do not go through the pooler.
-    bare = loader == "AutoModel"
+
+    # A model without a head returns its last hidden states, which the pooler does not touch.
+    has_head = loader != "AutoModel"
     missing = sorted(
-        name for name in report["missing_keys"] if not (bare and name.startswith("pooler."))
+        name for name in report["missing_keys"] if has_head or not name.startswith("pooler.")
     )
     if missing:
         raise ExportError(
             f"{architecture} in config.json has {len(missing)} weights that are not there:"
             f" {some(missing)}; nothing was written"
         )
+
     accepted = inspect.signature(model.forward).parameters
-    types = "token_type_ids" in accepted and (getattr(model.config, "type_vocab_size", 0) or 0) > 1
+    type_count = getattr(model.config, "type_vocab_size", 0) or 0
+    takes_types = "token_type_ids" in accepted and type_count > 1
     settings: dict[str, Any] = {"return_dict": True}
     if "use_cache" in accepted:
         settings["use_cache"] = False
     return GraphModel(
         model.requires_grad_(False),
-        _INPUTS if types else _INPUTS[:2],
-        "last_hidden_state" if bare else "logits",
+        _INPUTS if takes_types else _INPUTS[:2],
+        "logits" if has_head else "last_hidden_state",
         settings,
     ).eval()
 
 
-def make_example(model: GraphModel) -> tuple[torch.Tensor, ...]:
-    """The batch that a graph is made from."""
-    return _make_batch(model, *_EXAMPLE)
-
-
-@torch.no_grad()
-def make_probe_batches(model: GraphModel) -> list[ProbeBatch]:
-    """Batches of several sizes and lengths, padded on either side, with what the model makes of
-    them.
-    """
-    checks = []
-    for number, (rows, length) in enumerate(_CHECKS):
-        inputs = _make_batch(model, rows, min(length, _most_tokens(model)), left=number % 2 == 0)
-        checks.append(ProbeBatch(inputs, model(*inputs).clone()))
-    return checks
-
-
-def _make_batch(
-    model: GraphModel, rows: int, length: int, left: bool = False
-) -> tuple[torch.Tensor, ...]:
-    """Random ids and token types; every row but the first is padded a little more than the one
-    before.
-    """
-    config = model.model.config
-    numbers = torch.Generator().manual_seed(rows * 1000 + length)
-    ids = torch.randint(config.vocab_size, (rows, length), generator=numbers)
-    padding = (torch.arange(rows) * max(1, length // (rows + 1))).clamp(max=length - 1)
-    places = torch.arange(length).expand(rows, length)
-    mask = places >= padding[:, None] if left else places < length - padding[:, None]
-    ids = torch.where(mask, ids, getattr(config, "pad_token_id", None) or 0)
-    types = torch.randint(getattr(config, "type_vocab_size", 1), (rows, length), generator=numbers)
-    return (ids, mask.long(), types)[: len(model.inputs)]
-
-
-def compare_graph(run: Run, checks: Iterable[ProbeBatch], name: str) -> float:
-    """Run every batch; the largest difference where there is no padding.
-
-    Raises:
-        ExportError: It is larger than ``MOST_DIFFERENCE``, not a number, or the graph cannot run a
-            batch.
-    """
-    worst = 0.0
-    for check in checks:
-        rows, length = check.inputs[0].shape
-        try:
-            found = run(check.inputs)
-        except Exception as error:
-            raise ExportError(
-                f"{name} cannot run {rows} rows of {length} tokens: {first_line(error)}; nothing"
-                " was written"
-            ) from error
-        if found.shape != check.expected.shape:
-            raise ExportError(
-                f"{name} gives {tuple(found.shape)} for {rows} rows of {length} tokens,"
-                f" transformers gives {tuple(check.expected.shape)}; nothing was written"
-            )
-        difference = (found - check.expected).abs()
-        if difference.ndim == 3:
-            difference = difference[check.inputs[1].bool()]
-        largest = float(difference.max())
-        if not largest <= MOST_DIFFERENCE:
-            raise ExportError(
-                f"{name} is not the model: with {rows} rows of {length} tokens its output differs"
-                f" from transformers' by {largest:.2g}, allowed are {MOST_DIFFERENCE:g}; nothing"
-                " was written, take export=safetensors"
-            )
-        worst = max(worst, largest)
-    return worst
-
-
-def _most_tokens(model: GraphModel) -> int:
-    """Longest row; RoBERTa's positions begin behind the padding's."""
-    most = getattr(model.model.config, "max_position_embeddings", None) or max(
-        length for _, length in _CHECKS
-    )
-    tables = (
-        module for name, module in model.named_modules() if name.endswith("position_embeddings")
-    )
-    padding = next((getattr(table, "padding_idx", None) for table in tables), None)
-    return int(most) if padding is None else int(most) - padding - 1
-
-
 @contextlib.contextmanager
-def refusing(model: GraphModel, kind: str) -> Iterator[None]:
-    """What torch's exporters raise is of many kinds, and always about a model that they cannot
-    export.
+def refuse_unexportable(model: GraphModel, kind: str) -> Iterator[None]:
+    """Turn any error of torch's exporters into an ExportError.
+
+    They raise exceptions of many types, always about a model that they cannot export.
 
     Raises:
         ExportError: Instead of any of them.
     """
-    with _quiet(), torch.no_grad():
+    with _ignore_warnings(), torch.no_grad():
         try:
             yield
         except Exception as error:
@@ -246,13 +211,13 @@ def refusing(model: GraphModel, kind: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither exporter means its warnings for who exports."""
+def _ignore_warnings() -> Iterator[None]:
+    """Hide the exporters' warnings, which are for developers of models."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def first_line(error: Exception) -> str:
-    """What is short enough for a message."""
+    """Return the first line of an error, which is short enough for a message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
