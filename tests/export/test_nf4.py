@@ -142,7 +142,7 @@ def test_rows_at_a_time_have_the_bits_of_the_whole(
     packed, state = functional.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4")
     monkeypatch.setattr("llmtune.storage.row_blocks.BLOCK_ELEMENTS", 5 * shape[1])
     monkeypatch.setattr("llmtune.storage.row_blocks._LEAST_ROWS", 1)
-    monkeypatch.setattr("llmtune.export.sources.nf4._PIECE_ELEMENTS", 128)
+    monkeypatch.setattr("llmtune.export.sources.nf4._CHUNK_ELEMENTS", 128)
     source = write_tensor(tensor, tmp_path)
     ours, described = quantize(source, "w", transposed=False)
     assert torch.equal(ours, packed)

@@ -48,7 +48,7 @@ class Format:
     describe_usage: Callable[[Usage], str]
     """Markdown for the model card: the code and the commands that load and serve it."""
     write: Callable[[ExportModel, Path, Journal, ExportConfig], None]
-    """Write the weights and everything beside them into a folder."""
+    """Write the weights into a folder that has the model files already."""
     options: frozenset[str]
     """Keys of ``export`` on which one of its files depends, beside ``format`` and ``upload``."""
     is_merged: bool = True

@@ -23,7 +23,7 @@ from llmtune.storage.safetensors_writer import DTYPE_NAMES, INDEX_FILE, TensorSp
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _ONE_FILE = "model.safetensors"
 
-#: Names of the modules that turn tokens into vectors, and vectors into tokens.
+#: Names of the modules that turn tokens into vectors, and vectors into logits.
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output")
 
