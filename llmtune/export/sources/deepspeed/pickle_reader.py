@@ -187,7 +187,7 @@ class _Archive:
             raise ExportError(f"{self.file} holds a storage of another kind than tensors have")
         if key not in self._storages:
             nbytes = numel * dtype.itemsize
-            first, size = self._place(f"data/{key}") if nbytes else (0, 0)
+            first, size = self._locate(f"data/{key}") if nbytes else (0, 0)
             if size < nbytes:
                 raise ExportError(
                     f"{self.file} is damaged: storage {key} has {size} bytes of {nbytes}"
@@ -196,10 +196,10 @@ class _Archive:
         return self._storages[key]
 
     def _read(self, name: str) -> bytes:
-        first, size = self._place(name)
+        first, size = self._locate(name)
         return self._map[first : first + size]
 
-    def _place(self, name: str) -> tuple[int, int]:
+    def _locate(self, name: str) -> tuple[int, int]:
         """Return first byte and length of a member."""
         member = self._members.get(self._root + name)
         if member is None:
@@ -207,9 +207,9 @@ class _Archive:
         header = self._map[member.header_offset : member.header_offset + _LOCAL_HEADER.size]
         signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
         first = member.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        whole = signature == _SIGNATURE and first + member.file_size <= len(self._map)
-        if not whole or member.compress_type != zipfile.ZIP_STORED:
-            raise ExportError(f"{self.file} is damaged: {name} does not lie where the archive says")
+        is_complete = signature == _SIGNATURE and first + member.file_size <= len(self._map)
+        if not is_complete or member.compress_type != zipfile.ZIP_STORED:
+            raise ExportError(f"{self.file} is damaged: {name} is not where the archive says")
         return first, member.file_size
 
 
