@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import ConfigError
-from llmtune.export.sources.deepspeed.checkpoint import is_zero_checkpoint
+from llmtune.export.sources.deepspeed.step_folder import is_zero_checkpoint
 from llmtune.run.exporting import export_target, export_zero_checkpoint, output_folder, print_line
 
 if TYPE_CHECKING:

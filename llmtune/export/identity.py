@@ -1,6 +1,4 @@
-"""What tells one export from another: what it is made from, and the options that shape its
-bytes.
-"""
+"""Identify an export by its sources, and by the options that its bytes depend on."""
 
 from __future__ import annotations
 
@@ -24,46 +22,44 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-#: Options that shape no file of any format.
+#: Options on which no file of any format depends.
 SHAPING_NOTHING = frozenset({"upload_private", "dry_run"})
 
 
 def shaping_options(format_name: str) -> frozenset[str]:
-    """Keys of ``export`` on which files of a format depend; the card is a file too, and says where
-    the export is.
+    """Return the keys of ``export`` on which files of a format depend.
+
+    The card is one of the files, and says where the export is uploaded to.
     """
     return find_format(format_name).options | {"format", "upload"}
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this is a name on the hub and no folder of this machine."""
+    """Return whether this is a name on the hub, and no folder of this machine."""
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).expanduser().exists()
 
 
 def identify(folder: Path) -> str:
-    """What tells one published folder from any other: the hash of its manifest; nothing for a
-    folder of somebody else's.
-    """
+    """Return the hash of a published folder's manifest; empty for a folder without one."""
     marker = folder / layout.COMPLETE
     return marker.read_text() if marker.is_file() else ""
 
 
 def describe_options(config: ExportConfig) -> dict[str, Any]:
-    """The options on which bytes of an export of this format depend, as its manifest notes them."""
-    found: dict[str, Any] = {}
+    """Return the options on which bytes of an export depend, as its manifest stores them."""
+    options: dict[str, Any] = {}
     shaping = shaping_options(config.format)
     for key in config.__dataclass_fields__:
         if key in shaping:
             value = getattr(config, key)
-            found[key] = value.value if isinstance(value, Enum) else value
-    # Of a place the card names the repository on the hub; addresses may hold passwords, and are
-    # nobody's business.
-    found["upload"] = find_repo(config)
-    return found
+            options[key] = value.value if isinstance(value, Enum) else value
+    # The card names only a repository on the hub; other addresses may hold passwords.
+    options["upload"] = find_repo(config)
+    return options
 
 
 def find_repo(config: ExportConfig) -> str | None:
-    """The repository on the hub that the export goes to; None where it goes elsewhere."""
+    """Return the repository on the hub that the export is uploaded to; None for other addresses."""
     from llmtune.export.publish.hub import HUB, parse_hub_url
 
     with contextlib.suppress(ExportError):
@@ -73,22 +69,23 @@ def find_repo(config: ExportConfig) -> str | None:
 
 
 def is_export_of(folder: Path, trained: Path, config: ExportConfig) -> bool:
-    """Whether a folder is the whole export of this very adapter or model, as these options shape
-    it; clocks cannot tell.
+    """Return whether a folder is the complete export of this adapter or model with these options.
+
+    Hashes are compared, because modification times cannot tell.
     """
     try:
         manifest = read_manifest(folder)
     except CheckpointError:
         return False
-    return manifest.get("source") == identify(trained) != "" and manifest.get(
-        "options"
-    ) == describe_options(config)
+    source = identify(trained)
+    if not source or manifest.get("source") != source:
+        return False
+    return bool(manifest.get("options") == describe_options(config))
 
 
 def describe_job(request: ExportRequest, config: ExportConfig) -> str:
-    """What is written from what; two starts with the same text write the same bytes."""
-    # What was unpacked into a folder of its own for this start stands for what it was unpacked
-    # from.
+    """Describe the sources and options; two attempts with the same text write the same bytes."""
+    # An adapter that was unpacked for this attempt alone is identified by its checkpoint.
     adapter = request.unpacked_from or request.adapter
     folders = [folder for folder in (request.base, adapter, request.zero) if folder is not None]
     files = sorted(
@@ -104,7 +101,7 @@ def describe_job(request: ExportRequest, config: ExportConfig) -> str:
 
 
 def _own_files(request: ExportRequest) -> set[Path]:
-    """What exports to this place have written, should it lie inside a folder that is exported."""
+    """Return the files of exports to this folder, which may be inside a folder that is exported."""
     output = request.output
     folders = [output, aside_path(output), replaced_path(output)]
     return {file for folder in folders for file in folder.rglob("*")}

@@ -12,26 +12,30 @@ import torch
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.card.license import check_licenses
-from llmtune.export.merge.adapter import Adapter, read_adapter
-from llmtune.export.merge.heads import HeadedSource, find_head
 from llmtune.export.merge.merged_source import MergedSource
+from llmtune.export.merge.peft_adapter import Adapter, read_adapter
+from llmtune.export.merge.task_head import TaskHeadSource, find_task_head
 from llmtune.export.publish.shards import ProgressCallbacks
-from llmtune.export.sources.base import (
-    Retyped,
+from llmtune.export.sources.bitsandbytes_base import open_base
+from llmtune.export.sources.deepspeed.checkpoint_parts import (
+    has_adapter,
+    open_base_part,
+    open_model_part,
+)
+from llmtune.export.sources.deepspeed.zero_source import ZeroSource
+from llmtune.export.sources.master_weights import MasterWeightsSource, find_master_weights
+from llmtune.export.sources.nf4 import Nf4RoundTripSource, quantized_names
+from llmtune.export.sources.tensor_source import (
+    FilteredSource,
+    RetypedSource,
     SafetensorsSource,
     TensorSource,
-    Without,
     is_embedding,
     is_input_embedding,
     is_output_embedding,
     usual_dtype,
 )
-from llmtune.export.sources.bitsandbytes import open_base
-from llmtune.export.sources.deepspeed.adapter import has_adapter, open_base_part, open_model_part
-from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
-from llmtune.export.sources.master_weights import MastersSource, find_masters
-from llmtune.export.sources.nf4 import Nf4RoundTrip, quantized_names
-from llmtune.export.writers.model_files import check_companions
+from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.skeleton import build_skeleton
 from llmtune.storage.dtypes import configured_dtype
 from llmtune.storage.plain_json import parse_json
@@ -115,9 +119,9 @@ def open_material(request: ExportRequest, config: ExportConfig) -> ExportModel:
     if request.adapter is not None:
         adapter = read_adapter(request.adapter)
         _note_other_base(request, adapter)
-        head = find_head(request.base, base, adapter)
+        head = find_task_head(request.base, base, adapter)
         if head is not None:
-            base, base_changes = HeadedSource(base, adapter, head), head.changes
+            base, base_changes = TaskHeadSource(base, adapter, head), head.config_changes
         # Only adapters on embeddings ask for it; building the model takes tens of megabytes.
         embeds = any(is_embedding(f"{module}.weight") for module in adapter.modules)
         output = _output_embedding(request.base, base_changes) if embeds else None
@@ -129,7 +133,7 @@ def open_material(request: ExportRequest, config: ExportConfig) -> ExportModel:
     if request.zero is not None and dtype is None:
         dtype = _stored_dtype(request.base)
     if dtype is not None:
-        source = Retyped(source, dtype)
+        source = RetypedSource(source, dtype)
     return ExportModel(
         request=request,
         base=base,
@@ -167,13 +171,15 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
             )
         # Rounded to bf16, master weights are the stored ones; other dtypes gain digits from them.
         finer = config.dtype in (ExportDtype.fp32, ExportDtype.fp16)
-        checkpoint = find_masters(request.base) if finer else None
-        return MastersSource(checkpoint) if checkpoint is not None else open_base(request.base)
+        checkpoint = find_master_weights(request.base) if finer else None
+        return (
+            MasterWeightsSource(checkpoint) if checkpoint is not None else open_base(request.base)
+        )
     base = open_base(request.base)
     if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
-        base = Nf4RoundTrip(base, quantized_names(request.base, base))
+        base = Nf4RoundTripSource(base, quantized_names(request.base, base))
     copies = _tied_copies(request.base, base)
-    return Without(base, copies) if copies else base
+    return FilteredSource(base, copies) if copies else base
 
 
 def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
@@ -251,5 +257,5 @@ def check_links(request: ExportRequest) -> None:
         else set()
     )
     for folder in filter(None, (request.base, request.adapter, request.zero, *sorted(beside))):
-        check_companions(folder)
+        check_model_files(folder)
         check_licenses(folder)

@@ -27,11 +27,12 @@ from llmtune.export.publish.folder import (
 )
 from llmtune.export.publish.shards import Journal
 from llmtune.export.publish.upload import check_upload, upload_export
-from llmtune.export.verify.checks import check_folder, check_model
+from llmtune.export.verify.export_checks import verify_merged_model, verify_written_folder
+from llmtune.export.writers.model_files import copy_model_files, write_model_files
 from llmtune.units import format_bytes
 
 #: Configuration, tokenizer and card beside the weights.
-_COMPANION_BYTES = 64 << 20
+_MODEL_FILES_BYTES = 64 << 20
 
 
 def run_export(request: ExportRequest, config: ExportConfig) -> Path:
@@ -61,18 +62,36 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         return request.output
 
     def write(folder: Path, journal: Journal) -> None:
-        check_room(folder, int(export_model.nbytes * kind.space) + _COMPANION_BYTES)
-        parity = None if kind.is_checked_on_disk else check_model(export_model, config)
-        kind.write(export_model, folder, journal, config)
+        check_room(folder, int(export_model.nbytes * kind.space) + _MODEL_FILES_BYTES)
+        parity = None if kind.is_checked_on_disk else verify_merged_model(export_model, config)
+        write_files(export_model, folder, journal, config)
         if kind.is_checked_on_disk and kind.is_merged:
             # Of what lies on the disk now.
-            parity = check_folder(export_model, folder, config)
+            parity = verify_written_folder(export_model, folder, config)
         write_model_card(folder, request, config, parity.describe() if parity else None)
 
     write_export(request.output, describe_job(request, config), write, about, request.signer)
     if config.upload:
         upload_export(request.output, config.upload, config.upload_private, False, request.say)
     return request.output
+
+
+def write_files(
+    export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig
+) -> None:
+    """Write configuration and tokenizer, and then the weights, whose writers read them.
+
+    Raises:
+        ExportError: The format cannot hold the model, or a file cannot be copied.
+    """
+    kind = find_format(config.format)
+    if not kind.is_merged:
+        assert export_model.adapter is not None
+        copy_model_files([export_model.adapter.folder], folder)
+    elif kind.has_model_files:
+        dtype = kind.compared_dtype(config) or export_model.dtype
+        write_model_files(export_model.model_files, folder, dtype, export_model.config_changes)
+    kind.write(export_model, folder, journal, config)
 
 
 def _describe(request: ExportRequest, config: ExportConfig) -> dict[str, Any]:

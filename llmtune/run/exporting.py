@@ -12,8 +12,8 @@ from llmtune.config.schema import Config, ModelConfig
 from llmtune.errors import ConfigError, ExportError
 from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
-from llmtune.export.sources.deepspeed.adapter import has_adapter, write_adapter
-from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
+from llmtune.export.sources.deepspeed.checkpoint_parts import has_adapter, write_adapter
+from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.run.progress_bar import show_progress
 from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout

@@ -23,7 +23,7 @@ from llmtune.data.store.vocabulary import check_stores
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.data.tokenized_source import ProgressCallback, TokenizeProgress
 from llmtune.errors import CheckpointError, ConfigError
-from llmtune.export.preflight import check_exportable
+from llmtune.export.prerequisites import check_exportable
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens

@@ -91,7 +91,7 @@ def _check_schedule(config: Config) -> None:
 
 
 def _check_upload(config: Config) -> None:
-    from llmtune.export.preflight import check_address
+    from llmtune.export.prerequisites import check_address
 
     check_address(config.export)
 

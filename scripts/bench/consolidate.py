@@ -151,12 +151,12 @@ def write_model_states(step: Path, groups: list[OrderedDict[str, torch.Size]], s
 def run_llmtune(checkpoint: Path, output: Path) -> float:
     """Our side."""
     from llmtune.export.publish.shards import Journal, write_shards
-    from llmtune.export.sources.base import Retyped
-    from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
+    from llmtune.export.sources.deepspeed.zero_source import ZeroSource
+    from llmtune.export.sources.tensor_source import RetypedSource
 
     started = time.perf_counter()
     output.mkdir()
-    source = Retyped(ZeroSource(checkpoint), torch.bfloat16)
+    source = RetypedSource(ZeroSource(checkpoint), torch.bfloat16)
     write_shards(source, output, 5_000_000_000, Journal(output, "bench"))
     return time.perf_counter() - started
 

@@ -48,7 +48,7 @@ from llmtune.config.groups.export import ExportConfig, GgufType
 from llmtune.errors import ExportError
 from llmtune.export.model import ExportRequest, open_material
 from llmtune.export.publish.shards import Journal
-from llmtune.export.writers.gguf.writer import write_gguf
+from llmtune.export.writers.gguf.gguf_file import write_gguf
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
 
 #: An interpreter that has llama-cpp-python.

@@ -22,15 +22,10 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError, MissingPrerequisiteError
 from llmtune.export.model import ExportRequest, open_material
+from llmtune.export.pipeline import write_files
 from llmtune.export.publish.shards import Journal
-from llmtune.export.writers.graph.model import (
-    GraphModel,
-    check_graph,
-    find_loader,
-    load_graph_model,
-    make_checks,
-)
-from llmtune.export.writers.graph.writers import write_onnx, write_torchscript
+from llmtune.export.writers.graph.graph_comparison import compare_graph, make_probe_batches
+from llmtune.export.writers.graph.graph_model import GraphModel, find_loader, load_graph_model
 from llmtune.storage.safetensors_writer import TensorSpec
 from tests.export.conftest import copy_tokenizer, make_adapter
 
@@ -86,8 +81,7 @@ def write(
         ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output), config
     )
     output.mkdir()
-    writer = write_onnx if kind == "onnx" else write_torchscript
-    writer(export_model, output, Journal(output, "test"), config)
+    write_files(export_model, output, Journal(output, "test"), config)
     return output
 
 
@@ -219,13 +213,13 @@ def test_the_graph_of_another_model_is_refused(
 ) -> None:
     base = make_model(architecture, tmp_path / "base", tiny_model)
     model = load_graph_model(base, *find_loader(base))
-    checks = make_checks(model)
+    checks = make_probe_batches(model)
     with torch.no_grad():
-        assert check_graph(lambda inputs: model(*inputs), checks, "same") < 1e-5
+        assert compare_graph(lambda inputs: model(*inputs), checks, "same") < 1e-5
         with pytest.raises(
             ExportError, match=r"rows of \d+ tokens its output differs .* allowed are 0.001"
         ):
-            check_graph(
+            compare_graph(
                 lambda inputs: model(inputs[0], torch.ones_like(inputs[1]), *inputs[2:]),
                 checks,
                 "no mask",
@@ -234,11 +228,11 @@ def test_the_graph_of_another_model_is_refused(
             0
         ] += 0.1
         with pytest.raises(ExportError, match="moved is not the model"):
-            check_graph(lambda inputs: model(*inputs), checks, "moved")
+            compare_graph(lambda inputs: model(*inputs), checks, "moved")
         with pytest.raises(ExportError, match="differs from transformers' by nan"):
-            check_graph(lambda inputs: model(*inputs) * torch.nan, checks, "nan")
+            compare_graph(lambda inputs: model(*inputs) * torch.nan, checks, "nan")
         with pytest.raises(ExportError, match="gives .* transformers gives"):
-            check_graph(lambda inputs: model(*inputs)[..., :1], checks, "smaller")
+            compare_graph(lambda inputs: model(*inputs)[..., :1], checks, "smaller")
 
 
 def test_a_graph_that_was_made_for_one_length_is_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -250,7 +244,7 @@ def test_a_graph_that_was_made_for_one_length_is_refused(tiny_model: Path, tmp_p
         return result
 
     with pytest.raises(ExportError, match="fixed cannot run 1 rows of 1 tokens"):
-        check_graph(run, make_checks(model), "fixed")
+        compare_graph(run, make_probe_batches(model), "fixed")
 
 
 @dataclass(frozen=True)
@@ -263,12 +257,8 @@ class Large:
         raise AssertionError(f"{name} is not to be read")
 
 
-@pytest.mark.parametrize(
-    ("kind", "writer"), [("onnx", write_onnx), ("torchscript", write_torchscript)]
-)
-def test_what_cannot_be_a_graph_is_refused(
-    tiny_model: Path, tmp_path: Path, kind: str, writer: Any
-) -> None:
+@pytest.mark.parametrize("kind", ["onnx", "torchscript"])
+def test_what_cannot_be_a_graph_is_refused(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     base = make_model("BertForSequenceClassification", tmp_path / "base", tiny_model)
     with pytest.raises(ExportError, match=r"export\.dtype=bf16: graphs are written in fp32"):
         write(kind, base, tmp_path / "bf16", dtype=ExportDtype.bf16)
@@ -282,7 +272,7 @@ def test_what_cannot_be_a_graph_is_refused(
     with pytest.raises(
         ExportError, match=r"70\.0 B parameters are more than 3\.0 B; take export=gguf"
     ):
-        writer(replace(export_model, source=large), out, Journal(out, "test"), config)
+        write_files(replace(export_model, source=large), out, Journal(out, "test"), config)
 
     settings = base / "config.json"
     for named in (["T5ForConditionalGeneration"], ["Speech2TextEncoder"], None):
@@ -316,7 +306,7 @@ def test_what_torch_cannot_export_is_refused_with_its_reason(
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
-def test_a_missing_package_is_named_before_anything_is_written(
+def test_a_missing_package_is_named_before_any_weights_are_written(
     tiny_model: Path, tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_model("BertModel", tmp_path / "base", tiny_model)
@@ -327,7 +317,9 @@ def test_a_missing_package_is_named_before_anything_is_written(
         match=rf'export=onnx needs {package} .*pip install "llmtune\[onnx\]"',
     ):
         write("onnx", base, tmp_path / "out")
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["journal.jsonl"]
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert "config.json" in written
+    assert not {name for name in written if "onnx" in name or "weights" in name}
 
 
 def test_a_graph_model_takes_tensors_and_gives_one(tiny_model: Path, tmp_path: Path) -> None:
@@ -338,7 +330,7 @@ def test_a_graph_model_takes_tensors_and_gives_one(tiny_model: Path, tmp_path: P
         ("input_ids", "attention_mask", "token_type_ids"),
         "last_hidden_state",
     )
-    sizes = [tuple(check.inputs[0].shape) for check in make_checks(model)]
+    sizes = [tuple(check.inputs[0].shape) for check in make_probe_batches(model)]
     assert len({length for _, length in sizes}) == len(sizes)
     assert max(length for _, length in sizes) == 48, "the longest row is as long as the model takes"
     assert (2, 7) not in sizes, "no check is the batch that the graph is made from"

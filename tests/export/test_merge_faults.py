@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
-from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.merge.merged_source import MergedSource
-from llmtune.export.pipeline import ExportRequest, run_export
-from llmtune.export.sources.base import Retyped, SafetensorsSource, read_whole
-from llmtune.export.verify.expected import Expectations, find_expected
+from llmtune.export.merge.peft_adapter import read_adapter
+from llmtune.export.model import ExportRequest
+from llmtune.export.pipeline import run_export
+from llmtune.export.sources.tensor_source import RetypedSource, SafetensorsSource, read_whole
+from llmtune.export.verify.expected_tensors import Expectations, find_expected
 from llmtune.export.verify.recompute import Agreement, Recomputation
 from llmtune.export.verify.streamed_model import StreamedModel
 from tests.export.conftest import make_base
@@ -171,12 +172,12 @@ def test_the_right_merge_passes_and_every_fault_that_changes_a_number_is_refused
 ) -> None:
     folder = scene.adapters[size]
     court = judge(scene.base, folder)
-    merged = Retyped(court.merged, dtype)
+    merged = RetypedSource(court.merged, dtype)
     stored = {name: read_whole(merged, name) for name in merged.specs}
     agreement = court.look(stored)
     assert agreement.problems == []
     assert not court.expected.unknown, "every module is recomputed"
-    assert agreement.total.wanted > 0
+    assert agreement.total.squared_change > 0
     base, right = truth(scene.base, folder, scene.name)
     settings = json.loads((folder / "adapter_config.json").read_text())
     case = Case(

@@ -19,15 +19,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.merge.merged_source import MergedSource
-from llmtune.export.sources.base import Retyped, SafetensorsSource, TensorSource, read_whole
+from llmtune.export.merge.peft_adapter import read_adapter
 from llmtune.export.sources.nf4 import (
-    Nf4RoundTrip,
+    Nf4RoundTripSource,
     dequantize,
     mean_scale,
     quantize,
     quantized_names,
+)
+from llmtune.export.sources.tensor_source import (
+    RetypedSource,
+    SafetensorsSource,
+    TensorSource,
+    read_whole,
 )
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
 
@@ -101,7 +106,7 @@ def test_every_weight_has_the_bits_of_a_model_that_transformers_loads_in_4_bits(
     names = quantized_names(base, stored)
     assert names.keys() == layers
     assert set(names.values()) == {kind == "gpt2"}
-    source = Nf4RoundTrip(stored, names, double_quant)
+    source = Nf4RoundTripSource(stored, names, double_quant)
     for name, spec in source.specs.items():
         found = read_whole(source, name)
         assert found.dtype == spec.dtype == dtype
@@ -114,8 +119,8 @@ def test_a_base_of_another_dtype_is_quantized_in_that_of_the_training(
 ) -> None:
     base = make_base("llama", tmp_path / "base", tiny_model, torch.float32)
     expected, layers = plain_weights(load_in_4bit(base, dtype=torch.bfloat16))
-    stored = Retyped(SafetensorsSource(base), torch.bfloat16)
-    source = Nf4RoundTrip(stored, quantized_names(AutoConfig.from_pretrained(base), stored))
+    stored = RetypedSource(SafetensorsSource(base), torch.bfloat16)
+    source = Nf4RoundTripSource(stored, quantized_names(AutoConfig.from_pretrained(base), stored))
     assert all(torch.equal(read_whole(source, name), expected[name]) for name in layers)
 
 
@@ -137,7 +142,7 @@ def test_rows_at_a_time_have_the_bits_of_the_whole(
     packed, state = functional.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4")
     monkeypatch.setattr("llmtune.storage.row_blocks.BLOCK_ELEMENTS", 5 * shape[1])
     monkeypatch.setattr("llmtune.storage.row_blocks._LEAST_ROWS", 1)
-    monkeypatch.setattr("llmtune.export.sources.nf4._PIECE_ELEMENTS", 128)
+    monkeypatch.setattr("llmtune.export.sources.nf4._CHUNK_ELEMENTS", 128)
     source = write_tensor(tensor, tmp_path)
     ours, described = quantize(source, "w", transposed=False)
     assert torch.equal(ours, packed)
@@ -177,7 +182,7 @@ def test_a_model_merged_onto_nf4_answers_as_the_training_did(
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
     trained = in_training(load_in_4bit(base, compute=torch.float32), adapter)
     stored = SafetensorsSource(base)
-    onto = {"nf4": Nf4RoundTrip(stored, quantized_names(base, stored)), "original": stored}
+    onto = {"nf4": Nf4RoundTripSource(stored, quantized_names(base, stored)), "original": stored}
     with torch.no_grad():
         expected = trained(TOKENS).logits
         distances = {}
@@ -196,7 +201,9 @@ def test_a_model_merged_onto_nf4_answers_as_the_training_did(
 def test_a_base_in_4_bits_computes_with_these_very_bits(tiny_model: Path, tmp_path: Path) -> None:
     stored = SafetensorsSource(tiny_model)
     folder = store(
-        Nf4RoundTrip(stored, quantized_names(tiny_model, stored)), tiny_model, tmp_path / "round"
+        Nf4RoundTripSource(stored, quantized_names(tiny_model, stored)),
+        tiny_model,
+        tmp_path / "round",
     )
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
     with torch.no_grad():
@@ -206,9 +213,9 @@ def test_a_base_in_4_bits_computes_with_these_very_bits(tiny_model: Path, tmp_pa
 def test_what_cannot_be_quantized_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     source = write_tensor(torch.ones(4, 64, dtype=torch.int32), tmp_path / "one")
     with pytest.raises(ExportError, match=r"not of w \(torch.int32\)"):
-        Nf4RoundTrip(source, {"w": False})
+        Nf4RoundTripSource(source, {"w": False})
     with pytest.raises(ExportError, match="not there: v"):
-        Nf4RoundTrip(source, {"v": False})
+        Nf4RoundTripSource(source, {"v": False})
     base = make_base("llama", tmp_path / "base", tiny_model)
     tensors = load_file(base / "model.safetensors")
     save_file(

@@ -5,6 +5,7 @@ wrong.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,18 @@ from transformers import (
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import read_adapter
-from llmtune.export.pipeline import ExportRequest, run_export
-from llmtune.export.sources.base import SafetensorsSource
-from llmtune.export.verify.parity import Parity, Sides, check_parity, compare_whole, probe_tokens
-from llmtune.export.verify.serving_checks import check_export
+from llmtune.export.merge.peft_adapter import read_adapter
+from llmtune.export.model import ExportRequest
+from llmtune.export.pipeline import run_export
+from llmtune.export.sources.tensor_source import SafetensorsSource
+from llmtune.export.verify.parity import (
+    ComparedModels,
+    Parity,
+    measure_parity,
+    measure_parity_in_memory,
+    probe_tokens,
+)
+from llmtune.export.verify.serving_checks import find_serving_problems
 from llmtune.export.verify.streamed_model import StreamedModel
 from llmtune.model.skeleton import is_hollow
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
@@ -39,7 +47,7 @@ def compare(
     base: Path, adapter: Path, merged: Path, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Parity:
     opened = read_adapter(adapter)
-    sides = Sides(
+    sides = ComparedModels(
         base_folder=base,
         base=SafetensorsSource(base),
         adapter=opened,
@@ -47,7 +55,7 @@ def compare(
         merged=SafetensorsSource(merged),
     )
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return check_parity(sides, probe_tokens(tokenizer, 512, [2, 9, 511]), dtype, **settings)
+    return measure_parity(sides, probe_tokens(tokenizer, 512, [2, 9, 511]), dtype, **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,7 +69,7 @@ def test_every_kind_of_adapter_passes_when_it_was_merged_rightly(
     parity = compare(base, adapter, export(base, adapter, tmp_path / "out"))
     assert parity.logits < 1e-4
     assert parity.agreement.modules
-    assert not parity.answers, "every module is recomputed"
+    assert not parity.output_errors, "every module is recomputed"
     assert 0.999 < parity.agreement.total.share < 1.001
 
 
@@ -71,7 +79,7 @@ def test_bf16_is_within_its_rounding(tiny_model: Path, tmp_path: Path) -> None:
     parity = compare(base, adapter, export(base, adapter, tmp_path / "out"), torch.bfloat16)
     assert parity.logits < parity.bound == 48 * 2**-9
     assert len(parity.agreement.modules) == 14
-    assert parity.agreement.still == 0
+    assert parity.agreement.unchanged == 0
     assert 0.99 < parity.agreement.total.share < 1.01
 
 
@@ -214,14 +222,14 @@ def test_a_model_that_answers_otherwise_at_the_least_has_the_bound_of_its_own_ro
     )
     adapter = make_adapter(base, tmp_path / "adapter")
     merged = export(base, adapter, tmp_path / "out")
-    sides = Sides(
+    sides = ComparedModels(
         base_folder=base,
         base=SafetensorsSource(base),
         adapter=read_adapter(adapter),
         merged_folder=merged,
         merged=SafetensorsSource(merged),
     )
-    check = compare_whole if whole else check_parity
+    check = measure_parity_in_memory if whole else measure_parity
     parity = check(sides, probe_tokens(None, 512, []), torch.bfloat16)
     assert 48 * 2**-9 < parity.logits < parity.bound < 2
     with pytest.raises(ExportError, match="logits differ"):
@@ -237,19 +245,19 @@ def test_a_change_below_the_rounding_is_told(tiny_model: Path, tmp_path: Path) -
         {name: tensor * (1e-8 if "lora_B" in name else 1) for name, tensor in tensors.items()}, file
     )
     parity = compare(base, adapter, export(base, adapter, tmp_path / "out"), torch.bfloat16)
-    assert parity.agreement.still == 14
+    assert parity.agreement.unchanged == 14
     assert (
-        "0.0% of the change arrived, 100.0% of it lies below the rounding, and 14 modules stay"
+        "0.0% of the change arrived, 100.0% of it is below the rounding, and 14 modules stay"
         in parity.describe()
     )
-    assert parity.lost is not None
-    assert parity.lost.endswith("or export=adapter keeps it")
+    assert parity.loss_note is not None
+    assert parity.loss_note.endswith("or export=adapter keeps it")
     save_file(
         {name: tensor * (1e-3 if "lora_B" in name else 1) for name, tensor in tensors.items()}, file
     )
     parity = compare(base, adapter, export(base, adapter, tmp_path / "again"), torch.bfloat16)
     assert 0.01 < parity.agreement.total.below_rounding < 0.99
-    assert parity.agreement.still == 0
+    assert parity.agreement.unchanged == 0
 
 
 @pytest.mark.parametrize(
@@ -343,9 +351,9 @@ def test_experts_whose_names_are_translated_are_compared_whole_or_by_their_numbe
         in text
     )
     assert "parity: logits not compared; 4 adapted modules recomputed" in text
-    monkeypatch.setattr("llmtune.export.verify.checks._WHOLE_BYTES_PER_BYTE", 10**9)
+    monkeypatch.setattr("llmtune.export.verify.export_checks._MEMORY_FACTOR", 10**9)
     assert "they need the whole model in memory" in run()
-    monkeypatch.setattr("llmtune.export.merge.adapter.Adapter.scale", lambda *_: 0.5)
+    monkeypatch.setattr("llmtune.export.merge.peft_adapter.Adapter.scale", lambda *_: 0.5)
     with pytest.raises(ExportError, match=r"4 of 4[15] tensors are not"):
         run()
 
@@ -369,18 +377,27 @@ def test_what_nobody_could_serve_is_refused(
     base = make_base("llama", tmp_path / "base", tiny_model)
     file = base / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    with pytest.raises(ExportError, match=part):
-        check_export(base, SafetensorsSource(base))
+    problems = find_serving_problems(base, SafetensorsSource(base)).problems
+    assert any(re.search(part, problem) for problem in problems), problems
 
 
 def test_the_tokenizer_must_fit_the_rows(tiny_model: Path, tmp_path: Path) -> None:
     small = make_base("llama", tmp_path / "small", tiny_model, rows=320)
-    with pytest.raises(ExportError, match="the tokenizer knows token 511, the model has 320 rows"):
-        check_export(small, SafetensorsSource(small))
-    assert check_export(tiny_model, SafetensorsSource(tiny_model)) == []
+    report = find_serving_problems(small, SafetensorsSource(small))
+    assert [problem.partition(":")[0] for problem in report.problems] == [
+        "the tokenizer knows token 511, the model has 320 rows"
+    ]
+    report = find_serving_problems(tiny_model, SafetensorsSource(tiny_model))
+    assert (report.problems, report.notes) == ([], [])
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = "{{ 1 / 0 }}"
     other = make_base("llama", tmp_path / "other", tiny_model)
     tokenizer.save_pretrained(other)
-    with pytest.raises(ExportError, match="chat template"):
-        check_export(other, SafetensorsSource(other))
+    request = ExportRequest(
+        base=other, base_name="tiny", adapter=None, run=None, output=tmp_path / "out"
+    )
+    with pytest.raises(
+        ExportError, match="cannot be served: 1 problems: the chat template .*nothing was published"
+    ):
+        run_export(request, ExportConfig())
+    assert not (tmp_path / "out").exists()

@@ -13,13 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.merge.deltas import LowRank
-from llmtune.export.sources.base import SafetensorsSource, TensorSource
+from llmtune.export.merge.peft_adapter import read_adapter
+from llmtune.export.sources.tensor_source import SafetensorsSource, TensorSource
 from llmtune.export.verify import parity
-from llmtune.export.verify.answers import HalfUnits
-from llmtune.export.verify.expected import Delta, Expectations, Expected, find_expected
-from llmtune.export.verify.parity import Sides, check_parity, probe_tokens
+from llmtune.export.verify.expected_tensors import (
+    Expectations,
+    ExpectedDelta,
+    ExpectedTensor,
+    find_expected,
+)
+from llmtune.export.verify.module_outputs import HalfUlpSource
+from llmtune.export.verify.parity import ComparedModels, measure_parity, probe_tokens
 from llmtune.export.verify.recompute import Comparison, Recomputation, compare_tensor
 from llmtune.export.verify.streamed_model import StreamedModel
 from tests.export.conftest import make_adapter, make_base
@@ -31,7 +36,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def draw(
     shape: tuple[int, int], rank: int, by_input: bool, dora: bool, size: float
-) -> tuple[Delta, torch.Tensor]:
+) -> tuple[ExpectedDelta, torch.Tensor]:
     """A matrix with a few very large rows, as trained ones have, and an adapter that moves it by
     about ``size`` of itself.
     """
@@ -46,10 +51,14 @@ def draw(
         lengths = stored.norm(dim=0 if by_input else 1) * (
             1 + 0.01 * torch.randn(outputs, generator=generator)
         )
-    return Delta(a=a, b=b, scale=16 / 12, by_input=by_input, lengths=lengths), stored.bfloat16()
+    return ExpectedDelta(
+        a=a, b=b, scale=16 / 12, by_input=by_input, lengths=lengths
+    ), stored.bfloat16()
 
 
-def merge(delta: Delta, base: torch.Tensor, dtype: torch.dtype, size: float = 1.0) -> torch.Tensor:
+def merge(
+    delta: ExpectedDelta, base: torch.Tensor, dtype: torch.dtype, size: float = 1.0
+) -> torch.Tensor:
     """What the merge under test computes."""
     tensors = {"a": delta.a, "b": delta.b, "m": delta.lengths}
     magnitude = None if delta.lengths is None else "m"
@@ -59,9 +68,13 @@ def merge(delta: Delta, base: torch.Tensor, dtype: torch.dtype, size: float = 1.
     return step(base, 0).to(dtype)
 
 
-def compare(delta: Delta, base: torch.Tensor, merged: torch.Tensor) -> Comparison:
+def compare(delta: ExpectedDelta, base: torch.Tensor, merged: torch.Tensor) -> Comparison:
     found = compare_tensor(
-        Expected(name="w", delta=replace(delta)), Held({"w": base}), "w", Held({"w": merged}), "w"
+        ExpectedTensor(name="w", delta=replace(delta)),
+        Held({"w": base}),
+        "w",
+        Held({"w": merged}),
+        "w",
     )
     assert isinstance(found, Comparison)
     return found
@@ -79,7 +92,7 @@ def test_a_right_merge_of_real_sizes_passes_and_a_part_of_one_does_not(
     delta, base = draw(shape, rank, by_input, dora, size)
     found = compare(delta, base, merge(delta, base, dtype))
     assert (found.wrong, found.leaning) == (0, False)
-    assert found.numbers == shape[0] * shape[1]
+    assert found.elements == shape[0] * shape[1]
     short = merge(delta, base, dtype, 0.5)
     assert not torch.equal(short, merge(delta, base, dtype))
     found = compare(delta, base, short)
@@ -103,7 +116,7 @@ def test_a_missing_half_that_no_single_number_tells_is_told_by_the_lean_of_all()
     """
     signs = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).sign()
     delta, base = (
-        Delta(a=signs * 0.7 * 2.0**-23, b=torch.ones(64, 1), scale=1.0, by_input=False),
+        ExpectedDelta(a=signs * 0.7 * 2.0**-23, b=torch.ones(64, 1), scale=1.0, by_input=False),
         torch.ones(64, 64),
     )
     right = merge(delta, base, torch.float32)
@@ -118,12 +131,12 @@ def test_the_share_is_measured_and_what_rounding_takes_is_told_apart() -> None:
     base = torch.full((4, 64), 1.0).bfloat16()
     # bf16 has steps of 2**-7 above 1: the first half moves by a tenth of one, the second by one.
     a = torch.cat([torch.full((1, 32), 0.1), torch.ones(1, 32)], dim=1) * 2.0**-7
-    delta = Delta(a=a, b=torch.ones(4, 1), scale=1.0, by_input=False)
+    delta = ExpectedDelta(a=a, b=torch.ones(4, 1), scale=1.0, by_input=False)
     found = compare(delta, base, merge(delta, base, torch.bfloat16))
     assert found.wrong == 0
     assert found.below_rounding == pytest.approx(0.01 / 1.01, rel=1e-3)
     assert found.share == pytest.approx(1 / 1.01, rel=1e-4)
-    assert found.moved == 4 * 32
+    assert found.changed == 4 * 32
     fine = compare(delta, base, merge(delta, base, torch.float32))
     assert (fine.below_rounding, fine.share) == (0, pytest.approx(1, rel=1e-5))
 
@@ -157,27 +170,27 @@ def test_modules_that_cannot_be_recomputed_are_asked_and_less_than_a_rounding_is
     monkeypatch.setattr(parity, "find_expected", unknown_modules)
 
     def check(source: TensorSource) -> parity.Parity:
-        sides = Sides(
+        sides = ComparedModels(
             base_folder=base,
             base=SafetensorsSource(base),
             adapter=read_adapter(adapter),
             merged_folder=merged,
             merged=source,
         )
-        return check_parity(sides, probe_tokens(None, 512, []), dtype, 10.0)
+        return measure_parity(sides, probe_tokens(None, 512, []), dtype, 10.0)
 
     tensors = load_file(merged / "model.safetensors")
     found = check(Held(tensors))
     assert found.agreement.modules == {}
-    assert f"{len(found.answers)} modules compared by their answers alone" in found.describe()
+    assert f"{len(found.output_errors)} modules compared by their outputs alone" in found.describe()
     name = next(name for name in tensors if "up_proj" in name or "c_fc.weight" in name)
     plain = load_file(base / "model.safetensors")[name]
     with pytest.raises(
-        ExportError, match=r"1 of \d+ modules answer otherwise: .* no rounding explains"
+        ExportError, match=r"1 of \d+ modules have other outputs: .* no rounding explains"
     ):
         check(Held({**tensors, name: plain}))
     # A hundredth of a rounding may be lost: nobody can tell.
-    half = next(HalfUnits(Held({name: plain}), dtype).blocks(name))
+    half = next(HalfUlpSource(Held({name: plain}), dtype).blocks(name))
     assert torch.equal(half.float(), half.float().abs())
     check(Held({**tensors, name: (tensors[name].float() + half[0, 0].float() / 100).to(dtype)}))
 
@@ -185,7 +198,7 @@ def test_modules_that_cannot_be_recomputed_are_asked_and_less_than_a_rounding_is
 def test_half_units_are_half_the_way_to_the_next_number() -> None:
     numbers = torch.tensor([[1.0, 1.5, 2.0, -3.0, 0.0078125]])
     for dtype, digits in ((torch.bfloat16, 7), (torch.float16, 10), (torch.float32, 23)):
-        (half,) = HalfUnits(Held({"w": numbers.to(dtype)}), dtype).blocks("w")
+        (half,) = HalfUlpSource(Held({"w": numbers.to(dtype)}), dtype).blocks("w")
         assert torch.equal(
             half.float(), torch.tensor([[1.0, 1.0, 2.0, 2.0, 2.0**-7]]) * 2.0 ** -(digits + 1)
         )

@@ -15,7 +15,8 @@ import pytest
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
-from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.export.model import ExportRequest
+from llmtune.export.pipeline import run_export
 from llmtune.export.publish.shards import JOURNAL, Journal
 from llmtune.storage.manifest import find_damage
 from tests.export.conftest import make_adapter
@@ -87,7 +88,7 @@ def test_finished_shards_are_not_written_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmtune.export.writers.safetensors_folder.copy_companions", fail)
+        patch.setattr("llmtune.export.pipeline.write_model_card", fail)
         with pytest.raises(KeyboardInterrupt):
             run_export(request, config)
     shards = {
@@ -168,7 +169,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
-    monkeypatch.setattr("llmtune.export.pipeline._COMPANION_BYTES", 10**16)
+    monkeypatch.setattr("llmtune.export.pipeline._MODEL_FILES_BYTES", 10**16)
     with pytest.raises(
         ExportError,
         match=r"free, the export needs 10000\.00 TB; take an output_dir= on a larger disk",

@@ -16,9 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.export.model import ExportRequest, open_material
-from llmtune.export.pipeline import run_export
+from llmtune.export.pipeline import run_export, write_files
 from llmtune.export.publish.shards import Journal
-from llmtune.export.writers.torch_file import write_torch_file
 from tests.export.conftest import TOKENS, make_adapter, make_base
 
 
@@ -28,7 +27,7 @@ def write(base: Path, output: Path, adapter: Path | None = None, **settings: Any
         ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output), config
     )
     output.mkdir()
-    write_torch_file(export_model, output, Journal(output, "test"), config)
+    write_files(export_model, output, Journal(output, "test"), config)
     return output
 
 

@@ -67,7 +67,7 @@ def test_a_killed_export_of_a_lora_checkpoint_goes_on_where_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmtune.export.writers.safetensors_folder.copy_companions", fail)
+        patch.setattr("llmtune.export.pipeline.write_model_card", fail)
         with pytest.raises(KeyboardInterrupt):
             main(command)
     shards = {

@@ -21,23 +21,20 @@ import torch
 from safetensors.torch import load_file
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.merge.merged_source import MergedSource
+from llmtune.export.merge.peft_adapter import read_adapter
 from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources.base import Retyped, read_whole
-from llmtune.export.sources.deepspeed.adapter import (
+from llmtune.export.sources.deepspeed.checkpoint_parts import (
     has_adapter,
     open_adapter_part,
     open_base_part,
     open_model_part,
     write_adapter,
 )
-from llmtune.export.sources.deepspeed.checkpoint import (
-    ZeroSource,
-    find_step_folder,
-    is_zero_checkpoint,
-)
 from llmtune.export.sources.deepspeed.pickle_reader import Inert, StoredTensor, read_archive
+from llmtune.export.sources.deepspeed.step_folder import find_step_folder, is_zero_checkpoint
+from llmtune.export.sources.deepspeed.zero_source import ZeroSource
+from llmtune.export.sources.tensor_source import RetypedSource, read_whole
 from tests.support import run, train_engines
 
 FROZEN = ["model.norm", "layers.0.mlp"]
@@ -190,7 +187,7 @@ def test_written_shards_are_deepspeeds(checkpoints: Path, tmp_path: Path) -> Non
         )
         ours.mkdir(parents=True)
         write_shards(
-            Retyped(ZeroSource(checkpoints / name), torch.bfloat16),
+            RetypedSource(ZeroSource(checkpoints / name), torch.bfloat16),
             ours,
             5_000,
             Journal(ours, name),
@@ -245,7 +242,7 @@ def test_every_way_to_name_a_checkpoint_finds_it(checkpoints: Path, tmp_path: Pa
 @pytest.mark.usefixtures("started_cold")
 def test_deepspeed_is_not_needed(checkpoints: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from llmtune.export.sources.deepspeed.checkpoint"
+        "import sys; from pathlib import Path; from llmtune.export.sources.deepspeed.zero_source"
         " import ZeroSource; source = ZeroSource(Path(sys.argv[1])); assert source.trained;"
         " print(sum(block.numel() for name in source.specs for block in source.blocks(name)),"
         " 'deepspeed' in sys.modules)"
@@ -419,8 +416,8 @@ def add_experts(step: Path) -> None:
         (add_precision, "holds rank 0 twice"),
         (lengthen, "(do not belong together|has .* elements of master weights)"),
         (add_experts, "mixture of experts"),
-        (add_file("layer_00-model_00-model_states.pt"), "pipeline parallelizm"),
-        (add_file("zero_pp_rank_0_mp_rank_01_optim_states.pt"), "tensor parallelizm"),
+        (add_file("layer_00-model_00-model_states.pt"), "pipeline parallelism"),
+        (add_file("zero_pp_rank_0_mp_rank_01_optim_states.pt"), "tensor parallelism"),
         (add_file("expp_rank_0_mp_rank_00_optim_states.pt"), "mixture of experts"),
         (add_file("layer_0_expert_0_mp_rank_00_model_states.pt"), "mixture of experts"),
     ],

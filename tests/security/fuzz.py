@@ -25,7 +25,7 @@ from llmtune.data.read.readers import parse_rows, read_blocks
 from llmtune.data.read.sources import DataFile, Source
 from llmtune.data.rows.problems import RowError
 from llmtune.errors import LlmtuneError
-from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
+from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.launch.launchers.hostfile import read_hostfile
 from llmtune.launch.launchers.slurm import expand_counts, expand_hosts
 from llmtune.storage.manifest import find_damage

@@ -23,8 +23,8 @@ from llmtune.data.read.sources import DataFile, Source
 from llmtune.data.rows.problems import RowError
 from llmtune.data.rows.tool_calls import parse_tool_calls, read_tools
 from llmtune.errors import CheckpointError, DataError, ExportError
-from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
 from llmtune.export.sources.deepspeed.pickle_reader import read_archive
+from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.storage.manifest import find_damage, write_manifest
 from llmtune.storage.plain_json import MAX_DEPTH, check_depth, decode_json, parse_json
 from llmtune.storage.safetensors_header import read_header

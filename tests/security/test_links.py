@@ -16,7 +16,7 @@ from llmtune.config.compose import compose_config
 from llmtune.config.groups.export import ExportConfig
 from llmtune.config.stored import dump_yaml, load_config
 from llmtune.errors import CheckpointError, ConfigError, ExportError, MissingPrerequisiteError
-from llmtune.export.preflight import check_exportable
+from llmtune.export.prerequisites import check_exportable
 from llmtune.model import source
 from llmtune.security.trust import copy_foreign, find_objection, open_foreign
 from llmtune.storage import layout

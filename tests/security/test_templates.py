@@ -20,7 +20,7 @@ from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize.chat_template import ChatTemplates, check_chat_template
 from llmtune.errors import ConfigError
-from llmtune.export.verify.serving_checks import _check_template
+from llmtune.export.verify.serving_checks import _find_template_problems
 from llmtune.model.tokenizer import end_of_turn_ids, load_tokenizer, render_prompt
 from llmtune.template_bounds import bounded_template
 
@@ -77,7 +77,7 @@ def test_a_template_that_does_not_end_is_ended(template: str, tiny_model: Path) 
         with pytest.raises(ConfigError, match=r"the chat template has not ended after 0.1 s"):
             way()
         assert time.monotonic() - began < 10
-    (problem,) = _check_template(tokenizer)
+    (problem,) = _find_template_problems(tokenizer)
     assert "has not ended" in problem
 
 
@@ -105,7 +105,7 @@ def test_a_template_that_calls_itself_is_refused_as_one_that_raises(
     ):
         render_prompt(tokenizer, [{"role": "user", "content": "a"}])
     assert end_of_turn_ids(tokenizer) == [tokenizer.eos_token_id]
-    (problem,) = _check_template(tokenizer)
+    (problem,) = _find_template_problems(tokenizer)
     assert "recursion" in problem
 
 
@@ -119,7 +119,7 @@ def test_a_power_that_nobody_can_compute_is_refused_before_it_is_compiled(
         check_chat_template(tokenizer, "m")
     with pytest.raises(ConfigError, match=refused):
         load_tokenizer(tiny_model, ModelConfig(name_or_path="random"), template)
-    assert refused in _check_template(tokenizer)[0]
+    assert refused in _find_template_problems(tokenizer)[0]
 
 
 def test_a_small_power_is_a_number_like_any(tiny_model: Path) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _write(export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig) -> None:
-    from llmtune.export.writers.bitsandbytes import write_bnb_4bit
+    from llmtune.export.writers.bitsandbytes_folder import write_bnb_4bit
 
     write_bnb_4bit(export_model, folder, journal, config)
 

@@ -48,11 +48,13 @@ class Format:
     describe_usage: Callable[[Usage], str]
     """Markdown for the model card: the code and the commands that load and serve it."""
     write: Callable[[ExportModel, Path, Journal, ExportConfig], None]
-    """Write the weights and everything beside them into a folder."""
+    """Write the weights into a folder that has the model files already."""
     options: frozenset[str]
     """Keys of ``export`` on which one of its files depends, beside ``format`` and ``upload``."""
     is_merged: bool = True
     """False of what holds only the adapter."""
+    has_model_files: bool = True
+    """Configuration and tokenizer are files beside the weights, and not inside the one file."""
     space: float = 0.0
     """Space that it takes on the disk, as a share of the weights; 0 where the writer checks that
     itself.

@@ -20,7 +20,7 @@ _PLAIN = (GgufType.f32, GgufType.f16, GgufType.bf16)
 
 
 def _write(export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig) -> None:
-    from llmtune.export.writers.gguf.writer import write_gguf
+    from llmtune.export.writers.gguf.gguf_file import write_gguf
 
     write_gguf(export_model, folder, journal, config)
 
@@ -33,8 +33,8 @@ def _find_problems(config: ExportConfig) -> str | None:
 
 def _check_base(base: Path) -> None:
     require_package("gguf", "export=gguf")
-    from llmtune.export.writers.gguf.vocabulary import read_vocabulary
-    from llmtune.export.writers.gguf.writer import read_settings
+    from llmtune.export.writers.gguf.gguf_hyperparameters import read_settings
+    from llmtune.export.writers.gguf.gguf_vocabulary import read_vocabulary
 
     settings, _ = read_settings(base)
     read_vocabulary(base, settings.vocab_size)
@@ -80,6 +80,7 @@ FORMATS.register(
         describe_usage=_describe_usage,
         write=_write,
         options=MERGED_OPTIONS | {"gguf_type"},
+        has_model_files=False,
         find_problems=_find_problems,
         check_base=_check_base,
         compared_dtype=_compared_dtype,

@@ -27,9 +27,8 @@ def check_graph_base(base: Path) -> None:
     Raises:
         ExportError: It is too large, or of an architecture that no loader is known for.
     """
-    from llmtune.export.sources.base import SafetensorsSource
-    from llmtune.export.writers.graph.model import find_loader
-    from llmtune.export.writers.graph.writers import check_size
+    from llmtune.export.sources.tensor_source import SafetensorsSource
+    from llmtune.export.writers.graph.graph_model import check_size, find_loader
 
     find_loader(base)
     check_size(sum(math.prod(spec.shape) for spec in SafetensorsSource(base).specs.values()))

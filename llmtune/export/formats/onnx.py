@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 def _write(export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig) -> None:
-    from llmtune.export.writers.graph.writers import write_onnx
+    from llmtune.export.writers.graph.onnx_file import write_onnx
 
     write_onnx(export_model, folder, journal, config)
 
 
 def _check_base(base: Path) -> None:
-    from llmtune.export.writers.graph.writers import import_onnx
+    from llmtune.export.writers.graph.onnx_file import check_onnx_packages
 
-    import_onnx()
+    check_onnx_packages()
     check_graph_base(base)
 
 

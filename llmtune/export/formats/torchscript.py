@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _write(export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig) -> None:
-    from llmtune.export.writers.graph.writers import write_torchscript
+    from llmtune.export.writers.graph.torchscript_file import write_torchscript
 
     write_torchscript(export_model, folder, journal, config)
 

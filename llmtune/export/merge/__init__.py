@@ -1,1 +1,1 @@
-"""An adapter and its base become one stream of tensors."""
+"""Merge an adapter into its base as one stream of tensors."""

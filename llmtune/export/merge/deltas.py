@@ -1,4 +1,4 @@
-"""What an adapter does to one tensor of its base, a few rows at a time, in fp32.
+"""The changes that an adapter makes to one tensor of its base, a few rows at a time, in fp32.
 
 The formulas are peft's (``peft/tuners/lora``): the same products in the same order, so that fp32
 adapters merge to the same bits.
@@ -16,39 +16,38 @@ import torch
 Read = Callable[[str], torch.Tensor]
 
 
-class Change(Protocol):
+class Delta(Protocol):
     """One step from a base tensor to the merged one."""
 
     @property
     def needs_all_rows(self) -> bool:
-        """Whether the rows depend on each other."""
+        """Return whether the rows depend on each other, so that all are passed at once."""
         ...
 
     def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """What is done to rows of the tensor, given the row that is the first of them; read what it
-        takes, once a tensor.
+        """Read the adapter's tensors, and return the function that is applied to the rows.
+
+        Its arguments are rows of the tensor and the index of the first of them.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """The tensor was trained or resized as a whole and is stored in the adapter."""
+    """A tensor that was trained or resized as a whole and is stored in the adapter."""
 
     key: str
     needs_all_rows = False
 
     def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """The adapter's rows."""
+        """Take the adapter's rows."""
         new = read(self.key)
         return lambda rows, first: new[first : first + len(rows)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
-    """``W + scale * B @ A`` (Hu et al. 2021), for linear layers stored either way round and for
-    embeddings.
-    """
+    """``W + scale * B @ A`` (Hu et al. 2021), for linear layers and embeddings."""
 
     a: str
     """Shape (r, in), or (r, vocabulary) for an embedding."""
@@ -58,15 +57,15 @@ class LowRank:
     transposed: bool
     """The base stores (in, out), as GPT-2's Conv1D and every embedding do."""
     magnitude: str | None = None
-    """DoRA's (Liu et al. 2024): each output's length, shape (out,)."""
+    """DoRA's length of each output (Liu et al. 2024), shape (out,); None without DoRA."""
 
     @property
     def needs_all_rows(self) -> bool:
-        """An output's length runs over all rows where outputs are columns."""
+        """Return whether DoRA's norms run over rows: where outputs are columns."""
         return self.transposed and self.magnitude is not None
 
     def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """The sum, scaled to DoRA's lengths where there are any."""
+        """Add the product, and scale to DoRA's lengths where there are any."""
         a, b = read(self.a).float(), read(self.b).float()
         magnitude = None if self.magnitude is None else read(self.magnitude).float().reshape(-1)
 
@@ -78,36 +77,34 @@ class LowRank:
             if magnitude is not None and self.transposed:
                 # Summed in peft's order of operands, which decides the layout in memory and so the
                 # last digit of the norm.
-                return (magnitude / torch.linalg.norm(rows.T + delta.T, dim=1)).view(
-                    1, -1
-                ) * delta.add_(rows)
+                norms = torch.linalg.norm(rows.T + delta.T, dim=1)
+                return (magnitude / norms).view(1, -1) * delta.add_(rows)
             merged = delta.add_(rows)
             if magnitude is None:
                 return merged
-            return merged.mul_(
-                (magnitude[first:last] / torch.linalg.norm(merged, dim=1)).view(-1, 1)
-            )
+            norms = torch.linalg.norm(merged, dim=1)
+            return merged.mul_((magnitude[first:last] / norms).view(-1, 1))
 
         return add
 
 
 @dataclass(frozen=True, slots=True)
-class BiasOfB:
-    """``lora_bias``: what the second matrix adds to the base's bias."""
+class LoraBias:
+    """The bias of the second matrix (``lora_bias``), which is added to the base's bias."""
 
     key: str
     scale: float
     needs_all_rows = False
 
     def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """The sum."""
+        """Add the scaled bias."""
         bias = read(self.key).float()
         return lambda rows, first: rows.float() + bias[first : first + len(rows)] * self.scale
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """``trainable_token_indices``: rows of an embedding that were trained."""
+    """Rows of an embedding that were trained one by one (``trainable_token_indices``)."""
 
     key: str
     """Shape (number of indices, embedding width)."""
@@ -115,15 +112,15 @@ class TokenRows:
     needs_all_rows = False
 
     def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """The rows, put where they belong."""
-        new, where = read(self.key), torch.tensor(self.indices)
+        """Replace the trained rows."""
+        new, indices = read(self.key), torch.tensor(self.indices)
 
         def put(rows: torch.Tensor, first: int) -> torch.Tensor:
-            inside = (where >= first) & (where < first + len(rows))
+            inside = (indices >= first) & (indices < first + len(rows))
             if not bool(inside.any()):
                 return rows
-            # In the finer dtype of the two; whoever stores them rounds them, once.
+            # In the finer dtype of the two; the writer rounds them, once.
             finer = torch.promote_types(rows.dtype, new.dtype)
-            return rows.to(finer).index_copy(0, where[inside] - first, new[inside].to(finer))
+            return rows.to(finer).index_copy(0, indices[inside] - first, new[inside].to(finer))
 
         return put

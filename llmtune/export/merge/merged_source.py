@@ -1,9 +1,8 @@
-"""Merge an adapter into its base as a stream: ``W + scale * B @ A`` in fp32, rounded once, a few
-rows at a time.
+"""Merge an adapter into its base as a stream: ``W + scale * B @ A`` in fp32, rounded once.
 
-Memory is that of a few blocks and of one module's adapter, whatever the model's size; only DoRA on
-layers that store their outputs as columns (embeddings, GPT-2's Conv1D) takes one whole tensor. What
-matches nothing is an error.
+In memory are a few blocks of rows and one module's adapter, whatever the model's size; only DoRA on
+layers that store their outputs as columns (embeddings, GPT-2's Conv1D) takes one whole tensor. A
+tensor of the adapter that matches nothing in the base is an error.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import Adapter, Parts, is_saved
-from llmtune.export.merge.deltas import BiasOfB, Change, LowRank, Replacement, TokenRows
-from llmtune.export.sources.base import (
+from llmtune.export.merge.deltas import Delta, LoraBias, LowRank, Replacement, TokenRows
+from llmtune.export.merge.peft_adapter import Adapter, ModuleTensors, is_module_to_save
+from llmtune.export.sources.tensor_source import (
     TensorSource,
     find_name,
     is_embedding,
@@ -31,13 +30,13 @@ from llmtune.storage.safetensors_writer import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What becomes of one tensor: rows of the base, or of nothing where the adapter brings its own,
-    changed in turn.
-    """
+    """How one tensor of the merged model is computed."""
 
     base: str
+    """The base's tensor; its rows are not read where the first delta is a replacement."""
     spec: TensorSpec
-    changes: tuple[Change, ...]
+    deltas: tuple[Delta, ...]
+    """Applied to the rows in order."""
 
 
 class MergedSource:
@@ -47,11 +46,11 @@ class MergedSource:
         """Match every tensor of the adapter to one of the base.
 
         Args:
-            output: What the model calls the matrix of its logits, stored or tied to the input; None
-                if it has none.
+            output: The model's name of the matrix of its logits, stored or tied to the input
+                embedding; None if it has none.
 
         Raises:
-            ExportError: Anything does not match; all of it is named.
+            ExportError: A tensor does not match; all of them are named.
         """
         self._base = base
         self._adapter = adapter
@@ -61,42 +60,40 @@ class MergedSource:
 
     @property
     def changed(self) -> dict[str, Edit]:
-        """Tensors that are not the base's, by name."""
+        """Return the tensors that differ from the base's, by name."""
         return dict(self._edits)
 
     @property
     def config_changes(self) -> dict[str, Any]:
-        """Keys of ``config.json`` that are no longer the base's: the vocabulary, and whether
-        embeddings are tied.
-        """
+        """Return keys of ``config.json`` that differ from the base's: vocabulary size and tying."""
         changes: dict[str, Any] = {}
         for name, edit in self._edits.items():
             if is_embedding(name) and edit.spec.shape[0] != self._base.specs[edit.base].shape[0]:
                 changes["vocab_size"] = edit.spec.shape[0]
         stored = self._output is not None and find_name(self._output, self.specs) is not None
         if stored and any(name == self._output or is_embedding(name) for name in self._edits):
-            # Both are stored; a configuration that ties them would make loaders drop one.
+            # Both matrices are stored; with a configuration that ties them, loaders drop one.
             changes["tie_word_embeddings"] = False
         return changes
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Unchanged tensors as the base has them; others in fp32, not yet rounded."""
+        """Yield unchanged tensors as the base has them, and others in fp32, not yet rounded."""
         edit = self._edits.get(name)
         if edit is None:
             yield from self._base.blocks(name)
             return
-        steps = [change.bind(self._adapter.read) for change in edit.changes]
+        steps = [delta.bind(self._adapter.read) for delta in edit.deltas]
         for first, rows in self._rows(edit):
             for step in steps:
                 rows = step(rows, first)
             yield rows
 
     def _rows(self, edit: Edit) -> Iterator[tuple[int, torch.Tensor]]:
-        if edit.changes and isinstance(edit.changes[0], Replacement):
-            # What is replaced is not read; a resized one has other rows.
+        if edit.deltas and isinstance(edit.deltas[0], Replacement):
+            # A replaced tensor is not read; a resized one has other rows.
             for first, last in row_ranges(edit.spec.shape):
                 yield first, torch.empty((last - first, *edit.spec.shape[1:]), device="meta")
-        elif any(change.needs_all_rows for change in edit.changes):
+        elif any(delta.needs_all_rows for delta in edit.deltas):
             yield 0, read_whole(self._base, edit.base)
         else:
             first = 0
@@ -106,9 +103,7 @@ class MergedSource:
 
 
 class _Matcher:
-    """Which tensor of the base each tensor of the adapter belongs to, with everything that is wrong
-    collected.
-    """
+    """Finds the base's tensor for each tensor of the adapter, and collects all problems."""
 
     def __init__(self, base: TensorSource, adapter: Adapter, output: str | None) -> None:
         self._base = base
@@ -117,19 +112,23 @@ class _Matcher:
         self._output = output
         stored = output is not None and find_name(output, base.specs) is not None
         self._input = next(filter(is_input_embedding, base.specs), None)
-        # Of one matrix that serves as both, files hold the input alone.
+        # Of one matrix that serves as both, files hold the input embedding alone.
         self._tied = self._input is not None and output is not None and not stored
 
     def match(self) -> dict[str, Edit]:
-        """Every tensor that changes, by its name in the merged model."""
+        """Return every tensor that changes, by its name in the merged model.
+
+        Raises:
+            ExportError: Tensors do not match, or nothing would change.
+        """
         edits: dict[str, Edit] = {}
         for parts in self._adapter.modules.values():
-            for kind, changes in (
-                ("weight", self._weight_changes(parts)),
-                ("bias", self._bias_changes(parts)),
+            for kind, deltas in (
+                ("weight", self._weight_deltas(parts)),
+                ("bias", self._bias_deltas(parts)),
             ):
-                if changes or (kind == "weight" and "base_weight" in parts.keys):
-                    self._add(edits, parts, f"{parts.module}.{kind}", changes)
+                if deltas or (kind == "weight" and "base_weight" in parts.keys):
+                    self._add(edits, parts, f"{parts.module}.{kind}", deltas)
         if not self._problems:
             self._resolve_tying(edits)
         if self._problems:
@@ -145,20 +144,29 @@ class _Matcher:
         return {
             name: edit
             for name, edit in edits.items()
-            if edit.changes or name not in self._base.specs
+            if edit.deltas or name not in self._base.specs
         }
 
-    def _weight_changes(self, parts: Parts) -> list[Change]:
+    def _weight_deltas(self, parts: ModuleTensors) -> list[Delta]:
+        """Return what the adapter does to a module's weight, in the order of application."""
         keys, shapes = parts.keys, self._adapter.shapes
-        changes: list[Change] = []
+        deltas: list[Delta] = []
+
+        # A weight that was trained as a whole, or a copy of the base's whose vocabulary grew.
         if "weight" in keys:
-            changes.append(Replacement(keys["weight"]))
+            if not self._may_replace(parts.module):
+                self._problems.append(
+                    f"{keys['weight']} is neither in modules_to_save nor an embedding"
+                )
+            deltas.append(Replacement(keys["weight"]))
         elif "base_weight" in keys and self._grew(parts):
-            changes.append(Replacement(keys["base_weight"]))
+            deltas.append(Replacement(keys["base_weight"]))
+
+        # LoRA's two matrices, on a linear layer or on an embedding.
         if "a" in keys:
             transposed = self._stores_columns(parts)
             scale = self._scale(parts.module, shapes[keys["a"]][0])
-            changes.append(
+            deltas.append(
                 LowRank(
                     a=keys["a"],
                     b=keys["b"],
@@ -169,7 +177,7 @@ class _Matcher:
             )
         if "embedding_a" in keys:
             scale = self._scale(parts.module, shapes[keys["embedding_a"]][0])
-            changes.append(
+            deltas.append(
                 LowRank(
                     a=keys["embedding_a"],
                     b=keys["embedding_b"],
@@ -178,104 +186,104 @@ class _Matcher:
                     magnitude=keys.get("magnitude"),
                 )
             )
+
+        # Rows of an embedding that were trained one by one.
         if "token_rows" in keys:
             indices = self._adapter.token_indices(parts.module)
-            if len(indices) != shapes[keys["token_rows"]][0]:
-                rows = shapes[keys["token_rows"]][0]
+            rows = shapes[keys["token_rows"]][0]
+            if len(indices) != rows:
                 self._problems.append(
                     f"{parts.module} has {rows} trained rows for {len(indices)}"
                     " trainable_token_indices"
                 )
-            changes.append(TokenRows(keys["token_rows"], indices))
-        if "weight" in keys and not self._may_replace(parts.module):
-            self._problems.append(
-                f"{keys['weight']} is neither in modules_to_save nor an embedding"
-            )
-        return changes
+            deltas.append(TokenRows(keys["token_rows"], indices))
+        return deltas
 
-    def _bias_changes(self, parts: Parts) -> list[Change]:
+    def _bias_deltas(self, parts: ModuleTensors) -> list[Delta]:
         keys = parts.keys
-        changes: list[Change] = [
+        deltas: list[Delta] = [
             Replacement(keys[part]) for part in ("base_bias", "bias") if part in keys
         ]
         if "b_bias" in keys:
             rank = self._adapter.shapes[keys["a"]][0]
-            changes.append(BiasOfB(keys["b_bias"], self._scale(parts.module, rank)))
-        return changes
+            deltas.append(LoraBias(keys["b_bias"], self._scale(parts.module, rank)))
+        return deltas
 
     def _add(
-        self, edits: dict[str, Edit], parts: Parts, wanted: str, changes: list[Change]
+        self, edits: dict[str, Edit], parts: ModuleTensors, parameter: str, deltas: list[Delta]
     ) -> None:
-        """Note an edit, or what is wrong with it."""
-        name = self._base_name(wanted)
-        ours = name
-        if name is None and self._tied and wanted == self._output:
-            name, ours = self._input, wanted
-        if name is None or ours is None:
-            why = (
-                "; a base layer without bias cannot take lora_bias"
-                if wanted.endswith(".bias")
-                else ""
-            )
-            self._problems.append(f"{wanted} is not in the base{why}")
+        """Add the edit of one parameter, or its problem."""
+        base_name = self._base_name(parameter)
+        merged_name = base_name
+        if base_name is None and self._tied and parameter == self._output:
+            base_name, merged_name = self._input, parameter
+        if base_name is None or merged_name is None:
+            hint = ""
+            if parameter.endswith(".bias"):
+                hint = "; a base layer without bias cannot take lora_bias"
+            self._problems.append(f"{parameter} is not in the base{hint}")
             return
-        spec = self._base.specs[name]
-        shape = self._result_shape(changes, spec.shape)
-        wrong = self._shape_problem(wanted, spec.shape, changes)
-        if wrong:
-            self._problems.append(wrong)
-        elif "base_weight" in parts.keys and wanted.endswith(".weight"):
-            self._check_copy(parts.keys["base_weight"], name)
-        edits[ours] = Edit(name, replace(spec, name=ours, shape=shape), tuple(changes))
-
-    def _base_name(self, wanted: str) -> str | None:
-        return find_name(wanted, self._base.specs)
-
-    def _shape_problem(
-        self, wanted: str, shape: tuple[int, ...], changes: list[Change]
-    ) -> str | None:
-        """How the adapter's shapes contradict the base's."""
-        shapes, embedding = self._adapter.shapes, is_embedding(wanted)
-        for change in changes:
-            found: tuple[int, ...] = shape
-            if isinstance(change, LowRank):
-                found = (shapes[change.b][0], shapes[change.a][1])
-                found = found[::-1] if change.transposed else found
-            elif isinstance(change, Replacement):
-                found = shapes[change.key]
-                if embedding and found[1:] == shape[1:]:
-                    shape = found
-            elif isinstance(change, BiasOfB):
-                found = shapes[change.key]
-            elif isinstance(change, TokenRows) and (
-                shapes[change.key][1:] != shape[1:] or max(change.indices, default=0) >= shape[0]
-            ):
-                return (
-                    f"{wanted} is {shape} in the base, its trained rows are {shapes[change.key]} up"
-                    f" to {max(change.indices)}"
-                )
-            if found != shape:
-                return f"{wanted} is {shape} in the base, the adapter is for {found}"
-        return None
-
-    def _result_shape(self, changes: list[Change], shape: tuple[int, ...]) -> tuple[int, ...]:
-        return next(
-            (self._adapter.shapes[c.key] for c in changes if isinstance(c, Replacement)), shape
+        spec = self._base.specs[base_name]
+        shape = self._result_shape(deltas, spec.shape)
+        problem = self._find_shape_problem(parameter, spec.shape, deltas)
+        if problem:
+            self._problems.append(problem)
+        elif "base_weight" in parts.keys and parameter.endswith(".weight"):
+            self._compare_copy(parts.keys["base_weight"], base_name)
+        edits[merged_name] = Edit(
+            base_name, replace(spec, name=merged_name, shape=shape), tuple(deltas)
         )
 
-    def _grew(self, parts: Parts) -> bool:
-        """Whether the stored copy of a base layer has more rows than the base: its vocabulary was
-        resized.
-        """
+    def _base_name(self, parameter: str) -> str | None:
+        return find_name(parameter, self._base.specs)
+
+    def _find_shape_problem(
+        self, parameter: str, shape: tuple[int, ...], deltas: list[Delta]
+    ) -> str | None:
+        """Find a delta whose shape contradicts the base's, or that of the replacement before it."""
+        shapes = self._adapter.shapes
+        for delta in deltas:
+            if isinstance(delta, TokenRows):
+                rows = shapes[delta.key]
+                if rows[1:] != shape[1:] or max(delta.indices, default=0) >= shape[0]:
+                    return (
+                        f"{parameter} is {shape} in the base, its trained rows are {rows} up"
+                        f" to {max(delta.indices)}"
+                    )
+                continue
+            delta_shape = self._shape_of(delta)
+            resizes = isinstance(delta, Replacement) and is_embedding(parameter)
+            if resizes and delta_shape[1:] == shape[1:]:
+                shape = delta_shape
+            if delta_shape != shape:
+                return f"{parameter} is {shape} in the base, the adapter is for {delta_shape}"
+        return None
+
+    def _shape_of(self, delta: Delta) -> tuple[int, ...]:
+        shapes = self._adapter.shapes
+        if isinstance(delta, LowRank):
+            shape = (shapes[delta.b][0], shapes[delta.a][1])
+            return shape[::-1] if delta.transposed else shape
+        assert isinstance(delta, Replacement | LoraBias)
+        return shapes[delta.key]
+
+    def _result_shape(self, deltas: list[Delta], shape: tuple[int, ...]) -> tuple[int, ...]:
+        return next(
+            (self._adapter.shapes[c.key] for c in deltas if isinstance(c, Replacement)), shape
+        )
+
+    def _grew(self, parts: ModuleTensors) -> bool:
+        """Return whether the stored copy of a base layer has more rows than the base."""
         name = self._base_name(f"{parts.module}.weight") or self._input
         return (
             name is not None
             and self._adapter.shapes[parts.keys["base_weight"]][0] > self._base.specs[name].shape[0]
         )
 
-    def _check_copy(self, key: str, name: str) -> None:
-        """peft stores the layer below an adapted embedding; it must be the base's, or the adapter
-        is another base's.
+    def _compare_copy(self, key: str, name: str) -> None:
+        """Compare the copy that peft stores of the layer below an adapted embedding.
+
+        Where it is not equal to the base's layer, the adapter belongs to another base.
         """
         copy = self._adapter.read(key)
         first = 0
@@ -290,12 +298,10 @@ class _Matcher:
                 return
             first += len(rows)
 
-    def _stores_columns(self, parts: Parts) -> bool:
-        """Told by the shapes; of a square matrix, by ``fan_in_fan_out``."""
-        out, width = (
-            self._adapter.shapes[parts.keys["b"]][0],
-            self._adapter.shapes[parts.keys["a"]][1],
-        )
+    def _stores_columns(self, parts: ModuleTensors) -> bool:
+        """Return whether the base stores (in, out); for a square matrix, see ``fan_in_fan_out``."""
+        out = self._adapter.shapes[parts.keys["b"]][0]
+        width = self._adapter.shapes[parts.keys["a"]][1]
         name = self._base_name(f"{parts.module}.weight")
         if name is None or out == width:
             return bool(self._adapter.settings.get("fan_in_fan_out"))
@@ -310,40 +316,48 @@ class _Matcher:
 
     def _may_replace(self, module: str) -> bool:
         saved = self._adapter.settings.get("modules_to_save") or []
-        return any(is_saved(module, name) for name in saved) or is_embedding(f"{module}.weight")
+        return any(is_module_to_save(module, name) for name in saved) or is_embedding(
+            f"{module}.weight"
+        )
 
     def _resolve_tying(self, edits: dict[str, Edit]) -> None:
-        """One matrix for input and output stays one only if the adapter treats both alike; else it
-        becomes two.
-        """
+        """Keep one matrix for input and output if the adapter treats both alike; else make two."""
         if not self._tied or self._input is None or self._output is None:
             return
-        output, into = self._output, edits.get(self._input)
-        if output not in edits and (
-            into is None or all(isinstance(change, TokenRows) for change in into.changes)
-        ):
-            # peft ties trained rows by itself.
-            return
-        if output in edits and into is not None and self._alike(into, edits[output]):
-            del edits[output]
-            return
-        if output not in edits:
-            spec = self._base.specs[self._input]
-            grown = into.spec.shape if into is not None else spec.shape
-            if grown != spec.shape:
-                self._problems.append(
-                    f"{self._input} grew to {grown[0]} rows, and the output that was tied to it is"
-                    " not there"
-                )
-            edits[output] = Edit(self._input, replace(spec, name=output), ())
+        output = self._output
+        input_edit, output_edit = edits.get(self._input), edits.get(output)
 
-    def _alike(self, one: Edit, other: Edit) -> bool:
-        """Whether two edits of the same matrix come to the same."""
-        if len(one.changes) != len(other.changes):
+        # Nothing changes but single rows, which peft ties by itself: they stay one matrix.
+        only_rows = input_edit is None or all(
+            isinstance(delta, TokenRows) for delta in input_edit.deltas
+        )
+        if output_edit is None and only_rows:
+            return
+
+        # Both change in the same way: they stay one matrix, and the input's edit is enough.
+        if output_edit is not None:
+            if input_edit is not None and self._are_equal(input_edit, output_edit):
+                del edits[output]
+            return
+
+        # The input alone changes: the output is stored too, as it was. It has no rows for a
+        # vocabulary that grew.
+        assert input_edit is not None
+        spec = self._base.specs[self._input]
+        if input_edit.spec.shape != spec.shape:
+            self._problems.append(
+                f"{self._input} grew to {input_edit.spec.shape[0]} rows, and the output that was"
+                " tied to it is not there"
+            )
+        edits[output] = Edit(self._input, replace(spec, name=output), ())
+
+    def _are_equal(self, one: Edit, other: Edit) -> bool:
+        """Return whether two edits of the same matrix have the same result."""
+        if len(one.deltas) != len(other.deltas):
             return False
-        return all(self._same_change(a, b) for a, b in zip(one.changes, other.changes, strict=True))
+        return all(self._same_delta(a, b) for a, b in zip(one.deltas, other.deltas, strict=True))
 
-    def _same_change(self, a: Change, b: Change) -> bool:
+    def _same_delta(self, a: Delta, b: Delta) -> bool:
         read = self._adapter.read
         if isinstance(a, Replacement) and isinstance(b, Replacement):
             return torch.equal(read(a.key), read(b.key))

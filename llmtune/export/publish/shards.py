@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llmtune.export.sources.base import TensorSource
+from llmtune.export.sources.tensor_source import TensorSource
 from llmtune.storage.atomic import append_line, flush, remove_folder
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.safetensors_writer import TensorFile, TensorSpec, plan_shards, write_index

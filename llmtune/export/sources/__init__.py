@@ -1,1 +1,1 @@
-"""Where an export's tensors come from, a block of rows at a time."""
+"""Read the tensors of a model, a block of rows at a time."""

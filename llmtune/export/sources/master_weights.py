@@ -1,5 +1,4 @@
-"""The fp32 master weights of a full fine-tuning's checkpoint, put together from the slices of its
-ranks.
+"""The fp32 master weights of a full fine-tuning, put together from the slices of the ranks.
 
 The model files of the same checkpoint hold these numbers rounded to the training dtype.
 """
@@ -16,38 +15,37 @@ import torch
 from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.checkpoint.stored_states import StoredParameter, map_slices, read_stored_states
 from llmtune.errors import CheckpointError, ExportError
-from llmtune.export.sources.base import SafetensorsSource, some
+from llmtune.export.sources.tensor_source import SafetensorsSource, some
 from llmtune.storage import layout
 from llmtune.storage.manifest import read_manifest
 from llmtune.storage.safetensors_writer import TensorSpec
 
 
-def has_masters(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of llmtune with a whole model and its master weights."""
+def has_master_weights(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint with a whole model and its master weights."""
     return bool(_state_files(folder)) and any(folder.glob("model*.safetensors"))
 
 
-def find_masters(folder: Path) -> Path | None:
-    """The checkpoint with a trained model's master weights: the folder itself, or the one that a
-    run's result was made from.
+def find_master_weights(folder: Path) -> Path | None:
+    """Find the checkpoint with a trained model's master weights.
+
+    It is the folder itself, or the checkpoint that the result of a run was made from.
     """
-    if has_masters(folder):
+    if has_master_weights(folder):
         return folder
     try:
         checkpoint = folder.parent / str(read_manifest(folder).get("from"))
         read_manifest(checkpoint)
     except CheckpointError:
         return None
-    return checkpoint if has_masters(checkpoint) else None
+    return checkpoint if has_master_weights(checkpoint) else None
 
 
-class MastersSource:
-    """A checkpoint's model in fp32, one block at a time, from any ZeRO stage, number of ranks and
-    placement.
-    """
+class MasterWeightsSource:
+    """A checkpoint's model in fp32, of any ZeRO stage, number of ranks and placement."""
 
     def __init__(self, folder: Path) -> None:
-        """Open every file; nothing is read but headers.
+        """Open every file, and read the headers.
 
         Raises:
             ExportError: A file is missing or damaged, or slices do not make up the parameters of
@@ -55,7 +53,7 @@ class MastersSource:
         """
         self.folder = folder
         stored = _read_states(folder)
-        if not has_masters(folder):
+        if not has_master_weights(folder):
             raise ExportError(
                 f"{folder} holds no whole model (model*.safetensors), and so no whole model's"
                 " master weights"
@@ -75,7 +73,7 @@ class MastersSource:
             self.specs[name] = spec
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Trained parameters from the slices; what was not trained as the model files have it."""
+        """Yield trained parameters from the slices, and others from the model files."""
         return self._masters[name].blocks() if name in self._masters else self._model.blocks(name)
 
 
@@ -98,17 +96,18 @@ def _read_states(folder: Path) -> dict[str, StoredParameter]:
 
 
 def _check_ranks(folder: Path, files: list[Path]) -> None:
-    """One file of every rank, all from the same number of ranks."""
+    """Check that there is one file per rank, all from the same number of ranks."""
     if not files:
         raise ExportError(f"{folder} holds no {layout.STATE_FILES}, and so no master weights")
-    found = [ranks for ranks in (layout.state_file_ranks(file.name) for file in files) if ranks]
-    sizes = sorted({world_size for _, world_size in found})
+    names = [layout.state_file_ranks(file.name) for file in files]
+    ranks = [name for name in names if name]
+    sizes = sorted({world_size for _, world_size in ranks})
     if len(sizes) > 1:
         raise ExportError(
             f"{folder} holds state files of {sizes[0]} and of {sizes[1]} ranks; {_NEXT}"
         )
-    here = {rank for rank, _ in found}
-    missing = [layout.state_file(rank, sizes[0]) for rank in range(sizes[0]) if rank not in here]
+    stored = {rank for rank, _ in ranks}
+    missing = [layout.state_file(rank, sizes[0]) for rank in range(sizes[0]) if rank not in stored]
     if missing:
         raise ExportError(
             f"{folder}: {some(missing)} of {sizes[0]} state files is missing; {_NEXT}"

@@ -1,9 +1,8 @@
-"""bitsandbytes' NF4 (Dettmers et al. 2023, "QLoRA") as a stream: quantize, dequantize, and which
-tensors transformers quantizes.
+"""Quantize to bitsandbytes' NF4 and back as a stream (Dettmers et al. 2023, "QLoRA").
 
-Every 64 numbers have their own scale, so that a few rows give the bits of the whole tensor. Only
-the scales depend on each other, by the mean that double quantization takes from them: of a tensor,
-4 bits a number are held at once, never the model.
+Every 64 numbers have their own scale, so that a few rows can be quantized without the rest. Only
+the scales depend on each other, through the mean that double quantization subtracts from them. In
+memory is one tensor in 4 bits per number, never the model.
 """
 
 from __future__ import annotations
@@ -17,50 +16,47 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune.errors import ConfigError, ExportError
-from llmtune.export.sources.base import TensorSource, find_name, read_whole, some
+from llmtune.export.sources.tensor_source import TensorSource, find_name, read_whole, some
 from llmtune.plan.memory.model_shape import build_meta_model
 from llmtune.storage.row_blocks import row_ranges
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# : Numbers with a scale of their own, and scales with one of theirs: the defaults of bitsandbytes
-# and transformers.
+#: Numbers per scale, and scales per nested scale: the defaults of bitsandbytes and transformers.
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 
-#: What bitsandbytes quantizes.
+#: Dtypes that bitsandbytes quantizes.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-#: Elements quantized at once; bitsandbytes takes 16 bytes for each on the way.
-_PIECE_ELEMENTS = 1 << 20
+#: Elements quantized at once; bitsandbytes takes 16 bytes of temporary memory for each.
+_CHUNK_ELEMENTS = 1 << 20
 
 
-class Nf4RoundTrip:
-    """Another source, with the named tensors quantized to NF4 and dequantized again: what a QLoRA
-    training computes with.
+class Nf4RoundTripSource:
+    """Another source with some tensors quantized to NF4 and dequantized, as QLoRA trains on them.
 
-    An adapter that is merged onto it sits on the very weights that it was trained on. The merge
-    adds the fp32 product of the adapter to the dequantized weights and rounds the sum once, to the
+    An adapter that is merged onto it is on the very weights that it was trained on. The merge adds
+    the fp32 product of the adapter to the dequantized weights and rounds the sum once, to the
     stored dtype. peft's own merge on a 4-bit model quantizes the sum to NF4 again, which adds a
     second quantization error; the two merged models are therefore not equal.
 
-    Quantized is what the source stores: where a training loads an fp32 base in bf16, put a
-    ``Retyped`` of it in here.
+    The numbers are quantized from the stored dtype: where a training loads an fp32 base in bf16,
+    pass a ``RetypedSource`` of it.
     """
 
     def __init__(
         self, source: TensorSource, names: Mapping[str, bool], double_quant: bool = True
     ) -> None:
-        """Name what is quantized.
+        """Choose the tensors.
 
         Args:
             names: From :func:`quantized_names`: tensor -> whether its rows are inputs, not outputs.
             double_quant: Quantize the scales too, ``bnb_4bit_use_double_quant``.
 
         Raises:
-            ExportError: A name is not the source's, or its dtype is none that bitsandbytes
-                quantizes.
+            ExportError: The source has no such tensor, or bitsandbytes does not quantize its dtype.
         """
         check_quantizable(source, names)
         self._source = source
@@ -69,7 +65,7 @@ class Nf4RoundTrip:
         self.specs = dict(source.specs)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Rows of the tensor, with their quantization error, in the stored dtype."""
+        """Yield rows with their quantization error, in the stored dtype."""
         if name not in self._names:
             yield from self._source.blocks(name)
             return
@@ -78,10 +74,10 @@ class Nf4RoundTrip:
 
 
 def quantized_names(model: Path | PretrainedConfig, source: TensorSource) -> dict[str, bool]:
-    """The tensors that transformers stores as NF4 when it loads a model in 4 bits: linear layers
-    but the output layer.
+    """Find the tensors that transformers quantizes when it loads a model in 4 bits.
 
-    The answer is transformers' own, on the skeleton that the configuration describes.
+    These are the linear layers but the output layer; transformers' own functions decide it, on the
+    skeleton that the configuration describes.
 
     Args:
         model: A model folder, or its configuration.
@@ -100,7 +96,7 @@ def quantized_names(model: Path | PretrainedConfig, source: TensorSource) -> dic
 
     skeleton = _build_skeleton(model)
     kept = HfQuantizer.get_modules_to_not_convert(skeleton, None, skeleton._keep_in_fp32_modules)
-    found: dict[str, bool] = {}
+    transposed: dict[str, bool] = {}
     missing = []
     for module_name, module in skeleton.named_modules():
         linear = type(module) is torch.nn.Linear or isinstance(module, Conv1D)
@@ -110,25 +106,25 @@ def quantized_names(model: Path | PretrainedConfig, source: TensorSource) -> dic
         if name is None:
             missing.append(f"{module_name}.weight")
         else:
-            found[name] = isinstance(module, Conv1D)
+            transposed[name] = isinstance(module, Conv1D)
     if missing:
         raise ExportError(
             f"{len(missing)} linear layers of the model are in no file under that name:"
             f" {some(missing)}; store the model with transformers' save_pretrained first"
         )
-    return found
+    return transposed
 
 
 def check_quantizable(source: TensorSource, names: Mapping[str, bool]) -> None:
-    """Whether bitsandbytes can quantize these tensors.
+    """Check that bitsandbytes can quantize these tensors.
 
     Raises:
-        ExportError: One is not there, or has another dtype.
+        ExportError: One is missing, or has another dtype.
     """
-    strange = [name for name in names if name not in source.specs]
-    if strange:
+    missing = [name for name in names if name not in source.specs]
+    if missing:
         raise ExportError(
-            f"cannot be quantized to NF4, because they are not there: {some(strange)}"
+            f"cannot be quantized to NF4, because they are not there: {some(missing)}"
         )
     wrong = [
         f"{name} ({source.specs[name].dtype})"
@@ -148,7 +144,7 @@ def quantize(
     double_quant: bool = True,
     offset: float | None = None,
 ) -> tuple[torch.Tensor, Any]:
-    """One tensor in NF4, with bitsandbytes' bits.
+    """Quantize one tensor to the same bits as bitsandbytes does.
 
     Args:
         transposed: Quantize columns of the source as rows.
@@ -156,13 +152,13 @@ def quantize(
             number of threads.
 
     Returns:
-        Two numbers a byte, shape (bytes, 1), and bitsandbytes' ``QuantState``.
+        Two numbers per byte, shape (bytes, 1), and bitsandbytes' ``QuantState``.
     """
     functional = load_bitsandbytes()
     spec = source.specs[name]
     packed, scales, code = [], [], None
-    for piece in _pieces(source, name, transposed):
-        four_bits, state = functional.quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type="nf4")
+    for chunk in _chunks(source, name, transposed):
+        four_bits, state = functional.quantize_4bit(chunk, blocksize=BLOCK_SIZE, quant_type="nf4")
         packed.append(four_bits)
         scales.append(state.absmax)
         code = state.code
@@ -170,7 +166,7 @@ def quantize(
     if double_quant:
         mean = absmax.mean() if offset is None else torch.tensor(offset)
         absmax, state2 = functional.quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK_SIZE)
-    whole = functional.QuantState(
+    state = functional.QuantState(
         absmax=absmax,
         shape=torch.Size(spec.shape[::-1] if transposed else spec.shape),
         code=code,
@@ -180,42 +176,39 @@ def quantize(
         offset=mean,
         state2=state2,
     )
-    return torch.cat(packed), whole
+    return torch.cat(packed), state
 
 
 def mean_scale(source: TensorSource, name: str, transposed: bool) -> float:
-    """The mean of a tensor's scales, as :func:`quantize` finds it, at a tenth of its cost."""
+    """Compute the mean of a tensor's scales as :func:`quantize` does, at a tenth of its cost."""
     scales = []
-    for piece in _pieces(source, name, transposed):
-        full = len(piece) // BLOCK_SIZE * BLOCK_SIZE
-        scales.append(piece[:full].view(-1, BLOCK_SIZE).abs().amax(dim=1).float())
-        if full < len(piece):
-            scales.append(piece[full:].abs().amax().float().clamp(min=1e-38).reshape(1))
+    for chunk in _chunks(source, name, transposed):
+        full = len(chunk) // BLOCK_SIZE * BLOCK_SIZE
+        scales.append(chunk[:full].view(-1, BLOCK_SIZE).abs().amax(dim=1).float())
+        if full < len(chunk):
+            scales.append(chunk[full:].abs().amax().float().clamp(min=1e-38).reshape(1))
     return torch.cat(scales).mean().item()
 
 
 def dequantize(packed: torch.Tensor, state: Any, transposed: bool) -> Iterator[torch.Tensor]:
-    """The numbers that the 4 bits stand for, a few rows at a time, in the dtype that they were
-    quantized from.
+    """Dequantize a few rows at a time, to the dtype that they were quantized from.
 
     Args:
-        packed: Two numbers a byte; whatever dtype they are stored as.
+        packed: Two numbers per byte, stored in any dtype.
         state: bitsandbytes' ``QuantState``.
-        transposed: Give columns as rows; takes the whole tensor.
+        transposed: Yield columns as rows; the whole tensor is then in memory.
     """
     rows = _dequantized_rows(packed.reshape(-1).view(torch.uint8), state)
     if not transposed:
         yield from rows
         return
-    whole = torch.cat(list(rows)).T
-    for first, last in row_ranges(tuple(whole.shape)):
-        yield whole[first:last]
+    tensor = torch.cat(list(rows)).T
+    for first, last in row_ranges(tuple(tensor.shape)):
+        yield tensor[first:last]
 
 
 def load_bitsandbytes() -> Any:
-    """``bitsandbytes.functional``; on a CPU it says at import that kernels for inference are
-    missing, which nobody needs here.
-    """
+    """Import ``bitsandbytes.functional`` without its warning about inference kernels on a CPU."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -232,29 +225,30 @@ def _dequantized_rows(packed: torch.Tensor, state: Any) -> Iterator[torch.Tensor
     if state.nested:
         absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     width = math.prod(state.shape[1:])
-    # Rows that end where a block ends.
-    unit = state.blocksize // math.gcd(width, state.blocksize)
-    step = -(-next(row_ranges(tuple(state.shape)))[1] // unit) * unit
+    # Take as many rows at once as end together with a block.
+    rows_per_block = state.blocksize // math.gcd(width, state.blocksize)
+    step = -(-next(row_ranges(tuple(state.shape)))[1] // rows_per_block) * rows_per_block
     for first in range(0, state.shape[0], step):
         last = min(first + step, state.shape[0])
         start, end = first * width, last * width
-        # As one row of even length: for rows that no block ends with, bitsandbytes 0.50 takes wrong
-        # scales on CPUs with AVX-512 (a GPU takes the right ones), and for odd lengths a path that
-        # it compiles first.
-        piece = functional.QuantState(
+        # Pass one row of even length: for rows that no block ends with, bitsandbytes 0.50 takes
+        # wrong scales on CPUs with AVX-512 (a GPU takes the right ones), and for odd lengths a path
+        # that it compiles first.
+        chunk_state = functional.QuantState(
             absmax=absmax[start // state.blocksize : -(-end // state.blocksize)],
             shape=torch.Size((end - start + end % 2,)),
             blocksize=state.blocksize,
             quant_type=state.quant_type,
             dtype=state.dtype,
         )
-        numbers = functional.dequantize_4bit(packed[start // 2 : -(-end // 2)], piece).reshape(-1)
-        yield numbers[: end - start].reshape(last - first, *state.shape[1:])
+        values = functional.dequantize_4bit(packed[start // 2 : -(-end // 2)], chunk_state)
+        yield values.reshape(-1)[: end - start].reshape(last - first, *state.shape[1:])
 
 
-def _pieces(source: TensorSource, name: str, transposed: bool) -> Iterator[torch.Tensor]:
-    """The tensor's numbers in order, rounded to the stored dtype, in pieces of whole blocks but for
-    the last one.
+def _chunks(source: TensorSource, name: str, transposed: bool) -> Iterator[torch.Tensor]:
+    """Yield a tensor's numbers in order, rounded to the stored dtype.
+
+    Chunks are flat and consist of whole quantization blocks, but for the last one.
     """
     spec = source.specs[name]
     blocks = source.blocks(name) if not transposed else iter([read_whole(source, name).T])
@@ -264,27 +258,25 @@ def _pieces(source: TensorSource, name: str, transposed: bool) -> Iterator[torch
         flat = torch.cat([rest, flat]) if len(rest) else flat
         full = len(flat) // BLOCK_SIZE * BLOCK_SIZE
         if full:
-            yield from flat[:full].split(_PIECE_ELEMENTS)
+            yield from flat[:full].split(_CHUNK_ELEMENTS)
         rest = flat[full:]
     if len(rest):
         yield rest
 
 
 def _build_skeleton(model: Path | PretrainedConfig) -> Any:
-    """The model without numbers, of the class that the configuration names."""
+    """Build the model without weights, of the class that the configuration names."""
     import transformers
 
     try:
-        config = (
-            transformers.AutoConfig.from_pretrained(str(model), trust_remote_code=False)
-            if isinstance(model, Path)
-            else model
-        )
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-        if kind is None:
+        config: Any = model
+        if isinstance(model, Path):
+            config = transformers.AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+        model_class = getattr(transformers, (config.architectures or [""])[0], None)
+        if model_class is None:
             return build_meta_model(config)[0]
         with torch.device("meta"):
-            return kind(config)
+            return model_class(config)
     except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(f"{model}: cannot tell which layers are linear: {reason}") from error

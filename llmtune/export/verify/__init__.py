@@ -1,1 +1,1 @@
-"""Whether what was written is what was trained."""
+"""Verify that the files of an export are the model that was trained."""

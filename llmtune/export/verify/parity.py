@@ -1,12 +1,12 @@
-"""Whether what was merged is base and adapter: every stored number, and the logits of both models.
+"""Measure the parity of a merged model with base and adapter: its stored numbers, and its logits.
 
-Numbers are recomputed from peft's own layers (:mod:`llmtune.export.verify.recompute`); that tells a
-lost part of the smallest change from rounding, which answers cannot do. The logits then tell what
+Numbers are recomputed from peft's own layers (:mod:`llmtune.export.verify.recompute`): that
+distinguishes the smallest lost change from rounding, which outputs cannot do. The logits show what
 numbers cannot: that the folder's configuration makes the same function of them. Both models are
-streamed, so that neither has to fit; base and adapter run in peft, which knows nothing of our
-merge. All arithmetic is fp32, so that what is left is the rounding of the stored weights. A number
-rounded to ``p`` bits is off by at most ``u = 2**-p`` of itself, at random, so a matrix product by
-about ``u / sqrt(3)``; the bound of the logits is a few times that.
+streamed, so that neither has to fit into memory; base and adapter run in peft, which does not use
+our merge. All arithmetic is fp32, so that the difference that remains is the rounding of the stored
+weights. A number rounded to ``p`` bits is off by at most ``u = 2**-p`` of itself, at random, so a
+matrix product by about ``u / sqrt(3)``; the bound of the logits is a few times that.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import Adapter
-from llmtune.export.sources.base import TensorSource, some
-from llmtune.export.verify.answers import Answers, Shaken, relative_error, shake_parameters
-from llmtune.export.verify.expected import find_expected
+from llmtune.export.merge.peft_adapter import Adapter
+from llmtune.export.sources.tensor_source import TensorSource, some
+from llmtune.export.verify.expected_tensors import find_expected
+from llmtune.export.verify.module_outputs import (
+    OutputComparison,
+    PerturbedSource,
+    perturb_parameters,
+    relative_error,
+)
 from llmtune.export.verify.recompute import Agreement, Recomputation
 from llmtune.export.verify.streamed_model import StreamedModel
 from llmtune.model.skeleton import build_skeleton, tied_aliases
@@ -31,16 +36,16 @@ from llmtune.model.skeleton import build_skeleton, tied_aliases
 #: Relative error of one rounding.
 ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24}
 
-#: Two orders of summing the same fp32 products.
+#: Relative error of summing fp32 products in another order.
 _ARITHMETIC = 1e-5
 
-#: The logits of a deep model gather the errors of all modules.
+#: Bound of the logits in roundings: those of a deep model gather the errors of all modules.
 _LOGIT_ROUNDINGS = 48
 
-#: Of what a random rounding does to the logits, where a model answers otherwise at the least.
-_MOST_SHAKES = 4.0
+#: Bound of the logits in effects of one random rounding, for models that amplify rounding.
+_MOST_PERTURBATIONS = 4.0
 
-#: Share of the change below rounding from which on it is worth a word of its own.
+#: Share of the change below rounding from which on the user is advised to store more digits.
 _MUCH_LOST = 0.5
 
 _ROWS, _POSITIONS = 4, 24
@@ -70,74 +75,74 @@ _TEXTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """What was compared, and how near it came."""
+    """The results of a comparison that was passed."""
 
     logits: float | None
-    """Largest relative difference of a position's logits, their mean taken off; None where numbers
-    alone were compared.
+    """Largest relative difference of a position's logits without their mean; None where only
+    numbers were compared.
     """
     bound: float
+    """The largest difference of the logits that would have been accepted."""
     agreement: Agreement
-    """Of the stored numbers with recomputed ones."""
+    """The stored numbers compared with recomputed ones."""
     dtype: torch.dtype
-    """What the numbers are rounded to."""
-    answers: dict[str, float]
-    """Modules whose numbers could not be recomputed -> relative difference of what they answer."""
+    """The dtype that the numbers were rounded to."""
+    output_errors: dict[str, float]
+    """Module whose numbers could not be recomputed -> relative difference of its outputs."""
     adapted: bool
-    """Whether an adapter was merged; without one, what was compared is the rounding alone."""
+    """Whether an adapter was merged; without one, only the rounding was compared."""
     quantized: str | None = None
-    """As what the numbers are stored after they were compared, where that is coarser than
-    ``dtype``.
-    """
+    """The coarser type that the compared numbers are then stored in; None if there is none."""
 
     def describe(self) -> str:
-        """One line for the console and the card: which check each module got, and how much of the
-        change is stored.
-        """
-        return self._describe() + (
-            f". That is of the numbers before they are stored as {self.quantized}, which is not"
-            " compared"
-            if self.quantized
-            else ""
-        )
-
-    def _describe(self) -> str:
-        of = "base and adapter" if self.adapted else "the weights before they were rounded"
-        text = "logits not compared"
-        if self.logits is not None:
-            text = f"logits within {self.logits:.1e} of {of} (bound {self.bound:.1e})"
-        kind = str(self.dtype).removeprefix("torch.")
-        if not self.adapted:
-            return (
-                f"{text}; {self.agreement.tensors} tensors recomputed, every number is the nearest"
-                f" {kind}"
+        """Return one line for the console and the card: the checks, and the stored share."""
+        text = self._describe_logits()
+        text += self._describe_numbers() if self.adapted else self._describe_rounding()
+        if self.quantized:
+            text += (
+                f". That is of the numbers before they are stored as {self.quantized}, which is not"
+                " compared"
             )
+        return text
+
+    def _describe_logits(self) -> str:
+        if self.logits is None:
+            return "logits not compared"
+        reference = "base and adapter" if self.adapted else "the weights before they were rounded"
+        return f"logits within {self.logits:.1e} of {reference} (bound {self.bound:.1e})"
+
+    def _describe_rounding(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"; {self.agreement.tensors} tensors recomputed, every number is the nearest {kind}"
+
+    def _describe_numbers(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
         total = self.agreement.total
-        text += (
+        text = (
             f"; {len(self.agreement.modules)} adapted modules recomputed from peft's layers, every"
-            " number is "
+            f" number is the sum rounded once to {kind}"
         )
-        text += f"the sum rounded once to {kind}"
         if total.ties:
             text += f" ({total.ties:,} within the arithmetic of fp32)"
         text += (
-            f"; {total.share:.1%} of the change arrived, {total.below_rounding:.1%} of it lies"
+            f"; {total.share:.1%} of the change arrived, {total.below_rounding:.1%} of it is"
             " below the rounding"
         )
-        if self.agreement.still:
-            text += f", and {self.agreement.still} modules stay as they were"
-        asked = [error for error in self.answers.values() if not math.isnan(error)]
-        if asked:
+        if self.agreement.unchanged:
+            text += f", and {self.agreement.unchanged} modules stay as they were"
+        errors = [error for error in self.output_errors.values() if not math.isnan(error)]
+        if errors:
             text += (
-                f"; {len(asked)} modules compared by their answers alone, within {max(asked):.1e}"
+                f"; {len(errors)} modules compared by their outputs alone, within {max(errors):.1e}"
             )
-        if len(asked) < len(self.answers):
-            text += f"; {len(self.answers) - len(asked)} modules compared in the logits alone"
+        only_logits = len(self.output_errors) - len(errors)
+        if only_logits:
+            text += f"; {only_logits} modules compared in the logits alone"
         return text
 
     @property
-    def lost(self) -> str | None:
-        """Advice where most of what was trained is not in the stored numbers; None where it is."""
+    def loss_note(self) -> str | None:
+        """Return advice where rounding loses most of what was trained; None where it does not."""
         below = self.agreement.total.below_rounding
         if below < _MUCH_LOST:
             return None
@@ -150,11 +155,11 @@ class Parity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sides:
-    """The two models."""
+class ComparedModels:
+    """Base and adapter, and the merged model that is compared with them."""
 
     base_folder: Path
-    """Whose ``config.json`` describes the base."""
+    """Model folder of the base; its ``config.json`` is used."""
     base: TensorSource
     adapter: Adapter | None
     merged_folder: Path
@@ -163,107 +168,114 @@ class Sides:
     """Keys of the base's ``config.json`` that an adapter with a head of its own changes."""
 
 
-def check_parity(
-    sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None
+def measure_parity(
+    models: ComparedModels, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None
 ) -> Parity:
-    """Run base and adapter, then the merged model, and compare.
+    """Run base and adapter, then the merged model, and compare numbers and logits.
 
     Args:
         tokens: Shape (rows, positions); see :func:`probe_tokens`.
-        dtype: What the merged weights were rounded to.
-        bound: Of the logits; None takes what the rounding explains.
+        dtype: The dtype that the merged weights were rounded to.
+        bound: Largest relative difference of the logits; None takes what rounding explains.
 
     Raises:
         ExportError: They differ by more; the modules are named.
     """
-    reference = StreamedModel(sides.base_folder, sides.base, sides.adapter, sides.base_changes)
-    agreement, answers = _recompute(sides, reference, dtype)
-    expected = reference.logits(tokens, answers.look)
-    answers.check()
+    reference = StreamedModel(models.base_folder, models.base, models.adapter, models.base_changes)
+    agreement, outputs = _recompute(models, reference, dtype)
+    expected = reference.logits(tokens, outputs.compare)
+    outputs.check()
     del reference
-    found = StreamedModel(sides.merged_folder, sides.merged).logits(tokens)
-    difference = relative_error(found, expected)
+    logits = StreamedModel(models.merged_folder, models.merged).logits(tokens)
+    difference = relative_error(logits, expected)
 
-    def shake() -> float:
-        source = Shaken(sides.base, dtype)
-        model = StreamedModel(sides.base_folder, source, sides.adapter, sides.base_changes)
+    def perturb() -> float:
+        source = PerturbedSource(models.base, dtype)
+        model = StreamedModel(models.base_folder, source, models.adapter, models.base_changes)
         return relative_error(model.logits(tokens), expected)
 
-    bound = _check_logits(difference, dtype, bound, shake)
+    bound = _resolve_bound(difference, dtype, bound, perturb)
+    _check_logits(difference, bound)
     return Parity(
         logits=difference,
         bound=bound,
         agreement=agreement,
         dtype=dtype,
-        answers=answers.errors,
-        adapted=sides.adapter is not None,
+        output_errors=outputs.errors,
+        adapted=models.adapter is not None,
     )
 
 
 def _recompute(
-    sides: Sides, reference: StreamedModel, dtype: torch.dtype
-) -> tuple[Agreement, Answers]:
-    """Compare all numbers; and what has to be compared by answers, for want of numbers."""
+    models: ComparedModels, reference: StreamedModel, dtype: torch.dtype
+) -> tuple[Agreement, OutputComparison]:
+    """Compare all numbers; return also the comparison of modules that cannot be recomputed.
+
+    Raises:
+        ExportError: A number is wrong.
+    """
     expectations = find_expected(reference)
-    merged_aliases = tied_aliases(build_skeleton(sides.merged_folder))
-    agreement = Recomputation(sides.base, sides.merged, reference.aliases, merged_aliases).run(
+    merged_aliases = tied_aliases(build_skeleton(models.merged_folder))
+    agreement = Recomputation(models.base, models.merged, reference.aliases, merged_aliases).run(
         expectations
     )
     agreement.check()
-    return agreement, Answers(reference, sides.merged, expectations.unknown, dtype)
+    return agreement, OutputComparison(reference, models.merged, expectations.unknown, dtype)
 
 
-def compare_whole(
-    sides: Sides, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None
+def measure_parity_in_memory(
+    models: ComparedModels, tokens: torch.Tensor, dtype: torch.dtype, bound: float | None = None
 ) -> Parity:
-    """The same for architectures that cannot be streamed, with one model in memory at a time.
+    """Measure the parity of architectures that cannot be streamed, one model in memory at a time.
 
     Raises:
-        ExportError: As :func:`check_parity`.
+        ExportError: As :func:`measure_parity`.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    numbers = check_numbers(sides, dtype, alone=False)
+    numbers = compare_weights(models, dtype, only_weights=False)
 
-    def run(folder: Path, adapter: Adapter | None, shaken: bool = False) -> torch.Tensor:
+    def run(folder: Path, adapter: Adapter | None, perturbed: bool = False) -> torch.Tensor:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, trust_remote_code=False
         )
-        if shaken:
-            shake_parameters(model, dtype)
+        if perturbed:
+            perturb_parameters(model, dtype)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter.folder))
         with torch.no_grad():
             logits: torch.Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
         return logits
 
-    expected = run(sides.base_folder, sides.adapter)
-    difference = relative_error(run(sides.merged_folder, None), expected)
-    bound = _check_logits(
-        difference,
-        dtype,
-        bound,
-        lambda: relative_error(run(sides.base_folder, sides.adapter, shaken=True), expected),
-    )
+    expected = run(models.base_folder, models.adapter)
+    difference = relative_error(run(models.merged_folder, None), expected)
+
+    def perturb() -> float:
+        return relative_error(run(models.base_folder, models.adapter, perturbed=True), expected)
+
+    bound = _resolve_bound(difference, dtype, bound, perturb)
+    _check_logits(difference, bound)
     return replace(numbers, logits=difference, bound=bound)
 
 
-def check_numbers(sides: Sides, dtype: torch.dtype, alone: bool = True) -> Parity:
-    """Compare the stored numbers of a model that is not run.
+def compare_weights(
+    models: ComparedModels, dtype: torch.dtype, only_weights: bool = True
+) -> Parity:
+    """Compare the stored numbers of a model, without running it.
 
     Args:
-        alone: Nothing else is going to be compared.
+        only_weights: The logits are not going to be compared either.
 
     Raises:
-        ExportError: Some are wrong; or, ``alone``, there are modules whose numbers cannot be
+        ExportError: A number is wrong; or, with ``only_weights``, some modules cannot be
             recomputed.
     """
-    skeleton = StreamedModel(sides.base_folder, sides.base, sides.adapter, sides.base_changes)
-    agreement, answers = _recompute(sides, skeleton, dtype)
-    if alone and answers.units:
+    skeleton = StreamedModel(models.base_folder, models.base, models.adapter, models.base_changes)
+    agreement, outputs = _recompute(models, skeleton, dtype)
+    if only_weights and outputs.units:
         raise ExportError(
-            f"parity: what the adapter makes of {some(answers.units)} cannot be recomputed, and the"
+            f"parity: what the adapter makes of {some(outputs.units)} cannot be recomputed, and the"
             " model cannot be run here; export.parity=false leaves it out"
         )
     return Parity(
@@ -271,55 +283,58 @@ def check_numbers(sides: Sides, dtype: torch.dtype, alone: bool = True) -> Parit
         bound=0.0,
         agreement=agreement,
         dtype=dtype,
-        answers=dict.fromkeys(answers.units, math.nan),
-        adapted=sides.adapter is not None,
+        output_errors=dict.fromkeys(outputs.units, math.nan),
+        adapted=models.adapter is not None,
     )
 
 
-def _check_logits(
-    difference: float, dtype: torch.dtype, given: float | None, shake: Callable[[], float]
+def _resolve_bound(
+    difference: float, dtype: torch.dtype, bound: float | None, perturb: Callable[[], float]
 ) -> float:
-    """Refuse logits that differ by more than a bound; the bound.
+    """Return the bound of the logits that the user set, or that rounding explains.
+
+    Some models amplify rounding, such as those that choose experts. Where the difference exceeds
+    the bound of ordinary models, that of this model is measured.
 
     Args:
-        given: By the user; None takes what rounding explains: so many roundings, or, where a model
-            answers otherwise at the least (experts that are chosen, attention that is all or
-            nothing), a few times what moving its weights by one does.
-        shake: Measures that.
+        perturb: Measures the effect of moving all weights by up to half an ULP.
     """
-    bound = _LOGIT_ROUNDINGS * max(ROUNDING[dtype], _ARITHMETIC) if given is None else given
-    if given is None and bound < difference:
-        bound = max(bound, _MOST_SHAKES * shake())
+    if bound is not None:
+        return bound
+    bound = _LOGIT_ROUNDINGS * max(ROUNDING[dtype], _ARITHMETIC)
+    if bound < difference:
+        bound = max(bound, _MOST_PERTURBATIONS * perturb())
+    return bound
+
+
+def _check_logits(difference: float, bound: float) -> None:
+    # NaN is not smaller than anything.
     if not difference <= bound:
         raise ExportError(
             "the exported model's logits differ from those of what was trained by"
             f" {difference:.2e}, the bound is {bound:.1e} (export.parity_bound); nothing was"
             " published"
         )
-    return bound
 
 
-def probe_tokens(tokenizer: Any, vocabulary: int, always: list[int]) -> torch.Tensor:
-    """Tokens of a few fixed texts, and those whose rows were trained; shape (rows, positions).
+def probe_tokens(tokenizer: Any, vocabulary: int, trained: list[int]) -> torch.Tensor:
+    """Return tokens of a few fixed texts, and trained tokens; shape (rows, positions).
 
     Args:
-        tokenizer: None takes numbers spread over the vocabulary.
-        always: Tokens that must be among them.
+        tokenizer: None takes ids spread over the vocabulary.
+        vocabulary: Number of rows of the embedding.
+        trained: Tokens whose rows were trained; as many of them as a quarter of all positions.
     """
     rows = []
-    for number in range(_ROWS):
-        ids = (
-            list(tokenizer(_TEXTS[number], add_special_tokens=True)["input_ids"])
-            if tokenizer is not None
-            else []
-        )
+    for row in range(_ROWS):
+        ids: list[int] = []
+        if tokenizer is not None:
+            ids += tokenizer(_TEXTS[row], add_special_tokens=True)["input_ids"]
         ids = [token for token in ids if token < vocabulary][:_POSITIONS]
-        # Spread by a number without a common divisor with most vocabulary sizes.
-        ids += [
-            (7919 * (number * _POSITIONS + place)) % vocabulary
-            for place in range(len(ids), _POSITIONS)
-        ]
+        # 7919 is prime, and so without a common divisor with most vocabulary sizes.
+        for position in range(len(ids), _POSITIONS):
+            ids.append((7919 * (row * _POSITIONS + position)) % vocabulary)
         rows.append(ids)
-    for place, token in enumerate(always[: _ROWS * _POSITIONS // 4]):
-        rows[place % _ROWS][-1 - place // _ROWS] = token
+    for index, token in enumerate(trained[: _ROWS * _POSITIONS // 4]):
+        rows[index % _ROWS][-1 - index // _ROWS] = token
     return torch.tensor(rows)

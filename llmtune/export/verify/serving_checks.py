@@ -1,15 +1,18 @@
-"""What serving programs stumble over: tensors that the architecture does not have, tokens without a
-row, ids out of range.
+"""Find problems that serving programs have with a model folder.
+
+These are tensors that the architecture does not have, tokens without a row, ids out of range, and
+chat templates that fail.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmtune.errors import ConfigError, ExportError
 from llmtune.export.architecture import is_renamed
-from llmtune.export.sources.base import TensorSource, find_name, is_embedding, some
+from llmtune.export.sources.tensor_source import TensorSource, find_name, is_embedding
 from llmtune.export.writers.model_files import has_tokenizer
 from llmtune.model.skeleton import build_skeleton, tied_aliases
 from llmtune.storage.plain_json import parse_json
@@ -19,16 +22,25 @@ from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
-def check_export(folder: Path, source: TensorSource) -> list[str]:
-    """Look over a model folder; what is worth knowing but stops nobody.
+@dataclass(frozen=True, slots=True)
+class ServingReport:
+    """The findings about a model folder."""
+
+    problems: list[str]
+    """A program that loads the folder would refuse it, or compute something else."""
+    notes: list[str]
+    """The folder can be served, but the user should know this."""
+
+
+def find_serving_problems(folder: Path, source: TensorSource) -> ServingReport:
+    """Examine a model folder as a serving program would load it.
 
     Args:
-        folder: ``config.json``, tokenizer, generation settings.
-        source: The tensors that lie, or are going to lie, beside them.
+        folder: Holds ``config.json``, tokenizer and generation settings.
+        source: The tensors that are, or are going to be, beside them.
 
     Raises:
-        ExportError: A program that loads it would refuse it, or compute something else; all of it
-            is named.
+        ExportError: There is no ``config.json``.
     """
     if not (folder / "config.json").is_file():
         raise ExportError(
@@ -36,60 +48,54 @@ def check_export(folder: Path, source: TensorSource) -> list[str]:
             " model folder"
         )
     config: dict[str, Any] = parse_json((folder / "config.json").read_text())
-    problems = find_unfit_names(folder, source)
-    token_problems, notes = _check_tokens(folder, config, source)
-    problems += token_problems
-    if problems:
-        raise ExportError(
-            f"what was to be published cannot be served: {len(problems)} problems:"
-            f" {some(problems, 6)}; nothing was published"
-        )
-    return notes
+    notes: list[str] = []
+    problems = find_tensor_mismatches(folder, source)
+    problems += _find_token_problems(folder, config, source, notes)
+    return ServingReport(problems, notes)
 
 
-def find_unfit_names(folder: Path, source: TensorSource) -> list[str]:
-    """Tensors that the architecture lacks, wants, or has in another shape; none where files have
-    other names.
+def find_tensor_mismatches(folder: Path, source: TensorSource) -> list[str]:
+    """Find tensors that the architecture lacks, that are missing, or that have another shape.
+
+    Architectures whose stored names transformers translates are not examined.
     """
     if is_renamed(folder):
         return []
     model = build_skeleton(folder)
     aliases = tied_aliases(model)
-    wanted = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    stored = {name: find_name(name, source.specs) for name in wanted}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = [*parameters, *dict(model.named_buffers())]
+    stored = {name: find_name(name, source.specs) for name in names}
+
+    # Parameters without a tensor, or with one of another shape.
     problems = []
     for name in sorted(parameters):
-        found = stored[name]
-        if found is None:
+        shape = tuple(parameters[name].shape)
+        tensor = stored[name]
+        if tensor is None:
             if not any(stored.get(other) for other in aliases.get(name, ())):
                 problems.append(f"{name} is missing")
-        elif source.specs[found].shape != tuple(wanted[name].shape):
-            problems.append(
-                f"{name} is {source.specs[found].shape}, config.json makes it"
-                f" {tuple(wanted[name].shape)}"
-            )
-    ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    unknown = sorted(source.specs.keys() - set(filter(None, stored.values())))
-    # Buffers that older versions stored, such as rotary frequencies and position numbers, are
-    # passed over when loading.
-    unknown = [
-        name
-        for name in unknown
-        if source.specs[name].dtype.is_floating_point and "inv_freq" not in name
-    ]
-    unknown = [name for name in unknown if not any(part in name for part in ignored)]
-    return problems + [f"{name} is not in the architecture" for name in unknown]
+        elif source.specs[tensor].shape != shape:
+            problems.append(f"{name} is {source.specs[tensor].shape}, config.json makes it {shape}")
+
+    # Tensors without a parameter, but those that transformers ignores: buffers that older versions
+    # stored, such as rotary frequencies and position numbers.
+    ignored = ("inv_freq", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    for name in sorted(source.specs.keys() - set(stored.values())):
+        is_ignored = any(part in name for part in ignored)
+        if source.specs[name].dtype.is_floating_point and not is_ignored:
+            problems.append(f"{name} is not in the architecture")
+    return problems
 
 
-def _check_tokens(
-    folder: Path, config: dict[str, Any], source: TensorSource
-) -> tuple[list[str], list[str]]:
-    """Vocabulary, special ids, chat template: what is wrong, and what is only noted."""
+def _find_token_problems(
+    folder: Path, config: dict[str, Any], source: TensorSource, notes: list[str]
+) -> list[str]:
+    """Examine vocabulary, special ids and chat template; add to the notes."""
     vocabulary = (config.get("text_config") or config).get("vocab_size")
     if vocabulary is None:
-        return [], []
-    problems, notes = [], []
+        return []
+    problems = []
     rows = {spec.shape[0] for name, spec in source.specs.items() if is_embedding(name)}
     if rows - {vocabulary}:
         problems.append(
@@ -100,20 +106,18 @@ def _check_tokens(
         for key in _SPECIAL:
             ids = values.get(key)
             tokens = ids if isinstance(ids, list) else [ids]
-            outside = [
-                token for token in tokens if token is not None and not -1 <= token < vocabulary
-            ]
             problems += [
                 f"{file}: {key} {token} is outside the vocabulary of {vocabulary}"
-                for token in outside
+                for token in tokens
+                if token is not None and not -1 <= token < vocabulary
             ]
     if not has_tokenizer(folder):
         notes.append("there is no tokenizer: programs that serve it need one beside the weights")
-        return problems, notes
-    return problems + _check_tokenizer(folder, vocabulary, notes), notes
+        return problems
+    return problems + _find_tokenizer_problems(folder, vocabulary, notes)
 
 
-def _check_tokenizer(folder: Path, vocabulary: int, notes: list[str]) -> list[str]:
+def _find_tokenizer_problems(folder: Path, vocabulary: int, notes: list[str]) -> list[str]:
     from transformers import AutoTokenizer
 
     try:
@@ -141,11 +145,11 @@ def _check_tokenizer(folder: Path, vocabulary: int, notes: list[str]) -> list[st
             "there is no chat template: vLLM and llama.cpp can complete texts, and not chat"
         )
     else:
-        problems += _check_template(tokenizer)
+        problems += _find_template_problems(tokenizer)
     return problems
 
 
-def _check_template(tokenizer: Any) -> list[str]:
+def _find_template_problems(tokenizer: Any) -> list[str]:
     try:
         refuse_powers(str(tokenizer.get_chat_template()))
         with bounded_template():

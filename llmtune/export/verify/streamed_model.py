@@ -1,8 +1,7 @@
-"""A transformers model that holds the weights of one module at a time: read before it computes,
-dropped after.
+"""Run a transformers model with the weights of one module at a time in memory.
 
-Plain linear layers and embeddings, also those below LoRA's matrices, hold not even that: they
-compute block by block.
+They are read before the module computes and dropped after it. Plain linear layers and embeddings,
+also those below LoRA's matrices, compute block by block and hold even less.
 """
 
 from __future__ import annotations
@@ -18,39 +17,41 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import Adapter
-from llmtune.export.sources.base import TensorSource, find_name, is_input_embedding, read_whole
+from llmtune.export.merge.peft_adapter import Adapter
+from llmtune.export.sources.tensor_source import (
+    TensorSource,
+    find_name,
+    is_input_embedding,
+    read_whole,
+)
 from llmtune.model.skeleton import build_skeleton, hollow, is_hollow, tied_aliases
 
-# : Told of a wrapped module, its input and its output, while the weights below the wrapper are
-# there.
-Look = Callable[["Unit", tuple[Any, ...], torch.Tensor], None]
+#: Called with a unit, its inputs and its output, while the unit's weights are in memory.
+UnitHook = Callable[["Unit", tuple[Any, ...], torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What is loaded together: a module with parameters, or peft's wrapper around one."""
+    """Modules that are loaded together: a module with parameters, or peft's wrapper around one."""
 
     name: str
     outer: Any
     inner: list[tuple[str, Any]]
-    """Modules of the base in it, by the name they have in the unwrapped model."""
+    """The base's modules in it, with their names in the unwrapped model."""
 
     by_rows: bool
-    """Whether nothing asks for the inner weights but the inner modules' own arithmetic, which goes
-    by rows.
+    """Whether only the inner modules' own ``forward`` uses their weights, so that it can compute
+    block by block.
     """
 
     @property
     def wrapped(self) -> bool:
-        """Whether an adapter is on it."""
+        """Return whether an adapter is on it."""
         return len(self.inner) != 1 or self.inner[0][1] is not self.outer
 
 
 class StreamedModel:
-    """The skeleton of a model; parameters come from a source, in fp32, while their module
-    computes.
-    """
+    """A skeleton whose modules read their parameters in fp32 from a source while they compute."""
 
     def __init__(
         self,
@@ -59,17 +60,19 @@ class StreamedModel:
         adapter: Adapter | None = None,
         changes: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Build what ``config.json`` in ``folder`` describes, ``changes`` made, with peft's
-        wrappers where there is an adapter.
+        """Build the model of ``config.json`` in ``folder``, with peft's wrappers of the adapter.
 
-        The source must use the model's own names;
-        :func:`llmtune.export.verify.serving_checks.find_unfit_names` tells.
+        The source must use the model's own names, see
+        :func:`llmtune.export.verify.serving_checks.find_tensor_mismatches`.
+
+        Args:
+            changes: Keys of ``config.json`` that are replaced.
         """
         self._source = source
         self.model = build_skeleton(folder, changes)
         settings = self.model.config.get_text_config()
         if settings.pad_token_id is None:
-            # Heads that look for the last word of each text ask for it; no text is padded here.
+            # Heads that look for the last token of each text need it; no text is padded here.
             settings.pad_token_id = -1
         if adapter is not None:
             _resize(self.model, adapter)
@@ -77,48 +80,46 @@ class StreamedModel:
         self.aliases = tied_aliases(self.model)
         _fill_buffers(self.model, source)
         if adapter is not None:
-            self.model = _put_on(self.model, adapter)
+            self.model = _load_peft_adapter(self.model, adapter)
         self.model.eval()
         self.units = _units(self.model, owners)
-        self._look: Look | None = None
+        self._hook: UnitHook | None = None
         for unit in self.units:
             self._stream(unit)
 
-    def logits(self, tokens: torch.Tensor, look: Look | None = None) -> torch.Tensor:
-        """Run it; shape (rows, positions, vocabulary), fp32.
+    def logits(self, tokens: torch.Tensor, hook: UnitHook | None = None) -> torch.Tensor:
+        """Run the model; the result is in fp32, shape (rows, positions, vocabulary).
 
         Args:
             tokens: Shape (rows, positions).
-            look: Called behind every unit.
+            hook: Called after every unit.
         """
-        self._look = look
+        self._hook = hook
         with torch.no_grad():
             outputs = self.model(input_ids=tokens)
-        # A model without a head answers with its last states.
-        answer: torch.Tensor = outputs.logits if hasattr(outputs, "logits") else outputs[0]
-        return answer
+        # A model without a head returns its last hidden states.
+        logits: torch.Tensor = outputs.logits if hasattr(outputs, "logits") else outputs[0]
+        return logits
 
-    def with_weights_of(
+    def run_unit(
         self, source: TensorSource, unit: Unit, arguments: tuple[Any, ...]
     ) -> torch.Tensor:
-        """What the unit's one base module answers with another source's weights."""
+        """Run the unit's only base module with another source's weights."""
         ((name, module),) = unit.inner
         if unit.by_rows:
-            return self._answer(name, module, source, *arguments)
+            return self._compute_by_rows(name, module, source, *arguments)
         before = dict(module._parameters)
         self._load(name, module, source, everything=True)
         try:
-            answer: torch.Tensor = module(*arguments)
+            output: torch.Tensor = module(*arguments)
         finally:
             module._parameters.update(before)
-        return answer
+        return output
 
     def _load(
         self, name: str, module: Any, source: TensorSource, everything: bool = False
     ) -> list[str]:
-        """Read a module's parameters; those that the adapter brought are there already, and are not
-        the base's.
-        """
+        """Read a module's parameters, but those that the adapter has filled."""
         loaded = [
             key
             for key, old in module._parameters.items()
@@ -129,32 +130,30 @@ class StreamedModel:
             module._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
         return loaded
 
-    def _read(self, source: TensorSource, wanted: str) -> torch.Tensor:
-        return read_whole(source, self._find(source, wanted)).float()
+    def _read(self, source: TensorSource, parameter: str) -> torch.Tensor:
+        return read_whole(source, self._find(source, parameter)).float()
 
-    def _find(self, source: TensorSource, wanted: str) -> str:
-        for name in (wanted, *self.aliases.get(wanted, ())):
-            found = find_name(name, source.specs)
-            if found is not None:
-                return found
-        raise ExportError(f"{wanted}, which the model of config.json has, is in no file")
+    def _find(self, source: TensorSource, parameter: str) -> str:
+        for alias in (parameter, *self.aliases.get(parameter, ())):
+            name = find_name(alias, source.specs)
+            if name is not None:
+                return name
+        raise ExportError(f"{parameter}, which the model of config.json has, is in no file")
 
-    def _answer(
-        self, name: str, module: Any, source: TensorSource, given: torch.Tensor
+    def _compute_by_rows(
+        self, name: str, module: Any, source: TensorSource, inputs: torch.Tensor
     ) -> torch.Tensor:
-        """What a linear layer or an embedding answers with a source's weights, of which a block is
-        read at a time.
-        """
+        """Run a linear layer or an embedding, with one block of the weight at a time in memory."""
         stored = self._find(source, f"{name}.weight")
-        # Rounded as they are stored, whatever the blocks are computed in.
+        # Rounded to the stored dtype, whatever dtype the blocks come in.
         blocks = (block.to(source.specs[stored].dtype).float() for block in source.blocks(stored))
         if isinstance(module, torch.nn.Embedding):
-            return _pick_rows(blocks, given, module.embedding_dim)
-        answer = torch.cat([given @ block.T for block in blocks], dim=-1)
-        return answer if module.bias is None else answer + self._read(source, f"{name}.bias")
+            return _take_rows(blocks, inputs, module.embedding_dim)
+        output = torch.cat([inputs @ block.T for block in blocks], dim=-1)
+        return output if module.bias is None else output + self._read(source, f"{name}.bias")
 
     def _stream(self, unit: Unit) -> None:
-        """Hooks around the unit: load, compute, look, drop."""
+        """Add hooks around the unit: load, compute, call the hook, drop."""
         skeleton: list[tuple[Any, dict[str, Any]]] = []
 
         def before(_module: Any, _arguments: Any) -> None:
@@ -163,22 +162,22 @@ class StreamedModel:
                 self._load(name, module, self._source)
 
         def after(_module: Any, arguments: tuple[Any, ...], output: Any) -> None:
-            if self._look is not None:
-                self._look(unit, arguments, output)
+            if self._hook is not None:
+                self._hook(unit, arguments, output)
             while skeleton:
                 module, parameters = skeleton.pop()
                 module._parameters.update(parameters)
 
         if unit.by_rows:
             for name, module in unit.inner:
-                module.forward = partial(self._answer, name, module, self._source)
+                module.forward = partial(self._compute_by_rows, name, module, self._source)
         else:
             unit.outer.register_forward_pre_hook(before)
         unit.outer.register_forward_hook(after)
 
 
 def _resize(model: Any, adapter: Adapter) -> None:
-    """A vocabulary that was resized before training lies in the adapter."""
+    """Resize the vocabulary to that of the adapter, which stores a resized embedding."""
     keys = [
         parts.keys[part]
         for module, parts in adapter.modules.items()
@@ -191,10 +190,8 @@ def _resize(model: Any, adapter: Adapter) -> None:
         hollow(model)
 
 
-def _put_on(model: Any, adapter: Adapter) -> Any:
-    """peft's wrappers, with the adapter's numbers; ``from_pretrained`` would also look for another
-    device.
-    """
+def _load_peft_adapter(model: Any, adapter: Adapter) -> Any:
+    """Add peft's wrappers, filled from the adapter; ``from_pretrained`` would look for a GPU."""
     import warnings
 
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
@@ -213,15 +210,15 @@ def _put_on(model: Any, adapter: Adapter) -> Any:
 
 
 def _fill_buffers(model: Any, source: TensorSource) -> None:
-    """Buffers that are stored with the weights."""
+    """Read the buffers that are stored with the weights."""
     for name, buffer in model.named_buffers():
-        found = find_name(name, source.specs)
-        if found is not None:
-            buffer.copy_(read_whole(source, found))
+        stored = find_name(name, source.specs)
+        if stored is not None:
+            buffer.copy_(read_whole(source, stored))
 
 
 def _units(model: Any, owners: dict[str, Any]) -> list[Unit]:
-    """Every module with parameters, inside the outermost wrapper around it."""
+    """Return every module with parameters, or the outermost wrapper around it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -240,45 +237,42 @@ def _units(model: Any, owners: dict[str, Any]) -> list[Unit]:
                 name=name,
                 outer=module,
                 inner=inner,
-                by_rows=_goes_by_rows(module, [part for _, part in inner]),
+                by_rows=_computes_by_rows(module, [part for _, part in inner]),
             )
         )
     return units
 
 
-def _goes_by_rows(outer: Any, inner: list[Any]) -> bool:
-    """Plain layers whose weights are the source's; DoRA, trained rows and saved modules look at the
-    whole weight.
+def _computes_by_rows(outer: Any, inner: list[Any]) -> bool:
+    """Return whether only plain layers use the weights, and all of them come from the source.
+
+    DoRA, trained rows and saved modules use the whole weight.
     """
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if not all(type(module) in (torch.nn.Linear, torch.nn.Embedding) for module in inner):
         return False
-    if not all(
-        is_hollow(parameter)
-        for module in inner
-        for parameter in module._parameters.values()
-        if parameter is not None
-    ):
+    parameters = [parameter for module in inner for parameter in module._parameters.values()]
+    if not all(parameter is None or is_hollow(parameter) for parameter in parameters):
         return False
     if any(isinstance(module, AuxiliaryTrainingWrapper) for module in outer.modules()):
         return False
     return outer is inner[0] or (isinstance(outer, LoraLayer) and not outer.lora_variant)
 
 
-def _pick_rows(blocks: Iterable[torch.Tensor], ids: torch.Tensor, width: int) -> torch.Tensor:
-    """Rows of an embedding; shape (..., width).
+def _take_rows(blocks: Iterable[torch.Tensor], ids: torch.Tensor, width: int) -> torch.Tensor:
+    """Take rows of an embedding; the result has the shape (..., width).
 
     Raises:
         IndexError: An id has no row, as in ``torch.nn.Embedding``.
     """
-    answer = torch.full((*ids.shape, width), math.nan)
+    rows = torch.full((*ids.shape, width), math.nan)
     first = 0
     for block in blocks:
-        here = (ids >= first) & (ids < first + len(block))
-        answer[here] = block[ids[here] - first]
+        inside = (ids >= first) & (ids < first + len(block))
+        rows[inside] = block[ids[inside] - first]
         first += len(block)
     if int(ids.max()) >= first:
         raise IndexError(f"token {int(ids.max())} has no row among {first}")
-    return answer
+    return rows

@@ -1,1 +1,1 @@
-"""How models are written: one writer per kind of file."""
+"""Write the weights of a model: one writer per kind of file."""

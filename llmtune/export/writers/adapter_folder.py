@@ -10,19 +10,17 @@ from llmtune.config.groups.export import ExportConfig
 from llmtune.export.identity import is_hub_id
 from llmtune.export.model import ExportModel
 from llmtune.export.publish.shards import Journal
-from llmtune.export.writers.model_files import copy_companions
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def write_adapter(
     export_model: ExportModel, folder: Path, _journal: Journal, _config: ExportConfig
 ) -> None:
-    """Weights and settings as they are, but for the name of the base."""
+    """Copy the weights, and the settings with the name of the base."""
     assert export_model.adapter is not None
     shutil.copyfile(export_model.adapter.folder / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
     settings = dict(export_model.adapter.settings)
     if is_hub_id(export_model.request.base_name):
-        # Training may have noted a folder of this machine, where nobody else finds the base.
+        # Training may have stored a folder of this machine, where nobody else finds the base.
         settings["base_model_name_or_path"] = export_model.request.base_name
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    copy_companions([export_model.adapter.folder], folder)

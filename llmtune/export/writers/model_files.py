@@ -1,6 +1,4 @@
-"""What makes weights a model that others load: configuration, tokenizer, chat template, generation
-settings.
-"""
+"""The files beside the weights: configuration, tokenizer, chat template, generation settings."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from llmtune.storage.plain_json import parse_json
 if TYPE_CHECKING:
     import torch
 
-#: Beside weights. Weights, state and our own files are left out.
+#: Suffixes of what is copied. Weights, training state and our own files are left out.
 _KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
@@ -28,24 +26,42 @@ _LEFT_OUT = {layout.MANIFEST, layout.TRAINER_STATE, layout.ADAPTER_CONFIG, layou
 _LEFT_OUT |= {"zero_to_fp32.py", "zero_to_torch.py"}
 
 
-def copy_companions(sources: list[Path], folder: Path) -> None:
+def write_model_files(
+    sources: list[Path], folder: Path, dtype: torch.dtype | None, changes: dict[str, Any]
+) -> None:
+    """Write everything of a model folder but the weights.
+
+    Args:
+        sources: Folders with configuration and tokenizer; a later one wins.
+        dtype: As in :func:`update_config`.
+        changes: As in :func:`update_config`.
+
+    Raises:
+        ExportError: A file is a link that leads out of its folder, or is no file.
+    """
+    copy_model_files(sources, folder)
+    update_config(folder, dtype, changes)
+    update_generation_config(folder)
+
+
+def copy_model_files(sources: list[Path], folder: Path) -> None:
     """Copy configuration and tokenizer files; a later source wins.
 
     Raises:
-        ExportError: A file is a link that leads out of its folder, or no file to be copied.
+        ExportError: A file is a link that leads out of its folder, or is no file.
     """
     for source in sources:
-        for file in _companions(source):
+        for file in _model_files(source):
             copy_foreign(file, folder / file.name, ExportError)
 
 
-def check_companions(folder: Path) -> None:
-    """Refuse a folder with links to files elsewhere, of which an export would publish the contents.
+def check_model_files(folder: Path) -> None:
+    """Refuse a folder with links to files elsewhere, whose contents an export would publish.
 
     Raises:
         ExportError: With the first one.
     """
-    for file in _companions(folder):
+    for file in _model_files(folder):
         check_foreign(file, ExportError)
     for file in sorted(folder.iterdir()):
         if file.is_file() and (file.suffix in _WEIGHT_SUFFIXES or file.name in _LEFT_OUT):
@@ -53,11 +69,12 @@ def check_companions(folder: Path) -> None:
 
 
 def update_config(folder: Path, dtype: torch.dtype | None, changes: dict[str, Any]) -> None:
-    """Make ``config.json`` say what the weights are.
+    """Make ``config.json`` describe the weights that are written.
 
     Args:
-        dtype: What they are stored in; None leaves what the configuration says.
-        changes: Keys that are no longer the base's; they go where the text model's own keys are.
+        dtype: The dtype of the stored weights; None keeps what the configuration says.
+        changes: Keys that differ from the base's; in a multimodal configuration they are also set
+            among the text model's own keys.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -77,8 +94,9 @@ def update_config(folder: Path, dtype: torch.dtype | None, changes: dict[str, An
 
 
 def update_generation_config(folder: Path) -> None:
-    """Make plain transformers stop where an answer was trained to end, which a base model's own
-    settings do not name.
+    """Make plain transformers stop where an answer was trained to end.
+
+    A base model's own settings do not name the end-of-turn token of the chat template.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -93,12 +111,10 @@ def update_generation_config(folder: Path) -> None:
     settings = (
         GenerationConfig.from_pretrained(str(folder)) if file.is_file() else GenerationConfig()
     )
-    own = (
-        settings.eos_token_id
-        if isinstance(settings.eos_token_id, list)
-        else [settings.eos_token_id]
-    )
-    ends = {*end_of_turn_ids(tokenizer), *(token for token in own if token is not None)}
+    stop_ids = settings.eos_token_id
+    if not isinstance(stop_ids, list):
+        stop_ids = [stop_ids]
+    ends = {*end_of_turn_ids(tokenizer), *(token for token in stop_ids if token is not None)}
     settings.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
     settings.pad_token_id = tokenizer.pad_token_id
     # Hub models ship sampling settings that newer versions refuse to store beside greedy decoding.
@@ -108,19 +124,20 @@ def update_generation_config(folder: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder has a tokenizer in one of the forms that transformers reads."""
+    """Return whether a folder has a tokenizer in one of the forms that transformers reads."""
     return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
 def writes_text(folder: Path) -> bool:
-    """Whether the model continues text, so that settings of generation mean something; what names
-    no architecture may.
+    """Return whether the model generates text, so that generation settings have a meaning.
+
+    A configuration that names no architecture counts as one that does.
     """
     architecture = find_architecture(folder)
     return not architecture or task_of(architecture) in (TEXT, TEXT_TO_TEXT)
 
 
-def _companions(folder: Path) -> Iterator[Path]:
+def _model_files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in _KEPT_SUFFIXES and file.name not in _LEFT_OUT:
             yield file

@@ -1,4 +1,4 @@
-"""A model folder as transformers and vLLM load it."""
+"""The weights of a model folder as transformers and vLLM load them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from pathlib import Path
 from llmtune.config.groups.export import ExportConfig
 from llmtune.export.model import ExportModel
 from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources.base import SafetensorsSource
-from llmtune.export.writers.model_files import (
-    copy_companions,
-    update_config,
-    update_generation_config,
-)
+from llmtune.export.sources.tensor_source import SafetensorsSource
 from llmtune.storage.atomic import link_or_copy
 from llmtune.storage.layout import MODEL_INDEX
 
@@ -20,28 +15,24 @@ from llmtune.storage.layout import MODEL_INDEX
 def write_safetensors(
     export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig
 ) -> None:
-    """Weights in shards, or links to those that stay as they are, with configuration and
-    tokenizer.
-    """
+    """Write the weights in shards, or link the files of weights that stay as they are."""
     if isinstance(export_model.source, SafetensorsSource):
         _link_weights(export_model.source, folder)
-    else:
-        write_shards(
-            export_model.source,
-            folder,
-            config.max_shard_bytes,
-            journal,
-            export_model.request.progress,
-        )
-    copy_companions(export_model.model_files, folder)
-    update_config(folder, export_model.dtype, export_model.config_changes)
-    update_generation_config(folder)
+        return
+    write_shards(
+        export_model.source,
+        folder,
+        config.max_shard_bytes,
+        journal,
+        export_model.request.progress,
+    )
 
 
 def _link_weights(source: SafetensorsSource, folder: Path) -> None:
-    """Weights that stay as they are need no arithmetic: hard links where the file system has
-    them.
-    """
+    """Hard-link the source's files; copy them where the file system has no hard links."""
+    files = list(source.files)
     index = source.folder / MODEL_INDEX
-    for file in [*source.files, *([index] if index.is_file() else [])]:
+    if index.is_file():
+        files.append(index)
+    for file in files:
         link_or_copy(file, folder / file.name)

@@ -63,7 +63,7 @@ class StoredStorage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor of the archive; its numbers are mapped when they are asked for."""
+    """A tensor of the archive; its numbers are mapped on demand."""
 
     storage: StoredStorage
     dtype: torch.dtype
@@ -77,7 +77,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def open(self) -> torch.Tensor:
-        """A view of the file's own bytes; writing to it changes nothing in the file."""
+        """Return a view of the file's own bytes; writing to it does not change the file."""
         if not self.numel:
             return torch.empty(self.shape, dtype=self.dtype)
         data = self.storage.data
@@ -89,24 +89,22 @@ class StoredTensor:
 
 
 class Inert:
-    """Stands for an object of any class: takes what a pickle does to it, does nothing, and is
-    nothing.
-    """
+    """Replaces an object of any class: accepts all that a pickle does to it, and ignores it."""
 
     __slots__ = ("arguments",)
     arguments: tuple[Any, ...]
 
     def __new__(cls, *arguments: Any, **_: Any) -> Inert:
-        """Made as the class itself would be made."""
+        """Accept the arguments of the class that it replaces."""
         made = super().__new__(cls)
         made.arguments = arguments
         return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        """Nothing is left to do."""
+        """Ignore the arguments, which ``__new__`` stored."""
 
     def swallow(self, *_: Any) -> None:
-        """State, items and attributes go nowhere."""
+        """Ignore state, items and attributes."""
 
     __setstate__ = __setitem__ = append = extend = add = swallow
 
@@ -127,10 +125,10 @@ class _Maker:
 
 
 def read_archive(file: Path) -> Any:
-    """The object that was saved; tensors are :class:`StoredTensor`, foreign objects :class:`Inert`.
+    """Read the saved object; tensors are :class:`StoredTensor`, foreign objects :class:`Inert`.
 
     Raises:
-        ExportError: The file is missing, cut off, or none that torch wrote.
+        ExportError: The file is missing, cut off, or was not written by torch.
     """
     try:
         return _Archive(file).load()
@@ -173,7 +171,7 @@ class _Archive:
         self._storages: dict[str, StoredStorage] = {}
 
     def load(self) -> Any:
-        """What was saved."""
+        """Return the saved object."""
         if f"{self._root}byteorder" in self._members and self._read("byteorder") != b"little":
             raise ExportError(
                 f"{self.file} was written by a big-endian machine, which is not supported"
@@ -181,16 +179,15 @@ class _Archive:
         return _Unpickler(io.BytesIO(self._read("data.pkl")), self.storage).load()
 
     def storage(self, saved: Any) -> StoredStorage:
-        """The storage that a tensor of the pickle names."""
+        """Map the storage that a tensor of the pickle names."""
         kind, dtype, key, _, numel = saved
         known = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
         if not known or not isinstance(numel, int) or numel < 0:
-            # What it holds instead is not written out: lists within each other may be longer than
-            # memory.
+            # The value is not part of the message: nested lists may print longer than memory.
             raise ExportError(f"{self.file} holds a storage of another kind than tensors have")
         if key not in self._storages:
             nbytes = numel * dtype.itemsize
-            first, size = self._place(f"data/{key}") if nbytes else (0, 0)
+            first, size = self._locate(f"data/{key}") if nbytes else (0, 0)
             if size < nbytes:
                 raise ExportError(
                     f"{self.file} is damaged: storage {key} has {size} bytes of {nbytes}"
@@ -199,25 +196,25 @@ class _Archive:
         return self._storages[key]
 
     def _read(self, name: str) -> bytes:
-        first, size = self._place(name)
+        first, size = self._locate(name)
         return self._map[first : first + size]
 
-    def _place(self, name: str) -> tuple[int, int]:
-        """First byte and length of a member."""
+    def _locate(self, name: str) -> tuple[int, int]:
+        """Return first byte and length of a member."""
         member = self._members.get(self._root + name)
         if member is None:
             raise ExportError(f"{self.file} is damaged: it holds no {name}")
         header = self._map[member.header_offset : member.header_offset + _LOCAL_HEADER.size]
         signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
         first = member.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-        whole = signature == _SIGNATURE and first + member.file_size <= len(self._map)
-        if not whole or member.compress_type != zipfile.ZIP_STORED:
-            raise ExportError(f"{self.file} is damaged: {name} does not lie where the archive says")
+        is_complete = signature == _SIGNATURE and first + member.file_size <= len(self._map)
+        if not is_complete or member.compress_type != zipfile.ZIP_STORED:
+            raise ExportError(f"{self.file} is damaged: {name} is not where the archive says")
         return first, member.file_size
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows plain containers and tensors, and imports nothing."""
+    """Makes plain containers and tensors, and imports nothing."""
 
     def __init__(self, file: io.BytesIO, storage: Callable[[Any], StoredStorage]) -> None:
         super().__init__(file, encoding="utf-8")
@@ -225,11 +222,11 @@ class _Unpickler(pickle.Unpickler):
         self._strangers: dict[str, type[Inert]] = {}
 
     def persistent_load(self, pid: Any) -> StoredStorage:
-        """torch keeps storages outside the pickle."""
+        """Return a storage, which torch keeps outside the pickle."""
         return self._storage(pid)
 
     def find_class(self, module: str, name: str) -> Any:
-        """A plain container, one of the functions that make a tensor, or a stand-in."""
+        """Return a plain container, one of the functions that make a tensor, or a stand-in."""
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
         if module in ("torch", "torch.storage") and name in _STORAGES:
@@ -244,7 +241,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> StoredTensor:
-    """``torch._utils._rebuild_tensor_v2`` and its kin, with the same arguments."""
+    """Do what ``torch._utils._rebuild_tensor_v2`` and its variants do with these arguments."""
     dtype = next((item for item in rest if isinstance(item, torch.dtype)), storage.dtype)
     tensor = StoredTensor(
         storage=storage,
@@ -263,8 +260,7 @@ def _make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any)
     )
     if tensor.numel and (last + 1) * dtype.itemsize > storage.data.numel():
         raise ValueError(f"a tensor of shape {tensor.shape} goes beyond its storage")
-    # A stride of 0 shows one number many times, and whoever copies such a tensor writes each of
-    # them.
+    # A stride of 0 repeats one number, and a copy of such a tensor holds all repetitions.
     if tensor.numel * dtype.itemsize > max(storage.data.numel(), _MAX_EXPANDED_BYTES):
         raise ValueError(
             f"a tensor of shape {tensor.shape} is made of a storage of {storage.data.numel()} bytes"
@@ -273,7 +269,7 @@ def _make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any)
 
 
 def _make_subclass(make: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
-    """A tensor with attributes of its own, which are left out."""
+    """Make a tensor without the attributes of its subclass."""
     return make(*arguments) if isinstance(make, _Maker) else Inert()
 
 

@@ -1,8 +1,8 @@
-"""What a merged model's tensors must be, told by peft's own layers on the skeleton of the base.
+"""Compute the expected tensors of a merged model from peft's own layers.
 
-Nothing here asks the merge: which module a matrix belongs to, its scale, rank, orientation and
-DoRA's lengths are read from the layers that peft itself built from ``adapter_config.json`` and
-filled from the adapter's file. Rows are computed block by block.
+The code of the merge is not used: which module a matrix belongs to, its scale, rank, orientation
+and DoRA's lengths are read from the layers that peft built from ``adapter_config.json`` on the
+skeleton of the base, and filled from the adapter's file. Rows are computed block by block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llmtune.export.sources.base import TensorSource, find_name
+from llmtune.export.sources.tensor_source import TensorSource, find_name
 from llmtune.export.verify.streamed_model import StreamedModel, Unit
 from llmtune.model.skeleton import is_hollow
 
@@ -25,24 +25,22 @@ _PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(slots=True, kw_only=True)
-class Expected:
-    """One parameter of the merged model: ``start``, or the base's numbers, and what peft's layers
-    do to them.
-    """
+class ExpectedTensor:
+    """One parameter of the merged model: its start values, and what peft's layers do to them."""
 
     name: str
-    """In the model that ``config.json`` describes."""
+    """Its name in the model that ``config.json`` describes."""
     start: torch.Tensor | None = None
-    """The whole tensor where the adapter brings it; None for the base's."""
-    delta: Delta | None = None
+    """The tensor that the adapter brings; None for the base's."""
+    delta: ExpectedDelta | None = None
     added: torch.Tensor | None = None
-    """A vector that is added to a bias, fp64."""
+    """A vector in fp64 that is added to a bias."""
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Rows that were trained one by one, by their numbers."""
+    """Index -> row, of rows that were trained one by one."""
 
     @property
     def adapted(self) -> bool:
-        """Whether it is other than the base's tensor."""
+        """Return whether it differs from the base's tensor."""
         return (
             self.start is not None
             or self.delta is not None
@@ -51,12 +49,11 @@ class Expected:
         )
 
     def exact(self, base: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the tensor in fp64, and how far fp32 arithmetic may be off; both of the shape of
-        ``base``.
+        """Compute rows of the tensor in fp64, and a bound of the error of fp32 arithmetic.
 
         Args:
-            base: Rows to start from.
-            first: The number of the first of them.
+            base: Rows to start from; both results have their shape.
+            first: The index of the first of them.
         """
         value = base.double()
         slack = torch.zeros_like(value)
@@ -66,11 +63,11 @@ class Expected:
             more = self.added[first : first + len(base)]
             slack = 3 * _FP32 * (value.abs() + more.abs())
             value = value + more
-        self._put_rows(value, first, slack)
+        self._replace_rows(value, first, slack)
         return value, slack
 
     def quick(self, base: torch.Tensor, first: int) -> torch.Tensor:
-        """The same rows in fp32."""
+        """Compute the same rows in fp32."""
         value = base.float()
         if self.delta is not None:
             value = self.delta.quick(value, first)
@@ -78,22 +75,22 @@ class Expected:
             value = value + self.added[first : first + len(base)].float()
         if any(first <= row < first + len(base) for row in self.rows):
             value = value.clone()
-            self._put_rows(value, first)
+            self._replace_rows(value, first)
         return value
 
-    def _put_rows(self, value: torch.Tensor, first: int, slack: torch.Tensor | None = None) -> None:
-        for row, numbers in self.rows.items():
+    def _replace_rows(
+        self, value: torch.Tensor, first: int, slack: torch.Tensor | None = None
+    ) -> None:
+        for row, trained in self.rows.items():
             if first <= row < first + len(value):
-                value[row - first] = numbers.to(value.dtype)
+                value[row - first] = trained.to(value.dtype)
                 if slack is not None:
                     slack[row - first] = 0
 
 
 @dataclass(slots=True, kw_only=True)
-class Delta:
-    """``W + scale * B @ A``; with lengths, DoRA's ``m * (W + scale * B @ A) / ||W + scale * B @
-    A||`` over an output's inputs.
-    """
+class ExpectedDelta:
+    """``V = W + scale * B @ A``; with lengths, DoRA's ``m * V / ||V||``, normed per output."""
 
     a: torch.Tensor
     """Shape (r, inputs)."""
@@ -101,29 +98,29 @@ class Delta:
     """Shape (outputs, r)."""
     scale: float
     by_input: bool
-    """Whether the stored rows are inputs, as of embeddings and of GPT-2's Conv1D."""
+    """Whether the stored rows are inputs, as in embeddings and GPT-2's Conv1D."""
     lengths: torch.Tensor | None = None
     """Shape (outputs,)."""
     norms: torch.Tensor | None = None
-    """Of every output, where they run over all stored rows; and what fp32 may miss them by,
-    relative. Shape (2, outputs).
+    """Norms per output, where they run over all stored rows, and the bound of their relative error
+    in fp32; shape (2, outputs).
     """
 
     def measure(self, rows: Iterator[torch.Tensor]) -> None:
-        """Find the norms that run over all stored rows, in one pass over them."""
+        """Compute the norms that run over all stored rows, in one pass over them."""
         if self.lengths is None or not self.by_input:
             return
-        squares, missed, first = torch.zeros(2, len(self.b), dtype=torch.float64), 0.0, 0
+        squares = torch.zeros(2, len(self.b), dtype=torch.float64)
+        first = 0
         for block in rows:
             value, slack = self._plain(block.double(), first)
             squares += torch.stack([value.square().sum(0), slack.square().sum(0)])
             first += len(block)
         norm, off = squares.sqrt()
-        missed = _norm_error(self.a.shape[1])
-        self.norms = torch.stack([norm, off / norm + missed])
+        self.norms = torch.stack([norm, off / norm + _norm_error(self.a.shape[1])])
 
     def exact(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`Expected.exact`."""
+        """Compute rows as :meth:`ExpectedTensor.exact` does."""
         value, slack = self._plain(rows, first)
         if self.lengths is None:
             return value, slack
@@ -138,7 +135,7 @@ class Delta:
         return value, slack * factor.abs() + value.abs() * (off + 4 * _FP32)
 
     def quick(self, rows: torch.Tensor, first: int) -> torch.Tensor:
-        """As :meth:`Expected.quick`."""
+        """Compute rows as :meth:`ExpectedTensor.quick` does."""
         value = self._product(rows, first, torch.float32).mul_(self.scale).add_(rows)
         if self.lengths is None:
             return value
@@ -148,16 +145,18 @@ class Delta:
         return value * factor.view(-1, 1)
 
     def _plain(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Without lengths. Of a sum of r products fp32 loses at most r roundings of their absolute
-        values, which is bounded by the lengths of the two vectors (Higham 2002, section 3.1; Cauchy
-        and Schwarz)."""
+        """Compute rows without lengths, and the bound of their error in fp32.
+
+        A sum of r products in fp32 is off by at most r roundings of their absolute values, which
+        the norms of the two vectors bound (Higham 2002, section 3.1; Cauchy and Schwarz).
+        """
         last = first + len(rows)
-        left = (
-            self.a[:, first:last].norm(dim=0) if self.by_input else self.b[first:last].norm(dim=1)
-        ).double()
-        right = (self.b.norm(dim=1) if self.by_input else self.a.norm(dim=0)).double()
+        if self.by_input:
+            row_norms, column_norms = self.a[:, first:last].norm(dim=0), self.b.norm(dim=1)
+        else:
+            row_norms, column_norms = self.b[first:last].norm(dim=1), self.a.norm(dim=0)
         slack = (
-            torch.outer(left, right)
+            torch.outer(row_norms.double(), column_norms.double())
             .mul_((len(self.a) + 4) * _FP32 * abs(self.scale))
             .add_(rows.abs(), alpha=2 * _FP32)
         )
@@ -171,73 +170,80 @@ class Delta:
 
 
 def _norm_error(count: int) -> float:
-    """A sum of squares gathers its roundings as a random walk does; four times what is expected of
-    one running sum.
+    """Bound the relative error of the norm of ``count`` numbers in fp32.
+
+    The roundings of a sum of squares add up as a random walk; this is four times the expected error
+    of one running sum.
     """
     return _FP32 * (2 * math.sqrt(count) + 4)
 
 
 @dataclass(slots=True)
 class Expectations:
-    """What peft's layers say of a whole model."""
+    """The expected tensors of a whole model."""
 
-    tensors: dict[str, Expected]
-    """By name: those that the adapter changes, and those that the base ties to one of these."""
+    tensors: dict[str, ExpectedTensor]
+    """Tensors that the adapter changes, and those that the base ties to one of them, by name."""
     modules: dict[str, list[str]]
     """Adapted module -> its parameters among them."""
     unknown: list[Unit]
-    """Wrappers whose arithmetic is not known here; their answers have to be compared."""
+    """Wrappers whose arithmetic is not known here; their outputs have to be compared."""
 
 
 def find_expected(model: StreamedModel) -> Expectations:
-    """Read off what the adapter on a skeleton makes of its base."""
-    found = Expectations({}, {}, [])
+    """Find what the adapter on a skeleton makes of its base."""
+    expectations = Expectations({}, {}, [])
     for unit in model.units:
-        tensors = _of_unit(unit)
+        tensors = _expect_unit(unit)
         if tensors is None:
-            found.unknown.append(unit)
+            expectations.unknown.append(unit)
             continue
         changed = {name: tensor for name, tensor in tensors.items() if tensor.adapted}
         if changed:
-            found.tensors |= changed
-            found.modules[unit.name.removeprefix(_PEFT_PREFIX)] = list(changed)
-    for name in list(found.tensors):
+            expectations.tensors |= changed
+            expectations.modules[unit.name.removeprefix(_PEFT_PREFIX)] = list(changed)
+
+    # What is tied to an adapted parameter keeps the base's numbers, unless it is adapted too.
+    for name in list(expectations.tensors):
         for other in model.aliases.get(name, ()):
-            found.tensors.setdefault(other, Expected(name=other))
-    for unit in found.unknown:
+            expectations.tensors.setdefault(other, ExpectedTensor(name=other))
+
+    # Nothing is expected of the modules inside unknown wrappers.
+    for unit in expectations.unknown:
         for name, _ in unit.inner:
-            found.tensors = {
-                key: value for key, value in found.tensors.items() if not key.startswith(f"{name}.")
-            }
-    return found
+            for key in [key for key in expectations.tensors if key.startswith(f"{name}.")]:
+                del expectations.tensors[key]
+    return expectations
 
 
-def base_rows(expected: Expected, base: TensorSource, aliases: dict[str, list[str]]) -> str | None:
-    """The base's tensor that a parameter starts from; None where the base has none."""
-    tries = (expected.name, *aliases.get(expected.name, ()))
-    return next(
-        (found for name in tries if (found := find_name(name, base.specs)) is not None), None
-    )
+def find_start(
+    expected: ExpectedTensor, base: TensorSource, aliases: dict[str, list[str]]
+) -> str | None:
+    """Find the base's tensor that a parameter starts from; None where the base has none."""
+    for parameter in (expected.name, *aliases.get(expected.name, ())):
+        name = find_name(parameter, base.specs)
+        if name is not None:
+            return name
+    return None
 
 
-def _of_unit(unit: Unit) -> dict[str, Expected] | None:
-    """Parameters by name; None for a wrapper that is not known."""
+def _expect_unit(unit: Unit) -> dict[str, ExpectedTensor] | None:
+    """Return the parameters of a unit by name; None for an unknown wrapper."""
     from peft.tuners.lora.layer import Embedding, Linear
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    tensors = {
-        f"{name}.{key}": Expected(
-            name=f"{name}.{key}", start=None if is_hollow(parameter) else parameter.detach()
-        )
-        for name, module in unit.inner
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-    }
+    tensors: dict[str, ExpectedTensor] = {}
+    for module_name, module in unit.inner:
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{module_name}.{key}"
+                start = None if is_hollow(parameter) else parameter.detach()
+                tensors[name] = ExpectedTensor(name=name, start=start)
     outer = unit.outer
     if not unit.wrapped:
         return tensors
     if isinstance(outer, ModulesToSaveWrapper):
-        return _of_saved(unit, tensors)
+        return _expect_saved_module(unit, tensors)
     if len(unit.inner) != 1:
         return None
     ((name, module),) = unit.inner
@@ -256,18 +262,24 @@ def _of_unit(unit: Unit) -> dict[str, Expected] | None:
     return None
 
 
-def _of_saved(unit: Unit, tensors: dict[str, Expected]) -> dict[str, Expected]:
-    """A module that was trained as a whole, with all that is in it."""
+def _expect_saved_module(
+    unit: Unit, tensors: dict[str, ExpectedTensor]
+) -> dict[str, ExpectedTensor]:
+    """Add the parameters of a module that was trained as a whole."""
     ((_, copy),) = unit.outer.modules_to_save.items()
     stem = unit.name.removeprefix(_PEFT_PREFIX)
     for key, parameter in copy.named_parameters():
         name = f"{stem}.{key}"
-        tensors[name] = Expected(name=name, start=parameter.detach())
+        tensors[name] = ExpectedTensor(name=name, start=parameter.detach())
     return tensors
 
 
-def _add_lora(layer: Any, name: str, tensors: dict[str, Expected]) -> bool:
-    """The matrices of one of peft's LoRA layers; whether nothing else is on it."""
+def _add_lora(layer: Any, name: str, tensors: dict[str, ExpectedTensor]) -> bool:
+    """Add the matrices of one of peft's LoRA layers.
+
+    Returns:
+        Whether the arithmetic of the layer is known; with another variant it is not.
+    """
     from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 
     matrices = layer.lora_A or layer.lora_embedding_A
@@ -276,20 +288,16 @@ def _add_lora(layer: Any, name: str, tensors: dict[str, Expected]) -> bool:
     if variant is not None and type(variant) not in (DoraLinearVariant, DoraEmbeddingVariant):
         return False
     if layer.lora_A:
-        a, b, by_input = (
-            layer.lora_A[adapter].weight,
-            layer.lora_B[adapter].weight,
-            bool(layer.fan_in_fan_out),
-        )
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        by_input = bool(layer.fan_in_fan_out)
     else:
-        a, b, by_input = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], True
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        by_input = True
     scale = float(layer.scaling[adapter])
-    lengths = (
-        layer.lora_magnitude_vector[adapter].weight.detach().reshape(-1)
-        if variant is not None
-        else None
-    )
-    tensors[f"{name}.weight"].delta = Delta(
+    lengths = None
+    if variant is not None:
+        lengths = layer.lora_magnitude_vector[adapter].weight.detach().reshape(-1)
+    tensors[f"{name}.weight"].delta = ExpectedDelta(
         a=a.detach(), b=b.detach(), scale=scale, by_input=by_input, lengths=lengths
     )
     bias = layer.lora_B[adapter].bias if layer.lora_A else None

@@ -18,15 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.merge.merged_source import MergedSource
-from llmtune.export.model import ExportModel, open_material
-from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.export.merge.peft_adapter import read_adapter
+from llmtune.export.model import ExportModel, ExportRequest, open_material
+from llmtune.export.pipeline import run_export, write_files
 from llmtune.export.publish.shards import Journal
-from llmtune.export.sources.base import SafetensorsSource, TensorSource, read_whole
-from llmtune.export.sources.bitsandbytes import Bnb4bitSource, is_bnb_folder, open_base
-from llmtune.export.sources.nf4 import Nf4RoundTrip, quantized_names
-from llmtune.export.writers.bitsandbytes import write_bnb_4bit
+from llmtune.export.sources.bitsandbytes_base import Bnb4bitSource, is_bnb_folder, open_base
+from llmtune.export.sources.nf4 import Nf4RoundTripSource, quantized_names
+from llmtune.export.sources.tensor_source import SafetensorsSource, TensorSource, read_whole
 from tests.export.conftest import TOKENS, make_adapter, make_base
 from tests.export.test_nf4 import load_in_4bit, plain_weights
 
@@ -44,7 +43,8 @@ def open_one(base: Path, adapter: Path | None = None) -> ExportModel:
 
 def write(export_model: ExportModel, folder: Path, **settings: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    write_bnb_4bit(export_model, folder, Journal(folder, "job"), ExportConfig(**settings))
+    config = ExportConfig(format="bnb_4bit", **settings)
+    write_files(export_model, folder, Journal(folder, "job"), config)
     return folder
 
 
@@ -251,7 +251,7 @@ def test_an_adapter_merges_onto_a_4_bit_folder_as_onto_nf4(
     load_in_4bit(tiny_model).save_pretrained(tmp_path / "packed")
     stored = SafetensorsSource(tiny_model)
     onto_nf4 = MergedSource(
-        Nf4RoundTrip(stored, quantized_names(tiny_model, stored)), adapter, "lm_head.weight"
+        Nf4RoundTripSource(stored, quantized_names(tiny_model, stored)), adapter, "lm_head.weight"
     )
     onto_folder = MergedSource(open_base(tmp_path / "packed"), adapter, "lm_head.weight")
     assert onto_folder.changed.keys() == onto_nf4.changed.keys()
@@ -309,7 +309,7 @@ def test_a_4_bit_folder_without_its_scales_is_refused(tiny_model: Path, tmp_path
     )
     check(
         {name: tensor for name, tensor in whole.items() if name != state},
-        "packed and lie without what says how",
+        "packed in 4 bits and have no quant_state",
     )
     check({**whole, state: whole[state][:-9]}, "is damaged")
     check(

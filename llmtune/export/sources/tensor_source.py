@@ -1,9 +1,8 @@
-"""A model as a stream: what tensors it has, and each of them block by block; never the whole in
-memory.
+"""The protocol of a model as a stream of tensors, each read block by block.
 
-Everything that exports reads a :class:`TensorSource` and does not care where the numbers come from:
-a folder of safetensors, a checkpoint's master weights, DeepSpeed's files, or one of these with an
-adapter on it.
+Every export reads a :class:`TensorSource`, wherever the numbers come from: a folder of safetensors,
+a checkpoint's master weights, DeepSpeed's files, or one of these with an adapter merged into it.
+The model is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -23,35 +22,36 @@ from llmtune.storage.plain_json import parse_json
 from llmtune.storage.row_blocks import row_ranges
 from llmtune.storage.safetensors_writer import TensorSpec
 
-#: What architectures call the modules that turn tokens into vectors, and vectors into tokens.
+#: Names of the modules that turn tokens into vectors, and vectors into logits.
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output")
 
 
 class TensorSource(Protocol):
-    """Tensors by name, in the order in which they are to be written."""
+    """The tensors of a model by name, in the order in which they are to be written."""
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """Name, dtype and shape of every tensor, as it should be stored."""
+        """Return name, dtype and shape of every tensor, as it should be stored."""
         ...
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """The rows of one tensor from first to last, a few at a time, in the stored dtype or a
-        finer one.
+        """Yield the rows of one tensor in order, a few at a time.
+
+        Blocks are in the dtype of ``specs`` or in a finer one; the writer rounds them.
         """
         ...
 
 
 def read_whole(source: TensorSource, name: str) -> torch.Tensor:
-    """One tensor in its stored dtype and shape."""
+    """Read one tensor in its stored dtype and shape."""
     spec = source.specs[name]
     blocks = [block.to(spec.dtype).reshape(-1) for block in source.blocks(name)]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).reshape(spec.shape)
 
 
 def usual_dtype(source: TensorSource) -> torch.dtype | None:
-    """What most of the floating numbers are stored in; None where there are none."""
+    """Return the dtype of most of the floating-point bytes; None where there are none."""
     sizes: dict[torch.dtype, int] = {}
     for spec in source.specs.values():
         if spec.dtype.is_floating_point:
@@ -59,27 +59,28 @@ def usual_dtype(source: TensorSource) -> torch.dtype | None:
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
 
 
-def find_name(wanted: str, names: Collection[str]) -> str | None:
-    """A model's tensor among a file's: files may leave out, or add, the first part of what the
-    model calls it.
+def find_name(parameter: str, names: Collection[str]) -> str | None:
+    """Find a model's parameter among the tensors of a file.
+
+    Files may leave out, or add, the first part of the parameter's name.
     """
     roots = sorted({name.split(".", 1)[0] for name in names})
-    tries = [wanted, wanted.split(".", 1)[-1], *(f"{root}.{wanted}" for root in roots)]
+    tries = [parameter, parameter.split(".", 1)[-1], *(f"{root}.{parameter}" for root in roots)]
     return next((name for name in tries if name in names), None)
 
 
 def is_input_embedding(name: str) -> bool:
-    """Whether a tensor is the matrix that turns tokens into vectors."""
+    """Return whether a tensor is the matrix that turns tokens into vectors."""
     return _is_weight_of(name, _INPUT_EMBEDDINGS)
 
 
 def is_output_embedding(name: str) -> bool:
-    """Whether a tensor is the matrix that turns vectors into tokens."""
+    """Return whether a tensor is the matrix that turns vectors into logits."""
     return _is_weight_of(name, _OUTPUT_EMBEDDINGS)
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a tensor has a row for every token."""
+    """Return whether a tensor has one row per token."""
     return is_input_embedding(name) or is_output_embedding(name)
 
 
@@ -89,9 +90,7 @@ def _is_weight_of(name: str, modules: Collection[str]) -> bool:
 
 
 class SafetensorsSource:
-    """The weights of a model folder, mapped and not read: pages that were used can be given back at
-    any time.
-    """
+    """The weights of a model folder, memory-mapped: the kernel can drop pages that were used."""
 
     def __init__(self, folder: Path) -> None:
         """Open every file.
@@ -111,19 +110,19 @@ class SafetensorsSource:
         _check_index(folder, self._handles)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Views of the file's own bytes."""
+        """Yield views of the file's own bytes."""
         tensor = self.tensor(name)
         for first, last in row_ranges(tuple(tensor.shape)):
             yield tensor[first:last] if tensor.ndim else tensor
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, mapped."""
-        found: torch.Tensor = self._handles[name].get_tensor(name)
-        return found
+        """Return one tensor, mapped."""
+        tensor: torch.Tensor = self._handles[name].get_tensor(name)
+        return tensor
 
 
-class Retyped:
-    """Another source, with its floating tensors stored in one dtype."""
+class RetypedSource:
+    """Another source, with all floating-point tensors stored in one dtype."""
 
     def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
         self._source = source
@@ -133,24 +132,24 @@ class Retyped:
         }
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """As the source gives them; whoever writes them rounds them, once."""
+        """Yield the blocks of the source; the writer rounds them, once."""
         return self._source.blocks(name)
 
 
-class Without:
-    """Another source, with some of its tensors left out."""
+class FilteredSource:
+    """Another source without some of its tensors."""
 
     def __init__(self, source: TensorSource, names: Collection[str]) -> None:
         self.source = source
         self.specs = {name: spec for name, spec in source.specs.items() if name not in names}
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """As the source gives them."""
+        """Yield the blocks of the source."""
         return self.source.blocks(name)
 
 
 def open_tensors(file: Path) -> Any:
-    """A safetensors file, with its header checked against its length.
+    """Open a safetensors file; its header is checked against its length.
 
     Raises:
         ExportError: It cannot be read.
@@ -164,17 +163,17 @@ def open_tensors(file: Path) -> Any:
 
 
 def _spec(handle: Any, name: str, file: Path) -> TensorSpec:
-    piece = handle.get_slice(name)
-    if piece.get_dtype() not in WRITABLE:
+    header = handle.get_slice(name)
+    if header.get_dtype() not in WRITABLE:
         raise ExportError(
-            f"{file}: {name} has dtype {piece.get_dtype()}; only {', '.join(WRITABLE)} can be"
+            f"{file}: {name} has dtype {header.get_dtype()}; only {', '.join(WRITABLE)} can be"
             " exported"
         )
-    return TensorSpec(name, to_torch(piece.get_dtype()), tuple(piece.get_shape()))
+    return TensorSpec(name, to_torch(header.get_dtype()), tuple(header.get_shape()))
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """What transformers would load; some folders hold a second copy under other names."""
+    """Return the files that transformers would load; some folders hold a second copy."""
     index = folder / MODEL_INDEX
     if index.is_file():
         files = [folder / name for name in sorted(set(_weight_map(index).values()))]
@@ -198,20 +197,20 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found: dict[str, str] = parse_json(index.read_text())["weight_map"]
+        weight_map: dict[str, str] = parse_json(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{index} is no index of safetensors ({error})") from error
-    outside = [name for name in found.values() if Path(name).name != name]
+    outside = [name for name in weight_map.values() if Path(name).name != name]
     if outside:
         raise ExportError(f"{index} names {outside[0]}, which is not a file of its folder")
-    return found
+    return weight_map
 
 
-def _check_index(folder: Path, found: Iterable[str]) -> None:
+def _check_index(folder: Path, names: Iterable[str]) -> None:
     index = folder / MODEL_INDEX
     if not index.is_file():
         return
-    missing = sorted(_weight_map(index).keys() - set(found))
+    missing = sorted(_weight_map(index).keys() - set(names))
     if missing:
         raise ExportError(
             f"{folder}: {MODEL_INDEX} names tensors that no file holds: {some(missing)}"
@@ -219,6 +218,6 @@ def _check_index(folder: Path, found: Iterable[str]) -> None:
 
 
 def some(names: list[str], shown: int = 4) -> str:
-    """A few of many, and how many there are."""
+    """List the first few names, and count the rest."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

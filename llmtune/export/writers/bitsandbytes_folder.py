@@ -1,7 +1,7 @@
-"""Write a model folder in bitsandbytes' 4 bits, as a stream.
+"""Write the weights of a model in bitsandbytes' 4 bits, as a stream.
 
-The layout is that of transformers' ``save_pretrained``: ``X.weight`` holds two numbers a byte, and
-beside it lie ``X.weight.absmax``, ``.quant_map``, ``.nested_absmax``, ``.nested_quant_map`` and
+The layout is that of transformers' ``save_pretrained``: ``X.weight`` holds two numbers per byte,
+and beside it are ``X.weight.absmax``, ``.quant_map``, ``.nested_absmax``, ``.nested_quant_map`` and
 ``.quant_state.bitsandbytes__nf4``.
 """
 
@@ -17,7 +17,6 @@ import torch
 from llmtune.config.groups.export import ExportConfig
 from llmtune.export.model import ExportModel
 from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources.base import TensorSource
 from llmtune.export.sources.nf4 import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
@@ -27,11 +26,7 @@ from llmtune.export.sources.nf4 import (
     quantize,
     quantized_names,
 )
-from llmtune.export.writers.model_files import (
-    copy_companions,
-    update_config,
-    update_generation_config,
-)
+from llmtune.export.sources.tensor_source import TensorSource
 from llmtune.storage.atomic import write_atomically
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.plain_json import parse_json
@@ -40,27 +35,25 @@ from llmtune.storage.safetensors_writer import TensorSpec
 
 _STATE = "quant_state.bitsandbytes__nf4"
 
-#: Means of scales, found before the first shard; no part of the export.
-_OFFSETS = "nf4_offsets.json"
+#: File for the means of the scales, computed before the first shard; no part of the export.
+_OFFSETS_FILE = "nf4_offsets.json"
 
 
-class PackedSource:
-    """Another source with some of its tensors in NF4, named, typed and packed as transformers
-    stores them.
-    """
+class Nf4PackedSource:
+    """Another source with some tensors packed as NF4, under the names that transformers uses."""
 
     def __init__(
         self, source: TensorSource, names: Mapping[str, bool], offsets: Mapping[str, float]
     ) -> None:
-        """Say what will be written.
+        """Lay out the stored tensors.
 
         Args:
             names: From :func:`llmtune.export.sources.nf4.quantized_names`.
-            offsets: The mean of each one's scales; it is stored as text, whose length the file's
-                header must know.
+            offsets: The mean of each tensor's scales; it is stored as text, whose length must be
+                known for the file's header.
 
         Raises:
-            ExportError: Something cannot be quantized.
+            ExportError: A tensor cannot be quantized.
         """
         check_quantizable(source, names)
         self._source = source
@@ -71,17 +64,17 @@ class PackedSource:
         self._last = threading.local()
         self.specs: dict[str, TensorSpec] = {}
         for spec in source.specs.values():
-            for part, dtype, shape in (
-                self._layout(spec) if spec.name in names else [("", spec.dtype, spec.shape)]
-            ):
+            if spec.name not in names:
+                self._add(spec.name, "", spec.dtype, spec.shape)
+                continue
+            for part, dtype, shape in self._layout(spec):
                 self._add(spec.name, part, dtype, shape)
-        # Texts have odd lengths: at the end they leave every other tensor where its dtype wants to
-        # be.
+        # Texts have odd lengths: at the end they leave all other tensors aligned to their dtype.
         for name, text in self._states.items():
             self._add(name, _STATE, torch.uint8, tuple(text.shape))
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Bytes of what is packed; other tensors as the source gives them."""
+        """Yield packed bytes; other tensors as the source gives them."""
         weight, part = self._parts[name]
         if weight not in self._names:
             yield from self._source.blocks(weight)
@@ -93,9 +86,7 @@ class PackedSource:
                 yield tensor[first:last]
 
     def _quantized(self, weight: str) -> dict[str, torch.Tensor]:
-        """All parts of one tensor; each thread keeps its last, since they are written one after the
-        other.
-        """
+        """Quantize one tensor; each thread keeps the last, whose parts are written in sequence."""
         if getattr(self._last, "weight", None) != weight:
             self._last.weight, self._last.parts = None, {}
             packed, state = quantize(
@@ -112,23 +103,22 @@ class PackedSource:
         self._parts[name] = (weight, part)
 
     def _layout(self, spec: TensorSpec) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Parts but the text, with sizes that follow from the shape; finer dtypes first."""
-        blocks = -(-(spec.nbytes // spec.dtype.itemsize) // BLOCK_SIZE)
+        """Return all parts but the text, whose sizes follow from the shape; finer dtypes first."""
+        elements = spec.nbytes // spec.dtype.itemsize
+        blocks = -(-elements // BLOCK_SIZE)
         return [
             ("nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),)),
             ("nested_quant_map", torch.float32, (256,)),
             ("quant_map", torch.float32, (16,)),
-            ("", torch.uint8, (-(-(spec.nbytes // spec.dtype.itemsize) // 2), 1)),
+            ("", torch.uint8, (-(-elements // 2), 1)),
             ("absmax", torch.uint8, (blocks,)),
         ]
 
     def _describe(self, name: str) -> torch.Tensor:
-        """What bitsandbytes writes as text: shape, dtype, block sizes and the mean."""
-        state, nothing, spec = (
-            load_bitsandbytes().QuantState,
-            torch.empty(0),
-            self._source.specs[name],
-        )
+        """Return what bitsandbytes stores as text: shape, dtype, block sizes and the mean."""
+        state = load_bitsandbytes().QuantState
+        nothing = torch.empty(0)
+        spec = self._source.specs[name]
         described: dict[str, torch.Tensor] = state(
             absmax=nothing,
             shape=torch.Size(spec.shape[::-1] if self._names[name] else spec.shape),
@@ -147,45 +137,37 @@ class PackedSource:
 def write_bnb_4bit(
     export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig
 ) -> None:
-    """A model folder that transformers loads in 4 bits, with the bits of a model that it quantizes
-    on loading.
+    """Write weights with the same bits that transformers computes when it quantizes on loading.
 
-    All tensors are read twice: first for the means of their scales, which files of this layout
-    store as text.
+    All tensors are read twice: the first time for the means of their scales, which this layout
+    stores as text.
     """
-    copy_companions(export_model.model_files, folder)
-    update_config(folder, export_model.dtype, export_model.config_changes)
-    # Of the settled configuration: an adapter may have untied the output layer or resized the
-    # vocabulary.
+    # By the configuration of the merged model: an adapter may have untied the output layer or
+    # resized the vocabulary.
     names = quantized_names(folder, export_model.source)
-    offsets = _settle_offsets(export_model.source, names, folder, journal)
-    packed = PackedSource(export_model.source, names, offsets)
+    offsets = _resolve_offsets(export_model.source, names, folder, journal)
+    packed = Nf4PackedSource(export_model.source, names, offsets)
     write_shards(packed, folder, config.max_shard_bytes, journal, export_model.request.progress)
-    _declare(folder, export_model.dtype)
-    update_generation_config(folder)
-    (folder / _OFFSETS).unlink()
+    _add_quantization_config(folder, export_model.dtype)
+    (folder / _OFFSETS_FILE).unlink()
 
 
-def _settle_offsets(
+def _resolve_offsets(
     source: TensorSource, names: Mapping[str, bool], folder: Path, journal: Journal
 ) -> dict[str, float]:
-    """The mean of each tensor's scales; a start that was killed after it found them left them in
-    the journal.
-    """
+    """Compute the mean of each tensor's scales, or read what a killed attempt left on the disk."""
     check_quantizable(source, names)
-    file = folder / _OFFSETS
-    if _OFFSETS not in journal.entries:
-        found = {name: mean_scale(source, name, transposed) for name, transposed in names.items()}
-        write_atomically(file, json.dumps(found))
-        journal.note(_OFFSETS, hash_file(file))
+    file = folder / _OFFSETS_FILE
+    if _OFFSETS_FILE not in journal.entries:
+        means = {name: mean_scale(source, name, transposed) for name, transposed in names.items()}
+        write_atomically(file, json.dumps(means))
+        journal.note(_OFFSETS_FILE, hash_file(file))
     offsets: dict[str, float] = parse_json(file.read_text())
     return offsets
 
 
-def _declare(folder: Path, dtype: torch.dtype | None) -> None:
-    """Say in ``config.json`` how to load it: computed is in the dtype of the tensors that are not
-    quantized, if that is fp16.
-    """
+def _add_quantization_config(folder: Path, dtype: torch.dtype | None) -> None:
+    """Describe the quantization in ``config.json``; the dtype of computing is fp16 or bf16."""
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(

@@ -18,8 +18,12 @@ from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError
 from llmtune.export.model import ExportRequest, open_material
 from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources.base import read_whole
-from llmtune.export.sources.master_weights import MastersSource, find_masters, has_masters
+from llmtune.export.sources.master_weights import (
+    MasterWeightsSource,
+    find_master_weights,
+    has_master_weights,
+)
+from llmtune.export.sources.tensor_source import read_whole
 from llmtune.storage.safetensors_writer import TensorSpec
 from llmtune.train.checkpointing import link_result
 from tests.support import TINY, train_engines
@@ -69,8 +73,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("place", ["-".join(place) for place in PLACES])
 def test_masters_are_the_live_optimizers(place: str, checkpoints: Path) -> None:
     folder = checkpoints / place / "checkpoint-2"
-    assert has_masters(folder)
-    source = MastersSource(folder)
+    assert has_master_weights(folder)
+    source = MasterWeightsSource(folder)
     live, rounded = torch.load(checkpoints / f"{place}.pt"), load_file(folder / "model.safetensors")
     assert source.specs.keys() == rounded.keys()
     assert live.keys() <= rounded.keys()
@@ -94,7 +98,7 @@ def test_a_model_of_masters_is_written_in_small_blocks(
         output = tmp_path / place
         output.mkdir()
         write_shards(
-            MastersSource(checkpoints / place / "checkpoint-2"),
+            MasterWeightsSource(checkpoints / place / "checkpoint-2"),
             output,
             10**9,
             Journal(output, "masters"),
@@ -135,7 +139,7 @@ def write_checkpoint(
 
 
 def test_what_was_not_trained_comes_from_the_model_files(tmp_path: Path) -> None:
-    source = MastersSource(write_checkpoint(tmp_path / "c", [[("w", 0, 3)], [("w", 3, 7)]]))
+    source = MasterWeightsSource(write_checkpoint(tmp_path / "c", [[("w", 0, 3)], [("w", 3, 7)]]))
     assert source.specs["b"] == TensorSpec("b", torch.int64, (3,))
     assert torch.equal(read_whole(source, "b"), torch.arange(3))
     assert torch.equal(read_whole(source, "w"), torch.arange(10.0).reshape(2, 5))
@@ -157,7 +161,7 @@ def test_slices_that_make_no_parameter_are_named(
     tmp_path: Path, slices: list[list[tuple[str, int, int]]], part: str
 ) -> None:
     with pytest.raises(ExportError, match=part) as caught:
-        MastersSource(write_checkpoint(tmp_path / "c", slices))
+        MasterWeightsSource(write_checkpoint(tmp_path / "c", slices))
     assert caught.value.exit_code == 6
 
 
@@ -168,25 +172,25 @@ def test_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
         folder / "optimizer-00002-of-00004.safetensors",
     )
     with pytest.raises(ExportError, match="state files of 2 and of 4 ranks"):
-        MastersSource(folder)
+        MasterWeightsSource(folder)
     (folder / "optimizer-00002-of-00004.safetensors").unlink()
     last = folder / "optimizer-00001-of-00002.safetensors"
     whole = last.read_bytes()
     last.write_bytes(whole[:-4])
     with pytest.raises(ExportError, match="optimizer-00001-of-00002.safetensors is cut off"):
-        MastersSource(folder)
+        MasterWeightsSource(folder)
     last.unlink()
     with pytest.raises(
         ExportError, match="optimizer-00001-of-00002.safetensors of 2 state files is missing"
     ):
-        MastersSource(folder)
+        MasterWeightsSource(folder)
     with pytest.raises(
         ExportError, match="has 10 elements in the model files and 12 in its masters"
     ):
-        MastersSource(write_checkpoint(tmp_path / "other", [[("w", 0, 10)]], numel=12))
+        MasterWeightsSource(write_checkpoint(tmp_path / "other", [[("w", 0, 10)]], numel=12))
     save_file({"w/master": torch.ones(2)}, last)
     with pytest.raises(ExportError, match="is not a state file of llmtune"):
-        MastersSource(folder)
+        MasterWeightsSource(folder)
 
 
 @pytest.mark.process
@@ -197,7 +201,7 @@ def test_a_runs_result_finds_the_checkpoint_that_it_was_made_from(
     shutil.copytree(checkpoints / "3-none" / "checkpoint-2", checkpoint)
     result = tmp_path / "model"
     link_result(checkpoint, result)
-    assert find_masters(result) == find_masters(checkpoint) == checkpoint
+    assert find_master_weights(result) == find_master_weights(checkpoint) == checkpoint
     request = ExportRequest(
         base=result, base_name="tiny", adapter=None, run=tmp_path, output=tmp_path / "out"
     )
@@ -208,19 +212,19 @@ def test_a_runs_result_finds_the_checkpoint_that_it_was_made_from(
     assert torch.equal(read_whole(fine.source, name).bfloat16(), read_whole(stored.source, name))
     assert not torch.equal(read_whole(fine.source, name), read_whole(stored.source, name).float())
     shutil.rmtree(checkpoint)
-    assert find_masters(result) is None
+    assert find_master_weights(result) is None
 
 
 def test_a_folder_without_masters_is_told_from_one_with(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "c", [[("w", 0, 10)]])
-    assert has_masters(folder)
+    assert has_master_weights(folder)
     (folder / "model.safetensors").unlink()
-    assert not has_masters(folder), "an adapter's checkpoint has states and no model"
+    assert not has_master_weights(folder), "an adapter's checkpoint has states and no model"
     with pytest.raises(ExportError, match="no whole model"):
-        MastersSource(folder)
-    assert not has_masters(tmp_path / "nowhere")
+        MasterWeightsSource(folder)
+    assert not has_master_weights(tmp_path / "nowhere")
     with pytest.raises(ExportError, match="no master weights"):
-        MastersSource(tmp_path)
+        MasterWeightsSource(tmp_path)
 
 
 def test_a_block_in_one_piece_is_no_copy(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.export.formats.format import FORMATS
-from llmtune.export.preflight import check_exportable
+from llmtune.export.prerequisites import check_exportable
 from tests.support import TINY, run_cli
 
 
@@ -99,7 +99,7 @@ def test_what_no_graph_is_made_of_is_refused(kind: str, tiny_model: Path, tmp_pa
 def test_a_model_too_large_for_a_graph_is_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmtune.export.writers.graph.writers.MOST_PARAMETERS", 1000)
+    monkeypatch.setattr("llmtune.export.writers.graph.graph_model.MOST_PARAMETERS", 1000)
     with pytest.raises(MissingPrerequisiteError, match="more than 1"):
         check_exportable(ExportConfig(format="torchscript"), tiny_model)
 

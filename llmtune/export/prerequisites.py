@@ -1,6 +1,4 @@
-"""What would end the export after days of training is found before it: packages, a token, a model
-that a format cannot hold.
-"""
+"""Check before the training that its result can be exported: packages, token, kind of model."""
 
 from __future__ import annotations
 
@@ -11,20 +9,19 @@ from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ConfigError, ExportError, MissingPrerequisiteError
 from llmtune.export.card.license import check_licenses
 from llmtune.export.formats.format import NONE, find_format
-from llmtune.export.writers.model_files import check_companions
+from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.weights.quantized import quantization
 
 
 def check_exportable(config: ExportConfig, base: Path) -> None:
-    """Whether what is trained on ``base`` can be exported as asked, as far as its configuration and
-    tokenizer tell.
+    """Check that a model trained on ``base`` can be exported, by its configuration and tokenizer.
 
-    Reads no weights and uses no network. What the configuration alone tells is in
+    Reads no weights and uses no network. Rules about the configuration alone are in
     ``llmtune.config.rules``.
 
     Raises:
         ConfigError: ``export.upload`` is no address.
-        MissingPrerequisiteError: A package or a token is missing, the format has no place for this
+        MissingPrerequisiteError: A package or a token is missing, the format cannot hold this
             model, or links in its folder lead out of it.
     """
     if config.format == NONE:
@@ -33,7 +30,7 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
     _check_upload(config, config.dry_run)
     try:
         if kind.is_merged:
-            check_companions(base)
+            check_model_files(base)
             _check_base(base)
         check_licenses(base)
         if kind.check_base is not None:
@@ -46,17 +43,18 @@ def check_exportable(config: ExportConfig, base: Path) -> None:
 
 
 def _check_base(base: Path) -> None:
-    """Weights in fewer bits can be unpacked for a merge where they are bitsandbytes' 4 bits."""
+    """Refuse quantized weights that cannot be dequantized for a merge."""
     if quantization(base) is not None:
-        from llmtune.export.sources.bitsandbytes import check_plain_or_4bit
+        from llmtune.export.sources.bitsandbytes_base import check_plain_or_4bit
 
         check_plain_or_4bit(base)
 
 
 def check_address(config: ExportConfig) -> None:
-    """
+    """Check ``export.upload``, whatever packages are installed.
+
     Raises:
-        ConfigError: ``export.upload`` is no address, whatever is installed here.
+        ConfigError: It is no address.
     """
     with contextlib.suppress(MissingPrerequisiteError):
         _check_upload(config, dry_run=True)

@@ -1,6 +1,4 @@
-"""Parts of DeepSpeed's checkpoint: the whole model, or an adapter under peft's names of files and
-the base below it.
-"""
+"""The parts of a DeepSpeed checkpoint: the whole model, or an adapter and the base below it."""
 
 from __future__ import annotations
 
@@ -12,32 +10,32 @@ from pathlib import Path
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.base import TensorSource, some
-from llmtune.export.sources.deepspeed.checkpoint import ZeroSource
+from llmtune.export.sources.deepspeed.zero_source import ZeroSource
+from llmtune.export.sources.tensor_source import TensorSource, some
 from llmtune.security.trust import copy_foreign
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmtune.storage.safetensors_writer import TensorFile
 
 _PREFIX = "base_model.model."
 
-#: A part of an adapter, with the adapter's own name, which files leave out.
+#: A tensor of an adapter; the adapter's own name is not in peft's files.
 _PART = re.compile(
     r"\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save|"
     r"trainable_tokens_delta)\.(?P<adapter>[^.]+)(?P<rest>\.weight|\.bias|)$"
 )
 
-#: What peft puts between a module and its own tensor.
+#: Names that peft puts between a module and its own tensor.
 _WRAPPERS = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.[^.]+$)")
 
-#: What bitsandbytes keeps beside a quantized weight.
+#: Tensors that bitsandbytes keeps beside a quantized weight.
 _QUANTIZED = (".absmax", ".quant_map", ".SCB")
 
 
-class Renamed:
+class RenamedSource:
     """Some tensors of another source, under other names."""
 
     def __init__(self, source: TensorSource, names: dict[str, str]) -> None:
-        """Choose.
+        """Choose the tensors.
 
         Args:
             names: New name -> name in the source, in the order in which they are to be written.
@@ -46,30 +44,28 @@ class Renamed:
         self.specs = {name: replace(source.specs[own], name=name) for name, own in names.items()}
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """As the source gives them."""
+        """Yield the blocks of the source."""
         return self._source.blocks(self._names[name])
 
 
 def has_adapter(source: ZeroSource) -> bool:
-    """Whether a LoRA adapter was trained."""
+    """Return whether the checkpoint is of a LoRA training."""
     return any(_PART.search(name) for name in source.trained)
 
 
-def open_model_part(source: ZeroSource) -> Renamed:
-    """Everything in a full fine-tuning's checkpoint, tied tensors once: so transformers stores
-    models.
-    """
-    return Renamed(source, {name: name for name in source.specs if name not in source.shared})
+def open_model_part(source: ZeroSource) -> RenamedSource:
+    """Open the model of a full fine-tuning; tied tensors come once, as transformers stores them."""
+    return RenamedSource(source, {name: name for name in source.specs if name not in source.shared})
 
 
-def open_adapter_part(source: ZeroSource) -> Renamed:
-    """Everything that was trained, fp32, as peft's files name it.
+def open_adapter_part(source: ZeroSource) -> RenamedSource:
+    """Open everything that was trained, in fp32, under the names of peft's files.
 
     Raises:
         ExportError: There is no adapter, or more than one.
     """
-    parts = [match for match in map(_PART.search, source.trained) if match]
-    adapters = sorted({match["adapter"] for match in parts})
+    matches = [match for match in map(_PART.search, source.trained) if match]
+    adapters = sorted({match["adapter"] for match in matches})
     if not adapters:
         raise ExportError(
             f"{source.folder}: no adapter was trained here, such as *.lora_A.default.weight"
@@ -82,21 +78,20 @@ def open_adapter_part(source: ZeroSource) -> Renamed:
     for name in source.specs:
         owner = source.shared.get(name, name)
         part = _PART.search(name)
-        # Of second names peft stores those of whole modules; rows of tokens it ties again by
-        # itself.
+        # Of the second names of tied tensors, peft stores those of modules_to_save; rows of
+        # tokens it ties again when it loads them.
         if owner in source.trained and (
             name == owner or (part and part["part"] == "modules_to_save")
         ):
             names[_file_name(name)] = name
-    return Renamed(source, names)
+    return RenamedSource(source, names)
 
 
-def open_base_part(source: ZeroSource) -> Renamed:
-    """The model below the adapter under its own names, where frozen parameters are in the
-    checkpoint; tied ones once.
+def open_base_part(source: ZeroSource) -> RenamedSource:
+    """Open the model below the adapter, under its own names; tied tensors come once.
 
     Raises:
-        ExportError: They are not, or they are quantized.
+        ExportError: The frozen parameters are not in the checkpoint, or they are quantized.
     """
     names: dict[str, str] = {}
     for name in source.specs:
@@ -119,14 +114,15 @@ def open_base_part(source: ZeroSource) -> Renamed:
             f"{source.folder} holds the model below the adapter only quantized ({some(quantized)});"
             " name the model that it was quantized from with base="
         )
-    return Renamed(source, names)
+    return RenamedSource(source, names)
 
 
 def write_adapter(source: ZeroSource, output: Path, dtype: torch.dtype = torch.float32) -> bool:
-    """Write an adapter's folder as peft does; whether settings lay beside the checkpoint and were
-    copied too.
+    """Write an adapter's folder as peft does.
 
-    Without settings (``adapter_config.json``) peft cannot load the folder.
+    Returns:
+        Whether there are settings (``adapter_config.json``) beside the checkpoint, which are copied
+        too. Without them peft cannot load the folder.
 
     Raises:
         ExportError: There is no adapter.
@@ -146,23 +142,19 @@ def write_adapter(source: ZeroSource, output: Path, dtype: torch.dtype = torch.f
 
 
 def find_settings(source: ZeroSource) -> Path | None:
-    """``adapter_config.json``: transformers' Trainer puts it next to the folder of the ranks'
-    files.
-    """
-    places = (source.folder / ADAPTER_CONFIG, source.folder.parent / ADAPTER_CONFIG)
-    return next((file for file in places if file.is_file()), None)
+    """Find ``adapter_config.json``, which transformers' Trainer writes beside the step's folder."""
+    candidates = (source.folder / ADAPTER_CONFIG, source.folder.parent / ADAPTER_CONFIG)
+    return next((file for file in candidates if file.is_file()), None)
 
 
 def _file_name(name: str) -> str:
-    """peft leaves the adapter's name out, of a module that was saved whole also that it is one, and
-    has vectors of its own.
-    """
+    """Return the name in peft's file, without the adapter's name and ``modules_to_save``."""
     match = _PART.search(name)
     if match is None:
         return name
     stem = name[: match.start()]
     if match["part"] == "modules_to_save":
         return stem + match["rest"]
-    return f"{stem}.{match['part']}" + (
-        "" if match["part"] == "lora_magnitude_vector" else match["rest"]
-    )
+    if match["part"] == "lora_magnitude_vector":
+        return f"{stem}.{match['part']}"
+    return f"{stem}.{match['part']}{match['rest']}"

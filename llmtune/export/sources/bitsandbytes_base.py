@@ -1,6 +1,4 @@
-"""A base that is stored as bitsandbytes 4-bit weights: its dequantized tensors, under their plain
-names, as a stream.
-"""
+"""The dequantized tensors of a base that is stored in bitsandbytes' 4 bits, as a stream."""
 
 from __future__ import annotations
 
@@ -12,36 +10,36 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.base import SafetensorsSource, TensorSource, some
 from llmtune.export.sources.nf4 import dequantize, load_bitsandbytes, quantized_names
+from llmtune.export.sources.tensor_source import SafetensorsSource, TensorSource, some
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.safetensors_writer import TensorSpec
 
 _STATE_NAME = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
-_NEEDED = ("absmax", "quant_map")
+_REQUIRED = ("absmax", "quant_map")
 _NESTED = ("nested_absmax", "nested_quant_map")
 
 
 def open_base(folder: Path) -> TensorSource:
-    """The plain tensors of a model folder, quantized by bitsandbytes to 4 bits or not at all.
+    """Open the plain tensors of a model folder, dequantized where they are in 4 bits.
 
     Raises:
-        ExportError: It is quantized otherwise, or something is missing or damaged.
+        ExportError: It is quantized in another way, or something is missing or damaged.
     """
     check_plain_or_4bit(folder)
     return Bnb4bitSource(folder) if is_bnb_folder(folder) else SafetensorsSource(folder)
 
 
 def is_bnb_folder(folder: Path) -> bool:
-    """Whether ``config.json`` says that bitsandbytes quantized the weights to 4 bits."""
+    """Return whether ``config.json`` says that bitsandbytes quantized the weights to 4 bits."""
     return _method(folder) == "bitsandbytes 4-bit"
 
 
 def check_plain_or_4bit(folder: Path) -> None:
-    """Refuse weights in other quantizations, which would be taken for what they are not.
+    """Refuse weights in other quantizations, whose bytes would be read as plain numbers.
 
     Raises:
-        ExportError: With what to do.
+        ExportError: It names the next step.
     """
     method = _method(folder)
     if method in (None, "bitsandbytes 4-bit"):
@@ -59,16 +57,14 @@ def check_plain_or_4bit(folder: Path) -> None:
 
 
 class Bnb4bitSource:
-    """A folder that bitsandbytes quantized to 4 bits: the dequantized tensors, in the dtype that
-    they were quantized from.
-    """
+    """The dequantized tensors of a 4-bit folder, in the dtype that they were quantized from."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what each tensor was; none is dequantized yet.
+        """Read the dtype and shape of each tensor; none is dequantized yet.
 
         Raises:
-            ExportError: The folder is quantized otherwise, or a tensor's statistics are missing or
-                damaged.
+            ExportError: The folder is quantized in another way, or a tensor's statistics are
+                missing or damaged.
         """
         check_plain_or_4bit(folder)
         self.folder = folder
@@ -78,11 +74,11 @@ class Bnb4bitSource:
             for name in self._stored.specs
             if (match := _STATE_NAME.fullmatch(name)) is not None
         }
-        self._check_whole()
+        self._check_statistics()
         columns = quantized_names(folder, self._stored) if self._states else {}
         self._transposed = {name: columns.get(name, False) for name in self._states}
         statistics = {
-            f"{weight}.{part}" for weight in self._states for part in (*_NEEDED, *_NESTED)
+            f"{weight}.{part}" for weight in self._states for part in (*_REQUIRED, *_NESTED)
         }
         self.specs = {
             name: self._plain_spec(name) if name in self._states else spec
@@ -91,13 +87,13 @@ class Bnb4bitSource:
         }
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Rows, dequantized; of other tensors views of the file's own bytes."""
+        """Yield dequantized rows; of other tensors, views of the file's own bytes."""
         if name not in self._states:
             yield from self._stored.blocks(name)
             return
         parts = {
             part: self._stored.tensor(f"{name}.{part}")
-            for part in (*_NEEDED, *_NESTED, self._states[name].removeprefix(f"{name}."))
+            for part in (*_REQUIRED, *_NESTED, self._states[name].removeprefix(f"{name}."))
             if f"{name}.{part}" in self._stored.specs
         }
         try:
@@ -108,28 +104,26 @@ class Bnb4bitSource:
             ) from error
         yield from dequantize(self._stored.tensor(name), state, self._transposed[name])
 
-    def _check_whole(self) -> None:
-        """Every packed weight has its statistics, and the other way round."""
-        wanted = [
-            name
-            for weight in self._states
-            for name in (weight, *(f"{weight}.{part}" for part in _NEEDED))
-        ]
-        lost = [name for name in wanted if name not in self._stored.specs]
-        if lost:
+    def _check_statistics(self) -> None:
+        """Check that every packed weight has its statistics, and the other way round."""
+        required: list[str] = []
+        for weight in self._states:
+            required += [weight, *(f"{weight}.{part}" for part in _REQUIRED)]
+        missing = [name for name in required if name not in self._stored.specs]
+        if missing:
             raise ExportError(
-                f"{self.folder}: 4-bit weights are incomplete without {some(lost)}; fetch or copy"
-                " it again"
+                f"{self.folder}: 4-bit weights are incomplete without {some(missing)}; fetch or"
+                " copy it again"
             )
-        bare = [
+        without_state = [
             name
             for name, spec in self._stored.specs.items()
             if name not in self._states and spec.dtype == torch.uint8 and name.endswith(".weight")
         ]
-        if bare:
+        if without_state:
             raise ExportError(
-                f"{self.folder}: {some(bare)} are packed and lie without what says how; store the"
-                " model again with bitsandbytes 0.41.3 or newer"
+                f"{self.folder}: {some(without_state)} are packed in 4 bits and have no"
+                " quant_state; store the model again with bitsandbytes 0.41.3 or newer"
             )
 
     def _plain_spec(self, name: str) -> TensorSpec:
@@ -144,7 +138,7 @@ class Bnb4bitSource:
 
 
 def _method(folder: Path) -> str | None:
-    """How ``config.json`` says that the weights are quantized."""
+    """Return the quantization of ``config.json``; None for plain weights."""
     file = folder / "config.json"
     try:
         settings: Any = (
@@ -154,8 +148,10 @@ def _method(folder: Path) -> str | None:
         raise ExportError(f"{file} cannot be read ({error}); fetch or copy it again") from error
     if not settings:
         return None
-    in_4bit, in_8bit = (bool(settings.get(key)) for key in ("load_in_4bit", "load_in_8bit"))
-    method = str(
-        settings.get("quant_method") or ("bitsandbytes" if in_4bit or in_8bit else "unknown")
-    )
-    return method if method != "bitsandbytes" else f"bitsandbytes {'8' if in_8bit else '4'}-bit"
+    in_4bit = bool(settings.get("load_in_4bit"))
+    in_8bit = bool(settings.get("load_in_8bit"))
+    default = "bitsandbytes" if in_4bit or in_8bit else "unknown"
+    method = str(settings.get("quant_method") or default)
+    if method != "bitsandbytes":
+        return method
+    return f"bitsandbytes {'8' if in_8bit else '4'}-bit"

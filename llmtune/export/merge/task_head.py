@@ -1,8 +1,7 @@
-"""Heads that peft trained on a base that has none, or another one: classes of texts and tokens,
-places of answers.
+"""Heads that peft trained on a base without one: classifiers of texts and tokens, answer spans.
 
-Such an adapter names only its task; the architecture is transformers' for that task and the base's
-``model_type``, and the number of classes is that of the head's last rows.
+Such an adapter names only its task. The architecture is transformers' class for that task and the
+base's ``model_type``; the number of classes is the number of rows of the head's last layer.
 """
 
 from __future__ import annotations
@@ -16,8 +15,14 @@ import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.architecture import Task, find_architecture, headed_task, is_renamed, task_of
-from llmtune.export.merge.adapter import Adapter
-from llmtune.export.sources.base import TensorSource, find_name, is_embedding, some, usual_dtype
+from llmtune.export.merge.peft_adapter import Adapter
+from llmtune.export.sources.tensor_source import (
+    TensorSource,
+    find_name,
+    is_embedding,
+    some,
+    usual_dtype,
+)
 from llmtune.model.skeleton import build_skeleton
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.row_blocks import row_ranges
@@ -25,21 +30,22 @@ from llmtune.storage.safetensors_writer import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """What the adapter makes of its base."""
+class TaskHead:
+    """The architecture with the head that an adapter brings."""
 
-    changes: dict[str, Any]
-    """Keys of ``config.json`` that are no longer the base's: architecture and classes."""
+    config_changes: dict[str, Any]
+    """Keys of ``config.json`` that differ from the base's: architecture and classes."""
     skeleton: Any
     """The model with the head, without weights."""
 
 
-class HeadedSource:
-    """A base under the names of the architecture with the head; what that lacks, such as another
-    head, is left out.
+class TaskHeadSource:
+    """A base under the names of the architecture with the head.
+
+    Tensors that this architecture does not have, such as those of another head, are left out.
     """
 
-    def __init__(self, base: TensorSource, adapter: Adapter, head: Head) -> None:
+    def __init__(self, base: TensorSource, adapter: Adapter, head: TaskHead) -> None:
         self._base = base
         self._adapter = adapter
         self._stored: dict[str, str] = {}
@@ -47,15 +53,16 @@ class HeadedSource:
         self._trained = _trained_whole(adapter)
         dtype = usual_dtype(base) or torch.float32
         for name, tensor in (*head.skeleton.named_parameters(), *head.skeleton.named_buffers()):
-            shape, found = tuple(tensor.shape), find_name(name, base.specs)
-            if found is not None and base.specs[found].shape == shape:
-                self._stored[name] = found
-                self.specs[name] = replace(base.specs[found], name=name)
+            shape = tuple(tensor.shape)
+            base_name = find_name(name, base.specs)
+            if base_name is not None and base.specs[base_name].shape == shape:
+                self._stored[name] = base_name
+                self.specs[name] = replace(base.specs[base_name], name=name)
             elif name in self._trained:
                 self.specs[name] = TensorSpec(name, dtype, shape)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """The base's rows; of a new head, the adapter's."""
+        """Yield the base's rows; of a new head, the adapter's."""
         if name in self._stored:
             yield from self._base.blocks(self._stored[name])
             return
@@ -64,11 +71,11 @@ class HeadedSource:
             yield tensor[first:last]
 
 
-def find_head(folder: Path, base: TensorSource, adapter: Adapter) -> Head | None:
-    """The head that an adapter brings; None where the base has all of its modules already.
+def find_task_head(folder: Path, base: TensorSource, adapter: Adapter) -> TaskHead | None:
+    """Find the head that an adapter brings; None where the base has all of its modules.
 
     Args:
-        folder: Whose ``config.json`` describes the base.
+        folder: The model folder of the base; its ``config.json`` is read.
 
     Raises:
         ExportError: The base has no architecture for the adapter's task, or one that the head does
@@ -87,13 +94,15 @@ def find_head(folder: Path, base: TensorSource, adapter: Adapter) -> Head | None
             f"{adapter.folder}: a head for {task.hub} cannot be put on {folder}, whose stored names"
             " transformers translates; merge it with peft"
         )
-    architecture = _find_headed(folder, task)
+
+    # The last layer has one row per class; every first dimension of a trained tensor is tried.
+    architecture = _find_architecture(folder, task)
     for count in sorted({shape[0] for shape in trained.values()}):
-        changes = {"architectures": [architecture], **_label(folder, count)}
+        changes = {"architectures": [architecture], **_label_changes(folder, count)}
         skeleton = build_skeleton(folder, changes)
-        wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-        if trained.items() <= wanted.items():
-            return Head(changes, skeleton)
+        shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+        if trained.items() <= shapes.items():
+            return TaskHead(changes, skeleton)
     head = (
         some([f"{name} {shape}" for name, shape in sorted(trained.items())])
         or "nothing is stored of it"
@@ -105,38 +114,42 @@ def find_head(folder: Path, base: TensorSource, adapter: Adapter) -> Head | None
 
 
 def _trained_whole(adapter: Adapter) -> dict[str, str]:
-    """Tensors of modules that were trained as a whole, embeddings apart: name in the model -> name
-    in the adapter's file.
+    """Return the tensors of modules that were trained as a whole, but those of embeddings.
+
+    Returns:
+        Name in the model -> name in the adapter's file.
     """
-    return {
-        f"{module}.{part}": parts.keys[part]
-        for module, parts in adapter.modules.items()
-        for part in ("weight", "bias")
-        if part in parts.keys and not is_embedding(f"{module}.weight")
-    }
+    trained: dict[str, str] = {}
+    for module, parts in adapter.modules.items():
+        if is_embedding(f"{module}.weight"):
+            continue
+        for part in ("weight", "bias"):
+            if part in parts.keys:
+                trained[f"{module}.{part}"] = parts.keys[part]
+    return trained
 
 
-def _find_headed(folder: Path, task: Task) -> str:
-    """The architecture with this task's head."""
+def _find_architecture(folder: Path, task: Task) -> str:
+    """Return transformers' class with this task's head for the base's ``model_type``."""
     from transformers.models.auto import modeling_auto
 
     model_type = parse_json((folder / "config.json").read_text()).get("model_type")
-    found = getattr(modeling_auto, task.mapping).get(model_type)
-    if not isinstance(found, str):
+    architecture = getattr(modeling_auto, task.mapping).get(model_type)
+    if not isinstance(architecture, str):
         raise ExportError(
             f"{folder / 'config.json'}: transformers has no {task.hub} for model_type {model_type},"
             " which the adapter was trained for; nothing was written"
         )
-    return found
+    return architecture
 
 
-def _label(folder: Path, count: int) -> dict[str, Any]:
-    """Names for the classes; the base's where it has as many."""
+def _label_changes(folder: Path, count: int) -> dict[str, Any]:
+    """Return names of the classes; nothing where the base names as many."""
     known = parse_json((folder / "config.json").read_text()).get("id2label") or {}
     if len(known) == count:
         return {}
-    labels = [f"LABEL_{number}" for number in range(count)]
+    labels = [f"LABEL_{index}" for index in range(count)]
     return {
         "id2label": dict(enumerate(labels)),
-        "label2id": {label: number for number, label in enumerate(labels)},
+        "label2id": {label: index for index, label in enumerate(labels)},
     }

@@ -1,4 +1,4 @@
-"""An adapter as peft writes it: its settings, its tensors, and what each of them is for."""
+"""Read an adapter that peft wrote: its settings, and its tensors by module and role."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.architecture import headed_task
-from llmtune.export.sources.base import open_tensors, some
+from llmtune.export.sources.tensor_source import open_tensors, some
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmtune.storage.tensor_checks import (
     find_bad_tensors,
@@ -26,8 +26,8 @@ from llmtune.tuner.stored_adapter import (
     with_peft_defaults,
 )
 
-#: Ends of peft's names -> the part that a tensor plays in its module. Older versions wrote some
-#: with ``.weight``.
+#: Ends of peft's names -> the role of a tensor in its module. Older versions wrote some with
+#: ``.weight``.
 _PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -49,17 +49,15 @@ _NAME = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})"
 )
 
-#: Settings that say how an adapter was trained, started or found, and nothing about what it is.
-_HARMLESS = {
-    *(
+#: Settings that are merged correctly, or that concern only training and loading.
+_HARMLESS = frozenset(
+    {
         "auto_mapping",
         "base_model_name_or_path",
         "revision",
         "task_type",
         "inference_mode",
         "peft_version",
-    ),
-    *(
         "peft_type",
         "r",
         "lora_alpha",
@@ -67,8 +65,6 @@ _HARMLESS = {
         "target_modules",
         "exclude_modules",
         "layers_to_transform",
-    ),
-    *(
         "layers_pattern",
         "rank_pattern",
         "alpha_pattern",
@@ -76,51 +72,51 @@ _HARMLESS = {
         "bias",
         "use_rslora",
         "modules_to_save",
-    ),
-    *(
         "use_dora",
         "trainable_token_indices",
         "lora_bias",
         "ensure_weight_tying",
         "ephemeral_gpu_offload",
-    ),
-    *(
         "runtime_config",
         "megatron_core",
         "qalora_group_size",
         "eva_config",
         "corda_config",
         "lora_ga_config",
-    ),
-    *("loftq_config", "velora_config", "init_lora_weights", "prune_temporary_fields"),
-}
+        "loftq_config",
+        "velora_config",
+        "init_lora_weights",
+        "prune_temporary_fields",
+    }
+)
 
 
 @dataclass(slots=True)
-class Parts:
-    """The tensors of one module: part -> name in the file."""
+class ModuleTensors:
+    """The tensors of one module of an adapter."""
 
     module: str
     keys: dict[str, str] = field(default_factory=dict)
+    """Role, a value of ``_PARTS`` -> name in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """An adapter folder, opened; tensors are mapped and read when they are asked for."""
+    """An opened adapter folder; tensors are mapped, and read on demand."""
 
     folder: Path
     settings: dict[str, Any]
-    modules: dict[str, Parts]
+    modules: dict[str, ModuleTensors]
     shapes: dict[str, tuple[int, ...]]
     handle: Any
 
     def read(self, key: str) -> torch.Tensor:
-        """One tensor."""
+        """Read one tensor by its name in the file."""
         tensor: torch.Tensor = self.handle.get_tensor(key)
         return tensor
 
     def scale(self, module: str, rank: int) -> float:
-        """What ``B @ A`` is multiplied with: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        """Return the factor of ``B @ A``: alpha / r, or alpha / sqrt(r) for rsLoRA.
 
         Raises:
             ExportError: The matrices have another rank than the settings say.
@@ -136,19 +132,19 @@ class Adapter:
         return lora_scale(alpha, rank, bool(self.settings["use_rslora"]))
 
     def token_indices(self, module: str) -> tuple[int, ...]:
-        """The rows of an embedding that were trained; a plain list is for the input embedding."""
-        given = self.settings.get("trainable_token_indices") or []
-        if isinstance(given, dict):
-            given = next((rows for name, rows in given.items() if module.endswith(name)), [])
-        return tuple(int(row) for row in given)
+        """Return the trained rows of an embedding; a plain list is for the input embedding."""
+        indices = self.settings.get("trainable_token_indices") or []
+        if isinstance(indices, dict):
+            indices = next((rows for name, rows in indices.items() if module.endswith(name)), [])
+        return tuple(int(index) for index in indices)
 
 
 def read_adapter(folder: Path) -> Adapter:
     """Open an adapter and sort its tensors by module.
 
     Raises:
-        ExportError: It cannot be read or merged, a tensor is none of an adapter, or it was never
-            trained.
+        ExportError: It cannot be read or merged, a tensor does not belong to an adapter, or it was
+            never trained.
     """
     try:
         settings = with_peft_defaults(read_adapter_config(folder))
@@ -165,10 +161,10 @@ def read_adapter(folder: Path) -> Adapter:
     shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     if not shapes:
         raise ExportError(f"{file} holds no tensors; nothing was written")
-    modules, strange = _sort(shapes)
-    if strange:
+    modules, unknown = _sort(shapes)
+    if unknown:
         raise ExportError(
-            f"{file} holds {len(strange)} tensors that no adapter has: {some(strange)}; nothing was"
+            f"{file} holds {len(unknown)} tensors that no adapter has: {some(unknown)}; nothing was"
             " written"
         )
     adapter = Adapter(
@@ -191,74 +187,67 @@ def read_adapter(folder: Path) -> Adapter:
     return adapter
 
 
-def _sort(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Parts], list[str]]:
-    """Modules with their parts, and names that are none."""
-    modules: dict[str, Parts] = {}
-    strange = []
+def _sort(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, ModuleTensors], list[str]]:
+    """Return the tensors by module, and names that no adapter has."""
+    modules: dict[str, ModuleTensors] = {}
+    unknown = []
     for name in sorted(shapes):
         match = _NAME.fullmatch(name)
         if match is None:
-            strange.append(name)
+            unknown.append(name)
             continue
-        parts = modules.setdefault(match["module"], Parts(match["module"]))
+        parts = modules.setdefault(match["module"], ModuleTensors(match["module"]))
         parts.keys[_PARTS[match["part"]]] = name
-    return modules, strange
+    return modules, unknown
 
 
 def _find_incomplete(adapter: Adapter) -> Iterator[str]:
-    """Matrices without a partner, or of another kind than linear and embedding layers have."""
+    """Find matrices without a partner, or with shapes of other layers than linear and embedding."""
     for module, parts in adapter.modules.items():
-        for first, second in (("a", "b"), ("embedding_a", "embedding_b")):
-            here = [part for part in (first, second) if part in parts.keys]
-            if len(here) == 1:
-                yield f"{parts.keys[here[0]]} is no LoRA pair: its partner is missing"
-            elif here:
-                a, b = (adapter.shapes[parts.keys[part]] for part in here)
+        has_matrices = "a" in parts.keys or "embedding_a" in parts.keys
+        for pair in (("a", "b"), ("embedding_a", "embedding_b")):
+            stored = [parts.keys[part] for part in pair if part in parts.keys]
+            if len(stored) == 1:
+                yield f"{stored[0]} is no LoRA pair: its partner is missing"
+            elif stored:
+                a, b = (adapter.shapes[key] for key in stored)
                 if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
                     yield (
                         f"{module} has matrices of shapes {a} and {b}; only linear and embedding"
                         " layers can be merged"
                     )
-        if ("magnitude" in parts.keys) != bool(adapter.settings.get("use_dora")) and {
-            "a",
-            "embedding_a",
-        } & parts.keys.keys():
-            yield (
-                f"{module}: use_dora={bool(adapter.settings.get('use_dora'))} in {ADAPTER_CONFIG},"
-                " which its tensors contradict"
-            )
-        if {"b_bias", "magnitude"} & parts.keys.keys() and not {
-            "a",
-            "embedding_a",
-        } & parts.keys.keys():
+        use_dora = bool(adapter.settings.get("use_dora"))
+        if has_matrices and ("magnitude" in parts.keys) != use_dora:
+            yield f"{module}: use_dora={use_dora} in {ADAPTER_CONFIG}, which its tensors contradict"
+        if not has_matrices and ("b_bias" in parts.keys or "magnitude" in parts.keys):
             yield f"{some(sorted(parts.keys.values()))} is no LoRA pair: the matrices are missing"
 
 
 def _find_contradictions(adapter: Adapter) -> Iterator[str]:
-    """What the settings announce and no tensor brings."""
-    parts = {part for found in adapter.modules.values() for part in found.keys}
+    """Find settings that name tensors which are not in the file."""
+    parts = {part for module in adapter.modules.values() for part in module.keys}
     if adapter.settings.get("trainable_token_indices") and "token_rows" not in parts:
         yield f"{ADAPTER_CONFIG} has trainable_token_indices, and no tensor holds trained rows"
-    whole = [
-        module
-        for module, found in adapter.modules.items()
-        if {"weight", "bias"} & found.keys.keys()
+    saved_modules = [
+        name
+        for name, module in adapter.modules.items()
+        if "weight" in module.keys or "bias" in module.keys
     ]
-    saved = adapter.settings.get("modules_to_save") or []
-    # peft lists every name that a head of the task may have; a model has one of them.
+    names = adapter.settings.get("modules_to_save") or []
+    # peft lists every name that a head of the task may have, of which a model has one.
     task = headed_task(adapter.settings.get("task_type"))
     heads = task.heads if task is not None else ()
-    found_head = any(module.split(".")[0] in heads for module in whole)
-    for name in saved:
-        if not any(is_saved(module, name) for module in whole) and not (
-            name in heads and found_head
-        ):
+    has_head = any(module.split(".")[0] in heads for module in saved_modules)
+    for name in names:
+        is_saved = any(is_module_to_save(module, name) for module in saved_modules)
+        if not is_saved and not (name in heads and has_head):
             yield f"{ADAPTER_CONFIG} has {name} among modules_to_save, and no tensor of it"
 
 
-def is_saved(module: str, name: str) -> bool:
-    """Whether a name in ``modules_to_save`` means this module, or one that it is a part of, by its
-    end as peft compares it.
+def is_module_to_save(module: str, name: str) -> bool:
+    """Return whether a name in ``modules_to_save`` is that of a module or of one around it.
+
+    Ends of names are compared, as peft does.
     """
     while module:
         if module.endswith(name):
@@ -268,7 +257,7 @@ def is_saved(module: str, name: str) -> bool:
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse what plain arithmetic on weights would merge wrongly."""
+    """Refuse settings that plain arithmetic on weights would merge wrongly."""
     if settings.get("peft_type") != "LORA":
         raise ExportError(
             f"{folder / ADAPTER_CONFIG}: peft_type {settings.get('peft_type')} is not supported,"

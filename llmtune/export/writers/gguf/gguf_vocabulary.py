@@ -1,10 +1,9 @@
-"""A tokenizer as llama.cpp needs it: what transformers runs is read, and only what llama.cpp runs
-the same way is written.
+"""Translate the tokenizer that transformers runs into the keys that llama.cpp reads.
 
 llama.cpp has two tokenizers for these models: ``gpt2`` (byte-level BPE with a named splitting rule)
 and ``llama`` (SentencePiece BPE: characters are joined by the score of the token that they make). A
-name that does not fit would give other ids, and a model that talks worse for no visible reason; so
-what is not known is refused.
+wrong name would give other ids, and worse answers without any visible reason; so a tokenizer that
+is not known to run the same way in llama.cpp is refused.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.base import some
+from llmtune.export.sources.tensor_source import some
 from llmtune.model.tokenizer import end_of_turn_ids
 
-#: As ``gguf.TokenType`` has them.
+#: The values of ``gguf.TokenType``, without an import of gguf.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _SPACE = "\u2581"
@@ -33,8 +32,8 @@ _CASED = (
 )
 _CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-# : How text is split before merging, and whether whole words of the vocabulary skip the merges ->
-# llama.cpp's name.
+#: How text is split before merging, and whether words of the vocabulary skip the merges ->
+#: llama.cpp's name of the splitting rule.
 _SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     (("gpt2",), False): "gpt-2",
     (("digits", "gpt2"), False): "smollm",
@@ -64,12 +63,12 @@ class Vocabulary:
     pre: str
     """llama.cpp's name of the splitting rule."""
     tokens: list[str]
-    """One for every row of the embedding."""
+    """One per row of the embedding."""
     types: list[int]
     scores: list[float] | None
     merges: list[str] | None
     special_ids: dict[str, int]
-    """Of ``bos eos unk pad eot`` those that there are."""
+    """Those of ``bos eos unk pad eot`` that exist."""
     stops: list[str]
     """Tokens that end an answer."""
     add_bos: bool
@@ -77,17 +76,17 @@ class Vocabulary:
     add_space_prefix: bool
     chat_template: str | dict[str, str] | None
     notes: list[str]
-    """What llama.cpp does otherwise, for the user to read."""
+    """Differences between llama.cpp and transformers, for the user to read."""
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """The tokenizer that transformers loads from ``folder``.
+    """Read the tokenizer that transformers loads from ``folder``.
 
     Args:
-        rows: Of the embedding; rows that no token uses become ``[PADn]``.
+        rows: Rows of the embedding; those that no token uses become ``[PADn]``.
 
     Raises:
-        ExportError: There is none, or llama.cpp would tokenize otherwise.
+        ExportError: There is none, or llama.cpp would tokenize differently.
     """
     from transformers import AutoTokenizer
 
@@ -102,11 +101,11 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
             "export=gguf needs a tokenizer.json (a fast tokenizer); save the base's tokenizer"
             " with one"
         )
-    # transformers builds some tokenizers anew; what it runs counts, and not what lies in the file.
+    # transformers rebuilds some tokenizers; what it runs counts, and not what the file says.
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    kind = _kind(state)
-    notes: list[str] = []
-    _check_normalizers(state, notes)
+    kind = _find_model(state)
+    notes = _find_normalizer_notes(state)
+
     pre, merges, prefix = "default", None, False
     if kind == "gpt2":
         pre = _split_name(state)
@@ -117,11 +116,12 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
             )
     else:
         prefix = _prefixes_space(state, notes)
+
     tokens, types = _tokens(tokenizer, state, rows, notes)
     special = _special_ids(tokenizer, tokens)
     if kind == "llama" and "unk" in special:
         types[special["unk"]] = UNKNOWN
-    add_bos, add_eos = _added_around(tokenizer)
+    add_bos, add_eos = _find_added_tokens(tokenizer)
     return Vocabulary(
         model=kind,
         pre=pre,
@@ -140,7 +140,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
 
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
-    """Put it into a ``gguf.GGUFWriter``."""
+    """Add the vocabulary to a ``gguf.GGUFWriter``."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -151,7 +151,7 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         writer.add_token_merges(vocabulary.merges)
     for name, token in vocabulary.special_ids.items():
         getattr(writer, f"add_{name}_token_id")(token)
-    # Said in every case: llama.cpp's own choice depends on the splitting rule.
+    # Always written: llama.cpp's own default depends on the splitting rule.
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
@@ -164,7 +164,8 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         writer.add_chat_template(template)
 
 
-def _kind(state: dict[str, Any]) -> str:
+def _find_model(state: dict[str, Any]) -> str:
+    """Return llama.cpp's name of the tokenizer: ``gpt2`` or ``llama``."""
     model = state["model"]
     if model["type"] != "BPE":
         raise ExportError(
@@ -187,20 +188,19 @@ def _kind(state: dict[str, Any]) -> str:
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer without nesting."""
+    """Flatten a normalizer or pre-tokenizer."""
     if part is None:
         return []
     if part["type"] != "Sequence":
         return [part]
-    return [
-        step
-        for inner in part.get("pretokenizers", part.get("normalizers", []))
-        for step in _steps(inner)
-    ]
+    steps = []
+    for inner in part.get("pretokenizers", part.get("normalizers", [])):
+        steps += _steps(inner)
+    return steps
 
 
 def _split_name(state: dict[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level tokenizer splits."""
+    """Return llama.cpp's name of the splitting rule of a byte-level tokenizer."""
     signature: list[str] = []
     for step in _steps(state["pre_tokenizer"]):
         if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
@@ -208,7 +208,8 @@ def _split_name(state: dict[str, Any]) -> str:
         elif step["type"] == "Digits" and step["individual_digits"]:
             signature.append("digits")
         elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-            signature += ["gpt2"] if step["use_regex"] else []
+            if step["use_regex"]:
+                signature.append("gpt2")
         else:
             signature.append(json.dumps(step))
     ignore_merges = bool(state["model"].get("ignore_merges"))
@@ -223,14 +224,16 @@ def _split_name(state: dict[str, Any]) -> str:
     return name
 
 
-def _check_normalizers(state: dict[str, Any], notes: list[str]) -> None:
+def _find_normalizer_notes(state: dict[str, Any]) -> list[str]:
+    """Refuse unknown normalizers; return notes about those that llama.cpp leaves out."""
+    notes = []
     for step in _steps(state["normalizer"]):
-        spaces = (
+        replaces_spaces = (
             step["type"] == "Replace"
             and step["pattern"] == {"String": " "}
             and step["content"] == _SPACE
         )
-        if spaces or (step["type"] == "Prepend" and step["prepend"] == _SPACE):
+        if replaces_spaces or (step["type"] == "Prepend" and step["prepend"] == _SPACE):
             continue
         if step["type"] not in ("NFC", "NFKC"):
             raise ExportError(
@@ -241,10 +244,11 @@ def _check_normalizers(state: dict[str, Any], notes: list[str]) -> None:
             f"llama.cpp leaves out the tokenizer's {step['type']}: give it text that is"
             " normalized so"
         )
+    return notes
 
 
 def _prefixes_space(state: dict[str, Any], notes: list[str]) -> bool:
-    """Whether a SentencePiece tokenizer puts a space before a text."""
+    """Return whether a SentencePiece tokenizer puts a space before a text."""
     steps = _steps(state["pre_tokenizer"])
     if not steps:
         return any(step["type"] == "Prepend" for step in _steps(state["normalizer"]))
@@ -279,9 +283,11 @@ def _join(pair: str | list[str]) -> str:
 def _tokens(
     tokenizer: Any, state: dict[str, Any], rows: int, notes: list[str]
 ) -> tuple[list[str], list[int]]:
-    """Text and type of every row."""
+    """Return text and type of every row of the embedding."""
     known = {token: text for text, token in tokenizer.get_vocab().items()}
     added = {entry["id"]: entry for entry in state["added_tokens"]}
+
+    # Added tokens without a row are left out; other tokens must have one.
     beyond = sorted(token for token in known if token >= rows)
     if any(token not in added for token in beyond):
         raise ExportError(
@@ -293,6 +299,8 @@ def _tokens(
             "tokens without a row of embedding are left out:"
             f" {some([known[token] for token in beyond])}"
         )
+
+    # Rows without a token get a text that no token has.
     texts = set(known.values())
     tokens, types = [], []
     for token in range(rows):
@@ -302,8 +310,10 @@ def _tokens(
             while text in texts:
                 text = f"[{text}]"
         elif token in added:
-            kind = CONTROL if added[token]["special"] else USER_DEFINED
-            text = text.replace(_SPACE, " ") if kind == USER_DEFINED else text
+            kind = CONTROL
+            if not added[token]["special"]:
+                kind = USER_DEFINED
+                text = text.replace(_SPACE, " ")
             if added[token]["lstrip"] or added[token]["rstrip"]:
                 notes.append(f"llama.cpp does not take away the spaces around {text}")
         elif state["model"].get("byte_fallback") and _BYTE_TOKEN.fullmatch(text):
@@ -314,11 +324,11 @@ def _tokens(
 
 
 def _scores(state: dict[str, Any], tokens: list[str], types: list[int]) -> list[float]:
-    """The earlier a token is made by merging, the higher its score.
+    """Return the score of every token: the earlier its merge, the higher.
 
     Raises:
-        ExportError: Some pairs of tokens that make a token are no merge, and llama.cpp would join
-            them; or bytes are missing.
+        ExportError: llama.cpp would join two tokens that the tokenizer does not merge; or byte
+            tokens are missing.
     """
     if types.count(BYTE) != 256:
         raise ExportError(
@@ -332,13 +342,14 @@ def _scores(state: dict[str, Any], tokens: list[str], types: list[int]) -> list[
     }
     for rank, pair in enumerate(state["model"]["merges"]):
         ranks.setdefault(_join(pair).replace(" ", ""), rank)
+    # llama.cpp joins any two tokens whose texts make a third one.
     normal = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}
-    missing = [
-        f"{text[:cut]} {text[cut:]}"
-        for text in sorted(normal)
-        for cut in range(1, len(text))
-        if text[:cut] in normal and text[cut:] in normal and (text[:cut], text[cut:]) not in merges
-    ]
+    missing = []
+    for text in sorted(normal):
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if left in normal and right in normal and (left, right) not in merges:
+                missing.append(f"{left} {right}")
     if missing:
         raise ExportError(
             f"export=gguf: llama.cpp joins any two tokens that make a third, and {len(missing)}"
@@ -349,7 +360,7 @@ def _scores(state: dict[str, Any], tokens: list[str], types: list[int]) -> list[
 
 
 def _special_ids(tokenizer: Any, tokens: list[str]) -> dict[str, int]:
-    """Those that have a row."""
+    """Return the special tokens that have a row of the embedding."""
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     if ids["eos"] is None or ids["eos"] >= len(tokens):
         raise ExportError(
@@ -362,23 +373,20 @@ def _special_ids(tokenizer: Any, tokens: list[str]) -> dict[str, int]:
     return {name: token for name, token in ids.items() if token is not None and token < len(tokens)}
 
 
-def _added_around(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether transformers puts bos before, and eos behind, a text.
+def _find_added_tokens(tokenizer: Any) -> tuple[bool, bool]:
+    """Return whether transformers puts bos before a text, and whether it puts eos behind it.
 
     Raises:
-        ExportError: It puts something else there.
+        ExportError: It adds other tokens.
     """
-    plain, whole = (
-        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
-    )
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for add_bos in (False, True):
         for add_eos in (False, True):
-            if (
-                whole
-                == [tokenizer.bos_token_id] * add_bos + plain + [tokenizer.eos_token_id] * add_eos
-            ):
+            if with_special == [bos] * add_bos + plain + [eos] * add_eos:
                 return add_bos, add_eos
     raise ExportError(
-        f"export=gguf: the tokenizer makes {tokenizer.convert_ids_to_tokens(whole)} of 'a'; "
+        f"export=gguf: the tokenizer makes {tokenizer.convert_ids_to_tokens(with_special)} of 'a'; "
         "llama.cpp can add bos_token and eos_token only"
     )
