@@ -118,7 +118,7 @@ class Answers:
             self.errors[unit.name] = math.nan
             return
         found = self._reference.with_weights_of(self._merged, unit, arguments)
-        self.errors[name] = relative_error(found, output, centerd=False)
+        self.errors[name] = relative_error(found, output, centered=False)
         sizes = tuple(given.abs() if given.is_floating_point() else given for given in arguments)
         bound = self._reference.with_weights_of(self._half_units, unit, sizes).abs()
         arithmetic = _ARITHMETIC * output.norm(dim=-1, keepdim=True)
@@ -142,15 +142,15 @@ class Answers:
             )
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor, centerd: bool = True) -> float:
+def relative_error(found: torch.Tensor, expected: torch.Tensor, centered: bool = True) -> float:
     """Largest over positions of the length of the difference by the length of what is expected; NaN
     is the largest.
 
     Args:
-        centerd: Take the mean off first; logits mean the same with any number added, unless there
+        centered: Take the mean off first; logits mean the same with any number added, unless there
             is only one.
     """
-    if centerd and expected.shape[-1] > 1:
+    if centered and expected.shape[-1] > 1:
         found, expected = (
             found - found.mean(-1, keepdim=True),
             expected - expected.mean(-1, keepdim=True),
