@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.export.model import ExportRequest
+from llmtune.export.pipeline import run_export
 from llmtune.storage.safetensors_writer import TensorFile
 
 write = TensorFile.write
@@ -24,7 +25,7 @@ def write_slowly(file: TensorFile, tensor: Any) -> None:
 
 if __name__ == "__main__":
     base, adapter, output = map(Path, sys.argv[1:])
-    TensorFile.write = write_slowly  # type: ignore[method-assign]
+    TensorFile.write = write_slowly  # type: ignore[method-assign, assignment]
     run_export(
         ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output),
         ExportConfig(max_shard_bytes=40_000),

@@ -20,8 +20,8 @@ from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
 from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.merge.merged_source import MergedSource
-from llmtune.export.model import ExportModel, open_material
-from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.export.model import ExportModel, ExportRequest, open_material
+from llmtune.export.pipeline import run_export
 from llmtune.export.publish.shards import Journal
 from llmtune.export.sources.base import SafetensorsSource, TensorSource, read_whole
 from llmtune.export.sources.bitsandbytes import Bnb4bitSource, is_bnb_folder, open_base

@@ -17,7 +17,8 @@ from llmtune.export.identity import (
     is_export_of,
     shaping_options,
 )
-from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.export.model import ExportRequest
+from llmtune.export.pipeline import run_export
 from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
 from tests.export.conftest import make_adapter
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.export.merge.adapter import read_adapter
 from llmtune.export.merge.merged_source import MergedSource
-from llmtune.export.pipeline import ExportRequest, run_export
+from llmtune.export.model import ExportRequest
+from llmtune.export.pipeline import run_export
 from llmtune.export.sources.base import Retyped, SafetensorsSource, read_whole
 from llmtune.export.verify.expected import Expectations, find_expected
 from llmtune.export.verify.recompute import Agreement, Recomputation

@@ -12,7 +12,7 @@ import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.config.schema import ModelConfig, Precision, TunerConfig, TunerKind
 from llmtune.plan.memory.adapted_layers import choose_layers, linear_layers, matrix_sides
@@ -20,6 +20,9 @@ from llmtune.plan.memory.lora import lora_rank
 from llmtune.plan.memory.model_shape import ModelShape, load_architecture
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.process import hold_interruptions
+
+if TYPE_CHECKING:
+    import torch
 
 # : After the first layer, its input is no intermediate result; from the second on, each adds the
 # same.
@@ -380,7 +383,7 @@ def _activation_bytes(snapshot: dict[Any, dict[Any, int]]) -> int:
     return sum(value for name, value in names.items() if name in ("Activation", "Temp", "Gradient"))
 
 
-def _dtype(precision: Precision) -> Any:
+def _dtype(precision: Precision) -> torch.dtype:
     import torch
 
     return {

@@ -362,7 +362,8 @@ def rope_factors(settings: Any) -> np.ndarray[Any, Any] | None:
     plain = 1.0 / settings.rope_parameters["rope_theta"] ** (
         torch.arange(0, head, 2, dtype=torch.float32) / head
     )
-    return (plain / scaled).to(torch.float32).numpy()
+    factors: torch.Tensor = plain / scaled
+    return factors.to(torch.float32).numpy()
 
 
 def _converted(
