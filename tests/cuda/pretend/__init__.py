@@ -213,12 +213,13 @@ def _module(device: Any) -> ModuleType:
 
 def show_gpus() -> None:
     """Have llmtune's planning see them, as cards that it knows."""
-    from llmtune.plan.devices import gpus
+    from llmtune.plan.devices import gpus, hardware
 
     card = gpus.Gpu("NVIDIA A100-SXM4-80GB", _total_memory(), 80)
     count = int(os.environ.get("PRETEND_DEVICES", 2))
-    patch.object(gpus, "visible_gpus", lambda: [card] * count).start()
-    patch.object(gpus, "check_kernels", lambda gpu: None).start()
+    for module in (gpus, hardware):
+        patch.object(module, "visible_gpus", lambda: [card] * count).start()
+    patch.object(hardware, "check_kernels", lambda gpu: None).start()
 
 
 def _total_memory() -> int:
