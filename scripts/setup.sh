@@ -199,7 +199,7 @@ main() {
     is_supported "$version" ||
         die "the Python of .venv is $version, and llmtune supports 3.11, 3.12 and 3.13: delete .venv, and run this script again"
     stamp=$({
-        cat setup.cfg pyproject.toml constraints.txt requirements-dev.lock scripts/setup.sh
+        cat setup.py setup.cfg pyproject.toml constraints.txt requirements-dev.lock scripts/setup.sh
         # A build of torch that ran with another driver or another card may not run now.
         if [ -n "$driver" ]; then echo "gpu $driver $capabilities"; fi
         if [ "${LLMTUNE_TORCH:-}" = cpu ]; then echo cpu; fi

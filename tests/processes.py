@@ -215,7 +215,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         request = {
             "arguments": [os.fsdecode(argument) for argument in a["args"]],
             "environment": environment,
-            "folder": os.fspath(a["cwd"] or os.getcwd()),
+            "folder": os.fspath(a["cwd"] or Path.cwd()),
             "umask": _umask(),
             "session": a["start_new_session"],
             "group": a["process_group"],
@@ -385,7 +385,7 @@ def _run(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=unbuffered or stream is sys.stderr)  # type: ignore[union-attr]
     path = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    first = [] if os.environ.get("PYTHONSAFEPATH") else ["" if kind == "-c" else os.getcwd()]
+    first = [] if os.environ.get("PYTHONSAFEPATH") else ["" if kind == "-c" else str(Path.cwd())]
     sys.path[:] = [*first, *path, *_SYS_PATH]
     importlib.invalidate_caches()
     try:

@@ -144,7 +144,7 @@ def wait_for_all(ranks: Sequence[subprocess.Popen[Any]], timeout: float) -> list
 
 
 def train_engines(
-    tasks: list[dict[str, Any]],
+    tasks: Sequence[Any],
     world_size: int,
     folder: Path,
     timeout: float = 300,
@@ -177,9 +177,9 @@ def train_engines(
     try:
         codes = wait_for_all(ranks, timeout)
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        for process in ranks:
+            process.kill()
+            process.wait()
         remove_shared_buffers(port)
     assert codes == [0] * world_size, "\n".join(log.read_text()[-3000:] for log in logs)
     return list(json.loads(result.read_text()))

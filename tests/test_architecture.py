@@ -478,10 +478,9 @@ def test_every_public_function_says_what_it_is_for() -> None:
             *tree.body,
             *(m for c in tree.body if isinstance(c, ast.ClassDef) for m in c.body),
         ]:
-            named = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith(
-                "_"
-            )
-            if named and not ast.get_docstring(node) and not _is_protocol_stub(node):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if not ast.get_docstring(node) and not _is_protocol_stub(node):
                 silent.append(f"{relative(path)}:{node.lineno} {node.name}")
     assert not silent
 

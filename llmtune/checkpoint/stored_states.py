@@ -126,7 +126,8 @@ def map_slices(stored: dict[str, StoredParameter], kind: str) -> dict[str, list[
     mapped: dict[str, list[TensorSlice]] = {name: [] for name in stored}
     for name, parameter in stored.items():
         for piece in parameter.slices:
-            values = handles[piece.file].get_tensor(f"{name}/{kind}")
+            handle: Any = handles[piece.file]
+            values = handle.get_tensor(f"{name}/{kind}")
             mapped[name].append(TensorSlice(piece.start, values.reshape(-1)))
     return mapped
 

@@ -79,7 +79,8 @@ def schema() -> DictConfig:
     """All keys with their types and defaults; to be merged with, which copies it, and not to be
     changed.
     """
-    return OmegaConf.structured(Config)
+    schema: DictConfig = OmegaConf.structured(Config)
+    return schema
 
 
 def to_plain(config: Any) -> Any:
@@ -109,7 +110,8 @@ def redact_config(config: Config) -> Config:
     """The config with ``***NAME***`` for secrets; compare two of these, since a stored config is
     one.
     """
-    return _redacted(config)
+    redacted: Config = _redacted(config)
+    return redacted
 
 
 def _redacted(config: Any) -> Any:

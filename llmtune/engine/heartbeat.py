@@ -110,6 +110,6 @@ def _is_near_limit() -> bool:
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     if limit == resource.RLIM_INFINITY:
         return False
-    with open("/proc/self/status") as status:
+    with Path("/proc/self/status").open() as status:
         kilobytes = next((int(line.split()[1]) for line in status if line.startswith("VmData:")), 0)
     return kilobytes * 1024 > _NEAR_LIMIT * limit

@@ -71,7 +71,7 @@ def zero_init(deepspeed_config: dict[str, Any]) -> AbstractContextManager[Any]:
     """
     import deepspeed
 
-    class Init(deepspeed.zero.Init):
+    class Init(deepspeed.zero.Init):  # type: ignore[misc]
         """Without the broadcast."""
 
         def _zero_init_param(self, param: Any) -> None:

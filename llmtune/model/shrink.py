@@ -95,8 +95,12 @@ def _shorten_lists(small: Any, before: int, layers: int) -> None:
 def _narrow(small: Any) -> None:
     heads = getattr(small, "num_attention_heads", None)
     kept = min(_HEADS, int(heads)) if heads else _HEADS
-    width = kept * _HEAD_SIZE
-    grouped = getattr(small, "num_key_value_heads", None) or getattr(small, "num_kv_heads", None)
+    _narrow_widths(small, kept * _HEAD_SIZE)
+    _narrow_heads(small, heads, kept)
+    _narrow_state_space(small, heads, kept)
+
+
+def _narrow_widths(small: Any, width: int) -> None:
     before = int(small.hidden_size)
     for name, value in list(vars(small).items()):
         if isinstance(value, int) and not isinstance(value, bool) and value > 64:
@@ -110,15 +114,25 @@ def _narrow(small: Any) -> None:
     for part in (small, getattr(small, "ffn_config", None)):
         if getattr(part, "hidden_size", None):
             setattr(part, "hidden_size", width)  # noqa: B010
+
+
+def _narrow_heads(small: Any, heads: int | None, kept: int) -> None:
+    grouped = getattr(small, "num_key_value_heads", None) or getattr(small, "num_kv_heads", None)
     if heads:
         small.num_attention_heads = kept
     for name in ("head_dim", "kv_channels"):
         # What is computed from others is no number of its own.
         if isinstance(vars(small).get(name), int):
             # DeepSeek's is that of the rotated part of a head.
-            setattr(
-                small, name, _NARROW if getattr(small, "qk_rope_head_dim", None) else _HEAD_SIZE
-            )
+            rotated = getattr(small, "qk_rope_head_dim", None)
+            setattr(small, name, _NARROW if rotated else _HEAD_SIZE)
+
+    # As many groups as heads stay as many, one stays one, and others become half.
+    groups = max(1, kept // 2)
+    if grouped == heads:
+        groups = kept
+    elif grouped == 1:
+        groups = 1
     for part in (small, getattr(small, "attn_config", None)):
         for name in (
             "num_key_value_heads",
@@ -127,8 +141,10 @@ def _narrow(small: Any) -> None:
             "kv_n_heads",
         ):
             if getattr(part, name, None):
-                same, one = grouped == heads, grouped == 1
-                setattr(part, name, kept if same else 1 if one else max(1, kept // 2))
+                setattr(part, name, groups)
+
+
+def _narrow_state_space(small: Any, heads: int | None, kept: int) -> None:
     # The inner width of a state-space layer: as many heads as make it whole.
     if getattr(small, "mamba_n_heads", None) or getattr(small, "n_mamba_heads", None):
         expand = int(getattr(small, "mamba_expand", 2))
@@ -139,6 +155,6 @@ def _narrow(small: Any) -> None:
             if getattr(small, name, None):
                 setattr(small, name, _HEAD_SIZE)
         if getattr(small, "mamba_d_ssm", None):
-            small.mamba_d_ssm = expand * width
+            small.mamba_d_ssm = expand * kept * _HEAD_SIZE
     elif not heads and getattr(small, "num_heads", None):
         small.num_heads = int(getattr(small, "expand", 2)) * kept

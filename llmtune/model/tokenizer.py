@@ -33,6 +33,7 @@ def load_tokenizer(
     with no_collection():
         from transformers import AutoTokenizer
 
+    tokenizer: PreTrainedTokenizerBase
     if config.trust_remote_code and code_of is not None:
         kind = type(AutoTokenizer.from_pretrained(str(code_of), trust_remote_code=True))
         tokenizer = kind.from_pretrained(str(folder))

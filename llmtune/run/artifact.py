@@ -147,13 +147,14 @@ def _load_weights(target: Target) -> Any:
 
     from llmtune.model.build import WeightsTo, build_model
     from llmtune.plan.abilities import attention_kernels
-    from llmtune.plan.devices import hardware
+    from llmtune.plan.devices.gpus import visible_gpus
+    from llmtune.plan.devices.hardware import resolve_accelerator
     from llmtune.plan.memory.model_shape import build_meta_model
     from llmtune.plan.plan import resolve_attention
 
     config = target.config
-    accelerator = hardware.resolve_accelerator(config.hardware.accelerator)
-    capability = hardware.visible_gpus()[0].compute_capability if accelerator == "cuda" else 0
+    accelerator = resolve_accelerator(config.hardware.accelerator)
+    capability = visible_gpus()[0].compute_capability if accelerator == "cuda" else 0
     trusted = config.model.trust_remote_code
     architecture = AutoConfig.from_pretrained(str(target.model_folder), trust_remote_code=trusted)
     kernels = attention_kernels(build_meta_model(architecture, trusted)[0])

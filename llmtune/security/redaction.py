@@ -258,5 +258,6 @@ def _to_find(part: str) -> Iterator[tuple[Form, str]]:
 
 def _is_worth_hiding(value: str) -> bool:
     # HF_TOKEN_PATH and GOOGLE_APPLICATION_CREDENTIALS name files.
-    is_path = value.startswith(("/", "~", "./")) and os.path.exists(os.path.expanduser(value))
+    # Path would raise for a name that is too long, or a user that is not known.
+    is_path = value.startswith(("/", "~", "./")) and os.path.exists(os.path.expanduser(value))  # noqa: PTH110, PTH111
     return value.lower() not in _PLAIN_WORDS and not is_path

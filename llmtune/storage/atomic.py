@@ -46,7 +46,7 @@ def write_atomically(path: Path, data: str | bytes) -> None:
             file.write(_encode(data))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        aside.replace(path)
         os.fsync(folder)
     except OSError:
         aside.unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def write_cache_file(path: Path, data: str | bytes) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
     try:
         aside.write_bytes(_encode(data))
-        os.replace(aside, path)
+        aside.replace(path)
     except OSError:
         aside.unlink(missing_ok=True)
         raise

@@ -77,7 +77,7 @@ def _take(path: Path) -> IO[str]:
         # Its last holder may have removed it, with the folder, since it was opened here. Then
         # others lock another file of that name.
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()
 
@@ -95,7 +95,7 @@ def removed_if_unused(path: Path) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            if path in _held and not was_there and os.listdir(path.parent) == [path.name]:
+            if path in _held and not was_there and list(path.parent.iterdir()) == [path]:
                 path.unlink()
                 path.parent.rmdir()
         raise

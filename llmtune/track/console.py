@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any, cast
 
 from rich.console import Console as RichConsole
@@ -34,7 +35,8 @@ class Console:
         """
         self.is_heard = stream is not None
         """Whether there is a terminal to write to."""
-        opened = stream or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
+        # Lives as long as the process.
+        opened = stream or Path(os.devnull).open("w")  # noqa: SIM115
         self._out = cast("IO[str]", _LastingStream(opened))
         self._rich = RichConsole(file=self._out, highlight=False, soft_wrap=True)
         self._line_open = self._line_passes = False

@@ -59,14 +59,14 @@ def _ways_of(kind: Any, argument: Any) -> float:
                     "it repeats what can itself be matched in several ways, such as (a+)+ or (a|b)*"
                 )
             return _NAME_LENGTH if endless else min(_NAME_LENGTH, most - least + 1)
-        return (most - least + 1) * _ways(inner)
+        return float(most - least + 1) * _ways(inner)
     if kind is kinds.BRANCH:
         _, branches = argument
         # Of names that differ in their first character, one at the most goes on.
         heads = [_head(branch) for branch in branches]
         distinct = None not in heads and len(set(heads)) == len(heads)
-        inner = [_ways(branch) for branch in branches]
-        return max(inner) if distinct else sum(inner)
+        ways = [_ways(branch) for branch in branches]
+        return max(ways) if distinct else sum(ways)
     if kind is kinds.SUBPATTERN:
         return _ways(argument[-1])
     if kind is kinds.ATOMIC_GROUP:

@@ -47,7 +47,7 @@ def pauses(folder: Path) -> list[float]:
 def step_seconds(folder: Path) -> float:
     """Median length of a step."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(record["seconds"] for record in records if "seconds" in record)
+    return statistics.median(float(record["seconds"]) for record in records if "seconds" in record)
 
 
 def main() -> None:

@@ -178,7 +178,8 @@ SIDES = {"llmtune": run_llmtune, "deepspeed": run_deepspeed}
 def measure(side: str, checkpoint: Path, output: Path) -> dict[str, Any]:
     """One conversion in a process of its own, and its peak of anonymous memory."""
     command = [sys.executable, __file__, "--side", side, str(checkpoint), str(output)]
-    return run_watched(command, anonymous, DS_ACCELERATOR="cpu")
+    found: dict[str, Any] = run_watched(command, anonymous, DS_ACCELERATOR="cpu")
+    return found
 
 
 def differing(one: Path, other: Path) -> tuple[int, list[str]]:
@@ -200,7 +201,9 @@ def open_all(folder: Path) -> dict[str, Any]:
     """Tensor -> the file that holds it."""
     from safetensors import safe_open
 
-    files = [safe_open(str(file), framework="pt") for file in sorted(folder.glob("*.safetensors"))]
+    files: list[Any] = [
+        safe_open(str(file), framework="pt") for file in sorted(folder.glob("*.safetensors"))
+    ]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
 
 

@@ -96,7 +96,8 @@ def run_trl(source: Path, folder: Path, model: Path, workers: str) -> dict[str, 
         num_hidden_layers=1,
         num_attention_heads=1,
     )
-    tiny = LlamaForCausalLM(shape).to(torch.float32)
+    tiny: Any = LlamaForCausalLM(shape)
+    tiny.to(torch.float32)
     config = SFTConfig(
         output_dir=str(folder / "out"),
         packing=True,
@@ -124,9 +125,10 @@ def run_trl(source: Path, folder: Path, model: Path, workers: str) -> dict[str, 
 
 def measure(command: list[str]) -> dict[str, Any]:
     """Run a side and watch the memory of its process tree."""
-    return run_watched(
+    found: dict[str, Any] = run_watched(
         command, resident, 0.1, OMP_NUM_THREADS="2", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
     )
+    return found
 
 
 def main() -> None:
@@ -158,15 +160,15 @@ def main() -> None:
             f"{arguments.rows:,} rows, {source.stat().st_size / 1e6:,.0f} MB, {os.cpu_count()}"
             " cores"
         )
-        sides = [("llmtune", sys.executable, arguments.workers)]
+        sides: list[tuple[str, str, str]] = [("llmtune", sys.executable, arguments.workers)]
         if arguments.trl:
             sides += [("trl", arguments.trl, workers) for workers in ("1", "2")]
-        for side, python, workers in sides:
+        for name, python, workers in sides:
             command = [
                 python,
                 __file__,
                 "--side",
-                side,
+                name,
                 "--source",
                 str(source),
                 "--model",
@@ -174,7 +176,7 @@ def main() -> None:
             ]
             found = measure([*command, "--workers", workers])
             print(
-                f"{side:<8} workers {workers:<4} {found['tokens']:>12,} tokens "
+                f"{name:<8} workers {workers:<4} {found['tokens']:>12,} tokens "
                 f" {found['seconds']:7.1f} s  {found['tokens'] / found['seconds']:>9,.0f} tokens/s "
                 f" filled {found['packing_efficiency']:.2%}  peak PSS"
                 f" {found['pss_bytes'] / 1e6:,.0f} MB, RSS {found['rss_bytes'] / 1e6:,.0f} MB"

@@ -158,7 +158,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    whole: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)  # type: ignore[no-untyped-call]
+    whole: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
     whole.chat_template = "{% for message in messages %}{{ message['content'] }} </s>{% endfor %}"
     whole.save_pretrained(folder)
 
@@ -224,7 +224,7 @@ class Place:
         """Merge once, take the hashes of what was written, and delete it."""
         output = self.base.with_name("merged")
         try:
-            found = merge_peers.measure(self.command(side, output))
+            found: dict[str, Any] = merge_peers.measure(self.command(side, output))
             found["hashes"] = dict(merge_peers.hashes(output))
         finally:
             for folder in (
@@ -389,12 +389,12 @@ class Projection:
         """For an fp32 adapter of rank ``RANK`` on the layers of ``shapes``; as if its pages were
         copied.
         """
-        from llmtune.export.publish import shards
+        from llmtune.export.publish.shards import _AHEAD
         from llmtune.storage.row_blocks import BLOCK_ELEMENTS
 
         # Rounded blocks: waiting, one being written, one just computed. In fp32: the product and
         # the base's rows.
-        blocks = BLOCK_ELEMENTS * ((shards._AHEAD + 2) * 2 + 2 * 4)
+        blocks = BLOCK_ELEMENTS * ((_AHEAD + 2) * 2 + 2 * 4)
         adapter = max(RANK * (out + width) * 4 for out, width in shapes.values())
         return cls(import_bytes, blocks + adapter, shards)
 

@@ -131,7 +131,7 @@ class Commands:
         with self._lock:
             if self._closed:
                 raise RunFailedError("the checks were interrupted")
-            process = subprocess.Popen(
+            process: subprocess.Popen[bytes] = subprocess.Popen(
                 command,
                 cwd=ROOT,
                 env={**variables, **(environment or {})},

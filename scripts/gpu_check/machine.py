@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmtune.errors import MissingPrerequisiteError
-from llmtune.plan.devices import hardware
-from llmtune.plan.devices.gpus import hidden_gpus
+from llmtune.plan.devices import gpus
 from llmtune.units import format_bytes
 
 PACKAGES = ("llmtune", "torch", "deepspeed", "transformers", "peft", "bitsandbytes")
@@ -44,9 +43,9 @@ def find_machine(use_cpu: bool) -> Machine:
             versions=_versions(),
         )
     # As planning finds them.
-    gpus = hardware.visible_gpus()
-    if not gpus:
-        found = hidden_gpus()
+    visible = gpus.visible_gpus()
+    if not visible:
+        found = gpus.hidden_gpus()
         reason = (
             f"there are {found}, but torch cannot use them: bash scripts/setup.sh"
             if found
@@ -55,11 +54,11 @@ def find_machine(use_cpu: bool) -> Machine:
         raise MissingPrerequisiteError(
             f"no GPU: {reason}. --cpu runs the checks with the CPU in its place"
         )
-    first = gpus[0]
-    card = f"{len(gpus)} x {first.name}, {format_bytes(first.memory_bytes)}"
+    first = visible[0]
+    card = f"{len(visible)} x {first.name}, {format_bytes(first.memory_bytes)}"
     return Machine(
         device="cuda",
-        cards=len(gpus),
+        cards=len(visible),
         card=card,
         driver=_driver(),
         versions={**_versions(), "cuda": _cuda_version()},

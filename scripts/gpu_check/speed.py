@@ -86,7 +86,7 @@ def step_flops(plan: dict[str, Any], length: int) -> float:
     weights are not computed.
     """
     shape = plan["shape"]
-    forward = (
+    forward: float = (
         2.0 * shape["matrix_parameters"] + 2.0 * length * shape["attention_width"] * shape["layers"]
     )
     if shape["adapter_parameters"]:

@@ -198,7 +198,7 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
     assert held_out is not None
     losses.append(held_out[0])
     module.engine.destroy()
-    plain = load_plainly(folder, adapters, config.tuner.lora_r, config.tuner.lora_alpha)
+    plain = load_plainly(folder, adapters, config.tuner.lora_r, int(config.tuner.lora_alpha))
     reference, plain_norms = train_plainly(plain, steps, RATE, EPS)
     unplanned = sorted(
         trained ^ {f"base_model.model.{name}" if adapters else name for name in planned}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -29,10 +30,10 @@ def stand_in(rank: Rank, value: float) -> None:
         writer.start(f"model-{rank.rank}.safetensors", [TensorSpec("w", torch.float32, (8,))])
         writer.add(torch.full((8,), value))
 
-    save.add_weights = add_weights
-    save.add_states = lambda *_: None
-    save.optimizer_steps = lambda _: 1
-    save.read_loss_scale = lambda _: {}
+    patch.object(save, "add_weights", add_weights).start()
+    patch.object(save, "add_states", lambda *_: None).start()
+    patch.object(save, "optimizer_steps", lambda _: 1).start()
+    patch.object(save, "read_loss_scale", lambda _: {}).start()
 
 
 def attempt(rank: Rank, folder: Path, background: bool, value: float = 1.0) -> str:
@@ -72,14 +73,14 @@ def refuse_on(number: int, rank: Rank, names: str) -> None:
         return original(path, flags, *rest, **more)
 
     os.open = refusing
-    write_atomically = save.write_atomically
+    write_atomically = vars(save)["write_atomically"]
 
     def refuse_small(path: Path, data: bytes) -> None:
         if path.name.startswith(("written", names)):
             raise OSError(errno.ENOSPC, "No space left on device")
         write_atomically(path, data)
 
-    save.write_atomically = refuse_small
+    patch.object(save, "write_atomically", refuse_small).start()
 
 
 if __name__ == "__main__":

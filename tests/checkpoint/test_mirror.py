@@ -30,7 +30,7 @@ from tests.support import ROOT
 TIMEOUT = 30
 
 
-class FaultyFile(MemoryFile):
+class FaultyFile(MemoryFile):  # type: ignore[misc]
     """Tells its file system when it is written; later it is opened to be read, and closed again."""
 
     written = False
@@ -41,7 +41,7 @@ class FaultyFile(MemoryFile):
             FaultyFileSystem.on_written(self)
 
 
-class FaultyFileSystem(MemoryFileSystem):
+class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
     """A network that fails the first writes, flips a bit of some, or stands still; and remembers
     what it was asked.
     """
@@ -198,7 +198,7 @@ def test_waits_double(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 1.0)
-    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     stores.fail_writes = 1000
     copy("faulty://b", write_checkpoint(tmp_path, 10))
     assert waits == [1.0, 2.0, 4.0, 8.0]

@@ -187,7 +187,7 @@ def test_every_placement_reads_what_every_other_wrote(
 
 def test_pairs_are_really_covered() -> None:
     """The covering array leaves out no pair that the full product has."""
-    factors = (PLACES, TUNERS, PRECISIONS, RANKS)
+    factors: tuple[Any, ...] = (PLACES, TUNERS, PRECISIONS, RANKS)
     cells = pairs(*factors, allowed=has_tuner)
     for first, second in itertools.combinations(range(4), 2):
         wanted = {(a, b) for a, b in itertools.product(factors[first], factors[second])}

@@ -17,6 +17,7 @@ from llmtune.config.compose import compose_config, config_groups, with_overrides
 from llmtune.config.keys import is_text, known_keys, may_be_null
 from llmtune.config.overrides import Setting, read_override, unquote
 from llmtune.config.rules import PLACES
+from llmtune.config.schema import Config
 from llmtune.config.stored import (
     dump_redacted,
     dump_yaml,
@@ -216,8 +217,9 @@ def test_a_text_survives_the_run_folder(
     assert load_config(file) == config
 
 
-def compose_once() -> object:
-    return from_plain(PLAIN)
+def compose_once() -> Config:
+    config: Config = from_plain(PLAIN)
+    return config
 
 
 PLAIN = to_plain(compose_config(["model=tiny"]).config)

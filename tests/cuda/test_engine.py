@@ -148,7 +148,7 @@ def test_hpz_trains_on_the_weights_of_the_files(cache: Path, tmp_path: Path) -> 
     """
     hpz = "zero.deepspeed.zero_optimization.zero_hpz_partition_size=2"
     cells = [((3, "none"), tuner, "fp32", "padded") for tuner in TUNERS]
-    plain = [
+    plain: list[dict[str, Any]] = [
         {"overrides": overrides(cell, cache, tmp_path), "first": 0, "last": 3} for cell in cells
     ]
     split = [{**task, "overrides": [*task["overrides"], hpz]} for task in plain]

@@ -41,7 +41,7 @@ LAYERS = {"llama": GROUPED, "qwen3": GROUPED, "gemma2": GROUPED, "gpt_neox": {}}
 
 def row(*lengths: int) -> Row:
     tokens = sum(lengths)
-    return Row(np.arange(tokens) % 60, np.arange(tokens) % 3 == 0, lengths)
+    return Row(np.arange(tokens, dtype=np.int32) % 60, np.arange(tokens) % 3 == 0, lengths)
 
 
 def fake(batch: Batch, mode: FakeTensorMode) -> Batch:

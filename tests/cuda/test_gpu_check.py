@@ -239,7 +239,7 @@ def test_checks_are_chosen_by_pattern_or_by_part_of_their_name() -> None:
 def test_without_a_gpu_it_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmtune.plan.devices.hardware.visible_gpus", list)
+    monkeypatch.setattr("llmtune.plan.devices.gpus.visible_gpus", list)
     assert program.main([]) == 7
     assert "error: no GPU: " in capsys.readouterr().err
 

@@ -168,7 +168,12 @@ class Machine:
         (folder / "venv-version").write_text("3.11\n")
         (folder / "site/torch.py").write_text(TORCH)
         shutil.copy(ROOT / "scripts/setup.sh", self.project / "scripts")
-        texts = {"setup.cfg": "c\n", "pyproject.toml": "p\n", "constraints.txt": "torch==2.13.0\n"}
+        texts = {
+            "setup.py": "s\n",
+            "setup.cfg": "c\n",
+            "pyproject.toml": "p\n",
+            "constraints.txt": "torch==2.13.0\n",
+        }
         for name, text in {**texts, "requirements-dev.lock": "l\n"}.items():
             (self.project / name).write_text(text)
 
@@ -474,6 +479,7 @@ def test_without_a_gpu_nothing_is_different(
     assert (machine.torch_from, machine.torch) == ([] if installed else [CPU], expected)
     assert not any(line.startswith("kernel") for line in machine.log)
     files = (
+        "setup.py",
         "setup.cfg",
         "pyproject.toml",
         "constraints.txt",

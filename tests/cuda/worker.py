@@ -38,7 +38,7 @@ def _place() -> str:
     return "a thread of torch"
 
 
-def count_waits(seen: list[dict[str, int]]) -> None:
+def count_waits(seen: list[dict[str, Any]]) -> None:
     """Have every step add what it made the host wait for, and from where in llmtune, transformers,
     peft or DeepSpeed.
     """

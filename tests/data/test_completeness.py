@@ -538,7 +538,7 @@ def test_a_name_is_looked_for_and_the_name_of_a_result_may_stand_with_its_call(
 
 
 LETTERS = st.text(
-    st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=12
+    st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12
 ).filter(str.strip)
 VALUES = st.recursive(
     LETTERS

@@ -280,9 +280,12 @@ def test_harmless_fields_and_empty_ones_are_ignored_in_silence(data_format: str)
         "prompt_id": 3,
         "created_at": "2024",
         "dataSource": "x",
+        "licence": "MIT",
+        "license": "MIT",
         "Task-ID": 1,
     }
-    empty = {name: value for name, _ in CHANGING if name not in row for value in (None, "", [], {})}
+    nothing: tuple[Any, ...] = (None, "", [], {})
+    empty = {name: value for name, _ in CHANGING if name not in row for value in nothing}
     neutral = {"weight": 1.0, "train": True, "loss": 1, "masked": False, "training": "true"}
     conversation, unknown = Recipe(data_format, {}).read({**empty, **harmless, **neutral, **row})
     assert (conversation, unknown) == Recipe(data_format, {}).read(row)

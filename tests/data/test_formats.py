@@ -120,7 +120,7 @@ def test_what_a_template_needs_beside_the_text_is_kept() -> None:
 
 
 def test_messages_can_be_left_untrained() -> None:
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "train": False},
     ]

@@ -155,7 +155,8 @@ def test_whoever_waits_for_a_worker_gives_signs_of_life(monkeypatch: pytest.Monk
         if len(pulses) == 3:
             block.set_result("done")
 
-    assert workers._await(block, pulse) == "done"
+    done: Any = workers._await(block, pulse)
+    assert done == "done"
     assert pulses == [0, 0, 0]
 
 

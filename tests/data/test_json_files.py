@@ -135,7 +135,7 @@ def test_a_stream_goes_on_in_the_middle_of_an_object_around_rows(tmp_path: Path)
     first, *others = read_blocks(file, source)
     again = list(read_blocks(file, source, first.next))
     assert [block.content for block in again] == [block.content for block in others]
-    assert sum(len(block.content) for block in (first, *again)) == 2500  # type: ignore[arg-type]
+    assert sum(len(block.content) for block in (first, *again)) == 2500
 
 
 def test_what_the_first_bytes_say() -> None:

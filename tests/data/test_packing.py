@@ -73,8 +73,9 @@ def documents(count: int = 7, vocabulary: int = 500) -> list[Row]:
 
 
 def join(rows: list[Row]) -> Row:
-    parts = tuple(np.concatenate([getattr(row, name) for row in rows]) for name in ("ids", "mask"))
-    return Row(*parts, documents=tuple(len(row.ids) for row in rows))
+    ids = np.concatenate([row.ids for row in rows])
+    mask = np.concatenate([row.mask for row in rows])
+    return Row(ids, mask, tuple(len(row.ids) for row in rows))
 
 
 def packed(rows: list[Row], varlen: bool = False) -> Batch:

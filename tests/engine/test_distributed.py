@@ -27,7 +27,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
     for name, answer in {"new_group": None, "get_rank": 3, "get_world_size": 4}.items():
-        monkeypatch.setattr(distributed.dist, name, lambda *_, answer=answer, **__: answer)
+        monkeypatch.setattr(torch.distributed, name, lambda *_, answer=answer, **__: answer)
     for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     return accelerator

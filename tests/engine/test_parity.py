@@ -36,7 +36,7 @@ Cell = tuple[str, str, int, int, int]
 
 def curves(cells: list[Cell], folder: Path) -> dict[Cell, Any]:
     """What an engine of each cell saw in its first steps."""
-    found = {}
+    found: dict[Cell, Any] = {}
     for ranks in (1, 2):
         of_ranks = [cell for cell in cells if cell[-1] == ranks]
         tasks = [

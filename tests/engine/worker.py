@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed.utils.groups
 import torch
@@ -137,7 +138,7 @@ def pretend_fp16() -> None:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
-    plan.fp16_supported = lambda _: True
+    patch.object(plan, "fp16_supported", lambda _: True).start()
 
 
 def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: Any) -> PendingSave:

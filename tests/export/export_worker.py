@@ -25,7 +25,7 @@ def write_slowly(file: TensorFile, tensor: Any) -> None:
 
 if __name__ == "__main__":
     base, adapter, output = map(Path, sys.argv[1:])
-    TensorFile.write = write_slowly  # type: ignore[method-assign]
+    TensorFile.write = write_slowly  # type: ignore[method-assign, assignment]
     run_export(
         ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output),
         ExportConfig(max_shard_bytes=40_000),

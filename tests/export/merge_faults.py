@@ -99,7 +99,8 @@ def _one_row(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
 def _without_last_rank(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     left, sizes, right = torch.linalg.svd(change, full_matrices=False)
     rank = int((sizes > sizes[0] * 1e-9).sum())
-    return base + (left[:, : rank - 1] * sizes[: rank - 1]) @ right[: rank - 1]
+    found: torch.Tensor = base + (left[:, : rank - 1] * sizes[: rank - 1]) @ right[: rank - 1]
+    return found
 
 
 def _of_other_layer(case: Case) -> Tensors:
@@ -189,7 +190,8 @@ def _lengths_of_the_base(case: Case) -> Tensors:
 
 def _lora_sum(case: Case, name: str) -> torch.Tensor:
     a, b = (case.adapter[_key(name, f"lora_{side}.weight")].double() for side in "AB")
-    return case.base[name] + b @ a * (case.settings["lora_alpha"] / case.settings["r"] ** 0.5)
+    change: torch.Tensor = b @ a * (case.settings["lora_alpha"] / case.settings["r"] ** 0.5)
+    return case.base[name] + change
 
 
 def _key(name: str, part: str) -> str:

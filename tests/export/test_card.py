@@ -216,7 +216,8 @@ def test_the_hubs_own_library_reads_the_metrics(
         tmp_path / "out",
         ExportRequest(base=base, base_name="tiny", adapter=adapter, run=run, output=run / "merged"),
     )
-    results = {result.metric_type: result for result in ModelCard(text).data.eval_results}
+    data: Any = ModelCard(text).data
+    results = {result.metric_type: result for result in data.eval_results}
     assert {name: result.metric_value for name, result in results.items()} == {
         "loss": 2.0,
         "perplexity": 2.0,
@@ -451,9 +452,9 @@ def test_a_template_inside_the_tokenizers_configuration_counts(base: Path, tmp_p
 def test_the_code_for_an_adapter_runs(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, resized: int | None
 ) -> None:
-    targets = (
-        {"target_modules": ["q_proj", "embed_tokens"], "resize_to": resized} if resized else {}
-    )
+    targets: dict[str, Any] = {}
+    if resized:
+        targets = {"target_modules": ["q_proj", "embed_tokens"], "resize_to": resized}
     adapter = make_adapter(base, tmp_path / "adapter", **targets)
     out = tmp_path / "out"
     shutil.copytree(adapter, out)
@@ -503,9 +504,9 @@ class Traced(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits."""
-        return self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).logits
+        answer = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        logits: torch.Tensor = answer.logits
+        return logits
 
 
 def test_the_code_for_graphs_runs(
@@ -608,7 +609,7 @@ def test_every_format_has_a_card_that_the_hub_reads(
     text = write(
         tmp_path / "out", request, format=kind, upload="hf://me/my_model@v2", dtype=ExportDtype.fp16
     )
-    card = ModelCard(text)
+    card: Any = ModelCard(text)
     assert card.data.library_name in ("transformers", "peft", "gguf", "onnx", "pytorch")
     relation = "adapter" if kind == "adapter" else "finetune"
     assert front_matter(text)["base_model_relation"] == relation
@@ -744,4 +745,5 @@ def test_a_real_run_has_every_part(tmp_path: Path) -> None:
     ):
         assert part in text
     assert str(tmp_path) not in text
-    assert len(ModelCard(text).data.eval_results) == 2
+    data: Any = ModelCard(text).data
+    assert len(data.eval_results) == 2

@@ -51,14 +51,16 @@ GPT2: dict[str, Any] = {
 ROBERTA: dict[str, Any] = {**ENCODER, "pad_token_id": 1, "type_vocab_size": 1}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
-    "BertForSequenceClassification": lambda: BertConfig(**ENCODER, num_labels=3),
-    "BertForTokenClassification": lambda: BertConfig(**ENCODER, num_labels=5),
+    "BertForSequenceClassification": lambda: BertConfig(**ENCODER | {"num_labels": 3}),
+    "BertForTokenClassification": lambda: BertConfig(**ENCODER | {"num_labels": 5}),
     "BertForMaskedLM": lambda: BertConfig(**ENCODER),
     "BertModel": lambda: BertConfig(**ENCODER),
-    "RobertaForSequenceClassification": lambda: RobertaConfig(**ROBERTA, num_labels=2),
+    "RobertaForSequenceClassification": lambda: RobertaConfig(**ROBERTA | {"num_labels": 2}),
     "RobertaForMaskedLM": lambda: RobertaConfig(**ROBERTA),
     "LlamaForCausalLM": lambda: LlamaConfig(**DECODER, pad_token_id=319),
-    "LlamaForSequenceClassification": lambda: LlamaConfig(**DECODER, pad_token_id=2, num_labels=3),
+    "LlamaForSequenceClassification": lambda: LlamaConfig(
+        **DECODER | {"pad_token_id": 2, "num_labels": 3}
+    ),
     "GPT2LMHeadModel": lambda: GPT2Config(**GPT2),
 }
 

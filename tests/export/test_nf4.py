@@ -7,7 +7,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -61,7 +61,9 @@ def stand_for(packed: torch.Tensor, state: Any) -> torch.Tensor:
     halves = (
         torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], dim=1).reshape(-1).long()
     )
-    numbers = state.code[halves] * scales.repeat_interleave(state.blocksize)[: len(halves)]
+    numbers: torch.Tensor = (
+        state.code[halves] * scales.repeat_interleave(state.blocksize)[: len(halves)]
+    )
     return numbers[: state.shape.numel()].reshape(state.shape).to(state.dtype)
 
 
@@ -75,17 +77,17 @@ def plain_weights(model: Any) -> tuple[dict[str, torch.Tensor], set[str]]:
             if tensor is not None:
                 tensors[f"{name}.{part}"] = tensor.data
         if isinstance(module, Linear4bit):
-            weight = stand_for(module.weight.data, module.weight.quant_state)
+            stored: Any = module.weight
+            weight = stand_for(stored.data, stored.quant_state)
             if weight.shape[1] % 64 == 0:
                 # Where the rows end with a block; bitsandbytes' kernel for AVX-512 is wrong
                 # elsewhere.
                 assert torch.equal(
                     weight,
-                    functional.dequantize_4bit(module.weight.data, module.weight.quant_state),
+                    functional.dequantize_4bit(stored.data, stored.quant_state),
                 )
-            tensors[f"{name}.weight"] = (
-                weight.T if issubclass(module.source_cls, Conv1D) else weight
-            )
+            is_transposed = issubclass(cast(type, module.source_cls), Conv1D)
+            tensors[f"{name}.weight"] = weight.T if is_transposed else weight
             quantized.add(f"{name}.weight")
     return tensors, quantized
 
@@ -182,7 +184,10 @@ def test_a_model_merged_onto_nf4_answers_as_the_training_did(
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
     trained = in_training(load_in_4bit(base, compute=torch.float32), adapter)
     stored = SafetensorsSource(base)
-    onto = {"nf4": Nf4RoundTripSource(stored, quantized_names(base, stored)), "original": stored}
+    onto: dict[str, TensorSource] = {
+        "nf4": Nf4RoundTripSource(stored, quantized_names(base, stored)),
+        "original": stored,
+    }
     with torch.no_grad():
         expected = trained(TOKENS).logits
         distances = {}

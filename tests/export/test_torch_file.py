@@ -42,7 +42,9 @@ def test_a_merged_model_is_in_one_file_with_the_bits_of_the_safetensors(
     tiny_model: Path, tmp_path: Path, kind: str, dtype: ExportDtype
 ) -> None:
     base = make_base(kind, tmp_path / "base", tiny_model, torch.bfloat16)
-    settings = {"target_modules": ["c_attn"], "fan_in_fan_out": True} if kind == "gpt2" else {}
+    settings: dict[str, Any] = {}
+    if kind == "gpt2":
+        settings = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
     adapter = make_adapter(base, tmp_path / "adapter", **settings)
     folder = write(base, tmp_path / "out", adapter, dtype=dtype, max_shard_bytes=60_000)
     request = ExportRequest(

@@ -25,7 +25,7 @@ from llmtune.storage.manifest import check_undamaged, is_complete
 from tests.support import run
 
 
-class FlakyFileSystem(MemoryFileSystem):
+class FlakyFileSystem(MemoryFileSystem):  # type: ignore[misc]
     """A network that fails when it is told to, damages what it is told to, and remembers what was
     written.
     """
@@ -58,11 +58,11 @@ class FlakyFileSystem(MemoryFileSystem):
         return file
 
 
-class DamagedFile(MemoryFile):
+class DamagedFile(MemoryFile):  # type: ignore[misc]
     """What arrives with a flipped bit."""
 
     def write(self, data: Any) -> int:
-        return super().write(bytes([data[0] ^ 1]) + bytes(data[1:]))
+        return int(super().write(bytes([data[0] ^ 1]) + bytes(data[1:])))
 
 
 fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)

@@ -303,7 +303,7 @@ def test_a_malicious_checkpoint_executes_nothing(checkpoints: Path, tmp_path: Pa
 def test_no_opcode_reaches_a_foreign_function(
     opcodes: bytes, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    called = []
+    called: list[str] = []
     monkeypatch.setattr(os, "system", called.append)
     file = tmp_path / "x.pt"
     with zipfile.ZipFile(file, "w") as archive:
@@ -318,7 +318,7 @@ def test_no_opcode_reaches_a_foreign_function(
 
 def test_tensors_of_every_layout_are_read(tmp_path: Path) -> None:
     big = torch.randn(6, 5)
-    half = torch.nn.Parameter(big.half())
+    half: Any = torch.nn.Parameter(big.half())
     half.note = "an attribute"
     content = {
         "whole": big,

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -131,11 +132,8 @@ def write_own(task: dict[str, Any], rank: Rank) -> None:
             torch.save(masters, task["masters"])
         return save(module, *rest)
 
-    worker.save = save_and_tell
-    try:
+    with patch.object(worker, "save", save_and_tell):
         worker.run_task(task, rank)
-    finally:
-        worker.save = save
 
 
 def live_masters(module: Any) -> dict[str, torch.Tensor]:

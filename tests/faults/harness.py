@@ -146,7 +146,7 @@ class Run:
                     return float(line["time"])
             return None
 
-        return self.wait_until(seen, f"{event} {step or ''} of rank {rank or 'any'}")
+        return float(self.wait_until(seen, f"{event} {step or ''} of rank {rank or 'any'}"))
 
     def wait_at(self, gate: str) -> None:
         """Until a process stands at a gate."""

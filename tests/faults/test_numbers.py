@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def poisoned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     folder = tmp_path_factory.mktemp("poisoned")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     (token,) = tokenizer(RARE, add_special_tokens=False)["input_ids"][-1:]
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     head = model.get_input_embeddings().weight.detach().clone()
     model.config.tie_word_embeddings = False
     # Otherwise the logit of this token would be NaN everywhere.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from packaging.version import Version
@@ -62,7 +63,7 @@ def make_model(family: str, attention: str) -> Any:
 def make_rows(lengths: list[int]) -> list[Row]:
     made = torch.Generator().manual_seed(1)
     ids = [torch.randint(1, 97, (length,), generator=made).numpy() for length in lengths]
-    return [Row(row, [True] * len(row), [len(row)]) for row in ids]
+    return [Row(row, np.ones(len(row), bool), (len(row),)) for row in ids]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -118,8 +119,8 @@ def test_documents_of_a_packed_row_are_still_told_apart(family: str) -> None:
     (one, other) = make_rows([6, 9])
     together = Row(
         torch.cat([torch.as_tensor(one.ids), torch.as_tensor(other.ids)]).numpy(),
-        [True] * 15,
-        [6, 9],
+        np.ones(15, bool),
+        (6, 9),
     )
     answer_on_host(model)
     with torch.no_grad():

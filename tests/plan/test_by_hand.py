@@ -93,9 +93,12 @@ def collectives(
     hardware: Any = None
     cluster = speed.Cluster(hardware, 8)
     sent: list[float] = []
-    monkeypatch.setattr(
-        speed.Cluster, "collective_seconds", lambda _, nbytes: sent.append(nbytes) or 1.0
-    )
+
+    def take_a_second(_: speed.Cluster, nbytes: float) -> float:
+        sent.append(nbytes)
+        return 1.0
+
+    monkeypatch.setattr(speed.Cluster, "collective_seconds", take_a_second)
     seconds = speed._gather_seconds(
         shape, make_placement(stage, rung, kind), passes, Precision.bf16, cluster
     )

@@ -150,7 +150,7 @@ class FakeRun:
 
     def go(self) -> bool:
         ladder: Any = SimpleNamespace(chosen="top")
-        composed = Composed(config=self.config, choices={}, overrides=[], unnamed="")
+        composed = Composed(config=self.config, choices={}, overrides=[], unnamed=frozenset())
         target = RunTarget("run", self.folder)
         return FallbackRunner(
             composed, ladder, target, RunFolder(self.folder), Console(self.printed)

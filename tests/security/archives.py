@@ -16,7 +16,7 @@ class _Tensor:
 
     def __init__(self, offset: Any, shape: Any, stride: Any, numel: Any, key: Any = "0"):
         self.storage = ("storage", torch.FloatStorage, key, "cpu", numel)
-        self.arguments = (offset, shape, stride, False, {})
+        self.arguments: tuple[Any, ...] = (offset, shape, stride, False, {})
 
 
 class _Pickler(pickle.Pickler):

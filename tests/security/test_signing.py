@@ -121,8 +121,12 @@ def test_without_a_key_only_damage_is_looked_for_and_that_is_said(
     assert report["checked_for"] == "damage and tampering"
 
 
+def write_file(file: Path, text: str) -> None:
+    file.write_text(text)
+
+
 def _write(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: rewrite(folder, lambda place: (place / name).write_text(text) and None)
+    return lambda folder: rewrite(folder, lambda place: write_file(place / name, text))
 
 
 def _swap(folder: Path) -> None:
@@ -283,7 +287,7 @@ def test_exports_are_signed_and_uploaded_with_their_signature(
         write_export(
             place,
             text,
-            lambda folder, _: (folder / "a.txt").write_text(text) and None,
+            lambda folder, _: write_file(folder / "a.txt", text),
             {"format": "safetensors"},
             signer,
         )

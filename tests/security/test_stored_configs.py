@@ -37,7 +37,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
 
 
-class Server(MemoryFileSystem):
+class Server(MemoryFileSystem):  # type: ignore[misc]
     """A stranger's server, at ``planted://``, and the paths that it was asked for."""
 
     protocol = "planted"

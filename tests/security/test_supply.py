@@ -78,9 +78,9 @@ def test_it_holds_what_is_asked_for_at_the_tested_version(name: str) -> None:
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if "==" in line
     )
-    for package, version in tested:
-        found = packages.get(canonicalize_name(package))
-        assert found is None or found[0] == version, f"run scripts/lock.sh: {package}"
+    for distribution, tested_version in tested:
+        found = packages.get(canonicalize_name(distribution))
+        assert found is None or found[0] == tested_version, f"run scripts/lock.sh: {distribution}"
 
 
 def test_both_agree() -> None:

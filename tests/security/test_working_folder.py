@@ -14,7 +14,6 @@ import pytest
 from llmtune.cli.dotenv_file import load_dotenv_file
 from llmtune.cli.main import main
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.launch.launchers import hostfile
 from llmtune.launch.launchers.hostfile import exec_runner, runner_environment
 from llmtune.security.working_folder import leave_working_folder
 from llmtune.track.services.wandb import check_working_folder
@@ -278,9 +277,15 @@ def test_deepspeeds_runner_gets_no_variables_that_it_would_show(
     assert environment["NCCL_DEBUG"] == "INFO"
     assert not [name for name in environment if name.startswith("MLFLOW")]
     given: dict[str, str] = {}
-    monkeypatch.setattr(hostfile.os, "execvpe", lambda _program, _arguments, env: given.update(env))
+
+    def become(_program: str, _arguments: list[str], env: dict[str, str]) -> None:
+        given.update(env)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execvpe", become)
     (bare / "hosts").write_text("a slots=1\n")
-    exec_runner(bare / "hosts", ["train"])
+    with pytest.raises(SystemExit):
+        exec_runner(bare / "hosts", ["train"])
     assert given == environment
     (bare / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
     with pytest.raises(

@@ -51,10 +51,9 @@ def killed_at(call: int) -> Iterator[list[str]]:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("fsync", "replace", "rename"):
-            patch.setattr(os, name, counted(name, getattr(os, name)))
-        # pathlib has names of its own for them.
-        patch.setattr(Path, "rename", lambda self, to: os.rename(self, to))
+        patch.setattr(os, "fsync", counted("fsync", os.fsync))
+        for name in ("replace", "rename"):
+            patch.setattr(Path, name, counted(name, getattr(Path, name)))
         patch.setattr(shutil, "rmtree", counted("rmtree", shutil.rmtree))
         try:
             yield calls
@@ -240,7 +239,7 @@ def test_a_second_name_holds_the_same_bytes(
     assert link_or_copy(source, target) is linked
     assert target.read_bytes() == b"weights"
     assert victim.read_bytes() == b"victim"
-    assert os.path.samefile(source, target) is linked
+    assert source.samefile(target) is linked
     assert flushed == ([] if linked else [target])
 
 

@@ -30,11 +30,13 @@ def test_a_lock_that_its_holder_removed_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = tmp_path / "run" / ".lock"
-    real, removed = fcntl.flock, []
+    real = fcntl.flock
+    removed: list[bool] = []
 
     def remove_before_the_first(file: object, how: int) -> None:
         if not removed:
-            removed.append(lock.unlink())
+            lock.unlink()
+            removed.append(True)
         real(file, how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fcntl, "flock", remove_before_the_first)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing.process
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -82,7 +82,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, Any, Any]:
     """A test of the fast tier starts no process, nor does a fixture that it is the first to use."""
     report: Any = yield
     if call.when == "teardown" and _started and not item.get_closest_marker("process"):

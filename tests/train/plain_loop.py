@@ -109,7 +109,7 @@ def train(recipe: Recipe) -> Curve:
         loss = 0.0
         for document in documents:
             share = negative_log_likelihood(model, document) / tokens
-            share.backward()  # type: ignore[no-untyped-call]
+            share.backward()
             loss += share.item()
         norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), recipe.max_grad_norm)
         adamw.step()

@@ -38,7 +38,8 @@ def point(
     run: Path, wanted: Path | str, said: list[str] | None = None, *overrides: str
 ) -> Path | None:
     config: Config = config_of(f"resume_from_checkpoint={wanted}", *overrides)
-    return resume_point(RunFolder(run), config, "r", [].append if said is None else said.append)
+    notes: list[str] = [] if said is None else said
+    return resume_point(RunFolder(run), config, "r", notes.append)
 
 
 def test_a_newer_checkpoint_of_the_own_folder_goes_on(tmp_path: Path) -> None:

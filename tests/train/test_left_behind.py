@@ -34,7 +34,8 @@ def begin(run: Path, *overrides: str, said: list[str] | None = None) -> Path | N
     """A start up to the moment in which its ranks would train; where it goes on from."""
     run.mkdir(parents=True, exist_ok=True)
     config, folder = config_of(*overrides), RunFolder(run)
-    say = [].append if said is None else said.append
+    notes: list[str] = [] if said is None else said
+    say = notes.append
     folder.check_owner(config)
     resume_from = resume_point(folder, config, "r", say)
     run_id = settle_run_id(folder, config, "r", resume_from, say)

@@ -208,7 +208,7 @@ def test_infinite_logits_are_numbers_where_both_have_them() -> None:
     everywhere = {(row, position): float("-inf") for row in range(2) for position in range(5)}
 
     def forward(batch: Any) -> torch.Tensor:
-        logits = logits_of({})(batch)
+        logits: torch.Tensor = logits_of({})(batch)
         logits[..., 0] = float("-inf")
         return logits
 

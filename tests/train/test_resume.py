@@ -56,7 +56,8 @@ def damage(folder: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path) -> None:
-    config, said = config_of(), []
+    config = config_of()
+    said: list[str] = []
     folders = [make(tmp_path, step, config) for step in (5, 10, 15)]
     run = RunFolder(tmp_path)
     assert resume_point(run, config, "r", said.append) == folders[2]
@@ -112,7 +113,8 @@ def test_a_lost_run_folder_comes_back_from_the_mirror(
 ) -> None:
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.0)
     url = str(tmp_path / "elsewhere")
-    config, said = config_of(f"checkpoint.mirror={url}"), []
+    config = config_of(f"checkpoint.mirror={url}")
+    said: list[str] = []
     run = RunFolder(tmp_path / "run")
     copies = Mirror(url, "r", print)
     for step in (5, 10):

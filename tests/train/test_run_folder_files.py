@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from llmtune.errors import CheckpointError
-from llmtune.storage import atomic, layout
+from llmtune.storage import layout
 from llmtune.storage.atomic import read_json, write_atomically
 from llmtune.storage.lock import hold_lock
 from llmtune.track.metrics import cut_metrics
@@ -175,7 +175,7 @@ def test_metrics_are_cut_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, "fsync", refuse)
+        patch.setattr(os, "fsync", refuse)
         with pytest.raises(OSError, match="No space"):
             cut_metrics(file, 2)
     assert file.read_text() == text + '{"step": 5'

@@ -40,7 +40,7 @@ NEWER_KEYS = {
     "megatron_core",
 }
 
-TRAINED = {
+TRAINED: dict[str, dict[str, Any]] = {
     "a list of names": {"target_modules": ["q_proj", "v_proj"]},
     "whole names": {
         "target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]

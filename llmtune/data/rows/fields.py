@@ -106,7 +106,7 @@ HARMLESS = frozenset(
             "repository",
             "commit",
             "branch",
-            "license",
+            "licence",
             "license",
             "author",
             "authors",

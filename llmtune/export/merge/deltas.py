@@ -77,8 +77,8 @@ class LowRank:
             if magnitude is not None and self.transposed:
                 # Summed in peft's order of operands, which decides the layout in memory and so the
                 # last digit of the norm.
-                norms = torch.linalg.norm(rows.T + delta.T, dim=1)
-                return (magnitude / norms).view(1, -1) * delta.add_(rows)
+                factor: torch.Tensor = magnitude / torch.linalg.norm(rows.T + delta.T, dim=1)
+                return factor.view(1, -1) * delta.add_(rows)
             merged = delta.add_(rows)
             if magnitude is None:
                 return merged

@@ -141,8 +141,8 @@ class ExpectedDelta:
             return value
         if self.norms is not None:
             return value * (self.lengths / self.norms[0].float())
-        factor = self.lengths[first : first + len(rows)] / torch.linalg.vector_norm(value, dim=1)
-        return value * factor.view(-1, 1)
+        norms: torch.Tensor = torch.linalg.vector_norm(value, dim=1)
+        return value * (self.lengths[first : first + len(rows)] / norms).view(-1, 1)
 
     def _plain(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute rows without lengths, and the bound of their error in fp32.

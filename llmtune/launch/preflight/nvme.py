@@ -104,7 +104,7 @@ def disk_behind(folder: Path) -> str:
     """The block device of a folder's file system, such as ``nvme0n1``; a disk that turns is said
     to.
     """
-    number = os.stat(folder).st_dev
+    number = folder.stat().st_dev
     device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     if not device.exists():
         return "no local block device"
@@ -167,7 +167,7 @@ def _time_blocks(path: Path, flags: int, move: Callable[[int], int]) -> float:
 
 def _check_space(folder: Path, swap_bytes: int, checkpoint_bytes: int, run_folder: Path) -> None:
     """Swap and checkpoints, added up where they share a disk."""
-    same = os.stat(folder).st_dev == os.stat(run_folder).st_dev
+    same = folder.stat().st_dev == run_folder.stat().st_dev
     needs = {folder: swap_bytes + (checkpoint_bytes if same else 0)}
     if not same:
         needs[run_folder] = checkpoint_bytes

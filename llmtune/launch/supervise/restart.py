@@ -46,7 +46,7 @@ class Restarts:
                 f"{failure}\nNot started again: launch.max_restarts={self.limit} are used up."
             )
         self.done += 1
-        return min(FIRST_WAIT_SECONDS * 2 ** (self.done - 1), LONGEST_WAIT_SECONDS)
+        return min(FIRST_WAIT_SECONDS * 2.0 ** (self.done - 1), LONGEST_WAIT_SECONDS)
 
     def describe(self, wait_seconds: float) -> str:
         """The one that was taken last."""

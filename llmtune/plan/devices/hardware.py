@@ -280,7 +280,7 @@ def choose_accelerator(wanted: Accelerator, gpus: int) -> str:
     looked at any further.
     """
     if wanted is not Accelerator.auto:
-        return wanted.value
+        return wanted.name
     return os.environ.get("DS_ACCELERATOR", "cuda" if gpus else "cpu")
 
 

@@ -126,16 +126,18 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     try:
         if name.endswith(".gguf"):
             path = Path(name).expanduser()
-            return AutoConfig.from_pretrained(
+            found: PretrainedConfig = AutoConfig.from_pretrained(
                 str(path.parent), gguf_file=path.name, trust_remote_code=False
             )
-        if Path(name).expanduser().is_dir():
-            name = str(Path(name).expanduser())
-        return AutoConfig.from_pretrained(
-            name, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        else:
+            if Path(name).expanduser().is_dir():
+                name = str(Path(name).expanduser())
+            found = AutoConfig.from_pretrained(
+                name, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise MissingPrerequisiteError(unreachable_model(name, error)) from error
+    return found
 
 
 def unreachable_model(name: str, error: BaseException) -> str:

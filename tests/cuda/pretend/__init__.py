@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -212,12 +213,13 @@ def _module(device: Any) -> ModuleType:
 
 def show_gpus() -> None:
     """Have llmtune's planning see them, as cards that it knows."""
-    from llmtune.plan.devices import hardware
-    from llmtune.plan.devices.gpus import Gpu
+    from llmtune.plan.devices import gpus, hardware
 
+    card = gpus.Gpu("NVIDIA A100-SXM4-80GB", _total_memory(), 80)
     count = int(os.environ.get("PRETEND_DEVICES", 2))
-    hardware.visible_gpus = lambda: [Gpu("NVIDIA A100-SXM4-80GB", _total_memory(), 80)] * count
-    hardware.check_kernels = lambda _: None
+    for module in (gpus, hardware):
+        patch.object(module, "visible_gpus", lambda: [card] * count).start()
+    patch.object(hardware, "check_kernels", lambda gpu: None).start()
 
 
 def _total_memory() -> int:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tests.cuda import pretend
 
 
-class Done(dist._Work):  # type: ignore[misc]
+class Done(dist._Work):
     """Work that has been done, which the current stream has to wait for all the same."""
 
     def __init__(self, ticket: int, results: list[torch.Tensor]):
@@ -41,8 +41,10 @@ class PretendGroup(dist.ProcessGroup):
     """One rank's end."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta):
-        super().__init__(rank, size)
-        self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), rank, size, timeout)
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        self._host: Any = dist.ProcessGroupGloo(
+            dist.PrefixStore("host", store), rank, size, timeout
+        )
         self._device = pretend.load_device()
 
     def getBackendName(self) -> str:  # noqa: N802
@@ -63,7 +65,7 @@ class PretendGroup(dist.ProcessGroup):
     def _see(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return [self._device.host_view(tensor) for tensor in tensors]
 
-    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> Done:
+    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> Done:  # type: ignore[override]
         """In place."""
         ticket = self._start("allreduce", tensors, tensors)
         self._reduce_on_host(self._see(tensors), opts or dist.AllreduceOptions())
@@ -71,26 +73,26 @@ class PretendGroup(dist.ProcessGroup):
 
     def _reduce_on_host(self, seen: list[torch.Tensor], opts: Any) -> None:
         mean = "AVG" in str(opts.reduceOp)
-        plain = dist.AllreduceOptions()
+        plain: Any = dist.AllreduceOptions()
         plain.reduceOp = dist.ReduceOp.SUM if mean else opts.reduceOp
         self._host.allreduce(seen, plain).wait()
         if mean:
             for tensor in seen:
                 tensor /= self.size()
 
-    def broadcast(self, tensors: list[torch.Tensor], opts: Any = None) -> Done:
+    def broadcast(self, tensors: list[torch.Tensor], opts: Any = None) -> Done:  # type: ignore[override]
         """From ``opts.rootRank``."""
         ticket = self._start("broadcast", tensors, tensors)
         self._host.broadcast(self._see(tensors), opts or dist.BroadcastOptions()).wait()
         return Done(ticket, tensors)
 
-    def reduce(self, tensors: list[torch.Tensor], opts: Any = None) -> Done:
+    def reduce(self, tensors: list[torch.Tensor], opts: Any = None) -> Done:  # type: ignore[override]
         """To ``opts.rootRank``."""
         ticket = self._start("reduce", tensors, tensors)
         self._host.reduce(self._see(tensors), opts or dist.ReduceOptions()).wait()
         return Done(ticket, tensors)
 
-    def allgather(
+    def allgather(  # type: ignore[override]
         self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None
     ) -> Done:
         """Into a list."""
@@ -120,8 +122,8 @@ class PretendGroup(dist.ProcessGroup):
         self._host.barrier().wait()
         return Done(-1, [])
 
-    all_gather_single = all_gather_into_tensor = _allgather_base
-    reduce_scatter_single = reduce_scatter_tensor = _reduce_scatter_base
+    all_gather_single = all_gather_into_tensor = _allgather_base  # type: ignore[assignment]
+    reduce_scatter_single = reduce_scatter_tensor = _reduce_scatter_base  # type: ignore[assignment]
 
 
 def make_group(store: Any, rank: int, size: int, timeout: timedelta) -> PretendGroup:

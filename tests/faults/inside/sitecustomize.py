@@ -69,7 +69,7 @@ def _wait_at(gate: str) -> None:
         os.close(os.open(f"{_FOLDER}/at {name}", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
-    while not os.path.exists(f"{_FOLDER}/open {name}"):
+    while not Path(f"{_FOLDER}/open {name}").exists():
         time.sleep(0.005)
 
 
@@ -263,7 +263,7 @@ def _sleep(seconds: float) -> None:
 
 
 if "libfaketime" in os.environ.get("LD_PRELOAD", ""):
-    time.sleep = _sleep
+    time.sleep = _sleep  # type: ignore[assignment]
 
 if _FOLDER and _is_of_the_run():
     note("start")

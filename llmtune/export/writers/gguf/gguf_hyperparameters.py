@@ -112,7 +112,8 @@ def rope_factors(settings: Any) -> np.ndarray[Any, Any] | None:
     head_size = _head_size(settings)
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
     plain = 1.0 / settings.rope_parameters["rope_theta"] ** exponents
-    return (plain / scaled).to(torch.float32).numpy()
+    factors: np.ndarray[Any, Any] = (plain / scaled).to(torch.float32).numpy()
+    return factors
 
 
 def _head_size(settings: Any) -> int:

@@ -99,7 +99,7 @@ def test_rows_of_a_step_follow_from_the_ranks_and_what_is_set(
 def test_any_two_of_the_three_settle_the_third() -> None:
     for world, micro, accumulation in itertools.product((1, 2, 3, 8, 16), (1, 2, 3, 5), (1, 2, 7)):
         rows = world * micro * accumulation
-        given = {
+        given: dict[str, Any] = {
             "global_batch_size": rows,
             "per_device_train_batch_size": micro,
             "gradient_accumulation_steps": accumulation,
