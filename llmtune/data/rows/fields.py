@@ -106,7 +106,7 @@ HARMLESS = frozenset(
             "repository",
             "commit",
             "branch",
-            "license",
+            "licence",
             "license",
             "author",
             "authors",
@@ -191,7 +191,7 @@ HARMLESS = frozenset(
 )
 
 _HARMLESS_ENDING = re.compile(
-    r".+_(id|ids|idx|uid|uuid|url|urls|uri|path|hash|sha|date|time|timestamp|at|lang|language|source|license|version|count)"
+    r".+_(id|ids|idx|uid|uuid|url|urls|uri|path|hash|sha|date|time|timestamp|at|lang|language|source|licen[cs]e|version|count)"
 )
 
 #: Between the words of a name: dataSource, data-source and "data source" are data_source.
