@@ -26,7 +26,7 @@ class Draw(StrEnum):
 
     source_rows = "source_rows"
     """The rows that ``limit`` takes of a source. [hash of what is in its files]"""
-    held_out = "held_out"
+    eval_rows = "held_out"
     """The rows that ``data.val_set_size`` takes away from training."""
     share = "share"
     """The rows of a source that are taken once more than the others. [number of the source]"""

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from llmtune.data.read import readers, size_bounds
-from llmtune.data.read.readers import parse_rows, read_blocks
+from llmtune.data.read.blocks import parse_rows
+from llmtune.data.read.readers import read_blocks
 from llmtune.data.read.sources import DataFile, Source
 from llmtune.data.rows.problems import RowError
 from llmtune.data.rows.tool_calls import parse_tool_calls, read_tools

@@ -35,7 +35,7 @@ def _read(row: Row) -> Conversation:
 
 
 def _beside_lists(row: Row) -> frozenset[str]:
-    """What stands beside two lists of messages, and has no place beside two texts."""
+    """Fields that are read beside two lists of messages, and not beside two texts."""
     return (
         frozenset({"system", "tools", "functions"})
         if isinstance(row.get("prompt"), list | tuple)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from llmtune.data.read.readers import load_hub
+from llmtune.data.read.arrow_files import load_hub
 from llmtune.data.read.sources import DataFile, Source, open_system
 
 if TYPE_CHECKING:
