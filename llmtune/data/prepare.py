@@ -90,7 +90,8 @@ def prepare_data(
     check_eval_sources(eval_sources)
     stream = None
     if config.streaming:
-        stream, sources = _identify_stream(sources), []
+        stream = _identify_stream(sources)
+        sources = []
 
     # The tokens of each source.
     def tokenize(of_split: list[Source]) -> _TokenizedSources:
@@ -100,21 +101,15 @@ def prepare_data(
         ]
         return _TokenizedSources(sources=of_split, keys=keys)
 
-    train, evaluation = tokenize(sources), tokenize(eval_sources)
+    train = tokenize(sources)
+    evaluation = tokenize(eval_sources)
 
     # The index over them.
     fingerprint = _fingerprint(config, seed, tokenizer_hash, train, evaluation, stream)
     folder = cache_dir / "data" / "prepared" / fingerprint
     if not (folder / SUMMARY).is_file():
         with publish_folder(folder) as aside:
-            stores, eval_stores = train.folders(cache_dir), evaluation.folders(cache_dir)
-            IndexWriter(config, sources, stores, eval_stores, seed, aside).write()
-            samples = _find_samples(
-                aside, eval_stores or stores, eval_sources or sources, tokenizer
-            )
-            (aside / SAMPLES).write_text(
-                json.dumps([asdict(s) for s in samples], ensure_ascii=False, indent=1)
-            )
+            _write_index(config, tokenizer, seed, cache_dir, (train, evaluation), aside)
     require_own(folder, KEY, INSTEAD)
     values = json.loads((folder / SUMMARY).read_text())
     data = PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
@@ -124,6 +119,30 @@ def prepare_data(
         )
         raise refuse(itertools.islice(read_problems(data), data.fatal), advice)
     return data
+
+
+def _write_index(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    cache_dir: Path,
+    splits: tuple[_TokenizedSources, _TokenizedSources],
+    folder: Path,
+) -> None:
+    """Write the index, its summary, and the evaluation prompts.
+
+    Args:
+        splits: For training, and for evaluation.
+    """
+    train, evaluation = splits
+    stores = train.folders(cache_dir)
+    eval_stores = evaluation.folders(cache_dir)
+    IndexWriter(config, train.sources, stores, eval_stores, seed, folder).write()
+    samples = _find_samples(
+        folder, eval_stores or stores, evaluation.sources or train.sources, tokenizer
+    )
+    text = json.dumps([asdict(sample) for sample in samples], ensure_ascii=False, indent=1)
+    (folder / SAMPLES).write_text(text)
 
 
 def _fingerprint(

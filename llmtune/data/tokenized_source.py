@@ -21,6 +21,7 @@ from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.fields import without_fields
 from llmtune.data.rows.problems import RowError, format_location
 from llmtune.data.rows.turns import rename
+from llmtune.data.rows.values import Row
 from llmtune.data.store.token_store import SUMMARY, publish_folder, write_store
 from llmtune.data.tokenize.chat_template import check_chat_template
 from llmtune.data.tokenize.settings import EncodeSettings
@@ -116,11 +117,8 @@ def find_recipes(source: Source, files: list[DataFile]) -> dict[str, Recipe]:
     """
     recipes = {file.path: recipe for file in files if (recipe := find_recipe(source, file))}
     if not recipes:
-        raise DataError(
-            f"{source.path}: the file has no rows"
-            if len(files) == 1
-            else f"{source.path}: no file has rows"
-        )
+        described = "the file has no rows" if len(files) == 1 else "no file has rows"
+        raise DataError(f"{source.path}: {described}")
     return recipes
 
 
@@ -192,32 +190,39 @@ def find_conversations(
     Args:
         locations: Index of the source, file, line.
     """
-    found: dict[tuple[int, str, int], Conversation] = {}
+    conversations: dict[tuple[int, str, int], Conversation] = {}
     for index in sorted({index for index, _, _ in locations}):
-        wanted = {(path, line) for source, path, line in locations if source == index}
         for file in resolve_files(sources[index]):
-            recipe = (
-                find_recipe(sources[index], file)
-                if file.path in {path for path, _ in wanted}
-                else None
-            )
-            for block in read_blocks(file, sources[index]) if recipe else ():
-                if not _may_hold(block, wanted):
-                    continue
-                for line, row in parse_rows(block):
-                    if (file.path, line) in wanted and not isinstance(row, RowError) and recipe:
-                        found.setdefault((index, file.path, line), recipe.read(row)[0])
-    return [found[at] for at in locations if at in found]
+            lines = {
+                line for source, path, line in locations if (source, path) == (index, file.path)
+            }
+            recipe = find_recipe(sources[index], file) if lines else None
+            if recipe is None:
+                continue
+            for line, row in _read_lines(sources[index], file, lines):
+                if not isinstance(row, RowError):
+                    conversation, _ = recipe.read(row)
+                    conversations.setdefault((index, file.path, line), conversation)
+    return [conversations[location] for location in locations if location in conversations]
 
 
-def _may_hold(block: Block, wanted: set[tuple[str, int]]) -> bool:
+def _read_lines(
+    source: Source, file: DataFile, lines: set[int]
+) -> Iterator[tuple[int, Row | RowError]]:
+    """The rows on some lines of a file."""
+    for block in read_blocks(file, source):
+        if _may_hold(block, lines):
+            yield from ((line, row) for line, row in parse_rows(block) if line in lines)
+
+
+def _may_hold(block: Block, lines: set[int]) -> bool:
     if isinstance(block.content, Lines):
         last = block.first + block.content.count(b"\n")
     elif isinstance(block.content, list):
         last = block.content[-1][0]
     else:
         last = block.first + block.content.num_rows
-    return any(file == block.file and block.first <= line <= last for file, line in wanted)
+    return any(block.first <= line <= last for line in lines)
 
 
 def _workers(config: DataConfig, files: list[DataFile]) -> int:
@@ -254,7 +259,8 @@ class _Watched:
             for file in files
         )
         self._known = known and not source.limit
-        self._before, self._position, self._current = 0, 0, ""
+        self._before = self._position = 0
+        self._current = ""
 
     def count(self, blocks: Iterator[TokenBlock]) -> Iterator[TokenBlock]:
         """The blocks, on their way to whoever writes them."""
@@ -276,11 +282,9 @@ class _Watched:
         """
         if self._watch is None:
             return
-        share = (
-            (self._before + self._position) / max(1, sum(self._sizes.values()))
-            if self._known
-            else None
-        )
+        share = None
+        if self._known:
+            share = (self._before + self._position) / max(1, sum(self._sizes.values()))
         seconds = time.monotonic() - self._started
         self._watch(
             TokenizeProgress(

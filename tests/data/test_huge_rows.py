@@ -78,6 +78,9 @@ FIXED_BYTES = {"label": 80_000_000}
 #: rendered text. Python's parser makes the text of a value with escapes in a buffer that grows.
 FORMS = {"escaped": 3.3}
 
+#: Of ``malloc.h``.
+M_MMAP_THRESHOLD = -3
+
 UNCOUNTED = "the row has more tokens than data.max_seq_length=64"
 
 KINDS = {kind.__name__: kind for kind in (text, chat, question, label, escaped, late)}
@@ -98,9 +101,12 @@ def write(folder: Path, *rows: dict[str, Any]) -> Path:
 def peak_bytes(reset: bool) -> int:
     """The most memory that this process has had in use at a time, since the last reset."""
     if reset:
-        # Memory that was freed and kept by the C library would hide what is taken again.
+        # The C library keeps what was freed, and moves what grows, by what earlier tests left in its
+        # heap: blocks of more than a megabyte are to be mappings of their own.
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 1 << 20)
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        library.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     (line,) = (
         line

@@ -151,7 +151,7 @@ def test_what_unpacks_to_a_row_without_end_is_refused(
 ) -> None:
     for module in (readers, size_bounds):
         monkeypatch.setattr(module, "MAX_ROW_BYTES", 1 << 20)
-    monkeypatch.setattr(size_bounds, "_PIECE", 1 << 16)
+    monkeypatch.setattr(size_bounds, "_CHUNK_BYTES", 1 << 16)
     monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 16)
     content = (b"[" if "json." in name and "jsonl" not in name else b"text\n") + b"x" * 9_000_000
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)

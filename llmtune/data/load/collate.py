@@ -173,9 +173,7 @@ class Collator:
             documents = list(row.documents) if row else []
             rest = width - sum(documents)
             lengths.append(documents + ([rest] if rest else []))
-        position_ids = torch.stack(
-            [torch.cat([torch.arange(length) for length in row]) for row in lengths]
-        )
+        position_ids = torch.stack([_restarting_positions(of_row) for of_row in lengths])
         if not self.varlen:
             return Batch(
                 input_ids=input_ids, targets=Targets.of_labels(labels), position_ids=position_ids
@@ -204,3 +202,7 @@ class Collator:
                 torch.tensor(row.mask), ids, torch.tensor(IGNORE)
             )
         return input_ids, labels
+
+
+def _restarting_positions(lengths: list[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])

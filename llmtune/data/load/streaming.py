@@ -22,6 +22,7 @@ from llmtune.data.formats.format import FORMATS
 from llmtune.data.formats.recipe import Recipe
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, StepBatch, load, share_of_rank
+from llmtune.data.read.blocks import Block
 from llmtune.data.read.readers import read_blocks
 from llmtune.data.read.sources import DataFile, Source, parse_sources, resolve_files
 from llmtune.data.rows.problems import Problem, refuse, write_problems
@@ -196,25 +197,25 @@ class RowStream:
 
     def _read(self, index: int, cursor: Cursor) -> Iterator[TokenBlock]:
         """Blocks of a source from the cursor on, which moves along."""
-        source, files = self._sources[index], self._files[index]
+        source = self._sources[index]
+        files = self._files[index]
         while cursor.files[index] < len(files):
             file = files[cursor.files[index]]
             recipe = self._recipe(source, file)
-            start = (cursor.places[index][0], cursor.places[index][1])
-            for block in read_blocks(file, source, start) if recipe else ():
-                cursor.places[index] = list(block.next)
-                (made,) = tokenize_block(block, self._encoder, recipe)  # type: ignore[arg-type]
-                if self._model_folder is not None:
-                    check_block(
-                        made.ids,
-                        made.lengths,
-                        (made.file, made.lines),
-                        self._model_folder,
-                        self._tokenizer,
-                    )
-                yield made
+            if recipe is not None:
+                start = (cursor.places[index][0], cursor.places[index][1])
+                for block in read_blocks(file, source, start):
+                    cursor.places[index] = list(block.next)
+                    yield self._tokenize(block, recipe)
             cursor.files[index] += 1
             cursor.places[index] = [0, 1]
+
+    def _tokenize(self, block: Block, recipe: Recipe) -> TokenBlock:
+        (made,) = tokenize_block(block, self._encoder, recipe)
+        if self._model_folder is not None:
+            locations = (made.file, made.lines)
+            check_block(made.ids, made.lengths, locations, self._model_folder, self._tokenizer)
+        return made
 
     def _recipe(self, source: Source, file: DataFile) -> Recipe | None:
         if file.path not in self._recipes:
@@ -246,7 +247,11 @@ class RowStream:
             members, starts = pack_rows(lengths, self.config.max_seq_length, self.seed, window)
             groups = [members[begin:end].tolist() for begin, end in itertools.pairwise(starts)]
         order = generator(self.seed, Draw.window_order, window).permutation(len(groups)).tolist()
-        return [join_documents([documents[member] for member in groups[index]]) for index in order]
+        rows = []
+        for index in order:
+            members_of_row = [documents[member] for member in groups[index]]
+            rows.append(join_documents(members_of_row))
+        return rows
 
 
 class StreamLoader:

@@ -19,6 +19,7 @@ from llmtune.data.read.json_files import find_rows, is_around_rows, is_whole, ma
 from llmtune.data.read.size_bounds import MAX_ROW_BYTES, lines_of, read_whole, refuse_row
 from llmtune.data.read.sources import DataFile, Source, open_file
 from llmtune.data.read.stdlib_docs import read_stdlib_docs
+from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.values import not_utf8
 from llmtune.errors import DataError, MissingPrerequisiteError
 
@@ -150,10 +151,12 @@ def _read_csv(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterat
 
 
 def _read_builtin(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    rows = (
-        {"messages": [message.to_dict() for message in row.messages]} for row in read_stdlib_docs()
-    )
-    yield from collect_blocks(file.path, enumerate(rows, 1), start[0])
+    rows = enumerate(map(_to_row, read_stdlib_docs()), 1)
+    yield from collect_blocks(file.path, rows, start[0])
+
+
+def _to_row(conversation: Conversation) -> dict[str, Any]:
+    return {"messages": [message.to_dict() for message in conversation.messages]}
 
 
 READERS: dict[str, Callable[[DataFile, Source, tuple[int, int]], Iterator[Block]]] = {

@@ -12,10 +12,10 @@ from llmtune.data.read.sources import open_system
 from llmtune.errors import DataError
 
 #: Of one row of text. A row that is trained on has some thousand tokens; one of this size takes
-# ten times as much memory.
+#: ten times as much memory.
 MAX_ROW_BYTES = 1 << 30
 #: Of a packed file that is read as a whole: as much, or so many times its own size, where text
-# shrinks to a tenth.
+#: shrinks to a tenth.
 MAX_RATIO = 100
 #: The same where nobody says how large the packed file is.
 MAX_UNKNOWN_BYTES = 1 << 34

@@ -44,7 +44,7 @@ _PART_FIELDS = frozenset({"type", "text"})
 _CALL_FIELDS = frozenset({"id", "type", "index", "function", "name", "arguments"})
 
 #: Names that say where something comes from and how long it is, in small letters. Nothing is
-# learned from them.
+#: learned from them.
 HARMLESS = frozenset(
     {
         # Identity.

@@ -100,7 +100,7 @@ def from_turns(row: Row, field: str) -> Conversation:
             f"the last message is the {messages[-1].role.value}'s; it must be the assistant's"
         )
     tools = read_tools(row)
-    for text in texts_within(tools) if tools else ():
+    for text in texts_within(tools):
         check_unicode(text, "tools")
     return Conversation(messages=tuple(messages), tools=tools)
 
@@ -167,7 +167,7 @@ def _to_message(entry: Row, location: str) -> tuple[Message, bool]:
     extra |= {"tool_calls": calls} if calls else {}
     thought = _reasoning(entry, location)
     extra |= thought
-    for text in texts_within(extra) if extra else ():
+    for text in texts_within(extra):
         check_unicode(text, f"{location}: {', '.join(extra)}")
     return (
         Message(

@@ -34,11 +34,13 @@ def split_eval(
     """
     starts = np.flatnonzero(begins)
     documents = len(starts)
-    count = size if isinstance(size, int) else max(1, round(size * documents)) if size else 0
+    count = size
+    if not isinstance(count, int):
+        count = max(1, round(size * documents)) if size else 0
     if count >= documents:
-        cut = (
-            f", cut into {len(begins)} pieces but held out whole" if len(begins) > documents else ""
-        )
+        cut = ""
+        if len(begins) > documents:
+            cut = f", cut into {len(begins)} pieces but held out whole"
         raise DataError(
             f"data.val_set_size={size} takes all of data.train, which has"
             f" {counted(documents, 'row')}{cut}: add rows, or take data.val_set_size=0"

@@ -83,11 +83,9 @@ def check_padding(model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
     if rows is None or padding is None or padding < rows:
         return
     end = tokenizer.eos_token_id
-    known = (
-        f"model.pad_token='{tokenizer.eos_token}'"
-        if end is not None and end < rows
-        else "one that it has"
-    )
+    known = "one that it has"
+    if end is not None and end < rows:
+        known = f"model.pad_token='{tokenizer.eos_token}'"
     raise ConfigError(
         f"the padding token {padding} ({tokenizer.pad_token!r}) has no embedding: the model in"
         f" {model_folder} has {rows}; take {known}, or save the model once more after"

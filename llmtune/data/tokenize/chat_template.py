@@ -96,12 +96,9 @@ class ChatTemplates:
         """
         named: Any = tokenizer.chat_template
         self._default = ChatTemplate(tokenizer, every_answer=every_answer)
-        uses_tools = isinstance(named, dict) and "tool_use" in named
-        self._tool_use = (
-            ChatTemplate(tokenizer, named["tool_use"], every_answer)
-            if uses_tools
-            else self._default
-        )
+        self._tool_use = self._default
+        if isinstance(named, dict) and "tool_use" in named:
+            self._tool_use = ChatTemplate(tokenizer, named["tool_use"], every_answer)
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """Text and spans of a row, by the template that it needs; see
@@ -195,7 +192,7 @@ class ChatTemplate:
     def _by_prefixes(self, conversation: Conversation, text: str) -> list[Span]:
         """Render up to each answer, and with it.
 
-        Untrained ones whose places cannot be told are left out.
+        Untrained ones whose spans cannot be told are left out.
         """
         messages = conversation.messages
         spans = []
@@ -203,11 +200,9 @@ class ChatTemplate:
             if message.role is not Role.assistant:
                 continue
             prefix, _ = self._apply(messages[:index], conversation, prompt=True)
-            whole = (
-                text
-                if index == len(messages) - 1
-                else self._apply(messages[: index + 1], conversation)[0]
-            )
+            whole = text
+            if index < len(messages) - 1:
+                whole, _ = self._apply(messages[: index + 1], conversation)
             upto = self._without_closing(whole.rstrip(), prefix, text)
             if not (upto.startswith(prefix) and text.startswith(upto)):
                 if not message.trained and not self._every_answer:

@@ -60,7 +60,7 @@ class Completeness:
         pieces = [*walk.pieces, *tools]
         lost = [pieces[index] for index in sorted(missing)]
         # Its call has the name of a result too, and most templates write it there alone.
-        lost += [piece for piece in walk.names if not any(form in text for form in _forms(piece))]
+        lost += [piece for piece in walk.names if not _is_written(piece, text)]
         if lost:
             raise RowError(_describe(lost))
 
@@ -119,11 +119,15 @@ def find_missing(messages: list[Piece], tools: list[Piece], text: str) -> set[in
     used = bytearray(len(text))
     pieces = [*messages, *tools]
     by_length = sorted(range(len(pieces)), key=lambda index: -len(str(pieces[index].value)))
-    return {
-        index
-        for index in by_length
-        if not any(_take(form, text, used, 0) for form in _forms(pieces[index]))
-    }
+    missing = set()
+    for index in by_length:
+        if not any(_take(form, text, used, 0) for form in _forms(pieces[index])):
+            missing.add(index)
+    return missing
+
+
+def _is_written(piece: Piece, text: str) -> bool:
+    return any(form in text for form in _forms(piece))
 
 
 def _take_in_order(pieces: list[Piece], text: str, used: bytearray) -> bool:

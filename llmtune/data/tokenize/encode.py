@@ -197,7 +197,7 @@ class Encoder:
             return
         for number, message in enumerate(conversation.messages):
             found = self._special_text.search(message.content)
-            for text in texts_within(message.extra) if message.extra else ():
+            for text in texts_within(message.extra):
                 found = found or self._special_text.search(text)
             if found:
                 raise RowError(
@@ -205,7 +205,7 @@ class Encoder:
                     " the tokenizer reads as a special token: has it been through a chat template"
                     f" already? {_ALLOW}"
                 )
-        for text in texts_within(list(conversation.tools)) if conversation.tools else ():
+        for text in texts_within(conversation.tools):
             if found := self._special_text.search(text):
                 raise RowError(
                     f"'tools' holds {found[0]!r}, which the tokenizer reads as a special token."

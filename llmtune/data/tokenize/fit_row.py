@@ -208,15 +208,16 @@ class RowFitter:
         self, row: RenderedRow, tokens: Tokens, supervised: _Supervised, begin: int, end: int
     ) -> Outcome:
         """The row within ``max_seq_length``, or what the setting makes of a longer one."""
-        limit, overlong = self._settings.max_seq_length, self._settings.overlong
+        limit = self._settings.max_seq_length
+        overlong = self._settings.overlong
         length = end - begin
+        # The mask of what is learned; answers alone decide where a row is cut.
         trained = TokenMask(supervised.trained)
-        # The mask of what is learned; answers decide where a row is cut.
-        mask = (
-            TokenMask(supervised.silent, inverted=True)
-            if self._settings.train_on_inputs
-            else trained
-        )
+        mask = trained
+        if self._settings.train_on_inputs:
+            mask = TokenMask(supervised.silent, inverted=True)
+
+        # A row that fits, is left out, or is split into several.
         if length <= limit:
             return [TokenRow(ids=tokens.read(begin, end), mask=mask.read(begin, end))]
         if overlong is Overlong.drop:

@@ -24,7 +24,7 @@ class Verbatim(Enum):
 
 
 #: Fields of a message that say nothing about its words, and those of a loop. Others may be
-# methods, or messages.
+#: methods, or messages.
 _FIELDS = {
     "role",
     "name",

@@ -43,7 +43,7 @@ OVERLAP = 1 << 12
 MARGIN = 1 << 10
 
 #: Called between windows with the tokens that a text has so far, so that whoever waits sees that
-# it goes on.
+#: it goes on.
 Pulse = Callable[[int], None]
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to
-# hold in memory.
+#: hold in memory.
 AHEAD = 3
 
 #: Of a block of tokens that is written at once.
