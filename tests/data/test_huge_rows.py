@@ -101,8 +101,8 @@ def write(folder: Path, *rows: dict[str, Any]) -> Path:
 def peak_bytes(reset: bool) -> int:
     """The most memory that this process has had in use at a time, since the last reset."""
     if reset:
-        # The C library keeps what was freed, and moves what grows, by what earlier tests left in its
-        # heap: blocks of more than a megabyte are to be mappings of their own.
+        # The C library keeps what was freed, and moves what grows, by what earlier tests left in
+        # its heap: blocks of more than a megabyte are to be mappings of their own.
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, 1 << 20)
         gc.collect()
@@ -127,7 +127,7 @@ def prepare_in_bounds(
     data = prepare_data(config, tokenizer, 1, folder / "cache", strict=False)
     size = Path(config.train).stat().st_size
     taken = peak_bytes(reset=False) - before
-    assert taken < FIXED_BYTES.get(kind, 32_000_000) + FORMS.get(kind, 2.3) * size
+    assert taken < FIXED_BYTES.get(kind, 48_000_000) + FORMS.get(kind, 2.3) * size
     return data
 
 
