@@ -1,5 +1,4 @@
-"""Random draws. Each has a name, and is a function of the run's seed, that name and a position, and
-of nothing else.
+"""Random draws, each a function of the run's seed, the draw's name and a position alone.
 
 So no draw changes because another one was added, was made in another order, or was made already
 before a resume.
@@ -16,18 +15,18 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# : Stands in every checkpoint. Raise it when any draw comes out differently: a run that began with
-# others is refused then.
+#: Part of every checkpoint. Raise it when any draw comes out differently: a run that began with
+#: others is refused then.
 DRAWS_VERSION = 3
 
 
 class Draw(StrEnum):
-    """What is drawn. The position that goes with it is named in brackets."""
+    """The names of all draws; the position that goes with one is in brackets."""
 
     source_rows = "source_rows"
     """The rows that ``limit`` takes of a source. [hash of what is in its files]"""
-    held_out = "held_out"
-    """The rows that ``data.val_set_size`` takes away from training."""
+    eval_rows = "held_out"
+    """The rows that ``data.val_set_size`` splits off for evaluation."""
     share = "share"
     """The rows of a source that are taken once more than the others. [number of the source]"""
     packing = "packing"
@@ -43,21 +42,21 @@ class Draw(StrEnum):
     packing_probe = "packing_probe"
     """The documents with which packing is tried on a model, the same in every run."""
     dropout = "dropout"
-    """[steps done, rank]"""
+    """The elements that dropout leaves out. [steps done, rank]"""
 
 
 def generator(seed: int, draw: Draw, *position: int) -> np.random.Generator:
-    """A generator that nothing else draws from."""
+    """Make the generator of a draw, from which nothing else draws."""
     return np.random.default_rng(_entropy(seed, draw, position))
 
 
 def draw_rows(rows: int, count: int, seed: int, draw: Draw, *position: int) -> NDArray[np.int64]:
-    """``count`` different row numbers below ``rows``, in the order drawn."""
+    """Draw ``count`` different row numbers below ``rows``; in the order drawn."""
     return generator(seed, draw, *position).permutation(rows)[:count].astype(np.int64)
 
 
 def torch_seed(seed: int, draw: Draw, *position: int) -> int:
-    """For ``torch.manual_seed``; below 2**63."""
+    """The seed of a draw for ``torch.manual_seed``; below 2**63."""
     return _entropy(seed, draw, position) >> 65
 
 

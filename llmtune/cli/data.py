@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from llmtune.cli.arguments import Arguments
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
-    from llmtune.data.prepare import PreparedData
+    from llmtune.data.prepared_data import PreparedData
     from llmtune.data.report.html import DataReport
-    from llmtune.data.report.statistics import Lengths, Padding, Piece
+    from llmtune.data.report.statistics import Lengths, Padding, TextSpan
     from llmtune.data.rows.problems import Problem
     from llmtune.data.store.token_store import Rows
 
@@ -59,7 +59,8 @@ def main(arguments: Arguments) -> int:
 def _report(arguments: Arguments, write: Any, colors: bool) -> int:
     from llmtune.cli.output import quiet_libraries
     from llmtune.config.compose import compose_config
-    from llmtune.data.prepare import open_rows, prepare_data, read_problems
+    from llmtune.data.prepare import prepare_data
+    from llmtune.data.prepared_data import open_rows, read_problems
     from llmtune.data.store.vocabulary import check_padding, find_beyond
     from llmtune.data.tokenize.chat_template import load_chat_template
     from llmtune.model.source import resolve_model_folder
@@ -150,7 +151,7 @@ def _build_report(
         redact_texts,
         show_row,
     )
-    from llmtune.data.rows.problems import place
+    from llmtune.data.rows.problems import format_location
     from llmtune.plan.batch_sizes import settle_batch
 
     asked, global_batch = config.train.per_device_train_batch_size, config.train.global_batch_size
@@ -168,7 +169,7 @@ def _build_report(
     step = max(1, len(rows) // SHOWN_ROWS)
     shown = [
         (
-            place(*rows.place(rows.first_document(number))),
+            format_location(*rows.location(rows.first_document(number))),
             redact_texts(show_row(rows, number, tokenizer)),
         )
         for number in range(0, len(rows), step)[:SHOWN_ROWS]
@@ -189,7 +190,7 @@ def _numbers(
     from llmtune.data.rows.fields import describe_unknown_fields
 
     train, held_out = data.train, data.eval
-    share = train.trained_tokens / max(1, train.tokens)
+    share = train.supervised_tokens / max(1, train.tokens)
     numbers = {
         "rows": (
             f"{train.documents:,}"
@@ -201,13 +202,13 @@ def _numbers(
             else "none"
         ),
         "tokens": f"{train.tokens:,}",
-        "supervised": f"{counted(train.trained_tokens, 'token')} ({share:.1%})",
+        "supervised": f"{counted(train.supervised_tokens, 'token')} ({share:.1%})",
         "dropped": (
             f"{train.dropped:,} longer than data.max_seq_length={config.data.max_seq_length}"
         ),
         "truncated": f"{train.truncated:,}",
         "skipped": f"{train.skipped:,} that cannot be trained on",
-        "twins": f"{train.twins:,} that equal a held-out row, left out of training",
+        "twins": f"{train.duplicates_of_eval:,} that equal a held-out row, left out of training",
         "lengths": (
             f"mean {lengths.mean:.0f}, median {lengths.p50}, 95 % {lengths.p95}, 99 %"
             f" {lengths.p99}, longest {lengths.longest}"
@@ -238,11 +239,11 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
         "rows": train.documents,
         "packed_rows": train.rows if train.packing_efficiency is not None else None,
         "tokens": train.tokens,
-        "supervised_tokens": train.trained_tokens,
+        "supervised_tokens": train.supervised_tokens,
         "dropped": train.dropped,
         "truncated": train.truncated,
         "skipped": train.skipped,
-        "twins": train.twins,
+        "twins": train.duplicates_of_eval,
         "packing_efficiency": train.packing_efficiency,
         "padding": asdict(report.padding) if report.padding else None,
         "problems": [asdict(problem) for problem in report.problems],
@@ -293,9 +294,9 @@ def _write_files(report: DataReport, folder: Path, colors: bool, write: Any) -> 
     """Rows in two colors, the picture and the page."""
     from llmtune.data.report.html import write_page, write_picture
 
-    for where, pieces in report.rows:
+    for where, spans in report.rows:
         write(f"\n{where}\n")
-        write.in_color(_colored(pieces, colors) + "\n")
+        write.in_color(_colored(spans, colors) + "\n")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         picture = folder / "lengths.png"
@@ -309,19 +310,19 @@ def _write_files(report: DataReport, folder: Path, colors: bool, write: Any) -> 
     write(f"\npicture {picture}\npage    {folder / 'data.html'}\n")
 
 
-def _colored(pieces: list[Piece], colors: bool) -> str:
+def _colored(spans: list[TextSpan], colors: bool) -> str:
     """Trained text in green, masked text in gray; where there are no colors, trained text in
     brackets.
     """
     parts = []
     left = SHOWN_CHARACTERS
-    for piece in pieces:
-        text = piece.text if len(piece.text) <= left else piece.text[:left] + " ..."
+    for span in spans:
+        text = span.text if len(span.text) <= left else span.text[:left] + " ..."
         left -= len(text)
         if colors:
-            parts.append(color(text, GREEN if piece.trained else GRAY))
+            parts.append(color(text, GREEN if span.trained else GRAY))
         else:
-            parts.append(f"[[{show_controls(text)}]]" if piece.trained else show_controls(text))
+            parts.append(f"[[{show_controls(text)}]]" if span.trained else show_controls(text))
         if left <= 0:
             break
     return "".join(parts)

@@ -103,7 +103,8 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
 
     from llmtune.data.load.collate import Collator
     from llmtune.data.load.loader import iterate_eval
-    from llmtune.data.prepare import open_rows, prepare_data
+    from llmtune.data.prepare import prepare_data
+    from llmtune.data.prepared_data import open_rows
     from llmtune.data.store.vocabulary import check_stores
     from llmtune.errors import DataError
     from llmtune.model.build import sees_padding

@@ -228,10 +228,6 @@ def _check_data(config: Config) -> list[str]:
         found.append(f"data.num_workers={data.num_workers}: 'auto', or an integer of at least 0")
     if data.pin_memory not in ("auto", True, False):
         found.append(f"data.pin_memory={data.pin_memory}: 'auto', true or false")
-    if data.packing and data.format == "classification":
-        found.append(
-            "data.packing=true: classification rows cannot share a row; take data.packing=false"
-        )
     return found + (_check_streaming(config) if data.streaming else [])
 
 

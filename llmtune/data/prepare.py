@@ -1,7 +1,6 @@
-"""Sources become tokenized rows on disk, once, and an index that says which of them are trained on
-and in which packed row.
+"""Sources become tokenized rows on disk, once, and an index of which rows are trained on.
 
-The tokens of each source lie in the cache under a hash of its content and of all that shapes them;
+The tokens of each source are in the cache under a hash of its content and of all that shapes them;
 the index, under a hash of those and of how sources are mixed, split and packed. A second start
 finds both and reads a summary.
 """
@@ -11,23 +10,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from llmtune.config.cache_folder import INSTEAD, KEY
-from llmtune.config.groups.data import DataConfig, OnBadRow
+from llmtune.config.groups.data import DataConfig
+from llmtune.data.index import IndexWriter
+from llmtune.data.prepared_data import (
+    SAMPLES,
+    SUMMARY,
+    PreparedData,
+    SamplePrompt,
+    open_index,
+    read_problems,
+)
 from llmtune.data.read.fingerprint import hash_tokenizer, identify_file
 from llmtune.data.read.sources import Source, parse_sources, resolve_files
-from llmtune.data.report.preflight import check_labels, check_leaks, check_overlong
-from llmtune.data.rows.problems import Problem, RowError, read_problem_file, refuse, write_problems
+from llmtune.data.rows.problems import RowError, refuse
 from llmtune.data.settings import check_eval_sources, check_streamed_sources
-from llmtune.data.store.mixing import hold_out, mix
-from llmtune.data.store.packing import pack_rows, packing_efficiency
-from llmtune.data.store.token_store import Rows, TokenStore
 from llmtune.data.tokenize.chat_template import ChatTemplates
 from llmtune.data.tokenized_source import (
     ProgressCallback,
@@ -36,10 +37,9 @@ from llmtune.data.tokenized_source import (
     tokenize_source,
 )
 from llmtune.draws import DRAWS_VERSION
-from llmtune.errors import ConfigError, DataError
+from llmtune.errors import ConfigError
 from llmtune.security.trust import require_own
 from llmtune.storage.atomic import write_cache_folder
-from llmtune.storage.hashing import hash_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,81 +47,20 @@ if TYPE_CHECKING:
 #: Part of the cache key; raise it when rows are mixed, split or packed differently.
 INDEX_VERSION = 2
 
-#: Held-out prompts that are answered before and after training.
+#: Evaluation prompts that are answered before and after training.
 SAMPLE_PROMPTS = 3
 
-#: More different labels than this are values, not classes.
-MAX_CLASSES = 1000
-
-_SUMMARY, _SAMPLES, PROBLEMS = "summary.json", "samples.json", "problems.jsonl"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SplitSummary:
-    """Counts of one split."""
+class _TokenizedSources:
+    """The sources of a split, and the keys of their tokens in the cache."""
 
-    rows: int
-    """As the model sees them: packed rows where packing is on."""
-    documents: int
-    """Rows of the sources, repeats counted."""
-    tokens: int
-    trained_tokens: int
-    dropped: int
-    """Rows left out as over-long."""
-    truncated: int
-    skipped: int
-    """Rows left out because they cannot be trained on, or, of evaluation files, because they are
-    trained on.
-    """
-    twins: int = 0
-    """Training rows left out because they equal one that was held out."""
-    packing_efficiency: float | None = None
-    """Share of the packed rows' places that hold a token; None without packing."""
+    sources: list[Source]
+    keys: list[str]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedData:
-    """Where the tokenized rows lie, and what they are."""
-
-    folder: str
-    fingerprint: str
-    """Hash of sources, template, tokenizer and settings."""
-    train: SplitSummary
-    eval: SplitSummary | None
-    train_stores: list[str]
-    eval_stores: list[str]
-    special_tokens: list[int]
-    """Special tokens that occur in the rows."""
-    classes: list[str | int | float]
-    """Labels of classification rows, sorted; at most ``MAX_CLASSES``."""
-    fatal: int
-    """Problems for which training is refused."""
-    left_out: int
-    """Problems of rows that were left out instead."""
-    unknown_fields: list[str] = field(default_factory=list)
-    """Fields of rows, messages and parts that are neither read nor known to be harmless, sorted."""
-    formats: list[str] = field(default_factory=list)
-    """As what the files were read, sorted."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PreparedData:
-        """From plain values."""
-        held_out = values["eval"]
-        splits = {
-            "train": SplitSummary(**values["train"]),
-            "eval": SplitSummary(**held_out) if held_out else None,
-        }
-        return cls(**{**values, **splits})
-
-
-@dataclass(frozen=True, slots=True)
-class SamplePrompt:
-    """A held-out question with the answer that the data gives."""
-
-    messages: list[dict[str, Any]]
-    expected: str
-    text: str
-    """The messages as the model reads them, with the row's tools, up to where it answers."""
+    def folders(self, cache_dir: Path) -> list[str]:
+        """The folders of their tokens."""
+        return [str(token_folder(cache_dir, key)) for key in self.keys]
 
 
 def prepare_data(
@@ -132,8 +71,9 @@ def prepare_data(
     watch: ProgressCallback | None = None,
     strict: bool = True,
 ) -> PreparedData:
-    """Read, tokenize, check, split, mix, pack and store; a second call with the same content only
-    reads the summary.
+    """Read, tokenize, check, split, mix, pack and store.
+
+    A second call with the same content only reads the summary.
 
     Args:
         watch: Told of the progress of tokenizing.
@@ -150,55 +90,80 @@ def prepare_data(
     check_eval_sources(eval_sources)
     stream = None
     if config.streaming:
-        stream, sources = _identify_stream(sources), []
-    keys = [
-        tokenize_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch)
-        for s in sources
-    ]
-    eval_keys = [
-        tokenize_source(s, config, tokenizer, tokenizer_hash, seed, cache_dir, watch)
-        for s in eval_sources
-    ]
-    mixing = [(source.repeat, source.weight) for source in sources]
-    settings = [
-        config.val_set_size if not eval_sources else None,
-        config.packing,
-        config.on_bad_row.value,
-    ]
-    settings += [config.max_overlong_share, config.max_seq_length]
-    fingerprint = hash_json(
-        [
-            INDEX_VERSION,
-            DRAWS_VERSION,
-            tokenizer_hash,
-            keys,
-            eval_keys,
-            stream,
-            mixing,
-            settings,
-            seed,
+        stream = _identify_stream(sources)
+        sources = []
+
+    # The tokens of each source.
+    def tokenize(of_split: list[Source]) -> _TokenizedSources:
+        keys = [
+            tokenize_source(source, config, tokenizer, tokenizer_hash, seed, cache_dir, watch)
+            for source in of_split
         ]
-    )
+        return _TokenizedSources(sources=of_split, keys=keys)
+
+    train = tokenize(sources)
+    evaluation = tokenize(eval_sources)
+
+    # The index over them.
+    fingerprint = _fingerprint(config, seed, tokenizer_hash, train, evaluation, stream)
     folder = cache_dir / "data" / "prepared" / fingerprint
-    if not (folder / _SUMMARY).is_file():
+    if not (folder / SUMMARY).is_file():
         with write_cache_folder(folder) as aside:
-            stores = [str(token_folder(cache_dir, key)) for key in keys]
-            eval_stores = [str(token_folder(cache_dir, key)) for key in eval_keys]
-            _Index(config, sources, stores, eval_stores, seed, aside).write()
-            samples = _samples(aside, eval_stores or stores, eval_sources or sources, tokenizer)
-            (aside / _SAMPLES).write_text(
-                json.dumps([asdict(s) for s in samples], ensure_ascii=False, indent=1)
-            )
+            _write_index(config, tokenizer, seed, cache_dir, (train, evaluation), aside)
     require_own(folder, KEY, INSTEAD)
-    values = json.loads((folder / _SUMMARY).read_text())
+    values = json.loads((folder / SUMMARY).read_text())
     data = PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
     if strict and data.fatal:
         advice = (
-            "Mend them, or leave bad rows out with data.on_bad_row=skip; llmtune data shows"
-            " them all"
+            "Fix them, or leave bad rows out with data.on_bad_row=skip; llmtune data shows them all"
         )
         raise refuse(itertools.islice(read_problems(data), data.fatal), advice)
     return data
+
+
+def _write_index(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    cache_dir: Path,
+    splits: tuple[_TokenizedSources, _TokenizedSources],
+    folder: Path,
+) -> None:
+    """Write the index, its summary, and the evaluation prompts.
+
+    Args:
+        splits: For training, and for evaluation.
+    """
+    train, evaluation = splits
+    stores = train.folders(cache_dir)
+    eval_stores = evaluation.folders(cache_dir)
+    IndexWriter(config, train.sources, stores, eval_stores, seed, folder).write()
+    samples = _find_samples(
+        folder, eval_stores or stores, evaluation.sources or train.sources, tokenizer
+    )
+    text = json.dumps([asdict(sample) for sample in samples], ensure_ascii=False, indent=1)
+    (folder / SAMPLES).write_text(text)
+
+
+def _fingerprint(
+    config: DataConfig,
+    seed: int,
+    tokenizer_hash: str,
+    train: _TokenizedSources,
+    evaluation: _TokenizedSources,
+    stream: list[list[str]] | None,
+) -> str:
+    """The hash of all that shapes the index; its order is part of it."""
+    mixing = [(source.repeat, source.weight) for source in train.sources]
+    settings = [
+        None if evaluation.sources else config.val_set_size,
+        config.packing,
+        config.on_bad_row.value,
+        config.max_overlong_share,
+        config.max_seq_length,
+    ]
+    versions = [INDEX_VERSION, DRAWS_VERSION, tokenizer_hash]
+    return hash_json([*versions, train.keys, evaluation.keys, stream, mixing, settings, seed])
 
 
 def _identify_stream(sources: list[Source]) -> list[list[str]]:
@@ -221,196 +186,15 @@ def _identify_stream(sources: list[Source]) -> list[list[str]]:
     return files
 
 
-def open_rows(data: PreparedData, split: str) -> Rows:
-    """Memory-mapped rows of ``train`` or ``eval``."""
-    stores = data.train_stores if split == "train" else data.eval_stores
-    return _open(Path(data.folder), stores, split)
-
-
-def read_samples(data: PreparedData) -> list[SamplePrompt]:
-    """The held-out prompts, at most three; none without an evaluation split."""
-    return [
-        SamplePrompt(**sample) for sample in json.loads((Path(data.folder) / _SAMPLES).read_text())
-    ]
-
-
-def read_problems(data: PreparedData) -> Iterator[Problem]:
-    """All that is wrong with the data; first the ``fatal`` ones, then what was left out."""
-    return read_problem_file(Path(data.folder) / PROBLEMS)
-
-
-def _open(folder: Path, stores: list[str], split: str) -> Rows:
-    packs = folder / f"{split}_packs.npy"
-    return Rows(
-        [TokenStore(Path(store)) for store in stores],
-        np.load(folder / f"{split}.npy", mmap_mode="r"),
-        np.load(packs, mmap_mode="r") if packs.is_file() else None,
-    )
-
-
-class _Index:
-    """Builds the index of prepared rows."""
-
-    def __init__(
-        self,
-        config: DataConfig,
-        sources: list[Source],
-        stores: list[str],
-        eval_stores: list[str],
-        seed: int,
-        folder: Path,
-    ):
-        self.config = config
-        self.sources = sources
-        self.seed = seed
-        self.folder = folder
-        self.names = stores, eval_stores
-        self.stores = [TokenStore(Path(name)) for name in stores]
-        self.eval_stores = [TokenStore(Path(name)) for name in eval_stores]
-
-    def write(self) -> None:
-        """Split, mix, check, pack, count."""
-        own_eval = bool(self.eval_stores)
-        every = [*self.stores, *self.eval_stores]
-        bad_rows = sum(store.summary.bad_rows for store in every)
-        train, rows, twins = self._divide(own_eval)
-        leaks, leaking = check_leaks(train, rows if own_eval else None)
-        whole = check_overlong(
-            every, self.config.max_seq_length, self.config.max_overlong_share
-        ) + check_labels(every)
-        fatal = len(whole)
-        if self.config.on_bad_row is OnBadRow.skip:
-            rows = Rows(rows.stores, rows.index[~leaking] if len(leaking) else rows.index)
-            problems = itertools.chain(whole, self._bad_rows(every), leaks)
-        else:
-            fatal += bad_rows + len(leaks)
-            problems = itertools.chain(self._bad_rows(every), leaks, whole)
-        with (self.folder / PROBLEMS).open("w", encoding="utf-8") as file:
-            write_problems(problems, file)
-        summary = {
-            "train": self._summarize(
-                self._write_split(train, "train", self.config.packing), self.stores, twins=twins
-            ),
-            "eval": None,
-            "train_stores": self.names[0],
-            "eval_stores": self.names[1] or self.names[0],
-            "classes": _classes(every),
-            "special_tokens": sorted({token for store in every for token in store.summary.special}),
-            "unknown_fields": sorted({name for store in every for name in store.summary.unknown}),
-            "formats": sorted({name for store in every for name in store.summary.formats}),
-            "fatal": fatal,
-            "left_out": bad_rows + len(leaks) + len(whole) - fatal,
-        }
-        if len(rows):
-            written = self._write_split(rows, "eval", False)
-            summary["eval"] = self._summarize(written, self.eval_stores, leaks=len(leaks))
-        (self.folder / _SUMMARY).write_text(json.dumps(summary))
-
-    def _bad_rows(self, stores: list[TokenStore]) -> Iterator[Problem]:
-        return (problem for store in stores for problem in store.problems())
-
-    def _divide(self, own_eval: bool) -> tuple[Rows, Rows, int]:
-        """Documents that are trained on, mixed; those that are held out; and how many equal one of
-        those.
-        """
-        counts = [len(store) for store in self.stores]
-        nothing = np.zeros(0, dtype=np.int64)
-        twins = 0
-        if not self.stores:
-            # A stream has only what is held out.
-            train, held_out = Rows([], nothing), nothing
-        elif not sum(counts):
-            raise self._nothing_left()
-        else:
-            every = Rows(self.stores, np.arange(sum(counts), dtype=np.int64))
-            try:
-                size = 0 if own_eval else self.config.val_set_size
-                keep, held_out = hold_out(every.documents("begins"), size, self.seed)
-            except DataError as error:
-                # Too few rows are left because many are bad: that is the news.
-                bad_rows = any(store.summary.bad_rows for store in self.stores)
-                raise (
-                    refuse(self._bad_rows(self.stores), str(error)) if bad_rows else error
-                ) from None
-            if len(held_out):
-                # Data often repeats rows; what is held out must not be trained on all the same.
-                hashes = every.documents("hashes")
-                twin = np.isin(hashes[keep], hashes[held_out])
-                keep, twins = keep[~twin], int(twin.sum())
-            train = Rows(self.stores, mix(keep, self.sources, counts, self.seed))
-            if not len(train):
-                raise DataError(
-                    f"data.train={self.config.train}: every row equals one that data.val_set_size"
-                    " holds out"
-                )
-        if own_eval:
-            held_out = np.arange(sum(len(store) for store in self.eval_stores), dtype=np.int64)
-        return train, Rows(self.eval_stores or self.stores, held_out), twins
-
-    def _write_split(self, rows: Rows, name: str, packing: bool) -> Rows:
-        index = rows.index
-        if packing:
-            members, starts = pack_rows(
-                rows.documents("lengths"), self.config.max_seq_length, self.seed
-            )
-            index = index[members]
-            np.save(self.folder / f"{name}_packs.npy", starts)
-            rows = Rows(rows.stores, index, starts)
-        np.save(self.folder / f"{name}.npy", index)
-        return rows
-
-    def _summarize(
-        self, rows: Rows, stores: list[TokenStore], twins: int = 0, leaks: int = 0
-    ) -> dict[str, Any]:
-        lengths = rows.documents("lengths")
-        summaries = [store.summary for store in stores]
-        summary = SplitSummary(
-            rows=len(rows),
-            documents=len(lengths),
-            tokens=int(lengths.sum(dtype=np.int64)),
-            trained_tokens=int(rows.trained_tokens.sum()),
-            dropped=sum(summary.dropped for summary in summaries),
-            truncated=sum(summary.truncated for summary in summaries),
-            skipped=sum(summary.bad_rows for summary in summaries) + leaks,
-            twins=twins,
-            packing_efficiency=(
-                packing_efficiency(lengths, len(rows), self.config.max_seq_length)
-                if rows.packed
-                else None
-            ),
-        )
-        return asdict(summary)
-
-    def _nothing_left(self) -> DataError:
-        dropped = sum(store.summary.dropped for store in self.stores)
-        if dropped and not any(store.summary.bad_rows for store in self.stores):
-            files = ", ".join(name for store in self.stores for name in store.summary.files[:1])
-            return DataError(
-                f"{files}: all rows are longer than"
-                f" data.max_seq_length={self.config.max_seq_length} ({dropped:,} left out): raise"
-                " it, or take data.overlong=truncate"
-            )
-        return refuse(
-            self._bad_rows(self.stores),
-            f"No row of data.train={self.config.train} can be trained on",
-        )
-
-
-def _classes(stores: list[TokenStore]) -> list[Any]:
-    """Different labels, sorted."""
-    every = {label for store in stores for label in store.labels()}
-    return sorted(every, key=lambda label: (isinstance(label, str), label))[:MAX_CLASSES]
-
-
-def _samples(
+def _find_samples(
     folder: Path, stores: list[str], sources: list[Source], tokenizer: PreTrainedTokenizerBase
 ) -> list[SamplePrompt]:
-    """The first held-out conversations, read again from their files."""
-    if json.loads((folder / _SUMMARY).read_text())["eval"] is None or not tokenizer.chat_template:
+    """The first evaluation conversations, read again from their files."""
+    if json.loads((folder / SUMMARY).read_text())["eval"] is None or not tokenizer.chat_template:
         return []
-    rows = _open(folder, stores, "eval")
-    places = [rows.source_place(number) for number in range(min(SAMPLE_PROMPTS, len(rows)))]
-    found = find_conversations([replace(s, limit=None) for s in sources], places)
+    rows = open_index(folder, stores, "eval")
+    locations = [rows.source_location(index) for index in range(min(SAMPLE_PROMPTS, len(rows)))]
+    found = find_conversations([replace(s, limit=None) for s in sources], locations)
     templates = ChatTemplates(tokenizer)
     samples = []
     for conversation in found:

@@ -13,16 +13,18 @@ from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.groups.data import DataConfig
 from llmtune.data.formats.format import AUTO, FORMATS, detect_format
 from llmtune.data.formats.recipe import Recipe
+from llmtune.data.read.blocks import Block, Lines, count_rows, parse_rows, select_rows
 from llmtune.data.read.fingerprint import hash_files
-from llmtune.data.read.readers import Block, count_rows, parse_rows, read_blocks, select_rows
+from llmtune.data.read.readers import read_blocks
 from llmtune.data.read.sources import DataFile, Source, is_compressed, resolve_files
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.fields import without_fields
-from llmtune.data.rows.problems import RowError, place
+from llmtune.data.rows.problems import RowError, format_location
 from llmtune.data.rows.turns import rename
+from llmtune.data.rows.values import Row
 from llmtune.data.store.token_store import SUMMARY, write_store
 from llmtune.data.tokenize.chat_template import check_chat_template
-from llmtune.data.tokenize.encode import EncodeSettings
+from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.workers import TokenBlock, TokenizerPool, Work
 from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
 from llmtune.errors import DataError
@@ -46,7 +48,7 @@ MAX_AUTO_WORKERS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizeProgress:
-    """How far a source is."""
+    """Progress of tokenizing a source."""
 
     source: str
     rows: int
@@ -68,7 +70,7 @@ def tokenize_source(
     cache: Path,
     watch: ProgressCallback | None,
 ) -> str:
-    """Make sure that the tokens of a source lie in the cache; their key there.
+    """Tokenize a source unless its tokens are in the cache already; their key there.
 
     Raises:
         DataError: A file cannot be read, or there is no row in it.
@@ -95,7 +97,7 @@ def tokenize_source(
             check_chat_template(tokenizer, tokenizer.name_or_path)
         with (
             write_cache_folder(folder) as aside,
-            TokenizerPool(tokenizer, settings, _workers(config, files)) as pool,
+            TokenizerPool(tokenizer, settings, _workers(config, files), aside) as pool,
         ):
             watched = _Watched(source, files, watch)
             blocks = pool.map(read_source(source, files, recipes, seed, contents), watched.pulse)
@@ -105,23 +107,20 @@ def tokenize_source(
 
 
 def token_folder(cache: Path, key: str) -> Path:
-    """Where the tokens of a source lie in the cache."""
+    """The folder of a source's tokens in the cache."""
     return cache / "data" / "tokens" / key
 
 
 def find_recipes(source: Source, files: list[DataFile]) -> dict[str, Recipe]:
-    """How each file that has rows is read, by its path.
+    """Find the recipe of each file that has rows, by its path.
 
     Raises:
         DataError: A file cannot be read, its format cannot be told, or there is no row at all.
     """
     recipes = {file.path: recipe for file in files if (recipe := find_recipe(source, file))}
     if not recipes:
-        raise DataError(
-            f"{source.path}: the file has no rows"
-            if len(files) == 1
-            else f"{source.path}: no file has rows"
-        )
+        described = "the file has no rows" if len(files) == 1 else "no file has rows"
+        raise DataError(f"{source.path}: {described}")
     return recipes
 
 
@@ -158,8 +157,9 @@ def read_source(
 
 
 def find_recipe(source: Source, file: DataFile) -> Recipe | None:
-    """How a file's rows are read; ``auto`` looks at the first row that can be parsed. None for a
-    file without rows.
+    """Find the recipe of a file; None for a file without rows.
+
+    ``auto`` looks at the first row that can be parsed.
 
     Raises:
         DataError: The format cannot be told, or no row can be parsed.
@@ -167,7 +167,7 @@ def find_recipe(source: Source, file: DataFile) -> Recipe | None:
     broken: str | None = None
     for block in read_blocks(file, source):
         for line, row in parse_rows(block):
-            where = place(file.path, line)
+            where = format_location(file.path, line)
             if isinstance(row, RowError):
                 broken = broken or f"{where}: {row}"
                 continue
@@ -185,37 +185,46 @@ def find_recipe(source: Source, file: DataFile) -> Recipe | None:
 
 
 def find_conversations(
-    sources: Sequence[Source], places: list[tuple[int, str, int]]
+    sources: Sequence[Source], locations: list[tuple[int, str, int]]
 ) -> list[Conversation]:
-    """The conversations that stand at some places (number of the source, file, line), in that
-    order.
+    """Read the conversations at some locations again, in that order.
+
+    Args:
+        locations: Index of the source, file, line.
     """
-    found: dict[tuple[int, str, int], Conversation] = {}
-    for number in sorted({number for number, _, _ in places}):
-        wanted = {(path, line) for source, path, line in places if source == number}
-        for file in resolve_files(sources[number]):
-            recipe = (
-                find_recipe(sources[number], file)
-                if file.path in {path for path, _ in wanted}
-                else None
-            )
-            for block in read_blocks(file, sources[number]) if recipe else ():
-                if not _may_hold(block, wanted):
-                    continue
-                for line, row in parse_rows(block):
-                    if (file.path, line) in wanted and not isinstance(row, RowError) and recipe:
-                        found.setdefault((number, file.path, line), recipe.read(row)[0])
-    return [found[at] for at in places if at in found]
+    conversations: dict[tuple[int, str, int], Conversation] = {}
+    for index in sorted({index for index, _, _ in locations}):
+        for file in resolve_files(sources[index]):
+            lines = {
+                line for source, path, line in locations if (source, path) == (index, file.path)
+            }
+            recipe = find_recipe(sources[index], file) if lines else None
+            if recipe is None:
+                continue
+            for line, row in _read_lines(sources[index], file, lines):
+                if not isinstance(row, RowError):
+                    conversation, _ = recipe.read(row)
+                    conversations.setdefault((index, file.path, line), conversation)
+    return [conversations[location] for location in locations if location in conversations]
 
 
-def _may_hold(block: Block, wanted: set[tuple[str, int]]) -> bool:
-    if isinstance(block.content, bytes):
+def _read_lines(
+    source: Source, file: DataFile, lines: set[int]
+) -> Iterator[tuple[int, Row | RowError]]:
+    """The rows on some lines of a file."""
+    for block in read_blocks(file, source):
+        if _may_hold(block, lines):
+            yield from ((line, row) for line, row in parse_rows(block) if line in lines)
+
+
+def _may_hold(block: Block, lines: set[int]) -> bool:
+    if isinstance(block.content, Lines):
         last = block.first + block.content.count(b"\n")
     elif isinstance(block.content, list):
         last = block.content[-1][0]
     else:
         last = block.first + block.content.num_rows
-    return any(file == block.file and block.first <= line <= last for file, line in wanted)
+    return any(block.first <= line <= last for line in lines)
 
 
 def _workers(config: DataConfig, files: list[DataFile]) -> int:
@@ -228,7 +237,7 @@ def _workers(config: DataConfig, files: list[DataFile]) -> int:
 
 
 def file_size(file: DataFile) -> int:
-    """Bytes of a file on disk; what lies elsewhere counts as large."""
+    """Bytes of a file on disk; what is elsewhere counts as large."""
     if file.kind == "builtin":
         return 0
     path = Path(file.path)
@@ -245,14 +254,15 @@ class _Watched:
         self._started = time.monotonic()
         self._rows = self._tokens = 0
         self._sizes = {file.path: file_size(file) for file in files}
-        # Only of lines of JSON that lie here, not compressed, are position and size both in bytes
-        # of the file.
+        # Position and size are both in bytes of the file only of JSON lines that are local and not
+        # compressed.
         known = all(
             file.kind == "jsonl" and not is_compressed(file.path) and "://" not in file.path
             for file in files
         )
         self._known = known and not source.limit
-        self._before, self._position, self._current = 0, 0, ""
+        self._before = self._position = 0
+        self._current = ""
 
     def count(self, blocks: Iterator[TokenBlock]) -> Iterator[TokenBlock]:
         """The blocks, on their way to whoever writes them."""
@@ -274,11 +284,9 @@ class _Watched:
         """
         if self._watch is None:
             return
-        share = (
-            (self._before + self._position) / max(1, sum(self._sizes.values()))
-            if self._known
-            else None
-        )
+        share = None
+        if self._known:
+            share = (self._before + self._position) / max(1, sum(self._sizes.values()))
         seconds = time.monotonic() - self._started
         self._watch(
             TokenizeProgress(

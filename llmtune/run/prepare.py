@@ -16,7 +16,8 @@ from llmtune.config.cache_folder import open_cache
 from llmtune.config.compose import Composed
 from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
-from llmtune.data.prepare import PROBLEMS, PreparedData, prepare_data
+from llmtune.data.prepare import prepare_data
+from llmtune.data.prepared_data import PROBLEMS, PreparedData
 from llmtune.data.read.sources import parse_sources
 from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
@@ -130,7 +131,7 @@ def resolve_request(
     step = _check_resume(resume_from, steps.total_steps, data.fingerprint)
     about: dict[str, Any] = {
         "steps": asdict(steps),
-        "data": asdict(data),
+        "data": data.to_dict(),
         "model_folder": str(model_folder),
     }
     about |= {
@@ -255,7 +256,7 @@ def describe_data(config: Config, data: PreparedData) -> str:
         if train.packing_efficiency is not None:
             rows += f" of {train.documents} packed (filled to {train.packing_efficiency:.1%})"
         text = (
-            f"{rows}, {format_count(train.tokens)} tokens, {format_count(train.trained_tokens)}"
+            f"{rows}, {format_count(train.tokens)} tokens, {format_count(train.supervised_tokens)}"
             " trained"
         )
     counts = {
@@ -263,7 +264,7 @@ def describe_data(config: Config, data: PreparedData) -> str:
         "truncated": train.truncated,
         "skipped": train.skipped,
     }
-    counts["left out because a held-out row is the same"] = train.twins
+    counts["left out because a held-out row is the same"] = train.duplicates_of_eval
     text += "".join(f", {count} {what}" for what, count in counts.items() if count)
     if held_out is None:
         return f"{text}; held out: none"

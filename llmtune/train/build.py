@@ -17,7 +17,7 @@ from llmtune.config.stored import to_plain
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
 from llmtune.data.load.streaming import RowStream, StreamLoader
-from llmtune.data.prepare import open_rows, read_samples
+from llmtune.data.prepared_data import open_rows, read_samples
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import TrainModule, zero_init

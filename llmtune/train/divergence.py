@@ -106,15 +106,15 @@ class DivergenceMonitor:
         )
         bad = [row for of_rank, _ in everything for row in of_rank]
         chosen = bad or [row for _, of_rank in everything for row in of_rank]
-        places = [
-            place for row in sorted(chosen)[:_NAMED_ROWS] for place in self.loader.places(row)
+        locations = [
+            place for row in sorted(chosen)[:_NAMED_ROWS] for place in self.loader.locations(row)
         ]
         more = f" and {len(chosen) - _NAMED_ROWS} more" if len(chosen) > _NAMED_ROWS else ""
-        if not places:
+        if not locations:
             return "the rows of a stream cannot be named"
         return (
             f"{'the loss is not finite on' if bad else 'the rows of the step are'}"
-            f" {', '.join(places)}{more}"
+            f" {', '.join(locations)}{more}"
         )
 
     def _report_spike(self, step: int, result: StepResult) -> None:

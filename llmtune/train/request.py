@@ -11,7 +11,7 @@ from typing import Any
 
 from llmtune.config.schema import Config
 from llmtune.config.stored import from_plain, to_plain
-from llmtune.data.prepare import PreparedData
+from llmtune.data.prepared_data import PreparedData
 from llmtune.plan.plan import Plan, StepsPlan
 
 
@@ -38,7 +38,7 @@ class RunRequest:
                 "config": to_plain(self.config),
                 "plan": self.plan.to_dict(),
                 "steps": asdict(self.steps),
-                "data": asdict(self.data),
+                "data": self.data.to_dict(),
                 "run_folder": str(self.run_folder),
                 "run_name": self.run_name,
                 "model_folder": str(self.model_folder),

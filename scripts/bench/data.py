@@ -56,7 +56,8 @@ def run_llmtune(source: Path, folder: Path, model: Path, workers: str) -> dict[s
     from transformers import AutoTokenizer
 
     from llmtune.config.groups.data import DataConfig
-    from llmtune.data.prepare import open_rows, prepare_data
+    from llmtune.data.prepare import prepare_data
+    from llmtune.data.prepared_data import open_rows
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     config = DataConfig(

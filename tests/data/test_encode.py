@@ -16,7 +16,9 @@ from llmtune.config.groups.data import Overlong
 from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize.chat_template import check_chat_template, load_chat_template
-from llmtune.data.tokenize.encode import Encoder, EncodeSettings, Overflow, TokenRow
+from llmtune.data.tokenize.encode import Encoder
+from llmtune.data.tokenize.settings import EncodeSettings
+from llmtune.data.tokenize.token_row import Overflow, TokenRow
 from llmtune.errors import ConfigError
 from llmtune.model.random_model import build_tokenizer
 from tests.data.tokenizers import FAMILIES, load_smollm2, with_template

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from llmtune.data.read.blocks import parse_rows
 from llmtune.data.read.json_files import is_whole, may_be_around_rows
-from llmtune.data.read.readers import BLOCK_BYTES, parse_rows, read_blocks
+from llmtune.data.read.readers import BLOCK_BYTES, read_blocks
 from llmtune.data.read.sources import DataFile, Source
 from llmtune.errors import DataError
 

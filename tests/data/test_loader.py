@@ -147,7 +147,7 @@ def test_packed_steps_count_the_same_tokens(data: Rows, tmp_path: Path) -> None:
         )
     )
     assert sum(batch.tokens for batch in batches) == int(data.lengths.sum())
-    assert sum(batch.trained_tokens for batch in batches) == int(data.trained_tokens.sum())
+    assert sum(batch.trained_tokens for batch in batches) == int(data.supervised_tokens.sum())
     for batch in batches:
         counted = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in batch.micro_batches)
         assert counted == batch.trained_tokens
@@ -214,4 +214,4 @@ def test_rows_are_found_in_whichever_store_they_lie(tmp_path: Path) -> None:
     both = Rows([*first.stores, *second.stores], np.array([3, 0, 2], dtype=np.int64))
     assert [both.row(number).ids.tolist() for number in range(3)] == [[7, 8, 9], [1, 2], [5, 6]]
     assert both.lengths.tolist() == [3, 2, 2]
-    assert both.place(0) == ("rows.jsonl", 2)
+    assert both.location(0) == ("rows.jsonl", 2)

@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmtune.config.groups.data import DataConfig, OnBadRow
-from llmtune.data.prepare import open_rows, prepare_data, read_problems
+from llmtune.data.prepare import prepare_data
+from llmtune.data.prepared_data import open_rows, read_problems
 from llmtune.errors import DataError
 
 GOOD = {"instruction": "Add", "output": "3"}

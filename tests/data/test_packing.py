@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 
+from llmtune.config.groups.data import DataConfig
+from llmtune.data.formats.format import FORMATS
 from llmtune.data.load.collate import Batch, Collator
+from llmtune.data.prepare import prepare_data
+from llmtune.data.settings import check_data_settings
 from llmtune.data.store.packing import pack_rows, packing_efficiency
 from llmtune.data.store.token_store import Row
+from llmtune.errors import ConfigError
 from tests.model.test_loss import loss_of
 
 CAPACITY = 4096
@@ -190,3 +202,52 @@ def test_the_varlen_index_is_the_one_that_transformers_would_derive() -> None:
     assert batch.varlen.cu_seq_lens.tolist() == cu_seq_lens.tolist()
     assert batch.varlen.max_length == int(longest)
     assert batch.varlen.cu_seq_lens.dtype == torch.int32
+
+
+def labelled_format(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A format with labels from outside llmtune."""
+    monkeypatch.setattr(FORMATS, "_variants", dict(FORMATS.list()))
+    classification = FORMATS.find("classification")
+    graded = replace(
+        classification,
+        name="graded",
+        fields=classification.fields | {"grade"},
+        marks=(frozenset({"grade"}),),
+        priority=1,
+    )
+    return FORMATS.register(graded).name
+
+
+@pytest.mark.parametrize("name", ["classification", "graded"])
+@pytest.mark.parametrize("per_source", [False, True])
+def test_rows_with_labels_are_not_packed(
+    name: str, per_source: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled_format(monkeypatch)
+    source = {"path": "a.jsonl", "format": name} if per_source else "a.jsonl"
+    config = DataConfig(train=source, format="auto" if per_source else name, packing=True)
+    with pytest.raises(ConfigError, match=rf"packing=true: {name} rows cannot share a row"):
+        check_data_settings(config)
+    check_data_settings(replace(config, packing=False))
+
+
+def test_texts_are_packed_beside_a_default_format_that_nothing_has() -> None:
+    source = {"path": "a.jsonl", "format": "text"}
+    check_data_settings(DataConfig(train=[source], format="classification", packing=True))
+    check_data_settings(DataConfig(train="a.jsonl", packing=True))
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_labels_that_the_file_shows_are_not_packed(
+    plugin: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its format is known only when it is read, or from the cache."""
+    name = labelled_format(monkeypatch) if plugin else "classification"
+    row = {"text": "good", "label": "a", **({"grade": 1} if plugin else {})}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(row)}\n" * 20)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = DataConfig(train=str(file), val_set_size=0, num_workers=0)
+    prepare_data(config, tokenizer, 1, tmp_path / "cache")
+    with pytest.raises(ConfigError, match=rf"packing=true: {name} rows cannot share a row"):
+        prepare_data(replace(config, packing=True), tokenizer, 1, tmp_path / "cache")

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llmtune.config.groups.data import DataConfig, Overlong
-from llmtune.data.prepare import PreparedData, open_rows, prepare_data, read_samples
-from llmtune.data.store.mixing import hold_out
+from llmtune.data.prepare import prepare_data
+from llmtune.data.prepared_data import PreparedData, open_rows, read_samples
+from llmtune.data.store.mixing import split_eval
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.data.tokenized_source import TokenizeProgress
 from llmtune.errors import ConfigError, DataError
@@ -67,7 +68,7 @@ def test_counts_are_those_of_the_rows(tokenizer: Any, tmp_path: Path) -> None:
     rows = [open_rows(data, "train").row(number) for number in range(10)]
     assert data.eval is None
     assert data.train.tokens == sum(len(row.ids) for row in rows)
-    assert data.train.trained_tokens == sum(int(row.mask.sum()) for row in rows)
+    assert data.train.supervised_tokens == sum(int(row.mask.sum()) for row in rows)
     assert read_samples(data) == []
 
 
@@ -209,8 +210,8 @@ def test_rows_that_equal_a_held_out_one_are_left_out_of_training(
     train, held_out = texts(data, "train", tokenizer), texts(data, "eval", tokenizer)
     assert len(held_out) == 10
     assert not set(train) & set(held_out)
-    assert len(train) + data.train.twins == 70
-    assert data.train.twins > 0
+    assert len(train) + data.train.duplicates_of_eval == 70
+    assert data.train.duplicates_of_eval > 0
 
 
 def test_a_weighted_source_without_a_usable_row_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
@@ -296,7 +297,7 @@ def test_packing_keeps_every_row_and_fills(tokenizer: Any, tmp_path: Path) -> No
     rows = open_rows(packed, "train")
     assert packed.train.documents == plain.train.rows == 200
     assert packed.train.tokens == plain.train.tokens == int(rows.lengths.sum())
-    assert packed.train.trained_tokens == plain.train.trained_tokens
+    assert packed.train.supervised_tokens == plain.train.supervised_tokens
     assert packed.train.packing_efficiency is not None
     assert packed.train.packing_efficiency > 0.9
     assert all(sum(row.documents) == len(row.ids) <= 512 for row in map(rows.row, range(len(rows))))
@@ -340,7 +341,7 @@ def long_texts(path: Path, count: int, words: int) -> str:
 
 def documents_of(data: PreparedData, split: str) -> set[tuple[str, int]]:
     rows = open_rows(data, split)
-    return {place for number in range(len(rows)) for place in rows.places(number)}
+    return {location for number in range(len(rows)) for location in rows.locations(number)}
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -421,7 +422,7 @@ def test_a_text_that_stands_twice_is_not_on_both_sides_and_its_tail_alone_is_no_
     split = {"overlong": Overlong.split, "max_seq_length": 32}
     data = prepare(tokenizer, tmp_path, train=str(source), val_set_size=4, **split)
     assert data.eval is not None
-    assert data.train.twins > 0
+    assert data.train.duplicates_of_eval > 0
     names = [
         {text.split()[0] for text in texts(data, half, tokenizer) if text.startswith("Z")}
         for half in ("train", "eval")
@@ -444,9 +445,9 @@ def test_no_document_is_on_both_sides(pieces: list[int], size: int | float, seed
     wanted = size if isinstance(size, int) else max(1, round(size * len(pieces)))
     if wanted >= len(pieces):
         with pytest.raises(DataError):
-            hold_out(begins, size, seed)
+            split_eval(begins, size, seed)
         return
-    keep, held_out = hold_out(begins, size, seed)
+    keep, held_out = split_eval(begins, size, seed)
     assert sorted([*keep.tolist(), *held_out.tolist()]) == list(range(len(begins)))
     assert not set(document[keep]) & set(document[held_out])
     assert len(set(document[held_out])) == wanted

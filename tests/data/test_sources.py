@@ -10,7 +10,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from llmtune.data.read.readers import count_rows, parse_rows, read_blocks, select_rows
+from llmtune.data.read.blocks import count_rows, parse_rows, select_rows
+from llmtune.data.read.readers import read_blocks
 from llmtune.data.read.sources import Source, parse_sources, resolve_files
 from llmtune.data.read.stdlib_docs import read_stdlib_docs
 from llmtune.errors import ConfigError, DataError, MissingPrerequisiteError

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from llmtune.config.groups.data import DataConfig
 from llmtune.data.formats.format import detect_format
 from llmtune.data.formats.recipe import Recipe
-from llmtune.data.prepare import open_rows, prepare_data
+from llmtune.data.prepare import prepare_data
+from llmtune.data.prepared_data import open_rows
 from llmtune.data.report.statistics import show_row
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.problems import RowError

@@ -47,7 +47,7 @@ def test_text_and_spans_are_those_of_the_template(
     conversation = Conversation(
         messages=(*([Message(role=Role.system, content=system)] if system else []), *messages)
     )
-    built = template._by_scaffold(conversation)
+    built = template._layouts.render(conversation)
     if built is None:
         assert any(message.content != message.content.strip() for message in conversation.messages)
         return

@@ -12,7 +12,9 @@ from llmtune.config.groups.data import Overlong
 from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize.chat_template import load_chat_template
-from llmtune.data.tokenize.encode import Encoder, EncodeSettings, TokenRow
+from llmtune.data.tokenize.encode import Encoder
+from llmtune.data.tokenize.settings import EncodeSettings
+from llmtune.data.tokenize.token_row import TokenRow
 from llmtune.model.random_model import build_tokenizer
 
 #: Opens thinking in the prompt, and keeps none of it in the text: DeepSeek-R1.

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,8 @@ from tokenizers import (
     trainers,
 )
 
+from llmtune.data.tokenize import token_buffer
+from llmtune.data.tokenize.token_buffer import TokenBuffer
 from llmtune.data.tokenize.windows import LongEncoding, WindowTokenizer
 from tests.data.tokenizers import load_smollm2
 
@@ -307,8 +310,30 @@ def test_enough_is_enough(tokenizers: dict[str, Tokenizer]) -> None:
     assert last[1] <= encoding.letters <= whole.offsets[len(encoding)][0]
 
 
-def test_there_is_room_for_one_more_token(tokenizers: dict[str, Tokenizer]) -> None:
+def test_a_token_can_be_appended(tokenizers: dict[str, Tokenizer]) -> None:
     encoding = WindowTokenizer(tokenizers["WordPiece"], 240, 120, 30).encode("one two " * 500, True)
     ids = encoding.ids.tolist()
-    assert encoding.ids_and(7).tolist() == [*ids, 7]
-    assert (encoding.ids.tolist(), len(encoding)) == (ids, len(ids))
+    encoding.append([7])
+    assert encoding.ids.tolist() == [*ids, 7]
+    assert encoding.token_to_chars(len(ids)) is None, "it stands for no letters"
+
+
+@given(
+    chunks=st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=9), max_size=12),
+    begin=st.integers(0, 60),
+    length=st.integers(0, 60),
+)
+def test_ids_in_a_file_are_those_in_memory(
+    chunks: list[list[int]], begin: int, length: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    everything = [token for chunk in chunks for token in chunk]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_buffer, "MEMORY_TOKENS", 5)
+        for buffer in (TokenBuffer(folder), TokenBuffer(None)):
+            for chunk in chunks:
+                buffer.append(np.array(chunk, dtype=np.int32))
+            assert len(buffer) == len(everything)
+            found = buffer.read(begin, begin + length)
+            assert found.tolist() == everything[begin : begin + length]
+    assert not list(folder.glob("tmp*")), "the file has no name"

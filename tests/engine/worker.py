@@ -22,7 +22,8 @@ from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config, Precision
 from llmtune.data.load.collate import Collator, Targets
 from llmtune.data.load.loader import TrainLoader
-from llmtune.data.prepare import open_rows, prepare_data
+from llmtune.data.prepare import prepare_data
+from llmtune.data.prepared_data import open_rows
 from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.optimizer_state import read_loss_scale, write_loss_scale
 from llmtune.engine.train_module import TrainModule

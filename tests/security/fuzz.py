@@ -21,7 +21,8 @@ import xxhash
 from hypothesis import strategies as st
 
 from llmtune.data.formats.format import detect_format
-from llmtune.data.read.readers import parse_rows, read_blocks
+from llmtune.data.read.blocks import parse_rows
+from llmtune.data.read.readers import read_blocks
 from llmtune.data.read.sources import DataFile, Source
 from llmtune.data.rows.problems import RowError
 from llmtune.errors import LlmtuneError

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmtune.data.read import readers
-from llmtune.data.read.readers import parse_rows, read_blocks
+from llmtune.data.read import arrow_files
+from llmtune.data.read.blocks import parse_rows
+from llmtune.data.read.readers import read_blocks
 from llmtune.data.read.sources import DataFile, Source
 from llmtune.errors import DataError
 
@@ -168,7 +169,7 @@ def test_a_saved_data_set_with_a_wrong_offset_is_refused(
         loaded = load_from_disk(path)
         return loaded if drawn is None else loaded.select(drawn)
 
-    monkeypatch.setattr(readers, "load_hub", load)
+    monkeypatch.setattr(arrow_files, "load_hub", load)
     texts = ["first", "other", "third"]
     Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"))
     found = [row["text"] for row in read(tmp_path / "saved", "hub")]
@@ -187,7 +188,9 @@ def test_rows_in_another_order_are_looked_at_before_they_are_copied(
     """
     from datasets import Dataset, load_from_disk
 
-    monkeypatch.setattr(readers, "load_hub", lambda path, _: load_from_disk(path).select([1, 0]))
+    monkeypatch.setattr(
+        arrow_files, "load_hub", lambda path, _: load_from_disk(path).select([1, 0])
+    )
     Dataset.from_dict({"text": [b"first", b"other", b"third"]}).save_to_disk(
         str(tmp_path / "saved")
     )

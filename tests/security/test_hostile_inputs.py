@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from llmtune.data.read import readers, size_bounds
-from llmtune.data.read.readers import parse_rows, read_blocks
+from llmtune.data.read.blocks import parse_rows
+from llmtune.data.read.readers import read_blocks
 from llmtune.data.read.sources import DataFile, Source
 from llmtune.data.rows.problems import RowError
 from llmtune.data.rows.tool_calls import parse_tool_calls, read_tools
@@ -149,7 +150,7 @@ def test_what_unpacks_to_a_row_without_end_is_refused(
 ) -> None:
     for module in (readers, size_bounds):
         monkeypatch.setattr(module, "MAX_ROW_BYTES", 1 << 20)
-    monkeypatch.setattr(size_bounds, "_PIECE", 1 << 16)
+    monkeypatch.setattr(size_bounds, "_CHUNK_BYTES", 1 << 16)
     monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 16)
     content = (b"[" if "json." in name and "jsonl" not in name else b"text\n") + b"x" * 9_000_000
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)

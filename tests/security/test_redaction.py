@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.data.report.html import DataReport, write_page
-from llmtune.data.report.statistics import Piece, redact_texts
+from llmtune.data.report.statistics import TextSpan, redact_texts
 from llmtune.security.redaction import (
     has_secrets,
     redact,
@@ -232,7 +232,11 @@ def test_a_secret_in_two_colors_of_the_page_is_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_abcDEF<123456")
-    pieces = [Piece("masked hf_abc", False), Piece("DEF<123", True), Piece("456 more", False)]
+    pieces = [
+        TextSpan("masked hf_abc", False),
+        TextSpan("DEF<123", True),
+        TextSpan("456 more", False),
+    ]
     report = DataReport(
         title="Data",
         numbers={"read by": "hf_abcDEF<123456"},

@@ -20,7 +20,7 @@ from llmtune.cli import chat, main
 from llmtune.cli.arguments import Arguments
 from llmtune.cli.data import _colored
 from llmtune.cli.plan import Output
-from llmtune.data.report.statistics import Piece
+from llmtune.data.report.statistics import TextSpan
 from llmtune.security.terminal import GRAY, GREEN, PLAIN, show_controls, to_json_line, to_terminal
 from llmtune.track.console import Console
 
@@ -79,7 +79,7 @@ def test_every_way_to_the_terminal_spells_controls_out(
     assert not CONTROLS & set(out.getvalue())
     assert "\\x" in out.getvalue()
     for colors in (True, False):
-        shown = _colored([Piece(text, True), Piece(text, False)], colors)
+        shown = _colored([TextSpan(text, True), TextSpan(text, False)], colors)
         assert not CONTROLS & set(shown.replace(GREEN, "").replace(GRAY, "").replace(PLAIN, ""))
     for argument in (f"no_such_key={text}", f"--{text}", text, f"model={text}"):
         assert main.main([argument]) == 2

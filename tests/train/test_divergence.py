@@ -31,7 +31,7 @@ def watch(
     module: Any = SimpleNamespace(
         rank=rank, config={precision: {}}, row_losses=lambda _: losses or [[1.0, 1.0], [1.0, 0.0]]
     )
-    loader: Any = SimpleNamespace(places=lambda row: [f"rows.jsonl:{row}"])
+    loader: Any = SimpleNamespace(locations=lambda row: [f"rows.jsonl:{row}"])
     return DivergenceMonitor(module, loader, on_nan, run, said.append), said
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.config.compose import compose_config
 from llmtune.data.load.loader import TrainLoader
-from llmtune.data.prepare import PreparedData, open_rows
+from llmtune.data.prepared_data import PreparedData, open_rows
 from llmtune.model.source import resolve_model_folder
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.run.prepare import cache_dir
@@ -107,7 +107,9 @@ def documents_of_steps(
     seed = int(yaml.safe_load((run / "config.yaml").read_text())["seed"])
     loader = TrainLoader(rows, batch, 0, seed, None, last)  # type: ignore[arg-type]
     steps = [loader.row_numbers(number * BATCH) for number in range(plan["steps"]["total_steps"])]
-    return [[documents[line - 1] for row in step for _, line in rows.places(row)] for step in steps]
+    return [
+        [documents[line - 1] for row in step for _, line in rows.locations(row)] for step in steps
+    ]
 
 
 def check(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ def _read(row: Row) -> Conversation:
     extra = read_text(row, "input", required=False)
     system = read_text(row, "system", required=False)
     messages = [Message(role=Role.system, content=system)] if system else []
-    for number, turn in enumerate(_history(row)):
+    for index, turn in enumerate(_history(row)):
         if (
             not isinstance(turn, list | tuple)
             or len(turn) != 2
             or not all(isinstance(text, str) for text in turn)
         ):
-            raise RowError(f"history[{number}] must be [question, answer], not {short(turn)}")
+            raise RowError(f"history[{index}] must be [question, answer], not {short(turn)}")
         messages += [
             Message(role=Role.user, content=turn[0]),
             Message(role=Role.assistant, content=turn[1]),

@@ -1,4 +1,4 @@
-"""What the program asks of a format of rows, and which formats there are.
+"""The interface of a format of rows, and the registry of formats.
 
 A format is one file of this folder that registers one :class:`RowFormat`, and one YAML in
 ``conf/data/``.
@@ -52,7 +52,7 @@ FORMATS: Registry[RowFormat] = Registry("data.format", "llmtune.data.formats", a
 
 
 def has_marks(row: Row) -> bool:
-    """Whether ``auto`` knows the format of a row."""
+    """Tell whether ``auto`` knows the format of a row."""
     return any(fields <= row.keys() for kind in FORMATS.list().values() for fields in kind.marks)
 
 

@@ -17,12 +17,11 @@ def _read(row: Row) -> Conversation:
         asked = len(read_list(row, "prompt"))
         # Only the completion is trained, also where the prompt holds earlier answers that do not
         # say so.
-        messages = [
-            {**turn, "train": False}
-            if index < asked and is_answer(turn) and not list_switches(turn)
-            else turn
-            for index, turn in enumerate(turns)
-        ]
+        messages = []
+        for index, turn in enumerate(turns):
+            if index < asked and is_answer(turn) and not list_switches(turn):
+                turn = {**turn, "train": False}
+            messages.append(turn)
         return from_turns({**row, "messages": messages}, "messages")
     prompt, completion = read_text(row, "prompt"), read_text(row, "completion")
     return Conversation(
@@ -35,12 +34,10 @@ def _read(row: Row) -> Conversation:
 
 
 def _beside_lists(row: Row) -> frozenset[str]:
-    """What stands beside two lists of messages, and has no place beside two texts."""
-    return (
-        frozenset({"system", "tools", "functions"})
-        if isinstance(row.get("prompt"), list | tuple)
-        else frozenset()
-    )
+    """Fields that are read beside two lists of messages, and not beside two texts."""
+    if isinstance(row.get("prompt"), list | tuple):
+        return frozenset({"system", "tools", "functions"})
+    return frozenset()
 
 
 FORMATS.register(

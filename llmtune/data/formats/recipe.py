@@ -1,6 +1,4 @@
-"""How the rows of a file become conversations: its format, the names of its columns, and what of
-them is ignored.
-"""
+"""Recipes by which the rows of a file become conversations."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How the rows of a file are read."""
+    """The format of a file, the names of its columns, and the fields that are ignored."""
 
     format: str
     fields: Mapping[str, str]

@@ -1,1 +1,1 @@
-"""Rows become the batches of a rank."""
+"""Batches of a rank, made of tokenized rows."""

@@ -21,7 +21,7 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class VarlenIndex:
-    """Where documents begin in a flattened batch: what FlashAttention's varlen kernels take."""
+    """Borders of documents in a flattened batch, for FlashAttention's varlen kernels."""
 
     cu_seq_lens: torch.Tensor
     """First token of each document, and the number of tokens, int32. Shape (documents + 1,)."""
@@ -31,7 +31,7 @@ class VarlenIndex:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What is trained in a batch. Found on the host, so that no step asks a GPU where it is."""
+    """The targets of a batch, found on the host so that no step waits for a GPU."""
 
     positions: torch.Tensor
     """Of the logits that are judged, in the flattened batch: ``row * length + column``.
@@ -80,7 +80,7 @@ class Batch:
         return labels
 
     def split(self) -> list[Batch]:
-        """The same, a batch for each row."""
+        """Split it into a batch for each row."""
         tensors = (self.input_ids, self.labels, self.attention_mask, self.position_ids)
         pieces = (
             [None] * len(self.input_ids) if tensor is None else tensor.split(1)
@@ -112,11 +112,11 @@ class Batch:
         return given
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on another device."""
+        """Copy it to another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked host memory; the name that torch's DataLoader calls."""
+        """Copy it into page-locked host memory; torch's DataLoader calls it by this name."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Any) -> Batch:
@@ -135,7 +135,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """How rows become batches."""
+    """Makes batches of rows."""
 
     pad_token_id: int
     varlen: bool = False
@@ -173,9 +173,7 @@ class Collator:
             documents = list(row.documents) if row else []
             rest = width - sum(documents)
             lengths.append(documents + ([rest] if rest else []))
-        position_ids = torch.stack(
-            [torch.cat([torch.arange(length) for length in row]) for row in lengths]
-        )
+        position_ids = torch.stack([_restarting_positions(of_row) for of_row in lengths])
         if not self.varlen:
             return Batch(
                 input_ids=input_ids, targets=Targets.of_labels(labels), position_ids=position_ids
@@ -204,3 +202,7 @@ class Collator:
                 torch.tensor(row.mask), ids, torch.tensor(IGNORE)
             )
         return input_ids, labels
+
+
+def _restarting_positions(lengths: list[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])

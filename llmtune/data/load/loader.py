@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """What one rank does in one optimizer step."""
+    """The micro-batches of one rank for one optimizer step."""
 
     micro_batches: list[Batch]
     trained_tokens: int
@@ -35,14 +35,14 @@ class StepBatch:
     tokens: int
     """Of the whole global batch, padding excluded."""
     position: Mapping[str, Any]
-    """Where the data goes on after this step, for the checkpoint."""
+    """Position in the data after this step, for the checkpoint."""
     rows: list[list[int | None]] = field(default_factory=list)
     """Number of each row of the micro-batches, for :meth:`Steps.places`; None for those that fill
     up.
     """
 
     def pin_memory(self) -> StepBatch:
-        """The same in page-locked host memory."""
+        """Copy it into page-locked host memory."""
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
@@ -52,13 +52,13 @@ class Steps(Protocol):
     def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
         """The next ``steps`` steps behind a position; None is the beginning."""
 
-    def places(self, row: int) -> list[str]:
+    def locations(self, row: int) -> list[str]:
         """File and line of the documents of a row; none where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoaderSettings:
-    """How batches are made ahead."""
+    """Settings for the processes that make batches ahead."""
 
     workers: int = 0
     """Processes of this rank that do it; 0 for none."""
@@ -91,7 +91,7 @@ class TrainLoader:
         self.last_row = last_row
         self.settings = settings
         self._lengths = rows.lengths
-        self._trained = rows.trained_tokens
+        self._trained = rows.supervised_tokens
         self._epoch = -1
         self._order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
@@ -133,9 +133,9 @@ class TrainLoader:
             rows=mine,
         )
 
-    def places(self, row: int) -> list[str]:
+    def locations(self, row: int) -> list[str]:
         """File and line of the documents of a row."""
-        return [f"{file}:{line}" for file, line in self.rows.places(row)]
+        return [f"{file}:{line}" for file, line in self.rows.locations(row)]
 
     def row_numbers(self, first_row: int) -> list[int]:
         """Rows of the global batch, in order; fewer than its size only in the last step of whole

@@ -22,13 +22,15 @@ from llmtune.data.formats.format import FORMATS
 from llmtune.data.formats.recipe import Recipe
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, StepBatch, load, share_of_rank
+from llmtune.data.read.blocks import Block
 from llmtune.data.read.readers import read_blocks
 from llmtune.data.read.sources import DataFile, Source, parse_sources, resolve_files
 from llmtune.data.rows.problems import Problem, refuse, write_problems
 from llmtune.data.store.packing import pack_rows
 from llmtune.data.store.token_store import Row, join_documents
 from llmtune.data.store.vocabulary import check_block
-from llmtune.data.tokenize.encode import Encoder, EncodeSettings
+from llmtune.data.tokenize.encode import Encoder
+from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.workers import TokenBlock, tokenize_block
 from llmtune.data.tokenized_source import find_recipe
 from llmtune.draws import Draw, generator
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class Cursor:
-    """Where the stream stands."""
+    """A position in the stream."""
 
     window: int = 0
     """Windows begun, which seeds their shuffling."""
@@ -50,12 +52,12 @@ class Cursor:
     files: list[int] = field(default_factory=list)
     """Number of the file in which each source stands."""
     places: list[list[int]] = field(default_factory=list)
-    """Where each source stands in that file, as readers say it."""
+    """Position of each source in that file, as :attr:`Block.next` has it."""
     taken: list[int] = field(default_factory=list)
     """Rows taken of each source."""
 
     def copy(self) -> Cursor:
-        """One that moves by itself."""
+        """An independent copy."""
         return replace(
             self,
             files=list(self.files),
@@ -91,7 +93,7 @@ class RowStream:
         self._recipes: dict[str, Recipe | None] = {}
 
     def start(self) -> Cursor:
-        """The beginning."""
+        """The cursor at the beginning of the stream."""
         count = len(self._sources)
         return Cursor(
             window=0,
@@ -138,27 +140,27 @@ class RowStream:
         count = 0
         idle = [0] * len(self._files)
         while count < self.config.shuffle_buffer:
-            number = self._next_source(after)
-            if number is None:
+            index = self._next_source(after)
+            if index is None:
                 # All have been read once; the next pass begins a window of its own, unless this one
                 # has nothing yet.
                 if count:
                     break
-                number = 0
+                index = 0
                 self._rewind(after, range(len(self._files)), idle)
-            block = next(readers.setdefault(number, self._read(number, after)), None)
+            block = next(readers.setdefault(index, self._read(index, after)), None)
             if block is None:
-                del readers[number]
+                del readers[index]
                 if self._weighted:
-                    self._rewind(after, [number], idle)
+                    self._rewind(after, [index], idle)
                 continue
             self._report(block)
             blocks.append(block)
-            after.taken[number] += len(block.lengths)
+            after.taken[index] += len(block.lengths)
             count += len(block.lengths)
             if len(block.lengths):
                 idle = [
-                    0 if n == number or not self._weighted else passes
+                    0 if n == index or not self._weighted else passes
                     for n, passes in enumerate(idle)
                 ]
         after.window, after.row = cursor.window + 1, 0
@@ -166,14 +168,14 @@ class RowStream:
 
     def _rewind(self, cursor: Cursor, numbers: Iterable[int], idle: list[int]) -> None:
         """Begin sources again; those that gave nothing since the last time never will."""
-        for number in numbers:
-            idle[number] += 1
+        for index in numbers:
+            idle[index] += 1
             # The first time, the window may just have begun at the end of a pass.
-            if idle[number] > 2:
+            if idle[index] > 2:
                 raise DataError(
-                    f"data.train: {self._sources[number].path} has no row that can be trained on"
+                    f"data.train: {self._sources[index].path} has no row that can be trained on"
                 )
-            cursor.files[number], cursor.places[number] = 0, [0, 1]
+            cursor.files[index], cursor.places[index] = 0, [0, 1]
 
     @property
     def _weighted(self) -> bool:
@@ -193,27 +195,27 @@ class RowStream:
             return None
         return min(unread, key=lambda n: (cursor.taken[n] / (self._sources[n].weight or 1), n))
 
-    def _read(self, number: int, cursor: Cursor) -> Iterator[TokenBlock]:
+    def _read(self, index: int, cursor: Cursor) -> Iterator[TokenBlock]:
         """Blocks of a source from the cursor on, which moves along."""
-        source, files = self._sources[number], self._files[number]
-        while cursor.files[number] < len(files):
-            file = files[cursor.files[number]]
+        source = self._sources[index]
+        files = self._files[index]
+        while cursor.files[index] < len(files):
+            file = files[cursor.files[index]]
             recipe = self._recipe(source, file)
-            start = (cursor.places[number][0], cursor.places[number][1])
-            for block in read_blocks(file, source, start) if recipe else ():
-                cursor.places[number] = list(block.next)
-                (made,) = tokenize_block(block, self._encoder, recipe)  # type: ignore[arg-type]
-                if self._model_folder is not None:
-                    check_block(
-                        made.ids,
-                        made.lengths,
-                        (made.file, made.lines),
-                        self._model_folder,
-                        self._tokenizer,
-                    )
-                yield made
-            cursor.files[number] += 1
-            cursor.places[number] = [0, 1]
+            if recipe is not None:
+                start = (cursor.places[index][0], cursor.places[index][1])
+                for block in read_blocks(file, source, start):
+                    cursor.places[index] = list(block.next)
+                    yield self._tokenize(block, recipe)
+            cursor.files[index] += 1
+            cursor.places[index] = [0, 1]
+
+    def _tokenize(self, block: Block, recipe: Recipe) -> TokenBlock:
+        (made,) = tokenize_block(block, self._encoder, recipe)
+        if self._model_folder is not None:
+            locations = (made.file, made.lines)
+            check_block(made.ids, made.lengths, locations, self._model_folder, self._tokenizer)
+        return made
 
     def _recipe(self, source: Source, file: DataFile) -> Recipe | None:
         if file.path not in self._recipes:
@@ -228,7 +230,7 @@ class RowStream:
     def _report(self, block: TokenBlock) -> None:
         problems: list[Problem] = block.problems
         if problems and self.config.on_bad_row is OnBadRow.error:
-            raise refuse(problems, "Mend them, or leave bad rows out with data.on_bad_row=skip")
+            raise refuse(problems, "Fix them, or leave bad rows out with data.on_bad_row=skip")
         if problems and self._bad_rows is not None:
             with self._bad_rows.open("a", encoding="utf-8") as file:
                 write_problems(problems, file)
@@ -239,15 +241,17 @@ class RowStream:
             ends = np.cumsum(block.lengths)
             for end, length in zip(ends.tolist(), block.lengths.tolist(), strict=True):
                 documents.append((block.ids[end - length : end], block.mask[end - length : end]))
-        groups = [[number] for number in range(len(documents))]
+        groups = [[index] for index in range(len(documents))]
         if self.config.packing:
             lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int32)
             members, starts = pack_rows(lengths, self.config.max_seq_length, self.seed, window)
             groups = [members[begin:end].tolist() for begin, end in itertools.pairwise(starts)]
         order = generator(self.seed, Draw.window_order, window).permutation(len(groups)).tolist()
-        return [
-            join_documents([documents[member] for member in groups[number]]) for number in order
-        ]
+        rows = []
+        for index in order:
+            members_of_row = [documents[member] for member in groups[index]]
+            rows.append(join_documents(members_of_row))
+        return rows
 
 
 class StreamLoader:
@@ -293,7 +297,7 @@ class StreamLoader:
                 raise item
             yield item
 
-    def places(self, row: int) -> list[str]:  # noqa: ARG002 - as for rows in a store
+    def locations(self, row: int) -> list[str]:  # noqa: ARG002 - as for rows in a store
         """Not known: a stream's rows have no numbers."""
         return []
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.data.read.readers import load_hub
+from llmtune.data.read.arrow_files import load_hub
 from llmtune.data.read.sources import DataFile, Source, open_system
 from llmtune.storage.atomic import write_cache_file
 from llmtune.storage.hashing import hash_file, hash_json

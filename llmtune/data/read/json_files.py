@@ -26,7 +26,7 @@ _BETWEEN = re.compile(r"[ \t\r\n,]*")
 
 
 def is_whole(begin: bytes) -> bool:
-    """Whether a file is JSON as a whole, and no JSON lines.
+    """Tell whether a file is JSON as a whole, and no JSON lines.
 
     Args:
         begin: Its first bytes: all of the first line where :func:`may_be_around_rows` says so, or a
@@ -48,10 +48,35 @@ def is_whole(begin: bytes) -> bool:
 
 
 def may_be_around_rows(begin: bytes) -> bool:
-    """Whether the first line may be an object around a list of rows, so that all of it is needed to
-    tell.
+    """Tell whether all of the first line is needed to decide: it may be an object around a list of
+    rows.
+
+    It is not where the fields at its beginning already make it a row: a first row of many
+    megabytes is then not parsed for this question.
+
+    Args:
+        begin: The first bytes of a file.
     """
-    return _AROUND.match(begin.removeprefix(_BOM)) is not None and b"\n" not in begin
+    begin = begin.removeprefix(_BOM)
+    if _AROUND.match(begin) is None or b"\n" in begin:
+        return False
+    return not has_marks(dict.fromkeys(_first_fields(begin.decode("utf-8", "ignore"))))
+
+
+def is_around_rows(line: bytearray) -> bool:
+    """Tell whether a first line of more than a million bytes is an object around a list of rows.
+
+    Args:
+        line: Without its end. It is emptied, so that it does not stay in memory beside its values.
+    """
+    try:
+        text = line.decode("utf-8", "surrogatepass")
+        line.clear()
+        row = parse_json(text.removeprefix("\ufeff"))
+    except ValueError:
+        # Not UTF-8, or broken JSON.
+        return False
+    return bool(_lists_of_rows(row, None))
 
 
 def find_rows(path: str, text: str, source: Source) -> Iterator[tuple[int, Any]]:
@@ -92,7 +117,7 @@ def find_rows(path: str, text: str, source: Source) -> Iterator[tuple[int, Any]]
 
 
 def describe_broken(error: json.JSONDecodeError) -> str:
-    """What is wrong, and what stands there."""
+    """Describe broken JSON, with the text around it."""
     near = error.doc[max(0, error.pos - 20) : error.pos + 20]
     return f"broken JSON at column {error.colno}: {error.msg}: {near!r}"
 
@@ -134,6 +159,23 @@ def _find_field(text: str, begin: int, name: str) -> int:
         if key == name:
             return position
         _, position = decode_json(text, position)
+
+
+def _first_fields(text: str) -> Iterator[str]:
+    """The names of an object's fields, of which the text holds the beginning only."""
+    position = text.index("{") + 1
+    while True:
+        position = _skip(text, position, _BETWEEN)
+        try:
+            name, position = decode_json(text, position)
+            position = _skip(text, position, _SPACE)
+            if not isinstance(name, str) or text[position : position + 1] != ":":
+                return
+            yield name
+            _, position = decode_json(text, _skip(text, position + 1, _SPACE))
+        except ValueError:
+            # The value is cut off here, or broken.
+            return
 
 
 def _list_items(

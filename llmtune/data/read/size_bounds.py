@@ -1,5 +1,5 @@
-"""How much of a file is read at a time, however it was packed: half a megabyte of gzip can unpack
-to half a gigabyte.
+"""Bounds of how much of a file is read at a time: half a megabyte of gzip can unpack to half a
+gigabyte.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import BinaryIO, TextIO
 from llmtune.data.read.sources import open_system
 from llmtune.errors import DataError
 
-# : Of one row of text. A row that is trained on has some thousand tokens; one of this size takes
-# ten times as much memory.
+#: Of one row of text. A row that is trained on has some thousand tokens; one of this size takes
+#: ten times as much memory.
 MAX_ROW_BYTES = 1 << 30
-# : Of a packed file that is read as a whole: as much, or so many times its own size, where text
-# shrinks to a tenth.
+#: Of a packed file that is read as a whole: as much, or so many times its own size, where text
+#: shrinks to a tenth.
 MAX_RATIO = 100
 #: The same where nobody says how large the packed file is.
 MAX_UNKNOWN_BYTES = 1 << 34
-_PIECE = 1 << 26
+_CHUNK_BYTES = 1 << 26
 
 
 def refuse_row(path: str, line: int) -> DataError:
-    """What is said of a row that is too long."""
+    """The error about a row that is too long."""
     return DataError(
         f"{path}:{line}: a row of more than {MAX_ROW_BYTES >> 20} MiB; is it a file of text? One"
         " row is one line"
@@ -31,7 +31,7 @@ def refuse_row(path: str, line: int) -> DataError:
 
 
 def read_whole(path: str, stream: BinaryIO) -> bytes:
-    """All of a file that is not read by lines.
+    """Read all of a file that is not read by lines.
 
     Raises:
         DataError: It is packed, and unpacks to far more than text does.
@@ -41,16 +41,16 @@ def read_whole(path: str, stream: BinaryIO) -> bytes:
     if infer_compression(path) is None:
         return stream.read()
     limit = _unpacked_limit(path)
-    pieces, size = [], 0
-    while piece := stream.read(_PIECE):
-        pieces.append(piece)
-        size += len(piece)
+    chunks, size = [], 0
+    while chunk := stream.read(_CHUNK_BYTES):
+        chunks.append(chunk)
+        size += len(chunk)
         if size > limit:
             raise DataError(
                 f"{path}: unpacks to more than {limit >> 20} MiB, which no data set of its size"
                 " does; if it is right, unpack it and name the unpacked file"
             )
-    return b"".join(pieces)
+    return b"".join(chunks)
 
 
 def lines_of(path: str, text: TextIO) -> Iterator[str]:
@@ -59,9 +59,9 @@ def lines_of(path: str, text: TextIO) -> Iterator[str]:
     Raises:
         DataError: One is too long for a row.
     """
-    for number, line in enumerate(iter(lambda: text.readline(MAX_ROW_BYTES), ""), 1):
+    for index, line in enumerate(iter(lambda: text.readline(MAX_ROW_BYTES), ""), 1):
         if len(line) >= MAX_ROW_BYTES:
-            raise refuse_row(path, number)
+            raise refuse_row(path, index)
         yield line
 
 

@@ -1,13 +1,11 @@
-"""``data.train`` and ``data.eval``: what stands there becomes a list of sources with their
-files.
-"""
+"""Parse ``data.train`` and ``data.eval`` into sources, and find their files."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llmtune.config.groups.data import DataConfig
 from llmtune.data.formats.format import AUTO, FORMATS
@@ -45,7 +43,7 @@ class Source:
     limit: int | None = None
     """Rows taken, drawn with the seed."""
     repeat: int = 1
-    """How often each training row stands in an epoch."""
+    """How often each training row is taken per epoch."""
     weight: float | None = None
     """Part of the rows of this source in the mix; the scarcest source sets its size."""
     split: str = "train"
@@ -79,8 +77,8 @@ def parse_sources(value: Any, key: str, default_format: str) -> list[Source]:
         return []
     entries = value if isinstance(value, list) else [value]
     found = [
-        _parse_source(entry, f"{key}[{number}]" if isinstance(value, list) else key, default_format)
-        for number, entry in enumerate(entries)
+        _parse_source(entry, f"{key}[{index}]" if isinstance(value, list) else key, default_format)
+        for index, entry in enumerate(entries)
     ]
     weighted = [source for source in found if source.weight is not None]
     if weighted and len(weighted) < len(found):
@@ -137,14 +135,13 @@ def _checked(entry: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def check_local_files(config: DataConfig) -> None:
-    """Find out in no time whether files of this machine are there, before a model is fetched or
-    loaded.
+    """Check that local files exist, before a model is fetched or loaded.
 
     Raises:
         DataError: One is not there.
     """
-    for key, given in (("data.train", config.train), ("data.eval", config.eval)):
-        for source in parse_sources(given, key, config.format) if given is not None else ():
+    for key, value in (("data.train", config.train), ("data.eval", config.eval)):
+        for source in parse_sources(value, key, config.format):
             if "://" not in source.path:
                 resolve_files(source)
 
@@ -213,6 +210,17 @@ def open_system(path: str) -> tuple[AbstractFileSystem, str]:
     return system, str(inner)
 
 
+def open_file(path: str) -> BinaryIO:
+    """A file or URL, unpacked where its name says that it is packed."""
+    import fsspec
+
+    opened: Any = fsspec.open(path, "rb", compression="infer")
+    if isinstance(opened, list):
+        opened = opened[0]
+    file: BinaryIO = opened.open()
+    return file
+
+
 def _as_given(names: list[str], path: str) -> list[str]:
     """Local files under the name that the user wrote, not made absolute."""
     if "://" in path or Path(path).is_absolute():
@@ -222,7 +230,7 @@ def _as_given(names: list[str], path: str) -> list[str]:
 
 
 def is_compressed(name: str) -> bool:
-    """Whether a file's name says so."""
+    """Tell by a file's name whether it is compressed."""
     return Path(name.lower()).suffix in COMPRESSIONS
 
 

@@ -1,1 +1,1 @@
-"""What somebody looks at before training: checks, numbers, a page."""
+"""Checks, numbers and a page to look at before training."""

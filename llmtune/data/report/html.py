@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jinja2
 
-from llmtune.data.report.statistics import Lengths, Padding, Piece
+from llmtune.data.report.statistics import Lengths, Padding, TextSpan
 from llmtune.data.rows.problems import Problem, group_by_kind
 from llmtune.security.redaction import redact
 
@@ -20,7 +20,7 @@ TRAINED_COLOR, MASKED_COLOR = "#1a7f37", "#8c959f"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """What there is to show."""
+    """The contents of the page."""
 
     title: str
     numbers: dict[str, str]
@@ -28,8 +28,8 @@ class DataReport:
     lengths: Lengths | None
     padding: Padding | None
     problems: list[Problem]
-    rows: list[tuple[str, list[Piece]]]
-    """Place and pieces of some rows."""
+    rows: list[tuple[str, list[TextSpan]]]
+    """Location and text of some rows."""
 
 
 def write_picture(lengths: Lengths, title: str, path: Path) -> None:

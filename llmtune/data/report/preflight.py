@@ -1,5 +1,5 @@
-"""What no single row shows: over-long shares, validation rows that are trained on, labels of two
-kinds.
+"""Find problems that no single row shows: too many long rows, evaluation rows that are trained on,
+labels of two kinds.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtune.data.rows.problems import Problem, place
+from llmtune.data.rows.problems import Problem, format_location
 from llmtune.data.store.token_store import Rows, TokenStore
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def check_overlong(
+def find_overlong(
     stores: Sequence[TokenStore], max_seq_length: int, allowed_share: float
 ) -> list[Problem]:
-    """A source of which more than the allowed share was dropped or truncated."""
+    """Find sources of which more than the allowed share was dropped or truncated."""
     found = []
     for store in stores:
         summary = store.summary
@@ -59,31 +59,32 @@ def _length_that_fits(store: TokenStore, allowed_share: float) -> int | None:
     return None
 
 
-def check_leaks(train: Rows, held_out: Rows | None) -> tuple[list[Problem], NDArray[np.bool_]]:
-    """Evaluation rows that stand in training too, and which of the evaluation rows they are.
+def find_leaks(train: Rows, eval_rows: Rows | None) -> tuple[list[Problem], NDArray[np.bool_]]:
+    """Find evaluation rows that are trained on too.
 
-    Shape (rows,).
+    Returns:
+        The problems; and for each evaluation row whether it is one of them, shape (rows,).
     """
-    if held_out is None or not len(held_out):
+    if eval_rows is None or not len(eval_rows):
         return [], np.zeros(0, dtype=bool)
-    train_hashes, eval_hashes = train.documents("hashes"), held_out.documents("hashes")
+    train_hashes, eval_hashes = train.documents("hashes"), eval_rows.documents("hashes")
     leaks = np.isin(eval_hashes, train_hashes)
     numbers = np.flatnonzero(leaks)
     if not len(numbers):
         return [], leaks
-    twins: dict[int, int] = {}
-    for number in np.flatnonzero(np.isin(train_hashes, eval_hashes[leaks])).tolist():
-        twins.setdefault(int(train_hashes[number]), number)
+    duplicated: dict[int, int] = {}
+    for index in np.flatnonzero(np.isin(train_hashes, eval_hashes[leaks])).tolist():
+        duplicated.setdefault(int(train_hashes[index]), index)
     found = []
-    for number in numbers.tolist():
-        there = place(*train.place(twins[int(eval_hashes[number])]))
-        message = f"the validation row stands in the training rows too ({there})"
-        found.append(Problem(*held_out.place(number), message))
+    for index in numbers.tolist():
+        location = format_location(*train.location(duplicated[int(eval_hashes[index])]))
+        message = f"the validation row stands in the training rows too ({location})"
+        found.append(Problem(*eval_rows.location(index), message))
     return found, leaks
 
 
-def check_labels(stores: Sequence[TokenStore]) -> list[Problem]:
-    """Labels that are text in some rows and numbers in others."""
+def find_mixed_labels(stores: Sequence[TokenStore]) -> list[Problem]:
+    """Find labels that are text in some rows and numbers in others."""
     seen: dict[str, tuple[str, int, Any]] = {}
     rows_of: Counter[str] = Counter()
     for store in stores:
@@ -91,7 +92,7 @@ def check_labels(stores: Sequence[TokenStore]) -> list[Problem]:
             kind = "text" if isinstance(label, str) else "a number"
             rows_of[kind] += 1
             if kind not in seen:
-                seen[kind] = (*store.place(row), label)
+                seen[kind] = (*store.location(row), label)
     if len(seen) < 2:
         return []
     (first, (file, line, label)), (second, (other, at, another)) = seen.items()

@@ -26,7 +26,7 @@ PADDING_ROWS = 20_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """How long documents are, in tokens."""
+    """The lengths of documents, in tokens."""
 
     count: int
     mean: float
@@ -58,15 +58,15 @@ class Padding:
     random: float
     """Micro-batches of random rows, each padded to its longest."""
     grouped: float
-    """What llmtune does without packing: the rows of a step sorted by length before they are
+    """As llmtune batches without packing: the rows of a step sorted by length before they are
     divided.
     """
     packed: float | None
-    """What is left with packing; None where it is off."""
+    """With packing; None where it is off."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextSpan:
     """Neighboring tokens that are all trained or all not."""
 
     text: str
@@ -104,7 +104,7 @@ def measure_padding(
     seed: int,
     efficiency: float | None,
 ) -> Padding:
-    """What padding costs.
+    """Measure what padding costs.
 
     Args:
         micro_batch: Rows of a forward pass.
@@ -134,19 +134,19 @@ def _padding(lengths: NDArray[Any], micro_batch: int) -> float:
     return 1 - float(lengths.sum()) / max(1, places)
 
 
-def show_row(rows: Rows, number: int, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """A row as text, in pieces that are trained or not."""
-    row = rows.row(number)
+def show_row(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> list[TextSpan]:
+    """Decode a row into spans of text that are trained or not."""
+    row = rows.row(index)
     ids, mask = row.ids, row.mask
     borders = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
     return [
-        Piece(str(tokenizer.decode(ids[begin:end].tolist())), bool(mask[begin]))
+        TextSpan(str(tokenizer.decode(ids[begin:end].tolist())), bool(mask[begin]))
         for begin, end in itertools.pairwise(borders)
         if end > begin
     ]
 
 
-def redact_texts(pieces: list[Piece]) -> list[Piece]:
-    """The pieces without secrets, also where one begins in a piece and ends in another."""
-    shown = redact_pieces([piece.text for piece in pieces])
-    return [replace(piece, text=text) for piece, text in zip(pieces, shown, strict=True)]
+def redact_texts(spans: list[TextSpan]) -> list[TextSpan]:
+    """Redact secrets, also one that begins in a span and ends in another."""
+    shown = redact_pieces([span.text for span in spans])
+    return [replace(span, text=text) for span, text in zip(spans, shown, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Role(Enum):
-    """Who speaks."""
+    """The speaker of a message."""
 
     system = "system"
     user = "user"
@@ -19,7 +19,7 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn."""
+    """A turn of a conversation."""
 
     role: Role
     content: str
@@ -37,13 +37,13 @@ class Message:
         return self.train is not False
 
     def to_dict(self) -> dict[str, Any]:
-        """As chat templates want it."""
+        """The mapping that chat templates read."""
         return {"role": self.role.value, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """One row of the data."""
+    """A row of the data, whatever its format."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()

@@ -1,9 +1,8 @@
-"""Which fields of a row are read, which are harmless, and which would change what is learned if
-they were dropped.
+"""Tell harmless fields of a row from those that would change what is learned if they were dropped.
 
-A field that no format reads is ignored in silence only where it stands in the one list of harmless
-names. One that says what is to be learned, and how, is refused by name. All others are listed once
-for whoever prepares the data.
+A field that no format reads is ignored in silence only if it is in the one list of harmless names.
+One that says what is to be learned, and how, is refused by name. All others are listed once for
+whoever prepares the data.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ _PLAIN = tuple(map(set, SPELLINGS))
 _PART_FIELDS = frozenset({"type", "text"})
 _CALL_FIELDS = frozenset({"id", "type", "index", "function", "name", "arguments"})
 
-# : Names that say where something comes from and how long it is, in small letters. Nothing is
-# learned from them.
+#: Names that say where something comes from and how long it is, in small letters. Nothing is
+#: learned from them.
 HARMLESS = frozenset(
     {
         # Identity.
@@ -278,9 +277,7 @@ def find_unknown_fields(
 
 
 def says_nothing_else(entry: Mapping[str, Any]) -> bool:
-    """Whether every field of a message is one that is read, so that its words are not there under
-    another name.
-    """
+    """Tell whether every field of a message is read, so that no other field can hold its words."""
     return entry.keys() <= _SAID.union(*_PLAIN)
 
 
@@ -317,11 +314,11 @@ def describe_unknown_fields(names: Iterable[str]) -> str:
     return ", ".join(every[:LISTED]) + more
 
 
-def _judge_message(message: Mapping[str, Any], field: str, place: str) -> Iterator[str]:
+def _judge_message(message: Mapping[str, Any], field: str, location: str) -> Iterator[str]:
     # Where a message has both spellings, they say the same.
     known = frozenset(_SAID.union(*_PLAIN))
     if not message.keys() <= known:
-        yield from _judge(message, known, f"{place}: ", f"{field}[].")
+        yield from _judge(message, known, f"{location}: ", f"{field}[].")
     for name, inner in (
         ("content", _PART_FIELDS),
         ("value", _PART_FIELDS),
@@ -335,17 +332,17 @@ def _judge_message(message: Mapping[str, Any], field: str, place: str) -> Iterat
             )
             if read and not part.keys() <= inner:
                 yield from _judge(
-                    part, inner, f"{place}.{name}[{number}]: ", f"{field}[].{name}[]."
+                    part, inner, f"{location}.{name}[{number}]: ", f"{field}[].{name}[]."
                 )
 
 
 def _judge(
-    fields: Mapping[str, Any], known: frozenset[str], place: str, path: str
+    fields: Mapping[str, Any], known: frozenset[str], location: str, path: str
 ) -> Iterator[str]:
     """The fields that nobody knows.
 
     Args:
-        place: Of the mapping, for messages: ``messages[1]: ``.
+        location: Of the mapping, for messages: ``messages[1]: ``.
         path: Of its fields, without numbers: ``messages[].``.
     """
     for name, value in fields.items():
@@ -355,15 +352,15 @@ def _judge(
         if lower in HARMLESS or lower in TRAINED + MASKED:
             if lower not in HARMLESS and not _says_nothing(lower, value):
                 raise RowError(
-                    f"{place}the field {name!r} ({short(value)}) says that this is not trained like"
-                    " the rest, and only a whole message can say so: put it into the messages, or"
-                    f" take the row out; {_ignoring(name)}"
+                    f"{location}the field {name!r} ({short(value)}) says that this is not trained"
+                    " like the rest, and only a whole message can say so: put it into the"
+                    f" messages, or take the row out; {_ignoring(name)}"
                 )
             continue
         for pattern, reason in _CHANGES:
             if pattern.fullmatch(lower):
                 raise RowError(
-                    f"{place}the field {name!r} ({short(value)}) {reason}; {_ignoring(name)}"
+                    f"{location}the field {name!r} ({short(value)}) {reason}; {_ignoring(name)}"
                 )
         if not _HARMLESS_ENDING.fullmatch(lower):
             yield f"{path}{name}"
@@ -374,6 +371,6 @@ def _ignoring(name: str) -> str:
 
 
 def _says_nothing(name: str, value: Any) -> bool:
-    """Whether a field says that something is trained as everything else is."""
+    """Tell whether a field says that something is trained as everything else is."""
     text = str(value).strip().lower()
     return text in (("false", "0", "0.0") if name in MASKED else ("true", "1", "1.0"))

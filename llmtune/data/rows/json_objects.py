@@ -1,6 +1,4 @@
-"""Objects of JSON in which no name stands twice: parsers take the last of them and drop the others
-without a word.
-"""
+"""JSON without duplicate names in an object, of which parsers silently drop all but the last."""
 
 from __future__ import annotations
 
@@ -10,23 +8,23 @@ from typing import Any
 from llmtune.storage import plain_json
 
 
-def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, for ``object_pairs_hook``.
+def refuse_duplicate_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object, as an ``object_pairs_hook``.
 
     Raises:
         ValueError: A name stands twice.
     """
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        twin = next(name for number, name in enumerate(names) if name in names[:number])
+        duplicate = next(name for index, name in enumerate(names) if name in names[:index])
         raise ValueError(
-            f"the name {twin!r} stands twice in an object, of which one would be dropped"
+            f"the name {duplicate!r} stands twice in an object, of which one would be dropped"
         )
-    return found
+    return row
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=without_twins)
+_DECODER = json.JSONDecoder(object_pairs_hook=refuse_duplicate_names)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -35,7 +33,7 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
         ValueError: It is none, is nested too deeply, or a name stands twice in an object.
     """
-    return plain_json.parse_json(text, without_twins)
+    return plain_json.parse_json(text, refuse_duplicate_names)
 
 
 def decode_json(text: str, start: int) -> tuple[Any, int]:

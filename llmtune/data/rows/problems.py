@@ -1,6 +1,4 @@
-"""What is wrong with the data: found row by row, named by ``file:line``, counted, and reported
-together.
-"""
+"""Problems of the data: found row by row, named by ``file:line``, counted, reported together."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ class RowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong."""
+    """A problem of the data, and its location."""
 
     file: str
     line: int | None
@@ -34,7 +32,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{place(self.file, self.line)}: {self.message}"
+        return f"{format_location(self.file, self.line)}: {self.message}"
 
     @property
     def kind(self) -> str:
@@ -44,8 +42,8 @@ class Problem:
         return re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\(.*?\)|\d+", "_", self.message)
 
 
-def place(file: str, line: int | None) -> str:
-    """``file:line``."""
+def format_location(file: str, line: int | None) -> str:
+    """Write ``file:line``."""
     return file if line is None else f"{file}:{line}"
 
 
@@ -56,7 +54,7 @@ def short(value: Any) -> str:
 
 
 def write_problems(problems: Iterable[Problem], file: TextIO) -> None:
-    """A line of JSON for each, behind what stands in the file."""
+    """Append a line of JSON for each."""
     file.writelines(
         json.dumps(redact_values(asdict(problem)), ensure_ascii=False) + "\n"
         for problem in problems

@@ -1,5 +1,4 @@
-"""Who says what, and which call a result answers: a template that does not tell is refused where it
-matters.
+"""Check that a template's text tells who says what, and which call a result answers.
 
 Words alone do not say it. A template that knows no tools may write a result as the assistant's
 answer, and one that leaves out the ids of calls says by their order alone which result is whose.
@@ -12,6 +11,7 @@ from dataclasses import replace
 
 from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.values import is_blank
 from llmtune.template_errors import TEMPLATE_ERRORS
 
 #: Shapes of rows that are remembered.
@@ -40,7 +40,7 @@ class Speakers:
             RowError: There is no difference.
         """
         messages = conversation.messages
-        shape = tuple((m.role, bool(m.content.strip()), *sorted(m.extra)) for m in messages)
+        shape = tuple((m.role, not is_blank(m.content), *sorted(m.extra)) for m in messages)
         if shape not in self._known:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
@@ -64,17 +64,15 @@ class Speakers:
 
     def _find_mistaken(self, conversation: Conversation, text: str) -> str | None:
         messages = conversation.messages
-        for number in _first_and_last(messages):
-            message = messages[number]
+        for index in _first_and_last(messages):
+            message = messages[index]
             answer = Message(role=Role.assistant, content=message.content, extra=message.extra)
             if self._is_same(
-                replace(
-                    conversation, messages=(*messages[:number], answer, *messages[number + 1 :])
-                ),
+                replace(conversation, messages=(*messages[:index], answer, *messages[index + 1 :])),
                 text,
             ):
                 return (
-                    f"the chat template writes what message {number} ({message.role.value}) says as"
+                    f"the chat template writes what message {index} ({message.role.value}) says as"
                     " an answer of the assistant; take a data.chat_template that knows"
                     f" {'tools' if message.role is Role.tool else 'system messages'}, such as qwen,"
                     " or the model's own"
@@ -96,7 +94,7 @@ def _first_and_last(messages: Sequence[Message]) -> list[int]:
     found: set[int] = set()
     for role in (Role.system, Role.tool):
         numbers = [
-            number for number, m in enumerate(messages) if m.role is role and m.content.strip()
+            index for index, m in enumerate(messages) if m.role is role and not is_blank(m.content)
         ]
         found |= {*numbers[:1], *numbers[-1:]}
     return sorted(found)
@@ -110,16 +108,16 @@ def _out_of_order(messages: Sequence[Message]) -> Iterator[tuple[int, list[Messa
         The number of the first result, and the results; calls and results without ids say nothing
         of an order.
     """
-    for number, message in enumerate(messages):
+    for index, message in enumerate(messages):
         calls = [call.get("id") for call in message.extra.get("tool_calls", ())]
         if len(calls) < 2 or None in calls:
             continue
         results = []
-        for result in messages[number + 1 :]:
+        for result in messages[index + 1 :]:
             if result.role is not Role.tool:
                 break
             results.append(result)
         answered = [result.extra.get("tool_call_id") for result in results]
         known = all(one in calls for one in answered)
         if len(results) > 1 and known and answered != calls[: len(answered)]:
-            yield number + 1, results
+            yield index + 1, results

@@ -18,7 +18,7 @@ _READ = ("name", "arguments", "id", "type", "index")
 _ELSEWHERE = ("name", "arguments", "parameters", "params", "args", "kwargs", "input", "inputs")
 
 
-def read_tool_calls(entry: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+def read_tool_calls(entry: Mapping[str, Any], location: str) -> list[dict[str, Any]]:
     """The calls of a message: ``tool_calls``, a list or its JSON; or one ``function_call``, as the
     older API had it.
 
@@ -31,15 +31,15 @@ def read_tool_calls(entry: Mapping[str, Any], place: str) -> list[dict[str, Any]
     """
     calls = entry.get("tool_calls") or []
     if isinstance(calls, str):
-        calls = _parse(calls, f"{place}: 'tool_calls' is no JSON")
+        calls = _parse(calls, f"{location}: 'tool_calls' is no JSON")
     if not isinstance(calls, list | tuple):
-        raise RowError(f"{place}: 'tool_calls' must be a list, not {short(calls)}")
+        raise RowError(f"{location}: 'tool_calls' must be a list, not {short(calls)}")
     if entry.get("function_call"):
         calls = [*calls, entry["function_call"]]
-    return [_read_call(call, place) for call in calls]
+    return [_read_call(call, location) for call in calls]
 
 
-def parse_tool_calls(text: str, place: str) -> list[dict[str, Any]]:
+def parse_tool_calls(text: str, location: str) -> list[dict[str, Any]]:
     """The calls of a ``function_call`` turn, whose text is the JSON of one, of a list of them, or
     of several in a row.
 
@@ -52,18 +52,18 @@ def parse_tool_calls(text: str, place: str) -> list[dict[str, Any]]:
         try:
             call, position = decode_json(text, position)
         except ValueError as error:
-            raise _no_function_call(text, place) from error
+            raise _no_function_call(text, location) from error
         calls += call if isinstance(call, list) else [call]
         position = _between(text, position)
     if not calls or not all(
         isinstance(call, dict) and ("name" in call or "function" in call) for call in calls
     ):
-        raise _no_function_call(text, place)
-    return [_read_call(call, place) for call in calls]
+        raise _no_function_call(text, location)
+    return [_read_call(call, location) for call in calls]
 
 
 def _between(text: str, position: int) -> int:
-    """Where the next call begins."""
+    """The position at which the next call begins."""
     while text[position : position + 1] in {" ", "\t", "\r", "\n", ","}:
         position += 1
     return position
@@ -92,9 +92,9 @@ def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
-def _read_call(call: Any, place: str) -> dict[str, Any]:
+def _read_call(call: Any, location: str) -> dict[str, Any]:
     if isinstance(call, str):
-        call = _parse(call, f"{place}: a tool call is no JSON")
+        call = _parse(call, f"{location}: a tool call is no JSON")
     function = call.get("function") if isinstance(call, Mapping) else None
     function = call if function is None else function
     name = function.get("name") if isinstance(function, Mapping) else None
@@ -105,7 +105,7 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
         or not name.strip()
     ):
         raise RowError(
-            f"{place}: a tool call must be {{function: {{name, arguments}}}}, not {short(call)}"
+            f"{location}: a tool call must be {{function: {{name, arguments}}}}, not {short(call)}"
         )
     told = {key: value for key, value in function.items() if value not in (None, "")}
     # Beside the function, where only what says nothing of the call may stand.
@@ -116,28 +116,30 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
     ]
     if beside:
         raise RowError(
-            f"{place}: the call of {name!r} has the field {beside[0]!r} beside its function, where"
-            " it is not read; name and arguments stand in the function"
+            f"{location}: the call of {name!r} has the field {beside[0]!r} beside its function,"
+            " where it is not read; name and arguments stand in the function"
         )
     if unread := [key for key in told if key not in _READ]:
         raise RowError(
-            f"{place}: the call of {name!r} has the field {unread[0]!r}, which is not read; a call"
-            " has name and arguments"
+            f"{location}: the call of {name!r} has the field {unread[0]!r}, which is not read; a"
+            " call has name and arguments"
         )
     outer = {key: call[key] for key in ("id", "index") if call.get(key) is not None}
-    arguments = _read_arguments(function.get("arguments"), name, place)
+    arguments = _read_arguments(function.get("arguments"), name, location)
     return {**outer, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _read_arguments(arguments: Any, name: str, place: str) -> dict[str, Any]:
+def _read_arguments(arguments: Any, name: str, location: str) -> dict[str, Any]:
     given = arguments
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return {}
     if isinstance(arguments, str):
-        arguments = _parse(arguments, f"{place}: the arguments of the call of {name!r} are no JSON")
+        arguments = _parse(
+            arguments, f"{location}: the arguments of the call of {name!r} are no JSON"
+        )
     if not isinstance(arguments, Mapping):
         raise RowError(
-            f"{place}: the arguments of the call of {name!r} must be a JSON object, not"
+            f"{location}: the arguments of the call of {name!r} must be a JSON object, not"
             f" {short(given)}"
         )
     return dict(arguments)
@@ -151,7 +153,7 @@ def _parse(text: str, message: str) -> Any:
         raise RowError(f"{message}{why}: {short(text)}") from error
 
 
-def _no_function_call(text: str, place: str) -> RowError:
+def _no_function_call(text: str, location: str) -> RowError:
     return RowError(
-        f"{place}: a function_call must be JSON with name and arguments, not {short(text)}"
+        f"{location}: a function_call must be JSON with name and arguments, not {short(text)}"
     )

@@ -82,14 +82,14 @@ def from_turns(row: Row, field: str) -> Conversation:
     if system:
         messages.append(Message(role=Role.system, content=system))
     calling = False
-    for number, entry in enumerate(entries):
-        place = f"{field}[{number}]"
+    for index, entry in enumerate(entries):
+        location = f"{field}[{index}]"
         if not isinstance(entry, Mapping):
             raise RowError(
-                f"{place} must be {{{', '.join(SPELLINGS[field == 'conversations'])}}}, not"
+                f"{location} must be {{{', '.join(SPELLINGS[field == 'conversations'])}}}, not"
                 f" {short(entry)}"
             )
-        message, called = _to_message(entry, place)
+        message, called = _to_message(entry, location)
         if called and calling and message.train == messages[-1].train:
             messages[-1] = _with_more_calls(messages[-1], message)
         else:
@@ -100,7 +100,7 @@ def from_turns(row: Row, field: str) -> Conversation:
             f"the last message is the {messages[-1].role.value}'s; it must be the assistant's"
         )
     tools = read_tools(row)
-    for text in texts_within(tools) if tools else ():
+    for text in texts_within(tools):
         check_unicode(text, "tools")
     return Conversation(messages=tuple(messages), tools=tools)
 
@@ -111,7 +111,7 @@ def _with_more_calls(message: Message, more: Message) -> Message:
     return replace(message, extra={**message.extra, **more.extra, "tool_calls": calls})
 
 
-def _message_fields(entry: Row, place: str) -> tuple[str, str]:
+def _message_fields(entry: Row, location: str) -> tuple[str, str]:
     """The fields of a message that say who speaks and what: ``role`` and ``content``, or ``from``
     and ``value``.
     """
@@ -126,7 +126,7 @@ def _message_fields(entry: Row, place: str) -> tuple[str, str]:
         ]
         if len(given) > 1 and said[0] != said[1]:
             raise RowError(
-                f"{place}: {given[0]!r} and {given[1]!r} say different things; keep one of them"
+                f"{location}: {given[0]!r} and {given[1]!r} say different things; keep one of them"
             )
         found.append(given[0] if given else None)
     speaker = found[0] or "role"
@@ -137,42 +137,42 @@ def _find_role(name: Any) -> Role | None:
     return (ROLES.get(name) or ROLES.get(name.strip().lower())) if isinstance(name, str) else None
 
 
-def _to_message(entry: Row, place: str) -> tuple[Message, bool]:
+def _to_message(entry: Row, location: str) -> tuple[Message, bool]:
     """A message, and whether its words were the JSON of calls."""
-    role_field, text_field = _message_fields(entry, place)
+    role_field, text_field = _message_fields(entry, location)
     name = entry.get(role_field)
     role = _find_role(name)
     if role is None:
         raise RowError(
-            f"{place}: {role_field} is {short(name)}; it must be one of {', '.join(ROLES)}"
+            f"{location}: {role_field} is {short(name)}; it must be one of {', '.join(ROLES)}"
         )
     called = str(name).strip().lower() in _CALLERS
     if called:
-        calls = parse_tool_calls(_content(entry, text_field, place), place)
-        entry = {**entry, text_field: "", "tool_calls": [*read_tool_calls(entry, place), *calls]}
-    train = _says_train(entry, place)
+        calls = parse_tool_calls(_content(entry, text_field, location), location)
+        entry = {**entry, text_field: "", "tool_calls": [*read_tool_calls(entry, location), *calls]}
+    train = _says_train(entry, location)
     silent = role in _MAY_BE_SILENT and (text_field in entry or says_nothing_else(entry))
     if len(entry) == 2 and text_field in entry:
         # Nothing but who says what, as most messages are.
         return Message(
-            role=role, content=_content(entry, text_field, place, silent), train=train
+            role=role, content=_content(entry, text_field, location, silent), train=train
         ), False
     # Arrow fills the fields that other rows have with nulls.
     extra: dict[str, Any] = {
         key: entry[key] for key in EXTRA if entry.get(key) not in (None, [], "")
     }
     if not isinstance(extra.get("name", ""), str):
-        raise RowError(f"{place}: 'name' must be text, not {short(extra['name'])}")
-    calls = read_tool_calls(entry, place)
+        raise RowError(f"{location}: 'name' must be text, not {short(extra['name'])}")
+    calls = read_tool_calls(entry, location)
     extra |= {"tool_calls": calls} if calls else {}
-    thought = _reasoning(entry, place)
+    thought = _reasoning(entry, location)
     extra |= thought
-    for text in texts_within(extra) if extra else ():
-        check_unicode(text, f"{place}: {', '.join(extra)}")
+    for text in texts_within(extra):
+        check_unicode(text, f"{location}: {', '.join(extra)}")
     return (
         Message(
             role=role,
-            content=_content(entry, text_field, place, silent or bool(calls or thought)),
+            content=_content(entry, text_field, location, silent or bool(calls or thought)),
             train=train,
             extra=extra,
         ),
@@ -180,19 +180,19 @@ def _to_message(entry: Row, place: str) -> tuple[Message, bool]:
     )
 
 
-def _reasoning(entry: Row, place: str) -> dict[str, str]:
-    """What the model thought, under all names by which templates ask for it."""
+def _reasoning(entry: Row, location: str) -> dict[str, str]:
+    """The reasoning of a message, under all names by which templates ask for it."""
     found = {name: entry[name] for name in REASONING if entry.get(name) not in (None, "", [])}
     for name, text in found.items():
         if not isinstance(text, str):
-            raise RowError(f"{place}: {name!r} must be text, not {short(text)}")
+            raise RowError(f"{location}: {name!r} must be text, not {short(text)}")
     if len(set(found.values())) > 1:
-        raise RowError(f"{place}: {' and '.join(found)} say different things; keep one of them")
+        raise RowError(f"{location}: {' and '.join(found)} say different things; keep one of them")
     return {**found, **dict.fromkeys(("reasoning_content", "thinking"), text)} if found else {}
 
 
 def is_answer(turn: Any) -> bool:
-    """Whether a turn is the assistant's."""
+    """Tell whether a turn is the assistant's."""
     return isinstance(turn, Mapping) and Role.assistant in map(
         _find_role, (turn.get("role"), turn.get("from"))
     )
@@ -203,29 +203,28 @@ def list_switches(entry: Row) -> list[str]:
     return sorted(name for name in entry.keys() & _SWITCHES if entry[name] is not None)
 
 
-def _says_train(entry: Row, place: str) -> bool | None:
-    """Whether a message is trained, by whatever name it says so: ``train``, OpenAI's ``weight``,
-    ``loss``, ``masked`` ...
+def _says_train(entry: Row, location: str) -> bool | None:
+    """Read whether a message is trained; None where it does not say.
 
-    None where it says nothing.
+    It may say so by many names: ``train``, OpenAI's ``weight``, ``loss``, ``masked`` ...
     """
     said: dict[str, bool] = {}
     for name in list_switches(entry):
         value = entry[name]
         if value not in (True, False):
             raise RowError(
-                f"{place}: {name!r} must be true or false, not {short(value)}: a message is"
+                f"{location}: {name!r} must be true or false, not {short(value)}: a message is"
                 " trained, or it is not"
             )
         said[name] = bool(value) is not (name in MASKED)
     if len(set(said.values())) > 1:
         raise RowError(
-            f"{place}: {' and '.join(map(repr, said))} contradict each other; keep one of them"
+            f"{location}: {' and '.join(map(repr, said))} contradict each other; keep one of them"
         )
     return next(iter(said.values()), None)
 
 
-def _content(entry: Row, field: str, place: str, may_be_empty: bool = False) -> str:
+def _content(entry: Row, field: str, location: str, may_be_empty: bool = False) -> str:
     """Text, or a list of text parts."""
     value = entry.get(field)
     if isinstance(value, list):
@@ -237,7 +236,7 @@ def _content(entry: Row, field: str, place: str, may_be_empty: bool = False) -> 
                 or not isinstance(part.get("text"), str)
             ):
                 raise RowError(
-                    f"{place}: {field} holds {short(part)}; only text parts can be trained"
+                    f"{location}: {field} holds {short(part)}; only text parts can be trained"
                 )
             parts.append(part["text"])
         value = "".join(parts)
@@ -246,4 +245,4 @@ def _content(entry: Row, field: str, place: str, may_be_empty: bool = False) -> 
     try:
         return read_text({**entry, field: value} if field in entry else entry, field)
     except RowError as error:
-        raise RowError(f"{place}: {error}") from error
+        raise RowError(f"{location}: {error}") from error

@@ -41,11 +41,16 @@ def read_text(row: Row, field: str, required: bool = True) -> str:
         )
     if not isinstance(value, str):
         raise RowError(f"the field {field!r} must be text, not {short(value)}")
-    if required and not value.strip():
+    if required and value.isspace():
         raise RowError(f"the field {field!r} has nothing but white space")
     if not value.isascii():
         check_unicode(value, field)
     return value
+
+
+def is_blank(text: str) -> bool:
+    """Tell whether a text is white space only; unlike ``strip`` this copies nothing."""
+    return not text or text.isspace()
 
 
 def texts_within(value: Any) -> Iterator[str]:
@@ -81,10 +86,10 @@ def check_unicode(value: str, field: str) -> None:
 
 
 def not_utf8(byte: int) -> str:
-    """What is said of other encodings."""
+    """The message about a byte of another encoding."""
     return f"not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
 
 
 def describe_missing(row: Row, field: str) -> str:
-    """What is said of a field that is not there."""
+    """The message about a field that is not there."""
     return f"the field {field!r} is missing (the row has: {', '.join(map(str, row))})"

@@ -1,6 +1,4 @@
-"""Which rows of which source stand in an epoch, and which are held out: numbers only, drawn with
-the seed.
-"""
+"""Draw the rows of an epoch, and those for evaluation: numbers only, a function of the seed."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def hold_out(
+def split_eval(
     begins: NDArray[np.bool_], size: int | float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Row numbers for training, in order, and for evaluation, in the order drawn.
@@ -36,23 +34,25 @@ def hold_out(
     """
     starts = np.flatnonzero(begins)
     documents = len(starts)
-    count = size if isinstance(size, int) else max(1, round(size * documents)) if size else 0
+    count = size
+    if not isinstance(count, int):
+        count = max(1, round(size * documents)) if size else 0
     if count >= documents:
-        cut = (
-            f", cut into {len(begins)} pieces but held out whole" if len(begins) > documents else ""
-        )
+        cut = ""
+        if len(begins) > documents:
+            cut = f", cut into {len(begins)} pieces but held out whole"
         raise DataError(
             f"data.val_set_size={size} takes all of data.train, which has"
             f" {counted(documents, 'row')}{cut}: add rows, or take data.val_set_size=0"
         )
-    drawn = draw_rows(documents, count, seed, Draw.held_out)
+    drawn = draw_rows(documents, count, seed, Draw.eval_rows)
     pieces = np.diff(np.append(starts, len(begins)))[drawn]
     # The pieces of each drawn document, in order: its first row and a count from 0.
     within = np.arange(pieces.sum(), dtype=np.int64) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    held_out = np.repeat(starts[drawn], pieces) + within
+    eval_rows = np.repeat(starts[drawn], pieces) + within
     keep = np.ones(len(begins), dtype=bool)
-    keep[held_out] = False
-    return np.flatnonzero(keep).astype(np.int64), held_out
+    keep[eval_rows] = False
+    return np.flatnonzero(keep).astype(np.int64), eval_rows
 
 
 def mix(
@@ -89,8 +89,8 @@ def mix(
     else:
         wanted = [len(share) * source.repeat for share, source in zip(shares, sources, strict=True)]
     taken = []
-    for number, (share, count) in enumerate(zip(shares, wanted, strict=True)):
+    for index, (share, count) in enumerate(zip(shares, wanted, strict=True)):
         whole, rest = divmod(count, len(share)) if len(share) else (0, 0)
-        drawn = np.sort(draw_rows(len(share), rest, seed, Draw.share, number))
+        drawn = np.sort(draw_rows(len(share), rest, seed, Draw.share, index))
         taken += [share] * whole + [share[drawn]]
     return np.concatenate(taken).astype(np.int64)

@@ -23,7 +23,7 @@ LARGE_SHARE = 0.25
 def pack_rows(
     lengths: NDArray[np.int32], capacity: int, seed: int, window: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which rows share a packed row.
+    """Assign rows to packed rows.
 
     Args:
         lengths: Tokens of each row, none above ``capacity``. Shape (rows,).
@@ -42,7 +42,7 @@ def pack_rows(
 
 
 def packing_efficiency(lengths: NDArray[np.int32], packed_rows: int, capacity: int) -> float:
-    """Share of the packed rows' places that hold a token."""
+    """Share of the packed rows' positions that hold a token."""
     return float(lengths.sum(dtype=np.int64)) / (packed_rows * capacity) if packed_rows else 0.0
 
 

@@ -51,7 +51,7 @@ class StoreSummary:
     unknown: list[str] = field(default_factory=list)
     """Fields that no format reads and that are not known to be harmless."""
     formats: list[str] = field(default_factory=list)
-    """As what its files were read."""
+    """Formats of its files."""
     max_id: int = -1
     """The largest token id; -1 where an earlier version did not look."""
 
@@ -146,16 +146,16 @@ class TokenStore:
     def __len__(self) -> int:
         return self.summary.rows
 
-    def numbers(self, name: str) -> NDArray[Any]:
+    def column(self, name: str) -> NDArray[Any]:
         """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``,
         ``begins``. Shape (rows,).
         """
         array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return array
 
-    def place(self, row: int) -> tuple[str, int]:
+    def location(self, row: int) -> tuple[str, int]:
         """File and line of a row."""
-        return self.summary.files[int(self.numbers("files")[row])], int(self.numbers("lines")[row])
+        return self.summary.files[int(self.column("files")[row])], int(self.column("lines")[row])
 
     def labels(self) -> list[Any]:
         """Labels of a classification source, row by row."""
@@ -208,7 +208,7 @@ class TokenStore:
 
 
 def _view(array: pa.Array, dtype: type[np.int32]) -> NDArray[np.int32]:
-    """The numbers of an Arrow array where they lie.
+    """View the numbers of an Arrow array without a copy.
 
     Its own ``to_numpy`` imports pandas, a fifth of a second in every rank.
     """
@@ -249,7 +249,7 @@ def join_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_
 
 
 def _locate(number: int, ends: NDArray[np.int64]) -> tuple[int, int]:
-    """In which of the parts that end there something lies, and its number in that part."""
+    """The index of the part that holds a number, and its index in that part."""
     part = int(np.searchsorted(ends, number, side="right"))
     return part, number - (int(ends[part - 1]) if part else 0)
 
@@ -286,15 +286,15 @@ class Rows:
         return self._sum(self.documents("lengths"))
 
     @cached_property
-    def trained_tokens(self) -> NDArray[np.int64]:
-        """Trained tokens of each row. Shape (rows,)."""
+    def supervised_tokens(self) -> NDArray[np.int64]:
+        """Tokens with a label of each row. Shape (rows,)."""
         return self._sum(self.documents("trained"))
 
     def documents(self, name: str) -> NDArray[Any]:
         """A number of each document, in the order of ``index``. Shape (documents,)."""
         if not self.stores:
             return np.zeros(0, dtype=_COLUMNS[name])
-        every = [store.numbers(name) for store in self.stores]
+        every = [store.column(name) for store in self.stores]
         whole = every[0] if len(every) == 1 else np.concatenate(every)
         picked: NDArray[Any] = whole[self.index]
         return picked
@@ -304,22 +304,22 @@ class Rows:
         begin, end = int(self._starts[number]), int(self._starts[number + 1])
         return join_documents([self._read(int(document)) for document in self.index[begin:end]])
 
-    def place(self, document: int) -> tuple[str, int]:
+    def location(self, document: int) -> tuple[str, int]:
         """File and line of a document, by its number in ``index``."""
         store, row = self._locate(int(self.index[document]))
-        return store.place(row)
+        return store.location(row)
 
-    def places(self, number: int) -> list[tuple[str, int]]:
+    def locations(self, number: int) -> list[tuple[str, int]]:
         """File and line of every document of a row."""
         return [
-            self.place(document)
+            self.location(document)
             for document in range(int(self._starts[number]), int(self._starts[number + 1]))
         ]
 
-    def source_place(self, document: int) -> tuple[int, str, int]:
+    def source_location(self, document: int) -> tuple[int, str, int]:
         """Number of the store, file and line of a document."""
         store, row = self._locate(int(self.index[document]))
-        return self.stores.index(store), *store.place(row)
+        return self.stores.index(store), *store.location(row)
 
     def first_document(self, number: int) -> int:
         """Number in ``index`` of the first document of a row."""

@@ -52,7 +52,7 @@ def find_beyond(
             ids, _ = store.read(row)
             if len(ids) and int(ids.max()) >= rows:
                 first = int(ids[ids >= rows][0])
-                yield Problem(*store.place(row), _describe(first, rows, model_folder, tokenizer))
+                yield Problem(*store.location(row), _describe(first, rows, model_folder, tokenizer))
 
 
 def check_stores(
@@ -83,11 +83,9 @@ def check_padding(model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
     if rows is None or padding is None or padding < rows:
         return
     end = tokenizer.eos_token_id
-    known = (
-        f"model.pad_token='{tokenizer.eos_token}'"
-        if end is not None and end < rows
-        else "one that it has"
-    )
+    known = "one that it has"
+    if end is not None and end < rows:
+        known = f"model.pad_token='{tokenizer.eos_token}'"
     raise ConfigError(
         f"the padding token {padding} ({tokenizer.pad_token!r}) has no embedding: the model in"
         f" {model_folder} has {rows}; take {known}, or save the model once more after"
@@ -98,16 +96,16 @@ def check_padding(model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
 def check_block(
     ids: NDArray[np.int32],
     lengths: NDArray[np.int32],
-    places: tuple[str, NDArray[np.int64]],
+    locations: tuple[str, NDArray[np.int64]],
     model_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """The same of tokens on their way.
+    """Refuse tokens that the model does not know, before they are in a store.
 
     Args:
         ids: Of all rows, one after the other. Shape (tokens,).
         lengths: Shape (rows,).
-        places: File, and line of each row. Shape (rows,).
+        locations: File, and line of each row. Shape (rows,).
 
     Raises:
         DataError: With the first such row.
@@ -116,7 +114,7 @@ def check_block(
     if rows is None or not len(ids) or int(ids.max()) < rows:
         return
     row = int(np.searchsorted(np.cumsum(lengths), int(np.argmax(ids >= rows)), side="right"))
-    file, lines = places
+    file, lines = locations
     token = int(ids[ids >= rows][0])
     raise DataError(
         str(Problem(file, int(lines[row]), _describe(token, rows, model_folder, tokenizer)))

@@ -1,1 +1,1 @@
-"""Conversations become token ids with a mask of what is trained."""
+"""Tokenizing: from conversations to token ids with a mask of what is trained."""

@@ -1,4 +1,4 @@
-"""Chat templates: which one, and a conversation rendered by it with the places of the answers.
+"""Load chat templates, and render conversations by them with the spans of the answers.
 
 Where a template marks what the assistant says (``{% generation %}``), the marks decide. Elsewhere
 the places are derived: the template is rendered up to each answer and with it, and what the answer
@@ -10,36 +10,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.problems import RowError
 from llmtune.data.rows.speakers import Speakers
 from llmtune.data.tokenize.completeness import Completeness
 from llmtune.data.tokenize.marks import Marks
+from llmtune.data.tokenize.span import Span
 from llmtune.data.tokenize.static_template import Verbatim, find_verbatim
 from llmtune.data.tokenize.thinking import explain_difference
+from llmtune.data.tokenize.turn_layout import TurnLayout, TurnLayouts, find_layout, make_sample
 from llmtune.errors import ConfigError
 from llmtune.template_bounds import bounded_template, refuse_powers
 from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class Span(NamedTuple):
-    """What an answer adds to the text, its end of turn included."""
-
-    start: int
-    """First character."""
-    end: int
-    """The character behind the last."""
-    train: bool
-    """Whether the message is to be trained."""
 
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -88,24 +78,12 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> 
     except TEMPLATE_ERRORS as error:
         raise ConfigError(
             f"the chat template of {model_name}, or data.chat_template, is no Jinja:"
-            f" {describe_template_error(error)}; mend it, or name another with data.chat_template"
+            f" {describe_template_error(error)}; fix it, or name another with data.chat_template"
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _TurnLayout:
-    """What a template puts around the messages of a sequence of roles."""
-
-    between: tuple[str, ...]
-    """Before the first message, between two, and behind the last."""
-    reaches: tuple[tuple[int, int] | None, ...]
-    """How far the trained span of each answer reaches before and behind its words; None for what
-    others say.
-    """
-
-
 class ChatTemplates:
-    """All templates of a tokenizer.
+    """The templates of a tokenizer.
 
     One named ``tool_use`` is for rows with tools, as transformers has it.
     """
@@ -118,12 +96,9 @@ class ChatTemplates:
         """
         named: Any = tokenizer.chat_template
         self._default = ChatTemplate(tokenizer, every_answer=every_answer)
-        uses_tools = isinstance(named, dict) and "tool_use" in named
-        self._tool_use = (
-            ChatTemplate(tokenizer, named["tool_use"], every_answer)
-            if uses_tools
-            else self._default
-        )
+        self._tool_use = self._default
+        if isinstance(named, dict) and "tool_use" in named:
+            self._tool_use = ChatTemplate(tokenizer, named["tool_use"], every_answer)
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """Text and spans of a row, by the template that it needs; see
@@ -132,7 +107,7 @@ class ChatTemplates:
         return self._of(conversation).render(conversation)
 
     def render_prompt(self, conversation: Conversation) -> str:
-        """The text up to the last answer, with what stands before an answer.
+        """The text up to the last answer, with what precedes an answer.
 
         Raises:
             RowError: The template refuses it.
@@ -161,7 +136,6 @@ class ChatTemplate:
         # Here, because it imports torch, which commands without data do not need.
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        self._scaffolds: dict[tuple[Role, ...], _TurnLayout | None] = {}
         self._text = text if text is not None else str(tokenizer.get_chat_template())
         self._variables = dict(tokenizer.special_tokens_map)
         self._closing = str(tokenizer.eos_token or "")
@@ -172,9 +146,8 @@ class ChatTemplate:
         refuse_powers(self._text)
         with bounded_template():
             environment: Any = _compile_jinja_template(self._text).environment
-        self._verbatim = (
-            Verbatim.no if self.marked else find_verbatim(environment.parse(self._text))
-        )
+        verbatim = Verbatim.no if self.marked else find_verbatim(environment.parse(self._text))
+        self._layouts = TurnLayouts(verbatim, self._learn_layout)
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The whole text, and the spans of the answers with what ends their turns, in order.
@@ -183,7 +156,7 @@ class ChatTemplate:
             RowError: The template refuses the row, answers cannot be told from what surrounds them,
                 or the text lacks something that the row says.
         """
-        built = None if self.marked else self._by_scaffold(conversation)
+        built = self._layouts.render(conversation)
         if built is not None:
             # Every word of it is there by construction.
             return built
@@ -196,7 +169,7 @@ class ChatTemplate:
             raise _refused(error) from error
 
     def render_prompt(self, conversation: Conversation) -> str:
-        """The text up to the last answer, with what stands before an answer.
+        """The text up to the last answer, with what precedes an answer.
 
         Raises:
             RowError: The template refuses it.
@@ -219,7 +192,7 @@ class ChatTemplate:
     def _by_prefixes(self, conversation: Conversation, text: str) -> list[Span]:
         """Render up to each answer, and with it.
 
-        Untrained ones whose places cannot be told are left out.
+        Untrained ones whose spans cannot be told are left out.
         """
         messages = conversation.messages
         spans = []
@@ -227,11 +200,9 @@ class ChatTemplate:
             if message.role is not Role.assistant:
                 continue
             prefix, _ = self._apply(messages[:index], conversation, prompt=True)
-            whole = (
-                text
-                if index == len(messages) - 1
-                else self._apply(messages[: index + 1], conversation)[0]
-            )
+            whole = text
+            if index < len(messages) - 1:
+                whole, _ = self._apply(messages[: index + 1], conversation)
             upto = self._without_closing(whole.rstrip(), prefix, text)
             if not (upto.startswith(prefix) and text.startswith(upto)):
                 if not message.trained and not self._every_answer:
@@ -254,73 +225,25 @@ class ChatTemplate:
         shorter = upto.removesuffix(self._closing).rstrip()
         return shorter if text.startswith(shorter) and len(shorter) > len(prefix) else upto
 
-    def _by_scaffold(self, conversation: Conversation) -> tuple[str, list[Span]] | None:
-        """Text and spans without rendering, which is half of the time that a row takes; None where
-        words may matter.
+    def _learn_layout(self, roles: tuple[Role, ...]) -> TurnLayout | None:
+        """The layout of a sequence of roles, from a sample with made-up words; None where words are
+        written more than once, or the template refuses the sample.
         """
-        messages = conversation.messages
-        if (
-            self._verbatim is Verbatim.no
-            or conversation.tools
-            or any(message.extra for message in messages)
-        ):
-            return None
-        if self._verbatim is Verbatim.trimmed and any(
-            not m.content or m.content != m.content.strip() for m in messages
-        ):
-            return None
-        roles = tuple(message.role for message in messages)
-        if roles not in self._scaffolds:
-            self._scaffolds[roles] = self._learn_scaffold(roles)
-        scaffold = self._scaffolds[roles]
-        if scaffold is None:
-            return None
-        parts = [scaffold.between[0]]
-        position = len(parts[0])
-        spans = []
-        for message, following, reach in zip(
-            messages, scaffold.between[1:], scaffold.reaches, strict=True
-        ):
-            end = position + len(message.content)
-            if reach is not None:
-                spans.append(Span(position - reach[0], end + reach[1], message.trained))
-            parts += (message.content, following)
-            position = end + len(following)
-        return "".join(parts), spans
-
-    def _learn_scaffold(self, roles: tuple[Role, ...]) -> _TurnLayout | None:
-        names = [f"\ue000{number}\ue001" for number in range(len(roles))]
-        sample = Conversation(
-            messages=tuple(
-                Message(role=role, content=name) for role, name in zip(roles, names, strict=True)
-            )
-        )
+        sample = make_sample(roles)
         try:
             text, _ = self._apply(sample.messages, sample)
-            spans = iter(self._by_prefixes(sample, text))
+            spans = self._by_prefixes(sample, text)
             self._speakers.check(sample, text)
         except (RowError, *TEMPLATE_ERRORS):
             # Whatever is wrong is found, and named, with the row itself.
             return None
-        between, reaches, position = [], [], 0
-        for role, name in zip(roles, names, strict=True):
-            start = text.find(name, position)
-            if start < 0:
-                return None
-            between.append(text[position:start])
-            position = start + len(name)
-            span = next(spans) if role is Role.assistant else None
-            reaches.append((start - span.start, span.end - position) if span else None)
-        between.append(text[position:])
-        if any("\ue000" in part for part in between):
-            # Words that are written more than once.
-            return None
-        return _TurnLayout(tuple(between), tuple(reaches))
+        return find_layout(sample, text, spans)
 
     @cached_property
     def _arguments_as_text(self) -> bool:
-        """Whether the template takes the arguments of a call as JSON text; most take a mapping, and
-        write JSON or more.
+        """Tell whether the template takes the arguments of a call as JSON text.
+
+        Most take a mapping, and write JSON or more.
 
         One that wants text cannot join a mapping to it, or writes the mapping as Python does.
         """
@@ -382,7 +305,7 @@ class ChatTemplate:
         """Render some messages of a conversation.
 
         Args:
-            prompt: Add what stands before an answer.
+            prompt: Add what precedes an answer.
             marks: Also find the places that the template marks.
             as_text: Whether arguments of calls are JSON text; None is as the template wants them.
 
@@ -409,6 +332,6 @@ class ChatTemplate:
 
 def _refused(error: Exception) -> RowError:
     return RowError(
-        f"the chat template refuses the row: {describe_template_error(error)}; mend the row, or"
+        f"the chat template refuses the row: {describe_template_error(error)}; fix the row, or"
         " take another data.chat_template"
     )

@@ -1,11 +1,11 @@
-"""All that a row says stands in its rendered text, or the row is refused.
+"""Refuse a row of which the rendered text lacks something that it says.
 
 Templates drop what they do not know: calls of tools, their results and definitions, what the model
 thought. A model that is trained on the rest learns to answer without them. So after rendering each
 piece of a row is looked for in the text, as it is or escaped, with a place of its own: the longest
 first, and no letter is counted twice.
 
-A short piece, such as ``1`` or ``ok``, may stand in the template's own words by accident. For rows
+A short piece, such as ``1`` or ``ok``, may be in the template's own words by accident. For rows
 of each shape the template is therefore rendered once with a made-up word in every place, which
 cannot.
 """
@@ -22,7 +22,7 @@ from llmtune.data.rows.problems import RowError, short
 from llmtune.data.tokenize.pieces import TAG, Kind, Piece, Walk
 from llmtune.template_errors import TEMPLATE_ERRORS
 
-#: Pieces of more letters stand in no template's own words by accident.
+#: Pieces of more letters are in no template's own words by accident.
 SHORT = 16
 
 #: Shapes of rows and sets of tools that are remembered.
@@ -48,19 +48,19 @@ class Completeness:
             RowError: The text does not hold all of it.
         """
         walk = Walk()
-        for number, message in enumerate(conversation.messages):
-            walk.message(number, message)
+        for index, message in enumerate(conversation.messages):
+            walk.message(index, message)
         tools, lost_of_tools = self._read_tools(conversation)
         missing = find_missing(walk.pieces, tools, text) | {
-            len(walk.pieces) + number for number in lost_of_tools
+            len(walk.pieces) + index for index in lost_of_tools
         }
         short_ones = _short(walk.pieces)
         if short_ones:
             missing |= short_ones & self._find_dropped(conversation, (len(tools), *walk.shape))
         pieces = [*walk.pieces, *tools]
-        lost = [pieces[number] for number in sorted(missing)]
+        lost = [pieces[index] for index in sorted(missing)]
         # Its call has the name of a result too, and most templates write it there alone.
-        lost += [piece for piece in walk.names if not any(form in text for form in _forms(piece))]
+        lost += [piece for piece in walk.names if not _is_written(piece, text)]
         if lost:
             raise RowError(_describe(lost))
 
@@ -71,8 +71,7 @@ class Completeness:
                 self._dropped.clear()
             walk = Walk(disguise=True)
             messages = tuple(
-                walk.message(number, message)
-                for number, message in enumerate(conversation.messages)
+                walk.message(index, message) for index, message in enumerate(conversation.messages)
             )
             self._dropped[shape] = self._try(replace(conversation, messages=messages), walk)
         return self._dropped[shape]
@@ -106,7 +105,7 @@ class Completeness:
 
 
 def _short(pieces: list[Piece]) -> set[int]:
-    return {number for number, piece in enumerate(pieces) if len(str(piece.value)) <= SHORT}
+    return {index for index, piece in enumerate(pieces) if len(str(piece.value)) <= SHORT}
 
 
 def find_missing(messages: list[Piece], tools: list[Piece], text: str) -> set[int]:
@@ -119,12 +118,16 @@ def find_missing(messages: list[Piece], tools: list[Piece], text: str) -> set[in
         return set()
     used = bytearray(len(text))
     pieces = [*messages, *tools]
-    by_length = sorted(range(len(pieces)), key=lambda number: -len(str(pieces[number].value)))
-    return {
-        number
-        for number in by_length
-        if not any(_take(form, text, used, 0) for form in _forms(pieces[number]))
-    }
+    by_length = sorted(range(len(pieces)), key=lambda index: -len(str(pieces[index].value)))
+    missing = set()
+    for index in by_length:
+        if not any(_take(form, text, used, 0) for form in _forms(pieces[index])):
+            missing.add(index)
+    return missing
+
+
+def _is_written(piece: Piece, text: str) -> bool:
+    return any(form in text for form in _forms(piece))
 
 
 def _take_in_order(pieces: list[Piece], text: str, used: bytearray) -> bool:
@@ -155,9 +158,7 @@ def _take(form: str, text: str, used: bytearray, position: int) -> int:
 
 
 def _forms(piece: Piece) -> Iterator[str]:
-    """How something may be written: as it is or in JSON; what tools are and say, as Python and HTML
-    have it too.
-    """
+    """The ways to write something: as it is or in JSON; tools also as Python and HTML have it."""
     value = piece.value
     if not isinstance(value, str):
         yield json.dumps(value)

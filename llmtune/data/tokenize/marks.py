@@ -1,4 +1,4 @@
-"""What a template marks as the assistant's (``{% generation %}``), told apart by who says it.
+"""Assign a template's marks (``{% generation %}``) to the messages that they are around.
 
 Marks may be wrong: around what somebody else says, or around a part of an answer, such as its words
 and not its calls. So rows of each shape are rendered once with a made-up word in every place, and
@@ -23,12 +23,12 @@ _COPY = (
     " marks"
 )
 
-Places = list[tuple[int, int]]
+Ranges = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Owners:
-    """Of the marks of rows of a shape."""
+    """The owners of the marks in rows of one shape."""
 
     messages: tuple[int, ...]
     """The number of the message that each mark belongs to."""
@@ -38,7 +38,7 @@ class _Owners:
 class Marks:
     """The marks of one template."""
 
-    def __init__(self, render: Callable[[Conversation], tuple[str, Places]]):
+    def __init__(self, render: Callable[[Conversation], tuple[str, Ranges]]):
         """
         Args:
             render: The template; gives the text and the marked places, first and behind the last
@@ -60,9 +60,9 @@ class Marks:
         walk = Walk(disguise=True)
         speakers: list[int] = []
         messages = []
-        for number, message in enumerate(conversation.messages):
-            messages.append(walk.message(number, message))
-            speakers += [number] * (len(walk.pieces) - len(speakers))
+        for index, message in enumerate(conversation.messages):
+            messages.append(walk.message(index, message))
+            speakers += [index] * (len(walk.pieces) - len(speakers))
         shape = (len(conversation.tools), *walk.shape)
         if shape not in self._known:
             if len(self._known) >= _REMEMBERED:
@@ -77,7 +77,7 @@ class Marks:
             return list(found.messages)
         # The template looks at the words, and does something else with made-up ones.
         answers = [
-            number for number, m in enumerate(conversation.messages) if m.role is Role.assistant
+            index for index, m in enumerate(conversation.messages) if m.role is Role.assistant
         ]
         if len(answers) != count:
             raise RowError(
@@ -100,9 +100,7 @@ class Marks:
             word = str(piece.value)
             if isinstance(piece.value, bool) or TAG.fullmatch(word) or word not in text:
                 continue
-            inside = [
-                number for number, (start, end) in enumerate(marks) if word in text[start:end]
-            ]
+            inside = [index for index, (start, end) in enumerate(marks) if word in text[start:end]]
             if inside and message.role is not Role.assistant:
                 return _Owners(
                     (), f"the chat template marks {piece.where} as the assistant's; {_COPY}"
@@ -113,21 +111,21 @@ class Marks:
                     f"the chat template does not mark {piece.where} as the assistant's, so it would"
                     f" not be trained; {_COPY}, or set 'train' of the message to false",
                 )
-            for number in inside:
-                if owners[number] not in (None, speaker) and message.trained != _trained(
-                    disguised, owners[number]
+            for index in inside:
+                if owners[index] not in (None, speaker) and message.trained != _trained(
+                    disguised, owners[index]
                 ):
                     return _Owners(
                         (),
                         "the chat template puts one mark around several answers, up to"
                         f" {piece.where}; {_COPY}",
                     )
-                owners[number] = speaker
+                owners[index] = speaker
         return _Owners(tuple(_filled(owners)))
 
 
-def _trained(conversation: Conversation, number: int | None) -> bool:
-    return number is not None and conversation.messages[number].trained
+def _trained(conversation: Conversation, index: int | None) -> bool:
+    return index is not None and conversation.messages[index].trained
 
 
 def _filled(owners: list[int | None]) -> list[int]:

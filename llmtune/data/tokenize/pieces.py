@@ -1,4 +1,4 @@
-"""What a row says, piece by piece: words, thoughts, calls of tools, their results and
+"""List the pieces of what a row says: words, thoughts, calls of tools, their results and
 definitions.
 """
 
@@ -15,7 +15,7 @@ from llmtune.data.rows.problems import short
 
 
 class Kind(Enum):
-    """What a piece is, and what helps where it is missing."""
+    """The kind of a piece; its value is the advice where it is missing."""
 
     content = "take a data.chat_template that writes it as it is"
     reasoning = (
@@ -78,9 +78,9 @@ class Walk:
 
     def message(self, number: int, message: Message) -> Message:
         """Note a message; the message, disguised if it is to be."""
-        place = f"message {number} ({message.role.value})"
+        location = f"message {number} ({message.role.value})"
         self.shape += (message.role, message.trained)
-        content = self._content(message, place)
+        content = self._content(message, location)
         if not message.extra:
             return replace(message, content=content) if self._disguise else message
         extra = dict(message.extra)
@@ -89,18 +89,18 @@ class Walk:
         # What was thought before an earlier answer that is not trained is not there at inference
         # either.
         if reasoning and message.trained:
-            said = self._note(reasoning.strip(), f"the reasoning of {place}", Kind.reasoning)
+            said = self._note(reasoning.strip(), f"the reasoning of {location}", Kind.reasoning)
             extra |= {key: said for key, value in extra.items() if value == reasoning}
         if "name" in extra and message.role is Role.tool:
             self.names.append(Piece(extra["name"], "the name of a tool's result", Kind.result))
         elif "name" in extra:
-            extra["name"] = self._note(extra["name"], f"the name of {place}", Kind.content)
-        calls = [self._call(call, place) for call in extra.get("tool_calls", ())]
+            extra["name"] = self._note(extra["name"], f"the name of {location}", Kind.content)
+        calls = [self._call(call, location) for call in extra.get("tool_calls", ())]
         extra |= {"tool_calls": calls} if calls else {}
         return replace(message, content=content, extra=extra)
 
-    def _content(self, message: Message, place: str) -> str:
-        """What is said, and what is thought within tags."""
+    def _content(self, message: Message, location: str) -> str:
+        """Note what is said, and what is thought within tags; the content, perhaps disguised."""
         parts = TAG.split(message.content) if message.role is Role.assistant else [message.content]
         said_as = Kind.result if message.role is Role.tool else Kind.content
         # What precedes the end of thinking is thought, also where the beginning stands in the
@@ -114,13 +114,13 @@ class Walk:
             if not core or ((tag or thinks) and not message.trained):
                 continue
             kind, what = (Kind.reasoning, "reasoning") if tag or thinks else (said_as, "content")
-            said = self._note(core, f"the {what} of {place}", kind, keep=tag)
+            said = self._note(core, f"the {what} of {location}", kind, keep=tag)
             parts[index] = part.replace(core, said) if self._disguise else part
         return "".join(parts)
 
-    def _call(self, call: Mapping[str, Any], place: str) -> dict[str, Any]:
+    def _call(self, call: Mapping[str, Any], location: str) -> dict[str, Any]:
         function = call["function"]
-        where = f"the call of {function['name']!r} in {place}"
+        where = f"the call of {function['name']!r} in {location}"
         name = self._note(function["name"], where, Kind.call)
         arguments = self._arguments(function["arguments"], f"the arguments of {where}")
         return {**call, "function": {**function, "name": name, "arguments": arguments}}

@@ -1,5 +1,4 @@
-"""Does a chat template write what messages say just as it is? Read off its syntax tree, so that the
-answer is certain.
+"""Decide from a chat template's syntax tree whether it writes message contents unchanged.
 
 Where it does, the text between messages depends on who speaks in which order, never on the words;
 it can be learned once for each order, and rows need no rendering. Anything that is not understood
@@ -14,7 +13,7 @@ from jinja2 import nodes
 
 
 class Verbatim(Enum):
-    """How contents reach the text."""
+    """The way in which contents reach the text."""
 
     no = "no"
     """Perhaps changed, or looked at."""
@@ -24,8 +23,8 @@ class Verbatim(Enum):
     """Letter by letter."""
 
 
-# : Fields of a message that say nothing about its words, and those of a loop. Others may be
-# methods, or messages.
+#: Fields of a message that say nothing about its words, and those of a loop. Others may be
+#: methods, or messages.
 _FIELDS = {
     "role",
     "name",
@@ -91,10 +90,29 @@ class _Reader:
         self.trims = False
 
     def read(self, node: nodes.Node, written: bool) -> None:
-        """
+        """Read a node and those below it.
+
         Args:
             written: Whether the value of this node goes to the text and nowhere else.
+
+        Raises:
+            _NotUnderstoodError: Contents may be changed or looked at.
         """
+        if (
+            self._read_writing(node, written)
+            or self._read_binding(node)
+            or self._read_message_field(node, written)
+            or self._read_name(node, written)
+        ):
+            return
+        if not isinstance(node, _UNDERSTOOD):
+            # Macros, blocks that capture what they write, imports ...
+            raise _NotUnderstoodError
+        for child in node.iter_child_nodes():
+            self.read(child, written=False)
+
+    def _read_writing(self, node: nodes.Node, written: bool) -> bool:
+        """Read what hands its value on to the text; False for another node."""
         match node:
             case nodes.Output() | nodes.Add() | nodes.Concat():
                 inside = written or isinstance(node, nodes.Output)
@@ -110,9 +128,19 @@ class _Reader:
                 self.read(first, written)
                 if second is not None:
                     self.read(second, written)
+            case _:
+                return False
+        return True
+
+    def _read_binding(self, node: nodes.Node) -> bool:
+        """Read what gives a name to messages or to contents; False for another node."""
+        match node:
             case nodes.For(target=nodes.Name(name=name), iter=source) if self._is_list(source):
                 self.singles.add(name)
-                for child in [*node.body, *node.else_, *([node.test] if node.test else [])]:
+                children = [*node.body, *node.else_]
+                if node.test:
+                    children.append(node.test)
+                for child in children:
                     self.read(child, written=False)
             case nodes.Assign(target=nodes.Name(name=name), node=source) if self._is_list(source):
                 self.lists.add(name)
@@ -121,6 +149,15 @@ class _Reader:
                 self.read(source, written=True)
                 if self.contents_read > before:
                     self.texts.add(name)
+            case _:
+                return False
+        return True
+
+    def _read_message_field(self, node: nodes.Node, written: bool) -> bool:
+        """Read a field of a message or of a loop, or how many messages there are; False for another
+        node.
+        """
+        match node:
             case nodes.Filter(node=source, name="length" | "count") if (
                 source is not None and self._is_list(source)
             ):
@@ -135,16 +172,21 @@ class _Reader:
                     raise _NotUnderstoodError
             case nodes.Getattr(node=nodes.Name(name="loop"), attr=field) if field in _LOOP:
                 pass
+            case _:
+                return False
+        return True
+
+    def _read_name(self, node: nodes.Node, written: bool) -> bool:
+        """Read a name that holds contents; False for another node."""
+        match node:
             case nodes.Name(name=name) if name in self.texts:
                 self._read_content(written)
             case nodes.Name(name=name) if name in self.lists | self.singles | {"loop"}:
-                raise _NotUnderstoodError
-            case _ if not isinstance(node, _UNDERSTOOD):
-                # Macros, blocks that capture what they write, imports ...
+                # A whole message, or all of them.
                 raise _NotUnderstoodError
             case _:
-                for child in node.iter_child_nodes():
-                    self.read(child, written=False)
+                return False
+        return True
 
     def _read_content(self, written: bool) -> None:
         if not written:

@@ -1,5 +1,5 @@
-"""What is said of templates of models that think, where they render an answer differently with and
-without what surrounds it.
+"""Explain templates of models that think, where they render an answer differently with and without
+what surrounds it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _NO_THINKING = (
 )
 
 
-def explain_difference(place: str, prompt: str, upto: str, text: str) -> str | None:
-    """What to say of an answer whose tokens cannot be told apart because of thinking; None where
+def explain_difference(location: str, prompt: str, upto: str, text: str) -> str | None:
+    """Explain why the tokens of an answer cannot be told apart because of thinking; None where
     that is not the reason.
 
     Args:
-        place: Of the answer.
+        location: Of the answer.
         prompt: What is rendered up to it, with what stands before an answer.
         upto: What is rendered up to it and with it.
         text: The whole text.
@@ -38,16 +38,16 @@ def explain_difference(place: str, prompt: str, upto: str, text: str) -> str | N
         if tag := _find_thinking(prompt, upto):
             return (
                 f"the chat template opens the thinking of an answer in the prompt ({tag!r}), and"
-                f" writes the answer in {place} without thinking, so the model would never be asked"
-                " as it was trained. Rows for templates that think in the prompt cannot be trained"
-                f" yet: take {_NO_THINKING}, or a copy of the template that puts nothing behind the"
-                " beginning of an answer"
+                f" writes the answer in {location} without thinking, so the model would never be"
+                " asked as it was trained. Rows for templates that think in the prompt cannot be"
+                f" trained yet: take {_NO_THINKING}, or a copy of the template that puts nothing"
+                " behind the beginning of an answer"
             )
         return None
     # One of them has thinking where the other has words.
     if _find_thinking(upto, text) or _find_thinking(text, upto):
         return (
-            f"the chat template writes the answer in {place} with thinking where it is the last,"
+            f"the chat template writes the answer in {location} with thinking where it is the last,"
             " and without where more is said, as models that think forget what they thought; its"
             " tokens in one row are not those that the model would make. What can be trained: a"
             " row for each answer, in which only the last is trained and the answers before it"
@@ -57,8 +57,8 @@ def explain_difference(place: str, prompt: str, upto: str, text: str) -> str | N
 
 
 def _find_thinking(text: str, other: str) -> str | None:
-    """What begins or ends thinking in a text, at the place where another text parts from it, or
-    soon behind.
+    """Find a tag that begins or ends thinking where another text parts from this one, or soon
+    behind.
     """
     shorter = min(len(text), len(other))
     parting = next((at for at in range(shorter) if text[at] != other[at]), shorter)

@@ -23,9 +23,12 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from llmtune.data.tokenize.token_buffer import TokenBuffer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,8 +42,8 @@ OVERLAP = 1 << 12
 #: Letters from the borders of the overlap on that are not looked at.
 MARGIN = 1 << 10
 
-# : Called between windows with the tokens that a text has so far, so that whoever waits sees that
-# it goes on.
+#: Called between windows with the tokens that a text has so far, so that whoever waits sees that
+#: it goes on.
 Pulse = Callable[[int], None]
 
 
@@ -49,100 +52,108 @@ _BEHIND = -1
 
 
 class LongEncoding:
-    """What is used of an ``Encoding`` of tokenizers. Of each token it holds the id alone: letters
-    are asked for at the borders of what is trained, and the windows around these are tokenized
-    again.
+    """The part of an ``Encoding`` of tokenizers that is used, for a long text.
+
+    Of each token it holds the id alone, on disk where there are many. Letters are asked for at the
+    borders of what is trained, and the windows around these are tokenized again.
     """
 
-    def __init__(self, again: Callable[[int, int], _Window], before: list[int]):
+    def __init__(
+        self, again: Callable[[int, int], _Window], before: list[int], folder: Path | None = None
+    ):
         """
         Args:
             again: The window from one letter to another.
             before: Tokens that are put before the text.
+            folder: For the ids of a text of millions of tokens; None keeps them in memory.
         """
         self.letters = 0
         """Of the text that are tokenized: all of them, or as many as were enough."""
         self._again = again
-        self._ids = array("i", before)
+        self._ids = TokenBuffer(folder)
         self._parts: list[_Part] = []
         #: Of each part: the letter where the next one begins, and the number of its first token.
         self._letters, self._numbers = array("q"), array("q")
         self._known: dict[int, tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
+        self.append(before)
 
     def add(self, window: _Window, first: int, last: int, letters: int) -> None:
-        """The tokens that follow: some of a window, up to a letter of the text."""
+        """Add the tokens that follow: some of a window, up to a letter of the text."""
         self._parts.append(_Part(begin=window.begin, end=window.end, first=first, last=last))
         self._letters.append(letters)
         self._numbers.append(len(self._ids))
         self._remember(len(self._parts) - 1, window)
-        self._ids.frombytes(window.ids[first:last].tobytes())
+        self._ids.append(window.ids[first:last])
         self.letters = letters
 
-    def close(self, behind: list[int]) -> None:
-        """The tokens that are put behind the text, and room for one more."""
-        self._ids.extend([*behind, 0])
+    def append(self, tokens: list[int]) -> None:
+        """Append tokens that stand for no letters."""
+        self._ids.append(np.array(tokens, dtype=np.int32))
 
     @property
     def ids(self) -> NDArray[np.int32]:
-        """Shape (tokens,)."""
-        return np.frombuffer(self._ids, dtype=np.int32)[:-1]
+        """All ids, in memory. Shape (tokens,)."""
+        return self.read(0, len(self))
 
-    def ids_and(self, token: int) -> NDArray[np.int32]:
-        """The same with one more token behind. Shape (tokens + 1,)."""
-        self._ids[-1] = token
-        return np.frombuffer(self._ids, dtype=np.int32)
+    def read(self, begin: int, end: int) -> NDArray[np.int32]:
+        """The ids from one token to another. Shape (end - begin,)."""
+        return self._ids.read(begin, end)
+
+    def release_text(self) -> TokenBuffer:
+        """The ids alone, so that the text can be freed."""
+        return self._ids
 
     def __len__(self) -> int:
-        return len(self._ids) - 1
+        return len(self._ids)
 
     def char_to_token(self, at: int) -> int | None:
         """The first token of a letter; None where no token has it."""
-        number = bisect.bisect_right(self._letters, at)
-        found = self._find(number, at)
+        index = bisect.bisect_right(self._letters, at)
+        found = self._find(index, at)
         # Where a space that the tokenizer puts before a word is a token without letters, a part may
         # begin with it, and the next token with a letter before it.
-        found = self._find(number + 1, at) if found == _BEHIND else found
+        found = self._find(index + 1, at) if found == _BEHIND else found
         return None if found == _BEHIND else found
 
-    def _find(self, number: int, at: int) -> int | None:
+    def _find(self, index: int, at: int) -> int | None:
         """The first token of a letter in a part; None where no token has it, ``_BEHIND`` where all
         of them end before.
         """
-        if number >= len(self._parts):
+        if index >= len(self._parts):
             return None
-        starts, ends = self._offsets(number)
+        starts, ends = self._offsets(index)
         first = int(np.searchsorted(ends, at, side="right"))
         if first == len(ends):
             return _BEHIND
         for token in range(first, min(first + 2, len(starts))):
             if starts[token] <= at < ends[token]:
-                return self._numbers[number] + token
+                return self._numbers[index] + token
         return None
 
     def token_to_chars(self, token: int) -> tuple[int, int] | None:
         """First letter of a token, and the one behind its last; None of a token that the text does
         not have.
         """
-        number = bisect.bisect_right(self._numbers, token) - 1
-        if number < 0:
+        index = bisect.bisect_right(self._numbers, token) - 1
+        if index < 0:
             return None
-        starts, ends = self._offsets(number)
-        at = token - self._numbers[number]
+        starts, ends = self._offsets(index)
+        at = token - self._numbers[index]
         return (int(starts[at]), int(ends[at])) if at < len(starts) else None
 
-    def _offsets(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def _offsets(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """First letters, and those behind the last, of the tokens of a part."""
-        if number not in self._known:
-            self._remember(number, self._again(self._parts[number].begin, self._parts[number].end))
-        return self._known[number]
+        if index not in self._known:
+            self._remember(index, self._again(self._parts[index].begin, self._parts[index].end))
+        return self._known[index]
 
-    def _remember(self, number: int, window: _Window) -> None:
-        part = self._parts[number]
+    def _remember(self, index: int, window: _Window) -> None:
+        part = self._parts[index]
         # A row is asked about from its beginning to its end, and never far back.
         while len(self._known) > 1:
             del self._known[next(iter(self._known))]
         # Copies: a view would hold the whole window.
-        self._known[number] = (
+        self._known[index] = (
             window.starts[part.first : part.last].copy(),
             window.ends[part.first : part.last].copy(),
         )
@@ -161,7 +172,7 @@ class _Window:
     """Which word of the pre-tokenizer each token is of; -1 for none."""
 
     def within(self, low: int, high: int) -> tuple[int, int]:
-        """The first token that lies between two places, and the one behind the last."""
+        """The first token between two letters, and the one behind the last."""
         return int(np.searchsorted(self.starts, low)), int(
             np.searchsorted(self.ends, high, side="right")
         )
@@ -182,14 +193,19 @@ class _Part:
 
 
 class _NotLocalError(Exception):
-    """Tokens depend on what stands far away."""
+    """Tokens depend on letters that are far away."""
 
 
 class WindowTokenizer:
     """Tokenizes long texts."""
 
     def __init__(
-        self, backend: Any, window: int = WINDOW, overlap: int = OVERLAP, margin: int = MARGIN
+        self,
+        backend: Any,
+        window: int = WINDOW,
+        overlap: int = OVERLAP,
+        margin: int = MARGIN,
+        folder: Path | None = None,
     ):
         """
         Args:
@@ -197,8 +213,10 @@ class WindowTokenizer:
             window: Letters of a window.
             overlap: Letters that two windows share.
             margin: Letters from its borders on that are not looked at.
+            folder: For the ids of texts of millions of tokens; None keeps them in memory.
         """
         self._backend = backend
+        self._folder = folder
         self._window, self._overlap, self._margin = window, overlap, margin
 
     def encode(
@@ -219,7 +237,7 @@ class WindowTokenizer:
         def again(begin: int, end: int) -> _Window:
             return self._encode(text, begin, end - begin)
 
-        encoding, tokens = LongEncoding(again, before), 0
+        encoding, tokens = LongEncoding(again, before, self._folder), 0
         try:
             for window, first, last, letters in self._parts(text):
                 encoding.add(window, first, last, letters)
@@ -229,9 +247,10 @@ class WindowTokenizer:
                 if enough is not None and enough(tokens, letters):
                     break
         except _NotLocalError:
-            whole, encoding = again(0, len(text)), LongEncoding(again, before)
+            whole, encoding = again(0, len(text)), LongEncoding(again, before, self._folder)
             encoding.add(whole, 0, len(whole.ids), len(text))
-        encoding.close(behind if encoding.letters == len(text) else [])
+        if encoding.letters == len(text):
+            encoding.append(behind)
         return encoding
 
     @cached_property
@@ -241,7 +260,7 @@ class WindowTokenizer:
         for text in ("a", "A", "0", "."):
             encoding = self._backend.encode(text, add_special_tokens=True)
             own = [
-                number for number, special in enumerate(encoding.special_tokens_mask) if not special
+                index for index, special in enumerate(encoding.special_tokens_mask) if not special
             ]
             if own:
                 return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
@@ -263,7 +282,7 @@ class WindowTokenizer:
                 continue
             grown = self._encode(text, window.begin, 2 * (window.end - window.begin))
             if not np.array_equal(grown.starts[: done + 1], window.starts[: done + 1]):
-                # What stands far behind changes what stands here.
+                # Letters far behind change tokens here.
                 raise _NotLocalError
             window = grown
         yield window, done, len(window.ids), len(text)
@@ -316,16 +335,14 @@ class WindowTokenizer:
         at = int(window.starts[here])
         if window.ends[here - 1] > at or text[at - 1].isdigit() or text[at].isdigit():
             return False
-        for part, number in ((window, here), (following, there)):
-            before, behind = part.words[number - 1 : number + 1]
+        for part, index in ((window, here), (following, there)):
+            before, behind = part.words[index - 1 : index + 1]
             if before < 0 or behind < 0 or before == behind:
                 return self._never_joined(int(window.ids[here - 1]), int(window.ids[here]))
         return True
 
     def _never_joined(self, before: int, behind: int) -> bool:
-        """Whether no token holds the last letter of one token and the first of another next to each
-        other.
-        """
+        """Tell whether no token of the vocabulary holds the letters on both sides of a border."""
         if self._pairs is None:
             return False
         first, second = self._backend.id_to_token(before), self._backend.id_to_token(behind)
@@ -341,8 +358,8 @@ class WindowTokenizer:
 
     @cached_property
     def _unknown(self) -> str | None:
-        number = getattr(self._backend.model, "unk_id", None)
-        return None if number is None else self._backend.id_to_token(number)
+        index = getattr(self._backend.model, "unk_id", None)
+        return None if index is None else self._backend.id_to_token(index)
 
     @cached_property
     def _pairs(self) -> frozenset[str] | None:

@@ -1,4 +1,4 @@
-"""Blocks of rows become blocks of tokens, in worker processes, in order."""
+"""Tokenize blocks of rows in worker processes, in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import gc
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,16 +17,19 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from llmtune.data.formats.recipe import Recipe
-from llmtune.data.read.readers import Block, parse_rows
+from llmtune.data.read.blocks import Block, parse_rows
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.problems import Problem, RowError
-from llmtune.data.tokenize.encode import Encoder, EncodeSettings, Overflow, TokenRow
+from llmtune.data.tokenize.encode import Encoder
+from llmtune.data.tokenize.settings import EncodeSettings
+from llmtune.data.tokenize.token_row import Overflow, SplitRows, TokenRow
 from llmtune.data.tokenize.windows import Pulse
 from llmtune.errors import DataError
 
@@ -32,8 +37,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-# : Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to
-# hold in memory.
+#: Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to
+#: hold in memory.
 AHEAD = 3
 
 #: Of a block of tokens that is written at once.
@@ -77,7 +82,38 @@ class TokenBlock:
     unknown: frozenset[str] = frozenset()
     """Fields that no format reads and that are not known to be harmless."""
     format: str = ""
-    """As what the rows were read."""
+    """The format of the rows."""
+
+
+@dataclass(slots=True)
+class _ReadRows:
+    """Notes that are taken while the rows of a block are read."""
+
+    lines: list[int] = field(default_factory=list)
+    """Of the rows that became conversations."""
+    problems: list[Problem] = field(default_factory=list)
+    unknown: set[str] = field(default_factory=set)
+    """Fields that no format reads and that are not known to be harmless."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Document:
+    """The rows of one row of the data."""
+
+    line: int
+    rows: list[TokenRow] | SplitRows
+    hash: int
+    """Of the ids of the whole document."""
+
+    def lengths(self) -> Iterator[int]:
+        """Tokens of each row."""
+        if isinstance(self.rows, SplitRows):
+            return self.rows.lengths()
+        return (len(row.ids) for row in self.rows)
+
+    def read(self, index: int) -> TokenRow:
+        """One of the rows."""
+        return self.rows.read(index) if isinstance(self.rows, SplitRows) else self.rows[index]
 
 
 def tokenize_block(
@@ -92,61 +128,71 @@ def tokenize_block(
     Args:
         pulse: Called now and then while a long text is tokenized.
         most_tokens: Of a block of tokens, where it has several rows; None for all in one. One row
-            of many megabytes, which is split, becomes many rows, of which no second copy is made.
+            of many megabytes, which is split, becomes many rows, which are made as they are asked
+            for.
     """
-    lines: list[int] = []
-    conversations: list[Conversation] = []
-    problems: list[Problem] = []
-    unknown: set[str] = set()
+    # Each conversation is read when the one before it has been rendered, and freed.
+    noted = _ReadRows()
+    outcomes = encoder.encode(_read_conversations(block, recipe, noted), pulse)
+
+    documents: list[_Document] = []
+    overlong: list[int] = []
+    for line, outcome in zip(noted.lines, outcomes, strict=True):
+        if isinstance(outcome, RowError):
+            noted.problems.append(Problem(block.file, line, str(outcome)))
+        elif isinstance(outcome, Overflow):
+            overlong.append(outcome.tokens)
+        else:
+            documents.append(_Document(line=line, rows=outcome, hash=_hash(outcome)))
+    noted.problems.sort(key=lambda problem: problem.line or 0)
+
+    # What is said of the block as a whole goes with its first tokens.
+    for index, rows in enumerate(_divide(documents, most_tokens)):
+        made = _collect(block, rows, encoder)
+        made.format = recipe.format
+        if index == 0:
+            made.problems, made.overlong = noted.problems, overlong
+            made.unknown = frozenset(noted.unknown)
+        yield made
+
+
+def _read_conversations(block: Block, recipe: Recipe, noted: _ReadRows) -> Iterator[Conversation]:
     for line, row in parse_rows(block):
         try:
             if isinstance(row, RowError):
                 raise row
             conversation, unread = recipe.read(row)
-            conversations.append(conversation)
-            lines.append(line)
-            unknown |= unread
         except RowError as error:
-            problems.append(Problem(block.file, line, str(error)))
-    rows: list[TokenRow] = []
-    places: list[tuple[int, int, bool]] = []
-    overlong: list[int] = []
-    for line, outcome in zip(lines, encoder.encode(conversations, pulse), strict=True):
-        if isinstance(outcome, RowError):
-            problems.append(Problem(block.file, line, str(outcome)))
-        elif isinstance(outcome, Overflow):
-            overlong.append(outcome.tokens)
-        else:
-            whole = _hash(outcome)
-            places += [(line, whole, number == 0) for number in range(len(outcome))]
-            rows += outcome
-    problems.sort(key=lambda problem: problem.line or 0)
-    for begin, end in itertools.pairwise(_borders(rows, most_tokens)):
-        made = _collect(block, rows[begin:end], places[begin:end], encoder)
-        made.format = recipe.format
-        if begin == 0:
-            made.problems, made.overlong, made.unknown = problems, overlong, frozenset(unknown)
-        yield made
+            noted.problems.append(Problem(block.file, line, str(error)))
+            continue
+        noted.lines.append(line)
+        noted.unknown |= unread
+        # The text of a long row must not be held here while it is rendered.
+        del row
+        yield conversation
 
 
-def _borders(rows: list[TokenRow], most_tokens: int | None) -> list[int]:
-    """Where blocks of at most so many tokens begin, and the end; one block at the least."""
-    borders, tokens = [0], 0
-    for number, row in enumerate(rows):
-        if most_tokens is not None and tokens and tokens + len(row.ids) > most_tokens:
-            borders.append(number)
-            tokens = 0
-        tokens += len(row.ids)
-    return [*borders, len(rows)]
+def _divide(
+    documents: list[_Document], most_tokens: int | None
+) -> Iterator[list[tuple[_Document, int]]]:
+    """Rows that make a block of at most so many tokens, by the index of each in its document.
 
-
-def _collect(
-    block: Block, rows: list[TokenRow], places: list[tuple[int, int, bool]], encoder: Encoder
-) -> TokenBlock:
+    There is one block at the least.
     """
-    Args:
-        places: Of each row its line, the hash of its document, and whether it begins that.
-    """
+    rows: list[tuple[_Document, int]] = []
+    tokens = 0
+    for document in documents:
+        for index, length in enumerate(document.lengths()):
+            if most_tokens is not None and tokens and tokens + length > most_tokens:
+                yield rows
+                rows, tokens = [], 0
+            rows.append((document, index))
+            tokens += length
+    yield rows
+
+
+def _collect(block: Block, entries: list[tuple[_Document, int]], encoder: Encoder) -> TokenBlock:
+    rows = [document.read(index) for document, index in entries]
     ids = np.concatenate([row.ids for row in rows]) if rows else np.zeros(0, dtype=np.int32)
     return TokenBlock(
         file=block.file,
@@ -154,21 +200,21 @@ def _collect(
         ids=ids,
         mask=np.concatenate([row.mask for row in rows]) if rows else np.zeros(0, dtype=bool),
         lengths=np.array([len(row.ids) for row in rows], dtype=np.int32),
-        trained=np.array([row.trained_tokens for row in rows], dtype=np.int32),
-        hashes=np.array([whole for _, whole, _ in places], dtype=np.uint64),
-        begins=np.array([begins for _, _, begins in places], dtype=bool),
-        lines=np.array([line for line, _, _ in places], dtype=np.int64),
+        trained=np.array([row.supervised_tokens for row in rows], dtype=np.int32),
+        hashes=np.array([document.hash for document, _ in entries], dtype=np.uint64),
+        begins=np.array([index == 0 for _, index in entries], dtype=bool),
+        lines=np.array([document.line for document, _ in entries], dtype=np.int64),
         labels=[row.label for row in rows if row.label is not None],
         truncated=sum(row.truncated for row in rows),
         special=encoder.special.intersection(np.unique(ids).tolist()),
     )
 
 
-def _hash(pieces: list[TokenRow]) -> int:
-    """Of a document as a whole."""
+def _hash(rows: Iterable[TokenRow]) -> int:
+    """The hash of a document as a whole."""
     state = xxhash.xxh3_64()
-    for piece in pieces:
-        state.update(piece.ids.tobytes())
+    for row in rows:
+        state.update(row.ids.tobytes())
     return state.intdigest()
 
 
@@ -178,8 +224,18 @@ class TokenizerPool:
     With ``workers=0`` the calling process does it itself.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings, workers: int):
-        self._encoder = Encoder(tokenizer, settings)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: EncodeSettings,
+        workers: int,
+        folder: Path,
+    ):
+        """
+        Args:
+            folder: For the tokens of long texts on their way; nothing is left in it.
+        """
+        self._encoder = Encoder(tokenizer, settings, folder)
         self._ahead = AHEAD * workers
         self._pool: ProcessPoolExecutor | None = None
         self._started: Future[None] | None = None
@@ -189,7 +245,9 @@ class TokenizerPool:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__, "transformers.utils.chat_template_utils"])
             _start_server()
-            self._pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, settings))
+            self._pool = ProcessPoolExecutor(
+                workers, context, _start_worker, (tokenizer, settings, folder)
+            )
             self._started = self._pool.submit(_nothing)
 
     def __enter__(self) -> TokenizerPool:
@@ -216,7 +274,7 @@ class TokenizerPool:
         Raises:
             DataError: A worker was killed.
         """
-        waiting: deque[Future[list[TokenBlock]]] = deque()
+        waiting: deque[Future[TokenBlock | Path]] = deque()
         try:
             for block, recipe in work:
                 # Workers take seconds to import what they need; meanwhile this process does their
@@ -226,9 +284,9 @@ class TokenizerPool:
                     continue
                 waiting.append(self._pool.submit(_work, block, recipe))
                 if len(waiting) > self._ahead:
-                    yield from _await(waiting.popleft(), pulse)
+                    yield from _read_result(_await(waiting.popleft(), pulse))
             while waiting:
-                yield from _await(waiting.popleft(), pulse)
+                yield from _read_result(_await(waiting.popleft(), pulse))
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that tokenized the data was ended from outside, most likely because"
@@ -236,7 +294,7 @@ class TokenizerPool:
             ) from error
 
 
-def _await(block: Future[list[TokenBlock]], pulse: Pulse | None) -> list[TokenBlock]:
+def _await(block: Future[TokenBlock | Path], pulse: Pulse | None) -> TokenBlock | Path:
     while pulse is not None and not wait([block], PULSE_SECONDS).done:
         pulse(0)
     return block.result()
@@ -270,17 +328,26 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-#: The encoder of a worker process.
-_WORKER: list[Encoder] = []
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """The state of a worker process."""
+
+    encoder: Encoder
+    folder: Path
 
 
-def _start_worker(tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings) -> None:
+_WORKER: list[_Worker] = []
+
+
+def _start_worker(
+    tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings, folder: Path
+) -> None:
     # Not PR_SET_PDEATHSIG: the parent that it knows is the fork server, which lives as long as its
     # workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The workers are the parallelism.
+    # The workers share the work; each tokenizes with one thread.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _WORKER.append(Encoder(tokenizer, settings))
+    _WORKER.append(_Worker(Encoder(tokenizer, settings, folder), folder))
     # Rows make millions of small objects and no cycles: looking for some takes a tenth of the time.
     gc.freeze()
     gc.set_threshold(200_000, 50, 1000)
@@ -290,5 +357,30 @@ def _nothing() -> None:
     """The first task, which is done when a worker has started."""
 
 
-def _work(block: Block, recipe: Recipe) -> list[TokenBlock]:
-    return list(tokenize_block(block, _WORKER[0], recipe, most_tokens=MOST_TOKENS))
+def _work(block: Block, recipe: Recipe) -> TokenBlock | Path:
+    """Tokenize a block in a worker; the tokens of a long text go through a file.
+
+    A pipe would take all of them at once, in both processes.
+    """
+    worker = _WORKER[0]
+    blocks = tokenize_block(block, worker.encoder, recipe, most_tokens=MOST_TOKENS)
+    first = next(blocks)
+    second = next(blocks, None)
+    if second is None:
+        return first
+    with tempfile.NamedTemporaryFile(dir=worker.folder, delete=False) as file:
+        for made in itertools.chain((first, second), blocks):
+            pickle.dump(made, file, pickle.HIGHEST_PROTOCOL)
+    return Path(file.name)
+
+
+def _read_result(result: TokenBlock | Path) -> Iterator[TokenBlock]:
+    """The blocks of tokens that a worker made of a block, one at a time."""
+    if isinstance(result, TokenBlock):
+        yield result
+        return
+    with result.open("rb") as file:
+        # The file is gone when it has been read, or when this process ends.
+        result.unlink()
+        while file.peek(1):
+            yield pickle.load(file)

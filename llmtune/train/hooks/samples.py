@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.data.prepare import SamplePrompt
+from llmtune.data.prepared_data import SamplePrompt
 from llmtune.engine.train_module import TrainModule
 from llmtune.model.generate import answer
 from llmtune.security.redaction import redact_values

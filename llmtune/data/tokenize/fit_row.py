@@ -1,0 +1,310 @@
+"""The tokens of a row become rows of at most ``max_seq_length`` tokens, with a mask of what is
+trained.
+
+The mask is decided by position in the rendered text, never by token id: so the padding token may be
+the end-of-turn token without harm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtune.config.groups.data import Overlong
+from llmtune.data.rows.problems import RowError
+from llmtune.data.tokenize.settings import EncodeSettings
+from llmtune.data.tokenize.span import Span
+from llmtune.data.tokenize.token_row import Outcome, Overflow, SplitRows, TokenMask, TokenRow
+from llmtune.data.tokenize.windows import LongEncoding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderedRow:
+    """A conversation as it goes to the tokenizer, which holds none of its messages any longer."""
+
+    index: int
+    """Of the conversation in its block."""
+    text: str | tuple[str, ...]
+    """A text, or the pair of a classification row."""
+    spans: list[Span]
+    """The answers in the text."""
+    plain: bool
+    """Whether no chat template was used."""
+    messages: int
+    """How many messages the conversation has."""
+    has_answer: bool
+    """Whether one of them is the assistant's."""
+    label: str | int | float | None
+
+    @property
+    def letters(self) -> int:
+        """Letters of the text, of both texts of a pair."""
+        return sum(map(len, self.text)) if isinstance(self.text, tuple) else len(self.text)
+
+
+class ShortEncoding:
+    """An ``Encoding`` of tokenizers, with the methods of :class:`LongEncoding`."""
+
+    def __init__(self, encoding: Any):
+        self._encoding = encoding
+        self._ids: NDArray[np.int32] = np.asarray(encoding.ids, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def read(self, begin: int, end: int) -> NDArray[np.int32]:
+        """The ids from one token to another. Shape (end - begin,)."""
+        return self._ids[begin:end]
+
+    def append(self, tokens: list[int]) -> None:
+        """Append tokens that stand for no letters."""
+        self._ids = np.append(self._ids, np.array(tokens, dtype=np.int32))
+
+    def char_to_token(self, at: int) -> int | None:
+        """The first token of a letter; None where no token has it."""
+        token: int | None = self._encoding.char_to_token(at)
+        return token
+
+    def token_to_chars(self, token: int) -> tuple[int, int] | None:
+        """The first letter of a token, and the one behind its last; None where it has none."""
+        if token >= len(self._encoding):
+            return None
+        letters: tuple[int, int] | None = self._encoding.token_to_chars(token)
+        return letters
+
+
+Tokens = ShortEncoding | LongEncoding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Supervised:
+    """The trained tokens of a row."""
+
+    trained: list[tuple[int, int]]
+    """Ranges of tokens: the first, and the one behind the last."""
+    silent: list[tuple[int, int]]
+    """Ranges of answers that messages exclude from training."""
+    end_of_turn: int
+    """The token that ends the last trained answer."""
+
+
+class RowFitter:
+    """Makes rows of tokens from encodings, whatever their length."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings):
+        known: Any = tokenizer
+        self._tokenizer = known
+        self._settings = settings
+        #: Tokens that may end a turn; some tokenizers do not call theirs special.
+        self._turn_ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def fit(self, row: RenderedRow, encoding: Any) -> Outcome:
+        """The rows of an encoding, or the overflow of a row that is left out.
+
+        Args:
+            encoding: An ``Encoding`` of tokenizers, a :class:`LongEncoding`, or None of a row that
+                is too long and not to be cut.
+
+        Raises:
+            RowError: The row cannot be trained on.
+        """
+        if encoding is None:
+            return self._overflow(0, "the row has more tokens than")
+        tokens = encoding if isinstance(encoding, LongEncoding) else ShortEncoding(encoding)
+        if row.label is not None:
+            return self._fit_classification(row, tokens)
+
+        # Where the trained tokens are.
+        if row.plain:
+            self._end_text(tokens)
+        supervised = self._find_supervised(row, tokens)
+        begin = self._find_begin(row, tokens)
+        # Nothing behind the last trained token can matter.
+        end = max((behind for _, behind in supervised.trained), default=0)
+        if end <= begin + 1:
+            reason = "" if row.has_answer else ": there is no answer of the assistant"
+            raise RowError(f"no token is trained{reason}")
+
+        return self._cut(row, tokens, supervised, begin, end)
+
+    def _overflow(self, tokens: int, described: str) -> Overflow:
+        """The overflow of a row that is to be dropped.
+
+        Raises:
+            RowError: Such rows are not to be dropped.
+        """
+        if self._settings.overlong is Overlong.drop:
+            return Overflow(tokens)
+        raise RowError(f"{described} data.max_seq_length={self._settings.max_seq_length}")
+
+    def _end_text(self, tokens: Tokens) -> None:
+        """End plain text with the end-of-text token, whether or not the tokenizer put it there.
+
+        Other tokens at the end, such as BERT's [SEP], stay where they are.
+        """
+        if self._eos is None:
+            raise RowError("the tokenizer has no end-of-text token to end a text with")
+        length = len(tokens)
+        if not length or tokens.read(length - 1, length)[0] != self._eos:
+            tokens.append([self._eos])
+
+    def _find_supervised(self, row: RenderedRow, tokens: Tokens) -> _Supervised:
+        trained: list[tuple[int, int]] = []
+        silent: list[tuple[int, int]] = []
+        end_of_turn = self._eos
+        for start, end, train in row.spans:
+            first, last = _token_range(tokens, start, end)
+            if first <= last:
+                (trained if train else silent).append((first, last + 1))
+            if train and not row.plain:
+                end_of_turn = self._find_end_of_turn(str(row.text), end, last, tokens)
+        if row.plain:
+            trained.append((len(tokens) - 1, len(tokens)))
+        return _Supervised(trained=trained, silent=silent, end_of_turn=end_of_turn)
+
+    def _find_end_of_turn(self, text: str, end: int, last: int, tokens: Tokens) -> int:
+        """The last trained token of an answer, white space aside.
+
+        Raises:
+            RowError: It is none that ends a turn.
+        """
+        if text[end - 1].isspace():
+            while end > 0 and text[end - 1].isspace():
+                end -= 1
+            last = _token_range(tokens, end - 1, end)[1]
+        token = int(tokens.read(last, last + 1)[0])
+        if token not in self._turn_ends:
+            raise RowError(
+                "the chat template does not end a trained answer with a special token (the last"
+                f" one is {self._tokenizer.decode([token])!r}), so the model would never learn to"
+                " stop; take another data.chat_template"
+            )
+        return token
+
+    def _find_begin(self, row: RenderedRow, tokens: Tokens) -> int:
+        """The first token of the row: 1 where the text brings a BOS token of its own, and the
+        tokenizer puts one before it.
+
+        Raises:
+            RowError: The chat template and the tokenizer both put one there.
+        """
+        first = tokens.read(0, 2)
+        if self._bos is None or len(first) < 2 or not (first[0] == first[1] == self._bos):
+            return 0
+        if row.plain and self._settings.allow_special_tokens:
+            return 1
+        raise RowError("begins with two BOS tokens; take another data.chat_template")
+
+    def _cut(
+        self, row: RenderedRow, tokens: Tokens, supervised: _Supervised, begin: int, end: int
+    ) -> Outcome:
+        """The row within ``max_seq_length``, or what the setting makes of a longer one."""
+        limit = self._settings.max_seq_length
+        overlong = self._settings.overlong
+        length = end - begin
+        # The mask of what is learned; answers alone decide where a row is cut.
+        trained = TokenMask(supervised.trained)
+        mask = trained
+        if self._settings.train_on_inputs:
+            mask = TokenMask(supervised.silent, inverted=True)
+
+        # A row that fits, is left out, or is split into several.
+        if length <= limit:
+            return [TokenRow(ids=tokens.read(begin, end), mask=mask.read(begin, end))]
+        if overlong is Overlong.drop:
+            return Overflow(length)
+        if overlong is Overlong.split and row.messages == 1:
+            if isinstance(tokens, LongEncoding):
+                return SplitRows(tokens.release_text(), mask, begin, end, limit)
+            return list(SplitRows(tokens, mask, begin, end, limit))
+
+        # Only a row that keeps something to learn is cut.
+        first = _find_first(supervised.trained, begin)
+        if first >= limit - 1:
+            raise RowError(
+                f"the prompt alone has {first} tokens, which leaves no room for an answer within"
+                f" data.max_seq_length={limit}; shorten the row, or take"
+                f" data.max_seq_length={length}"
+            )
+        if overlong is not Overlong.truncate:
+            raise RowError(
+                f"the row has {length} tokens, more than data.max_seq_length={limit}; take"
+                " data.overlong=drop or truncate, or a larger data.max_seq_length"
+            )
+        kept = TokenRow(
+            ids=tokens.read(begin, begin + limit), mask=trained.read(begin, begin + limit)
+        )
+        cut = _truncate(kept, limit, supervised.end_of_turn)
+        if self._settings.train_on_inputs:
+            cut = replace(cut, mask=mask.read(begin, begin + len(cut.ids)))
+        return [cut]
+
+    def _fit_classification(self, row: RenderedRow, tokens: Tokens) -> Outcome:
+        limit = self._settings.max_seq_length
+        ids = tokens.read(0, len(tokens))
+        truncated = len(ids) > limit
+        if truncated:
+            if self._settings.overlong is not Overlong.truncate:
+                return self._overflow(len(ids), f"the row has {len(ids)} tokens, more than")
+            pair = row.text if isinstance(row.text, tuple) else (row.text, None)
+            cut: Any = self._tokenizer(*pair, truncation=True, max_length=limit)
+            ids = np.asarray(cut["input_ids"], dtype=np.int32)
+            self._tokenizer.backend_tokenizer.no_truncation()
+        mask = np.zeros(len(ids), dtype=bool)
+        return [TokenRow(ids=ids, mask=mask, truncated=truncated, label=row.label)]
+
+
+def _find_first(ranges: Iterable[tuple[int, int]], begin: int) -> int:
+    """The first token of the ranges, counted from ``begin``."""
+    return min(max(first, begin) for first, behind in ranges if behind > begin) - begin
+
+
+def _token_range(tokens: Tokens, start: int, end: int) -> tuple[int, int]:
+    """First and last token that are in, or reach into, the characters from ``start`` to ``end``.
+
+    Raises:
+        RowError: There is none.
+    """
+    first = next(
+        (token for at in range(start, end) if (token := tokens.char_to_token(at)) is not None),
+        None,
+    )
+    if first is None:
+        raise RowError("an answer is empty after rendering, so that nothing of it is trained")
+    last = next(
+        token
+        for at in range(end - 1, start - 1, -1)
+        if (token := tokens.char_to_token(at)) is not None
+    )
+    # A letter of several bytes may be several tokens, of which char_to_token names the first.
+    while (reach := tokens.token_to_chars(last + 1)) and start < reach[1] <= end:
+        last += 1
+    return int(first), int(last)
+
+
+def _truncate(row: TokenRow, length: int, end_of_turn: int) -> TokenRow:
+    """Cut a row; its last answer keeps an end-of-turn token, so that the model still learns to
+    stop.
+    """
+    keep = length - 1
+    # The cut falls into what somebody else says: end with the answer before it, whose turn ended by
+    # itself.
+    end = keep - int(np.argmax(row.mask[:keep][::-1]))
+    if end == keep:
+        start = keep - int(np.argmin(row.mask[:keep][::-1])) if not row.mask[:keep].all() else 0
+        turn_ends = np.flatnonzero(row.ids[start:keep] == end_of_turn)
+        if not len(turn_ends):
+            ids = np.append(row.ids[:keep], np.int32(end_of_turn))
+            return TokenRow(ids=ids, mask=np.append(row.mask[:keep], True), truncated=True)
+        # Only white space that the template puts behind a turn was left of it.
+        end = start + int(turn_ends[-1]) + 1
+    return TokenRow(ids=row.ids[:end], mask=row.mask[:end], truncated=True)
