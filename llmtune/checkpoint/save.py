@@ -31,7 +31,7 @@ from llmtune.storage import layout
 from llmtune.storage.atomic import write_whole
 from llmtune.storage.manifest import hash_file, publish, write_manifest
 from llmtune.storage.signature import Signer
-from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
+from llmtune.storage.tensor_checks import find_tensor_problems, find_untrained_adapter
 
 #: Between two looks of rank 0 at what the others have written.
 _POLL_SECONDS = 0.02
@@ -174,9 +174,9 @@ class PendingSave:
         for name in self._outbox.files:
             if layout.is_state_file(name):
                 continue
-            found += check_tensors(aside / name)
+            found += find_tensor_problems(aside / name)
             if self._request.weights.adapter_only and self._request.state.optimizer_steps > 0:
-                found += check_adapter_trained(aside / name)
+                found += find_untrained_adapter(aside / name)
             self._rank.phases.beat()
         return found
 

@@ -187,7 +187,7 @@ def _report(folder: Path, key: Path | None) -> dict[str, Any]:
 
 
 def _find_problems(folder: Path) -> list[str]:
-    from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
+    from llmtune.storage.tensor_checks import find_tensor_problems, find_untrained_adapter
 
     if not folder.is_dir():
         return ["no such folder"]
@@ -202,8 +202,8 @@ def _find_problems(folder: Path) -> list[str]:
             and not file.is_symlink()
             and str(file.relative_to(folder)) not in damaged
         ):
-            problems += check_tensors(file)
-            problems += check_adapter_trained(file) if file.name == _ADAPTER_FILE else []
+            problems += find_tensor_problems(file)
+            problems += find_untrained_adapter(file) if file.name == _ADAPTER_FILE else []
     return problems
 
 

@@ -136,7 +136,7 @@ def compose_config(
     except OmegaConfBaseException as error:
         # Such as an interpolation of a user's own file that leads nowhere.
         raise ConfigError.from_problems([*problems, first_line(error)]) from error
-    problems += rules.problems(config)
+    problems += rules.find_problems(config)
     if more_rules is not None:
         problems += more_rules(config)
     if problems:

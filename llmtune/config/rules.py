@@ -13,24 +13,24 @@ from llmtune.config.schema import Config, OffloadDevice, Precision, TunerKind
 from llmtune.config.stored import read_key, to_plain
 
 
-def problems(config: Config) -> list[str]:
+def find_problems(config: Config) -> list[str]:
     """Every broken rule, in words a user can act on."""
     return [
-        *_check_finite(config),
-        *_check_name(config),
-        *_check_places(config),
-        *_check_ranges(config),
-        *_check_choices(config),
-        *_check_zero(config),
-        *_check_tuner(config),
-        *_check_schedule(config),
-        *_check_data(config),
-        *_check_checkpoint(config),
-        *_check_export(config),
+        *_find_infinite_numbers(config),
+        *_find_name_problems(config),
+        *_find_empty_paths(config),
+        *_find_range_problems(config),
+        *_find_choice_problems(config),
+        *_find_zero_problems(config),
+        *_find_tuner_problems(config),
+        *_find_schedule_problems(config),
+        *_find_data_problems(config),
+        *_find_checkpoint_problems(config),
+        *_find_export_problems(config),
     ]
 
 
-def _check_finite(config: Config) -> list[str]:
+def _find_infinite_numbers(config: Config) -> list[str]:
     """``nan`` passes every comparison, and ``inf`` every lower bound."""
     return [
         f"{key}={value}: must be a finite number" for key, value in _numbers(to_plain(config), "")
@@ -49,7 +49,7 @@ def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
             yield from _numbers(item, key)
 
 
-def _check_name(config: Config) -> list[str]:
+def _find_name_problems(config: Config) -> list[str]:
     """A name is one folder below ``runs/``, and one place at a mirror."""
     name = config.run_name
     if name and (set(name) & set("/\\\0") or name.strip() in ("", ".", "..")):
@@ -68,7 +68,7 @@ PLACES = (
 )
 
 
-def _check_places(config: Config) -> list[str]:
+def _find_empty_paths(config: Config) -> list[str]:
     """As of ``checkpoint.mirror=$PLACE`` where a script has not set the variable."""
     found = [
         key for key in PLACES if (value := read_key(config, key)) is not None and not value.strip()
@@ -76,7 +76,7 @@ def _check_places(config: Config) -> list[str]:
     return [f"{key}= is empty: name a place, or leave the key out" for key in found]
 
 
-def _check_ranges(config: Config) -> list[str]:
+def _find_range_problems(config: Config) -> list[str]:
     positive = {
         "train.num_train_epochs": config.train.num_train_epochs,
         "train.max_steps": config.train.max_steps,
@@ -134,7 +134,7 @@ def _check_ranges(config: Config) -> list[str]:
     return found
 
 
-def _check_choices(config: Config) -> list[str]:
+def _find_choice_problems(config: Config) -> list[str]:
     """Keys that take a word or a value, which OmegaConf's unions cannot hold to a list."""
     found = []
     for key, value in {
@@ -167,7 +167,7 @@ _OFFLOADS = {
 }
 
 
-def _check_zero(config: Config) -> list[str]:
+def _find_zero_problems(config: Config) -> list[str]:
     stage, offload = config.zero.stage, config.offload
     pair = (offload.optimizer.value, offload.param.value)
     found = []
@@ -207,7 +207,7 @@ def _check_zero(config: Config) -> list[str]:
     return found
 
 
-def _check_tuner(config: Config) -> list[str]:
+def _find_tuner_problems(config: Config) -> list[str]:
     tuner = config.tuner
     found = []
     if tuner.kind is TunerKind.full and tuner.adapter_path:
@@ -237,14 +237,14 @@ def _check_tuner(config: Config) -> list[str]:
     return found
 
 
-def _check_schedule(config: Config) -> list[str]:
+def _find_schedule_problems(config: Config) -> list[str]:
     steps, total = config.schedule.warmup_steps, config.train.max_steps
     if steps is not None and total is not None and steps >= total:
         return [f"schedule.warmup_steps={steps} leaves nothing of train.max_steps={total}"]
     return []
 
 
-def _check_data(config: Config) -> list[str]:
+def _find_data_problems(config: Config) -> list[str]:
     data = config.data
     found = []
     for key, value in {"data.train": data.train, "data.eval": data.eval}.items():
@@ -271,14 +271,14 @@ def _check_data(config: Config) -> list[str]:
         found.append(
             "data.packing=true: classification rows cannot share a row; take data.packing=false"
         )
-    return found + (_check_streaming(config) if data.streaming else [])
+    return found + (_find_streaming_problems(config) if data.streaming else [])
 
 
 #: What evaluation lines of ``metrics.jsonl`` have.
 _METRICS = ("eval_loss", "eval_perplexity")
 
 
-def _check_checkpoint(config: Config) -> list[str]:
+def _find_checkpoint_problems(config: Config) -> list[str]:
     metric, every, saves = (
         config.checkpoint.metric_for_best_model,
         config.train.eval_steps,
@@ -298,7 +298,7 @@ def _check_checkpoint(config: Config) -> list[str]:
     return []
 
 
-def _check_streaming(config: Config) -> list[str]:
+def _find_streaming_problems(config: Config) -> list[str]:
     data = config.data
     found = []
     if config.train.max_steps is None:
@@ -310,7 +310,7 @@ def _check_streaming(config: Config) -> list[str]:
     return found
 
 
-def _check_export(config: Config) -> list[str]:
+def _find_export_problems(config: Config) -> list[str]:
     """What could not be written would be told only after the training."""
     export, full = config.export, config.tuner.kind is TunerKind.full
     found = []

@@ -22,7 +22,7 @@ from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.groups.data import DataConfig, OnBadRow
 from llmtune.data.read.fingerprint import digest, hash_tokenizer, identify_file
 from llmtune.data.read.sources import Source, parse_sources, resolve_files
-from llmtune.data.report.preflight import check_labels, check_leaks, check_overlong
+from llmtune.data.report.preflight import find_leaks, find_mixed_labels, find_overlong_sources
 from llmtune.data.rows.problems import Problem, RowError, read_problem_file, refuse, write_problems
 from llmtune.data.settings import check_eval_sources, check_streamed_sources
 from llmtune.data.store.mixing import hold_out, mix
@@ -272,10 +272,10 @@ class _Index:
         every = [*self.stores, *self.eval_stores]
         bad_rows = sum(store.summary.bad_rows for store in every)
         train, rows, twins = self._divide(own_eval)
-        leaks, leaking = check_leaks(train, rows if own_eval else None)
-        whole = check_overlong(
+        leaks, leaking = find_leaks(train, rows if own_eval else None)
+        whole = find_overlong_sources(
             every, self.config.max_seq_length, self.config.max_overlong_share
-        ) + check_labels(every)
+        ) + find_mixed_labels(every)
         fatal = len(whole)
         if self.config.on_bad_row is OnBadRow.skip:
             rows = Rows(rows.stores, rows.index[~leaking] if len(leaking) else rows.index)

@@ -70,11 +70,11 @@ def check_adapter(config: Config, shape: ModelShape, run: Path) -> None:
     """
     if config.tuner.adapter_path is None or find_checkpoints(run):
         return
-    from llmtune.storage.tensor_checks import check_tensors
+    from llmtune.storage.tensor_checks import find_tensor_problems
 
     stored = read_stored_adapter(_folder(config.tuner))
     problems = find_misfits(stored, _built(shape), config.model.name_or_path)
-    problems = problems or check_tensors(stored.folder / WEIGHTS_FILE)
+    problems = problems or find_tensor_problems(stored.folder / WEIGHTS_FILE)
     if problems:
         raise CheckpointError(
             f"tuner.adapter_path={config.tuner.adapter_path} is no adapter of"

@@ -18,7 +18,7 @@ from llmtune.config.schema import OffloadDevice
 from llmtune.errors import DoesNotFitError, LlmtuneError
 from llmtune.launch.launchers.environment import restored_environment
 from llmtune.launch.preflight.deepspeed_ops import ensure_ops
-from llmtune.launch.preflight.nvme import check_nvme, hold_swap_folder, swap_folder
+from llmtune.launch.preflight.nvme import hold_swap_folder, probe_nvme, swap_folder
 from llmtune.launch.supervise.out_of_memory import MemoryEvent, RanOutOfMemoryError
 from llmtune.launch.supervise.outcome import RanksFailedError
 from llmtune.launch.supervise.rank_group import RankGroup
@@ -271,7 +271,7 @@ def hold_nvme(config: Config, plan: Plan, run_folder: Path, console: Console) ->
         return
     kept = config.train.save_total_limit or 2
     swap = plan.memory.nvme * plan.world_size
-    check_nvme(path, swap, (kept + 1) * plan.memory.checkpoint, run_folder, console.say)
+    probe_nvme(path, swap, (kept + 1) * plan.memory.checkpoint, run_folder, console.say)
     with hold_swap_folder(swap_folder(path, run_folder)):
         yield
 

@@ -86,7 +86,7 @@ def find_damage(folder: Path, left_out: Callable[[str], bool] = lambda _: False)
     files = manifest.get("files", {}).items()
     entries = [(name, entry) for name, entry in files if name not in named and not left_out(name)]
 
-    def check(item: tuple[str, dict[str, Any]]) -> str | None:
+    def find_problem(item: tuple[str, dict[str, Any]]) -> str | None:
         name, entry = item
         try:
             found = hash_file(folder / name)
@@ -97,7 +97,7 @@ def find_damage(folder: Path, left_out: Callable[[str], bool] = lambda _: False)
         return None
 
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        return problems + [problem for problem in pool.map(check, entries) if problem]
+        return problems + [problem for problem in pool.map(find_problem, entries) if problem]
 
 
 def check_undamaged(folder: Path, left_out: Callable[[str], bool] = lambda _: False) -> None:

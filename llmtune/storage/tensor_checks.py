@@ -23,7 +23,7 @@ _FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 4, "F8_E5M2": 4
 _ZERO_AT_START = ("lora_B", "lora_embedding_A")
 
 
-def check_tensors(file: Path) -> list[str]:
+def find_tensor_problems(file: Path) -> list[str]:
     """Tensors that are not finite, by name; or why the file cannot be read. Memory: one block."""
     problems = []
     try:
@@ -37,7 +37,7 @@ def check_tensors(file: Path) -> list[str]:
     return problems
 
 
-def check_adapter_trained(file: Path) -> list[str]:
+def find_untrained_adapter(file: Path) -> list[str]:
     """A LoRA adapter whose every ``lora_B`` is zero changes nothing: peft starts them there, so it
     was never trained.
     """

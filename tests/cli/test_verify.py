@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from llmtune.cli.main import main
 from llmtune.storage import tensor_checks
 from llmtune.storage.manifest import hash_file, mark_complete, write_manifest
-from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
+from llmtune.storage.tensor_checks import find_tensor_problems, find_untrained_adapter
 from tests.support import run_cli
 
 WEIGHTS = {"layer.weight": torch.ones(64, 8), "layer.bias": torch.zeros(8)}
@@ -281,10 +281,10 @@ def test_nan_is_found_in_every_block_of_every_float(
     values = torch.ones(7, 3)
     file = tmp_path / "x.safetensors"
     save_file({"a": values.to(dtype)}, file)
-    assert check_tensors(file) == []
+    assert find_tensor_problems(file) == []
     values[place, 1] = math.nan
     save_file({"a": values.to(dtype)}, file)
-    assert check_tensors(file) == ["x.safetensors: tensor a holds NaN"]
+    assert find_tensor_problems(file) == ["x.safetensors: tensor a holds NaN"]
 
 
 def test_blocks_hold_no_more_than_their_share(
@@ -300,7 +300,7 @@ def test_blocks_hold_no_more_than_their_share(
     monkeypatch.setattr(tensor_checks, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(tensor_checks, "_not_finite", measured)
     save_file({"flat": torch.ones(5000), "matrix": torch.ones(100, 50)}, tmp_path / "x.safetensors")
-    assert check_tensors(tmp_path / "x.safetensors") == []
+    assert find_tensor_problems(tmp_path / "x.safetensors") == []
     assert sum(sizes) == 40_000
     assert max(sizes) <= 4096
 
@@ -313,9 +313,9 @@ def test_scalars_empty_tensors_and_integers_are_no_problem(tmp_path: Path) -> No
         "count": torch.tensor([2**62]),
     }
     save_file(tensors, file)
-    assert check_tensors(file) == []
+    assert find_tensor_problems(file) == []
     save_file({**tensors, "scalar": torch.tensor(-math.inf)}, file)
-    assert check_tensors(file) == ["x.safetensors: tensor scalar holds infinity"]
+    assert find_tensor_problems(file) == ["x.safetensors: tensor scalar holds infinity"]
 
 
 @pytest.mark.parametrize("data", [None, b"", b"\0" * 100, b"\xff" * 100])
@@ -323,7 +323,7 @@ def test_a_file_that_is_none_is_a_problem_and_no_crash(data: bytes | None, tmp_p
     file = tmp_path / "x.safetensors"
     if data is not None:
         file.write_bytes(data)
-    for check in (check_tensors, check_adapter_trained):
+    for check in (find_tensor_problems, find_untrained_adapter):
         (problem,) = check(file)
         assert problem.startswith("x.safetensors cannot be read (")
 
@@ -332,10 +332,10 @@ def test_one_trained_lora_b_is_enough_and_other_weights_do_not_count(tmp_path: P
     file = tmp_path / "x.safetensors"
     zeros = {f"{name}.lora_B.weight": torch.zeros(4, 2, dtype=torch.bfloat16) for name in "qkv"}
     save_file({**zeros, "head.weight": torch.ones(4)}, file)
-    (problem,) = check_adapter_trained(file)
+    (problem,) = find_untrained_adapter(file)
     assert "every lora_B is zero" in problem
     zeros["v.lora_B.weight"][3, 1] = 1e-30
     save_file(zeros, file)
-    assert check_adapter_trained(file) == []
+    assert find_untrained_adapter(file) == []
     save_file({"head.weight": torch.zeros(4)}, file)
-    assert check_adapter_trained(file) == []
+    assert find_untrained_adapter(file) == []

@@ -25,7 +25,7 @@ from llmtune.export.model import ExportRequest, open_material
 from llmtune.export.publish.shards import Journal
 from llmtune.export.writers.graph.model import (
     GraphModel,
-    check_graph,
+    compare_graph,
     find_loader,
     load_graph_model,
     make_checks,
@@ -221,11 +221,11 @@ def test_the_graph_of_another_model_is_refused(
     model = load_graph_model(base, *find_loader(base))
     checks = make_checks(model)
     with torch.no_grad():
-        assert check_graph(lambda inputs: model(*inputs), checks, "same") < 1e-5
+        assert compare_graph(lambda inputs: model(*inputs), checks, "same") < 1e-5
         with pytest.raises(
             ExportError, match=r"rows of \d+ tokens its output differs .* allowed are 0.001"
         ):
-            check_graph(
+            compare_graph(
                 lambda inputs: model(inputs[0], torch.ones_like(inputs[1]), *inputs[2:]),
                 checks,
                 "no mask",
@@ -234,11 +234,11 @@ def test_the_graph_of_another_model_is_refused(
             0
         ] += 0.1
         with pytest.raises(ExportError, match="moved is not the model"):
-            check_graph(lambda inputs: model(*inputs), checks, "moved")
+            compare_graph(lambda inputs: model(*inputs), checks, "moved")
         with pytest.raises(ExportError, match="differs from transformers' by nan"):
-            check_graph(lambda inputs: model(*inputs) * torch.nan, checks, "nan")
+            compare_graph(lambda inputs: model(*inputs) * torch.nan, checks, "nan")
         with pytest.raises(ExportError, match="gives .* transformers gives"):
-            check_graph(lambda inputs: model(*inputs)[..., :1], checks, "smaller")
+            compare_graph(lambda inputs: model(*inputs)[..., :1], checks, "smaller")
 
 
 def test_a_graph_that_was_made_for_one_length_is_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_graph_that_was_made_for_one_length_is_refused(tiny_model: Path, tmp_p
         return result
 
     with pytest.raises(ExportError, match="fixed cannot run 1 rows of 1 tokens"):
-        check_graph(run, make_checks(model), "fixed")
+        compare_graph(run, make_checks(model), "fixed")
 
 
 @dataclass(frozen=True)

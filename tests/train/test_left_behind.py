@@ -35,7 +35,7 @@ def begin(run: Path, *overrides: str, said: list[str] | None = None) -> Path | N
     run.mkdir(parents=True, exist_ok=True)
     config, folder = config_of(*overrides), RunFolder(run)
     say = [].append if said is None else said.append
-    folder.check_owner(config)
+    folder.find_changes(config)
     resume_from = resume_point(folder, config, "r", say)
     run_id = settle_run_id(folder, config, "r", resume_from, say)
     step = -1 if resume_from is None else read_trainer_state(resume_from).step

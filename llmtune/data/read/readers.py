@@ -77,7 +77,7 @@ def parse_rows(block: Block) -> Iterator[tuple[int, Row | RowError]]:
     """The rows of a block with their lines; blank lines are none."""
     for line, unparsed in _unparsed(block):
         row = _parse_line(unparsed) if isinstance(unparsed, bytes) else unparsed
-        yield line, row if isinstance(row, RowError) else _checked(row)
+        yield line, row if isinstance(row, RowError) else _as_row(row)
 
 
 def select_rows(blocks: Iterator[Block], drawn: list[int]) -> Iterator[Block]:
@@ -162,7 +162,7 @@ def _parse_line(line: bytes) -> Any:
         return RowError(f"broken JSON: {error}")
 
 
-def _checked(row: Any) -> Row | RowError:
+def _as_row(row: Any) -> Row | RowError:
     if not isinstance(row, dict):
         return RowError(f"a row must be an object with named fields, not {type(row).__name__}")
     if None in row:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def check_overlong(
+def find_overlong_sources(
     stores: Sequence[TokenStore], max_seq_length: int, allowed_share: float
 ) -> list[Problem]:
     """A source of which more than the allowed share was dropped or truncated."""
@@ -59,7 +59,7 @@ def _length_that_fits(store: TokenStore, allowed_share: float) -> int | None:
     return None
 
 
-def check_leaks(train: Rows, held_out: Rows | None) -> tuple[list[Problem], NDArray[np.bool_]]:
+def find_leaks(train: Rows, held_out: Rows | None) -> tuple[list[Problem], NDArray[np.bool_]]:
     """Evaluation rows that stand in training too, and which of the evaluation rows they are.
 
     Shape (rows,).
@@ -82,7 +82,7 @@ def check_leaks(train: Rows, held_out: Rows | None) -> tuple[list[Problem], NDAr
     return found, leaks
 
 
-def check_labels(stores: Sequence[TokenStore]) -> list[Problem]:
+def find_mixed_labels(stores: Sequence[TokenStore]) -> list[Problem]:
     """Labels that are text in some rows and numbers in others."""
     seen: dict[str, tuple[str, int, Any]] = {}
     rows_of: Counter[str] = Counter()

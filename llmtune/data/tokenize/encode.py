@@ -293,7 +293,7 @@ class Encoder:
             first, last = _token_range(encoding, start, end)
             (mask if train else silent)[first : last + 1] = True
             if train and not conversation.plain:
-                end_of_turn = self._check_end(text, end, last, encoding)
+                end_of_turn = self._find_end_token(text, end, last, encoding)
         if len(ids) > 1 and self._bos is not None and ids[0] == ids[1] == self._bos:
             if not (conversation.plain and self.settings.allow_special_tokens):
                 raise RowError("begins with two BOS tokens; take another data.chat_template")
@@ -328,7 +328,7 @@ class Encoder:
             else np.append(ids, np.int32(self._eos))
         )
 
-    def _check_end(self, text: str, end: int, last: int, encoding: Any) -> int:
+    def _find_end_token(self, text: str, end: int, last: int, encoding: Any) -> int:
         """The last trained token of an answer, white space aside, which must be one that ends a
         turn.
         """

@@ -22,7 +22,7 @@ from llmtune.model.adapter.stored_adapter import (
     with_peft_defaults,
 )
 from llmtune.plan.memory.lora import lora_scale, match_pattern
-from llmtune.storage.tensor_checks import check_adapter_trained, check_tensors
+from llmtune.storage.tensor_checks import find_tensor_problems, find_untrained_adapter
 
 # : Ends of peft's names -> the part that a tensor plays in its module. Older versions wrote some
 # with ``.weight``.
@@ -172,13 +172,14 @@ def read_adapter(folder: Path) -> Adapter:
     adapter = Adapter(
         folder=folder, settings=settings, modules=modules, shapes=shapes, handle=handle
     )
-    problems = [*_find_incomplete(adapter), *_find_contradictions(adapter)] or check_tensors(file)
+    problems = [*_find_incomplete(adapter), *_find_contradictions(adapter)]
+    problems = problems or find_tensor_problems(file)
     if not any(
         part in parts.keys
         for parts in modules.values()
         for part in ("weight", "token_rows", "base_bias", "bias")
     ):
-        problems += check_adapter_trained(file)
+        problems += find_untrained_adapter(file)
     if problems:
         raise ExportError(
             f"{file}: {'; '.join(problems[:4])}{' ...' if len(problems) > 4 else ''}; nothing was"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
 from llmtune.launch.preflight.deepspeed_ops import build_in_child
-from llmtune.plan.devices.hardware import check_nvme_path
+from llmtune.plan.devices.hardware import resolve_nvme_folder
 from llmtune.security.trust import make_own
 from llmtune.units import format_bytes
 
@@ -65,7 +65,7 @@ def hold_swap_folder(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_nvme(
+def probe_nvme(
     nvme_path: str,
     swap_bytes: int,
     checkpoint_bytes: int,
@@ -82,7 +82,7 @@ def check_nvme(
         MissingPrerequisiteError: The op does not load, or the file system has no direct I/O.
         DoesNotFitError: There is too little space, on this disk or for the checkpoints.
     """
-    folder = check_nvme_path(nvme_path)
+    folder = resolve_nvme_folder(nvme_path)
     reason = build_in_child("AsyncIOBuilder", say)
     if reason is not None:
         raise MissingPrerequisiteError(

@@ -113,7 +113,7 @@ def resolve_hardware(
     if hardware.accelerator == "cuda" and not known:
         hardware = replace(hardware, notes=(*hardware.notes, _describe_unknown(hardware.name)))
     if nvme_path is not None and config.nvme_bytes is None:
-        folder = check_nvme_path(nvme_path)
+        folder = resolve_nvme_folder(nvme_path)
         hardware = replace(hardware, nvme_bytes=shutil.disk_usage(folder).free)
     return hardware
 
@@ -127,7 +127,7 @@ def resolve_accelerator(wanted: Accelerator) -> str:
     return _accelerator(wanted, len(visible_gpus()))
 
 
-def check_nvme_path(nvme_path: str) -> Path:
+def resolve_nvme_folder(nvme_path: str) -> Path:
     """The folder, made where its parent is there.
 
     Raises:

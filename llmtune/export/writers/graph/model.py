@@ -179,7 +179,7 @@ def _make_batch(
     return (ids, mask.long(), types)[: len(model.inputs)]
 
 
-def check_graph(run: Run, checks: Iterable[Check], name: str) -> float:
+def compare_graph(run: Run, checks: Iterable[Check], name: str) -> float:
     """Run every batch; the largest difference where there is no padding.
 
     Raises:

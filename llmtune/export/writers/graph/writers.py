@@ -21,7 +21,7 @@ from llmtune.export.sources.base import Retyped
 from llmtune.export.writers.graph.model import (
     GraphModel,
     Run,
-    check_graph,
+    compare_graph,
     find_loader,
     first_line,
     load_graph_model,
@@ -68,7 +68,7 @@ def write_onnx(
     names, output = model.inputs, model.output
     # What the check needs was computed; the session makes a copy of the weights.
     del model
-    check_graph(_open_onnx(file, names, output), checks, ONNX_FILE)
+    compare_graph(_open_onnx(file, names, output), checks, ONNX_FILE)
 
 
 def import_onnx() -> None:
@@ -119,7 +119,7 @@ def write_torchscript(
     del model, traced
     with torch.no_grad():
         loaded: Any = torch.jit.load(str(file))
-        check_graph(lambda inputs: loaded(*inputs), checks, TORCHSCRIPT_FILE)
+        compare_graph(lambda inputs: loaded(*inputs), checks, TORCHSCRIPT_FILE)
 
 
 def _prepare(export_model: ExportModel, folder: Path, config: ExportConfig) -> GraphModel:
