@@ -260,7 +260,7 @@ def checks_and_returns(path: Path) -> Iterator[str]:
             if named and not (
                 isinstance(node.returns, ast.Constant) and node.returns.value is None
             ):
-                yield f"line {node.lineno}: {node.name} returns something; name it find_* or resolve_*"
+                yield f"line {node.lineno}: {node.name} returns something: find_*, resolve_*"
 
 
 RULES = (

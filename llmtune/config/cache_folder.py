@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from llmtune.config.schema import PathsConfig
+from llmtune.config.groups.paths import PathsConfig
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.security.trust import make_own, require_own
 

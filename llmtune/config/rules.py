@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmtune.config.groups.export import MergeOnto
-from llmtune.config.schema import Config, OffloadDevice, Precision, TunerKind
+from llmtune.config.groups.zero import OffloadDevice
+from llmtune.config.schema import Config, Precision, TunerKind
 from llmtune.config.stored import read_key, to_plain
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llmtune.config.schema import TrainConfig
+from llmtune.config.groups.train import TrainConfig
 from llmtune.errors import ConfigError
 from llmtune.units import counted
 

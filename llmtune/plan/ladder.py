@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from llmtune.config.cache_folder import find_cache
-from llmtune.config.schema import Config, Precision, TrainConfig, TunerKind
+from llmtune.config.groups.train import TrainConfig
+from llmtune.config.schema import Config, Precision, TunerKind
 from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, settle_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware

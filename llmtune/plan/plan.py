@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmtune.config.cache_folder import find_cache
-from llmtune.config.schema import Config, Precision, ScheduleConfig, TrainConfig, TunerKind
+from llmtune.config.groups.train import TrainConfig
+from llmtune.config.schema import Config, Precision, ScheduleConfig, TunerKind
 from llmtune.errors import ConfigError, DoesNotFitError, LlmtuneError, MissingPrerequisiteError
 from llmtune.plan.abilities import check_kernel, check_row_length, check_stage
 from llmtune.plan.advice import smallest_change

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint.find import find_checkpoints
-from llmtune.config.schema import OffloadDevice
+from llmtune.config.groups.zero import OffloadDevice
 from llmtune.errors import DoesNotFitError, LlmtuneError
 from llmtune.launch.launchers.environment import restored_environment
 from llmtune.launch.preflight.deepspeed_ops import ensure_ops

@@ -19,7 +19,7 @@ from llmtune.checkpoint.save import DiskRefusedError, PendingSave, SaveRequest, 
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles, write_model_config
 from llmtune.checkpoint.writer import Buffers
-from llmtune.config.schema import OnDiskLow
+from llmtune.config.groups.checkpoint import OnDiskLow
 from llmtune.draws import DRAWS_VERSION
 from llmtune.engine.distributed import all_reduce_any, all_reduce_sum, gather_objects
 from llmtune.engine.train_module import TrainModule

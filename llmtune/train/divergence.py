@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from llmtune.config.schema import OnNan
+from llmtune.config.groups.train import OnNan
 from llmtune.data.load.loader import StepBatch, Steps
 from llmtune.engine.distributed import gather_objects
 from llmtune.engine.train_module import StepResult, TrainModule

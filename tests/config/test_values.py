@@ -5,6 +5,7 @@ numbers.
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from enum import Enum
@@ -13,9 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from llmtune.config import schema
 from llmtune.config.compose import compose_config, config_groups
-from llmtune.config.groups import data, export
 from llmtune.config.groups.data import OnBadRow, Overlong
 from llmtune.config.keys import is_free, known_keys
 from llmtune.config.overrides import Setting, read_override
@@ -44,19 +43,17 @@ def hints(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 def docstrings(cls: type) -> dict[str, str]:
     """What stands behind each field of a class."""
-    for module in (schema, data, export):
-        for node in ast.parse(Path(str(module.__file__)).read_text()).body:
-            if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
-                return {
-                    field.target.id: text.value.value
-                    for field, text in zip(node.body, node.body[1:], strict=False)
-                    if isinstance(field, ast.AnnAssign)
-                    and isinstance(field.target, ast.Name)
-                    and isinstance(text, ast.Expr)
-                    and isinstance(text.value, ast.Constant)
-                    and isinstance(text.value.value, str)
-                }
-    return {}
+    (node,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        field.target.id: text.value.value
+        for field, text in zip(node.body, node.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 def documented() -> list[tuple[str, str]]:

@@ -17,7 +17,8 @@ import pytest
 from llmtune.cli.main import main
 from llmtune.config.cache_folder import find_cache, locate_cache, open_cache
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import ModelConfig, PathsConfig
+from llmtune.config.groups.model import ModelConfig
+from llmtune.config.groups.paths import PathsConfig
 from llmtune.doctor import checks
 from llmtune.errors import CheckpointError, ExportError, MissingPrerequisiteError
 from llmtune.export.publish.folder import write_export

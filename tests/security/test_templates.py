@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from llmtune import template_bounds
-from llmtune.config.schema import ModelConfig
+from llmtune.config.groups.model import ModelConfig
 from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize.chat_template import ChatTemplates, check_chat_template

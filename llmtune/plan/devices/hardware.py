@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from llmtune.config.schema import Accelerator, HardwareConfig
+from llmtune.config.groups.hardware import Accelerator, HardwareConfig
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.plan.devices.cards import CARDS, UNKNOWN, Card, find_card
 from llmtune.plan.devices.gpus import check_hidden_gpus, check_kernels, has_nvlink, visible_gpus

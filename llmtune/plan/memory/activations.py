@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.config.schema import ModelConfig, Precision, TunerConfig, TunerKind
+from llmtune.config.groups.model import ModelConfig
+from llmtune.config.schema import Precision, TunerConfig, TunerKind
 from llmtune.plan.memory.adapted_layers import choose_layers, linear_layers, matrix_sides
 from llmtune.plan.memory.lora import lora_rank
 from llmtune.plan.memory.model_shape import ModelShape, load_architecture

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmtune.config.schema import OffloadConfig, OffloadDevice, TunerKind
+from llmtune.config.groups.zero import OffloadConfig, OffloadDevice
+from llmtune.config.schema import TunerKind
 
 # : Rung -> (device of optimizer and master weights, device of weights), fastest first; the options
 # of ``conf/offload/``.
