@@ -132,14 +132,18 @@ def _read_value(key: str, value: str) -> Any:
     if key in keys.SOURCES:
         return _read_sources(key, value)
     if key in keys.NAMES:
-        inner = _inside(value, "[]")
-        several = inner is not None or "," in value
-        return (
-            [unquote(name) for name in _split(value if inner is None else inner)]
-            if several
-            else unquote(value)
-        )
+        return _read_names(value)
     return _read_grammar(key, value)
+
+
+def _read_names(value: str) -> list[str] | str:
+    """Read one name, or a list of them with or without its brackets."""
+    listed = _inside(value, "[]")
+    if listed is not None:
+        return [unquote(name) for name in _split(listed)]
+    if "," in value:
+        return [unquote(name) for name in _split(value)]
+    return unquote(value)
 
 
 def _read_text(key: str, value: str) -> str | None:

@@ -119,6 +119,11 @@ def _narrow(small: Any) -> None:
             setattr(
                 small, name, _NARROW if getattr(small, "qk_rope_head_dim", None) else _HEAD_SIZE
             )
+    grouped_kept = max(1, kept // 2)
+    if grouped == heads:
+        grouped_kept = kept
+    elif grouped == 1:
+        grouped_kept = 1
     for part in (small, getattr(small, "attn_config", None)):
         for name in (
             "num_key_value_heads",
@@ -127,8 +132,7 @@ def _narrow(small: Any) -> None:
             "kv_n_heads",
         ):
             if getattr(part, name, None):
-                same, one = grouped == heads, grouped == 1
-                setattr(part, name, kept if same else 1 if one else max(1, kept // 2))
+                setattr(part, name, grouped_kept)
     # The inner width of a state-space layer: as many heads as make it whole.
     if getattr(small, "mamba_n_heads", None) or getattr(small, "n_mamba_heads", None):
         expand = int(getattr(small, "mamba_expand", 2))

@@ -118,7 +118,14 @@ def build_ladder(
     Raises:
         ConfigError: The batch arithmetic is impossible.
     """
-    search = Search(config, hardware, shape, world_size, attn_implementation, begun)
+    search = Search(
+        config=config,
+        hardware=hardware,
+        shape=shape,
+        world_size=world_size,
+        attn_implementation=attn_implementation,
+        begun=begun,
+    )
     asked = named_rung(config.offload)
     found: dict[str, list[Candidate]] = {}
     blocked: dict[str, str] = {}
@@ -176,10 +183,13 @@ def next_candidate(
     cpu = ladder.hardware.accelerator == "cpu"
 
     def needs(candidate: Candidate) -> int:
-        device = candidate.memory.device
-        gone = device.activations + device.logits + device.working_set if standing else 0
-        on_device, on_host = device.total - gone, candidate.memory.host.total
-        return on_device + on_host if cpu else on_device if pool == "device" else on_host
+        device, on_host = candidate.memory.device, candidate.memory.host.total
+        on_device = device.total
+        if standing:
+            on_device -= device.activations + device.logits + device.working_set
+        if cpu:
+            return on_device + on_host
+        return on_device if pool == "device" else on_host
 
     share = CLEARLY_LESS[standing]
     smaller = [

@@ -236,11 +236,11 @@ def _compile(variables: tuple[tuple[str, str, bool], ...]) -> _Known:
             names.append(rf"{re.escape(name)}[^\n]{{0,80}}\Z")
     ordered = sorted(anywhere.items(), key=lambda item: -item[1][0].least)
     return _Known(
-        join_patterns([pattern for pattern, _ in ordered]),
-        beside,
-        join_patterns(names),
-        [found for _, found in ordered],
-        max((form.most for form, _ in anywhere.values()), default=0),
+        pattern=join_patterns([pattern for pattern, _ in ordered]),
+        beside=beside,
+        unfinished=join_patterns(names),
+        forms=[found for _, found in ordered],
+        longest=max((form.most for form, _ in anywhere.values()), default=0),
     )
 
 

@@ -111,18 +111,15 @@ def disk_behind(folder: Path) -> str:
     path = device.resolve()
     # A partition has no queue of its own.
     whole = path if (path / "queue").is_dir() else path.parent
+    if whole.name.startswith("nvme"):
+        return whole.name
     try:
-        turns = (whole / "queue" / "rotational").read_text().strip() == "1"
+        rotational = (whole / "queue" / "rotational").read_text().strip() == "1"
     except OSError:
-        turns = False
-    kind = (
-        ""
-        if whole.name.startswith("nvme")
-        else ", the kernel takes it for a turning disk"
-        if turns
-        else ", no NVMe drive"
+        rotational = False
+    return whole.name + (
+        ", rotational according to the kernel" if rotational else ", no NVMe drive"
     )
-    return whole.name + kind
 
 
 def probe_disk(folder: Path) -> DiskProbe:
@@ -167,20 +164,16 @@ def _time_blocks(path: Path, flags: int, move: Callable[[int], int]) -> float:
 
 def _check_space(folder: Path, swap_bytes: int, checkpoint_bytes: int, run_folder: Path) -> None:
     """Swap and checkpoints, added up where they share a disk."""
-    same = os.stat(folder).st_dev == os.stat(run_folder).st_dev
-    needs = {folder: swap_bytes + (checkpoint_bytes if same else 0)}
-    if not same:
-        needs[run_folder] = checkpoint_bytes
-    for path, needed in needs.items():
+    if os.stat(folder).st_dev == os.stat(run_folder).st_dev:
+        needs = [(folder, "swap files and checkpoints", swap_bytes + checkpoint_bytes)]
+    else:
+        needs = [
+            (folder, "swap files", swap_bytes),
+            (run_folder, "checkpoints", checkpoint_bytes),
+        ]
+    for path, what, needed in needs:
         free = shutil.disk_usage(path).free
         if needed > free:
-            what = (
-                "swap files and checkpoints"
-                if same
-                else "swap files"
-                if path == folder
-                else "checkpoints"
-            )
             raise DoesNotFitError(
                 f"{path}: {what} need {format_bytes(needed)}, free are {format_bytes(free)}; free "
                 f"{format_bytes(needed - free)}, or take another offload.nvme_path= or output_dir="

@@ -120,11 +120,9 @@ def report_failure(error: BaseException, rank: int, console: IO[str], trace: boo
         sys.stderr.write(story)
         sys.stderr.flush()
     known = to_user_error(error)
-    message = (
-        story.rstrip()
-        if trace
-        else redact(str(known) if known else f"{type(error).__name__}: {error}")
-    )
+    message = redact(str(known) if known else f"{type(error).__name__}: {error}")
+    if trace:
+        message = story.rstrip()
     code = known.exit_code if known else EXIT_UNEXPECTED
     folder = os.environ.get(FAILURE_DIR)
     if folder:

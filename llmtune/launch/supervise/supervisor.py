@@ -88,7 +88,11 @@ def _run_to_end(
     ranks, folder = group.ranks, group.folder
     try:
         end = Supervisor(
-            ranks, stops, HangDetector(folder, len(ranks), limits.hang_timeout), limits, say
+            ranks=ranks,
+            stops=stops,
+            hang=HangDetector(folder, len(ranks), limits.hang_timeout),
+            limits=limits,
+            say=say,
         ).until_end()
         stacks = ""
         if end.cause in (EndReason.hang, EndReason.stop_timeout):
