@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from llmtune.config.compose import compose_config, config_groups, with_overrides
 from llmtune.config.keys import is_text, known_keys, may_be_null
 from llmtune.config.overrides import Setting, read_override, unquote
-from llmtune.config.rules import PLACES
 from llmtune.config.stored import (
     dump_redacted,
     dump_yaml,
@@ -25,6 +24,7 @@ from llmtune.config.stored import (
     read_key,
     to_plain,
 )
+from llmtune.config.value_rules import PATHS
 from llmtune.errors import ConfigError
 
 TEXT_KEYS = sorted(filter(is_text, known_keys()))
@@ -187,7 +187,7 @@ def test_all_texts_of_a_config_survive_the_file_and_the_way_to_the_ranks(texts: 
         for key, text in zip(TEXT_KEYS, texts, strict=True)
         if key not in RULED and key != "run_name"
     }
-    wanted = {key: text for key, text in wanted.items() if text.strip() or key not in PLACES}
+    wanted = {key: text for key, text in wanted.items() if text.strip() or key not in PATHS}
     composed = compose_config(["tuner=lora", *(f"{key}={text}" for key, text in wanted.items())])
     config = composed.config
     assert {key: read_key(config, key) for key in wanted} == wanted

@@ -18,9 +18,9 @@ from llmtune.config.compose import compose_config, config_groups
 from llmtune.config.groups.data import OnBadRow, Overlong
 from llmtune.config.keys import is_free, known_keys
 from llmtune.config.overrides import Setting, read_override
-from llmtune.config.rules import PLACES
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_yaml, parse_yaml
+from llmtune.config.value_rules import PATHS
 from llmtune.errors import ConfigError
 from tests.support import ROOT
 
@@ -189,7 +189,7 @@ def test_every_key_is_known() -> None:
     assert {key for key, _, _ in hints(Config)} <= known_keys()
 
 
-@pytest.mark.parametrize("key", PLACES)
+@pytest.mark.parametrize("key", PATHS)
 @pytest.mark.parametrize("text", ["", " "])
 def test_a_variable_that_a_script_has_not_set_is_no_place(key: str, text: str) -> None:
     with pytest.raises(

@@ -117,9 +117,8 @@ def disk_behind(folder: Path) -> str:
         rotational = (whole / "queue" / "rotational").read_text().strip() == "1"
     except OSError:
         rotational = False
-    return whole.name + (
-        ", rotational according to the kernel" if rotational else ", no NVMe drive"
-    )
+    kind = "rotational according to the kernel" if rotational else "no NVMe drive"
+    return f"{whole.name}, {kind}"
 
 
 def probe_disk(folder: Path) -> DiskProbe:
