@@ -80,7 +80,7 @@ ROOMS: dict[str, list[str]] = {
     "data": ["rows", "formats", "read", "tokenize", "store", "load", "report"],
     "model": ["adapter", "weights"],
     "export": ["sources", "publish", "merge", "writers", "formats", "verify", "card"],
-    "launch": ["launchers", "preflight", "supervise"],
+    "launch": ["launchers", "preflight", "processes", "supervise"],
 }
 
 #: Who may see the whole ``Config``.

@@ -24,7 +24,7 @@ from llmtune.errors import (
     RollbackError,
 )
 from llmtune.launch.launchers.environment import FAILURE_DIR
-from llmtune.launch.supervise.log_filter import start_filter
+from llmtune.launch.processes.log_filter import start_filter
 from llmtune.launch.supervise.memory_errors import memory_pool
 from llmtune.security.redaction import has_secrets, redact
 from llmtune.security.terminal import to_terminal
