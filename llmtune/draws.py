@@ -16,8 +16,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# : Stands in every checkpoint. Raise it when any draw comes out differently: a run that began with
-# others is refused then.
+#: Stands in every checkpoint. Raise it when any draw comes out differently: a run that began with
+#: others is refused then.
 DRAWS_VERSION = 3
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_UNEXPECTED = 1
 EXIT_STOPPED = 75
-# : A verb that leaves nothing to go on with, ended by a signal: this and its number, as shells give
-# it (130, 143 and 129).
+#: A verb that leaves nothing to go on with, ended by a signal: this and its number, as shells give
+#: it (130, 143 and 129).
 EXIT_BY_SIGNAL = 128
 
 

@@ -20,8 +20,8 @@ import jinja2
 
 from llmtune.errors import ConfigError
 
-# : Of the processor's time for one conversation; the templates of published models take
-# milliseconds.
+#: Of the processor's time for one conversation; the templates of published models take
+#: milliseconds.
 SECONDS = 10.0
 _POLL_SECONDS = 0.2
 #: Of a power in a template.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jinja2
 
-# : Its own complaints (``raise_exception``), names that are not there, and what Python raises for
-# what it computes.
+#: Its own complaints (``raise_exception``), names that are not there, and what Python raises for
+#: what it computes.
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,

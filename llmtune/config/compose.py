@@ -39,22 +39,22 @@ from llmtune.security.trust import find_owner_problem
 
 PRIMARY = "train"
 
-# : Groups that wait for a name -> the key of that name, the option in ``conf/train.yaml``, and that
-# of the default job.
+#: Groups that wait for a name -> the key of that name, the option in ``conf/train.yaml``, and that
+#: of the default job.
 _NAMED = {
     "model": ("name_or_path", "custom", "smollm2_135m"),
     "data": ("train", "files", "stdlib_docs"),
 }
 
 
-# : Groups whose options set the keys of the same name; those of all others are overlays, which set
-# any key.
+#: Groups whose options set the keys of the same name; those of all others are overlays, which set
+#: any key.
 _GROUPS_OF_KEYS = {item.name for item in fields(Config)}
 _HEADER = re.compile(r"#\s*@")
 _PACKAGE = re.compile(r"#\s*@package\s+_global_\s*")
 _NO_VALUE = "no value"
-# : A resolver's name and what it is asked for, such as ``${oc.env:HF_TOKEN}``; the name may be put
-# together by others.
+#: A resolver's name and what it is asked for, such as ``${oc.env:HF_TOKEN}``; the name may be put
+#: together by others.
 _LOOKUP = re.compile(r"\$\{[^:\n]*:")
 
 

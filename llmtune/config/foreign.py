@@ -11,8 +11,8 @@ _NO_QUANTIZED = (
 )
 _NO_PREFERENCES = "nothing: llmtune does supervised fine-tuning and no other stage"
 
-# : Foreign name, without its group and in lower case -> what to write instead. A bare key takes the
-# value that was given; : ``nothing`` stands for what there is no key for, with the reason.
+#: Foreign name, without its group and in lower case -> what to write instead. A bare key takes the
+#: value that was given; ``nothing`` stands for what there is no key for, with the reason.
 MEANINGS: dict[str, str] = {
     # Model.
     "base_model": "model.name_or_path",

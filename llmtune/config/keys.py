@@ -19,8 +19,8 @@ SOURCES = ("data.train", "data.eval")
 #: Keys that take a word or a list of names.
 NAMES = ("tuner.target_modules",)
 
-# : What a model is told. Nothing is looked up for it, not even in a YAML file: that may be somebody
-# else's, and ask for : variables of the environment.
+#: What a model is told. Nothing is looked up for it, not even in a YAML file: that may be somebody
+#: else's, and ask for variables of the environment.
 PROMPTS = ("chat.prompt", "chat.system")
 
 

@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-# : Backslashes and the beginning of an interpolation. Of the backslashes before it OmegaConf reads
-# two as one, and an odd one : as its escape; everywhere else a backslash is a backslash.
+#: Backslashes and the beginning of an interpolation. Of the backslashes before it OmegaConf reads
+#: two as one, and an odd one as its escape; everywhere else a backslash is a backslash.
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 _MISSING = "???"
-# : A text of three question marks. OmegaConf cannot escape it; no command line and no YAML file can
-# hold a NUL.
+#: A text of three question marks. OmegaConf cannot escape it; no command line and no YAML file can
+#: hold a NUL.
 _TYPED_MISSING = "\0???"
 
 

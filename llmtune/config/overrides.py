@@ -26,8 +26,8 @@ _MAY_BE_NULL = {"experiment", "debug"}
 #: Groups of which people expect the name of a file or of the hub -> the key that takes it.
 _NAMED_BY = {"model": "model.name_or_path", "data": "data.train"}
 
-# : Backslashes before a quote, or at the end of what stands in quotes: only there Hydra reads two
-# as one.
+#: Backslashes before a quote, or at the end of what stands in quotes: only there Hydra reads two as
+#: one.
 _ESCAPES = re.compile(r"(\\+)(['\"]|\Z)")
 _ROW_LIMIT = re.compile(r"@\d+$")
 _BUILTIN = "stdlib_docs"

@@ -69,7 +69,7 @@ KNOWN: dict[str, set[str]] = {
     "aio": {
         "block_size",
         "queue_depth",
-        "intra_op_parallelizm",
+        "intra_op_parallelism",
         "single_submit",
         "overlap_events",
         "use_gds",
@@ -90,8 +90,8 @@ KNOWN: dict[str, set[str]] = {
     },
 }
 
-# : Keys whose kernels only nvcc compiles, in each rank by itself; llmtune builds its ops before any
-# rank starts.
+#: Keys whose kernels only nvcc compiles, in each rank by itself; llmtune builds its ops before any
+#: rank starts.
 NEED_NVCC = {
     "zero_optimization.zero_quantized_gradients",
     "zero_optimization.zero_quantized_weights",
@@ -148,7 +148,7 @@ def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
             sizes.aio,
             **{
                 key: aio[key]
-                for key in ("block_size", "queue_depth", "intra_op_parallelizm")
+                for key in ("block_size", "queue_depth", "intra_op_parallelism")
                 if key in aio
             },
         ),

@@ -33,9 +33,8 @@ from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
 #: Candidates as fast as this share of the fastest count as equal; the simplest of them is taken.
 EQUAL_SPEED = 0.985
 
-# : What a candidate may need of what the failed one was planned to need: of its peak, and of its
-# states alone. Every attempt : costs a start, so that states which differ by a buffer are not
-# tried.
+#: What a candidate may need of what the failed one was planned to need: of its peak, and of its
+#: states alone. Every attempt costs a start, so that states which differ by a buffer are not tried.
 CLEARLY_LESS = {False: 0.95, True: 0.8}
 
 

@@ -28,8 +28,8 @@ from llmtune.plan.memory.peak_memory import USABLE_SHARE, MemoryPlan
 from llmtune.plan.memory.placement import Placement
 from llmtune.units import counted, format_bytes, format_count, parse_bytes
 
-# : Up to this length eager attention is the faster one on a CPU (SmolLM2-135M, 8 x 128 tokens on 2
-# cores: 419 against 316 : tokens/s), and its quadratic memory is small.
+#: Up to this length eager attention is the faster one on a CPU (SmolLM2-135M, 8 x 128 tokens on 2
+#: cores: 419 against 316 tokens/s), and its quadratic memory is small.
 SHORT_ROW_TOKENS = 512
 
 #: Compute capability (Ampere) from which GPUs have bf16 and FlashAttention's kernels.

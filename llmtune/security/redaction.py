@@ -23,19 +23,19 @@ from llmtune.security.secret_forms import (
 )
 from llmtune.security.secret_urls import url_spans
 
-# : Lists, with commas, the *names* of variables that came from ``.env``, so that ranks know them
-# too.
+#: Lists, with commas, the *names* of variables that came from ``.env``, so that ranks know them
+#: too.
 SECRET_NAMES = "LLMTUNE_SECRET_NAMES"
 
-# : Settings of libraries are no secrets even where they came from ``.env``, unless they are named
-# like one.
+#: Settings of libraries are no secrets even where they came from ``.env``, unless they are named
+#: like one.
 _SETTING_NAME = re.compile(
     r"(CUDA|DEEPSPEED|DS|HF|NCCL|OMP|PYTORCH|TOKENIZERS|TORCH|TRANSFORMERS|WANDB)_", re.IGNORECASE
 )
 #: From this length on a value is looked for anywhere.
 _MIN_LENGTH = 8
-# : From this length on one that is no word and no number is looked for where it stands alone,
-# between other signs.
+#: From this length on one that is no word and no number is looked for where it stands alone,
+#: between other signs.
 _MIN_ALONE = 4
 _PLAIN_WORDS = {
     *(

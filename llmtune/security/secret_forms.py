@@ -20,8 +20,8 @@ from urllib.parse import unquote
 
 from llmtune.security.secret_urls import users_of
 
-# : Words for what opens something, in names of variables, of parts of a connection string, and of
-# fields in JSON.
+#: Words for what opens something, in names of variables, of parts of a connection string, and of
+#: fields in JSON.
 SECRET_WORDS = re.compile(
     r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|(?<!ASK)(?<!BY)(?<!COM)(?<!SUR)PASS$|_PASS_|(?<=_)(PWD|PSWD|PW)$"
     r"|API_?KEY|ACCESS_?KEY|ACCOUNT_?KEY|PRIVATE_?KEY|SHARED_?KEY|SIGNATURE|CREDENTIAL|_KEY$|_PAT$|(?<![A-Z0-9])SAS(?![A-Z0-9])"
@@ -29,8 +29,8 @@ SECRET_WORDS = re.compile(
     r"|COOKIE(?!CUTTER)|(?<![A-Z0-9])BEARER",
     re.IGNORECASE,
 )
-# : The same where a name is no variable's: ``pwd`` and ``auth`` alone are none of the shell's
-# folders there.
+#: The same where a name is no variable's: ``pwd`` and ``auth`` alone are none of the shell's
+#: folders there.
 _PART_WORDS = re.compile(rf"{SECRET_WORDS.pattern}|^(pwd|pw|pass|auth|key|sig|sas)$", re.IGNORECASE)
 
 #: Below this, what is left of a value in base64 would be found by chance.
@@ -188,8 +188,8 @@ def _in_base64(raw: bytes) -> Iterable[str]:
         yield inner.translate({ord("+"): "-", ord("/"): "_"})
 
 
-# : A backslash, a percent sign and what is around an entity of HTML, themselves as they are or
-# percent-encoded.
+#: A backslash, a percent sign and what is around an entity of HTML, themselves as they are or
+#: percent-encoded.
 _BACKSLASH = r"(?:\\|%(?:25){0,3}5[cC])"
 _PERCENT = r"%(?:25){0,3}"
 _ENTITY = r"(?:&|%26)(?:amp(?:;|%3[bB])){{0,3}}(?:{})(?:;|%3[bB])"
@@ -206,8 +206,8 @@ _LETTERS = {
     "\x1b": "e",
 }
 
-# : What doubles a sign within quotes of its own (YAML, CSV, SQL, compose files), and how a shell
-# leaves its quotes.
+#: What doubles a sign within quotes of its own (YAML, CSV, SQL, compose files), and how a shell
+#: leaves its quotes.
 _DOUBLED = {
     "'": ("'\\''", "'\"'\"'", "''"),
     '"': ('""',),

@@ -26,8 +26,8 @@ _HEADER = re.compile(
     re.IGNORECASE,
 )
 
-# : Schemes in which a name before ``@`` is a token; in others it is a user or a container, unless
-# it looks like one.
+#: Schemes in which a name before ``@`` is a token; in others it is a user or a container, unless it
+#: looks like one.
 _TOKEN_SCHEMES = {"http", "https", "ws", "wss", "git"}
 _CONTAINER_SCHEMES = {"abfs", "abfss", "adl", "az", "wasb", "wasbs"}
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}\Z", re.IGNORECASE)

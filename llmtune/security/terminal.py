@@ -13,8 +13,8 @@ from typing import Any
 
 from llmtune.security.redaction import redact
 
-# : C0 but for tab and newline, DEL, and C1. Letters that run from right to left and joiners of
-# emoji are none of them.
+#: C0 but for tab and newline, DEL, and C1. Letters that run from right to left and joiners of emoji
+#: are none of them.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 #: The colors that llmtune itself writes.
 GREEN, GRAY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"

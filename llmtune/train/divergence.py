@@ -21,8 +21,8 @@ from llmtune.storage.atomic import read_json, write_whole
 
 #: Steps that a spike is measured against, and the fewest of them.
 _WINDOW, _FEWEST = 64, 16
-# : A loss this many deviations above the mean is reported, as is a gradient norm this many times
-# the median.
+#: A loss this many deviations above the mean is reported, as is a gradient norm this many times the
+#: median.
 _DEVIATIONS, _TIMES = 6.0, 10.0
 
 #: Rows named in a message.

@@ -17,15 +17,15 @@ from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.security.redaction import describe_secret_overrides
 from llmtune.security.trust import require_own
 
-# : Beginnings of names that DeepSpeed's runner hands on and ranks do not need; MLflow's are mostly
-# keys.
+#: Beginnings of names that DeepSpeed's runner hands on and ranks do not need; MLflow's are mostly
+#: keys.
 _HANDED_ON = ("MLFLOW",)
 
 #: Names of variables that say which libraries, modules and programs a process loads.
 _EXECUTED = re.compile(r"(LD_|DYLD_|PYTHON).*|PATH|BASH_ENV|ENV|.*(PLUGIN|PRELOAD|INJECTION).*")
 
-# : A name or an address: pdsh and ssh take what begins with a hyphen for an option, and have signs
-# of their own.
+#: A name or an address: pdsh and ssh take what begins with a hyphen for an option, and have signs
+#: of their own.
 _HOST = re.compile(r"(?:[A-Za-z_][A-Za-z0-9._-]*@)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,4})\s*(?:#.*)?")
 

@@ -12,21 +12,21 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.units import counted
 
-# : Only ``srun`` sets them, in the tasks of a step: a batch script and a shell of ``salloc`` have
-# the job's variables alone.
+#: Only ``srun`` sets them, in the tasks of a step: a batch script and a shell of ``salloc`` have
+#: the job's variables alone.
 _STEP_VARIABLES = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
 #: What a launcher sets; a user may set the other two, MASTER_ADDR and MASTER_PORT.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
-# : Below Linux's ephemeral ports (32768 and up), of which one may be in use for an outgoing
-# connection.
+#: Below Linux's ephemeral ports (32768 and up), of which one may be in use for an outgoing
+#: connection.
 _FIRST_PORT, _PORTS = 15000, 16384
 #: Steps of one job that run at the same time take other ports than those of the job after it.
 _PORTS_A_JOB = 31
 
 _COUNT = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
-# : Slurm itself lists no more nodes (``MAX_SLURM_NODES``); one name has brackets for racks, chassis
-# and the like.
+#: Slurm itself lists no more nodes (``MAX_SLURM_NODES``); one name has brackets for racks, chassis
+#: and the like.
 _MAX_NODES, _MAX_BRACKETS = 65536, 8
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _ADVICE = "start one task a GPU: srun --ntasks-per-node=GPUS python -m llmtune ..."

@@ -42,8 +42,8 @@ PEFT_DEFAULTS: dict[str, Any] = {
     "init_lora_weights": True,
 }
 
-# : Settings that say how an adapter was trained, started or found, or that its tensors' names say
-# better.
+#: Settings that say how an adapter was trained, started or found, or that its tensors' names say
+#: better.
 _SAID_ELSEWHERE = {
     *(
         "auto_mapping",
@@ -81,8 +81,8 @@ _SAID_ELSEWHERE = {
 }
 _CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 
-# : Starts that also change the base; the adapter is then the difference to a base that nobody
-# stored.
+#: Starts that also change the base; the adapter is then the difference to a base that nobody
+#: stored.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 #: Keys of ``tuner`` -> the setting of peft's that an adapter brings.

@@ -22,8 +22,8 @@ from llmtune.plan.memory.model_shape import ModelShape, load_architecture
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.process import hold_interruptions
 
-# : After the first layer, its input is no intermediate result; from the second on, each adds the
-# same.
+#: After the first layer, its input is no intermediate result; from the second on, each adds the
+#: same.
 TRACED_LAYERS = 3
 
 

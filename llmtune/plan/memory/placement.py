@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from llmtune.config.groups.zero import OffloadConfig, OffloadDevice
 from llmtune.config.schema import TunerKind
 
-# : Rung -> (device of optimizer and master weights, device of weights), fastest first; the options
-# of ``conf/offload/``.
+#: Rung -> (device of optimizer and master weights, device of weights), fastest first; the options
+#: of ``conf/offload/``.
 RUNGS: dict[str, tuple[str, str]] = {
     "none": ("none", "none"),
     "optimizer_cpu": ("cpu", "none"),

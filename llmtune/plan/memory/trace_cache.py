@@ -15,8 +15,8 @@ from typing import Any
 
 from llmtune import __version__
 
-# : What the values depend on beside model and settings; of llmtune itself, the files that compute
-# them.
+#: What the values depend on beside model and settings; of llmtune itself, the files that compute
+#: them.
 _LIBRARIES = ("torch", "transformers")
 _SOURCES = ("activations.py", "lora.py", "model_shape.py", "../abilities.py", "adapted_layers.py")
 

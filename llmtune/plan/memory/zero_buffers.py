@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from llmtune.plan.memory.model_shape import ModelShape, TensorShape
 from llmtune.plan.memory.placement import Placement
 
-# : DeepSpeed swaps what has at least this many bytes (``swap_tensor/utils.py: MIN_AIO_BYTES``, or
-# the aio block).
+#: DeepSpeed swaps what has at least this many bytes (``swap_tensor/utils.py: MIN_AIO_BYTES``, or
+#: the aio block).
 MIN_SWAP_BYTES = 2**20
 #: Lengths on disk are padded to this, times the threads of a request (``AIO_ALIGNED_BYTES``).
 SWAP_ALIGNMENT_BYTES = 1024
-# : A gradient is read back into the middle of a buffer by O_DIRECT, which wants this alignment;
-# else DeepSpeed trains on : wrong gradients without a word.
+#: A gradient is read back into the middle of a buffer by O_DIRECT, which wants this alignment; else
+#: DeepSpeed trains on wrong gradients without a word.
 SECTOR_BYTES = 512
 #: Buffers of the optimizer's swapper: weights, two moments, gradient.
 OPTIMIZER_SWAP_BUFFERS = 4
@@ -33,12 +33,12 @@ class AioSizes:
 
     block_size: int = MIN_SWAP_BYTES
     queue_depth: int = 32
-    intra_op_parallelizm: int = 1
+    intra_op_parallelism: int = 1
 
     @property
     def alignment_bytes(self) -> int:
         """What lengths of swapped tensors are padded to."""
-        return SWAP_ALIGNMENT_BYTES * self.intra_op_parallelizm
+        return SWAP_ALIGNMENT_BYTES * self.intra_op_parallelism
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ def resolve_zero_sizes(
     large as the largest slice.
     """
     largest = partition_numel(shape.largest_tensor, world_size)
-    aio = AioSizes(intra_op_parallelizm=4 if accelerator == "cuda" else 1)
+    aio = AioSizes(intra_op_parallelism=4 if accelerator == "cuda" else 1)
     lengths = aio.alignment_bytes // 2
     sub_group = 100_000_000
     if placement.optimizer == "nvme":
