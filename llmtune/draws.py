@@ -1,8 +1,7 @@
-"""Random draws. Each has a name, and is a function of the run's seed, that name and a position, and
-of nothing else.
+"""Named random draws: each is a function of the run's seed, its name and a position alone.
 
-So no draw changes because another one was added, was made in another order, or was made already
-before a resume.
+So no draw changes because another one was added, was made in another order, or was made before a
+resume.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Stands in every checkpoint. Raise it when any draw comes out differently: a run that began with
-#: others is refused then.
+#: Stored in every checkpoint. Raise it when any draw changes: runs that began with the old draws
+#: are then refused.
 DRAWS_VERSION = 3
 
 
 class Draw(StrEnum):
-    """What is drawn. The position that goes with it is named in brackets."""
+    """The name of a draw; its position is given in brackets."""
 
     source_rows = "source_rows"
     """The rows that ``limit`` takes of a source. [hash of what is in its files]"""
@@ -47,17 +46,17 @@ class Draw(StrEnum):
 
 
 def generator(seed: int, draw: Draw, *position: int) -> np.random.Generator:
-    """A generator that nothing else draws from."""
+    """Return a generator for one draw."""
     return np.random.default_rng(_entropy(seed, draw, position))
 
 
 def draw_rows(rows: int, count: int, seed: int, draw: Draw, *position: int) -> NDArray[np.int64]:
-    """``count`` different row numbers below ``rows``, in the order drawn."""
+    """Draw ``count`` different row numbers below ``rows``. Shape (count,)."""
     return generator(seed, draw, *position).permutation(rows)[:count].astype(np.int64)
 
 
 def torch_seed(seed: int, draw: Draw, *position: int) -> int:
-    """For ``torch.manual_seed``; below 2**63."""
+    """Return a seed for ``torch.manual_seed``, below 2**63."""
     return _entropy(seed, draw, position) >> 65
 
 

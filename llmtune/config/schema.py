@@ -26,8 +26,9 @@ from llmtune.config.groups.zero import OffloadConfig, ZeroConfig
 
 
 class Precision(Enum):
-    """Dtype of weights, activations and gradients; master weights and Adam moments are fp32 in all
-    of them.
+    """Dtype of weights, activations and gradients.
+
+    Master weights and Adam moments are always fp32.
     """
 
     bf16 = "bf16"

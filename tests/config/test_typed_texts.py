@@ -264,8 +264,8 @@ def test_an_interpolation_of_a_file_that_leads_nowhere_is_a_problem_of_the_confi
         ("optim.learning_rate=range(1,3)", "one value, because a command is one run"),
         ("seed=choice(1,2)", "one value, because a command is one run"),
         ("model.config.layer_types=a,b", "a list is written model.config.layer_types=[a,b]"),
-        ("train.max_steps=${seed}", "nothing is looked up on the command line"),
-        ("data.train={path: par (1).jsonl}", "stands in quotes: {path: 'a (1).jsonl'}"),
+        ("train.max_steps=${seed}", "nothing is interpolated on the command line"),
+        ("data.train={path: par (1).jsonl}", "needs quotes: {path: 'a (1).jsonl'}"),
         ("tuner.target_modules=q_proj", "or a list such as [q_proj,v_proj]"),
     ],
 )

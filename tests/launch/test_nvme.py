@@ -50,7 +50,7 @@ def test_a_build_of_the_op_is_told_before_it_starts(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "empty"))
 
     def compile_nothing(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
-        assert said == ["building DeepSpeed's AsyncIO (once an environment, about a minute) ..."]
+        assert said == ["building DeepSpeed's AsyncIO (once per environment, about a minute) ..."]
         return subprocess.CompletedProcess([], 1, "", "no compiler")
 
     monkeypatch.setattr(subprocess, "run", compile_nothing)

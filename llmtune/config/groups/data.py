@@ -10,9 +10,7 @@ from omegaconf import MISSING
 
 
 class _ByNameOrValue(EnumMeta):
-    """An enum that is also looked up by its values, as OmegaConf looks up what a YAML file says:
-    ``raise`` can be no name.
-    """
+    """An enum that OmegaConf also looks up by values: ``raise`` cannot be a member's name."""
 
     def __getitem__(cls, name: str) -> Any:
         members: dict[str, Any] = dict(cls.__members__)

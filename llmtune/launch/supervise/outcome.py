@@ -44,7 +44,7 @@ class RanksFailedError(LlmtuneError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptOutcome:
-    """What is known of an attempt after all ranks have ended."""
+    """All that an attempt left behind, read after its ranks have ended."""
 
     result: WatchResult
     reports: list[dict[str, Any]]

@@ -35,7 +35,7 @@ class Limits:
 
 
 class EndReason(Enum):
-    """Why the watch ended; the values are part of messages."""
+    """The reason for the end of the watch; values are part of messages."""
 
     all_ended = "all ended"
     failure = "one failed and the grace period of the others is over"
