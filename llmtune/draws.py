@@ -1,7 +1,7 @@
-"""Random draws, each a function of the run's seed, the draw's name and a position alone.
+"""Named random draws: each is a function of the run's seed, its name and a position alone.
 
-So no draw changes because another one was added, was made in another order, or was made already
-before a resume.
+So no draw changes because another one was added, was made in another order, or was made before a
+resume.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Part of every checkpoint. Raise it when any draw comes out differently: a run that began with
-#: others is refused then.
+#: Stored in every checkpoint. Raise it when any draw changes: runs that began with the old draws
+#: are then refused.
 DRAWS_VERSION = 3
 
 
 class Draw(StrEnum):
-    """The names of all draws; the position that goes with one is in brackets."""
+    """The name of a draw; its position is given in brackets."""
 
     source_rows = "source_rows"
     """The rows that ``limit`` takes of a source. [hash of what is in its files]"""
@@ -46,17 +46,17 @@ class Draw(StrEnum):
 
 
 def generator(seed: int, draw: Draw, *position: int) -> np.random.Generator:
-    """Make the generator of a draw, from which nothing else draws."""
+    """Return a generator for one draw."""
     return np.random.default_rng(_entropy(seed, draw, position))
 
 
 def draw_rows(rows: int, count: int, seed: int, draw: Draw, *position: int) -> NDArray[np.int64]:
-    """Draw ``count`` different row numbers below ``rows``; in the order drawn."""
+    """Draw ``count`` different row numbers below ``rows``. Shape (count,)."""
     return generator(seed, draw, *position).permutation(rows)[:count].astype(np.int64)
 
 
 def torch_seed(seed: int, draw: Draw, *position: int) -> int:
-    """The seed of a draw for ``torch.manual_seed``; below 2**63."""
+    """Return a seed for ``torch.manual_seed``, below 2**63."""
     return _entropy(seed, draw, position) >> 65
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_UNEXPECTED = 1
 EXIT_STOPPED = 75
-# : A verb that leaves nothing to go on with, ended by a signal: this and its number, as shells give
-# it (130, 143 and 129).
+#: Plus the signal's number, as in shells (130, 143, 129): the exit code of a verb that a signal
+#: ended and that cannot be resumed.
 EXIT_BY_SIGNAL = 128
 
 
 class LlmtuneError(Exception):
-    """What went wrong, where, with which value, and what to do next; printed without a
-    traceback.
-    """
+    """An error that says what went wrong, where, and what to do; printed without a traceback."""
 
     exit_code = EXIT_UNEXPECTED
 
@@ -25,7 +23,7 @@ class ConfigError(LlmtuneError):
 
     @classmethod
     def from_problems(cls, problems: list[str]) -> ConfigError:
-        """One error for every problem found, so that a user mends them in one go."""
+        """Join all problems into one error, so that a user fixes them at once."""
         if len(problems) == 1:
             return cls(problems[0])
         return cls(
@@ -65,15 +63,15 @@ class MissingPrerequisiteError(LlmtuneError):
 
 
 class DivergedError(LlmtuneError):
-    """A loss or a gradient is not finite, and the run is not to go on."""
+    """A loss or a gradient is not finite, and the run ends."""
 
 
 class RollbackError(LlmtuneError):
-    """Numbers went bad; the run goes back to its newest checkpoint."""
+    """A loss or a gradient is not finite; the run goes back to its newest checkpoint."""
 
 
 class StoppedError(LlmtuneError):
-    """A signal asked for an end; the state was saved and the same command goes on."""
+    """A signal asked for an end; the state was saved, and the same command resumes."""
 
     exit_code = EXIT_STOPPED
 

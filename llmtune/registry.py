@@ -1,9 +1,8 @@
-"""Variants of one kind, such as formats of export: found by name, one file each, from llmtune
-itself or from outside.
+"""Register and find the variants of one kind, such as export formats, by name.
 
-llmtune's own stand in a folder, of which each module registers one. Others are registered by the
-modules that ``LLMTUNE_PLUGINS`` names (separated by commas). They are imported wherever variants
-are looked up, in the ranks too, so they must be installed or stand on ``PYTHONPATH``.
+llmtune's own variants are in a folder, of which each module registers one. Plug-ins are modules
+that ``LLMTUNE_PLUGINS`` names (separated by commas). They are imported wherever variants are looked
+up, in the ranks too, so they must be installed or on ``PYTHONPATH``.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ PLUGINS = "LLMTUNE_PLUGINS"
 
 
 class Named(Protocol):
-    """What every variant has."""
+    """A variant with a name."""
 
     @property
     def name(self) -> str:
-        """As the configuration takes it."""
+        """The name in the configuration."""
         ...
 
 
@@ -42,9 +41,9 @@ class Registry(Generic[Variant]):
     def __init__(self, key: str, package: str, also: Sequence[str] = ()):
         """
         Args:
-            key: Of the configuration, which holds the name of one.
-            package: The folder with llmtune's own; its modules register on import.
-            also: Names that the key takes and that stand for no variant, such as ``none``.
+            key: The configuration key that takes the name of a variant.
+            package: The package with llmtune's own variants; its modules register on import.
+            also: Values of the key that name no variant, such as ``none``.
         """
         self.key = key
         self._package = package
@@ -52,10 +51,10 @@ class Registry(Generic[Variant]):
         self._variants: dict[str, Variant] = {}
 
     def register(self, variant: Variant) -> Variant:
-        """Make a variant known under its name.
+        """Register a variant under its name.
 
         Raises:
-            ValueError: There is another one of this name.
+            ValueError: Another variant has this name.
         """
         if (
             variant.name in self._also
@@ -65,7 +64,7 @@ class Registry(Generic[Variant]):
         return variant
 
     def list(self) -> dict[str, Variant]:
-        """All of them, sorted by name.
+        """Return all variants by name, sorted.
 
         Raises:
             ConfigError: A module of ``LLMTUNE_PLUGINS`` cannot be imported.
@@ -75,12 +74,12 @@ class Registry(Generic[Variant]):
         return dict(sorted(self._variants.items()))
 
     def find(self, name: str) -> Variant:
-        """The variant of a name.
+        """Return the variant of a name.
 
         Raises:
-            ConfigError: There is none, with the nearest name.
+            ConfigError: No variant has this name; with the nearest one.
         """
-        # Asked for every row of a file.
+        # Fast, because the data reader asks for every row.
         if (found := self._variants.get(name)) is not None:
             return found
         known = self.list()
@@ -93,8 +92,7 @@ class Registry(Generic[Variant]):
 
 
 def hash_plugins() -> str:
-    """A hash of the files that ``LLMTUNE_PLUGINS`` names, for what is cached of their work; empty
-    without any.
+    """Hash the files of the plug-ins, as a part of cache keys; empty without plug-ins.
 
     Raises:
         ConfigError: One of them cannot be imported.

@@ -1,9 +1,8 @@
-"""A chat template is a program of somebody else's, and may never end: it gets so much of the
-processor's time, and no more.
+"""Limit the processor time of a chat template, a program of its author that may never end.
 
-What is ended are loops, at their next instruction. A single operation on huge numbers or texts
-cannot be ended from here; powers, which make the largest out of three letters, are refused before a
-template is compiled.
+Loops are ended at their next instruction. A single operation on huge numbers or texts cannot be
+ended; powers, which make such numbers from a few characters, are refused before a template is
+compiled.
 """
 
 from __future__ import annotations
@@ -20,19 +19,15 @@ import jinja2
 
 from llmtune.errors import ConfigError
 
-# : Of the processor's time for one conversation; the templates of published models take
-# milliseconds.
+#: Processor time for one conversation; the templates of published models take milliseconds.
 SECONDS = 10.0
 _POLL_SECONDS = 0.2
-#: Of a power in a template.
+#: Largest exponent of a power in a template.
 _MOST_EXPONENT = 64
 
 
 class _EndlessError(BaseException):
-    """Raised in the middle of a template.
-
-    No ``except Exception`` on the way takes it for its own.
-    """
+    """Raised in the middle of a template; no ``except Exception`` catches it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,8 +39,8 @@ class _Render:
     is_stopped: bool = False
 
 
-class _Watch:
-    """One thread for all renderings of a process."""
+class _RenderWatch:
+    """Ends renderings that take too long, in one thread for all of a process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -53,16 +48,16 @@ class _Watch:
         self._thread: threading.Thread | None = None
 
     def add(self, render: _Render) -> None:
-        """Look at it from now on."""
+        """Watch a rendering until it is removed."""
         with self.lock:
             self.renders[render.thread] = render
             if self._thread is None:
                 self._thread = threading.Thread(
-                    target=self._look, name="template-bounds", daemon=True
+                    target=self._poll, name="template-bounds", daemon=True
                 )
                 self._thread.start()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while True:
             time.sleep(_POLL_SECONDS)
             with self.lock:
@@ -74,18 +69,18 @@ class _Watch:
                         del self.renders[render.thread]
                         continue
                     if is_over:
-                        # At each look again, in case something swallowed the one before.
+                        # Again at each poll, in case the template swallowed the previous one.
                         render.is_stopped = True
                         _raise_in(render.thread, _EndlessError)
 
 
-_watch = _Watch()
+_watch = _RenderWatch()
 
 
 def _forget() -> None:
-    """The child of a fork has no thread but its own."""
+    """Start anew in the child of a fork, which has no other threads."""
     global _watch
-    _watch = _Watch()
+    _watch = _RenderWatch()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -117,12 +112,12 @@ class bounded_template:  # noqa: N801 - a context manager reads as a function
         try:
             self._end()
         except _EndlessError:
-            # It came between the last line of the block and this one.
+            # It was raised between the last line of the block and this one.
             self._end()
         if self._render.is_stopped:
             raise ConfigError(
                 f"the chat template has not ended after {SECONDS:g} s of computing, for one"
-                " conversation: take another data.chat_template, or mend it"
+                " conversation: take another data.chat_template, or fix it"
             ) from None
 
     def _end(self) -> None:
@@ -134,7 +129,7 @@ class bounded_template:  # noqa: N801 - a context manager reads as a function
 
 
 def refuse_powers(text: str) -> None:
-    """Jinja computes what is constant when it compiles a template, and ``9**9**9`` for ever.
+    """Refuse powers such as ``9**9**9``, which Jinja computes when it compiles a template.
 
     Raises:
         ConfigError: The template has a power of a power, or one with an exponent that is not a
@@ -147,7 +142,7 @@ def refuse_powers(text: str) -> None:
     try:
         tree = environment.parse(text)
     except jinja2.TemplateError:
-        # Whoever compiles it says so.
+        # The error is reported where the template is compiled.
         return
     for power in tree.find_all(jinja2.nodes.Pow):
         exponent = power.right.value if isinstance(power.right, jinja2.nodes.Const) else None
@@ -158,15 +153,13 @@ def refuse_powers(text: str) -> None:
             or power.left.find(jinja2.nodes.Pow)
         ):
             raise ConfigError(
-                f"the chat template raises to a power that may be any, in line {power.lineno}: take"
-                " another data.chat_template, or mend it"
+                "the chat template raises to a power without a small exponent, in line"
+                f" {power.lineno}: take another data.chat_template, or fix it"
             )
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    """Raise an exception in a thread as soon as it is at its next instruction; with None, take that
-    back.
-    """
+    """Raise an exception in a thread at its next instruction; None takes that back."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread), ctypes.py_object(kind) if kind else None
     )

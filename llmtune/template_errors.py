@@ -1,11 +1,10 @@
-"""What a chat template may raise: it is a program that somebody else wrote."""
+"""The errors that a chat template, a program of its author, can raise."""
 
 from __future__ import annotations
 
 import jinja2
 
-# : Its own complaints (``raise_exception``), names that are not there, and what Python raises for
-# what it computes.
+#: From ``raise_exception``, unknown names, and the operations of the template.
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -18,6 +17,6 @@ TEMPLATE_ERRORS = (
 
 
 def describe_template_error(error: Exception) -> str:
-    """The first line of what it says, and where in the template it is no Jinja."""
+    """Return the first line of a template's error, with the line of a syntax error."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"line {error.lineno}: {text}" if isinstance(error, jinja2.TemplateSyntaxError) else text

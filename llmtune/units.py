@@ -1,4 +1,4 @@
-"""Bytes and counts as people write and read them."""
+"""Read and write bytes, counts and times as people do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ for _power, _letter in enumerate("KMGTP", start=1):
 
 
 def parse_bytes(value: int | float | str, key: str) -> int:
-    """Bytes from an integer or from ``80GB``, ``80GiB``, ``1.5TB``.
+    """Parse an integer, or a text such as ``80GB``, ``80GiB``, ``1.5TB``, as bytes.
 
     Raises:
         ConfigError: Naming ``key`` and the value.
@@ -28,7 +28,7 @@ def parse_bytes(value: int | float | str, key: str) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """``141.1 GB``: decimal units, four digits at the most."""
+    """Format bytes like ``141.1 GB``: decimal units, at most four digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -37,7 +37,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """``70.6 B``, ``134.5 M``: a number of parameters or tokens."""
+    """Format a number of parameters or tokens like ``70.6 B`` or ``134.5 M``."""
     for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
@@ -45,13 +45,13 @@ def format_count(count: float) -> str:
 
 
 def counted(count: float, noun: str) -> str:
-    """``1 rank``, ``1,000 ranks``, ``0.5 epochs``: a number of what English counts with an s."""
+    """Format a number with its noun: ``1 rank``, ``1,000 ranks``, ``0.5 epochs``."""
     number = f"{count:g}" if isinstance(count, float) else f"{count:,}"
     return f"{number} {noun}{'' if count == 1 else 's'}"
 
 
 def format_seconds(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
+    """Format seconds like ``1:02:03`` or ``2:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -21,7 +21,7 @@ def main(arguments: Arguments) -> int:
     from llmtune.cli.plan import stdout_for_us
     from llmtune.config.cache_folder import locate_cache
     from llmtune.config.compose import compose_config
-    from llmtune.doctor.checks import find_all
+    from llmtune.doctor.machine import inspect_machine
     from llmtune.launch.launchers.environment import use_own_ninja
 
     config = compose_config(arguments.overrides, arguments.config_dir).config
@@ -29,7 +29,7 @@ def main(arguments: Arguments) -> int:
     use_own_ninja()
     rows, bad = [], 0
     with stdout_for_us() as write:
-        for finding in find_all(locate_cache(config.paths)):
+        for finding in inspect_machine(locate_cache(config.paths)):
             mended = ""
             if finding.state != "ok" and arguments.fix and finding.fix is not None:
                 reason = finding.fix()

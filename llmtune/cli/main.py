@@ -23,7 +23,7 @@ from llmtune.errors import (
     LlmtuneError,
     StoppedError,
 )
-from llmtune.launch.supervise.ending import end_now
+from llmtune.launch.processes.descendants import end_now
 from llmtune.launch.supervise.rank_report import to_user_error
 from llmtune.launch.supervise.signals import Interrupted, end_on_signals, received_stop
 from llmtune.process import END_SIGNALS, without_ignored

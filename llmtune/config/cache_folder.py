@@ -1,4 +1,4 @@
-"""Where ``paths.cache_dir`` lies: in a folder of this user's own, never in one that all share."""
+"""Find ``paths.cache_dir``, a folder of this user alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from llmtune.config.schema import PathsConfig
+from llmtune.config.groups.paths import PathsConfig
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.security.trust import make_own, require_own
 
@@ -15,10 +15,10 @@ INSTEAD = "name a folder of your own with LLMTUNE_CACHE or paths.cache_dir="
 
 
 def locate_cache(paths: PathsConfig) -> Path:
-    """The folder that the configuration names, whatever it is like.
+    """Return the folder that the configuration names, unchecked.
 
     Raises:
-        MissingPrerequisiteError: None is named, or it is to lie in the home of a user who has none.
+        MissingPrerequisiteError: None is named, or it would be in the home of a user without one.
     """
     text = paths.cache_dir
     if not text:
@@ -33,10 +33,11 @@ def locate_cache(paths: PathsConfig) -> Path:
 
 
 def open_cache(paths: PathsConfig) -> Path:
-    """The folder, made where it is missing, to be written to.
+    """Return the folder for writing; make it where it is missing.
 
     Raises:
-        MissingPrerequisiteError: As :func:`locate_cache`; it cannot be made; or it is another's.
+        MissingPrerequisiteError: As :func:`locate_cache`, or it cannot be made, or it is another
+            user's.
     """
     folder = locate_cache(paths)
     make_own(folder, KEY, INSTEAD)
@@ -44,10 +45,10 @@ def open_cache(paths: PathsConfig) -> Path:
 
 
 def find_cache(paths: PathsConfig) -> Path:
-    """The folder for what is only remembered there, and done without where it cannot be made.
+    """Return the folder for optional caching; it may be missing where it cannot be made.
 
     Raises:
-        MissingPrerequisiteError: As :func:`locate_cache`, or it is another's.
+        MissingPrerequisiteError: As :func:`locate_cache`, or it is another user's.
     """
     folder = locate_cache(paths)
     if folder.is_dir():

@@ -1,10 +1,9 @@
-"""Compose ``conf/`` and the command line's overrides into one typed config, reporting every problem
-at once.
+"""Compose ``conf/`` and the overrides into one typed config, and report all problems at once.
 
 Hydra composes the groups through its compose API, because llmtune has verbs and exit codes of its
-own; the values of single keys are put on top by llmtune, so that a text arrives as it was typed.
-What Hydra would report one at a time is looked for beforehand: unknown groups, options and keys,
-each with the nearest known one.
+own. llmtune itself then sets single keys, so that a text arrives as it was typed. Unknown groups,
+options and keys, which Hydra would report one at a time, are found before that, each with the
+nearest known one.
 """
 
 from __future__ import annotations
@@ -39,28 +38,27 @@ from llmtune.security.trust import find_owner_problem
 
 PRIMARY = "train"
 
-# : Groups that wait for a name -> the key of that name, the option in ``conf/train.yaml``, and that
-# of the default job.
+#: Groups whose default option needs a name -> the key of that name, the default option of
+#: ``conf/train.yaml``, and the option of the default job.
 _NAMED = {
     "model": ("name_or_path", "custom", "smollm2_135m"),
     "data": ("train", "files", "stdlib_docs"),
 }
 
 
-# : Groups whose options set the keys of the same name; those of all others are overlays, which set
-# any key.
+#: Groups whose options set the keys of the same name; options of other groups are overlays, which
+#: set any key.
 _GROUPS_OF_KEYS = {item.name for item in fields(Config)}
 _HEADER = re.compile(r"#\s*@")
 _PACKAGE = re.compile(r"#\s*@package\s+_global_\s*")
 _NO_VALUE = "no value"
-# : A resolver's name and what it is asked for, such as ``${oc.env:HF_TOKEN}``; the name may be put
-# together by others.
+#: A resolver with its argument, such as ``${oc.env:HF_TOKEN}``; its name may be interpolated too.
 _LOOKUP = re.compile(r"\$\{[^:\n]*:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composed:
-    """A composed config and where it came from."""
+    """A composed config, and the choices and overrides behind it."""
 
     config: Config
     choices: dict[str, str | None]
@@ -68,9 +66,7 @@ class Composed:
     overrides: list[str]
     """The overrides as they were typed."""
     unnamed: frozenset[str]
-    """Of ``model`` and ``data``, what neither the command line nor an experiment named: the default
-    job's is taken.
-    """
+    """Those of ``model`` and ``data`` that nobody named, so that the default job's are used."""
 
     @property
     def yaml(self) -> str:
@@ -90,12 +86,12 @@ class Composed:
 
 @dataclass(slots=True)
 class _CommandLine:
-    """Overrides, taken apart."""
+    """The parsed overrides."""
 
     choices: dict[str, str]
-    """Config group -> what Hydra is given."""
+    """Config group -> the override for Hydra."""
     settings: dict[str, Any]
-    """Dotted key -> value, in the order in which they were typed."""
+    """Dotted key -> value, in the order of the command line."""
     config_dir: str | None
 
 
@@ -105,15 +101,14 @@ def compose_config(
     planning: bool = False,
     more_rules: Callable[[Config], list[str]] | None = None,
 ) -> Composed:
-    """Compose, type and check.
+    """Compose a config, type it, and apply the rules.
 
     Args:
         overrides: Hydra overrides; ``+group=x`` and ``group=x`` mean the same.
-        config_dir: A folder of a user's own group files, looked into first.
-        planning: Nothing will be trained: where a model or an experiment is named and no data, rows
-            are as long as ``data.max_seq_length`` is by itself, and not as those of the embedded
-            data.
-        more_rules: Gives the problems that only higher layers see, for the one report.
+        config_dir: A folder with the user's group files, which take precedence.
+        planning: Nothing will be trained. Where a model or an experiment is named and no data, the
+            length of rows is the default of ``data.max_seq_length``, not that of the embedded data.
+        more_rules: Returns the problems that only higher layers can find.
 
     Raises:
         ConfigError: With every problem that was found.
@@ -128,15 +123,15 @@ def compose_config(
             _keep(override, line, typed)
         except ConfigError as error:
             problems.append(str(error))
-    problems += _take_out_misplaced(line)
+    problems += _remove_misplaced(line)
     node, choices, unnamed = _compose_named(line, problems, planning)
     try:
-        problems += _fill_in_missing(node)
+        problems += _fill_missing(node)
         config = to_config(node)
     except OmegaConfBaseException as error:
-        # Such as an interpolation of a user's own file that leads nowhere.
+        # Such as an interpolation of an unknown key in a user's file.
         raise ConfigError.from_problems([*problems, first_line(error)]) from error
-    problems += rules.problems(config)
+    problems += rules.find_problems(config)
     if more_rules is not None:
         problems += more_rules(config)
     if problems:
@@ -145,12 +140,10 @@ def compose_config(
 
 
 def with_overrides(stored: Config, composed: Composed) -> Config:
-    """A run's stored config with what the command line said on top: whole groups, and single
-    keys.
-    """
+    """Return a stored config with the groups and keys of the command line on top."""
     config = copy.deepcopy(stored)
     known = known_keys()
-    # Overlays such as debug=trace are no keys; of what they set, only this matters to a stored run.
+    # Overlays such as debug=trace are no keys; of theirs, only ``trace`` matters to a stored run.
     for key in [*composed.keys, "trace"]:
         value = read_key(composed.config, key)
         if value is not None or key in known:
@@ -159,7 +152,7 @@ def with_overrides(stored: Config, composed: Composed) -> Config:
 
 
 def config_groups(config_dir: str | None = None) -> dict[str, set[str]]:
-    """Config group -> its options, from the packaged ``conf/`` and a user's own folder."""
+    """Return the options of each group, from the packaged ``conf/`` and the user's folder."""
     groups: dict[str, set[str]] = {}
     if config_dir:
         _check_lookups(Path(config_dir).expanduser())
@@ -174,8 +167,7 @@ def config_groups(config_dir: str | None = None) -> dict[str, set[str]]:
 
 
 def _check_lookups(root: Path) -> None:
-    """Refuse another user's files that look something up, such as a key in the environment, to put
-    it into a URL.
+    """Refuse another user's files with resolvers, which could put keys of this user into a URL.
 
     Raises:
         ConfigError: With the first such file.
@@ -200,14 +192,14 @@ def _roots(config_dir: str | None) -> list[Path]:
 
 
 def _keep(override: Choice | Setting, line: _CommandLine, typed: DictConfig) -> None:
-    """Remember a choice, or a setting whose type is right; later ones win.
+    """Store a choice, or a setting if its type is right; later ones win.
 
     Args:
         typed: An empty schema to try values on, so that a wrong type is reported with its key.
     """
     if isinstance(override, Choice):
         line.choices.pop(override.group, None)
-        # Hydra takes no null; an overlay is off by itself.
+        # Hydra does not accept null; overlays are off by default.
         if override.option is not None or override.text.startswith("~"):
             line.choices[override.group] = override.text
         return
@@ -219,10 +211,8 @@ def _keep(override: Choice | Setting, line: _CommandLine, typed: DictConfig) -> 
     line.settings[override.key] = override.value
 
 
-def _fill_in_missing(node: DictConfig) -> list[str]:
-    """Put something where a mandatory value is missing, so that the rules are tried on the rest;
-    what is missing.
-    """
+def _fill_missing(node: DictConfig) -> list[str]:
+    """Fill missing mandatory values so that the rules can run; return them as problems."""
     missing, defaults = sorted(OmegaConf.missing_keys(node)), Config()
     for key in missing:
         default = read_key(defaults, key)
@@ -230,10 +220,8 @@ def _fill_in_missing(node: DictConfig) -> list[str]:
     return [f"{key} has no value: add {key}=VALUE" for key in missing]
 
 
-def _take_out_misplaced(line: _CommandLine) -> list[str]:
-    """Overlays of a user's own without the header that has Hydra put their keys where they are
-    meant to be.
-    """
+def _remove_misplaced(line: _CommandLine) -> list[str]:
+    """Remove the user's overlays without ``@package _global_``; return them as problems."""
     problems = []
     for group, text in list(line.choices.items()):
         name = text.partition("=")[2].strip("'")
@@ -259,10 +247,9 @@ def _take_out_misplaced(line: _CommandLine) -> list[str]:
 def _compose_named(
     line: _CommandLine, problems: list[str], planning: bool
 ) -> tuple[DictConfig, dict[str, str | None], frozenset[str]]:
-    """Compose, and where nobody named a model or data, compose the default job's.
+    """Compose; where nobody named a model or data, compose again with those of the default job.
 
-    What an experiment names is seen only in what was composed, so that its groups wait for a name
-    at first.
+    The names that an experiment sets are known only after composing.
     """
     given = set(line.settings)
     node, choices = _compose_node(line, problems)
@@ -288,7 +275,7 @@ def _compose_named(
 
 
 def _is_embedded(node: DictConfig) -> bool:
-    """Whether all training data is the embedded one."""
+    """Whether all training data is the embedded data set."""
     if OmegaConf.is_missing(node.data, "train"):
         return False
     sources = node.data.train
@@ -299,9 +286,7 @@ def _is_embedded(node: DictConfig) -> bool:
 
 
 def _drop_wheel(node: DictConfig, option: str | None, line: _CommandLine) -> None:
-    """A wheel holds the model that its option names, and none that an experiment or the command
-    line put in its place.
-    """
+    """Unset the wheel of a model option whose model an experiment or the user replaced."""
     if node.model.wheel is None or "model.wheel" in line.settings:
         return
     files = [
@@ -329,7 +314,7 @@ def _compose_node(
             plain, choices = _compose_packaged(*line.choices.values())
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError.from_problems([*problems, _explain(error.__cause__ or error)]) from error
-    # A copy, in which the schema is left as it is.
+    # Merging copies the schema.
     typed = OmegaConf.merge(schema(), plain)
     assert isinstance(typed, DictConfig)
     _keep_prompts(typed)
@@ -339,7 +324,7 @@ def _compose_node(
 
 
 def _compose_groups(*overrides: str) -> tuple[DictConfig, dict[str, str | None]]:
-    """Hydra's part: the chosen options on top of each other; and each group's choice."""
+    """Let Hydra compose the chosen options; return the node, and the option of each group."""
     _store_schema()
     GlobalHydra.instance().clear()
     with initialize_config_module("llmtune.conf", version_base=None):
@@ -352,12 +337,12 @@ def _compose_groups(*overrides: str) -> tuple[DictConfig, dict[str, str | None]]
     return OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"]), choices
 
 
-#: For what composes several configs: the packaged files do not change while a process lives.
+#: Cached, because the packaged files do not change while a process lives.
 _compose_packaged = cache(_compose_groups)
 
 
 def _explain(error: BaseException) -> str:
-    """Hydra's error, with what an unknown key of a user's own YAML file may mean."""
+    """Describe Hydra's error, with a suggestion for an unknown key of a user's YAML file."""
     unknown = re.search(r"Key '([^']+)' (?:is )?not in ", str(error))
     return first_line(error) + (meant_by(unknown[1], known_keys()) if unknown else "")
 
@@ -375,13 +360,13 @@ def _update(node: DictConfig, key: str, value: Any) -> None:
     parts = key.split(".")
     for owner in (".".join(parts[:count]) for count in range(2, len(parts))):
         if OmegaConf.select(node, owner) is None:
-            # A dictionary that is null until something is put into it, such as model.config.
+            # A dictionary that is null by default, such as model.config.
             OmegaConf.update(node, owner, {}, merge=False, force_add=True)
     OmegaConf.update(node, key, to_literal(value), merge=True, force_add=True)
 
 
 def _keep_prompts(node: DictConfig) -> None:
-    """Leave what a model is told as it stands in the YAML file."""
+    """Keep prompts as they are in the YAML file, without interpolation."""
     for key in PROMPTS:
         group, _, name = key.partition(".")
         text = OmegaConf.to_container(node[group], resolve=False)[name]  # type: ignore[call-overload, index]

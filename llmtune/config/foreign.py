@@ -1,6 +1,4 @@
-"""What transformers, peft, TRL, axolotl, LLaMA-Factory, torchtune and Unsloth call what llmtune
-calls otherwise.
-"""
+"""Translate keys of transformers, peft, TRL, axolotl, LLaMA-Factory, torchtune and Unsloth."""
 
 from __future__ import annotations
 
@@ -11,8 +9,8 @@ _NO_QUANTIZED = (
 )
 _NO_PREFERENCES = "nothing: llmtune does supervised fine-tuning and no other stage"
 
-# : Foreign name, without its group and in lower case -> what to write instead. A bare key takes the
-# value that was given; : ``nothing`` stands for what there is no key for, with the reason.
+#: Foreign name, without its group and in lower case -> what to write instead. A bare key takes the
+#: value that was given; ``nothing`` stands for what there is no key for, with the reason.
 MEANINGS: dict[str, str] = {
     # Model.
     "base_model": "model.name_or_path",
@@ -262,8 +260,7 @@ MEANINGS: dict[str, str] = {
 
 
 def meant_by(key: str, known: set[str]) -> str:
-    """What to write instead of an unknown key, to stand behind its name: ``": did you mean ...?"``,
-    or nothing.
+    """Suggest a key for an unknown one, as the end of a message: ``": did you mean ...?"``.
 
     Args:
         key: Dotted; its group may be a foreign one too.
@@ -272,11 +269,11 @@ def meant_by(key: str, known: set[str]) -> str:
     name = key.lower().replace("-", "_").rsplit(".", 1)[-1]
     text = MEANINGS.get(name)
     if text is None:
-        # Right but for its group; where several groups have it, none is meant more than the others.
+        # Only the group is wrong; where several groups have the key, none is more likely.
         own = [other for other in known if other.rsplit(".", 1)[-1] == name]
         return f": did you mean {own[0]!r}?" if len(own) == 1 else nearest(key, known)
     if text.startswith("nothing: "):
         return f"; {text.removeprefix('nothing: ')}"
-    # A mapping in braces may hold blanks; a remark stands in brackets.
+    # A mapping in braces may hold blanks; a remark is in brackets.
     target, space, remark = text.partition(" (")
     return f": did you mean {target!r}{space}{remark}?"

@@ -1,4 +1,4 @@
-"""The dotted keys of the schema, by what they take."""
+"""Look up the dotted keys of the schema, and the kinds of values that they take."""
 
 from __future__ import annotations
 
@@ -19,20 +19,18 @@ SOURCES = ("data.train", "data.eval")
 #: Keys that take a word or a list of names.
 NAMES = ("tuner.target_modules",)
 
-# : What a model is told. Nothing is looked up for it, not even in a YAML file: that may be somebody
-# else's, and ask for : variables of the environment.
+#: What a model is told. Nothing is looked up for it, not even in a YAML file: that may be somebody
+#: else's, and ask for variables of the environment.
 PROMPTS = ("chat.prompt", "chat.system")
 
 
 def known_keys() -> set[str]:
-    """Every dotted key, groups included."""
+    """Return every dotted key, groups included."""
     return set(_hints())
 
 
 def is_text(key: str) -> bool:
-    """Whether the key takes a text and nothing else; ``data.train`` does not, because it may be a
-    list.
-    """
+    """Whether the key takes only a text; ``data.train`` does not, because it may be a list."""
     return _hints().get(key) in (str, str | None)
 
 
@@ -47,16 +45,14 @@ def takes_list(key: str) -> bool:
 
 
 def enum_name(key: str, text: str) -> str:
-    """The name of the enum's member whose value this is (``raise`` is called ``error``), else the
-    text itself.
-    """
+    """Return the name of the enum member with this value (``error`` for ``raise``), or the text."""
     hint = _hints().get(key)
     members = list(hint) if isinstance(hint, type) and issubclass(hint, Enum) else []
     return next((member.name for member in members if member.value == text), text)
 
 
 def is_free(key: str) -> bool:
-    """Whether the key lies in a dictionary that takes any key."""
+    """Whether the key is inside a dictionary that takes any key."""
     return key in FREE or key.startswith(tuple(f"{name}." for name in FREE))
 
 

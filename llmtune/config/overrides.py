@@ -1,7 +1,7 @@
-"""One override of the command line: which group or key it means, and the value that was typed.
+"""Parse one override of the command line: its group or key, and its value.
 
-A text arrives as it was typed: it is no grammar, and nothing in it is looked up. Hydra's quotes
-around the whole of it are taken off. Numbers, words, lists and mappings follow Hydra's grammar,
+A text arrives as it was typed: it has no grammar, and nothing in it is interpolated. Hydra's quotes
+around the whole text are removed. Numbers, words, lists and mappings follow Hydra's grammar,
 except that a comma starts no sweep.
 """
 
@@ -20,14 +20,13 @@ from llmtune.config.foreign import meant_by
 from llmtune.config.nearest import nearest
 from llmtune.errors import ConfigError
 
-#: Overlays; every other group needs an option.
+#: Groups of overlays; every other group needs an option.
 _MAY_BE_NULL = {"experiment", "debug"}
 
-#: Groups of which people expect the name of a file or of the hub -> the key that takes it.
+#: Groups that users give the name of a file or of the hub -> the key that takes it.
 _NAMED_BY = {"model": "model.name_or_path", "data": "data.train"}
 
-# : Backslashes before a quote, or at the end of what stands in quotes: only there Hydra reads two
-# as one.
+#: Backslashes before a quote, or at the end of a quoted text: only there Hydra reads two as one.
 _ESCAPES = re.compile(r"(\\+)(['\"]|\Z)")
 _ROW_LIMIT = re.compile(r"@\d+$")
 _BUILTIN = "stdlib_docs"
@@ -35,12 +34,12 @@ _BUILTIN = "stdlib_docs"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An option of a group; None where the group is taken away."""
+    """An option of a group; None removes the group."""
 
     group: str
     option: str | None
     text: str
-    """As Hydra is given it."""
+    """The override for Hydra."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +51,14 @@ class Setting:
 
 
 def read_override(text: str, groups: dict[str, set[str]]) -> Choice | Setting:
-    """Take an override apart.
+    """Parse an override.
 
     Args:
         text: ``KEY=VALUE`` with up to two ``+`` before it, or ``~GROUP``.
         groups: Config group -> its options.
 
     Raises:
-        ConfigError: It is none, names nothing that there is, or its value cannot be read.
+        ConfigError: It is no override, names something unknown, or its value cannot be read.
     """
     if text.startswith("~"):
         group = text[1:].partition("=")[0]
@@ -82,7 +81,7 @@ def read_override(text: str, groups: dict[str, set[str]]) -> Choice | Setting:
 
 
 def unquote(text: str) -> str:
-    """A text without Hydra's quotes, if one pair encloses the whole of it; else as it is.
+    """Remove Hydra's quotes if one pair encloses the whole text.
 
     Within them ``\\'`` is a quote, and backslashes before a quote or at the end count in pairs; see
     https://hydra.cc/docs/advanced/override_grammar/basic/#quoted-values.
@@ -115,11 +114,9 @@ def _read_choice(group: str, value: str, options: set[str]) -> Choice:
     if "," in option and all(part.strip() in options for part in option.split(",")):
         raise ConfigError(_describe_sweep(group, option))
     shown = None if option == "null" else option
-    named = (
-        f"; what else there is, is named by {_NAMED_BY[group]}={shown}"
-        if shown and group in _NAMED_BY
-        else ""
-    )
+    named = ""
+    if shown and group in _NAMED_BY:
+        named = f"; any other one is named by {_NAMED_BY[group]}={shown}"
     raise ConfigError(
         f"{group}={shown}: no such option{nearest(option, options)} ({group} has:"
         f" {', '.join(sorted(options))}){named}"
@@ -132,14 +129,18 @@ def _read_value(key: str, value: str) -> Any:
     if key in keys.SOURCES:
         return _read_sources(key, value)
     if key in keys.NAMES:
-        inner = _inside(value, "[]")
-        several = inner is not None or "," in value
-        return (
-            [unquote(name) for name in _split(value if inner is None else inner)]
-            if several
-            else unquote(value)
-        )
+        return _read_names(value)
     return _read_grammar(key, value)
+
+
+def _read_names(value: str) -> list[str] | str:
+    """Read one name, or a list of them with or without its brackets."""
+    listed = _inside(value, "[]")
+    if listed is not None:
+        return [unquote(name) for name in _split(listed)]
+    if "," in value:
+        return [unquote(name) for name in _split(value)]
+    return unquote(value)
 
 
 def _read_text(key: str, value: str) -> str | None:
@@ -153,10 +154,7 @@ def _read_text(key: str, value: str) -> str | None:
 
 
 def _read_sources(key: str, value: str) -> Any:
-    """One source, or a list.
-
-    A name with commas or brackets is one name where such a file exists.
-    """
+    """Read one source, or a list; a file's name may have commas and brackets."""
     if value == "null":
         return None
     if _is_file(value):
@@ -179,13 +177,12 @@ def _read_source(key: str, text: str) -> Any:
         return _read_grammar(key, text)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}; a name with blanks, brackets or commas stands in quotes: {{path: 'a"
-            " (1).jsonl'}"
+            f"{error}; a name with blanks, brackets or commas needs quotes: {{path: 'a (1).jsonl'}}"
         ) from error
 
 
 def _is_source(text: str) -> bool:
-    """Whether a part between commas names something by itself."""
+    """Whether a part between commas is the name of a source by itself."""
     name = _ROW_LIMIT.sub("", unquote(text))
     if name == _BUILTIN or "://" in name or _is_file(name):
         return True
@@ -199,26 +196,24 @@ def _is_source(text: str) -> bool:
 
 
 def _is_file(text: str) -> bool:
-    """Whether a file or folder has this name, with or without a number of rows behind it."""
+    """Whether a file or folder has this name, with or without a number of rows after it."""
     try:
         return any(
             Path(name).expanduser().exists() for name in {text, _ROW_LIMIT.sub("", text)} if name
         )
     except (OSError, ValueError, RuntimeError):
-        # Longer than a name can be, or ~ of a user who is not there.
+        # A name that is too long, or ~ of an unknown user.
         return False
 
 
 def _inside(text: str, brackets: str) -> str | None:
-    """What stands between these brackets, where they enclose the whole."""
+    """Return the text between these brackets, where they enclose the whole; else None."""
     text = text.strip()
     return text[1:-1] if len(text) > 1 and text[0] + text[-1] == brackets else None
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that stand in no quotes and in no brackets, without the blanks
-    around them.
-    """
+    """Split at the commas outside of quotes and brackets, without the blanks around them."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
@@ -235,12 +230,12 @@ def _split(text: str) -> list[str]:
             continue
         parts[-1] += letter
     parts = [part.strip() for part in parts]
-    # A comma behind the last one, and an empty list.
+    # A trailing comma, and an empty list.
     return parts if parts[-1] else parts[:-1]
 
 
 def _read_grammar(key: str, value: str) -> Any:
-    """A value in Hydra's grammar: numbers, words, lists, mappings."""
+    """Read a value in Hydra's grammar: numbers, words, lists, mappings."""
     parser = OverridesParser.create()
     try:
         override = parser.parse_override(f"{key}={value}")
@@ -253,7 +248,7 @@ def _read_grammar(key: str, value: str) -> Any:
     found = override.value()
     if not keys.is_free(key) and isinstance(found, str) and "${" in found:
         raise ConfigError(
-            f"{key}={value}: nothing is looked up on the command line; write the value itself"
+            f"{key}={value}: nothing is interpolated on the command line; write the value itself"
         )
     return keys.enum_name(key, found) if isinstance(found, str) else found
 
@@ -263,8 +258,8 @@ def _describe_sweep(key: str, value: str) -> str:
     first = value.split(",")[0].strip() if simple else "VALUE"
     listed = f"; a list is written {key}=[{value}]" if simple and keys.is_free(key) else ""
     return (
-        f"{key}={value}: one value, because a command is one run{listed}. Start one command a value"
-        f" ({key}={first} run_name=NAME, ...), or a W&B sweep as in conf/sweep/lora.yaml"
+        f"{key}={value}: one value, because a command is one run{listed}. Start one command per"
+        f" value ({key}={first} run_name=NAME, ...), or a W&B sweep as in conf/sweep/lora.yaml"
     )
 
 

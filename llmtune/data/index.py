@@ -17,7 +17,7 @@ import numpy as np
 from llmtune.config.groups.data import DataConfig, OnBadRow
 from llmtune.data.prepared_data import PROBLEMS, SUMMARY, SplitSummary
 from llmtune.data.read.sources import Source
-from llmtune.data.report.preflight import find_leaks, find_mixed_labels, find_overlong
+from llmtune.data.report.preflight import find_leaks, find_mixed_labels, find_overlong_sources
 from llmtune.data.rows.problems import Problem, refuse, write_problems
 from llmtune.data.settings import check_packed_formats
 from llmtune.data.store.mixing import mix, split_eval
@@ -79,7 +79,9 @@ class IndexWriter:
         splits = self._split()
         leaks, leaking = find_leaks(splits.train, splits.eval if self.eval_stores else None)
         of_sources = [
-            *find_overlong(every, self.config.max_seq_length, self.config.max_overlong_share),
+            *find_overlong_sources(
+                every, self.config.max_seq_length, self.config.max_overlong_share
+            ),
             *find_mixed_labels(every),
         ]
         bad_rows = sum(store.summary.bad_rows for store in every)

@@ -40,6 +40,7 @@ from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import ConfigError
 from llmtune.security.trust import require_own
 from llmtune.storage.atomic import write_cache_folder
+from llmtune.storage.hashing import hash_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

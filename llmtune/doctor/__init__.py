@@ -1,1 +1,1 @@
-"""What on this machine would stop a run."""
+"""Find what on this machine would stop a run."""

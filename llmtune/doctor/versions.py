@@ -1,6 +1,4 @@
-"""Versions of the libraries: what llmtune asks for, what it was tried with, and pairs that are
-known to break.
-"""
+"""Compare installed versions with the requirements and with pairs that are known to break."""
 
 from __future__ import annotations
 
@@ -11,14 +9,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-# : DeepSpeed whose buffers the plan computes and whose mistakes ``engine/deepspeed_fixes.py`` takes
-# back.
+#: DeepSpeed whose buffers the plan computes and whose faults ``engine/deepspeed_fixes.py`` fixes.
 TRIED_DEEPSPEED = "0.19"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadPair:
-    """Two versions that do not go together."""
+    """Versions of two packages that do not work together."""
 
     first: str
     first_versions: str
@@ -64,16 +61,19 @@ KNOWN_BAD = [
 ]
 
 
-def installed(package: str) -> str | None:
-    """Its version, or None."""
+def installed_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def bad_pairs(versions: dict[str, str | None]) -> list[BadPair]:
-    """The pairs of the table that are installed."""
+def find_bad_pairs(versions: dict[str, str | None]) -> list[BadPair]:
+    """Return the known bad pairs among installed versions.
+
+    Args:
+        versions: Package -> its version, None where it is not installed.
+    """
     return [
         pair
         for pair in KNOWN_BAD
@@ -82,16 +82,14 @@ def bad_pairs(versions: dict[str, str | None]) -> list[BadPair]:
     ]
 
 
-def unmet_requirements() -> list[tuple[str, str | None]]:
-    """What this installation of llmtune asks for and does not have: (requirement, installed
-    version).
-    """
+def find_unmet_requirements() -> list[tuple[str, str | None]]:
+    """Return each unmet requirement with the installed version (None: not installed)."""
     unmet = []
     for text in metadata.requires("llmtune") or []:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        version = installed(requirement.name)
+        version = installed_version(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
             unmet.append((f"{requirement.name}{requirement.specifier}", version))
     return unmet

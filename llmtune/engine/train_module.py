@@ -167,7 +167,8 @@ class TrainModule:
             else:
                 self._leave_step_out()
         reported = self.engine.get_global_grad_norm()
-        norm = norm if norm is not None else float(reported) if reported is not None else 0.0
+        if norm is None:
+            norm = 0.0 if reported is None else float(reported)
         (summed,) = all_reduce_sum([float(total)], self.rank)
         applied = bool(self.engine.was_step_applied()) and math.isfinite(norm)
         return StepResult(summed / max(trained_tokens, 1), norm, applied)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from llmtune.config.schema import ModelConfig, Precision
+from llmtune.config.groups.model import ModelConfig
+from llmtune.config.schema import Precision
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
 from llmtune.model.weights.files import read_entries

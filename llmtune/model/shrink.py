@@ -7,8 +7,8 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-# : Layers that are kept: most patterns of layers, such as one of full attention after five with a
-# window, repeat by then.
+#: Layers that are kept: most patterns of layers, such as one of full attention after five with a
+#: window, repeat by then.
 MAX_LAYERS = 16
 VOCABULARY = 128
 #: Shorter than the documents that are tried, so that windows take part.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.cache_folder import INSTEAD, KEY
-from llmtune.config.schema import ModelConfig
+from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.random_model import write_random_model
 from llmtune.plan.memory.model_shape import unreachable_model

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.schema import ModelConfig
+from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError
 from llmtune.process import no_collection
 from llmtune.template_bounds import bounded_template, refuse_powers

@@ -25,8 +25,8 @@ _EMBEDDINGS = (
     "lm_head.weight",
 )
 
-# : A row counts as untrained whose norm is below this share of the usual one (Llama-3's are smaller
-# by orders of magnitude).
+#: A row counts as untrained whose norm is below this share of the usual one (Llama-3's are smaller
+#: by orders of magnitude).
 _SMALL_SHARE = 0.01
 
 #: Rows by which the usual norm is known.

@@ -8,7 +8,8 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from llmtune.config.schema import Config, OffloadConfig
+from llmtune.config.groups.zero import OffloadConfig
+from llmtune.config.schema import Config
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.memory.peak_memory import USABLE_SHARE

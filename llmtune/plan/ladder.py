@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from llmtune.config.cache_folder import find_cache
-from llmtune.config.schema import Config, Precision, TrainConfig
+from llmtune.config.groups.train import TrainConfig
+from llmtune.config.schema import Config, Precision
 from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, settle_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
@@ -32,9 +33,8 @@ from llmtune.tuner.tuner import TUNERS
 #: Candidates as fast as this share of the fastest count as equal; the simplest of them is taken.
 EQUAL_SPEED = 0.985
 
-# : What a candidate may need of what the failed one was planned to need: of its peak, and of its
-# states alone. Every attempt : costs a start, so that states which differ by a buffer are not
-# tried.
+#: What a candidate may need of what the failed one was planned to need: of its peak, and of its
+#: states alone. Every attempt costs a start, so that states which differ by a buffer are not tried.
 CLEARLY_LESS = {False: 0.95, True: 0.8}
 
 
@@ -117,7 +117,14 @@ def build_ladder(
     Raises:
         ConfigError: The batch arithmetic is impossible.
     """
-    search = Search(config, hardware, shape, world_size, attn_implementation, begun)
+    search = Search(
+        config=config,
+        hardware=hardware,
+        shape=shape,
+        world_size=world_size,
+        attn_implementation=attn_implementation,
+        begun=begun,
+    )
     asked = named_rung(config.offload)
     found: dict[str, list[Candidate]] = {}
     blocked: dict[str, str] = {}
@@ -175,10 +182,13 @@ def next_candidate(
     cpu = ladder.hardware.accelerator == "cpu"
 
     def needs(candidate: Candidate) -> int:
-        device = candidate.memory.device
-        gone = device.activations + device.logits + device.working_set if standing else 0
-        on_device, on_host = device.total - gone, candidate.memory.host.total
-        return on_device + on_host if cpu else on_device if pool == "device" else on_host
+        device, on_host = candidate.memory.device, candidate.memory.host.total
+        on_device = device.total
+        if standing:
+            on_device -= device.activations + device.logits + device.working_set
+        if cpu:
+            return on_device + on_host
+        return on_device if pool == "device" else on_host
 
     share = CLEARLY_LESS[standing]
     smaller = [

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmtune.config.cache_folder import find_cache
-from llmtune.config.schema import Config, Precision, ScheduleConfig, TrainConfig
+from llmtune.config.groups.train import TrainConfig
+from llmtune.config.schema import Config, Precision, ScheduleConfig
 from llmtune.errors import ConfigError, DoesNotFitError, LlmtuneError, MissingPrerequisiteError
 from llmtune.plan.abilities import check_kernel, check_row_length, check_stage
 from llmtune.plan.advice import smallest_change
@@ -28,8 +29,8 @@ from llmtune.plan.memory.placement import Placement
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes, format_count, parse_bytes
 
-# : Up to this length eager attention is the faster one on a CPU (SmolLM2-135M, 8 x 128 tokens on 2
-# cores: 419 against 316 : tokens/s), and its quadratic memory is small.
+#: Up to this length eager attention is the faster one on a CPU (SmolLM2-135M, 8 x 128 tokens on 2
+#: cores: 419 against 316 tokens/s), and its quadratic memory is small.
 SHORT_ROW_TOKENS = 512
 
 #: Compute capability (Ampere) from which GPUs have bf16 and FlashAttention's kernels.

@@ -69,7 +69,7 @@ def check_model(
         trains_all = TUNERS.find(config.tuner.kind).trains_all
         check_trainable(settings, read_entries(folder), trains_all, stage, name)
     if settings is None or has_known_names(settings):
-        for note in _check_weights(name, folder, trusted, cache_dir):
+        for note in _find_weight_notes(name, folder, trusted, cache_dir):
             say(note)
     if settings is not None:
         say(_describe_comparison(settings))
@@ -90,7 +90,7 @@ def _describe_comparison(settings: dict[str, Any]) -> str:
     )
 
 
-def _check_weights(name: str, folder: Path, trusted: bool, cache_dir: Path | None) -> list[str]:
+def _find_weight_notes(name: str, folder: Path, trusted: bool, cache_dir: Path | None) -> list[str]:
     key = repr((_sources(), identify_weights(folder)))
     values = None if trusted else read_cached(cache_dir, "weights", key)
     if values is None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.config.schema import Config, ModelConfig
+from llmtune.config.groups.model import ModelConfig
+from llmtune.config.schema import Config
 from llmtune.errors import ConfigError, ExportError
 from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint.find import find_checkpoints
-from llmtune.config.schema import OffloadDevice
+from llmtune.config.groups.zero import OffloadDevice
 from llmtune.errors import DoesNotFitError, LlmtuneError
 from llmtune.launch.launchers.environment import restored_environment
 from llmtune.launch.preflight.deepspeed_ops import ensure_ops
-from llmtune.launch.preflight.nvme import check_nvme, hold_swap_folder, swap_folder
+from llmtune.launch.preflight.nvme import hold_swap_folder, probe_nvme, swap_folder
+from llmtune.launch.supervise.attempt import run_ranks
 from llmtune.launch.supervise.out_of_memory import MemoryEvent, RanOutOfMemoryError
 from llmtune.launch.supervise.outcome import RanksFailedError
 from llmtune.launch.supervise.rank_group import RankGroup
-from llmtune.launch.supervise.restart import Restarts
+from llmtune.launch.supervise.restarts import Restarts
 from llmtune.launch.supervise.signals import raise_stops
-from llmtune.launch.supervise.supervisor import run_ranks
-from llmtune.launch.supervise.watch import Limits
+from llmtune.launch.supervise.supervisor import Limits
 from llmtune.plan.ladder import next_candidate
 from llmtune.plan.plan import describe_misfit, plan_candidate, with_nvme
 from llmtune.run.prepare import describe, resolve_request
@@ -271,7 +271,7 @@ def hold_nvme(config: Config, plan: Plan, run_folder: Path, console: Console) ->
         return
     kept = config.train.save_total_limit or 2
     swap = plan.memory.nvme * plan.world_size
-    check_nvme(path, swap, (kept + 1) * plan.memory.checkpoint, run_folder, console.say)
+    probe_nvme(path, swap, (kept + 1) * plan.memory.checkpoint, run_folder, console.say)
     with hold_swap_folder(swap_folder(path, run_folder)):
         yield
 

@@ -95,7 +95,7 @@ def resolve_request(
     config = replace(
         composed.config, train=replace(composed.config.train, global_batch_size=step_rows)
     )
-    changed = folder.check_owner(config)
+    changed = folder.find_changes(config)
     if changed:
         console.say(f"changed since the last start: {', '.join(changed)}")
     resume_from = resume_point(folder, config, target.name, console.say)
@@ -112,7 +112,7 @@ def resolve_request(
     _check_data(config, data, tokenizer, model_folder, console)
     epoch_rows = None if config.data.streaming else data.train.rows
     steps = resolve_steps(config.train, config.schedule, epoch_rows, step_rows)
-    longer = folder.check_length(steps, data.fingerprint)
+    longer = folder.find_extension(steps, data.fingerprint)
     if longer:
         console.say(longer)
     if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
@@ -128,7 +128,7 @@ def resolve_request(
         resume_from=resume_from,
         run_id=run_id,
     )
-    step = _check_resume(resume_from, steps.total_steps, data.fingerprint)
+    step = _resolve_resume_step(resume_from, steps.total_steps, data.fingerprint)
     about: dict[str, Any] = {
         "steps": asdict(steps),
         "data": data.to_dict(),
@@ -203,7 +203,9 @@ def _check_data(
     if config.data.streaming:
         from llmtune.data.load.streaming import RowStream
 
-        unknown |= RowStream(config.data, tokenizer, config.seed, model_folder=model_folder).check()
+        unknown |= RowStream(
+            config.data, tokenizer, config.seed, model_folder=model_folder
+        ).find_unknown_fields()
     if unknown:
         console.say(f"fields of the rows that are not read: {describe_unknown_fields(unknown)}")
     check_stores((*data.train_stores, *data.eval_stores), model_folder, tokenizer)
@@ -313,7 +315,7 @@ def _data_name(config: Config) -> str:
     return Path(path.split("*")[0].rstrip("/")).name.split(".")[0] or "data"
 
 
-def _check_resume(checkpoint: Path | None, total_steps: int, data_fingerprint: str) -> int:
+def _resolve_resume_step(checkpoint: Path | None, total_steps: int, data_fingerprint: str) -> int:
     """Step of a checkpoint of the same rows; -1 for a new run, none of whose old lines count."""
     if checkpoint is None:
         return -1

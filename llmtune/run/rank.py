@@ -35,14 +35,14 @@ from llmtune.launch.launchers.environment import (
 from llmtune.launch.launchers.launcher import Launcher
 from llmtune.launch.launchers.meeting import await_ranks
 from llmtune.launch.preflight.affinity import bind_to_gpu
-from llmtune.launch.supervise.processes import die_with_supervisor, follow_launcher
+from llmtune.launch.processes.parent_death import die_with_supervisor, follow_launcher
 from llmtune.launch.supervise.rank_report import (
     hold_output,
     redirect_output,
     report_failure,
     to_user_error,
 )
-from llmtune.launch.supervise.self_watch import RankWatchdog
+from llmtune.launch.supervise.rank_watchdog import RankWatchdog
 from llmtune.launch.supervise.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.launch.supervise.stacks import answer_with_stacks
 from llmtune.process import no_collection

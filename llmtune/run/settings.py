@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llmtune.config.groups.export import MergeOnto
-from llmtune.config.schema import Config, OffloadDevice
+from llmtune.config.groups.zero import OffloadDevice
+from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.export.formats.format import NONE, find_format
 from llmtune.track.service import NONE as NO_TRACKER

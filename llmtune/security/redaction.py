@@ -1,5 +1,4 @@
-"""What must not leave a process: values of secret environment variables, passwords in URLs; every
-folder may import this.
+"""Redact values of secret environment variables, and passwords in URLs, from texts.
 
 Secrets come from the environment or ``.env`` alone, so their values are known and are found by
 comparison. Only the standard library's cheap modules are imported here: each rank has a small
@@ -23,19 +22,17 @@ from llmtune.security.secret_forms import (
 )
 from llmtune.security.secret_urls import url_spans
 
-# : Lists, with commas, the *names* of variables that came from ``.env``, so that ranks know them
-# too.
+#: Environment variable that gives ranks the *names* of the variables from ``.env``.
 SECRET_NAMES = "LLMTUNE_SECRET_NAMES"
 
-# : Settings of libraries are no secrets even where they came from ``.env``, unless they are named
-# like one.
+#: Settings of libraries are no secrets even where they came from ``.env``, unless their names are
+#: like those of secrets.
 _SETTING_NAME = re.compile(
     r"(CUDA|DEEPSPEED|DS|HF|NCCL|OMP|PYTORCH|TOKENIZERS|TORCH|TRANSFORMERS|WANDB)_", re.IGNORECASE
 )
-#: From this length on a value is looked for anywhere.
+#: From this length on, a value is searched for anywhere.
 _MIN_LENGTH = 8
-# : From this length on one that is no word and no number is looked for where it stands alone,
-# between other signs.
+#: From this length on, a value that is neither a word nor a number is searched for between signs.
 _MIN_ALONE = 4
 _PLAIN_WORDS = {
     *(
@@ -50,38 +47,38 @@ _PLAIN_WORDS = {
     ),
     *("true", "false", "none", "null", "yes", "no", "on", "off", "0", "1"),
 }
-#: Behind no letter and no digit, unless they are the end of an escape.
+#: After no letter and no digit, except at the end of an escape.
 _ALONE = r"(?:(?<![A-Za-z0-9])|(?<=%[0-9A-Fa-f]{2})|(?<=\\[ntr])|(?<=\\u[0-9A-Fa-f]{4}))"
 _UNFINISHED_URL = re.compile(r"(?:://|[?&][\w.%-]*=)\S{0,4096}\Z")
 
 
 class _Known(NamedTuple):
-    """The secrets of an environment, ready to be looked for."""
+    """The secrets of an environment, compiled for the search."""
 
     pattern: re.Pattern[str] | None
     beside: list[tuple[re.Pattern[str], str]]
-    """Short values, which only behind the names of their variables are told from ordinary words."""
+    """Short values, which are told from ordinary words only after the names of their variables."""
     unfinished: re.Pattern[str] | None
-    """The end of a text that may go on as one of those."""
+    """The end of a text that may continue as one of those."""
     forms: list[tuple[Form, str]]
-    """Those that ``pattern`` finds, each with what is shown for it."""
+    """The forms that ``pattern`` finds, each with the label that replaces it."""
     longest: int
 
 
 def redact(text: str) -> str:
-    """The text with ``***NAME***`` for the value of each secret variable, and without passwords in
-    URLs.
+    """Replace the value of each secret variable by ``***NAME***``, and passwords in URLs.
 
-    A value is also found escaped in the ways of :mod:`llmtune.security.secret_forms`; one of
-    several lines line by line too. Redacting twice changes nothing.
+    Values are also found in the escaped forms of :mod:`llmtune.security.secret_forms`, and those of
+    several lines also line by line. Redacting twice changes nothing.
     """
     (shown,) = redact_pieces([text])
     return shown
 
 
 def redact_pieces(pieces: Sequence[str]) -> list[str]:
-    """Pieces of one text, redacted as a whole: a secret may begin in one and end in another, and is
-    named in the first.
+    """Redact the pieces of one text as a whole.
+
+    A secret may begin in one piece and end in another; its label is put into the first.
     """
     text = "".join(pieces)
     spans = _spans(text)
@@ -95,9 +92,7 @@ def redact_pieces(pieces: Sequence[str]) -> list[str]:
 
 
 def _without(text: str, start: int, end: int, spans: Sequence[tuple[int, int, str]]) -> str:
-    """``text[start:end]``, with the label of each span that begins there, and nothing of what it
-    covers.
-    """
+    """Return ``text[start:end]`` with the label of each span in the place of its text."""
     parts, place = [], start
     for first, last, label in spans:
         if last <= start or first >= end:
@@ -108,7 +103,7 @@ def _without(text: str, start: int, end: int, spans: Sequence[tuple[int, int, st
 
 
 def _spans(text: str) -> list[tuple[int, int, str]]:
-    """Beginning, end and label of what must not be shown; in order, apart from each other."""
+    """Return start, end and label of each secret in a text, sorted and without overlap."""
     known = _known()
     found: list[tuple[int, int, str]] = []
     if known.pattern is not None:
@@ -133,7 +128,7 @@ def _label(known: _Known, text: str) -> str:
 
 
 def redact_values(value: Any) -> Any:
-    """A nest of dictionaries, lists and tuples with every text in it redacted."""
+    """Redact every text in a nest of dictionaries, lists and tuples."""
     if isinstance(value, str):
         # Enums whose members are texts stay what they are.
         return redact(value) if type(value) is str else value
@@ -145,9 +140,7 @@ def redact_values(value: Any) -> Any:
 
 
 def describe_secret_overrides(overrides: Iterable[str]) -> str:
-    """What to do about secrets on the command line, which every user of the machine reads in
-    ``ps``; empty without any.
-    """
+    """Return a note about secrets on the command line, which others see in ``ps``; or ``""``."""
     keys = [text.partition("=")[0].lstrip("+") for text in overrides if redact(text) != text]
     if not keys:
         return ""
@@ -159,15 +152,13 @@ def describe_secret_overrides(overrides: Iterable[str]) -> str:
 
 
 def has_secrets() -> bool:
-    """Whether this environment holds any."""
+    """Whether this environment holds any secret."""
     known = _known()
     return known.pattern is not None or bool(known.beside)
 
 
 def split_unfinished(text: str) -> tuple[str, str]:
-    """Text without its line's end: what can be shown now, and an end that may be the beginning of a
-    secret.
-    """
+    """Split an unfinished line into what can be shown, and an end that may begin a secret."""
     known = _known()
     limit = len(text)
     for pattern in (_UNFINISHED_URL, known.unfinished):
@@ -180,21 +171,19 @@ def split_unfinished(text: str) -> tuple[str, str]:
         if any(form.could_begin(text, at) for form, _ in known.forms)
     )
     cut = next(starts, limit)
-    # What is whole already stays so.
+    # A secret that is complete is not cut.
     cut = next((begin for begin, end, _ in _spans(text) if begin < cut < end), cut)
     return text[:cut], text[cut:]
 
 
 def remember_names(names: Iterable[str]) -> None:
-    """Count the values of these variables as secrets, here and in the processes that are started
-    from here.
-    """
+    """Treat the values of these variables as secrets, in this process and its children."""
     if listed := {*names, *_listed_names()}:
         os.environ[SECRET_NAMES] = ",".join(sorted(listed))
 
 
 def restrict_umask() -> None:
-    """Nothing that this process and its children create from now on can be written by others."""
+    """Make files that this process and its children create unwritable for other users."""
     os.umask(os.umask(0o022) | 0o022)
 
 
@@ -206,7 +195,7 @@ def _known() -> _Known:
     return _known_in(tuple(os.environ.items()))
 
 
-# An environment rarely changes, and a page or a log asks for each of its texts.
+# An environment rarely changes, and a page or a log redacts each of its texts.
 @lru_cache(maxsize=4)
 def _known_in(environment: tuple[tuple[str, str], ...]) -> _Known:
     listed = {name for name in _listed_names() if not _SETTING_NAME.match(name)}
@@ -236,16 +225,16 @@ def _compile(variables: tuple[tuple[str, str, bool], ...]) -> _Known:
             names.append(rf"{re.escape(name)}[^\n]{{0,80}}\Z")
     ordered = sorted(anywhere.items(), key=lambda item: -item[1][0].least)
     return _Known(
-        join_patterns([pattern for pattern, _ in ordered]),
-        beside,
-        join_patterns(names),
-        [found for _, found in ordered],
-        max((form.most for form, _ in anywhere.values()), default=0),
+        pattern=join_patterns([pattern for pattern, _ in ordered]),
+        beside=beside,
+        unfinished=join_patterns(names),
+        forms=[found for _, found in ordered],
+        longest=max((form.most for form, _ in anywhere.values()), default=0),
     )
 
 
 def _to_find(part: str) -> Iterator[tuple[Form, str]]:
-    """The forms in which a part of a secret is looked for, with their expressions."""
+    """Yield the forms in which a part of a secret is searched for, with their patterns."""
     if not _is_worth_hiding(part) or len(part) < _MIN_ALONE:
         return
     if len(part) >= _MIN_LENGTH:

@@ -1,5 +1,4 @@
-"""How a secret may be written: as it is, escaped by whatever wrote it, in base64 or hex; and which
-parts of a value are one.
+"""List the forms in which a secret can appear: as it is, escaped, in base64 or in hex.
 
 Each character but letters and digits has many spellings: escaped for JSON, Python, a shell or YAML,
 percent-encoded, as HTML has it, and each of these within another. A text holds the secret where it
@@ -20,8 +19,8 @@ from urllib.parse import unquote
 
 from llmtune.security.secret_urls import users_of
 
-# : Words for what opens something, in names of variables, of parts of a connection string, and of
-# fields in JSON.
+#: Words for what opens something, in names of variables, of parts of a connection string, and of
+#: fields in JSON.
 SECRET_WORDS = re.compile(
     r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|(?<!ASK)(?<!BY)(?<!COM)(?<!SUR)PASS$|_PASS_|(?<=_)(PWD|PSWD|PW)$"
     r"|API_?KEY|ACCESS_?KEY|ACCOUNT_?KEY|PRIVATE_?KEY|SHARED_?KEY|SIGNATURE|CREDENTIAL|_KEY$|_PAT$|(?<![A-Z0-9])SAS(?![A-Z0-9])"
@@ -29,8 +28,8 @@ SECRET_WORDS = re.compile(
     r"|COOKIE(?!CUTTER)|(?<![A-Z0-9])BEARER",
     re.IGNORECASE,
 )
-# : The same where a name is no variable's: ``pwd`` and ``auth`` alone are none of the shell's
-# folders there.
+#: The same where a name is no variable's: ``pwd`` and ``auth`` alone are none of the shell's
+#: folders there.
 _PART_WORDS = re.compile(rf"{SECRET_WORDS.pattern}|^(pwd|pw|pass|auth|key|sig|sas)$", re.IGNORECASE)
 
 #: Below this, what is left of a value in base64 would be found by chance.
@@ -48,11 +47,10 @@ _PAIR = re.compile(r"(?:^|[;\s,])([A-Za-z][\w .-]*?)\s*=\s*([^;\s]+)")
 
 
 def secret_parts(value: str, is_secret: bool) -> Iterator[str]:
-    """What of a variable's value must not be seen alone.
+    """Yield the parts of a variable's value that are secret by themselves.
 
     Args:
-        is_secret: Whether its name says that all of it is secret; a password in a URL is in any
-            case.
+        is_secret: The variable's name says that all of it is secret; a password in a URL always is.
     """
     for user in users_of(value):
         name, _, password = user.partition(":")
@@ -90,22 +88,20 @@ def _leaves(value: Any, name: str) -> Iterator[str]:
 
 
 class Spelled(NamedTuple):
-    """A character that is no letter and no digit, or some backslashes, in all spellings."""
+    """A sign (neither letter nor digit), or a run of backslashes, in all spellings."""
 
     sign: str
     pattern: re.Pattern[str]
 
 
 class Form(NamedTuple):
-    """One way of writing a value: texts that stand as they are, and characters with many spellings,
-    in turn.
-    """
+    """One form of a value: literal texts, and signs with many spellings, in turn."""
 
     parts: tuple[str | Spelled, ...]
 
     @property
     def pattern(self) -> str:
-        """A regular expression for it."""
+        """The regular expression of this form."""
         return "".join(
             re.escape(part) if isinstance(part, str) else part.pattern.pattern
             for part in self.parts
@@ -128,9 +124,7 @@ class Form(NamedTuple):
         return _compiled(self.pattern).fullmatch(text) is not None
 
     def could_begin(self, text: str, start: int) -> bool:
-        """Whether a text may end within something that has this form, from ``start`` on; rather yes
-        than no.
-        """
+        """Whether a text may end within this form, from ``start`` on; in doubt, True."""
         places = {start}
         for part in self.parts:
             following = set()
@@ -158,9 +152,7 @@ class Form(NamedTuple):
 
 
 def forms_of(value: str) -> list[Form]:
-    """The forms of a value: spelled, which comes first, and encoded as a whole or as a part of
-    something longer.
-    """
+    """Return the forms of a value: the spelled one first, then those of base64 and hex."""
     raw = value.encode(errors="surrogateescape")
     encoded = {
         binascii.hexlify(raw).decode(),
@@ -177,8 +169,9 @@ def forms_of(value: str) -> list[Form]:
 
 
 def _in_base64(raw: bytes) -> Iterable[str]:
-    """What base64 makes of the bytes behind 0, 1 or 2 others of its groups of three, without what
-    depends on neighbors.
+    """Yield the base64 of the bytes at the three offsets within a group of three bytes.
+
+    Characters that also depend on neighboring bytes are left out.
     """
     for before in range(3):
         text = base64.b64encode(b"\0" * before + raw).decode().rstrip("=")
@@ -188,8 +181,8 @@ def _in_base64(raw: bytes) -> Iterable[str]:
         yield inner.translate({ord("+"): "-", ord("/"): "_"})
 
 
-# : A backslash, a percent sign and what is around an entity of HTML, themselves as they are or
-# percent-encoded.
+#: A backslash, a percent sign and what is around an entity of HTML, themselves as they are or
+#: percent-encoded.
 _BACKSLASH = r"(?:\\|%(?:25){0,3}5[cC])"
 _PERCENT = r"%(?:25){0,3}"
 _ENTITY = r"(?:&|%26)(?:amp(?:;|%3[bB])){{0,3}}(?:{})(?:;|%3[bB])"
@@ -206,8 +199,8 @@ _LETTERS = {
     "\x1b": "e",
 }
 
-# : What doubles a sign within quotes of its own (YAML, CSV, SQL, compose files), and how a shell
-# leaves its quotes.
+#: What doubles a sign within quotes of its own (YAML, CSV, SQL, compose files), and how a shell
+#: leaves its quotes.
 _DOUBLED = {
     "'": ("'\\''", "'\"'\"'", "''"),
     '"': ('""',),
@@ -221,9 +214,7 @@ _DOUBLED = {
 
 @lru_cache(maxsize=4096)
 def _spellings(run: str) -> re.Pattern[str]:
-    """Of one character that is no letter and no digit, or of some backslashes, the longest
-    first.
-    """
+    """Match all spellings of a sign, or of a run of backslashes, the longest first."""
     sign, code = run[0], ord(run[0])
     raw = sign.encode(errors="surrogateescape")
     utf16 = sign.encode("utf-16-be", errors="surrogatepass")
@@ -262,5 +253,5 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def join_patterns(patterns: Sequence[str]) -> re.Pattern[str] | None:
-    """One expression for several; None for none."""
+    """Join patterns into one expression; None for no patterns."""
     return re.compile("|".join(patterns)) if patterns else None

@@ -1,6 +1,4 @@
-"""What opens something in a URL, whoever's it is: the part before ``@``, values of its query, and
-headers beside it.
-"""
+"""Find credentials in URLs: the part before ``@``, values of the query, and headers beside it."""
 
 from __future__ import annotations
 
@@ -26,8 +24,8 @@ _HEADER = re.compile(
     re.IGNORECASE,
 )
 
-# : Schemes in which a name before ``@`` is a token; in others it is a user or a container, unless
-# it looks like one.
+#: Schemes in which a name before ``@`` is a token; in others it is a user or a container, unless it
+#: looks like one.
 _TOKEN_SCHEMES = {"http", "https", "ws", "wss", "git"}
 _CONTAINER_SCHEMES = {"abfs", "abfss", "adl", "az", "wasb", "wasbs"}
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}\Z", re.IGNORECASE)
@@ -36,7 +34,7 @@ _HOST = re.compile(r"[^/?#@]*")
 
 
 def url_spans(text: str) -> Iterator[tuple[int, int, str]]:
-    """Beginning, end and replacement of what opens something in the URLs of a text."""
+    """Yield start, end and replacement of the credentials in the URLs of a text."""
     yield from ((start, end, _HIDDEN) for start, end in _users(text))
     if "%40" in text:
         yield from ((*match.span(1), _HIDDEN) for match in _ENCODED_USER.finditer(text))
@@ -47,7 +45,7 @@ def url_spans(text: str) -> Iterator[tuple[int, int, str]]:
 
 
 def users_of(text: str) -> Iterator[str]:
-    """``user:password``, or a token, of each URL in a text that has one."""
+    """Yield ``user:password``, or the token, of each URL in a text that has one."""
     yield from (text[start:end] for start, end in _users(text))
 
 
@@ -61,7 +59,7 @@ def _users(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _end_of_user(scheme: str, rest: str) -> int:
-    """How much of what stands behind ``://`` is not to be shown; 0 for nothing."""
+    """Return the length of the credentials after ``://``; 0 for none."""
     ends = [place for place, sign in enumerate(rest) if sign == "@"]
     if not ends:
         return 0
@@ -71,16 +69,15 @@ def _end_of_user(scheme: str, rest: str) -> int:
         if ":" not in authority[:end]:
             return end if _is_token(scheme.rpartition("+")[2], rest[:end]) else 0
         host = _HOST.match(rest, end + 1)
-        # A password with @ and / in it: what looks like the host's part is none.
+        # In a password with @ and /, a part looks like a host but is none.
         is_host = (
             host is None or "." in host[0] or ":" in host[0] or host[0] in ("localhost", "***")
         )
         return end if is_host or ends[-1] == end else ends[-1]
     user, colon, password = rest[: ends[-1]].partition(":")
     # A password with / in it, or a port and a path with @ in it.
-    return (
-        ends[-1] if colon and not re.search(r"[/?#\[]", user) and not _PORT.match(password) else 0
-    )
+    is_password = colon and not re.search(r"[/?#\[]", user) and not _PORT.match(password)
+    return ends[-1] if is_password else 0
 
 
 def _is_token(scheme: str, name: str) -> bool:

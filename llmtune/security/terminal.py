@@ -1,8 +1,7 @@
-"""What a terminal would obey in a text: rows, answers, names and messages of others are shown with
-it spelled out.
+"""Spell out control characters in texts of others before they are written to a terminal.
 
-A terminal takes C0 and C1 controls (ECMA-48) as orders: to write over what it showed, to change its
-title, to send back what then stands behind the prompt as if somebody had typed it.
+A terminal executes C0 and C1 controls (ECMA-48): they overwrite what it showed, change its title,
+or send text back to the prompt as if the user had typed it.
 """
 
 from __future__ import annotations
@@ -13,33 +12,32 @@ from typing import Any
 
 from llmtune.security.redaction import redact
 
-# : C0 but for tab and newline, DEL, and C1. Letters that run from right to left and joiners of
-# emoji are none of them.
+#: C0 but for tab and newline, DEL, and C1. Letters that run from right to left and joiners of emoji
+#: are none of them.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 #: The colors that llmtune itself writes.
 GREEN, GRAY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 
 
 def show_controls(text: str) -> str:
-    r"""The text with ``\x1b`` for an escape, and so on."""
+    r"""Spell out control characters: ``\x1b`` for an escape, and so on."""
     return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def color(text: str, code: str) -> str:
-    """A text of others in one of our colors."""
+    """Wrap a text in one of our colors, with its own control characters spelled out."""
     return f"{code}{show_controls(text)}{PLAIN}"
 
 
 def to_terminal(text: str) -> str:
-    """What of a text may be written to standard output or standard error: no secret, and no
-    order.
-    """
+    """Make a text safe for standard output and error: without secrets and control characters."""
     return show_controls(redact(text))
 
 
 def to_json_line(value: Any, indent: int | None = None, letters: bool = False) -> str:
-    """JSON that no terminal obeys: JSON itself leaves DEL as it is, and C1 where other letters are
-    to stay.
+    """Write JSON without control characters.
+
+    JSON itself leaves DEL as it is, and C1 where other letters beyond ASCII are kept.
 
     Args:
         letters: Leave those beyond ASCII as they are.

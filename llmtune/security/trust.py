@@ -1,9 +1,8 @@
-"""Whose files are trusted, and how those of others are opened: the rules of ``docs/security.md``.
-Every folder may import this.
+"""Decide whose files are trusted, and open files of others: the rules of ``docs/security.md``.
 
 Trusted are the command line, the environment, and files of this user. Not trusted is everything
 inside a run, a checkpoint, a base, an adapter, a data set, a mirror or a host file, whoever wrote
-it and wherever it lies: a name on the command line says that it may be read, not that it may decide
+it and wherever it is: a name on the command line says that it may be read, not that it may decide
 what is executed, read elsewhere or overwritten.
 
 What llmtune keeps for itself and believes later (caches, compiled ops, locks, swap, ``.env``) must
@@ -27,7 +26,7 @@ from llmtune.errors import CheckpointError, LlmtuneError, MissingPrerequisiteErr
 #: Of a file that is read or copied whole: the largest tokenizers take some tens of megabytes.
 MOST_BYTES = 256 << 20
 
-#: What the owner of a Hugging Face cache calls the folder of a model, and what lies in it.
+#: Names in a Hugging Face cache: the folder of a model begins so, and has these two in it.
 _HUB_PREFIX, _SNAPSHOTS, _BLOBS = "models--", "snapshots", "blobs"
 
 _ROOT = 0
@@ -35,10 +34,9 @@ _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def find_objection(file: Path, most_bytes: int | None = MOST_BYTES) -> str | None:
-    """Why a file inside somebody else's folder is not opened, to stand behind its name; None where
-    it may be.
+    """Return why a file of an untrusted folder is not opened, as a phrase; None where it may be.
 
-    It must be a regular file that lies in its own folder. Links may lead to another file of that
+    It must be a regular file within its own folder. Links may lead to another file of that
     folder, and in a snapshot of the Hugging Face cache to the ``blobs`` of the same model, as the
     hub's own client lays them out.
 
@@ -49,12 +47,12 @@ def find_objection(file: Path, most_bytes: int | None = MOST_BYTES) -> str | Non
 
 
 def _locate(file: Path, most_bytes: int | None) -> tuple[Path, str | None]:
-    """Where a file really lies, and what :func:`find_objection` says of it."""
+    """Return the real path of a file, and what :func:`find_objection` says of it."""
     try:
         place = file.resolve(strict=True)
         status = place.stat()
     except (OSError, RuntimeError) as error:
-        # Python before 3.13 raises RuntimeError for links that go round in a circle.
+        # Python before 3.13 raises RuntimeError for a loop of links.
         return file, f"cannot be opened ({getattr(error, 'strerror', None) or 'links in a circle'})"
     reason = None
     if not any(place.is_relative_to(root) for root in _roots(file.parent)):
@@ -72,7 +70,7 @@ def _locate(file: Path, most_bytes: int | None) -> tuple[Path, str | None]:
 
 
 def open_foreign(file: Path, error: type[LlmtuneError], most_bytes: int = MOST_BYTES) -> BinaryIO:
-    """Open a file inside somebody else's folder to be read; see :func:`find_objection`.
+    """Open a file of an untrusted folder for reading; see :func:`find_objection`.
 
     Raises:
         LlmtuneError: Of the class ``error``, where it may not be opened.
@@ -107,7 +105,7 @@ def check_foreign(
 def copy_foreign(
     file: Path, target: Path, error: type[LlmtuneError], most_bytes: int = MOST_BYTES
 ) -> None:
-    """Copy the contents of a file inside somebody else's folder.
+    """Copy the contents of a file of an untrusted folder.
 
     Raises:
         LlmtuneError: Of the class ``error``, where it may not be opened.
@@ -117,7 +115,7 @@ def copy_foreign(
 
 
 def read_foreign(file: Path, error: type[LlmtuneError], most_bytes: int = MOST_BYTES) -> str:
-    """The text of a file inside somebody else's folder.
+    """Read the text of a file of an untrusted folder.
 
     Raises:
         LlmtuneError: Of the class ``error``, where it may not be opened.
@@ -128,7 +126,7 @@ def read_foreign(file: Path, error: type[LlmtuneError], most_bytes: int = MOST_B
 
 
 def _roots(folder: Path) -> tuple[Path, ...]:
-    """Where the files of a folder may really lie."""
+    """Return the folders that the real files of a folder may be in."""
     # The folder itself was named on the command line, and may be a link.
     real = folder.resolve()
     for place in (real, *real.parents):
@@ -141,14 +139,12 @@ def _roots(folder: Path) -> tuple[Path, ...]:
 
 
 def trusted_owners() -> set[int]:
-    """User ids whose files are as good as this user's own."""
+    """Return the user ids whose files are trusted like this user's own."""
     return {os.getuid(), _ROOT}
 
 
 def find_owner_problem(path: Path) -> str | None:
-    """Who but this user and root may have written what is at ``path``, or may change it; None where
-    nobody may.
-    """
+    """Return who else may have written what is at ``path``; None for this user and root alone."""
     status = path.stat()
     if status.st_uid not in trusted_owners():
         return f"belongs to {_name_user(status.st_uid)}, and this is {_name_user(os.getuid())}"
@@ -165,12 +161,12 @@ def find_owner_problem(path: Path) -> str | None:
 def require_own(
     path: Path, what: str, instead: str, error: type[LlmtuneError] = MissingPrerequisiteError
 ) -> None:
-    """Refuse what others may have written.
+    """Refuse a file or folder that other users may have written.
 
     Args:
-        path: Of a file or folder that is there.
+        path: An existing file or folder.
         what: Its name for the user, such as a dotted key.
-        instead: How to take another one, to stand behind "or".
+        instead: How to use another one, as the end of the message after "or".
 
     Raises:
         LlmtuneError: Of the class ``error``: it belongs to another user than this one and root, or
@@ -180,12 +176,12 @@ def require_own(
     if problem is not None:
         raise error(
             f"{what}: {path} {problem}, so that what is taken from there could be anybody's; "
-            f"{mend_owner(path)}, or {instead}"
+            f"{describe_owner_fix(path)}, or {instead}"
         )
 
 
-def mend_owner(path: Path) -> str:
-    """The next step where :func:`find_owner_problem` found one."""
+def describe_owner_fix(path: Path) -> str:
+    """Describe the next step where :func:`find_owner_problem` found one."""
     status, command = path.stat(), owner_command(path)
     if status.st_uid in trusted_owners():
         return f"where nobody has changed anything in it, run: {command}"
@@ -199,18 +195,17 @@ def mend_owner(path: Path) -> str:
 
 
 def owner_command(path: Path) -> str:
-    """The command that ends what :func:`find_owner_problem` found."""
+    """Return the command that fixes what :func:`find_owner_problem` found."""
     if path.stat().st_uid in trusted_owners():
         return f"chmod -R go-w {path}"
     return f"chown -R {os.getuid()} {path}"
 
 
 def make_own(folder: Path, what: str, instead: str) -> None:
-    """Make a folder that only this user may open, where it is missing; one that is there must be as
-    :func:`require_own` says.
+    """Make a folder that only this user may open; an existing one must pass :func:`require_own`.
 
     Raises:
-        MissingPrerequisiteError: It is another's, or cannot be made.
+        MissingPrerequisiteError: It belongs to another user, or cannot be made.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +221,7 @@ def make_own(folder: Path, what: str, instead: str) -> None:
 
 
 def open_lock(path: Path) -> IO[str]:
-    """A file to be locked, made where it is missing, with its contents as they are.
+    """Open a file that is going to be locked; make it where it is missing.
 
     Raises:
         MissingPrerequisiteError: Something else is in its place: whoever may write to the folder
@@ -247,14 +242,16 @@ def open_lock(path: Path) -> IO[str]:
 
 
 def close_run_folder(folder: Path) -> str | None:
-    """Take the right to write into a run folder from everybody but its owner; a sentence where
-    there was something to take.
+    """Make a run folder writable for its owner alone.
 
     A run folder is only read as data, so that it may belong to another user, such as the host's
     where a container runs as root.
 
+    Returns:
+        A sentence for the user where the mode was changed, otherwise None.
+
     Raises:
-        CheckpointError: The folder is not ours to change, or shared on purpose like ``/tmp``.
+        CheckpointError: The folder is another user's, or shared on purpose like ``/tmp``.
     """
     status = folder.stat()
     shared = status.st_mode & stat.S_IWGRP and not _is_private_group(status.st_gid, status.st_uid)
@@ -276,10 +273,10 @@ def close_run_folder(folder: Path) -> str | None:
 
 
 def check_links(folder: Path) -> None:
-    """Refuse links in a run folder that lead out of it, before anything is written to their names.
+    """Refuse links in a run folder that lead out of it, before anything is written to them.
 
-    Links to folders are left: nothing in another folder is written over, and a checkpoint may have
-    been moved to another disk.
+    Links to folders are allowed: nothing in another folder is overwritten, and a checkpoint may
+    have been moved to another disk.
 
     Raises:
         CheckpointError: With the first one.
@@ -294,14 +291,14 @@ def check_links(folder: Path) -> None:
 
 
 def _is_private_group(group: int, owner: int) -> bool:
-    """Whether it is the group that many systems make for each user, which has nobody else in it.
+    """Whether the group is the private one that many systems make for each user.
 
-    With it goes a umask of 002, under which all that a user makes can be written by "the group".
+    Such systems have a umask of 002, so that all files of a user are writable for this group.
     """
     try:
         entry, name = grp.getgrgid(group), pwd.getpwuid(owner).pw_name
     except KeyError:
-        # A container that was started with numbers which its files of users do not know.
+        # A container that was started with ids which its /etc/passwd does not know.
         return group == owner == os.getuid()
     return entry.gr_name == name and set(entry.gr_mem) <= {name}
 

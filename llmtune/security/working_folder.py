@@ -1,5 +1,4 @@
-"""Keep Python from taking modules from the working folder, which may be another's: ``python -m``
-looks there first of all.
+"""Keep Python from importing modules of the working folder, where ``python -m`` looks first.
 
 A ``psutil.py`` beside the data would otherwise be imported in the place of psutil. This module
 imports only what Python itself has loaded by then, and not even ``__future__``, which would be
@@ -11,10 +10,10 @@ import sys
 
 
 def leave_working_folder() -> None:
-    """Take the working folder from the module path, of this process and of all that it will start.
+    """Remove the working folder from the module path, of this process and of its children.
 
-    Not so where llmtune itself lies there: who works in its source has chosen that code, and others
-    may not be installed.
+    It stays where llmtune itself is in it: a developer chose that code, and may not have installed
+    it.
     """
     try:
         here = os.getcwd()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.config.schema import TrackerConfig
+from llmtune.config.groups.tracker import TrackerConfig
 from llmtune.registry import Registry
 from llmtune.track.tracker import Tracker
 

@@ -11,7 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.mirror import find_remote, read_remote
-from llmtune.config.schema import Config, TrainConfig
+from llmtune.config.groups.train import TrainConfig
+from llmtune.config.schema import Config
 from llmtune.config.stored import parse_yaml
 from llmtune.errors import ConfigError
 from llmtune.storage import layout

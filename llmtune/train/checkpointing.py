@@ -18,7 +18,7 @@ from llmtune.checkpoint.save import DiskRefusedError, PendingSave, SaveRequest, 
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles, write_model_config
 from llmtune.checkpoint.writer import Buffers
-from llmtune.config.schema import OnDiskLow
+from llmtune.config.groups.checkpoint import OnDiskLow
 from llmtune.draws import DRAWS_VERSION
 from llmtune.engine.distributed import all_reduce_any, all_reduce_sum, gather_objects
 from llmtune.engine.train_module import TrainModule
@@ -128,7 +128,7 @@ class CheckpointSaver:
         if self.settings.on_disk_low is not OnDiskLow.stop:
             wanted = 1
         present = len(list_checkpoints(self.settings.run)) if limit is not None else 0
-        self._check_disk(
+        self._make_room(
             max(1, wanted - present),
             f"{counted(wanted, 'checkpoint')} of {format_bytes(self._bytes)}",
         )
@@ -169,7 +169,7 @@ class CheckpointSaver:
             return folder
         started = time.monotonic()
         self.finish()
-        if not self._check_disk(1, f"{folder.name} of {format_bytes(self._bytes)}"):
+        if not self._make_room(1, f"{folder.name} of {format_bytes(self._bytes)}"):
             return folder
         self.module.rank.phases.enter("save")
         metrics = {key: value for key, value in self._metrics.items() if key != "step"}
@@ -320,7 +320,7 @@ class CheckpointSaver:
             self.settings.planned_host_bytes, self.module.rank.ranks_on_node
         )
 
-    def _check_disk(self, checkpoints: int, what: str) -> bool:
+    def _make_room(self, checkpoints: int, what: str) -> bool:
         """Whether there is room for so many more checkpoints, made by pruning where that is wanted.
 
         Collective.

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from llmtune.config.schema import OnNan
+from llmtune.config.groups.train import OnNan
 from llmtune.data.load.loader import StepBatch, Steps
 from llmtune.engine.distributed import gather_objects
 from llmtune.engine.train_module import StepResult, TrainModule
@@ -21,8 +21,8 @@ from llmtune.storage.atomic import read_json, write_atomically
 
 #: Steps that a spike is measured against, and the fewest of them.
 _WINDOW, _FEWEST = 64, 16
-# : A loss this many deviations above the mean is reported, as is a gradient norm this many times
-# the median.
+#: A loss this many deviations above the mean is reported, as is a gradient norm this many times the
+#: median.
 _DEVIATIONS, _TIMES = 6.0, 10.0
 
 #: Rows named in a message.

@@ -10,7 +10,8 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from llmtune.config.schema import ScheduleConfig, TrainConfig
+from llmtune.config.groups.train import TrainConfig
+from llmtune.config.schema import ScheduleConfig
 from llmtune.data.load.loader import StepBatch, Steps
 from llmtune.draws import Draw, torch_seed
 from llmtune.engine.distributed import Rank

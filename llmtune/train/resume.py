@@ -14,7 +14,12 @@ from llmtune.errors import CheckpointError
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
 from llmtune.storage.manifest import check_undamaged, find_damage
-from llmtune.train.run_folder import ForeignRunError, RunFolder, check_same_config, check_same_run
+from llmtune.train.run_folder import (
+    ForeignRunError,
+    RunFolder,
+    compare_stored_config,
+    find_config_changes,
+)
 
 
 def resume_point(
@@ -38,7 +43,7 @@ def resume_point(
         found = _own_since(folder, config, run_name, wanted, say) or _named(
             folder, config, run_name, wanted, say
         )
-        check_same_run(found, config)
+        find_config_changes(found, config)
         check_draws(found)
         return found
     newest = _newest_whole(folder.path, say)
@@ -46,7 +51,7 @@ def resume_point(
     if newest is None and not find_checkpoints(folder.path):
         newest = _where_it_began(folder, say)
     if newest is not None:
-        check_same_run(newest, config)
+        find_config_changes(newest, config)
         check_draws(newest)
     if newest is None and find_checkpoints(folder.path):
         raise CheckpointError(
@@ -170,7 +175,7 @@ def _newer_at_mirror(
             stored = read_remote(url, layout.CONFIG)
             if stored is not None:
                 # Another run's would be fetched for nothing, and stand in the way of this one.
-                check_same_config(stored, redact(url), config, "checkpoint.mirror=")
+                compare_stored_config(stored, redact(url), config, "checkpoint.mirror=")
             return _fetch(folder, url, say)
         except ForeignRunError:
             raise

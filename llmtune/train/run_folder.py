@@ -64,7 +64,7 @@ class RunFolder:
         finished = read_json(self.path / layout.FINISHED)
         return int(finished["step"]) if finished else None
 
-    def check_owner(self, config: Config) -> list[str]:
+    def find_changes(self, config: Config) -> list[str]:
         """Refuse a folder of another run, or of no run; what else differs from the last start, in
         words.
 
@@ -96,13 +96,13 @@ class RunFolder:
                 f"resume_from_checkpoint=none, but {self.path} holds a run already; take another"
                 " output_dir= or run_name=, or remove the folder"
             )
-        return check_same_run(self.path, config)
+        return find_config_changes(self.path, config)
 
     def read_data_fingerprint(self) -> str | None:
         """Of the rows that the run was started with; None where the folder does not say."""
         return (self._read_plan().get("data") or {}).get("fingerprint")
 
-    def check_length(self, steps: StepsPlan, data_fingerprint: str) -> str | None:
+    def find_extension(self, steps: StepsPlan, data_fingerprint: str) -> str | None:
         """Refuse a shorter run or other data; a note where the run is longer than before.
 
         Raises:
@@ -302,7 +302,7 @@ def describe_environment() -> dict[str, str]:
     }
 
 
-def check_same_run(folder: Path, config: Config) -> list[str]:
+def find_config_changes(folder: Path, config: Config) -> list[str]:
     """Compare the configuration stored in a run folder or checkpoint with the one of now.
 
     Returns:
@@ -314,10 +314,10 @@ def check_same_run(folder: Path, config: Config) -> list[str]:
     stored = folder / layout.CONFIG
     if not stored.is_file():
         raise CheckpointError(f"{folder}: no {layout.CONFIG} in it")
-    return check_same_config(stored.read_bytes(), str(folder), config)
+    return compare_stored_config(stored.read_bytes(), str(folder), config)
 
 
-def check_same_config(
+def compare_stored_config(
     stored: bytes, where: str, config: Config, other: str = "output_dir="
 ) -> list[str]:
     """The same for the text of a stored configuration.

@@ -12,8 +12,8 @@ from llmtune.errors import ConfigError
 if TYPE_CHECKING:
     from llmtune.config.schema import TunerConfig
 
-# : Of a state-space layer (Mamba's), which hands their weights to its kernel instead of calling
-# them: adapters would be passed by.
+#: Of a state-space layer (Mamba's), which hands their weights to its kernel instead of calling
+#: them: adapters would be passed by.
 _HANDED_OVER = ("x_proj", "dt_proj", "out_proj")
 
 

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from llmtune.config.compose import Composed, compose_config, config_groups, with_overrides
+from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.keys import known_keys
-from llmtune.config.schema import OffloadDevice, Precision
+from llmtune.config.schema import Precision
 from llmtune.config.stored import dump_yaml, load_config
 from llmtune.errors import ConfigError
 from llmtune.run.settings import find_problems

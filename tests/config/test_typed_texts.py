@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from llmtune.config.compose import compose_config, config_groups, with_overrides
 from llmtune.config.keys import is_text, known_keys, may_be_null
 from llmtune.config.overrides import Setting, read_override, unquote
-from llmtune.config.rules import PLACES
 from llmtune.config.schema import Config
 from llmtune.config.stored import (
     dump_redacted,
@@ -26,6 +25,7 @@ from llmtune.config.stored import (
     read_key,
     to_plain,
 )
+from llmtune.config.value_rules import PATHS
 from llmtune.errors import ConfigError
 from llmtune.run.settings import find_problems
 
@@ -189,7 +189,7 @@ def test_all_texts_of_a_config_survive_the_file_and_the_way_to_the_ranks(texts: 
         for key, text in zip(TEXT_KEYS, texts, strict=True)
         if key not in RULED and key != "run_name"
     }
-    wanted = {key: text for key, text in wanted.items() if text.strip() or key not in PLACES}
+    wanted = {key: text for key, text in wanted.items() if text.strip() or key not in PATHS}
     composed = compose_config(["tuner=lora", *(f"{key}={text}" for key, text in wanted.items())])
     config = composed.config
     assert {key: read_key(config, key) for key in wanted} == wanted
@@ -267,8 +267,8 @@ def test_an_interpolation_of_a_file_that_leads_nowhere_is_a_problem_of_the_confi
         ("optim.learning_rate=range(1,3)", "one value, because a command is one run"),
         ("seed=choice(1,2)", "one value, because a command is one run"),
         ("model.config.layer_types=a,b", "a list is written model.config.layer_types=[a,b]"),
-        ("train.max_steps=${seed}", "nothing is looked up on the command line"),
-        ("data.train={path: par (1).jsonl}", "stands in quotes: {path: 'a (1).jsonl'}"),
+        ("train.max_steps=${seed}", "nothing is interpolated on the command line"),
+        ("data.train={path: par (1).jsonl}", "needs quotes: {path: 'a (1).jsonl'}"),
         ("tuner.target_modules=q_proj", "or a list such as [q_proj,v_proj]"),
     ],
 )

@@ -5,6 +5,7 @@ numbers.
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from enum import Enum
@@ -13,15 +14,13 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from llmtune.config import schema
 from llmtune.config.compose import compose_config, config_groups
-from llmtune.config.groups import data, export
 from llmtune.config.groups.data import OnBadRow, Overlong
 from llmtune.config.keys import is_free, known_keys
 from llmtune.config.overrides import Setting, read_override
-from llmtune.config.rules import PLACES
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_yaml, parse_yaml
+from llmtune.config.value_rules import PATHS
 from llmtune.errors import ConfigError
 from llmtune.export.formats.format import FORMATS
 from llmtune.registry import Registry
@@ -51,19 +50,17 @@ def hints(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 def docstrings(cls: type) -> dict[str, str]:
     """What stands behind each field of a class."""
-    for module in (schema, data, export):
-        for node in ast.parse(Path(str(module.__file__)).read_text()).body:
-            if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
-                return {
-                    field.target.id: text.value.value
-                    for field, text in zip(node.body, node.body[1:], strict=False)
-                    if isinstance(field, ast.AnnAssign)
-                    and isinstance(field.target, ast.Name)
-                    and isinstance(text, ast.Expr)
-                    and isinstance(text.value, ast.Constant)
-                    and isinstance(text.value.value, str)
-                }
-    return {}
+    (node,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        field.target.id: text.value.value
+        for field, text in zip(node.body, node.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
 
 
 def documented() -> list[tuple[str, str]]:
@@ -200,7 +197,7 @@ def test_every_key_is_known() -> None:
     assert {key for key, _, _ in hints(Config)} <= known_keys()
 
 
-@pytest.mark.parametrize("key", PLACES)
+@pytest.mark.parametrize("key", PATHS)
 @pytest.mark.parametrize("text", ["", " "])
 def test_a_variable_that_a_script_has_not_set_is_no_place(key: str, text: str) -> None:
     with pytest.raises(

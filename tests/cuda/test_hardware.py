@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llmtune.config.compose import compose_config
-from llmtune.doctor import checks
+from llmtune.doctor.software import inspect_cuda
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.launch.launchers.environment import set_allocator_default, set_defaults
 from llmtune.launch.preflight.affinity import bind_to_gpu
@@ -398,7 +398,7 @@ def test_pinned_memory_is_planned_as_it_is_rounded(monkeypatch: pytest.MonkeyPat
     ("built", "said"),
     [
         (None, "is built for CPUs"),
-        ("13.0", "built for CUDA 13.0, cannot use it: as a rule the driver"),
+        ("13.0", "built for CUDA 13.0, cannot use it: usually the driver"),
     ],
 )
 def test_the_doctor_says_why_the_gpus_are_not_used(
@@ -407,12 +407,12 @@ def test_the_doctor_says_why_the_gpus_are_not_used(
     machine(0, "", 0, 0)
     driver("535.104.05", 2)
     monkeypatch.setattr(torch.version, "cuda", built)
-    (finding,) = checks._cuda()
+    (finding,) = inspect_cuda()
     assert (finding.state, finding.command) == ("bad", "bash scripts/setup.sh")
     assert said in finding.message
     assert "2 NVIDIA GPUs with driver 535.104.05" in finding.message
     driver("535.104.05", 0)
-    (finding,) = checks._cuda()
+    (finding,) = inspect_cuda()
     assert finding.state == "ok"
 
 

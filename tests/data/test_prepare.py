@@ -264,7 +264,7 @@ def test_killed_preparation_leaves_no_process_behind(tiny_model: Path, tmp_path:
     program = f"""
 from pathlib import Path
 from transformers import AutoTokenizer
-from llmtune.config.schema import DataConfig
+from llmtune.config.groups.data import DataConfig
 from llmtune.data.prepare import prepare_data
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def test_what_a_stream_cannot_do_is_said_before_training(
     labels = tmp_path / "l.csv"
     labels.write_text("text,label\na,b\n")
     with pytest.raises(DataError, match="a classifier cannot be trained yet"):
-        loader(tokenizer, str(labels)).stream.check()
+        loader(tokenizer, str(labels)).stream.find_unknown_fields()
     long = tmp_path / "o.jsonl"
     long.write_text(
         "\n".join(
@@ -212,7 +212,7 @@ def test_what_a_stream_cannot_do_is_said_before_training(
         DataError,
         match=r"first 30 rows are longer than data.max_seq_length=64|rows are longer than",
     ):
-        loader(tokenizer, str(long)).stream.check()
+        loader(tokenizer, str(long)).stream.find_unknown_fields()
 
 
 def test_another_template_is_another_stream(
@@ -274,14 +274,14 @@ def test_fields_that_nobody_reads_are_told_of_the_first_window(
     stream = RowStream(
         DataConfig(train=str(source), streaming=True, max_seq_length=64), tokenizer, 1
     )
-    assert stream.check() == {"mood"}
+    assert stream.find_unknown_fields() == {"mood"}
     source.write_text(json.dumps({"text": "a", "score": 0.5}))
     with pytest.raises(
         DataError, match=r"a.jsonl:1: the field 'score' \(0.5\) says how good an answer is"
     ):
         RowStream(
             DataConfig(train=str(source), streaming=True, max_seq_length=64), tokenizer, 1
-        ).check()
+        ).find_unknown_fields()
 
 
 def test_a_position_of_other_data_is_refused(tokenizer: Any, files: list[str]) -> None:

@@ -63,7 +63,7 @@ def test_the_row_is_named(
 
     def check() -> None:
         if streaming:
-            RowStream(config.data, tokenizer, 0, model_folder=folder).check()
+            RowStream(config.data, tokenizer, 0, model_folder=folder).find_unknown_fields()
         else:
             check_stores(
                 prepare_data(config.data, tokenizer, 0, tmp_path / "cache").train_stores,

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llmtune.launch.supervise.supervisor import run_ranks
-from llmtune.launch.supervise.watch import Limits
+from llmtune.launch.supervise.attempt import run_ranks
+from llmtune.launch.supervise.supervisor import Limits
 from tests.support import ROOT
 
 #: What every fake rank has: its number, its folder, its phase log, and what a real rank does first.
@@ -24,7 +24,7 @@ from llmtune.engine.heartbeat import PhaseLog
 from llmtune.errors import DataError, LlmtuneError, StoppedError
 from llmtune.launch.launchers.environment import FAILURE_DIR
 from llmtune.launch.supervise.out_of_memory import phase_file
-from llmtune.launch.supervise.processes import die_with_supervisor
+from llmtune.launch.processes.parent_death import die_with_supervisor
 from llmtune.launch.supervise.rank_report import report_failure
 from llmtune.launch.supervise.stacks import answer_with_stacks
 rank = int(os.environ["RANK"])
@@ -50,8 +50,8 @@ def meet():
 _SUPERVISOR = """
 import sys
 from pathlib import Path
-from llmtune.launch.supervise.supervisor import run_ranks
-from llmtune.launch.supervise.watch import Limits
+from llmtune.launch.supervise.attempt import run_ranks
+from llmtune.launch.supervise.supervisor import Limits
 from llmtune.errors import LlmtuneError
 try:
     limits = Limits(*map(float, sys.argv[3:]))

@@ -14,7 +14,7 @@ from llmtune.launch.supervise import phase_records
 from llmtune.launch.supervise.out_of_memory import phase_file
 from llmtune.launch.supervise.outcome import RanksFailedError
 from llmtune.launch.supervise.phase_records import HangDetector, finished_step, read_phase
-from llmtune.launch.supervise.watch import Limits
+from llmtune.launch.supervise.supervisor import Limits
 from tests.launch.fakes import run_fakes
 
 
@@ -30,7 +30,7 @@ def test_one_frozen_rank_is_a_hang_and_the_others_say_where_they_wait(tmp_path: 
     """
     started = time.monotonic()
     with pytest.raises(
-        RanksFailedError, match=r"no rank got on for 0.8 s \(launch.hang_timeout"
+        RanksFailedError, match=r"no rank made progress for 0.8 s \(launch.hang_timeout"
     ) as caught:
         run_fakes(body, tmp_path, Limits(hang_timeout=0.8))
     assert time.monotonic() - started < 15

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.launch.supervise.log_filter import wait_for_filters
+from llmtune.launch.processes.log_filter import wait_for_filters
+from llmtune.launch.supervise.attempt import run_ranks
 from llmtune.launch.supervise.out_of_memory import RanOutOfMemoryError
-from llmtune.launch.supervise.supervisor import run_ranks
 from llmtune.process import STOP_SIGNALS
 from tests.support import ROOT
 

@@ -9,10 +9,10 @@ import pytest
 
 from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
 from llmtune.launch.preflight.nvme import (
-    check_nvme,
     disk_behind,
     hold_swap_folder,
     probe_disk,
+    probe_nvme,
     swap_folder,
 )
 
@@ -37,10 +37,10 @@ def test_a_file_system_without_direct_io_is_refused() -> None:
 @pytest.mark.process
 def test_too_little_space_is_said_before_anything_starts(tmp_path: Path) -> None:
     said: list[str] = []
-    check_nvme(str(tmp_path / "swap"), 10**6, 10**6, tmp_path, said.append)
+    probe_nvme(str(tmp_path / "swap"), 10**6, 10**6, tmp_path, said.append)
     assert "reads" in said[0]
     with pytest.raises(DoesNotFitError, match=r"swap files and checkpoints need 1000.00 TB"):
-        check_nvme(str(tmp_path / "swap"), 10**15, 0, tmp_path, said.append)
+        probe_nvme(str(tmp_path / "swap"), 10**15, 0, tmp_path, said.append)
 
 
 def test_a_build_of_the_op_is_told_before_it_starts(
@@ -50,12 +50,12 @@ def test_a_build_of_the_op_is_told_before_it_starts(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "empty"))
 
     def compile_nothing(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
-        assert said == ["building DeepSpeed's AsyncIO (once an environment, about a minute) ..."]
+        assert said == ["building DeepSpeed's AsyncIO (once per environment, about a minute) ..."]
         return subprocess.CompletedProcess([], 1, "", "no compiler")
 
     monkeypatch.setattr(subprocess, "run", compile_nothing)
     with pytest.raises(MissingPrerequisiteError, match="no compiler"):
-        check_nvme(str(tmp_path / "swap"), 1, 1, tmp_path, said.append)
+        probe_nvme(str(tmp_path / "swap"), 1, 1, tmp_path, said.append)
 
 
 def test_the_swap_folder_is_the_runs_own_and_goes_with_it(tmp_path: Path) -> None:
@@ -77,4 +77,4 @@ def fail_inside(folder: Path) -> None:
 
 def test_a_path_that_cannot_be_used_is_named() -> None:
     with pytest.raises(MissingPrerequisiteError, match=r"offload.nvme_path=/proc/nothing"):
-        check_nvme("/proc/nothing", 1, 1, Path("/tmp"), print)
+        probe_nvme("/proc/nothing", 1, 1, Path("/tmp"), print)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import EXIT_STOPPED, DataError, LlmtuneError, StoppedError
-from llmtune.launch.supervise import watch
+from llmtune.launch.supervise import supervisor
 from llmtune.launch.supervise.signals import END_SECONDS, raise_stops
-from llmtune.launch.supervise.watch import Limits
+from llmtune.launch.supervise.supervisor import Limits
 from llmtune.process import hold_interruptions
 from tests.launch.fakes import alive, end_of, run_fakes, start_supervisor, wait_until
 from tests.support import ROOT, run
@@ -116,8 +116,8 @@ def test_ranks_that_take_too_long_to_save_are_ended(
 def test_a_stop_while_ranks_start_is_a_stop(
     other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "STOP_GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "STOP_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.5)
     monkeypatch.setenv("OUT", str(tmp_path))
     # Rank 0 has no handler yet and dies of the signal; rank 1 waits for it, or loses it.
     body = f"""
@@ -138,7 +138,7 @@ def test_a_stop_while_ranks_start_is_a_stop(
 def test_a_rank_that_stops_by_itself_does_not_leave_the_others_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(watch, "STOP_GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(supervisor, "STOP_GRACE_SECONDS", 0.3)
     with pytest.raises(StoppedError):
         run_fakes("time.sleep(600) if rank else os._exit(75)")
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import CheckpointError, DataError, DoesNotFitError, LlmtuneError, StoppedError
+from llmtune.launch.processes.parent_death import may_be_launcher
+from llmtune.launch.processes.rank_process import RankProcess
 from llmtune.launch.supervise.outcome import RanksFailedError, read_reports
-from llmtune.launch.supervise.processes import RankProcess, may_be_launcher
 from llmtune.launch.supervise.rank_report import to_user_error
 from llmtune.storage.lock import hold_lock
 from tests.launch.fakes import alive, pid_of, run_fakes, start_supervisor, wait_until
@@ -135,8 +136,8 @@ def test_a_rank_whose_supervisor_died_before_it_looked_does_not_begin() -> None:
     environment = {**os.environ, "RANK": "0"}
     orphan = "import os\nos.environ['LLMTUNE_SUPERVISOR'] = '1'\n"
     body = (
-        "from llmtune.launch.supervise.processes import"
-        " die_with_supervisor\nfollow_supervisor()\nos._exit(42)\n"
+        "from llmtune.launch.processes.parent_death import"
+        " die_with_supervisor\ndie_with_supervisor()\nos._exit(42)\n"
     )
     process = RankProcess(0, ["-c", orphan + body], environment)
     assert wait_until(lambda: process.exit_code() is not None)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import ModelConfig, Precision
+from llmtune.config.groups.model import ModelConfig
+from llmtune.config.schema import Precision
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.build import WeightsTo, build_model
 from llmtune.run.check_model import check_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmtune.config.schema import ModelConfig
+from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import end_of_turn_ids, load_tokenizer

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import ModelConfig, Precision
+from llmtune.config.groups.model import ModelConfig
+from llmtune.config.schema import Precision
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.model.build import build_model
 from llmtune.model.weights.check import compare_weights

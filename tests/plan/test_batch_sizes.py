@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmtune.config.schema import TrainConfig
+from llmtune.config.groups.train import TrainConfig
 from llmtune.errors import ConfigError
 from llmtune.plan.batch_sizes import StepRows, _divisors, batch_options, settle_batch
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import Precision, ScheduleConfig, TrainConfig
+from llmtune.config.groups.train import TrainConfig
+from llmtune.config.schema import Precision, ScheduleConfig
 from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
 from llmtune.plan.memory import model_shape as shapes
 from llmtune.plan.memory.model_shape import resolve_shape

@@ -21,9 +21,10 @@ from llmtune.checkpoint.find import find_checkpoints
 from llmtune.config.compose import Composed
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, LlmtuneError, StoppedError
-from llmtune.launch.supervise import restart, watch
+from llmtune.launch.supervise import restarts as restarts_module
+from llmtune.launch.supervise import supervisor
 from llmtune.launch.supervise.outcome import RanksFailedError
-from llmtune.launch.supervise.restart import Restarts
+from llmtune.launch.supervise.restarts import Restarts
 from llmtune.run import fallback
 from llmtune.run.fallback import FallbackRunner
 from llmtune.run.prepare import RunTarget
@@ -122,8 +123,8 @@ class FakeRun:
         self.wanted: list[str] = []
         self._setenv = monkeypatch.setenv
         monkeypatch.setenv("OUT", str(folder))
-        monkeypatch.setattr(restart, "FIRST_WAIT_SECONDS", 0.01)
-        monkeypatch.setattr(watch, "GRACE_SECONDS", 0.5)
+        monkeypatch.setattr(restarts_module, "FIRST_WAIT_SECONDS", 0.01)
+        monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.5)
         monkeypatch.setattr(fallback, "plan_candidate", lambda *_: None)
         monkeypatch.setattr(fallback, "place_swap", lambda *_: None)
         monkeypatch.setattr(fallback, "describe", lambda _: {})
@@ -174,8 +175,8 @@ def test_a_killed_rank_costs_the_steps_since_the_newest_checkpoint(fake: FakeRun
     assert fake.go()
     assert fake.resumed == [None, "checkpoint-4"]
     said = (
-        "rank 1 ended with signal SIGKILL (somebody ended it; the kernel did not for want of"
-        " memory); "
+        "rank 1 ended with signal SIGKILL (killed by another process, not by the kernel's OOM"
+        " killer); "
     )
     assert (
         said + "starting again from checkpoint-4 (restart 1 of 3) in 0.01 s"
@@ -238,7 +239,7 @@ def test_a_rollback_starts_again_at_once(fake: FakeRun) -> None:
 def test_a_signal_ends_the_wait(
     number: int, fake: FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restart, "FIRST_WAIT_SECONDS", 60)
+    monkeypatch.setattr(restarts_module, "FIRST_WAIT_SECONDS", 60)
     before = signal.getsignal(number)
 
     def attempt(_: Any) -> None:

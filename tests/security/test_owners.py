@@ -17,8 +17,9 @@ import pytest
 from llmtune.cli.main import main
 from llmtune.config.cache_folder import find_cache, locate_cache, open_cache
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import ModelConfig, PathsConfig
-from llmtune.doctor import checks
+from llmtune.config.groups.model import ModelConfig
+from llmtune.config.groups.paths import PathsConfig
+from llmtune.doctor.ownership import inspect_owners
 from llmtune.errors import CheckpointError, ExportError, MissingPrerequisiteError
 from llmtune.export.publish.folder import write_export
 from llmtune.launch.preflight import deepspeed_ops
@@ -258,7 +259,7 @@ def test_ops_that_others_may_have_written_are_not_loaded(what: str, extensions: 
             MissingPrerequisiteError, match=f"compiled ops: {place} may be written by everybody"
         ):
             attempt()
-    finding, *_ = checks._owners(extensions.parent / "no-cache")
+    finding, *_ = inspect_owners(extensions.parent / "no-cache")
     assert (finding.state, finding.command) == (
         "bad",
         f"chmod -R go-w {place}",

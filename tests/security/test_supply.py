@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from llmtune.config.schema import ModelConfig
+from llmtune.config.groups.model import ModelConfig
 from llmtune.model import source
 from tests.support import ROOT
 

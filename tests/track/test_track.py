@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llmtune.config.schema import TrackerConfig, TrackerMode
+from llmtune.config.groups.tracker import TrackerConfig, TrackerMode
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile, cut_metrics, read_metrics
 from llmtune.track.plot import write_loss_plot

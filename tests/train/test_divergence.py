@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmtune.config.schema import OnNan
+from llmtune.config.groups.train import OnNan
 from llmtune.data.load.loader import StepBatch
 from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import StepResult

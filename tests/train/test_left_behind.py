@@ -36,7 +36,7 @@ def begin(run: Path, *overrides: str, said: list[str] | None = None) -> Path | N
     config, folder = config_of(*overrides), RunFolder(run)
     notes: list[str] = [] if said is None else said
     say = notes.append
-    folder.check_owner(config)
+    folder.find_changes(config)
     resume_from = resume_point(folder, config, "r", say)
     run_id = settle_run_id(folder, config, "r", resume_from, say)
     step = -1 if resume_from is None else read_trainer_state(resume_from).step

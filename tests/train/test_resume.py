@@ -149,7 +149,7 @@ def test_a_start_that_ended_behind_its_fetch_goes_on_and_another_run_does_not(
     config = config_of()
     folder = make(tmp_path, 5, config)
     run = RunFolder(tmp_path)
-    assert run.check_owner(config) == []
+    assert run.find_changes(config) == []
     assert resume_point(run, config, "r", print) == folder
     with pytest.raises(CheckpointError, match="seed: 42 there, 7 now"):
         resume_point(run, config_of("seed=7"), "r", print)

@@ -33,7 +33,7 @@ config_of = functools.cache(compose)
 
 def start(run: Path) -> None:
     folder, config = RunFolder(run), config_of()
-    folder.check_owner(config)
+    folder.find_changes(config)
     resume_from = resume_point(folder, config, "r", lambda _: None)
     step = -1 if resume_from is None else 4
     folder.begin(
@@ -156,14 +156,14 @@ def test_marks_of_our_own_and_of_file_systems_make_no_folder_a_strangers(
     name: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).touch()
-    assert RunFolder(tmp_path).check_owner(config_of()) == []
+    assert RunFolder(tmp_path).find_changes(config_of()) == []
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "model", "checkpoint-4"])
 def test_anything_else_does(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError, match=f"not a run folder .it holds {name}"):
-        RunFolder(tmp_path).check_owner(config_of())
+        RunFolder(tmp_path).find_changes(config_of())
 
 
 def test_metrics_are_cut_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

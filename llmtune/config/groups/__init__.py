@@ -1,1 +1,1 @@
-"""The schema of groups that are large: one file a group."""
+"""The keys of each config group, with their types, units and defaults."""

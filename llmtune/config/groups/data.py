@@ -1,4 +1,4 @@
-"""The keys of ``data``; the rest of the schema is :mod:`llmtune.config.schema`."""
+"""The keys of ``data``: which rows are trained on, and how they become tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from omegaconf import MISSING
 
 
 class _ByNameOrValue(EnumMeta):
-    """An enum that is also looked up by its values, as OmegaConf looks up what a YAML file says:
-    ``raise`` can be no name.
-    """
+    """An enum that OmegaConf also looks up by values: ``raise`` cannot be a member's name."""
 
     def __getitem__(cls, name: str) -> Any:
         members: dict[str, Any] = dict(cls.__members__)
@@ -21,7 +19,7 @@ class _ByNameOrValue(EnumMeta):
 
 
 class Overlong(Enum, metaclass=_ByNameOrValue):
-    """What happens to a row of more than ``max_seq_length`` tokens."""
+    """The treatment of a row of more than ``max_seq_length`` tokens."""
 
     drop = "drop"
     truncate = "truncate"
@@ -30,14 +28,14 @@ class Overlong(Enum, metaclass=_ByNameOrValue):
 
 
 class OnBadRow(Enum, metaclass=_ByNameOrValue):
-    """What happens to a row that cannot be trained on."""
+    """The treatment of a row that cannot be trained on."""
 
     error = "raise"
     skip = "skip"
 
 
 def name_data(value: Any) -> str:
-    """What ``data.train`` or ``data.eval`` names, for a reader."""
+    """Return the sources of ``data.train`` or ``data.eval`` as a text for messages."""
     entries = value if isinstance(value, list) else [value]
     return ", ".join(
         str(entry.get("path") if isinstance(entry, dict) else entry) for entry in entries
@@ -46,20 +44,20 @@ def name_data(value: Any) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    """Which rows are trained on, and how they become tokens."""
+    """The rows that are trained on, and how they become tokens."""
 
     train: Any = MISSING
     """A file, a pattern, a folder, a URL, a Hugging Face id, ``stdlib_docs``, or a list of them;
     ``@N`` behind it takes N rows drawn with the seed. Instead of a text, a mapping with ``path``
     and any of ``format fields ignore limit repeat weight split name revision``."""
     eval: Any = None
-    """The same for evaluation; without it ``val_set_size`` rows are split off the training data."""
+    """The same for evaluation; by default ``val_set_size`` rows are split off the training data."""
     val_set_size: int | float = 0.05
     """Rows of the files (an integer), or a share of them (a fraction below 1), split off for
-    evaluation; 0 for none. A long text is held out whole, whatever ``overlong`` makes of it."""
+    evaluation; 0 for none. A long text is split off whole, whatever ``overlong`` says."""
     format: str = "auto"
-    """Format of the rows (``data/formats/``); ``auto`` tells it by the fields of each file's first
-    row.
+    """Format of the rows (``data/formats/``); ``auto`` derives it from the fields of each
+    file's first row.
     """
     chat_template: str | None = None
     """A name in ``conf/chat_template/`` or a ``.jinja`` file; without it the tokenizer's own."""
@@ -77,14 +75,14 @@ class DataConfig:
     """Also train on what the user and the system say."""
     allow_special_tokens: bool = False
     """Texts may hold special tokens, such as ``<|im_end|>``, and the tokenizer reads them as such;
-    for texts that have been through a chat template on purpose. Otherwise a row that holds one is
+    for texts that have been rendered with a chat template. Otherwise a row that holds one is
     refused."""
     on_bad_row: OnBadRow = OnBadRow.error
     """``raise`` refuses data with rows that cannot be trained on; ``skip`` leaves them out and
     lists them in a file.
     """
     num_workers: int | str = "auto"
-    """Processes that tokenize; ``auto`` is one a core, and none for small files."""
+    """Processes that tokenize; ``auto`` is one per core, and none for small files."""
     dataloader_num_workers: int = 0
     """Processes of each rank that make batches ahead of the training step; 0 makes them in the rank
     itself.
@@ -93,7 +91,7 @@ class DataConfig:
     """Batches in page-locked host memory, which copies to a GPU faster; ``auto`` on CUDA."""
     streaming: bool = False
     """Tokenize while training, for data larger than the disk; needs ``train.max_steps``, and
-    ``data.eval`` or none held out.
+    ``data.eval`` or no evaluation rows.
     """
     shuffle_buffer: int = 10_000
     """Rows among which streaming shuffles and packs."""

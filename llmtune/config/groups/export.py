@@ -1,4 +1,4 @@
-"""The keys of ``export``: what is written after training, and by ``llmtune export``."""
+"""The keys of ``export``, for the end of training and ``llmtune export``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class ExportDtype(Enum):
-    """What floating tensors are stored in."""
+    """Dtype in which floating-point tensors are stored."""
 
     auto = "auto"
     bf16 = "bf16"
@@ -16,14 +16,14 @@ class ExportDtype(Enum):
 
 
 class MergeOnto(Enum):
-    """Which base a QLoRA adapter is added to."""
+    """The base weights to which a QLoRA adapter is added."""
 
     original = "original"
     nf4 = "nf4"
 
 
 class GgufType(Enum):
-    """What a GGUF file's matrices are stored in; vectors stay fp32, as llama.cpp wants them."""
+    """Type of a GGUF file's matrices; vectors stay fp32, as llama.cpp requires."""
 
     f32 = "f32"
     f16 = "f16"
@@ -37,7 +37,7 @@ class GgufType(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class ExportConfig:
-    """What is written after training, and by ``llmtune export``."""
+    """Format, checks and upload of what is written after training and by ``llmtune export``."""
 
     format: str = "safetensors"
     """``safetensors`` (a merged model folder), ``adapter`` (a copy of the adapter), ``gguf``
@@ -56,20 +56,18 @@ class ExportConfig:
     gguf_type: GgufType = GgufType.f16
     """With ``export=gguf``: ``f32 f16 bf16``, or quantized: ``q8_0 q5_1 q5_0 q4_1 q4_0``."""
     parity: bool = True
-    """Compare every number of what was written, and its logits, with base and adapter before it is
-    published.
-    """
+    """Compare every written number, and the logits, with base and adapter before publishing."""
     parity_bound: float | None = None
-    """Largest allowed relative difference of the logits; unset, what rounding to the stored dtype
-    explains.
+    """Largest allowed relative difference of the logits; the default is what rounding to the stored
+    dtype explains.
     """
     upload: str | None = None
     """Where the published folder is copied to: ``hf://user/name``, or any fsspec URL
     (``s3://bucket/path``).
     """
     upload_private: bool = True
-    """A hub repository that is made for the upload is private."""
+    """Make a new hub repository private."""
     dry_run: bool = False
-    """Write and upload nothing; say what would be written, from what, how large, and what would be
-    uploaded.
+    """Write and upload nothing; report what would be written, from what, its size, and what would
+    be uploaded.
     """

@@ -112,7 +112,7 @@ class RowStream:
         blocks, after = self._read_window(cursor)
         return self._arrange(blocks, cursor.window), after
 
-    def check(self) -> set[str]:
+    def find_unknown_fields(self) -> set[str]:
         """Look at the first window as a preflight looks at files.
 
         Returns:

@@ -99,7 +99,7 @@ def _parse_source(entry: Any, key: str, default_format: str) -> Source:
             raise ConfigError(
                 f"{key}.{unknown[0]}: unknown; a source has {', '.join(sorted(known))}"
             )
-        source = Source(**{"format": default_format, **entry, **_checked(entry, key)})
+        source = Source(**{"format": default_format, **entry, **_resolve_entry(entry, key)})
     else:
         raise ConfigError(
             f"{key}={entry}: a file name, or a mapping with path, such as {{path: a.jsonl,"
@@ -111,7 +111,7 @@ def _parse_source(entry: Any, key: str, default_format: str) -> Source:
     return source
 
 
-def _checked(entry: dict[str, Any], key: str) -> dict[str, Any]:
+def _resolve_entry(entry: dict[str, Any], key: str) -> dict[str, Any]:
     """Values of a mapping that are not what they should be are refused."""
     for name, allowed in (("limit", int), ("repeat", int), ("weight", int | float)):
         value = entry.get(name)
@@ -187,7 +187,7 @@ def resolve_files(source: Source) -> list[DataFile]:
         )
     prefix = "" if "://" not in path else path.split("://")[0] + "://"
     return [
-        DataFile(prefix + name.removeprefix(prefix), _checked_kind(name))
+        DataFile(prefix + name.removeprefix(prefix), _resolve_kind(name))
         for name in _as_given(names, path)
     ]
 
@@ -241,7 +241,7 @@ def _kind(name: str) -> str | None:
     return KINDS.get(path.suffix)
 
 
-def _checked_kind(name: str) -> str:
+def _resolve_kind(name: str) -> str:
     kind = _kind(name)
     if kind is None:
         raise DataError(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def find_overlong(
+def find_overlong_sources(
     stores: Sequence[TokenStore], max_seq_length: int, allowed_share: float
 ) -> list[Problem]:
     """Find sources of which more than the allowed share was dropped or truncated."""

@@ -170,9 +170,8 @@ def read_adapter(folder: Path) -> Adapter:
     adapter = Adapter(
         folder=folder, settings=settings, modules=modules, shapes=shapes, handle=handle
     )
-    problems = [*_find_incomplete(adapter), *_find_contradictions(adapter)] or find_bad_tensors(
-        file
-    )
+    problems = [*_find_incomplete(adapter), *_find_contradictions(adapter)]
+    problems = problems or find_bad_tensors(file)
     if not any(
         part in parts.keys
         for parts in modules.values()

@@ -70,7 +70,7 @@ def parse_hub_url(url: str) -> HubPlace:
     return HubPlace(match["repo"], match["branch"])
 
 
-def check_token(url: str) -> str:
+def resolve_token(url: str) -> str:
     """The token of the environment.
 
     Raises:
@@ -104,7 +104,7 @@ def upload_to_hub(folder: Path, url: str, private: bool, say: Callable[[str], No
 
     place = parse_hub_url(url)
     try:
-        _upload(HfApi(token=check_token(url)), place, folder, private, say)
+        _upload(HfApi(token=resolve_token(url)), place, folder, private, say)
     except OfflineModeIsEnabled as error:
         raise PermanentCopyError("was not filled: HF_HUB_OFFLINE is set; unset it") from error
     except HFValidationError as error:

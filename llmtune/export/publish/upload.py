@@ -29,9 +29,9 @@ from llmtune.errors import (
 )
 from llmtune.export.publish.hub import (
     HUB,
-    check_token,
     is_export_manifest,
     parse_hub_url,
+    resolve_token,
     upload_to_hub,
 )
 from llmtune.security.redaction import redact
@@ -67,7 +67,7 @@ def check_upload(url: str, dry_run: bool = False) -> None:
     if url.startswith(HUB):
         parse_hub_url(url)
         if not dry_run:
-            check_token(url)
+            resolve_token(url)
         return
     shown = f"export.upload={redact(url)}"
     protocol = url.split("::")[-1].partition("://")[0] if "://" in url else "file"

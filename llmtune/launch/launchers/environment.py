@@ -1,6 +1,4 @@
-"""The environment variables of a rank, as DeepSpeed's launcher would set them, and what a launcher
-left in ours.
-"""
+"""Set the environment variables of ranks, as DeepSpeed's launcher does, and read a launcher's."""
 
 from __future__ import annotations
 
@@ -23,11 +21,10 @@ FAILURE_DIR = "LLMTUNE_FAILURE_DIR"
 
 
 def set_defaults(accelerator: str, ranks_on_node: int) -> None:
-    """Variables that must stand before torch and DeepSpeed are imported; what the user has set
-    wins.
+    """Set variables before torch and DeepSpeed are imported; the user's own values win.
 
-    Not so DS_ACCELERATOR: the plan has honored it where it was not overruled, and was made for
-    ``accelerator``.
+    Only DS_ACCELERATOR is overwritten: the plan followed it unless a key overruled it, and was made
+    for ``accelerator``.
     """
     os.environ["DS_ACCELERATOR"] = accelerator
     use_own_ninja()
@@ -39,7 +36,7 @@ def set_defaults(accelerator: str, ranks_on_node: int) -> None:
     }
     set_thread_default(ranks_on_node)
     if accelerator == "cpu":
-        # What the CPU accelerator counts as its devices.
+        # DeepSpeed's CPU accelerator takes it for the number of its devices.
         defaults["LOCAL_SIZE"] = str(ranks_on_node)
     else:
         set_allocator_default()
@@ -48,14 +45,13 @@ def set_defaults(accelerator: str, ranks_on_node: int) -> None:
 
 
 def set_allocator_default() -> None:
-    """Settings of torch's allocators on CUDA, which reads them once, when it is first used; what
-    the user has set wins.
+    """Set torch's allocators on CUDA, which read the variable at their first use; the user's wins.
 
-    Segments that grow leave no holes behind. And pinned memory is rounded up to a power of two
-    unless the allocator is told not to, from 16 MiB on: the gradients of a 70B model on a host,
-    17.6 GB a rank, would take 34.4.
+    Segments that grow leave no holes. Pinned memory is otherwise rounded up to a power of two: the
+    gradients of a 70B model on a host, 17.6 GB per rank, would take 34.4. Exact sizes apply from
+    16 MiB on.
     """
-    # The old name wins where both are set, so that ours must not stand beside the user's new one.
+    # torch prefers the old name where both are set: ours must not be set beside the user's new one.
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         exact = f",{EXACT_PINS}:16" if knows_exact_pins() else ""
         os.environ[ALLOCATOR_VARIABLES[0]] = f"expandable_segments:True{exact}"
@@ -63,9 +59,7 @@ def set_allocator_default() -> None:
 
 @contextlib.contextmanager
 def restored_environment() -> Iterator[None]:
-    """Variables that are set in the block are for the processes that are started in it: this one
-    has all cores.
-    """
+    """In the block, set variables for child processes; this process gets its own back after it."""
     before = dict(os.environ)
     try:
         yield
@@ -75,11 +69,11 @@ def restored_environment() -> Iterator[None]:
 
 
 def return_freed_memory() -> None:
-    """Have malloc give large blocks back at once, in the ranks to come.
+    """Make malloc return large blocks at once, in ranks that are started afterwards.
 
-    Where states pass through memory on their way to NVMe, glibc otherwise keeps what was freed: a
-    CPU rank of a 126 M model grew to 2.3 GB instead of 1.5. It costs page faults, so that rungs
-    which have the memory do without.
+    Where states pass through memory on their way to NVMe, glibc otherwise keeps freed memory: a CPU
+    rank of a 126 M model grew to 2.3 GB instead of 1.5. It costs page faults, so that rungs with
+    enough memory do without.
     """
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 * 2**20))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(128 * 2**20))
@@ -88,8 +82,8 @@ def return_freed_memory() -> None:
 def use_own_ninja() -> None:
     """Put this environment's programs first, as activating it would.
 
-    Two versions of ninja hash the same command differently, so an environment that is sometimes
-    activated and sometimes not compiles every op anew at each change, half a minute each.
+    Two versions of ninja hash the same command differently. An environment that is activated only
+    sometimes would compile every op again at each change, half a minute each.
     """
     own = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
@@ -100,17 +94,21 @@ def use_own_ninja() -> None:
 def set_thread_default(ranks_on_node: int) -> None:
     """Share the cores among the ranks; torch reads the variable once, when it is first imported.
 
-    Those of a process that starts ranks are for all of them. A rank may have been given cores of
-    its own, as Slurm does: then it takes these, and no more than its share of the machine.
+    The cores of a process that starts ranks are for all of them. A rank may have been bound to
+    cores, as by Slurm: it takes these, and no more than its share of the machine.
     """
-    mine, share = len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // ranks_on_node
-    threads = min(mine, share) if "RANK" in os.environ else mine // ranks_on_node
+    cores = len(os.sched_getaffinity(0))
+    if "RANK" in os.environ:
+        threads = min(cores, (os.cpu_count() or 1) // ranks_on_node)
+    else:
+        threads = cores // ranks_on_node
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 
 def launched_ranks_on_node() -> int:
-    """Ranks that a foreign launcher started on this machine: torchrun's variable, DeepSpeed's, or
-    all there are.
+    """Return the ranks that a foreign launcher started on this machine.
+
+    By torchrun's variable, by DeepSpeed's, or all there are.
     """
     return int(
         os.environ.get("LOCAL_WORLD_SIZE")
@@ -120,19 +118,19 @@ def launched_ranks_on_node() -> int:
 
 
 def launched_nodes() -> int:
-    """Machines that a foreign launcher started ranks on: DeepSpeed's variable, torchrun's, or by
-    their number.
+    """Return the number of machines with ranks of a foreign launcher.
+
+    By DeepSpeed's variable, by torchrun's, or by the ranks per machine.
     """
     given = os.environ.get("CROSS_SIZE") or os.environ.get("GROUP_WORLD_SIZE")
     return int(given) if given else -(-int(os.environ["WORLD_SIZE"]) // launched_ranks_on_node())
 
 
 def set_network_default() -> None:
-    """Have gloo use the network interface that leads to rank 0's machine; what the user has set
-    wins.
+    """Make gloo use the network interface that leads to rank 0's machine; the user's choice wins.
 
-    By itself it takes the address of this machine's own name, which in many an ``/etc/hosts`` is
-    that of the loopback: the ranks of other machines then connect to themselves.
+    By itself it takes the address of this machine's own name, which many an ``/etc/hosts`` sets to
+    the loopback: ranks of other machines then connect to themselves.
     """
     if launched_nodes() > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
         name = interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -141,23 +139,21 @@ def set_network_default() -> None:
 
 
 def interface_towards(host: str, port: int) -> str | None:
-    """The network interface through which packets to ``host`` leave; where that is the loopback,
-    the only other one.
+    """Return the network interface for packets to ``host``.
 
-    None where that is not clear.
+    Where that is the loopback, the only other one; None where there are several.
     """
     names = {
         address.address.split("%")[0]: name
-        for name, all_ in psutil.net_if_addrs().items()
-        for address in all_
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
     }
     own = "127.0.0.1"
     with contextlib.suppress(OSError):
-        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[
-            0
-        ]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, target = found[0]
         with socket.socket(family, kind, protocol) as probe:
-            # Of a datagram socket, this sends nothing.
+            # Connecting a datagram socket sends nothing.
             probe.connect(target)
             own = probe.getsockname()[0].split("%")[0]
     loopback = names.get("127.0.0.1")
@@ -175,23 +171,20 @@ def interface_towards(host: str, port: int) -> str | None:
 
 
 def extensions_dir() -> Path:
-    """Compiled DeepSpeed ops, one folder an environment: two that share one rebuild each other's
-    ops for ever.
+    """Return the folder of compiled DeepSpeed ops.
 
-    An environment that others may write to has none: what is compiled is loaded into every rank.
+    It is in the Python environment, because two environments with one folder rebuild each other's
+    ops. An environment that others may write to is not used: every rank loads the ops as code.
 
     Raises:
-        MissingPrerequisiteError: It is to lie in the home of a user who has none.
+        MissingPrerequisiteError: It would be in the home of a user who has none.
     """
-    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(given)
-    own = Path(sys.prefix)
-    if (
-        sys.prefix != sys.base_prefix
-        and os.access(own, os.W_OK)
-        and find_owner_problem(own) is None
-    ):
-        return own / "torch_extensions"
+    if named := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(named)
+    prefix = Path(sys.prefix)
+    is_environment = sys.prefix != sys.base_prefix and os.access(prefix, os.W_OK)
+    if is_environment and find_owner_problem(prefix) is None:
+        return prefix / "torch_extensions"
     try:
         return Path.home() / ".cache" / "torch_extensions"
     except RuntimeError as error:
@@ -202,10 +195,9 @@ def extensions_dir() -> Path:
 
 
 def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -> dict[str, str]:
-    """The whole environment of one rank of this node, whose ranks talk to each other alone.
+    """Return the whole environment of one rank of a run on this machine alone.
 
-    They meet at :func:`meeting_file`; the address and the port only give their shared memory a name
-    of its own.
+    Ranks meet at :func:`meeting_file`; address and port only name their shared memory.
     """
     return {
         **os.environ,
@@ -223,36 +215,34 @@ def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -
 
 
 def meeting_file(failure_dir: Path) -> Path:
-    """Where ranks of this node meet; the folder is the supervisor's, of one attempt, and closed to
-    other users.
-    """
+    """Return the file through which ranks of this machine meet, in a folder that only they open."""
     return failure_dir / "meeting"
 
 
 def loopback_only() -> dict[str, str]:
-    """Have gloo and NCCL listen on the loopback interface alone, whatever is set for runs on
-    several machines.
+    """Return variables that make gloo and NCCL listen on the loopback interface alone.
 
-    By themselves they take the address of the machine's name, and NCCL the first interface that is
-    not the loopback; what listens there takes part in the run of whoever connects. Empty where
-    there is no such interface.
+    They override what is set for runs on several machines. By themselves, gloo takes the address of
+    the machine's name, and NCCL the first interface that is not the loopback, where anybody could
+    connect to the run. Empty where there is no loopback interface.
     """
     names = [
         name
         for name, addresses in psutil.net_if_addrs().items()
         if any(address.address == "127.0.0.1" for address in addresses)
     ]
-    # Without the sign of equality, NCCL takes every interface whose name begins so.
-    return {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": f"={names[0]}"} if names else {}
+    if not names:
+        return {}
+    # Without the equals sign, NCCL takes every interface whose name begins so.
+    return {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": f"={names[0]}"}
 
 
 def remove_shared_buffers(port: int, address: str = "127.0.0.1") -> None:
-    """Delete what DeepSpeed's CPU collectives leave in ``/dev/shm``: 69 MB a rank and run, of
-    memory, for ever.
+    """Delete the files that DeepSpeed's CPU collectives leave in ``/dev/shm``: 69 MB per rank.
 
-    The files are named by user, address and port of the process group (``csrc/cpu/comm/shm.cpp``).
-    Ranks open them once, when they join it; behind that the names can go, and the memory goes with
-    the last rank, however it ends.
+    They are named by user, address and port of the process group (``csrc/cpu/comm/shm.cpp``). Ranks
+    open them when they join it; after that the names can go, and the memory is freed with the last
+    rank, however it ends.
     """
     for file in Path("/dev/shm").glob(
         f"deepspeed_allreduce_buffer_{os.getuid()}_{glob.escape(address)}_{port}_*"
@@ -262,11 +252,10 @@ def remove_shared_buffers(port: int, address: str = "127.0.0.1") -> None:
 
 
 def hold_port() -> socket.socket:
-    """A socket that holds a free TCP port until it is closed: nobody else is given it, and somebody
-    could still listen on it.
+    """Reserve a free TCP port until the returned socket is closed; others may still listen on it.
 
-    Linux lets two sockets with SO_REUSEADDR, which torch's store sets too, share a port of which
-    one at the most listens.
+    Linux lets two sockets with SO_REUSEADDR, which torch's store sets too, share a port if at most
+    one of them listens.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

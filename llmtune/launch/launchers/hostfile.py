@@ -1,6 +1,4 @@
-"""``launch.hostfile``: hand the command over to DeepSpeed's runner, which starts ranks on several
-machines through ssh.
-"""
+"""Run a command with ``launch.hostfile``: DeepSpeed's runner starts its ranks through ssh."""
 
 from __future__ import annotations
 
@@ -17,24 +15,23 @@ from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.security.redaction import describe_secret_overrides
 from llmtune.security.trust import require_own
 
-# : Beginnings of names that DeepSpeed's runner hands on and ranks do not need; MLflow's are mostly
-# keys.
-_HANDED_ON = ("MLFLOW",)
+#: Prefixes of variables that DeepSpeed's runner passes on and ranks do not need; most are keys.
+_PASSED_ON = ("MLFLOW",)
 
-#: Names of variables that say which libraries, modules and programs a process loads.
+#: Variables that decide which libraries, modules and programs a process loads.
 _EXECUTED = re.compile(r"(LD_|DYLD_|PYTHON).*|PATH|BASH_ENV|ENV|.*(PLUGIN|PRELOAD|INJECTION).*")
 
-# : A name or an address: pdsh and ssh take what begins with a hyphen for an option, and have signs
-# of their own.
+#: A host name or address: pdsh and ssh take what begins with a hyphen for an option, and interpret
+#: other signs.
 _HOST = re.compile(r"(?:[A-Za-z_][A-Za-z0-9._-]*@)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,4})\s*(?:#.*)?")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Host -> ranks on it, as DeepSpeed reads the file: ``HOST slots=N`` a line, and comments.
+    """Read the ranks per host, as DeepSpeed does: one ``HOST slots=N`` per line, and comments.
 
     Raises:
-        ConfigError: With the line.
+        ConfigError: The file or one of its lines cannot be read; with the line.
     """
     try:
         lines = path.read_text().splitlines()
@@ -68,11 +65,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def exec_runner(path: Path, arguments: Sequence[str]) -> NoReturn:
-    """Become DeepSpeed's runner, with the same arguments for every rank.
+    """Replace this process by DeepSpeed's runner, with the same arguments for every rank.
 
     Raises:
-        ConfigError: The file is not right.
-        MissingPrerequisiteError: What reaches the other machines is missing.
+        ConfigError: The host file is wrong, or a secret is among the arguments.
+        MissingPrerequisiteError: A program that reaches the other machines is missing.
     """
     _check_arguments(arguments)
     command = runner_command(path, arguments)
@@ -82,7 +79,7 @@ def exec_runner(path: Path, arguments: Sequence[str]) -> NoReturn:
 
 
 def runner_command(path: Path, arguments: Sequence[str]) -> list[str]:
-    """DeepSpeed's runner of this environment, and what it is to start.
+    """Return the command line of DeepSpeed's runner in this environment.
 
     Raises:
         As :func:`exec_runner`.
@@ -92,10 +89,10 @@ def runner_command(path: Path, arguments: Sequence[str]) -> list[str]:
     if missing:
         raise MissingPrerequisiteError(
             f"launch.hostfile={path} needs {' and '.join(missing)} here (apt-get install pdsh"
-            " openssh-client), or start one command a machine: torchrun --nnodes ... --module"
+            " openssh-client), or start one command per machine: torchrun --nnodes ... --module"
             " llmtune ..."
         )
-    # The rank's number is in the environment too; as an argument it would stand before the verb.
+    # The local rank is in the environment too; as an argument it would come before the verb.
     runner = [
         "-m",
         "deepspeed.launcher.runner",
@@ -109,15 +106,15 @@ def runner_command(path: Path, arguments: Sequence[str]) -> list[str]:
 
 
 def runner_environment() -> dict[str, str]:
-    """What DeepSpeed's runner is given: it hands variables on as arguments of pdsh and ssh, which
-    all users of every machine see.
+    """Return the environment of DeepSpeed's runner.
 
-    So do the lines of ``.deepspeed_env``. The ranks take their keys from ``.env``, or from the
+    The runner passes variables, and the lines of ``.deepspeed_env``, on as arguments of pdsh and
+    ssh, which all users of every machine can see. Ranks take their keys from ``.env``, or from the
     environment of their machine.
 
     Raises:
-        MissingPrerequisiteError: The working folder's ``.deepspeed_env`` is another user's, or says
-            what ranks execute: the folder may have come from somebody else.
+        MissingPrerequisiteError: The working folder's ``.deepspeed_env`` is another user's, or
+            decides what ranks execute: the folder may be someone else's.
     """
     listed = Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env"))
     if listed.is_file():
@@ -134,25 +131,25 @@ def runner_environment() -> dict[str, str]:
                 f"{listed} in the working folder sets {', '.join(executed)}, which says what every"
                 " node executes; move it to ~/.deepspeed_env"
             )
-    return {name: value for name, value in os.environ.items() if not name.startswith(_HANDED_ON)}
+    return {name: value for name, value in os.environ.items() if not name.startswith(_PASSED_ON)}
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """
+    """Refuse secrets, which would be visible in the command lines of every machine.
+
     Raises:
-        ConfigError: A password would stand on the command line of every machine.
+        ConfigError: With the keys that hold one.
     """
     if shown := describe_secret_overrides(arguments):
         raise ConfigError(f"launch.hostfile: {shown.removeprefix('note: ')}")
 
 
 def quote_for_pdsh(argument: str) -> str:
-    """An argument as it must be given to DeepSpeed's runner, so that the shell at the other end of
-    pdsh reads it unchanged.
+    """Quote an argument for DeepSpeed's runner so that the remote shell of pdsh reads it unchanged.
 
-    The runner itself puts double quotes around what has a blank, and a backslash before the double
-    quotes in it (``PDSHRunner.parse_user_args``); it does nothing else. pdsh replaces ``%n``,
-    ``%h`` and ``%u``.
+    The runner only puts double quotes around an argument with a blank, and a backslash before its
+    double quotes (``PDSHRunner.parse_user_args`` of DeepSpeed 0.19.8). pdsh replaces ``%n``, ``%h``
+    and ``%u``.
     """
     text = argument.replace("%", "%%")
     return re.sub(r"([\\$`])", r"\\\1", text) if " " in text else shlex.quote(text)

@@ -1,8 +1,7 @@
-"""Which launcher started this process as one of several ranks, and whether it is one at all: the
-one place that decides.
+"""Find out which launcher, if any, started this process as one of several ranks.
 
-The variables are those of ``torch.distributed``'s ``env://``. Launchers also set LOCAL_RANK, but
-for Kubernetes' training operator, which starts one process a pod:
+The variables are those of ``torch.distributed``'s ``env://``. Launchers also set LOCAL_RANK, except
+Kubernetes' training operator, which starts one process per pod:
 https://www.kubeflow.org/docs/components/trainer/legacy-v1/user-guides/pytorch/
 """
 
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.launch.launchers.slurm import adopt_slurm
 
-#: Until all ranks have come, where nothing says that there is somebody who starts them.
+#: Time for all ranks to join, where nothing shows that a launcher starts them.
 UNATTENDED_SECONDS = 60.0
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-#: The number of processes that MPI's launchers (Open MPI; MPICH and Intel MPI) tell each of them.
+#: Number of processes, as launchers of Open MPI, and of MPICH and Intel MPI, set it.
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 #: Set in the tasks of ``srun --pty``.
 _SLURM_TERMINAL = "SLURM_PTY_PORT"
@@ -29,7 +28,7 @@ _ADVICE = "let torchrun, deepspeed or srun start the ranks (docs/nodes.md)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launcher:
-    """Who started the ranks of which this process is one."""
+    """The launcher that started this process as one of several ranks."""
 
     name: str
     rank: int
@@ -37,19 +36,17 @@ class Launcher:
     meeting: str
     """Host and port of rank 0."""
     stays: bool = False
-    """Whether it is the parent, which stays until its ranks end."""
+    """It is the parent process, and lives until its ranks end."""
     unattended: str = ""
-    """What to do when the others do not come, where the variables alone speak for a launcher; else
-    empty.
-    """
+    """Advice for the case that the other ranks do not join; empty where a launcher watches them."""
 
     @property
     def meet_seconds(self) -> float | None:
-        """How long to wait for the other ranks; None where the launcher sees to them."""
+        """Seconds to wait for the other ranks; None where a launcher watches them."""
         return UNATTENDED_SECONDS if self.unattended else None
 
     def describe(self) -> str:
-        """What was found, and whom this rank waits for."""
+        """Describe the launcher, and which ranks this one waits for."""
         text = f"{self.name}: rank {self.rank} of {self.world_size}"
         others = self.world_size - 1
         if others:
@@ -60,15 +57,17 @@ class Launcher:
 def adopt_launcher(
     environ: MutableMapping[str, str], say: Callable[[str], None]
 ) -> Launcher | None:
-    """The launcher of this process, whose missing variables are added; None where llmtune itself is
-    to start the ranks.
+    """Find the launcher of this process, and add the variables that it did not set.
 
     Args:
-        say: Told what was found, where that is not what the user sees anyway.
+        say: Prints to the user what was found.
+
+    Returns:
+        The launcher; None where llmtune itself starts the ranks.
 
     Raises:
-        MissingPrerequisiteError: The variables contradict each other, or somebody means several
-            processes to train together and has not given them what they need for it.
+        MissingPrerequisiteError: The variables contradict each other, or processes were started to
+            train together without the variables that they need.
     """
     from_slurm = adopt_slurm(environ)
     if not {"RANK", "WORLD_SIZE"} <= environ.keys():
@@ -134,12 +133,12 @@ def _name(environ: Mapping[str, str], from_slurm: bool) -> str:
 
 
 def _advice_alone(environ: Mapping[str, str], name: str) -> str:
-    """What to do where others may never come; empty where a launcher sees to them."""
+    """Return advice for ranks that may never join; empty where a launcher watches them."""
     if name == _VARIABLES_ALONE:
         return f"The environment says {_given(environ)}. {_unset(environ)}"
     if name == _SLURM and _SLURM_TERMINAL in environ:
-        # A shell that somebody opened on a node has the variables of its step, and so has all that
-        # is started in it.
+        # An interactive shell on a node, and all that is started in it, has the variables of its
+        # step.
         return (
             f"This is task {environ['SLURM_PROCID']} of srun --pty. In a shell that it opened,"
             " start the ranks with srun, or with env -u SLURM_PROCID python -m llmtune, which"
@@ -149,33 +148,30 @@ def _advice_alone(environ: Mapping[str, str], name: str) -> str:
 
 
 def _complete_node(environ: MutableMapping[str, str], name: str) -> None:
-    """Without LOCAL_RANK this is the only rank of its machine."""
+    """Set LOCAL_RANK where it is missing: this is the only rank of its machine."""
     if "LOCAL_RANK" in environ:
         _number(environ, "LOCAL_RANK")
         return
-    a_node = environ.get("LOCAL_WORLD_SIZE") or environ.get("PET_NPROC_PER_NODE", "1")
-    if _NUMBER.fullmatch(a_node) and int(a_node) > 1:
-        torchrun = (
-            "take torchrun -m llmtune ... as the command, which starts them"
-            if name == _KUBERNETES
-            else _ADVICE
-        )
+    ranks = environ.get("LOCAL_WORLD_SIZE") or environ.get("PET_NPROC_PER_NODE", "1")
+    if _NUMBER.fullmatch(ranks) and int(ranks) > 1:
+        advice = _ADVICE
+        if name == _KUBERNETES:
+            advice = "take torchrun -m llmtune ... as the command, which starts them"
         raise MissingPrerequisiteError(
-            f"{_given(environ)} without LOCAL_RANK, and {a_node} ranks on this machine: {torchrun}"
+            f"{_given(environ)} without LOCAL_RANK, and {ranks} ranks on this machine: {advice}"
         )
     environ["LOCAL_RANK"], environ["LOCAL_WORLD_SIZE"] = "0", "1"
 
 
 def _refuse_others(environ: Mapping[str, str]) -> None:
-    """Those who start several processes, none of which would know of the others."""
+    """Refuse launchers whose processes would not know of each other."""
     for name in _MPI_SIZES:
         if environ.get(name, "1") not in ("0", "1"):
             raise MissingPrerequisiteError(
                 f"{name}={environ[name]}: MPI started {environ[name]} processes, which would each"
                 f" train alone; {_ADVICE}"
             )
-    # MIN:MAX in elastic jobs. The training operator sets it for torchrun, which is then to be the
-    # pod's command.
+    # MIN:MAX in elastic jobs. The training operator sets it for torchrun as the pod's command.
     nodes = environ.get("PET_NNODES", "1").rpartition(":")[2]
     if nodes != "1" and "TORCHELASTIC_RUN_ID" not in environ:
         raise MissingPrerequisiteError(

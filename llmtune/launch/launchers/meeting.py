@@ -1,6 +1,4 @@
-"""Ranks that nobody is known to have started meet within a minute, or end with advice instead of
-waiting without a word.
-"""
+"""Let ranks without a known launcher meet within a minute, or end with advice."""
 
 from __future__ import annotations
 
@@ -19,14 +17,13 @@ _LOOK_SECONDS = 0.1
 
 
 def await_ranks(launcher: Launcher) -> TCPStore | None:
-    """Wait for the other ranks; at once where the launcher sees to them.
+    """Wait for the other ranks; return at once where a launcher watches them.
 
     Returns:
-        The store at which they met, to be held until the process group has been made: its server is
-        the same one then.
+        The store at which they met. Hold it until the process group exists, which uses its server.
 
     Raises:
-        MissingPrerequisiteError: Some did not come in ``launcher.meet_seconds``, or cannot be
+        MissingPrerequisiteError: Some did not join within ``launcher.meet_seconds``, or cannot be
             reached.
     """
     seconds = launcher.meet_seconds
@@ -46,19 +43,19 @@ def await_ranks(launcher: Launcher) -> TCPStore | None:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        here = store.add(_KEY, 1)
-        while here < launcher.world_size and time.monotonic() < deadline:
+        joined = store.add(_KEY, 1)
+        while joined < launcher.world_size and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
-            here = store.add(_KEY, 0)
+            joined = store.add(_KEY, 0)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise _given_up(
             launcher, f"rank {launcher.rank} cannot meet the others at {launcher.meeting}: {reason}"
         ) from error
-    if here < launcher.world_size:
+    if joined < launcher.world_size:
         raise _given_up(
             launcher,
-            f"{here} of {launcher.world_size} ranks came to {launcher.meeting} within"
+            f"{joined} of {launcher.world_size} ranks came to {launcher.meeting} within"
             f" {seconds:g} s",
         )
     return store

@@ -1,5 +1,4 @@
-"""A rank's variables from those of a Slurm job step, so that ``srun python -m llmtune ...`` is one
-rank a task.
+"""Derive a rank's variables from a Slurm job step: one rank per task of ``srun``.
 
 Slurm's variables: https://slurm.schedmd.com/srun.html (OUTPUT ENVIRONMENT VARIABLES).
 """
@@ -12,31 +11,32 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.units import counted
 
-# : Only ``srun`` sets them, in the tasks of a step: a batch script and a shell of ``salloc`` have
-# the job's variables alone.
+#: Set by ``srun`` alone, in the tasks of a step; a batch script and a shell of ``salloc`` have only
+#: the job's variables.
 _STEP_VARIABLES = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
-#: What a launcher sets; a user may set the other two, MASTER_ADDR and MASTER_PORT.
+#: Variables of a launcher; users may set the other two, MASTER_ADDR and MASTER_PORT.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
-# : Below Linux's ephemeral ports (32768 and up), of which one may be in use for an outgoing
-# connection.
+#: Below Linux's ephemeral ports (32768 and up), any of which an outgoing connection may use.
 _FIRST_PORT, _PORTS = 15000, 16384
-#: Steps of one job that run at the same time take other ports than those of the job after it.
-_PORTS_A_JOB = 31
+#: Ports per job, so that simultaneous steps of one job do not take those of the next job.
+_PORTS_PER_JOB = 31
 
 _COUNT = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
-# : Slurm itself lists no more nodes (``MAX_SLURM_NODES``); one name has brackets for racks, chassis
-# and the like.
+#: Slurm's own limit of nodes (``MAX_SLURM_NODES``); one name may have brackets for racks and
+#: chassis.
 _MAX_NODES, _MAX_BRACKETS = 65536, 8
 _NUMBER = re.compile(r"[0-9]{1,18}")
-_ADVICE = "start one task a GPU: srun --ntasks-per-node=GPUS python -m llmtune ..."
+_ADVICE = "start one task per GPU: srun --ntasks-per-node=GPUS python -m llmtune ..."
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
-    """Add a launcher's variables where this process is one of several tasks of a step; whether it
-    is.
+    """Set a launcher's variables where this process is one of several tasks of a step.
 
-    MASTER_ADDR and MASTER_PORT stay what the user has set.
+    MASTER_ADDR and MASTER_PORT of the user are kept.
+
+    Returns:
+        Whether it is one of several tasks.
 
     Raises:
         MissingPrerequisiteError: Slurm's variables are missing or contradict each other.
@@ -51,7 +51,7 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
 
 
 def derive_rank(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a launcher would set in this task; empty where there is no step of several tasks.
+    """Return a launcher's variables for this task; empty where there is no step of several tasks.
 
     Raises:
         MissingPrerequisiteError: Slurm's variables are missing or contradict each other.
@@ -62,7 +62,7 @@ def derive_rank(environ: Mapping[str, str]) -> dict[str, str]:
     world_size = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     rank, local_rank = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
     hosts = _hosts(environ)
-    counts = _tasks_a_node(environ, len(hosts))
+    counts = _tasks_per_node(environ, len(hosts))
     node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else _node_of(rank, counts)
     if len(counts) != len(hosts) or sum(counts) != world_size:
         raise MissingPrerequisiteError(
@@ -91,7 +91,7 @@ def derive_rank(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def expand_hosts(text: str) -> list[str]:
-    """``gpu[01-03,07],big5`` as a list of host names, as ``scontrol show hostnames`` gives it.
+    """Expand ``gpu[01-03,07],big5`` into host names, as ``scontrol show hostnames`` does.
 
     Raises:
         ValueError: It is no such list.
@@ -108,7 +108,7 @@ def expand_hosts(text: str) -> list[str]:
 
 
 def expand_counts(text: str) -> list[int]:
-    """``4(x2),3`` as 4, 4, 3.
+    """Expand ``4(x2),3`` into 4, 4, 3.
 
     Raises:
         ValueError: It is no such list.
@@ -126,7 +126,7 @@ def expand_counts(text: str) -> list[int]:
 
 
 def _split(text: str) -> Iterator[str]:
-    """At the commas outside of brackets."""
+    """Split at the commas outside of brackets."""
     depth, start = 0, 0
     for place, sign in enumerate(text):
         depth += (sign == "[") - (sign == "]")
@@ -141,9 +141,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _expand(part: str) -> Iterator[str]:
-    """The first bracket, and what follows it with each of its numbers; there may be several
-    (``rack[1-2]n[1-4]``).
-    """
+    """Expand the first bracket, and then what follows, as in ``rack[1-2]n[1-4]``."""
     before, bracket, rest = part.partition("[")
     if not bracket:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part):
@@ -158,7 +156,7 @@ def _expand(part: str) -> Iterator[str]:
             raise ValueError(part)
         for number in range(int(first), int(last) + 1):
             name = f"{before}{number:0{len(first)}d}"
-            # What follows may be nothing, or begin with a digit: it is expanded with its head on.
+            # With the name so far, because the rest may be empty or begin with a digit.
             yield from _expand(name + after)
 
 
@@ -172,7 +170,7 @@ def _hosts(environ: Mapping[str, str]) -> list[str]:
         ) from None
 
 
-def _tasks_a_node(environ: Mapping[str, str], nodes: int) -> list[int]:
+def _tasks_per_node(environ: Mapping[str, str], nodes: int) -> list[int]:
     names = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")
     name, text = _text(environ, *names)
     try:
@@ -181,11 +179,13 @@ def _tasks_a_node(environ: Mapping[str, str], nodes: int) -> list[int]:
         raise MissingPrerequisiteError(
             f"{name}={text!r} is no list of task counts such as 4(x2),3"
         ) from None
-    return counts * nodes if name == "SLURM_NTASKS_PER_NODE" and len(counts) == 1 else counts
+    if name == "SLURM_NTASKS_PER_NODE" and len(counts) == 1:
+        return counts * nodes
+    return counts
 
 
 def _node_of(rank: int, counts: list[int]) -> int:
-    """Under Slurm's block distribution."""
+    """Return the node of a rank under Slurm's block distribution."""
     for node in range(len(counts)):
         if rank < sum(counts[: node + 1]):
             return node
@@ -193,23 +193,20 @@ def _node_of(rank: int, counts: list[int]) -> int:
 
 
 def _sees_one_gpu(environ: Mapping[str, str]) -> bool:
-    """Whether Slurm shows this task its own GPU only (``--gpus-per-task=1``), which is then number
-    0.
-    """
+    """Whether this task sees its own GPU only, as number 0 (``--gpus-per-task=1``)."""
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
     return visible != "" and "," not in visible
 
 
 def _port(environ: Mapping[str, str]) -> int:
     step = environ.get("SLURM_STEP_ID", "0")
-    job = _number(environ, "SLURM_JOB_ID", "SLURM_JOBID") * _PORTS_A_JOB + (
-        int(step) if _NUMBER.fullmatch(step) else 0
-    )
-    return _FIRST_PORT + job % _PORTS
+    job = _number(environ, "SLURM_JOB_ID", "SLURM_JOBID")
+    offset = job * _PORTS_PER_JOB + (int(step) if _NUMBER.fullmatch(step) else 0)
+    return _FIRST_PORT + offset % _PORTS
 
 
 def _text(environ: Mapping[str, str], *names: str) -> tuple[str, str]:
-    """The first of these variables that is set, and its value."""
+    """Return the name and value of the first of these variables that is set."""
     for name in names:
         if environ.get(name):
             return name, environ[name]

@@ -1,1 +1,1 @@
-"""What must be there before ranks start: compiled ops, a swap folder, cores."""
+"""Prepare what ranks need before they start: compiled ops, a swap folder, cores."""

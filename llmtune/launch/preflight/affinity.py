@@ -1,6 +1,4 @@
-"""Cores near a rank's GPU: an optimizer on the host is bound by memory, which is slower from the
-other socket.
-"""
+"""Bind a rank to the cores near its GPU: memory of the other socket is slower."""
 
 from __future__ import annotations
 
@@ -10,13 +8,14 @@ from llmtune.plan.devices.gpus import near_cores
 
 
 def bind_to_gpu(local_rank: int, ranks_on_node: int) -> set[int] | None:
-    """Keep this process and the threads that it starts to the cores of its GPU's NUMA node; None
-    where that is not done.
+    """Bind this process and its later threads to the cores of its GPU's NUMA node.
 
-    Not where somebody has bound it already (a launcher, Slurm, a container), nor where NVML does
-    not say. Threads are no more than there are cores then: those of the machine were shared out
-    among its ranks before, and all of these may be near one socket. OpenMP's threads wait for each
-    other in a loop, and take many times as long where they have to take turns.
+    A process that was bound before (by a launcher, Slurm, a container) is left alone, and so is one
+    whose GPU NVML does not place. Threads are limited to the cores of this rank: OpenMP's threads
+    spin while they wait for each other, and are many times slower where they share cores.
+
+    Returns:
+        The cores; None where nothing was bound.
     """
     cores = os.sched_getaffinity(0)
     if len(cores) < (os.cpu_count() or 1):
@@ -34,9 +33,7 @@ def bind_to_gpu(local_rank: int, ranks_on_node: int) -> set[int] | None:
 
 
 def _ranks_near(cores: set[int], ranks_on_node: int) -> int:
-    """Ranks whose GPUs are near these cores; 1 where this process sees its own GPU only, and does
-    not know the others'.
-    """
+    """Return the ranks whose GPUs are near these cores; 1 where only the own GPU is visible."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None and len(listed.split(",")) < ranks_on_node:
         return 1

@@ -1,5 +1,4 @@
-"""DeepSpeed's compiled ops, built before any rank needs them: ranks that build at once wait on each
-other's locks.
+"""Build DeepSpeed's ops before ranks need them: ranks that build at once block each other.
 
 ``python -m llmtune.launch.preflight.deepspeed_ops`` builds what this machine can use; the set-up
 scripts call it.
@@ -27,7 +26,7 @@ from llmtune.plan.memory.placement import Placement
 from llmtune.security.trust import find_owner_problem, make_own, open_lock, require_own
 from llmtune.storage.lock import try_lock
 
-#: Op -> why; by the names of DeepSpeed's builders.
+#: DeepSpeed's builder -> what its op is for.
 CPU_OPS = {
     "ShareMemCommBuilder": "collectives of CPU ranks",
     "AsyncIOBuilder": "offload to NVMe (needs libaio-dev)",
@@ -35,13 +34,13 @@ CPU_OPS = {
 CUDA_OPS = {name: CPU_OPS[name] for name in ("AsyncIOBuilder",)}
 
 
-#: Seconds after which somebody who waits for another process's build is told so.
+#: Seconds after which a user is told that another process builds first.
 _PATIENCE_SECONDS = 3.0
 
 #: Compiled and loaded along with AsyncIO.
 _PINNED = "pin_memory"
 
-#: Where else compiled ops may lie.
+#: Advice for another folder of compiled ops.
 INSTEAD = "name a folder of your own with TORCH_EXTENSIONS_DIR"
 
 #: Builder -> name of the compiled module.
@@ -52,14 +51,14 @@ MODULES = {
 
 
 def needed_ops(accelerator: str, placement: Placement | None) -> list[str]:
-    """Builders of ops that a run needs; without a placement, all that any placement does."""
+    """Return the builders of ops that a run needs; without a placement, those of all placements."""
     needed = ["ShareMemCommBuilder"] if accelerator == "cpu" else []
     needed += ["AsyncIOBuilder"] if placement is None or placement.uses_nvme else []
     return needed
 
 
 def has_libaio() -> bool:
-    """Whether the compiler finds the headers of libaio, which lie in different places."""
+    """Whether the compiler finds the headers of libaio."""
     try:
         probe = subprocess.run(
             ["g++", "-E", "-"],
@@ -79,9 +78,7 @@ def is_built(name: str) -> bool:
 
 
 def find_foreign_op() -> Path | None:
-    """What another user may have put in the place of a compiled op: its folder, the op's own, or
-    the file.
-    """
+    """Return a folder or file of the compiled ops that another user may have written, if any."""
     top = extensions_dir()
     if not top.is_dir():
         return None
@@ -103,7 +100,7 @@ def require_own_ops() -> None:
     """Refuse compiled ops that others may have written: every rank loads them as code.
 
     Raises:
-        MissingPrerequisiteError: With what is another's, and what to do.
+        MissingPrerequisiteError: With the file or folder, and what to do.
     """
     foreign = find_foreign_op()
     if foreign is not None:
@@ -111,7 +108,7 @@ def require_own_ops() -> None:
 
 
 def missing_ops(accelerator: str, placement: Placement) -> list[str]:
-    """Those that are not compiled yet.
+    """Return the needed ops that are not compiled yet.
 
     Raises:
         MissingPrerequisiteError: What is compiled may be another user's.
@@ -122,12 +119,11 @@ def missing_ops(accelerator: str, placement: Placement) -> list[str]:
 
 
 def stale_locks() -> list[Path]:
-    """torch's lock files that a killed process left behind: torch waits on them for ever, in
-    silence.
+    """Find torch's lock files that a killed process left behind; torch waits on them for ever.
 
     All of llmtune's processes load and build ops under :func:`hold_ops`, a lock that the kernel
-    drops with its holder. While nobody holds it, a lock file of torch's is stale, unless a compiler
-    of another program works in its folder.
+    drops with its holder. While nobody holds it, a lock file of torch's is stale, unless another
+    program compiles in its folder.
     """
     if not _can_build():
         return []
@@ -136,7 +132,7 @@ def stale_locks() -> list[Path]:
 
 
 def _idle_locks() -> list[Path]:
-    """Locks in whose folder no process works."""
+    """Return the locks in whose folder no process works."""
     found = list(extensions_dir().glob("**/lock"))
     if not found:
         return []
@@ -149,8 +145,7 @@ def _idle_locks() -> list[Path]:
 
 @contextlib.contextmanager
 def hold_ops(say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-    """In the block, no other process of llmtune loads or builds an op; locks that killed ones left
-    behind are removed.
+    """In the block, no other process of llmtune loads or builds an op; stale locks are removed.
 
     Args:
         say: Prints a line to the user, where another process builds first.
@@ -171,7 +166,7 @@ def hold_ops(say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
 
 
 def _can_build() -> bool:
-    """Whether ops can be compiled here: not in an image that is read-only, or another user's."""
+    """Whether the folder of ops can be written; an image may be read-only, or another user's."""
     folder = extensions_dir()
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -179,10 +174,10 @@ def _can_build() -> bool:
 
 
 def _ops_lock() -> IO[str]:
-    """
+    """Open the lock of all builds.
+
     Raises:
-        MissingPrerequisiteError: The folder is another user's, or something in it that would be
-            loaded.
+        MissingPrerequisiteError: The folder, or an op in it, is another user's.
     """
     make_own(extensions_dir(), "DeepSpeed's compiled ops", INSTEAD)
     require_own_ops()
@@ -190,7 +185,7 @@ def _ops_lock() -> IO[str]:
 
 
 def ensure_ops(accelerator: str, placement: Placement, say: Callable[[str], None]) -> None:
-    """Compile what a run needs, one process at a time.
+    """Compile the ops that a run needs, one process at a time.
 
     Raises:
         MissingPrerequisiteError: An op cannot be built here.
@@ -206,9 +201,7 @@ def ensure_ops(accelerator: str, placement: Placement, say: Callable[[str], None
 
 
 def load_ops(accelerator: str, placement: Placement) -> None:
-    """Load a run's ops into this rank before DeepSpeed asks for them, which then finds them
-    loaded.
-    """
+    """Load a run's ops into this rank, so that DeepSpeed later finds them loaded."""
     names = needed_ops(accelerator, placement)
     if names:
         with hold_ops():
@@ -217,16 +210,18 @@ def load_ops(accelerator: str, placement: Placement) -> None:
 
 
 def build_op(name: str) -> bool:
-    """Compile and load one op in this process, inside :func:`hold_ops`; False where the machine
-    cannot.
+    """Compile and load one op in this process, inside :func:`hold_ops`.
 
-    Where nothing can be written, torch cannot take its lock, and what is compiled already is loaded
+    In a read-only folder, torch cannot take its lock, and an op that is compiled already is loaded
     as it is.
 
-    Always by DeepSpeed's builders for CPUs: no source of these ops calls CUDA, and the builders for
-    CUDA want its toolkit, whose headers and libraries they never use, and compile anew where a GPU
-    comes or goes. DeepSpeed keeps loaded modules by name, so that those for CUDA find what was
-    loaded here.
+    DeepSpeed's builders for CPUs are used on GPUs too: no source of these ops calls CUDA, and the
+    builders for CUDA require its toolkit without using it, and compile again where a GPU comes or
+    goes. DeepSpeed 0.19.8 keeps loaded modules by name (``OpBuilder._loaded_ops`` in
+    ``ops/op_builder/builder.py``), so that its builders for CUDA find what was loaded here.
+
+    Returns:
+        False where the machine cannot compile the op.
     """
     from deepspeed.ops.op_builder import cpu
     from deepspeed.ops.op_builder.builder import OpBuilder
@@ -237,8 +232,8 @@ def build_op(name: str) -> bool:
         builder.load()
         return True
     if name == "AsyncIOBuilder":
-        # Compiled for any CPU of the kind, so that an image built on one machine runs on the next;
-        # disks set the pace.
+        # For any CPU of the architecture, so that an image runs on other machines too; disks are
+        # the bottleneck.
         builder.cpu_arch = lambda: ""
         builder.simd_width = lambda: "-D__SCALAR__"
     if not builder.is_compatible(verbose=False):
@@ -247,12 +242,12 @@ def build_op(name: str) -> bool:
     return True
 
 
-# As the original is called.
+# The signature of the original.
 def _load_compiled(builder: Any, verbose: bool = False) -> ModuleType:  # noqa: ARG001
-    """In the place of DeepSpeed's ``jit_load``: the module as it lies there.
+    """Load a compiled module instead of DeepSpeed's ``OpBuilder.jit_load``.
 
     Raises:
-        OSError: It was not compiled.
+        PermissionError: It is not compiled, and the folder cannot be written.
     """
     folder = extensions_dir()
     file = next(folder.glob(f"**/{builder.name}.so"), None)
@@ -271,19 +266,18 @@ def _load_compiled(builder: Any, verbose: bool = False) -> ModuleType:  # noqa: 
 
 
 def build_in_child(name: str, say: Callable[[str], None] = lambda _: None) -> str | None:
-    """Compile one op, or try whether it loads, in a process of its own, whose output is kept off
-    the console.
+    """Compile one op, or try whether it loads, in a child process with its output captured.
 
     Args:
-        say: Told of a build, which takes a while.
+        say: Prints a line to the user before a build, which takes a while.
 
     Returns:
-        What the process said, where it failed.
+        The end of the child's output where it failed, otherwise None.
     """
     if not is_built(name):
         say(
-            f"building DeepSpeed's {name.removesuffix('Builder')} (once an environment, about a"
-            " minute) ..."
+            f"building DeepSpeed's {name.removesuffix('Builder')} (once per environment, about"
+            " a minute) ..."
         )
     environment = {
         key: value
@@ -301,7 +295,7 @@ def _say(stream: TextIO, text: str) -> None:
 
 
 def main(names: list[str]) -> int:
-    """Build the named ops, or all that this machine can use."""
+    """Build the named ops, or all that this machine can use; return the exit code."""
     import torch
 
     accelerator = os.environ.get("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

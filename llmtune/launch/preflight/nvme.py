@@ -1,4 +1,4 @@
-"""The swap folder on NVMe: checked before any rank starts, emptied before and after every run."""
+"""Probe the NVMe swap folder before any rank starts, and empty it before and after every run."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from pathlib import Path
 
 from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
 from llmtune.launch.preflight.deepspeed_ops import build_in_child
-from llmtune.plan.devices.hardware import check_nvme_path
+from llmtune.plan.devices.hardware import resolve_nvme_folder
 from llmtune.security.trust import make_own
 from llmtune.storage.hashing import sha256_bytes
 from llmtune.units import format_bytes
 
-#: Written and read once by the probe: enough for a rate, too little to wear a drive.
+#: Size of the probe's file: enough to measure a rate, too little to wear a drive.
 PROBE_BYTES = 64 * 2**20
-#: Below this an optimizer step of a large model takes hours; it works all the same.
+#: Bytes per second below which a large model's optimizer step takes hours; only a note.
 SLOW_BANDWIDTH = 500e6
 
 
 @dataclass(frozen=True, slots=True)
 class DiskProbe:
-    """Bytes a second of one stream, past the page cache."""
+    """Bytes per second of one stream, without the page cache."""
 
     read: float
     write: float
 
 
 def swap_folder(nvme_path: str, run_folder: Path) -> Path:
-    """The run's own folder: two runs may share a drive."""
+    """Return the run's own swap folder, because two runs may share a drive."""
     digest = sha256_bytes(str(run_folder.resolve()).encode())[:12]
     return Path(nvme_path).expanduser() / f"llmtune-swap-{digest}"
 
 
 def make_swap_folder(folder: Path) -> None:
-    """Make the folder where it is missing, for nobody else to open: weights and moments lie in it.
+    """Make the folder for weights and moments, which no other user may open.
 
-    Every rank does, since each machine of several has its own drive.
+    Every rank does, because each machine has its own drive.
 
     Raises:
-        MissingPrerequisiteError: One is there that is another user's.
+        MissingPrerequisiteError: A folder of this name belongs to another user.
     """
     make_own(folder, "offload.nvme_path", "take another offload.nvme_path=")
 
 
 @contextmanager
 def hold_swap_folder(folder: Path) -> Iterator[None]:
-    """Make the folder anew; nothing of it is left afterwards, however the block ends.
+    """Make an empty folder, and remove it at the end of the block.
 
     Raises:
-        MissingPrerequisiteError: One is there that is another user's.
+        MissingPrerequisiteError: A folder of this name belongs to another user.
     """
     shutil.rmtree(folder, ignore_errors=True)
     make_swap_folder(folder)
@@ -65,24 +65,24 @@ def hold_swap_folder(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_nvme(
+def probe_nvme(
     nvme_path: str,
     swap_bytes: int,
     checkpoint_bytes: int,
     run_folder: Path,
     say: Callable[[str], None],
 ) -> DiskProbe:
-    """Everything that would stop an NVMe run later: the op, direct reads and writes, space.
+    """Check what an NVMe run needs: the op, direct reads and writes, space; measure the rates.
 
     Args:
-        swap_bytes: Of all ranks of this machine.
-        checkpoint_bytes: Of the checkpoints that will stand in the run folder at once.
+        swap_bytes: Swap files of all ranks of this machine.
+        checkpoint_bytes: Checkpoints that the run folder will hold at the same time.
 
     Raises:
         MissingPrerequisiteError: The op does not load, or the file system has no direct I/O.
         DoesNotFitError: There is too little space, on this disk or for the checkpoints.
     """
-    folder = check_nvme_path(nvme_path)
+    folder = resolve_nvme_folder(nvme_path)
     reason = build_in_child("AsyncIOBuilder", say)
     if reason is not None:
         raise MissingPrerequisiteError(
@@ -101,9 +101,7 @@ def check_nvme(
 
 
 def disk_behind(folder: Path) -> str:
-    """The block device of a folder's file system, such as ``nvme0n1``; a disk that turns is said
-    to.
-    """
+    """Name the block device of a folder's file system, such as ``nvme0n1``, and its kind."""
     number = folder.stat().st_dev
     device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     if not device.exists():
@@ -111,29 +109,24 @@ def disk_behind(folder: Path) -> str:
     path = device.resolve()
     # A partition has no queue of its own.
     whole = path if (path / "queue").is_dir() else path.parent
+    if whole.name.startswith("nvme"):
+        return whole.name
     try:
-        turns = (whole / "queue" / "rotational").read_text().strip() == "1"
+        rotational = (whole / "queue" / "rotational").read_text().strip() == "1"
     except OSError:
-        turns = False
-    kind = (
-        ""
-        if whole.name.startswith("nvme")
-        else ", the kernel takes it for a turning disk"
-        if turns
-        else ", no NVMe drive"
-    )
-    return whole.name + kind
+        rotational = False
+    kind = "rotational according to the kernel" if rotational else "no NVMe drive"
+    return f"{whole.name}, {kind}"
 
 
 def probe_disk(folder: Path) -> DiskProbe:
-    """Write and read a file past the page cache (``O_DIRECT``), as DeepSpeed's swapper does.
+    """Write and read a file with ``O_DIRECT``, as DeepSpeed's swapper does.
 
     Raises:
         MissingPrerequisiteError: The file system refuses it (tmpfs and some network file systems
             do).
     """
-    # A drive for scratch files is often open to all, and a name that can be guessed may be a link
-    # that another has put there.
+    # A scratch drive is often open to all users, who could put a link at a name they can guess.
     path = folder / f".llmtune-probe-{uuid.uuid4().hex}"
     block = mmap.mmap(-1, 4 * 2**20)
     block.write(os.urandom(4096) * (len(block) // 4096))
@@ -166,21 +159,17 @@ def _time_blocks(path: Path, flags: int, move: Callable[[int], int]) -> float:
 
 
 def _check_space(folder: Path, swap_bytes: int, checkpoint_bytes: int, run_folder: Path) -> None:
-    """Swap and checkpoints, added up where they share a disk."""
-    same = folder.stat().st_dev == run_folder.stat().st_dev
-    needs = {folder: swap_bytes + (checkpoint_bytes if same else 0)}
-    if not same:
-        needs[run_folder] = checkpoint_bytes
-    for path, needed in needs.items():
+    """Compare free space with swap files and checkpoints, added up where they share a disk."""
+    if folder.stat().st_dev == run_folder.stat().st_dev:
+        needs = [(folder, "swap files and checkpoints", swap_bytes + checkpoint_bytes)]
+    else:
+        needs = [
+            (folder, "swap files", swap_bytes),
+            (run_folder, "checkpoints", checkpoint_bytes),
+        ]
+    for path, what, needed in needs:
         free = shutil.disk_usage(path).free
         if needed > free:
-            what = (
-                "swap files and checkpoints"
-                if same
-                else "swap files"
-                if path == folder
-                else "checkpoints"
-            )
             raise DoesNotFitError(
                 f"{path}: {what} need {format_bytes(needed)}, free are {format_bytes(free)}; free "
                 f"{format_bytes(needed - free)}, or take another offload.nvme_path= or output_dir="

@@ -1,1 +1,1 @@
-"""N ranks of this machine: started, watched, signaled, ended."""
+"""Supervise the ranks of this machine: watch, signal, restart and explain their failures."""

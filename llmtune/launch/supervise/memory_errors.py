@@ -1,9 +1,7 @@
-"""Memory that ran out, told by an exception or by the words of the library that could not get it,
-and whose memory it was.
+"""Recognize out-of-memory errors, and whether device or host memory ran out.
 
-torch's CUDA allocator raises an exception of its own. Everybody else raises a plain
-``RuntimeError`` or aborts, so that the words are all there is; they are those of the libraries'
-sources.
+torch's CUDA allocator raises an exception of its own. All others raise a plain ``RuntimeError`` or
+abort, so that only the message tells; the patterns follow the libraries' sources.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ _DEVICE = re.compile(
             r"(?i:(?:cuda|hip|nccl)\b.*\bout of memory)",
             r"cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY",
             r"CU(?:BLAS|SOLVER|SPARSE|FFT)(?:LT)?_(?:STATUS_)?ALLOC_FAILED",
-            # cuBLAS makes its handle and workspace when it is first called; with no memory left it
-            # cannot.
+            # cuBLAS allocates its handle and workspace at its first call.
             r"CUBLAS_STATUS_NOT_INITIALIZED.*cublasCreate",
             r"CUDNN_STATUS_ALLOC_FAILED|CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
         )
@@ -47,7 +44,7 @@ _HOST = re.compile(
                 r"Thread creation failed|can't start new thread|Resource temporarily"
                 r" unavailable.*(?:thread|fork)"
             ),
-            # oneDNN has no word for it: what it makes first is its memory.
+            # oneDNN does not name memory: what it fails to create needs memory first.
             (
                 r"could not create a (?:primitive|memory object|memory storage|scratchpad)(?!"
                 r" descriptor)"
@@ -58,7 +55,7 @@ _HOST = re.compile(
                 r"(?:unable to (?:write to|resize|allocate).*(?:torch_|shm)|shared memory).*No"
                 r" space left on device"
             ),
-            # A worker of torch's loader, whom the kernel chose, or whose batches filled it.
+            # A worker of torch's loader that the kernel killed, or whose batches filled /dev/shm.
             r"DataLoader worker \(pid.*\) is killed by signal: (?:Killed|Bus error)",
             r"CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
             r"\b[Oo]ut of memory\b",
@@ -66,8 +63,8 @@ _HOST = re.compile(
     )
 )
 
-# : Page-locked memory is the host's, but CUDA hands it out, in the words of a device. These
-# functions ask for it.
+#: Functions that allocate page-locked memory: it is the host's, but CUDA allocates it, and reports
+#: a failure as that of a device.
 _PINNING = {
     "pin_memory",
     "pin",
@@ -81,7 +78,7 @@ _PINNING_WORDS = re.compile(r"pin memory thread|cudaHostAlloc|cudaHostRegister|h
 
 
 def memory_pool(error: BaseException) -> str | None:
-    """``device`` or ``host``, whose memory ran out; None where something else went wrong."""
+    """Return whose memory ran out, ``device`` or ``host``; None for any other error."""
     if isinstance(error, LlmtuneError):
         return None
     if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
@@ -96,7 +93,7 @@ def memory_pool(error: BaseException) -> str | None:
 
 
 def memory_pool_of_text(text: str) -> str | None:
-    """The same of what a process printed before it was gone."""
+    """The same for what a process printed before it ended."""
     if _DEVICE.search(text):
         return "host" if _PINNING_WORDS.search(text) else "device"
     return "host" if _HOST.search(text) else None

@@ -1,6 +1,4 @@
-"""What an attempt came to: the one error that says why ranks ended, and whether to start them
-again.
-"""
+"""The outcome of an attempt: one error that says why the ranks ended, and whether to restart."""
 
 from __future__ import annotations
 
@@ -12,14 +10,15 @@ from typing import Any
 
 from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, LlmtuneError, StoppedError
 from llmtune.launch.supervise.out_of_memory import MemoryEvent, RanOutOfMemoryError
-from llmtune.launch.supervise.watch import EndReason, Limits, WatchResult
+from llmtune.launch.supervise.supervisor import EndReason, Limits, WatchResult
 
-_GO_ON = "The same command goes on from the newest checkpoint."
+_RUN_AGAIN = "The same command resumes from the newest checkpoint."
 
 
 class RanksFailedError(LlmtuneError):
-    """Ranks ended in a way that may not come again: killed, an unexpected exception, a hang,
-    numbers gone bad.
+    """Ranks failed in a way that a restart may get past.
+
+    They were killed, raised an unexpected exception, hung, or met a loss that is not finite.
     """
 
     def __init__(
@@ -34,80 +33,78 @@ class RanksFailedError(LlmtuneError):
         self.reason = reason
         """One line."""
         self.step = step
-        """The last optimizer step that was done."""
+        """The last optimizer step that was finished."""
         self.rollback = rollback
-        """Whether a rank asked for it."""
+        """A rank asked to go back to the newest checkpoint."""
         self.at_limit = at_limit
-        """Where the rank had nearly all the memory that it may have; a second time, that is taken
-        for the reason.
+        """The rank had nearly reached its memory limit; a second time, that is taken for the
+        reason.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptOutcome:
-    """What is known when all ranks are gone."""
+    """All that an attempt left behind, read after its ranks have ended."""
 
-    end: WatchResult
+    result: WatchResult
     reports: list[dict[str, Any]]
-    """What failing ranks said, those with advice first."""
+    """Reports of failed ranks, those with advice first."""
     event: MemoryEvent | None
     """Memory that ran out."""
     at_limit: MemoryEvent | None
     """Memory that may have run out."""
     step: int
-    """The last optimizer step that was done."""
+    """The last optimizer step that was finished."""
     stacks: str
-    """Where stack traces are, if they were asked for."""
+    """Where stack traces are, if the ranks were asked for them."""
     log: Path
 
     def to_error(self, limits: Limits) -> LlmtuneError | None:
-        """The error of the attempt; None where all ranks did their work and nobody asked them to
-        stop.
-        """
-        end = self.end
-        if end.cause is EndReason.stop_at_once:
-            return StoppedError(f"ended at once, without saving. {_GO_ON}")
-        known = next(
-            (
-                report
-                for report in self.reports
-                if report["known"] and report["code"] != EXIT_STOPPED
-            ),
-            None,
-        )
-        if known is None and end.stopped:
+        """Return the error of the attempt; None where it finished and nobody asked to stop."""
+        result = self.result
+        if result.reason is EndReason.stop_at_once:
+            return StoppedError(f"ended at once, without saving. {_RUN_AGAIN}")
+
+        # The ranks stopped, finished, or were too slow to stop.
+        known = self._find_known_failure()
+        if known is None and result.stopped:
             return StoppedError(self._stop_message())
-        if end.cause is EndReason.stop_timeout:
+        if result.reason is EndReason.stop_timeout:
             return StoppedError(
                 f"not saved: the ranks had not ended {limits.stop_timeout:g} s after"
-                f" {end.signals[0].name} (launch.stop_timeout) and were killed; {self.stacks}."
-                f" {_GO_ON}"
+                f" {result.signals[0].name} (launch.stop_timeout) and were killed; {self.stacks}."
+                f" {_RUN_AGAIN}"
             )
-        if not any(end.codes) and end.cause is EndReason.all_ended:
-            return (
-                StoppedError("stopped; training was done, the same command does the rest")
-                if end.signals
-                else None
-            )
-        if self.event is not None and not end.signals:
+        if not any(result.codes) and result.reason is EndReason.all_ended:
+            if not result.signals:
+                return None
+            return StoppedError("stopped; training was done, the same command does the rest")
+
+        # A rank failed: of memory, with an error that advises the user, or otherwise.
+        if self.event is not None and not result.signals:
             return RanOutOfMemoryError(self.event)
         if known is not None and not known.get("rollback"):
             return ERRORS_BY_CODE.get(known["code"], LlmtuneError)(known["message"])
         failure = self._failure(known, limits)
-        if end.signals:
+        if result.signals:
             return StoppedError(
-                f"{end.signals[0].name} came, but nothing was saved after it: {failure}"
+                f"{result.signals[0].name} came, but nothing was saved after it: {failure}"
             )
         return failure
 
+    def _find_known_failure(self) -> dict[str, Any] | None:
+        """Return the first report of an error with advice for the user."""
+        for report in self.reports:
+            if report["known"] and report["code"] != EXIT_STOPPED:
+                return report
+        return None
+
     def _stop_message(self) -> str:
-        said = next(
-            (report["message"] for report in self.reports if report["code"] == EXIT_STOPPED), None
-        )
+        for report in self.reports:
+            if report["code"] == EXIT_STOPPED and report["message"]:
+                return str(report["message"])
         return (
-            said
-            or "stopped while the ranks were starting; nothing is lost, the same command starts"
-            " again"
+            "stopped while the ranks were starting; nothing is lost, the same command starts again"
         )
 
     def _failure(self, known: dict[str, Any] | None, limits: Limits) -> RanksFailedError:
@@ -115,44 +112,47 @@ class AttemptOutcome:
             return RanksFailedError(
                 known["message"], _first_line(known["message"]), self.step, rollback=True
             )
-        if self.end.cause is EndReason.hang:
-            seconds = (
-                f"{limits.hang_timeout:g} s (launch.hang_timeout; ten times as long while ranks"
-                " start or answer)"
+        if self.result.reason is EndReason.hang:
+            reason = (
+                f"no rank made progress for {limits.hang_timeout:g} s (launch.hang_timeout; ten"
+                f" times as long while ranks start or answer); {self.stacks}"
             )
-            reason = f"no rank got on for {seconds}; {self.stacks}"
-            return RanksFailedError(f"{reason}. {_GO_ON}", reason, self.step)
-        failed = self.end.first_failed
+            return RanksFailedError(f"{reason}. {_RUN_AGAIN}", reason, self.step)
+
+        # The first failed rank left a report, or only its exit code.
+        failed = self.result.first_failed
         assert failed is not None
         report = self._first_report(failed)
         if report is not None:
             text = f"rank {report['rank']}: {report['message']}"
             message = f"{text}\nMore in {self.log}"
             return RanksFailedError(message, _first_line(text), self.step, at_limit=self.at_limit)
-        code = self.end.codes[failed] or 0
-        reason = f"rank {failed} ended with " + (
-            f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}"
-        )
+        code = self.result.codes[failed] or 0
+        ending = f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}"
+        reason = f"rank {failed} ended with {ending}"
         if code == -signal.SIGKILL:
-            reason += " (somebody ended it; the kernel did not for want of memory)"
-        message = f"{reason} and left no message; see {self.log}. {_GO_ON}"
+            reason += " (killed by another process, not by the kernel's OOM killer)"
+        message = f"{reason} and left no message; see {self.log}. {_RUN_AGAIN}"
         return RanksFailedError(message, reason, self.step, at_limit=self.at_limit)
 
     def _first_report(self, failed: int) -> dict[str, Any] | None:
-        """What the rank said that failed, or one that spoke before it: the later one may only have
-        lost the connection, when both were gone at the supervisor's next look. None where the rank
-        said nothing."""
+        """Return the report of the failed rank, or an earlier one of another rank.
+
+        Where both had ended at the supervisor's next poll, the later one may only have lost its
+        connection. None where the rank left no report.
+        """
+        codes = self.result.codes
         own = next((report for report in self.reports if report["rank"] == failed), None)
-        if own is None or (self.end.codes[failed] or 0) < 0:
+        if own is None or (codes[failed] or 0) < 0:
             return own
-        earlier = [report for report in self.reports if (self.end.codes[report["rank"]] or 0) > 0]
+        earlier = [report for report in self.reports if (codes[report["rank"]] or 0) > 0]
         return min(earlier, key=lambda report: float(report["time"]), default=own)
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """What failing ranks said: those with advice first, then by time.
+    """Read the reports of failed ranks: those with advice first, then by time.
 
-    One killed while it wrote has said nothing.
+    The report of a rank that was killed while it wrote is left out.
     """
     reports = []
     for file in sorted(folder.glob("rank-*.json")):
@@ -164,7 +164,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
 
 
 def _signal_name(number: int) -> str:
-    """Real-time signals have no name of their own."""
+    # Real-time signals have no name of their own.
     return signal.Signals(number).name if number in set(signal.Signals) else str(number)
 
 

@@ -1,6 +1,4 @@
-"""The ranks of one attempt: their processes, the folder in which they meet and report, and a port
-that nobody else has.
-"""
+"""The ranks of one attempt: their processes, the folder of their reports, and a reserved port."""
 
 from __future__ import annotations
 
@@ -10,49 +8,52 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmtune.launch.launchers.environment import hold_port, rank_environment, remove_shared_buffers
+from llmtune.launch.processes.rank_process import RankProcess, end_ranks
 from llmtune.launch.supervise.out_of_memory import note_kills
-from llmtune.launch.supervise.processes import RankProcess, end_ranks
 
 
 class RankGroup:
-    """Started when it is made. :meth:`end` leaves no process, :meth:`close` no file."""
+    """The ranks of one attempt, started by the constructor.
+
+    :meth:`end` leaves no process behind, :meth:`close` no file.
+    """
 
     def __init__(self, command: Sequence[str], world_size: int, ahead: bool = False):
         """
         Args:
             command: Arguments behind the Python interpreter.
-            ahead: Their work is not known yet: they import what takes seconds, and wait to be told
-                the rest.
+            ahead: The request is not known yet: the ranks do their slow imports, and wait for
+                :meth:`tell`.
         """
         self.ranks: list[RankProcess] = []
         self.waits = ahead
-        # Nobody listens on it. It names the shared memory of DeepSpeed's collectives, and no other
-        # run is given it meanwhile.
+        # Nobody listens on the port while it is held, and no other run gets it. It also names the
+        # shared memory of DeepSpeed's collectives.
         self._held = hold_port()
         self._port = int(self._held.getsockname()[1])
         self.folder = Path(tempfile.mkdtemp(prefix="llmtune-"))
         try:
             note_kills(self.folder)
-            for number in range(world_size):
-                environment = rank_environment(number, world_size, self._port, self.folder)
-                self.ranks.append(RankProcess(number, command, environment, ahead))
+            for rank in range(world_size):
+                environment = rank_environment(rank, world_size, self._port, self.folder)
+                self.ranks.append(RankProcess(rank, command, environment, ahead))
         except BaseException:
             self.close()
             raise
 
     def tell(self, request_file: str) -> None:
-        """What to do, and the port, to ranks that wait."""
+        """Send the port and the request to ranks that wait."""
         self.waits = False
         for rank in self.ranks:
             rank.tell(f"{self._port} {request_file}")
 
     def end(self) -> None:
-        """Kill what still runs, and wait until it is gone."""
+        """Kill the ranks that still run, and wait until they are gone."""
         end_ranks(self.ranks)
         remove_shared_buffers(self._port)
         self._held.close()
 
     def close(self) -> None:
-        """End, and remove the folder with the reports."""
+        """End the ranks, and remove the folder with their reports."""
         self.end()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -24,7 +24,7 @@ from llmtune.errors import (
     RollbackError,
 )
 from llmtune.launch.launchers.environment import FAILURE_DIR
-from llmtune.launch.supervise.log_filter import start_filter
+from llmtune.launch.processes.log_filter import start_filter
 from llmtune.launch.supervise.memory_errors import memory_pool
 from llmtune.security.redaction import has_secrets, redact
 from llmtune.security.terminal import to_terminal
@@ -120,11 +120,9 @@ def report_failure(error: BaseException, rank: int, console: IO[str], trace: boo
         sys.stderr.write(story)
         sys.stderr.flush()
     known = to_user_error(error)
-    message = (
-        story.rstrip()
-        if trace
-        else redact(str(known) if known else f"{type(error).__name__}: {error}")
-    )
+    message = redact(str(known) if known else f"{type(error).__name__}: {error}")
+    if trace:
+        message = story.rstrip()
     code = known.exit_code if known else EXIT_UNEXPECTED
     folder = os.environ.get(FAILURE_DIR)
     if folder:

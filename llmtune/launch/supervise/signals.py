@@ -1,6 +1,4 @@
-"""Signals that ask for an end: remembered while ranks can save, an end where there is nothing to
-save.
-"""
+"""Handle signals that ask for an end: remember them while ranks can save, otherwise end."""
 
 from __future__ import annotations
 
@@ -14,22 +12,22 @@ from contextlib import contextmanager
 from types import FrameType
 
 from llmtune.errors import EXIT_BY_SIGNAL, EXIT_STOPPED, StoppedError
-from llmtune.launch.supervise.ending import adopt_orphans, end_now
+from llmtune.launch.processes.descendants import adopt_orphans, end_now
 from llmtune.process import END_SIGNALS, STOP_SIGNALS, raise_or_hold, without_ignored
 
-#: For the clean-up behind an interrupted verb; what is still there then is ended.
+#: Time for the clean-up of an interrupted verb; processes that are still left then are killed.
 END_SECONDS = 5.0
 
-#: What a stop means before there is anything to save.
+#: Message of a stop before there is anything to save.
 NOT_BEGUN = "stopped before training began; nothing is lost, the same command starts again"
-#: What a stop means when there is nothing to train any more.
+#: Message of a stop after the training.
 NOT_EXPORTED = (
     "stopped during the export; the model is trained, and the same command goes on with the export"
 )
 
 
 class StopRequests:
-    """The signals that came, in order."""
+    """The signals that were received, in order."""
 
     def __init__(self) -> None:
         self.received: list[signal.Signals] = []
@@ -38,14 +36,15 @@ class StopRequests:
     def at_once(self) -> bool:
         """Whether Ctrl-C was pressed twice.
 
-        Slurm sends SIGTERM after SIGUSR1: that must not cut a save off.
+        Other pairs of signals do not count: Slurm sends SIGTERM after SIGUSR1, which must not
+        interrupt a save.
         """
         return self.received.count(signal.SIGINT) > 1
 
 
 @contextmanager
 def remember_stops() -> Iterator[StopRequests]:
-    """In the block, signals are only noted."""
+    """In the block, signals are only remembered."""
     stops = StopRequests()
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -56,9 +55,7 @@ def remember_stops() -> Iterator[StopRequests]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """On its way from the handler to the end of the verb; no ``except Exception`` may take it for a
-    bad row.
-    """
+    """Raised by the handler to end the verb; no ``except Exception`` takes it for a bad row."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(f"ended by {number.name}")
@@ -66,19 +63,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Ending(StopRequests):
-    """A handler that ends what is being done: by an exception, and at the second Ctrl-C at once.
+    """A handler that ends the verb by an exception, and at once on the second Ctrl-C.
 
-    A library may swallow the exception, and a call into C may keep Python from calling the handler:
-    that is for the thread of :func:`end_on_signals`, which knows this handler by its class.
+    A library may swallow the exception, and a call into C may keep Python from calling the handler.
+    The thread of :func:`end_on_signals` covers both; it knows this handler by its class.
     """
 
     def __init__(self, message: str | None = None, received: list[signal.Signals] | None = None):
         """
         Args:
-            message: What a stop means here, where the same command goes on; None where there is
-                nothing to go on with.
-            received: The list of the handler in whose place this one is put, which is to know as
-                well.
+            message: Message of a stop after which the same command resumes; None where there is
+                nothing to resume.
+            received: The list of the handler that this one replaces, which sees the signals too.
         """
         super().__init__()
         self.message = message
@@ -96,7 +92,7 @@ class Ending(StopRequests):
         raise Interrupted(self.received[0])
 
     def end_now(self, number: signal.Signals) -> None:
-        """Do not wait for the exception to get to the end of the program."""
+        """End without waiting for the exception to reach the end of the program."""
         if self.message is None:
             end_now(EXIT_BY_SIGNAL + number, f"ended by {number.name}")
         end_now(EXIT_STOPPED, self.message)
@@ -107,7 +103,7 @@ def raise_stops(message: str) -> Iterator[Ending]:
     """In the block, a signal ends what is being done.
 
     Raises:
-        StoppedError: With the ``message`` that the yielded handler has then, where a signal came.
+        StoppedError: A signal came; with the message that the yielded handler has at that time.
     """
     outer = signal.getsignal(signal.SIGTERM)
     ending = Ending(message, outer.received if isinstance(outer, Ending) else None)
@@ -117,18 +113,18 @@ def raise_stops(message: str) -> Iterator[Ending]:
     except Interrupted:
         raise StoppedError(ending.message) from None
     except Exception as error:
-        # Sent to the whole group, the signal has ended a worker too, and its end was noticed first.
+        # A signal to the whole group also ends a worker, whose end may be noticed first.
         if ending.received and not isinstance(error, StoppedError):
             raise StoppedError(ending.message) from error
         raise
 
 
 def end_on_signals() -> Ending:
-    """The handlers of the program, for its whole life: those of ``END_SIGNALS`` end it in seconds,
-    wherever it stands.
+    """Install the program's handlers: ``END_SIGNALS`` end it within seconds, whatever it does.
 
-    A thread sees to that. It hears of a signal from the interpreter's own handler in C, and looks
-    which handler Python has for it now: those that remember signals are left alone.
+    A thread enforces that. The interpreter's handler in C tells it of a signal through a pipe; it
+    acts only where Python's handler is an :class:`Ending`, and leaves those that remember signals
+    alone.
     """
     ending = Ending()
     read, write = os.pipe()
@@ -141,31 +137,35 @@ def end_on_signals() -> Ending:
 
 
 def received_stop() -> signal.Signals | None:
-    """The first signal that the present handler knows of."""
+    """Return the first signal that the present handler received."""
     handler = signal.getsignal(signal.SIGTERM)
-    return handler.received[0] if isinstance(handler, Ending) and handler.received else None
+    if isinstance(handler, Ending) and handler.received:
+        return handler.received[0]
+    return None
 
 
 def _watch(read: int) -> None:
-    came: list[signal.Signals] = []
+    """Read signals from the wakeup pipe, in a thread, and end the process after a deadline."""
+    received: list[signal.Signals] = []
     deadline = 0.0
     while True:
-        ready, _, _ = select.select(
-            [read], [], [], max(0.0, deadline - time.monotonic()) if came else None
-        )
+        timeout = max(0.0, deadline - time.monotonic()) if received else None
+        ready, _, _ = select.select([read], [], [], timeout)
         if ready:
             number = signal.Signals(os.read(read, 1)[0])
-            if isinstance(signal.getsignal(number), Ending):
-                deadline = deadline if came else time.monotonic() + END_SECONDS
-                came.append(number)
-                if came.count(signal.SIGINT) > 1:
-                    deadline = 0.0
+            if not isinstance(signal.getsignal(number), Ending):
+                continue
+            if not received:
+                deadline = time.monotonic() + END_SECONDS
+            received.append(number)
+            if received.count(signal.SIGINT) > 1:
+                deadline = 0.0
         else:
-            # Python may have called the handler after another was put in its place.
-            handler = signal.getsignal(came[0])
+            # Another handler may have been installed since.
+            handler = signal.getsignal(received[0])
             if isinstance(handler, Ending):
-                handler.end_now(came[0])
-            came = []
+                handler.end_now(received[0])
+            received = []
 
 
 @contextmanager

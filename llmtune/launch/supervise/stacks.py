@@ -1,4 +1,4 @@
-"""Where every thread of every rank stands, asked of ranks that no longer get on."""
+"""Collect the stack traces of all threads from ranks that hang."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from llmtune.launch.processes.rank_process import RankProcess
 from llmtune.launch.supervise.phase_records import read_phase
-from llmtune.launch.supervise.processes import RankProcess
 
 _ANSWER_SECONDS = 2.0
 
 
 def stack_file(folder: Path, rank: int) -> Path:
-    """Where a rank answers."""
+    """Return the file that a rank writes its stacks to."""
     return folder / f"stack-{rank}.txt"
 
 
 def answer_with_stacks(folder: Path, rank: int) -> None:
-    """Called by a rank: write its stacks when SIGUSR2 comes, from C, so that a thread stuck in a
-    library is no hindrance.
+    """Make this rank write its stacks on SIGUSR2.
+
+    The handler runs in C, so that it also works while a thread is stuck in a library.
     """
-    # Not closed: it lives as long as the process.
+    # Never closed: the handler needs it as long as the process lives.
     answer = os.open(stack_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     faulthandler.register(signal.SIGUSR2, file=answer, all_threads=True, chain=False)
 
 
 def save_stacks(ranks: Sequence[RankProcess], folder: Path, run_folder: Path, why: str) -> str:
-    """Ask all ranks and write their answers to ``run_folder``; a sentence that says where, and who
-    was silent.
+    """Ask all ranks for their stacks and write the answers to a file in ``run_folder``.
+
+    Returns:
+        A phrase for messages: where the file is, and which ranks did not answer.
     """
     for rank in ranks:
-        # Before that file is there, the signal would end the rank.
+        # Before the file exists, the rank has no handler, and the signal would end it.
         if rank.exit_code() is None and stack_file(folder, rank.number).exists():
             rank.send(signal.SIGUSR2)
     time.sleep(_ANSWER_SECONDS)
@@ -52,13 +55,13 @@ def save_stacks(ranks: Sequence[RankProcess], folder: Path, run_folder: Path, wh
             f"==== rank {rank.number}: {record['phase']}, step {record['step']}, pid"
             f" {rank.pid}\n{stack}"
         )
-    not_heard = f"no answer from rank {', '.join(silent)}" if silent else ""
+    missing = f"no answer from rank {', '.join(silent)}" if silent else ""
     file = run_folder / f"stacks-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.txt"
     try:
-        file.write_text("\n\n".join([*parts, not_heard]).rstrip() + "\n")
+        file.write_text("\n\n".join([*parts, missing]).rstrip() + "\n")
     except OSError as error:
         return f"their stacks could not be saved ({error.strerror})"
-    return f"their stacks are in {file}" + (f", {not_heard}" if not_heard else "")
+    return f"their stacks are in {file}" + (f", {missing}" if missing else "")
 
 
 def _read(path: Path) -> str:

@@ -17,8 +17,8 @@ from llmtune.errors import ConfigError
 from llmtune.model.weights.files import Entry
 from llmtune.storage.plain_json import parse_json
 
-# : ``quant_method`` of quantizers whose names are known -> the key of its settings that names a
-# layout, and the known ones.
+#: ``quant_method`` of quantizers whose names are known -> the key of its settings that names a
+#: layout, and the known ones.
 _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "bitsandbytes": ("", ()),
     "gptq": ("checkpoint_format", ("gptq", "gptq_v2")),
@@ -29,8 +29,8 @@ _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
 #: Endings of tensors that hold the numbers of a weight, where they are not called ``weight``.
 _PACKED = re.compile(r"\.(qweight|weight_packed)$")
 
-# : Endings of tensors that say how a weight is packed: bitsandbytes' in 4 and in 8 bits, GPTQ's and
-# AWQ's, compressed-tensors'.
+#: Endings of tensors that say how a weight is packed: bitsandbytes' in 4 and in 8 bits, GPTQ's and
+#: AWQ's, compressed-tensors'.
 _BESIDE = re.compile(
     r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)$|\.(SCB|weight_format)$|"
     r"\.(qzeros|scales|g_idx)$|\.(weight|input|output|k|v|q)_(scale|zero_point|shape|g_idx|global_scale)$"

@@ -12,9 +12,10 @@ import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmtune.config.schema import ModelConfig, Precision, TunerConfig
+from llmtune.config.groups.model import ModelConfig
+from llmtune.config.schema import Precision, TunerConfig
 from llmtune.plan.memory.model_shape import ModelShape, load_architecture
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.process import hold_interruptions
@@ -22,9 +23,6 @@ from llmtune.storage.dtypes import configured_dtype
 from llmtune.tuner.adapted_layers import choose_layers, linear_layers, matrix_sides
 from llmtune.tuner.lora_settings import lora_rank
 from llmtune.tuner.tuner import TUNERS, mark_trained
-
-if TYPE_CHECKING:
-    pass
 
 #: After the first layer, its input is no intermediate result; from the second on, each adds the
 #: same.

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.schema import ModelConfig, TunerConfig
+from llmtune.config.groups.model import ModelConfig
+from llmtune.config.schema import TunerConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.abilities import attention_kernels, max_positions
 from llmtune.plan.memory.trace_cache import read_cached, write_cached

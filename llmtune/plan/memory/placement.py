@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmtune.config.schema import OffloadConfig, OffloadDevice
+from llmtune.config.groups.zero import OffloadConfig, OffloadDevice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

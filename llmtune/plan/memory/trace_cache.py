@@ -16,8 +16,8 @@ from llmtune.registry import hash_plugins
 from llmtune.storage.atomic import write_cache_file
 from llmtune.storage.hashing import sha256_bytes, sha256_files
 
-# : What the values depend on beside model and settings; of llmtune itself, the files that compute
-# them.
+#: What the values depend on beside model and settings; of llmtune itself, the files that compute
+#: them.
 _LIBRARIES = ("torch", "transformers")
 _SOURCES = ("activations.py", "model_shape.py", "../abilities.py")
 _TUNERS = "../../tuner"

@@ -21,8 +21,8 @@ from llmtune.plan.memory.zero_buffers import (
     sub_groups,
 )
 
-# : NF4 with double quantization: half a byte an element, one byte a block of 64, and four a block
-# of 256 blocks.
+#: NF4 with double quantization: half a byte an element, one byte a block of 64, and four a block of
+#: 256 blocks.
 NF4_BYTES = 0.5
 NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
 

@@ -7,7 +7,7 @@ import re
 import secrets
 from pathlib import Path
 
-from llmtune.config.schema import TrackerMode
+from llmtune.config.groups.tracker import TrackerMode
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.security.redaction import redact, redact_values
 from llmtune.security.trust import require_own

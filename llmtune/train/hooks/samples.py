@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 48
 
-# : Above this, generating with gathered or offloaded weights costs minutes: every token moves the
-# whole model.
+#: Above this, generating with gathered or offloaded weights costs minutes: every token moves the
+#: whole model.
 LARGE_MODEL_PARAMETERS = 1_000_000_000
 
 

@@ -1,10 +1,9 @@
-"""A small process between a rank and its log that takes secrets out of what the rank and its
-libraries print.
+"""Filter secrets out of what a rank and its libraries print, in a process between rank and log.
 
 Libraries write to the file descriptors 1 and 2 past Python, so both are the writing end of a pipe,
-and the filter reads the other one. It is no part of the rank, because the last words of a rank that
-aborts or is killed must reach the log. It ends when the pipe has no writer left, or shortly after
-the rank where a child of the rank holds on to it.
+and the filter reads the other one. It is a process of its own, because the last output of a rank
+that aborts or is killed must reach the log. It ends when the pipe has no writer left, or shortly
+after the rank where a child of the rank keeps the pipe open.
 """
 
 from __future__ import annotations
@@ -20,26 +19,28 @@ from pathlib import Path
 from llmtune.process import STOP_SIGNALS
 from llmtune.security.redaction import redact, split_unfinished
 
-#: A line that is not ended, such as a progress bar, is shown after this pause.
+#: An unfinished line, such as a progress bar, is shown after this pause.
 QUIET_SECONDS = 0.25
-#: How long after the end of its rank a filter goes on reading from the rank's children.
+#: Seconds after the end of its rank in which a filter still reads from the rank's children.
 DRAIN_SECONDS = 1.0
-#: A line longer than this is not waited for.
+#: A longer line is written before its end.
 _MAX_LINE_BYTES = 2**20
 _PACKAGE_ROOT = Path(__file__).parents[3]
 
 
 def start_filter(log: Path) -> int:
-    """Start a filter that appends to ``log``; the file descriptor to print to.
+    """Start a filter that appends to ``log``.
 
     The filter holds a shared lock on the log while it lives, for :func:`wait_for_filters`. It has a
-    process group of its own and no signal that asks for an end reaches it (Slurm sends those to
-    every process of a step), so that what ends the rank lets the filter finish, and a rank that
-    saves has somewhere to print to.
+    process group of its own and blocks the signals that ask for an end (Slurm sends those to every
+    process of a step), so that it outlives the rank, which can print while it saves.
+
+    Returns:
+        The file descriptor to print to.
     """
     read_end, write_end = os.pipe()
     target = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    # Taken here and inherited: there is no moment at which the filter runs without it.
+    # Taken here and inherited, so that the filter never runs without it.
     with contextlib.suppress(OSError):
         fcntl.flock(target, fcntl.LOCK_SH)
     code = (
@@ -64,11 +65,9 @@ def start_filter(log: Path) -> int:
 
 
 def wait_for_filters(log: Path, timeout_seconds: float = 2 * DRAIN_SECONDS) -> None:
-    """Until the filters of ranks that have ended have written everything; returns at once where
-    there are none.
-    """
+    """Wait until the filters of ended ranks have written everything."""
     deadline = time.monotonic() + timeout_seconds
-    # There may be no log, or no right to write to it any more.
+    # The log may not exist, or may no longer be writable.
     with contextlib.suppress(OSError), log.open("r+b") as file:
         while time.monotonic() < deadline:
             try:
@@ -102,7 +101,7 @@ def main(rank_pid: int) -> None:
 
 
 def _write_lines(data: bytes) -> bytes:
-    """Write the lines that are ended, also by a carriage return; what is left."""
+    """Write the finished lines, also those that end in a carriage return; return the rest."""
     end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
     if end:
         _write(_decode(data[:end]))
@@ -115,7 +114,7 @@ def _decode(data: bytes) -> str:
 
 def _write(text: str) -> None:
     data = redact(text).encode(errors="surrogateescape")
-    # A full disk must not end the filter, or the rank would end of a broken pipe.
+    # A full disk must not end the filter: a broken pipe would end the rank.
     with contextlib.suppress(OSError):
         while data:
             data = data[os.write(1, data) :]

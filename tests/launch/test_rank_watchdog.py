@@ -18,7 +18,7 @@ _PRELUDE = """
 import sys, threading, time
 from pathlib import Path
 from llmtune.engine.heartbeat import PhaseLog
-from llmtune.launch.supervise.self_watch import RankWatchdog
+from llmtune.launch.supervise.rank_watchdog import RankWatchdog
 run = Path(sys.argv[1])
 watch = RankWatchdog(3, run, lambda text: print(text, flush=True))
 phases = PhaseLog(watch.record)

@@ -1,4 +1,4 @@
-"""A rank of a foreign launcher watches itself: nobody else sees that it no longer gets on."""
+"""End a rank of a foreign launcher that hangs: no supervisor of llmtune watches it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from llmtune.errors import EXIT_UNEXPECTED
 from llmtune.launch.supervise.out_of_memory import phase_file
 from llmtune.launch.supervise.phase_records import HangDetector, read_phase
 
-_LOOK_SECONDS = 0.5
-# : To write the stacks, after which the rank ends without: with the network, the run folder's file
-# system may be gone too.
+_POLL_SECONDS = 0.5
+#: Time to write the stacks, after which the rank ends without them: with the network, the file
+#: system of the run folder may be gone too.
 _WRITE_SECONDS = 15.0
 
 
 class RankWatchdog:
     """Ends this process when its own phase record no longer changes.
 
-    A rank that waits in vain for one whose node or network is gone would otherwise wait for the
-    process group's timeout.
+    Without it, a rank whose peer's node or network is gone waits for the timeout of the process
+    group. The check runs in a thread of the rank.
     """
 
     def __init__(self, rank: int, run_folder: Path, say: Callable[[str], None]):
@@ -39,20 +39,21 @@ class RankWatchdog:
 
     @property
     def record(self) -> Path:
-        """Where the rank's phase log is to write."""
+        """File that the rank's phase log writes."""
         return phase_file(self._folder, 0)
 
     def remove(self) -> None:
-        """Leave no record behind."""
+        """Remove the record."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @contextmanager
     def watch(self, timeout_seconds: float) -> Iterator[None]:
-        """In the block, end the process after so many seconds without a change; ten times as many
-        while it starts or answers.
+        """In the block, end the process after so many seconds without a change.
+
+        The limit is ten times as long while the rank starts or answers.
         """
         thread = threading.Thread(
-            target=self._look, args=(timeout_seconds,), name="self-watch", daemon=True
+            target=self._poll, args=(timeout_seconds,), name="rank-watchdog", daemon=True
         )
         thread.start()
         try:
@@ -61,32 +62,29 @@ class RankWatchdog:
             self._over.set()
             thread.join()
 
-    def _look(self, timeout_seconds: float) -> None:
-        watch = HangDetector(self._folder, 1, timeout_seconds)
-        while not self._over.wait(min(_LOOK_SECONDS, timeout_seconds / 4)):
-            if watch.is_hung():
+    def _poll(self, timeout_seconds: float) -> None:
+        detector = HangDetector(self._folder, 1, timeout_seconds)
+        while not self._over.wait(min(_POLL_SECONDS, timeout_seconds / 4)):
+            if detector.is_hung():
                 self._end(timeout_seconds)
 
     def _end(self, timeout_seconds: float) -> None:
         late = threading.Timer(_WRITE_SECONDS, os._exit, (EXIT_UNEXPECTED,))
         late.daemon = True
         late.start()
-        stands = read_phase(self._folder, 0)
-        where = (
-            f"rank {self._rank} on {socket.gethostname()} ({stands['phase']}, step"
-            f" {stands['step']})"
-        )
+        record = read_phase(self._folder, 0)
         why = (
-            f"{where} did not get on for {timeout_seconds:g} s (launch.hang_timeout; ten times that"
-            " while it starts or answers)"
+            f"rank {self._rank} on {socket.gethostname()} ({record['phase']}, step"
+            f" {record['step']}) made no progress for {timeout_seconds:g} s (launch.hang_timeout;"
+            " ten times that while it starts or answers)"
         )
         try:
             saved = f"its stacks are in {self._write_stacks(why)}"
         except OSError as error:
             saved = f"its stacks could not be saved ({error.strerror})"
         self._say(
-            f"{why}: another rank, its node or the network may be gone; {saved}; ending, so that"
-            " the launcher can"
+            f"{why}: another rank, its node or the network may be gone; {saved}; this rank ends,"
+            " so that the launcher can end the others"
         )
         self.remove()
         os._exit(EXIT_UNEXPECTED)

@@ -1,11 +1,11 @@
-"""Whether ranks that failed are started again, and how long to wait before. Progress decides."""
+"""Decide whether failed ranks are restarted, and after which wait: progress counts."""
 
 from __future__ import annotations
 
 from llmtune.errors import LlmtuneError
 from llmtune.launch.supervise.outcome import RanksFailedError
 
-#: Seconds before the first restart; doubled with each.
+#: Seconds before the first restart; doubled with each further one.
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
 
@@ -20,20 +20,21 @@ class Restarts:
         self._without_progress = 0
 
     def take(self, failure: RanksFailedError, first_step: int) -> float:
-        """Take one more, after an attempt that went on from ``first_step``; the seconds to wait
-        before.
+        """Count a restart after an attempt that began at ``first_step``.
 
-        A rank that asks for a rollback counts these itself.
+        A rollback is not counted here: the ranks count their own.
+
+        Returns:
+            Seconds to wait before the restart.
 
         Raises:
-            LlmtuneError: The failure, where no more is to be had.
+            LlmtuneError: The failure, where there is no further restart.
         """
         if failure.rollback:
-            # The steps from there on are made anew.
+            # The steps after the checkpoint are trained again.
             self._furthest_step = 0
             return 0.0
-        # New is what no attempt did before: one that fails at the same step again and again does
-        # not get on.
+        # Progress is a step that no earlier attempt finished.
         is_progress = failure.step > max(first_step, self._furthest_step)
         self._furthest_step = max(failure.step, self._furthest_step)
         self._without_progress = 0 if is_progress else self._without_progress + 1
@@ -49,7 +50,7 @@ class Restarts:
         return min(FIRST_WAIT_SECONDS * 2.0 ** (self.done - 1), LONGEST_WAIT_SECONDS)
 
     def describe(self, wait_seconds: float) -> str:
-        """The one that was taken last."""
-        return (
-            f" (restart {self.done} of {self.limit}) in {wait_seconds:g} s" if wait_seconds else ""
-        )
+        """Describe the latest restart, as the end of a message; empty after a rollback."""
+        if not wait_seconds:
+            return ""
+        return f" (restart {self.done} of {self.limit}) in {wait_seconds:g} s"

@@ -1,4 +1,4 @@
-"""``doctor`` finds what would stop a run, mends what is safe, and shows no secret."""
+"""``doctor`` finds what would stop a run, fixes what is safe, and shows no secret."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmtune.cli.main import main
-from llmtune.doctor import checks
-from llmtune.doctor.versions import bad_pairs
+from llmtune.doctor.ops import inspect_locks
+from llmtune.doctor.versions import find_bad_pairs
 from llmtune.launch.preflight import deepspeed_ops
 from tests.support import run_cli
 
@@ -48,11 +48,11 @@ def test_fix_removes_the_lock(extensions: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
         assert deepspeed_ops.stale_locks() == [lock]
-        (finding,) = checks._locks()
+        (finding,) = inspect_locks()
         assert finding.fix is not None
         assert finding.fix() is None
         assert not deepspeed_ops.stale_locks()
-        (clean,) = checks._locks()
+        (clean,) = inspect_locks()
     assert clean.state == "ok"
 
 
@@ -77,9 +77,9 @@ def test_a_healthy_machine_is_exit_0_and_tokens_are_not_shown() -> None:
 
 
 def test_known_bad_pairs_are_named_with_their_symptom() -> None:
-    pairs = bad_pairs({"deepspeed": "0.14.0", "numpy": "2.1.0", "torch": "2.4.0"})
+    pairs = find_bad_pairs({"deepspeed": "0.14.0", "numpy": "2.1.0", "torch": "2.4.0"})
     assert [pair.second for pair in pairs] == ["numpy"]
     assert "BUFSIZE" in pairs[0].symptom
-    assert not bad_pairs(
+    assert not find_bad_pairs(
         {"deepspeed": "0.19.8", "numpy": "2.4.6", "torch": "2.13.0+cpu", "peft": "0.21.2"}
     )

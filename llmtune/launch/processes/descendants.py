@@ -1,6 +1,4 @@
-"""End this process and everything it started, however deep, when it was asked to and does not get
-to its end by itself.
-"""
+"""End this process and all its descendants when it was asked to stop and does not."""
 
 from __future__ import annotations
 
@@ -13,25 +11,24 @@ from typing import Any, NoReturn
 
 import psutil
 
-# : ``prctl`` option of Linux: orphans among the descendants become children of this process, and
-# not of ``init``.
+#: ``prctl`` option of Linux: orphans among the descendants become children of this process, and not
+#: of ``init``.
 _PR_SET_CHILD_SUBREAPER = 36
 
-# : SIGKILL works at once, except on a process that waits for a file system or a driver; those end
-# without us.
+#: SIGKILL works at once, except on a process that waits for a file system or a driver, for which
+#: nobody waits longer.
 _KILL_SECONDS = 2.0
 
 
 def adopt_orphans() -> None:
-    """From here on, :func:`end_descendants` also finds a process whose own parent has ended."""
+    """Adopt descendants whose parent ends, so that :func:`end_descendants` finds them too."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def end_descendants() -> None:
-    """Kill every process below this one, in whatever group or session, and wait until they are
-    gone.
+    """Kill all descendants, in any process group or session, and wait until they are gone.
 
-    Not so Python's resource tracker: it ends with those who use it, and removes their semaphores.
+    Python's resource tracker is spared: it ends with its users, and removes their semaphores.
     """
     tracker: Any = resource_tracker
     spared = tracker._resource_tracker._pid
@@ -43,7 +40,7 @@ def end_descendants() -> None:
             ]
             if not left:
                 return
-            # Deepest first: one whose parent is gone says so at length before it ends.
+            # Deepest first: a process whose parent is gone prints an error before it ends.
             for child in reversed(left):
                 with contextlib.suppress(psutil.Error):
                     child.kill()
@@ -51,9 +48,7 @@ def end_descendants() -> None:
 
 
 def end_now(code: int, message: str = "") -> NoReturn:
-    """Say so on standard error, and end without the clean-up of libraries, which may wait for what
-    was cut off.
-    """
+    """Print to standard error, and end without the clean-up of libraries, which may hang."""
     with contextlib.suppress(OSError):
         if message:
             os.write(2, f"{message}\n".encode())

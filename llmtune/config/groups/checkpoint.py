@@ -1,0 +1,51 @@
+"""The keys of ``checkpoint``: how checkpoints are written, kept and copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class OnDiskLow(Enum):
+    """The reaction to a checkpoint that does not fit on the disk."""
+
+    stop = "stop"
+    prune = "prune"
+    skip = "skip"
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointConfig:
+    """Writing, keeping and copying of checkpoints.
+
+    ``checkpoint=FOLDER`` on the command line sets ``path``.
+    """
+
+    path: str | None = None
+    """Checkpoint folder that ``export``, ``eval``, ``chat`` and ``verify`` work on, instead of
+    ``run``.
+    """
+    background: bool | str = "auto"
+    """Copy to host memory and write while training goes on; ``auto`` where the host has the memory
+    for it.
+    """
+    keep_every: int | None = None
+    """Checkpoints at multiples of this step are never removed."""
+    metric_for_best_model: str | None = None
+    """A key of evaluation lines, such as ``eval_loss``: the checkpoint where it was best is never
+    removed.
+    """
+    greater_is_better: bool = False
+    """A greater value of that metric is better."""
+    on_disk_low: OnDiskLow = OnDiskLow.stop
+    """When the next checkpoint would not fit: ``stop``; ``prune`` older ones, never the last;
+    ``skip`` it.
+    """
+    mirror: str | None = None
+    """URL (``s3://bucket/folder``, ``gs://``, ``oss://``, another disk) that complete checkpoints
+    are copied to.
+    """
+    sign: str | None = None
+    """Private ed25519 key (PEM) that signs checkpoints, trained weights and exports;
+    ``verify key=`` checks the signature.
+    """

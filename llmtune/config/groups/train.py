@@ -1,0 +1,59 @@
+"""The keys of ``train``: batches, the length of the run, evaluations and checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class OnNan(Enum):
+    """The reaction to a loss or a gradient that is not finite."""
+
+    stop = "stop"
+    skip = "skip"
+    rollback = "rollback"
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainConfig:
+    """Batches, length of the run, evaluation, saving."""
+
+    global_batch_size: int | str = "auto"
+    """Rows per optimizer step, over all ranks and micro-batches. ``auto`` is the product of the
+    ranks and the next two keys where both are set; otherwise the smallest multiple of the known
+    factors that is at least 8. A resumed run keeps it."""
+    per_device_train_batch_size: int | str = "auto"
+    """Rows per micro-batch on one rank; ``auto`` derives it."""
+    gradient_accumulation_steps: int | str = "auto"
+    """Micro-batches per optimizer step; ``auto`` derives it."""
+    per_device_eval_batch_size: int | str = "auto"
+    """Rows per forward pass of an evaluation on one rank; ``auto`` takes the micro-batch size."""
+    num_train_epochs: float = 1.0
+    """Passes over the training rows, where ``max_steps`` is not set."""
+    max_steps: int | None = None
+    """Length of the run in optimizer steps, instead of epochs."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global 2-norm; 0 for no clipping."""
+    gradient_checkpointing: bool | str = "auto"
+    """Recompute activations in the backward pass; ``auto`` does so where they would take too
+    much of the device's memory.
+    """
+    logging_steps: int = 1
+    """Optimizer steps between lines of ``metrics.jsonl``; a line has the mean loss of all tokens
+    trained since the previous line.
+    """
+    eval_steps: int | None = None
+    """Optimizer steps between evaluations; the run always evaluates at step 0 and at the end."""
+    eval_max_rows: int | None = 256
+    """Rows used by one evaluation during training; null for all."""
+    save_steps: int | None = 100
+    """Optimizer steps between checkpoints; the run always saves one at the end."""
+    save_total_limit: int | None = 2
+    """Checkpoints kept, newest first; null keeps all."""
+    on_nan: OnNan = OnNan.stop
+    """A loss or gradient is not finite: ``stop`` names the rows and ends the run; ``skip`` leaves
+    the step out; ``rollback`` returns to the newest checkpoint and then leaves the step out."""
+    sample_answers: bool | str = "auto"
+    """Generate answers to three evaluation prompts before and after training; ``auto`` skips this
+    for large models that are sharded or offloaded.
+    """

@@ -1,0 +1,155 @@
+"""Rules over single keys: ranges of numbers, lists of words, paths that are not empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from llmtune.config.schema import Config
+from llmtune.config.stored import read_key, to_plain
+
+#: Paths for which an empty text would mean the current folder, or the root of the machine.
+PATHS = (
+    "resume_from_checkpoint",
+    "checkpoint.mirror",
+    "checkpoint.path",
+    "tuner.adapter_path",
+    "offload.nvme_path",
+    "paths.cache_dir",
+)
+
+_POSITIVE = (
+    "train.num_train_epochs",
+    "train.max_steps",
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.eval_max_rows",
+    "train.save_steps",
+    "train.save_total_limit",
+    "data.max_seq_length",
+    "data.shuffle_buffer",
+    "tuner.lora_r",
+    "tuner.lora_alpha",
+    "checkpoint.keep_every",
+    "launch.nproc",
+    "launch.hang_timeout",
+    "launch.stop_timeout",
+    "hardware.nodes",
+    "hardware.gpus_per_node",
+    "hardware.gpu_flops",
+    "hardware.compute_efficiency",
+    "optim.eps",
+    "export.max_shard_bytes",
+    "chat.max_new_tokens",
+)
+
+_NOT_NEGATIVE = (
+    "optim.weight_decay",
+    "train.max_grad_norm",
+    "tuner.lora_dropout",
+    "schedule.warmup_ratio",
+    "schedule.warmup_steps",
+    "data.val_set_size",
+    "data.dataloader_num_workers",
+    "launch.max_restarts",
+    "chat.temperature",
+    "seed",
+)
+
+#: Counts of rows or steps that may also be ``auto``.
+_COUNTS_OR_AUTO = (
+    "train.global_batch_size",
+    "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.per_device_eval_batch_size",
+)
+
+_FLAGS_OR_AUTO = (
+    "train.gradient_checkpointing",
+    "train.sample_answers",
+    "checkpoint.background",
+)
+
+
+def find_value_problems(config: Config) -> list[str]:
+    """Return every key whose value is impossible by itself, in words a user can act on."""
+    return [
+        *_find_infinite_numbers(config),
+        *_find_name_problems(config),
+        *_find_empty_paths(config),
+        *_find_range_problems(config),
+        *_find_choice_problems(config),
+    ]
+
+
+def _find_infinite_numbers(config: Config) -> Iterator[str]:
+    """``nan`` passes every comparison, and ``inf`` every lower bound."""
+    for key, value in _infinite_numbers(to_plain(config), ""):
+        yield f"{key}={value}: must be a finite number"
+
+
+def _infinite_numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Yield the numbers that are not finite, each with its dotted key."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _infinite_numbers(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _infinite_numbers(item, key)
+
+
+def _find_name_problems(config: Config) -> Iterator[str]:
+    """A run's name is one folder below ``runs/``, and one at a mirror."""
+    name = config.run_name
+    if name and (set(name) & set("/\\\0") or name.strip() in ("", ".", "..")):
+        yield f"run_name={name}: a name, without slashes; another folder is named by output_dir="
+
+
+def _find_empty_paths(config: Config) -> Iterator[str]:
+    """A script's ``checkpoint.mirror=$PLACE`` is empty where the variable is not set."""
+    for key in PATHS:
+        value = read_key(config, key)
+        if value is not None and not value.strip():
+            yield f"{key}= is empty: name a place, or leave the key out"
+
+
+def _find_range_problems(config: Config) -> Iterator[str]:
+    for key in _POSITIVE:
+        value = read_key(config, key)
+        if value is not None and not value > 0:
+            yield f"{key}={value}: must be above 0"
+    for key in _NOT_NEGATIVE:
+        value = read_key(config, key)
+        if value is not None and value < 0:
+            yield f"{key}={value}: must not be negative"
+    ratio, dropout, betas = (
+        config.schedule.warmup_ratio,
+        config.tuner.lora_dropout,
+        config.optim.betas,
+    )
+    if ratio >= 1:
+        yield f"schedule.warmup_ratio={ratio}: a share of all steps, below 1"
+    if dropout >= 1:
+        yield f"tuner.lora_dropout={dropout}: a probability, below 1"
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"optim.betas={betas}: two numbers of at least 0 and below 1"
+
+
+def _find_choice_problems(config: Config) -> Iterator[str]:
+    """OmegaConf's unions cannot restrict a text to a list of words."""
+    for key in _COUNTS_OR_AUTO:
+        value = read_key(config, key)
+        if value != "auto" and not (type(value) is int and value > 0):
+            yield f"{key}={value}: must be above 0 and a whole number, or 'auto'"
+    rate = config.optim.learning_rate
+    if rate != "auto" and (isinstance(rate, str) or rate <= 0):
+        yield f"optim.learning_rate={rate}: 'auto', or a number above 0"
+    for key in _FLAGS_OR_AUTO:
+        flag = read_key(config, key)
+        if flag not in ("auto", True, False):
+            yield f"{key}={flag}: 'auto', true or false"
+    if config.zero.stage not in ("auto", 0, 1, 2, 3):
+        yield f"zero.stage={config.zero.stage}: 0, 1, 2, 3 or 'auto'"
