@@ -23,6 +23,9 @@ from llmtune.errors import ConfigError
 
 PLUGINS = "LLMTUNE_PLUGINS"
 
+#: The value of a key for which no variant is used: no export, no tracker.
+NONE = "none"
+
 
 class Named(Protocol):
     """What every variant has."""
@@ -44,7 +47,7 @@ class Registry(Generic[Variant]):
         Args:
             key: Of the configuration, which holds the name of one.
             package: The folder with llmtune's own; its modules register on import.
-            also: Names that the key takes and that stand for no variant, such as ``none``.
+            also: Names that the key takes and that are no variant, such as ``NONE``.
         """
         self.key = key
         self._package = package

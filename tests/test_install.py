@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import shutil
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.support import ROOT, run
 
@@ -20,6 +24,29 @@ def test_every_folder_is_a_package_of_the_wheel() -> None:
         for file in (ROOT / "llmtune").rglob("__init__.py")
     }
     assert set(settings["options"]["packages"].split()) == folders | {"llmtune.conf"}
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    asked = settings["options"]["install_requires"] + settings["options.extras_require"]["onnx"]
+    names = {canonicalize_name(Requirement(line).name) for line in asked.split("\n") if line}
+    providers = packages_distributions()
+    imported: set[str] = set()
+    for file in (ROOT / "llmtune").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"llmtune"}
+    assert len(foreign) > 20
+    missing = {
+        name
+        for name in foreign
+        if not names & {canonicalize_name(provider) for provider in providers.get(name, [name])}
+    }
+    assert missing == set()
 
 
 @pytest.mark.process
@@ -61,4 +88,5 @@ def test_the_wheel_composes_from_another_directory(tmp_path: Path) -> None:
     assert "hidden_size: 8192" in done.out
     packed = run([sys.executable, "-m", "zipfile", "-l", str(wheel)]).out
     assert packed.count(".yaml") == len(list((ROOT / "conf").rglob("*.yaml")))
-    assert packed.count(".jinja") == len(list((ROOT / "conf").rglob("*.jinja")))
+    templates = [*(ROOT / "conf").rglob("*.jinja"), *(ROOT / "llmtune").rglob("*.jinja")]
+    assert packed.count(".jinja") == len(templates)

@@ -63,7 +63,7 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     def write(folder: Path, journal: Journal) -> None:
         check_room(folder, int(export_model.nbytes * kind.space) + _COMPANION_BYTES)
         parity = None if kind.is_checked_on_disk else check_model(export_model, config)
-        kind.write(export_model, folder, journal, config)
+        kind.load_writer()(export_model, folder, journal, config)
         if kind.is_checked_on_disk and kind.is_merged:
             # Of what lies on the disk now.
             parity = check_folder(export_model, folder, config)

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.schema import TrackerConfig
-from llmtune.registry import Registry
+from llmtune.registry import NONE, Registry
 from llmtune.track.tracker import Tracker
-
-#: ``tracker.kind`` of a run that only writes its own files.
-NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

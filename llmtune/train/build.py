@@ -27,11 +27,12 @@ from llmtune.model.adapter.lora import add_lora, load_adapter, to_file_name
 from llmtune.model.build import DTYPES, WeightsTo, build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
+from llmtune.registry import NONE
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
-from llmtune.track.service import NONE, SERVICES, TrackedRun
+from llmtune.track.service import SERVICES, TrackedRun
 from llmtune.track.tracker import Tracker, Trackers
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings, render_companions
 from llmtune.train.divergence import DivergenceMonitor
