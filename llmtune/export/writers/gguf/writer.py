@@ -60,9 +60,6 @@ _LAYER_MORE = {"llama": (), "qwen2": (), "qwen3": ("attn_q_norm", "attn_k_norm")
 #: Buffers that old files carry along; nobody loads them.
 _LEFT_OUT = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
-# : Elements of a quantized block; of what these types do not divide, f16 is taken, as llama.cpp
-# does.
-_BLOCK = 32
 _PIECE = 1 << 16
 _COARSE = (GgufType.q5_1, GgufType.q5_0, GgufType.q4_1, GgufType.q4_0)
 
@@ -185,12 +182,18 @@ def plan_tensors(
     Raises:
         ExportError: A tensor is missing, or is none of the architecture's.
     """
-    from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
+    from gguf import (
+        GGML_QUANT_SIZES,
+        MODEL_ARCH_NAMES,
+        GGMLQuantizationType,
+        get_tensor_name_map,
+    )
 
     number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(number, settings.num_hidden_layers)
     tied = bool(settings.tie_word_embeddings)
     tensors, unknown, fallen = [], [], []
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[wanted.name.upper()]]
     for name, spec in source.specs.items():
         if name.endswith(_LEFT_OUT) or (tied and name == "lm_head.weight"):
             continue
@@ -204,7 +207,8 @@ def plan_tensors(
             kind = GgufType.q8_0
         if len(spec.shape) < 2:
             kind = GgufType.f32
-        elif kind.value.startswith("q") and spec.shape[-1] % _BLOCK:
+        elif spec.shape[-1] % block:
+            # As llama.cpp does.
             fallen.append(stored)
             kind = GgufType.f16
         heads = _rotated_heads(stored, settings) if architecture == "llama" else None
@@ -225,7 +229,7 @@ def plan_tensors(
     notes = []
     if fallen:
         notes.append(
-            f"rows of {some(fallen)} are no multiple of {_BLOCK} numbers: stored in f16, not in"
+            f"rows of {some(fallen)} are no multiple of {block} numbers: stored in f16, not in"
             f" {wanted.value}"
         )
     return tensors, notes
