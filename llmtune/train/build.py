@@ -41,10 +41,11 @@ from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
 from llmtune.train.line_sums import LineSums
-from llmtune.train.loop import Hook, Job, TrainingState, run
+from llmtune.train.loop import Hook, Job, run
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
 from llmtune.train.stop_request import Stop
+from llmtune.train.training_state import TrainingState
 
 #: Waited at the end for copies to ``checkpoint.mirror``; whoever stops a run is in a hurry.
 MIRROR_SECONDS, MIRROR_SECONDS_AFTER_STOP = 3600.0, 20.0
