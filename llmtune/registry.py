@@ -22,6 +22,9 @@ from llmtune.storage.hashing import sha256_files
 
 PLUGINS = "LLMTUNE_PLUGINS"
 
+#: The value of a key for which no variant is used: no export, no tracker.
+NONE = "none"
+
 
 class Named(Protocol):
     """A variant with a name."""

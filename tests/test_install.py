@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import configparser
 import shutil
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.support import ROOT, run
 
@@ -28,6 +33,29 @@ def shipped() -> set[str]:
         for file in folder.rglob("*")
         if file.suffix in kinds
     }
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    asked = settings["options"]["install_requires"] + settings["options.extras_require"]["onnx"]
+    names = {canonicalize_name(Requirement(line).name) for line in asked.split("\n") if line}
+    providers = packages_distributions()
+    imported: set[str] = set()
+    for file in (ROOT / "llmtune").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"llmtune"}
+    assert len(foreign) > 20
+    missing = {
+        name
+        for name in foreign
+        if not names & {canonicalize_name(provider) for provider in providers.get(name, [name])}
+    }
+    assert missing == set()
 
 
 @pytest.mark.process

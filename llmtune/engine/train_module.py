@@ -33,7 +33,7 @@ LossFunction = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
 class MicroBatch(Protocol):
-    """What a forward pass takes."""
+    """What a forward pass takes: a ``Batch`` of ``data/``, which ``engine/`` may not import."""
 
     @property
     def inputs(self) -> Mapping[str, Any]:

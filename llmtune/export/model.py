@@ -1,4 +1,4 @@
-"""What an export is made of, opened and checked before anything is written."""
+"""The model that is exported: opened and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from llmtune.storage.signature import Signer
 
 
 def _silent(_: str) -> None:
-    """Says nothing."""
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +53,11 @@ class ExportRequest:
     base: Path
     """Model folder; for full fine-tuning, the trained model itself."""
     base_name: str
-    """How the model card calls the base."""
+    """The name of the base in the model card."""
     adapter: Path | None
     """None for full fine-tuning."""
     run: Path | None
-    """Whose files describe the training."""
+    """The run folder whose files describe the training."""
     output: Path
     zero: Path | None = None
     """DeepSpeed's own checkpoint, which holds the tensors; ``base`` then only describes the model.
@@ -66,18 +66,18 @@ class ExportRequest:
     """DeepSpeed's own checkpoint that ``adapter``, a folder of this start alone, was made from."""
     progress: ProgressCallbacks | None = None
     say: Callable[[str], None] = _silent
-    """Told what was checked, and what is worth knowing."""
+    """Takes a line for the user."""
     signer: Signer | None = None
     """Signs what is published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportModel:
-    """A model to be written in some format."""
+    """A model that is ready to be written in any format."""
 
     request: ExportRequest
     base: TensorSource
-    """What the adapter is for; without one, the trained model itself."""
+    """The model that the adapter is added to; without an adapter, the trained model itself."""
     source: TensorSource
     """The tensors as they are to be stored, an adapter merged."""
     model_files: list[Path]
@@ -92,12 +92,12 @@ class ExportModel:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What most of the floating numbers are stored in."""
+        """The dtype that most of the floating numbers are stored in."""
         return usual_dtype(self.source)
 
     @property
     def computed(self) -> bool:
-        """Whether the tensors are others than the stored ones."""
+        """Whether tensors are computed on the way, rather than copied."""
         return self.source is not self.base
 
     @property
@@ -147,12 +147,10 @@ def open_material(request: ExportRequest, config: ExportConfig) -> ExportModel:
 
 
 def _note_other_base(request: ExportRequest, adapter: Adapter) -> None:
-    """Bases of equal shapes cannot be told apart by an adapter's tensors; the name that it was
-    given may tell.
-    """
+    """Tell the user of an adapter that names another base: its tensors fit any of such shapes."""
     named = str(adapter.settings.get("base_model_name_or_path") or "")
     known = {Path(request.base_name).name.lower(), request.base.resolve().name.lower()}
-    # A run knows its base by itself, wherever that lay.
+    # A run knows its base by itself, whatever its path was.
     if named and request.run is None and Path(named).name.lower() not in known:
         request.say(
             f"note: the adapter names {named} as its base, and is merged into {request.base_name}"
@@ -183,7 +181,7 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
 
 
 def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
-    """What the model calls the matrix of its logits."""
+    """The name of the matrix that the logits are computed with."""
     if not (folder / "config.json").is_file():
         return "lm_head.weight"
     skeleton = build_skeleton(folder, changes)
@@ -194,9 +192,7 @@ def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
 
 
 def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
-    """Output embeddings that are the input once more: transformers keeps one matrix, and peft
-    trains that one.
-    """
+    """Output embeddings that repeat the input: transformers keeps one matrix, peft trains that."""
     file = folder / "config.json"
     if not file.is_file() or not parse_json(file.read_text()).get("tie_word_embeddings"):
         return []
@@ -212,19 +208,16 @@ def _are_equal(source: TensorSource, one: str, other: str) -> bool:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """What ``config.json`` says that the model is in."""
+    """The dtype that ``config.json`` names."""
     file = folder / "config.json"
     config = parse_json(file.read_text()) if file.is_file() else {}
-    found = getattr(
-        torch,
-        str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch."),
-        None,
-    )
-    return found if isinstance(found, torch.dtype) else None
+    name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    dtype = getattr(torch, name, None)
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def check_places(request: ExportRequest) -> None:
-    """The output must not be, or lie around, what it is made from.
+    """Check that the output is no folder that it is made from, and none around one.
 
     Raises:
         ExportError: It would replace its own source.
@@ -244,18 +237,15 @@ def check_places(request: ExportRequest) -> None:
 
 
 def check_links(request: ExportRequest) -> None:
-    """What is exported must lie in the folders that were named, and not be links to files
-    elsewhere: an export is published.
+    """Check that what is published is in the folders that were named, and not linked into them.
 
     Raises:
         ExportError: A link leads out of its folder.
     """
-    # Settings of an adapter lie beside the folder that DeepSpeed's ranks wrote.
-    beside = (
-        {request.zero.parent, *(folder for folder in request.zero.iterdir() if folder.is_dir())}
-        if request.zero
-        else set()
-    )
+    beside: set[Path] = set()
+    if request.zero is not None:
+        # The settings of an adapter are beside the folder that DeepSpeed's ranks wrote.
+        beside = {request.zero.parent, *filter(Path.is_dir, request.zero.iterdir())}
     for folder in filter(None, (request.base, request.adapter, request.zero, *sorted(beside))):
         check_model_files(folder)
         check_licenses(folder)

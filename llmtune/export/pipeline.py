@@ -1,6 +1,4 @@
-"""``export``: from a base and what was trained on it to a published folder, in one of the
-formats.
-"""
+"""Export a trained model: from the base and what was trained on it to a published folder."""
 
 from __future__ import annotations
 
@@ -36,10 +34,14 @@ _MODEL_FILES_BYTES = 64 << 20
 
 
 def run_export(request: ExportRequest, config: ExportConfig) -> Path:
-    """Write what ``export.format`` names; the published folder.
+    """Write and publish what ``export.format`` names, and upload it where that is asked for.
+
+    Returns:
+        The published folder; with ``export.dry_run`` the one that would be.
 
     Raises:
-        ExportError: Nothing was published.
+        ExportError: Nothing was published, or it was not uploaded.
+        MissingPrerequisiteError: A package or a token is missing.
     """
     kind = find_format(config.format)
     if not kind.is_merged and request.adapter is None:
@@ -55,10 +57,10 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     if config.upload:
         check_upload(config.upload, config.dry_run)
     export_model = open_material(request, config)
-    about = _describe(request, config)
+    about = _describe_export(request, config)
     check_replaceable(request.output, kind.name)
     if config.dry_run:
-        _say_what_would_be(export_model, config)
+        _describe_dry_run(export_model, config)
         return request.output
 
     def write(folder: Path, journal: Journal) -> None:
@@ -91,11 +93,11 @@ def write_files(
     elif kind.has_model_files:
         dtype = kind.compared_dtype(config) or export_model.dtype
         write_model_files(export_model.model_files, folder, dtype, export_model.config_changes)
-    kind.write(export_model, folder, journal, config)
+    kind.load_writer()(export_model, folder, journal, config)
 
 
-def _describe(request: ExportRequest, config: ExportConfig) -> dict[str, Any]:
-    """For the manifest."""
+def _describe_export(request: ExportRequest, config: ExportConfig) -> dict[str, Any]:
+    """The fields of the manifest that tell one export from another."""
     return {
         "base": request.base_name if is_hub_id(request.base_name) else Path(request.base_name).name,
         "format": config.format,
@@ -104,8 +106,8 @@ def _describe(request: ExportRequest, config: ExportConfig) -> dict[str, Any]:
     }
 
 
-def _say_what_would_be(export_model: ExportModel, config: ExportConfig) -> None:
-    """``export.dry_run``: everything that is opened fits together; nothing is written."""
+def _describe_dry_run(export_model: ExportModel, config: ExportConfig) -> None:
+    """Tell the user what an export without ``export.dry_run`` would write."""
     request, say = export_model.request, export_model.request.say
     changed = export_model.merged.changed if export_model.merged is not None else {}
     say(f"would write {config.format} to {request.output}")

@@ -8,9 +8,10 @@ from pathlib import Path
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ConfigError, ExportError, MissingPrerequisiteError
 from llmtune.export.card.license import check_licenses
-from llmtune.export.formats.format import NONE, find_format
+from llmtune.export.formats.format import find_format
 from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.weights.quantized import quantization
+from llmtune.registry import NONE
 
 
 def check_exportable(config: ExportConfig, base: Path) -> None:

@@ -13,8 +13,8 @@ from llmtune.config.groups.export import MergeOnto
 from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
-from llmtune.export.formats.format import NONE, find_format
-from llmtune.track.service import NONE as NO_TRACKER
+from llmtune.export.formats.format import find_format
+from llmtune.registry import NONE
 from llmtune.track.service import SERVICES
 from llmtune.train.schedule import SCHEDULES
 from llmtune.tuner.tuner import TUNERS
@@ -83,7 +83,7 @@ def _check_export(config: Config) -> None:
 
 
 def _check_tracker(config: Config) -> None:
-    if config.tracker.kind != NO_TRACKER:
+    if config.tracker.kind != NONE:
         SERVICES.find(config.tracker.kind)
 
 

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.groups.tracker import TrackerConfig
-from llmtune.registry import Registry
+from llmtune.registry import NONE, Registry
 from llmtune.track.tracker import Tracker
-
-#: ``tracker.kind`` of a run that writes its own files only.
-NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,12 +25,13 @@ from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
+from llmtune.registry import NONE
 from llmtune.storage import layout
 from llmtune.storage.dtypes import configured_dtype
 from llmtune.storage.signature import read_signer
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
-from llmtune.track.service import NONE, SERVICES, TrackedRun
+from llmtune.track.service import SERVICES, TrackedRun
 from llmtune.track.tracker import Tracker, Trackers
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings, render_companions
 from llmtune.train.divergence import DivergenceMonitor
@@ -39,10 +40,11 @@ from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
 from llmtune.train.line_sums import LineSums
-from llmtune.train.loop import Hook, Job, TrainingState, run
+from llmtune.train.loop import Hook, Job, run
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
 from llmtune.train.stop_request import Stop
+from llmtune.train.training_state import TrainingState
 from llmtune.tuner.peft_model import load_adapter, to_file_name
 from llmtune.tuner.tuner import TUNERS
 

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint.find import find_checkpoints
+from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.optimizer_files import state_specs
 from llmtune.checkpoint.retention import Retention, list_checkpoints, prune_checkpoints
 from llmtune.checkpoint.save import DiskRefusedError, PendingSave, SaveRequest, begin_save
@@ -29,8 +30,8 @@ from llmtune.storage.hashing import hash_file
 from llmtune.storage.manifest import is_complete, publish, read_manifest, write_manifest
 from llmtune.storage.signature import Signer
 from llmtune.track.tracker import Record
-from llmtune.train.loop import TrainingState
 from llmtune.train.memory_usage import spare_host_memory_bytes
+from llmtune.train.training_state import TrainingState
 from llmtune.tuner.peft_model import write_adapter_config
 from llmtune.units import counted, format_bytes
 
@@ -42,20 +43,6 @@ _STATE = {layout.TRAINER_STATE, layout.CONFIG, layout.METRICS}
 
 #: Copies for a save in the background may take this share of the host memory that training leaves.
 _COPY_SHARE = 0.5
-
-
-class Mirror(Protocol):
-    """Copies complete checkpoints elsewhere."""
-
-    @property
-    def busy(self) -> Container[Path]:
-        """Folders that are not to be removed yet."""
-
-    def put(self, folder: Path, keep: set[str] | None) -> None:
-        """Queue a complete checkpoint; the names of what stays there, or None for all."""
-
-    def finish(self, timeout_seconds: float) -> list[tuple[str, str]]:
-        """Wait for the queue; the checkpoints that did not make it, each with the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -19,30 +18,15 @@ from llmtune.engine.train_module import StepResult, TrainModule
 from llmtune.errors import CheckpointError, DivergedError, StoppedError
 from llmtune.plan.plan import StepsPlan
 from llmtune.storage.manifest import is_complete
-from llmtune.track.tracker import Record, Trackers
+from llmtune.track.tracker import Trackers
+from llmtune.train.checkpointing import CheckpointSaver
 from llmtune.train.divergence import DivergenceMonitor
+from llmtune.train.hooks.evaluation import HeldOutLoss
 from llmtune.train.line_sums import LineSums
 from llmtune.train.memory_usage import used_memory_bytes
 from llmtune.train.schedule import learning_rate_at
 from llmtune.train.stop_request import Stop
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingState:
-    """Where the run stands."""
-
-    step: int = 0
-    """Optimizer steps done, skipped ones included."""
-    tokens: int = 0
-    """Tokens seen, padding excluded."""
-    skipped: int = 0
-    """Steps that changed nothing; the schedule does not count them."""
-    data_position: Mapping[str, Any] | None = None
-    """Where the data goes on, as the loader says it; None at the beginning."""
-    evaluation_due: bool = False
-    """An evaluation of this step was interrupted."""
-    line: LineSums = field(default_factory=LineSums)
-    """Of the steps since the last line of ``metrics.jsonl``."""
+from llmtune.train.training_state import TrainingState
 
 
 class Hook(Protocol):
@@ -53,48 +37,6 @@ class Hook(Protocol):
 
     def on_end(self, progress: TrainingState) -> None:
         """After the last step. Called on every rank."""
-
-
-class Evaluator(Protocol):
-    """Held-out loss. Collective."""
-
-    def evaluate(self, progress: TrainingState, interrupted: Callable[[], bool]) -> Record | None:
-        """A record with ``eval_loss``; None where nothing is held out, or where it was
-        interrupted.
-        """
-
-
-class Saver(Protocol):
-    """Checkpoints. Collective, but for ``record_evaluation``."""
-
-    def prepare(self, steps_to_come: int) -> None:
-        """Before the first step: whether the disk has room."""
-
-    def record_evaluation(self, record: Record) -> None:
-        """An evaluation, which tells which checkpoint is the best."""
-
-    def save(self, progress: TrainingState) -> Path:
-        """Begin to write one, unless it is there; training may go on."""
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether this rank still works on one in the background."""
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether this rank knows that the one under way will not be."""
-
-    def finish(self) -> None:
-        """Wait for the one under way, if there is one; its error, on every rank."""
-
-    def close(self, timeout_seconds: float) -> None:
-        """Wait for what is done on the side."""
-
-    def pause_seconds(self) -> float | None:
-        """How long training stood still for a save since this was last asked."""
-
-    def publish_result(self, progress: TrainingState) -> Path:
-        """The trained model under its final name, and the mark that the run is finished."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,8 +52,8 @@ class Job:
     """Peak."""
     schedule: ScheduleConfig
     seed: int
-    evaluator: Evaluator
-    saver: Saver
+    evaluator: HeldOutLoss
+    saver: CheckpointSaver
     numbers: DivergenceMonitor
     trackers: Trackers
     hooks: list[Hook]

@@ -665,7 +665,7 @@ def test_a_card_says_onto_which_base_a_qlora_adapter_was_merged(
                 "LICENSE": "Text",
             },
             {"license": "other", "license_name": "x: y", "license_link": "LICENSE"},
-            "applies: x: y. Its text lies beside this file: LICENSE",
+            "applies: x: y. Its text is beside this file: LICENSE",
         ),
         ({"LICENSE": "META LLAMA 3 COMMUNITY LICENSE AGREEMENT"}, {"license": "llama3"}, "llama3"),
         (

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format
-from llmtune.export.usage import Usage, shell_block
 
 if TYPE_CHECKING:
     from llmtune.export.model import ExportModel
     from llmtune.export.publish.shards import Journal
+    from llmtune.export.usage import Usage
 
 
 def _write(
@@ -21,7 +21,7 @@ def _write(
 
 
 def _describe_usage(usage: Usage) -> str:
-    return f"With any pager:\n\n{shell_block(f'less {usage.folder.name}/names.txt')}"
+    return f"With any pager:\n\n```sh\nless {usage.folder.name}/names.txt\n```\n"
 
 
 NAMES = Format(
@@ -29,7 +29,7 @@ NAMES = Format(
     describe=lambda _: "a list of names",
     library="less",
     describe_usage=_describe_usage,
-    write=_write,
+    load_writer=lambda: _write,
     options=MERGED_OPTIONS,
 )
 

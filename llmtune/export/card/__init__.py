@@ -1,1 +1,1 @@
-"""The model card, and what it says."""
+"""The model card of an export, and the facts in it."""

@@ -290,7 +290,8 @@ def _is_hub_source(path: str) -> bool:
 
 
 def _describe_counts(counts: Mapping[str, Any]) -> str:
-    text = f"{counts.get('rows') or 0:,} ({counts.get('tokens') or 0:,} tokens, {counts.get('trained_tokens') or 0:,} trained on)"  # noqa: E501
+    rows, tokens, trained = (counts.get(key) or 0 for key in ("rows", "tokens", "trained_tokens"))
+    text = f"{rows:,} ({tokens:,} tokens, {trained:,} trained on)"
     left_out = [
         f"{counts[key]:,} {key}"
         for key in ("dropped", "truncated", "skipped", "twins")

@@ -29,21 +29,25 @@ _MOST_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class License:
-    """What is known; possibly nothing."""
+    """What the base's files say of its license; possibly nothing."""
 
     front_matter: dict[str, str] = field(default_factory=dict)
     """``license``, ``license_name``, ``license_link`` as the hub knows them."""
     files: tuple[Path, ...] = ()
-    """Texts that go with the weights."""
+    """License texts, which are copied beside the weights."""
 
     @property
     def shown(self) -> str:
-        """Its name."""
+        """The name of the license; empty where it is not known."""
         return self.front_matter.get("license_name") or self.front_matter.get("license", "")
 
 
 def find_license(folders: Sequence[Path]) -> License:
-    """From the front matter of the base's card, or else from the text of its license."""
+    """Read the license from the front matter of the base's card, or else from its own text.
+
+    Args:
+        folders: Folders of the base; the first one that names a license counts.
+    """
     files = {file.name: file for folder in reversed(folders) for file in _license_files(folder)}
     named = next((found for folder in folders if (found := _read_card(folder / "README.md"))), None)
     return License(
@@ -53,7 +57,7 @@ def find_license(folders: Sequence[Path]) -> License:
 
 
 def copy_license_files(files: Sequence[Path], folder: Path) -> None:
-    """Put the texts beside the weights, as most licenses ask for.
+    """Copy the texts beside the weights, as most licenses demand.
 
     Raises:
         ExportError: One is a link that leads out of its folder.
@@ -64,17 +68,19 @@ def copy_license_files(files: Sequence[Path], folder: Path) -> None:
 
 
 def check_licenses(folder: Path) -> None:
-    """Refuse, before anything is written, what :func:`copy_license_files` would.
+    """Refuse, before anything is written, what :func:`copy_license_files` would refuse.
 
     Raises:
-        ExportError: With the first one.
+        ExportError: A license file is a link that leads out of its folder.
     """
     for file in _license_files(folder):
         check_foreign(file, ExportError, _MOST_BYTES)
 
 
 def _license_files(folder: Path) -> Iterator[Path]:
-    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+    if not folder.is_dir():
+        return
+    for file in sorted(folder.iterdir()):
         if file.is_file() and _FILES.fullmatch(file.name) and file.stat().st_size <= _MOST_BYTES:
             yield file
 

@@ -1,4 +1,4 @@
 """Formats of export, one file per format: what the rest of the program asks of each.
 
-How they are written: ``writers/``.
+The code that writes them is in ``writers/``, the text for the model card in ``card/templates/``.
 """

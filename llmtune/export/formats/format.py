@@ -1,8 +1,8 @@
 """What the program asks of a format of export, and which formats there are.
 
 A format is one file of this folder that registers one :class:`Format`, and one YAML in
-``conf/export/``. It is imported wherever a configuration is checked, so that what takes long to
-import (torch, a writer) is imported by the functions that need it.
+``conf/export/``. The file is imported wherever a configuration is checked, so its functions import
+what takes long (torch, a writer) by themselves.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.registry import Registry
+from llmtune.registry import NONE, Registry
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from llmtune.export.publish.shards import Journal
     from llmtune.export.usage import Usage
 
-#: ``export.format`` of a run that only keeps what was trained.
-NONE = "none"
+#: Writes the weights and everything beside them into a folder.
+Writer = Callable[["ExportModel", Path, "Journal", ExportConfig], None]
 
-#: Options on which the files of every merged model depend: what was compared stands in the card.
+#: Options on which the files of every merged model depend: the card says what was compared.
 MERGED_OPTIONS = frozenset({"merge_onto", "parity", "parity_bound"})
 
 
@@ -37,48 +37,43 @@ def _nothing(_config: ExportConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """One format of export."""
+    """One format of export; the defaults are those of a merged model for transformers."""
 
     name: str
     """As ``export=`` takes it."""
     describe: Callable[[ExportConfig], str]
-    """What it is called in the model card: "a GGUF file in q8_0"."""
-    library: str
-    """The library that loads it, in the words of the hub."""
+    """The name of the format in the model card: "a GGUF file in q8_0"."""
     describe_usage: Callable[[Usage], str]
     """Markdown for the model card: the code and the commands that load and serve it."""
-    write: Callable[[ExportModel, Path, Journal, ExportConfig], None]
-    """Write the weights into a folder that has the model files already."""
-    options: frozenset[str]
+    load_writer: Callable[[], Writer]
+    """Imports the function that writes the format."""
+    library: str = "transformers"
+    """The library that loads it, in the words of the hub."""
+    options: frozenset[str] = MERGED_OPTIONS | {"dtype"}
     """Keys of ``export`` on which one of its files depends, beside ``format`` and ``upload``."""
     is_merged: bool = True
-    """False of what holds only the adapter."""
+    """False for a format that holds only the adapter."""
     has_model_files: bool = True
     """Configuration and tokenizer are files beside the weights, and not inside the one file."""
     space: float = 0.0
-    """Space that it takes on the disk, as a share of the weights; 0 where the writer checks that
-    itself.
-    """
+    """Space on the disk as a share of the weights; 0 where the writer checks that itself."""
     loads_from_hub: bool = False
     """Loaders take the name of a repository, and not only a folder."""
     tells_dtype: bool = False
     """The card says in which dtype the weights are stored, where ``export.dtype`` was set."""
     is_checked_on_disk: bool = False
-    """transformers reads it, so that it is compared as it lies on the disk, and not before it is
-    written.
-    """
+    """transformers reads it, so that the files are compared, and not the tensors before writing."""
     find_problems: Callable[[ExportConfig], str | None] = _nothing
-    """Why these options cannot be exported so; None where they can."""
+    """Finds why the format does not take these options; None where it does."""
     check_base: Callable[[Path], None] | None = None
-    """Raises what the model folder alone tells against it: ExportError, or MissingPrerequisiteError
-    of a missing package.
+    """Refuses a model folder that cannot be written so.
+
+    Raises ExportError, or MissingPrerequisiteError for a missing package.
     """
     compared_dtype: Callable[[ExportConfig], torch.dtype | None] = _nothing
-    """What the merged fp32 becomes in the file, number by number; None where that is the stored
-    dtype of the model.
-    """
+    """What the merged fp32 becomes, number by number; None where that is the model's own dtype."""
     quantization: Callable[[ExportConfig], str | None] = _nothing
-    """In how few bits blocks of numbers are stored; None where each number is stored by itself."""
+    """The type that blocks of numbers are stored in; None where each number is stored by itself."""
 
 
 FORMATS: Registry[Format] = Registry("export.format", __package__ or "", also=(NONE,))
@@ -95,10 +90,22 @@ def find_format(name: str) -> Format:
     return FORMATS.find(name)
 
 
-def require_package(package: str, wanted: str) -> None:
+def render_usage(template: str, usage: Usage, **values: Any) -> str:
+    """Render the usage text of a format from a template of ``card/templates/``.
+
+    Args:
+        values: What the template needs beside ``usage``.
     """
+    from llmtune.export.markdown import render
+
+    return render(template, usage=usage, **values)
+
+
+def require_package(package: str, wanted: str) -> None:
+    """Check that a package which a format needs can be imported.
+
     Raises:
-        MissingPrerequisiteError: A package that a format needs cannot be imported.
+        MissingPrerequisiteError: It cannot.
     """
     try:
         importlib.import_module(package)

@@ -1,6 +1,4 @@
-"""What ``export=onnx`` and ``export=torchscript`` have in common: graphs in fp32, of models that
-are not too large.
-"""
+"""What ``export=onnx`` and ``export=torchscript`` share: fp32, and a limit to the size."""
 
 from __future__ import annotations
 
@@ -15,10 +13,13 @@ if TYPE_CHECKING:
 
 
 def find_graph_problems(config: ExportConfig) -> str | None:
-    """Graphs have one dtype."""
+    """Find why a graph does not take these options: it has one dtype."""
     if config.dtype in (ExportDtype.auto, ExportDtype.fp32):
         return None
-    return f"export.dtype={config.dtype.value}: graphs are written in fp32; take export.dtype=auto, or export=safetensors"  # noqa: E501
+    return (
+        f"export.dtype={config.dtype.value}: graphs are written in fp32; take export.dtype=auto, or"
+        " export=safetensors"
+    )
 
 
 def check_graph_base(base: Path) -> None:
@@ -35,7 +36,7 @@ def check_graph_base(base: Path) -> None:
 
 
 def compared_as_fp32(_config: ExportConfig) -> torch.dtype:
-    """The merged fp32 is what a graph holds."""
+    """fp32: a graph holds the merged numbers as they are computed."""
     import torch
 
     return torch.float32

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import partial
 
-from llmtune.config.groups.export import ExportConfig
-from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format
-from llmtune.export.usage import Usage, ask, load_model, python_block, serve_with_vllm
-
-if TYPE_CHECKING:
-    from llmtune.export.model import ExportModel
-    from llmtune.export.publish.shards import Journal
+from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format, Writer, render_usage
 
 
-def _write(export_model: ExportModel, folder: Path, journal: Journal, config: ExportConfig) -> None:
+def _load_writer() -> Writer:
     from llmtune.export.writers.safetensors_folder import write_safetensors
 
-    write_safetensors(export_model, folder, journal, config)
-
-
-def _describe_usage(usage: Usage) -> str:
-    return f"With transformers:\n\n{python_block(load_model(usage) + ask(usage))}{serve_with_vllm(usage)}"  # noqa: E501
+    return write_safetensors
 
 
 FORMATS.register(
     Format(
         name="safetensors",
         describe=lambda _: "a model folder in safetensors",
-        library="transformers",
-        describe_usage=_describe_usage,
-        write=_write,
+        describe_usage=partial(render_usage, "safetensors"),
+        load_writer=_load_writer,
         options=MERGED_OPTIONS | {"dtype", "max_shard_bytes"},
         space=1.0,
         loads_from_hub=True,

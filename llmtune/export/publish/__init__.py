@@ -1,1 +1,1 @@
-"""A folder that is written aside, named in one step, and uploaded."""
+"""Publish an export: written aside, renamed in one step, and uploaded."""

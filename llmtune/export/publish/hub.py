@@ -1,8 +1,13 @@
-"""A published export goes to the Hugging Face hub in one commit, so that nobody ever sees half of
-it.
+"""Upload a published export to the Hugging Face hub in one commit, so that nobody sees half of it.
 
-Large files are sent before the commit; the hub knows them by their hash, so that a second start
+Large files are sent before the commit. The hub knows them by their hash, so that a second attempt
 does not send them again.
+
+``HfApi.upload_folder`` is no replacement: where hf_xet is installed, which huggingface_hub 2 asks
+for, it makes several commits (``_upload_pipeline.py``: a new one after 5 minutes, 250 files or
+100 MB of small files). Somebody who loads the repository meanwhile, or after the upload was
+killed, gets some files of this export and some of the one before. It also says nothing of what the
+hub holds in the end, which is compared here.
 """
 
 from __future__ import annotations
@@ -46,17 +51,17 @@ class HubPlace:
 
 @dataclass(frozen=True, slots=True)
 class _Remote:
-    """A repository as it stands."""
+    """The state of a repository."""
 
     commit: str
     files: dict[str, Any]
     """Path -> the hub's description of the file."""
     stale: frozenset[str]
-    """Files of the export that lies there."""
+    """Files of the export that it holds."""
 
 
 def parse_hub_url(url: str) -> HubPlace:
-    """``hf://user/name`` or ``hf://user/name@branch``.
+    """Parse ``hf://user/name`` or ``hf://user/name@branch``.
 
     Raises:
         ExportError: It is neither.
@@ -71,7 +76,7 @@ def parse_hub_url(url: str) -> HubPlace:
 
 
 def resolve_token(url: str) -> str:
-    """The token of the environment.
+    """Read the token of the environment.
 
     Raises:
         MissingPrerequisiteError: There is none.
@@ -86,7 +91,7 @@ def resolve_token(url: str) -> str:
 
 
 def is_export_manifest(text: bytes) -> bool:
-    """Whether this is the manifest of an export; those of checkpoints name no format."""
+    """True for the manifest of an export; those of checkpoints name no format."""
     with suppress(ValueError, TypeError, KeyError):
         manifest = parse_json(text)
         return isinstance(manifest["files"], dict) and isinstance(manifest["format"], str)
@@ -94,7 +99,11 @@ def is_export_manifest(text: bytes) -> bool:
 
 
 def upload_to_hub(folder: Path, url: str, private: bool, say: Callable[[str], None]) -> None:
-    """One attempt; a further one sends only what is still missing.
+    """Make one attempt; a further one sends only what is still missing.
+
+    Args:
+        private: A repository that is made for this is private.
+        say: Takes a line for the user.
 
     Raises:
         PermanentCopyError: Trying again does not help.
@@ -127,7 +136,7 @@ def _upload(
     api.create_repo(place.repo, private=private, exist_ok=True)
     if place.branch is not None:
         api.create_branch(place.repo, branch=place.branch, exist_ok=True)
-    remote = _look(api, place, private, say)
+    remote = _read_remote(api, place, private, say)
     files = {
         file.relative_to(folder).as_posix(): file
         for file in sorted(folder.rglob("*"))
@@ -159,8 +168,8 @@ def _upload(
         revision=place.branch,
         parent_commit=remote.commit,
     )
-    there = _list(api, place.repo, commit.oid)
-    wrong = [name for name, file in files.items() if not _is_same(file, there.get(name))]
+    arrived = _list_files(api, place.repo, commit.oid)
+    wrong = [name for name, file in files.items() if not _is_same(file, arrived.get(name))]
     if wrong:
         raise OSError(
             f"{', '.join(wrong[:5])} arrived with other contents than they were sent with"
@@ -171,19 +180,19 @@ def _upload(
     )
 
 
-def _look(api: Any, place: HubPlace, private: bool, say: Callable[[str], None]) -> _Remote:
+def _read_remote(api: Any, place: HubPlace, private: bool, say: Callable[[str], None]) -> _Remote:
     """
     Raises:
-        PermanentCopyError: Something lies there which is no export of llmtune's.
+        PermanentCopyError: The repository holds something that is no export of llmtune.
     """
     info = api.repo_info(place.repo, revision=place.branch)
     if private and info.private is False:
         say(f"{HUB}{place.repo} was there before and is public")
-    files = _list(api, place.repo, info.sha)
+    files = _list_files(api, place.repo, info.sha)
     others = sorted(files.keys() - _OF_THE_HUB)
     if not others:
         return _Remote(info.sha, files, frozenset())
-    text = _read(api, place.repo, info.sha) if layout.MANIFEST in files else b""
+    text = _read_manifest(api, place.repo, info.sha) if layout.MANIFEST in files else b""
     if not is_export_manifest(text):
         raise PermanentCopyError(
             f"holds {', '.join(others[:5])}, which is no export of llmtune; take another repository"
@@ -194,23 +203,19 @@ def _look(api: Any, place: HubPlace, private: bool, say: Callable[[str], None]) 
     )
 
 
-def _list(api: Any, repo: str, commit: str) -> dict[str, Any]:
+def _list_files(api: Any, repo: str, commit: str) -> dict[str, Any]:
     tree = api.list_repo_tree(repo, recursive=True, revision=commit)
     return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
 
 
-def _read(api: Any, repo: str, commit: str) -> bytes:
-    """The manifest that lies there."""
+def _read_manifest(api: Any, repo: str, commit: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        return Path(
-            api.hf_hub_download(repo, layout.MANIFEST, revision=commit, local_dir=folder)
-        ).read_bytes()
+        file = api.hf_hub_download(repo, layout.MANIFEST, revision=commit, local_dir=folder)
+        return Path(file).read_bytes()
 
 
 def _is_same(file: Path, remote: Any | None) -> bool:
-    """Whether the hub has these bytes: it names large files by their SHA-256, others as git
-    does.
-    """
+    """True where the hub has these bytes: it names large files by SHA-256, others as git does."""
     if remote is None or remote.size != file.stat().st_size:
         return False
     if remote.lfs is not None:

@@ -111,6 +111,12 @@ def restore_buffers(model: Any, build: Callable[[torch.dtype], Any], dtype: torc
     that transformers reads whole has buffers that are computed in fp32, and then have the dtype in
     which the architecture makes them.
 
+    DeepSpeed 0.19.8's ``data_types.keep_in_fp32_modules`` (``runtime/keep_in_fp32.py``) does not
+    replace this. By itself it knows only the buffers that transformers names for fp32, and rotary
+    frequencies are not among them. Buffers that are named to it become fp32 after they were rounded
+    (``Init._keep_in_fp32`` of ``zero/partition_parameters.py`` runs when the module is built):
+    ``inv_freq`` of a Llama in bf16 is fp32 then, and off by up to 0.4 %.
+
     Args:
         build: Makes the same model once more in a dtype, outside of ``zero.Init``.
         dtype: Of training.

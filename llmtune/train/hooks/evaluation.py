@@ -10,7 +10,7 @@ from llmtune.data.load.loader import iterate_eval
 from llmtune.data.store.token_store import Rows
 from llmtune.engine.train_module import TrainModule
 from llmtune.track.tracker import Record
-from llmtune.train.loop import TrainingState
+from llmtune.train.training_state import TrainingState
 
 
 class HeldOutLoss:

@@ -7,7 +7,7 @@ from pathlib import Path
 from llmtune.engine.distributed import Rank
 from llmtune.storage import layout
 from llmtune.track.plot import write_loss_plot
-from llmtune.train.loop import TrainingState
+from llmtune.train.training_state import TrainingState
 
 
 class LossPlot:

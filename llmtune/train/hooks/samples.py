@@ -13,7 +13,7 @@ from llmtune.security.redaction import redact_values
 from llmtune.storage import layout
 from llmtune.storage.atomic import read_json, write_atomically
 from llmtune.track.console import Console
-from llmtune.train.loop import TrainingState
+from llmtune.train.training_state import TrainingState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import TokenType
+
 from llmtune.errors import ExportError
 from llmtune.export.sources.tensor_source import some
 from llmtune.model.tokenizer import end_of_turn_ids
-
-#: The values of ``gguf.TokenType``, without an import of gguf.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _SPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -64,7 +63,7 @@ class Vocabulary:
     """llama.cpp's name of the splitting rule."""
     tokens: list[str]
     """One per row of the embedding."""
-    types: list[int]
+    types: list[TokenType]
     scores: list[float] | None
     merges: list[str] | None
     special_ids: dict[str, int]
@@ -120,7 +119,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     tokens, types = _tokens(tokenizer, state, rows, notes)
     special = _special_ids(tokenizer, tokens)
     if kind == "llama" and "unk" in special:
-        types[special["unk"]] = UNKNOWN
+        types[special["unk"]] = TokenType.UNKNOWN
     add_bos, add_eos = _find_added_tokens(tokenizer)
     return Vocabulary(
         model=kind,
@@ -282,7 +281,7 @@ def _join(pair: str | list[str]) -> str:
 
 def _tokens(
     tokenizer: Any, state: dict[str, Any], rows: int, notes: list[str]
-) -> tuple[list[str], list[int]]:
+) -> tuple[list[str], list[TokenType]]:
     """Return text and type of every row of the embedding."""
     known = {token: text for text, token in tokenizer.get_vocab().items()}
     added = {entry["id"]: entry for entry in state["added_tokens"]}
@@ -304,36 +303,37 @@ def _tokens(
     texts = set(known.values())
     tokens, types = [], []
     for token in range(rows):
-        text, kind = known.get(token), NORMAL
+        text, kind = known.get(token), TokenType.NORMAL
         if text is None:
-            text, kind = f"[PAD{token}]", UNUSED
+            text, kind = f"[PAD{token}]", TokenType.UNUSED
             while text in texts:
                 text = f"[{text}]"
         elif token in added:
-            kind = CONTROL
+            kind = TokenType.CONTROL
             if not added[token]["special"]:
-                kind = USER_DEFINED
+                kind = TokenType.USER_DEFINED
                 text = text.replace(_SPACE, " ")
             if added[token]["lstrip"] or added[token]["rstrip"]:
                 notes.append(f"llama.cpp does not take away the spaces around {text}")
         elif state["model"].get("byte_fallback") and _BYTE_TOKEN.fullmatch(text):
-            kind = BYTE
+            kind = TokenType.BYTE
         tokens.append(text)
         types.append(kind)
     return tokens, types
 
 
-def _scores(state: dict[str, Any], tokens: list[str], types: list[int]) -> list[float]:
+def _scores(state: dict[str, Any], tokens: list[str], types: list[TokenType]) -> list[float]:
     """Return the score of every token: the earlier its merge, the higher.
 
     Raises:
         ExportError: llama.cpp would join two tokens that the tokenizer does not merge; or byte
             tokens are missing.
     """
-    if types.count(BYTE) != 256:
+    byte_tokens = types.count(TokenType.BYTE)
+    if byte_tokens != 256:
         raise ExportError(
-            f"export=gguf: the tokenizer has {types.count(BYTE)} of the 256 byte tokens <0x00> to"
-            " <0xFF>, which llama.cpp needs for unknown characters"
+            f"export=gguf: the tokenizer has {byte_tokens} of the 256 byte tokens <0x00> to <0xFF>,"
+            " which llama.cpp needs for unknown characters"
         )
     ranks: dict[str, int] = {}
     merges = {
@@ -343,7 +343,7 @@ def _scores(state: dict[str, Any], tokens: list[str], types: list[int]) -> list[
     for rank, pair in enumerate(state["model"]["merges"]):
         ranks.setdefault(_join(pair).replace(" ", ""), rank)
     # llama.cpp joins any two tokens whose texts make a third one.
-    normal = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    normal = {text for text, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
     missing = []
     for text in sorted(normal):
         for cut in range(1, len(text)):

@@ -1,0 +1,27 @@
+"""The state of the training loop between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmtune.train.line_sums import LineSums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """How far the run is."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    tokens: int = 0
+    """Tokens seen, padding excluded."""
+    skipped: int = 0
+    """Steps that changed nothing; the schedule does not count them."""
+    data_position: Mapping[str, Any] | None = None
+    """Where the data goes on, as the loader says it; None at the beginning."""
+    evaluation_due: bool = False
+    """An evaluation of this step was interrupted."""
+    line: LineSums = field(default_factory=LineSums)
+    """Of the steps since the last line of ``metrics.jsonl``."""
