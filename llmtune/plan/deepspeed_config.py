@@ -37,7 +37,7 @@ def to_deepspeed(
         config["aio"] = {
             "block_size": sizes.aio.block_size,
             "queue_depth": sizes.aio.queue_depth,
-            "intra_op_parallelizm": sizes.aio.intra_op_parallelizm,
+            "intra_op_parallelism": sizes.aio.intra_op_parallelism,
             "single_submit": False,
             "overlap_events": True,
             "use_gds": False,

@@ -69,7 +69,7 @@ KNOWN: dict[str, set[str]] = {
     "aio": {
         "block_size",
         "queue_depth",
-        "intra_op_parallelizm",
+        "intra_op_parallelism",
         "single_submit",
         "overlap_events",
         "use_gds",
@@ -148,7 +148,7 @@ def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
             sizes.aio,
             **{
                 key: aio[key]
-                for key in ("block_size", "queue_depth", "intra_op_parallelizm")
+                for key in ("block_size", "queue_depth", "intra_op_parallelism")
                 if key in aio
             },
         ),

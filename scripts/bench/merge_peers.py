@@ -174,7 +174,7 @@ def measure(command: list[str]) -> dict[str, Any]:
         RuntimeError: It failed.
     """
     os.sync()
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELIZM": "false", "AXOLOTL_DO_NOT_TRACK": "1"}
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "AXOLOTL_DO_NOT_TRACK": "1"}
     started = time.perf_counter()
     found = run_watched(command, anonymous, **quiet)
     return {**found, "process_seconds": time.perf_counter() - started}

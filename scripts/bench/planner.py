@@ -200,7 +200,7 @@ ROWS = [
         rows=1,
         length=4096,
         tokens=2621,
-        note="FP8 and tensor parallelizm, which llmtune has not",
+        note="FP8 and tensor parallelism, which llmtune has not",
     ),
     Row(
         source="Answer.AI: 70B QLoRA, 8 x A100-40GB",

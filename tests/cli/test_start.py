@@ -31,7 +31,7 @@ def spy(module, name, what):
 spy(ranks_ahead, "RankGroup", "ranks are started; torch:")
 spy(planner, "resolve_ladder", "the plan is made; torch:")
 code = main.main()
-print("threads left:", os.environ.get("OMP_NUM_THREADS"), os.environ.get("TOKENIZERS_PARALLELIZM"), flush=True)
+print("threads left:", os.environ.get("OMP_NUM_THREADS"), os.environ.get("TOKENIZERS_PARALLELISM"), flush=True)
 sys.exit(code)
 """  # noqa: E501
 JOB = [
@@ -49,7 +49,7 @@ JOB = [
 def test_a_run_that_starts_cold_trains_and_its_ranks_do_not_wait_for_torch(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELIZM"):
+    for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
         monkeypatch.delenv(name, raising=False)
     # A second start of this model: its shape is remembered.
     resolve_ladder(compose_config(JOB).config)

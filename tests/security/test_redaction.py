@@ -198,7 +198,7 @@ def test_ordinary_text_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLDPWD", "/no/such/folder")
     monkeypatch.setenv("SSH_ASKPASS", "ksshaskpass")
     monkeypatch.setenv("GIT_REMOTE", "https://research@host.example/x")
-    monkeypatch.setenv("TOKENIZERS_PARALLELIZM", "false")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     for text in ORDINARY:
         assert redact(text) == text
 

@@ -59,7 +59,7 @@ def test_values_of_secret_variables_are_replaced_by_their_names(
 
 
 @pytest.mark.parametrize(
-    "name", ["TOKENIZERS_PARALLELIZM", "HOSTNAME", "KEYBOARD_LAYOUT", "MONKEY", "PATH_TO_DATA"]
+    "name", ["TOKENIZERS_PARALLELISM", "HOSTNAME", "KEYBOARD_LAYOUT", "MONKEY", "PATH_TO_DATA"]
 )
 def test_harmless_variables_are_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, VALUE)

@@ -278,8 +278,8 @@ def _start_worker(tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings) 
     # Not PR_SET_PDEATHSIG: the parent that it knows is the fork server, which lives as long as its
     # workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The workers are the parallelizm.
-    os.environ["TOKENIZERS_PARALLELIZM"] = "false"
+    # The workers are the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _WORKER.append(Encoder(tokenizer, settings))
     # Rows make millions of small objects and no cycles: looking for some takes a tenth of the time.
     gc.freeze()

@@ -32,7 +32,7 @@ def set_defaults(accelerator: str, ranks_on_node: int) -> None:
     os.environ["DS_ACCELERATOR"] = accelerator
     use_own_ninja()
     defaults = {
-        "TOKENIZERS_PARALLELIZM": "false",
+        "TOKENIZERS_PARALLELISM": "false",
         "TORCH_EXTENSIONS_DIR": str(extensions_dir()),
         "DEEPSPEED_TIMEOUT": "60",
         "PYTHONUNBUFFERED": "1",

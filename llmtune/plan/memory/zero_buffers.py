@@ -33,12 +33,12 @@ class AioSizes:
 
     block_size: int = MIN_SWAP_BYTES
     queue_depth: int = 32
-    intra_op_parallelizm: int = 1
+    intra_op_parallelism: int = 1
 
     @property
     def alignment_bytes(self) -> int:
         """What lengths of swapped tensors are padded to."""
-        return SWAP_ALIGNMENT_BYTES * self.intra_op_parallelizm
+        return SWAP_ALIGNMENT_BYTES * self.intra_op_parallelism
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ def resolve_zero_sizes(
     large as the largest slice.
     """
     largest = partition_numel(shape.largest_tensor, world_size)
-    aio = AioSizes(intra_op_parallelizm=4 if accelerator == "cuda" else 1)
+    aio = AioSizes(intra_op_parallelism=4 if accelerator == "cuda" else 1)
     lengths = aio.alignment_bytes // 2
     sub_group = 100_000_000
     if placement.optimizer == "nvme":

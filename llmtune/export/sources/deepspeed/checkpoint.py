@@ -33,10 +33,10 @@ _ANY_OPTIMIZER_FILE, _ANY_FILE = "*_optim_states.pt", "*_states.pt"
 _OTHERS = (
     (
         re.compile(r"(expp_rank_|layer_\d+_expert_|expert_).*"),
-        "a mixture of experts (expert parallelizm)",
+        "a mixture of experts (expert parallelism)",
     ),
-    (re.compile(r"layer_\d+-model_.*"), "pipeline parallelizm"),
-    (re.compile(r".*mp_rank_(?!00)\d+_.*"), "tensor parallelizm"),
+    (re.compile(r"layer_\d+-model_.*"), "pipeline parallelism"),
+    (re.compile(r".*mp_rank_(?!00)\d+_.*"), "tensor parallelism"),
 )
 _EXPERT_KEYS = ("ds_autoep_layers", "autoep_layers", "ds_zero_partition_groups")
 
