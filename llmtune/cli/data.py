@@ -14,7 +14,8 @@ from llmtune.security.terminal import GRAY, GREEN, color, show_controls, to_json
 from llmtune.units import counted
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
+    from llmtune.cli.output import Output
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
     from llmtune.data.prepare import PreparedData
@@ -36,18 +37,18 @@ AUTO_MICRO_BATCH = 4
 BAR_WIDTH = 40
 
 
-def main(arguments: Arguments) -> int:
-    """Prepare the data and report on it; exit code 4 where training would be refused."""
-    from llmtune.cli.plan import stdout_for_us
+def run(composed: Composed, options: Options) -> int:
+    """Prepare the data and report on it; the exit code is 4 if training would be refused."""
+    from llmtune.cli.output import stdout_for_us
 
     # Asked before standard output is kept from libraries, after which it is no longer the user's.
     colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with stdout_for_us() as write:
         try:
-            return _report(arguments, write, colors)
+            return _report(composed, options, write, colors)
         except DataError as error:
             # Nothing to count: a program that reads the report still gets one.
-            if arguments.as_json:
+            if options.as_json:
                 problem = {"file": None, "line": None, "message": str(error)}
                 write(
                     to_json_line({"rows": 0, "problems": [problem], "refused": True}, letters=True)
@@ -56,9 +57,7 @@ def main(arguments: Arguments) -> int:
             raise
 
 
-def _report(arguments: Arguments, write: Any, colors: bool) -> int:
-    from llmtune.cli.output import quiet_libraries
-    from llmtune.config.compose import compose_config
+def _report(composed: Composed, options: Options, write: Output, colors: bool) -> int:
     from llmtune.data.prepare import open_rows, prepare_data, read_problems
     from llmtune.data.store.vocabulary import check_padding, find_beyond
     from llmtune.data.tokenize.chat_template import load_chat_template
@@ -67,8 +66,6 @@ def _report(arguments: Arguments, write: Any, colors: bool) -> int:
     from llmtune.run.prepare import cache_dir, resolve_target, watch_tokenizing
     from llmtune.track.console import Console
 
-    composed = compose_config(arguments.overrides, arguments.config_dir)
-    quiet_libraries()
     config = composed.config
     if config.data.streaming:
         raise DataError(
@@ -91,7 +88,7 @@ def _report(arguments: Arguments, write: Any, colors: bool) -> int:
     report.numbers["read as"] = _describe_format(config.data, data.formats)
     report.numbers["read by"] = _describe_reader(composed)
     untrained = _untrained(folder, data, tokenizer)
-    if arguments.as_json:
+    if options.as_json:
         named = {
             "data": config.data.train,
             "model": config.model.name_or_path,

@@ -10,28 +10,25 @@ from llmtune.security.terminal import to_json_line
 from llmtune.units import counted
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
+    from llmtune.config.compose import Composed
 
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 
 
-def main(arguments: Arguments) -> int:
+def run(composed: Composed, options: Options) -> int:
     """Print every finding; exit code 7 where something would stop a run and was not mended."""
-    from llmtune.cli.output import quiet_libraries
-    from llmtune.cli.plan import stdout_for_us
+    from llmtune.cli.output import stdout_for_us
     from llmtune.config.cache_folder import locate_cache
-    from llmtune.config.compose import compose_config
     from llmtune.doctor.checks import find_all
     from llmtune.launch.launchers.environment import use_own_ninja
 
-    config = compose_config(arguments.overrides, arguments.config_dir).config
-    quiet_libraries()
     use_own_ninja()
     rows, bad = [], 0
     with stdout_for_us() as write:
-        for finding in find_all(locate_cache(config.paths)):
+        for finding in find_all(locate_cache(composed.config.paths)):
             mended = ""
-            if finding.state != "ok" and arguments.fix and finding.fix is not None:
+            if finding.state != "ok" and options.fix and finding.fix is not None:
                 reason = finding.fix()
                 mended = "mended" if reason is None else f"could not be mended: {reason}"
             if finding.state == "bad" and mended != "mended":
@@ -45,14 +42,14 @@ def main(arguments: Arguments) -> int:
                     "mended": mended or None,
                 }
             )
-            if not arguments.as_json:
+            if not options.as_json:
                 write(f"{MARKS[finding.state]}  {finding.what:<16} {finding.message}\n")
                 if mended:
                     write(f"{'':<23}{mended}\n")
                 elif finding.command and finding.state != "ok":
                     safe = " (doctor --fix does it)" if finding.fix else ""
                     write(f"{'':<23}-> {finding.command}{safe}\n")
-        if arguments.as_json:
+        if options.as_json:
             write(to_json_line({"healthy": bad == 0, "findings": rows}, indent=1) + "\n")
     if bad:
         sys.stderr.write(f"{counted(bad, 'finding')} would stop a run\n")

@@ -11,7 +11,7 @@ from llmtune.track.console import Console
 from llmtune.track.status import Status
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
     from llmtune.run.artifact import Target
@@ -78,14 +78,11 @@ def find_other_split(composed: Composed, target: Target, fingerprint: str) -> st
     )
 
 
-def main(arguments: Arguments) -> int:
+def run(composed: Composed, options: Options) -> int:
     """Evaluate all held-out rows in this process."""
-    from llmtune.config.compose import compose_config
-
-    composed = compose_config(arguments.overrides, arguments.config_dir)
     with Status(Console(sys.stderr), "loading the libraries") as status:
         result = _evaluate(composed, status)
-    if arguments.as_json:
+    if options.as_json:
         sys.stdout.write(to_terminal(to_json_line(result) + "\n"))
     else:
         sys.stdout.write(
@@ -95,10 +92,6 @@ def main(arguments: Arguments) -> int:
 
 
 def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
-    from llmtune.cli.output import quiet_libraries
-
-    quiet_libraries()
-
     import torch
 
     from llmtune.data.load.collate import Collator

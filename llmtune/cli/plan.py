@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import DoesNotFitError
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
-from llmtune.security.redaction import redact
-from llmtune.security.terminal import to_json_line, to_terminal
+from llmtune.security.terminal import to_json_line
 from llmtune.units import counted, format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
+    from llmtune.cli.output import Output
     from llmtune.config.compose import Composed
     from llmtune.plan.advice import Advice
     from llmtune.plan.ladder import Ladder, Rung
@@ -27,66 +25,28 @@ if TYPE_CHECKING:
 _LEAST_OF_REASON = 24
 
 
-def main(arguments: Arguments) -> int:
-    """Print the ladder; exit code 3 where no rung fits."""
+def run(composed: Composed, options: Options) -> int:
+    """Print the ladder; the exit code is 3 if no rung fits."""
+    from llmtune.cli.output import stdout_for_us
+
     with stdout_for_us() as write:
-        return _plan(arguments, write)
+        return _plan(composed, options, write)
 
 
-class Output:
-    """Writes to standard output; see :func:`stdout_for_us`."""
-
-    def __init__(self, stream: IO[str]):
-        self._stream = stream
-
-    def __call__(self, text: str) -> None:
-        """Without secrets, and without what a terminal would obey."""
-        self._stream.write(to_terminal(text))
-
-    def in_color(self, text: str) -> None:
-        """A text with colors of ours, made with :func:`~llmtune.security.terminal.color`; all
-        else as above.
-        """
-        self._stream.write(redact(text))
-
-
-@contextmanager
-def stdout_for_us() -> Iterator[Output]:
-    """A writer to standard output, which libraries cannot reach meanwhile: they print to standard
-    error.
-    """
-    sys.stdout.flush()
-    own = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    try:
-        yield Output(own)
-    finally:
-        own.flush()
-        sys.stdout.flush()
-        os.dup2(own.fileno(), 1)
-        own.close()
-
-
-def _plan(arguments: Arguments, write: Any) -> int:
-    from llmtune.cli.output import quiet_libraries
-    from llmtune.config.compose import compose_config
+def _plan(composed: Composed, options: Options, write: Output) -> int:
     from llmtune.plan.advice import list_advice
     from llmtune.plan.plan import describe_misfit, resolve_ladder
     from llmtune.run.adapter import adopt_adapter
-    from llmtune.run.settings import find_problems
     from llmtune.track.console import Console
     from llmtune.track.status import Status
 
-    composed = adopt_adapter(
-        compose_config(arguments.overrides, arguments.config_dir, True, find_problems)
-    )
+    composed = adopt_adapter(composed)
     config = composed.config
-    quiet_libraries()
     with Status(Console(sys.stderr), "loading the libraries and planning"):
         ladder = resolve_ladder(config, planning=True)
     advice = list_advice(config, ladder)
     misfit = describe_misfit(config, ladder) if ladder.chosen is None else None
-    if arguments.as_json:
+    if options.as_json:
         write(to_json_line(to_json(composed, ladder, advice, misfit), indent=1) + "\n")
         return DoesNotFitError.exit_code if misfit else 0
     write(to_text(composed, ladder, advice))

@@ -1,5 +1,6 @@
-"""``verify``: whether checkpoints, trained models and exports are as they were written, and hold
-numbers.
+"""``verify``: check checkpoints, trained models and exports against their manifests.
+
+Their tensors are also checked for values that are not finite.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from llmtune.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from llmtune.checkpoint.mirror import Mirror
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
+    from llmtune.config.compose import Composed
 
 #: Whoever asks for copies waits for them: a week.
 _COPY_SECONDS = 7 * 86400.0
@@ -29,22 +31,21 @@ _HIDDEN = "***"
 _ADAPTER_FILE = "adapter_model.safetensors"
 
 
-def main(arguments: Arguments) -> int:
-    """Print a line a folder; exit code 5 where anything is wrong."""
-    from llmtune.cli.plan import stdout_for_us
-    from llmtune.config.compose import compose_config
+def run(composed: Composed, options: Options) -> int:
+    """Print a line per folder; the exit code is 5 if anything is wrong."""
+    from llmtune.cli.output import stdout_for_us
 
-    config = compose_config(arguments.overrides, arguments.config_dir).config
+    config = composed.config
     folders = _named_folders(config)
     key = Path(config.key).expanduser() if config.key else None
     if key is not None:
         read_public_key(key)
-    mirror = _open_mirror(config) if arguments.mirror else None
+    mirror = _open_mirror(config) if options.mirror else None
     reports, not_copied = [], list[tuple[str, str]]()
     with stdout_for_us() as write:
         for folder in folders:
             reports.append(_report(folder, key))
-            if not arguments.as_json:
+            if not options.as_json:
                 write(_to_text(reports[-1]))
         bad = sum(not report["healthy"] for report in reports)
         if mirror is not None:
@@ -54,7 +55,7 @@ def main(arguments: Arguments) -> int:
                 folder for folder in healthy if layout.checkpoint_step(folder) is not None
             ]
             not_copied = _copy(mirror, run, checkpoints)
-        if arguments.as_json:
+        if options.as_json:
             copies = {} if mirror is None else {"not_copied": dict(not_copied)}
             write(
                 to_json_line({"healthy": bad == 0, "folders": reports, **copies}, indent=1) + "\n"

@@ -26,7 +26,6 @@ from llmtune.launch.launchers.environment import (
     FAILURE_DIR,
     launched_nodes,
     launched_ranks_on_node,
-    meeting_file,
     remove_shared_buffers,
     set_allocator_default,
     set_defaults,
@@ -49,6 +48,7 @@ from llmtune.launch.supervise.stacks import answer_with_stacks
 from llmtune.process import no_collection
 from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
+from llmtune.storage.rank_files import import_file, meeting_file, phase_file
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> NoReturn:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
     answer_with_stacks(Path(os.environ[FAILURE_DIR]), rank)
-    request_file, imported = arguments[0], Path(os.environ[FAILURE_DIR]) / f"import-{rank}.txt"
+    request_file, imported = arguments[0], import_file(Path(os.environ[FAILURE_DIR]), rank)
     if request_file == "--ahead":
         request_file = _import_and_wait(arguments[1], imported)
     text = Path(request_file).read_text()
@@ -125,7 +125,7 @@ def import_libraries(tuner: str) -> None:
         import_peft()
 
 
-def run_launched(overrides: list[str], config_dir: str | None, launcher: Launcher) -> NoReturn:
+def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
     """A rank of a foreign launcher: rank 0 prepares, the others get what it resolved, or its
     error.
     """
@@ -135,15 +135,13 @@ def run_launched(overrides: list[str], config_dir: str | None, launcher: Launche
     set_thread_default(launched_ranks_on_node())
     set_allocator_default()
     set_network_default()
-    from llmtune.config.compose import compose_config
     from llmtune.launch.preflight.deepspeed_ops import ensure_ops, load_ops
     from llmtune.plan.devices.hardware import resolve_accelerator
     from llmtune.plan.memory.placement import Placement
     from llmtune.run.prepare import resolve_target
-    from llmtune.run.settings import find_problems
     from llmtune.train.run_folder import open_run_folder
 
-    composed = _on_nodes(compose_config(overrides, config_dir, more_rules=find_problems))
+    composed = _on_nodes(composed)
     target = resolve_target(composed)
     folder = open_run_folder(target.folder, lambda _: None)
     accelerator = resolve_accelerator(composed.config.hardware.accelerator)
@@ -347,7 +345,6 @@ def _train(request: RunRequest, console: Console) -> None:
     from llmtune.engine.distributed import barrier, init_ranks
     from llmtune.engine.heartbeat import PhaseLog
     from llmtune.launch.preflight.deepspeed_ops import load_ops
-    from llmtune.launch.supervise.out_of_memory import phase_file
     from llmtune.train.build import run_job
 
     if request.plan.hardware.accelerator == "cuda":

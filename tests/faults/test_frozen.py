@@ -1,5 +1,5 @@
-"""A rank is frozen with SIGSTOP: the supervisor sees that nothing gets on, keeps the stacks, and
-starts again.
+"""A rank is frozen with SIGSTOP: the supervisor detects the hang, keeps the stacks, and starts
+again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_a_frozen_rank_is_noticed_and_started_again(
         assert code == 0, (code, run.console)
         assert not Path(f"/proc/{frozen}").exists(), "also a frozen process goes"
         (restart,) = map(json.loads, (run.path / "restarts.jsonl").read_text().splitlines())
-        assert f"no rank got on for {HANG_SECONDS} s" in restart["reason"]
+        assert f"no rank made progress for {HANG_SECONDS} s" in restart["reason"]
         (stacks,) = run.path.glob("stacks-*.txt")
         text = stacks.read_text()
         assert f"no answer from rank {victim}" in text, text

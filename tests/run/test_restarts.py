@@ -174,8 +174,8 @@ def test_a_killed_rank_costs_the_steps_since_the_newest_checkpoint(fake: FakeRun
     assert fake.go()
     assert fake.resumed == [None, "checkpoint-4"]
     said = (
-        "rank 1 ended with signal SIGKILL (somebody ended it; the kernel did not for want of"
-        " memory); "
+        "rank 1 ended with signal SIGKILL (killed by another process, not by the kernel's OOM"
+        " killer); "
     )
     assert (
         said + "starting again from checkpoint-4 (restart 1 of 3) in 0.01 s"

@@ -18,7 +18,7 @@ from llmtune.errors import MissingPrerequisiteError
 from llmtune.plan.devices.gpus import ALLOCATOR_VARIABLES, EXACT_PINS, knows_exact_pins
 from llmtune.security.trust import find_owner_problem
 
-#: Where a supervised rank leaves its error for the supervisor.
+#: Names the folder of an attempt's :mod:`~llmtune.storage.rank_files`.
 FAILURE_DIR = "LLMTUNE_FAILURE_DIR"
 
 
@@ -204,8 +204,8 @@ def extensions_dir() -> Path:
 def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -> dict[str, str]:
     """The whole environment of one rank of this node, whose ranks talk to each other alone.
 
-    They meet at :func:`meeting_file`; the address and the port only give their shared memory a name
-    of its own.
+    They meet at a file (:mod:`llmtune.storage.rank_files`); the address and the port only name
+    their shared memory.
     """
     return {
         **os.environ,
@@ -220,13 +220,6 @@ def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -
         "MASTER_PORT": str(port),
         FAILURE_DIR: str(failure_dir),
     }
-
-
-def meeting_file(failure_dir: Path) -> Path:
-    """Where ranks of this node meet; the folder is the supervisor's, of one attempt, and closed to
-    other users.
-    """
-    return failure_dir / "meeting"
 
 
 def loopback_only() -> dict[str, str]:

@@ -4,15 +4,14 @@ again.
 
 from __future__ import annotations
 
-import json
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, LlmtuneError, StoppedError
 from llmtune.launch.supervise.out_of_memory import MemoryEvent, RanOutOfMemoryError
 from llmtune.launch.supervise.watch import EndReason, Limits, WatchResult
+from llmtune.storage.rank_files import FailureReport
 
 _GO_ON = "The same command goes on from the newest checkpoint."
 
@@ -48,7 +47,7 @@ class AttemptOutcome:
     """What is known when all ranks are gone."""
 
     end: WatchResult
-    reports: list[dict[str, Any]]
+    reports: list[FailureReport]
     """What failing ranks said, those with advice first."""
     event: MemoryEvent | None
     """Memory that ran out."""
@@ -68,11 +67,7 @@ class AttemptOutcome:
         if end.cause is EndReason.stop_at_once:
             return StoppedError(f"ended at once, without saving. {_GO_ON}")
         known = next(
-            (
-                report
-                for report in self.reports
-                if report["known"] and report["code"] != EXIT_STOPPED
-            ),
+            (report for report in self.reports if report.known and report.code != EXIT_STOPPED),
             None,
         )
         if known is None and end.stopped:
@@ -91,8 +86,8 @@ class AttemptOutcome:
             )
         if self.event is not None and not end.signals:
             return RanOutOfMemoryError(self.event)
-        if known is not None and not known.get("rollback"):
-            return ERRORS_BY_CODE.get(known["code"], LlmtuneError)(known["message"])
+        if known is not None and not known.rollback:
+            return ERRORS_BY_CODE.get(known.code, LlmtuneError)(known.message)
         failure = self._failure(known, limits)
         if end.signals:
             return StoppedError(
@@ -102,7 +97,7 @@ class AttemptOutcome:
 
     def _stop_message(self) -> str:
         said = next(
-            (report["message"] for report in self.reports if report["code"] == EXIT_STOPPED), None
+            (report.message for report in self.reports if report.code == EXIT_STOPPED), None
         )
         return (
             said
@@ -110,23 +105,23 @@ class AttemptOutcome:
             " again"
         )
 
-    def _failure(self, known: dict[str, Any] | None, limits: Limits) -> RanksFailedError:
+    def _failure(self, known: FailureReport | None, limits: Limits) -> RanksFailedError:
         if known is not None:
             return RanksFailedError(
-                known["message"], _first_line(known["message"]), self.step, rollback=True
+                known.message, _first_line(known.message), self.step, rollback=True
             )
         if self.end.cause is EndReason.hang:
             seconds = (
                 f"{limits.hang_timeout:g} s (launch.hang_timeout; ten times as long while ranks"
                 " start or answer)"
             )
-            reason = f"no rank got on for {seconds}; {self.stacks}"
+            reason = f"no rank made progress for {seconds}; {self.stacks}"
             return RanksFailedError(f"{reason}. {_GO_ON}", reason, self.step)
         failed = self.end.first_failed
         assert failed is not None
         report = self._first_report(failed)
         if report is not None:
-            text = f"rank {report['rank']}: {report['message']}"
+            text = f"rank {report.rank}: {report.message}"
             message = f"{text}\nMore in {self.log}"
             return RanksFailedError(message, _first_line(text), self.step, at_limit=self.at_limit)
         code = self.end.codes[failed] or 0
@@ -134,33 +129,19 @@ class AttemptOutcome:
             f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}"
         )
         if code == -signal.SIGKILL:
-            reason += " (somebody ended it; the kernel did not for want of memory)"
+            reason += " (killed by another process, not by the kernel's OOM killer)"
         message = f"{reason} and left no message; see {self.log}. {_GO_ON}"
         return RanksFailedError(message, reason, self.step, at_limit=self.at_limit)
 
-    def _first_report(self, failed: int) -> dict[str, Any] | None:
+    def _first_report(self, failed: int) -> FailureReport | None:
         """What the rank said that failed, or one that spoke before it: the later one may only have
         lost the connection, when both were gone at the supervisor's next look. None where the rank
         said nothing."""
-        own = next((report for report in self.reports if report["rank"] == failed), None)
+        own = next((report for report in self.reports if report.rank == failed), None)
         if own is None or (self.end.codes[failed] or 0) < 0:
             return own
-        earlier = [report for report in self.reports if (self.end.codes[report["rank"]] or 0) > 0]
-        return min(earlier, key=lambda report: float(report["time"]), default=own)
-
-
-def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """What failing ranks said: those with advice first, then by time.
-
-    One killed while it wrote has said nothing.
-    """
-    reports = []
-    for file in sorted(folder.glob("rank-*.json")):
-        try:
-            reports.append(json.loads(file.read_text()))
-        except ValueError:
-            continue
-    return sorted(reports, key=lambda report: (not report["known"], report["time"]))
+        earlier = [report for report in self.reports if (self.end.codes[report.rank] or 0) > 0]
+        return min(earlier, key=lambda report: report.time, default=own)
 
 
 def _signal_name(number: int) -> str:

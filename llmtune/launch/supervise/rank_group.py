@@ -1,6 +1,4 @@
-"""The ranks of one attempt: their processes, the folder in which they meet and report, and a port
-that nobody else has.
-"""
+"""The ranks of one attempt: their processes, the folder of their files, and a port of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmtune.launch.launchers.environment import hold_port, rank_environment, remove_shared_buffers
-from llmtune.launch.supervise.out_of_memory import note_kills
+from llmtune.launch.supervise.out_of_memory import count_kills
 from llmtune.launch.supervise.processes import RankProcess, end_ranks
 
 
@@ -32,7 +30,7 @@ class RankGroup:
         self._port = int(self._held.getsockname()[1])
         self.folder = Path(tempfile.mkdtemp(prefix="llmtune-"))
         try:
-            note_kills(self.folder)
+            count_kills().write(self.folder)
             for number in range(world_size):
                 environment = rank_environment(number, world_size, self._port, self.folder)
                 self.ranks.append(RankProcess(number, command, environment, ahead))

@@ -1,4 +1,4 @@
-"""Whether ranks that failed are started again, and how long to wait before. Progress decides."""
+"""Decide whether ranks that failed are started again, and after how long, by their progress."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Restarts:
             self._furthest_step = 0
             return 0.0
         # New is what no attempt did before: one that fails at the same step again and again does
-        # not get on.
+        # not make progress.
         is_progress = failure.step > max(first_step, self._furthest_step)
         self._furthest_step = max(failure.step, self._furthest_step)
         self._without_progress = 0 if is_progress else self._without_progress + 1

@@ -1,4 +1,4 @@
-"""A rank of a foreign launcher watches itself: nobody else sees that it no longer gets on."""
+"""A rank of a foreign launcher watches itself: nobody else sees that it makes no progress."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llmtune.errors import EXIT_UNEXPECTED
-from llmtune.launch.supervise.out_of_memory import phase_file
-from llmtune.launch.supervise.phase_records import HangDetector, read_phase
+from llmtune.launch.supervise.phase_records import HangDetector
+from llmtune.storage.rank_files import PhaseRecord, phase_file
 
 _LOOK_SECONDS = 0.5
 # : To write the stacks, after which the rank ends without: with the network, the run folder's file
@@ -71,14 +71,11 @@ class RankWatchdog:
         late = threading.Timer(_WRITE_SECONDS, os._exit, (EXIT_UNEXPECTED,))
         late.daemon = True
         late.start()
-        stands = read_phase(self._folder, 0)
-        where = (
-            f"rank {self._rank} on {socket.gethostname()} ({stands['phase']}, step"
-            f" {stands['step']})"
-        )
+        record = PhaseRecord.read(self._folder, 0)
+        where = f"rank {self._rank} on {socket.gethostname()} ({record.phase}, step {record.step})"
         why = (
-            f"{where} did not get on for {timeout_seconds:g} s (launch.hang_timeout; ten times that"
-            " while it starts or answers)"
+            f"{where} made no progress for {timeout_seconds:g} s (launch.hang_timeout; ten times"
+            " that while it starts or answers)"
         )
         try:
             saved = f"its stacks are in {self._write_stacks(why)}"

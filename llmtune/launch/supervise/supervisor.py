@@ -10,12 +10,13 @@ from pathlib import Path
 
 from llmtune.launch.supervise.log_filter import wait_for_filters
 from llmtune.launch.supervise.out_of_memory import event_at_limit, find_event
-from llmtune.launch.supervise.outcome import AttemptOutcome, read_reports
+from llmtune.launch.supervise.outcome import AttemptOutcome
 from llmtune.launch.supervise.phase_records import HangDetector, finished_step
 from llmtune.launch.supervise.rank_group import RankGroup
 from llmtune.launch.supervise.signals import StopRequests, remember_stops
 from llmtune.launch.supervise.stacks import save_stacks
 from llmtune.launch.supervise.watch import EndReason, Limits, Supervisor, WatchResult
+from llmtune.storage.rank_files import FailureReport
 
 
 def run_ranks(
@@ -51,7 +52,7 @@ def run_ranks(
                 ahead.tell(command[-1])
             end, stacks = _run_to_end(group, log.parent, say, limits, stops)
         wait_for_filters(log)
-        reports = read_reports(group.folder)
+        reports = FailureReport.read_all(group.folder)
         event = find_event(
             end.codes, end.first_failed, reports, group.folder, _read_from(log, printed)
         )

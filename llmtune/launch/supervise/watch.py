@@ -1,6 +1,4 @@
-"""Watch running ranks: hand a signal on, see that one failed or that none gets on, and say why the
-watch is over.
-"""
+"""Watch running ranks: forward signals, and end the watch at a failure, a hang or their end."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ class EndReason(Enum):
     stop = "one stopped and the others had their time"
     stop_at_once = "stopped at once"
     stop_timeout = "asked to stop, and did not in time"
-    hang = "none gets on"
+    hang = "no rank makes progress"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
