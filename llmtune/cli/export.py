@@ -19,11 +19,12 @@ def run(composed: Composed, _options: Options) -> int:
     from llmtune.run.artifact import resolve_target
 
     given = composed.config
-    if not (given.run or given.checkpoint.path or given.adapter):
+    named = given.target
+    if not (named.run or named.checkpoint or named.adapter):
         raise ConfigError(
             "export needs run=FOLDER, checkpoint=FOLDER, or base=MODEL adapter=FOLDER"
         )
-    if given.checkpoint.path and is_zero_checkpoint(Path(given.checkpoint.path).expanduser()):
+    if named.checkpoint and is_zero_checkpoint(Path(named.checkpoint).expanduser()):
         written = export_zero_checkpoint(given)
     else:
         target = resolve_target(composed)

@@ -61,7 +61,7 @@ def _check_name(config: Config) -> list[str]:
 PLACES = (
     "resume_from_checkpoint",
     "checkpoint.mirror",
-    "checkpoint.path",
+    "target.checkpoint",
     "tuner.adapter_path",
     "offload.nvme_path",
     "paths.cache_dir",

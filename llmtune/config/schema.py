@@ -181,15 +181,8 @@ class TrainConfig:
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
-    """How checkpoints are written, kept and copied.
+    """How checkpoints are written, kept and copied."""
 
-    ``checkpoint=FOLDER`` on the command line sets ``path``.
-    """
-
-    path: str | None = None
-    """Checkpoint folder that ``export``, ``eval``, ``chat`` and ``verify`` work on, instead of
-    ``run``.
-    """
     background: bool | str = "auto"
     """Copy to host memory and write while training goes on; ``auto`` where the host has the memory
     for it.
@@ -372,6 +365,24 @@ class ChatConfig:
     """0 always takes the likeliest token."""
 
 
+@dataclass(slots=True, kw_only=True)
+class TargetConfig:
+    """What ``export``, ``eval``, ``chat`` and ``verify`` work on.
+
+    Each has a short spelling (:data:`llmtune.config.keys.ALIASES`): ``run=``, ``checkpoint=``,
+    ``base=`` and ``adapter=``.
+    """
+
+    run: str | None = None
+    """Run folder: its trained model, or its newest checkpoint."""
+    checkpoint: str | None = None
+    """Checkpoint folder, of llmtune or of DeepSpeed."""
+    base: str | None = None
+    """Base model, instead of ``model.name_or_path``."""
+    adapter: str | None = None
+    """Adapter folder to put on ``base``."""
+
+
 @dataclass(slots=True)
 class PathsConfig:
     """Folders outside the run."""
@@ -403,6 +414,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     run_name: str | None = None
     """Name of the run; without it, the names of model, tuner and data."""
@@ -414,12 +426,6 @@ class Config:
     """``bf16``, ``fp16`` or ``fp32``."""
     resume_from_checkpoint: str = "auto"
     """``auto`` (the newest in the run folder), ``none``, or a checkpoint folder."""
-    run: str | None = None
-    """Run folder that ``export``, ``eval`` and ``chat`` work on."""
-    base: str | None = None
-    """Base model, instead of the configured one."""
-    adapter: str | None = None
-    """Adapter folder to put on ``base``."""
     key: str | None = None
     """Public ed25519 key (PEM) with which ``verify`` checks who wrote a folder."""
     trace: bool = False
