@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import types
 from dataclasses import MISSING, Field, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -26,7 +25,7 @@ def from_plain(cls: type[T], values: Any) -> T:
             else than a dictionary counts as an empty one.
     """
     stored = values if isinstance(values, dict) else {}
-    hints = _hints(cls)
+    hints = get_type_hints(cls)
     return cls(**{item.name: _read_field(item, hints, stored) for item in fields(cls)})  # type: ignore[arg-type]
 
 
@@ -87,8 +86,3 @@ def _make_empty(hint: Any) -> Any:
     if is_dataclass(hint):
         return from_plain(hint, {})  # type: ignore[arg-type]
     return (get_origin(hint) or hint)()
-
-
-@cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)

@@ -18,10 +18,11 @@ file               written by                      read by
 ``meeting``        ranks, ``torch``'s file store   ranks: their process group
 =================  ==============================  ================================================
 
-Two more are elsewhere: ``request.json``, the work of an attempt
+Three more are elsewhere. ``request.json``, the work of an attempt
 (:class:`llmtune.train.request.RunRequest`), is in a folder of its own, for ranks may be started
-before it is known; and ``SAVE`` in the run folder is an empty file by which a user asks a run to
-save and stop (:class:`llmtune.train.stop_request.Stop`).
+before it is known. In the run folder, ``finished.json`` (:class:`FinishedRecord`) is written by
+rank 0 at the end and read by the supervisor and by later starts; and ``SAVE`` is an empty file by
+which a user asks a run to save and stop (:class:`llmtune.train.stop_request.Stop`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from llmtune.storage import layout
+from llmtune.storage.atomic import read_json, write_whole
 from llmtune.storage.plain_fields import from_plain
 from llmtune.storage.plain_json import parse_json
 
@@ -142,6 +146,27 @@ class KernelKills:
             OSError: It was not written.
         """
         return from_plain(cls, parse_json((folder / "kills").read_bytes()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRecord:
+    """The end of a run that trained all its steps."""
+
+    step: int
+    tokens: int = 0
+    """Tokens that were trained on."""
+    best: dict[str, Any] | None = None
+    """``metric``, ``value`` and ``step`` of the best checkpoint, where one is kept."""
+
+    def write(self, run: Path) -> None:
+        """Mark the run as finished."""
+        write_whole(run / layout.FINISHED, json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, run: Path) -> FinishedRecord | None:
+        """The record of a run folder; None where the run is not finished."""
+        values = read_json(run / layout.FINISHED)
+        return from_plain(cls, values) if values else None
 
 
 def stack_file(folder: Path, rank: int) -> Path:

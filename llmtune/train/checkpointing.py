@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -26,8 +25,8 @@ from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
 from llmtune.model.adapter.lora import write_adapter_config
 from llmtune.storage import layout
-from llmtune.storage.atomic import write_whole
 from llmtune.storage.manifest import hash_file, publish, read_manifest, write_manifest
+from llmtune.storage.rank_files import FinishedRecord
 from llmtune.storage.signature import Signer
 from llmtune.track.tracker import Record
 from llmtune.train.loop import TrainingState
@@ -266,8 +265,7 @@ class CheckpointSaver:
                     f"{checkpoint} could not be saved, so that there is no trained model to publish"
                 )
             link_result(checkpoint, result, self.settings.signer)
-            finished = {"step": progress.step, "tokens": progress.tokens, "best": self._best}
-            write_whole(run / layout.FINISHED, json.dumps(finished))
+            FinishedRecord(step=progress.step, tokens=progress.tokens, best=self._best).write(run)
             if self._best is not None:
                 self.say(
                     f"best {self._best['metric']}: {self._best['value']:.4f} at step"

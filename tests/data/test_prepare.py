@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llmtune.config.groups.data import DataConfig, Overlong
-from llmtune.data.prepare import PreparedData, open_rows, prepare_data, read_samples
+from llmtune.data.prepare import open_rows, prepare_data, read_samples
 from llmtune.data.store.mixing import hold_out
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.data.tokenized_source import TokenizeProgress
 from llmtune.errors import ConfigError, DataError
+from llmtune.plan.prepared_data import PreparedData
 
 
 @pytest.fixture(scope="module")

@@ -93,13 +93,13 @@ def _find_name(request: ExportRequest, config: ExportConfig, facts: Facts) -> st
     repo = find_repo(config)
     if repo is not None:
         return repo.rpartition("/")[2]
-    run_name = facts.plan.get("run_name") or facts.get("run_name")
+    run_name = facts.plan.run_name or facts.get("run_name")
     return str(run_name) if run_name else request.output.name
 
 
 def _base_folders(request: ExportRequest, facts: Facts) -> list[Path]:
     """Where files of the base may lie: a model that was trained as a whole has left them behind."""
-    trained_from = facts.plan.get("model_folder")
+    trained_from = facts.plan.model_folder
     return [
         request.base,
         *([Path(trained_from)] if request.adapter is None and trained_from else []),
