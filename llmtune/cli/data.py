@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from llmtune.cli.output import Output
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
-    from llmtune.data.prepare import PreparedData
     from llmtune.data.report.html import DataReport
     from llmtune.data.report.statistics import Lengths, Padding, Piece
     from llmtune.data.rows.problems import Problem
     from llmtune.data.store.token_store import Rows
+    from llmtune.plan.prepared_data import PreparedData
 
 #: Rows that are printed.
 SHOWN_ROWS = 3
@@ -41,7 +41,7 @@ def run(composed: Composed, options: Options) -> int:
     """Prepare the data and report on it; the exit code is 4 if training would be refused."""
     from llmtune.cli.output import stdout_for_us
 
-    # Asked before standard output is kept from libraries, after which it is no longer the user's.
+    # Asked first: below, standard output is redirected.
     colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with stdout_for_us() as write:
         try:
@@ -63,7 +63,7 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
     from llmtune.data.tokenize.chat_template import load_chat_template
     from llmtune.model.source import resolve_model_folder
     from llmtune.model.tokenizer import load_tokenizer
-    from llmtune.run.prepare import cache_dir, resolve_target, watch_tokenizing
+    from llmtune.run.prepare import cache_dir, resolve_run_target, watch_tokenizing
     from llmtune.track.console import Console
 
     config = composed.config
@@ -100,7 +100,7 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
             write(text + "\n")
         _write_files(
             report,
-            Path(config.output_dir or f"{resolve_target(composed).folder}-data").expanduser(),
+            Path(config.output_dir or f"{resolve_run_target(composed).folder}-data").expanduser(),
             colors,
             write,
         )
@@ -112,7 +112,7 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
 
 
 def _describe_reader(composed: Composed) -> str:
-    """Whose tokens and masks these are."""
+    """Name the model whose tokenizer was used."""
     name = composed.config.model.name_or_path
     if "model" in composed.unnamed:
         return (
@@ -123,7 +123,7 @@ def _describe_reader(composed: Composed) -> str:
 
 
 def _describe_format(config: DataConfig, formats: list[str]) -> str:
-    """What the rows are, and what makes a text of them."""
+    """Name the rows' format, and the chat template that makes a text of them."""
     from llmtune.data.formats.format import FORMATS
 
     found = ", ".join(formats)
@@ -227,8 +227,9 @@ def _numbers(
 
 
 def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dict[str, Any]:
-    """The counts as plain values; ``rows`` counts documents, ``packed_rows`` what the model
-    sees.
+    """The counts as plain values.
+
+    ``rows`` counts documents, and ``packed_rows`` the rows that the model sees.
     """
     train = data.train
     return {
@@ -255,7 +256,7 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
 
 
 def to_text(report: DataReport, untrained: list[str]) -> list[str]:
-    """The report for a terminal, but for its rows."""
+    """The lines of the report on a terminal, without its rows."""
     from llmtune.data.rows.problems import describe
 
     width = max(map(len, report.numbers))
@@ -287,7 +288,7 @@ def _histogram(lengths: Lengths) -> list[str]:
 
 
 def _write_files(report: DataReport, folder: Path, colors: bool, write: Any) -> None:
-    """Rows in two colors, the picture and the page."""
+    """Print rows in two colors, and write the picture and the page."""
     from llmtune.data.report.html import write_page, write_picture
 
     for where, pieces in report.rows:
@@ -307,9 +308,7 @@ def _write_files(report: DataReport, folder: Path, colors: bool, write: Any) -> 
 
 
 def _colored(pieces: list[Piece], colors: bool) -> str:
-    """Trained text in green, masked text in gray; where there are no colors, trained text in
-    brackets.
-    """
+    """Color trained text green and masked text gray; without colors, bracket trained text."""
     parts = []
     left = SHOWN_CHARACTERS
     for piece in pieces:

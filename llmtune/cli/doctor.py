@@ -1,4 +1,4 @@
-"""``doctor``: what on this machine would stop a run, and the command that mends it."""
+"""``doctor``: find what on this machine would stop a run, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from llmtune.config.compose import Composed
 
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
+FIXED = "fixed"
 
 
 def run(composed: Composed, options: Options) -> int:
-    """Print every finding; exit code 7 where something would stop a run and was not mended."""
+    """Print every finding; the exit code is 7 if something would stop a run and was not fixed."""
     from llmtune.cli.output import stdout_for_us
     from llmtune.config.cache_folder import locate_cache
     from llmtune.doctor.checks import find_all
@@ -27,11 +28,11 @@ def run(composed: Composed, options: Options) -> int:
     rows, bad = [], 0
     with stdout_for_us() as write:
         for finding in find_all(locate_cache(composed.config.paths)):
-            mended = ""
+            outcome = ""
             if finding.state != "ok" and options.fix and finding.fix is not None:
                 reason = finding.fix()
-                mended = "mended" if reason is None else f"could not be mended: {reason}"
-            if finding.state == "bad" and mended != "mended":
+                outcome = FIXED if reason is None else f"could not be fixed: {reason}"
+            if finding.state == "bad" and outcome != FIXED:
                 bad += 1
             rows.append(
                 {
@@ -39,13 +40,13 @@ def run(composed: Composed, options: Options) -> int:
                     "state": finding.state,
                     "message": finding.message,
                     "command": finding.command,
-                    "mended": mended or None,
+                    "mended": outcome or None,
                 }
             )
             if not options.as_json:
                 write(f"{MARKS[finding.state]}  {finding.what:<16} {finding.message}\n")
-                if mended:
-                    write(f"{'':<23}{mended}\n")
+                if outcome:
+                    write(f"{'':<23}{outcome}\n")
                 elif finding.command and finding.state != "ok":
                     safe = " (doctor --fix does it)" if finding.fix else ""
                     write(f"{'':<23}-> {finding.command}{safe}\n")

@@ -84,15 +84,15 @@ _EXIT_BY_CTRL_C = EXIT_BY_SIGNAL + signal.SIGINT
 
 
 class Command:
-    """One command, and whether its errors are shown with their traceback."""
+    """One command of a user."""
 
     def __init__(self, argv: list[str]):
         self._argv = argv
-        # What composing itself raises is shown so too.
         self.trace = any(text.lstrip("+") in _TRACES for text in argv)
+        """Show errors with their traceback; also set by the composed ``trace``."""
 
     def run(self) -> int:
-        """Run the verb, or print what an option asks for; the exit code."""
+        """Run the verb, or print what an option asks for; return the exit code."""
         if any(text in ("--help", "-h") for text in self._argv):
             verbs = "\n".join(f"  {name:<8} {verb.summary}" for name, verb in VERBS.items())
             _print(HELP.format(version=__version__, verbs=verbs))
@@ -131,7 +131,11 @@ class Command:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; the exit code of the contract."""
+    """Run one command.
+
+    Returns:
+        The exit code of the contract.
+    """
     command = Command(sys.argv[1:] if argv is None else argv)
     try:
         return command.run()
@@ -153,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str] | None = None) -> NoReturn:
-    """The program ``llmtune``: :func:`main`, which signals end, and a quick end."""
+    """Run :func:`main` as the program ``llmtune``, which signals end, and exit quickly."""
     leave_working_folder()
     restrict_umask()
     ending = end_on_signals()
@@ -185,7 +189,7 @@ def _report(error: BaseException, code: int, trace: bool) -> int:
 
 
 def _say_once(text: str) -> None:
-    """A note beside the results; of ranks that a launcher started, the first says it for all."""
+    """Write a note to standard error; of ranks that a launcher started, only the first does."""
     if text and os.environ.get("RANK", "0") == "0":
         sys.stderr.write(to_terminal(text + "\n"))
 

@@ -16,7 +16,7 @@ from llmtune.security.terminal import to_terminal
 
 
 def quiet_environment() -> None:
-    """For libraries that are not imported yet, here and in processes that are started from here."""
+    """Quiet libraries that are not imported yet, here and in processes started from here."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
@@ -25,8 +25,9 @@ def quiet_environment() -> None:
 
 
 def quiet_libraries() -> None:
-    """No advice and no warnings from third parties; errors still come as exceptions, and downloads
-    show their progress.
+    """Keep advice and warnings of libraries off the console.
+
+    Errors still come as exceptions, and downloads show their progress.
     """
     quiet_environment()
     with no_collection():
@@ -37,27 +38,23 @@ def quiet_libraries() -> None:
 
 
 class Output:
-    """Writes to standard output; see :func:`stdout_for_us`."""
+    """Writer to standard output; see :func:`stdout_for_us`."""
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
 
     def __call__(self, text: str) -> None:
-        """Without secrets, and without what a terminal would obey."""
+        """Write a text without secrets and without control characters."""
         self._stream.write(to_terminal(text))
 
     def in_color(self, text: str) -> None:
-        """A text with colors of ours, made with :func:`~llmtune.security.terminal.color`; all
-        else as above.
-        """
+        """Write a text with colors, made with :func:`~llmtune.security.terminal.color`."""
         self._stream.write(redact(text))
 
 
 @contextmanager
 def stdout_for_us() -> Iterator[Output]:
-    """A writer to standard output, which libraries cannot reach meanwhile: they print to standard
-    error.
-    """
+    """Give a writer to standard output; what libraries print meanwhile goes to standard error."""
     sys.stdout.flush()
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,5 +1,6 @@
-"""``plan``: memory and speed of every placement, on this machine or a named one; no weight is
-loaded, no run folder made.
+"""``plan``: predict memory and speed of every placement, on this machine or a named one.
+
+No weight is loaded and no run folder is made.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _rung_to_json(rung: Rung, ladder: Ladder) -> dict[str, Any]:
 
 
 def host_bytes(rung: Rung, ladder: Ladder) -> int:
-    """Memory of one machine; on a CPU that is where the accelerator's share is too."""
+    """Host memory of one machine, in bytes; on a CPU, with the share of the accelerator."""
     assert rung.candidate is not None
     memory = rung.candidate.memory
     device = memory.device.total if ladder.hardware.accelerator == "cpu" else 0
@@ -124,7 +125,7 @@ def host_bytes(rung: Rung, ladder: Ladder) -> int:
 
 
 def describe_rows(composed: Composed) -> str:
-    """How long rows are planned to be, and why where nobody named data."""
+    """Describe the length of the rows, and where it comes from if no data is named."""
     length = f"rows of {composed.config.data.max_seq_length} tokens"
     if "data" not in composed.unnamed:
         return length
@@ -134,7 +135,7 @@ def describe_rows(composed: Composed) -> str:
 
 
 def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
-    """A table to read at a glance, the reasons, and the advice."""
+    """The table of rungs, the reasons, and the advice."""
     config, shape, hardware = composed.config, ladder.shape, ladder.hardware
     cpu = hardware.accelerator == "cpu"
     rungs = _render_rungs(ladder)
@@ -143,7 +144,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
             f"{config.model.name_or_path}: {format_count(shape.parameters)} parameters,"
             f" {config.tuner.kind.value} trains {format_count(shape.trainable_parameters)};"
             f" {config.precision.value}, {describe_rows(composed)}, {ladder.rows.global_batch_size}"
-            " a step"
+            " per step"
         ),
         (
             f"{hardware.describe()}; {counted(ladder.world_size, 'rank')}; a plan fills"
@@ -157,7 +158,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
     if ladder.chosen is not None:
         device = ladder.chosen.memory.device
         parts = {name: value for name, value in asdict(device).items() if value}
-        where = "a rank" if cpu else "a GPU"
+        where = "per rank" if cpu else "per GPU"
         lines.append(f"-> {ladder.chosen.describe()}")
         lines.append(
             f"   {where}: "
@@ -166,7 +167,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
         written = ladder.chosen.memory.nvme_written_per_step * ladder.cluster.ranks_on_node
         if written:
             lines.append(
-                f"   NVMe: {format_bytes(written)} written a step, {format_bytes(1000 * written)}"
+                f"   NVMe: {format_bytes(written)} written per step, {format_bytes(1000 * written)}"
                 " in 1,000 steps"
             )
         seconds = ladder.chosen.speed
@@ -187,9 +188,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
 
 
 def _render_rungs(ladder: Ladder) -> str:
-    """The table, as wide as the terminal; one that is too narrow breaks its lines, and loses no
-    letter of them.
-    """
+    """The table of rungs, as wide as the terminal, with long lines broken."""
     import io
 
     from rich.console import Console
@@ -198,7 +197,7 @@ def _render_rungs(ladder: Ladder) -> str:
     def make(*last: str) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("rung", no_wrap=True)
-        place = "a rank" if ladder.hardware.accelerator == "cpu" else "a GPU"
+        place = "per rank" if ladder.hardware.accelerator == "cpu" else "per GPU"
         for column in ("ZeRO", "micro", "ckpt", place, "host", "NVMe", "checkpoint", "tokens/s"):
             table.add_column(column, justify="right", no_wrap=True)
         for name in last:

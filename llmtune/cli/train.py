@@ -29,7 +29,7 @@ def run(composed: Composed, options: Options) -> int:
     """Run the whole job."""
     launcher = adopt_launcher(os.environ, Console(sys.stdout).say)
     if launcher is not None:
-        from llmtune.run.rank import run_launched
+        from llmtune.run.launched import run_launched
 
         with raise_stops(NOT_BEGUN):
             run_launched(composed, launcher)
@@ -53,24 +53,27 @@ def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
     from llmtune.plan.plan import resolve_ladder
     from llmtune.run.adapter import adopt_adapter, check_adapter
     from llmtune.run.fallback import FallbackRunner, check_fits
-    from llmtune.run.prepare import lock_file, resolve_target
+    from llmtune.run.prepare import lock_file, resolve_run_target
     from llmtune.run.ranks_ahead import RanksAhead, Surroundings
     from llmtune.train.begun import begun_train
     from llmtune.train.run_folder import RunFolder, open_run_folder
 
     started = time.monotonic()
-    target = resolve_target(composed)
+    target = resolve_run_target(composed)
     composed = adopt_adapter(composed, target.folder)
     quiet_environment()
-    there = RunFolder(target.folder)
-    if there.finished_step is None:
+    before = RunFolder(target.folder)
+    if before.finished_step is None:
         check_local_files(composed.config.data)
-    with RanksAhead(composed.config.tuner.kind.value) as ahead, removed_if_unused(lock_file(there)):
-        # Not for a run that is finished, nor for one that ran out of memory: there may be nothing
-        # to do, or elsewhere.
-        is_first = there.finished_step is None and not there.read_history()
+    with (
+        RanksAhead(composed.config.tuner.kind.value) as ahead,
+        removed_if_unused(lock_file(before)),
+    ):
+        # A finished run may have nothing to do, and one that ran out of memory before begins on
+        # another rung: their ranks are not started ahead.
+        is_first = before.finished_step is None and not before.read_record().history
         ahead.start(Surroundings.guess(composed.config) if is_first else None)
-        # Before the folder: a run that does not fit leaves nothing behind.
+        # The plan comes before the folder: a run that does not fit leaves nothing behind.
         with Status(console, "loading the libraries and planning"):
             ladder = resolve_ladder(
                 composed.config, begun=begun_train(composed.config, target.folder, target.name)
