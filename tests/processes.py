@@ -98,8 +98,8 @@ _READ_ONCE = (
 )
 _READ_LATER = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "HF_TOKEN")
 
-# : Processes of one test can be told by the value of this variable; ``/proc/PID/environ`` of a fork
-# is its parent's.
+#: Processes of one test can be told by the value of this variable; ``/proc/PID/environ`` of a fork
+#: is its parent's.
 MARK = "LLMTUNE_FAULT_ID"
 _COLD = "LLMTUNE_TEST_START"
 

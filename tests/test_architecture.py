@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llmtune"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-# : Folders from the lowest to the highest, and which of those below each may import; the modules
-# beside them are open to all.
+#: Folders from the lowest to the highest, and which of those below each may import; the modules
+#: beside them are open to all.
 LAYERS: dict[str, set[str]] = {
     "security": set(),
     "storage": {"security"},
@@ -80,8 +80,8 @@ LAYERS: dict[str, set[str]] = {
         *("launch", "doctor", "run"),
     },
 }
-# : Folders within a folder, from the lowest to the highest; what stands beside them is above all of
-# them.
+#: Folders within a folder, from the lowest to the highest; what stands beside them is above all of
+#: them.
 ROOMS: dict[str, list[str]] = {
     "plan": ["devices", "memory"],
     "data": ["rows", "formats", "read", "tokenize", "store", "load", "report"],

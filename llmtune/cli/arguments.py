@@ -1,4 +1,4 @@
-"""The command line, taken apart: a verb, overrides, and the few options."""
+"""Parse the command line: a verb, overrides, and the few options."""
 
 from __future__ import annotations
 
@@ -13,75 +13,99 @@ LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
 
 
 @dataclass(slots=True, kw_only=True)
+class Options:
+    """The options of a verb."""
+
+    config_dir: str | None = None
+    """``--config-dir``: a folder of the user's own group files."""
+    as_json: bool = False
+    """``--json``: print one JSON object."""
+    fix: bool = False
+    """``doctor --fix``: fix what is safe to fix."""
+    mirror: bool = False
+    """``verify --mirror``: copy to ``checkpoint.mirror`` what is not there."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Arguments:
-    """The command line, taken apart."""
+    """The parsed command line."""
 
     verb: str = "train"
     overrides: list[str] = field(default_factory=list)
-    config_dir: str | None = None
     show_config: bool = False
-    as_json: bool = False
-    fix: bool = False
-    mirror: bool = False
+    """``--cfg job``: print the composed configuration and stop."""
+    options: Options = field(default_factory=Options)
 
 
 def parse(argv: list[str], verbs: Collection[str]) -> Arguments:
-    """Verb, overrides and options; launchers' ``--local_rank`` is taken off.
+    """Parse the verb, the overrides and the options; launchers' ``--local_rank`` is dropped.
 
     Args:
-        verbs: Those that there are.
+        verbs: Names of the known verbs.
 
     Raises:
         ConfigError: An unknown verb or option, with the nearest known one.
     """
     arguments = Arguments()
     rest = list(argv)
-    # Launchers put it before everything else.
+    # Launchers put their option before everything else.
     while rest and rest[0].partition("=")[0] in LAUNCHER_OPTIONS:
         _take_value(rest)
     if rest and not rest[0].startswith(("-", "+", "~")) and "=" not in rest[0]:
         arguments.verb = rest.pop(0)
-        if arguments.verb not in verbs:
-            close = difflib.get_close_matches(arguments.verb, verbs, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(verbs)}"
-            raise ConfigError(f"unknown verb {arguments.verb!r}{hint}")
+        _check_verb(arguments.verb, verbs)
     while rest:
-        name, _, value = rest[0].partition("=")
-        if name in LAUNCHER_OPTIONS:
+        if rest[0].partition("=")[0] in LAUNCHER_OPTIONS:
             _take_value(rest)
-            continue
-        text = rest.pop(0)
-        if not text.startswith("-"):
-            arguments.overrides.append(text)
-        elif name == "--config-dir" and (value or rest):
-            arguments.config_dir = value or rest.pop(0)
-        elif name == "--cfg" and (value or rest):
-            what = value or rest.pop(0)
-            if what != "job":
-                raise ConfigError(f"--cfg {what}: only 'job' is known")
-            arguments.show_config = True
-        elif text == "--json":
-            arguments.as_json = True
-        elif text == "--mirror" and arguments.verb == "verify":
-            arguments.mirror = True
-        elif text == "--fix" and arguments.verb == "doctor":
-            arguments.fix = True
-        elif text in ("-m", "--multirun"):
-            raise ConfigError(
-                f"{text}: a command is one run. Start one command a value, such as for r in 8 16;"
-                " do python -m llmtune tuner.lora_r=$r run_name=r$r; done, or a W&B sweep as in"
-                " conf/sweep/lora.yaml"
-            )
+        elif rest[0].startswith("-"):
+            _read_option(arguments, rest)
         else:
-            from llmtune.config.foreign import meant_by
-            from llmtune.config.keys import known_keys
-
-            meant = meant_by(name.lstrip("-"), known_keys())
-            raise ConfigError(
-                f"unknown option {text!r}{meant or ';'} llmtune takes KEY=VALUE overrides, see"
-                " --help"
-            )
+            arguments.overrides.append(rest.pop(0))
     return arguments
+
+
+def _check_verb(verb: str, verbs: Collection[str]) -> None:
+    if verb in verbs:
+        return
+    close = difflib.get_close_matches(verb, verbs, n=1)
+    hint = f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(verbs)}"
+    raise ConfigError(f"unknown verb {verb!r}{hint}")
+
+
+def _read_option(arguments: Arguments, rest: list[str]) -> None:
+    """Take an option, with its value if it has one, off the beginning of ``rest``."""
+    text = rest.pop(0)
+    name, _, value = text.partition("=")
+    options = arguments.options
+    if name == "--config-dir" and (value or rest):
+        options.config_dir = value or rest.pop(0)
+    elif name == "--cfg" and (value or rest):
+        shown = value or rest.pop(0)
+        if shown != "job":
+            raise ConfigError(f"--cfg {shown}: only 'job' is known")
+        arguments.show_config = True
+    elif text == "--json":
+        options.as_json = True
+    elif text == "--mirror" and arguments.verb == "verify":
+        options.mirror = True
+    elif text == "--fix" and arguments.verb == "doctor":
+        options.fix = True
+    else:
+        raise ConfigError(_explain_unknown(text))
+
+
+def _explain_unknown(option: str) -> str:
+    if option in ("-m", "--multirun"):
+        return (
+            f"{option}: a command is one run. Start one command per value, such as for r in 8 16;"
+            " do python -m llmtune tuner.lora_r=$r run_name=r$r; done, or a W&B sweep as in"
+            " conf/sweep/lora.yaml"
+        )
+    from llmtune.config.foreign import meant_by
+    from llmtune.config.keys import known_keys
+
+    meant = meant_by(option.partition("=")[0].lstrip("-"), known_keys())
+    return f"unknown option {option!r}{meant or ';'} llmtune takes KEY=VALUE overrides, see --help"
 
 
 def _take_value(rest: list[str]) -> None:

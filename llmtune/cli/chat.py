@@ -1,4 +1,4 @@
-"""``chat``: one answer, or a conversation on the terminal."""
+"""``chat``: answer one prompt, or hold a conversation on the terminal."""
 
 from __future__ import annotations
 
@@ -10,20 +10,14 @@ from llmtune.track.console import Console
 from llmtune.track.status import Status
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
+    from llmtune.config.compose import Composed
 
 
-def main(arguments: Arguments) -> int:
+def run(composed: Composed, _options: Options) -> int:
     """Answer ``chat.prompt``, or each line of the standard input with the conversation so far."""
-    from llmtune.config.compose import compose_config
-
-    composed = compose_config(arguments.overrides, arguments.config_dir)
     settings = composed.config.chat
     with Status(Console(sys.stderr), "loading the libraries and the model"):
-        from llmtune.cli.output import quiet_libraries
-
-        quiet_libraries()
-
         from llmtune.model.generate import answer
         from llmtune.run.artifact import load_model, resolve_target
 

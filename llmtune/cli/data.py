@@ -14,14 +14,15 @@ from llmtune.security.terminal import GRAY, GREEN, color, show_controls, to_json
 from llmtune.units import counted
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
+    from llmtune.cli.output import Output
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
-    from llmtune.data.prepared_data import PreparedData
     from llmtune.data.report.html import DataReport
     from llmtune.data.report.statistics import Lengths, Padding, TextSpan
     from llmtune.data.rows.problems import Problem
     from llmtune.data.store.token_store import Rows
+    from llmtune.plan.prepared_data import PreparedData
 
 #: Rows that are printed.
 SHOWN_ROWS = 3
@@ -36,18 +37,18 @@ AUTO_MICRO_BATCH = 4
 BAR_WIDTH = 40
 
 
-def main(arguments: Arguments) -> int:
-    """Prepare the data and report on it; exit code 4 where training would be refused."""
-    from llmtune.cli.plan import stdout_for_us
+def run(composed: Composed, options: Options) -> int:
+    """Prepare the data and report on it; the exit code is 4 if training would be refused."""
+    from llmtune.cli.output import stdout_for_us
 
-    # Asked before standard output is kept from libraries, after which it is no longer the user's.
+    # Asked first: below, standard output is redirected.
     colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with stdout_for_us() as write:
         try:
-            return _report(arguments, write, colors)
+            return _report(composed, options, write, colors)
         except DataError as error:
             # Nothing to count: a program that reads the report still gets one.
-            if arguments.as_json:
+            if options.as_json:
                 problem = {"file": None, "line": None, "message": str(error)}
                 write(
                     to_json_line({"rows": 0, "problems": [problem], "refused": True}, letters=True)
@@ -56,20 +57,16 @@ def main(arguments: Arguments) -> int:
             raise
 
 
-def _report(arguments: Arguments, write: Any, colors: bool) -> int:
-    from llmtune.cli.output import quiet_libraries
-    from llmtune.config.compose import compose_config
+def _report(composed: Composed, options: Options, write: Output, colors: bool) -> int:
     from llmtune.data.prepare import prepare_data
     from llmtune.data.prepared_data import open_rows, read_problems
     from llmtune.data.store.vocabulary import check_padding, find_beyond
     from llmtune.data.tokenize.chat_template import load_chat_template
     from llmtune.model.source import resolve_model_folder
     from llmtune.model.tokenizer import load_tokenizer
-    from llmtune.run.prepare import cache_dir, resolve_target, watch_tokenizing
+    from llmtune.run.prepare import cache_dir, resolve_run_target, watch_tokenizing
     from llmtune.track.console import Console
 
-    composed = compose_config(arguments.overrides, arguments.config_dir)
-    quiet_libraries()
     config = composed.config
     if config.data.streaming:
         raise DataError(
@@ -92,7 +89,7 @@ def _report(arguments: Arguments, write: Any, colors: bool) -> int:
     report.numbers["read as"] = _describe_format(config.data, data.formats)
     report.numbers["read by"] = _describe_reader(composed)
     untrained = _untrained(folder, data, tokenizer)
-    if arguments.as_json:
+    if options.as_json:
         named = {
             "data": config.data.train,
             "model": config.model.name_or_path,
@@ -104,7 +101,7 @@ def _report(arguments: Arguments, write: Any, colors: bool) -> int:
             write(text + "\n")
         _write_files(
             report,
-            Path(config.output_dir or f"{resolve_target(composed).folder}-data").expanduser(),
+            Path(config.output_dir or f"{resolve_run_target(composed).folder}-data").expanduser(),
             colors,
             write,
         )
@@ -116,7 +113,7 @@ def _report(arguments: Arguments, write: Any, colors: bool) -> int:
 
 
 def _describe_reader(composed: Composed) -> str:
-    """Whose tokens and masks these are."""
+    """Name the model whose tokenizer was used."""
     name = composed.config.model.name_or_path
     if "model" in composed.unnamed:
         return (
@@ -127,7 +124,7 @@ def _describe_reader(composed: Composed) -> str:
 
 
 def _describe_format(config: DataConfig, formats: list[str]) -> str:
-    """What the rows are, and what makes a text of them."""
+    """Name the rows' format, and the chat template that makes a text of them."""
     from llmtune.data.formats.format import FORMATS
 
     found = ", ".join(formats)
@@ -231,8 +228,9 @@ def _numbers(
 
 
 def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dict[str, Any]:
-    """The counts as plain values; ``rows`` counts documents, ``packed_rows`` what the model
-    sees.
+    """The counts as plain values.
+
+    ``rows`` counts documents, and ``packed_rows`` the rows that the model sees.
     """
     train = data.train
     return {
@@ -259,7 +257,7 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
 
 
 def to_text(report: DataReport, untrained: list[str]) -> list[str]:
-    """The report for a terminal, but for its rows."""
+    """The lines of the report on a terminal, without its rows."""
     from llmtune.data.rows.problems import describe
 
     width = max(map(len, report.numbers))
@@ -291,7 +289,7 @@ def _histogram(lengths: Lengths) -> list[str]:
 
 
 def _write_files(report: DataReport, folder: Path, colors: bool, write: Any) -> None:
-    """Rows in two colors, the picture and the page."""
+    """Print rows in two colors, and write the picture and the page."""
     from llmtune.data.report.html import write_page, write_picture
 
     for where, spans in report.rows:
@@ -311,9 +309,7 @@ def _write_files(report: DataReport, folder: Path, colors: bool, write: Any) -> 
 
 
 def _colored(spans: list[TextSpan], colors: bool) -> str:
-    """Trained text in green, masked text in gray; where there are no colors, trained text in
-    brackets.
-    """
+    """Color trained text green and masked text gray; without colors, bracket trained text."""
     parts = []
     left = SHOWN_CHARACTERS
     for span in spans:

@@ -1,4 +1,4 @@
-"""``doctor``: what on this machine would stop a run, and the command that mends it."""
+"""``doctor``: find what on this machine would stop a run, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,29 @@ from llmtune.security.terminal import to_json_line
 from llmtune.units import counted
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
+    from llmtune.config.compose import Composed
 
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
+FIXED = "fixed"
 
 
-def main(arguments: Arguments) -> int:
-    """Print every finding; exit code 7 where something would stop a run and was not mended."""
-    from llmtune.cli.output import quiet_libraries
-    from llmtune.cli.plan import stdout_for_us
+def run(composed: Composed, options: Options) -> int:
+    """Print every finding; the exit code is 7 if something would stop a run and was not fixed."""
+    from llmtune.cli.output import stdout_for_us
     from llmtune.config.cache_folder import locate_cache
-    from llmtune.config.compose import compose_config
     from llmtune.doctor.machine import inspect_machine
     from llmtune.launch.launchers.environment import use_own_ninja
 
-    config = compose_config(arguments.overrides, arguments.config_dir).config
-    quiet_libraries()
     use_own_ninja()
     rows, bad = [], 0
     with stdout_for_us() as write:
-        for finding in inspect_machine(locate_cache(config.paths)):
-            mended = ""
-            if finding.state != "ok" and arguments.fix and finding.fix is not None:
+        for finding in inspect_machine(locate_cache(composed.config.paths)):
+            outcome = ""
+            if finding.state != "ok" and options.fix and finding.fix is not None:
                 reason = finding.fix()
-                mended = "mended" if reason is None else f"could not be mended: {reason}"
-            if finding.state == "bad" and mended != "mended":
+                outcome = FIXED if reason is None else f"could not be fixed: {reason}"
+            if finding.state == "bad" and outcome != FIXED:
                 bad += 1
             rows.append(
                 {
@@ -42,17 +40,17 @@ def main(arguments: Arguments) -> int:
                     "state": finding.state,
                     "message": finding.message,
                     "command": finding.command,
-                    "mended": mended or None,
+                    "mended": outcome or None,
                 }
             )
-            if not arguments.as_json:
+            if not options.as_json:
                 write(f"{MARKS[finding.state]}  {finding.what:<16} {finding.message}\n")
-                if mended:
-                    write(f"{'':<23}{mended}\n")
+                if outcome:
+                    write(f"{'':<23}{outcome}\n")
                 elif finding.command and finding.state != "ok":
                     safe = " (doctor --fix does it)" if finding.fix else ""
                     write(f"{'':<23}-> {finding.command}{safe}\n")
-        if arguments.as_json:
+        if options.as_json:
             write(to_json_line({"healthy": bad == 0, "findings": rows}, indent=1) + "\n")
     if bad:
         sys.stderr.write(f"{counted(bad, 'finding')} would stop a run\n")

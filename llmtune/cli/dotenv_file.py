@@ -1,5 +1,4 @@
-"""``.env`` in the working folder: keys and tokens for this process and those that it starts, and
-nothing else.
+"""Take keys and tokens from ``.env`` in the working folder, and nothing else.
 
 The working folder may have come from somebody else, with its ``.env``. A key that is not theirs to
 use harms nobody; a variable that says what is executed (``LD_PRELOAD``, ``PYTHONPATH``, ``PATH``,

@@ -1,4 +1,4 @@
-"""``eval``: held-out loss and perplexity of a run, a checkpoint or a model."""
+"""``eval``: take the held-out loss and perplexity of a run, a checkpoint or a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmtune.track.console import Console
 from llmtune.track.status import Status
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
     from llmtune.run.artifact import Target
@@ -25,8 +25,9 @@ LOGITS_SHARE = 0.25
 
 
 def auto_eval_rows(length: int, vocabulary: int, free_bytes: int) -> int:
-    """Rows of a forward pass, so that their logits leave room: those of 8 rows of 8,192 tokens of
-    Llama 3 take 84 GB.
+    """Choose the rows of a forward pass so that their logits fit.
+
+    The logits of 8 rows of 8,192 tokens of Llama 3 take 84 GB.
 
     Args:
         length: Tokens of the longest row.
@@ -37,7 +38,7 @@ def auto_eval_rows(length: int, vocabulary: int, free_bytes: int) -> int:
 
 
 def describe_held_out(composed: Composed, config: Config) -> str:
-    """Which rows are scored.
+    """Describe the rows that are scored.
 
     Args:
         config: With what is stored of a run, whose rows they are where the command line names none.
@@ -53,8 +54,9 @@ def describe_held_out(composed: Composed, config: Config) -> str:
 
 
 def find_other_split(composed: Composed, target: Target, fingerprint: str) -> str | None:
-    """Why rows that are held out now may have been trained on; None where they are those of the
-    run, or of the user's choice.
+    """Explain why the held-out rows may have been trained on.
+
+    None where they are the rows that the run held out, or that the user named.
 
     Args:
         fingerprint: Of the rows as they are prepared now.
@@ -68,8 +70,8 @@ def find_other_split(composed: Composed, target: Target, fingerprint: str) -> st
     )
     if target.run is None or own:
         return None
-    before = RunFolder(target.run).read_data_fingerprint()
-    if before in (None, fingerprint):
+    data = RunFolder(target.run).read_record().data
+    if data is None or data.fingerprint in ("", fingerprint):
         return None
     return (
         "the rows are not those that the run held out, and it may have been trained on some of"
@@ -78,14 +80,11 @@ def find_other_split(composed: Composed, target: Target, fingerprint: str) -> st
     )
 
 
-def main(arguments: Arguments) -> int:
+def run(composed: Composed, options: Options) -> int:
     """Evaluate all held-out rows in this process."""
-    from llmtune.config.compose import compose_config
-
-    composed = compose_config(arguments.overrides, arguments.config_dir)
     with Status(Console(sys.stderr), "loading the libraries") as status:
         result = _evaluate(composed, status)
-    if arguments.as_json:
+    if options.as_json:
         sys.stdout.write(to_terminal(to_json_line(result) + "\n"))
     else:
         sys.stdout.write(
@@ -95,10 +94,6 @@ def main(arguments: Arguments) -> int:
 
 
 def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
-    from llmtune.cli.output import quiet_libraries
-
-    quiet_libraries()
-
     import torch
 
     from llmtune.data.load.collate import Collator

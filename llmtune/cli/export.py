@@ -1,4 +1,4 @@
-"""``export`` and ``merge``."""
+"""``export`` and ``merge``: write what was trained as a model folder that other tools load."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ from llmtune.export.sources.deepspeed.step_folder import is_zero_checkpoint
 from llmtune.run.exporting import export_target, export_zero_checkpoint, output_folder, print_line
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
+    from llmtune.config.compose import Composed
 
 
-def main(arguments: Arguments) -> int:
+def run(composed: Composed, _options: Options) -> int:
     """Export what the command line names."""
-    from llmtune.cli.output import quiet_libraries
-    from llmtune.config.compose import compose_config
     from llmtune.run.artifact import resolve_target
 
-    composed = compose_config(arguments.overrides, arguments.config_dir)
-    quiet_libraries()
     given = composed.config
-    if not (given.run or given.checkpoint.path or given.adapter):
+    named = given.target
+    if not (named.run or named.checkpoint or named.adapter):
         raise ConfigError(
             "export needs run=FOLDER, checkpoint=FOLDER, or base=MODEL adapter=FOLDER"
         )
-    if given.checkpoint.path and is_zero_checkpoint(Path(given.checkpoint.path).expanduser()):
+    if named.checkpoint and is_zero_checkpoint(Path(named.checkpoint).expanduser()):
         written = export_zero_checkpoint(given)
     else:
         target = resolve_target(composed)

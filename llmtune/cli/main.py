@@ -1,9 +1,11 @@
-"""``llmtune [VERB] [overrides]``: find the verb, run it, turn errors into one screen and an exit
-code.
+"""``llmtune [VERB] [overrides]``: compose the configuration, run the verb, report errors.
+
+An error becomes one screen of text and an exit code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -12,9 +14,10 @@ import traceback
 from typing import NoReturn
 
 from llmtune import __version__
-from llmtune.cli.arguments import parse
+from llmtune.cli.arguments import Arguments, parse
 from llmtune.cli.dotenv_file import load_dotenv_file
-from llmtune.cli.verbs import VERBS
+from llmtune.cli.output import quiet_libraries
+from llmtune.cli.verbs import VERBS, compose
 from llmtune.errors import (
     EXIT_BY_SIGNAL,
     EXIT_DONE,
@@ -25,7 +28,13 @@ from llmtune.errors import (
 )
 from llmtune.launch.processes.descendants import end_now
 from llmtune.launch.supervise.rank_report import to_user_error
-from llmtune.launch.supervise.signals import Interrupted, end_on_signals, received_stop
+from llmtune.launch.supervise.signals import (
+    NOT_BEGUN,
+    Interrupted,
+    end_on_signals,
+    raise_stops,
+    received_stop,
+)
 from llmtune.process import END_SIGNALS, without_ignored
 from llmtune.security.redaction import describe_secret_overrides, restrict_umask
 from llmtune.security.terminal import to_terminal
@@ -58,7 +67,7 @@ options
   --cfg job          print the composed configuration and stop
   --config-dir DIR   look for group files (experiment/mine.yaml ...) in DIR too
   --json             plan, data, eval, verify, doctor: print one JSON object
-  --fix              doctor: mend what is safe to mend
+  --fix              doctor: fix what is safe to fix
   --mirror           verify: then copy to checkpoint.mirror what of a run is not there
   --version, --help
 
@@ -69,21 +78,30 @@ exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 exp
 
 Every key, its type and meaning: llmtune/config/schema.py; every option: conf/."""
 
+#: Overrides that show tracebacks even of what goes wrong before anything is composed.
+_TRACES = ("debug=trace", "debug=fast", "trace=true")
+_EXIT_BY_CTRL_C = EXIT_BY_SIGNAL + signal.SIGINT
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a verb; the exit code of the contract."""
-    argv = sys.argv[1:] if argv is None else argv
-    trace = any(text.lstrip("+") in ("debug=trace", "debug=fast", "trace=true") for text in argv)
-    try:
-        if any(text in ("--help", "-h") for text in argv):
+
+class Command:
+    """One command of a user."""
+
+    def __init__(self, argv: list[str]):
+        self._argv = argv
+        self.trace = any(text.lstrip("+") in _TRACES for text in argv)
+        """Show errors with their traceback; also set by the composed ``trace``."""
+
+    def run(self) -> int:
+        """Run the verb, or print what an option asks for; return the exit code."""
+        if any(text in ("--help", "-h") for text in self._argv):
             verbs = "\n".join(f"  {name:<8} {verb.summary}" for name, verb in VERBS.items())
             _print(HELP.format(version=__version__, verbs=verbs))
             return EXIT_DONE
-        if "--version" in argv:
+        if "--version" in self._argv:
             _print(f"llmtune {__version__}")
             return EXIT_DONE
         left_out = load_dotenv_file()
-        arguments = parse(argv, VERBS)
+        arguments = parse(self._argv, VERBS)
         _say_once(describe_secret_overrides(arguments.overrides))
         if left_out:
             _say_once(
@@ -93,35 +111,53 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.show_config:
             from llmtune.config.compose import compose_config
 
-            _print(compose_config(arguments.overrides, arguments.config_dir).yaml.rstrip())
+            composed = compose_config(arguments.overrides, arguments.options.config_dir)
+            _print(composed.yaml.rstrip())
             return EXIT_DONE
+        return self._run_verb(arguments)
+
+    def _run_verb(self, arguments: Arguments) -> int:
         from llmtune.track.console import Console
         from llmtune.track.status import Status
 
+        verb = VERBS[arguments.verb]
         with Status(Console(sys.stderr), "loading the libraries"):
-            run_verb = VERBS[arguments.verb].load()
-        return run_verb(arguments)
+            with raise_stops(NOT_BEGUN) if verb.trains else contextlib.nullcontext():
+                composed = compose(verb, arguments)
+            self.trace = self.trace or composed.config.trace
+            if verb.loads_libraries:
+                quiet_libraries()
+        return verb.run(composed, arguments.options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code of the contract.
+    """
+    command = Command(sys.argv[1:] if argv is None else argv)
+    try:
+        return command.run()
     except StoppedError as error:
-        return _report(error, error.exit_code, trace)
+        return _report(error, error.exit_code, command.trace)
     except KeyboardInterrupt as error:
-        return _report(
-            error,
-            error.exit_code if isinstance(error, Interrupted) else EXIT_BY_SIGNAL + signal.SIGINT,
-            trace,
-        )
+        by_signal = error.exit_code if isinstance(error, Interrupted) else _EXIT_BY_CTRL_C
+        return _report(error, by_signal, command.trace)
     except Exception as error:
         number = received_stop()
         if number is not None:
             # Sent to the whole group, the signal has ended a worker too, and its end was noticed
             # first.
             stop = Interrupted(number)
-            return _report(stop, stop.exit_code, trace)
+            return _report(stop, stop.exit_code, command.trace)
         known = to_user_error(error)
-        return _report(known or error, known.exit_code if known else EXIT_UNEXPECTED, trace)
+        code = known.exit_code if known else EXIT_UNEXPECTED
+        return _report(known or error, code, command.trace)
 
 
 def run(argv: list[str] | None = None) -> NoReturn:
-    """The program ``llmtune``: :func:`main`, which signals end, and a quick end."""
+    """Run :func:`main` as the program ``llmtune``, which signals end, and exit quickly."""
     leave_working_folder()
     restrict_umask()
     ending = end_on_signals()
@@ -153,7 +189,7 @@ def _report(error: BaseException, code: int, trace: bool) -> int:
 
 
 def _say_once(text: str) -> None:
-    """A note beside the results; of ranks that a launcher started, the first says it for all."""
+    """Write a note to standard error; of ranks that a launcher started, only the first does."""
     if text and os.environ.get("RANK", "0") == "0":
         sys.stderr.write(to_terminal(text + "\n"))
 

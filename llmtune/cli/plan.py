@@ -1,24 +1,23 @@
-"""``plan``: memory and speed of every placement, on this machine or a named one; no weight is
-loaded, no run folder made.
+"""``plan``: predict memory and speed of every placement, on this machine or a named one.
+
+No weight is loaded and no run folder is made.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import DoesNotFitError
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
-from llmtune.security.redaction import redact
-from llmtune.security.terminal import to_json_line, to_terminal
+from llmtune.security.terminal import to_json_line
 from llmtune.units import counted, format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
+    from llmtune.cli.output import Output
     from llmtune.config.compose import Composed
     from llmtune.plan.advice import Advice
     from llmtune.plan.ladder import Ladder, Rung
@@ -27,66 +26,28 @@ if TYPE_CHECKING:
 _LEAST_OF_REASON = 24
 
 
-def main(arguments: Arguments) -> int:
-    """Print the ladder; exit code 3 where no rung fits."""
+def run(composed: Composed, options: Options) -> int:
+    """Print the ladder; the exit code is 3 if no rung fits."""
+    from llmtune.cli.output import stdout_for_us
+
     with stdout_for_us() as write:
-        return _plan(arguments, write)
+        return _plan(composed, options, write)
 
 
-class Output:
-    """Writes to standard output; see :func:`stdout_for_us`."""
-
-    def __init__(self, stream: IO[str]):
-        self._stream = stream
-
-    def __call__(self, text: str) -> None:
-        """Without secrets, and without what a terminal would obey."""
-        self._stream.write(to_terminal(text))
-
-    def in_color(self, text: str) -> None:
-        """A text with colors of ours, made with :func:`~llmtune.security.terminal.color`; all
-        else as above.
-        """
-        self._stream.write(redact(text))
-
-
-@contextmanager
-def stdout_for_us() -> Iterator[Output]:
-    """A writer to standard output, which libraries cannot reach meanwhile: they print to standard
-    error.
-    """
-    sys.stdout.flush()
-    own = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    try:
-        yield Output(own)
-    finally:
-        own.flush()
-        sys.stdout.flush()
-        os.dup2(own.fileno(), 1)
-        own.close()
-
-
-def _plan(arguments: Arguments, write: Any) -> int:
-    from llmtune.cli.output import quiet_libraries
-    from llmtune.config.compose import compose_config
+def _plan(composed: Composed, options: Options, write: Output) -> int:
     from llmtune.plan.advice import list_advice
     from llmtune.plan.plan import describe_misfit, resolve_ladder
     from llmtune.run.adapter import adopt_adapter
-    from llmtune.run.settings import find_problems
     from llmtune.track.console import Console
     from llmtune.track.status import Status
 
-    composed = adopt_adapter(
-        compose_config(arguments.overrides, arguments.config_dir, True, find_problems)
-    )
+    composed = adopt_adapter(composed)
     config = composed.config
-    quiet_libraries()
     with Status(Console(sys.stderr), "loading the libraries and planning"):
         ladder = resolve_ladder(config, planning=True)
     advice = list_advice(config, ladder)
     misfit = describe_misfit(config, ladder) if ladder.chosen is None else None
-    if arguments.as_json:
+    if options.as_json:
         write(to_json_line(to_json(composed, ladder, advice, misfit), indent=1) + "\n")
         return DoesNotFitError.exit_code if misfit else 0
     write(to_text(composed, ladder, advice))
@@ -156,7 +117,7 @@ def _rung_to_json(rung: Rung, ladder: Ladder) -> dict[str, Any]:
 
 
 def host_bytes(rung: Rung, ladder: Ladder) -> int:
-    """Memory of one machine; on a CPU that is where the accelerator's share is too."""
+    """Host memory of one machine, in bytes; on a CPU, with the share of the accelerator."""
     assert rung.candidate is not None
     memory = rung.candidate.memory
     device = memory.device.total if ladder.hardware.accelerator == "cpu" else 0
@@ -164,7 +125,7 @@ def host_bytes(rung: Rung, ladder: Ladder) -> int:
 
 
 def describe_rows(composed: Composed) -> str:
-    """How long rows are planned to be, and why where nobody named data."""
+    """Describe the length of the rows, and where it comes from if no data is named."""
     length = f"rows of {composed.config.data.max_seq_length} tokens"
     if "data" not in composed.unnamed:
         return length
@@ -174,7 +135,7 @@ def describe_rows(composed: Composed) -> str:
 
 
 def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
-    """A table to read at a glance, the reasons, and the advice."""
+    """The table of rungs, the reasons, and the advice."""
     config, shape, hardware = composed.config, ladder.shape, ladder.hardware
     cpu = hardware.accelerator == "cpu"
     rungs = _render_rungs(ladder)
@@ -183,7 +144,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
             f"{config.model.name_or_path}: {format_count(shape.parameters)} parameters,"
             f" {config.tuner.kind} trains {format_count(shape.trainable_parameters)};"
             f" {config.precision.value}, {describe_rows(composed)}, {ladder.rows.global_batch_size}"
-            " a step"
+            " per step"
         ),
         (
             f"{hardware.describe()}; {counted(ladder.world_size, 'rank')}; a plan fills"
@@ -197,7 +158,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
     if ladder.chosen is not None:
         device = ladder.chosen.memory.device
         parts = {name: value for name, value in asdict(device).items() if value}
-        where = "a rank" if cpu else "a GPU"
+        where = "per rank" if cpu else "per GPU"
         lines.append(f"-> {ladder.chosen.describe()}")
         lines.append(
             f"   {where}: "
@@ -206,7 +167,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
         written = ladder.chosen.memory.nvme_written_per_step * ladder.cluster.ranks_on_node
         if written:
             lines.append(
-                f"   NVMe: {format_bytes(written)} written a step, {format_bytes(1000 * written)}"
+                f"   NVMe: {format_bytes(written)} written per step, {format_bytes(1000 * written)}"
                 " in 1,000 steps"
             )
         seconds = ladder.chosen.speed
@@ -227,9 +188,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
 
 
 def _render_rungs(ladder: Ladder) -> str:
-    """The table, as wide as the terminal; one that is too narrow breaks its lines, and loses no
-    letter of them.
-    """
+    """The table of rungs, as wide as the terminal, with long lines broken."""
     import io
 
     from rich.console import Console
@@ -238,7 +197,7 @@ def _render_rungs(ladder: Ladder) -> str:
     def make(*last: str) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("rung", no_wrap=True)
-        place = "a rank" if ladder.hardware.accelerator == "cpu" else "a GPU"
+        place = "per rank" if ladder.hardware.accelerator == "cpu" else "per GPU"
         for column in ("ZeRO", "micro", "ckpt", place, "host", "NVMe", "checkpoint", "tokens/s"):
             table.add_column(column, justify="right", no_wrap=True)
         for name in last:

@@ -20,25 +20,24 @@ from llmtune.track.status import Status
 from llmtune.units import format_seconds
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
     from llmtune.config.compose import Composed
     from llmtune.run.prepare import RunTarget
 
 
-def main(arguments: Arguments) -> int:
+def run(composed: Composed, options: Options) -> int:
     """Run the whole job."""
     launcher = adopt_launcher(os.environ, Console(sys.stdout).say)
     if launcher is not None:
-        from llmtune.run.rank import run_launched
+        from llmtune.run.launched import run_launched
 
         with raise_stops(NOT_BEGUN):
-            run_launched(arguments.overrides, arguments.config_dir, launcher)
-    return _supervise(arguments)
-
-
-def _supervise(arguments: Arguments) -> int:
+            run_launched(composed, launcher)
+    console = Console(sys.stdout)
     with ExitStack() as lock, raise_stops(NOT_BEGUN) as stop:
-        composed, target, console = _train(arguments, lock)
+        if composed.config.launch.hostfile is not None:
+            _hand_over(composed, options)
+        target = _train(composed, console, lock)
         stop.message = NOT_EXPORTED
         from llmtune.run.finish import finished_message, maybe_export
 
@@ -47,37 +46,34 @@ def _supervise(arguments: Arguments) -> int:
     return 0
 
 
-def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, Console]:
-    """Until the model is trained; ``lock`` then holds the run folder."""
+def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
+    """Plan and train until the end; ``lock`` then holds the lock of the run folder."""
     from llmtune.cli.output import quiet_environment, quiet_libraries
-    from llmtune.config.compose import compose_config
     from llmtune.data.read.sources import check_local_files
     from llmtune.plan.plan import resolve_ladder
     from llmtune.run.adapter import adopt_adapter, check_adapter
     from llmtune.run.fallback import FallbackRunner, check_fits
-    from llmtune.run.prepare import lock_file, resolve_target
+    from llmtune.run.prepare import lock_file, resolve_run_target
     from llmtune.run.ranks_ahead import RanksAhead, Surroundings
-    from llmtune.run.settings import find_problems
     from llmtune.train.begun import begun_train
     from llmtune.train.run_folder import RunFolder, open_run_folder
 
     started = time.monotonic()
-    console = Console(sys.stdout)
-    composed = compose_config(arguments.overrides, arguments.config_dir, more_rules=find_problems)
-    if composed.config.launch.hostfile is not None:
-        _hand_over(arguments, composed)
-    target = resolve_target(composed)
+    target = resolve_run_target(composed)
     composed = adopt_adapter(composed, target.folder)
     quiet_environment()
-    there = RunFolder(target.folder)
-    if there.finished_step is None:
+    before = RunFolder(target.folder)
+    if before.finished_step is None:
         check_local_files(composed.config.data)
-    with RanksAhead(composed.config.tuner.kind) as ahead, removed_if_unused(lock_file(there)):
-        # Not for a run that is finished, nor for one that ran out of memory: there may be nothing
-        # to do, or elsewhere.
-        is_first = there.finished_step is None and not there.read_history()
+    with (
+        RanksAhead(composed.config.tuner.kind) as ahead,
+        removed_if_unused(lock_file(before)),
+    ):
+        # A finished run may have nothing to do, and one that ran out of memory before begins on
+        # another rung: their ranks are not started ahead.
+        is_first = before.finished_step is None and not before.read_record().history
         ahead.start(Surroundings.guess(composed.config) if is_first else None)
-        # Before the folder: a run that does not fit leaves nothing behind.
+        # The plan comes before the folder: a run that does not fit leaves nothing behind.
         with Status(console, "loading the libraries and planning"):
             ladder = resolve_ladder(
                 composed.config, begun=begun_train(composed.config, target.folder, target.name)
@@ -92,17 +88,18 @@ def _train(arguments: Arguments, lock: ExitStack) -> tuple[Composed, RunTarget, 
         ).run()
     if trained:
         console.say(f"trained in {format_seconds(time.monotonic() - started)}, start-up included")
-    return composed, target, console
+    return target
 
 
-def _hand_over(arguments: Arguments, composed: Composed) -> NoReturn:
-    """``launch.hostfile``: DeepSpeed's runner starts the ranks, each with these arguments."""
+def _hand_over(composed: Composed, options: Options) -> NoReturn:
+    """Replace this process by DeepSpeed's runner, which starts the ranks of ``launch.hostfile``.
+
+    Each rank is given the same command line.
+    """
     from llmtune.launch.launchers.hostfile import exec_runner
 
-    folder = (
-        ["--config-dir", str(Path(arguments.config_dir).resolve())] if arguments.config_dir else []
-    )
-    exec_runner(
-        Path(str(composed.config.launch.hostfile)).expanduser(),
-        ["train", *folder, *arguments.overrides],
-    )
+    command = ["train"]
+    if options.config_dir:
+        command += ["--config-dir", str(Path(options.config_dir).resolve())]
+    hostfile = Path(str(composed.config.launch.hostfile)).expanduser()
+    exec_runner(hostfile, [*command, *composed.overrides])

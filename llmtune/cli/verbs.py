@@ -1,99 +1,139 @@
-"""The verbs: what each does, and how it is loaded.
-
-A verb imports its libraries only when it is asked for.
-"""
+"""The table of verbs. Each imports its libraries only when it is run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from llmtune.cli.arguments import Arguments
+if TYPE_CHECKING:
+    from llmtune.cli.arguments import Arguments, Options
+    from llmtune.config.compose import Composed
 
-#: Takes the command line, returns the exit code of the contract.
-RunVerb = Callable[[Arguments], int]
-
-
-def _load_train() -> RunVerb:
-    from llmtune.cli.train import main
-
-    return main
+#: Takes the configuration and the verb's options, and returns the exit code of the contract.
+RunVerb = Callable[["Composed", "Options"], int]
 
 
-def _load_plan() -> RunVerb:
-    from llmtune.cli.plan import main
-
-    return main
-
-
-def _load_data() -> RunVerb:
-    from llmtune.cli.data import main
-
-    return main
-
-
-def _load_export() -> RunVerb:
-    from llmtune.cli.export import main
-
-    return main
-
-
-def _load_eval() -> RunVerb:
-    from llmtune.cli.eval import main
-
-    return main
-
-
-def _load_chat() -> RunVerb:
-    from llmtune.cli.chat import main
-
-    return main
-
-
-def _load_verify() -> RunVerb:
-    from llmtune.cli.verify import main
-
-    return main
-
-
-def _load_doctor() -> RunVerb:
-    from llmtune.cli.doctor import main
-
-    return main
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verb:
-    """One verb."""
+    """One verb of the command line."""
 
-    load: Callable[[], RunVerb]
+    run: RunVerb
     summary: str
     """For ``--help``."""
+    trains: bool = False
+    """It trains: a signal means that nothing has begun yet, and the same command starts again. The
+    libraries are imported only when the ranks have been started.
+    """
+    plans: bool = False
+    """It plans a training that may never take place, so that no data has to be named."""
+    loads_libraries: bool = True
+    """transformers is imported, and kept off the console, before the verb runs."""
+
+
+def compose(verb: Verb, arguments: Arguments) -> Composed:
+    """Compose the configuration of a command, with the rules that its verb holds to.
+
+    Raises:
+        ConfigError: With every problem that was found.
+    """
+    from llmtune.config.compose import compose_config
+
+    if not (verb.trains or verb.plans):
+        return compose_config(arguments.overrides, arguments.options.config_dir)
+    from llmtune.run.settings import find_problems
+
+    return compose_config(
+        arguments.overrides,
+        arguments.options.config_dir,
+        planning=verb.plans,
+        more_rules=find_problems,
+    )
+
+
+def _train(composed: Composed, options: Options) -> int:
+    from llmtune.cli.train import run
+
+    return run(composed, options)
+
+
+def _plan(composed: Composed, options: Options) -> int:
+    from llmtune.cli.plan import run
+
+    return run(composed, options)
+
+
+def _data(composed: Composed, options: Options) -> int:
+    from llmtune.cli.data import run
+
+    return run(composed, options)
+
+
+def _export(composed: Composed, options: Options) -> int:
+    from llmtune.cli.export import run
+
+    return run(composed, options)
+
+
+def _eval(composed: Composed, options: Options) -> int:
+    from llmtune.cli.eval import run
+
+    return run(composed, options)
+
+
+def _chat(composed: Composed, options: Options) -> int:
+    from llmtune.cli.chat import run
+
+    return run(composed, options)
+
+
+def _verify(composed: Composed, options: Options) -> int:
+    from llmtune.cli.verify import run
+
+    return run(composed, options)
+
+
+def _doctor(composed: Composed, options: Options) -> int:
+    from llmtune.cli.doctor import run
+
+    return run(composed, options)
 
 
 VERBS = {
     "train": Verb(
-        _load_train, "plan, start one process per accelerator, train, resume, export (the default)"
+        run=_train,
+        summary=("plan, start one process per accelerator, train, resume, export (the default)"),
+        trains=True,
+        loads_libraries=False,
     ),
     "plan": Verb(
-        _load_plan,
-        "memory and speed of every placement, on this machine or a named one"
-        " (hardware=8xa100_80gb)",
+        run=_plan,
+        summary=(
+            "memory and speed of every placement, on this machine or a named one"
+            " (hardware=8xa100_80gb)"
+        ),
+        plans=True,
     ),
     "data": Verb(
-        _load_data,
-        "check the data and show what the model will see: tokens, masks, lengths, packing",
+        run=_data,
+        summary=(
+            "check the data and show what the model will see: tokens, masks, lengths, packing"
+        ),
     ),
     "export": Verb(
-        _load_export, "a run, checkpoint or adapter becomes a model folder that other tools load"
+        run=_export,
+        summary="a run, checkpoint or adapter becomes a model folder that other tools load",
     ),
-    "merge": Verb(_load_export, "the same as export"),
-    "eval": Verb(_load_eval, "held-out loss and perplexity of a run, checkpoint or model"),
-    "chat": Verb(_load_chat, "talk to a run, checkpoint or model"),
+    "merge": Verb(run=_export, summary="the same as export"),
+    "eval": Verb(run=_eval, summary="held-out loss and perplexity of a run, checkpoint or model"),
+    "chat": Verb(run=_chat, summary="talk to a run, checkpoint or model"),
     "verify": Verb(
-        _load_verify, "check checkpoints, adapters and exports against their manifests, every byte"
+        run=_verify,
+        summary="check checkpoints, adapters and exports against their manifests, every byte",
+        loads_libraries=False,
     ),
     "doctor": Verb(
-        _load_doctor, "what on this machine would stop a run, and the command that fixes it; --fix"
+        run=_doctor,
+        summary="what on this machine would stop a run, and the command that fixes it; --fix",
     ),
 }

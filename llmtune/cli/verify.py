@@ -1,5 +1,6 @@
-"""``verify``: whether checkpoints, trained models and exports are as they were written, and hold
-numbers.
+"""``verify``: check checkpoints, trained models and exports against their manifests.
+
+Their tensors are also checked for values that are not finite.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from llmtune.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from llmtune.checkpoint.mirror import Mirror
-    from llmtune.cli.arguments import Arguments
+    from llmtune.cli.arguments import Options
+    from llmtune.config.compose import Composed
 
 #: Whoever asks for copies waits for them: a week.
 _COPY_SECONDS = 7 * 86400.0
@@ -27,32 +29,31 @@ _COPY_SECONDS = 7 * 86400.0
 _HIDDEN = "***"
 
 
-def main(arguments: Arguments) -> int:
-    """Print a line a folder; exit code 5 where anything is wrong."""
-    from llmtune.cli.plan import stdout_for_us
-    from llmtune.config.compose import compose_config
+def run(composed: Composed, options: Options) -> int:
+    """Print a line per folder; the exit code is 5 if anything is wrong."""
+    from llmtune.cli.output import stdout_for_us
 
-    config = compose_config(arguments.overrides, arguments.config_dir).config
+    config = composed.config
     folders = _named_folders(config)
     key = Path(config.key).expanduser() if config.key else None
     if key is not None:
         read_public_key(key)
-    mirror = _open_mirror(config) if arguments.mirror else None
+    mirror = _open_mirror(config) if options.mirror else None
     reports, not_copied = [], list[tuple[str, str]]()
     with stdout_for_us() as write:
         for folder in folders:
             reports.append(_report(folder, key))
-            if not arguments.as_json:
+            if not options.as_json:
                 write(_to_text(reports[-1]))
         bad = sum(not report["healthy"] for report in reports)
         if mirror is not None:
             healthy = [Path(report["path"]) for report in reports if report["healthy"]]
-            run = Path(str(config.run)).expanduser()
+            run = Path(str(config.target.run)).expanduser()
             checkpoints = [
                 folder for folder in healthy if layout.checkpoint_step(folder) is not None
             ]
             not_copied = _copy(mirror, run, checkpoints)
-        if arguments.as_json:
+        if options.as_json:
             copies = {} if mirror is None else {"not_copied": dict(not_copied)}
             write(
                 to_json_line({"healthy": bad == 0, "folders": reports, **copies}, indent=1) + "\n"
@@ -75,16 +76,16 @@ def main(arguments: Arguments) -> int:
 
 
 def _named_folders(config: Config) -> list[Path]:
-    """The folders that the command line names; of a run, all that it published or should have.
+    """List the folders that the command line names; of a run, all that it has published.
 
     Raises:
         ConfigError: Nothing is named.
         CheckpointError: The run has nothing to verify.
     """
-    given = (config.checkpoint.path, config.adapter, config.base)
+    given = (config.target.checkpoint, config.target.adapter, config.target.base)
     folders = [Path(place).expanduser() for place in given if place]
-    if config.run:
-        folders = _run_folders(Path(config.run).expanduser()) + folders
+    if config.target.run:
+        folders = _run_folders(Path(config.target.run).expanduser()) + folders
     if not folders:
         raise ConfigError(
             "verify needs run=FOLDER, checkpoint=FOLDER, adapter=FOLDER or base=FOLDER (an export)"
@@ -93,7 +94,7 @@ def _named_folders(config: Config) -> list[Path]:
 
 
 def _open_mirror(config: Config) -> Mirror:
-    """The run's own place.
+    """Open the mirror of the run.
 
     Raises:
         ConfigError: No run is named, or none with a mirror.
@@ -103,25 +104,25 @@ def _open_mirror(config: Config) -> Mirror:
     from llmtune.config.stored import load_config
     from llmtune.train.run_folder import RunFolder
 
-    if config.run is None:
+    if config.target.run is None:
         raise ConfigError("verify --mirror needs run=FOLDER")
-    run = RunFolder(Path(config.run).expanduser())
+    run = RunFolder(Path(config.target.run).expanduser())
     url = config.checkpoint.mirror or load_config(run.path / layout.CONFIG).checkpoint.mirror
     if url is None or _HIDDEN in url:
         why = "it has none" if url is None else "a run folder holds no passwords"
         raise ConfigError(
             f"verify --mirror: name the mirror of {run.path} with checkpoint.mirror=URL ({why})"
         )
-    name = run.read_name()
-    if name is None:
+    record = run.read_record()
+    if record.run_name is None:
         raise CheckpointError(
             f"run={run.path}: no {layout.PLAN} in it; verify --mirror takes a run folder"
         )
-    return Mirror(url, name, lambda _: None, run.read_run_id() or "")
+    return Mirror(url, record.run_name, lambda _: None, record.run_id or "")
 
 
 def _copy(mirror: Mirror, run: Path, checkpoints: list[Path]) -> list[tuple[str, str]]:
-    """Copy what is not there; what failed, each with the reason.
+    """Copy what the mirror lacks; return what failed, each with the reason.
 
     Raises:
         CheckpointError: The run is under way, which copies itself: two that write to one place undo
@@ -136,23 +137,14 @@ def _copy(mirror: Mirror, run: Path, checkpoints: list[Path]) -> list[tuple[str,
 
 
 def _run_folders(run: Path) -> list[Path]:
-    """Checkpoints, oldest first, incomplete ones too; then what was trained, and its export."""
-    found = (
-        (layout.checkpoint_step(folder), folder)
-        for folder in (run.iterdir() if run.is_dir() else [])
-    )
-    folders = [
-        folder for _, folder in sorted((step, folder) for step, folder in found if step is not None)
-    ]
+    """List the run's checkpoints, oldest first, incomplete ones too; its model; its exports."""
+    inside = list(run.iterdir()) if run.is_dir() else []
+    steps = {entry: layout.checkpoint_step(entry) for entry in inside}
+    checkpoints = [(step, entry) for entry, step in steps.items() if step is not None]
+    folders = [entry for _, entry in sorted(checkpoints)]
     folders += [run / name for name in (layout.ADAPTER, layout.MODEL) if (run / name).is_dir()]
-    folders += sorted(
-        (
-            folder
-            for folder in (run.iterdir() if run.is_dir() else [])
-            if folder.is_dir() and layout.is_export_folder(folder)
-        ),
-        key=lambda folder: (folder.name != layout.MERGED, folder.name),
-    )
+    exports = [entry for entry in inside if entry.is_dir() and layout.is_export_folder(entry)]
+    folders += sorted(exports, key=lambda entry: (entry.name != layout.MERGED, entry.name))
     if not folders:
         raise CheckpointError(
             f"run={run}: no checkpoint and no trained model in it; verify takes a folder such as"
@@ -162,10 +154,10 @@ def _run_folders(run: Path) -> list[Path]:
 
 
 def _report(folder: Path, key: Path | None) -> dict[str, Any]:
-    """What ``--json`` prints of a folder; numbers only where it is whole.
+    """Check one folder; the values that ``--json`` prints.
 
     Args:
-        key: Of whoever has to have signed it.
+        key: Public key of the signature that is required.
     """
     problems = _find_problems(folder)
     if key is not None and folder.is_dir():

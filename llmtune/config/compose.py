@@ -23,12 +23,12 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.config import rules
 from llmtune.config.foreign import meant_by
-from llmtune.config.keys import PROMPTS, known_keys
+from llmtune.config.keys import ALIASES, PROMPTS, YAML_ALIASES, known_keys
 from llmtune.config.literal import to_literal, without_interpolations
 from llmtune.config.overrides import Choice, Setting, read_override
 from llmtune.config.schema import Config
@@ -76,8 +76,8 @@ class Composed:
     @property
     def keys(self) -> list[str]:
         """Groups and dotted keys of the command line."""
-        keys = [override.lstrip("+~").partition("=")[0] for override in self.overrides]
-        return ["checkpoint.path" if key == "checkpoint" else key for key in keys]
+        names = (override.lstrip("+~").partition("=")[0] for override in self.overrides)
+        return [ALIASES.get(name, name) for name in names]
 
     def explicit(self, key: str) -> bool:
         """Whether the command line set ``key`` (a group or a dotted key)."""
@@ -259,8 +259,9 @@ def _compose_named(
         if group not in line.choices and choices[group] == option
     }
     unnamed = {group for group in free if OmegaConf.is_missing(node[group], _NAMED[group][0])}
-    if "model" in unnamed and line.settings.get("base"):
-        line.settings["model.name_or_path"] = line.settings["base"]
+    base = line.settings.get("target.base")
+    if "model" in unnamed and base:
+        line.settings["model.name_or_path"] = base
         unnamed.discard("model")
     defaults = unnamed | ({"data"} if "data" in free and _is_embedded(node) else set())
     if planning and "data" in unnamed and ("model" not in unnamed or choices["experiment"]):
@@ -334,7 +335,22 @@ def _compose_groups(*overrides: str) -> tuple[DictConfig, dict[str, str | None]]
         for key, value in node.hydra.runtime.choices.items()
         if not str(key).startswith("hydra/")
     }
-    return OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"]), choices
+    own = OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"])
+    _take_out_aliases(own)
+    return own, choices
+
+
+def _take_out_aliases(node: DictConfig) -> None:
+    """Move values that a user's file has under an alias to the key that it stands for."""
+    OmegaConf.set_struct(node, False)
+    for alias, key in YAML_ALIASES.items():
+        value = OmegaConf.select(node, alias)
+        if value is not None:
+            OmegaConf.update(node, key, value)
+        owner, _, name = alias.rpartition(".")
+        parent = node[owner] if owner else node
+        with open_dict(parent):
+            parent.pop(name)
 
 
 #: Cached, because the packaged files do not change while a process lives.
@@ -344,12 +360,18 @@ _compose_packaged = cache(_compose_groups)
 def _explain(error: BaseException) -> str:
     """Describe Hydra's error, with a suggestion for an unknown key of a user's YAML file."""
     unknown = re.search(r"Key '([^']+)' (?:is )?not in ", str(error))
-    return first_line(error) + (meant_by(unknown[1], known_keys()) if unknown else "")
+    if unknown is None:
+        return first_line(error)
+    return first_line(error) + meant_by(unknown[1], known_keys() | set(YAML_ALIASES))
 
 
 @cache
 def _store_schema() -> None:
-    ConfigStore.instance().store("schema", Config)
+    """Give Hydra the schema, in which users' files may spell keys as they were spelled before."""
+    node = copy.deepcopy(schema())
+    for key in YAML_ALIASES:
+        OmegaConf.update(node, key, None, force_add=True)
+    ConfigStore.instance().store("schema", node)
 
 
 def _quoted(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmtune.config.keys import ALIASES
 from llmtune.config.nearest import nearest
 
 _NO_QUANTIZED = (
@@ -270,8 +271,8 @@ def meant_by(key: str, known: set[str]) -> str:
     text = MEANINGS.get(name)
     if text is None:
         # Only the group is wrong; where several groups have the key, none is more likely.
-        own = [other for other in known if other.rsplit(".", 1)[-1] == name]
-        return f": did you mean {own[0]!r}?" if len(own) == 1 else nearest(key, known)
+        own = {ALIASES.get(other, other) for other in known if other.rsplit(".", 1)[-1] == name}
+        return f": did you mean {own.pop()!r}?" if len(own) == 1 else nearest(key, known)
     if text.startswith("nothing: "):
         return f"; {text.removeprefix('nothing: ')}"
     # A mapping in braces may hold blanks; a remark is in brackets.

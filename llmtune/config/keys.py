@@ -16,6 +16,17 @@ FREE = ("model.config", "zero.deepspeed")
 #: Keys that take a file name, a mapping, or a list of both.
 SOURCES = ("data.train", "data.eval")
 
+#: Short or earlier spelling -> the key that it sets, on the command line and in YAML files.
+ALIASES = {
+    "run": "target.run",
+    "checkpoint": "target.checkpoint",
+    "checkpoint.path": "target.checkpoint",
+    "base": "target.base",
+    "adapter": "target.adapter",
+}
+#: Those of YAML files, in which ``checkpoint`` is a group.
+YAML_ALIASES = {alias: key for alias, key in ALIASES.items() if alias != "checkpoint"}
+
 #: Keys that take a word or a list of names.
 NAMES = ("tuner.target_modules",)
 

@@ -66,17 +66,17 @@ def read_override(text: str, groups: dict[str, set[str]]) -> Choice | Setting:
             raise ConfigError(f"{text!r}: only a config group can be removed with ~")
         return Choice(group, None, text)
     name, equals, value = text.partition("=")
-    key = name.lstrip("+")
-    if not equals or not key:
+    typed = name.lstrip("+")
+    if not equals or not typed:
         raise ConfigError(f"{text!r} is not KEY=VALUE")
-    if key == "checkpoint":
-        # It names a target, as run=FOLDER does.
-        key = "checkpoint.path"
+    key = keys.ALIASES.get(typed, typed)
     if key in groups:
         return _read_choice(key, value, groups[key])
     known = keys.known_keys()
     if key not in known and not keys.is_free(key):
-        raise ConfigError(f"unknown key {key!r}{meant_by(key, known | set(groups))}")
+        raise ConfigError(
+            f"unknown key {key!r}{meant_by(key, known | set(groups) | set(keys.ALIASES))}"
+        )
     return Setting(key, _read_value(key, value))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
@@ -12,6 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llmtune.config.keys import YAML_ALIASES
 from llmtune.config.literal import from_literal, to_literal
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
@@ -70,7 +72,21 @@ def from_plain(values: dict[str, Any]) -> Config:
     Raises:
         As :func:`parse_yaml`.
     """
-    return to_config(OmegaConf.merge(schema(), to_literal(values)))
+    return to_config(OmegaConf.merge(schema(), to_literal(_take_out_aliases(values))))
+
+
+def _take_out_aliases(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config of an earlier version, with its targets at their present keys."""
+    values = copy.deepcopy(values)
+    for alias, key in YAML_ALIASES.items():
+        owner, _, name = alias.rpartition(".")
+        holder = values.get(owner) if owner else values
+        if isinstance(holder, dict) and name in holder:
+            value = holder.pop(name)
+            group, _, present = key.partition(".")
+            if value is not None:
+                values.setdefault(group, {})[present] = value
+    return values
 
 
 @cache

@@ -13,7 +13,7 @@ from llmtune.config.stored import read_key, to_plain
 PATHS = (
     "resume_from_checkpoint",
     "checkpoint.mirror",
-    "checkpoint.path",
+    "target.checkpoint",
     "tuner.adapter_path",
     "offload.nvme_path",
     "paths.cache_dir",

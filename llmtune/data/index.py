@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llmtune.config.groups.data import DataConfig, OnBadRow
-from llmtune.data.prepared_data import PROBLEMS, SUMMARY, SplitSummary
+from llmtune.data.prepared_data import PROBLEMS, SUMMARY
 from llmtune.data.read.sources import Source
 from llmtune.data.report.preflight import find_leaks, find_mixed_labels, find_overlong_sources
 from llmtune.data.rows.problems import Problem, refuse, write_problems
@@ -24,6 +24,7 @@ from llmtune.data.store.mixing import mix, split_eval
 from llmtune.data.store.packing import pack_rows, packing_efficiency
 from llmtune.data.store.token_store import Rows, TokenStore
 from llmtune.errors import DataError
+from llmtune.plan.prepared_data import SplitSummary
 
 #: More different labels than this are values, not classes.
 MAX_CLASSES = 1000

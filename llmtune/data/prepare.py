@@ -17,14 +17,7 @@ from typing import TYPE_CHECKING
 from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.groups.data import DataConfig
 from llmtune.data.index import IndexWriter
-from llmtune.data.prepared_data import (
-    SAMPLES,
-    SUMMARY,
-    PreparedData,
-    SamplePrompt,
-    open_index,
-    read_problems,
-)
+from llmtune.data.prepared_data import SAMPLES, SUMMARY, SamplePrompt, open_index, read_problems
 from llmtune.data.read.fingerprint import hash_tokenizer, identify_file
 from llmtune.data.read.sources import Source, parse_sources, resolve_files
 from llmtune.data.rows.problems import RowError, refuse
@@ -38,6 +31,7 @@ from llmtune.data.tokenized_source import (
 )
 from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import ConfigError
+from llmtune.plan.prepared_data import PreparedData
 from llmtune.security.trust import require_own
 from llmtune.storage.atomic import write_cache_folder
 from llmtune.storage.hashing import hash_json

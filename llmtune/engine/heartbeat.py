@@ -1,11 +1,7 @@
-"""Where a rank stands, written where the supervisor can read it after the rank is gone, however it
-went.
-"""
+"""Record the phase of a rank where the supervisor can read it, however the rank ends."""
 
 from __future__ import annotations
 
-import json
-import os
 import resource
 import threading
 import time
@@ -13,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: Bytes of the record; written over itself at every change, in one call.
-_WIDTH = 240
+from llmtune.storage.rank_files import PhaseRecord
+
 #: A rank that has this share of its limit is near enough to it for its end to be suspicious.
 _NEAR_LIMIT = 0.9
 #: Phases that may last.
@@ -30,24 +26,23 @@ _DEVICE_SECONDS = 0.5
 
 
 class PhaseLog:
-    """Phase, step and peak memory of one rank; phases are ``start load answer forward backward step
-    evaluate save``.
+    """Keeps the phase record of one rank.
 
-    A record that no longer changes is how the supervisor knows that a run hangs, so that every
-    write counts up.
+    A record that no longer changes is how the supervisor recognizes a hang, so that every write
+    counts up.
     """
 
     def __init__(self, path: Path | None = None):
         self.step = 0
         """The optimizer step under way, from 1; 0 before the first."""
         self.device_peak: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        """Bytes that were allocated on the GPU at most, and those that may be."""
+        """Returns the most bytes that were allocated on the GPU, and how many may be."""
         self._seen, self._seen_at = (0, 0), 0.0
         self._phase = "start"
         self._first_step: int | None = None
         self._beats = 0
         self._lock = threading.Lock()
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600) if path is not None else None
+        self._file = PhaseRecord.open(path) if path is not None else None
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
@@ -68,9 +63,7 @@ class PhaseLog:
             self._write()
 
     def describe(self) -> str | None:
-        """What the rank does, for people; None in the steps after its first, each of which has a
-        line of its own.
-        """
+        """Describe the phase for people; None in the steps after the first, which are logged."""
         if self._phase in _FOR_PEOPLE:
             return _FOR_PEOPLE[self._phase]
         return (
@@ -78,7 +71,7 @@ class PhaseLog:
         )
 
     def beat(self) -> None:
-        """Say that long work within a phase gets on; from any thread."""
+        """Record that long work within a phase makes progress; from any thread."""
         with self._lock:
             self._seen_at = 0.0
             self._write()
@@ -93,19 +86,25 @@ class PhaseLog:
         if time.monotonic() - self._seen_at > _DEVICE_SECONDS:
             self._seen_at, self._seen = time.monotonic(), self.device_peak()
         device_peak, device_limit = self._seen
-        record = {"phase": self._phase, "step": self.step, "peak_bytes": peak, "beats": self._beats}
-        if device_peak:
-            record["device_peak_bytes"] = device_peak
+        at_limit = None
         if device_peak > _NEAR_LIMIT * device_limit > 0:
-            record["at_limit"] = "device"
+            at_limit = "device"
         elif _is_near_limit():
-            record["at_limit"] = "host"
-        os.pwrite(self._file, json.dumps(record).ljust(_WIDTH).encode(), 0)
+            at_limit = "host"
+        PhaseRecord(
+            phase=self._phase,
+            step=self.step,
+            peak_bytes=peak,
+            beats=self._beats,
+            device_peak_bytes=device_peak,
+            at_limit=at_limit,
+        ).write(self._file)
 
 
 def _is_near_limit() -> bool:
-    """Whether this process has nearly all that ``RLIMIT_DATA`` gives it; the kernel counts what was
-    asked for, used or not.
+    """Tell whether this process has nearly all that ``RLIMIT_DATA`` allows.
+
+    The kernel counts what was allocated, used or not.
     """
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     if limit == resource.RLIM_INFINITY:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmtune.config.schema import OptimConfig, Precision
+from llmtune.config.groups.optim import OptimConfig
+from llmtune.config.schema import Precision
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.zero_buffers import ZeroSizes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmtune.config.schema import OptimConfig
+from llmtune.config.groups.optim import OptimConfig
 from llmtune.tuner.tuner import Tuner
 
 

@@ -1,5 +1,6 @@
-"""Config and hardware become one frozen plan: ranks, placement, batches, memory, steps, DeepSpeed's
-dictionary.
+"""Config and hardware become one frozen plan: ranks, placement, batches, memory, DeepSpeed's keys.
+
+The number of steps is in :mod:`llmtune.plan.steps`, because the data decides it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
-from llmtune.config.schema import Config, Precision, ScheduleConfig
+from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, DoesNotFitError, LlmtuneError, MissingPrerequisiteError
 from llmtune.plan.abilities import check_kernel, check_row_length, check_stage
 from llmtune.plan.advice import smallest_change
@@ -57,7 +58,7 @@ class Plan:
     """Where the derived values came from, for the page before step 1."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for ``plan.json`` and for the ranks."""
+        """Plain values, for the ranks."""
         values = asdict(self)
         # Hundreds of tensors that only planning needs.
         del values["shape"]["tensors"]
@@ -75,24 +76,6 @@ class Plan:
             "notes": tuple(values["notes"]),
         }
         return cls(**{**values, **parts})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepsPlan:
-    """Length of the run, in optimizer steps."""
-
-    total_steps: int
-    warmup_steps: int
-    total_rows: int | None
-    """Rows of whole or broken epochs, after which the last step ends; None where ``max_steps``
-    decides.
-    """
-    origin: str
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StepsPlan:
-        """From plain values."""
-        return cls(**values)
 
 
 def resolve_plan(
@@ -277,45 +260,6 @@ def resolve_attention(
         return "flash_attention_2"
     short = accelerator == "cpu" and config.data.max_seq_length <= SHORT_ROW_TOKENS
     return "eager" if short or "sdpa" not in kernels else "sdpa"
-
-
-def resolve_steps(
-    train: TrainConfig, schedule: ScheduleConfig, rows: int | None, global_batch_size: int
-) -> StepsPlan:
-    """Steps from ``max_steps`` if it is set, else from epochs; warm-up rounded up to whole steps.
-
-    Args:
-        rows: Of an epoch; None where they are streamed, which goes with ``max_steps``.
-        global_batch_size: Rows of a step, as planned.
-
-    Raises:
-        ConfigError: Warm-up leaves no step.
-    """
-    epoch_rows = max(1, round(train.num_train_epochs * (rows or 0)))
-    by_epochs = math.ceil(epoch_rows / global_batch_size)
-    origin = (
-        f"{counted(train.num_train_epochs, 'epoch')} of {rows} rows, {global_batch_size} a step"
-    )
-    total = by_epochs
-    if rows is None and train.max_steps is not None:
-        total, origin = train.max_steps, "train.max_steps of a stream"
-    elif train.max_steps is not None:
-        # max_steps alone decides, as in the Hugging Face Trainer: it may also go round the data
-        # several times.
-        total, origin = train.max_steps, f"train.max_steps ({origin} would be {by_epochs})"
-    warmup = schedule.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(schedule.warmup_ratio * total)
-    if warmup >= total and warmup > 0 and total > 1:
-        raise ConfigError(
-            f"schedule.warmup_steps={warmup} leaves nothing of the {total} steps ({origin})"
-        )
-    return StepsPlan(
-        total_steps=total,
-        warmup_steps=min(warmup, total - 1),
-        total_rows=None if train.max_steps else epoch_rows,
-        origin=origin,
-    )
 
 
 def _resolve_world_size(config: Config, hardware: Hardware) -> int:

@@ -1,6 +1,4 @@
-"""``tuner.adapter_path``: an adapter to go on from, compared with what will be built before any
-rank starts.
-"""
+"""Check ``tuner.adapter_path``, the adapter that training begins from, before any rank starts."""
 
 from __future__ import annotations
 
@@ -10,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.config.compose import Composed
-from llmtune.config.schema import Config, TunerConfig
+from llmtune.config.groups.tuner import TunerConfig
+from llmtune.config.schema import Config
 from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError
 from llmtune.storage import layout
@@ -27,12 +26,11 @@ if TYPE_CHECKING:
 
 
 def adopt_adapter(composed: Composed, run: Path | None = None) -> Composed:
-    """The config with the ranks, scales and modules of the adapter that ``tuner.adapter_path``
-    names.
+    """Take ranks, scales and modules from the adapter of ``tuner.adapter_path`` into the config.
 
     Args:
-        run: The run's folder. A run that has begun goes on from its own checkpoints, even where the
-            adapter is gone.
+        run: The run's folder. A run that has begun resumes its own checkpoints, even if the adapter
+            is gone.
 
     Raises:
         CheckpointError: There is no adapter, or of a kind that is not trained here.
@@ -56,8 +54,7 @@ def adopt_adapter(composed: Composed, run: Path | None = None) -> Composed:
 
 
 def check_adapter(config: Config, shape: ModelShape, run: Path) -> None:
-    """Compare the adapter's tensors with the layers that will be adapted, and look for what is no
-    number.
+    """Check that the adapter's tensors fit the layers that will be adapted, and are finite.
 
     Args:
         shape: Of the model with the adapter's settings.
@@ -81,9 +78,9 @@ def check_adapter(config: Config, shape: ModelShape, run: Path) -> None:
 
 
 def describe_adapter(tuner: TunerConfig) -> str:
-    """For the page before step 1."""
+    """Describe the adapter on the page before step 1."""
     scale = " / sqrt(r)" if tuner.use_rslora else " / r"
-    text = f"goes on from {tuner.adapter_path}: r {tuner.lora_r}, scale {tuner.lora_alpha:g}{scale}"
+    text = f"begins from {tuner.adapter_path}: r {tuner.lora_r}, scale {tuner.lora_alpha:g}{scale}"
     patterns = {"rank": tuner.rank_pattern, "alpha": tuner.alpha_pattern}
     for name, pattern in patterns.items():
         if pattern:
@@ -100,9 +97,7 @@ def _folder(tuner: TunerConfig) -> Path:
 
 
 def _asked(composed: Composed) -> set[str]:
-    """Keys of ``tuner`` that the command line set, or an experiment to something else than the
-    default.
-    """
+    """Keys of ``tuner`` that the command line set, or that an experiment changed."""
     tuner, defaults = composed.config.tuner, TunerConfig()
     return {
         item.name
@@ -113,7 +108,7 @@ def _asked(composed: Composed) -> set[str]:
 
 
 def _stored_tuner(run: Path, tuner: TunerConfig) -> TunerConfig | None:
-    """What the run began with."""
+    """The tuner that the run began with, if it has checkpoints of the same adapter."""
     file = run / layout.CONFIG
     if not file.is_file() or not find_checkpoints(run):
         return None

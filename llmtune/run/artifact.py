@@ -1,5 +1,6 @@
-"""What ``export``, ``eval`` and ``chat`` work on: a run, a checkpoint, or a base with or without an
-adapter.
+"""Resolve and load the target of ``export``, ``eval`` and ``chat``.
+
+A target is a run, a checkpoint, or a base with or without an adapter.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.own_code import describe_own_code, explain_own_code
 from llmtune.model.source import resolve_model_folder
+from llmtune.plan.run_record import RunRecord
 from llmtune.run.prepare import cache_dir
 from llmtune.security.terminal import to_terminal
 from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
 from llmtune.storage.dtypes import configured_dtype
 from llmtune.storage.manifest import check_undamaged, is_complete
-from llmtune.storage.plain_json import parse_json
 from llmtune.tuner.stored_adapter import read_adapter_config
 from llmtune.tuner.tuner import TUNERS
 
@@ -58,8 +59,8 @@ def resolve_target(composed: Composed) -> Target:
         ConfigError: Two things are named at once.
         CheckpointError: There is nothing complete at that place.
     """
-    given = composed.config
-    places = {"run": given.run, "checkpoint": given.checkpoint.path, "base": given.base}
+    given, config = composed.config.target, composed.config
+    places = {"run": given.run, "checkpoint": given.checkpoint, "base": given.base}
     named = [key for key, place in places.items() if place]
     if len(named) > 1:
         raise ConfigError(f"{' and '.join(f'{key}=' for key in named)} exclude each other")
@@ -76,8 +77,8 @@ def resolve_target(composed: Composed) -> Target:
             )
         check_undamaged(folder, left_out=layout.is_state_file)
         return _from_stored(stored, composed, folder, run)
-    if given.checkpoint.path:
-        folder = Path(given.checkpoint.path).expanduser()
+    if given.checkpoint:
+        folder = Path(given.checkpoint).expanduser()
         if not is_complete(folder):
             raise CheckpointError(f"checkpoint={folder}: not a complete checkpoint")
         check_undamaged(folder, left_out=layout.is_state_file)
@@ -85,20 +86,22 @@ def resolve_target(composed: Composed) -> Target:
         return _from_stored(stored, composed, folder, folder.parent)
     if given.adapter and "model" in composed.unnamed:
         raise ConfigError(f"adapter={given.adapter} needs its base model: add base=MODEL")
-    model = replace(given.model, name_or_path=given.base, wheel=None) if given.base else given.model
-    folder = resolve_model_folder(model, cache_dir(given))
+    model = config.model
+    if given.base:
+        model = replace(model, name_or_path=given.base, wheel=None)
+    folder = resolve_model_folder(model, cache_dir(config))
     adapter = Path(given.adapter).expanduser() if given.adapter else None
     return Target(
-        config=given, model_folder=folder, adapter=adapter, run=None, base_name=model.name_or_path
+        config=config, model_folder=folder, adapter=adapter, run=None, base_name=model.name_or_path
     )
 
 
 def _from_stored(stored: Config, composed: Composed, folder: Path, run: Path) -> Target:
-    """What was trained, as its own configuration describes it, which may be anybody's.
+    """The target as its stored configuration describes it, which may be anybody's.
 
     It says neither that code is run nor where this call keeps its files: the command line does.
     """
-    place = composed.config.run or composed.config.checkpoint.path
+    place = composed.config.target.run or composed.config.target.checkpoint
     asks = f"the configuration in {place}" if stored.model.trust_remote_code else None
     plain = replace(
         stored, model=replace(stored.model, trust_remote_code=False), paths=composed.config.paths
@@ -107,7 +110,7 @@ def _from_stored(stored: Config, composed: Composed, folder: Path, run: Path) ->
 
 
 def load_model(target: Target) -> tuple[Any, Any]:
-    """Model (adapter put on, evaluation mode, on the GPUs if there are any) and tokenizer.
+    """Load the model, with its adapter, in evaluation mode, on the GPUs if any, and its tokenizer.
 
     Raises:
         ConfigError: The model needs Python code of its own, and the command line does not allow it.
@@ -125,7 +128,7 @@ def load_model(target: Target) -> tuple[Any, Any]:
 
 
 def _load_tokenizer(target: Target) -> Any:
-    """That of the adapter, which may have tokens of its own, or else the base's.
+    """Load the tokenizer of the adapter, which may have tokens of its own, or else the base's.
 
     Code is the base's alone.
     """
@@ -170,8 +173,7 @@ def _load_weights(target: Target) -> Any:
 
 
 def place_weights(folder: Path, precision: Precision) -> Any:
-    """transformers' ``device_map``: the first GPU where the model fits into it, else all of them,
-    and the host for the rest.
+    """Choose transformers' ``device_map``: the first GPU if the model fits, else all and the host.
 
     Args:
         precision: Of the weights once they are loaded; that of the files may be another.
@@ -190,7 +192,7 @@ def place_weights(folder: Path, precision: Precision) -> Any:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Of a GPU, or of the host."""
+    """Free memory of a GPU, or of the host, in bytes."""
     import psutil
     import torch
 
@@ -200,7 +202,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def load_peft_adapter(model: Any, adapter: Path) -> Any:
-    """The model with an adapter, in the model's dtype.
+    """Put an adapter on the model, in the model's dtype.
 
     Raises:
         CheckpointError: It cannot be read, or is another model's.
@@ -229,7 +231,7 @@ def load_peft_adapter(model: Any, adapter: Path) -> Any:
 
 
 def from_trained(config: Config, folder: Path, run: Path) -> Target:
-    """What was trained: an adapter on its base, or the whole model in ``folder``."""
+    """The target of a run: the adapter on its base, or the whole model, in ``folder``."""
     if not TUNERS.find(config.tuner.kind).has_adapter:
         return Target(
             config=config,
@@ -248,9 +250,7 @@ def from_trained(config: Config, folder: Path, run: Path) -> Target:
 
 
 def _base_folder(config: Config, run: Path) -> Path:
-    """Where the run's base lies: where it lay in training, or wherever the configuration finds it
-    now.
-    """
+    """The folder of the run's base: as in training, or as the configuration finds it now."""
     noted = _noted_base(run / layout.PLAN)
     if noted is not None and noted.is_dir() and list(noted.glob("*.safetensors")):
         return noted
@@ -258,8 +258,7 @@ def _base_folder(config: Config, run: Path) -> Path:
 
 
 def _noted_base(plan: Path) -> Path | None:
-    """The folder that a run's plan calls its base; None also where a crash of the machine has cut
-    the plan off.
+    """The base folder in ``plan.json``; None also if a crash of the machine cut the file off.
 
     Raises:
         CheckpointError: The plan may not be opened.
@@ -267,14 +266,13 @@ def _noted_base(plan: Path) -> Path | None:
     if not plan.is_file():
         return None
     try:
-        noted = parse_json(read_foreign(plan, CheckpointError)).get("model_folder")
-    except (ValueError, AttributeError):
+        return RunRecord.from_json(read_foreign(plan, CheckpointError)).model_folder
+    except ValueError:
         return None
-    return Path(noted) if isinstance(noted, str) and noted else None
 
 
 def trained_folder(run: Path, config: Config) -> Path:
-    """The final result, or the newest checkpoint of a run that is not finished."""
+    """The folder of the trained model, or of the newest checkpoint of an unfinished run."""
     result = layout.result_folder(run, TUNERS.find(config.tuner.kind).has_adapter)
     if is_complete(result):
         return result

@@ -1,6 +1,4 @@
-"""Whether a model can be trained as it was asked for, found out before any rank starts; answers are
-remembered.
-"""
+"""Check before any rank starts that a model can be trained as asked; answers are remembered."""
 
 from __future__ import annotations
 
@@ -41,33 +39,43 @@ _SOURCES = (
 )
 
 
+def check_quantized(config: Config, stage: int, folder: Path) -> None:
+    """Check that weights in fewer bits can be trained on under a stage of ZeRO.
+
+    Args:
+        folder: Of the model.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    settings = quantization(folder)
+    if settings is not None:
+        name = config.model.name_or_path
+        trains_all = TUNERS.find(config.tuner.kind).trains_all
+        check_trainable(settings, read_entries(folder), trains_all, stage, name)
+
+
 def check_model(
     config: Config,
     kernel: str,
-    stage: int,
     folder: Path,
     cache_dir: Path | None,
     say: Callable[[str], None],
 ) -> None:
-    """Look through a model's files, and try packing on its architecture where rows are packed.
+    """Check a model's files, and packing on its architecture if rows are packed.
 
     Args:
         kernel: Of attention.
-        stage: Of ZeRO.
         folder: Of the model.
         cache_dir: Where answers are remembered; None asks anew.
         say: Told what is worth a line: weights that are tied, or not used.
 
     Raises:
         MissingPrerequisiteError: The files lack weights, or hold them in other shapes.
-        ConfigError: Documents of a packed row would see each other, or weights in fewer bits cannot
-            be trained on so.
+        ConfigError: Documents of a packed row would see each other.
     """
     name, trusted = config.model.name_or_path, config.model.trust_remote_code
     settings = quantization(folder)
-    if settings is not None:
-        trains_all = TUNERS.find(config.tuner.kind).trains_all
-        check_trainable(settings, read_entries(folder), trains_all, stage, name)
     if settings is None or has_known_names(settings):
         for note in _find_weight_notes(name, folder, trusted, cache_dir):
             say(note)

@@ -1,4 +1,4 @@
-"""What ``export`` and the end of a training run do: from a target to a published folder."""
+"""Export a target into a published folder, for ``export`` and at the end of a training run."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def export_run(run: Path, config: Config, output: Path, say: Callable[[str], Non
 
 
 def export_target(target: Target, config: Config, output: Path, say: Callable[[str], None]) -> Path:
-    """Export what was resolved from the command line into ``output``; the folder that was
-    written.
-    """
+    """Export a resolved target into ``output``; the folder that was written."""
     with show_progress(f"writing {output.name}", say) as shown:
         request = ExportRequest(
             base=target.model_folder,
@@ -51,10 +49,11 @@ def export_target(target: Target, config: Config, output: Path, say: Callable[[s
 
 
 def export_zero_checkpoint(given: Config) -> Path:
-    """A checkpoint that DeepSpeed wrote, from whatever program; ``base=`` names the model folder it
-    was trained from.
+    """Export a checkpoint that DeepSpeed wrote, from any program; the folder that was written.
+
+    ``base=`` names the model that it was trained from.
     """
-    checkpoint = Path(str(given.checkpoint.path)).expanduser()
+    checkpoint = Path(str(given.target.checkpoint)).expanduser()
     if not given.output_dir:
         raise ConfigError("export checkpoint= of DeepSpeed needs output_dir=FOLDER")
     output = Path(given.output_dir).expanduser()
@@ -70,8 +69,8 @@ def export_zero_checkpoint(given: Config) -> Path:
                 f"{checkpoint}: an adapter was trained, and its adapter_config.json is not beside"
                 " it; put it there, from the program that trained it"
             )
-        base_name = given.base or described.name
-        own_weights = None if adapter is not None and given.base else checkpoint
+        base_name = given.target.base or described.name
+        own_weights = None if adapter is not None and given.target.base else checkpoint
         unpacked_from = checkpoint if adapter is not None else None
         request = ExportRequest(
             base=described,
@@ -89,14 +88,15 @@ def export_zero_checkpoint(given: Config) -> Path:
 
 
 def _describing_folder(given: Config, checkpoint: Path) -> Path:
-    """Where ``config.json`` and the tokenizer lie: ``base=``, or beside the ranks' files as Trainer
-    puts them.
+    """The folder with ``config.json`` and the tokenizer: ``base=``, or the ranks' own.
+
+    Transformers' Trainer puts them beside the ranks' files.
     """
     from llmtune.model.source import resolve_model_folder
     from llmtune.run.prepare import cache_dir
 
-    if given.base:
-        return resolve_model_folder(ModelConfig(name_or_path=given.base), cache_dir(given))
+    if given.target.base:
+        return resolve_model_folder(ModelConfig(name_or_path=given.target.base), cache_dir(given))
     for folder in (checkpoint, checkpoint.parent):
         if (folder / "config.json").is_file():
             return folder
@@ -107,16 +107,16 @@ def _describing_folder(given: Config, checkpoint: Path) -> Path:
 
 
 def print_line(text: str) -> None:
-    """A line on standard output."""
+    """Print a line on standard output."""
     sys.stdout.write(to_terminal(f"{text}\n"))
 
 
 def output_folder(given: Config, target: Target) -> Path:
-    """``output_dir``, or a place beside what was exported."""
+    """``output_dir``, or a folder beside what is exported."""
     if given.output_dir:
         return Path(given.output_dir).expanduser()
-    if given.checkpoint.path:
-        checkpoint = Path(given.checkpoint.path).expanduser()
+    if given.target.checkpoint:
+        checkpoint = Path(given.target.checkpoint).expanduser()
         beside = layout.export_folder(checkpoint.parent, given.export.format)
         return beside.with_name(f"{beside.name}-{checkpoint.name}")
     if target.run is not None:

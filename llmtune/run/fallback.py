@@ -1,5 +1,5 @@
-"""Run the chosen rung until it is done: again where ranks failed, one rung lower where memory ran
-out after all.
+"""Run training attempts: restart after a rank failure, take the next rung after running out of
+memory.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from llmtune.launch.supervise.signals import raise_stops
 from llmtune.launch.supervise.supervisor import Limits
 from llmtune.plan.ladder import next_candidate
 from llmtune.plan.plan import describe_misfit, plan_candidate, with_nvme
-from llmtune.run.prepare import describe, resolve_request
+from llmtune.plan.run_record import MemoryFailure
+from llmtune.run.describe import describe
+from llmtune.run.prepare import attempt, prepare_run
 from llmtune.run.ranks_ahead import RanksAhead, Surroundings
 from llmtune.storage import layout
+from llmtune.storage.rank_files import FinishedRecord
 from llmtune.track.status import Status
 
 if TYPE_CHECKING:
@@ -38,14 +41,14 @@ if TYPE_CHECKING:
     from llmtune.config.schema import Config
     from llmtune.plan.ladder import Candidate, Ladder
     from llmtune.plan.plan import Plan
-    from llmtune.run.prepare import RunTarget
+    from llmtune.run.prepare import RunInputs, RunTarget
     from llmtune.track.console import Console
     from llmtune.train.request import RunRequest
     from llmtune.train.run_folder import RunFolder
 
 
 class FallbackRunner:
-    """One run on its way down the ladder."""
+    """Trains one run to its end, on the first rung of the ladder that holds it."""
 
     def __init__(
         self,
@@ -60,25 +63,27 @@ class FallbackRunner:
         Args:
             ahead: Where ranks of the first attempt may wait already.
         """
-        self.ahead = ahead
+        self._ahead = ahead
         self.composed = composed
         self.ladder = ladder
         self.target = target
         self.folder = folder
         self.console = console
-        self.history: list[dict[str, Any]] = folder.read_history()
+        self.inputs: RunInputs | None = None
+        """Prepared at the first attempt, and the same for all."""
+        self.history = folder.read_record().history
         self.tried: list[Candidate] = []
         self.restarts = Restarts(composed.config.launch.max_restarts)
         self.at_limit: MemoryEvent | None = None
-        """Of the last attempt."""
+        """Of the last attempt: memory that may have run out."""
 
     def run(self) -> bool:
-        """Train until the end, on whatever rung; False where the run was finished already.
+        """Train until the end, on whatever rung; False if the run was finished already.
 
         Raises:
-            DoesNotFitError: No rung is left, or the one that was asked for does not do.
+            DoesNotFitError: No rung is left, or the one that was asked for is not enough.
             StoppedError: A signal came.
-            LlmtuneError: What ended the ranks, where another attempt would not help.
+            LlmtuneError: The error that ended the ranks, where another attempt would not help.
         """
         candidate = self._first()
         failure: RanOutOfMemoryError | RanksFailedError | None = None
@@ -88,7 +93,7 @@ class FallbackRunner:
                     self._record_restart(failure, request)
                 self.console.page("llmtune", describe(request))
                 try:
-                    run_request(request, self.console, self._take_ahead())
+                    run_request(request, self.console, self._take_ranks_ahead())
                     return True
                 except (RanOutOfMemoryError, RanksFailedError) as error:
                     failure = error
@@ -101,13 +106,11 @@ class FallbackRunner:
                 else:
                     assert isinstance(failure, RanksFailedError)
                     self._wait_for_restart(failure, request)
-                self._resume_own_work(request)
+                self._resume_own_work(request.resume_from)
         return False
 
     def _memory_event(self, failure: RanOutOfMemoryError | RanksFailedError) -> MemoryEvent | None:
-        """What ran out of memory: by its own words, or because it ended at its limit twice in one
-        phase.
-        """
+        """Memory that ran out: reported, or because ranks ended at their limit twice in a phase."""
         if isinstance(failure, RanOutOfMemoryError):
             return failure.event
         before, self.at_limit = self.at_limit, failure.at_limit
@@ -119,21 +122,21 @@ class FallbackRunner:
         plan = place_swap(
             plan_candidate(self.composed.config, self.ladder, candidate), self.composed, self.target
         )
-        if self.ahead is not None:
-            self.ahead.start(Surroundings.of(plan))
+        if self._ahead is not None:
+            self._ahead.start(Surroundings.of(plan))
         with Status(self.console, "preparing the model and the data"):
-            return resolve_request(
-                self.composed,
-                plan,
-                self.target,
-                self.folder,
-                self.console,
-                {"history": self.history},
-            )
+            if self.inputs is None:
+                self.inputs = prepare_run(
+                    self.composed, plan, self.target, self.folder, self.console
+                )
+                resume_from = self.inputs.resume_from
+            else:
+                resume_from = self.inputs.find_checkpoint(self.console)
+            return attempt(self.inputs, plan, resume_from, self.console, self.history)
 
-    def _take_ahead(self) -> RankGroup | None:
-        """Once: a further attempt may be on another rung, with other variables."""
-        ahead, self.ahead = self.ahead, None
+    def _take_ranks_ahead(self) -> RankGroup | None:
+        """The ranks that wait, once: a further attempt may be on another rung."""
+        ahead, self._ahead = self._ahead, None
         return ahead.take() if ahead is not None else None
 
     def _wait_for_restart(self, failure: RanksFailedError, request: RunRequest) -> None:
@@ -157,35 +160,26 @@ class FallbackRunner:
         with suppress(OSError), (self.folder.path / layout.RESTARTS).open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def _resume_own_work(self, request: RunRequest) -> None:
-        """Go on from this run's newest checkpoint, also where its first start was told to begin
-        elsewhere.
-        """
-        config = self.composed.config
-        if config.resume_from_checkpoint == "none" or _step(self._newest_checkpoint()) > _step(
-            request.resume_from
-        ):
-            self.composed = replace(
-                self.composed, config=replace(config, resume_from_checkpoint="auto")
-            )
+    def _resume_own_work(self, began_from: Path | None) -> None:
+        """Resume this run's newest checkpoint from now on, wherever the command said to begin."""
+        assert self.inputs is not None
+        has_saved = _step(self._newest_checkpoint()) > _step(began_from)
+        if self.composed.config.resume_from_checkpoint == "none" or has_saved:
+            self.inputs = self.inputs.resuming_own_work()
 
     def _newest_checkpoint(self) -> Path | None:
         found = find_checkpoints(self.folder.path)
         return found[-1] if found else None
 
     def _first(self) -> Candidate:
-        """The ladder's choice, or where an earlier start of this run ended up on the same
-        hardware.
-        """
+        """The ladder's choice, or the rung that an earlier start reached on the same hardware."""
         candidate = self.ladder.chosen
         assert candidate is not None
         for entry in self.history:
-            if entry["conditions"] != self._conditions() or entry["candidate"] != _key(candidate):
+            if entry.conditions != self._conditions() or entry.candidate != _key(candidate):
                 continue
             self.tried.append(candidate)
-            following = next_candidate(
-                self.ladder, candidate, self.tried, entry["phase"], entry["pool"]
-            )
+            following = next_candidate(self.ladder, candidate, self.tried, entry.phase, entry.pool)
             if following is None or not self._may_move:
                 break
             self.console.say(
@@ -196,14 +190,14 @@ class FallbackRunner:
 
     def _next(self, failed: Candidate, event: MemoryEvent) -> Candidate:
         self.tried.append(failed)
-        entry = {
-            "candidate": _key(failed),
-            "conditions": self._conditions(),
-            "time": time.time(),
+        entry = MemoryFailure(
+            candidate=_key(failed),
+            conditions=self._conditions(),
+            time=time.time(),
             **asdict(event),
-        }
-        self.history.append(entry)
-        self.folder.write_history(self.history)
+        )
+        self.history = (*self.history, entry)
+        self.folder.write_record(replace(self.folder.read_record(), history=self.history))
         if not self._may_move:
             raise DoesNotFitError(self._refusal(failed, event))
         following = next_candidate(self.ladder, failed, self.tried, event.phase, event.pool)
@@ -234,7 +228,7 @@ class FallbackRunner:
         )
 
     def _conditions(self) -> dict[str, Any]:
-        """What must be the same for an earlier failure to count."""
+        """The conditions under which an earlier failure counts."""
         hardware = self.ladder.hardware
         return {
             "world_size": self.ladder.world_size,
@@ -248,14 +242,14 @@ def check_fits(config: Config, ladder: Ladder) -> None:
     """Refuse a job of which no rung fits.
 
     Raises:
-        DoesNotFitError: With what every rung lacks, and the smallest change that would do.
+        DoesNotFitError: With what every rung lacks, and the smallest change that would help.
     """
     if ladder.chosen is None:
         raise DoesNotFitError(describe_misfit(config, ladder))
 
 
 def place_swap(plan: Plan, composed: Composed, target: RunTarget) -> Plan:
-    """The plan with this run's own folder for what is swapped."""
+    """The plan with this run's own folder on NVMe."""
     path = composed.config.offload.nvme_path
     if not plan.placement.uses_nvme or path is None:
         return plan
@@ -264,7 +258,7 @@ def place_swap(plan: Plan, composed: Composed, target: RunTarget) -> Plan:
 
 @contextmanager
 def hold_nvme(config: Config, plan: Plan, run_folder: Path, console: Console) -> Iterator[None]:
-    """What a run with NVMe needs around it; nothing for others."""
+    """Check the disk of a run that uses NVMe, and hold its swap folder during the block."""
     path = config.offload.nvme_path
     if not plan.placement.uses_nvme or path is None:
         yield
@@ -277,8 +271,10 @@ def hold_nvme(config: Config, plan: Plan, run_folder: Path, console: Console) ->
 
 
 def run_request(request: RunRequest, console: Console, ahead: RankGroup | None = None) -> None:
-    """Start the ranks of one attempt, or tell those that were started ahead, and wait for their
-    end.
+    """Run the ranks of one attempt to their end.
+
+    Args:
+        ahead: Ranks that were started ahead, which are told what to do.
     """
     plan = request.plan
     log = request.run_folder / layout.LOG
@@ -295,7 +291,7 @@ def run_request(request: RunRequest, console: Console, ahead: RankGroup | None =
         run_ranks(
             ["-m", "llmtune.run.rank", str(path)], plan.world_size, log, console.say, limits, ahead
         )
-    if not (request.run_folder / layout.FINISHED).is_file():
+    if FinishedRecord.read(request.run_folder) is None:
         raise LlmtuneError(
             f"all ranks ended without an error, but the run is not finished; see {log}"
         )

@@ -1,4 +1,4 @@
-"""After the ranks have ended: what the run came to, and its export."""
+"""Report and export a run after its ranks have ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmtune.tuner.tuner import TUNERS
 
 
 def finished_message(run: Path) -> str:
-    """What a finished run came to."""
+    """Sum up a finished run: its last step and its losses."""
     records = read_metrics(run / layout.METRICS)
     held_out = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     losses = [record["loss"] for record in records if record.get("loss") is not None]
@@ -34,8 +34,9 @@ def finished_message(run: Path) -> str:
 
 
 def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
-    """Export after training, unless that is done or is not wanted; the ranks have ended and their
-    memory is free.
+    """Export after training, unless that is done already or not asked for.
+
+    The ranks have ended and their memory is free.
     """
     config = replace(load_config(run / layout.CONFIG), export=export)
     has_adapter = TUNERS.find(config.tuner.kind).has_adapter

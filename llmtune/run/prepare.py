@@ -1,5 +1,6 @@
-"""From the command line to a run request: what the supervisor does before it starts ranks, and rank
-0 under a launcher.
+"""Prepare a run before its ranks start: once per command, and once more per attempt.
+
+The supervisor does it, and rank 0 under a launcher.
 """
 
 from __future__ import annotations
@@ -7,17 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.cache_folder import open_cache
 from llmtune.config.compose import Composed
-from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
 from llmtune.data.prepare import prepare_data
-from llmtune.data.prepared_data import PROBLEMS, PreparedData
+from llmtune.data.prepared_data import PROBLEMS
 from llmtune.data.read.sources import parse_sources
 from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
@@ -28,9 +28,11 @@ from llmtune.export.prerequisites import check_exportable
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
-from llmtune.plan.plan import Plan, resolve_steps
-from llmtune.run.adapter import describe_adapter
-from llmtune.run.check_model import check_model
+from llmtune.plan.plan import Plan
+from llmtune.plan.prepared_data import PreparedData
+from llmtune.plan.run_record import MemoryFailure, RunRecord
+from llmtune.plan.steps import StepsPlan, resolve_steps
+from llmtune.run.check_model import check_model, check_quantized
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
@@ -38,8 +40,7 @@ from llmtune.train.mirror_place import settle_run_id, withdraw_left_copies
 from llmtune.train.request import RunRequest
 from llmtune.train.resume import began_from, resume_point
 from llmtune.train.run_folder import RunFolder
-from llmtune.tuner.tuner import TUNERS
-from llmtune.units import format_bytes, format_count
+from llmtune.units import format_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,10 @@ class RunTarget:
     folder: Path
 
 
-def resolve_target(composed: Composed) -> RunTarget:
-    """The run's name and folder: the user's, or the names of model, tuner and data, and of ZeRO
-    where it was chosen.
+def resolve_run_target(composed: Composed) -> RunTarget:
+    """Resolve the run's name and folder.
+
+    Without ``run_name`` the name is made of model, tuner and data, and of ZeRO where it was chosen.
     """
     config, choices = composed.config, composed.choices
     if config.run_name:
@@ -72,24 +74,50 @@ def resolve_target(composed: Composed) -> RunTarget:
     return RunTarget(name, Path(config.output_dir or f"runs/{name}").expanduser())
 
 
-def resolve_request(
-    composed: Composed,
-    plan: Plan,
-    target: RunTarget,
-    folder: RunFolder,
-    console: Console,
-    notes: dict[str, Any] | None = None,
-) -> RunRequest | None:
-    """Check, prepare model files and data, and write the run folder's description; None when the
-    run is finished.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInputs:
+    """The inputs of every attempt of a command, checked and prepared once."""
+
+    config: Config
+    """With the planned ``train.global_batch_size``."""
+    overrides: list[str]
+    """As they were typed."""
+    target: RunTarget
+    folder: RunFolder
+    run_id: str
+    """What the run's place at ``checkpoint.mirror`` is marked with."""
+    model_folder: Path
+    data: PreparedData
+    steps: StepsPlan
+    resume_from: Path | None
+    """The checkpoint that the first attempt resumes; None for a new run."""
+
+    def find_checkpoint(self, console: Console) -> Path | None:
+        """Find the checkpoint that a further attempt resumes.
+
+        Raises:
+            CheckpointError: All are damaged, or the one that was named is.
+        """
+        return resume_point(self.folder, self.config, self.target.name, console.say)
+
+    def resuming_own_work(self) -> RunInputs:
+        """The same inputs, which resume the run's own newest checkpoint."""
+        return replace(self, config=replace(self.config, resume_from_checkpoint="auto"))
+
+
+def prepare_run(
+    composed: Composed, plan: Plan, target: RunTarget, folder: RunFolder, console: Console
+) -> RunInputs:
+    """Check the command, and prepare model files and data; nothing of it depends on the attempt.
 
     Args:
-        notes: More for ``plan.json``.
+        plan: Of the first attempt. Those of others have the same batch and attention.
 
     Raises:
         LlmtuneError: Of every kind but export, before any rank has begun.
     """
-    # Rank 0 reads it again when it has built the model.
+    # The folder and the checkpoint first: they are refused before anything that takes long.
+    # Rank 0 reads the signing key again when it has built the model.
     read_signer(composed.config.checkpoint.sign)
     step_rows = plan.batch.global_batch_size
     config = replace(
@@ -100,11 +128,15 @@ def resolve_request(
         console.say(f"changed since the last start: {', '.join(changed)}")
     resume_from = resume_point(folder, config, target.name, console.say)
     run_id = settle_run_id(folder, config, target.name, resume_from, console.say)
+
+    # The model, and whether its export will be possible.
     cache = cache_dir(config)
     model_folder = resolve_model_folder(config.model, cache, console.say)
-    stage = plan.placement.zero_stage
-    check_model(config, plan.attn_implementation, stage, model_folder, cache, console.say)
+    check_quantized(config, plan.placement.zero_stage, model_folder)
+    check_model(config, plan.attn_implementation, model_folder, cache, console.say)
     check_exportable(config.export, model_folder)
+
+    # The rows, and the steps that they make.
     tokenizer = load_tokenizer(
         model_folder, config.model, load_chat_template(config.data.chat_template)
     )
@@ -115,49 +147,75 @@ def resolve_request(
     longer = folder.find_extension(steps, data.fingerprint)
     if longer:
         console.say(longer)
+    return RunInputs(
+        config=config,
+        overrides=composed.overrides,
+        target=target,
+        folder=folder,
+        run_id=run_id,
+        model_folder=model_folder,
+        data=data,
+        steps=steps,
+        resume_from=resume_from,
+    )
+
+
+def attempt(
+    inputs: RunInputs,
+    plan: Plan,
+    resume_from: Path | None,
+    console: Console,
+    history: tuple[MemoryFailure, ...] = (),
+) -> RunRequest | None:
+    """Write the run folder's description for one attempt; None when the run is finished.
+
+    Args:
+        history: Earlier attempts that ran out of memory.
+
+    Raises:
+        ConfigError: The model cannot be trained under this placement.
+        CheckpointError: The checkpoint is of other rows or a longer run, or the disk refused.
+    """
+    config, folder, steps, data = inputs.config, inputs.folder, inputs.steps, inputs.data
+    check_quantized(config, plan.placement.zero_stage, inputs.model_folder)
     if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
         return None
-    request = RunRequest(
+    step = _resolve_resume_step(resume_from, steps.total_steps, data.fingerprint)
+    record = RunRecord.of_plan(
+        plan,
+        steps=steps,
+        data=data,
+        model_folder=inputs.model_folder,
+        run_name=inputs.target.name,
+        run_id=inputs.run_id,
+        began_from=began_from(folder, config),
+        history=history,
+    )
+    if resume_from is not None:
+        first_left = folder.first_left(step, resume_from)
+        withdraw_left_copies(config, inputs.target.name, inputs.run_id, first_left, console.say)
+    for note in folder.begin(config, inputs.overrides, record, step, resume_from):
+        console.say(note)
+    if data.left_out:
+        shutil.copyfile(Path(data.folder) / PROBLEMS, folder.path / layout.BAD_ROWS)
+        console.say(
+            f"{data.left_out} rows cannot be used and are left out: {folder.path / layout.BAD_ROWS}"
+        )
+    return RunRequest(
         config=config,
         plan=plan,
         steps=steps,
         data=data,
-        run_folder=target.folder,
-        run_name=target.name,
-        model_folder=model_folder,
+        run_folder=folder.path,
+        run_name=inputs.target.name,
+        model_folder=inputs.model_folder,
         resume_from=resume_from,
-        run_id=run_id,
+        run_id=inputs.run_id,
     )
-    step = _resolve_resume_step(resume_from, steps.total_steps, data.fingerprint)
-    about: dict[str, Any] = {
-        "steps": asdict(steps),
-        "data": data.to_dict(),
-        "model_folder": str(model_folder),
-    }
-    about |= {
-        "run_name": target.name,
-        "run_id": run_id,
-        "began_from": began_from(folder, config),
-        **(notes or {}),
-    }
-    if resume_from is not None:
-        first_left = folder.first_left(step, resume_from)
-        withdraw_left_copies(config, target.name, run_id, first_left, console.say)
-    for note in folder.begin(
-        config, composed.overrides, {**plan.to_dict(), **about}, step, resume_from
-    ):
-        console.say(note)
-    if data.left_out:
-        shutil.copyfile(Path(data.folder) / PROBLEMS, target.folder / layout.BAD_ROWS)
-        console.say(
-            f"{data.left_out} rows cannot be used and are left out:"
-            f" {target.folder / layout.BAD_ROWS}"
-        )
-    return request
 
 
 def watch_tokenizing(console: Console) -> ProgressCallback:
-    """A progress line while sources are tokenized."""
+    """Make a callback that shows a progress line while sources are tokenized."""
     shown = 0.0
 
     def watch(progress: TokenizeProgress) -> None:
@@ -186,7 +244,7 @@ def _bar(share: float, width: int = 20) -> str:
 def _check_data(
     config: Config, data: PreparedData, tokenizer: Any, model_folder: Path, console: Console
 ) -> None:
-    """What stands between prepared rows and training them.
+    """Check that the prepared rows can be trained on.
 
     Raises:
         ConfigError: The rows have labels, and no classifier can be trained yet.
@@ -219,84 +277,8 @@ def _check_data(
         )
 
 
-def describe(request: RunRequest) -> dict[str, str]:
-    """The derived numbers and where they came from, for the page before step 1."""
-    config, plan, data, steps = request.config, request.plan, request.data, request.steps
-    shape = plan.shape
-    tuner = TUNERS.find(config.tuner.kind).describe(config.tuner)
-    rows = {
-        "model": f"{config.model.name_or_path} from {request.model_folder}",
-        "parameters": (
-            f"{format_count(shape.parameters)}, of which {tuner} trains "
-            f"{format_count(shape.trainable_parameters)}"
-        ),
-        "data": describe_data(config, data),
-        "hardware": plan.hardware.describe(),
-        "batch": plan.batch.describe(),
-        "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
-        "learning rate": f"{plan.learning_rate:g}, {config.schedule.lr_scheduler_type}",
-        "precision": f"{config.precision.value}; fp32 master weights and moments",
-        "placement": plan.placement.describe(),
-        "memory": describe_memory(plan),
-        "derived": "; ".join(plan.notes),
-        "run folder": str(request.run_folder),
-    }
-    if config.tuner.adapter_path is not None:
-        rows["adapter"] = describe_adapter(config.tuner)
-    if request.resume_from:
-        rows["resuming"] = str(request.resume_from)
-    return rows
-
-
-def describe_data(config: Config, data: PreparedData) -> str:
-    """Rows, tokens, what was left out, and what is held out."""
-    train, held_out = data.train, data.eval
-    if config.data.streaming:
-        text = f"streamed from {name_data(config.data.train)}"
-    else:
-        rows = f"{name_data(config.data.train)}: {train.rows} rows"
-        if train.packing_efficiency is not None:
-            rows += f" of {train.documents} packed (filled to {train.packing_efficiency:.1%})"
-        text = (
-            f"{rows}, {format_count(train.tokens)} tokens, {format_count(train.supervised_tokens)}"
-            " trained"
-        )
-    counts = {
-        "dropped as over-long": train.dropped,
-        "truncated": train.truncated,
-        "skipped": train.skipped,
-    }
-    counts["left out because a held-out row is the same"] = train.duplicates_of_eval
-    text += "".join(f", {count} {what}" for what, count in counts.items() if count)
-    if held_out is None:
-        return f"{text}; held out: none"
-    origin = f" of {name_data(config.data.eval)}" if config.data.eval is not None else ""
-    return f"{text}; held out: {held_out.rows} rows{origin}" + (
-        f", {held_out.dropped} dropped" if held_out.dropped else ""
-    )
-
-
-def describe_memory(plan: Plan) -> str:
-    """What a rank is planned to need at its peak."""
-    memory = plan.memory
-    if plan.hardware.accelerator == "cpu":
-        text = f"about {format_bytes(memory.device.total + memory.host.total)} a rank at its peak"
-    else:
-        host = format_bytes(memory.host.total)
-        text = (
-            f"about {format_bytes(memory.device.total)} a GPU at its peak, {host} of host memory a"
-            " rank"
-        )
-    if memory.nvme:
-        text += (
-            f", {format_bytes(memory.nvme)} on NVMe, {format_bytes(memory.nvme_written_per_step)}"
-            " written a step"
-        )
-    return text
-
-
 def cache_dir(config: Config) -> Path:
-    """Folder of converted models and tokenized data.
+    """Open the folder of converted models and tokenized data.
 
     Raises:
         MissingPrerequisiteError: It is another user's, or cannot be made.
@@ -316,7 +298,7 @@ def _data_name(config: Config) -> str:
 
 
 def _resolve_resume_step(checkpoint: Path | None, total_steps: int, data_fingerprint: str) -> int:
-    """Step of a checkpoint of the same rows; -1 for a new run, none of whose old lines count."""
+    """Check that a checkpoint can be resumed; its step, or -1 for a new run."""
     if checkpoint is None:
         return -1
     state = read_trainer_state(checkpoint)

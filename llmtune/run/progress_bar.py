@@ -1,4 +1,4 @@
-"""How far an export is: a bar on a terminal, a line now and then elsewhere."""
+"""Show the progress of an export: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmtune.track.status import Status
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What a long export is given to tell of itself."""
+    """Callbacks with which an export reports its progress."""
 
     progress: ProgressCallbacks | None
     """Told of bytes; None where there is no bar."""
@@ -24,7 +24,7 @@ class Shown:
 
 @contextmanager
 def show_progress(what: str, say: Callable[[str], None]) -> Iterator[Shown]:
-    """Bytes written, speed and time left on standard error, if somebody is looking.
+    """Show bytes written, speed and time left on standard error, if it is a terminal.
 
     Args:
         say: Writes a line to standard output.

@@ -1,8 +1,7 @@
-"""One rank. ``python -m llmtune.run.rank REQUEST`` under llmtune's supervisor; :func:`run_launched`
-under others'.
+"""One rank under llmtune's supervisor: ``python -m llmtune.run.rank REQUEST``.
 
-``--ahead TUNER`` in the place of REQUEST: import what that needs, then read REQUEST from standard
-input.
+With ``--ahead TUNER`` in the place of REQUEST it imports the libraries that the tuner needs, and
+then reads REQUEST from standard input. Ranks of other launchers are in :mod:`llmtune.run.launched`.
 """
 
 from __future__ import annotations
@@ -11,64 +10,44 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import traceback
-import uuid
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, ConfigError, LlmtuneError, StoppedError
 from llmtune.launch.launchers.environment import (
     FAILURE_DIR,
-    launched_nodes,
     launched_ranks_on_node,
-    meeting_file,
-    remove_shared_buffers,
-    set_allocator_default,
-    set_defaults,
-    set_network_default,
-    set_thread_default,
 )
-from llmtune.launch.launchers.launcher import Launcher
-from llmtune.launch.launchers.meeting import await_ranks
 from llmtune.launch.preflight.affinity import bind_to_gpu
-from llmtune.launch.processes.parent_death import die_with_supervisor, follow_launcher
+from llmtune.launch.processes.parent_death import die_with_supervisor
 from llmtune.launch.supervise.rank_report import (
     hold_output,
     redirect_output,
     report_failure,
-    to_user_error,
 )
-from llmtune.launch.supervise.rank_watchdog import RankWatchdog
-from llmtune.launch.supervise.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.launch.supervise.stacks import answer_with_stacks
 from llmtune.process import no_collection
-from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
+from llmtune.storage.rank_files import import_file, meeting_file, phase_file
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 from llmtune.tuner.tuner import TUNERS
 
 if TYPE_CHECKING:
-    from llmtune.config.compose import Composed
-    from llmtune.engine.distributed import Rank
     from llmtune.engine.heartbeat import PhaseLog
-    from llmtune.run.prepare import RunTarget
     from llmtune.train.request import RunRequest
-    from llmtune.train.run_folder import RunFolder
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """A rank of llmtune's own supervisor."""
+    """Run one rank: train as REQUEST says, and report an error to the supervisor."""
     die_with_supervisor()
-    # Slurm sends it to every process of a job; the supervisor hands it on as SIGTERM.
+    # Slurm sends it to every process of a job; the supervisor forwards it as SIGTERM.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
     answer_with_stacks(Path(os.environ[FAILURE_DIR]), rank)
-    request_file, imported = arguments[0], Path(os.environ[FAILURE_DIR]) / f"import-{rank}.txt"
+    request_file, imported = arguments[0], import_file(Path(os.environ[FAILURE_DIR]), rank)
     if request_file == "--ahead":
         request_file = _import_and_wait(arguments[1], imported)
     text = Path(request_file).read_text()
@@ -82,35 +61,37 @@ def main(arguments: list[str]) -> NoReturn:
 
         request = RunRequest.from_json(text)
         trace = request.config.trace
-        _limit_memory(request)
-        _own_swap(request)
+        limit_own_memory(request)
+        make_own_swap(request)
         _train(request, Console(stream if rank == 0 else None))
     except BaseException as error:
-        _exit_now(report_failure(error, rank, stream, trace))
-    _exit_now(0)
+        exit_now(report_failure(error, rank, stream, trace))
+    exit_now(0)
 
 
 def _import_and_wait(tuner: str, output: Path) -> str:
-    """Import the libraries, whose output goes to a file, while the supervisor prepares; the request
-    that it then names.
+    """Import the libraries while the supervisor prepares; return the request that it then names.
+
+    Args:
+        output: Gets what the imports print.
     """
     with hold_output(output):
         try:
             import_libraries(tuner)
         except Exception:
-            # It fails again where it is needed, and is reported from there; the first time says
-            # most.
+            # The import fails again where it is needed, and is reported from there. The first
+            # traceback says most.
             traceback.print_exc()
     port, _, request_file = sys.stdin.readline().strip().partition(" ")
     if not request_file:
         # The supervisor found a reason not to begin.
-        _exit_now(0)
+        exit_now(0)
     os.environ["MASTER_PORT"] = port
     return request_file
 
 
 def import_libraries(tuner: str) -> None:
-    """What every training needs, and takes seconds to import."""
+    """Import the libraries that every training needs, which takes seconds."""
     with no_collection():
         import transformers.modeling_utils  # noqa: F401
 
@@ -122,229 +103,10 @@ def import_libraries(tuner: str) -> None:
     TUNERS.find(tuner).import_libraries()
 
 
-def run_launched(overrides: list[str], config_dir: str | None, launcher: Launcher) -> NoReturn:
-    """A rank of a foreign launcher: rank 0 prepares, the others get what it resolved, or its
-    error.
-    """
-    if launcher.stays:
-        follow_launcher()
-    # Before anything imports torch.
-    set_thread_default(launched_ranks_on_node())
-    set_allocator_default()
-    set_network_default()
-    from llmtune.config.compose import compose_config
-    from llmtune.launch.preflight.deepspeed_ops import ensure_ops, load_ops
-    from llmtune.plan.devices.hardware import resolve_accelerator
-    from llmtune.plan.memory.placement import Placement
-    from llmtune.run.prepare import resolve_target
-    from llmtune.run.settings import find_problems
-    from llmtune.train.run_folder import open_run_folder
-
-    composed = _on_nodes(compose_config(overrides, config_dir, more_rules=find_problems))
-    target = resolve_target(composed)
-    folder = open_run_folder(target.folder, lambda _: None)
-    accelerator = resolve_accelerator(composed.config.hardware.accelerator)
-    set_defaults(accelerator, launched_ranks_on_node())
-    if accelerator == "cuda":
-        bind_to_gpu(int(os.environ["LOCAL_RANK"]), launched_ranks_on_node())
-    stream = redirect_output(folder.path / layout.LOG)
-    rank = launcher.rank
-    console = Console(stream if rank == 0 else None)
-    try:
-        # What the process group needs; rank 0 builds the rest when it has planned.
-        ensure_ops(accelerator, Placement(0), console.say)
-        load_ops(accelerator, Placement(0))
-        with ExitStack() as stack:
-            stack.enter_context(raise_stops(NOT_BEGUN))
-            watch = RankWatchdog(rank, folder.path, lambda text: _tell(stream, text))
-            stack.callback(watch.remove)
-            # Held until this rank ends.
-            meeting = await_ranks(launcher)
-            _train_launched(composed, target, folder, console, watch)
-            del meeting
-    except StoppedError as error:
-        console.say(str(error))
-        _exit_now(EXIT_STOPPED)
-    except BaseException as error:
-        _exit_now(report_failure(error, rank, stream, composed.config.trace))
-    _exit_now(0)
-
-
-def _train_launched(
-    composed: Composed, target: RunTarget, folder: RunFolder, console: Console, watch: RankWatchdog
-) -> None:
-    from llmtune.engine.distributed import broadcast_object, init_ranks
-    from llmtune.engine.heartbeat import PhaseLog
-    from llmtune.launch.preflight.deepspeed_ops import load_ops
-    from llmtune.run.fallback import hold_nvme
-    from llmtune.run.prepare import lock_file
-    from llmtune.storage.lock import hold_lock
-    from llmtune.train.request import RunRequest
-
-    phases = PhaseLog(watch.record)
-    with _telling(console, phases):
-        rank = init_ranks(phases=phases)
-    _check_run_folder(folder.path, rank)
-    # All have joined. A launcher does not clear up behind its ranks, and these may be killed.
-    remove_shared_buffers(int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"])
-    with ExitStack() as stack:
-        answer: dict[str, Any] = {}
-        if rank.is_first:
-            try:
-                stack.enter_context(hold_lock(lock_file(folder)))
-                prepared = _prepare_first(composed, target, folder, console, rank.world_size)
-                if prepared is not None:
-                    stack.enter_context(
-                        hold_nvme(prepared.config, prepared.plan, prepared.run_folder, console)
-                    )
-                answer = {"request": prepared.to_json() if prepared else None}
-            except Exception as error:
-                answer = _as_answer(error)
-        answer = broadcast_object(answer, rank)
-        if "error" in answer:
-            raise ERRORS_BY_CODE.get(answer["code"], LlmtuneError)(answer["error"])
-        if answer["request"] is not None:
-            request = RunRequest.from_json(answer["request"])
-            _check_shared_files(request, rank)
-            load_ops(request.plan.hardware.accelerator, request.plan.placement)
-            _limit_memory(request)
-            _own_swap(request)
-            with _telling(console, phases):
-                _run_watched(request, rank, console, watch)
-        if rank.is_first:
-            _finish_first(composed, target, console)
-
-
-def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: RankWatchdog) -> None:
-    """Train; a rank that waits for rank 0 to finish its copies elsewhere is not watched any
-    more.
-    """
-    from llmtune.engine.distributed import barrier
-    from llmtune.train.build import run_job
-
-    try:
-        with watch.watch(request.config.launch.hang_timeout):
-            run_job(request, rank, console)
-    except StoppedError:
-        # The first that ends has the launcher end the others; all have saved, and one that cannot
-        # be met has ended.
-        with contextlib.suppress(RuntimeError):
-            barrier(rank)
-        raise
-    barrier(rank)
-
-
-def _on_nodes(composed: Composed) -> Composed:
-    """The config with the number of machines that the launcher took, which the plan shares host
-    memory by.
-    """
-    config = composed.config
-    hardware = replace(config.hardware, nodes=launched_nodes())
-    return replace(composed, config=replace(config, hardware=hardware))
-
-
-def _check_run_folder(folder: Path, rank: Rank) -> None:
-    """Every rank must see what rank 0 writes there. Collective.
-
-    Raises:
-        ConfigError: On every rank, with the machines on which it is another folder.
-    """
-    from llmtune.engine.distributed import broadcast_object, gather_objects
-
-    # A name that nobody can have looked up before: network file systems remember what was not
-    # there.
-    mark = folder / broadcast_object(f".seen-by-all-{uuid.uuid4().hex}", rank)
-    if rank.is_first:
-        mark.touch()
-    broadcast_object(None, rank)
-    blind = gather_objects(None if mark.exists() else socket.gethostname(), rank)
-    if rank.is_first:
-        mark.unlink(missing_ok=True)
-    if any(blind):
-        raise ConfigError(
-            f"output_dir={folder} is another folder on {_join(blind)} than on the machine of rank"
-            " 0: output_dir has to be on a file system that all nodes share, with the same path on"
-            " each, for every rank writes its part of a checkpoint"
-        )
-
-
-def _check_shared_files(request: RunRequest, rank: Rank) -> None:
-    """Every rank must see the files that rank 0 has prepared. Collective.
-
-    Raises:
-        ConfigError: On every rank, with what is missing and where.
-    """
-    from llmtune.engine.distributed import broadcast_object, gather_objects
-
-    needed = [
-        request.model_folder,
-        Path(request.data.folder),
-        *map(Path, request.data.train_stores),
-    ]
-    if request.resume_from is not None:
-        needed.append(request.resume_from)
-    there = broadcast_object([str(path) for path in needed if path.exists()], rank)
-    absent = [path for path in there if not Path(path).exists()]
-    missing = gather_objects(f"{absent[0]} on {socket.gethostname()}" if absent else None, rank)
-    if any(missing):
-        raise ConfigError(
-            f"missing: {_join(missing)}. Rank 0 prepares the model and the rows for all:"
-            " paths.cache_dir (and HF_HOME) have to be on a file system that all nodes share"
-        )
-
-
-def _join(texts: list[str | None]) -> str:
-    return ", ".join(dict.fromkeys(text for text in texts if text))
-
-
-def _tell(stream: IO[str], text: str) -> None:
-    """A line of a rank whose console is silent."""
-    with contextlib.suppress(OSError, ValueError):
-        stream.write(to_terminal(f"\n{text}\n"))
-        stream.flush()
-
-
-def _prepare_first(
-    composed: Composed, target: RunTarget, folder: RunFolder, console: Console, world_size: int
-) -> RunRequest | None:
-    from llmtune.launch.preflight.deepspeed_ops import ensure_ops
-    from llmtune.plan.plan import resolve_plan
-    from llmtune.run.adapter import adopt_adapter, check_adapter
-    from llmtune.run.fallback import place_swap
-    from llmtune.run.prepare import describe, resolve_request
-    from llmtune.train.begun import begun_train
-
-    composed = adopt_adapter(composed, target.folder)
-    begun = begun_train(composed.config, target.folder, target.name)
-    plan = place_swap(resolve_plan(composed.config, world_size, begun), composed, target)
-    check_adapter(composed.config, plan.shape, target.folder)
-    request = resolve_request(composed, plan, target, folder, console)
-    if request is not None:
-        console.page("llmtune", describe(request))
-        ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
-    return request
-
-
-def _as_answer(error: Exception) -> dict[str, Any]:
-    known = to_user_error(error)
-    if known is None:
-        return {"error": f"{type(error).__name__}: {error}", "code": 1}
-    return {"error": str(known), "code": known.exit_code}
-
-
-def _finish_first(composed: Composed, target: RunTarget, console: Console) -> None:
-    from llmtune.run.finish import finished_message, maybe_export
-
-    console.say(finished_message(target.folder))
-    with raise_stops(NOT_EXPORTED):
-        maybe_export(target.folder, composed.config.export, console)
-
-
 def _train(request: RunRequest, console: Console) -> None:
     from llmtune.engine.distributed import barrier, init_ranks
     from llmtune.engine.heartbeat import PhaseLog
     from llmtune.launch.preflight.deepspeed_ops import load_ops
-    from llmtune.launch.supervise.out_of_memory import phase_file
     from llmtune.train.build import run_job
 
     if request.plan.hardware.accelerator == "cuda":
@@ -352,19 +114,19 @@ def _train(request: RunRequest, console: Console) -> None:
     load_ops(request.plan.hardware.accelerator, request.plan.placement)
     folder = Path(os.environ[FAILURE_DIR])
     phases = PhaseLog(phase_file(folder, int(os.environ["RANK"])))
-    with _telling(console, phases):
+    with show_phases(console, phases):
         rank = init_ranks(phases=phases, meeting=meeting_file(folder))
         run_job(request, rank, console)
     barrier(rank)
 
 
-def _telling(console: Console, phases: PhaseLog) -> AbstractContextManager[object]:
-    """What this rank does is told where it takes long, if anybody listens to it."""
+def show_phases(console: Console, phases: PhaseLog) -> AbstractContextManager[object]:
+    """Show the phase on this rank's console while it takes long; nothing on a silent console."""
     return Status(console, phases.describe) if console.is_heard else contextlib.nullcontext()
 
 
-def _limit_memory(request: RunRequest) -> None:
-    """``launch.memory_limit``, which the plan has not looked at."""
+def limit_own_memory(request: RunRequest) -> None:
+    """Apply ``launch.memory_limit``, which the plan does not take into account."""
     from llmtune.launch.supervise.rank_report import limit_memory
     from llmtune.units import parse_bytes
 
@@ -374,8 +136,8 @@ def _limit_memory(request: RunRequest) -> None:
         limit_memory(limit_bytes, request.plan.hardware.accelerator, int(os.environ["LOCAL_RANK"]))
 
 
-def _own_swap(request: RunRequest) -> None:
-    """On every machine, before DeepSpeed makes the folder for all to read."""
+def make_own_swap(request: RunRequest) -> None:
+    """Make the swap folder private, on every machine, before DeepSpeed makes it readable to all."""
     from llmtune.launch.preflight.nvme import make_swap_folder, swap_folder
 
     path = request.config.offload.nvme_path
@@ -383,9 +145,10 @@ def _own_swap(request: RunRequest) -> None:
         make_swap_folder(swap_folder(path, request.run_folder))
 
 
-def _exit_now(code: int) -> NoReturn:
-    """End without the clean-up of libraries: it waits for ranks that are gone, and gloo's threads
-    sometimes abort in it.
+def exit_now(code: int) -> NoReturn:
+    """End without the clean-up of libraries.
+
+    It waits for ranks that are gone, and gloo's threads sometimes abort in it.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,5 +1,6 @@
-"""Ranks that import their libraries while the supervisor plans and prepares: on a GPU machine
-either takes a dozen seconds.
+"""Start ranks that import their libraries while the supervisor plans and prepares.
+
+On a GPU machine either takes a dozen seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What ranks are started with, and cannot be given later."""
+    """Settings that ranks must be started with."""
 
     accelerator: str
     world_size: int
@@ -32,16 +33,15 @@ class Surroundings:
 
     @classmethod
     def of(cls, plan: Plan) -> Surroundings:
-        """Those that a plan is for."""
+        """The settings for a plan."""
         return cls(plan.hardware.accelerator, plan.world_size, plan.placement.uses_nvme)
 
     @classmethod
     def guess(cls, config: Config) -> Surroundings | None:
-        """Those that the plan will most likely come to, found out without torch; None where that is
-        open.
+        """Guess the settings of the coming plan, without torch; None where they are open.
 
-        None on a CPU too: there planning needs no torch, as a rule, and its ranks would take the
-        cores that it has.
+        None on a CPU, too: there planning rarely needs torch, and ranks would compete with it for
+        the cores.
         """
         if config.offload.nvme_path is not None or config.hardware.nodes > 1:
             return None
@@ -51,14 +51,14 @@ class Surroundings:
         return cls("cuda", ranks, False) if is_cuda and 0 < ranks <= gpus else None
 
     def set_variables(self) -> None:
-        """In the environment, for the ranks."""
+        """Set the variables of the environment that the ranks need."""
         set_defaults(self.accelerator, self.world_size)
         if self.uses_nvme:
             return_freed_memory()
 
 
 class RanksAhead:
-    """Ranks of the first attempt, ended with the block where nobody told them what to do."""
+    """Ranks of the first attempt; at the end of the block, those that still wait are ended."""
 
     def __init__(self, tuner: str):
         self._tuner = tuner
@@ -77,7 +77,7 @@ class RanksAhead:
         self.close()
 
     def start(self, surroundings: Surroundings | None) -> None:
-        """Start them, or start others where these were started with something else."""
+        """Start the ranks; if they run already with other settings, start new ones instead."""
         if surroundings == self._surroundings:
             return
         self.close()
@@ -90,13 +90,14 @@ class RanksAhead:
             self._group = RankGroup(command, surroundings.world_size, ahead=True)
 
     def take(self) -> RankGroup | None:
-        """For an attempt; a second one starts its own, which may be on another rung, with other
-        variables.
+        """Give the waiting ranks to an attempt; None where there are none.
+
+        A second attempt starts its own, which may be on another rung with other variables.
         """
         return self._group if self._group is not None and self._group.waits else None
 
     def close(self) -> None:
-        """End those that wait."""
+        """End the ranks that still wait."""
         if self._group is not None and self._group.waits:
             self._group.close()
         self._group = self._surroundings = None

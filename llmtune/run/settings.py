@@ -1,4 +1,4 @@
-"""Problems that the configuration alone tells, and that only the parts which read a key can see.
+"""Find problems of the configuration that only the parts which read a key can see.
 
 The rules of ``llmtune.config.rules`` know keys; here sources, sizes and addresses are read by those
 who use them, before anything is prepared or planned, so that all problems stand in one report and
@@ -21,8 +21,9 @@ from llmtune.tuner.tuner import TUNERS
 
 
 def find_problems(config: Config) -> list[str]:
-    """What training would refuse whatever is on this machine, in words a user can act on; no file
-    of data is opened.
+    """Find what training would refuse on every machine, in words that a user can act on.
+
+    No file of data is opened.
     """
     found = []
     for check in _CHECKS:
@@ -75,7 +76,7 @@ def _find_tuner_problems(config: Config) -> list[str]:
 
 
 def _check_export(config: Config) -> None:
-    """What could not be written would be told only after the training."""
+    """Check that the export can be written, which would fail only after the training."""
     if config.export.format == NONE:
         return
     if (problem := find_format(config.export.format).find_problems(config.export)) is not None:

@@ -45,8 +45,8 @@ def _find(config: Config, folder: Path, run_name: str) -> bytes | None:
     places = [folder, *reversed(find_checkpoints(folder))] if RunFolder(folder).has_work() else []
     if wanted == "auto":
         # An earlier command may have named where it begins, and nothing have been saved since.
-        began = RunFolder(folder).read_began()
-        places += [Path(began["origin"])] if began is not None else []
+        began = RunFolder(folder).read_record().began_from
+        places += [Path(began.origin)] if began is not None else []
     elif "://" not in wanted:
         places.append(Path(wanted).expanduser())
     for place in places:

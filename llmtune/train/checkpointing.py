@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -25,9 +24,10 @@ from llmtune.engine.distributed import all_reduce_any, all_reduce_sum, gather_ob
 from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
 from llmtune.storage import layout
-from llmtune.storage.atomic import aside_path, link_or_copy, make_empty, write_atomically
+from llmtune.storage.atomic import aside_path, link_or_copy, make_empty
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.manifest import is_complete, publish, read_manifest, write_manifest
+from llmtune.storage.rank_files import FinishedRecord
 from llmtune.storage.signature import Signer
 from llmtune.track.tracker import Record
 from llmtune.train.memory_usage import spare_host_memory_bytes
@@ -253,8 +253,7 @@ class CheckpointSaver:
                     f"{checkpoint} could not be saved, so that there is no trained model to publish"
                 )
             link_result(checkpoint, result, self.settings.signer)
-            finished = {"step": progress.step, "tokens": progress.tokens, "best": self._best}
-            write_atomically(run / layout.FINISHED, json.dumps(finished))
+            FinishedRecord(step=progress.step, tokens=progress.tokens, best=self._best).write(run)
             if self._best is not None:
                 self.say(
                     f"best {self._best['metric']}: {self._best['value']:.4f} at step"

@@ -9,14 +9,14 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.train import TrainConfig
-from llmtune.config.schema import ScheduleConfig
 from llmtune.data.load.loader import StepBatch, Steps
 from llmtune.draws import Draw, torch_seed
 from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import StepResult, TrainModule
 from llmtune.errors import CheckpointError, DivergedError, StoppedError
-from llmtune.plan.plan import StepsPlan
+from llmtune.plan.steps import StepsPlan
 from llmtune.storage.manifest import is_complete
 from llmtune.track.tracker import Trackers
 from llmtune.train.checkpointing import CheckpointSaver

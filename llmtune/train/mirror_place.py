@@ -34,7 +34,7 @@ def settle_run_id(
         CheckpointError: The place holds copies that this run did not write, and is not going on
             from.
     """
-    stored, mirror = folder.read_run_id(), config.checkpoint.mirror
+    stored, mirror = folder.read_record().run_id, config.checkpoint.mirror
     if mirror is None:
         return stored or uuid.uuid4().hex
     own_place = Path(mirror.removeprefix("file://")).expanduser() / run_name

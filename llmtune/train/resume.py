@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from llmtune.checkpoint.find import find_checkpoints, restore_checkpoints
 from llmtune.checkpoint.mirror import fetch_remote, find_remote, read_place, read_remote
 from llmtune.checkpoint.trainer_state import check_draws, read_trainer_state
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError
+from llmtune.plan.run_record import BeganFrom
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
 from llmtune.storage.manifest import check_undamaged, find_damage
@@ -71,19 +71,15 @@ def named_origin(wanted: str) -> str:
     )
 
 
-def began_from(folder: RunFolder, config: Config) -> dict[str, Any] | None:
-    """For the run folder to remember: the checkpoint that the run was told to begin from, and its
-    step.
-    """
-    wanted, began = config.resume_from_checkpoint, folder.read_began()
+def began_from(folder: RunFolder, config: Config) -> BeganFrom | None:
+    """The checkpoint that the run was told to begin from, for the run folder to remember."""
+    wanted, began = config.resume_from_checkpoint, folder.read_record().began_from
     if wanted in ("auto", "none"):
         return began
     origin = named_origin(wanted)
-    return began if began is not None and began["origin"] == origin else _origin(wanted, origin)
-
-
-def _origin(wanted: str, origin: str) -> dict[str, Any]:
-    return {"origin": origin, "step": _named_step(wanted, origin)}
+    if began is not None and began.origin == origin:
+        return began
+    return BeganFrom(origin, _named_step(wanted, origin))
 
 
 def _own_since(
@@ -95,10 +91,10 @@ def _own_since(
     A checkpoint of the run's own folder, or of its place at the mirror, is gone back to the first
     time that it is named.
     """
-    origin, began = named_origin(wanted), folder.read_began()
-    if began is not None and began["origin"] == origin:
+    origin, began = named_origin(wanted), folder.read_record().began_from
+    if began is not None and began.origin == origin:
         # What it began from may be gone by now.
-        least = int(began["step"])
+        least = began.step
     elif _is_within(origin, str(folder.path)) or _is_own_copy(origin, config, run_name):
         return None
     else:
@@ -120,10 +116,10 @@ def _where_it_began(folder: RunFolder, say: Callable[[str], None]) -> Path | Non
     """The checkpoint that this run was told to begin from by an earlier command, where it has saved
     nothing since.
     """
-    began = folder.read_began()
+    began = folder.read_record().began_from
     if began is None:
         return None
-    origin = Path(began["origin"])
+    origin = Path(began.origin)
     if find_damage(origin):
         say(
             f"warning: this run began from {origin}, which is gone or damaged, and has saved"
@@ -155,7 +151,7 @@ def _newer_at_mirror(
     """
     if config.checkpoint.mirror is None:
         return None
-    own_id = folder.read_run_id()
+    own_id = folder.read_record().run_id
     try:
         if own_id is not None and read_place(config.checkpoint.mirror, run_name)[0] not in (
             None,

@@ -1,6 +1,4 @@
-"""The run folder: whose it is, where it stands, and what the command line may change between two
-starts.
-"""
+"""The run folder: which run it belongs to, how far it is, and what may change between starts."""
 
 from __future__ import annotations
 
@@ -21,12 +19,14 @@ from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_redacted, load_bytes, redact_config
 from llmtune.errors import CheckpointError, ConfigError
-from llmtune.plan.plan import StepsPlan
-from llmtune.security.redaction import redact, redact_values
+from llmtune.plan.run_record import RunRecord
+from llmtune.plan.steps import StepsPlan
+from llmtune.security.redaction import redact
 from llmtune.security.trust import check_links, close_run_folder
 from llmtune.storage import layout
-from llmtune.storage.atomic import move_folder, read_json, write_atomically
+from llmtune.storage.atomic import move_folder, write_atomically
 from llmtune.storage.hashing import short_hash
+from llmtune.storage.rank_files import FinishedRecord
 from llmtune.track.metrics import cut_metrics, read_metrics
 
 #: What makes a run this run; anything else may differ between two starts.
@@ -61,8 +61,8 @@ class RunFolder:
     @property
     def finished_step(self) -> int | None:
         """Last step of a run that went to its end."""
-        finished = read_json(self.path / layout.FINISHED)
-        return int(finished["step"]) if finished else None
+        finished = FinishedRecord.read(self.path)
+        return finished.step if finished else None
 
     def find_changes(self, config: Config) -> list[str]:
         """Refuse a folder of another run, or of no run; what else differs from the last start, in
@@ -98,26 +98,22 @@ class RunFolder:
             )
         return find_config_changes(self.path, config)
 
-    def read_data_fingerprint(self) -> str | None:
-        """Of the rows that the run was started with; None where the folder does not say."""
-        return (self._read_plan().get("data") or {}).get("fingerprint")
-
     def find_extension(self, steps: StepsPlan, data_fingerprint: str) -> str | None:
         """Refuse a shorter run or other data; a note where the run is longer than before.
 
         Raises:
             CheckpointError: With what differs.
         """
-        plan = self._read_plan()
-        if not plan or not self.has_work():
+        record = self.read_record()
+        if record.steps is None or record.data is None or not self.has_work():
             return None
-        if plan["data"]["fingerprint"] != data_fingerprint:
+        if record.data.fingerprint not in ("", data_fingerprint):
             raise CheckpointError(
                 f"the rows of data.train are not those that {self.path} was started with (a file,"
                 " the tokenizer or the Python version changed); take another run_name= or"
                 " output_dir="
             )
-        before = int(plan["steps"]["total_steps"])
+        before = record.steps.total_steps
         if steps.total_steps < before:
             raise CheckpointError(
                 f"{self.path} was started for {before} steps and would now have"
@@ -135,23 +131,24 @@ class RunFolder:
         self,
         config: Config,
         overrides: list[str],
-        plan: dict[str, Any],
+        record: RunRecord,
         step: int,
         resume_from: Path | None,
     ) -> list[str]:
-        """Write what describes the run, and set aside the checkpoints that it has gone back behind;
-        sentences on what went.
+        """Write what describes the run, and set aside the checkpoints that it has gone back behind.
 
         Args:
-            plan: What ``plan.json`` holds.
             step: Of ``resume_from``; -1 for a new run, none of whose old lines count.
-            resume_from: The checkpoint that it goes on from, which may be another run's.
+            resume_from: The checkpoint that the run resumes, which may be another run's.
+
+        Returns:
+            Sentences on what was removed or renamed.
 
         Raises:
-            CheckpointError: The disk refused; what described the run before still does.
+            CheckpointError: The disk refused; what described the run before is still there.
         """
         try:
-            return self._begin(config, overrides, plan, step, resume_from)
+            return self._begin(config, overrides, record, step, resume_from)
         except OSError as error:
             raise CheckpointError(
                 f"output_dir={self.path} cannot be written: {error.strerror or error}. Free space"
@@ -162,7 +159,7 @@ class RunFolder:
         self,
         config: Config,
         overrides: list[str],
-        plan: dict[str, Any],
+        record: RunRecord,
         step: int,
         resume_from: Path | None,
     ) -> list[str]:
@@ -189,7 +186,7 @@ class RunFolder:
             self.path / layout.OVERRIDES,
             "".join(f"- {json.dumps(redact(text))}\n" for text in overrides),
         )
-        write_atomically(self.path / layout.PLAN, json.dumps(redact_values(plan), indent=1))
+        self.write_record(record)
         write_atomically(
             self.path / layout.ENVIRONMENT, json.dumps(describe_environment(), indent=1)
         )
@@ -216,37 +213,16 @@ class RunFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(target, source.read_bytes() if text is None else text)
 
-    def read_began(self) -> dict[str, Any] | None:
-        """``origin`` and ``step`` of the checkpoint that this run was told to begin from; None for
-        others.
-        """
-        found: dict[str, Any] | None = self._read_plan().get("began_from")
-        return found
+    def read_record(self) -> RunRecord:
+        """Read ``plan.json``; an empty record where there is none that is whole."""
+        try:
+            return RunRecord.from_json((self.path / layout.PLAN).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return RunRecord()
 
-    def read_name(self) -> str | None:
-        """The run's name, by which a mirror knows it; None where it was never begun."""
-        found: str | None = self._read_plan().get("run_name")
-        return found
-
-    def read_run_id(self) -> str | None:
-        """What marks this run's place at a mirror; None for a new run, and one of an earlier
-        version.
-        """
-        found: str | None = self._read_plan().get("run_id")
-        return found
-
-    def read_history(self) -> list[dict[str, Any]]:
-        """Rungs of the ladder on which this run ran out of memory."""
-        return list(self._read_plan().get("history", []))
-
-    def write_history(self, history: list[dict[str, Any]]) -> None:
-        """Put them into the plan's file."""
-        plan = {**self._read_plan(), "history": history}
-        write_atomically(self.path / layout.PLAN, json.dumps(redact_values(plan), indent=1))
-
-    def _read_plan(self) -> dict[str, Any]:
-        """Empty where there is none that is whole."""
-        return dict(read_json(self.path / layout.PLAN) or {})
+    def write_record(self, record: RunRecord) -> None:
+        """Write ``plan.json``."""
+        write_atomically(self.path / layout.PLAN, record.to_json())
 
     def has_work(self) -> bool:
         """Whether there is anything to lose."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmtune.config.schema import TunerConfig
+    from llmtune.config.groups.tuner import TunerConfig
 
 #: Of a state-space layer (Mamba's), which hands their weights to its kernel instead of calling
 #: them: adapters would be passed by.

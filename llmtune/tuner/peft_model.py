@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmtune.config.schema import TunerConfig
+from llmtune.config.groups.tuner import TunerConfig
 from llmtune.draws import Draw, torch_seed
 from llmtune.errors import CheckpointError
 from llmtune.process import no_collection

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmtune.config.schema import TunerConfig
+from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.security.trust import read_foreign
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmtune.config.schema import TunerConfig
+from llmtune.config.groups.tuner import TunerConfig
 from llmtune.registry import Registry
 from llmtune.tuner.lora_settings import find_setting_problems
 

@@ -40,16 +40,16 @@ from llmtune.storage.safetensors_writer import TensorFile, TensorSpec, plan_shar
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, RANK = 2048, 5632, 32000, 32, 8, 64
 SHARD_BYTES = 2_000_000_000
 
-# : Depth alone decides the size, so that the largest tensor and the largest module's adapter stay
-# the same.
+#: Depth alone decides the size, so that the largest tensor and the largest module's adapter stay
+#: the same.
 LAYERS = {"0.4B": 6, "1.2B": 24, "4B": 86}
 
 #: Targets.
 MOST_BYTES, MOST_OF_PEFT, MOST_BYTES_70B = 600e6, 0.6, 3e9
 
-# : Measured with the 0.4B model, and checked by ``--flat``: the tokenizer, loaded after the
-# weights; and how many bytes the C : library holds for each byte of blocks that is alive, because
-# they are freed by another thread than the one that made them.
+#: Measured with the 0.4B model, and checked by ``--flat``: the tokenizer, loaded after the weights;
+#: and how many bytes the C library holds for each byte of blocks that is alive, because they are
+#: freed by another thread than the one that made them.
 _TOKENIZER_BYTES = 60e6
 _HELD = 2.7
 _SLACK = 0.15

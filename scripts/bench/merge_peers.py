@@ -23,9 +23,9 @@ from watch import anonymous, anonymous_bytes, run_watched
 
 SHARD = "2GB"
 
-# : What all of them need, in llmtune's versions where the peer takes them. torch is installed first
-# and alone, so that the : build that pip finds by itself (a CPU build, where one lies on the disk)
-# stays.
+#: What all of them need, in llmtune's versions where the peer takes them. torch is installed first
+#: and alone, so that the build that pip finds by itself (a CPU build, where one lies on the disk)
+#: stays.
 _TORCH = ["torch==2.13.0"]
 _OURS = ["transformers==5.23.0", "peft==0.21.2", "safetensors==0.8.0", "accelerate==1.15.0"]
 

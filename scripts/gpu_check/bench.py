@@ -16,13 +16,13 @@ from scripts.gpu_check.commands import Clock, Commands, Finished, RunFailedError
 from scripts.gpu_check.compare import Curve
 from scripts.gpu_check.jobs import Job, Trained
 
-# : Exit codes of what llmtune refuses because of the machine: bf16 of an old card is a setting that
-# cannot work there.
+#: Exit codes of what llmtune refuses because of the machine: bf16 of an old card is a setting that
+#: cannot work there.
 _REFUSED = (ConfigError.exit_code, MissingPrerequisiteError.exit_code)
 #: What a machine may lack: half precision, or direct I/O.
 _LACKS = re.compile(r"precision=(bf16|fp16): |offload\.nvme_path=\S+ no direct I/O")
-# : The op for NVMe. A machine may lack libaio; with it, an op that cannot be had is what these
-# checks are for.
+#: The op for NVMe. A machine may lack libaio; with it, an op that cannot be had is what these
+#: checks are for.
 _LACKS_OP = re.compile(r"DeepSpeed's AsyncIO ")
 #: Of a run on the CPU, which may be a small one.
 _REFERENCE_SECONDS = 400.0

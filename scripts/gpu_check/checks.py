@@ -36,8 +36,8 @@ PLACEMENTS = {
     2: ("none", "optimizer_cpu"),
     3: ("none", "optimizer_cpu", "cpu", "optimizer_nvme", "nvme"),
 }
-# : Precision, tuner, rows, stage, rung: with the placements, which are fp32, full and padded, each
-# value meets each other one.
+#: Precision, tuner, rows, stage, rung: with the placements, which are fp32, full and padded, each
+#: value meets each other one.
 PRECISIONS = (
     ("fp32", "lora", "packed", 3, "cpu"),
     ("bf16", "full", "packed", 2, "optimizer_cpu"),
@@ -45,8 +45,8 @@ PRECISIONS = (
     ("fp16", "full", "padded", 2, "none"),
     ("fp16", "lora", "packed", 0, "none"),
 )
-# : The memory that a run is left of what it needs without a limit: too little for the optimizer's
-# states.
+#: The memory that a run is left of what it needs without a limit: too little for the optimizer's
+#: states.
 GPU_MEMORY_SHARE, CPU_BYTES_LESS = 0.7, 150 * 2**20
 #: Until ranks are gone whose main process was killed.
 _GRACE_SECONDS = 10.0

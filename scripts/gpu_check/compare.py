@@ -9,9 +9,9 @@ from typing import Any
 
 #: Largest relative difference of a loss.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
-# : Largest relative difference of the fall of the held-out loss. In bf16 the tolerance of the
-# losses is as large as what an : adapter learns in three steps, so that it alone would not notice
-# an optimizer that does nothing.
+#: Largest relative difference of the fall of the held-out loss. In bf16 the tolerance of the losses
+#: is as large as what an adapter learns in three steps, so that it alone would not notice an
+#: optimizer that does nothing.
 FALL_TOLERANCE = 0.25
 
 

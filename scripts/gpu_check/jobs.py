@@ -12,8 +12,8 @@ from scripts.gpu_check.compare import Curve
 
 #: Of every run.
 COMMON = ("train.sample_answers=false", "export=none", "train.save_total_limit=1")
-# : 107,000 parameters, 3 steps of 8 rows; the loss falls from 6.26 to 5.73 where all of them are
-# trained.
+#: 107,000 parameters, 3 steps of 8 rows; the loss falls from 6.26 to 5.73 where all of them are
+#: trained.
 TINY = (
     *("model=tiny", "data.train=stdlib_docs@96", "data.val_set_size=8", "data.max_seq_length=256"),
     *("train.global_batch_size=8", "train.max_steps=3", "optim.learning_rate=1e-2"),
@@ -35,8 +35,8 @@ LONG = (
     ),
     "optim.learning_rate=3e-3",
 )
-# : 50 M parameters: 0.8 GB of weights, gradients and optimizer states, of which the optimizer has
-# 0.6 GB.
+#: 50 M parameters: 0.8 GB of weights, gradients and optimizer states, of which the optimizer has
+#: 0.6 GB.
 WIDE = (
     *(
         "model=tiny",

@@ -11,11 +11,11 @@ from typing import Any
 
 from scripts.gpu_check.compare import Verdict
 
-# : The measured peak as a share of the planned one. A plan may ask for more than is used; a run
-# that needs more than was : planned runs out of memory on a full card.
+#: The measured peak as a share of the planned one. A plan may ask for more than is used; a run that
+#: needs more than was planned runs out of memory on a full card.
 MEMORY_SHARE = (0.5, 1.15)
-# : The measured step may take this many times as long as the planned one, or the planned one as the
-# measured. The cores of a : CPU have other work too.
+#: The measured step may take this many times as long as the planned one, or the planned one as the
+#: measured. The cores of a CPU have other work too.
 STEP_FACTOR = {"cuda": 3.0, "cpu": 10.0}
 
 

@@ -230,8 +230,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "rwkv": {**_STATE, "attention_hidden_size": 32, "context_length": 64},
 }
 
-# : Those whose documents would reach into each other in a packed row, or whose positions do not
-# begin anew.
+#: Those whose documents would reach into each other in a packed row, or whose positions do not
+#: begin anew.
 MIXING = frozenset(
     {
         *(

@@ -34,7 +34,7 @@ from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
 from llmtune.plan.memory.placement import make_placement
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.plan import resolve_attention
-from llmtune.run.check_model import check_model
+from llmtune.run.check_model import check_model, check_quantized
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.tuner.peft_model import add_lora
 from tests.architectures.families import FAMILIES
@@ -173,7 +173,8 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
         check_row_length(config.data.max_seq_length, shape.max_positions, family)
         kernel = resolve_attention(config, "cpu", shape.kernels)
         if rows != "unchecked":
-            check_model(config, kernel, int(stage), folder, None, lambda _: None)
+            check_quantized(config, int(stage), folder)
+            check_model(config, kernel, folder, None, lambda _: None)
         module = build(config, shape, folder, kernel, rank)
         collator = Collator(0, masked=sees_padding(module.model))
         if packed:

@@ -45,8 +45,8 @@ PLACES = [
 TUNERS, PRECISIONS, RANKS = ("full", "lora"), ("fp32", "bf16"), (2, 1)
 FIRST, LAST = 3, 5
 
-# : Between curves that add the same numbers in another order. From the third step to the last the
-# loss falls by hundreds of times : as much, so that what goes on from another state is seen.
+#: Between curves that add the same numbers in another order. From the third step to the last the
+#: loss falls by hundreds of times as much, so that what goes on from another state is seen.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 
 Place = tuple[str, str]

@@ -22,8 +22,8 @@ URL_PASSWORD = "planted4-of-a-url"
 #: One of each kind of name.
 PLANTED = plant(25)
 
-# : Every Python process prints its environment at its start; rank 1 crashes with it, in all forms,
-# in its third step.
+#: Every Python process prints its environment at its start; rank 1 crashes with it, in all forms,
+#: in its third step.
 SITECUSTOMIZE = """
 import importlib.machinery, os, subprocess, sys
 

@@ -14,8 +14,8 @@ from llmtune.config.compose import compose_config
 from llmtune.plan.plan import resolve_ladder
 from tests.support import TINY, losses, run
 
-# : Tells what stood when the ranks were started, and what the supervisor has left of their
-# variables afterwards.
+#: Tells what stood when the ranks were started, and what the supervisor has left of their variables
+#: afterwards.
 _PROGRAM = """
 import os, sys
 from llmtune.cli import main

@@ -31,8 +31,8 @@ TUNERS, PRECISIONS, ROWS, RANKS = (
     [1, 2],
 )
 
-# : Largest difference of a loss of about 6. In 16 bits two ranks round other sums: 2.04e-4 was
-# seen, with one thread.
+#: Largest difference of a loss of about 6. In 16 bits two ranks round other sums: 2.04e-4 was seen,
+#: with one thread.
 CLOSE = {"fp32": 1e-6, "bf16": 4e-4, "fp16": 4e-4}
 STEPS, SAVED = 3, 1
 
@@ -123,8 +123,8 @@ def _train_and_resume(cell: Any, number: int, cache: Path, tmp_path: Path) -> li
     ]
 
 
-# : Where DeepSpeed itself waits in each micro-batch: it reduces stage 3's gradients, gives the
-# host's buffers free, and brings : weights from the host.
+#: Where DeepSpeed itself waits in each micro-batch: it reduces stage 3's gradients, gives the
+#: host's buffers free, and brings weights from the host.
 OF_DEEPSPEED = re.compile(
     r"(stream|event|copy to device|device) at"
     r" deepspeed/runtime/zero/(stage3|stage_1_and_2|partition_parameters)\.py"

@@ -17,11 +17,11 @@ from llmtune.config.groups.data import DataConfig
 from llmtune.data.formats.format import FORMATS
 from llmtune.data.formats.recipe import Recipe
 from llmtune.data.prepare import prepare_data
-from llmtune.data.prepared_data import PreparedData
 from llmtune.data.read.sources import parse_sources
 from llmtune.data.rows.fields import HARMLESS, MASKED, TRAINED
 from llmtune.data.rows.problems import RowError
 from llmtune.errors import ConfigError, DataError
+from llmtune.plan.prepared_data import PreparedData
 
 QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 

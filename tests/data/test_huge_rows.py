@@ -21,7 +21,7 @@ from llmtune.config.groups.data import DataConfig, OnBadRow, Overlong
 from llmtune.data.formats.format import detect_format
 from llmtune.data.formats.recipe import Recipe
 from llmtune.data.prepare import prepare_data
-from llmtune.data.prepared_data import PreparedData, open_rows, read_problems
+from llmtune.data.prepared_data import open_rows, read_problems
 from llmtune.data.read.blocks import Block
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize import encode, workers
@@ -30,6 +30,7 @@ from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.token_row import Overflow, SplitRows, TokenRow
 from llmtune.data.tokenize.windows import WindowTokenizer
 from llmtune.data.tokenized_source import TokenizeProgress
+from llmtune.plan.prepared_data import PreparedData
 
 LONG = "one two three four. "
 

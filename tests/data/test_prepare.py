@@ -18,11 +18,12 @@ from transformers import AutoTokenizer
 
 from llmtune.config.groups.data import DataConfig, Overlong
 from llmtune.data.prepare import prepare_data
-from llmtune.data.prepared_data import PreparedData, open_rows, read_samples
+from llmtune.data.prepared_data import open_rows, read_samples
 from llmtune.data.store.mixing import split_eval
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.data.tokenized_source import TokenizeProgress
 from llmtune.errors import ConfigError, DataError
+from llmtune.plan.prepared_data import PreparedData
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ from tests.export.conftest import TOKENS, make_adapter, make_base
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# : Name -> base, peft settings, whether peft's own merge is to be met bit for bit. Where input and
-# output embeddings are : one matrix and the adapter treats them differently, peft merges into both,
-# and its merged model is not the unmerged one.
+#: Name -> base, peft settings, whether peft's own merge is to be met bit for bit. Where input and
+#: output embeddings are one matrix and the adapter treats them differently, peft merges into both,
+#: and its merged model is not the unmerged one.
 KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "LoRA": ("llama", {}, True),
     "rsLoRA": ("llama", {"use_rslora": True}, True),

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmtune.cli.arguments import Arguments
-from llmtune.cli.export import main
+from llmtune.cli.main import Command
 from llmtune.storage.manifest import find_damage
 from tests.export.zero_worker import make_model
 from tests.support import run_cli, train_engines
@@ -61,7 +60,7 @@ def test_a_killed_export_of_a_lora_checkpoint_goes_on_where_it_was(
         f"base={written}/base",
         f"output_dir={tmp_path}/out",
     ]
-    command = Arguments(verb="export", overrides=[*overrides, "export.max_shard_bytes=4000"])
+    command = Command(["export", *overrides, "export.max_shard_bytes=4000"])
 
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
@@ -69,12 +68,12 @@ def test_a_killed_export_of_a_lora_checkpoint_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr("llmtune.export.pipeline.write_model_card", fail)
         with pytest.raises(KeyboardInterrupt):
-            main(command)
+            command.run()
     shards = {
         file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.tmp").glob("*.safetensors")
     }
     assert len(shards) > 3
-    main(command)
+    command.run()
     assert {
         file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.safetensors")
     } == shards

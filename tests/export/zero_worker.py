@@ -17,8 +17,8 @@ from llmtune.engine.distributed import Rank, barrier
 from tests.engine import worker
 from tests.joined import join_ranks
 
-# : Odd sizes, so that parameters lie across the ends of partitions and every kind of padding is
-# there.
+#: Odd sizes, so that parameters lie across the ends of partitions and every kind of padding is
+#: there.
 VOCAB, HIDDEN, INNER, ROWS = 67, 24, 37, 5
 
 

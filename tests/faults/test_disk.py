@@ -26,8 +26,8 @@ from tests.faults.harness import (
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 STEP = 12
-# : All files of a save in the order in which they are written; ``written-`` is what a rank tells
-# rank 0.
+#: All files of a save in the order in which they are written; ``written-`` is what a rank tells
+#: rank 0.
 FILES = (
     *(
         "adapter_model.safetensors",

@@ -1,5 +1,5 @@
-"""A rank is frozen with SIGSTOP: the supervisor sees that nothing gets on, keeps the stacks, and
-starts again.
+"""A rank is frozen with SIGSTOP: the supervisor detects the hang, keeps the stacks, and starts
+again.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.process
 
 SEED = 20261122
 VICTIMS = ("0", "1", "supervisor")
-# : Slept at each of the 42 tensors of a rank's share, and at what is flushed: more than two seconds
-# a save.
+#: Slept at each of the 42 tensors of a rank's share, and at what is flushed: more than two seconds
+#: a save.
 WRITE_SECONDS = 0.025
 SAVE_SECONDS = 1.0
 #: Less than a whole run takes: the victim must be there.

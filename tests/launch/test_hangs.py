@@ -1,4 +1,4 @@
-"""A run that no longer gets on is ended, and its stack traces are kept."""
+"""A run that makes no progress is ended, and its stack traces are kept."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 from llmtune.engine.heartbeat import PhaseLog
 from llmtune.launch.supervise import phase_records
-from llmtune.launch.supervise.out_of_memory import phase_file
 from llmtune.launch.supervise.outcome import RanksFailedError
-from llmtune.launch.supervise.phase_records import HangDetector, finished_step, read_phase
+from llmtune.launch.supervise.phase_records import HangDetector, finished_step
 from llmtune.launch.supervise.supervisor import Limits
+from llmtune.storage.rank_files import PhaseRecord, phase_file
 from tests.launch.fakes import run_fakes
 
 
@@ -71,7 +71,7 @@ def test_loading_may_take_ten_times_as_long(tmp_path: Path) -> None:
 
 def test_every_write_changes_the_record(tmp_path: Path) -> None:
     log = PhaseLog(phase_file(tmp_path, 0))
-    assert read_phase(tmp_path, 0)["phase"] == "start"
+    assert PhaseRecord.read(tmp_path, 0).phase == "start"
     log.enter("evaluate")
     seen = [phase_file(tmp_path, 0).read_bytes()]
     for write in (log.beat, log.beat, lambda: log.enter("evaluate")):
@@ -79,7 +79,7 @@ def test_every_write_changes_the_record(tmp_path: Path) -> None:
         seen.append(phase_file(tmp_path, 0).read_bytes())
     assert len(set(seen)) == 4
     assert {len(record) for record in seen} == {len(seen[0])}
-    assert read_phase(tmp_path, 0)["phase"] == "evaluate"
+    assert PhaseRecord.read(tmp_path, 0).phase == "evaluate"
     PhaseLog().beat()
 
 

@@ -30,8 +30,8 @@ STEP = {
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
 }
 
-# : Environment -> the launcher (None: llmtune starts the ranks itself), whether the wait is
-# bounded, what is said.
+#: Environment -> the launcher (None: llmtune starts the ranks itself), whether the wait is bounded,
+#: what is said.
 FOUND = {
     "an empty one": ({}, None, False, ""),
     "torchrun, rank 1": ({**ALL, "TORCHELASTIC_RUN_ID": "none"}, "torchrun", False, ""),

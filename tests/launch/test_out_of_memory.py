@@ -11,7 +11,8 @@ from llmtune.engine.heartbeat import PhaseLog
 from llmtune.errors import CheckpointError
 from llmtune.launch.supervise import out_of_memory
 from llmtune.launch.supervise.memory_errors import memory_pool
-from llmtune.launch.supervise.out_of_memory import find_event, note_kills, phase_file
+from llmtune.launch.supervise.out_of_memory import count_kills, find_event
+from llmtune.storage.rank_files import FailureReport, KernelKills, phase_file
 
 ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"
@@ -33,7 +34,17 @@ def test_a_rank_that_reported_it_comes_first(tmp_path: Path) -> None:
     log = PhaseLog(phase_file(tmp_path, 1))
     log.step = 7
     log.enter("backward")
-    reports = [{"rank": 1, "message": f"out of memory: {ALLOCATOR}", "out_of_memory": "host"}]
+    report = FailureReport(
+        rank=1,
+        code=3,
+        message=f"out of memory: {ALLOCATOR}",
+        known=True,
+        time=1.0,
+        out_of_memory="host",
+    )
+    report.write(tmp_path)
+    reports = FailureReport.read_all(tmp_path)
+    assert reports == [report]
     event = find_event([1, 3], 1, reports, tmp_path, "")
     assert event is not None
     assert (event.rank, event.phase, event.step, event.pool) == (1, "backward", 7, "host")
@@ -62,12 +73,12 @@ def test_an_abort_counts_if_the_allocator_said_so(what: str, pool: str, tmp_path
 def test_a_kill_counts_if_it_was_the_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    note_kills(tmp_path)
+    count_kills().write(tmp_path)
     assert find_event([-signal.SIGKILL], 0, [], tmp_path, "") is None, (
         "somebody's kill -9 is no lack of memory"
     )
-    before = out_of_memory.read_kills()
-    monkeypatch.setattr(out_of_memory, "read_kills", lambda: before + 1)
+    more = KernelKills(count_kills().count + 1)
+    monkeypatch.setattr(out_of_memory, "count_kills", lambda: more)
     event = find_event([-signal.SIGKILL], 0, [], tmp_path, "")
     assert event is not None
     assert "kernel" in event.message

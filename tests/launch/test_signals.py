@@ -318,7 +318,7 @@ from pathlib import Path
 from llmtune.cli import main
 def work():
 {textwrap.indent(textwrap.dedent(work), "    ")}
-def verb(arguments):
+def verb(composed, options):
     sleeps = "echo $$ > {folder}/$0; exec sleep 600"
     subprocess.Popen(["sh", "-c", sleeps, "child"], start_new_session=True)
     subprocess.Popen(["sh", "-c", f"sh -c '{{sleeps}}' grandchild & wait"], start_new_session=True)
@@ -326,8 +326,8 @@ def verb(arguments):
         time.sleep(0.01)
     print("works", flush=True)
     work()
-main.VERBS["plan"] = main.VERBS["plan"].__class__(lambda: verb, "")
-sys.argv = ["llmtune", "plan"]
+main.VERBS["verify"] = main.VERBS["verify"].__class__(run=verb, summary="", loads_libraries=False)
+sys.argv = ["llmtune", "verify"]
 main.run()
 """
     return subprocess.Popen(

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.process
 
 SCRIPT = ROOT / "scripts" / "slurm.sh"
 
-# : One task after the other gets the variables that Slurm sets in a step; signals go on to all, the
-# highest code comes back.
+#: One task after the other gets the variables that Slurm sets in a step; signals go on to all, the
+#: highest code comes back.
 SRUN = """
     import os, signal, subprocess, sys
     assert sys.argv[1] == "--kill-on-bad-exit=1", sys.argv
@@ -45,8 +45,8 @@ SRUN = """
     sys.exit(max(128 - code if code < 0 else code for code in codes))
 """  # noqa: E501
 
-# : ``python -m llmtune``: notes how it was called, then ends as ``PLAY`` says; ``save`` waits for a
-# signal.
+#: ``python -m llmtune``: notes how it was called, then ends as ``PLAY`` says; ``save`` waits for a
+#: signal.
 PYTHON = """
     import json, os, signal, sys, time
     from pathlib import Path

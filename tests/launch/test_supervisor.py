@@ -16,9 +16,10 @@ import pytest
 from llmtune.errors import CheckpointError, DataError, DoesNotFitError, LlmtuneError, StoppedError
 from llmtune.launch.processes.parent_death import may_be_launcher
 from llmtune.launch.processes.rank_process import RankProcess
-from llmtune.launch.supervise.outcome import RanksFailedError, read_reports
+from llmtune.launch.supervise.outcome import RanksFailedError
 from llmtune.launch.supervise.rank_report import to_user_error
 from llmtune.storage.lock import hold_lock
+from llmtune.storage.rank_files import FailureReport
 from tests.launch.fakes import alive, pid_of, run_fakes, start_supervisor, wait_until
 from tests.processes import cold
 
@@ -112,7 +113,7 @@ def test_other_errors_with_advice_are_not_tried_again() -> None:
 def test_a_report_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "rank-0.json").write_text('{"rank": 0, "co')
     (tmp_path / "rank-1.json").write_text('{"rank": 1, "known": true, "time": 1}')
-    assert [report["rank"] for report in read_reports(tmp_path)] == [1]
+    assert [report.rank for report in FailureReport.read_all(tmp_path)] == [1]
 
 
 @pytest.mark.process

@@ -17,7 +17,7 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.config.schema import Precision
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.build import WeightsTo, build_model
-from llmtune.run.check_model import check_model
+from llmtune.run.check_model import check_model, check_quantized
 from tests.model.test_weights import Tensors, change, save_model
 
 BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -108,7 +108,8 @@ def look(folder: Path, stage: int = 0, tuner: str = "lora") -> list[str]:
     config = compose_config(
         [f"model.name_or_path={folder}", "data.train=none.jsonl", f"tuner={tuner}"]
     ).config
-    check_model(config, "eager", stage, folder, None, said.append)
+    check_quantized(config, stage, folder)
+    check_model(config, "eager", folder, None, said.append)
     return said
 
 

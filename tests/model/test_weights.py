@@ -52,7 +52,7 @@ def look(folder: Path, cache: Path | None = None) -> list[str]:
     """What a run says of the weights before its ranks start."""
     said: list[str] = []
     config = compose_config([f"model.name_or_path={folder}", "data.train=none.jsonl"]).config
-    check_model(config, "eager", 0, folder, cache, said.append)
+    check_model(config, "eager", folder, cache, said.append)
     return said
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from tests.support import Finished, losses, run, run_cli
 
-# : 50 M parameters, all trained: 0.8 GB of states without offload, 0.2 GB with the optimizer on
-# NVMe.
+#: 50 M parameters, all trained: 0.8 GB of states without offload, 0.2 GB with the optimizer on
+#: NVMe.
 JOB = [
     *(
         "model=tiny",
@@ -42,12 +42,12 @@ JOB = [
     ),
     *("train.save_steps=3", "train.sample_answers=false", "train.eval_max_rows=8", "export=none"),
 ]
-# : On top of what a process has before it loads a model: enough to load this one, too little for
-# its first step.
+#: On top of what a process has before it loads a model: enough to load this one, too little for its
+#: first step.
 FOR_THE_FIRST_STEP = 1070
 
-# : 126 M parameters, started for real: such a rank has 2.2 GB of address space before it loads
-# anything, most of it stacks of : threads.
+#: 126 M parameters, started for real: such a rank has 2.2 GB of address space before it loads
+#: anything, most of it stacks of threads.
 LARGE_JOB = [
     *(
         text
@@ -66,11 +66,11 @@ LARGE_JOB = [
     ),
     *("train.save_steps=2", "train.eval_max_rows=64"),
 ]
-# : From too much downwards: one of them is too little for the optimizer's moments beside weights
-# and gradients. Which one, the : threads of this machine decide.
+#: From too much downwards: one of them is too little for the optimizer's moments beside weights and
+#: gradients. Which one, the threads of this machine decide.
 AT_THE_FIRST_STEP = [[f"launch.memory_limit={mib}MiB"] for mib in range(3750, 2400, -150)]
-# : One of them is enough for the steps, and too little for a large evaluation beside the moments;
-# it comes after the : checkpoint of step 2.
+#: One of them is enough for the steps, and too little for a large evaluation beside the moments; it
+#: comes after the checkpoint of step 2.
 AFTER_A_CHECKPOINT = [
     [f"launch.memory_limit={mib}MiB", "train.eval_steps=3", "train.per_device_eval_batch_size=64"]
     for mib in range(4700, 3000, -150)

@@ -25,10 +25,13 @@ from llmtune.launch.supervise import restarts as restarts_module
 from llmtune.launch.supervise import supervisor
 from llmtune.launch.supervise.outcome import RanksFailedError
 from llmtune.launch.supervise.restarts import Restarts
+from llmtune.plan.prepared_data import PreparedData
+from llmtune.plan.steps import StepsPlan
 from llmtune.run import fallback
 from llmtune.run.fallback import FallbackRunner
-from llmtune.run.prepare import RunTarget
+from llmtune.run.prepare import RunInputs, RunTarget
 from llmtune.storage import layout
+from llmtune.storage.plain_fields import from_plain
 from llmtune.track.console import Console
 from llmtune.train.run_folder import RunFolder
 from tests.launch.fakes import run_fakes
@@ -128,15 +131,34 @@ class FakeRun:
         monkeypatch.setattr(fallback, "plan_candidate", lambda *_: None)
         monkeypatch.setattr(fallback, "place_swap", lambda *_: None)
         monkeypatch.setattr(fallback, "describe", lambda _: {})
-        monkeypatch.setattr(fallback, "resolve_request", self._resolve)
+        monkeypatch.setattr(fallback, "prepare_run", self._prepare)
+        monkeypatch.setattr(fallback, "attempt", self._request)
+        monkeypatch.setattr(RunInputs, "find_checkpoint", lambda *given: self._find_newest(*given))
         monkeypatch.setattr(fallback, "run_request", lambda request, *_: self.attempt(request))
         self.attempt: Callable[[Any], None] = lambda _: None
 
-    def _resolve(self, composed: Any, *_: Any) -> Any:
+    def _prepare(self, composed: Composed, _plan: Any, target: RunTarget, *_: Any) -> RunInputs:
+        return RunInputs(
+            config=composed.config,
+            overrides=[],
+            target=target,
+            folder=RunFolder(self.folder),
+            run_id="a",
+            model_folder=self.folder,
+            data=from_plain(PreparedData, {}),
+            steps=from_plain(StepsPlan, {}),
+            resume_from=None,
+        )
+
+    def _find_newest(self, _inputs: RunInputs, _console: Console) -> Path | None:
+        """These checkpoints are empty."""
         found = find_checkpoints(self.folder)
-        self.wanted.append(composed.config.resume_from_checkpoint)
-        self.resumed.append(found[-1].name if found else None)
-        return SimpleNamespace(resume_from=found[-1] if found else None)
+        return found[-1] if found else None
+
+    def _request(self, inputs: RunInputs, _plan: Any, resume_from: Path | None, *_: Any) -> Any:
+        self.wanted.append(inputs.config.resume_from_checkpoint)
+        self.resumed.append(resume_from.name if resume_from else None)
+        return SimpleNamespace(resume_from=resume_from)
 
     def ranks(self, incident: str) -> None:
         """Attempts are real processes."""

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from llmtune.engine import distributed
-from llmtune.launch.launchers.environment import loopback_only, meeting_file, rank_environment
+from llmtune.launch.launchers.environment import loopback_only, rank_environment
+from llmtune.storage.rank_files import meeting_file
 from tests.security.listeners import descendants, is_loopback, listening
 from tests.support import ROOT, TINY
 

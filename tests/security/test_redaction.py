@@ -133,8 +133,8 @@ def test_what_is_secret_within_a_value_is_hidden_alone(
     )
 
 
-# : No parameters of a test: pytest puts those into the environment, where passwords in URLs are
-# secrets.
+#: No parameters of a test: pytest puts those into the environment, where passwords in URLs are
+#: secrets.
 OPENED = [
     ("https://u:pa/ss@host/x", "https://***@host/x"),
     ("https://u:p@s/s@host.de/x", "https://***@host.de/x"),

@@ -16,10 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmtune
-from llmtune.cli import chat, main
-from llmtune.cli.arguments import Arguments
+from llmtune.cli import main
 from llmtune.cli.data import _colored
-from llmtune.cli.plan import Output
+from llmtune.cli.output import Output
 from llmtune.data.report.statistics import TextSpan
 from llmtune.security.terminal import GRAY, GREEN, PLAIN, show_controls, to_json_line, to_terminal
 from llmtune.track.console import Console
@@ -98,8 +97,7 @@ def test_an_answer_of_a_model_gives_no_orders(
     monkeypatch.setattr(
         "llmtune.model.generate.answer", lambda *_: ["fine\x1b]52;c;cm0gLXJmIH4=\x07 👩‍💻\n\tend"]
     )
-    arguments = Arguments(verb="chat", overrides=["model=tiny", "chat.prompt=hello"])
-    assert chat.main(arguments) == 0
+    assert main.main(["chat", "model=tiny", "chat.prompt=hello"]) == 0
     assert capsys.readouterr().out == "fine\\x1b]52;c;cm0gLXJmIH4=\\x07 👩‍💻\n\tend\n"
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from llmtune.storage.yaml_text import to_yaml
 
-# : Letters with a meaning in YAML, ends of lines, controls, and what is written in two units of
-# UTF-16.
+#: Letters with a meaning in YAML, ends of lines, controls, and what is written in two units of
+#: UTF-16.
 LETTERS = st.one_of(
     st.sampled_from(
         "\x85\u2028\u2029\ufeff\x7f\x9b\n\r"

@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-# : Seconds of a whole tier on two quiet cores, and the time at which it began, as
-# ``scripts/test.sh`` sets them.
+#: Seconds of a whole tier on two quiet cores, and the time at which it began, as
+#: ``scripts/test.sh`` sets them.
 SUITE_BUDGET = "LLMTUNE_SUITE_BUDGET"
 #: Beyond its budget by more than this, a suite fails in CI, and so does a fixture.
 TOLERANCE = 1.5

@@ -14,6 +14,7 @@ from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.errors import CheckpointError, ConfigError
+from llmtune.plan.run_record import RunRecord
 from llmtune.storage import layout, remote
 from llmtune.train.begun import begun_train
 from llmtune.train.mirror_place import settle_run_id, withdraw_left_copies
@@ -40,17 +41,17 @@ def begin(run: Path, *overrides: str, said: list[str] | None = None) -> Path | N
     resume_from = resume_point(folder, config, "r", say)
     run_id = settle_run_id(folder, config, "r", resume_from, say)
     step = -1 if resume_from is None else read_trainer_state(resume_from).step
-    about = {"run_id": run_id, "run_name": "r", "began_from": began_from(folder, config)}
+    record = RunRecord(run_id=run_id, run_name="r", began_from=began_from(folder, config))
     if resume_from is not None:
         withdraw_left_copies(config, "r", run_id, folder.first_left(step, resume_from), say)
-    for note in folder.begin(config, [], about, step, resume_from):
+    for note in folder.begin(config, [], record, step, resume_from):
         say(note)
     return resume_from
 
 
 def copy(run: Path, mirror: Path, *steps: int) -> None:
     """Save and copy, as a run does that keeps everything."""
-    copies = Mirror(str(mirror), "r", print, RunFolder(run).read_run_id() or "")
+    copies = Mirror(str(mirror), "r", print, RunFolder(run).read_record().run_id or "")
     for step in steps:
         copies.put(make(run, step, config_of()), None)
     assert copies.finish(30) == []

@@ -174,7 +174,7 @@ def test_none_with_a_used_mirror_ends_with_exit_5_and_leaves_it_as_it_was(tmp_pa
     assert (first.code, there(tmp_path / "m")) == (0, ["checkpoint-1"]), first.err
     assert (tmp_path / "m" / "r.owner").read_text() == RunFolder(
         tmp_path / "first"
-    ).read_run_id(), "it has marked its place"
+    ).read_record().run_id, "it has marked its place"
     files = {path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()}
     done = run_cli(*job, f"output_dir={tmp_path}/second", "resume_from_checkpoint=none")
     assert (done.code, "has a place for run_name=r that another run has filled" in done.err) == (

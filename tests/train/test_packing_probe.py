@@ -168,8 +168,8 @@ def test_packing_is_refused_before_the_ranks_with_what_to_do(tmp_path: Path) -> 
         with pytest.raises(
             ConfigError, match=r"data.packing=true: .*transformers' lfm2.*Take data.packing=false"
         ):
-            check_model(packed, "eager", 0, folder, tmp_path / "cache", lambda _: None)
-    check_model(alone, "eager", 0, folder, tmp_path / "cache", lambda _: None)
+            check_model(packed, "eager", folder, tmp_path / "cache", lambda _: None)
+    check_model(alone, "eager", folder, tmp_path / "cache", lambda _: None)
 
 
 def logits_of(bad: dict[tuple[int, int], float]) -> Any:

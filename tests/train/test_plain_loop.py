@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.config.compose import compose_config
 from llmtune.data.load.loader import TrainLoader
-from llmtune.data.prepared_data import PreparedData, open_rows
+from llmtune.data.prepared_data import open_rows
 from llmtune.model.source import resolve_model_folder
 from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.plan.prepared_data import PreparedData
 from llmtune.run.prepare import cache_dir
 from tests.support import TINY, pairs, product, run_cli
 from tests.train import plain_loop

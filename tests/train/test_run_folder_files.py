@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from llmtune.errors import CheckpointError
+from llmtune.plan.run_record import RunRecord
 from llmtune.storage import layout
 from llmtune.storage.atomic import read_json, write_atomically
 from llmtune.storage.lock import hold_lock
@@ -36,9 +37,8 @@ def start(run: Path) -> None:
     folder.find_changes(config)
     resume_from = resume_point(folder, config, "r", lambda _: None)
     step = -1 if resume_from is None else 4
-    folder.begin(
-        config, ["seed=42"], {"run_id": "a", "data": {"fingerprint": "x"}}, step, resume_from
-    )
+    record = RunRecord.from_plain({"run_id": "a", "data": {"fingerprint": "x"}})
+    folder.begin(config, ["seed=42"], record, step, resume_from)
 
 
 def describing(run: Path) -> dict[str, bytes]:
@@ -97,23 +97,19 @@ def test_what_a_crash_of_the_machine_cut_off_is_passed_over(tmp_path: Path) -> N
     start(tmp_path)
     make(tmp_path, 4, config_of())
     folder = RunFolder(tmp_path)
-    assert folder.read_run_id() == "a"
+    assert folder.read_record().run_id == "a"
     for text in ("", '{"step"', '{"run_id": "a"'):
         for name in (layout.PLAN, layout.FINISHED, layout.SKIPPED_STEPS):
             (tmp_path / name).write_text(text)
-        assert (folder.finished_step, folder.read_run_id(), folder.read_began()) == (
-            None,
-            None,
-            None,
-        )
-        assert folder.read_history() == []
+        assert folder.finished_step is None
+        assert folder.read_record() == RunRecord()
         assert _read(tmp_path / layout.SKIPPED_STEPS) == frozenset()
         start(tmp_path)
-        assert folder.read_run_id() == "a"
+        assert folder.read_record().run_id == "a"
 
 
-# : Ends the process as ``kill -9`` does, at the moment that is named, while a start describes its
-# run.
+#: Ends the process as ``kill -9`` does, at the moment that is named, while a start describes its
+#: run.
 KILLED = """
 import os, sys
 from pathlib import Path

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.config.compose import compose_config
 from llmtune.config.groups.model import ModelConfig
-from llmtune.config.schema import TunerConfig
+from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.plan import plan_candidate, resolve_ladder

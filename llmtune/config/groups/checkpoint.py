@@ -16,15 +16,8 @@ class OnDiskLow(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
-    """Writing, keeping and copying of checkpoints.
+    """Writing, keeping and copying of checkpoints."""
 
-    ``checkpoint=FOLDER`` on the command line sets ``path``.
-    """
-
-    path: str | None = None
-    """Checkpoint folder that ``export``, ``eval``, ``chat`` and ``verify`` work on, instead of
-    ``run``.
-    """
     background: bool | str = "auto"
     """Copy to host memory and write while training goes on; ``auto`` where the host has the memory
     for it.

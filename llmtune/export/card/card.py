@@ -99,7 +99,7 @@ def _find_name(request: ExportRequest, config: ExportConfig, facts: Facts) -> st
     repo = find_repo(config)
     if repo is not None:
         return repo.rpartition("/")[2]
-    run_name = facts.plan.get("run_name") or facts.get("run_name")
+    run_name = facts.plan.run_name or facts.get("run_name")
     return str(run_name) if run_name else request.output.name
 
 
@@ -120,9 +120,9 @@ def _last_part(path: str) -> str:
 
 def _base_folders(request: ExportRequest, facts: Facts) -> list[Path]:
     """Folders that may hold files of the base: a model that was trained whole left them behind."""
-    trained_from = facts.plan.get("model_folder")
+    trained_from = facts.plan.model_folder
     if request.adapter is None and trained_from:
-        return [request.base, Path(trained_from)]
+        return [request.base, trained_from]
     return [request.base]
 
 

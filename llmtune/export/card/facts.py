@@ -20,8 +20,13 @@ from llmtune import __version__
 from llmtune.errors import ExportError
 from llmtune.export.identity import is_hub_id
 from llmtune.export.model import ExportRequest
+from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.plan.devices.hardware import Hardware
+from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.peak_memory import MemoryPlan
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.prepared_data import SplitSummary
+from llmtune.plan.run_record import RunRecord
 from llmtune.security.redaction import redact_values
 from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
@@ -42,7 +47,7 @@ class Facts:
     """
 
     config: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
+    plan: RunRecord = field(default_factory=RunRecord)
     environment: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     """Lines up to the step that is exported."""
@@ -86,7 +91,7 @@ def read_facts(request: ExportRequest) -> Facts:
         config=redact_values(
             next((found for place in places if (found := _read_yaml(place / layout.CONFIG))), {})
         ),
-        plan=redact_values(_read_json(request.run / layout.PLAN)),
+        plan=RunRecord.from_plain(redact_values(_read_json(request.run / layout.PLAN))),
         environment=redact_values(_read_json(request.run / layout.ENVIRONMENT)),
         metrics=metrics,
         adapter=redact_values(adapter),
@@ -123,10 +128,15 @@ def find_hub_datasets(facts: Facts) -> list[str]:
 def describe_data(facts: Facts) -> Rows:
     """Names, counts and hashes."""
     rows: Rows = []
-    for key, label in (("train", "training data"), ("eval", "held-out data")):
+    data = facts.plan.data
+    splits = (
+        ("train", "training data", data.train if data else None),
+        ("eval", "held-out data", data.eval if data else None),
+    )
+    for key, label, counts in splits:
         if sources := list_sources(facts.get(f"data.{key}")):
             rows.append((label, ", ".join(sources)))
-        if counts := _get(facts.plan, f"data.{key}"):
+        if counts:
             rows.append((label.replace("data", "rows"), _describe_counts(counts)))
     share = facts.get("data.val_set_size")
     if facts.config and facts.get("data.eval") is None and share:
@@ -137,7 +147,7 @@ def describe_data(facts: Facts) -> Rows:
             )
         )
     rows += _rows(
-        ("fingerprint of the rows", _get(facts.plan, "data.fingerprint")),
+        ("fingerprint of the rows", data.fingerprint if data else None),
         ("tokenized sources", ", ".join(_stores(facts))),
         ("trained on", _describe_mask(facts)),
         ("chat template", str(facts.get("data.chat_template") or "").rpartition("/")[2]),
@@ -148,16 +158,9 @@ def describe_data(facts: Facts) -> Rows:
 def describe_settings(facts: Facts) -> Rows:
     """What was trained, and how."""
     plan, adapter, get = facts.plan, facts.adapter, facts.get
-    trainable, parameters = (
-        _get(plan, f"shape.{key}") for key in ("trainable_parameters", "parameters")
-    )
-    micro, accumulated = (
-        _get(plan, f"batch.{key}") for key in ("micro_batch_size", "accumulation_steps")
-    )
-    batch = _get(plan, "batch.global_batch_size", get("train.global_batch_size"))
-    planned = _get(plan, "steps.total_steps")
+    planned = plan.steps.total_steps if plan.steps else None
     steps = f"{facts.step} of {planned}" if facts.step is not None and planned else planned
-    schedule, warmup = get("schedule.lr_scheduler_type"), _get(plan, "steps.warmup_steps")
+    schedule, warmup = get("schedule.lr_scheduler_type"), plan.steps and plan.steps.warmup_steps
     tuned = bool(adapter)
     return _rows(
         ("tuner", facts.tuner),
@@ -167,11 +170,8 @@ def describe_settings(facts: Facts) -> Rows:
         ("variant", ", ".join(name for name, key in _VARIANTS.items() if adapter.get(key))),
         ("target modules", _describe_targets(adapter.get("target_modules")) if tuned else None),
         ("also trained", _describe_targets(adapter.get("modules_to_save")) if tuned else None),
-        (
-            "trainable parameters",
-            f"{trainable:,} of {parameters:,}" if trainable and parameters else None,
-        ),
-        ("learning rate", plan.get("learning_rate", get("optim.learning_rate"))),
+        ("trainable parameters", _describe_parameters(plan.shape)),
+        ("learning rate", plan.learning_rate or get("optim.learning_rate")),
         (
             "schedule",
             f"{schedule}, {warmup} steps of warm-up"
@@ -185,12 +185,7 @@ def describe_settings(facts: Facts) -> Rows:
             else None,
         ),
         ("gradient clipping", get("train.max_grad_norm")),
-        (
-            "batch",
-            f"{batch} rows{f' ({micro} a micro-batch, {accumulated} accumulated)' if micro else ''}"
-            if batch
-            else None,
-        ),
+        ("batch", _describe_batch(plan.batch, get("train.global_batch_size"))),
         ("optimizer steps", steps),
         ("precision", get("precision")),
         ("sequence length", get("data.max_seq_length")),
@@ -235,28 +230,20 @@ def read_metrics_after(facts: Facts) -> dict[str, float]:
 
 def describe_plan(facts: Facts) -> Rows:
     """Where it ran, what was predicted, and what was measured."""
-    plan = facts.plan
-    if not plan:
+    plan, hardware = facts.plan, facts.plan.hardware
+    if plan == RunRecord():
         return []
-    hardware = plan.get("hardware", {})
     steps = [record for record in facts.metrics if "tokens_per_second" in record]
     speeds = [record["tokens_per_second"] for record in (steps[1:] or steps)]
     memory = [record["memory_bytes"] for record in facts.metrics if record.get("memory_bytes")]
-    devices = f"{hardware.get('device_count')} x {hardware.get('name')}"
-    nodes = hardware.get("nodes", 1)
-    predicted = plan.get("tokens_per_second")
+    predicted = plan.tokens_per_second
     return _rows(
-        (
-            "hardware",
-            (f"{nodes} nodes of {devices}" if nodes > 1 else devices)
-            if hardware.get("name")
-            else None,
-        ),
-        ("world size", plan.get("world_size")),
-        ("placement", _describe_placement(plan)),
-        ("gradient checkpointing", _yes(plan.get("gradient_checkpointing"))),
-        ("attention", plan.get("attn_implementation")),
-        ("predicted memory of a rank", _describe_memory(plan)),
+        ("hardware", _describe_hardware(hardware) if hardware and hardware.name else None),
+        ("world size", plan.world_size),
+        ("placement", _describe_placement(plan.placement)),
+        ("gradient checkpointing", _yes(plan.gradient_checkpointing)),
+        ("attention", plan.attn_implementation),
+        ("predicted memory of a rank", _describe_memory(plan.memory)),
         (
             "measured memory of a rank",
             f"{format_bytes(max(memory))} at its peak" if memory else None,
@@ -268,9 +255,7 @@ def describe_plan(facts: Facts) -> Rows:
         ),
         (
             "out of memory",
-            f"{len(plan['history'])} times, gone on with another placement"
-            if plan.get("history")
-            else None,
+            f"{len(plan.history)} times, gone on with another placement" if plan.history else None,
         ),
     )
 
@@ -289,17 +274,41 @@ def _is_hub_source(path: str) -> bool:
     return is_hub_id(path.partition("@")[0]) and not _DATA_FILE.search(path.partition("@")[0])
 
 
-def _describe_counts(counts: Mapping[str, Any]) -> str:
-    rows, tokens, trained = (counts.get(key) or 0 for key in ("rows", "tokens", "trained_tokens"))
-    text = f"{rows:,} ({tokens:,} tokens, {trained:,} trained on)"
-    left_out = [
-        f"{counts[key]:,} {key}"
-        for key in ("dropped", "truncated", "skipped", "twins")
-        if counts.get(key)
-    ]
-    if counts.get("packing_efficiency"):
-        left_out.append(f"packed to {counts['packing_efficiency']:.1%}")
-    return "; ".join([text, *left_out])
+def _describe_counts(counts: SplitSummary) -> str:
+    text = f"{counts.rows:,} ({counts.tokens:,} tokens, {counts.supervised_tokens:,} trained on)"
+    left_out = {
+        "dropped": counts.dropped,
+        "truncated": counts.truncated,
+        "skipped": counts.skipped,
+        "twins": counts.duplicates_of_eval,
+    }
+    parts = [text, *(f"{count:,} {name}" for name, count in left_out.items() if count)]
+    if counts.packing_efficiency:
+        parts.append(f"packed to {counts.packing_efficiency:.1%}")
+    return "; ".join(parts)
+
+
+def _describe_parameters(shape: ModelShape | None) -> str | None:
+    if shape is None or not (shape.trainable_parameters and shape.parameters):
+        return None
+    return f"{shape.trainable_parameters:,} of {shape.parameters:,}"
+
+
+def _describe_batch(batch: BatchPlan | None, configured: Any) -> str | None:
+    rows = (batch and batch.global_batch_size) or configured
+    if not rows:
+        return None
+    if batch is None or not batch.micro_batch_size:
+        return f"{rows} rows"
+    return (
+        f"{rows} rows ({batch.micro_batch_size} per micro-batch, {batch.accumulation_steps}"
+        " accumulated)"
+    )
+
+
+def _describe_hardware(hardware: Hardware) -> str:
+    devices = f"{hardware.device_count} x {hardware.name}"
+    return f"{hardware.nodes} nodes of {devices}" if hardware.nodes > 1 else devices
 
 
 def _describe_mask(facts: Facts) -> str | None:
@@ -309,7 +318,7 @@ def _describe_mask(facts: Facts) -> str | None:
 
 def _stores(facts: Facts) -> list[str]:
     """The hashes by which tokenized sources are kept; their folder is this machine's affair."""
-    return [Path(store).name for store in _get(facts.plan, "data.train_stores", [])]
+    return [Path(store).name for store in facts.plan.data.train_stores] if facts.plan.data else []
 
 
 def _describe_targets(given: Any) -> str | None:
@@ -319,18 +328,18 @@ def _describe_targets(given: Any) -> str | None:
     return ", ".join(sorted({str(name).rpartition(".")[2] for name in given or []})) or None
 
 
-def _describe_placement(plan: Mapping[str, Any]) -> str | None:
-    with contextlib.suppress(KeyError, TypeError, StopIteration):
-        return Placement(**plan["placement"]).describe()
+def _describe_placement(placement: Placement | None) -> str | None:
+    # One that this version does not know has no words here.
+    with contextlib.suppress(KeyError, StopIteration):
+        return placement.describe() if placement is not None else None
     return None
 
 
-def _describe_memory(plan: Mapping[str, Any]) -> str | None:
-    with contextlib.suppress(KeyError, TypeError):
-        memory = MemoryPlan.from_dict(plan["memory"])
-        parts = {"accelerator": memory.device.total, "host": memory.host.total, "NVMe": memory.nvme}
-        return ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items() if size)
-    return None
+def _describe_memory(memory: MemoryPlan | None) -> str | None:
+    if memory is None:
+        return None
+    parts = {"accelerator": memory.device.total, "host": memory.host.total, "NVMe": memory.nvme}
+    return ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items() if size)
 
 
 def _find_step(trained: Path) -> int | None:

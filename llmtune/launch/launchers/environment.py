@@ -16,7 +16,7 @@ from llmtune.errors import MissingPrerequisiteError
 from llmtune.plan.devices.gpus import ALLOCATOR_VARIABLES, EXACT_PINS, knows_exact_pins
 from llmtune.security.trust import find_owner_problem
 
-#: Where a supervised rank leaves its error for the supervisor.
+#: Names the folder of an attempt's :mod:`~llmtune.storage.rank_files`.
 FAILURE_DIR = "LLMTUNE_FAILURE_DIR"
 
 
@@ -197,7 +197,8 @@ def extensions_dir() -> Path:
 def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -> dict[str, str]:
     """Return the whole environment of one rank of a run on this machine alone.
 
-    Ranks meet at :func:`meeting_file`; address and port only name their shared memory.
+    They meet at a file (:mod:`llmtune.storage.rank_files`); the address and the port only name
+    their shared memory.
     """
     return {
         **os.environ,
@@ -212,11 +213,6 @@ def rank_environment(rank: int, world_size: int, port: int, failure_dir: Path) -
         "MASTER_PORT": str(port),
         FAILURE_DIR: str(failure_dir),
     }
-
-
-def meeting_file(failure_dir: Path) -> Path:
-    """Return the file through which ranks of this machine meet, in a folder that only they open."""
-    return failure_dir / "meeting"
 
 
 def loopback_only() -> dict[str, str]:

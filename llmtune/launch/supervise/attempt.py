@@ -8,12 +8,13 @@ from pathlib import Path
 
 from llmtune.launch.processes.log_filter import wait_for_filters
 from llmtune.launch.supervise.out_of_memory import event_at_limit, find_event
-from llmtune.launch.supervise.outcome import AttemptOutcome, read_reports
+from llmtune.launch.supervise.outcome import AttemptOutcome
 from llmtune.launch.supervise.phase_records import HangDetector, finished_step
 from llmtune.launch.supervise.rank_group import RankGroup
 from llmtune.launch.supervise.signals import StopRequests, remember_stops
 from llmtune.launch.supervise.stacks import save_stacks
 from llmtune.launch.supervise.supervisor import EndReason, Limits, Supervisor, WatchResult
+from llmtune.storage.rank_files import FailureReport
 
 
 def run_ranks(
@@ -91,7 +92,7 @@ def _read_outcome(
     group: RankGroup, result: WatchResult, stacks: str, log: Path, printed_before: int
 ) -> AttemptOutcome:
     folder, failed = group.folder, result.first_failed
-    reports = read_reports(folder)
+    reports = FailureReport.read_all(folder)
     at_limit = None
     if failed is not None:
         at_limit = event_at_limit(folder, failed, "it had nearly all its memory")

@@ -1,22 +1,19 @@
-"""Memory that ran out in a rank: recognized however the rank ended, and described by what it left
-behind.
-"""
+"""Recognize that memory ran out in a rank, however it ended, and describe it by its records."""
 
 from __future__ import annotations
 
-import json
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llmtune.errors import DoesNotFitError
 from llmtune.launch.supervise.memory_errors import memory_pool_of_text
+from llmtune.storage.rank_files import FailureReport, KernelKills, PhaseRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEvent:
-    """What is known of it."""
+    """Memory that ran out, and where."""
 
     rank: int
     phase: str
@@ -26,9 +23,7 @@ class MemoryEvent:
     step: int
     """The optimizer step under way; 0 before the first."""
     peak_bytes: int
-    """Of the rank, when it last noted where it stood: resident, or what torch had allocated on its
-    GPU.
-    """
+    """Of the rank's last record: resident on the host, or allocated on the GPU by torch."""
     pool: str
     """``device`` or ``host``."""
     message: str
@@ -50,15 +45,8 @@ class RanOutOfMemoryError(DoesNotFitError):
         self.event = event
 
 
-def phase_file(folder: Path, rank: int) -> Path:
-    """Where a rank notes its phase."""
-    return folder / f"phase-{rank}.json"
-
-
-def read_kills() -> int:
-    """Processes that the kernel has ended for want of memory: of this machine, or of this
-    container.
-    """
+def count_kills() -> KernelKills:
+    """Ask the kernel how many processes it has killed for want of memory."""
     total = 0
     for path, key in (("/proc/vmstat", "oom_kill"), ("/sys/fs/cgroup/memory.events", "oom_kill")):
         try:
@@ -66,13 +54,13 @@ def read_kills() -> int:
         except OSError:
             continue
         total += sum(int(line.split()[1]) for line in lines if line.split()[0] == key)
-    return total
+    return KernelKills(total)
 
 
 def find_event(
     codes: list[int | None],
     first_failed: int | None,
-    reports: list[dict[str, Any]],
+    reports: list[FailureReport],
     folder: Path,
     output: str,
 ) -> MemoryEvent | None:
@@ -82,18 +70,17 @@ def find_event(
         codes: Exit codes of the ranks.
         first_failed: The rank that ended first.
         reports: What ranks reported themselves.
-        folder: Where ranks noted their phases, and the supervisor the number of :func:`read_kills`
-            at the start.
+        folder: Of the attempt's :mod:`~llmtune.storage.rank_files`.
         output: What the ranks printed.
     """
     for report in reports:
-        if "out_of_memory" in report:
-            message = report["message"].removeprefix("out of memory: ")
-            return _event(folder, report["rank"], report["out_of_memory"], message)
+        if report.out_of_memory is not None:
+            message = report.message.removeprefix("out of memory: ")
+            return _event(folder, report.rank, report.out_of_memory, message)
     if (
         first_failed is not None
         and codes[first_failed] == -signal.SIGKILL
-        and _kills_since_start(folder) > 0
+        and count_kills().count > KernelKills.read(folder).count
     ):
         return _event(folder, first_failed, "host", "the kernel ended the process")
     said = next(
@@ -106,40 +93,20 @@ def find_event(
 
 
 def event_at_limit(folder: Path, rank: int, message: str) -> MemoryEvent | None:
-    """What memory may have had to do with it where a rank ended near its limit, in whatever words;
-    None where it did not.
-    """
+    """The event that memory may have been, where a rank ended near its limit in whatever words."""
     event = _event(folder, rank, "host", message)
-    pool = _record(folder, rank).get("at_limit")
+    pool = PhaseRecord.read(folder, rank).at_limit
     return replace(event, pool=pool) if pool else None
 
 
-def note_kills(folder: Path) -> None:
-    """Remember the kernel's count, to tell at the end whether it rose."""
-    (folder / "kills").write_text(str(read_kills()))
-
-
-def _kills_since_start(folder: Path) -> int:
-    return read_kills() - int((folder / "kills").read_text())
-
-
 def _event(folder: Path, rank: int, pool: str, message: str) -> MemoryEvent:
-    record = _record(folder, rank)
-    peak = record["device_peak_bytes"] if pool == "device" else record["peak_bytes"]
+    record = PhaseRecord.read(folder, rank)
+    peak = record.device_peak_bytes if pool == "device" else record.peak_bytes
     return MemoryEvent(
         rank=rank,
-        phase=record["phase"],
-        step=record["step"],
+        phase=record.phase,
+        step=record.step,
         peak_bytes=peak,
         pool=pool,
         message=message,
     )
-
-
-def _record(folder: Path, rank: int) -> dict[str, Any]:
-    """What a rank noted of itself last."""
-    empty = {"phase": "start", "step": 0, "peak_bytes": 0, "device_peak_bytes": 0}
-    try:
-        return {**empty, **json.loads(phase_file(folder, rank).read_text())}
-    except (OSError, json.JSONDecodeError):
-        return empty

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, LlmtuneError, StoppedError
 from llmtune.launch.supervise.out_of_memory import MemoryEvent, RanOutOfMemoryError
 from llmtune.launch.supervise.supervisor import EndReason, Limits, WatchResult
+from llmtune.storage.rank_files import FailureReport
 
 _RUN_AGAIN = "The same command resumes from the newest checkpoint."
 
@@ -47,7 +46,7 @@ class AttemptOutcome:
     """All that an attempt left behind, read after its ranks have ended."""
 
     result: WatchResult
-    reports: list[dict[str, Any]]
+    reports: list[FailureReport]
     """Reports of failed ranks, those with advice first."""
     event: MemoryEvent | None
     """Memory that ran out."""
@@ -83,8 +82,8 @@ class AttemptOutcome:
         # A rank failed: of memory, with an error that advises the user, or otherwise.
         if self.event is not None and not result.signals:
             return RanOutOfMemoryError(self.event)
-        if known is not None and not known.get("rollback"):
-            return ERRORS_BY_CODE.get(known["code"], LlmtuneError)(known["message"])
+        if known is not None and not known.rollback:
+            return ERRORS_BY_CODE.get(known.code, LlmtuneError)(known.message)
         failure = self._failure(known, limits)
         if result.signals:
             return StoppedError(
@@ -92,25 +91,25 @@ class AttemptOutcome:
             )
         return failure
 
-    def _find_known_failure(self) -> dict[str, Any] | None:
+    def _find_known_failure(self) -> FailureReport | None:
         """Return the first report of an error with advice for the user."""
         for report in self.reports:
-            if report["known"] and report["code"] != EXIT_STOPPED:
+            if report.known and report.code != EXIT_STOPPED:
                 return report
         return None
 
     def _stop_message(self) -> str:
         for report in self.reports:
-            if report["code"] == EXIT_STOPPED and report["message"]:
-                return str(report["message"])
+            if report.code == EXIT_STOPPED and report.message:
+                return report.message
         return (
             "stopped while the ranks were starting; nothing is lost, the same command starts again"
         )
 
-    def _failure(self, known: dict[str, Any] | None, limits: Limits) -> RanksFailedError:
+    def _failure(self, known: FailureReport | None, limits: Limits) -> RanksFailedError:
         if known is not None:
             return RanksFailedError(
-                known["message"], _first_line(known["message"]), self.step, rollback=True
+                known.message, _first_line(known.message), self.step, rollback=True
             )
         if self.result.reason is EndReason.hang:
             reason = (
@@ -124,7 +123,7 @@ class AttemptOutcome:
         assert failed is not None
         report = self._first_report(failed)
         if report is not None:
-            text = f"rank {report['rank']}: {report['message']}"
+            text = f"rank {report.rank}: {report.message}"
             message = f"{text}\nMore in {self.log}"
             return RanksFailedError(message, _first_line(text), self.step, at_limit=self.at_limit)
         code = self.result.codes[failed] or 0
@@ -135,32 +134,18 @@ class AttemptOutcome:
         message = f"{reason} and left no message; see {self.log}. {_RUN_AGAIN}"
         return RanksFailedError(message, reason, self.step, at_limit=self.at_limit)
 
-    def _first_report(self, failed: int) -> dict[str, Any] | None:
+    def _first_report(self, failed: int) -> FailureReport | None:
         """Return the report of the failed rank, or an earlier one of another rank.
 
         Where both had ended at the supervisor's next poll, the later one may only have lost its
         connection. None where the rank left no report.
         """
         codes = self.result.codes
-        own = next((report for report in self.reports if report["rank"] == failed), None)
+        own = next((report for report in self.reports if report.rank == failed), None)
         if own is None or (codes[failed] or 0) < 0:
             return own
-        earlier = [report for report in self.reports if (codes[report["rank"]] or 0) > 0]
-        return min(earlier, key=lambda report: float(report["time"]), default=own)
-
-
-def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """Read the reports of failed ranks: those with advice first, then by time.
-
-    The report of a rank that was killed while it wrote is left out.
-    """
-    reports = []
-    for file in sorted(folder.glob("rank-*.json")):
-        try:
-            reports.append(json.loads(file.read_text()))
-        except ValueError:
-            continue
-    return sorted(reports, key=lambda report: (not report["known"], report["time"]))
+        earlier = [report for report in self.reports if (codes[report.rank] or 0) > 0]
+        return min(earlier, key=lambda report: report.time, default=own)
 
 
 def _signal_name(number: int) -> str:

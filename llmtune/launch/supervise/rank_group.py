@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmtune.launch.launchers.environment import hold_port, rank_environment, remove_shared_buffers
 from llmtune.launch.processes.rank_process import RankProcess, end_ranks
-from llmtune.launch.supervise.out_of_memory import note_kills
+from llmtune.launch.supervise.out_of_memory import count_kills
 
 
 class RankGroup:
@@ -33,7 +33,7 @@ class RankGroup:
         self._port = int(self._held.getsockname()[1])
         self.folder = Path(tempfile.mkdtemp(prefix="llmtune-"))
         try:
-            note_kills(self.folder)
+            count_kills().write(self.folder)
             for rank in range(world_size):
                 environment = rank_environment(rank, world_size, self._port, self.folder)
                 self.ranks.append(RankProcess(rank, command, environment, ahead))

@@ -1,12 +1,9 @@
-"""What a rank does about its surroundings: send library output to the log, limit its memory, report
-its error.
-"""
+"""Send a rank's output to the log, limit its memory, and report its error."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import resource
 import sys
@@ -28,6 +25,7 @@ from llmtune.launch.processes.log_filter import start_filter
 from llmtune.launch.supervise.memory_errors import memory_pool
 from llmtune.security.redaction import has_secrets, redact
 from llmtune.security.terminal import to_terminal
+from llmtune.storage.rank_files import FailureReport
 
 
 def redirect_output(log: Path) -> IO[str]:
@@ -126,19 +124,15 @@ def report_failure(error: BaseException, rank: int, console: IO[str], trace: boo
     code = known.exit_code if known else EXIT_UNEXPECTED
     folder = os.environ.get(FAILURE_DIR)
     if folder:
-        report = {
-            "rank": rank,
-            "code": code,
-            "message": message,
-            "known": known is not None,
-            "time": time.time(),
-        }
-        pool = memory_pool(error)
-        if pool is not None:
-            report["out_of_memory"] = pool
-        if isinstance(error, RollbackError):
-            report["rollback"] = True
-        (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(report))
+        FailureReport(
+            rank=rank,
+            code=code,
+            message=message,
+            known=known is not None,
+            time=time.time(),
+            out_of_memory=memory_pool(error),
+            rollback=isinstance(error, RollbackError),
+        ).write(Path(folder))
     elif known is not None or rank == 0:
         console.write(to_terminal(f"\nerror (rank {rank}): {message}\n"))
         console.flush()

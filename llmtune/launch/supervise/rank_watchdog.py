@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llmtune.errors import EXIT_UNEXPECTED
-from llmtune.launch.supervise.out_of_memory import phase_file
-from llmtune.launch.supervise.phase_records import HangDetector, read_phase
+from llmtune.launch.supervise.phase_records import HangDetector
+from llmtune.storage.rank_files import PhaseRecord, phase_file
 
 _POLL_SECONDS = 0.5
 #: Time to write the stacks, after which the rank ends without them: with the network, the file
@@ -72,11 +72,11 @@ class RankWatchdog:
         late = threading.Timer(_WRITE_SECONDS, os._exit, (EXIT_UNEXPECTED,))
         late.daemon = True
         late.start()
-        record = read_phase(self._folder, 0)
+        record = PhaseRecord.read(self._folder, 0)
+        where = f"rank {self._rank} on {socket.gethostname()} ({record.phase}, step {record.step})"
         why = (
-            f"rank {self._rank} on {socket.gethostname()} ({record['phase']}, step"
-            f" {record['step']}) made no progress for {timeout_seconds:g} s (launch.hang_timeout;"
-            " ten times that while it starts or answers)"
+            f"{where} made no progress for {timeout_seconds:g} s (launch.hang_timeout; ten times"
+            " that while it starts or answers)"
         )
         try:
             saved = f"its stacks are in {self._write_stacks(why)}"

@@ -11,14 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llmtune.launch.processes.rank_process import RankProcess
-from llmtune.launch.supervise.phase_records import read_phase
+from llmtune.storage.rank_files import PhaseRecord, stack_file
 
 _ANSWER_SECONDS = 2.0
-
-
-def stack_file(folder: Path, rank: int) -> Path:
-    """Return the file that a rank writes its stacks to."""
-    return folder / f"stack-{rank}.txt"
 
 
 def answer_with_stacks(folder: Path, rank: int) -> None:
@@ -44,7 +39,7 @@ def save_stacks(ranks: Sequence[RankProcess], folder: Path, run_folder: Path, wh
     time.sleep(_ANSWER_SECONDS)
     parts, silent = [why], []
     for rank in ranks:
-        record = read_phase(folder, rank.number)
+        record = PhaseRecord.read(folder, rank.number)
         stack = _read(stack_file(folder, rank.number))
         if rank.exit_code() is not None:
             stack = f"ended with exit code {rank.exit_code()}\n"
@@ -52,8 +47,7 @@ def save_stacks(ranks: Sequence[RankProcess], folder: Path, run_folder: Path, wh
             silent.append(str(rank.number))
             stack = "no answer\n"
         parts.append(
-            f"==== rank {rank.number}: {record['phase']}, step {record['step']}, pid"
-            f" {rank.pid}\n{stack}"
+            f"==== rank {rank.number}: {record.phase}, step {record.step}, pid {rank.pid}\n{stack}"
         )
     missing = f"no answer from rank {', '.join(silent)}" if silent else ""
     file = run_folder / f"stacks-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.txt"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.groups.model import ModelConfig
-from llmtune.config.schema import Precision, TunerConfig
+from llmtune.config.groups.tuner import TunerConfig
+from llmtune.config.schema import Precision
 from llmtune.plan.memory.model_shape import ModelShape, load_architecture
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.process import hold_interruptions

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.model import ModelConfig
-from llmtune.config.schema import TunerConfig
+from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.abilities import attention_kernels, max_positions
 from llmtune.plan.memory.trace_cache import read_cached, write_cached

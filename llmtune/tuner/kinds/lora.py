@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from llmtune.config.schema import TunerConfig
+from llmtune.config.groups.tuner import TunerConfig
 from llmtune.tuner.adapted_layers import AdaptedLayers, choose_layers
 from llmtune.tuner.tuner import TUNERS, Tuner
 

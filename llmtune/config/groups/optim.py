@@ -1,0 +1,19 @@
+"""``optim``: the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimConfig:
+    """AdamW."""
+
+    learning_rate: int | float | str = "auto"
+    """Peak learning rate; ``auto`` follows tuner and model size."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; 1-D parameters have none."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the two moments."""
+    eps: float = 1e-8
+    """Added to the denominator."""

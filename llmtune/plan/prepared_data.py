@@ -1,0 +1,88 @@
+"""The rows of a run: how many there are, and where they are kept.
+
+:mod:`llmtune.data.prepare` makes them; the run folder, the ranks and the model card refer to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitSummary:
+    """Counts of one split."""
+
+    #: Field -> its name in files, which earlier versions wrote and other programs read.
+    STORED_NAMES: ClassVar = {"supervised_tokens": "trained_tokens", "duplicates_of_eval": "twins"}
+
+    rows: int
+    """As the model sees them: packed rows where packing is on."""
+    documents: int
+    """Rows of the sources, repeats counted."""
+    tokens: int
+    supervised_tokens: int
+    """Tokens with a label."""
+    dropped: int
+    """Rows left out as over-long."""
+    truncated: int
+    skipped: int
+    """Rows left out because they cannot be trained on, or, of evaluation files, because they are
+    trained on.
+    """
+    duplicates_of_eval: int = 0
+    """Training rows left out because they equal an evaluation row that was split off."""
+    packing_efficiency: float | None = None
+    """Share of the packed rows' positions that hold a token; None without packing."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SplitSummary:
+        """Read the plain values of :meth:`to_dict`."""
+        names = {stored: name for name, stored in cls.STORED_NAMES.items()}
+        return cls(**{names.get(key, key): value for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, under the names that files hold."""
+        return {self.STORED_NAMES.get(key, key): value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedData:
+    """The tokenized rows: where they are on disk, and what is known of them."""
+
+    folder: str
+    fingerprint: str
+    """Hash of sources, template, tokenizer and settings."""
+    train: SplitSummary
+    eval: SplitSummary | None
+    train_stores: list[str]
+    eval_stores: list[str]
+    special_tokens: list[int]
+    """Special tokens that occur in the rows."""
+    classes: list[str | int | float]
+    """Labels of classification rows, sorted; at most ``llmtune.data.index.MAX_CLASSES``."""
+    fatal: int
+    """Problems for which training is refused."""
+    left_out: int
+    """Problems of rows that were left out instead."""
+    unknown_fields: list[str] = field(default_factory=list)
+    """Fields of rows, messages and parts that are neither read nor known to be harmless, sorted."""
+    formats: list[str] = field(default_factory=list)
+    """Formats of the files, sorted."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PreparedData:
+        """Read the plain values of :meth:`to_dict`."""
+        splits = {
+            split: SplitSummary.from_dict(values[split]) if values[split] else None
+            for split in ("train", "eval")
+        }
+        return cls(**{**values, **splits})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, under the names that files hold."""
+        splits = {
+            "train": self.train.to_dict(),
+            "eval": self.eval.to_dict() if self.eval else None,
+        }
+        return {**asdict(self), **splits}

@@ -1,0 +1,88 @@
+"""Describe a run on the page before step 1: the derived numbers and where they come from."""
+
+from __future__ import annotations
+
+from llmtune.config.groups.data import name_data
+from llmtune.config.schema import Config
+from llmtune.plan.plan import Plan
+from llmtune.plan.prepared_data import PreparedData
+from llmtune.run.adapter import describe_adapter
+from llmtune.train.request import RunRequest
+from llmtune.tuner.tuner import TUNERS
+from llmtune.units import format_bytes, format_count
+
+
+def describe(request: RunRequest) -> dict[str, str]:
+    """The rows of the page: a title and its text each."""
+    config, plan, data, steps = request.config, request.plan, request.data, request.steps
+    shape = plan.shape
+    tuner = TUNERS.find(config.tuner.kind).describe(config.tuner)
+    rows = {
+        "model": f"{config.model.name_or_path} from {request.model_folder}",
+        "parameters": (
+            f"{format_count(shape.parameters)}, of which {tuner} trains "
+            f"{format_count(shape.trainable_parameters)}"
+        ),
+        "data": describe_data(config, data),
+        "hardware": plan.hardware.describe(),
+        "batch": plan.batch.describe(),
+        "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
+        "learning rate": f"{plan.learning_rate:g}, {config.schedule.lr_scheduler_type}",
+        "precision": f"{config.precision.value}; fp32 master weights and moments",
+        "placement": plan.placement.describe(),
+        "memory": describe_memory(plan),
+        "derived": "; ".join(plan.notes),
+        "run folder": str(request.run_folder),
+    }
+    if config.tuner.adapter_path is not None:
+        rows["adapter"] = describe_adapter(config.tuner)
+    if request.resume_from:
+        rows["resuming"] = str(request.resume_from)
+    return rows
+
+
+def describe_data(config: Config, data: PreparedData) -> str:
+    """Describe rows and tokens, what was left out, and what is held out."""
+    train, held_out = data.train, data.eval
+    if config.data.streaming:
+        text = f"streamed from {name_data(config.data.train)}"
+    else:
+        rows = f"{name_data(config.data.train)}: {train.rows} rows"
+        if train.packing_efficiency is not None:
+            rows += f" of {train.documents} packed (filled to {train.packing_efficiency:.1%})"
+        text = (
+            f"{rows}, {format_count(train.tokens)} tokens, {format_count(train.supervised_tokens)}"
+            " trained"
+        )
+    counts = {
+        "dropped as over-long": train.dropped,
+        "truncated": train.truncated,
+        "skipped": train.skipped,
+    }
+    counts["left out because a held-out row is the same"] = train.duplicates_of_eval
+    text += "".join(f", {count} {what}" for what, count in counts.items() if count)
+    if held_out is None:
+        return f"{text}; held out: none"
+    origin = f" of {name_data(config.data.eval)}" if config.data.eval is not None else ""
+    return f"{text}; held out: {held_out.rows} rows{origin}" + (
+        f", {held_out.dropped} dropped" if held_out.dropped else ""
+    )
+
+
+def describe_memory(plan: Plan) -> str:
+    """Describe the planned peak memory of a rank."""
+    memory = plan.memory
+    if plan.hardware.accelerator == "cpu":
+        text = f"about {format_bytes(memory.device.total + memory.host.total)} per rank at its peak"
+    else:
+        host = format_bytes(memory.host.total)
+        text = (
+            f"about {format_bytes(memory.device.total)} per GPU at its peak, {host} of host memory"
+            " per rank"
+        )
+    if memory.nvme:
+        text += (
+            f", {format_bytes(memory.nvme)} on NVMe, {format_bytes(memory.nvme_written_per_step)}"
+            " written per step"
+        )
+    return text

@@ -1,0 +1,259 @@
+"""One rank under ``torchrun``, ``deepspeed`` or ``srun``.
+
+Rank 0 prepares the run. The others get the request that it resolved, or its error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import uuid
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, ConfigError, LlmtuneError, StoppedError
+from llmtune.launch.launchers.environment import (
+    launched_nodes,
+    launched_ranks_on_node,
+    remove_shared_buffers,
+    set_allocator_default,
+    set_defaults,
+    set_network_default,
+    set_thread_default,
+)
+from llmtune.launch.launchers.launcher import Launcher
+from llmtune.launch.launchers.meeting import await_ranks
+from llmtune.launch.preflight.affinity import bind_to_gpu
+from llmtune.launch.processes.parent_death import follow_launcher
+from llmtune.launch.supervise.rank_report import redirect_output, report_failure, to_user_error
+from llmtune.launch.supervise.rank_watchdog import RankWatchdog
+from llmtune.launch.supervise.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
+from llmtune.run.rank import exit_now, limit_own_memory, make_own_swap, show_phases
+from llmtune.security.terminal import to_terminal
+from llmtune.storage import layout
+from llmtune.track.console import Console
+
+if TYPE_CHECKING:
+    from llmtune.config.compose import Composed
+    from llmtune.engine.distributed import Rank
+    from llmtune.run.prepare import RunTarget
+    from llmtune.train.request import RunRequest
+    from llmtune.train.run_folder import RunFolder
+
+
+def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
+    """Be the rank that ``launcher`` started: train, and end this process with an exit code."""
+    if launcher.stays:
+        follow_launcher()
+    # Defaults of the environment come before anything imports torch.
+    set_thread_default(launched_ranks_on_node())
+    set_allocator_default()
+    set_network_default()
+    from llmtune.launch.preflight.deepspeed_ops import ensure_ops, load_ops
+    from llmtune.plan.devices.hardware import resolve_accelerator
+    from llmtune.plan.memory.placement import Placement
+    from llmtune.run.prepare import resolve_run_target
+    from llmtune.train.run_folder import open_run_folder
+
+    composed = _on_nodes(composed)
+    target = resolve_run_target(composed)
+    folder = open_run_folder(target.folder, lambda _: None)
+    accelerator = resolve_accelerator(composed.config.hardware.accelerator)
+    set_defaults(accelerator, launched_ranks_on_node())
+    if accelerator == "cuda":
+        bind_to_gpu(int(os.environ["LOCAL_RANK"]), launched_ranks_on_node())
+    stream = redirect_output(folder.path / layout.LOG)
+    rank = launcher.rank
+    console = Console(stream if rank == 0 else None)
+    try:
+        # What the process group needs; rank 0 builds the rest when it has planned.
+        ensure_ops(accelerator, Placement(0), console.say)
+        load_ops(accelerator, Placement(0))
+        with ExitStack() as stack:
+            stack.enter_context(raise_stops(NOT_BEGUN))
+            watch = RankWatchdog(rank, folder.path, lambda text: _tell(stream, text))
+            stack.callback(watch.remove)
+            # Held until this rank ends.
+            meeting = await_ranks(launcher)
+            _train_launched(composed, target, folder, console, watch)
+            del meeting
+    except StoppedError as error:
+        console.say(str(error))
+        exit_now(EXIT_STOPPED)
+    except BaseException as error:
+        exit_now(report_failure(error, rank, stream, composed.config.trace))
+    exit_now(0)
+
+
+def _train_launched(
+    composed: Composed, target: RunTarget, folder: RunFolder, console: Console, watch: RankWatchdog
+) -> None:
+    from llmtune.engine.distributed import broadcast_object, init_ranks
+    from llmtune.engine.heartbeat import PhaseLog
+    from llmtune.launch.preflight.deepspeed_ops import load_ops
+    from llmtune.run.fallback import hold_nvme
+    from llmtune.run.prepare import lock_file
+    from llmtune.storage.lock import hold_lock
+    from llmtune.train.request import RunRequest
+
+    phases = PhaseLog(watch.record)
+    with show_phases(console, phases):
+        rank = init_ranks(phases=phases)
+    _check_run_folder(folder.path, rank)
+    # All have joined. A launcher does not clear up behind its ranks, and these may be killed.
+    remove_shared_buffers(int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"])
+    with ExitStack() as stack:
+        answer: dict[str, Any] = {}
+        if rank.is_first:
+            try:
+                stack.enter_context(hold_lock(lock_file(folder)))
+                prepared = _prepare_first(composed, target, folder, console, rank.world_size)
+                if prepared is not None:
+                    stack.enter_context(
+                        hold_nvme(prepared.config, prepared.plan, prepared.run_folder, console)
+                    )
+                answer = {"request": prepared.to_json() if prepared else None}
+            except Exception as error:
+                answer = _as_answer(error)
+        answer = broadcast_object(answer, rank)
+        if "error" in answer:
+            raise ERRORS_BY_CODE.get(answer["code"], LlmtuneError)(answer["error"])
+        if answer["request"] is not None:
+            request = RunRequest.from_json(answer["request"])
+            _check_shared_files(request, rank)
+            load_ops(request.plan.hardware.accelerator, request.plan.placement)
+            limit_own_memory(request)
+            make_own_swap(request)
+            with show_phases(console, phases):
+                _run_watched(request, rank, console, watch)
+        if rank.is_first:
+            _finish_first(composed, target, console)
+
+
+def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: RankWatchdog) -> None:
+    """Train under the watchdog, which ends with the training.
+
+    A rank may then wait long for rank 0, which finishes its copies elsewhere.
+    """
+    from llmtune.engine.distributed import barrier
+    from llmtune.train.build import run_job
+
+    try:
+        with watch.watch(request.config.launch.hang_timeout):
+            run_job(request, rank, console)
+    except StoppedError:
+        # At the end of the first rank the launcher ends the others. All have saved by now, and a
+        # rank that does not come to the barrier has ended.
+        with contextlib.suppress(RuntimeError):
+            barrier(rank)
+        raise
+    barrier(rank)
+
+
+def _on_nodes(composed: Composed) -> Composed:
+    """The config with the launcher's number of machines, among which the plan divides memory."""
+    config = composed.config
+    hardware = replace(config.hardware, nodes=launched_nodes())
+    return replace(composed, config=replace(config, hardware=hardware))
+
+
+def _check_run_folder(folder: Path, rank: Rank) -> None:
+    """Check that every rank sees what rank 0 writes to the run folder. Collective.
+
+    Raises:
+        ConfigError: On every rank, with the machines on which it is another folder.
+    """
+    from llmtune.engine.distributed import broadcast_object, gather_objects
+
+    # A name that nobody can have looked up before: network file systems remember what was not
+    # there.
+    mark = folder / broadcast_object(f".seen-by-all-{uuid.uuid4().hex}", rank)
+    if rank.is_first:
+        mark.touch()
+    broadcast_object(None, rank)
+    blind = gather_objects(None if mark.exists() else socket.gethostname(), rank)
+    if rank.is_first:
+        mark.unlink(missing_ok=True)
+    if any(blind):
+        raise ConfigError(
+            f"output_dir={folder} is another folder on {_join(blind)} than on the machine of rank"
+            " 0: output_dir has to be on a file system that all nodes share, with the same path on"
+            " each, for every rank writes its part of a checkpoint"
+        )
+
+
+def _check_shared_files(request: RunRequest, rank: Rank) -> None:
+    """Check that every rank sees the files that rank 0 has prepared. Collective.
+
+    Raises:
+        ConfigError: On every rank, with what is missing and where.
+    """
+    from llmtune.engine.distributed import broadcast_object, gather_objects
+
+    needed = [
+        request.model_folder,
+        Path(request.data.folder),
+        *map(Path, request.data.train_stores),
+    ]
+    if request.resume_from is not None:
+        needed.append(request.resume_from)
+    there = broadcast_object([str(path) for path in needed if path.exists()], rank)
+    absent = [path for path in there if not Path(path).exists()]
+    missing = gather_objects(f"{absent[0]} on {socket.gethostname()}" if absent else None, rank)
+    if any(missing):
+        raise ConfigError(
+            f"missing: {_join(missing)}. Rank 0 prepares the model and the rows for all:"
+            " paths.cache_dir (and HF_HOME) have to be on a file system that all nodes share"
+        )
+
+
+def _join(texts: list[str | None]) -> str:
+    return ", ".join(dict.fromkeys(text for text in texts if text))
+
+
+def _tell(stream: IO[str], text: str) -> None:
+    """Write a line for a rank whose console is silent."""
+    with contextlib.suppress(OSError, ValueError):
+        stream.write(to_terminal(f"\n{text}\n"))
+        stream.flush()
+
+
+def _prepare_first(
+    composed: Composed, target: RunTarget, folder: RunFolder, console: Console, world_size: int
+) -> RunRequest | None:
+    from llmtune.launch.preflight.deepspeed_ops import ensure_ops
+    from llmtune.plan.plan import resolve_plan
+    from llmtune.run.adapter import adopt_adapter, check_adapter
+    from llmtune.run.describe import describe
+    from llmtune.run.fallback import place_swap
+    from llmtune.run.prepare import attempt, prepare_run
+    from llmtune.train.begun import begun_train
+
+    composed = adopt_adapter(composed, target.folder)
+    begun = begun_train(composed.config, target.folder, target.name)
+    plan = place_swap(resolve_plan(composed.config, world_size, begun), composed, target)
+    check_adapter(composed.config, plan.shape, target.folder)
+    inputs = prepare_run(composed, plan, target, folder, console)
+    request = attempt(inputs, plan, inputs.resume_from, console)
+    if request is not None:
+        console.page("llmtune", describe(request))
+        ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
+    return request
+
+
+def _as_answer(error: Exception) -> dict[str, Any]:
+    known = to_user_error(error)
+    if known is None:
+        return {"error": f"{type(error).__name__}: {error}", "code": 1}
+    return {"error": str(known), "code": known.exit_code}
+
+
+def _finish_first(composed: Composed, target: RunTarget, console: Console) -> None:
+    from llmtune.run.finish import finished_message, maybe_export
+
+    console.say(finished_message(target.folder))
+    with raise_stops(NOT_EXPORTED):
+        maybe_export(target.folder, composed.config.export, console)

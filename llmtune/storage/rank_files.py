@@ -1,0 +1,184 @@
+"""The files through which ranks and their supervisor talk, each a dataclass that both sides use.
+
+They are in a folder of the attempt's own, which the supervisor makes, closes to other users and
+removes; ``LLMTUNE_FAILURE_DIR`` tells ranks where. R is the number of a rank.
+
+=================  ==============================  ================================================
+file               written by                      read by
+=================  ==============================  ================================================
+``phase-R.json``   rank R, at every phase          supervisor and R's own watchdog: hangs, the last
+                   (:class:`PhaseRecord`)          step, what memory ran out in
+``rank-R.json``    rank R, when it fails           supervisor: why the attempt ended
+                   (:class:`FailureReport`)
+``kills``          supervisor, at the start        supervisor, at the end: did the kernel kill
+                   (:class:`KernelKills`)          processes for want of memory meanwhile
+``stack-R.txt``    rank R, on SIGUSR2, as text     supervisor: saved in the run folder
+``import-R.txt``   rank R started ahead: what its  rank R: copied into the log when there is one
+                   imports print
+``meeting``        ranks, ``torch``'s file store   ranks: their process group
+=================  ==============================  ================================================
+
+Three more are elsewhere. ``request.json``, the work of an attempt
+(:class:`llmtune.train.request.RunRequest`), is in a folder of its own, for ranks may be started
+before it is known. In the run folder, ``finished.json`` (:class:`FinishedRecord`) is written by
+rank 0 at the end and read by the supervisor and by later starts; and ``SAVE`` is an empty file by
+which a user asks a run to save and stop (:class:`llmtune.train.stop_request.Stop`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtune.storage import layout
+from llmtune.storage.atomic import read_json, write_atomically
+from llmtune.storage.plain_fields import from_plain
+from llmtune.storage.plain_json import parse_json
+
+#: Bytes of a phase record, which is written over itself in one call.
+_PHASE_WIDTH = 240
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseRecord:
+    """The phase that a rank is in, and its memory; readable however the rank ends."""
+
+    phase: str = "start"
+    """``start``, ``load``, ``answer``, ``forward``, ``backward``, ``step``, ``evaluate`` or
+    ``save``.
+    """
+    step: int = 0
+    """The optimizer step under way, from 1; 0 before the first."""
+    peak_bytes: int = 0
+    """Most memory that was resident on the host."""
+    beats: int = 0
+    """Counts the records, so that no two are the same while the rank makes progress."""
+    device_peak_bytes: int = 0
+    """Most memory that torch allocated on the GPU."""
+    at_limit: str | None = None
+    """``device`` or ``host``, where the rank has nearly all the memory that it may have."""
+
+    @staticmethod
+    def open(path: Path) -> int:
+        """A descriptor to write records to."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+
+    def write(self, descriptor: int) -> None:
+        """Write over the record before; one system call."""
+        os.pwrite(descriptor, json.dumps(asdict(self)).ljust(_PHASE_WIDTH).encode(), 0)
+
+    @classmethod
+    def read(cls, folder: Path, rank: int) -> PhaseRecord:
+        """The last record of a rank; ``start`` where there is none yet."""
+        try:
+            return from_plain(cls, parse_json(read_raw_phase(folder, rank)))
+        except ValueError:
+            return cls()
+
+
+def phase_file(folder: Path, rank: int) -> Path:
+    """Where a rank keeps its :class:`PhaseRecord`."""
+    return folder / f"phase-{rank}.json"
+
+
+def read_raw_phase(folder: Path, rank: int) -> bytes:
+    """A rank's record as it was written, to tell whether it changed; empty where there is none."""
+    try:
+        return phase_file(folder, rank).read_bytes()
+    except OSError:
+        return b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureReport:
+    """The error that ended a rank, in the rank's own words."""
+
+    rank: int
+    code: int
+    """The exit code."""
+    message: str
+    known: bool
+    """The message says what to do; an unexpected exception does not."""
+    time: float
+    """Seconds since 1970."""
+    out_of_memory: str | None = None
+    """``device`` or ``host``, where memory ran out."""
+    rollback: bool = False
+    """The rank asks to be started again from an older checkpoint."""
+
+    def write(self, folder: Path) -> None:
+        """Leave it for the supervisor."""
+        (folder / f"rank-{self.rank}.json").write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read_all(cls, folder: Path) -> list[FailureReport]:
+        """The reports of all ranks, by time; those that say what to do come first.
+
+        A rank that was killed while it wrote has reported nothing.
+        """
+        reports = []
+        for file in sorted(folder.glob("rank-*.json")):
+            try:
+                reports.append(from_plain(cls, parse_json(file.read_bytes())))
+            except ValueError:
+                continue
+        return sorted(reports, key=lambda report: (not report.known, report.time))
+
+
+@dataclass(frozen=True, slots=True)
+class KernelKills:
+    """Processes that the kernel has killed for want of memory: of this machine or container."""
+
+    count: int = 0
+
+    def write(self, folder: Path) -> None:
+        """Remember it, to be compared with at the end."""
+        (folder / "kills").write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path) -> KernelKills:
+        """The count at the start.
+
+        Raises:
+            OSError: It was not written.
+        """
+        return from_plain(cls, parse_json((folder / "kills").read_bytes()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRecord:
+    """The end of a run that trained all its steps."""
+
+    step: int
+    tokens: int = 0
+    """Tokens that were trained on."""
+    best: dict[str, Any] | None = None
+    """``metric``, ``value`` and ``step`` of the best checkpoint, where one is kept."""
+
+    def write(self, run: Path) -> None:
+        """Mark the run as finished."""
+        write_atomically(run / layout.FINISHED, json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, run: Path) -> FinishedRecord | None:
+        """The record of a run folder; None where the run is not finished."""
+        values = read_json(run / layout.FINISHED)
+        return from_plain(cls, values) if values else None
+
+
+def stack_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes the stacks of its threads when it is asked for them."""
+    return folder / f"stack-{rank}.txt"
+
+
+def import_file(folder: Path, rank: int) -> Path:
+    """Where a rank that is started ahead prints while it imports: there is no log yet."""
+    return folder / f"import-{rank}.txt"
+
+
+def meeting_file(folder: Path) -> Path:
+    """Where the ranks of this node meet."""
+    return folder / "meeting"
