@@ -83,6 +83,7 @@ LAYERS: dict[str, set[str]] = {
 #: Folders within a folder, from the lowest to the highest; what stands beside them is above all of
 #: them.
 ROOMS: dict[str, list[str]] = {
+    "storage": ["tensors"],
     "plan": ["devices", "memory"],
     "data": ["rows", "formats", "read", "tokenize", "store", "load", "report"],
     "tuner": ["kinds"],
@@ -259,7 +260,7 @@ MOVES_OF_THEIR_OWN = {
     "draws.py": {"hashlib"},  # seeds: no file is hashed
     "data/tokenize/workers.py": {"xxhash"},  # the ids of a row, for every row
     "launch/preflight/nvme.py": {"os.fsync"},  # times a drive
-    "launch/supervise/log_filter.py": {"fcntl"},  # a shared lock, which the filter inherits
+    "launch/processes/log_filter.py": {"fcntl"},  # a shared lock, which the filter inherits
 }
 _MOVES = {f"os.{name}" for name in ("replace", "rename", "link", "fsync", "symlink")}
 _MOVES |= {"shutil.move", "shutil.copytree"}
@@ -290,7 +291,7 @@ def _moves(tree: ast.AST) -> Iterator[str]:
 #: Files whose own folders hold a file of the same name as a run's.
 SAME_NAMES = {
     "data/store/token_store.py": {"bad_rows.jsonl"},  # in the cache of tokens
-    "data/prepare.py": {"samples.json"},  # in the cache of prepared rows
+    "data/prepared_data.py": {"samples.json"},  # in the cache of prepared rows
     "export/card/card.py": {"loss.png"},  # beside the card
     "model/source.py": {".lock"},  # the end of a name
 }

@@ -29,7 +29,7 @@ from llmtune.storage.atomic import aside_path, make_empty, remove_folder, write_
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.manifest import publish, write_manifest
 from llmtune.storage.signature import Signer
-from llmtune.storage.tensor_checks import find_bad_tensors, find_untrained_adapter
+from llmtune.storage.tensors.tensor_checks import find_bad_tensors, find_untrained_adapter
 
 #: Seconds between two looks of rank 0 for the others' reports.
 _POLL_SECONDS = 0.02

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llmtune.storage.row_blocks import row_ranges
-from llmtune.storage.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.row_blocks import row_ranges
+from llmtune.storage.tensors.safetensors_writer import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

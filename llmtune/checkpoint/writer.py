@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llmtune.storage.safetensors_writer import TensorFile, TensorSpec
+from llmtune.storage.tensors.safetensors_writer import TensorFile, TensorSpec
 
 
 class CheckpointWriter:

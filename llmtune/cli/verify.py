@@ -177,7 +177,7 @@ def _report(folder: Path, key: Path | None) -> dict[str, Any]:
 
 
 def _find_problems(folder: Path) -> list[str]:
-    from llmtune.storage.tensor_checks import find_bad_tensors, find_untrained_adapter
+    from llmtune.storage.tensors.tensor_checks import find_bad_tensors, find_untrained_adapter
 
     if not folder.is_dir():
         return ["no such folder"]

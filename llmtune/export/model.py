@@ -37,9 +37,9 @@ from llmtune.export.sources.tensor_source import (
 )
 from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.skeleton import build_skeleton
-from llmtune.storage.dtypes import configured_dtype
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.signature import Signer
+from llmtune.storage.tensors.dtypes import configured_dtype
 
 
 def _silent(_: str) -> None:

@@ -19,7 +19,7 @@ from llmtune.model.weights.quantized import find_meaningless, quantization
 from llmtune.model.weights.report import WeightReport
 from llmtune.model.weights.zero3_loading import load_partitions, restore_buffers
 from llmtune.process import no_collection
-from llmtune.storage.dtypes import configured_dtype
+from llmtune.storage.tensors.dtypes import configured_dtype
 
 
 @dataclass(frozen=True, slots=True)

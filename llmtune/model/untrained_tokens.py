@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.errors import MissingPrerequisiteError
-from llmtune.storage.safetensors_header import read_header
+from llmtune.storage.tensors.safetensors_header import read_header
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

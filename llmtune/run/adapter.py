@@ -65,7 +65,7 @@ def check_adapter(config: Config, shape: ModelShape, run: Path) -> None:
     """
     if config.tuner.adapter_path is None or find_checkpoints(run):
         return
-    from llmtune.storage.tensor_checks import find_bad_tensors
+    from llmtune.storage.tensors.tensor_checks import find_bad_tensors
 
     stored = read_stored_adapter(_folder(config.tuner))
     problems = find_misfits(stored, _built(shape), config.model.name_or_path)

@@ -23,8 +23,8 @@ from llmtune.run.prepare import cache_dir
 from llmtune.security.terminal import to_terminal
 from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
-from llmtune.storage.dtypes import configured_dtype
 from llmtune.storage.manifest import check_undamaged, is_complete
+from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.tuner.stored_adapter import read_adapter_config
 from llmtune.tuner.tuner import TUNERS
 

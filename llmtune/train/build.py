@@ -27,8 +27,8 @@ from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.registry import NONE
 from llmtune.storage import layout
-from llmtune.storage.dtypes import configured_dtype
 from llmtune.storage.signature import read_signer
+from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import SERVICES, TrackedRun

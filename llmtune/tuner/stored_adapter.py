@@ -19,7 +19,7 @@ from llmtune.errors import CheckpointError, ConfigError
 from llmtune.security.trust import read_foreign
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmtune.storage.plain_json import parse_json
-from llmtune.storage.safetensors_header import read_header
+from llmtune.storage.tensors.safetensors_header import read_header
 from llmtune.tuner.lora_settings import match_pattern
 from llmtune.tuner.pattern_limits import pattern_problem
 

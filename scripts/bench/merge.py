@@ -35,7 +35,12 @@ import merge_peers
 import torch
 from watch import anonymous_bytes
 
-from llmtune.storage.safetensors_writer import TensorFile, TensorSpec, plan_shards, write_index
+from llmtune.storage.tensors.safetensors_writer import (
+    TensorFile,
+    TensorSpec,
+    plan_shards,
+    write_index,
+)
 
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, RANK = 2048, 5632, 32000, 32, 8, 64
 SHARD_BYTES = 2_000_000_000
@@ -390,7 +395,7 @@ class Projection:
         copied.
         """
         from llmtune.export.publish.shards import _AHEAD
-        from llmtune.storage.row_blocks import BLOCK_ELEMENTS
+        from llmtune.storage.tensors.row_blocks import BLOCK_ELEMENTS
 
         # Rounded blocks: waiting, one being written, one just computed. In fp32: the product and
         # the base's rows.

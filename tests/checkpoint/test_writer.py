@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from llmtune.checkpoint.writer import Buffers, CheckpointWriter
 from llmtune.storage.hashing import hash_file
-from llmtune.storage.safetensors_writer import TensorFile, TensorSpec
+from llmtune.storage.tensors.safetensors_writer import TensorFile, TensorSpec
 
 SPECS = {
     "a.safetensors": [

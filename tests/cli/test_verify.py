@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from llmtune.cli.main import main
-from llmtune.storage import tensor_checks
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.manifest import mark_complete, write_manifest
-from llmtune.storage.tensor_checks import find_bad_tensors, find_untrained_adapter
+from llmtune.storage.tensors import tensor_checks
+from llmtune.storage.tensors.tensor_checks import find_bad_tensors, find_untrained_adapter
 from tests.support import run_cli
 
 WEIGHTS = {"layer.weight": torch.ones(64, 8), "layer.bias": torch.zeros(8)}

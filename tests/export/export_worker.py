@@ -12,7 +12,7 @@ from typing import Any
 from llmtune.config.groups.export import ExportConfig
 from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
-from llmtune.storage.safetensors_writer import TensorFile
+from llmtune.storage.tensors.safetensors_writer import TensorFile
 
 write = TensorFile.write
 

@@ -166,7 +166,7 @@ def test_a_card_says_what_the_run_was(run: Path, base: Path, adapter: Path, tmp_
         *(
             "| learning rate | 0.000123 |",
             "cosine, 1 steps of warm-up",
-            "64 rows (2 a micro-batch, 4 accumulated)",
+            "64 rows (2 per micro-batch, 4 accumulated)",
         ),
         *(
             "| optimizer steps | 20 of 20 |",

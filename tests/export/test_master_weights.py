@@ -24,7 +24,7 @@ from llmtune.export.sources.master_weights import (
     has_master_weights,
 )
 from llmtune.export.sources.tensor_source import read_whole
-from llmtune.storage.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.safetensors_writer import TensorSpec
 from llmtune.train.checkpointing import link_result
 from tests.support import TINY, train_engines
 
@@ -92,8 +92,8 @@ def test_masters_are_the_live_optimizers(place: str, checkpoints: Path) -> None:
 def test_a_model_of_masters_is_written_in_small_blocks(
     checkpoints: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("llmtune.storage.row_blocks.BLOCK_ELEMENTS", 64 * 3)
-    monkeypatch.setattr("llmtune.storage.row_blocks._LEAST_ROWS", 1)
+    monkeypatch.setattr("llmtune.storage.tensors.row_blocks.BLOCK_ELEMENTS", 64 * 3)
+    monkeypatch.setattr("llmtune.storage.tensors.row_blocks._LEAST_ROWS", 1)
     for place in ("0-none", "3-none"):
         output = tmp_path / place
         output.mkdir()

@@ -20,7 +20,7 @@ from llmtune.errors import ConfigError, ExportError
 from llmtune.export.merge.deltas import LowRank
 from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
-from llmtune.storage.row_blocks import BLOCK_ELEMENTS, row_ranges
+from llmtune.storage.tensors.row_blocks import BLOCK_ELEMENTS, row_ranges
 from tests.export.conftest import TOKENS, make_adapter, make_base
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -203,7 +203,7 @@ def test_rows_of_a_block_have_the_bits_of_the_whole(
     )
     whole = load_file(export(base, adapter, tmp_path / "whole") / "model.safetensors")
     assert BLOCK_ELEMENTS > 512 * 48
-    monkeypatch.setattr("llmtune.storage.row_blocks.BLOCK_ELEMENTS", 48 * 16)
+    monkeypatch.setattr("llmtune.storage.tensors.row_blocks.BLOCK_ELEMENTS", 48 * 16)
     pieces = load_file(export(base, adapter, tmp_path / "pieces") / "model.safetensors")
     assert all(torch.equal(pieces[name], tensor) for name, tensor in whole.items())
 

@@ -109,8 +109,8 @@ def test_tensors_have_the_bits_of_deepspeeds_own_conversion(
     expected = convert(checkpoints / name)
     module = read_archive(model_states(checkpoints / name))["module"]
     for block_elements in (1 << 22, 50):
-        monkeypatch.setattr("llmtune.storage.row_blocks.BLOCK_ELEMENTS", block_elements)
-        monkeypatch.setattr("llmtune.storage.row_blocks._LEAST_ROWS", 1)
+        monkeypatch.setattr("llmtune.storage.tensors.row_blocks.BLOCK_ELEMENTS", block_elements)
+        monkeypatch.setattr("llmtune.storage.tensors.row_blocks._LEAST_ROWS", 1)
         source = ZeroSource(checkpoints / name)
         assert source.world_size == (3 if name in OF_THREE_RANKS else 2)
         for tensor, values in expected.items():

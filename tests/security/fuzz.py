@@ -30,7 +30,7 @@ from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.launch.launchers.hostfile import read_hostfile
 from llmtune.launch.launchers.slurm import expand_counts, expand_hosts
 from llmtune.storage.manifest import find_damage
-from llmtune.storage.safetensors_header import read_header
+from llmtune.storage.tensors.safetensors_header import read_header
 from llmtune.tuner.stored_adapter import read_adapter_config
 
 #: Rows of every kind that a file may begin as.

@@ -28,7 +28,7 @@ from llmtune.export.sources.deepspeed.pickle_reader import read_archive
 from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.storage.manifest import find_damage, write_manifest
 from llmtune.storage.plain_json import MAX_DEPTH, check_depth, decode_json, parse_json
-from llmtune.storage.safetensors_header import read_header
+from llmtune.storage.tensors.safetensors_header import read_header
 from llmtune.tuner.pattern_limits import pattern_problem
 from llmtune.tuner.stored_adapter import read_adapter_config
 from tests.security.archives import tensor, write_archive

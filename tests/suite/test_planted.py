@@ -46,9 +46,9 @@ PLANTED = [
     ),
     Planted(
         fault="the mask ends one token early",
-        file="data/tokenize/encode.py",
-        right="[first : last + 1] = True",
-        wrong="[first:last] = True",
+        file="data/tokenize/fit_row.py",
+        right="append((first, last + 1))",
+        wrong="append((first, last))",
         tests=("tests/data/test_encode.py",),
     ),
     Planted(
@@ -72,8 +72,8 @@ PLANTED = [
     Planted(
         fault="hashes of the manifest are not compared",
         file="storage/manifest.py",
-        right='if found["xxh3_128"] != entry["xxh3_128"]:',
-        wrong='if found["size"] != entry["size"]:',
+        right='if actual != entry["xxh3_128"]:',
+        wrong='if actual == "":',
         tests=("tests/faults/test_damage.py", "tests/cli/test_verify.py"),
     ),
     Planted(
@@ -86,8 +86,8 @@ PLANTED = [
     Planted(
         fault="packed documents see each other",
         file="data/load/collate.py",
-        right="torch.cat([torch.arange(length) for length in row])",
-        wrong="torch.arange(sum(row))",
+        right="torch.cat([torch.arange(length) for length in lengths])",
+        wrong="torch.arange(sum(lengths))",
         tests=("tests/data/test_packing.py",),
     ),
     Planted(

@@ -24,8 +24,8 @@ from llmtune.export.sources.tensor_source import (
     read_whole,
     some,
 )
-from llmtune.storage.row_blocks import row_ranges
-from llmtune.storage.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.row_blocks import row_ranges
+from llmtune.storage.tensors.safetensors_writer import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

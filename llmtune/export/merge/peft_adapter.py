@@ -14,7 +14,7 @@ from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.architecture import headed_task
 from llmtune.export.sources.tensor_source import open_tensors, some
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from llmtune.storage.tensor_checks import (
+from llmtune.storage.tensors.tensor_checks import (
     find_bad_tensors,
     find_untrained_adapter,
 )

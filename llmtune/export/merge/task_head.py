@@ -25,8 +25,8 @@ from llmtune.export.sources.tensor_source import (
 )
 from llmtune.model.skeleton import build_skeleton
 from llmtune.storage.plain_json import parse_json
-from llmtune.storage.row_blocks import row_ranges
-from llmtune.storage.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.row_blocks import row_ranges
+from llmtune.storage.tensors.safetensors_writer import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,12 @@ import torch
 from llmtune.export.sources.tensor_source import TensorSource
 from llmtune.storage.atomic import append_line, flush, remove_folder
 from llmtune.storage.hashing import hash_file
-from llmtune.storage.safetensors_writer import TensorFile, TensorSpec, plan_shards, write_index
+from llmtune.storage.tensors.safetensors_writer import (
+    TensorFile,
+    TensorSpec,
+    plan_shards,
+    write_index,
+)
 
 JOURNAL = "journal.jsonl"
 

@@ -13,7 +13,7 @@ from llmtune.errors import ExportError
 from llmtune.export.sources.nf4 import dequantize, load_bitsandbytes, quantized_names
 from llmtune.export.sources.tensor_source import SafetensorsSource, TensorSource, some
 from llmtune.storage.plain_json import parse_json
-from llmtune.storage.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.safetensors_writer import TensorSpec
 
 _STATE_NAME = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _REQUIRED = ("absmax", "quant_map")

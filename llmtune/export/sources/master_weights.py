@@ -18,7 +18,7 @@ from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.sources.tensor_source import SafetensorsSource, some
 from llmtune.storage import layout
 from llmtune.storage.manifest import read_manifest
-from llmtune.storage.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.safetensors_writer import TensorSpec
 
 
 def has_master_weights(folder: Path) -> bool:

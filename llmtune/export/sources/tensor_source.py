@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llmtune.errors import ExportError
-from llmtune.storage.dtypes import WRITABLE, to_torch
 from llmtune.storage.layout import MODEL_INDEX, MODEL_WEIGHTS
 from llmtune.storage.plain_json import parse_json
-from llmtune.storage.row_blocks import row_ranges
-from llmtune.storage.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.dtypes import WRITABLE, to_torch
+from llmtune.storage.tensors.row_blocks import row_ranges
+from llmtune.storage.tensors.safetensors_writer import TensorSpec
 
 #: Names of the modules that turn tokens into vectors, and vectors into logits.
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")

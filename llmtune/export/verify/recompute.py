@@ -20,7 +20,7 @@ import torch
 from llmtune.errors import ExportError
 from llmtune.export.sources.tensor_source import TensorSource, find_name, some
 from llmtune.export.verify.expected_tensors import Expectations, ExpectedTensor, find_start
-from llmtune.storage.row_blocks import row_ranges
+from llmtune.storage.tensors.row_blocks import row_ranges
 
 #: Standard deviations that chance may explain, and the share of the change that is ignored.
 _SIGMAS, _LEAST_SHARE = 6.0, 1e-3

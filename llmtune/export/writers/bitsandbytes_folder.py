@@ -30,8 +30,8 @@ from llmtune.export.sources.tensor_source import TensorSource
 from llmtune.storage.atomic import write_atomically
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.plain_json import parse_json
-from llmtune.storage.row_blocks import row_ranges
-from llmtune.storage.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.row_blocks import row_ranges
+from llmtune.storage.tensors.safetensors_writer import TensorSpec
 
 _STATE = "quant_state.bitsandbytes__nf4"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import MissingPrerequisiteError
-from llmtune.storage.dtypes import TYPES, to_torch
 from llmtune.storage.hashing import sha256_bytes
 from llmtune.storage.layout import MODEL_INDEX, MODEL_WEIGHTS
 from llmtune.storage.plain_json import parse_json
-from llmtune.storage.safetensors_header import read_header
+from llmtune.storage.tensors.dtypes import TYPES, to_torch
+from llmtune.storage.tensors.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from llmtune.config.schema import Precision
 from llmtune.plan.memory.model_shape import ModelShape, load_architecture
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.process import hold_interruptions
-from llmtune.storage.dtypes import configured_dtype
+from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.tuner.adapted_layers import choose_layers, linear_layers, matrix_sides
 from llmtune.tuner.lora_settings import lora_rank
 from llmtune.tuner.tuner import TUNERS, mark_trained

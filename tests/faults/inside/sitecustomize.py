@@ -127,7 +127,7 @@ def _patch_module(module: Any) -> None:
 
 
 def _patch_tensor_file(module: Any) -> None:
-    """``llmtune.storage.safetensors_writer``: the large files."""
+    """``llmtune.storage.tensors.safetensors_writer``: the large files."""
     kind = module.TensorFile
     kind.__init__ = _before(kind.__init__, lambda _, path, *rest, **named: _before_file(path))
     kind.write = _before(kind.write, lambda self, _: reach(f"write:{_step_of(self.path)}"))
@@ -217,7 +217,7 @@ def _patch_mirror(module: Any) -> None:
 
 _PATCHES: dict[str, Callable[[Any], None]] = {
     "llmtune.engine.train_module": _patch_module,
-    "llmtune.storage.safetensors_writer": _patch_tensor_file,
+    "llmtune.storage.tensors.safetensors_writer": _patch_tensor_file,
     "llmtune.storage.atomic": _patch_atomic,
     "llmtune.storage.manifest": _patch_manifest,
     "llmtune.checkpoint.save": _patch_save,

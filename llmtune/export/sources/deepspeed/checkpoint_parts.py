@@ -14,7 +14,7 @@ from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.export.sources.tensor_source import TensorSource, some
 from llmtune.security.trust import copy_foreign
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from llmtune.storage.safetensors_writer import TensorFile
+from llmtune.storage.tensors.safetensors_writer import TensorFile
 
 _PREFIX = "base_model.model."
 

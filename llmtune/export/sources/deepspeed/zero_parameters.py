@@ -27,7 +27,7 @@ from llmtune.export.sources.deepspeed.rank_files import (
 )
 from llmtune.export.sources.deepspeed.step_folder import COPY_AGAIN
 from llmtune.export.sources.tensor_source import some
-from llmtune.storage.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.safetensors_writer import TensorSpec
 
 #: Parameter -> shape, in the order in which the flat tensors hold them.
 Shapes = dict[str, tuple[int, ...]]

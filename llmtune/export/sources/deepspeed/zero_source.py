@@ -16,8 +16,8 @@ from llmtune.export.sources.deepspeed.zero_parameters import (
     trained_parameters,
 )
 from llmtune.export.sources.tensor_source import some
-from llmtune.storage.dtypes import to_safetensors
-from llmtune.storage.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.dtypes import to_safetensors
+from llmtune.storage.tensors.safetensors_writer import TensorSpec
 
 
 class ZeroSource:

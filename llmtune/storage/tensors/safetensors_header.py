@@ -21,7 +21,7 @@ class HeaderEntry:
     """One tensor of a file."""
 
     kind: str
-    """Its type, as safetensors calls it; see :data:`llmtune.storage.dtypes.TYPES`."""
+    """Its type, as safetensors calls it; see :data:`llmtune.storage.tensors.dtypes.TYPES`."""
     shape: tuple[int, ...]
     start: int
     """Offset of its data in the file, in bytes."""

@@ -11,8 +11,14 @@ from safetensors.torch import save_file
 
 from llmtune.config.groups.export import ExportDtype
 from llmtune.config.schema import Precision
-from llmtune.storage.dtypes import TYPES, WRITABLE, configured_dtype, to_safetensors, to_torch
-from llmtune.storage.safetensors_header import read_header
+from llmtune.storage.tensors.dtypes import (
+    TYPES,
+    WRITABLE,
+    configured_dtype,
+    to_safetensors,
+    to_torch,
+)
+from llmtune.storage.tensors.safetensors_header import read_header
 
 
 @pytest.mark.parametrize("name", TYPES)

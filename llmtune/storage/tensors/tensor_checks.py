@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llmtune.storage.dtypes import TYPES
+from llmtune.storage.tensors.dtypes import TYPES
 
 #: Bytes compared at once, unless one row is larger.
 BLOCK_BYTES = 64 << 20

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from llmtune.storage.dtypes import to_safetensors
 from llmtune.storage.hashing import FileHash
 from llmtune.storage.layout import MODEL_INDEX, MODEL_WEIGHTS
+from llmtune.storage.tensors.dtypes import to_safetensors
 
 #: Bytes written and hashed at once.
 _BLOCK = 1 << 24

@@ -1,0 +1,1 @@
+"""Files of tensors: types, headers, writing, blocks of rows, and checks."""
