@@ -17,15 +17,16 @@ from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.activations import ActivationModel, TraceSettings
 from llmtune.plan.memory.model_shape import ModelShape
-from llmtune.plan.memory.peak_memory import MemoryPlan, Workload, estimate_memory, fits
+from llmtune.plan.memory.peak_memory import MemoryPlan, Workload, estimate_memory, find_shortfall
 from llmtune.plan.memory.placement import (
     RUNGS,
     Placement,
     make_placement,
     named_rung,
 )
+from llmtune.plan.memory.rank_bytes import element_bytes
 from llmtune.plan.memory.zero_buffers import ZeroSizes, resolve_zero_sizes
-from llmtune.plan.memory.zero_states import element_bytes, state_bytes
+from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
 from llmtune.tuner.tuner import TUNERS
 
@@ -297,7 +298,7 @@ class Search:
             world,
             Workload(activations, self._eval_logits(batch), hardware.accelerator),
         )
-        lacks = fits(memory, hardware, self.cluster.ranks_on_node)
+        lacks = find_shortfall(memory, hardware, self.cluster.ranks_on_node)
         speed = estimate_speed(
             shape, placement, batch, length, recompute, config.precision, self.cluster
         )

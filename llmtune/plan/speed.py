@@ -15,7 +15,7 @@ from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import CPU_LINK_BANDWIDTH, Hardware
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.zero_states import NF4_BYTES, element_bytes
+from llmtune.plan.memory.rank_bytes import NF4_BYTES, element_bytes
 
 # : Bytes of host memory that CPU Adam touches a parameter: reads weight, gradient and two moments,
 # writes three of them : (fp32), and the weight's copy in the training dtype.
