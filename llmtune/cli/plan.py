@@ -71,7 +71,8 @@ def _plan(arguments: Arguments, write: Any) -> int:
     from llmtune.cli.output import quiet_libraries
     from llmtune.config.compose import compose_config
     from llmtune.plan.advice import list_advice
-    from llmtune.plan.plan import describe_misfit, resolve_ladder
+    from llmtune.plan.plan import resolve_ladder
+    from llmtune.plan.report import describe_misfit
     from llmtune.run.adapter import adopt_adapter
     from llmtune.run.settings import find_problems
     from llmtune.track.console import Console

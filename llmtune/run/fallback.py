@@ -27,7 +27,8 @@ from llmtune.launch.supervise.signals import raise_stops
 from llmtune.launch.supervise.supervisor import run_ranks
 from llmtune.launch.supervise.watch import Limits
 from llmtune.plan.ladder import next_candidate
-from llmtune.plan.plan import describe_misfit, plan_candidate, with_nvme
+from llmtune.plan.plan import plan_candidate, with_nvme
+from llmtune.plan.report import describe_misfit
 from llmtune.run.prepare import describe, resolve_request
 from llmtune.run.ranks_ahead import RanksAhead, Surroundings
 from llmtune.storage import layout

@@ -27,7 +27,8 @@ from llmtune.export.preflight import check_exportable
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
-from llmtune.plan.plan import Plan, resolve_steps
+from llmtune.plan.plan import Plan
+from llmtune.plan.steps import resolve_steps
 from llmtune.run.adapter import describe_adapter
 from llmtune.run.check_model import check_model
 from llmtune.storage import layout

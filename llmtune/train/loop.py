@@ -17,7 +17,7 @@ from llmtune.draws import Draw, torch_seed
 from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import StepResult, TrainModule
 from llmtune.errors import CheckpointError, DivergedError, StoppedError
-from llmtune.plan.plan import StepsPlan
+from llmtune.plan.steps import StepsPlan
 from llmtune.track.tracker import Record, Trackers
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.line_sums import LineSums

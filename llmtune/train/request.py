@@ -12,7 +12,8 @@ from typing import Any
 from llmtune.config.schema import Config
 from llmtune.config.stored import from_plain, to_plain
 from llmtune.data.prepare import PreparedData
-from llmtune.plan.plan import Plan, StepsPlan
+from llmtune.plan.plan import Plan
+from llmtune.plan.steps import StepsPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

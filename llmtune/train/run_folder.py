@@ -24,7 +24,7 @@ from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_redacted, load_bytes, redact_config
 from llmtune.errors import CheckpointError, ConfigError
-from llmtune.plan.plan import StepsPlan
+from llmtune.plan.steps import StepsPlan
 from llmtune.security.redaction import redact, redact_values
 from llmtune.security.trust import check_links, close_run_folder
 from llmtune.storage import layout

@@ -54,6 +54,11 @@ class DeviceBytes:
         """Sum of all fields."""
         return sum(asdict(self).values())
 
+    @property
+    def persistent(self) -> int:
+        """Bytes that do not depend on the micro-batch."""
+        return self.total - self.activations - self.logits - self.working_set
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostBytes:
