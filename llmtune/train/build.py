@@ -31,7 +31,7 @@ from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import NONE, SERVICES, TrackedRun
 from llmtune.track.tracker import Tracker, Trackers
-from llmtune.train.checkpointing import CheckpointSaver, SaveSettings, render_companions
+from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.evaluation import HeldOutLoss
 from llmtune.train.hooks.loss_plot import LossPlot
@@ -39,6 +39,7 @@ from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
 from llmtune.train.line_sums import LineSums
 from llmtune.train.loop import Hook, Job, TrainingState, run
+from llmtune.train.model_files import render_model_files
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
 from llmtune.train.stop_request import Stop
@@ -182,7 +183,7 @@ def build_saver(
     mirror: Mirror | None = None
     if module.rank.is_first:
         model_files = {
-            **render_companions(module.model, tokenizer, weights, run),
+            **render_model_files(module.model, tokenizer, weights, run),
             **weights.index(module),
         }
         if chosen.mirror is not None:

@@ -138,10 +138,7 @@ def check_trainable(
         ConfigError: With what can be trained instead.
     """
     method = method_of(settings)
-    base = (
-        f"model.name_or_path={name}: its weights are stored in fewer bits (quantization_config:"
-        f" {method})"
-    )
+    base = f"model.name_or_path={name}: its weights are quantized (quantization_config: {method})"
     if trains_all:
         raise ConfigError(
             f"{base}, of which tuner=full could train the norms and embeddings alone: take"
@@ -155,8 +152,7 @@ def check_trainable(
         )
     if stage == 3:
         raise ConfigError(
-            f"{base}, which ZeRO 3 cannot cut into slices: take zero=2 (or 0, 1), or the model in"
-            " 16 bits"
+            f"{base}, which ZeRO 3 cannot partition: take zero=2 (or 0, 1), or the model in 16 bits"
         )
 
 
