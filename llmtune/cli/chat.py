@@ -24,7 +24,7 @@ def main(arguments: Arguments) -> int:
 
         quiet_libraries()
 
-        from llmtune.model.generate import answer
+        from llmtune.model.generate import generate
         from llmtune.run.artifact import load_model, resolve_target
 
         target = resolve_target(composed)
@@ -33,7 +33,9 @@ def main(arguments: Arguments) -> int:
 
     def reply(text: str) -> str:
         history.append({"role": "user", "content": text})
-        (said,) = answer(model, tokenizer, [history], settings.max_new_tokens, settings.temperature)
+        (said,) = generate(
+            model, tokenizer, [history], settings.max_new_tokens, settings.temperature
+        )
         history.append({"role": "assistant", "content": said})
         return said
 
