@@ -9,8 +9,8 @@ from llmtune.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-# : Kernels of attention that transformers knows by a name -> the attribute of a model's class that
-# says whether it has them.
+#: Kernels of attention that transformers knows by a name -> the attribute of a model's class that
+#: says whether it has them.
 _KERNELS = {
     "sdpa": "_supports_sdpa",
     "flash_attention_2": "_supports_flash_attn",
@@ -112,8 +112,8 @@ def check_row_length(max_seq_length: int, positions: int | None, name: str) -> N
         )
 
 
-# : Architectures that use a layer's weight without calling the layer, where ZeRO 3 has only a slice
-# of it.
+#: Architectures that use a layer's weight without calling the layer, where ZeRO 3 has only a slice
+#: of it.
 _NOT_PARTITIONED = ("gemma3n", "gemma3n_text")
 
 

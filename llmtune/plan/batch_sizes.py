@@ -11,9 +11,9 @@ from llmtune.config.schema import TrainConfig
 from llmtune.errors import ConfigError
 from llmtune.units import counted
 
-# : ``auto`` fills a micro-batch up to this many tokens; more rarely makes a GPU faster and always
-# costs activations. A CPU : gains nothing from large micro-batches and loses what they pad
-# (SmolLM2-135M on 2 cores: 354 tokens/s at 2 rows, 316 at 8).
+#: ``auto`` fills a micro-batch up to this many tokens; more rarely makes a GPU faster and always
+#: costs activations. A CPU gains nothing from large micro-batches and loses what they pad
+#: (SmolLM2-135M on 2 cores: 354 tokens/s at 2 rows, 316 at 8).
 AUTO_MICRO_BATCH_TOKENS = {"cuda": 32768, "cpu": 1024}
 
 #: ``train.global_batch_size=auto`` is at least this.

@@ -90,8 +90,8 @@ KNOWN: dict[str, set[str]] = {
     },
 }
 
-# : Keys whose kernels only nvcc compiles, in each rank by itself; llmtune builds its ops before any
-# rank starts.
+#: Keys whose kernels only nvcc compiles, in each rank by itself; llmtune builds its ops before any
+#: rank starts.
 NEED_NVCC = {
     "zero_optimization.zero_quantized_gradients",
     "zero_optimization.zero_quantized_weights",

@@ -17,8 +17,8 @@ from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import NF4_BYTES, element_bytes
 
-# : Bytes of host memory that CPU Adam touches a parameter: reads weight, gradient and two moments,
-# writes three of them : (fp32), and the weight's copy in the training dtype.
+#: Bytes of host memory that CPU Adam touches a parameter: reads weight, gradient and two moments,
+#: writes three of them (fp32), and the weight's copy in the training dtype.
 CPU_ADAM_BYTES = 34
 #: What Python and kernel launches add to each layer of a pass: without ZeRO 3, and with its hooks.
 LAUNCH_SECONDS = {"cuda": (0.0003, 0.0010), "cpu": (0.0003, 0.0015)}

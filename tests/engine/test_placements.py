@@ -14,8 +14,8 @@ from tests.support import largest_difference, train_engines
 
 RUNGS = ("none", "optimizer_cpu", "cpu", "optimizer_nvme", "nvme")
 
-# : Hidden 1088 on two ranks: between 1-D tensors the slices lie off the sectors of a disk, and
-# DeepSpeed trains wrong.
+#: Hidden 1088 on two ranks: between 1-D tensors the slices lie off the sectors of a disk, and
+#: DeepSpeed trains wrong.
 WIDE = [
     *(
         "model=tiny",

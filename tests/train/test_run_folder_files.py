@@ -112,8 +112,8 @@ def test_what_a_crash_of_the_machine_cut_off_is_passed_over(tmp_path: Path) -> N
         assert folder.read_run_id() == "a"
 
 
-# : Ends the process as ``kill -9`` does, at the moment that is named, while a start describes its
-# run.
+#: Ends the process as ``kill -9`` does, at the moment that is named, while a start describes its
+#: run.
 KILLED = """
 import os, sys
 from pathlib import Path

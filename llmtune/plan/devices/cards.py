@@ -28,9 +28,9 @@ class Card:
 
 GIB = 2**30
 
-# : Efficiencies are those of DeepSpeed and FSDP runs of 70B models with eager kernels
-# (docs/planner.md has the runs); a : data sheet's NVLink figure counts both directions, and
-# collectives reach about 80 % of one.
+#: Efficiencies are those of DeepSpeed and FSDP runs of 70B models with eager kernels
+#: (docs/planner.md has the runs); a data sheet's NVLink figure counts both directions, and
+#: collectives reach about 80 % of one.
 CARDS: dict[str, Card] = {
     "A100-80GB": Card(
         flops=312e12,

@@ -18,8 +18,8 @@ from llmtune.units import counted
 
 #: Where torch reads the settings of its allocators; the first wins.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-# : The setting that leaves large blocks of pinned memory as they are, and torch's first version
-# that knows it.
+#: The setting that leaves large blocks of pinned memory as they are, and torch's first version that
+#: knows it.
 EXACT_PINS, _FIRST_WITH_EXACT_PINS = "pinned_max_round_threshold_mb", (2, 13)
 
 #: Compute capability (Ampere) from which GPUs have bf16 and FlashAttention's kernels.

@@ -17,19 +17,19 @@ from llmtune.plan.devices.cards import CARDS, UNKNOWN, Card, find_card
 from llmtune.plan.devices.gpus import check_hidden_gpus, check_kernels, has_nvlink, visible_gpus
 from llmtune.units import counted, format_bytes, parse_bytes
 
-# : Between the ranks of one CPU, through gloo on the loopback (measured on 2 cores: 0.7 to 1.3
-# GB/s).
+#: Between the ranks of one CPU, through gloo on the loopback (measured on 2 cores: 0.7 to 1.3
+#: GB/s).
 CPU_LINK_BANDWIDTH = 1e9
-# : A node's memory, two sockets of eight channels; of the 400 GB/s of the data sheet the optimizer
-# reaches about this.
+#: A node's memory, two sockets of eight channels; of the 400 GB/s of the data sheet the optimizer
+#: reaches about this.
 SERVER_MEMORY_BANDWIDTH = 250e9
 CPU_MEMORY_BANDWIDTH = 15e9
 #: Eight adapters of 200 Gb/s.
 NETWORK_BANDWIDTH = 160e9
 #: Four drives of PCIe 4 under DeepNVMe.
 NVME_READ_BANDWIDTH, NVME_WRITE_BANDWIDTH = 10e9, 5e9
-# : Share of the CPU's own matrix multiplication that a training step reaches (SmolLM2-135M on 2
-# cores).
+#: Share of the CPU's own matrix multiplication that a training step reaches (SmolLM2-135M on 2
+#: cores).
 CPU_EFFICIENCY = 0.35
 #: Of one core, without and with bf16 instructions (2 EPYC cores: 200 GFLOP/s in fp32, 440 in bf16).
 CPU_FLOPS_PER_CORE = {False: 100e9, True: 220e9}

@@ -22,14 +22,14 @@ from llmtune.plan.memory.rank_bytes import StateBytes, element_bytes
 from llmtune.plan.memory.zero_buffers import ZeroSizes, partition_numel
 from llmtune.units import format_bytes
 
-# : Share of a memory that a plan may fill; the rest is fragmentation, other processes, the
-# operating system.
+#: Share of a memory that a plan may fill; the rest is fragmentation, other processes, the operating
+#: system.
 USABLE_SHARE = 0.92
 
 #: CUDA context, NCCL's and cuBLAS' buffers of one rank.
 CUDA_RUNTIME_BYTES = 1_600_000_000
-# : Python, torch and the libraries in one rank's host memory: with CUDA's, and of a CPU rank (0.75
-# GB measured).
+#: Python, torch and the libraries in one rank's host memory: with CUDA's, and of a CPU rank (0.75
+#: GB measured).
 HOST_RUNTIME_BYTES = {"cuda": 3_000_000_000, "cpu": 800_000_000}
 
 

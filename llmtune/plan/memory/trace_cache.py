@@ -16,8 +16,8 @@ from typing import Any
 from llmtune import __version__
 from llmtune.registry import hash_plugins
 
-# : What the values depend on beside model and settings; of llmtune itself, the files that compute
-# them.
+#: What the values depend on beside model and settings; of llmtune itself, the files that compute
+#: them.
 _LIBRARIES = ("torch", "transformers")
 _SOURCES = ("activations.py", "model_shape.py", "../abilities.py")
 _TUNERS = "../../tuner"

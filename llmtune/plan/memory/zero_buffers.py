@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from llmtune.plan.memory.model_shape import ModelShape, TensorShape
 from llmtune.plan.memory.placement import Placement
 
-# : DeepSpeed swaps what has at least this many bytes (``swap_tensor/utils.py: MIN_AIO_BYTES``, or
-# the aio block).
+#: DeepSpeed swaps what has at least this many bytes (``swap_tensor/utils.py: MIN_AIO_BYTES``, or
+#: the aio block).
 MIN_SWAP_BYTES = 2**20
 #: Lengths on disk are padded to this, times the threads of a request (``AIO_ALIGNED_BYTES``).
 SWAP_ALIGNMENT_BYTES = 1024
-# : A gradient is read back into the middle of a buffer by O_DIRECT, which wants this alignment;
-# else DeepSpeed trains on : wrong gradients without a word.
+#: A gradient is read back into the middle of a buffer by O_DIRECT, which wants this alignment; else
+#: DeepSpeed trains on wrong gradients without a word.
 SECTOR_BYTES = 512
 #: Buffers of the optimizer's swapper: weights, two moments, gradient.
 OPTIMIZER_SWAP_BUFFERS = 4

@@ -40,15 +40,15 @@ if TYPE_CHECKING:
 
     from llmtune.engine.train_module import TrainModule
 
-# : Tokens of the two documents of the small model. The first is longer than any window that is
-# left, and ends beyond the positions : (256) up to which bf16, in which some models hold them,
-# counts every one.
+#: Tokens of the two documents of the small model. The first is longer than any window that is left,
+#: and ends beyond the positions (256) up to which bf16, in which some models hold them, counts
+#: every one.
 SMALL_LENGTHS = (300, 40)
 #: Of the model that is trained.
 LENGTHS = (40, 24)
 
-# : Largest difference of a logit of the small model, in units of their spread, that is rounding.
-# Measured over 60 architectures: : rounding is below 6e-6, leaks are above 8e-5.
+#: Largest difference of a logit of the small model, in units of their spread, that is rounding.
+#: Measured over 60 architectures: rounding is below 6e-6, leaks are above 8e-5.
 SMALL_LIMIT = 2e-5
 #: Largest root mean square of all differences of the trained model, in the same unit.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
