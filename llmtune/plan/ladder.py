@@ -12,7 +12,7 @@ from itertools import product
 
 from llmtune.config.cache_folder import find_cache
 from llmtune.config.schema import Config, Precision, TrainConfig
-from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, settle_batch
+from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, resolve_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.activations import ActivationModel, TraceSettings
@@ -134,7 +134,7 @@ def build_ladder(
             allowed += candidates
     chosen = choose(allowed)
     rungs = tuple(_rung(name, by_rung[name], blocked.get(name), chosen, asked) for name in RUNGS)
-    rows = settle_batch(config.train, world_size, begun)
+    rows = resolve_batch(config.train, world_size, begun)
     return Ladder(
         hardware=hardware,
         shape=shape,

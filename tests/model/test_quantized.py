@@ -204,7 +204,7 @@ def test_what_cannot_be_trained_on_packed_weights_is_refused(tmp_path: Path) -> 
     folder = save_packed(tmp_path, BNB4, in_4_bits)
     with pytest.raises(
         ConfigError,
-        match=r"\(quantization_config: bitsandbytes\), of which tuner=full could train the norms",
+        match=r"\(quantization_config: bitsandbytes\); tuner=full could train only its norms",
     ):
         look(folder, tuner="full")
     with pytest.raises(ConfigError, match="which ZeRO 3 cannot partition: take zero=2"):

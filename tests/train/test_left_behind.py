@@ -215,7 +215,7 @@ def test_what_a_run_began_from_counts_until_it_has_saved_something(tmp_path: Pat
     assert f"this run began from {path}, and has saved nothing since" in said
     stored = begun_train(config_of(), run, "r")
     assert stored is not None
-    assert stored.global_batch_size == 24, "rows a step are kept, too"
+    assert stored.global_batch_size == 24, "rows per step are kept, too"
     newer = make(run, 10, config_of(rows))
     assert begin(run, rows) == newer
     shutil.rmtree(newer)

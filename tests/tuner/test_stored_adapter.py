@@ -96,7 +96,7 @@ REFUSED = {
     ),
     "the embedding": (
         {"target_modules": ["embed_tokens", "q_proj"]},
-        "no LoRA matrices of linear layers",
+        "not LoRA matrices of linear layers",
     ),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa changed the base"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights=olora changed the base"),
