@@ -18,7 +18,7 @@ def run(composed: Composed, _options: Options) -> int:
     """Answer ``chat.prompt``, or each line of the standard input with the conversation so far."""
     settings = composed.config.chat
     with Status(Console(sys.stderr), "loading the libraries and the model"):
-        from llmtune.model.generate import answer
+        from llmtune.model.generate import generate
         from llmtune.run.artifact import load_model, resolve_target
 
         target = resolve_target(composed)
@@ -27,7 +27,9 @@ def run(composed: Composed, _options: Options) -> int:
 
     def reply(text: str) -> str:
         history.append({"role": "user", "content": text})
-        (said,) = answer(model, tokenizer, [history], settings.max_new_tokens, settings.temperature)
+        (said,) = generate(
+            model, tokenizer, [history], settings.max_new_tokens, settings.temperature
+        )
         history.append({"role": "assistant", "content": said})
         return said
 

@@ -149,11 +149,11 @@ def _build_report(
         show_row,
     )
     from llmtune.data.rows.problems import format_location
-    from llmtune.plan.batch_sizes import settle_batch
+    from llmtune.plan.batch_sizes import resolve_batch
 
     asked, global_batch = config.train.per_device_train_batch_size, config.train.global_batch_size
     if not isinstance(global_batch, int):
-        global_batch = settle_batch(config.train, config.launch.nproc or 1).global_batch_size
+        global_batch = resolve_batch(config.train, config.launch.nproc or 1).global_batch_size
     lengths = measure_lengths(rows)
     padding = measure_padding(
         rows,

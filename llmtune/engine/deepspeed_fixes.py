@@ -1,6 +1,6 @@
-"""Where DeepSpeed 0.19.8 computes something other than it says.
+"""Corrections of DeepSpeed 0.19.8, where it computes something other than it documents.
 
-Each has a test that fails when upstream mends it.
+Each has a test that fails when upstream fixes it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import torch.distributed
 
 
 def undo_stage0_dummy_step(optimizer: Any) -> bool:
-    """Take back the optimizer step that stage 0 in bf16/fp16 makes while it is built; True if there
-    was one.
+    """Take back the optimizer step that stage 0 in bf16/fp16 makes while it is built.
 
     ``FP16_UnfusedOptimizer.initialize_optimizer_states`` calls ``step()`` on zero gradients. That
     counts as Adam's first step, so the bias correction of the real first step is that of the second
     (its update is 26 % too small at the usual betas), and it decays the master weights once. Stages
     1 to 3 do not do this.
+
+    Returns:
+        Whether there was such a step.
     """
     masters = getattr(optimizer, "fp32_groups", None)
     if masters is None:
@@ -36,8 +38,7 @@ def undo_stage0_dummy_step(optimizer: Any) -> bool:
 
 
 def missing_loss_scale(optimizer: Any) -> float:
-    """What the loss has to be multiplied by before ``engine.backward``, for stage 0 in fp16; 1
-    elsewhere.
+    """Return the factor of the loss before ``engine.backward``: the scale of stage 0 in fp16, or 1.
 
     ``DeepSpeedEngine.backward`` scales the loss for ZeRO's optimizers only, but
     ``FP16_UnfusedOptimizer.step`` divides the gradient by the scale: it is 65,536 times too small,
@@ -48,13 +49,15 @@ def missing_loss_scale(optimizer: Any) -> float:
 
 
 def step_in_few_kernels(optimizer: Any) -> bool:
-    """Make the step of stage 0 in bf16/fp16 with one kernel for all tensors at a time; True if
-    there is such a step.
+    """Make the step of stage 0 in bf16/fp16 with one kernel for all tensors at a time.
 
     ``FP16_UnfusedOptimizer.step`` goes through the tensors one by one, some 25 kernels and a wait
-    for the GPU for each: with the 448 tensors of an 8B model's adapters 50 ms a step. What is
-    computed is the same, but for the norm, which is added up in fp64 as in the other stages.
-    Gradients are whole and alike on every rank, and so is what follows from them.
+    for the GPU for each: with the 448 tensors of an 8B model's adapters 50 ms per step. The result
+    is the same, except for the norm, which is added up in fp64 as in the other stages. Gradients
+    are unpartitioned and equal on every rank, and so is what follows from them.
+
+    Returns:
+        Whether the optimizer has such a step.
     """
     if not hasattr(optimizer, "fp32_groups"):
         return False
@@ -69,16 +72,16 @@ def step_in_few_kernels(optimizer: Any) -> bool:
         optimizer.overflow = False
         optimizer._global_grad_norm = norm / optimizer.loss_scale_config.cur_scale
         scale = optimizer.unscale_and_clip_grads(norm, apply_scale=False)
-        # DeepSpeed does this before: see :func:`grow_loss_scale_behind_step`.
+        # DeepSpeed does this earlier: see :func:`grow_loss_scale_behind_step`.
         optimizer._update_scale(False)
         with torch.no_grad():
             gradients = [torch.zeros_like(master) for master in masters]
-            found = [
-                (whole, half.grad)
-                for whole, half in zip(gradients, halves, strict=True)
+            pairs = [
+                (gradient, half.grad)
+                for gradient, half in zip(gradients, halves, strict=True)
                 if half.grad is not None
             ]
-            torch._foreach_copy_([whole for whole, _ in found], [gradient for _, gradient in found])
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
             torch._foreach_mul_(gradients, 1.0 / scale)
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = gradient
@@ -93,11 +96,14 @@ def step_in_few_kernels(optimizer: Any) -> bool:
 
 
 def grow_loss_scale_behind_step(optimizer: Any) -> bool:
-    """In fp16 under ZeRO, let the loss scale grow when the step is done; True if that is a change.
+    """Let the loss scale grow after the step, in fp16 under ZeRO.
 
     Stages 1 to 3 double the scale, every 1,000 steps without an overflow, before they divide the
     gradients by it: those of that step, which were made with the scale before, count half, are
     clipped half as much, and stage 3 reports half their norm.
+
+    Returns:
+        Whether that changes the optimizer.
     """
     if not getattr(getattr(optimizer, "loss_scaler", None), "dynamic", False):
         return False
@@ -106,14 +112,14 @@ def grow_loss_scale_behind_step(optimizer: Any) -> bool:
 
     def note(has_overflow: bool = False) -> None:
         if has_overflow:
-            # Nothing is divided by it in this step.
+            # This step is skipped, so that nothing is divided by the scale.
             update(has_overflow)
         else:
             waiting.append(has_overflow)
 
-    def step_and_grow(*given: Any, **named: Any) -> Any:
+    def step_and_grow(*arguments: Any, **named: Any) -> Any:
         waiting.clear()
-        result = step(*given, **named)
+        result = step(*arguments, **named)
         if waiting:
             update(waiting.pop())
         return result
@@ -124,11 +130,13 @@ def grow_loss_scale_behind_step(optimizer: Any) -> bool:
 
 
 def keep_overflow_on_device(optimizer: Any) -> bool:
-    """Ask once a step whether gradients on their way to the host were finite, not once a tensor;
-    True if that is a change.
+    """Check once per step, not per tensor, whether gradients sent to the host were finite.
 
     ``update_offload_overflow_tracker`` of stages 1 and 2 waits for the GPU with every tensor of
     every micro-batch.
+
+    Returns:
+        Whether that changes the optimizer.
     """
     if not hasattr(optimizer, "update_offload_overflow_tracker") or not getattr(
         optimizer, "cpu_offload", False
@@ -139,12 +147,12 @@ def keep_overflow_on_device(optimizer: Any) -> bool:
 
     def track(gradient: torch.Tensor | None) -> None:
         if gradient is not None:
-            found = optimizer._has_inf_or_nan(gradient.data)
-            seen[:] = [seen[0].logical_or(found) if seen else found]
+            overflows = optimizer._has_inf_or_nan(gradient.data)
+            seen[:] = [seen[0].logical_or(overflows) if seen else overflows]
 
-    def ask(*given: Any, **named: Any) -> bool:
+    def ask(*arguments: Any, **named: Any) -> bool:
         optimizer.local_overflow = bool(seen) and bool(seen[0])
-        return bool(has_overflow(*given, **named))
+        return bool(has_overflow(*arguments, **named))
 
     def forget() -> None:
         seen.clear()
@@ -157,23 +165,22 @@ def keep_overflow_on_device(optimizer: Any) -> bool:
 
 
 def keep_norm_precision(optimizer: Any, zero_stage: int) -> bool:
-    """Add up the gradient norm in fp64 in every stage and placement, as stage 3 without offload
-    does; True if that is a change.
+    """Add up the gradient norm in fp64 in all stages and placements, as stage 3 on a GPU does.
 
     ``complete_grad_norm_calculation_for_cpu_offload`` (stages 1 to 3) and ``get_grad_norm_direct``
     of stages 1 and 2 send the sum of squares through fp32. The norm is then off by one part in
     10^8, the clipped gradients by a last digit, and in bf16 the loss curve drifts from that of the
     same run on another rung of the ladder.
+
+    Returns:
+        Whether that changes the optimizer.
     """
     if zero_stage == 0:
         return False
     from deepspeed.accelerator import get_accelerator
 
     def over_ranks(squares: torch.Tensor) -> torch.Tensor:
-        """The 2-norm; -1 where it is not finite, as DeepSpeed wants it.
-
-        The host does not wait for it.
-        """
+        """The 2-norm; -1 where it is not finite, as DeepSpeed expects. The host does not wait."""
         # Not on ``optimizer.device``, which is the host where the optimizer is offloaded: NCCL
         # takes no tensor of the host.
         total = squares.to(get_accelerator().current_device_name())
@@ -184,9 +191,9 @@ def keep_norm_precision(optimizer: Any, zero_stage: int) -> bool:
     if hasattr(optimizer, "norm_for_param_grads"):
 
         def offloaded(parameters: Sequence[Any]) -> torch.Tensor:
-            """Norms were noted when the gradients passed by.
+            """The norm from those that were noted per gradient.
 
-            On the host, as the gradients that are clipped by it.
+            It is on the host, as are the gradients that are clipped by it.
             """
             norms = optimizer.norm_for_param_grads
             keys = map(optimizer.get_param_id, parameters)
@@ -197,7 +204,7 @@ def keep_norm_precision(optimizer: Any, zero_stage: int) -> bool:
     if zero_stage < 3:
 
         def direct(gradients: Sequence[torch.Tensor], _: Any, norm_type: float = 2) -> torch.Tensor:
-            """Of this rank's slices; padding is zero."""
+            """The norm of this rank's slices; padding is zero."""
             assert norm_type == 2
             slices = [gradient.detach() for gradient in gradients]
             return over_ranks(_sum_of_squares(norms_of(slices)))
@@ -208,12 +215,12 @@ def keep_norm_precision(optimizer: Any, zero_stage: int) -> bool:
 
 
 def norms_of(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Their 2-norms in fp64, with one kernel for all of them."""
+    """Compute the 2-norms of tensors in fp64, with one kernel for all of them."""
     return torch._foreach_norm(list(tensors), 2, torch.float64) if tensors else []
 
 
 def _sum_of_squares(norms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of scalars, in fp64; on their own device, with one kernel for all of them."""
+    """Sum the squares of scalars in fp64, on their device, with one kernel for all of them."""
     if not norms:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack([norm.double() for norm in norms]).square().sum()

@@ -1,4 +1,4 @@
-"""The process group of the ranks, and the few collectives that the rest of the program needs."""
+"""Join the ranks' process group; the collectives that the rest of the program uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmtune.engine.heartbeat import PhaseLog
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
-    """This process among the others."""
+    """This process and its place in the process group."""
 
     rank: int
     local_rank: int
@@ -27,30 +27,28 @@ class Rank:
     phases: PhaseLog = field(default_factory=PhaseLog)
     ranks_on_node: int = 1
     control: Any = None
-    """Process group on the host for small decisions, where the default one is on GPUs: no step
-    waits for it.
-    """
+    """Process group on the host for small decisions, where the default one is on GPUs."""
 
     @property
     def is_first(self) -> bool:
-        """Rank 0 writes, prints and tracks."""
+        """Whether this is rank 0, which writes, prints and tracks."""
         return self.rank == 0
 
 
 def import_deepspeed() -> None:
-    """Ahead of its use: it takes a while."""
+    """Import DeepSpeed ahead of its use, because that takes a while."""
     import deepspeed  # noqa: F401
 
 
 def init_ranks(
     timeout_minutes: float = 60, phases: PhaseLog | None = None, meeting: Path | None = None
 ) -> Rank:
-    """Join the process group that the environment describes (``RANK``, ``WORLD_SIZE``,
-    ``MASTER_ADDR`` ...).
+    """Join the process group that the environment describes (``RANK``, ``WORLD_SIZE`` ...).
 
     Args:
-        meeting: A file in a folder of this user alone, at which ranks of one machine meet: torch's
-            server at ``MASTER_ADDR`` listens on all interfaces, and believes whoever connects.
+        meeting: A file in a private folder of this user, through which ranks of one machine find
+            each other. Without it they use ``MASTER_ADDR``, where torch's server listens on all
+            interfaces and trusts every client.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -58,15 +56,17 @@ def init_ranks(
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     phases = phases or PhaseLog()
-    # Asked of DeepSpeed, which puts its own tensors there.
+    # DeepSpeed decides, because it puts its own tensors there.
     on_host = accelerator.device_name() == "cpu"
     device = torch.device("cpu") if on_host else torch.device(accelerator.device_name(local_rank))
     if not on_host:
         accelerator.set_device(local_rank)
         phases.device_peak = lambda: _device_peak(accelerator, local_rank)
+
+    # The process group.
     init_method = None
     if meeting is not None:
-        # By a descriptor, which stays open: torch ends a path at the first # or ?.
+        # A descriptor, which stays open, stands for the folder: torch ends a path at # or ?.
         folder = os.open(meeting.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         init_method = f"file:///proc/self/fd/{folder}/{meeting.name}"
     deepspeed.init_distributed(
@@ -80,11 +80,9 @@ def init_ranks(
     on_node = int(
         os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
     )
-    control = (
-        None
-        if on_host
-        else dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
-    )
+    control = None
+    if not on_host:
+        control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
     return Rank(
         rank=dist.get_rank(),
         local_rank=local_rank,
@@ -97,13 +95,13 @@ def init_ranks(
 
 
 def _device_peak(accelerator: Any, local_rank: int) -> tuple[int, int]:
-    """Bytes that were allocated on this rank's GPU at most, and those that may be.
+    """Peak bytes allocated on this rank's GPU, and their limit.
 
-    By the GPU's number: the threads that save ask too, and the current GPU of a new thread is the
-    first.
+    The GPU is named by its index, because the threads that save ask too, and the current GPU of a
+    new thread is the first one.
     """
     module = torch.get_device_module(accelerator.device_name())
-    # Of ``launch.memory_limit``; torch 2.7 does not tell.
+    # The share follows ``launch.memory_limit``; torch 2.7 does not tell it.
     share = getattr(module, "get_per_process_memory_fraction", lambda _: 1.0)(local_rank)
     return accelerator.max_memory_allocated(local_rank), int(
         share * accelerator.total_memory(local_rank)
@@ -111,14 +109,14 @@ def _device_peak(accelerator: Any, local_rank: int) -> tuple[int, int]:
 
 
 def barrier(rank: Rank) -> None:
-    """Wait for the others, so that none ends while another still talks to it."""
+    """Wait for all ranks, so that none ends while another still talks to it."""
     if rank.world_size > 1:
-        # NCCL's has a GPU spin for as long as the slowest copies its checkpoint elsewhere.
+        # NCCL's barrier would keep a GPU busy until the slowest rank has copied its checkpoint.
         dist.barrier(group=rank.control)
 
 
 def all_reduce_sum(values: list[float], rank: Rank) -> list[float]:
-    """The element-wise sum over all ranks, in fp64: token counts outgrow fp32."""
+    """Sum values element by element over all ranks, in fp64, because token counts outgrow fp32."""
     if rank.world_size == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=rank.device)
@@ -127,7 +125,7 @@ def all_reduce_sum(values: list[float], rank: Rank) -> list[float]:
 
 
 def all_reduce_any(flags: Sequence[bool], rank: Rank) -> list[bool]:
-    """Which of the flags are set on any rank. Waits for no GPU."""
+    """Return which flags are set on any rank, without waiting for a GPU."""
     if rank.world_size == 1:
         return list(flags)
     tensor = torch.tensor(flags, dtype=torch.int32)
@@ -136,27 +134,28 @@ def all_reduce_any(flags: Sequence[bool], rank: Rank) -> list[bool]:
 
 
 def gather_objects(value: Any, rank: Rank) -> list[Any]:
-    """The values of all ranks, in order, on every rank. They travel as JSON: torch would unpickle
-    what another sends.
+    """Gather the values of all ranks, in order, on every rank.
+
+    They are sent as JSON, because torch would unpickle what another rank sends.
 
     Args:
         value: Plain values; tuples arrive as lists.
     """
     if rank.world_size == 1:
         return [_from_bytes(_to_bytes(value))]
-    mine = _to_bytes(value)
+    own = _to_bytes(value)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(rank.world_size)]
-    dist.all_gather(sizes, torch.tensor([mine.numel()]), group=rank.control)
+    dist.all_gather(sizes, torch.tensor([own.numel()]), group=rank.control)
     longest = max(int(size) for size in sizes)
     texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(rank.world_size)]
     dist.all_gather(
-        texts, torch.nn.functional.pad(mine, (0, longest - mine.numel())), group=rank.control
+        texts, torch.nn.functional.pad(own, (0, longest - own.numel())), group=rank.control
     )
     return [_from_bytes(text[: int(size)]) for text, size in zip(texts, sizes, strict=True)]
 
 
 def broadcast_object(value: Any, rank: Rank) -> Any:
-    """Rank 0's value on every rank, as :func:`gather_objects` has it."""
+    """Send rank 0's value to every rank, as JSON (see :func:`gather_objects`)."""
     text = _to_bytes(value if rank.is_first else None)
     if rank.world_size > 1:
         size = torch.tensor([text.numel()])

@@ -1,4 +1,7 @@
-"""Record the phase of a rank where the supervisor can read it, however the rank ends."""
+"""Write a rank's phase, step and peak memory to a file that the supervisor reads.
+
+The file outlives the rank, however it ends.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,34 @@ from pathlib import Path
 
 from llmtune.storage.rank_files import PhaseRecord
 
-#: A rank that has this share of its limit is near enough to it for its end to be suspicious.
+#: From this share of its limit on, a rank's end is taken for a lack of memory.
 _NEAR_LIMIT = 0.9
-#: Phases that may last.
-_FOR_PEOPLE = {
+#: Phases that may take long, in words.
+_LONG_PHASES = {
     "start": "starting the ranks",
     "load": "loading the model",
     "answer": "answering held-out prompts",
     "evaluate": "taking the held-out loss",
     "save": "saving",
 }
-#: Between two looks at the memory of a GPU.
+#: Seconds between two readings of a GPU's memory.
 _DEVICE_SECONDS = 0.5
 
 
 class PhaseLog:
-    """Keeps the phase record of one rank.
+    """The phase, step and peak memory of one rank.
 
-    A record that no longer changes is how the supervisor recognizes a hang, so that every write
-    counts up.
+    Phases are ``start load answer forward backward step evaluate save``. The supervisor detects a
+    hang by a record that no longer changes; therefore every write increments ``beats``.
     """
 
     def __init__(self, path: Path | None = None):
         self.step = 0
-        """The optimizer step under way, from 1; 0 before the first."""
+        """The current optimizer step, from 1; 0 before the first."""
         self.device_peak: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        """Returns the most bytes that were allocated on the GPU, and how many may be."""
-        self._seen, self._seen_at = (0, 0), 0.0
+        """Returns the peak bytes allocated on the GPU, and their limit."""
+        self._device_peak = (0, 0)
+        self._device_peak_at = 0.0
         self._phase = "start"
         self._first_step: int | None = None
         self._beats = 0
@@ -46,7 +50,7 @@ class PhaseLog:
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        """Another phase for the length of the block."""
+        """Set another phase for the duration of the block."""
         before = self._phase
         self.enter(phase)
         try:
@@ -55,7 +59,7 @@ class PhaseLog:
             self.enter(before)
 
     def enter(self, phase: str) -> None:
-        """Note the phase; costs a system call."""
+        """Record the phase, with one system call."""
         with self._lock:
             self._phase = phase
             if self._first_step is None and phase == "forward":
@@ -63,29 +67,29 @@ class PhaseLog:
             self._write()
 
     def describe(self) -> str | None:
-        """Describe the phase for people; None in the steps after the first, which are logged."""
-        if self._phase in _FOR_PEOPLE:
-            return _FOR_PEOPLE[self._phase]
+        """Say what the rank does; None after its first step, because each step logs a line."""
+        if self._phase in _LONG_PHASES:
+            return _LONG_PHASES[self._phase]
         return (
             f"step {self.step}, the first of this start" if self.step == self._first_step else None
         )
 
     def beat(self) -> None:
-        """Record that long work within a phase makes progress; from any thread."""
+        """Record that long work within a phase makes progress. Called from any thread."""
         with self._lock:
-            self._seen_at = 0.0
+            self._device_peak_at = 0.0
             self._write()
 
     def _write(self) -> None:
         if self._file is None:
             return
         self._beats += 1
-        # In kB on Linux.
+        # Linux reports kB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        # torch gathers all its statistics to answer, which short steps would feel.
-        if time.monotonic() - self._seen_at > _DEVICE_SECONDS:
-            self._seen_at, self._seen = time.monotonic(), self.device_peak()
-        device_peak, device_limit = self._seen
+        # torch collects all its statistics for this, which would slow down short steps.
+        if time.monotonic() - self._device_peak_at > _DEVICE_SECONDS:
+            self._device_peak_at, self._device_peak = time.monotonic(), self.device_peak()
+        device_peak, device_limit = self._device_peak
         at_limit = None
         if device_peak > _NEAR_LIMIT * device_limit > 0:
             at_limit = "device"
@@ -102,10 +106,7 @@ class PhaseLog:
 
 
 def _is_near_limit() -> bool:
-    """Tell whether this process has nearly all that ``RLIMIT_DATA`` allows.
-
-    The kernel counts what was allocated, used or not.
-    """
+    """Whether this process has nearly reached ``RLIMIT_DATA``, which counts unused memory too."""
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     if limit == resource.RLIM_INFINITY:
         return False

@@ -1,8 +1,7 @@
-"""The optimizer's state by parameter name: which slice of which parameter this rank holds, in every
-ZeRO stage.
+"""The optimizer's state by parameter name: the slices that this rank holds, in every ZeRO stage.
 
-Master weights and moments lie in flat fp32 tensors whose layout depends on stage and world size.
-What leaves this file does not: a name, an offset in the flattened parameter, and the numbers.
+Master weights and moments are in flat fp32 tensors whose layout depends on stage and world size.
+Callers see neither: they get a name, an offset in the flattened parameter, and the values.
 """
 
 from __future__ import annotations
@@ -27,9 +26,7 @@ _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateSlice:
-    """Elements ``[start, start + numel)`` of a flattened parameter, and where this rank keeps
-    them.
-    """
+    """Elements ``[start, start + numel)`` of a flattened parameter, and their tensor."""
 
     name: str
     start: int
@@ -39,20 +36,21 @@ class StateSlice:
     """The fp32 tensor that the optimizer updates; the key of its state."""
     flat_offset: int
     sub_group: int = -1
-    """Of stage 3, whose states may be on NVMe; -1 elsewhere."""
+    """Its sub-group in stage 3, whose states may be on NVMe; -1 in other stages."""
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The slice inside ``tensor``, which has the layout of ``flat``."""
+        """Return the slice of ``tensor``, which has the layout of ``flat``."""
         return tensor.data.view(-1).narrow(0, self.flat_offset, self.numel)
 
 
 def state_slices(module: TrainModule) -> list[StateSlice]:
-    """What this rank holds, by sub-group; slices of all ranks cover every trained parameter, and
-    without ZeRO each rank's do.
+    """List the slices that this rank holds, by sub-group.
+
+    The slices of all ranks cover every trained parameter; without ZeRO those of each rank do.
     """
     names = {id(parameter): name for name, parameter in module.model.named_parameters()}
     if module.zero_stage == 3:
-        return sorted(_stage3_slices(module, names), key=lambda piece: piece.sub_group)
+        return sorted(_stage3_slices(module, names), key=lambda part: part.sub_group)
     if module.zero_stage > 0:
         return list(_stage12_slices(module, names))
     return list(_stage0_slices(module, names))
@@ -61,12 +59,12 @@ def state_slices(module: TrainModule) -> list[StateSlice]:
 def iterate_in_memory(
     module: TrainModule, slices: list[StateSlice], write_back: bool = False
 ) -> Iterator[list[StateSlice]]:
-    """The slices in batches whose states are in memory until the next batch is asked for.
+    """Yield the slices in batches whose states are in memory until the next batch is requested.
 
-    Everything below reads and writes inside such a batch: with the optimizer on NVMe a batch is a
+    States are read and written only inside such a batch. With the optimizer on NVMe a batch is a
     sub-group.
     """
-    for sub_group, batch in groupby(slices, key=lambda piece: piece.sub_group):
+    for sub_group, batch in groupby(slices, key=lambda part: part.sub_group):
         if sub_group < 0:
             yield list(batch)
             continue
@@ -75,80 +73,77 @@ def iterate_in_memory(
 
 
 def slices_to_save(module: TrainModule) -> list[StateSlice]:
-    """The slices that this rank writes: an equal share where every rank holds everything."""
+    """List the slices that this rank saves: an equal share where every rank holds everything."""
     slices = state_slices(module)
     if module.zero_stage > 0 or module.rank.world_size == 1:
         return slices
     owned = []
-    for piece in slices:
-        size = math.ceil(piece.numel / module.rank.world_size)
+    for part in slices:
+        size = math.ceil(part.numel / module.rank.world_size)
         start = module.rank.rank * size
-        count = min(size, piece.numel - start)
+        count = min(size, part.numel - start)
         if count > 0:
             owned.append(
                 StateSlice(
-                    name=piece.name,
+                    name=part.name,
                     start=start,
                     numel=count,
-                    parameter_numel=piece.parameter_numel,
-                    flat=piece.flat,
-                    flat_offset=piece.flat_offset + start,
+                    parameter_numel=part.parameter_numel,
+                    flat=part.flat,
+                    flat_offset=part.flat_offset + start,
                 )
             )
     return owned
 
 
-def view_state(module: TrainModule, piece: StateSlice, kind: str) -> torch.Tensor:
-    """The numbers where they lie, for the length of the batch of :func:`iterate_in_memory`; before
-    the first step, zeros.
+def view_state(module: TrainModule, part: StateSlice, kind: str) -> torch.Tensor:
+    """Return a view of a slice's values; zeros before the first step.
+
+    It is valid within the batch of :func:`iterate_in_memory`.
     """
     if kind == MASTER_WEIGHT:
-        return piece.view(piece.flat)
-    state = module.adam.state.get(piece.flat)
-    return piece.view(state[kind]) if state else torch.zeros(piece.numel)
+        return part.view(part.flat)
+    state = module.adam.state.get(part.flat)
+    return part.view(state[kind]) if state else torch.zeros(part.numel)
 
 
 def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> None:
-    """Create the moments that the optimizer would create at its first step, as zeros, and set its
-    step counter.
-    """
-    for flat in {id(piece.flat): piece.flat for piece in slices}.values():
+    """Create zero moments, as the optimizer's first step would, and set its step counter."""
+    for flat in {id(part.flat): part.flat for part in slices}.values():
         state = module.adam.state[flat]
-        # The fused kernel wants it where the numbers are.
+        # The fused kernel needs the counter on the device of the values.
         state["step"] = torch.tensor(float(steps), device=flat.device)
         for kind in STATE_KEYS[1:]:
             if kind in state:
-                # Kept as the same tensor: the swapper of NVMe knows it.
+                # The same tensor is kept, because the NVMe swapper refers to it.
                 state[kind].data.zero_()
             else:
                 state[kind] = torch.zeros_like(flat.data)
 
 
-def write_state(module: TrainModule, piece: StateSlice, kind: str, values: torch.Tensor) -> None:
-    """Put numbers into this rank's slice; the state must exist."""
-    target = piece.flat if kind == MASTER_WEIGHT else module.adam.state[piece.flat][kind]
+def write_state(module: TrainModule, part: StateSlice, kind: str, values: torch.Tensor) -> None:
+    """Write values into this rank's slice; the state must exist."""
+    target = part.flat if kind == MASTER_WEIGHT else module.adam.state[part.flat][kind]
     with torch.no_grad():
-        piece.view(target).copy_(values)
+        part.view(target).copy_(values)
 
 
 def optimizer_steps(module: TrainModule) -> int:
-    """Steps that AdamW has counted: fewer than the run's where steps were skipped."""
+    """Return the steps that AdamW has counted; skipped steps are not among them."""
     counts = [int(state["step"]) for state in module.adam.state.values() if "step" in state]
     return max(counts, default=0)
 
 
 def read_loss_scale(module: TrainModule) -> dict[str, float]:
-    """The dynamic loss scaler of fp16; empty otherwise."""
+    """Read the state of fp16's dynamic loss scaler; empty in other precisions."""
     scaler = _loss_scaler(module)
-    return (
-        {}
-        if scaler is None
-        else {key: getattr(scaler, key) for key in _LOSS_SCALE_FIELDS if hasattr(scaler, key)}
-    )
+    if scaler is None:
+        return {}
+    return {key: getattr(scaler, key) for key in _LOSS_SCALE_FIELDS if hasattr(scaler, key)}
 
 
 def write_loss_scale(module: TrainModule, values: dict[str, float]) -> None:
-    """Put the loss scaler where :func:`read_loss_scale` found it."""
+    """Restore the loss scaler's state from :func:`read_loss_scale`."""
     scaler = _loss_scaler(module)
     if scaler is not None:
         for key, value in values.items():
@@ -189,15 +184,16 @@ def _stage12_slices(module: TrainModule, names: dict[int, str]) -> Iterator[Stat
         for parameter in parameters:
             mapping = parameter._hp_mapping
             if mapping is not None:
-                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                in_parameter = mapping.lp_fragment_address
+                in_flat = mapping.hp_fragment_address
                 name = names[id(parameter)]
                 yield StateSlice(
                     name=name,
-                    start=here.start,
-                    numel=here.numel,
+                    start=in_parameter.start,
+                    numel=in_parameter.numel,
                     parameter_numel=parameter.numel(),
                     flat=flat,
-                    flat_offset=there.start,
+                    flat_offset=in_flat.start,
                 )
 
 
@@ -207,7 +203,7 @@ def _stage3_slices(module: TrainModule, names: dict[int, str]) -> Iterator[State
         if not parameter.requires_grad:
             continue
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        # Not ds_tensor.numel(), which is that of a placeholder while the slice is on NVMe.
+        # ds_tensor.numel() would be that of a placeholder while the slice is on NVMe.
         start = module.rank.rank * parameter.ds_tensor.ds_numel
         # The last rank's slice is padded.
         count = min(int(size), parameter.ds_numel - start)

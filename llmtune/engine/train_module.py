@@ -1,6 +1,4 @@
-"""The training module: a model and DeepSpeed's engine around it, driven one optimizer step at a
-time.
-"""
+"""The training module: a model in DeepSpeed's engine, trained one optimizer step at a time."""
 
 from __future__ import annotations
 
@@ -52,10 +50,10 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     loss: float
-    """Mean over the trained tokens of the whole step, over all ranks and micro-batches."""
+    """Mean over the step's trained tokens, over all ranks and micro-batches."""
     grad_norm: float
     """Global 2-norm of the gradient, before clipping."""
     applied: bool
@@ -63,16 +61,15 @@ class StepResult:
 
 
 def zero_init(deepspeed_config: dict[str, Any]) -> AbstractContextManager[Any]:
-    """Inside it, ZeRO 3 keeps only this rank's slice of every parameter that is made. What is in it
-    is not sent to anybody.
+    """Make a context in which ZeRO 3 keeps only this rank's slice of every new parameter.
 
-    DeepSpeed broadcasts every parameter from rank 0 before it cuts it, here 141 GB of uninitialized
-    memory for a 70B model. The weights are read slice by slice afterwards.
+    DeepSpeed would broadcast every parameter from rank 0 before partitioning it: 141 GB of
+    uninitialized memory for a 70B model. The weights are read slice by slice afterwards.
     """
     import deepspeed
 
     class Init(deepspeed.zero.Init):  # type: ignore[misc]
-        """Without the broadcast."""
+        """DeepSpeed's ``zero.Init`` without the broadcast."""
 
         def _zero_init_param(self, param: Any) -> None:
             self._convert_to_deepspeed_param(param)
@@ -83,7 +80,7 @@ def zero_init(deepspeed_config: dict[str, Any]) -> AbstractContextManager[Any]:
 
 
 class TrainModule:
-    """Forward, backward, optimizer step, evaluation."""
+    """Runs the forward pass, backward pass, optimizer step and evaluation."""
 
     def __init__(
         self, model: Any, deepspeed_config: dict[str, Any], rank: Rank, loss_function: LossFunction
@@ -132,15 +129,16 @@ class TrainModule:
         learning_rate: float,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> StepResult | None:
-        """One optimizer step over all micro-batches. A step whose gradient is not finite changes
-        nothing.
+        """Run one optimizer step over all micro-batches.
+
+        A step whose gradient is not finite changes nothing.
 
         Args:
-            trained_tokens: Of the whole step, over all ranks: the loss is divided by it once, so
-                that accumulation and ranks change nothing. DeepSpeed averages gradients over ranks,
-                hence the factor ``world_size``.
-            interrupted: Asked on every rank between micro-batches, with the same answer on all.
-                True gives the step up: None is returned, and the state is that of the step before.
+            trained_tokens: Trained tokens of the step, over all ranks. The loss is divided by them
+                once, so that accumulation and ranks change nothing. DeepSpeed averages gradients
+                over ranks, hence the factor ``world_size``.
+            interrupted: Called on every rank between micro-batches, with the same result on all.
+                True abandons the step: None is returned, and the state is that of the step before.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -149,8 +147,8 @@ class TrainModule:
         norm: float | None = None
         self.engine.train()
         phases = self.rank.phases
-        for number, batch in enumerate(micro_batches):
-            if number and interrupted():
+        for index, batch in enumerate(micro_batches):
+            if index and interrupted():
                 return None
             phases.enter("forward")
             loss = self._loss(batch)
@@ -160,7 +158,7 @@ class TrainModule:
             )
             total += loss.detach()
             if self.engine.is_gradient_accumulation_boundary():
-                norm = self._whole_grad_norm()
+                norm = self._unpartitioned_grad_norm()
             phases.enter("step")
             if norm is None or math.isfinite(norm) or hasattr(self.engine.optimizer, "overflow"):
                 self.engine.step()
@@ -180,7 +178,7 @@ class TrainModule:
         was interrupted.
 
         Args:
-            interrupted: Asked on every rank before each batch, with the same answer on all.
+            interrupted: Called on every rank before each batch, with the same result on all.
         """
         self.rank.phases.enter("evaluate")
         self.engine.eval()
@@ -198,7 +196,7 @@ class TrainModule:
         return summed / max(tokens_seen, 1), int(tokens_seen)
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:
-        """Of a batch, on the host, without gradients and without dropout.
+        """Compute a batch's logits, on the host, without gradients and without dropout.
 
         Collective under ZeRO 3.
         """
@@ -211,24 +209,22 @@ class TrainModule:
         return logits.cpu()
 
     def row_losses(self, batches: Iterable[MicroBatch]) -> list[list[float]]:
-        """Summed loss of every row of every batch, without gradients and without dropout.
+        """Compute the summed loss of each row of each batch, without gradients and dropout.
 
         Collective under ZeRO 3.
         """
         self.engine.eval()
-        found = []
+        losses: list[list[float]] = []
         with torch.no_grad():
             for batch in batches:
                 logits = self.engine(**batch.to(self.rank.device).inputs, use_cache=False).logits
-                rows = zip(logits.split(1), batch.split(), strict=True)
-                found.append(
-                    [
-                        float(self.loss_function(one, row.to(one.device).targets))
-                        for one, row in rows
-                    ]
-                )
+                of_rows: list[float] = []
+                for row_logits, row in zip(logits.split(1), batch.split(), strict=True):
+                    targets = row.to(row_logits.device).targets
+                    of_rows.append(float(self.loss_function(row_logits, targets)))
+                losses.append(of_rows)
         self.engine.train()
-        return found
+        return losses
 
     def _loss(self, batch: MicroBatch) -> torch.Tensor:
         batch = batch.to(self.rank.device)
@@ -236,18 +232,17 @@ class TrainModule:
         return self.loss_function(output.logits, batch.targets)
 
     def _leave_step_out(self) -> None:
-        """Without ZeRO in fp32, where no wrapper of DeepSpeed's looks at gradients: count the
-        micro-batch only.
+        """Count the micro-batch without a step.
+
+        This is for fp32 without ZeRO, where no wrapper of DeepSpeed checks gradients.
         """
         self.engine.set_gradient_accumulation_boundary(False)
         self.engine.step()
         self.engine._is_gradient_accumulation_boundary = None
         self.engine.zero_grad()
 
-    def _whole_grad_norm(self) -> float | None:
-        """Without ZeRO in fp32, where gradients are whole on every rank and no wrapper of
-        DeepSpeed's has a norm.
-        """
+    def _unpartitioned_grad_norm(self) -> float | None:
+        """Compute the norm for fp32 without ZeRO, where no wrapper of DeepSpeed has one."""
         if self.zero_stage > 0 or hasattr(self.engine.optimizer, "overflow"):
             return None
         norms = norms_of([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -255,8 +250,9 @@ class TrainModule:
 
 
 def group_parameters(model: Any, placement: Placement, world_size: int) -> list[dict[str, Any]]:
-    """The groups of the plan (:func:`llmtune.plan.memory.zero_buffers.parameter_groups`), with the
-    live parameters in them.
+    """Group the model's parameters as the plan does.
+
+    See :func:`llmtune.plan.memory.zero_buffers.parameter_groups`.
     """
     by_name = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad

@@ -1,5 +1,7 @@
-"""What transformers decides about attention, where it decides slowly or without asking: by a look
-at the GPU, for the slowest kernel, or without the borders of the documents that share a row.
+"""Corrections of transformers' attention: its masks and its choice of a kernel.
+
+transformers waits for the GPU to make masks, ignores the borders of documents that share a row for
+some architectures, and takes the slowest kernel for grouped heads.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ from packaging.version import Version
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """What the caller of a forward pass has said."""
+    """The arguments of a forward pass."""
 
     positions: torch.Tensor | None
-    """int64, shape (rows, length): only where they are given may several documents share a row."""
+    """int64, shape (rows, length); without them every row holds one document."""
     masked: bool
-    """Whether the caller said where padding is."""
+    """Whether the caller gave an attention mask."""
 
 
-#: The one under way, of a model that :func:`answer_on_host` was told of.
+#: The current pass of a model that was given to :func:`answer_on_host`.
 _pass: _Pass | None = None
 
-#: transformers' functions that make masks, as its models import them.
+#: Functions of transformers that make masks, by the names under which models import them.
 _MASK_MAKERS = (
     "create_causal_mask",
     "create_sliding_window_causal_mask",
@@ -37,25 +39,24 @@ _MASK_MAKERS = (
 
 
 def answer_on_host(model: Any) -> None:
-    """Have a causal model's masks made with the borders of documents, and without a look at the
-    positions, which lie on the GPU.
+    """Make a causal model's masks respect document borders, without reading positions on the GPU.
 
-    transformers takes rows for packed ones where their positions restart. Where no positions are
-    given it makes them itself, and they do not; where they are given, documents are told apart by
-    them in any case, which is right for one document too.
+    transformers treats rows as packed where their positions restart. If no positions are given, it
+    makes them itself, and they do not restart; if they are given, documents are separated by them
+    in any case, which is right for one document too.
 
-    Architectures such as OPT, MPT, BLOOM and gpt-oss take positions and do not hand them on to the
-    functions that make their masks, or hand on a mask of ones of their own, so that the documents
-    of a row would see each other. Those functions get the positions here. What is mixed
-    nevertheless, such as the state of a recurrent layer, :mod:`llmtune.train.hooks.packing_probe`
-    finds.
+    Architectures such as OPT, MPT, BLOOM and gpt-oss take positions and do not pass them to the
+    functions that make their masks, or pass a mask of ones of their own, so that the documents of a
+    row would see each other. Those functions get the positions here. What is mixed nevertheless,
+    such as the state of a recurrent layer, is found by
+    :mod:`llmtune.train.hooks.packing_probe`.
     """
     from transformers import masking_utils, modeling_flash_attention_utils
 
     find = masking_utils.find_packed_sequence_indices
     if not hasattr(find, "knows_borders"):
         masking_utils.find_packed_sequence_indices = _without_a_look(find)
-    # FlashAttention's asks in every layer.
+    # FlashAttention's function checks them in every layer.
     ask = modeling_flash_attention_utils._is_packed_sequence
     if not hasattr(ask, "knows_borders"):
         modeling_flash_attention_utils._is_packed_sequence = _without_asking(ask)
@@ -66,28 +67,26 @@ def answer_on_host(model: Any) -> None:
             if make is not None and not hasattr(make, "knows_borders"):
                 setattr(source, maker, _with_borders(make))
     model.register_forward_pre_hook(_note_inputs, with_kwargs=True)
-    # Passes of another model, which may be given none, must not find these positions.
+    # A pass of another model without positions must not find these.
     model.register_forward_hook(_forget_inputs, always_call=True)
 
 
 def _with_borders(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A maker of masks that is given the positions of the forward pass where its model does not
-    hand them on.
-    """
+    """Wrap a maker of masks, and give it the positions that its model does not pass on."""
     signature = inspect.signature(make)
 
     @functools.wraps(make)
     def make_with_borders(*arguments: Any, **named: Any) -> Any:
         values = signature.bind_partial(*arguments, **named).arguments
         shape = values["inputs_embeds"].shape[:2]
-        given = _pass.positions if _pass else None
+        positions = _pass.positions if _pass else None
         if (
             _pass
-            and given is not None
+            and positions is not None
             and values.get("past_key_values") is None
-            and given.shape == shape
+            and positions.shape == shape
         ):
-            values["position_ids"] = given
+            values["position_ids"] = positions
             if not _pass.masked:
                 values["attention_mask"] = None
         return make(**values)
@@ -108,13 +107,13 @@ def _forget_inputs(_: Any, __: tuple[Any, ...], ___: Any) -> None:
 
 def _without_a_look(find: Callable[..., Any]) -> Callable[..., Any]:
     def find_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
-        """The number of each token's document in its row, or None where rows hold one each.
+        """Return the index of each token's document in its row, or None if rows hold one each.
 
         Shapes: (rows, length).
         """
         if _pass is None:
-            found: torch.Tensor | None = find(position_ids)
-            return found
+            documents: torch.Tensor | None = find(position_ids)
+            return documents
         if _pass.positions is None:
             return None
         steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
@@ -126,22 +125,18 @@ def _without_a_look(find: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_asking(ask: Callable[..., Any]) -> Callable[..., Any]:
     def is_packed(position_ids: torch.Tensor | None, batch_size: int) -> Any:
-        """Whether the positions, shape (1, length), restart: not where the model made them
-        itself.
-        """
-        return (
-            False
-            if _pass is not None and _pass.positions is None
-            else ask(position_ids, batch_size)
-        )
+        """Tell whether the positions, shape (1, length), restart."""
+        if _pass is not None and _pass.positions is None:
+            # The model made them itself.
+            return False
+        return ask(position_ids, batch_size)
 
     is_packed.knows_borders = True  # type: ignore[attr-defined]
     return is_packed
 
 
 def group_heads_only_for_flash() -> None:
-    """Have keys and values repeated for every head where only the math kernel would take them
-    grouped.
+    """Repeat keys and values for every head where only the math kernel would take them grouped.
 
     SDPA of torch before 2.14 takes grouped heads (``enable_gqa``) in FlashAttention's kernel, which
     is for 16 bits and for Ampere and later, and else in the math kernel, which holds every product

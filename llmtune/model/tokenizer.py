@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, with a chat template and a padding token settled."""
+"""Load the tokenizer of a model folder, with its chat template and padding token set."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 def load_tokenizer(
     folder: Path, config: ModelConfig, chat_template: str | None = None, code_of: Path | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load, set the padding token if there is none, and replace the chat template if one is given.
+    """Load a tokenizer, set a padding token if it has none, and replace the chat template if given.
 
     Args:
         chat_template: Text of a Jinja template.
-        code_of: The base's folder, where ``folder`` is an adapter's. To allow a base's own code is
-            not to allow that of an adapter, which may be somebody else's: the base's class then
-            reads the adapter's tokens.
+        code_of: The base's folder, if ``folder`` is an adapter's. Allowing a base's own code does
+            not allow an adapter's, which may be somebody else's; the base's class then reads the
+            adapter's tokens.
 
     Raises:
-        ConfigError: ``model.pad_token`` is no token, or the tokenizer has no fast implementation.
+        ConfigError: ``model.pad_token`` is not a token, or the tokenizer has no fast
+            implementation.
     """
     with no_collection():
         from transformers import AutoTokenizer
@@ -58,14 +59,16 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    named: Any = tokenizer.chat_template
-    for text in named.values() if isinstance(named, dict) else filter(None, [named]):
+    template: Any = tokenizer.chat_template
+    # transformers allows several templates by name.
+    templates = list(template.values()) if isinstance(template, dict) else [template]
+    for text in filter(None, templates):
         refuse_powers(text)
     return tokenizer
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """A conversation as text, up to where the model answers.
+    """Render a conversation as text, up to the beginning of the model's answer.
 
     Raises:
         ConfigError: The chat template refuses it, or does not end.
@@ -85,9 +88,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, s
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the end-of-text token, and what the chat template puts behind an
-    answer.
-    """
+    """List the tokens that end an answer: end-of-text, and what the chat template puts after it."""
     ids = {tokenizer.eos_token_id}
     if tokenizer.chat_template and (rendered := _render_sample(tokenizer)):
         ids.add(tokenizer(rendered, add_special_tokens=False)["input_ids"][-1])
@@ -96,9 +97,9 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _render_sample(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A conversation that the chat template takes: some want a system prompt.
+    """Render a conversation that the chat template takes; some need a system prompt.
 
-    Empty where it takes none.
+    The text is empty if it takes none.
     """
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for conversation in (messages, [{"role": "system", "content": "c"}, *messages]):

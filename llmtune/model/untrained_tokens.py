@@ -1,5 +1,6 @@
-"""Tokens whose embeddings the base model never trained, such as Llama-3's reserved ones: little can
-be learned on them.
+"""Find tokens whose embeddings the base model never trained, such as Llama-3's reserved ones.
+
+Adapters learn little on them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _EMBEDDINGS = (
 #: by orders of magnitude).
 _SMALL_SHARE = 0.01
 
-#: Rows by which the usual norm is known.
+#: Rows from which the usual norm is taken.
 _SAMPLED_ROWS = 257
 
-#: As safetensors calls them. numpy has no bf16, which is the upper half of an fp32 number.
+#: safetensors' names of types. numpy has no bf16, which is the upper half of an fp32 number.
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -41,25 +42,26 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 def find_untrained_tokens(folder: Path, tokens: Iterable[int]) -> list[int]:
-    """Those of the tokens that have an embedding of next to no length. Only their rows are read,
-    and torch is not needed.
+    """Find the tokens whose embedding has a norm close to 0.
+
+    Only their rows are read, and torch is not needed.
 
     Args:
-        folder: Model folder with safetensors. Embeddings in fewer than 16 bits are not looked at.
+        folder: Model folder with safetensors. Embeddings in fewer than 16 bits are not checked.
     """
-    wanted = sorted(set(tokens))
-    found: set[int] = set()
+    candidates = sorted(set(tokens))
+    untrained: set[int] = set()
     for file in sorted(folder.glob("*.safetensors")):
         for embedding in _open_embeddings(file):
-            found |= _small_rows(embedding, wanted)
-    return sorted(found)
+            untrained |= _small_rows(embedding, candidates)
+    return sorted(untrained)
 
 
 def _open_embeddings(file: Path) -> list[NDArray[np.generic]]:
-    """The embeddings in a file, mapped; shape (tokens, hidden), bf16 as ``uint16``.
+    """Map the embeddings of a file into memory; shape (tokens, hidden), bf16 as ``uint16``.
 
     Raises:
-        MissingPrerequisiteError: It is no safetensors file.
+        MissingPrerequisiteError: It is not a safetensors file.
     """
     try:
         header = read_header(file)
@@ -68,11 +70,11 @@ def _open_embeddings(file: Path) -> list[NDArray[np.generic]]:
             f"{file}: no whole safetensors file (cut off, or a pointer of Git LFS: run git lfs pull"
             f" in its folder; {error})"
         ) from error
-    found: list[NDArray[np.generic]] = []
+    embeddings: list[NDArray[np.generic]] = []
     for name, about in header.items():
         if name.endswith(_EMBEDDINGS) and about.kind in _DTYPES and len(about.shape) == 2:
-            found.append(np.memmap(file, _DTYPES[about.kind], "r", about.start, about.shape))
-    return found
+            embeddings.append(np.memmap(file, _DTYPES[about.kind], "r", about.start, about.shape))
+    return embeddings
 
 
 def _small_rows(embedding: NDArray[np.generic], tokens: list[int]) -> set[int]:
@@ -87,9 +89,8 @@ def _small_rows(embedding: NDArray[np.generic], tokens: list[int]) -> set[int]:
 
 def _norms(embedding: NDArray[np.generic], rows: list[int]) -> NDArray[np.float32]:
     picked = np.asarray(embedding[rows])
-    numbers = (
-        (picked.astype(np.uint32) << 16).view(np.float32)
-        if picked.dtype == np.uint16
-        else picked.astype(np.float32)
-    )
-    return np.asarray(np.linalg.norm(numbers, axis=1), dtype=np.float32)
+    if picked.dtype == np.uint16:
+        vectors = (picked.astype(np.uint32) << 16).view(np.float32)
+    else:
+        vectors = picked.astype(np.float32)
+    return np.asarray(np.linalg.norm(vectors, axis=1), dtype=np.float32)

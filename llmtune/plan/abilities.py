@@ -1,4 +1,4 @@
-"""What an architecture can take: kernels of attention, lengths of rows, stages of ZeRO."""
+"""Limits of an architecture: its attention kernels, row lengths and ZeRO stages."""
 
 from __future__ import annotations
 
@@ -9,54 +9,50 @@ from llmtune.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-#: Kernels of attention that transformers knows by a name -> the attribute of a model's class that
-#: says whether it has them.
+#: Attention kernel in transformers -> the attribute of a model's class that says whether it has it.
 _KERNELS = {
     "sdpa": "_supports_sdpa",
     "flash_attention_2": "_supports_flash_attn",
     "flex_attention": "_supports_flex_attn",
 }
 
-#: Kinds of rotary scaling whose ``factor`` multiplies the positions that the model was trained on.
+#: Kinds of rotary scaling whose ``factor`` multiplies the trained positions.
 _SCALING = ("linear", "dynamic", "yarn")
 
 
 def attention_kernels(model: Any) -> tuple[str, ...]:
-    """The kernels that a model (or its class) computes attention with; ``eager``, which all have,
-    comes first.
-    """
+    """List the attention kernels of a model or its class; all have ``eager``, which comes first."""
     return ("eager", *(kernel for kernel, flag in _KERNELS.items() if getattr(model, flag, False)))
 
 
-def check_kernel(wanted: str, kernels: tuple[str, ...], name: str) -> None:
-    """Refuse a kernel that the architecture lacks; names that are not transformers' own are left to
-    it.
+def check_kernel(kernel: str, kernels: tuple[str, ...], name: str) -> None:
+    """Refuse a kernel that the architecture lacks; unknown names are left to transformers.
 
     Args:
-        kernels: Those of the architecture.
-        name: Of the model, for the message.
+        kernels: The architecture's.
+        name: The model's name in the message.
 
     Raises:
-        ConfigError: transformers has not got it for this architecture.
+        ConfigError: transformers does not have it for this architecture.
     """
-    if wanted in _KERNELS and wanted not in kernels:
+    if kernel in _KERNELS and kernel not in kernels:
         raise ConfigError(
-            f"model.attn_implementation={wanted}: transformers has no such kernel for the"
+            f"model.attn_implementation={kernel}: transformers has no such kernel for the"
             f" architecture of {name}, only {' and '.join(kernels)}; take"
             " model.attn_implementation=auto or eager"
         )
 
 
 def max_positions(model: nn.Module, architecture: Any) -> int | None:
-    """Tokens of the longest row that the model knows positions for; None where it knows no limit.
+    """Return the tokens of the longest row that the model has positions for; None without a limit.
 
-    Learned positions end with their table. Rotary ones can be computed for any row, and mean
-    nothing to the model beyond those that it was trained on, which the configuration names; where a
-    scaling multiplies them and the configuration does not say whether its number stands before or
-    after it, the larger is taken. ALiBi and recurrent layers go on for ever.
+    Learned positions end with their table. Rotary ones can be computed for any row, but mean
+    nothing to the model beyond those that it was trained on, which the configuration names. Where a
+    scaling multiplies them, and the configuration does not say whether its value is before or after
+    the scaling, the larger is taken. ALiBi and recurrent layers have no limit.
 
     Args:
-        model: On the meta device.
+        model: The model, on the meta device.
         architecture: Its transformers configuration.
     """
     from torch import nn
@@ -70,7 +66,7 @@ def max_positions(model: nn.Module, architecture: Any) -> int | None:
     ):
         return None
     for name, module in model.named_modules():
-        # RoBERTa's positions begin behind its padding token's, in the same table.
+        # RoBERTa's positions begin after its padding token's, in the same table.
         if (
             isinstance(module, nn.Embedding)
             and "position" in name
@@ -81,10 +77,13 @@ def max_positions(model: nn.Module, architecture: Any) -> int | None:
 
 
 def named_positions(text: Any) -> int | None:
-    """The number of positions that a configuration names; None where it names none, or -1."""
+    """Read the number of positions from a configuration; None where it names none, or -1."""
     keys = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-    numbers = (getattr(text, key, None) for key in keys)
-    return next((number for number in numbers if isinstance(number, int) and number > 0), None)
+    for key in keys:
+        positions = getattr(text, key, None)
+        if isinstance(positions, int) and positions > 0:
+            return positions
+    return None
 
 
 def _scaled_positions(text: Any, known: int) -> list[int]:
@@ -105,15 +104,15 @@ def check_row_length(max_seq_length: int, positions: int | None, name: str) -> N
     """
     if positions is not None and max_seq_length > positions:
         raise ConfigError(
-            f"data.max_seq_length={max_seq_length}: {name} has {positions} positions, and what"
-            f" stands behind them would be out of its range; take data.max_seq_length={positions}"
+            f"data.max_seq_length={max_seq_length}: {name} has {positions} positions, and later"
+            f" tokens would be out of its range; take data.max_seq_length={positions}"
             " or less (data.overlong says what happens to longer rows), or a model whose"
             " config.json scales them (rope_scaling)"
         )
 
 
-#: Architectures that use a layer's weight without calling the layer, where ZeRO 3 has only a slice
-#: of it.
+#: Architectures that use a layer's weight without calling the layer, so that ZeRO 3 has not
+#: gathered it.
 _NOT_PARTITIONED = ("gemma3n", "gemma3n_text")
 
 
@@ -121,8 +120,8 @@ def check_stage(stage: int, kind: str, name: str) -> None:
     """Refuse ZeRO 3 for architectures whose weights it cannot gather in time.
 
     Args:
-        kind: Of the architecture (``model_type``).
-        name: Of the model, for the message.
+        kind: The architecture's ``model_type``.
+        name: The model's name in the message.
 
     Raises:
         ConfigError: It would fail in the first backward pass.

@@ -1,6 +1,4 @@
-"""Rows of an optimizer step, of a micro-batch, and how many micro-batches are accumulated: any two
-settle the third.
-"""
+"""Rows per optimizer step, rows per micro-batch and accumulation steps: any two give the third."""
 
 from __future__ import annotations
 
@@ -11,12 +9,12 @@ from llmtune.config.groups.train import TrainConfig
 from llmtune.errors import ConfigError
 from llmtune.units import counted
 
-#: ``auto`` fills a micro-batch up to this many tokens; more rarely makes a GPU faster and always
-#: costs activations. A CPU gains nothing from large micro-batches and loses what they pad
+#: ``auto`` fills a micro-batch up to this many tokens. More rarely make a GPU faster, and always
+#: cost activations. A CPU gains nothing from large micro-batches and loses what they pad
 #: (SmolLM2-135M on 2 cores: 354 tokens/s at 2 rows, 316 at 8).
 AUTO_MICRO_BATCH_TOKENS = {"cuda": 32768, "cpu": 1024}
 
-#: ``train.global_batch_size=auto`` is at least this.
+#: The least value of ``train.global_batch_size=auto``.
 AUTO_GLOBAL_BATCH_ROWS = 8
 
 
@@ -30,39 +28,40 @@ class BatchPlan:
     world_size: int
 
     def describe(self) -> str:
-        """The arithmetic, for the page before step 1."""
+        """Describe the arithmetic, for the page before step 1."""
         return (
-            f"{self.global_batch_size} rows = {self.micro_batch_size} a micro-batch x "
+            f"{self.global_batch_size} rows = {self.micro_batch_size} per micro-batch x "
             f"{self.accumulation_steps} accumulated x {counted(self.world_size, 'rank')}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """What is settled of a step before memory and speed are looked at; ``global_batch_size``
-    divides among the ranks.
-    """
+    """The rows of a step before memory and speed are estimated; they divide among the ranks."""
 
     global_batch_size: int
     micro_batch_size: int | None
-    """None where the ladder chooses it."""
+    """None if the ladder chooses it."""
     origin: str | None
-    """Where ``train.global_batch_size=auto`` came from; None where the user set it."""
+    """Where ``train.global_batch_size=auto`` came from; None if the user set it."""
 
 
-def settle_batch(train: TrainConfig, world_size: int, begun: TrainConfig | None = None) -> StepRows:
-    """Fill in what ``auto`` leaves open, but for the micro-batch where nothing says how large it
-    is.
+def resolve_batch(
+    train: TrainConfig, world_size: int, begun: TrainConfig | None = None
+) -> StepRows:
+    """Resolve the values that are ``auto``; the micro-batch size may stay open.
 
     Args:
-        begun: What the run was started with, where it goes on. Its ``global_batch_size`` stays,
-            whatever the ranks, for a step of other rows would be another training.
+        begun: The settings that the run was started with, where it is resumed. Its
+            ``global_batch_size`` stays, whatever the ranks, because steps of other rows would be
+            another training.
 
     Raises:
-        ConfigError: The numbers contradict each other, or do not divide among the ranks.
+        ConfigError: The values contradict each other, or do not divide among the ranks.
     """
-    rows, micro = _number(train.global_batch_size), _number(train.per_device_train_batch_size)
-    accumulation = _number(train.gradient_accumulation_steps)
+    rows = _set_value(train.global_batch_size)
+    micro_batch_size = _set_value(train.per_device_train_batch_size)
+    accumulation_steps = _set_value(train.gradient_accumulation_steps)
     origin = None
     if rows is None:
         typed = (train.per_device_train_batch_size, train.gradient_accumulation_steps)
@@ -70,12 +69,16 @@ def settle_batch(train: TrainConfig, world_size: int, begun: TrainConfig | None 
             begun.per_device_train_batch_size,
             begun.gradient_accumulation_steps,
         )
-        kept = _number(begun.global_batch_size) if begun is not None else None
-        if kept is not None and (unchanged or micro is None or accumulation is None):
-            return _keep(kept, micro, accumulation, world_size, unchanged)
-        rows, origin = _derive(micro, accumulation, world_size)
+        kept = _set_value(begun.global_batch_size) if begun is not None else None
+        is_open = micro_batch_size is None or accumulation_steps is None
+        if kept is not None and (unchanged or is_open):
+            return _keep(kept, micro_batch_size, accumulation_steps, world_size, unchanged)
+        rows, origin = _derive(micro_batch_size, accumulation_steps, world_size)
     _check_ranks(rows, world_size)
-    return StepRows(rows, _settle_micro(rows, micro, accumulation, world_size), origin)
+    micro_batch_size = _resolve_micro_batch_size(
+        rows, micro_batch_size, accumulation_steps, world_size
+    )
+    return StepRows(rows, micro_batch_size, origin)
 
 
 def batch_options(
@@ -85,12 +88,12 @@ def batch_options(
     accelerator: str,
     begun: TrainConfig | None = None,
 ) -> list[BatchPlan]:
-    """Every way to reach the global batch that the config leaves open, largest micro-batch first.
+    """List all ways to reach the global batch size that are open, largest micro-batch first.
 
     Raises:
-        As :func:`settle_batch`.
+        The errors of :func:`resolve_batch`.
     """
-    settled = settle_batch(train, world_size, begun)
+    settled = resolve_batch(train, world_size, begun)
     rows, per_rank = settled.global_batch_size, settled.global_batch_size // world_size
     sizes = [settled.micro_batch_size] if settled.micro_batch_size is not None else []
     if not sizes:
@@ -107,84 +110,90 @@ def batch_options(
     ]
 
 
-def _derive(micro: int | None, accumulation: int | None, world_size: int) -> tuple[int, str]:
-    """``train.global_batch_size=auto`` of a new run, and where it came from."""
-    unit = world_size * (micro or 1) * (accumulation or 1)
-    if micro and accumulation:
-        return (
-            unit,
-            (
-                f"rows a step: {unit}, train.per_device_train_batch_size={micro} x "
-                f"train.gradient_accumulation_steps={accumulation} x {counted(world_size, 'rank')}"
-            ),
+def _derive(
+    micro_batch_size: int | None, accumulation_steps: int | None, world_size: int
+) -> tuple[int, str]:
+    """Derive ``train.global_batch_size=auto`` of a new run, and say where it came from."""
+    ranks = counted(world_size, "rank")
+    unit = world_size * (micro_batch_size or 1) * (accumulation_steps or 1)
+    if micro_batch_size and accumulation_steps:
+        product = (
+            f"train.per_device_train_batch_size={micro_batch_size} x"
+            f" train.gradient_accumulation_steps={accumulation_steps} x {ranks}"
         )
+        return unit, f"rows per step: {unit}, {product}"
     rows = math.ceil(AUTO_GLOBAL_BATCH_ROWS / unit) * unit
-    factors = [counted(world_size, "rank")]
-    factors += [f"micro-batches of {micro}"] if micro else []
-    factors += [f"{accumulation} accumulated micro-batches"] if accumulation else []
-    return (
-        rows,
-        (
-            f"rows a step: {rows}, the smallest number from {AUTO_GLOBAL_BATCH_ROWS} on for"
-            f" {' and '.join(factors)}"
-        ),
-    )
+    factors = [ranks]
+    if micro_batch_size:
+        factors.append(f"micro-batches of {micro_batch_size}")
+    if accumulation_steps:
+        factors.append(f"{accumulation_steps} accumulated micro-batches")
+    least = f"the smallest number from {AUTO_GLOBAL_BATCH_ROWS} on for {' and '.join(factors)}"
+    return rows, f"rows per step: {rows}, {least}"
 
 
 def _keep(
-    rows: int, micro: int | None, accumulation: int | None, world_size: int, unchanged: bool
+    rows: int,
+    micro_batch_size: int | None,
+    accumulation_steps: int | None,
+    world_size: int,
+    unchanged: bool,
 ) -> StepRows:
-    """The rows of a run that goes on.
+    """Keep the rows of a run that is resumed.
 
     Args:
-        unchanged: The command is that of the first start: its micro-batch or accumulation was for
-            the ranks of then, and gives way. What was set since must divide as ever.
+        unchanged: The command is that of the first start. Its micro-batch size or accumulation was
+            for the ranks of that time, and is adapted; values set since must divide the rows.
     """
     if rows % world_size:
         raise ConfigError(
             f"the run began with train.global_batch_size={rows}, which it keeps and which does not"
-            f" divide among {world_size} ranks: go on with one of {_divisors(rows)} ranks, or begin"
-            " another run with run_name= or output_dir="
+            f" divide among {world_size} ranks: resume with one of {_divisors(rows)} ranks, or"
+            " begin another run with run_name= or output_dir="
         )
     per_rank = rows // world_size
-    if unchanged and micro is not None:
-        micro = max(size for size in _divisors(per_rank) if size <= micro)
-    elif unchanged and accumulation is not None:
-        micro = per_rank // max(size for size in _divisors(per_rank) if size <= accumulation)
+    if unchanged and micro_batch_size is not None:
+        micro_batch_size = max(size for size in _divisors(per_rank) if size <= micro_batch_size)
+    elif unchanged and accumulation_steps is not None:
+        micro_batch_size = per_rank // max(
+            size for size in _divisors(per_rank) if size <= accumulation_steps
+        )
     else:
-        micro = _settle_micro(rows, micro, accumulation, world_size)
-    return StepRows(rows, micro, f"rows a step: {rows}, as the run began")
+        micro_batch_size = _resolve_micro_batch_size(
+            rows, micro_batch_size, accumulation_steps, world_size
+        )
+    return StepRows(rows, micro_batch_size, f"rows per step: {rows}, as the run began")
 
 
-def _settle_micro(
-    rows: int, micro: int | None, accumulation: int | None, world_size: int
+def _resolve_micro_batch_size(
+    rows: int, micro_batch_size: int | None, accumulation_steps: int | None, world_size: int
 ) -> int | None:
     rows_per_rank = rows // world_size
-    if micro is not None and accumulation is not None:
-        if micro * accumulation != rows_per_rank:
+    if micro_batch_size is not None and accumulation_steps is not None:
+        product = micro_batch_size * accumulation_steps
+        if product != rows_per_rank:
             raise ConfigError(
-                f"train.per_device_train_batch_size={micro} x"
-                f" train.gradient_accumulation_steps={accumulation} x {counted(world_size, 'rank')}"
-                f" are {micro * accumulation * world_size} rows, not"
+                f"train.per_device_train_batch_size={micro_batch_size} x"
+                f" train.gradient_accumulation_steps={accumulation_steps} x"
+                f" {counted(world_size, 'rank')} are {product * world_size} rows, not"
                 f" train.global_batch_size={rows}: leave one of the three to auto"
             )
-    elif accumulation is not None:
+    elif accumulation_steps is not None:
         _check_divides(
-            "train.gradient_accumulation_steps", accumulation, rows, rows_per_rank, world_size
+            "train.gradient_accumulation_steps", accumulation_steps, rows, rows_per_rank, world_size
         )
-        return rows_per_rank // accumulation
-    elif micro is not None:
-        _check_divides("train.per_device_train_batch_size", micro, rows, rows_per_rank, world_size)
-    return micro
+        return rows_per_rank // accumulation_steps
+    elif micro_batch_size is not None:
+        _check_divides(
+            "train.per_device_train_batch_size", micro_batch_size, rows, rows_per_rank, world_size
+        )
+    return micro_batch_size
 
 
 def _check_ranks(rows: int, world_size: int) -> None:
     if rows % world_size:
-        near = [
-            size
-            for size in (rows - rows % world_size, rows - rows % world_size + world_size)
-            if size
-        ]
+        below = rows - rows % world_size
+        near = [size for size in (below, below + world_size) if size]
         raise ConfigError(
             f"train.global_batch_size={rows} does not divide among {world_size} ranks: "
             f"take {' or '.join(map(str, near))}, or auto"
@@ -200,12 +209,12 @@ def _check_divides(key: str, value: int, rows: int, rows_per_rank: int, world_si
         )
 
 
-def _divisors(number: int) -> list[int]:
-    # Up to the root: somebody may ask for a billion.
-    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
-    return sorted({*small, *(number // size for size in small)})
+def _divisors(value: int) -> list[int]:
+    # Only up to the square root, because the value may be a billion.
+    small = [size for size in range(1, math.isqrt(value) + 1) if value % size == 0]
+    return sorted({*small, *(value // size for size in small)})
 
 
-def _number(value: int | str) -> int | None:
-    """None for ``auto``."""
+def _set_value(value: int | str) -> int | None:
+    """The value that the user set; None for ``auto``."""
     return value if isinstance(value, int) else None

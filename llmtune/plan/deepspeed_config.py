@@ -1,4 +1,4 @@
-"""The plan as DeepSpeed's configuration dictionary, with nothing left to ``"auto"``."""
+"""Build DeepSpeed's configuration dictionary from the plan, with nothing left to ``"auto"``."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ def to_deepspeed(
     precision: Precision,
     max_grad_norm: float,
 ) -> dict[str, Any]:
-    """Everything that ``deepspeed.initialize`` needs; ``nvme_path`` is filled in by
-    :func:`with_nvme_path`.
-    """
+    """Build what ``deepspeed.initialize`` needs; :func:`with_nvme_path` fills in ``nvme_path``."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.accumulation_steps,
-        # Said aloud, because DeepSpeed clips to 1.0 where the key is absent.
+        # Always set, because DeepSpeed clips to 1.0 where the key is absent.
         "gradient_clipping": float(max_grad_norm),
         "steps_per_print": 2**31,
-        # It waits for the whole device twice a micro-batch, to print a number that is measured here
+        # It would wait for the device twice per micro-batch, to print a speed that is measured here
         # anyway.
         "timers": {"throughput": {"enabled": False}},
         "optimizer": {"type": "AdamW", "params": optimizer},
@@ -49,8 +47,7 @@ def to_deepspeed(
 
 
 def adamw_parameters(optim: OptimConfig, learning_rate: float) -> dict[str, Any]:
-    """AdamW's settings in DeepSpeed's spelling: torch's own fused kernel, wherever the optimizer
-    lives.
+    """Return AdamW's settings in DeepSpeed's spelling: torch's fused kernel on every device.
 
     It is as fast on a CPU as DeepSpeedCPUAdam (40 M parameters on 2 cores: 14 to 20 ms against 20),
     needs no compiler, and resumes to the bit, which DeepSpeed's kernel does not: that one keeps
@@ -68,7 +65,7 @@ def adamw_parameters(optim: OptimConfig, learning_rate: float) -> dict[str, Any]
 
 
 def with_nvme_path(config: dict[str, Any], folder: str) -> dict[str, Any]:
-    """A copy whose NVMe sections point to ``folder``."""
+    """Return a copy whose NVMe sections point to ``folder``."""
     zero = dict(config["zero_optimization"])
     for section in ("offload_optimizer", "offload_param"):
         if zero.get(section, {}).get("device") == "nvme":
@@ -77,7 +74,7 @@ def with_nvme_path(config: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def read_placement(config: dict[str, Any]) -> Placement:
-    """The placement that a dictionary of :func:`to_deepspeed` has."""
+    """Read the placement from a dictionary of :func:`to_deepspeed`."""
     zero = config["zero_optimization"]
     devices = [
         zero.get(section, {}).get("device", "none")
@@ -93,8 +90,8 @@ def _zero(placement: Placement, sizes: ZeroSizes) -> dict[str, Any]:
         "stage": placement.zero_stage,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        # Races in overlapped reduction gave NaN gradients in the field; every peer ships it off
-        # below stage 3.
+        # Races in overlapped reduction gave NaN gradients in practice; other trainers switch it off
+        # below stage 3, too.
         "overlap_comm": placement.zero_stage == 3,
         "reduce_bucket_size": sizes.reduce_bucket,
         "allgather_bucket_size": sizes.allgather_bucket,

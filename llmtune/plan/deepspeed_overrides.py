@@ -1,6 +1,6 @@
-"""``zero.deepspeed``: raw DeepSpeed keys over the planned ones.
+"""``zero.deepspeed``: raw DeepSpeed keys that override the planned ones.
 
-DeepSpeed ignores what it does not know; this does not.
+DeepSpeed ignores unknown keys; here they are refused.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ KNOWN: dict[str, set[str]] = {
     },
 }
 
-#: Keys whose kernels only nvcc compiles, in each rank by itself; llmtune builds its ops before any
-#: rank starts.
+#: Keys whose kernels need nvcc, and would be compiled in each rank; llmtune builds its ops before
+#: any rank starts.
 NEED_NVCC = {
     "zero_optimization.zero_quantized_gradients",
     "zero_optimization.zero_quantized_weights",
 }
 
-#: What llmtune decides itself -> the key to set instead.
+#: Key that llmtune decides itself -> the key to set instead.
 OWNED = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",
@@ -116,23 +116,23 @@ OWNED = {
 
 
 def check_raw(raw: dict[str, Any]) -> None:
-    """Refuse what would have no effect, or the wrong one.
+    """Refuse keys that would have no effect, or the wrong one.
 
     Raises:
         ConfigError: With every key that DeepSpeed does not read, or that llmtune decides.
     """
-    problems = _problems(raw, "")
+    problems = _find_problems(raw, "")
     if problems:
         raise ConfigError.from_problems(problems)
 
 
 def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
-    """The planned sizes as the raw keys change them, so that memory is estimated for what will
-    run.
-    """
+    """Apply the raw keys to the planned sizes, so that memory is estimated for what will run."""
     zero, aio = raw.get("zero_optimization", {}), raw.get("aio", {})
     param = zero.get("offload_param", {})
-    given = {
+    aio_keys = ("block_size", "queue_depth", "intra_op_parallelizm")
+    aio_sizes = {key: aio[key] for key in aio_keys if key in aio}
+    overrides = {
         "reduce_bucket": zero.get("reduce_bucket_size"),
         "allgather_bucket": zero.get("allgather_bucket_size"),
         "sub_group": zero.get("sub_group_size"),
@@ -144,26 +144,19 @@ def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
         "max_in_cpu": param.get("max_in_cpu"),
         "param_buffers": param.get("buffer_count"),
         "optimizer_buffers": zero.get("offload_optimizer", {}).get("buffer_count"),
-        "aio": replace(
-            sizes.aio,
-            **{
-                key: aio[key]
-                for key in ("block_size", "queue_depth", "intra_op_parallelism")
-                if key in aio
-            },
-        ),
+        "aio": replace(sizes.aio, **aio_sizes),
     }
-    return replace(sizes, **{key: value for key, value in given.items() if value is not None})
+    return replace(sizes, **{key: value for key, value in overrides.items() if value is not None})
 
 
-def _problems(values: dict[str, Any], section: str) -> list[str]:
-    found = []
+def _find_problems(values: dict[str, Any], section: str) -> list[str]:
+    problems: list[str] = []
     for key, value in values.items():
         path = f"{section}.{key}" if section else key
         if path in OWNED:
-            found.append(f"zero.deepspeed.{path}: llmtune decides this; set {OWNED[path]}")
+            problems.append(f"zero.deepspeed.{path}: llmtune decides this; set {OWNED[path]}")
         elif path in NEED_NVCC and value:
-            found.append(
+            problems.append(
                 f"zero.deepspeed.{path}={value}: llmtune does not build DeepSpeed's quantizer,"
                 " which needs the CUDA toolkit; leave the key out. zero_hpz_partition_size keeps"
                 " gathers within a node without it"
@@ -171,22 +164,20 @@ def _problems(values: dict[str, Any], section: str) -> list[str]:
         elif key not in KNOWN[section]:
             close = difflib.get_close_matches(key, KNOWN[section], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            found.append(
+            problems.append(
                 f"zero.deepspeed.{path}: DeepSpeed would ignore this key or llmtune does not"
                 f" support it{hint}"
             )
         elif path in KNOWN:
             if isinstance(value, dict):
-                found += _problems(value, path)
+                problems += _find_problems(value, path)
             else:
-                found.append(f"zero.deepspeed.{path}={value}: a section of keys")
-    return found
+                problems.append(f"zero.deepspeed.{path}={value}: a section of keys")
+    return problems
 
 
 def merge_raw(config: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with checked raw keys over it; sections that this placement does not have are left
-    out.
-    """
+    """Return ``config`` overridden by checked raw keys, without sections of other placements."""
     result = dict(config)
     for key, value in raw.items():
         if key.startswith("offload_") and key not in config:

@@ -1,5 +1,5 @@
-"""The ladder: every placement, micro-batch and activation checkpointing at the user's global batch;
-the fastest that fits.
+"""The ladder: all placements, micro-batch sizes and activation checkpointing at the user's global
+batch size, and the choice of the fastest that fits.
 
 Rungs never change what is computed: precision of states, optimizer and row length are the user's.
 """
@@ -13,28 +13,30 @@ from itertools import product
 from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
-from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, settle_batch
+from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, resolve_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.activations import ActivationModel, TraceSettings
 from llmtune.plan.memory.model_shape import ModelShape
-from llmtune.plan.memory.peak_memory import MemoryPlan, Workload, estimate_memory, fits
+from llmtune.plan.memory.peak_memory import MemoryPlan, Workload, estimate_memory, find_shortfall
 from llmtune.plan.memory.placement import (
     RUNGS,
     Placement,
     make_placement,
     named_rung,
 )
+from llmtune.plan.memory.rank_bytes import element_bytes
 from llmtune.plan.memory.zero_buffers import ZeroSizes, resolve_zero_sizes
-from llmtune.plan.memory.zero_states import element_bytes, state_bytes
+from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
 from llmtune.tuner.tuner import TUNERS
 
 #: Candidates as fast as this share of the fastest count as equal; the simplest of them is taken.
 EQUAL_SPEED = 0.985
 
-#: What a candidate may need of what the failed one was planned to need: of its peak, and of its
-#: states alone. Every attempt costs a start, so that states which differ by a buffer are not tried.
+#: Share of the failed candidate's planned bytes that the next candidate may need: of the peak
+#: (False), and of the persistent part alone (True). Every attempt costs a start, so that states
+#: which differ by a buffer are not tried.
 CLEARLY_LESS = {False: 0.95, True: 0.8}
 
 
@@ -53,7 +55,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Within the stated share of every memory."""
+        """Whether it stays within the usable share of every memory."""
         return self.lacks is None
 
     def describe(self) -> str:
@@ -71,9 +73,7 @@ class Rung:
 
     name: str
     candidate: Candidate | None
-    """The fastest that fits, or the smallest where none does; None where the rung is not possible
-    at all.
-    """
+    """The fastest that fits, or the smallest if none does; None if the rung is not possible."""
     reason: str
     """Why it was chosen, or why it lost."""
 
@@ -87,17 +87,17 @@ class Ladder:
     world_size: int
     rows: StepRows
     candidates: tuple[Candidate, ...]
-    """Of all rungs that are possible and allowed."""
+    """Candidates of all rungs that are possible and allowed."""
     rungs: tuple[Rung, ...]
     chosen: Candidate | None
     attn_implementation: str
     activations_origin: str
     refusals: tuple[str, ...] = ()
-    """Of a job that is only planned: why it would not be trained here."""
+    """Why a job that is only planned could not be trained here."""
 
     @property
     def cluster(self) -> Cluster:
-        """Ranks on machines."""
+        """The machines and their ranks."""
         return Cluster(self.hardware, self.world_size)
 
 
@@ -112,7 +112,7 @@ def build_ladder(
     """Evaluate every rung and choose.
 
     Args:
-        begun: What the run was started with, where it goes on.
+        begun: The settings that the run was started with, where it is resumed.
 
     Raises:
         ConfigError: The batch arithmetic is impossible.
@@ -126,18 +126,23 @@ def build_ladder(
         begun=begun,
     )
     asked = named_rung(config.offload)
-    found: dict[str, list[Candidate]] = {}
+    by_rung: dict[str, list[Candidate]] = {}
     blocked: dict[str, str] = {}
     for rung in RUNGS:
         reason = _blocked(rung, config, hardware)
-        found[rung] = [] if reason else list(search.candidates(rung))
-        if reason or not found[rung]:
+        by_rung[rung] = []
+        if reason is None:
+            by_rung[rung] = list(search.candidates(rung))
+        if not by_rung[rung]:
             blocked[rung] = reason or f"needs ZeRO 3, and zero.stage is {config.zero.stage}"
-    allowed = [c for rung, cs in found.items() if asked in (None, rung) for c in cs]
+
+    allowed: list[Candidate] = []
+    for rung, candidates in by_rung.items():
+        if asked in (None, rung):
+            allowed += candidates
     chosen = choose(allowed)
-    rungs = tuple(_rung(name, found[name], blocked.get(name), chosen, asked) for name in RUNGS)
-    origin = search.origin
-    rows = settle_batch(config.train, world_size, begun)
+    rungs = tuple(_rung(name, by_rung[name], blocked.get(name), chosen, asked) for name in RUNGS)
+    rows = resolve_batch(config.train, world_size, begun)
     return Ladder(
         hardware=hardware,
         shape=shape,
@@ -147,13 +152,15 @@ def build_ladder(
         rungs=rungs,
         chosen=chosen,
         attn_implementation=attn_implementation,
-        activations_origin=origin,
+        activations_origin=search.origin,
     )
 
 
 def choose(candidates: list[Candidate]) -> Candidate | None:
-    """The fastest that fits; among equals the one that moves and partitions least, and then needs
-    least memory.
+    """Choose the fastest candidate that fits.
+
+    Among equally fast ones it is the one that offloads and partitions least, and then the one that
+    needs least memory.
     """
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
@@ -170,33 +177,38 @@ def choose(candidates: list[Candidate]) -> Candidate | None:
 def next_candidate(
     ladder: Ladder, failed: Candidate, tried: list[Candidate], phase: str, pool: str
 ) -> Candidate | None:
-    """Where to go when memory ran out although the plan said it fits: the fastest that needs
-    clearly less of that memory.
+    """Choose the next candidate after memory ran out although the plan said that it fits.
+
+    It is the fastest that needs clearly less of that memory.
 
     Args:
-        phase: Where it happened. What stands still decides in ``load``, ``step``, ``save`` and
-            ``answer``; there a smaller micro-batch does not help.
+        phase: Where it happened. In ``load``, ``step``, ``save`` and ``answer`` only the persistent
+            part counts, and a smaller micro-batch does not help.
         pool: ``device`` or ``host``.
     """
-    standing = phase in ("load", "step", "save", "answer")
-    cpu = ladder.hardware.accelerator == "cpu"
-
-    def needs(candidate: Candidate) -> int:
-        device, on_host = candidate.memory.device, candidate.memory.host.total
-        on_device = device.total
-        if standing:
-            on_device -= device.activations + device.logits + device.working_set
-        if cpu:
-            return on_device + on_host
-        return on_device if pool == "device" else on_host
-
-    share = CLEARLY_LESS[standing]
+    only_persistent = phase in ("load", "step", "save", "answer")
+    if ladder.hardware.accelerator == "cpu":
+        # Device and host are one memory.
+        pool = "both"
+    limit = CLEARLY_LESS[only_persistent] * _needed(failed, pool, only_persistent)
     smaller = [
-        c
-        for c in ladder.candidates
-        if c.fits and c not in tried and needs(c) < share * needs(failed)
+        candidate
+        for candidate in ladder.candidates
+        if candidate.fits
+        and candidate not in tried
+        and _needed(candidate, pool, only_persistent) < limit
     ]
     return choose(smaller)
+
+
+def _needed(candidate: Candidate, pool: str, only_persistent: bool) -> int:
+    """Planned bytes of one rank in a memory (``device``, ``host`` or ``both``)."""
+    device = candidate.memory.device
+    on_device = device.persistent if only_persistent else device.total
+    on_host = candidate.memory.host.total
+    if pool == "both":
+        return on_device + on_host
+    return on_device if pool == "device" else on_host
 
 
 def _simplicity(candidate: Candidate) -> tuple[int, int, bool, int]:
@@ -216,11 +228,8 @@ def _rung(
         return Rung(name, None, blocked)
     best = choose(candidates)
     if chosen is not None and chosen.placement.rung == name:
-        return Rung(
-            name,
-            chosen,
-            "chosen: offload=" + name if asked == name else "chosen: the fastest that fits",
-        )
+        why = f"offload={name}" if asked == name else "the fastest that fits"
+        return Rung(name, chosen, f"chosen: {why}")
     if best is None:
         smallest = min(candidates, key=lambda c: (c.memory.device.total, c.memory.host.total))
         return Rung(name, smallest, f"does not fit; {smallest.lacks}")
@@ -231,7 +240,7 @@ def _rung(
 
 
 def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
-    """Why a rung is not possible whatever the memory."""
+    """Say why a rung is not possible, whatever the memory; None where it is."""
     option = RUNGS[rung]
     if rung != "none" and config.precision is Precision.fp16:
         return "offload is not supported with precision=fp16"
@@ -246,7 +255,7 @@ def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
 
 
 class Search:
-    """Evaluates candidates; what they share is computed once."""
+    """Evaluate candidates; what they share is computed once."""
 
     def __init__(
         self,
@@ -268,17 +277,17 @@ class Search:
         self.origin = "traced"
 
     def candidates(self, rung: str) -> Iterator[Candidate]:
-        """Every stage, micro-batch and checkpointing that the config leaves open."""
+        """Evaluate every stage, micro-batch and checkpointing that the config leaves open."""
         asked = self.config.zero.stage
         stages = [stage for stage in RUNGS[rung].stages if asked in ("auto", stage)]
-        wanted = self.config.train.gradient_checkpointing
-        checkpointing = [wanted] if isinstance(wanted, bool) else [False, True]
+        setting = self.config.train.gradient_checkpointing
+        checkpointing = [setting] if isinstance(setting, bool) else [False, True]
         for stage, batch, recompute in product(stages, self.batches, checkpointing):
             placement = make_placement(stage, rung, self.tuner.trains_all)
             yield self.evaluate(placement, batch, recompute)
 
     def evaluate(self, placement: Placement, batch: BatchPlan, recompute: bool) -> Candidate:
-        """Memory and speed of one candidate."""
+        """Estimate memory and speed of one candidate."""
         config, shape, world = self.config, self.shape, self.cluster.world_size
         hardware, length = self.cluster.hardware, config.data.max_seq_length
         sizes = resize(
@@ -307,7 +316,7 @@ class Search:
             world,
             Workload(activations, self._eval_logits(batch), hardware.accelerator),
         )
-        lacks = fits(memory, hardware, self.cluster.ranks_on_node)
+        lacks = find_shortfall(memory, hardware, self.cluster.ranks_on_node)
         speed = estimate_speed(
             shape, placement, batch, length, recompute, config.precision, self.cluster
         )
@@ -322,9 +331,7 @@ class Search:
         )
 
     def _eval_logits(self, batch: BatchPlan) -> int:
-        """Logits, their fp32 copy and the log-probabilities of an evaluation batch, which has no
-        gradients.
-        """
+        """Bytes of an evaluation batch's logits, their fp32 copy and the log-probabilities."""
         if self.config.data.val_set_size == 0 and self.config.data.eval is None:
             return 0
         rows = self.config.train.per_device_eval_batch_size

@@ -1,4 +1,4 @@
-"""The peak learning rate where none is given: by what is trained and by the size of the model."""
+"""The default peak learning rate, by the tuner and the size of the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llmtune.tuner.tuner import Tuner
 def resolve_learning_rate(
     optim: OptimConfig, tuner: Tuner, parameters: int, notes: list[str]
 ) -> float:
-    """The rate that is set, or the tuner's for a model of this size, with a note of its origin."""
+    """Return the rate that is set, or the tuner's for a model of this size, and note its origin."""
     if not isinstance(optim.learning_rate, str):
         return float(optim.learning_rate)
     rate = next(rate for limit, rate in tuner.learning_rates if parameters < limit)

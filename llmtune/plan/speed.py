@@ -1,8 +1,8 @@
-"""How long an optimizer step takes, and what bounds it.
+"""Predict the duration of an optimizer step, and its bottleneck.
 
-A roofline: arithmetic at the card's reachable share of its peak; gathers and reductions overlap
-with it, so that the longer of the two counts. Offloaded weights are counted in full, because
-DeepSpeed brings a slice from the host or a disk right before the gather that needs it; the
+This is a roofline: arithmetic at the card's reachable share of its peak; gathers and reductions
+overlap with it, so that the longer of the two counts. Offloaded weights are counted in full,
+because DeepSpeed brings a slice from the host or a disk right before the gather that needs it; the
 optimizer and what is swapped for it come after the backward pass.
 """
 
@@ -15,40 +15,42 @@ from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import CPU_LINK_BANDWIDTH, Hardware
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.zero_states import NF4_BYTES, element_bytes
+from llmtune.plan.memory.rank_bytes import NF4_BYTES, element_bytes
 
-#: Bytes of host memory that CPU Adam touches a parameter: reads weight, gradient and two moments,
-#: writes three of them (fp32), and the weight's copy in the training dtype.
+#: Bytes of host memory that CPU Adam touches per parameter: it reads weight, gradient and two
+#: moments, and writes three of them (fp32) and the weight's copy in the training dtype.
 CPU_ADAM_BYTES = 34
-#: What Python and kernel launches add to each layer of a pass: without ZeRO 3, and with its hooks.
+#: Seconds that Python and kernel launches add per layer and pass, without and with ZeRO 3's hooks.
 LAUNCH_SECONDS = {"cuda": (0.0003, 0.0010), "cpu": (0.0003, 0.0015)}
-#: Bytes of device memory that Adam touches a parameter, and a device's bandwidth for it.
+#: Bytes of device memory that Adam touches per parameter, and a device's bandwidth for it.
 ADAM_BYTES, DEVICE_BANDWIDTH = 30, {"cuda": 1.5e12, "cpu": 10e9}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedPlan:
-    """Predicted, for full rows."""
+    """The predicted speed, for full rows."""
 
     step_seconds: float
     tokens_per_second: float
-    """Of the whole run."""
+    """Over all ranks."""
     bound_by: str
-    """The term that takes longest."""
+    """The longest term."""
     terms: dict[str, float]
-    """Seconds of a step by cause, overlap not taken off."""
+    """Seconds per step by cause, overlap not subtracted."""
 
 
 def forward_flops(shape: ModelShape, length: int) -> float:
-    """Operations a token: two a weight, and causal attention's two products over half the positions
-    before it.
+    """Count the operations per token of a forward pass.
+
+    They are two per weight, and causal attention's two products, with half of the row on average.
     """
     return 2.0 * shape.matrix_parameters + 2.0 * length * shape.attention_width * shape.layers
 
 
 def step_flops(shape: ModelShape, length: int, gradient_checkpointing: bool) -> float:
-    """Operations a token of a whole step: forward, recomputation, gradients of inputs, gradients of
-    what is trained.
+    """Count the operations per token of a step.
+
+    They are those of the forward pass, recomputation, and the gradients of inputs and weights.
     """
     forward = forward_flops(shape, length)
     head = 2.0 * shape.head_parameters
@@ -59,7 +61,7 @@ def step_flops(shape: ModelShape, length: int, gradient_checkpointing: bool) -> 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Ranks on machines."""
+    """The machines, and their ranks."""
 
     hardware: Hardware
     world_size: int
@@ -70,7 +72,7 @@ class Cluster:
         return max(1, self.world_size // self.hardware.nodes)
 
     def collective_seconds(self, nbytes: float) -> float:
-        """An all-gather or reduce-scatter whose whole tensor has so many bytes."""
+        """Return the seconds of an all-gather or reduce-scatter of ``nbytes`` over all ranks."""
         if self.world_size == 1:
             return 0.0
         hardware = self.hardware
@@ -89,8 +91,8 @@ def estimate_speed(
     precision: Precision,
     cluster: Cluster,
 ) -> SpeedPlan:
-    """Seconds of one optimizer step over rows of ``length`` tokens."""
-    hardware, micro = cluster.hardware, batch.accumulation_steps
+    """Predict the seconds of one optimizer step over rows of ``length`` tokens."""
+    hardware, accumulation_steps = cluster.hardware, batch.accumulation_steps
     tokens = batch.micro_batch_size * length
     ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
     flops = _flops(hardware, precision)
@@ -102,9 +104,9 @@ def estimate_speed(
     gathers = _gather_seconds(shape, placement, passes, precision, cluster)
     weights = _weights_seconds(shape, placement, passes, precision, cluster)
     terms = {
-        "compute": micro * compute,
-        "gathers": micro * gathers,
-        "weights from offload": micro * weights,
+        "compute": accumulation_steps * compute,
+        "gathers": accumulation_steps * gathers,
+        "weights from offload": accumulation_steps * weights,
         **_step_terms(shape, placement, batch, precision, cluster),
     }
     overlapped = max(terms["compute"], terms["gathers"])
@@ -120,7 +122,7 @@ def estimate_speed(
 
 
 def _flops(hardware: Hardware, precision: Precision) -> float:
-    """Operations a second that a training step reaches."""
+    """Operations per second that a training step reaches."""
     if precision is not Precision.fp32:
         return hardware.flops * hardware.efficiency
     # A CPU's vector units have half of bf16's rate; a GPU computes fp32 outside of its tensor
@@ -131,15 +133,13 @@ def _flops(hardware: Hardware, precision: Precision) -> float:
 def _gather_seconds(
     shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
 ) -> float:
-    """Collectives of one micro-batch: weights in the forward and the backward pass, and
-    gradients.
-    """
+    """Seconds of one micro-batch's collectives: weights in both passes, and gradients."""
     size = element_bytes(precision)
     seconds = 0.0
     if placement.zero_stage == 3:
         quantized = shape.quantized_parameters
         nbytes = size * (shape.parameters - quantized) + NF4_BYTES * quantized
-        # A recomputed layer is still there for its backward pass, unless it came from NVMe.
+        # A recomputed layer is still gathered for its backward pass, unless it came from NVMe.
         seconds += (passes if placement.param == "nvme" else 2) * cluster.collective_seconds(nbytes)
     if placement.zero_stage >= 2:
         seconds += cluster.collective_seconds(size * shape.trainable_parameters)
@@ -149,7 +149,7 @@ def _gather_seconds(
 def _weights_seconds(
     shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
 ) -> float:
-    """Offloaded weights on their way to the accelerator, one micro-batch."""
+    """Seconds of one micro-batch to bring offloaded weights to the accelerator."""
     if placement.param == "none":
         return 0.0
     hardware = cluster.hardware
@@ -169,7 +169,7 @@ def _step_terms(
     precision: Precision,
     cluster: Cluster,
 ) -> dict[str, float]:
-    """What comes once a step, after the backward pass."""
+    """Seconds of what is done once per step, after the backward pass."""
     hardware, size = cluster.hardware, element_bytes(precision)
     trained = shape.trainable_parameters
     share = trained / (1 if placement.zero_stage == 0 else cluster.world_size)
@@ -185,8 +185,8 @@ def _step_terms(
         return terms
     on_node = share * cluster.ranks_on_node
     terms["optimizer on the host"] = CPU_ADAM_BYTES * on_node / hardware.host_memory_bandwidth
-    # Each micro-batch's gradients go down and, to be added to, up again; fp32 gradients go down and
-    # weights up at the end.
+    # Each micro-batch's gradients go to the host and, to be added to, back again; at the end fp32
+    # gradients go to the host, and weights come back.
     moved = 2 * size * share * (batch.accumulation_steps - 1) + (size + 4 + size) * share
     terms["gradients and weights over PCIe"] = moved / hardware.pcie_bandwidth
     if placement.optimizer == "nvme":

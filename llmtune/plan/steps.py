@@ -1,4 +1,4 @@
-"""The length of a run in optimizer steps."""
+"""The number of optimizer steps and of warm-up steps, from the config and the number of rows."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from llmtune.units import counted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepsPlan:
-    """Length of the run, in optimizer steps."""
+    """The run's length in optimizer steps."""
 
     total_steps: int
     warmup_steps: int
     total_rows: int | None
-    """Rows of whole or broken epochs, after which the last step ends; None where ``max_steps``
-    decides.
-    """
+    """Rows after which the last step ends, for epochs; None where ``max_steps`` decides."""
     origin: str
+    """Where the length came from, for the page before step 1."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StepsPlan:
-        """From plain values."""
+        """Build the plan from what JSON made of it."""
         return cls(**values)
 
 
 def resolve_steps(
     train: TrainConfig, schedule: ScheduleConfig, rows: int | None, global_batch_size: int
 ) -> StepsPlan:
-    """Steps from ``max_steps`` if it is set, else from epochs; warm-up rounded up to whole steps.
+    """Take the steps from ``max_steps`` if it is set, else from epochs.
+
+    A warm-up given as a ratio is rounded up to whole steps.
 
     Args:
-        rows: Of an epoch; None where they are streamed, which goes with ``max_steps``.
-        global_batch_size: Rows of a step, as planned.
+        rows: Rows of an epoch; None where they are streamed, which requires ``max_steps``.
+        global_batch_size: Rows per step, as planned.
 
     Raises:
-        ConfigError: Warm-up leaves no step.
+        ConfigError: The warm-up leaves no step.
     """
     epoch_rows = max(1, round(train.num_train_epochs * (rows or 0)))
     by_epochs = math.ceil(epoch_rows / global_batch_size)
@@ -51,7 +52,7 @@ def resolve_steps(
     if rows is None and train.max_steps is not None:
         total, origin = train.max_steps, "train.max_steps of a stream"
     elif train.max_steps is not None:
-        # max_steps alone decides, as in the Hugging Face Trainer: it may also go round the data
+        # max_steps alone decides, as in the Hugging Face Trainer. It may also pass over the data
         # several times.
         total, origin = train.max_steps, f"train.max_steps ({origin} would be {by_epochs})"
     warmup = schedule.warmup_steps

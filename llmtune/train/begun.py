@@ -1,5 +1,6 @@
-"""What a run was started with, where it goes on: read before it is planned, and before anything of
-it is fetched.
+"""Read the settings that a resumed run was started with.
+
+They are needed before the run is planned, and before any checkpoint is fetched.
 """
 
 from __future__ import annotations
@@ -20,41 +21,43 @@ from llmtune.train.run_folder import RunFolder
 
 
 def begun_train(config: Config, folder: Path, run_name: str) -> TrainConfig | None:
-    """The ``train`` section that the run began with; None for a new run, and for one of another
-    version of llmtune.
+    """Read the ``train`` section that the run began with.
 
-    Looked for in the run folder, in the checkpoint that ``resume_from_checkpoint`` names, and at
-    the mirror.
+    It is None for a new run, and for one of another version of llmtune. It is looked for in the
+    run folder, in the checkpoint that ``resume_from_checkpoint`` names, and at the mirror.
 
     Raises:
         ConfigError: The driver of the mirror is not installed.
-        CheckpointError: Nothing is here, and the mirror cannot be read.
+        CheckpointError: Nothing is stored locally, and the mirror cannot be read.
     """
     text = _find(config, folder, run_name)
     try:
         return parse_yaml(text.decode()).train if text is not None else None
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, ConfigError):
-        # Whoever compares the configurations says what is wrong with it.
+        # The comparison of the configurations will say what is wrong with it.
         return None
 
 
 def _find(config: Config, folder: Path, run_name: str) -> bytes | None:
-    wanted = config.resume_from_checkpoint
-    if wanted == "none":
+    resume_from = config.resume_from_checkpoint
+    if resume_from == "none":
         return None
-    places = [folder, *reversed(find_checkpoints(folder))] if RunFolder(folder).has_work() else []
-    if wanted == "auto":
-        # An earlier command may have named where it begins, and nothing have been saved since.
+    candidates: list[Path] = []
+    if RunFolder(folder).has_work():
+        candidates += [folder, *reversed(find_checkpoints(folder))]
+    if resume_from == "auto":
+        # An earlier command may have named a checkpoint to begin from, with nothing saved since.
         began = RunFolder(folder).read_record().began_from
-        places += [Path(began.origin)] if began is not None else []
-    elif "://" not in wanted:
-        places.append(Path(wanted).expanduser())
-    for place in places:
-        if (place / layout.CONFIG).is_file():
-            return (place / layout.CONFIG).read_bytes()
-    if "://" in wanted:
-        return read_remote(wanted, layout.CONFIG)
-    if wanted != "auto" or config.checkpoint.mirror is None:
+        if began is not None:
+            candidates.append(Path(began.origin))
+    elif "://" not in resume_from:
+        candidates.append(Path(resume_from).expanduser())
+    for candidate in candidates:
+        if (candidate / layout.CONFIG).is_file():
+            return (candidate / layout.CONFIG).read_bytes()
+    if "://" in resume_from:
+        return read_remote(resume_from, layout.CONFIG)
+    if resume_from != "auto" or config.checkpoint.mirror is None:
         return None
     remote = find_remote(config.checkpoint.mirror, run_name)
     return read_remote(remote[-1][1], layout.CONFIG) if remote else None

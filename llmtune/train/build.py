@@ -1,6 +1,4 @@
-"""Construction: every object of a run, in the order in which they depend on each other, and then
-the loop.
-"""
+"""Build every object of a run, in the order of their dependencies, and run the training loop."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import SERVICES, TrackedRun
 from llmtune.track.tracker import Tracker, Trackers
-from llmtune.train.checkpointing import CheckpointSaver, SaveSettings, render_companions
+from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.evaluation import HeldOutLoss
 from llmtune.train.hooks.loss_plot import LossPlot
@@ -41,6 +39,7 @@ from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
 from llmtune.train.line_sums import LineSums
 from llmtune.train.loop import Hook, Job, run
+from llmtune.train.model_files import render_model_files
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
 from llmtune.train.stop_request import Stop
@@ -48,21 +47,23 @@ from llmtune.train.training_state import TrainingState
 from llmtune.tuner.peft_model import load_adapter, to_file_name
 from llmtune.tuner.tuner import TUNERS
 
-#: Waited at the end for copies to ``checkpoint.mirror``; whoever stops a run is in a hurry.
-MIRROR_SECONDS, MIRROR_SECONDS_AFTER_STOP = 3600.0, 20.0
+#: Longest wait at the end for copies to ``checkpoint.mirror``; shorter after a stop, because
+#: whoever stops a run is in a hurry.
+MIRROR_SECONDS = 3600.0
+MIRROR_SECONDS_AFTER_STOP = 20.0
 
 
 def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
-    """Build, train, and publish the result. Called on every rank.
+    """Build the job, train, and publish the result. Called on every rank.
 
     Raises:
-        StoppedError: A signal asked for an end; the state was saved.
+        StoppedError: A stop was requested; the state was saved.
     """
     stop = Stop(rank, request.run_folder)
     try:
         job = build_job(request, rank, console, stop)
-        # Thousands of modules with their hooks stay until the end: looking through them takes a
-        # tenth of a second each time.
+        # Thousands of modules with their hooks live until the end. Each collection would look
+        # through them, which takes a tenth of a second.
         gc.collect()
         gc.freeze()
         try:
@@ -74,13 +75,13 @@ def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
         finally:
             job.trackers.finish()
     except Exception:
-        # With the memory that is in use now, in case it has run out.
+        # Record the memory in use now, in case it has run out.
         rank.phases.beat()
         raise
 
 
 def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> Job:
-    """The page that says what a run is made of."""
+    """Build all parts of a run."""
     config, plan = request.config, request.plan
     template = load_chat_template(config.data.chat_template)
     tokenizer = load_tokenizer(request.model_folder, config.model, template)
@@ -126,7 +127,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         seed=config.seed,
         evaluator=evaluator,
         saver=build_saver(request, module, tokenizer, state, console),
-        numbers=DivergenceMonitor(
+        divergence=DivergenceMonitor(
             module, loader, config.train.on_nan, request.run_folder, console.say
         ),
         trackers=build_trackers(request, rank, console),
@@ -143,10 +144,10 @@ def build_saver(
     state: TrainerState | None,
     console: Console,
 ) -> CheckpointSaver:
-    """Checkpoints: what is in them, which are kept, and where they are copied to.
+    """Build what saves checkpoints: their content, which are kept, and where they are copied to.
 
     Args:
-        state: Of ``request.resume_from``.
+        state: The trainer's state in ``request.resume_from``.
     """
     config, plan, run = request.config, request.plan, request.run_folder
     has_adapter = TUNERS.find(config.tuner.kind).has_adapter
@@ -154,22 +155,24 @@ def build_saver(
     weights = WeightFiles(
         has_adapter, config.export.max_shard_bytes, to_file_name if has_adapter else str
     )
-    chosen = config.checkpoint
+    planned_host_bytes = plan.memory.host.total
+    if rank_is_host:
+        planned_host_bytes += plan.memory.device.total
+    checkpoint = config.checkpoint
     settings = SaveSettings(
         run=run,
         weights=weights,
         retention=Retention(
             limit=config.train.save_total_limit,
-            every=chosen.keep_every,
-            metric=chosen.metric_for_best_model,
-            greater_is_better=chosen.greater_is_better,
+            every=checkpoint.keep_every,
+            metric=checkpoint.metric_for_best_model,
+            greater_is_better=checkpoint.greater_is_better,
         ),
         save_steps=config.train.save_steps,
-        background=chosen.background,
-        on_disk_low=chosen.on_disk_low,
+        background=checkpoint.background,
+        on_disk_low=checkpoint.on_disk_low,
         data_fingerprint=request.data.fingerprint,
-        planned_host_bytes=plan.memory.host.total
-        + (plan.memory.device.total if rank_is_host else 0),
+        planned_host_bytes=planned_host_bytes,
         about={
             "run_name": request.run_name,
             "config_fingerprint": fingerprint(config),
@@ -179,27 +182,25 @@ def build_saver(
             "placement": plan.placement.rung,
             "versions": describe_environment(),
         },
-        signer=read_signer(chosen.sign) if module.rank.is_first else None,
+        signer=read_signer(checkpoint.sign) if module.rank.is_first else None,
     )
     model_files: dict[str, bytes] = {}
     mirror: Mirror | None = None
     if module.rank.is_first:
         model_files = {
-            **render_companions(module.model, tokenizer, weights, run),
+            **render_model_files(module.model, tokenizer, weights, run),
             **weights.index(module),
         }
-        if chosen.mirror is not None:
-            mirror = Mirror(chosen.mirror, request.run_name, console.say, request.run_id)
-    start = (
-        (request.resume_from, state)
-        if request.resume_from is not None and state is not None
-        else None
-    )
+        if checkpoint.mirror is not None:
+            mirror = Mirror(checkpoint.mirror, request.run_name, console.say, request.run_id)
+    start = None
+    if request.resume_from is not None and state is not None:
+        start = (request.resume_from, state)
     return CheckpointSaver(module, settings, model_files, start, console.say, mirror)
 
 
 def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Collator) -> Steps:
-    """The training rows, from disk or tokenized on the way."""
+    """Build the loader of training rows, from disk or tokenized during training."""
     config, batch = request.config, request.plan.batch
     pinned = config.data.pin_memory
     settings = LoaderSettings(
@@ -217,16 +218,15 @@ def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Coll
 
 
 def eval_batch_size(request: RunRequest) -> int:
-    """Rows of an evaluation's forward pass: what is set, or the micro-batch that the plan found
-    room for.
-    """
+    """Return the rows per evaluation batch: as set, or the planned micro-batch size."""
     rows = request.config.train.per_device_eval_batch_size
     return rows if isinstance(rows, int) else request.plan.batch.micro_batch_size
 
 
 def build_module(request: RunRequest, rank: Rank) -> TrainModule:
-    """Weights from the base, or from the checkpoint that is resumed; adapters; DeepSpeed around
-    them.
+    """Build the model with its adapters, and DeepSpeed's engine around it.
+
+    The weights are those of the base, or of the checkpoint that is resumed.
     """
     rank.phases.enter("load")
     config, plan = request.config, request.plan
@@ -253,7 +253,7 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
 
 
 def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Trackers:
-    """Who sees the records: rank 0's file, console and the chosen service."""
+    """Build what receives the records: on rank 0 a file, the console and the chosen service."""
     if not rank.is_first:
         return Trackers([])
     config = request.config
@@ -269,12 +269,12 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Tracker
 def build_hooks(
     request: RunRequest, rank: Rank, console: Console, module: TrainModule, tokenizer: Any
 ) -> list[Hook]:
-    """Side concerns of this run."""
+    """Build the hooks of this run."""
     config, plan = request.config, request.plan
     prompts = read_samples(request.data)
-    moved = plan.placement.zero_stage == 3
+    sharded = plan.placement.zero_stage == 3
     reason = samples_reason_to_skip(
-        config.train.sample_answers, plan.shape.parameters, moved, len(prompts)
+        config.train.sample_answers, plan.shape.parameters, sharded, len(prompts)
     )
     hooks: list[Hook] = [LossPlot(request.run_folder, request.run_name, rank)]
     if reason is None:
@@ -285,7 +285,7 @@ def build_hooks(
 
 
 def _open_tracker(request: RunRequest, console: Console) -> list[Tracker]:
-    """The chosen tracker; none where it cannot be opened, which is no reason to stop."""
+    """Open the chosen service; none if it cannot be reached, which must not stop the run."""
     service = SERVICES.find(request.config.tracker.kind)
     settings: Any = to_plain(request.config)
     run = TrackedRun(
@@ -303,8 +303,6 @@ def _open_tracker(request: RunRequest, console: Console) -> list[Tracker]:
 
 
 def _base_name(request: RunRequest) -> str:
-    """What the adapter names as its base: the hub id, or the folder where the weights came from
-    elsewhere.
-    """
+    """Name the adapter's base: the hub id, or the folder of weights from elsewhere."""
     name = request.config.model.name_or_path
     return name if "models--" in str(request.model_folder) else str(request.model_folder)

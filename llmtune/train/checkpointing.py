@@ -1,14 +1,13 @@
-"""Checkpoints during the run, and the trained model at its end."""
+"""Save checkpoints during the run, and publish the trained model at its end."""
 
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.mirror import Mirror
@@ -16,7 +15,7 @@ from llmtune.checkpoint.optimizer_files import state_specs
 from llmtune.checkpoint.retention import Retention, list_checkpoints, prune_checkpoints
 from llmtune.checkpoint.save import DiskRefusedError, PendingSave, SaveRequest, begin_save
 from llmtune.checkpoint.trainer_state import TrainerState
-from llmtune.checkpoint.weight_files import WeightFiles, write_model_config
+from llmtune.checkpoint.weight_files import WeightFiles
 from llmtune.checkpoint.writer import Buffers
 from llmtune.config.groups.checkpoint import OnDiskLow
 from llmtune.draws import DRAWS_VERSION
@@ -32,13 +31,9 @@ from llmtune.storage.signature import Signer
 from llmtune.track.tracker import Record
 from llmtune.train.memory_usage import spare_host_memory_bytes
 from llmtune.train.training_state import TrainingState
-from llmtune.tuner.peft_model import write_adapter_config
 from llmtune.units import counted, format_bytes
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-#: In a checkpoint only, and no part of the trained model.
+#: Files of a checkpoint that are no part of the trained model.
 _STATE = {layout.TRAINER_STATE, layout.CONFIG, layout.METRICS}
 
 #: Copies for a save in the background may take this share of the host memory that training leaves.
@@ -47,7 +42,7 @@ _COPY_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveSettings:
-    """What a user chose, and what every checkpoint of the run says of itself."""
+    """The user's choices, and what every checkpoint of the run says of itself."""
 
     run: Path
     weights: WeightFiles
@@ -57,15 +52,17 @@ class SaveSettings:
     on_disk_low: OnDiskLow
     data_fingerprint: str
     planned_host_bytes: int
-    """Of a rank at its peak, by the plan."""
+    """The planned peak of a rank."""
     about: dict[str, Any]
     signer: Signer | None = None
     """On rank 0, where checkpoints are signed."""
 
 
 class CheckpointSaver:
-    """Writes ``checkpoint-<step>`` folders one at a time, keeps some, and links the last one's
-    model as the result.
+    """Write ``checkpoint-<step>`` folders, prune old ones, and link the last one as the result.
+
+    One checkpoint is written at a time. All ranks have one of these, and call its methods in the
+    same order.
     """
 
     def __init__(
@@ -79,8 +76,9 @@ class CheckpointSaver:
     ):
         """
         Args:
-            companions: What lies beside the weights; see :func:`render_companions`.
-            start: The checkpoint that the run goes on from, which may be another run's.
+            model_files: The files beside the weights; see
+                :func:`~llmtune.train.model_files.render_model_files`.
+            start: The checkpoint that the run resumes from, which may be another run's.
         """
         self.module = module
         self.settings = settings
@@ -89,10 +87,10 @@ class CheckpointSaver:
         self.mirror = mirror
         self._best = start[1].best if start else None
         self._newest: Path | None = None
-        own = layout.checkpoint_folder(settings.run, start[1].step) if start else None
-        # Another run's, or one that was set aside, is saved here first.
-        if start and own is not None and start[0].resolve() == own.resolve():
-            self._newest = own
+        own_folder = layout.checkpoint_folder(settings.run, start[1].step) if start else None
+        # A checkpoint of another run, or one that was set aside, is saved again in this run.
+        if start and own_folder is not None and start[0].resolve() == own_folder.resolve():
+            self._newest = own_folder
         self._metrics: Record = {}
         self._pending: PendingSave | None = None
         self._buffers = Buffers(module.rank.device)
@@ -103,40 +101,40 @@ class CheckpointSaver:
         self._bytes = int(all_reduce_sum([float(self._own_bytes)], module.rank)[0])
 
     def prepare(self, steps_to_come: int) -> None:
-        """Before the first step: room for all checkpoints that will be there at once. Collective.
+        """Check the room for all checkpoints that will exist at once, before the first step.
+
+        Collective.
 
         Raises:
-            CheckpointError: There is not, and ``checkpoint.on_disk_low=stop``.
+            CheckpointError: There is not enough, and ``checkpoint.on_disk_low=stop``.
         """
         saves = max(1, steps_to_come // (self.settings.save_steps or steps_to_come or 1))
         limit = self.settings.retention.limit
-        # A new one is written before the oldest goes.
-        wanted = saves if limit is None else min(saves, limit + 1)
+        # A new checkpoint is written before the oldest is removed.
+        at_once = saves if limit is None else min(saves, limit + 1)
         if self.settings.on_disk_low is not OnDiskLow.stop:
-            wanted = 1
+            at_once = 1
         present = len(list_checkpoints(self.settings.run)) if limit is not None else 0
         self._make_room(
-            max(1, wanted - present),
-            f"{counted(wanted, 'checkpoint')} of {format_bytes(self._bytes)}",
+            max(1, at_once - present),
+            f"{counted(at_once, 'checkpoint')} of {format_bytes(self._bytes)}",
         )
         if self._has_memory():
             self._buffers.reserve(self._own_files)
             how = (
-                f"written while training goes on, from copies of {format_bytes(self._own_bytes)} a"
-                " rank in host memory"
+                f"written during training, from copies of {format_bytes(self._own_bytes)} per rank"
+                " in host memory"
             )
         else:
             how = "training waits while they are written"
         self.say(f"checkpoints of {format_bytes(self._bytes)}: {how}")
         if self.mirror is not None:
-            # What the last start had no time to copy; what is there already is not sent again.
+            # Copy what the last start had no time for; the mirror sends nothing twice.
             for folder in find_checkpoints(self.settings.run):
                 self.mirror.put(folder, None)
 
     def record_evaluation(self, record: Record) -> None:
-        """An evaluation: its numbers belong to the checkpoint of its step, and may be the best so
-        far.
-        """
+        """Record an evaluation, for the next manifest and to track the best checkpoint."""
         self._metrics = record
         metric = self.settings.retention.metric
         if metric is None:
@@ -146,10 +144,10 @@ class CheckpointSaver:
             self._best = {"metric": metric, "value": record[metric], "step": record["step"]}
 
     def save(self, progress: TrainingState) -> Path:
-        """Begin to write the checkpoint of this step, unless it is there. Collective.
+        """Begin to write the checkpoint of this step, unless it exists. Collective.
 
         Raises:
-            CheckpointError: There is no room, or the one before could not be written.
+            CheckpointError: There is no room, or the previous one could not be written.
         """
         folder = layout.checkpoint_folder(self.settings.run, progress.step)
         if folder == self._newest:
@@ -186,16 +184,16 @@ class CheckpointSaver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still works on a save in the background."""
+        """Whether this rank still writes a checkpoint in the background."""
         return self._pending is not None and not self._pending.has_ended
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank knows that the save under way will not be."""
+        """Whether this rank knows that the save in progress has failed."""
         return self._pending is not None and self._pending.has_failed
 
     def finish(self) -> None:
-        """Wait for the save under way. Collective.
+        """Wait for the save in progress. Collective.
 
         Raises:
             CheckpointError: It could not be written, and ``checkpoint.on_disk_low`` is not
@@ -210,11 +208,11 @@ class CheckpointSaver:
             self._newest = None
             if self.settings.on_disk_low is not OnDiskLow.skip:
                 raise
-            self.say(f"{error} (checkpoint.on_disk_low=skip: training goes on)")
+            self.say(f"{error} (checkpoint.on_disk_low=skip: training continues)")
             return
         self.say(
             f"{pending.folder.name}: {format_bytes(self._bytes)} in {pending.seconds:.2f} s; "
-            f"training stood still for {pending.pause_seconds:.2f} s"
+            f"training paused for {pending.pause_seconds:.2f} s"
         )
         if self._buffers.nbytes > _COPY_SHARE * self._spare_memory():
             self._buffers.release()
@@ -232,17 +230,19 @@ class CheckpointSaver:
                 f"warning: {name} is not at checkpoint.mirror: {reason}; the next start copies it"
                 f" first, and so does llmtune verify run={self.settings.run} --mirror"
             )
-        # What was being copied when its time had come.
+        # Checkpoints that were due for removal while they were being copied.
         prune_checkpoints(self.settings.run, self.settings.retention, self._busy())
 
     def pause_seconds(self) -> float | None:
-        """How long training stood still since this was last asked; None where nothing was saved."""
+        """Return the pause since the last call; None where nothing was saved."""
         pause, self._pause = self._pause, None
         return pause
 
     def publish_result(self, progress: TrainingState) -> Path:
-        """``adapter/`` or ``model/``: the last checkpoint's model, hard-linked, and marked as the
-        end of the run.
+        """Link the last checkpoint's model as ``adapter/`` or ``model/``, and mark the run's end.
+
+        Raises:
+            CheckpointError: The last checkpoint could not be saved.
         """
         run = self.settings.run
         result = run / (layout.ADAPTER if self.settings.weights.adapter_only else layout.MODEL)
@@ -276,25 +276,25 @@ class CheckpointSaver:
         )
 
     def _history(self) -> dict[str, bytes]:
-        """The metrics so far, for a resume without the run folder."""
+        """Read the metrics so far, for a resume without the run folder."""
         if not self.module.rank.is_first:
             return {}
         path = self.settings.run / layout.METRICS
         return {layout.METRICS: path.read_bytes() if path.is_file() else b""}
 
     def _published(self, folder: Path) -> None:
-        """On rank 0, when a checkpoint is there: copy it elsewhere, and let older ones go."""
+        """Mirror a complete checkpoint and prune older ones, on rank 0."""
         run, retention = self.settings.run, self.settings.retention
         if self.mirror is not None:
-            gone = {kept.folder.name for kept in retention.to_remove(list_checkpoints(run))}
-            self.mirror.put(folder, {kept.folder.name for kept in list_checkpoints(run)} - gone)
+            removed = {kept.folder.name for kept in retention.to_remove(list_checkpoints(run))}
+            self.mirror.put(folder, {kept.folder.name for kept in list_checkpoints(run)} - removed)
         prune_checkpoints(run, retention, self._busy())
 
     def _busy(self) -> Container[Path]:
         return self.mirror.busy if self.mirror is not None else ()
 
     def _has_memory(self) -> bool:
-        """Whether the copies fit beside what training needs, on every rank. Collective."""
+        """Tell whether the copies fit beside what training needs, on every rank. Collective."""
         if self.settings.background != "auto":
             return bool(self.settings.background)
         needed = self._own_bytes - self._buffers.nbytes
@@ -307,20 +307,21 @@ class CheckpointSaver:
         )
 
     def _make_room(self, checkpoints: int, what: str) -> bool:
-        """Whether there is room for so many more checkpoints, made by pruning where that is wanted.
+        """Tell whether there is room for more checkpoints; ``on_disk_low=prune`` makes some.
 
         Collective.
+
+        Raises:
+            CheckpointError: There is none, and ``checkpoint.on_disk_low`` is not ``skip``.
         """
         problem: str | None = None
         if self.module.rank.is_first:
             run, needed = self.settings.run, self._bytes * checkpoints
             free = shutil.disk_usage(run).free
             if free < needed and self.settings.on_disk_low is OnDiskLow.prune:
-                gone = prune_checkpoints(run, self.settings.retention, self._busy(), limit=1)
-                self.say(
-                    "the disk is low: removed"
-                    f" {', '.join(gone) or 'nothing, only protected checkpoints are left'}"
-                )
+                removed = prune_checkpoints(run, self.settings.retention, self._busy(), limit=1)
+                names = ", ".join(removed) or "nothing, only protected checkpoints are left"
+                self.say(f"the disk is low: removed {names}")
                 free = shutil.disk_usage(run).free
             if free < needed:
                 problem = (
@@ -334,8 +335,8 @@ class CheckpointSaver:
             self.say(f"warning: {problem}; left out (checkpoint.on_disk_low=skip)")
             return False
         raise CheckpointError(
-            f"{problem}. Free space, take a smaller train.save_total_limit, or"
-            " checkpoint.on_disk_low=prune or skip; the same command then goes on from the newest"
+            f"{problem}. Free space, or set a smaller train.save_total_limit or"
+            " checkpoint.on_disk_low=prune or skip; the same command then resumes from the newest"
             " checkpoint"
         )
 
@@ -344,27 +345,10 @@ def _read_text(file: Path) -> str | None:
     return file.read_text().strip() if file.is_file() else None
 
 
-def render_companions(
-    model: Any, tokenizer: PreTrainedTokenizerBase, weights: WeightFiles, run: Path
-) -> dict[str, bytes]:
-    """The small files beside weights, which are the same in every checkpoint: configuration and
-    tokenizer.
-    """
-    with tempfile.TemporaryDirectory(prefix="llmtune-") as name:
-        folder = Path(name)
-        (write_adapter_config if weights.adapter_only else write_model_config)(model, folder)
-        tokenizer.save_pretrained(name)
-        files = {
-            file.relative_to(folder).as_posix(): file.read_bytes()
-            for file in folder.rglob("*")
-            if file.is_file()
-        }
-    return {**files, layout.CONFIG: (run / layout.CONFIG).read_bytes()}
-
-
 def link_result(checkpoint: Path, result: Path, signer: Signer | None = None) -> None:
-    """The model of a complete checkpoint under another name, hard-linked; hashes are those of the
-    checkpoint's manifest.
+    """Hard-link the model of a complete checkpoint under another name.
+
+    The hashes are those of the checkpoint's manifest.
     """
     manifest = read_manifest(checkpoint)
     aside = aside_path(result)

@@ -1,6 +1,4 @@
-"""Losses and gradients that are not finite, or far from what they were: found, traced to their
-rows, and acted on.
-"""
+"""Detect losses and gradients that are not finite or that spike, name their rows, and react."""
 
 from __future__ import annotations
 
@@ -19,21 +17,23 @@ from llmtune.errors import DivergedError, RollbackError
 from llmtune.storage import layout
 from llmtune.storage.atomic import read_json, write_atomically
 
-#: Steps that a spike is measured against, and the fewest of them.
-_WINDOW, _FEWEST = 64, 16
-#: A loss this many deviations above the mean is reported, as is a gradient norm this many times the
+#: Most and fewest steps that a spike is measured against.
+_WINDOW = 64
+_FEWEST = 16
+#: A loss this many deviations above the mean is reported, and a gradient norm this many times the
 #: median.
-_DEVIATIONS, _TIMES = 6.0, 10.0
+_DEVIATIONS = 6.0
+_TIMES_MEDIAN = 10.0
 
 #: Rows named in a message.
 _NAMED_ROWS = 8
 
-#: After as many rollbacks it is not the rows.
+#: After this many rollbacks the rows are not the cause.
 MAX_ROLLBACKS = 8
 
 
 class DivergenceMonitor:
-    """Sees the result of every step, on every rank."""
+    """Check the result of every step, on every rank."""
 
     def __init__(
         self,
@@ -55,13 +55,13 @@ class DivergenceMonitor:
         """Steps that a rollback leaves out."""
 
     def check(self, step: int, batch: StepBatch, result: StepResult) -> None:
-        """Report, and end or roll back where that is wanted. Collective.
+        """Report a bad step, and end or roll back as ``train.on_nan`` says. Collective.
 
         Raises:
             DivergedError: ``train.on_nan=stop``, or too many rollbacks.
             RollbackError: ``train.on_nan=rollback``.
         """
-        # In fp16 a gradient that overflows is how the loss scale finds its place.
+        # In fp16 the loss scale is found by gradients that overflow.
         if math.isfinite(result.loss) and (result.applied or self._scaled):
             self._report_spike(step, result)
             return
@@ -89,33 +89,32 @@ class DivergenceMonitor:
         )
 
     def _find_bad_rows(self, batch: StepBatch) -> str:
-        """The rows whose own loss is not finite; without one, those of the step."""
+        """Name the rows whose own loss is not finite; if there are none, the rows of the step."""
+        # This rank's rows with their losses. A flattened batch has one loss for all its rows.
         losses = self.module.row_losses(batch.micro_batches)
-        pairs = [
-            (row, loss)
-            for rows, of_rows in zip(batch.rows, losses, strict=True)
-            # A flattened batch has one loss for all its rows.
-            for row, loss in zip(
-                rows, of_rows * (len(rows) if len(of_rows) == 1 else 1), strict=False
-            )
-            if row is not None
-        ]
-        everything = gather_objects(
-            ([row for row, loss in pairs if not math.isfinite(loss)], [row for row, _ in pairs]),
-            self.module.rank,
-        )
-        bad = [row for of_rank, _ in everything for row in of_rank]
-        chosen = bad or [row for _, of_rank in everything for row in of_rank]
-        locations = [
-            place for row in sorted(chosen)[:_NAMED_ROWS] for place in self.loader.locations(row)
-        ]
-        more = f" and {len(chosen) - _NAMED_ROWS} more" if len(chosen) > _NAMED_ROWS else ""
+        own: list[tuple[int, float]] = []
+        for rows, row_losses in zip(batch.rows, losses, strict=True):
+            if len(row_losses) == 1:
+                row_losses = row_losses * len(rows)
+            own += [
+                (row, loss) for row, loss in zip(rows, row_losses, strict=False) if row is not None
+            ]
+
+        # All ranks' rows.
+        own_bad = [row for row, loss in own if not math.isfinite(loss)]
+        of_ranks = gather_objects((own_bad, [row for row, _ in own]), self.module.rank)
+        bad = [row for rank_bad, _ in of_ranks for row in rank_bad]
+        named = sorted(bad or [row for _, rank_rows in of_ranks for row in rank_rows])
+
+        # Their files and lines.
+        locations: list[str] = []
+        for row in named[:_NAMED_ROWS]:
+            locations += self.loader.locations(row)
         if not locations:
             return "the rows of a stream cannot be named"
-        return (
-            f"{'the loss is not finite on' if bad else 'the rows of the step are'}"
-            f" {', '.join(locations)}{more}"
-        )
+        more = f" and {len(named) - _NAMED_ROWS} more" if len(named) > _NAMED_ROWS else ""
+        subject = "the loss is not finite on" if bad else "the rows of the step are"
+        return f"{subject} {', '.join(locations)}{more}"
 
     def _report_spike(self, step: int, result: StepResult) -> None:
         if len(self._losses) >= _FEWEST:
@@ -126,7 +125,7 @@ class DivergenceMonitor:
                     f"step {step}: the loss {result.loss:.4f} is a spike (mean of the last steps"
                     f" {mean:.4f})"
                 )
-            elif math.isfinite(result.grad_norm) and result.grad_norm > _TIMES * norm > 0:
+            elif math.isfinite(result.grad_norm) and result.grad_norm > _TIMES_MEDIAN * norm > 0:
                 self.say(
                     f"step {step}: the gradient norm {result.grad_norm:.3g} is a spike (median so"
                     f" far {norm:.3g})"

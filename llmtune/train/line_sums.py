@@ -1,5 +1,6 @@
-"""What a line of ``metrics.jsonl`` sums up where ``train.logging_steps`` is above 1; a checkpoint
-carries it along.
+"""The sums of a line of ``metrics.jsonl`` where ``train.logging_steps`` is above 1.
+
+Checkpoints store them, so that a resumed run writes the same lines.
 """
 
 from __future__ import annotations
@@ -12,30 +13,28 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineSums:
-    """Over the steps since the last line."""
+    """Sums over the steps since the last line."""
 
     steps: int = 0
     loss: float = 0.0
-    """Sum over all trained tokens, of the steps whose loss is finite."""
+    """Sum over the trained tokens of the steps whose loss is finite."""
     trained_tokens: int = 0
-    """Of those steps, over all ranks."""
+    """Trained tokens of those steps, over all ranks."""
     skipped_steps: tuple[int, ...] = ()
     """Steps that changed nothing."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> LineSums:
-        """From plain values; None is the beginning of a line."""
-        return (
-            cls()
-            if values is None
-            else cls(**{**values, "skipped_steps": tuple(values["skipped_steps"])})
-        )
+        """Build the sums from what JSON made of them; None is the beginning of a line."""
+        if values is None:
+            return cls()
+        return cls(**{**values, "skipped_steps": tuple(values["skipped_steps"])})
 
     def add(self, step: int, loss: float, trained_tokens: int, applied: bool) -> LineSums:
-        """With one step more.
+        """Return the sums with one more step.
 
         Args:
-            loss: Mean over its trained tokens.
+            loss: Mean over the step's trained tokens.
         """
         counts = math.isfinite(loss)
         return LineSums(
@@ -46,17 +45,15 @@ class LineSums:
         )
 
     def to_record(self, loss: float) -> dict[str, Any]:
-        """``loss``, the mean over all trained tokens since the last line, and which steps were
-        skipped.
+        """Return ``loss``, the mean over all trained tokens since the last line, and skipped steps.
 
         Args:
-            loss: Of the last step; where it is the only one it stands as it is, in every digit.
+            loss: Loss of the last step; it is recorded to the last digit if it is the only one.
         """
+        record: dict[str, Any] = {"loss": loss}
         if self.steps == 1:
-            return {"loss": loss, **({"skipped": True} if self.skipped_steps else {})}
-        record: dict[str, Any] = {
-            "loss": self.loss / self.trained_tokens if self.trained_tokens else float("nan")
-        }
+            return {**record, "skipped": True} if self.skipped_steps else record
+        record["loss"] = self.loss / self.trained_tokens if self.trained_tokens else float("nan")
         if self.skipped_steps:
             record |= {"skipped": True, "skipped_steps": list(self.skipped_steps)}
         return record

@@ -30,18 +30,18 @@ from llmtune.train.training_state import TrainingState
 
 
 class Hook(Protocol):
-    """A side concern of rank 0 and the others, which sees the run begin and end."""
+    """Something done beside training, at the run's start and end."""
 
     def on_start(self, progress: TrainingState) -> None:
-        """Before the first step. Called on every rank."""
+        """Run before the first step, on every rank."""
 
     def on_end(self, progress: TrainingState) -> None:
-        """After the last step. Called on every rank."""
+        """Run after the last step, on every rank."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """Everything the loop touches, built by ``job.py``."""
+    """Everything that the loop uses, built by ``build.py``."""
 
     rank: Rank
     module: TrainModule
@@ -49,12 +49,12 @@ class Job:
     steps: StepsPlan
     train: TrainConfig
     learning_rate: float
-    """Peak."""
+    """The peak rate."""
     schedule: ScheduleConfig
     seed: int
     evaluator: HeldOutLoss
     saver: CheckpointSaver
-    numbers: DivergenceMonitor
+    divergence: DivergenceMonitor
     trackers: Trackers
     hooks: list[Hook]
     stop: Stop
@@ -62,10 +62,10 @@ class Job:
 
 
 def run(job: Job) -> TrainingState:
-    """Train from where the job stands to its last step.
+    """Train from the job's start to its last step.
 
     Raises:
-        StoppedError: Somebody asked for an end; the state was saved.
+        StoppedError: A stop was requested; the state was saved.
         DivergedError: A loss or gradient is not finite.
         CheckpointError: A checkpoint could not be written.
     """
@@ -102,7 +102,11 @@ def run(job: Job) -> TrainingState:
 
 
 def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) -> TrainingState:
-    """One optimizer step, and a line of ``metrics.jsonl`` where one is due."""
+    """Run one optimizer step, and log a line of ``metrics.jsonl`` when one is due.
+
+    All ranks run it together; only rank 0 has trackers.
+    """
+    # The batch and the learning rate of this step.
     started = time.perf_counter()
     step = progress.step + 1
     job.rank.phases.step = step
@@ -114,21 +118,26 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
         job.learning_rate,
         job.schedule.lr_scheduler_type,
     )
-    if step in job.numbers.skipped_steps:
+
+    # Forward, backward and optimizer step, unless a rollback left this step out.
+    if step in job.divergence.skipped_steps:
         result = StepResult(float("nan"), float("nan"), applied=False)
     else:
         # Dropout is a function of seed, step and rank, so that a resumed run draws the same.
         torch.manual_seed(torch_seed(job.seed, Draw.dropout, progress.step, job.rank.rank))
-        done = job.module.train_step(
+        finished = job.module.train_step(
             batch.micro_batches, batch.trained_tokens, rate, job.stop.requested
         )
-        if done is None:
+        if finished is None:
+            # A stop between two micro-batches: the state is that of the step before.
             save_and_stop(job, progress)
-        result = done
+        result = finished
         try:
-            job.numbers.check(step, batch, result)
+            job.divergence.check(step, batch, result)
         except DivergedError as error:
             save_before(job, progress, error)
+
+    # The record of this step; a line sums up all steps since the last one.
     seconds = time.perf_counter() - started
     line = progress.line.add(step, result.loss, batch.trained_tokens, result.applied)
     record: dict[str, Any] = {
@@ -147,6 +156,8 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
             record["save_pause_seconds"] = pause
         job.trackers.log(record)
         line = LineSums()
+
+    # The next state. The schedule does not count steps that changed nothing.
     skipped = progress.skipped + (not result.applied)
     return TrainingState(
         step=step,
@@ -158,9 +169,9 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
 
 
 def evaluate(job: Job, progress: TrainingState) -> TrainingState:
-    """Held-out loss, logged.
+    """Log the held-out loss.
 
-    A stop in the middle of it saves and ends: the evaluation comes first after a resume.
+    A stop during the evaluation saves the state and ends the run; a resume evaluates first.
     """
     record = job.evaluator.evaluate(progress, job.stop.requested)
     if record is not None:
@@ -172,7 +183,11 @@ def evaluate(job: Job, progress: TrainingState) -> TrainingState:
 
 
 def save_and_stop(job: Job, progress: TrainingState) -> NoReturn:
-    """Save where the run stands, and end it."""
+    """Save the state, and end the run.
+
+    Raises:
+        StoppedError: Always.
+    """
     if progress.step == 0:
         raise StoppedError("stopped before the first step was done; the same command starts again")
     folder = job.saver.save(progress)
@@ -180,38 +195,41 @@ def save_and_stop(job: Job, progress: TrainingState) -> NoReturn:
     if not is_complete(folder):
         raise StoppedError(
             f"stopped after step {progress.step}, which was not saved"
-            " (checkpoint.on_disk_low=skip): the same command goes on from the newest checkpoint"
+            " (checkpoint.on_disk_low=skip): the same command resumes from the newest checkpoint"
         )
     raise StoppedError(
-        f"stopped after step {progress.step} and saved {folder}: the same command goes on from"
+        f"stopped after step {progress.step} and saved {folder}: the same command resumes from"
         " there"
     )
 
 
 def save_before(job: Job, progress: TrainingState, error: DivergedError) -> NoReturn:
-    """Save the state from before a step that went wrong, which changed nothing, and end the run
-    with its error.
+    """Save the state before a step that diverged, and end the run with that step's error.
+
+    The step changed nothing, so that the state in memory is the one before it.
+
+    Raises:
+        DivergedError: Always.
     """
     try:
         saved = "No step was done before"
         if progress.step:
             folder = job.saver.save(progress)
             job.saver.finish()
-            saved = (
-                f"The state before it is {folder}"
-                if is_complete(folder)
-                else "The state before it was not saved"
-            )
+            saved = "The state before it was not saved"
+            if is_complete(folder):
+                saved = f"The state before it is {folder}"
     except CheckpointError as damage:
         saved = f"The state before it is not worth saving: {damage}"
     raise DivergedError(
-        f"{error}.\n{saved}. Mend the rows, lower optim.learning_rate, or start the same command"
+        f"{error}.\n{saved}. Fix the rows, lower optim.learning_rate, or start the same command"
         " with train.on_nan=skip or train.on_nan=rollback"
     ) from error
 
 
 def is_due(every: int | None, step: int, last: int) -> bool:
-    """Whether something periodic happens after ``step``; what happens at the end happens once,
-    there.
+    """Tell whether something periodic is due after ``step``, the last step excepted.
+
+    What is done at the end of the run is done once, there.
     """
     return every is not None and step % every == 0 and step < last

@@ -1,4 +1,4 @@
-"""Memory in use and memory that is left."""
+"""Measure the memory in use and the memory that is left."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ import torch
 
 
 def used_memory_bytes(device: torch.device) -> int:
-    """Peak allocated by torch on a GPU; resident memory of the process on a CPU.
-
-    As the progress line shows it.
-    """
+    """Return torch's peak allocation on a GPU, or the process's resident memory on a CPU."""
     if device.type != "cpu":
         return int(torch.get_device_module(device).max_memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 
 def spare_host_memory_bytes(planned_bytes: int, ranks_on_node: int) -> int:
-    """What this rank may take of the host's memory beside what training needs; nothing where its
-    memory is capped.
+    """Return the host memory that this rank may use beyond what training needs.
+
+    It is 0 where the process's memory is capped.
 
     Args:
-        planned_bytes: Of this rank at its peak, by the plan.
+        planned_bytes: The planned peak of this rank.
     """
     if resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY:
         return 0

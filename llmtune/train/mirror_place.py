@@ -1,6 +1,4 @@
-"""Whose a run's place at ``checkpoint.mirror`` is: told before anything is trained, by an id that
-the run keeps.
-"""
+"""The owner of a run's folder at ``checkpoint.mirror``, checked before training by the run's id."""
 
 from __future__ import annotations
 
@@ -22,60 +20,66 @@ def settle_run_id(
     resume_from: Path | None,
     say: Callable[[str], None],
 ) -> str:
-    """The id of this run: that of its folder; of its place at the mirror where it goes on from
+    """Return the id of this run, and check that the mirror's folder may be used.
+
+    The id is that of the run folder; that of its folder at the mirror if the run resumes from
     there; or a new one.
 
     Args:
-        resume_from: What it goes on from.
+        resume_from: The checkpoint that the run resumes from.
 
     Raises:
         ConfigError: The driver of the mirror is not installed, or the mirror is the run folder
             itself.
-        CheckpointError: The place holds copies that this run did not write, and is not going on
+        CheckpointError: The mirror's folder holds copies that this run neither wrote nor resumes
             from.
     """
-    stored, mirror = folder.read_record().run_id, config.checkpoint.mirror
+    stored = folder.read_record().run_id
+    mirror = config.checkpoint.mirror
     if mirror is None:
         return stored or uuid.uuid4().hex
-    own_place = Path(mirror.removeprefix("file://")).expanduser() / run_name
-    if own_place.resolve() == folder.path.resolve():
+    own_folder = Path(mirror.removeprefix("file://")).expanduser() / run_name
+    if own_folder.resolve() == folder.path.resolve():
         raise ConfigError(
-            f"checkpoint.mirror={mirror}: copies of run_name={run_name} would lie in {own_place},"
-            " which is the run folder itself; name a place elsewhere"
+            f"checkpoint.mirror={mirror}: copies of run_name={run_name} would be in {own_folder},"
+            " which is the run folder itself; name another folder or URL"
         )
     try:
         owner, copies = read_place(mirror, run_name)
     except CheckpointError as error:
-        # Looked at again before the first copy.
+        # The owner is checked again before the first copy.
         say(f"warning: {error}")
         return stored or uuid.uuid4().hex
-    # With auto and nothing to go on from, no copy there is whole.
-    own = resume_from is not None and resume_from.resolve().parent == folder.path.resolve()
-    goes_on = own or (resume_from is None and config.resume_from_checkpoint == "auto")
-    if stored is None and goes_on:
+
+    # A run without an id that resumes takes the mirror's. With auto and nothing to resume from, no
+    # copy there is complete.
+    is_own = resume_from is not None and resume_from.resolve().parent == folder.path.resolve()
+    resumes = is_own or (resume_from is None and config.resume_from_checkpoint == "auto")
+    if stored is None and resumes:
         return owner or uuid.uuid4().hex
-    unmarked = owner is None and (goes_on or not copies)
-    marked = owner is not None and owner == stored
-    # What begins at the beginning would leave them as where the run stands.
-    anew = config.resume_from_checkpoint == "none" and copies
-    if (unmarked or marked) and not anew:
+
+    # The folder is free, or this run's. A run that begins anew would leave old copies behind, from
+    # which its next start would resume.
+    is_free = owner is None and (resumes or not copies)
+    is_marked = owner is not None and owner == stored
+    leaves_copies = config.resume_from_checkpoint == "none" and copies
+    if (is_free or is_marked) and not leaves_copies:
         return stored or uuid.uuid4().hex
-    held = ", ".join(copies[-3:]) or f"none that is left; {owner_file(run_name)} says whose it is"
+    held = ", ".join(copies[-3:]) or f"none are left; {owner_file(run_name)} names the owner"
     raise CheckpointError(
-        f"checkpoint.mirror={redact(mirror)} has a place for run_name={run_name} that another run"
+        f"checkpoint.mirror={redact(mirror)} has a folder for run_name={run_name} that another run"
         f" has filled (checkpoints: {held}), and this one begins anew"
         f" (resume_from_checkpoint={redact(config.resume_from_checkpoint)}); nothing there was"
-        " changed. Take another run_name= or checkpoint.mirror=, or remove it"
+        " changed. Take another run_name= or checkpoint.mirror=, or remove that folder"
     )
 
 
 def withdraw_left_copies(
     config: Config, run_name: str, run_id: str, step: int, say: Callable[[str], None]
 ) -> None:
-    """Where the run is taken back by ``resume_from_checkpoint``: its copies of ``step`` and later
-    are no more where it stands.
+    """Withdraw the copies of ``step`` and later where ``resume_from_checkpoint`` goes back.
 
-    Without this, the start after the next stop would fetch what was left behind.
+    Without this, the start after the next stop would fetch the copies that were left behind.
     """
     mirror = config.checkpoint.mirror
     if mirror is None or config.resume_from_checkpoint in ("auto", "none"):
@@ -87,6 +91,6 @@ def withdraw_left_copies(
         return
     if withdrawn:
         say(
-            f"{', '.join(withdrawn)} at checkpoint.mirror={redact(mirror)}: left behind, and not"
-            " gone on from any more"
+            f"{', '.join(withdrawn)} at checkpoint.mirror={redact(mirror)}: withdrawn, no run"
+            " resumes from them any more"
         )

@@ -1,6 +1,4 @@
-"""What the ranks are asked to do: resolved once, by the supervisor or by rank 0, and the same for
-all.
-"""
+"""The fully resolved run that all ranks execute; made once, by the supervisor or by rank 0."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from llmtune.plan.steps import StepsPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """One run, fully resolved."""
+    """A fully resolved run."""
 
     config: Config
     plan: Plan
@@ -30,10 +28,10 @@ class RunRequest:
     resume_from: Path | None
     """A complete checkpoint, or None for a new run."""
     run_id: str
-    """What this run's place at ``checkpoint.mirror`` is marked with."""
+    """The id that marks this run's folder at ``checkpoint.mirror``."""
 
     def to_json(self) -> str:
-        """For a file or a broadcast."""
+        """Serialize the request, for a file or a broadcast."""
         return json.dumps(
             {
                 "config": to_plain(self.config),
@@ -50,7 +48,7 @@ class RunRequest:
 
     @classmethod
     def from_json(cls, text: str) -> RunRequest:
-        """The inverse of :meth:`to_json`."""
+        """Build the request from what :meth:`to_json` returned."""
         values: dict[str, Any] = json.loads(text)
         return cls(
             config=from_plain(values["config"]),

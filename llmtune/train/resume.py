@@ -1,4 +1,4 @@
-"""Where a run goes on from: the newest checkpoint that is whole, here or at the mirror."""
+"""Find the checkpoint to resume from: the newest undamaged one, local or at the mirror."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from llmtune.train.run_folder import (
 def resume_point(
     folder: RunFolder, config: Config, run_name: str, say: Callable[[str], None]
 ) -> Path | None:
-    """The checkpoint to go on from, every byte of it checked; None for a run from the beginning.
+    """Find the checkpoint to resume from, and verify every byte of it; None for a new run.
 
-    A checkpoint that ``resume_from_checkpoint`` names begins a run, once: the same command goes on
-    from what the run has saved since, so that a job which is stopped and queued again comes to its
-    end.
+    A checkpoint that ``resume_from_checkpoint`` names begins a run only once. The same command then
+    resumes from what the run has saved since, so that a job that is stopped and queued again comes
+    to its end.
 
     Raises:
-        CheckpointError: The one that is named is incomplete, damaged, or of a run with another
+        CheckpointError: The named one is incomplete, damaged, or of a run with another
             configuration; or all are damaged.
     """
-    wanted = config.resume_from_checkpoint
-    if wanted == "none":
+    setting = config.resume_from_checkpoint
+    if setting == "none":
         return None
     restore_checkpoints(folder.path)
-    if wanted != "auto":
-        found = _own_since(folder, config, run_name, wanted, say) or _named(
-            folder, config, run_name, wanted, say
-        )
-        find_config_changes(found, config)
-        check_draws(found)
-        return found
+    if setting != "auto":
+        checkpoint = _own_since(folder, config, run_name, setting, say)
+        if checkpoint is None:
+            checkpoint = _named(folder, config, run_name, setting, say)
+        find_config_changes(checkpoint, config)
+        check_draws(checkpoint)
+        return checkpoint
     newest = _newest_whole(folder.path, say)
     newest = _newer_at_mirror(folder, config, run_name, _step(newest), say) or newest
     if newest is None and not find_checkpoints(folder.path):
@@ -62,60 +62,57 @@ def resume_point(
     return newest
 
 
-def named_origin(wanted: str) -> str:
-    """A checkpoint that ``resume_from_checkpoint`` names, in the one form in which the run folder
-    remembers it.
-    """
-    return (
-        redact(wanted.rstrip("/")) if "://" in wanted else str(Path(wanted).expanduser().resolve())
-    )
+def named_origin(named: str) -> str:
+    """Normalize a checkpoint that ``resume_from_checkpoint`` names, as the run folder stores it."""
+    if "://" in named:
+        return redact(named.rstrip("/"))
+    return str(Path(named).expanduser().resolve())
 
 
 def began_from(folder: RunFolder, config: Config) -> BeganFrom | None:
-    """The checkpoint that the run was told to begin from, for the run folder to remember."""
-    wanted, began = config.resume_from_checkpoint, folder.read_record().began_from
-    if wanted in ("auto", "none"):
+    """Return the checkpoint that the run began from, and its step, for ``plan.json``."""
+    named = config.resume_from_checkpoint
+    began = folder.read_record().began_from
+    if named in ("auto", "none"):
         return began
-    origin = named_origin(wanted)
+    origin = named_origin(named)
     if began is not None and began.origin == origin:
         return began
-    return BeganFrom(origin, _named_step(wanted, origin))
+    return BeganFrom(origin, _named_step(named, origin))
 
 
 def _own_since(
-    folder: RunFolder, config: Config, run_name: str, wanted: str, say: Callable[[str], None]
+    folder: RunFolder, config: Config, run_name: str, named: str, say: Callable[[str], None]
 ) -> Path | None:
-    """The newest whole checkpoint that the run has saved since it began from ``wanted``; None where
-    it begins now.
+    """Find the newest undamaged checkpoint that the run has saved since it began from ``named``.
 
-    A checkpoint of the run's own folder, or of its place at the mirror, is gone back to the first
-    time that it is named.
+    It is None if the run begins now. A checkpoint of the run's own folder, or of its folder at the
+    mirror, is gone back to the first time that it is named.
     """
-    origin, began = named_origin(wanted), folder.read_record().began_from
+    origin = named_origin(named)
+    began = folder.read_record().began_from
     if began is not None and began.origin == origin:
         # What it began from may be gone by now.
-        least = began.step
+        first_step = began.step
     elif _is_within(origin, str(folder.path)) or _is_own_copy(origin, config, run_name):
         return None
     else:
-        least = _named_step(wanted, origin) + 1
+        first_step = _named_step(named, origin) + 1
     newest = _newest_whole(folder.path, say)
-    here = max(_step(newest), least - 1)
-    newest = _newer_at_mirror(folder, config, run_name, here, say) or newest
-    if newest is None or _step(newest) < least:
+    local_step = max(_step(newest), first_step - 1)
+    newest = _newer_at_mirror(folder, config, run_name, local_step, say) or newest
+    if newest is None or _step(newest) < first_step:
         return None
     if str(newest.resolve()) != origin:
         say(
-            f"resume_from_checkpoint={redact(wanted)} is where a run begins, and this one has come"
-            f" to {newest.name}: going on from there (another run_name= or output_dir= begins anew)"
+            f"resume_from_checkpoint={redact(named)} is where this run began, and it has reached"
+            f" {newest.name}: resuming from there (another run_name= or output_dir= begins anew)"
         )
     return newest
 
 
 def _where_it_began(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that this run was told to begin from by an earlier command, where it has saved
-    nothing since.
-    """
+    """Find the checkpoint that an earlier command began from, if nothing was saved since."""
     began = folder.read_record().began_from
     if began is None:
         return None
@@ -135,19 +132,21 @@ def _is_own_copy(origin: str, config: Config, run_name: str) -> bool:
     return mirror is not None and _is_within(origin, f"{mirror.rstrip('/')}/{run_name}")
 
 
-def _is_within(origin: str, place: str) -> bool:
-    return origin.rpartition("/")[0] == named_origin(place)
+def _is_within(origin: str, parent: str) -> bool:
+    return origin.rpartition("/")[0] == named_origin(parent)
 
 
 def _newer_at_mirror(
-    folder: RunFolder, config: Config, run_name: str, here: int, say: Callable[[str], None]
+    folder: RunFolder, config: Config, run_name: str, local_step: int, say: Callable[[str], None]
 ) -> Path | None:
-    """The newest whole copy of a later step than ``here``, fetched. Where nothing is here (-1), one
-    must be read.
+    """Fetch the newest undamaged copy of a later step than ``local_step``.
+
+    Args:
+        local_step: The newest local step; -1 if there is none, so that a copy must be read.
 
     Raises:
-        CheckpointError: It is of another run; or the mirror is out of reach, or every copy there
-            damaged, and nothing is here.
+        CheckpointError: It is of another run; or the mirror cannot be reached, or every copy there
+            is damaged, and there is no local checkpoint.
     """
     if config.checkpoint.mirror is None:
         return None
@@ -157,45 +156,45 @@ def _newer_at_mirror(
             None,
             own_id,
         ):
-            # Another run's, which is refused before training begins.
+            # The mirror's folder is another run's, which is refused before training begins.
             return None
         remote = find_remote(config.checkpoint.mirror, run_name)
     except CheckpointError as error:
-        if here < 0:
+        if local_step < 0:
             raise
-        say(f"warning: {error}; going on from checkpoint-{here}, which is here")
+        say(f"warning: {error}; resuming from the local checkpoint-{local_step}")
         return None
     failure: CheckpointError | None = None
-    for url in (url for step, url in reversed(remote) if step > here):
+    for url in (url for step, url in reversed(remote) if step > local_step):
         try:
             stored = read_remote(url, layout.CONFIG)
             if stored is not None:
-                # Another run's would be fetched for nothing, and stand in the way of this one.
+                # Another run's copy would be fetched for nothing, and would block this run's.
                 compare_stored_config(stored, redact(url), config, "checkpoint.mirror=")
             return _fetch(folder, url, say)
         except ForeignRunError:
             raise
         except CheckpointError as error:
             failure = error
-            say(f"passed over: {error}")
-    if failure is not None and here < 0:
+            say(f"skipped: {error}")
+    if failure is not None and local_step < 0:
         raise failure
     return None
 
 
 def _named(
-    folder: RunFolder, config: Config, run_name: str, wanted: str, say: Callable[[str], None]
+    folder: RunFolder, config: Config, run_name: str, named: str, say: Callable[[str], None]
 ) -> Path:
-    if "://" in wanted or _is_own_copy(named_origin(wanted), config, run_name):
-        return _fetch(folder, wanted, say)
-    found = Path(wanted).expanduser()
-    check_undamaged(found)
-    return found
+    if "://" in named or _is_own_copy(named_origin(named), config, run_name):
+        return _fetch(folder, named, say)
+    checkpoint = Path(named).expanduser()
+    check_undamaged(checkpoint)
+    return checkpoint
 
 
-def _named_step(wanted: str, origin: str) -> int:
-    """-1 for a URL that does not tell, which is refused when it is fetched."""
-    if "://" in wanted:
+def _named_step(named: str, origin: str) -> int:
+    """Its step; -1 for a URL that does not name one, which is refused when it is fetched."""
+    if "://" in named:
         step = layout.checkpoint_step(Path(origin))
         return -1 if step is None else step
     try:
@@ -203,25 +202,25 @@ def _named_step(wanted: str, origin: str) -> int:
     except CheckpointError:
         if inside := find_checkpoints(Path(origin)):
             raise CheckpointError(
-                f"resume_from_checkpoint={wanted} is a run folder: name one of its checkpoints, of"
+                f"resume_from_checkpoint={named} is a run folder: name one of its checkpoints, of"
                 f" which {inside[-1]} is the newest"
             ) from None
-        # With all that is wrong.
+        # This raises with all that is wrong.
         check_undamaged(Path(origin))
         raise
 
 
 def _step(checkpoint: Path | None) -> int:
-    """-1 for none."""
+    """The step of a checkpoint; -1 for none."""
     return layout.checkpoint_step(checkpoint) or 0 if checkpoint else -1
 
 
 def _newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
-    for found in reversed(find_checkpoints(run)):
-        problems = find_damage(found)
+    for checkpoint in reversed(find_checkpoints(run)):
+        problems = find_damage(checkpoint)
         if not problems:
-            return found
-        say(f"{found.name} is damaged and passed over: {'; '.join(problems)}")
+            return checkpoint
+        say(f"{checkpoint.name} is damaged and skipped: {'; '.join(problems)}")
     return None
 
 

@@ -1,4 +1,4 @@
-"""The run folder: which run it belongs to, how far it is, and what may change between starts."""
+"""The run folder: its owner, its state, and what may change between two starts of a run."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from llmtune.storage.hashing import short_hash
 from llmtune.storage.rank_files import FinishedRecord
 from llmtune.track.metrics import cut_metrics, read_metrics
 
-#: What makes a run this run; anything else may differ between two starts.
+#: Config groups that identify a run; all others may differ between two starts.
 IDENTITY = ("model", "data", "tuner", "optim", "schedule", "precision", "seed")
-#: Keys of those groups that change how the work is done, not what comes out.
+#: Keys of those groups that change how the work is done, but no result.
 NO_IDENTITY = {"data.num_workers", "data.dataloader_num_workers", "data.pin_memory"}
 TRAIN_IDENTITY = ("train.global_batch_size", "train.max_grad_norm")
-#: Where a run lies and how it is started says nothing of what changed in it.
+#: Keys that say where a run is and how it is started; their changes are not reported.
 _NO_DIFFERENCE = {"run_name", "output_dir", "resume_from_checkpoint", "trace", "paths.cache_dir"}
 
 
 class _Unset:
-    """In the place of a key that one of two dictionaries lacks, where null is a value."""
+    """Stands for a key that one of two dictionaries lacks, because null is a value."""
 
     def __repr__(self) -> str:
         return "not set"
@@ -54,35 +54,37 @@ class ForeignRunError(CheckpointError):
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A folder that belongs to this run."""
+    """The folder of a run."""
 
     path: Path
 
     @property
     def finished_step(self) -> int | None:
-        """Last step of a run that went to its end."""
+        """The last step of a finished run; None for others."""
         finished = FinishedRecord.read(self.path)
         return finished.step if finished else None
 
     def find_changes(self, config: Config) -> list[str]:
-        """Refuse a folder of another run, or of no run; what else differs from the last start, in
-        words.
+        """Refuse a folder of another run, or of no run.
+
+        Returns:
+            The other differences from the last start, in words.
 
         Raises:
             CheckpointError: With every difference.
         """
         stored = self.path / layout.CONFIG
         if not stored.is_file():
-            # Hidden ones are marks of our own, and what file systems and desktops put into every
-            # folder.
+            # Hidden files are llmtune's own marks, and what file systems and desktops put into
+            # every folder.
             own = (layout.LOG, layout.SAVE_REQUEST)
             others = [
                 entry.name
                 for entry in self.path.iterdir()
                 if entry.name[0] != "." and entry.name not in own
             ]
-            # Checkpoints without it were fetched by a start that ended before its first step; each
-            # has its own configuration.
+            # Checkpoints without a configuration beside them were fetched by a start that ended
+            # before its first step; each has a configuration of its own.
             if others and not find_checkpoints(self.path):
                 raise CheckpointError(
                     f"output_dir={self.path} is not empty and not a run folder (it holds"
@@ -99,7 +101,7 @@ class RunFolder:
         return find_config_changes(self.path, config)
 
     def find_extension(self, steps: StepsPlan, data_fingerprint: str) -> str | None:
-        """Refuse a shorter run or other data; a note where the run is longer than before.
+        """Refuse a shorter run or other data; return a note if the run is longer than before.
 
         Raises:
             CheckpointError: With what differs.
@@ -135,24 +137,24 @@ class RunFolder:
         step: int,
         resume_from: Path | None,
     ) -> list[str]:
-        """Write what describes the run, and set aside the checkpoints that it has gone back behind.
+        """Write the files that describe the run, and set aside checkpoints that are left behind.
 
         Args:
-            step: Of ``resume_from``; -1 for a new run, none of whose old lines count.
-            resume_from: The checkpoint that the run resumes, which may be another run's.
+            step: Step of ``resume_from``; -1 for a new run, none of whose old lines count.
+            resume_from: The checkpoint that the run resumes from, which may be another run's.
 
         Returns:
             Sentences on what was removed or renamed.
 
         Raises:
-            CheckpointError: The disk refused; what described the run before is still there.
+            CheckpointError: The disk refused a file; the files of the last start remain.
         """
         try:
             return self._begin(config, overrides, record, step, resume_from)
         except OSError as error:
             raise CheckpointError(
                 f"output_dir={self.path} cannot be written: {error.strerror or error}. Free space"
-                " there, or take another output_dir=; the same command then goes on"
+                " there, or take another output_dir=; the same command then resumes"
             ) from error
 
     def _begin(
@@ -164,7 +166,7 @@ class RunFolder:
         resume_from: Path | None,
     ) -> list[str]:
         notes = [
-            f"removed what a save that was cut off left behind: {name}"
+            f"removed what an interrupted save left behind: {name}"
             for name in sweep_incomplete(self.path)
         ]
         for folder in find_checkpoints(self.path):
@@ -174,11 +176,11 @@ class RunFolder:
                 aside = folder.with_name(f"superseded-{folder.name}")
                 move_folder(folder, aside)
                 notes.append(
-                    f"{folder.name} is not on the way from {resume_from} and was renamed to"
+                    f"{folder.name} does not follow from {resume_from} and was renamed to"
                     f" {aside.name}"
                 )
         (self.path / layout.FINISHED).unlink(missing_ok=True)
-        # Meant for a run that is no more.
+        # A request that was meant for an earlier start.
         (self.path / layout.SAVE_REQUEST).unlink(missing_ok=True)
         cut_metrics(self.path / layout.METRICS, step)
         write_atomically(self.path / layout.CONFIG, dump_redacted(config))
@@ -193,17 +195,15 @@ class RunFolder:
         return notes
 
     def first_left(self, step: int, resume_from: Path) -> int:
-        """The first step of which a checkpoint of this run is left behind: one of the same step
-        stands on another way, too.
+        """Return the first step whose checkpoint in this folder is left behind.
+
+        If the run resumes from elsewhere, its own checkpoint of the same step is left behind too.
         """
-        return (
-            step + 1
-            if resume_from.resolve() == layout.checkpoint_folder(self.path, step).resolve()
-            else step
-        )
+        own = layout.checkpoint_folder(self.path, step)
+        return step + 1 if resume_from.resolve() == own.resolve() else step
 
     def restore(self, checkpoint: Path) -> None:
-        """What a checkpoint that was fetched brings along, where the run folder has lost it."""
+        """Copy the files that a fetched checkpoint contains and the run folder lacks."""
         state = read_trainer_state(checkpoint)
         for name, text in ((layout.METRICS, None), (layout.TRACKER_RUN_ID, state.tracker_run_id)):
             target = self.path / name
@@ -225,14 +225,14 @@ class RunFolder:
         write_atomically(self.path / layout.PLAN, record.to_json())
 
     def has_work(self) -> bool:
-        """Whether there is anything to lose."""
+        """Tell whether the folder holds checkpoints or metrics, which must not be overwritten."""
         return bool(find_checkpoints(self.path)) or any(
             "loss" in r for r in read_metrics(self.path / layout.METRICS)
         )
 
 
 def open_run_folder(path: Path, say: Callable[[str], None]) -> RunFolder:
-    """Make the folder where it is missing; nobody else may write into it.
+    """Make the folder if it is missing; no other user may write into it.
 
     Raises:
         CheckpointError: It cannot be made or written, others may write into it, or links lead out
@@ -254,7 +254,7 @@ def open_run_folder(path: Path, say: Callable[[str], None]) -> RunFolder:
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions that shape the numbers."""
+    """Return the versions that affect the losses."""
     packages = (
         "torch",
         "deepspeed",
@@ -264,28 +264,28 @@ def describe_environment() -> dict[str, str]:
         "datasets",
         "hydra-core",
     )
-    found = {}
+    versions = {}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "absent"
+            versions[package] = "absent"
     return {
         "llmtune": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        **found,
+        **versions,
     }
 
 
 def find_config_changes(folder: Path, config: Config) -> list[str]:
-    """Compare the configuration stored in a run folder or checkpoint with the one of now.
+    """Compare the configuration stored in a run folder or checkpoint with the current one.
 
     Returns:
         The differences that do not matter, as ``key: old -> new``.
 
     Raises:
-        CheckpointError: With those that do.
+        CheckpointError: With the differences that matter.
     """
     stored = folder / layout.CONFIG
     if not stored.is_file():
@@ -296,11 +296,11 @@ def find_config_changes(folder: Path, config: Config) -> list[str]:
 def compare_stored_config(
     stored: bytes, where: str, config: Config, other: str = "output_dir="
 ) -> list[str]:
-    """The same for the text of a stored configuration.
+    """Compare a stored configuration with the current one; see :func:`find_config_changes`.
 
     Args:
         where: The run folder or checkpoint that it is of.
-        other: What to take another one of.
+        other: The key to change for a new run.
     """
     try:
         old = load_bytes(stored, f"{where}/{layout.CONFIG}")
@@ -308,18 +308,18 @@ def compare_stored_config(
         raise CheckpointError(f"{where} was written by another version: {error}") from error
     # What is stored holds no secrets.
     differences = _differences(redact_config(old), redact_config(config))
-    wrong = [(key, a, b) for key, a, b in differences if is_identity(key)]
-    if wrong:
+    in_identity = [(key, a, b) for key, a, b in differences if is_identity(key)]
+    if in_identity:
         raise ForeignRunError(
             f"{where} belongs to a run with another configuration:\n"
-            + "\n".join(f"  {key}: {a} there, {b} now" for key, a, b in wrong)
+            + "\n".join(f"  {key}: {a} there, {b} now" for key, a, b in in_identity)
             + f"\nTake the old values, or another run_name= or {other}"
         )
     return [f"{key}: {a} -> {b}" for key, a, b in differences if key not in _NO_DIFFERENCE]
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of what makes a run this run."""
+    """Hash the configuration that identifies a run."""
     values = {
         key: value for key, value in _flatten(redact_config(config)).items() if is_identity(key)
     }
@@ -327,7 +327,7 @@ def fingerprint(config: Config) -> str:
 
 
 def is_identity(key: str) -> bool:
-    """Whether a run with another value of this dotted key is another run."""
+    """Tell whether a run with another value of this dotted key is another run."""
     if key in NO_IDENTITY:
         return False
     return key.split(".")[0] in IDENTITY or key in TRAIN_IDENTITY
@@ -335,14 +335,14 @@ def is_identity(key: str) -> bool:
 
 def _differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     before, after = _flatten(old), _flatten(new)
-    found = []
+    differences: list[tuple[str, Any, Any]] = []
     for key in sorted(before.keys() | after.keys()):
-        found += list(_compare(key, before.get(key), after.get(key)))
-    return found
+        differences += _compare(key, before.get(key), after.get(key))
+    return differences
 
 
 def _compare(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What differs; of two dictionaries, their keys that do."""
+    """Yield a value that differs; of two dictionaries, each key that does."""
     if before == after:
         return
     if isinstance(before, dict) and isinstance(after, dict):
@@ -354,14 +354,14 @@ def _compare(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]
 
 def _flatten(config: Config) -> dict[str, Any]:
     """Dotted key -> plain value."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for group in fields(config):
         value = getattr(config, group.name)
         if hasattr(value, "__dataclass_fields__"):
-            found |= {f"{group.name}.{key}": _plain(item) for key, item in asdict(value).items()}
+            flat |= {f"{group.name}.{key}": _plain(item) for key, item in asdict(value).items()}
         else:
-            found[group.name] = _plain(value)
-    return found
+            flat[group.name] = _plain(value)
+    return flat
 
 
 def _plain(value: Any) -> Any:

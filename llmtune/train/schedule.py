@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that resuming needs no state."""
+"""The learning rate as a pure function of the step, so that a resume needs no state."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Schedule:
     """One shape of the learning rate after warm-up."""
 
     name: str
-    """As ``schedule.lr_scheduler_type`` takes it."""
+    """Its value of ``schedule.lr_scheduler_type``."""
     decay: Callable[[float], float]
-    """Share of the peak rate, by the share of the steps after warm-up that are done, 0 to 1."""
+    """Maps the share of the steps after warm-up that are done, 0 to 1, to the share of the peak."""
 
 
 SCHEDULES: Registry[Schedule] = Registry("schedule.lr_scheduler_type", "llmtune.train.schedules")
@@ -24,11 +24,11 @@ SCHEDULES: Registry[Schedule] = Registry("schedule.lr_scheduler_type", "llmtune.
 def learning_rate_at(
     step: int, total_steps: int, warmup_steps: int, peak: float, kind: str
 ) -> float:
-    """The rate of optimizer step ``step``, counted from 0.
+    """Return the learning rate of optimizer step ``step``, counted from 0.
 
     Warm-up rises linearly and reaches the peak at step ``warmup_steps``. The decay would reach its
     end at step ``total_steps``, one after the last. This follows transformers'
-    ``get_*_schedule_with_warmup``, but for its first step at a rate of 0.
+    ``get_*_schedule_with_warmup``, except for its first step, whose rate is 0 there.
     """
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)

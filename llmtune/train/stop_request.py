@@ -1,5 +1,6 @@
-"""Stopping when asked: by a signal to any rank, or by a file named SAVE in the run folder; agreed
-on by all ranks.
+"""Stop on request: by a signal to any rank, or by a file named SAVE in the run folder.
+
+All ranks agree before one acts on it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from llmtune.storage import layout
 
 
 class Stop:
-    """Looked at between steps, micro-batches and evaluation batches. Before :meth:`arm` a signal
-    ends the rank at once: there is nothing to save."""
+    """A stop request, checked between steps, micro-batches and evaluation batches.
+
+    Before :meth:`arm` a signal ends the rank at once, because there is nothing to save.
+    """
 
     def __init__(self, rank: Rank, run: Path):
         self._rank = rank
@@ -26,29 +29,30 @@ class Stop:
         self._signaled = False
         self._armed = False
         self._agreed = False
-        for number in without_ignored(STOP_SIGNALS):
-            signal.signal(number, self._handle)
+        for stop_signal in without_ignored(STOP_SIGNALS):
+            signal.signal(stop_signal, self._handle)
 
     def arm(self) -> None:
-        """From here on there is something to save."""
+        """Let signals stop the run after a save, from here on."""
         self._armed = True
 
     def requested(self) -> bool:
-        """Whether any rank was asked to stop. Collective."""
+        """Tell whether any rank was asked to stop. Collective."""
         return self.agree()[0]
 
     def agree(self, *others: bool) -> list[bool]:
-        """Whether any rank was asked to stop, and which of ``others`` are true on any: one
-        collective.
+        """Tell whether any rank was asked to stop, and which of ``others`` are true on any rank.
+
+        This is one collective.
         """
         asked = self._signaled or (self._rank.is_first and self._file.exists())
-        stop, *found = all_reduce_any([asked, *others], self._rank)
+        stop, *agreed = all_reduce_any([asked, *others], self._rank)
         self._agreed = self._agreed or stop
         if stop and self._rank.is_first:
-            # Heard: the same command is to go on, not to stop again.
+            # Consume the request, so that rerunning the command resumes instead of stopping again.
             with contextlib.suppress(OSError):
                 self._file.unlink(missing_ok=True)
-        return [self._agreed, *found]
+        return [self._agreed, *agreed]
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if not self._armed:

@@ -1,9 +1,12 @@
-"""Which layers get LoRA adapters: those that peft adapts, that are called as layers, and that do
-not choose among experts.
+"""Choose the layers that get LoRA adapters.
+
+These are the linear layers that peft adapts, that are called as layers, and that do not choose
+among experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,45 +15,45 @@ from llmtune.errors import ConfigError
 if TYPE_CHECKING:
     from llmtune.config.groups.tuner import TunerConfig
 
-#: Of a state-space layer (Mamba's), which hands their weights to its kernel instead of calling
-#: them: adapters would be passed by.
-_HANDED_OVER = ("x_proj", "dt_proj", "out_proj")
+#: Linear layers of a state-space layer (Mamba's) that passes their weights to its kernel instead of
+#: calling them; adapters on them would have no effect.
+_USED_BY_KERNEL = ("x_proj", "dt_proj", "out_proj")
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptedLayers:
-    """The layers of a model that get adapters, and what is left alone."""
+    """The layers of a model that get adapters, and those that do not."""
 
     layers: dict[str, Any]
     """Path -> linear layer."""
     left_alone: dict[str, str]
-    """Path of a linear layer that cannot or must not have an adapter -> why."""
+    """Path of a linear layer that cannot or must not have an adapter -> the reason."""
     patterned: bool
-    """Whether peft must be told the names of layers instead of ``all-linear``."""
+    """peft must be given the names of layers instead of ``all-linear``."""
 
     @property
     def endings(self) -> list[str]:
-        """The last parts of their names."""
-        return sorted({name.rsplit(".", 1)[-1] for name in self.layers})
+        """The last parts of the adapted layers' names."""
+        return _last_parts(self.layers)
 
-    def peft_settings(self, wanted: Any) -> dict[str, Any]:
-        """``target_modules`` and ``exclude_modules`` of peft's configuration.
+    def peft_settings(self, targets: Any) -> dict[str, Any]:
+        """Return ``target_modules`` and ``exclude_modules`` of peft's configuration.
 
         Args:
-            wanted: ``tuner.target_modules``.
+            targets: ``tuner.target_modules``.
         """
         if not self.patterned:
-            return {"target_modules": wanted if isinstance(wanted, str) else list(wanted)}
+            return {"target_modules": targets if isinstance(targets, str) else list(targets)}
         endings = self.endings
         excluded = sorted(name for name in self.left_alone if name.rsplit(".", 1)[-1] in endings)
         return {"target_modules": endings, "exclude_modules": excluded or None}
 
 
 def choose_layers(model: Any, tuner: TunerConfig) -> AdaptedLayers:
-    """The linear layers that the tuner adapts.
+    """Choose the linear layers that the tuner adapts.
 
     Args:
-        model: Of transformers, on any device.
+        model: A transformers model, on any device.
 
     Raises:
         ConfigError: ``tuner.target_modules`` matches nothing, or layers that cannot have adapters.
@@ -60,44 +63,54 @@ def choose_layers(model: Any, tuner: TunerConfig) -> AdaptedLayers:
     left_alone = _left_alone(model, linear)
     if tuner.target_modules == "all-linear":
         layers = {
-            name: one for name, one in linear.items() if one is not head and name not in left_alone
+            name: layer
+            for name, layer in linear.items()
+            if layer is not head and name not in left_alone
         }
         return AdaptedLayers(
             layers, left_alone, patterned=bool(left_alone) or _has_stacked_experts(model)
         )
-    endings = list(tuner.target_modules)
-    matched = {e: [n for n in linear if n == e or n.endswith(f".{e}")] for e in endings}
-    nothing = [ending for ending in endings if not matched[ending]]
-    if nothing:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+
+    # The layers whose names end with one of the targets.
+    chosen: set[str] = set()
+    unmatched: list[str] = []
+    for target in tuner.target_modules:
+        names = [name for name in linear if f".{name}".endswith(f".{target}")]
+        chosen.update(names)
+        if not names:
+            unmatched.append(target)
+    if unmatched:
+        known = _last_parts(linear)
         raise ConfigError(
-            f"tuner.target_modules: {nothing} matches no linear layer; the model has {known}"
+            f"tuner.target_modules: {unmatched} matches no linear layer; the model has {known}"
         )
-    impossible = {
-        e: left_alone[n] for e, names in matched.items() for n in names if n in left_alone
-    }
-    if impossible:
-        ending, reason = next(iter(impossible.items()))
-        free = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name, one in linear.items()
-                if name not in left_alone and one is not head
-            }
-        )
-        raise ConfigError(
-            f"tuner.target_modules: {ending} cannot have an adapter: {reason}; the others are"
-            f" {free}"
-        )
-    chosen = {name for names in matched.values() for name in names}
+
+    # Those that cannot have an adapter.
+    for target in tuner.target_modules:
+        for name, reason in left_alone.items():
+            if f".{name}".endswith(f".{target}"):
+                others = {
+                    key for key in linear if key not in left_alone and linear[key] is not head
+                }
+                raise ConfigError(
+                    f"tuner.target_modules: {target} cannot have an adapter: {reason}; the others"
+                    f" are {_last_parts(others)}"
+                )
     return AdaptedLayers(
-        {name: one for name, one in linear.items() if name in chosen}, left_alone, patterned=False
+        {name: layer for name, layer in linear.items() if name in chosen},
+        left_alone,
+        patterned=False,
     )
 
 
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
 def linear_layers(model: Any) -> dict[str, Any]:
-    """What peft takes for linear layers; GPT-2's are called ``Conv1D``, and have their weight
-    transposed.
+    """Return the layers that peft treats as linear, by name.
+
+    GPT-2's are called ``Conv1D``, and have a transposed weight.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -110,30 +123,25 @@ def linear_layers(model: Any) -> dict[str, Any]:
 
 
 def matrix_sides(linear: Any) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
+    """Return the numbers of inputs and outputs of a linear layer."""
     from torch import nn
 
-    shape = linear.weight.shape
-    return (
-        (int(shape[1]), int(shape[0]))
-        if isinstance(linear, nn.Linear)
-        else (int(shape[0]), int(shape[1]))
-    )
+    rows, columns = (int(side) for side in linear.weight.shape)
+    return (columns, rows) if isinstance(linear, nn.Linear) else (rows, columns)
 
 
 def count_experts(architecture: Any) -> int:
-    """Experts of a layer, of which each token takes a few; 0 for a dense model."""
+    """Read the number of a layer's experts from a configuration; 0 for a dense model."""
     text = architecture.get_text_config()
-    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    places = [text, getattr(text, "ffn_config", None)]
-    return next(
-        (int(number) for place in places for key in keys if (number := getattr(place, key, None))),
-        0,
-    )
+    for section in (text, getattr(text, "ffn_config", None)):
+        for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+            if experts := getattr(section, key, None):
+                return int(experts)
+    return 0
 
 
 def stacked_parameters(model: Any) -> int:
-    """Elements of experts that are stacked in one tensor, which is no linear layer."""
+    """Count the elements of experts that are stacked in one tensor, which is not a linear layer."""
     return sum(
         p.numel()
         for name, p in model.named_parameters()
@@ -146,35 +154,34 @@ def _has_stacked_experts(model: Any) -> bool:
 
 
 def _shape(parameter: Any) -> Any:
-    """Also of a parameter of which ZeRO 3 keeps a slice."""
+    """The shape of a parameter, also where ZeRO 3 keeps a slice of it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _left_alone(model: Any, linear: dict[str, Any]) -> dict[str, str]:
     experts = count_experts(model.config)
-    taken = _taken_for_experts(model)
-    found = {}
+    expert_names = _taken_for_experts(model)
+    reasons = {}
     for name, layer in linear.items():
         owner, _, ending = name.rpartition(".")
         if _is_router(name, layer, experts):
-            found[name] = (
-                "it chooses among the experts, and an adapter would change who answers instead of"
-                " what"
+            reasons[name] = (
+                "it chooses among the experts, and an adapter would change which experts are used"
             )
-        elif ending in taken:
-            found[name] = (
-                "peft takes its name for that of the stacked experts, and would adapt those instead"
+        elif ending in expert_names:
+            reasons[name] = (
+                "peft treats its name as that of the stacked experts, and would adapt those instead"
             )
-        elif ending in _HANDED_OVER and _is_state_space(model.get_submodule(owner)):
-            found[name] = (
-                "its layer hands the weight to a kernel instead of calling it, and an adapter would"
-                " be passed by"
+        elif ending in _USED_BY_KERNEL and _is_state_space(model.get_submodule(owner)):
+            reasons[name] = (
+                "its layer passes the weight to a kernel instead of calling it, so that an adapter"
+                " would have no effect"
             )
-    return found
+    return reasons
 
 
 def _is_router(name: str, linear: Any, experts: int) -> bool:
-    """Whether a layer chooses the experts of a mixture, or weighs the one that all tokens share."""
+    """Tell whether a layer chooses the experts, or weighs the one that all tokens share."""
     parts = name.split(".")
     gate = parts[-1].endswith("gate") and getattr(linear, "out_features", None) in (1, experts)
     return experts > 0 and (any(part.endswith("router") for part in parts) or gate)
@@ -186,11 +193,10 @@ def _is_state_space(module: Any) -> bool:
 
 
 def _taken_for_experts(model: Any) -> set[str]:
-    """Names of layers that peft maps to stacked experts, as they were called before transformers
-    stacked them.
+    """Names of layers that peft maps to stacked experts: their names before they were stacked.
 
-    It does so whatever layer has the name, a dense or a shared one too, in training and whenever
-    such an adapter is loaded.
+    peft maps every layer of that name, dense or shared ones too, in training and whenever such an
+    adapter is loaded.
     """
     if not _has_stacked_experts(model):
         return set()

@@ -1,4 +1,4 @@
-"""Which rank and which scale a LoRA layer has, by the rules of peft."""
+"""The rank and scale of a LoRA layer, by the rules of peft."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llmtune.errors import ConfigError
 
 
 def match_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """A module's value in a ``rank_pattern`` or ``alpha_pattern``.
+    """Find a module's value in a ``rank_pattern`` or ``alpha_pattern``.
 
-    As ``peft.utils.other.get_pattern_key`` has it, the first key counts that matches the whole
-    name, or its end behind a dot.
+    As in ``peft.utils.other.get_pattern_key``, the first key counts that matches the full name, or
+    its end behind a dot.
     """
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -24,25 +24,24 @@ def match_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) 
 
 
 def lora_rank(tuner: TunerConfig, module: str) -> int:
-    """Columns of the module's ``lora_B``."""
+    """Return the rank of a module: the columns of its ``lora_B``."""
     return int(match_pattern(tuner.rank_pattern, module, tuner.lora_r))
 
 
 def check_patterns(tuner: TunerConfig, modules: Iterable[str]) -> None:
-    """Refuse patterns whose order decides: peft sorts their keys when it stores an adapter, which
-    would be another one then.
+    """Refuse patterns where the order of keys matters.
+
+    peft sorts the keys when it stores an adapter, which would then be another one.
 
     Raises:
-        ConfigError: With the module for which it does.
+        ConfigError: With the first module whose value depends on the order.
     """
     patterns = {"rank_pattern": tuner.rank_pattern, "alpha_pattern": tuner.alpha_pattern}
     for name, pattern in patterns.items():
         ordered = dict(sorted(pattern.items()))
-        for module in modules if len(pattern) > 1 else ():
-            first, stored = (
-                match_pattern(pattern, module, None),
-                match_pattern(ordered, module, None),
-            )
+        for module in modules:
+            first = match_pattern(pattern, module, None)
+            stored = match_pattern(ordered, module, None)
             if first != stored:
                 raise ConfigError(
                     f"tuner.{name}={pattern}: {module} is {first} by the first key that matches and"
@@ -52,7 +51,7 @@ def check_patterns(tuner: TunerConfig, modules: Iterable[str]) -> None:
 
 
 def find_setting_problems(tuner: TunerConfig) -> list[str]:
-    """Patterns whose values are no numbers above 0, and targets that are no names."""
+    """Find pattern values that are not numbers above 0, and targets that are not names."""
     problems = _find_pattern_problems("rank_pattern", tuner.rank_pattern, (int,))
     problems += _find_pattern_problems("alpha_pattern", tuner.alpha_pattern, (int, float))
     modules = tuner.target_modules
@@ -67,20 +66,21 @@ def find_setting_problems(tuner: TunerConfig) -> list[str]:
 def _find_pattern_problems(
     key: str, pattern: Mapping[str, Any], kinds: tuple[type, ...]
 ) -> list[str]:
-    wrong = {name: value for name, value in pattern.items() if not _is_positive(value, kinds)}
-    if not wrong:
+    invalid = {name: value for name, value in pattern.items() if not _is_positive(value, kinds)}
+    if not invalid:
         return []
-    return [f"tuner.{key}={wrong}: numbers above 0 by module, such as {{q_proj: 8}}"]
+    return [f"tuner.{key}={invalid}: numbers above 0 by module, such as {{q_proj: 8}}"]
 
 
 def _is_positive(value: Any, kinds: tuple[type, ...]) -> bool:
-    # A truth value is an integer to Python, and ``nan`` is not at most 0.
+    # In Python a bool is an int, and ``nan <= 0`` is false.
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
     return is_number and bool(0 < value < math.inf)
 
 
 def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
-    """What ``B @ A`` is multiplied with: alpha / r, or alpha / sqrt(r) for rsLoRA
-    (https://arxiv.org/abs/2312.03732).
+    """Return the factor of ``B @ A``: alpha / r, or alpha / sqrt(r) for rsLoRA.
+
+    See https://arxiv.org/abs/2312.03732.
     """
     return alpha / (math.sqrt(rank) if use_rslora else rank)

@@ -1,8 +1,8 @@
-"""Regular expressions of other people's settings, which Python matches by trying: some would take
-years for one name.
+"""Refuse regular expressions from other people's settings that could take years to match.
 
-An expression is refused by what it is made of, before anything is matched. What is bounded is the
-number of ways in which it can be tried on a name: those of a repeat times those of what follows it.
+Python matches by backtracking. An expression is judged by its syntax tree, before anything is
+matched: the number of ways in which it can be tried on a name is bounded. The ways of a repeat
+multiply with those of what follows it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from re import _constants as kinds  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
-#: Ways of one expression on one name: milliseconds. A pattern with three ``.*`` has a million.
+#: Ways to try one expression on one name; trying them takes milliseconds. A pattern with three
+#: ``.*`` has a million.
 MAX_WAYS = 20_000_000
-#: Characters that a repeat without an end is counted for; names of modules are shorter.
+#: Characters that an unbounded repeat is counted for; names of modules are shorter.
 _NAME_LENGTH = 200
 MAX_LENGTH = 5_000
 
@@ -27,7 +28,7 @@ _REPEATS = {kinds.MAX_REPEAT, kinds.MIN_REPEAT}
 
 
 def pattern_problem(pattern: str) -> str | None:
-    """Why an expression is not to be matched; None where it is harmless."""
+    """Say why an expression must not be matched; None where it is harmless."""
     if len(pattern) > MAX_LENGTH:
         return f"it has {len(pattern)} characters"
     try:
@@ -35,12 +36,12 @@ def pattern_problem(pattern: str) -> str | None:
     except _CostlyError as error:
         return str(error)
     except (re.error, RecursionError, OverflowError) as error:
-        return f"it is no regular expression ({str(error) or type(error).__name__})"
+        return f"it is not a regular expression ({str(error) or type(error).__name__})"
     return None if ways <= MAX_WAYS else "it can be tried on a name in too many ways"
 
 
 class _CostlyError(Exception):
-    """What makes an expression costly whatever it is matched with."""
+    """An expression is costly whatever it is matched with."""
 
 
 def _ways(items: Any) -> float:
@@ -62,7 +63,7 @@ def _ways_of(kind: Any, argument: Any) -> float:
         return float(most - least + 1) * _ways(inner)
     if kind is kinds.BRANCH:
         _, branches = argument
-        # Of names that differ in their first character, one at the most goes on.
+        # If the branches begin with different characters, at most one of them can match.
         heads = [_head(branch) for branch in branches]
         distinct = None not in heads and len(set(heads)) == len(heads)
         ways = [_ways(branch) for branch in branches]
@@ -74,11 +75,11 @@ def _ways_of(kind: Any, argument: Any) -> float:
     if kind in (kinds.ASSERT, kinds.ASSERT_NOT):
         return _ways(argument[1])
     if kind in (kinds.GROUPREF, kinds.GROUPREF_EXISTS):
-        raise _CostlyError("it refers back to what it matched")
+        raise _CostlyError("it has a back reference")
     return 1
 
 
 def _head(branch: Any) -> Any:
-    """The character that a branch begins with, if it is one."""
+    """The character that a branch begins with, if it begins with one."""
     kind, argument = branch[0] if len(branch) else (None, None)
     return argument if kind is kinds.LITERAL else None

@@ -1,4 +1,4 @@
-"""LoRA adapters: put on, named, stored as peft stores them."""
+"""Attach, load and store LoRA adapters with peft."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _INFIX = ".default."
 
 
 def add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
-    """Wrap the model; the adapters have the training dtype, their master copies are DeepSpeed's.
+    """Add LoRA adapters to a model, in the training dtype; DeepSpeed has their master weights.
 
     Args:
-        base: What ``adapter_config.json`` names as the base model.
+        base: The base model's name in ``adapter_config.json``.
     """
     with _without_bitsandbytes():
         return _add_lora(model, config, base, seed)
 
 
 def import_peft() -> None:
-    """As :func:`add_lora` does, ahead of it."""
+    """Import peft as :func:`add_lora` does, ahead of it."""
     with _without_bitsandbytes(), no_collection():
         import peft  # noqa: F401
 
@@ -49,7 +49,7 @@ def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
-        # peft's annotation says int; it divides.
+        # peft annotates int, but only divides by it.
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
@@ -68,8 +68,7 @@ def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
 
 @contextmanager
 def _without_bitsandbytes() -> Iterator[None]:
-    """Hide the package from peft, which imports it wherever it is installed, and with it torch's
-    compiler: more than a second.
+    """Hide bitsandbytes from peft, which would import it and torch's compiler for over a second.
 
     Only layers of bitsandbytes need it, and a model that has some has imported it.
     """
@@ -84,13 +83,13 @@ def _without_bitsandbytes() -> Iterator[None]:
         del sys.modules[name]
         from peft import import_utils
 
-        # peft remembers the answer, which was right for this model only.
+        # peft caches the answer, which was right for this model only.
         import_utils.is_bnb_available.cache_clear()
         import_utils.is_bnb_4bit_available.cache_clear()
 
 
 def to_file_name(parameter_name: str) -> str:
-    """A parameter's name as adapter files have it."""
+    """Return a parameter's name in adapter files."""
     return parameter_name.replace(_INFIX, ".")
 
 
@@ -98,7 +97,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     """Copy an adapter file into the model's adapters.
 
     Raises:
-        CheckpointError: The file is missing, or holds other tensors than the model's adapters.
+        CheckpointError: The file is missing, or its tensors are not those of the model's adapters.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -110,16 +109,16 @@ def load_adapter(model: Any, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read as an adapter ({error})") from error
     parameters = {to_file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    wrong = sorted(stored.keys() ^ parameters.keys())
-    wrong += [
+    different = sorted(stored.keys() ^ parameters.keys())
+    different += [
         name
         for name in stored.keys() & parameters.keys()
         if stored[name].shape != parameters[name].shape
     ]
-    if wrong:
+    if different:
         raise CheckpointError(
             f"{file} is not an adapter of this model with tuner.lora_r and tuner.target_modules as"
-            f" they are: {len(wrong)} tensors differ, such as {wrong[0]}"
+            f" they are: {len(different)} tensors differ, such as {different[0]}"
         )
     with torch.no_grad():
         for name, tensor in stored.items():
@@ -127,10 +126,11 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 
 def _check_settings(model: Any, folder: Path) -> None:
-    """The same matrices mean something else under another scale or kind of adapter."""
-    here, there = model.peft_config["default"], with_peft_defaults(read_adapter_config(folder))
+    """Refuse another scale or kind of adapter, under which equal matrices mean something else."""
+    own = model.peft_config["default"]
+    stored = with_peft_defaults(read_adapter_config(folder))
     different = [
-        f"{key}: {there[key]} there, {getattr(here, key)} here"
+        f"{key}: {stored[key]} there, {getattr(own, key)} here"
         for key in (
             "r",
             "lora_alpha",
@@ -140,15 +140,15 @@ def _check_settings(model: Any, folder: Path) -> None:
             "use_dora",
             "bias",
         )
-        if there[key] != getattr(here, key)
+        if stored[key] != getattr(own, key)
     ]
-    if there.get("peft_type") != "LORA" or different:
+    if stored.get("peft_type") != "LORA" or different:
         raise CheckpointError(
-            f"{folder} is an adapter of another kind ({there.get('peft_type')};"
+            f"{folder} is an adapter of another kind ({stored.get('peft_type')};"
             f" {'; '.join(different)})"
         )
 
 
 def write_adapter_config(model: Any, folder: Path) -> None:
-    """``adapter_config.json`` as peft writes it."""
+    """Write ``adapter_config.json`` as peft does."""
     model.peft_config["default"].save_pretrained(str(folder))

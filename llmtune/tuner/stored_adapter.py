@@ -1,5 +1,4 @@
-"""An adapter folder to go on from: what it is, read without its tensors, and what of it llmtune can
-train.
+"""Read an adapter folder to train further, and check that llmtune can train it.
 
 Only the small files and headers are read, and torch is not needed, so that the supervisor can do it
 before any rank starts.
@@ -25,11 +24,11 @@ from llmtune.tuner.pattern_limits import pattern_problem
 
 _OLD_WEIGHTS_FILE = "adapter_model.bin"
 
-#: What peft's files put before the names of the model's own modules.
+#: peft's prefix of the names of the model's own modules.
 PREFIX = "base_model.model."
 _MATRICES = (".lora_A.weight", ".lora_B.weight")
 
-#: peft's values of what an older version's file does not have (``peft.LoraConfig``).
+#: peft's defaults for settings that an older version's file lacks (``peft.LoraConfig``).
 PEFT_DEFAULTS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 8,
@@ -41,9 +40,9 @@ PEFT_DEFAULTS: dict[str, Any] = {
     "init_lora_weights": True,
 }
 
-#: Settings that say how an adapter was trained, started or found, or that its tensors' names say
-#: better.
-_SAID_ELSEWHERE = {
+#: Settings that do not matter here: they say how an adapter was trained or initialized, or follow
+#: from its tensors' names.
+_IGNORED = {
     *(
         "auto_mapping",
         "base_model_name_or_path",
@@ -80,11 +79,11 @@ _SAID_ELSEWHERE = {
 }
 _CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 
-#: Starts that also change the base; the adapter is then the difference to a base that nobody
+#: Initializations that also change the base; the adapter is then relative to a base that nobody
 #: stored.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-#: Keys of ``tuner`` -> the setting of peft's that an adapter brings.
+#: Key of ``tuner`` -> peft's setting in an adapter folder.
 _KEYS = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -111,16 +110,15 @@ class StoredAdapter:
     @property
     def modules(self) -> list[str]:
         """Modules of the base that have a pair of matrices, in the order of the file."""
-        names = (name.removeprefix(PREFIX) for name in self.shapes)
-        return list(
-            dict.fromkeys(
-                name.removesuffix(_MATRICES[0]) for name in names if name.endswith(_MATRICES[0])
-            )
-        )
+        modules: dict[str, None] = {}
+        for name in self.shapes:
+            if name.endswith(_MATRICES[0]):
+                modules[name.removeprefix(PREFIX).removesuffix(_MATRICES[0])] = None
+        return list(modules)
 
 
 def read_stored_adapter(folder: Path) -> StoredAdapter:
-    """Read settings and header.
+    """Read an adapter folder's settings and the header of its weights.
 
     Raises:
         CheckpointError: There is no adapter, or its files cannot be read.
@@ -128,12 +126,10 @@ def read_stored_adapter(folder: Path) -> StoredAdapter:
     settings = with_peft_defaults(read_adapter_config(folder))
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
-        old = (
-            f"; convert {_OLD_WEIGHTS_FILE} with peft's save_pretrained"
-            if (folder / _OLD_WEIGHTS_FILE).is_file()
-            else ""
-        )
-        raise CheckpointError(f"{folder}: no {ADAPTER_WEIGHTS} in it{old}")
+        advice = ""
+        if (folder / _OLD_WEIGHTS_FILE).is_file():
+            advice = f"; convert {_OLD_WEIGHTS_FILE} with peft's save_pretrained"
+        raise CheckpointError(f"{folder}: no {ADAPTER_WEIGHTS} in it{advice}")
     try:
         shapes = {name: entry.shape for name, entry in read_header(file).items()}
     except (OSError, ValueError) as error:
@@ -142,11 +138,11 @@ def read_stored_adapter(folder: Path) -> StoredAdapter:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The settings of an adapter folder, as they stand in its file.
+    """Read the settings of an adapter folder, as its file has them.
 
     Raises:
-        CheckpointError: There is no adapter; or its settings have peft import a module, or match
-            patterns that take years.
+        CheckpointError: There is no adapter; or its settings would make peft import a module, or
+            match patterns that take years.
     """
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
@@ -172,7 +168,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _patterns(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Settings that peft takes for regular expressions."""
+    """Yield the settings that peft uses as regular expressions."""
     for key in ("rank_pattern", "alpha_pattern"):
         yield from ((key, str(pattern)) for pattern in settings.get(key) or {})
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -184,49 +180,51 @@ def _patterns(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def with_peft_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of any version of peft, with its defaults for what is absent or null."""
-    given = {
+    """Complete settings of any version of peft with its defaults for absent and null ones."""
+    stated = {
         key: value
         for key, value in settings.items()
         if value is not None or key not in PEFT_DEFAULTS
     }
-    return {**PEFT_DEFAULTS, **given}
+    return {**PEFT_DEFAULTS, **stated}
 
 
 def adopt_settings(tuner: TunerConfig, stored: StoredAdapter, asked: set[str]) -> TunerConfig:
-    """The tuner with the ranks, scales and modules of an adapter.
+    """Return the tuner's config with the ranks, scales and modules of an adapter.
 
     Args:
         asked: Keys of ``tuner`` that the user set; they must be the adapter's.
 
     Raises:
-        CheckpointError: The adapter is of a kind that is not trained here, with the reason.
-        ConfigError: A key that was asked for contradicts it.
+        CheckpointError: llmtune cannot train this kind of adapter, with the reason.
+        ConfigError: A key that the user set contradicts it.
     """
     _check_kind(stored)
-    found = {key: stored.settings[name] for key, name in _KEYS.items()}
-    # 32.0 is the alpha 32, as another program may have written it.
-    found["lora_alpha"] = _whole(found["lora_alpha"])
-    found["alpha_pattern"] = {name: _whole(alpha) for name, alpha in found["alpha_pattern"].items()}
+    adopted = {key: stored.settings[name] for key, name in _KEYS.items()}
+    # Another program may have written the alpha 32 as 32.0.
+    adopted["lora_alpha"] = _as_integer(adopted["lora_alpha"])
+    adopted["alpha_pattern"] = {
+        name: _as_integer(alpha) for name, alpha in adopted["alpha_pattern"].items()
+    }
     contradictions = [
-        f"tuner.{key}={getattr(tuner, key)}: {stored.folder} has {found[key]}; leave it out, and it"
-        " is taken from there"
-        for key in sorted(asked & found.keys())
-        if getattr(tuner, key) != found[key]
+        f"tuner.{key}={getattr(tuner, key)}: {stored.folder} has {adopted[key]}; leave it out,"
+        " and it is taken from there"
+        for key in sorted(asked & adopted.keys())
+        if getattr(tuner, key) != adopted[key]
     ]
     if contradictions:
         raise ConfigError.from_problems(contradictions)
     if "target_modules" not in asked:
-        found["target_modules"] = _targets(stored)
-    return replace(tuner, **found)
+        adopted["target_modules"] = _targets(stored)
+    return replace(tuner, **adopted)
 
 
 def find_misfits(stored: StoredAdapter, built: dict[str, int], model: str) -> list[str]:
-    """What differs between an adapter's tensors and those that would be built, in words.
+    """Say how an adapter's tensors differ from those that would be built.
 
     Args:
         built: Elements of each adapter tensor of the model, named as in an adapter file.
-        model: How messages name the base.
+        model: The base's name in messages.
     """
     problems = []
     surplus = [name for name in stored.shapes if name not in built]
@@ -243,10 +241,12 @@ def find_misfits(stored: StoredAdapter, built: dict[str, int], model: str) -> li
             continue
         rank = _rank(stored, name)
         other = built[name] // rank
-        wanted = (rank, other) if name.endswith(_MATRICES[0]) else (other, rank)
-        if shape != wanted:
-            there, here = (" x ".join(map(str, sides)) for sides in (shape, wanted))
-            problems.append(f"{name} is {there} there and {here} in {model}")
+        built_shape = (rank, other) if name.endswith(_MATRICES[0]) else (other, rank)
+        if shape != built_shape:
+            stored_sides, built_sides = (
+                " x ".join(map(str, sides)) for sides in (shape, built_shape)
+            )
+            problems.append(f"{name} is {stored_sides} there and {built_sides} in {model}")
             break
     return problems
 
@@ -257,10 +257,9 @@ def _rank(stored: StoredAdapter, tensor: str) -> int:
 
 
 def _targets(stored: StoredAdapter) -> str | list[str]:
-    """The adapter's own list where that is all that chooses modules; else each module by its whole
-    name.
-    """
-    targets, settings = stored.settings.get("target_modules"), stored.settings
+    """The adapter's own list if nothing else chooses modules; else all modules by full name."""
+    settings = stored.settings
+    targets = settings.get("target_modules")
     narrowed = any(
         settings.get(key) not in (None, [], "")
         for key in ("exclude_modules", "layers_to_transform")
@@ -271,61 +270,60 @@ def _targets(stored: StoredAdapter) -> str | list[str]:
 
 
 def _check_kind(stored: StoredAdapter) -> None:
-    settings, place = stored.settings, stored.folder / ADAPTER_CONFIG
+    settings = stored.settings
+    file = stored.folder / ADAPTER_CONFIG
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{place}: peft_type is {settings.get('peft_type')}; only LORA adapters can be"
+            f"{file}: peft_type is {settings.get('peft_type')}; only LORA adapters can be"
             " trained on"
         )
     if settings.get("task_type") not in (None, "CAUSAL_LM"):
         raise CheckpointError(
-            f"{place}: task_type is {settings['task_type']}; only adapters of causal language"
+            f"{file}: task_type is {settings['task_type']}; only adapters of causal language"
             " models can be trained on"
         )
     start = str(settings["init_lora_weights"]).lower()
     if start.startswith(CHANGES_BASE):
         raise CheckpointError(
-            f"{place}: init_lora_weights={start} changed the base before training, and the changed"
+            f"{file}: init_lora_weights={start} changed the base before training, and the changed"
             " base is not here. Load it with peft and store it with save_pretrained(...,"
             " path_initial_model_for_weight_conversion=...), which makes a plain adapter of it"
         )
-    numbers = {"r": settings["r"], **settings["rank_pattern"]}
-    if wrong := [
-        f"{key}={rank}" for key, rank in numbers.items() if type(rank) is not int or rank < 1
+    ranks = {"r": settings["r"], **settings["rank_pattern"]}
+    if invalid := [
+        f"{key}={rank}" for key, rank in ranks.items() if type(rank) is not int or rank < 1
     ]:
-        raise CheckpointError(f"{place}: {wrong[0]} is no rank")
+        raise CheckpointError(f"{file}: {invalid[0]} is not a rank: a whole number above 0 is")
     scales = {"lora_alpha": settings["lora_alpha"], **settings["alpha_pattern"]}
-    if wrong := [
+    if invalid := [
         f"{key}={json.dumps(scale)}" for key, scale in scales.items() if not _is_scale(scale)
     ]:
-        raise CheckpointError(f"{place}: {wrong[0]} is no scale; a number other than 0 is")
-    known = _SAID_ELSEWHERE | _CARRIED
-    foreign = sorted(
+        raise CheckpointError(f"{file}: {invalid[0]} is not a scale: a number other than 0 is")
+    known = _IGNORED | _CARRIED
+    unsupported = sorted(
         key
         for key, value in settings.items()
         if key not in known and value and value != PEFT_DEFAULTS.get(key, False)
     )
-    if foreign:
-        described = ", ".join(f"{key}={json.dumps(settings[key])}" for key in foreign)
+    if unsupported:
+        described = ", ".join(f"{key}={json.dumps(settings[key])}" for key in unsupported)
         raise CheckpointError(
-            f"{place}: {described}: llmtune trains LoRA matrices of linear layers only; {_MERGE}"
+            f"{file}: {described}: llmtune trains LoRA matrices of linear layers only; {_MERGE}"
         )
-    strange = [
+    others = [
         name for name in stored.shapes if not (name.startswith(PREFIX) and name.endswith(_MATRICES))
     ]
-    if strange:
+    if others:
         raise CheckpointError(
-            f"{stored.folder / ADAPTER_WEIGHTS}: {len(strange)} tensors are no LoRA matrices of"
-            f" linear layers, such as {strange[0]}; {_MERGE}"
+            f"{stored.folder / ADAPTER_WEIGHTS}: {len(others)} tensors are not LoRA matrices of"
+            f" linear layers, such as {others[0]}; {_MERGE}"
         )
     if not stored.shapes:
         raise CheckpointError(f"{stored.folder / ADAPTER_WEIGHTS} holds no tensors")
 
 
 def _is_scale(value: Any) -> bool:
-    """Whether something is learned with it: with 0 nothing is, and peft divides a text by the rank
-    in vain.
-    """
+    """Tell whether a value can be a scale: with 0 nothing is learned, and peft divides it."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
@@ -334,5 +332,5 @@ def _is_scale(value: Any) -> bool:
     )
 
 
-def _whole(value: Any) -> Any:
+def _as_integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value

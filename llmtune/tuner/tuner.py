@@ -1,4 +1,4 @@
-"""What the program asks of a tuner, and which tuners there are."""
+"""The interface of a tuner, and the registry of tuners."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
 
 
 class Tuner:
-    """One way to train: which parameters, how they are attached, and what is left in the end.
+    """A way to train: its parameters, how they are attached, and its result.
 
     The methods here describe a tuner that trains parameters of the model itself. A tuner with
     adapters (:class:`llmtune.tuner.kinds.lora.LoraTuner`) overrides more of them.
     """
 
     name: ClassVar[str]
-    """As ``tuner.kind`` takes it."""
+    """Its value of ``tuner.kind``."""
     title: ClassVar[str]
-    """What people call it."""
+    """Its name in texts."""
     has_adapter: ClassVar[bool] = False
-    """The result is an adapter beside an unchanged base, and not a whole model."""
+    """The result is an adapter for an unchanged base, not a full model."""
     trains_all: ClassVar[bool] = False
     """Every parameter of the model is trained, so that its optimizer states are large."""
     is_quantized: ClassVar[bool] = False
-    """Linear layers of the model, but for the head, are kept in 4 bits (NF4)."""
+    """Linear layers of the model except the head are kept in 4 bits (NF4)."""
     not_trained_yet: ClassVar[str | None] = None
-    """What to take instead, for a tuner that can be planned and not trained."""
+    """The setting to take instead, for a tuner that can be planned and not trained."""
     learning_rates: ClassVar[Sequence[tuple[float, float]]]
-    """(Parameters of the model below which it holds, peak learning rate), smallest first."""
+    """(Upper limit of the model's parameters, peak learning rate), smallest first."""
 
     def find_problems(self, config: TunerConfig) -> list[str]:
-        """Broken rules of ``tuner.*``, in words a user can act on."""
+        """Find broken rules of ``tuner.*``, in words a user can act on."""
         problems = find_setting_problems(config)
         if config.adapter_path and not self.has_adapter:
             problems.append(
@@ -46,27 +46,27 @@ class Tuner:
         return problems
 
     def choose_layers(self, model: Any, config: TunerConfig) -> AdaptedLayers | None:
-        """The layers that get adapters; None for a tuner without adapters.
+        """Choose the layers that get adapters; None for a tuner without adapters.
 
         Args:
-            model: Of transformers, on any device.
+            model: A transformers model, on any device.
 
         Raises:
-            ConfigError: No layer is chosen, or one that cannot have an adapter.
+            ConfigError: No layer is chosen, or a chosen one cannot have an adapter.
         """
         return None
 
     def trains(self, name: str, parameter: Any) -> bool:
-        """Whether a parameter of the model itself is trained."""
+        """Tell whether a parameter of the model itself is trained."""
         return self.trains_all
 
     def attach(self, model: Any, config: TunerConfig, base: str, seed: int) -> Any:
-        """Mark what is trained, and add adapters.
+        """Mark the trained parameters, and add adapters.
 
         Args:
             model: The model with its weights, under ZeRO 3 with this rank's slices of them.
-            base: What the adapter's settings name as the base model.
-            seed: Of the run; adapters of equal seeds begin equal.
+            base: The base model's name in the adapter's settings.
+            seed: The run's seed; adapters of equal seeds begin equal.
 
         Returns:
             The model that is trained.
@@ -75,10 +75,10 @@ class Tuner:
         return model
 
     def import_libraries(self) -> None:
-        """Import what :meth:`attach` takes seconds to import, ahead of it."""
+        """Import the slow libraries of :meth:`attach` ahead of it."""
 
     def describe(self, config: TunerConfig) -> str:
-        """One phrase for the plan and for messages."""
+        """Describe the tuner in a phrase, for the plan and for messages."""
         return self.title
 
 

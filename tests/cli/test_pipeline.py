@@ -272,7 +272,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(finished: Path, tmp_path: P
     supervisor.send_signal(signal.SIGINT)
     out, err = supervisor.communicate(timeout=60)
     assert supervisor.returncode == 75, out + err
-    assert "the same command goes on from there" in err
+    assert "the same command resumes from there" in err
     assert run_cli(*command).code == 0
     assert losses(folder) == losses(finished)
 
@@ -303,7 +303,7 @@ def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_set_aside(
     (folder / "finished.json").unlink()
     done = run_cli(*command, wanted, f"output_dir={folder}")
     assert done.code == 0, done.err
-    assert "checkpoint-20 is not on the way from" in done.out
+    assert "checkpoint-20 does not follow from" in done.out
     assert losses(folder) == losses(finished)
     other = run_cli(*command, wanted, "seed=7", f"output_dir={tmp_path / 'other'}")
     assert (other.code, "seed: 42 there, 7 now" in other.err) == (5, True)

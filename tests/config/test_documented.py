@@ -12,7 +12,7 @@ from llmtune.cli.arguments import parse
 from llmtune.cli.main import HELP
 from llmtune.cli.verbs import VERBS
 from llmtune.config.compose import compose_config
-from llmtune.plan.batch_sizes import settle_batch
+from llmtune.plan.batch_sizes import resolve_batch
 from llmtune.plan.plan import resolve_ladder
 from tests.support import ROOT
 
@@ -90,7 +90,7 @@ def test_every_recipe_for_two_nodes_trains_on_sixteen_ranks() -> None:
         compose_config([*parse(arguments, VERBS).overrides, "hardware=16xa100_80gb"]).config
         for arguments in ON_NODES
     ]
-    assert {settle_batch(config.train, 16).global_batch_size for config in configs} == {16}
+    assert {resolve_batch(config.train, 16).global_batch_size for config in configs} == {16}
     ladder = resolve_ladder(configs[0], 16, planning=True)
     assert ladder.chosen is not None
     assert ladder.chosen.batch.global_batch_size == 16

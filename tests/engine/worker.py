@@ -35,7 +35,7 @@ from llmtune.plan import plan
 from llmtune.plan.plan import Plan, resolve_plan, with_nvme
 from llmtune.plan.steps import resolve_steps
 from llmtune.train.build import build_module
-from llmtune.train.checkpointing import render_companions
+from llmtune.train.model_files import render_model_files
 from llmtune.train.request import RunRequest
 from llmtune.tuner.peft_model import to_file_name
 from tests.joined import join_ranks
@@ -156,7 +156,7 @@ def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: A
         # Of a run's small files, the configuration of the run itself is not wanted here.
         write_config = Path(tempfile.mkdtemp())
         (write_config / "config.yaml").write_text("")
-        model_files = render_companions(module.model, tokenizer, weights, write_config)
+        model_files = render_model_files(module.model, tokenizer, weights, write_config)
     state = TrainerState(
         step=step, tokens=0, skipped=0, data_fingerprint="test", data_position=None
     )

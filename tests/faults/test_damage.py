@@ -103,7 +103,7 @@ def test_every_damage_to_a_file_of_the_newest_checkpoint_is_found(
                 trial.wrong.append(f"{name} was damaged, and {chosen} taken")
             # A folder without the marker was never finished.
             if (damage, name) != ("removed", "COMPLETE"):
-                assert f"{LAST} is damaged and passed over" in said
+                assert f"{LAST} is damaged and skipped" in said
                 assert name in said, said
             trial.resumed = True
             file.write_bytes(whole)
@@ -153,9 +153,9 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
         DAMAGES[damage](run.path / LAST / name, random.Random(name + damage))
         go_on(run, reference)
         if (damage, name) != ("removed", "COMPLETE"):
-            assert (
-                f"{LAST} is damaged and passed over: {name}" in run.console or name == "COMPLETE"
-            ), run.console
+            assert f"{LAST} is damaged and skipped: {name}" in run.console or name == "COMPLETE", (
+                run.console
+            )
         trial.lost_steps = STEPS - run.resumed_step()
         judge(run, trial, reference, None)
 
@@ -170,10 +170,7 @@ def test_a_damaged_model_of_full_fine_tuning_is_passed_over(
     with table.trial("a bit flipped, and gone on", "model.safetensors (tuner=full)", run) as trial:
         flip_any(run.path / LAST / "model.safetensors", random.Random(0))
         go_on(run, reference)
-        assert (
-            f"{LAST} is damaged and passed over: model.safetensors has other contents"
-            in run.console
-        )
+        assert f"{LAST} is damaged and skipped: model.safetensors has other contents" in run.console
         trial.lost_steps = STEPS - run.resumed_step()
         judge(run, trial, reference, None)
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.model.generate import generate
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import end_of_turn_ids, load_tokenizer
 from llmtune.model.weights.files import read_entries
@@ -36,7 +37,6 @@ def test_entries_are_read_from_the_headers(tiny_model: Path) -> None:
 
 @pytest.mark.process
 def test_the_embedded_model_needs_no_hub_and_answers(smollm2: Path) -> None:
-    from llmtune.model.generate import answer
 
     folder = smollm2
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
@@ -46,7 +46,7 @@ def test_the_embedded_model_needs_no_hub_and_answers(smollm2: Path) -> None:
         [{"role": "user", "content": "What is the capital of France?"}],
         [{"role": "user", "content": "Hi"}],
     ]
-    assert answer(model, tokenizer, prompts, 16)[0].startswith("The capital of France is Paris.")
+    assert generate(model, tokenizer, prompts, 16)[0].startswith("The capital of France is Paris.")
 
 
 def test_a_local_folder_is_used_where_it_lies(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from llmtune.config.groups.train import TrainConfig
 from llmtune.errors import ConfigError
-from llmtune.plan.batch_sizes import StepRows, _divisors, batch_options, settle_batch
+from llmtune.plan.batch_sizes import StepRows, _divisors, batch_options, resolve_batch
 
 
 def resolve(
@@ -93,7 +93,7 @@ def test_numbers_that_do_not_multiply_up_are_refused(
 def test_rows_of_a_step_follow_from_the_ranks_and_what_is_set(
     world: int, values: dict[str, Any], expected: int
 ) -> None:
-    assert settle_batch(TrainConfig(**values), world).global_batch_size == expected
+    assert resolve_batch(TrainConfig(**values), world).global_batch_size == expected
 
 
 def test_any_two_of_the_three_settle_the_third() -> None:
@@ -107,7 +107,7 @@ def test_any_two_of_the_three_settle_the_third() -> None:
         for left_out in (None, *given):
             values = {key: value for key, value in given.items() if key != left_out}
             assert resolve(world, **values) == (micro, accumulation)
-            assert settle_batch(TrainConfig(**values), world).global_batch_size == rows
+            assert resolve_batch(TrainConfig(**values), world).global_batch_size == rows
 
 
 TYPED: list[dict[str, Any]] = [
@@ -128,7 +128,7 @@ def test_a_run_keeps_its_rows_a_step_on_other_ranks(values: dict[str, Any]) -> N
     """
     for before, now in itertools.product((1, 2, 4, 8, 16), repeat=2):
         typed = TrainConfig(**values)
-        rows = settle_batch(typed, before).global_batch_size
+        rows = resolve_batch(typed, before).global_batch_size
         begun = TrainConfig(**{**values, "global_batch_size": rows})
         if rows % now:
             with pytest.raises(
@@ -157,19 +157,19 @@ def test_a_run_keeps_its_rows_a_step_on_other_ranks(values: dict[str, Any]) -> N
 
 def test_what_is_set_since_the_start_counts() -> None:
     begun = TrainConfig(global_batch_size=16)
-    assert settle_batch(TrainConfig(per_device_train_batch_size=2), 4, begun).micro_batch_size == 2
+    assert resolve_batch(TrainConfig(per_device_train_batch_size=2), 4, begun).micro_batch_size == 2
     with pytest.raises(
         ConfigError,
         match="train.per_device_train_batch_size=3 does not divide the 4 rows of a rank",
     ):
-        settle_batch(TrainConfig(per_device_train_batch_size=3), 4, begun)
+        resolve_batch(TrainConfig(per_device_train_batch_size=3), 4, begun)
     other = TrainConfig(per_device_train_batch_size=1, gradient_accumulation_steps=32)
-    assert settle_batch(other, 1, begun).global_batch_size == 32, (
+    assert resolve_batch(other, 1, begun).global_batch_size == 32, (
         "another run, which its folder refuses"
     )
-    assert settle_batch(TrainConfig(global_batch_size=32), 1, begun) == StepRows(32, None, None)
-    with pytest.raises(ConfigError, match=r"go on with one of \[1, 2, 4, 8, 16\] ranks"):
-        settle_batch(TrainConfig(), 3, begun)
+    assert resolve_batch(TrainConfig(global_batch_size=32), 1, begun) == StepRows(32, None, None)
+    with pytest.raises(ConfigError, match=r"resume with one of \[1, 2, 4, 8, 16\] ranks"):
+        resolve_batch(TrainConfig(), 3, begun)
 
 
 def test_a_billion_rows_a_step_are_counted_at_once() -> None:

@@ -22,7 +22,7 @@ from tests.support import TINY
 #: Done once per command.
 ONCE = (
     "llmtune.config.compose.compose_config",
-    "llmtune.run.prepare.RunFolder.check_owner",
+    "llmtune.run.prepare.RunFolder.find_changes",
     "llmtune.run.prepare.resolve_model_folder",
     "llmtune.run.prepare.check_exportable",
     "llmtune.run.prepare.load_tokenizer",

@@ -99,9 +99,9 @@ PLANTED = [
     ),
     Planted(
         fault="the plan counts half the bytes of the optimizer",
-        file="plan/memory/zero_states.py",
-        right="optimizer = Split(0, 16 * share)",
-        wrong="optimizer = Split(0, 8 * share)",
+        file="plan/memory/rank_bytes.py",
+        right="MASTER_AND_MOMENTS_BYTES = FP32_BYTES + MOMENTS_BYTES",
+        wrong="MASTER_AND_MOMENTS_BYTES = FP32_BYTES",
         tests=("tests/engine/test_states.py",),
     ),
     Planted(

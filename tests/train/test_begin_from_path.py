@@ -51,7 +51,7 @@ def test_a_newer_checkpoint_of_the_own_folder_goes_on(tmp_path: Path) -> None:
     assert point(run, path) == path, "an older one does not"
     newer = make(run, 12, config)
     assert point(run, path, said) == newer
-    assert "this one has come to checkpoint-12: going on from there" in said[-1]
+    assert "it has reached checkpoint-12: resuming from there" in said[-1]
     newest = make(run, 16, config)
     assert point(run, path) == newest
     damage(newest)

@@ -78,11 +78,11 @@ def test_a_run_that_went_back_stays_back_after_a_stop(
     back, said = f"resume_from_checkpoint={path}", list[str]()
     assert begin(run, copies, back, said=said) == run / "checkpoint-8"
     assert (
-        f"checkpoint-12 at checkpoint.mirror={mirror}: left behind, and not gone on from any more"
+        f"checkpoint-12 at checkpoint.mirror={mirror}: withdrawn, no run resumes from them any more"
         in said
     )
     assert (
-        f"checkpoint-12 is not on the way from {run}/checkpoint-8 and was renamed to"
+        f"checkpoint-12 does not follow from {run}/checkpoint-8 and was renamed to"
         " superseded-checkpoint-12" in said
     )
     left = ["checkpoint-4", "checkpoint-8"]
@@ -159,7 +159,7 @@ def test_a_damaged_copy_is_passed_over_as_a_damaged_checkpoint_is(tmp_path: Path
     damage(mirror / "r" / "checkpoint-8")
     damage(run / "checkpoint-8")
     assert begin(run, copies, said=said) == run / "checkpoint-4"
-    assert any(f"passed over: {mirror}/r/checkpoint-8" in line for line in said), said
+    assert any(f"skipped: {mirror}/r/checkpoint-8" in line for line in said), said
     shutil.rmtree(run)
     assert begin(run, copies) == run / "checkpoint-4"
     damage(mirror / "r" / "checkpoint-4")
@@ -181,7 +181,7 @@ def test_none_refuses_a_place_with_copies_even_where_the_mark_is_its_own(tmp_pat
     assert begin(run, copies, "resume_from_checkpoint=none") is None
     (run / layout.PLAN).unlink()
     (mirror / "r.owner").write_text("another")
-    with pytest.raises(CheckpointError, match=r"none that is left; r\.owner says whose it is"):
+    with pytest.raises(CheckpointError, match=r"none are left; r\.owner names the owner"):
         begin(run, copies, "resume_from_checkpoint=none")
 
 
@@ -189,7 +189,7 @@ def test_none_refuses_a_place_with_copies_even_where_the_mark_is_its_own(tmp_pat
 def test_the_run_folder_is_no_mirror_of_itself(prefix: str, tmp_path: Path) -> None:
     run = tmp_path / "r"
     make(run, 4, config_of())
-    with pytest.raises(ConfigError, match="which is the run folder itself; name a place elsewhere"):
+    with pytest.raises(ConfigError, match="which is the run folder itself; name another"):
         begin(run, f"checkpoint.mirror={prefix}{tmp_path}")
     assert begin(run, f"checkpoint.mirror={prefix}{run}") == run / "checkpoint-4", (
         "a place within it is another"
@@ -217,7 +217,7 @@ def test_what_a_run_began_from_counts_until_it_has_saved_something(tmp_path: Pat
     assert f"this run began from {path}, and has saved nothing since" in said
     stored = begun_train(config_of(), run, "r")
     assert stored is not None
-    assert stored.global_batch_size == 24, "rows a step are kept, too"
+    assert stored.global_batch_size == 24, "rows per step are kept, too"
     newer = make(run, 10, config_of(rows))
     assert begin(run, rows) == newer
     shutil.rmtree(newer)

@@ -68,7 +68,7 @@ def test_what_begins_anew_is_refused_a_place_that_is_used(tmp_path: Path) -> Non
         start(started, mirror)
     assert not (started / "checkpoint-10").exists(), "another run's is not fetched"
     shutil.rmtree(mirror / "r" / "checkpoint-10")
-    with pytest.raises(CheckpointError, match="none that is left"):
+    with pytest.raises(CheckpointError, match="none are left"):
         start(started, mirror)
     assert start(first, mirror) == start(first, mirror), "its own run goes on"
 
@@ -177,7 +177,7 @@ def test_none_with_a_used_mirror_ends_with_exit_5_and_leaves_it_as_it_was(tmp_pa
     ).read_record().run_id, "it has marked its place"
     files = {path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()}
     done = run_cli(*job, f"output_dir={tmp_path}/second", "resume_from_checkpoint=none")
-    assert (done.code, "has a place for run_name=r that another run has filled" in done.err) == (
+    assert (done.code, "has a folder for run_name=r that another run has filled" in done.err) == (
         5,
         True,
     ), done.err

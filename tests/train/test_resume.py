@@ -64,10 +64,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Pat
     damage(folders[2])
     (folders[1] / "trainer_state.json").unlink()
     assert resume_point(run, config, "r", said.append) == folders[0]
-    assert (
-        "checkpoint-15 is damaged and passed over: trainer_state.json has other contents" in said[0]
-    )
-    assert "checkpoint-10 is damaged and passed over: trainer_state.json is missing" in said[1]
+    assert "checkpoint-15 is damaged and skipped: trainer_state.json has other contents" in said[0]
+    assert "checkpoint-10 is damaged and skipped: trainer_state.json is missing" in said[1]
     damage(folders[0])
     with pytest.raises(CheckpointError, match="every checkpoint in it is damaged"):
         resume_point(run, config, "r", said.append)
@@ -135,7 +133,7 @@ def test_a_lost_run_folder_comes_back_from_the_mirror(
 
     monkeypatch.setattr("llmtune.train.resume.find_remote", unreachable)
     assert resume_point(run, config, "r", said.append) == newest
-    assert "no network; going on from checkpoint-15" in said[-1]
+    assert "no network; resuming from the local checkpoint-15" in said[-1]
     shutil.rmtree(run.path)
     run.path.mkdir()
     with pytest.raises(CheckpointError, match="no network"):

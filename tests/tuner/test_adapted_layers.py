@@ -92,8 +92,8 @@ def test_all_linear_reaches_layers_and_no_router(
     [
         ("phimoe", "router", "chooses among the experts"),
         ("qwen2_moe", "shared_expert_gate", "chooses among the experts"),
-        ("deepseek_v3", "down_proj", "peft takes its name for that of the stacked experts"),
-        ("mamba2", "out_proj", "hands the weight to a kernel"),
+        ("deepseek_v3", "down_proj", "peft treats its name as that of the stacked experts"),
+        ("mamba2", "out_proj", "passes the weight to a kernel"),
     ],
 )
 def test_a_layer_that_must_be_left_alone_is_refused_by_name(

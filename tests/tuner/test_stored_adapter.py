@@ -95,7 +95,7 @@ REFUSED = {
     ),
     "the embedding": (
         {"target_modules": ["embed_tokens", "q_proj"]},
-        "no LoRA matrices of linear layers",
+        "not LoRA matrices of linear layers",
     ),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa changed the base"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights=olora changed the base"),
@@ -231,8 +231,8 @@ def test_what_is_not_trained_here_is_refused_with_the_reason(
         ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters="),
         ({"layer_replication": [[0, 1]]}, "layer_replication="),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens=[5]"),
-        ({"r": 0}, "r=0 is no rank"),
-        ({"rank_pattern": {"q_proj": "x"}}, "q_proj=x is no rank"),
+        ({"r": 0}, "r=0 is not a rank"),
+        ({"rank_pattern": {"q_proj": "x"}}, "q_proj=x is not a rank"),
     ],
 )
 def test_settings_of_the_future_are_refused_by_name(
@@ -311,7 +311,7 @@ def test_a_scale_that_is_none_is_refused(
 ) -> None:
     """With 0 nothing would be learned, and a text would end the ranks."""
     change(write(base(), tmp_path / "adapter"), **settings)
-    with pytest.raises(CheckpointError, match="is no scale; a number other than 0 is"):
+    with pytest.raises(CheckpointError, match="is not a scale: a number other than 0 is"):
         adopted(tmp_path / "adapter")
 
 

@@ -1,6 +1,4 @@
-"""Compare the names and shapes in a model's files with those of the model: what they lack would be
-random.
-"""
+"""Compare the names and shapes in a model's files with the model's."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from llmtune.model.weights.quantized import (
 )
 from llmtune.model.weights.report import WeightReport
 
-#: Elements that are compared at once.
+#: Elements that are compared at a time.
 _BLOCK = 1 << 24
 
 
@@ -29,10 +27,10 @@ def compare_weights(model: Any, folder: Path) -> WeightReport:
     """Compare a model with the files of its folder; only their headers are read.
 
     Args:
-        model: Of the folder's configuration, on the meta device.
+        model: The model of the folder's configuration, on the meta device.
 
     Raises:
-        MissingPrerequisiteError: A file is missing, or is no whole safetensors file.
+        MissingPrerequisiteError: A file is missing, or is not a complete safetensors file.
     """
     stored = read_entries(folder)
     quantized = quantization(folder) is not None
@@ -40,28 +38,32 @@ def compare_weights(model: Any, folder: Path) -> WeightReport:
     packed = {name for name in entries if quantized and is_packed(name, stored)}
     matching = match_names(model, entries)
     state = model.state_dict()
-    found = set(matching.direct)
+
+    # Names and shapes of the model's tensors that the files give.
+    given_names = set(matching.direct)
     shapes = {
         name: entries[source].shape
         for name, source in matching.direct.items()
         if source not in packed
     }
     for conversion in matching.conversions:
-        if packed & {name for names in conversion.sources.values() for name in names}:
-            found |= _targets(conversion, state)
+        if any(packed.intersection(names) for names in conversion.sources.values()):
+            given_names |= _targets(conversion, state)
             continue
         made = conversion.run(
             model,
             lambda name: torch.empty(entries[name].shape, dtype=entries[name].dtype, device="meta"),
         )
         shapes |= {name: tuple(tensor.shape) for name, tensor in made.items()}
-    found |= shapes.keys()
+    given_names |= shapes.keys()
+
+    # What differs.
     reshaped = [
         f"{name} is {list(shape)} in the files and {list(state[name].shape)} in the model"
         for name, shape in sorted(shapes.items())
         if name in state and shape != tuple(state[name].shape)
     ]
-    missing, tied = find_missing(model, found)
+    missing, tied = find_missing(model, given_names)
     buffers = {name for name, _ in model.named_buffers()} & state.keys()
     floating = {name for name, tensor in state.items() if tensor.is_floating_point()}
     return WeightReport(
@@ -69,40 +71,36 @@ def compare_weights(model: Any, folder: Path) -> WeightReport:
         reshaped=tuple(reshaped),
         tied=tuple(tied),
         untied=tuple(_find_untied(model, matching, entries)),
-        defaults=tuple(sorted(buffers - found)),
+        defaults=tuple(sorted(buffers - given_names)),
         unused=matching.unused,
         meaningless=() if quantized else tuple(find_meaningless(matching.direct, stored, floating)),
     )
 
 
 def _targets(conversion: Conversion, state: dict[str, Any]) -> set[str]:
-    """What comes of tensors that cannot be computed here, because they are packed: by the names
-    alone.
-    """
+    """Names of the tensors that a conversion of packed sources makes, without computing it."""
     patterns = [re.compile(pattern) for pattern in conversion.converter.target_patterns]
-    begin = min(
-        (match.start() for one in patterns if (match := one.search(conversion.target))), default=0
-    )
-    beside = {name for name in state if name.startswith(conversion.target[:begin])}
-    return {
-        conversion.target,
-        *(name for name in beside if any(one.search(name) for one in patterns)),
-    }
+    matches = [pattern.search(conversion.target) for pattern in patterns]
+    begin = min((match.start() for match in matches if match), default=0)
+    prefix = conversion.target[:begin]
+    targets = {conversion.target}
+    for name in state:
+        if name.startswith(prefix) and any(pattern.search(name) for pattern in patterns):
+            targets.add(name)
+    return targets
 
 
 def _find_untied(model: Any, matching: Matching, entries: dict[str, Entry]) -> list[str]:
-    """Of weights that are one by the configuration and twice in the files, those whose values
-    differ.
-    """
-    found = []
+    """Find tied weights that the files hold twice, with different values."""
+    untied = []
     for group in tied_groups(model):
-        first, *others = sorted(name for name in group if name in matching.direct) or [""]
-        here = entries.get(matching.direct.get(first, ""))
-        for other in others:
-            there = entries[matching.direct[other]]
-            if here is not None and here.shape == there.shape and not _are_equal(here, there):
-                found.append(f"{first} and {other}")
-    return found
+        stored = sorted(name for name in group if name in matching.direct)
+        for other in stored[1:]:
+            first_entry = entries[matching.direct[stored[0]]]
+            entry = entries[matching.direct[other]]
+            if first_entry.shape == entry.shape and not _are_equal(first_entry, entry):
+                untied.append(f"{stored[0]} and {other}")
+    return untied
 
 
 def _are_equal(one: Entry, other: Entry) -> bool:

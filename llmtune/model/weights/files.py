@@ -1,6 +1,4 @@
-"""The safetensors files of a model folder: which are read, what their headers say, and single
-tensors or slices of them.
-"""
+"""Read the safetensors files of a model folder: their headers, and single tensors or slices."""
 
 from __future__ import annotations
 
@@ -27,23 +25,24 @@ class Entry:
 
     file: Path
     kind: str
-    """Its type, as safetensors calls it."""
+    """Its type, by safetensors' name."""
     shape: tuple[int, ...]
     offset: int
-    """Byte of the file where its data begins."""
+    """Byte of the file where its data begin."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its type, as torch calls it."""
+        """Its type in torch."""
         return to_torch(self.kind)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that transformers reads of a model folder; some hold a second copy under
-    other names.
+    """List the safetensors files that transformers reads of a model folder.
+
+    Some folders hold a second copy under other names.
 
     Raises:
-        MissingPrerequisiteError: There are none, or the index names one that is not there.
+        MissingPrerequisiteError: There are none, or the index names one that is missing.
     """
     if (folder / MODEL_WEIGHTS).is_file():
         return [folder / MODEL_WEIGHTS]
@@ -59,26 +58,26 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(parse_json(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MissingPrerequisiteError(
-            f"{index} is no index of safetensors ({error}); fetch it again"
+            f"{index} is not an index of safetensors ({error}); fetch it again"
         ) from error
-    gone = [name for name in names if not (folder / name).is_file()]
-    if gone:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        more = " and more" if len(missing) > 4 else ""
         raise MissingPrerequisiteError(
-            f"{folder}: {MODEL_INDEX} names"
-            f" {', '.join(gone[:4])}{' and more' if len(gone) > 4 else ''}, which"
-            f" {'is' if len(gone) == 1 else 'are'} not there; fetch the model again"
+            f"{folder}: {MODEL_INDEX} names {', '.join(missing[:4])}{more}, which"
+            f" {'is' if len(missing) == 1 else 'are'} not there; fetch the model again"
         )
     return [folder / name for name in names]
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a model folder, from the headers alone.
+    """Read the entry of every tensor of a model folder, from the headers alone.
 
     The layout is that of safetensors: an 8-byte little-endian header length, a JSON header, the
     data.
 
     Raises:
-        MissingPrerequisiteError: A file is missing, or is no whole safetensors file.
+        MissingPrerequisiteError: A file is missing, or is not a complete safetensors file.
     """
     entries: dict[str, Entry] = {}
     for file in weight_files(folder):
@@ -98,12 +97,12 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 
 
 def read_tensor(entry: Entry) -> torch.Tensor:
-    """One whole tensor, on the host."""
+    """Read one tensor, on the host."""
     return read_slice(entry, 0, math.prod(entry.shape)).view(entry.shape)
 
 
 def read_slice(entry: Entry, start: int, count: int) -> torch.Tensor:
-    """Elements of the flattened tensor, on the host. Shape (count,).
+    """Read elements of the flattened tensor, on the host. Shape (count,).
 
     Raises:
         MissingPrerequisiteError: The file ends before them.
@@ -118,18 +117,21 @@ def read_slice(entry: Entry, start: int, count: int) -> torch.Tensor:
         view = memoryview(buffer)
         done = 0
         while done < len(buffer):
-            got = os.preadv(handle.fileno(), [view[done:]], entry.offset + start * width + done)
-            if not got:
+            count_read = os.preadv(
+                handle.fileno(), [view[done:]], entry.offset + start * width + done
+            )
+            if not count_read:
                 raise MissingPrerequisiteError(
                     f"{entry.file} ended while it was read; fetch the model again"
                 )
-            done += got
+            done += count_read
     return torch.frombuffer(buffer, dtype=entry.dtype)
 
 
 def identify_weights(folder: Path) -> str:
-    """A digest of the configuration and of every tensor's name, type, shape, file, size and time:
-    what a report depends on.
+    """Hash what a report depends on.
+
+    That is the configuration, and every tensor's name, type, shape, file, file size and time.
     """
     parts = [(folder / "config.json").read_bytes()]
     for name, entry in sorted(read_entries(folder).items()):

@@ -1,12 +1,11 @@
-"""Which tensors of a model's files become which of the model, by the rules of transformers' own
-loading.
+"""Match the tensors of a model's files with the model's, by the rules of transformers' loading.
 
 A file's names are not always the model's: prefixes of the base model come and go (``wte.weight`` is
 GPT-2's ``transformer.wte.weight``), older names live on (``LayerNorm.gamma``), and experts that are
-stored one by one are stacked. transformers has the rules for it
-(``transformers.conversion_mapping``); here they are applied to names and shapes alone, so that it
-is known what a model lacks before anything is read, and so that a rank of ZeRO 3 reads its own
-slices only.
+stored one by one are stacked. transformers has the rules for this
+(``transformers.conversion_mapping``). Here they are applied to names and shapes alone, so that
+missing weights are known before anything is read, and so that a rank of ZeRO 3 reads only its own
+slices.
 """
 
 from __future__ import annotations
@@ -23,22 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """Tensors of the files that are computed into tensors of the model, such as experts that are
-    stacked.
-    """
+    """Tensors of the model that are computed from several of the files, such as stacked experts."""
 
     target: str
-    """The first of the model's tensors that come of it."""
+    """The first of the model's tensors that it makes."""
     converter: Any
     """transformers' ``WeightConverter``."""
     sources: dict[str, list[str]] = field(default_factory=dict)
-    """Pattern of the converter -> names in the files, in the order in which they are taken."""
+    """Pattern of the converter -> names in the files, in the order in which they are used."""
 
     def run(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The model's tensors by name.
+        """Compute the model's tensors, by name.
 
         Args:
-            read: A tensor of the files by its name.
+            read: Reads a tensor of the files by its name.
         """
         converter = deepcopy(self.converter)
         for pattern, names in self.sources.items():
@@ -52,20 +49,20 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class Matching:
-    """What of a model is in its files."""
+    """The tensors of a model that its files give."""
 
     direct: dict[str, str]
-    """Name in the model -> name in the files, for tensors that are taken as they are."""
+    """Name in the model -> name in the files, for tensors that are used as they are."""
     conversions: tuple[Conversion, ...]
     unused: tuple[str, ...]
-    """In the files, and in no model of this architecture as it is trained here."""
+    """Names in the files that are no part of the model."""
 
 
 def match_names(model: Any, stored: Iterable[str]) -> Matching:
     """Match the names in the files with the model's.
 
     Args:
-        model: Of transformers, on any device: only names are looked at.
+        model: A transformers model on any device; only names are used.
         stored: Names in the files.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -77,16 +74,16 @@ def match_names(model: Any, stored: Iterable[str]) -> Matching:
     )
 
     transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    by_pattern = {
-        pattern: converter for converter in converters for pattern in converter.source_patterns
-    }
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    by_pattern: dict[str, Any] = {}
+    for converter in converters:
+        by_pattern |= dict.fromkeys(converter.source_patterns, converter)
     prefix, state = model.base_model_prefix, model.state_dict()
     direct: dict[str, str] = {}
     conversions: dict[str, Conversion] = {}
     unused = []
-    # The order is that of transformers, which stacks in it: layer 2 before layer 10.
+    # This is the order in which transformers stacks: layer 2 before layer 10.
     for name in sorted(stored, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
@@ -96,15 +93,13 @@ def match_names(model: Any, stored: Iterable[str]) -> Matching:
         elif pattern is None:
             direct[target] = name
         else:
-            one = conversions.setdefault(target, Conversion(target, by_pattern[pattern]))
-            one.sources.setdefault(pattern, []).append(name)
-    return Matching(direct, tuple(conversions.values()), tuple(_passed_over(model, unused)))
+            conversion = conversions.setdefault(target, Conversion(target, by_pattern[pattern]))
+            conversion.sources.setdefault(pattern, []).append(name)
+    return Matching(direct, tuple(conversions.values()), tuple(_without_ignored(model, unused)))
 
 
-def _passed_over(model: Any, names: list[str]) -> list[str]:
-    """Without those that the architecture leaves out on purpose, such as rotary frequencies, which
-    are computed.
-    """
+def _without_ignored(model: Any, names: list[str]) -> list[str]:
+    """Drop the names that the architecture ignores, such as computed rotary frequencies."""
     patterns = [
         *(model._keys_to_ignore_on_load_unexpected or ()),
         r"rotary_emb\.inv_freq",
@@ -114,7 +109,7 @@ def _passed_over(model: Any, names: list[str]) -> list[str]:
 
 
 def tied_groups(model: Any) -> list[frozenset[str]]:
-    """Names that the configuration makes one weight: whoever has one of a group has all."""
+    """Group the names that the configuration ties to one weight."""
     groups: dict[str, set[str]] = {}
     for target, source in dict(model.all_tied_weights_keys).items():
         group = groups.get(source, {source}) | groups.get(target, {target})
@@ -122,21 +117,20 @@ def tied_groups(model: Any) -> list[frozenset[str]]:
     return sorted({frozenset(group) for group in groups.values()}, key=min)
 
 
-def find_missing(model: Any, found: Mapping[str, Any] | set[str]) -> tuple[list[str], list[str]]:
-    """Parameters that are nowhere in the files, and those that are another one's by the
-    configuration.
+def find_missing(model: Any, stored: Mapping[str, Any] | set[str]) -> tuple[list[str], list[str]]:
+    """Find the parameters that no file holds, and those that are tied to one in the files.
 
     Args:
-        found: Names of the model for which the files hold something.
+        stored: Names of the model's tensors that the files give.
     """
     groups = tied_groups(model)
     ignored = [re.compile(pattern) for pattern in (model._keys_to_ignore_on_load_missing or ())]
     missing, tied = [], []
     for name, _ in model.named_parameters(remove_duplicate=False):
-        if name in found or any(pattern.search(name) for pattern in ignored):
+        if name in stored or any(pattern.search(name) for pattern in ignored):
             continue
         others = next((group for group in groups if name in group), frozenset())
-        if any(other in found for other in others):
+        if any(other in stored for other in others):
             tied.append(name)
         elif not others or name == min(others):
             missing.append(name)

@@ -1,9 +1,8 @@
-"""Bases whose files hold weights in fewer bits: what their tensors are called, and what can be
-trained on them.
+"""Quantized base models: the names of their tensors, and what can be trained on them.
 
-A quantizer stores a weight as several tensors: its packed numbers, and the scales that they are
+A quantizer stores a weight as several tensors: its packed values, and the scales that they are
 multiplied with. Where their names are known, the files are compared with the model by the names of
-the weights that they stand for.
+the weights that they represent.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "compressed-tensors": ("format", ("pack-quantized", "int-quantized", "naive-quantized")),
 }
 
-#: Endings of tensors that hold the numbers of a weight, where they are not called ``weight``.
+#: Endings of tensors that hold the values of a weight, if they are not called ``weight``.
 _PACKED = re.compile(r"\.(qweight|weight_packed)$")
 
 #: Endings of tensors that say how a weight is packed: bitsandbytes' in 4 and in 8 bits, GPTQ's and
@@ -36,30 +35,25 @@ _BESIDE = re.compile(
     r"\.(qzeros|scales|g_idx)$|\.(weight|input|output|k|v|q)_(scale|zero_point|shape|g_idx|global_scale)$"
 )
 
-#: Kinds of numbers that mean nothing without scales.
+#: Types whose values mean nothing without scales.
 _INTEGERS = ("I8", "U8", "I16", "I32", "I64")
 _SMALL_FLOATS = ("F8_E4M3", "F8_E5M2")
 
 
 def quantization(folder: Path) -> dict[str, Any] | None:
-    """``quantization_config`` of a model folder's ``config.json``; None where the weights are
-    stored as they are.
-    """
+    """Read ``quantization_config`` of a model folder's ``config.json``; None if it has none."""
     settings = parse_json((folder / "config.json").read_bytes()).get("quantization_config")
     return dict(settings) if settings else None
 
 
 def method_of(settings: Mapping[str, Any]) -> str:
-    """The quantizer's name.
-
-    Old files of bitsandbytes have none, which transformers reads all the same.
-    """
+    """Return the quantizer's name; old files of bitsandbytes do not state it."""
     old = settings.get("load_in_4bit") or settings.get("load_in_8bit")
     return str(settings.get("quant_method") or ("bitsandbytes" if old else "an unknown quantizer"))
 
 
 def has_known_names(settings: Mapping[str, Any]) -> bool:
-    """Whether the names that a quantizer gives are known here."""
+    """Tell whether the names that a quantizer uses are known here."""
     if method_of(settings) not in _KNOWN:
         return False
     key, layouts = _KNOWN[method_of(settings)]
@@ -67,7 +61,7 @@ def has_known_names(settings: Mapping[str, Any]) -> bool:
 
 
 def weight_entries(stored: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The tensors that hold numbers of weights, under the names of those weights."""
+    """Return the tensors that hold values of weights, by the names of those weights."""
     return {
         _PACKED.sub(".weight", name): entry
         for name, entry in stored.items()
@@ -76,48 +70,45 @@ def weight_entries(stored: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def is_packed(name: str, stored: Mapping[str, Entry]) -> bool:
-    """Whether a weight's numbers mean nothing by themselves, so that their shape is not the
-    weight's.
-    """
+    """Tell whether a weight's values are packed, so that their shape is not the weight's."""
     # bitsandbytes may keep its packed bytes in tensors of any type (bnb_4bit_quant_storage).
     return name not in stored or stored[name].kind in _INTEGERS or f"{name}.absmax" in stored
 
 
 def find_scaleless(stored: Mapping[str, Entry]) -> list[str]:
-    """Tensors without which packed numbers cannot be unpacked, and that are not in the files."""
-    wanted = []
+    """Find missing tensors without which packed values cannot be unpacked."""
+    needed: list[str] = []
     for name, entry in stored.items():
         owner, _, ending = name.rpartition(".")
         if ending == "qweight":
-            wanted += [f"{owner}.scales", f"{owner}.qzeros"]
+            needed += [f"{owner}.scales", f"{owner}.qzeros"]
         elif ending == "weight_packed":
-            wanted.append(f"{owner}.weight_scale")
+            needed.append(f"{owner}.weight_scale")
         elif ending == "weight" and entry.kind == "U8":
-            wanted += [f"{name}.absmax", f"{name}.quant_map"]
+            needed += [f"{name}.absmax", f"{name}.quant_map"]
         elif ending == "weight" and entry.kind == "I8":
-            wanted += [] if f"{owner}.weight_scale" in stored else [f"{owner}.SCB"]
-    return sorted(name for name in wanted if name not in stored)
+            needed += [] if f"{owner}.weight_scale" in stored else [f"{owner}.SCB"]
+    return sorted(name for name in needed if name not in stored)
 
 
 def find_meaningless(
     direct: Mapping[str, str], stored: Mapping[str, Entry], floating: set[str]
 ) -> list[str]:
-    """Weights that are stored as integers, or as 8-bit floats with scales, in a folder that says
-    nothing of a quantizer.
+    """Find weights stored as integers, or as scaled 8-bit floats, in a folder without a quantizer.
 
-    transformers would take the numbers for the weights.
+    transformers would use the packed values as the weights.
 
     Args:
         direct: Name in the model -> name in the files.
-        floating: Names in the model of what is no integer there.
+        floating: Names of the model's tensors that are not integers.
     """
-    found = []
+    meaningless = []
     for name, source in sorted(direct.items()):
         kind = stored[source].kind
         scaled = any(f"{source}_scale{ending}" in stored for ending in ("", "_inv"))
         if name in floating and (kind in _INTEGERS or (kind in _SMALL_FLOATS and scaled)):
-            found.append(f"{name} ({kind})")
-    return found
+            meaningless.append(f"{name} ({kind})")
+    return meaningless
 
 
 def check_trainable(
@@ -127,24 +118,21 @@ def check_trainable(
     stage: int,
     name: str,
 ) -> None:
-    """Refuse what would train something else than the model that is stored.
+    """Refuse a quantized model that cannot be trained as it is stored.
 
     Args:
-        settings: Of the quantizer.
-        stage: Of ZeRO.
-        name: Of the model, as the user has it.
+        settings: The quantizer's.
+        stage: The ZeRO stage.
+        name: The model's name in messages.
 
     Raises:
         ConfigError: With what can be trained instead.
     """
     method = method_of(settings)
-    base = (
-        f"model.name_or_path={name}: its weights are stored in fewer bits (quantization_config:"
-        f" {method})"
-    )
+    base = f"model.name_or_path={name}: its weights are quantized (quantization_config: {method})"
     if trains_all:
         raise ConfigError(
-            f"{base}, of which tuner=full could train the norms and embeddings alone: take"
+            f"{base}; tuner=full could train only its norms and embeddings: take"
             " tuner=lora, or the model in 16 bits"
         )
     if any(entry.kind in _SMALL_FLOATS for entry in stored.values()) or not _is_trainable(settings):
@@ -155,20 +143,17 @@ def check_trainable(
         )
     if stage == 3:
         raise ConfigError(
-            f"{base}, which ZeRO 3 cannot cut into slices: take zero=2 (or 0, 1), or the model in"
-            " 16 bits"
+            f"{base}, which ZeRO 3 cannot partition: take zero=2 (or 0, 1), or the model in 16 bits"
         )
 
 
 def _is_trainable(settings: Mapping[str, Any]) -> bool:
-    """What transformers says of a quantizer; one that it cannot make for want of a package is
-    refused when it is read.
-    """
+    """Ask transformers; a quantizer whose package is missing is refused when the model is read."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     try:
         return bool(AutoHfQuantizer.from_config(dict(settings), pre_quantized=True).is_trainable)
     except Exception:
-        # Missing packages and unknown settings raise anything; whoever loads the model says what is
+        # Missing packages and unknown settings raise anything; loading the model will say what is
         # missing.
         return True

@@ -1,4 +1,4 @@
-"""What a model's files hold of it, in words: what is refused, and what is worth a line."""
+"""Report how a model's files match the model: what is refused, and what is noted."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from llmtune.errors import MissingPrerequisiteError
 
-#: Names that are shown of many.
+#: Names that are shown of a long list.
 _SHOWN = 6
 
-#: Prefixes that wrappers put before all names, and who they are.
+#: Prefixes that wrappers put before all names -> the wrapper.
 _WRAPPERS = {
     "module.": "torch's DataParallel or DeepSpeed",
     "_orig_mod.": "torch.compile",
@@ -22,39 +22,40 @@ _WRAPPERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightReport:
-    """What a model's files hold of it."""
+    """How a model's files match the model."""
 
     missing: tuple[str, ...]
-    """Parameters that are nowhere in the files."""
+    """Parameters that no file holds."""
     reshaped: tuple[str, ...]
     """Sentences on tensors whose shape is not the model's."""
     tied: tuple[str, ...]
-    """Parameters that are not in the files because the configuration makes them another's."""
+    """Parameters that are not in the files because the configuration ties them to another."""
     untied: tuple[str, ...]
-    """Pairs that the configuration makes one, and the files hold with two values."""
+    """Pairs that the configuration ties, and the files hold with different values."""
     defaults: tuple[str, ...]
     """Buffers that are not in the files and keep the values that the architecture gives them."""
     unused: tuple[str, ...]
-    """In the files, and no part of the model."""
+    """Names in the files that are no part of the model."""
     meaningless: tuple[str, ...] = ()
-    """Stored as packed numbers, and the folder does not say how to unpack them."""
+    """Weights stored as packed values in a folder that does not say how to unpack them."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> WeightReport:
-        """From what JSON made of it."""
+        """Build the report from what JSON made of it."""
         return cls(**{key: tuple(names) for key, names in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
     def refuse(self, name: str, folder: Path) -> None:
-        """
+        """Refuse a model that would not be the one in the files.
+
         Args:
-            name: Of the model, as the user has it.
+            name: The model's name in messages.
 
         Raises:
-            MissingPrerequisiteError: The model would not be the one that is in the files.
+            MissingPrerequisiteError: With what differs.
         """
         where = f"model.name_or_path={name}"
         if self.missing:
@@ -87,15 +88,13 @@ class WeightReport:
                     f"The names in the files begin with '{prefix}', which {wrapper} puts there:"
                     " save the model inside the wrapper, or take the prefix off the names"
                 )
-        held = (
-            f" (they hold {len(self.unused)} others, such as {some(self.unused[:3])})"
-            if self.unused
-            else ""
-        )
+        held = ""
+        if self.unused:
+            held = f" (they hold {len(self.unused)} others, such as {some(self.unused[:3])})"
         return f"Fetch the model again, or save it whole with transformers' save_pretrained{held}"
 
     def notes(self) -> list[str]:
-        """What is as it should be and worth a line in the log."""
+        """List what is in order and worth a line in the log."""
         texts = {
             "tied by the configuration (one weight under two names), and not in the files": (
                 self.tied
@@ -113,6 +112,6 @@ def _count(weights: int) -> str:
 
 
 def some(names: tuple[str, ...]) -> str:
-    """A few of many, and how many there are."""
+    """Join the first few names, and count the rest."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -1,11 +1,10 @@
-"""Partition-direct loading: under ZeRO 3 a rank reads the bytes of its own slices, and nothing is
-gathered or sent.
+"""Partition-direct loading: a ZeRO-3 rank reads its own slices, and nothing is gathered or sent.
 
 A ZeRO-3 partition is a contiguous slice of the flattened tensor: rank ``r`` of ``w`` owns the
 elements ``[r*P, (r+1)*P)`` with ``P = ceil(n / w)``, padded on the last rank. A safetensors entry
-is the flattened tensor too, so the slice is one read at a computed offset. Only what transformers
-computes out of several tensors of the files, such as stacked experts, is made whole first, one
-tensor after the other.
+is the flattened tensor too, so the slice is one read at a computed offset. Only tensors that
+transformers computes from several of the files, such as stacked experts, are made complete first,
+one after the other.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from llmtune.model.weights.names import Conversion, find_missing, match_names
 
 
 def load_partitions(model: Any, folder: Path, rank: int) -> None:
-    """Fill this rank's slice of every parameter that ``zero.Init`` made, and every buffer that the
-    files hold.
+    """Fill this rank's slice of every parameter that ``zero.Init`` made, and all stored buffers.
 
     Raises:
         MissingPrerequisiteError: The files lack a parameter, or hold it in another shape.
@@ -46,10 +44,10 @@ def load_partitions(model: Any, folder: Path, rank: int) -> None:
         elif id(parameter) not in done:
             _load_slice(parameter, partial(read_slice, entry), rank)
             done.add(id(parameter))
-    found = set(matching.direct)
+    stored = set(matching.direct)
     for conversion in matching.conversions:
-        found |= _load_converted(model, conversion, entries, rank)
-    problems += [f"{name} is not in the files" for name in find_missing(model, found)[0]]
+        stored |= _load_converted(model, conversion, entries, rank)
+    problems += [f"{name} is not in the files" for name in find_missing(model, stored)[0]]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise MissingPrerequisiteError(
@@ -60,9 +58,7 @@ def load_partitions(model: Any, folder: Path, rank: int) -> None:
 def _load_converted(
     model: Any, conversion: Conversion, entries: dict[str, Entry], rank: int
 ) -> set[str]:
-    """Compute some parameters as transformers does, and keep this rank's slices of them; their
-    names.
-    """
+    """Compute parameters as transformers does, and keep this rank's slices; return their names."""
     made = conversion.run(model, lambda name: read_tensor(entries[name]))
     for name, tensor in made.items():
         parameter = model.get_parameter(name)
@@ -77,14 +73,15 @@ def _load_converted(
 
 
 def _load_slice(parameter: Any, read: Callable[[int, int], torch.Tensor], rank: int) -> None:
-    """
+    """Fill this rank's slice of a parameter.
+
     Args:
-        read: Gives so many elements of the flattened tensor from a first one on.
+        read: Returns elements of the flattened tensor, by the first index and the count.
     """
     swapper = parameter.nvme_swapper
     swapped = swapper is not None and swapper.swappable_tensor(parameter)
     if swapped:
-        # A slice on NVMe comes into one of the swapper's buffers, is filled, and goes back.
+        # A slice on NVMe is read into one of the swapper's buffers, filled, and written back.
         swapper.swap_in([parameter], async_op=False)
     partition = parameter.ds_tensor
     size = partition.numel()
@@ -97,19 +94,18 @@ def _load_slice(parameter: Any, read: Callable[[int, int], torch.Tensor], rank: 
         target[:count].copy_(read(start, count))
     if swapped:
         swapper.swap_out_and_release([parameter])
-    # hpZ keeps a second slice, for gathers within a node. ``zero.Init`` cut it from memory that
-    # nobody had written; it is cut anew from the weights when they are first gathered and given
-    # back.
+    # hpZ keeps a second slice, for gathers within a node. ``zero.Init`` took it from uninitialized
+    # memory; without it, it is made from the weights when they are first gathered and released.
     if getattr(parameter, "ds_secondary_tensor", None) is not None:
         parameter.ds_secondary_tensor = None
 
 
 def restore_buffers(model: Any, build: Callable[[torch.dtype], Any], dtype: torch.dtype) -> None:
-    """Give a partitioned model the buffers of one that is not, such as rotary frequencies in fp32.
+    """Give a partitioned model an unpartitioned one's buffers, such as fp32 rotary frequencies.
 
-    ``zero.Init`` casts every float tensor that is made inside it to the training dtype. A model
-    that transformers reads whole has buffers that are computed in fp32, and then have the dtype in
-    which the architecture makes them.
+    ``zero.Init`` casts every float tensor that is made inside it to the training dtype. An
+    unpartitioned model has buffers that are computed in fp32, and then have the dtype in which the
+    architecture makes them.
 
     DeepSpeed 0.19.8's ``data_types.keep_in_fp32_modules`` (``runtime/keep_in_fp32.py``) does not
     replace this. By itself it knows only the buffers that transformers names for fp32, and rotary
@@ -118,8 +114,8 @@ def restore_buffers(model: Any, build: Callable[[torch.dtype], Any], dtype: torc
     ``inv_freq`` of a Llama in bf16 is fp32 then, and off by up to 0.4 %.
 
     Args:
-        build: Makes the same model once more in a dtype, outside of ``zero.Init``.
-        dtype: Of training.
+        build: Makes the same model again in a dtype, outside of ``zero.Init``.
+        dtype: The training dtype.
     """
     from accelerate import init_empty_weights
 
@@ -132,11 +128,8 @@ def restore_buffers(model: Any, build: Callable[[torch.dtype], Any], dtype: torc
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue
-            whole = f"{owner}.{name}" if owner else name
-            floating = values[whole].is_floating_point()
-            wanted = (
-                torch.float32
-                if floating and any(one.search(whole) for one in kept)
-                else dtypes[whole]
-            )
-            module._buffers[name] = values[whole].to(buffer.device, wanted)
+            path = f"{owner}.{name}" if owner else name
+            buffer_dtype = dtypes[path]
+            if values[path].is_floating_point() and any(one.search(path) for one in kept):
+                buffer_dtype = torch.float32
+            module._buffers[name] = values[path].to(buffer.device, buffer_dtype)

@@ -22,6 +22,9 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 #: knows it.
 EXACT_PINS, _FIRST_WITH_EXACT_PINS = "pinned_max_round_threshold_mb", (2, 13)
 
+#: Compute capability (Ampere) from which GPUs have bf16 and FlashAttention's kernels.
+FIRST_WITH_BF16 = 80
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:

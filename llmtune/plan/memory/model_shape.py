@@ -121,7 +121,7 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     name = config.name_or_path
     if name == "random":
         raise ConfigError(
-            "model.name_or_path=random needs the architecture's numbers in model.config; see"
+            "model.name_or_path=random needs the architecture's settings in model.config; see"
             " model=tiny"
         )
     try:

@@ -1,15 +1,16 @@
-"""What a rank needs at its peak, by category, on the accelerator, the host and NVMe; and what a
-checkpoint takes on disk.
+"""Peak memory of a rank, by category, on the accelerator, the host and NVMe; and the size of a
+checkpoint on disk.
 
 The accelerator's peak is the highest of three moments: the loss (all activations, logits), the
-backward pass of a layer (all activations, the layer's working set, gathered weights, gradients on
-their way), and the optimizer step. The categories add up to it: ``working_set`` and ``step`` count
-only what goes beyond what is free again by then.
+backward pass of a layer (all activations, the layer's working set, gathered weights, gradients
+before they are reduced), and the optimizer step. The categories add up to it: ``working_set`` and
+``step`` count only what exceeds the memory that has been freed by then.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from llmtune.config.schema import Precision
 from llmtune.plan.devices.gpus import pins_exactly
@@ -17,8 +18,8 @@ from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.activations import ActivationBytes
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.rank_bytes import StateBytes, element_bytes
 from llmtune.plan.memory.zero_buffers import ZeroSizes, partition_numel
-from llmtune.plan.memory.zero_states import StateBytes, element_bytes
 from llmtune.units import format_bytes
 
 #: Share of a memory that a plan may fill; the rest is fragmentation, other processes, the operating
@@ -50,13 +51,18 @@ class DeviceBytes:
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """Sum of all fields."""
         return sum(asdict(self).values())
+
+    @property
+    def persistent(self) -> int:
+        """Bytes that do not depend on the micro-batch."""
+        return self.total - self.activations - self.logits - self.working_set
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostBytes:
-    """One rank's peak in its machine's memory, beside what a CPU counts as its accelerator."""
+    """One rank's peak in host memory; a CPU rank counts its accelerator's share in DeviceBytes."""
 
     weights: int = 0
     gradients: int = 0
@@ -65,8 +71,8 @@ class HostBytes:
     buffers: int = 0
     """Pinned buffers of the swapper."""
     load: int = 0
-    """What loading has beyond the rest: below ZeRO 3 every rank reads the whole model, with
-    adapters through the host.
+    """What loading needs beyond the other fields: below ZeRO 3 every rank reads the whole model,
+    with adapters through the host.
     """
     save: int = 0
     """One tensor on its way to a file."""
@@ -74,28 +80,26 @@ class HostBytes:
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """Sum of all fields."""
         return sum(asdict(self).values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of one rank, and of the whole run's checkpoint."""
+    """Bytes of one rank, and of a checkpoint of the run."""
 
     device: DeviceBytes
     host: HostBytes
     nvme: int
     nvme_written_per_step: int
     checkpoint: int
-    """Files of one checkpoint of the whole run; states on NVMe are written into it, and not copied
-    beside it.
-    """
+    """Files of one checkpoint, from all ranks; states on NVMe are written into it."""
 
     @classmethod
-    def from_dict(cls, values: dict[str, dict[str, int]]) -> MemoryPlan:
-        """From plain values."""
-        rest = {key: int(value) for key, value in values.items() if key not in ("device", "host")}  # type: ignore[call-overload]
-        return cls(device=DeviceBytes(**values["device"]), host=HostBytes(**values["host"]), **rest)
+    def from_dict(cls, values: dict[str, Any]) -> MemoryPlan:
+        """Build the plan from what JSON made of it."""
+        parts = {"device": DeviceBytes(**values["device"]), "host": HostBytes(**values["host"])}
+        return cls(**{**values, **parts})
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,7 @@ def estimate_memory(
     world_size: int,
     work: Workload,
 ) -> MemoryPlan:
-    """Peak bytes of one rank."""
+    """Estimate the peak bytes of one rank."""
     size = element_bytes(precision)
     at_loss, at_layer = gathered_bytes(shape, placement, sizes, size)
     unpacked = size * max((tensor.numel for tensor in shape.tensors if tensor.quantized), default=0)
@@ -152,8 +156,10 @@ def estimate_memory(
 def gathered_bytes(
     shape: ModelShape, placement: Placement, sizes: ZeroSizes, size: int
 ) -> tuple[int, int]:
-    """Whole weights that stage 3 has gathered: at the loss head and last layer, inside a layer it
-    and what is prefetched.
+    """Bytes of the weights that stage 3 has gathered at the loss, and inside a layer.
+
+    At the loss these are the head and the last layer; inside a layer, that layer and what is
+    prefetched.
     """
     if placement.zero_stage < 3:
         return 0, 0
@@ -163,9 +169,7 @@ def gathered_bytes(
 
 
 def checkpoint_bytes(shape: ModelShape, size: int) -> int:
-    """Model or adapter in the training dtype, and fp32 master weights and two moments of what is
-    trained.
-    """
+    """Bytes of the model or adapter in the training dtype, of master weights and of moments."""
     model = shape.adapter_parameters or shape.parameters
     return size * model + 12 * shape.trainable_parameters
 
@@ -181,61 +185,72 @@ def _host_bytes(
     # torch's allocator of pinned memory rounds a block up to a power of two, where it cannot be
     # told not to.
     round_up = _power_of_two if accelerator == "cuda" and not pins_exactly() else int
+    weights = states.weights.host
+    if shape.adapter_parameters == 0:
+        weights = round_up(weights)
     gradients = round_up(states.gradients.host)
-    weights = (
-        round_up(states.weights.host) if shape.adapter_parameters == 0 else states.weights.host
-    )
     optimizer = states.optimizer.host + sum(round_up(block) - block for block in states.pinned)
-    standing = weights + gradients + optimizer + states.adapters.host + states.buckets.host
-    # A CPU counts the weights as its accelerator's; loading has them once more while they are cast
-    # or flattened.
-    whole = (
-        size * shape.parameters
-        if placement.zero_stage < 3
-        else size * partition_numel(shape.largest_tensor, world_size)
-    )
-    if accelerator == "cuda" and placement.zero_stage < 3 and not shape.adapter_parameters:
-        # Read straight to the GPU.
-        whole = size * shape.largest_tensor
+
+    # Loading reuses the memory that the states take later. On a CPU that includes what is counted
+    # as the accelerator's.
+    reusable = weights + gradients + optimizer + states.adapters.host + states.buckets.host
     if accelerator == "cpu":
-        whole = 0 if placement.zero_stage in (0, 3) else whole
-        standing += states.optimizer.device + states.gradients.device
+        reusable += states.optimizer.device + states.gradients.device
+    loading = _loading_bytes(shape, placement, size, world_size, accelerator)
+
+    save = 0
+    if placement.zero_stage == 3:
+        # One tensor, gathered in fp32 slices and in the training dtype.
+        save = 4 * partition_numel(shape.largest_tensor, world_size) + size * shape.largest_tensor
     return HostBytes(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         adapters=states.adapters.host,
         buffers=states.buckets.host,
-        load=max(0, whole - standing),
-        save=4 * partition_numel(shape.largest_tensor, world_size) + size * shape.largest_tensor
-        if placement.zero_stage == 3
-        else 0,
+        load=max(0, loading - reusable),
+        save=save,
         runtime=HOST_RUNTIME_BYTES[accelerator],
     )
+
+
+def _loading_bytes(
+    shape: ModelShape, placement: Placement, size: int, world_size: int, accelerator: str
+) -> int:
+    """Host bytes of the weights while they are read."""
+    partitioned = placement.zero_stage == 3
+    if accelerator == "cpu":
+        # The weights are counted as the accelerator's; stages 1 and 2 hold them a second time while
+        # they are flattened.
+        return 0 if placement.zero_stage in (0, 3) else size * shape.parameters
+    if partitioned:
+        return size * partition_numel(shape.largest_tensor, world_size)
+    if shape.adapter_parameters:
+        return size * shape.parameters
+    # Read straight to the GPU, one tensor at a time.
+    return size * shape.largest_tensor
 
 
 def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length() if count > 0 else 0
 
 
-def fits(memory: MemoryPlan, hardware: Hardware, ranks_on_node: int) -> str | None:
-    """None where it fits, or what is missing, by how much."""
+def find_shortfall(memory: MemoryPlan, hardware: Hardware, ranks_on_node: int) -> str | None:
+    """Name each memory that is too small, with what is needed and usable; None where all fits."""
+    device = memory.device.total
     host = memory.host.total * ranks_on_node
-    problems = []
     if hardware.accelerator == "cpu":
-        # Device and host are one pool that all ranks share.
-        needs = {"memory": (host + memory.device.total * ranks_on_node, hardware.host_memory_bytes)}
+        # Device and host are one memory, which all ranks share.
+        needs = [("memory", host + device * ranks_on_node, hardware.host_memory_bytes)]
     else:
-        needs = {
-            "GPU memory": (memory.device.total, hardware.device_memory_bytes),
-            "host memory": (host, hardware.host_memory_bytes),
-        }
-    for name, (needed, has) in needs.items():
-        if needed > USABLE_SHARE * has:
-            problems.append(
-                f"{name}: needs {format_bytes(needed)} of {format_bytes(USABLE_SHARE * has)}"
-            )
-    if memory.nvme * ranks_on_node > USABLE_SHARE * hardware.nvme_bytes:
-        swap = format_bytes(memory.nvme * ranks_on_node)
-        problems.append(f"NVMe: needs {swap} of {format_bytes(USABLE_SHARE * hardware.nvme_bytes)}")
+        needs = [
+            ("GPU memory", device, hardware.device_memory_bytes),
+            ("host memory", host, hardware.host_memory_bytes),
+        ]
+    needs.append(("NVMe", memory.nvme * ranks_on_node, hardware.nvme_bytes))
+    problems = [
+        f"{name}: needs {format_bytes(needed)} of {format_bytes(USABLE_SHARE * available)}"
+        for name, needed, available in needs
+        if needed > USABLE_SHARE * available
+    ]
     return "; ".join(problems) or None

@@ -14,7 +14,7 @@ from llmtune.train.training_state import TrainingState
 
 
 class HeldOutLoss:
-    """Mean loss over the trained tokens of the evaluation rows, all ranks taking their share."""
+    """The mean loss over the trained tokens of the eval rows; each rank computes its share."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class HeldOutLoss:
         self.max_rows = max_rows
 
     def evaluate(self, progress: TrainingState, interrupted: Callable[[], bool]) -> Record | None:
-        """One evaluation line; None where nothing is held out, or where it was interrupted."""
+        """Return an evaluation record; None if there are no eval rows, or if it was interrupted."""
         if self.rows is None:
             return None
         rank = self.module.rank
@@ -46,5 +46,5 @@ class HeldOutLoss:
 
 
 def perplexity(loss: float) -> float:
-    """``exp(loss)``, infinite where that overflows."""
+    """Return ``exp(loss)``, or infinity where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf

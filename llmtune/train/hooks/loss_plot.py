@@ -1,4 +1,4 @@
-"""The loss curve as a picture, at the end of the run."""
+"""Draw the loss curve at the end of the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmtune.train.training_state import TrainingState
 
 
 class LossPlot:
-    """Draws ``loss.png``."""
+    """Draw ``loss.png``."""
 
     def __init__(self, run: Path, run_name: str, rank: Rank):
         self.run = run
@@ -19,9 +19,9 @@ class LossPlot:
         self.rank = rank
 
     def on_start(self, progress: TrainingState) -> None:
-        """Nothing to draw yet."""
+        """Do nothing: there is nothing to draw yet."""
 
     def on_end(self, progress: TrainingState) -> None:  # noqa: ARG002 - as all hooks
-        """Draw what ``metrics.jsonl`` holds."""
+        """Draw the losses in ``metrics.jsonl``."""
         if self.rank.is_first:
             write_loss_plot(self.run / layout.METRICS, self.run / layout.LOSS_PLOT, self.run_name)

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts, before and after: what the training did, for people."""
+"""Record answers to held-out prompts before and after training, for people to compare."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.data.prepared_data import SamplePrompt
 from llmtune.engine.train_module import TrainModule
-from llmtune.model.generate import answer
+from llmtune.model.generate import generate
 from llmtune.security.redaction import redact_values
 from llmtune.storage import layout
 from llmtune.storage.atomic import read_json, write_atomically
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 48
 
-#: Above this, generating with gathered or offloaded weights costs minutes: every token moves the
-#: whole model.
+#: Above this, generating with gathered or offloaded weights takes minutes, because every token
+#: moves all weights.
 LARGE_MODEL_PARAMETERS = 1_000_000_000
 
 
 class SampleAnswers:
-    """Answers three prompts at both ends of the run and shows them side by side."""
+    """Answer three prompts before and after training, and show the answers side by side."""
 
     def __init__(
         self,
@@ -72,16 +72,14 @@ class SampleAnswers:
         )
 
     def _answers(self) -> list[str]:
-        """Under ZeRO 3 all ranks generate together, since each forward pass gathers weights; else
-        rank 0 alone.
-        """
+        """Generate the answers, on rank 0 alone unless a forward pass gathers weights (ZeRO 3)."""
         sharded = self.module.zero_stage == 3
         if not (sharded or self.module.rank.is_first):
             return []
         texts = [prompt.text for prompt in self.prompts]
         device = self.module.rank.device
         with self.module.rank.phases.within("answer"):
-            return answer(
+            return generate(
                 self.module.model,
                 self.tokenizer,
                 texts,
@@ -92,16 +90,18 @@ class SampleAnswers:
 
 
 def samples_reason_to_skip(
-    wanted: bool | str, parameters: int, sharded_or_offloaded: bool, prompts: int
+    setting: bool | str, parameters: int, sharded_or_offloaded: bool, prompts: int
 ) -> str | None:
-    """Why no samples are taken, or None.
+    """Say why no samples are taken; None where they are.
 
-    ``auto`` leaves out models that generation would gather token by token.
+    Args:
+        setting: ``train.sample_answers``; ``auto`` leaves out models that generation would gather
+            token by token.
     """
-    if wanted is False:
+    if setting is False:
         return "train.sample_answers is false"
     if prompts == 0:
         return "nothing is held out"
-    if wanted == "auto" and sharded_or_offloaded and parameters > LARGE_MODEL_PARAMETERS:
+    if setting == "auto" and sharded_or_offloaded and parameters > LARGE_MODEL_PARAMETERS:
         return "the model is sharded or offloaded, and generation would gather it for every token"
     return None

@@ -1,4 +1,4 @@
-"""The peak, up to the last step."""
+"""The peak rate until the last step."""
 
 from __future__ import annotations
 

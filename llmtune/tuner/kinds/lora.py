@@ -10,7 +10,7 @@ from llmtune.tuner.tuner import TUNERS, Tuner
 
 
 class LoraTuner(Tuner):
-    """Train adapters; the model itself stays as it is."""
+    """Train adapters; the model itself stays unchanged."""
 
     name = "lora"
     title = "LoRA"
@@ -20,7 +20,7 @@ class LoraTuner(Tuner):
     learning_rates: ClassVar = [(1e9, 1e-3), (20e9, 2e-4), (float("inf"), 1e-4)]
 
     def choose_layers(self, model: Any, config: TunerConfig) -> AdaptedLayers:
-        """The linear layers that ``tuner.target_modules`` names."""
+        """Choose the linear layers that ``tuner.target_modules`` names."""
         return choose_layers(model, config)
 
     def attach(self, model: Any, config: TunerConfig, base: str, seed: int) -> Any:
@@ -36,7 +36,7 @@ class LoraTuner(Tuner):
         import_peft()
 
     def describe(self, config: TunerConfig) -> str:
-        """With the rank."""
+        """Describe the tuner with its rank."""
         return f"{self.title} r={config.lora_r}"
 
 

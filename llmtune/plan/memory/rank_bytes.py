@@ -1,0 +1,74 @@
+"""Bytes of one rank's training states: the fields that are counted, and the size of an element."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmtune.config.schema import Precision
+from llmtune.plan.memory.model_shape import ModelShape
+
+#: NF4 with double quantization takes half a byte per element, one byte per block of 64 elements,
+#: and four bytes per 256 blocks.
+NF4_BYTES = 0.5
+NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
+
+#: Bytes per trained element: master weights and the gradients of a step are fp32, and Adam has two
+#: moments.
+FP32_BYTES = 4
+MOMENTS_BYTES = 8
+MASTER_AND_MOMENTS_BYTES = FP32_BYTES + MOMENTS_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Bytes of one rank, by the device that holds them."""
+
+    device: int = 0
+    host: int = 0
+    nvme: int = 0
+
+    def __add__(self, other: Split) -> Split:
+        return Split(self.device + other.device, self.host + other.host, self.nvme + other.nvme)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateBytes:
+    """Bytes of one rank between two steps, unless a field says otherwise."""
+
+    weights: Split
+    """Of the base model."""
+    adapters: Split
+    gradients: Split
+    """From the backward pass to the step."""
+    optimizer: Split
+    """Master weights and moments, and the fp32 gradient that an optimizer on the host keeps."""
+    buckets: Split = Split()
+    """Reduction buckets and the swapper's buffers."""
+    backward: int = 0
+    """Device bytes of unpartitioned gradients on their way into a bucket."""
+    step: int = 0
+    """Device bytes of the fp32 gradients that a step makes."""
+    nvme_written_per_step: int = 0
+    pinned: tuple[int, ...] = ()
+    """Blocks of pinned host memory among what the optimizer has there."""
+
+    @property
+    def total(self) -> Split:
+        """All that is held between two steps: the sum of the first five fields."""
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.buckets
+
+
+def element_bytes(precision: Precision) -> int:
+    """Bytes of one element of weights, activations and gradients."""
+    return 4 if precision is Precision.fp32 else 2
+
+
+def largest_trained_numel(shape: ModelShape) -> int:
+    """Elements of the largest trained tensor."""
+    return max(tensor.numel for tensor in shape.tensors if tensor.trained)
+
+
+def fp32_gradient_bytes(numel: int, size: int) -> int:
+    """Bytes of a step's gradients: flattened in the training dtype, then converted to fp32."""
+    flattened = size * numel if size < FP32_BYTES else 0
+    return flattened + FP32_BYTES * numel

@@ -1,0 +1,227 @@
+"""Bytes of ZeRO's states in stage 3, where weights are partitioned too.
+
+There is one function per placement of the optimizer.
+
+Paths of DeepSpeed 0.19.8 are relative to ``deepspeed/runtime/``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmtune.plan.memory.model_shape import ModelShape, TensorShape
+from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.rank_bytes import (
+    FP32_BYTES,
+    MASTER_AND_MOMENTS_BYTES,
+    NF4_BYTES,
+    NF4_SCALE_BYTES,
+    Split,
+    StateBytes,
+    fp32_gradient_bytes,
+    largest_trained_numel,
+)
+from llmtune.plan.memory.zero_buffers import (
+    ZeroSizes,
+    parameter_groups,
+    partition_numel,
+    rank_numel,
+    sub_groups,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partitions:
+    """What stage 3 allocates wherever the optimizer is."""
+
+    weights: Split
+    adapters: Split
+    gradients: int
+    """Bytes, on the optimizer's device."""
+    buckets: Split
+    backward: int
+    sub_group_numels: list[int]
+    """Elements of this rank in each of the sub-groups that are stepped one after the other."""
+
+    @property
+    def share(self) -> int:
+        """Trained elements of this rank."""
+        return sum(self.sub_group_numels)
+
+
+def partition_states(
+    shape: ModelShape, placement: Placement, sizes: ZeroSizes, size: int, world_size: int
+) -> Partitions:
+    """Weights, gradients and buckets of stage 3.
+
+    ``zero/stage3.py``: ``_create_fp16_sub_groups``; ``_setup_for_real_optimizer`` (bucket,
+    ``grad_partitions_flat_buffer``); ``__add_grad_to_ipg_bucket`` (one unpartitioned gradient).
+    ``zero/parameter_offload.py: mark_persistent_parameters`` (small weights that stay gathered).
+    """
+    trained = [tensor for tensor in shape.tensors if tensor.trained]
+    groups = parameter_groups(trained, placement, world_size)
+    stepped = sub_groups(groups, world_size, sizes.sub_group)
+    numels = [rank_numel(group, world_size) for group in stepped]
+
+    # On one rank the partition of a small weight is the weight itself.
+    persistent = 0
+    if world_size > 1:
+        persistent = sum(
+            tensor.numel for tensor in shape.tensors if tensor.numel <= sizes.persistence_threshold
+        )
+    buffers = 0
+    if placement.param == "nvme":
+        buffers = _param_buffers(stepped, sizes, size, world_size)
+
+    base = [tensor for tensor in shape.tensors if not tensor.adapter]
+    adapters = [tensor for tensor in shape.tensors if tensor.adapter]
+    return Partitions(
+        weights=_partitioned_weights(base, placement, sizes, size, world_size),
+        adapters=_partitioned_weights(adapters, placement, sizes, size, world_size),
+        gradients=size * sum(numels),
+        buckets=Split(device=size * (sizes.reduce_bucket + persistent), host=buffers),
+        backward=size * largest_trained_numel(shape),
+        sub_group_numels=numels,
+    )
+
+
+def stage_3_on_device(partitions: Partitions, size: int) -> StateBytes:
+    """Stage 3 without offload of the optimizer.
+
+    ``zero/stage3.py``: ``_create_fp32_partitions``, ``_prepare_fp32_grad_for_sub_group`` (one
+    sub-group at a time).
+    """
+    return StateBytes(
+        weights=partitions.weights,
+        adapters=partitions.adapters,
+        gradients=Split(partitions.gradients),
+        optimizer=Split(MASTER_AND_MOMENTS_BYTES * partitions.share),
+        buckets=partitions.buckets,
+        backward=partitions.backward,
+        step=fp32_gradient_bytes(max(partitions.sub_group_numels), size),
+    )
+
+
+def stage_3_on_host(partitions: Partitions) -> StateBytes:
+    """Stage 3 with the optimizer on the host.
+
+    ``zero/stage3.py``: ``_create_fp32_partitions``, ``initialize_optimizer_states`` (a pinned fp32
+    gradient per sub-group).
+    """
+    fp32_gradients = tuple(FP32_BYTES * numel for numel in partitions.sub_group_numels)
+    master_and_moments = MASTER_AND_MOMENTS_BYTES * partitions.share
+    return StateBytes(
+        weights=partitions.weights,
+        adapters=partitions.adapters,
+        gradients=Split(host=partitions.gradients),
+        optimizer=Split(host=master_and_moments + sum(fp32_gradients)),
+        buckets=partitions.buckets,
+        backward=partitions.backward,
+        pinned=fp32_gradients,
+    )
+
+
+def stage_3_on_nvme(
+    partitions: Partitions, shape: ModelShape, sizes: ZeroSizes, size: int, world_size: int
+) -> StateBytes:
+    """Stage 3 with the optimizer on NVMe; sub-groups below one block of the disk stay on the host.
+
+    ``zero/stage3.py``: ``_create_fp32_partitions``, ``initialize_optimizer_states``.
+    ``swap_tensor/optimizer_utils.py: OptimizerSwapper``: ``__init__`` (buffers),
+    ``is_swappable_tensor``, ``_swap_out_gradients``.
+    """
+    # Sub-groups on the disk and on the host.
+    on_disk = on_host = 0
+    for numel in partitions.sub_group_numels:
+        if FP32_BYTES * numel >= sizes.aio.block_size:
+            on_disk += MASTER_AND_MOMENTS_BYTES * _aligned(numel, sizes, FP32_BYTES)
+        else:
+            on_host += (MASTER_AND_MOMENTS_BYTES + FP32_BYTES) * numel
+
+    # Gradients that are too small for the disk stay in memory until their sub-group has been
+    # stepped. In fp32 they are the gradients of the flat buffer themselves.
+    gradients_on_disk, small_gradients = _swapped_gradients(shape, sizes, world_size)
+    if size == FP32_BYTES:
+        small_gradients = 0
+
+    largest = _aligned(max(partitions.sub_group_numels), sizes, FP32_BYTES)
+    swap_buffers = sizes.optimizer_buffers * FP32_BYTES * largest
+    written = on_disk + gradients_on_disk + partitions.weights.nvme + partitions.adapters.nvme
+    return StateBytes(
+        weights=partitions.weights,
+        adapters=partitions.adapters,
+        gradients=Split(host=partitions.gradients + small_gradients),
+        optimizer=Split(host=on_host, nvme=on_disk + gradients_on_disk),
+        buckets=partitions.buckets + Split(host=swap_buffers),
+        backward=partitions.backward,
+        nvme_written_per_step=written,
+    )
+
+
+def _partitioned_weights(
+    tensors: list[TensorShape], placement: Placement, sizes: ZeroSizes, size: int, world_size: int
+) -> Split:
+    """Partitions in the training dtype (``zero/partition_parameters.py: Init._partition_param``).
+
+    4-bit weights keep their scales on every rank, because bitsandbytes does not partition them.
+    Trained weights on NVMe stay on the host up to ``max_in_cpu`` (``zero/stage3.py:
+    _create_param_groups_fp16_flat_cpu_memory``).
+    """
+    device = host = nvme = 0
+    for tensor in tensors:
+        partition = partition_numel(tensor.numel, world_size)
+        nbytes = size * partition
+        if tensor.quantized:
+            nbytes = int(NF4_BYTES * partition)
+            device += int(NF4_SCALE_BYTES * tensor.numel)
+        stays_on_host = tensor.trained and sizes.max_in_cpu > 0
+        if placement.param == "none":
+            device += nbytes
+        elif placement.param == "nvme" and nbytes >= sizes.aio.block_size and not stays_on_host:
+            nvme += size * _aligned(partition, sizes, size)
+        else:
+            host += nbytes
+    return Split(device, host, nvme)
+
+
+def _param_buffers(
+    groups: list[list[TensorShape]], sizes: ZeroSizes, size: int, world_size: int
+) -> int:
+    """Bytes of the pinned buffers for weights on NVMe.
+
+    ``swap_tensor/partitioned_param_swapper.py``: ``_configure_aio`` (for reading), and
+    ``reserve_partitioned_swap_space`` (for writing), which ``zero/stage3.py:
+    _create_fp16_partitions_with_defragmentation`` calls with the unpartitioned sizes of the
+    largest sub-group.
+    """
+    nbytes = sizes.param_buffers * size * _aligned(sizes.param_buffer, sizes, size)
+    if sizes.max_in_cpu:
+        return nbytes
+    largest = max(groups, key=lambda group: rank_numel(group, world_size))
+    return nbytes + size * sum(_aligned(tensor.numel, sizes, size) for tensor in largest)
+
+
+def _swapped_gradients(shape: ModelShape, sizes: ZeroSizes, world_size: int) -> tuple[int, int]:
+    """Bytes of the fp32 gradients on disk, and of those that are too small for it.
+
+    ``swap_tensor/optimizer_utils.py: _adjust_for_misaligned_lengths`` cuts a gradient in two where
+    its length is not aligned; the rest stays in memory.
+    """
+    on_disk = in_memory = 0
+    alignment = sizes.aio.alignment_bytes // FP32_BYTES
+    for tensor in shape.tensors:
+        if not tensor.trained:
+            continue
+        numel = partition_numel(tensor.numel, world_size)
+        swapped = 0
+        if FP32_BYTES * numel >= sizes.aio.block_size:
+            swapped = numel // alignment * alignment
+        on_disk += FP32_BYTES * swapped
+        in_memory += FP32_BYTES * (numel - swapped)
+    return on_disk, in_memory
+
+
+def _aligned(numel: int, sizes: ZeroSizes, size: int) -> int:
+    """Elements, rounded up to the alignment of the swapper (``_io_aligned_numel``)."""
+    alignment = sizes.aio.alignment_bytes // size
+    return -(-numel // alignment) * alignment

@@ -1,0 +1,31 @@
+"""The small files beside the weights of a checkpoint: configuration and tokenizer."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.checkpoint.weight_files import WeightFiles, write_model_config
+from llmtune.storage import layout
+from llmtune.tuner.peft_model import write_adapter_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def render_model_files(
+    model: Any, tokenizer: PreTrainedTokenizerBase, weights: WeightFiles, run: Path
+) -> dict[str, bytes]:
+    """Return the contents of these files by name; they are the same in every checkpoint."""
+    write_config = write_adapter_config if weights.adapter_only else write_model_config
+    with tempfile.TemporaryDirectory(prefix="llmtune-") as name:
+        folder = Path(name)
+        write_config(model, folder)
+        tokenizer.save_pretrained(name)
+        files = {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in folder.rglob("*")
+            if file.is_file()
+        }
+    return {**files, layout.CONFIG: (run / layout.CONFIG).read_bytes()}
