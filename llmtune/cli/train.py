@@ -84,7 +84,12 @@ def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
         lock.enter_context(hold_lock(lock_file(folder)))
         quiet_libraries()
         trained = FallbackRunner(
-            composed, ladder, target, folder, console, ahead if is_first else None
+            composed=composed,
+            ladder=ladder,
+            target=target,
+            folder=folder,
+            console=console,
+            ahead=ahead if is_first else None,
         ).run()
     if trained:
         console.say(f"trained in {format_seconds(time.monotonic() - started)}, start-up included")

@@ -132,7 +132,14 @@ def _write_index(
     train, evaluation = splits
     stores = train.folders(cache_dir)
     eval_stores = evaluation.folders(cache_dir)
-    IndexWriter(config, train.sources, stores, eval_stores, seed, folder).write()
+    IndexWriter(
+        config=config,
+        sources=train.sources,
+        stores=stores,
+        eval_stores=eval_stores,
+        seed=seed,
+        folder=folder,
+    ).write()
     samples = _find_samples(
         folder, eval_stores or stores, evaluation.sources or train.sources, tokenizer
     )

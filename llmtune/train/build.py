@@ -109,11 +109,11 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         dtype, vocabulary = configured_dtype(config.precision.value), plan.shape.vocab_size
         check_module(module, collator, vocabulary, dtype, config.model.name_or_path)
     evaluator = HeldOutLoss(
-        module,
-        open_rows(request.data, "eval") if request.data.eval else None,
-        eval_batch_size(request),
-        collator,
-        config.train.eval_max_rows,
+        module=module,
+        rows=open_rows(request.data, "eval") if request.data.eval else None,
+        batch_size=eval_batch_size(request),
+        collator=collator,
+        max_rows=config.train.eval_max_rows,
     )
     loader = build_loader(request, rank, tokenizer, collator)
     return Job(
@@ -128,7 +128,11 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         evaluator=evaluator,
         saver=build_saver(request, module, tokenizer, state, console),
         divergence=DivergenceMonitor(
-            module, loader, config.train.on_nan, request.run_folder, console.say
+            module=module,
+            loader=loader,
+            on_nan=config.train.on_nan,
+            run=request.run_folder,
+            say=console.say,
         ),
         trackers=build_trackers(request, rank, console),
         hooks=build_hooks(request, rank, console, module, tokenizer),
@@ -196,7 +200,14 @@ def build_saver(
     start = None
     if request.resume_from is not None and state is not None:
         start = (request.resume_from, state)
-    return CheckpointSaver(module, settings, model_files, start, console.say, mirror)
+    return CheckpointSaver(
+        module=module,
+        settings=settings,
+        model_files=model_files,
+        start=start,
+        say=console.say,
+        mirror=mirror,
+    )
 
 
 def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Collator) -> Steps:
@@ -209,11 +220,25 @@ def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Coll
     )
     if config.data.streaming:
         bad_rows = request.run_folder / layout.BAD_ROWS if rank.is_first else None
-        stream = RowStream(config.data, tokenizer, config.seed, bad_rows, request.model_folder)
-        return StreamLoader(stream, batch, rank.rank, collator, settings)
+        stream = RowStream(
+            config=config.data,
+            tokenizer=tokenizer,
+            seed=config.seed,
+            bad_rows=bad_rows,
+            model_folder=request.model_folder,
+        )
+        return StreamLoader(
+            stream=stream, batch=batch, rank=rank.rank, collator=collator, settings=settings
+        )
     rows = open_rows(request.data, "train")
     return TrainLoader(
-        rows, batch, rank.rank, config.seed, collator, request.steps.total_rows, settings
+        rows=rows,
+        batch=batch,
+        rank=rank.rank,
+        seed=config.seed,
+        collator=collator,
+        last_row=request.steps.total_rows,
+        settings=settings,
     )
 
 
@@ -278,7 +303,15 @@ def build_hooks(
     )
     hooks: list[Hook] = [LossPlot(request.run_folder, request.run_name, rank)]
     if reason is None:
-        hooks.append(SampleAnswers(module, tokenizer, prompts, request.run_folder, console))
+        hooks.append(
+            SampleAnswers(
+                module=module,
+                tokenizer=tokenizer,
+                prompts=prompts,
+                run=request.run_folder,
+                console=console,
+            )
+        )
     else:
         console.say(f"no sample answers: {reason}")
     return hooks

@@ -224,8 +224,16 @@ class RowFitter:
             return Overflow(length)
         if overlong is Overlong.split and row.messages == 1:
             if isinstance(tokens, LongEncoding):
-                return SplitRows(tokens.release_text(), mask, begin, end, limit)
-            return list(SplitRows(tokens, mask, begin, end, limit))
+                return SplitRows(
+                    tokens=tokens.release_text(),
+                    mask=mask,
+                    begin=begin,
+                    end=end,
+                    max_seq_length=limit,
+                )
+            return list(
+                SplitRows(tokens=tokens, mask=mask, begin=begin, end=end, max_seq_length=limit)
+            )
 
         # Only a row that keeps something to learn is cut.
         first = _find_first(supervised.trained, begin)

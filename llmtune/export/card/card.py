@@ -19,17 +19,16 @@ from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.architecture import TEXT, TEXT_TO_TEXT, Task, headed_task, task_of
 from llmtune.export.card.curves import draw_curves
-from llmtune.export.card.facts import (
-    Facts,
+from llmtune.export.card.facts import Facts, read_facts
+from llmtune.export.card.front_matter import render_front_matter
+from llmtune.export.card.license import copy_license_files, find_license
+from llmtune.export.card.tables import (
     describe_data,
     describe_metrics,
     describe_plan,
     describe_settings,
     describe_versions,
-    read_facts,
 )
-from llmtune.export.card.front_matter import render_front_matter
-from llmtune.export.card.license import copy_license_files, find_license
 from llmtune.export.formats.format import find_format
 from llmtune.export.identity import find_repo, is_hub_id
 from llmtune.export.markdown import render
