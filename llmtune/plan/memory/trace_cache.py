@@ -1,6 +1,4 @@
-"""What planning found out about a model, on disk: a second plan of it builds and traces none, and
-imports neither.
-"""
+"""Cache a model's shape and traces on disk, so that a second plan neither builds nor traces it."""
 
 from __future__ import annotations
 
@@ -16,18 +14,17 @@ from typing import Any
 from llmtune import __version__
 from llmtune.registry import hash_plugins
 
-#: What the values depend on beside model and settings; of llmtune itself, the files that compute
-#: them.
+#: What the values depend on beside model and settings: libraries, and the files that compute them.
 _LIBRARIES = ("torch", "transformers")
 _SOURCES = ("activations.py", "model_shape.py", "../abilities.py")
 _TUNERS = "../../tuner"
 
 
 def read_cached(folder: Path | None, kind: str, key: str) -> Any:
-    """The values stored under a key, or None.
+    """Read the values stored under a key; None if there are none.
 
     Args:
-        kind: Of values, a folder of the cache: ``traces`` or ``shapes``.
+        kind: Kind of the values, a folder of the cache: ``traces`` or ``shapes``.
     """
     if folder is None:
         return None
@@ -38,7 +35,7 @@ def read_cached(folder: Path | None, kind: str, key: str) -> Any:
 
 
 def write_cached(folder: Path | None, kind: str, key: str, values: Any) -> None:
-    """Store what JSON can hold; a cache that cannot be written is no reason to stop."""
+    """Store values as JSON; a cache that cannot be written must not stop the plan."""
     if folder is None:
         return
     file = _file(folder, kind, key)
@@ -50,15 +47,15 @@ def write_cached(folder: Path | None, kind: str, key: str, values: Any) -> None:
 
 
 def _file(folder: Path, kind: str, key: str) -> Path:
-    # A tuner of the user's own may train something else tomorrow.
+    # The code of a user's own tuner may change.
     digest = hashlib.sha256(repr((_versions(), hash_plugins(), key)).encode()).hexdigest()[:24]
     return folder / kind / f"{digest}.json"
 
 
 @cache
 def _versions() -> tuple[str, ...]:
-    here = Path(__file__).parent
-    files = [here / name for name in _SOURCES]
-    files += sorted((here / _TUNERS).rglob("*.py"))
+    folder = Path(__file__).parent
+    files = [folder / name for name in _SOURCES]
+    files += sorted((folder / _TUNERS).rglob("*.py"))
     sources = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     return (__version__, *(metadata.version(name) for name in _LIBRARIES), *sources)
