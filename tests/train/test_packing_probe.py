@@ -239,7 +239,7 @@ def test_infinite_logits_are_numbers_where_both_have_them() -> None:
         ),
         (
             {(0, 50): float("nan")},
-            r"data.packing=true: m answers with NaN behind another .* logits of the second are no",
+            r"data.packing=true: m answers with NaN behind another .* logits of the second are NaN",
         ),
         ({(0, 50): 3.0}, r"data.packing=true: m does not keep the documents of a row apart"),
     ],

@@ -211,7 +211,7 @@ def resolve_shape(
 
 
 def _identify(config: ModelConfig) -> str | None:
-    """What identifies the architecture; None for own code, or a repository that may change."""
+    """Identify the architecture; None for own code, or a repository that may change."""
     if config.trust_remote_code:
         return None
     if config.config:
