@@ -96,7 +96,7 @@ ROOMS: dict[str, list[str]] = {
 SEES_CONFIG = {"config", "plan", "run", "cli"}
 SEES_CONFIG_FILES = {
     f"train/{name}.py"
-    for name in ("build", "request", "run_folder", "resume", "begun", "mirror_place")
+    for name in ("build", "request", "run_folder", "resume", "begun", "mirror_owner")
 }
 
 DEEPSPEED_FOLDERS = {"engine", "checkpoint", "launch"}

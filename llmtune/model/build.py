@@ -27,7 +27,7 @@ class WeightsTo:
     """Where the weights go when they are read."""
 
     device_map: Any = None
-    """As transformers takes it, for unpartitioned weights."""
+    """transformers' ``device_map``, for unpartitioned weights."""
     partitioned: Callable[[], AbstractContextManager[Any]] | None = None
     """DeepSpeed's ``zero.Init`` for ZeRO 3, where weights are read slice by slice."""
     rank: int = 0

@@ -1,3 +1,3 @@
-"""Frozen numbers: hardware, model shape, batches, memory, the placement, and DeepSpeed's
+"""The frozen plan: hardware, model shape, batches, memory, the placement, and DeepSpeed's
 dictionary.
 """

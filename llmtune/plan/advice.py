@@ -29,7 +29,7 @@ class Advice:
     """On one rank's accelerator, or in its share of the host if that holds the optimizer."""
     where: str
     override: str | None
-    """What to add to the command; None where llmtune has no such option."""
+    """The override to add to the command; None if llmtune has no such option."""
 
 
 def list_advice(config: Config, ladder: Ladder) -> list[Advice]:

@@ -203,7 +203,7 @@ def _check_ranks(rows: int, world_size: int) -> None:
 def _check_divides(key: str, value: int, rows: int, rows_per_rank: int, world_size: int) -> None:
     if rows_per_rank % value:
         raise ConfigError(
-            f"{key}={value} does not divide the {rows_per_rank} rows of a rank"
+            f"{key}={value} does not divide the {rows_per_rank} rows per rank"
             f" (train.global_batch_size={rows}, {world_size} ranks): one of"
             f" {_divisors(rows_per_rank)}, or auto; or train.global_batch_size=auto"
         )

@@ -130,7 +130,7 @@ def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
     """Apply the raw keys to the planned sizes, so that memory is estimated for what will run."""
     zero, aio = raw.get("zero_optimization", {}), raw.get("aio", {})
     param = zero.get("offload_param", {})
-    aio_keys = ("block_size", "queue_depth", "intra_op_parallelizm")
+    aio_keys = ("block_size", "queue_depth", "intra_op_parallelism")
     aio_sizes = {key: aio[key] for key in aio_keys if key in aio}
     overrides = {
         "reduce_bucket": zero.get("reduce_bucket_size"),

@@ -46,7 +46,7 @@ def resolve_steps(
     epoch_rows = max(1, round(train.num_train_epochs * (rows or 0)))
     by_epochs = math.ceil(epoch_rows / global_batch_size)
     origin = (
-        f"{counted(train.num_train_epochs, 'epoch')} of {rows} rows, {global_batch_size} a step"
+        f"{counted(train.num_train_epochs, 'epoch')} of {rows} rows, {global_batch_size} per step"
     )
     total = by_epochs
     if rows is None and train.max_steps is not None:

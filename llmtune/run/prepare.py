@@ -36,7 +36,7 @@ from llmtune.run.check_model import check_model, check_quantized
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
-from llmtune.train.mirror_place import settle_run_id, withdraw_left_copies
+from llmtune.train.mirror_owner import resolve_run_id, withdraw_left_copies
 from llmtune.train.request import RunRequest
 from llmtune.train.resume import began_from, resume_point
 from llmtune.train.run_folder import RunFolder
@@ -127,7 +127,7 @@ def prepare_run(
     if changed:
         console.say(f"changed since the last start: {', '.join(changed)}")
     resume_from = resume_point(folder, config, target.name, console.say)
-    run_id = settle_run_id(folder, config, target.name, resume_from, console.say)
+    run_id = resolve_run_id(folder, config, target.name, resume_from, console.say)
 
     # The model, and whether its export will be possible.
     cache = cache_dir(config)

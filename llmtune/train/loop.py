@@ -119,23 +119,8 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
         job.schedule.lr_scheduler_type,
     )
 
-    # Forward, backward and optimizer step, unless a rollback left this step out.
-    if step in job.divergence.skipped_steps:
-        result = StepResult(float("nan"), float("nan"), applied=False)
-    else:
-        # Dropout is a function of seed, step and rank, so that a resumed run draws the same.
-        torch.manual_seed(torch_seed(job.seed, Draw.dropout, progress.step, job.rank.rank))
-        finished = job.module.train_step(
-            batch.micro_batches, batch.trained_tokens, rate, job.stop.requested
-        )
-        if finished is None:
-            # A stop between two micro-batches: the state is that of the step before.
-            save_and_stop(job, progress)
-        result = finished
-        try:
-            job.divergence.check(step, batch, result)
-        except DivergedError as error:
-            save_before(job, progress, error)
+    # Forward pass, backward pass and optimizer step.
+    result = _run_step(job, progress, batch, rate)
 
     # The record of this step; a line sums up all steps since the last one.
     seconds = time.perf_counter() - started
@@ -166,6 +151,32 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
         data_position=batch.position,
         line=line,
     )
+
+
+def _run_step(
+    job: Job, progress: TrainingState, batch: StepBatch, learning_rate: float
+) -> StepResult:
+    """Run the step of a batch, unless a rollback left it out.
+
+    Raises:
+        StoppedError: A stop was requested between two micro-batches; the state before was saved.
+        DivergedError: The step diverged; the state before was saved.
+    """
+    step = progress.step + 1
+    if step in job.divergence.skipped_steps:
+        return StepResult(float("nan"), float("nan"), applied=False)
+    # Dropout is a function of seed, step and rank, so that a resumed run draws the same.
+    torch.manual_seed(torch_seed(job.seed, Draw.dropout, progress.step, job.rank.rank))
+    result = job.module.train_step(
+        batch.micro_batches, batch.trained_tokens, learning_rate, job.stop.requested
+    )
+    if result is None:
+        save_and_stop(job, progress)
+    try:
+        job.divergence.check(step, batch, result)
+    except DivergedError as error:
+        save_before(job, progress, error)
+    return result
 
 
 def evaluate(job: Job, progress: TrainingState) -> TrainingState:

@@ -53,7 +53,7 @@ def test_either_number_gives_the_other() -> None:
         (
             2,
             {"global_batch_size": 8, "gradient_accumulation_steps": 3},
-            r"does not divide the 4 rows of a rank",
+            r"does not divide the 4 rows per rank",
         ),
         (
             2,
@@ -160,7 +160,7 @@ def test_what_is_set_since_the_start_counts() -> None:
     assert resolve_batch(TrainConfig(per_device_train_batch_size=2), 4, begun).micro_batch_size == 2
     with pytest.raises(
         ConfigError,
-        match="train.per_device_train_batch_size=3 does not divide the 4 rows of a rank",
+        match="train.per_device_train_batch_size=3 does not divide the 4 rows per rank",
     ):
         resolve_batch(TrainConfig(per_device_train_batch_size=3), 4, begun)
     other = TrainConfig(per_device_train_batch_size=1, gradient_accumulation_steps=32)

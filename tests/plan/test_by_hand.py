@@ -36,13 +36,13 @@ def test_without_zero_every_rank_has_all(
 ) -> None:
     shape = shape_of("tuner=full")
     placement = make_placement(0, "none", trains_all=True)
-    found = state_bytes(
+    states = state_bytes(
         shape, placement, resolve_zero_sizes(shape, placement, 4, "cuda"), precision, 4
     )
-    assert found.weights.device == found.gradients.device == weights * PARAMETERS
-    assert found.optimizer.device == optimizer * PARAMETERS
-    assert found.step == step * PARAMETERS
-    assert (found.total.host, found.total.nvme, found.nvme_written_per_step) == (0, 0, 0)
+    assert states.weights.device == states.gradients.device == weights * PARAMETERS
+    assert states.optimizer.device == optimizer * PARAMETERS
+    assert states.step == step * PARAMETERS
+    assert (states.total.host, states.total.nvme, states.nvme_written_per_step) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -54,13 +54,13 @@ def test_stages_1_and_2_share_the_optimizer(
 ) -> None:
     shape = shape_of("tuner=full")
     placement = make_placement(stage, "none", trains_all=True)
-    found = state_bytes(
+    states = state_bytes(
         shape, placement, resolve_zero_sizes(shape, placement, 8, "cuda"), precision, 8
     )
     share = PARAMETERS // 8
-    assert found.weights.device == size * PARAMETERS
-    assert found.optimizer.device == pytest.approx(12 * share, abs=100)
-    assert found.step == pytest.approx((4 + flattened) * share, abs=100)
+    assert states.weights.device == size * PARAMETERS
+    assert states.optimizer.device == pytest.approx(12 * share, abs=100)
+    assert states.step == pytest.approx((4 + flattened) * share, abs=100)
 
 
 def test_stage_3_gathers_the_head_with_the_last_layer_and_a_layer_with_what_is_prefetched() -> None:
@@ -146,9 +146,9 @@ def test_four_bits_are_half_a_byte_a_byte_a_block_and_four_a_block_of_blocks(
     quantized = PARAMETERS - 2 * HEAD - norms
     assert shape.quantized_parameters == quantized
     placement = make_placement(stage, "none", trains_all=False)
-    found = state_bytes(
+    states = state_bytes(
         shape, placement, resolve_zero_sizes(shape, placement, ranks, "cuda"), Precision.bf16, ranks
     )
     scales = quantized / 64 + 4 * quantized / (64 * 256)
     packed = quantized // 2 + 2 * (2 * HEAD + norms)
-    assert found.weights.device == pytest.approx(packed / ranks + scales, rel=1e-6)
+    assert states.weights.device == pytest.approx(packed / ranks + scales, rel=1e-6)

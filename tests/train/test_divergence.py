@@ -39,52 +39,52 @@ BAD = StepResult(math.nan, math.inf, False)
 
 
 def test_stop_names_the_rows_that_are_to_blame(tmp_path: Path) -> None:
-    numbers, _ = watch(tmp_path, OnNan.stop, [[1.0, math.nan], [2.0, math.nan]])
+    monitor, _ = watch(tmp_path, OnNan.stop, [[1.0, math.nan], [2.0, math.nan]])
     with pytest.raises(
         DivergedError, match=r"step 9: loss nan, .* the loss is not finite on rows.jsonl:3$"
     ):
-        numbers.check(9, STEP, BAD)
-    numbers, _ = watch(tmp_path, OnNan.stop)
+        monitor.check(9, STEP, BAD)
+    monitor, _ = watch(tmp_path, OnNan.stop)
     with pytest.raises(
         DivergedError, match=r"the rows of the step are rows.jsonl:3, rows.jsonl:5, rows.jsonl:7$"
     ):
-        numbers.check(9, STEP, StepResult(1.0, math.inf, False))
+        monitor.check(9, STEP, StepResult(1.0, math.inf, False))
 
 
 def test_a_flattened_batch_blames_all_its_rows(tmp_path: Path) -> None:
-    numbers, _ = watch(tmp_path, OnNan.stop, [[math.nan], [1.0]])
+    monitor, _ = watch(tmp_path, OnNan.stop, [[math.nan], [1.0]])
     with pytest.raises(DivergedError, match=r"not finite on rows.jsonl:3, rows.jsonl:7$"):
-        numbers.check(9, STEP, BAD)
+        monitor.check(9, STEP, BAD)
 
 
 def test_skip_says_it_and_fp16_is_left_to_its_loss_scale(tmp_path: Path) -> None:
-    numbers, said = watch(tmp_path, OnNan.skip)
-    numbers.check(9, STEP, BAD)
+    monitor, said = watch(tmp_path, OnNan.skip)
+    monitor.check(9, STEP, BAD)
     assert "The step is left out" in said[0]
-    numbers, said = watch(tmp_path, OnNan.stop, precision="fp16")
-    numbers.check(9, STEP, StepResult(2.0, math.inf, False))
+    monitor, said = watch(tmp_path, OnNan.stop, precision="fp16")
+    monitor.check(9, STEP, StepResult(2.0, math.inf, False))
     assert said == []
     with pytest.raises(DivergedError):
-        numbers.check(9, STEP, BAD)
+        monitor.check(9, STEP, BAD)
 
 
 def test_rollbacks_are_remembered_and_end(tmp_path: Path) -> None:
     for step in range(1, MAX_ROLLBACKS + 1):
-        numbers, _ = watch(tmp_path, OnNan.rollback)
-        assert numbers.skipped_steps == frozenset(range(1, step))
+        monitor, _ = watch(tmp_path, OnNan.rollback)
+        assert monitor.skipped_steps == frozenset(range(1, step))
         with pytest.raises(RollbackError, match="Going back to the newest checkpoint"):
-            numbers.check(step, STEP, BAD)
+            monitor.check(step, STEP, BAD)
     with pytest.raises(DivergedError, match="the rows are not the cause"):
         watch(tmp_path, OnNan.rollback)[0].check(99, STEP, BAD)
 
 
 def test_a_spike_is_told_against_the_last_steps(tmp_path: Path) -> None:
-    numbers, said = watch(tmp_path, OnNan.stop)
+    monitor, said = watch(tmp_path, OnNan.stop)
     for step in range(40):
-        numbers.check(step, STEP, StepResult(2.0 + 0.01 * (step % 3), 1.0, True))
+        monitor.check(step, STEP, StepResult(2.0 + 0.01 * (step % 3), 1.0, True))
     assert said == []
-    numbers.check(40, STEP, StepResult(4.0, 1.0, True))
-    numbers.check(41, STEP, StepResult(2.0, 25.0, True))
+    monitor.check(40, STEP, StepResult(4.0, 1.0, True))
+    monitor.check(41, STEP, StepResult(2.0, 25.0, True))
     assert [
         "the loss 4.0000 is a spike" in said[0],
         "the gradient norm 25 is a spike" in said[1],

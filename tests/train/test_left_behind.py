@@ -17,7 +17,7 @@ from llmtune.errors import CheckpointError, ConfigError
 from llmtune.plan.run_record import RunRecord
 from llmtune.storage import layout, remote
 from llmtune.train.begun import begun_train
-from llmtune.train.mirror_place import settle_run_id, withdraw_left_copies
+from llmtune.train.mirror_owner import resolve_run_id, withdraw_left_copies
 from llmtune.train.resume import began_from, resume_point
 from llmtune.train.run_folder import RunFolder
 from tests.train.test_resume import config_of as compose
@@ -39,7 +39,7 @@ def begin(run: Path, *overrides: str, said: list[str] | None = None) -> Path | N
     say = notes.append
     folder.find_changes(config)
     resume_from = resume_point(folder, config, "r", say)
-    run_id = settle_run_id(folder, config, "r", resume_from, say)
+    run_id = resolve_run_id(folder, config, "r", resume_from, say)
     step = -1 if resume_from is None else read_trainer_state(resume_from).step
     record = RunRecord(run_id=run_id, run_name="r", began_from=began_from(folder, config))
     if resume_from is not None:

@@ -200,7 +200,7 @@ def test_documents_without_numbers_are_named(
     found = measure_mixing(
         logits_of({place: float("nan")}), Collator(0), draw_documents((3, 2), 97)
     )
-    assert (found.numberless_alone, found.numberless_behind) == (alone, behind)
+    assert (found.nan_alone, found.nan_behind) == (alone, behind)
 
 
 def test_infinite_logits_are_numbers_where_both_have_them() -> None:
@@ -213,7 +213,7 @@ def test_infinite_logits_are_numbers_where_both_have_them() -> None:
         return logits
 
     found = measure_mixing(forward, Collator(0), draw_documents((3, 2), 97))
-    assert (found.largest, found.numberless_alone, found.numberless_behind) == (0.0, (), ())
+    assert (found.largest, found.nan_alone, found.nan_behind) == (0.0, (), ())
     assert (
         measure_mixing(logits_of(everywhere), Collator(0), draw_documents((3, 2), 97)).largest
         == 0.0
@@ -230,16 +230,16 @@ def test_infinite_logits_are_numbers_where_both_have_them() -> None:
         (
             {(0, 1): float("nan"), (1, 0): float("nan")},
             r"model.name_or_path=m: the model answers with NaN: .* logits of the first and the"
-            r" second are no numbers where "
-            r"nothing stands before it.*take bf16 or fp32",
+            r" second are NaN at the "
+            r"beginning of the row.*take bf16 or fp32",
         ),
         (
             {(1, 3): float("nan")},
-            r"the model answers with NaN: .* logits of the second are no numbers where nothing",
+            r"the model answers with NaN: .* logits of the second are NaN at the beginning",
         ),
         (
             {(0, 50): float("nan")},
-            r"data.packing=true: m answers with NaN behind another .* logits of the second are no",
+            r"data.packing=true: m answers with NaN behind another .* logits of the second are NaN",
         ),
         ({(0, 50): 3.0}, r"data.packing=true: m does not keep the documents of a row apart"),
     ],
@@ -267,7 +267,7 @@ def test_a_model_whose_weights_are_nan_is_told_so() -> None:
             Collator(0),
             draw_documents((9, 5), 128),
         )
-    assert (found.numberless_alone, found.numberless_behind) == ((0, 1), (0, 1))
+    assert (found.nan_alone, found.nan_behind) == ((0, 1), (0, 1))
 
 
 def test_a_small_model_that_answers_with_nan_alone_decides_nothing(
@@ -277,10 +277,8 @@ def test_a_small_model_that_answers_with_nan_alone_decides_nothing(
     nan = float("nan")
     said = {}
     for case, found in {
-        "alone": Mixing(
-            largest=nan, mean_square=nan, numberless_alone=(0, 1), numberless_behind=(0, 1)
-        ),
-        "behind": Mixing(largest=nan, mean_square=nan, numberless_alone=(), numberless_behind=(1,)),
+        "alone": Mixing(largest=nan, mean_square=nan, nan_alone=(0, 1), nan_behind=(0, 1)),
+        "behind": Mixing(largest=nan, mean_square=nan, nan_alone=(), nan_behind=(1,)),
     }.items():
         monkeypatch.setattr(
             "llmtune.train.hooks.packing_probe.find_leak", lambda *_, found=found: found

@@ -105,7 +105,11 @@ def _without_ignored(model: Any, names: list[str]) -> list[str]:
         r"rotary_emb\.inv_freq",
         r"(^|\.)position_ids$",
     ]
-    return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+
+    def is_ignored(name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in patterns)
+
+    return [name for name in names if not is_ignored(name)]
 
 
 def tied_groups(model: Any) -> list[frozenset[str]]:

@@ -1,6 +1,4 @@
-"""Speeds of accelerators by name: data sheets, and the shares of them that training reaches in
-published runs.
-"""
+"""Speeds of accelerators by name, from data sheets, and the shares that published runs reach."""
 
 from __future__ import annotations
 
@@ -10,20 +8,20 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """One accelerator."""
+    """An accelerator's speeds."""
 
     flops: float
-    """Dense bf16 with fp32 accumulation, operations a second."""
+    """Dense bf16 with fp32 accumulation, operations per second."""
     efficiency: float
     """Share of ``flops`` that a training step reaches, recomputation counted (HFU)."""
     link_bandwidth: float
-    """To its neighbors, one direction, as a collective reaches it: NVLink, or PCIe without it."""
+    """To its neighbors, in one direction, as collectives reach it: NVLink, or PCIe without it."""
     pcie_bandwidth: float
-    """To the host, one direction, with all accelerators of a common board at once."""
+    """To the host, in one direction, with all accelerators of a common board at once."""
     fp32_flops: float
     """Plain fp32: torch uses TF32 only where it is told to."""
     compute_capability: int
-    """Ten times the major number and the minor one."""
+    """Ten times the major version plus the minor one."""
 
 
 GIB = 2**30

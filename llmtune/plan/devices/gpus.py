@@ -1,6 +1,4 @@
-"""The GPUs that this process may use, as torch sees them, and what NVIDIA's library knows beside
-it.
-"""
+"""The GPUs that this process may use, by torch and by NVIDIA's management library (NVML)."""
 
 from __future__ import annotations
 
@@ -18,9 +16,10 @@ from llmtune.units import counted
 
 #: Where torch reads the settings of its allocators; the first wins.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-#: The setting that leaves large blocks of pinned memory as they are, and torch's first version that
-#: knows it.
-EXACT_PINS, _FIRST_WITH_EXACT_PINS = "pinned_max_round_threshold_mb", (2, 13)
+#: The setting that keeps large blocks of pinned memory from being rounded up, and torch's first
+#: version with it.
+EXACT_PINS = "pinned_max_round_threshold_mb"
+_FIRST_WITH_EXACT_PINS = (2, 13)
 
 #: Compute capability (Ampere) from which GPUs have bf16 and FlashAttention's kernels.
 FIRST_WITH_BF16 = 80
@@ -28,18 +27,19 @@ FIRST_WITH_BF16 = 80
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One that torch can use."""
+    """A GPU that torch can use."""
 
     name: str
     memory_bytes: int
     compute_capability: int
-    """Ten times the major number and the minor one: 80 of an A100, 75 of a T4."""
+    """Ten times the major version plus the minor one: 80 for an A100, 75 for a T4."""
 
 
 def visible_gpus() -> list[Gpu]:
-    """In torch's order.
+    """List the GPUs in torch's order.
 
-    Without a driver's library there are none, and torch, which takes a second, is not asked.
+    Without a driver's library there are none, and torch, which takes a second to import, is not
+    needed.
     """
     if "torch" not in sys.modules and not any(map(_can_load, ("libcuda.so.1", "libamdhip64.so"))):
         return []
@@ -47,16 +47,15 @@ def visible_gpus() -> list[Gpu]:
 
     if not torch.cuda.is_available():
         return []
-    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [Gpu(gpu.name, int(gpu.total_memory), 10 * gpu.major + gpu.minor) for gpu in found]
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [Gpu(gpu.name, int(gpu.total_memory), 10 * gpu.major + gpu.minor) for gpu in devices]
 
 
 def check_kernels(gpu: Gpu) -> None:
-    """torch is compiled for some generations of GPUs, and says so only when the first kernel is
-    started.
+    """Refuse a GPU for which this torch has no kernels; torch itself fails only at the first one.
 
     Raises:
-        MissingPrerequisiteError: Not for this one.
+        MissingPrerequisiteError: torch was compiled for other generations.
     """
     import torch
 
@@ -70,11 +69,13 @@ def check_kernels(gpu: Gpu) -> None:
 
 
 def _runs_on(name: str, capability: int) -> bool:
-    """``sm_80`` is machine code for its generation from that minor number on; ``compute_80`` is
-    compiled where it runs.
+    """Tell whether code named ``sm_80`` or ``compute_80`` runs on a GPU.
+
+    ``sm_80`` is machine code for its generation from that minor version on; ``compute_80`` is
+    compiled on the GPU's machine.
     """
-    kind, _, number = name.partition("_")
-    digits = "".join(character for character in number if character.isdigit())
+    kind, _, version = name.partition("_")
+    digits = "".join(character for character in version if character.isdigit())
     built = int(digits or 0)
     if kind == "compute":
         return built <= capability
@@ -82,8 +83,7 @@ def _runs_on(name: str, capability: int) -> bool:
 
 
 def hidden_gpus() -> str | None:
-    """NVIDIA GPUs that the driver has and torch cannot use, with the driver's version; None where
-    there are none.
+    """Describe the GPUs that the driver has and torch cannot use; None if there are none.
 
     GPUs that ``CUDA_VISIBLE_DEVICES`` hides from this process are hidden on purpose.
     """
@@ -104,10 +104,9 @@ def hidden_gpus() -> str | None:
 
 
 def count_gpus() -> int:
-    """GPUs that this process may use, as NVML and ``CUDA_VISIBLE_DEVICES`` say, in no time; 0 where
-    NVML does not.
+    """Count the GPUs of this process quickly, by NVML and ``CUDA_VISIBLE_DEVICES``; 0 without NVML.
 
-    Whether torch can use them is another question: :func:`visible_gpus`.
+    torch may be unable to use them; see :func:`visible_gpus`.
     """
     if "pynvml" not in sys.modules and not _can_load("libnvidia-ml.so.1"):
         return 0
@@ -121,40 +120,36 @@ def count_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return count
-    # CUDA stops reading at the first that is none.
-    return sum(
-        1
-        for _ in takewhile(
-            lambda name: _names_gpus(name) and _is_there(name, count), visible.split(",")
-        )
-    )
+    # CUDA stops reading at the first entry that names no GPU.
+    named = takewhile(lambda name: _names_gpu(name, count), visible.split(","))
+    return len(list(named))
 
 
-def _is_there(name: str, count: int) -> bool:
-    return not name.strip().isdigit() or int(name) < count
+def _names_gpu(name: str, count: int) -> bool:
+    return _names_gpus(name) and (not name.strip().isdigit() or int(name) < count)
 
 
 def check_hidden_gpus() -> None:
-    """A run that would take the CPU because torch cannot use the GPUs does not begin.
+    """Refuse a run that would use the CPU only because torch cannot use the GPUs.
 
     Raises:
-        MissingPrerequisiteError: There are GPUs, with the driver and what torch was built for.
+        MissingPrerequisiteError: There are GPUs; it names the driver and torch's build.
     """
-    found = hidden_gpus()
-    if found is None:
+    gpus = hidden_gpus()
+    if gpus is None:
         return
     import torch
 
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
     raise MissingPrerequisiteError(
-        f"this machine has {found}, but torch {torch.__version__}, which is built {built}, cannot"
+        f"this machine has {gpus}, but torch {torch.__version__}, which is built {built}, cannot"
         " use them. Run bash scripts/setup.sh, which installs the build for the driver;"
         " hardware.accelerator=cpu trains on the CPU all the same"
     )
 
 
 def knows_exact_pins() -> bool:
-    """Whether the installed torch knows the setting; an older one refuses the word."""
+    """Tell whether the installed torch knows ``EXACT_PINS``; an older one refuses it."""
     version = _torch_version()
     if version is None:
         return False
@@ -164,7 +159,7 @@ def knows_exact_pins() -> bool:
 
 @functools.cache
 def _torch_version() -> str | None:
-    """Of the installed one, which is asked for with every placement, and looked up on the disk."""
+    """Version of the installed torch, cached because it is read from the disk."""
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
@@ -172,15 +167,15 @@ def _torch_version() -> str | None:
 
 
 def pins_exactly() -> bool:
-    """Whether ranks will pin as many bytes as they ask for, and not the next power of two."""
-    given = next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), None)
-    return knows_exact_pins() if given is None else EXACT_PINS in given
+    """Tell whether ranks will pin as many bytes as requested, not the next power of two."""
+    for name in ALLOCATOR_VARIABLES:
+        if name in os.environ:
+            return EXACT_PINS in os.environ[name]
+    return knows_exact_pins()
 
 
 def has_nvlink() -> bool:
-    """Whether the first GPU of this process has an active NVLink, by NVML; True where NVML does not
-    say.
-    """
+    """Tell whether the first GPU of this process has an active NVLink; True without NVML."""
     try:
         import pynvml
 
@@ -193,10 +188,10 @@ def has_nvlink() -> bool:
 
 
 def near_cores(index: int) -> set[int]:
-    """Numbers of the cores on the NUMA node of a GPU of this process; none where NVML does not say.
+    """Return the cores on the NUMA node of a GPU of this process; none without NVML.
 
     Args:
-        index: Among the GPUs that this process may use.
+        index: Index among the GPUs that this process may use.
     """
     try:
         import pynvml
@@ -206,16 +201,13 @@ def near_cores(index: int) -> set[int]:
         words = pynvml.nvmlDeviceGetCpuAffinity(handle, -(-(os.cpu_count() or 1) // 64))
     except Exception:
         return set()
-    return {
-        64 * place + bit
-        for place, word in enumerate(words)
-        for bit in range(64)
-        if int(word) >> bit & 1
-    }
+    return {core for core in range(64 * len(words)) if int(words[core // 64]) >> core % 64 & 1}
 
 
 def _handle(pynvml: Any, visible: str | None, index: int = 0) -> Any:
-    """NVML knows nothing of ``CUDA_VISIBLE_DEVICES``, which counts or names GPUs and their slices
+    """NVML's handle of a GPU of this process.
+
+    NVML ignores ``CUDA_VISIBLE_DEVICES``, which holds indices or names of GPUs and their slices
     (``GPU-...``, ``MIG-...``).
     """
     names = [str(index)] if visible is None else [name.strip() for name in visible.split(",")]
@@ -226,7 +218,7 @@ def _handle(pynvml: Any, visible: str | None, index: int = 0) -> Any:
 
 
 def _names_gpus(visible: str) -> bool:
-    """CUDA stops reading at the first entry that is none."""
+    """Tell whether the first entry names a GPU; CUDA stops reading at one that does not."""
     first = visible.split(",")[0].strip()
     return first.isdigit() or first.startswith(("GPU-", "MIG-"))
 

@@ -1,4 +1,4 @@
-"""What the run may use: named in the config, or probed on this machine."""
+"""The hardware of a run: named in the config, or probed on this machine."""
 
 from __future__ import annotations
 
@@ -17,40 +17,41 @@ from llmtune.plan.devices.cards import CARDS, UNKNOWN, Card, find_card
 from llmtune.plan.devices.gpus import check_hidden_gpus, check_kernels, has_nvlink, visible_gpus
 from llmtune.units import counted, format_bytes, parse_bytes
 
-#: Between the ranks of one CPU, through gloo on the loopback (measured on 2 cores: 0.7 to 1.3
-#: GB/s).
+#: Bytes per second between the ranks of one CPU, through gloo on the loopback (measured on 2
+#: cores: 0.7 to 1.3 GB/s).
 CPU_LINK_BANDWIDTH = 1e9
-#: A node's memory, two sockets of eight channels; of the 400 GB/s of the data sheet the optimizer
-#: reaches about this.
+#: Memory bandwidth of a node with two sockets of eight channels. The data sheet says 400 GB/s; the
+#: optimizer reaches about this.
 SERVER_MEMORY_BANDWIDTH = 250e9
 CPU_MEMORY_BANDWIDTH = 15e9
 #: Eight adapters of 200 Gb/s.
 NETWORK_BANDWIDTH = 160e9
 #: Four drives of PCIe 4 under DeepNVMe.
-NVME_READ_BANDWIDTH, NVME_WRITE_BANDWIDTH = 10e9, 5e9
+NVME_READ_BANDWIDTH = 10e9
+NVME_WRITE_BANDWIDTH = 5e9
 #: Share of the CPU's own matrix multiplication that a training step reaches (SmolLM2-135M on 2
 #: cores).
 CPU_EFFICIENCY = 0.35
-#: Of one core, without and with bf16 instructions (2 EPYC cores: 200 GFLOP/s in fp32, 440 in bf16).
+#: One core's, without and with bf16 instructions (2 EPYC cores: 200 GFLOP/s in fp32, 440 in bf16).
 CPU_FLOPS_PER_CORE = {False: 100e9, True: 220e9}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """One node, and how many of it. Bandwidths are bytes a second."""
+    """A node's hardware, and the number of such nodes. Bandwidths are in bytes per second."""
 
     accelerator: str
     """``cuda`` or ``cpu``."""
     device_count: int
-    """Accelerators of a node; 1 for a CPU, whose ranks share one memory."""
+    """Accelerators per node; 1 for a CPU, whose ranks share one memory."""
     device_memory_bytes: int
-    """Memory of one accelerator; of the whole host for a CPU."""
+    """Memory of one accelerator; for a CPU, that of the host."""
     host_memory_bytes: int
-    """Memory of a node, as far as this process may use it."""
+    """Memory per node that this process may use."""
     nodes: int = 1
     name: str = ""
     nvme_bytes: int = 0
-    """Free space of a node's NVMe drives; 0 where no rung may use them."""
+    """Free space of a node's NVMe drives; 0 if no rung may use them."""
     flops: float = 0.0
     efficiency: float = 0.5
     link_bandwidth: float = CPU_LINK_BANDWIDTH
@@ -60,19 +61,19 @@ class Hardware:
     nvme_read_bandwidth: float = NVME_READ_BANDWIDTH
     nvme_write_bandwidth: float = NVME_WRITE_BANDWIDTH
     fp32_flops: float = 0.0
-    """Of plain fp32, without TF32; 0 where half of ``flops`` is near enough."""
+    """Operations per second in fp32 without TF32; 0 stands for half of ``flops``."""
     compute_capability: int = 0
-    """Of NVIDIA's GPUs (:class:`llmtune.plan.devices.gpus.Gpu`); 0 where it is not known."""
+    """NVIDIA's (see :class:`llmtune.plan.devices.gpus.Gpu`); 0 if it is not known."""
     notes: tuple[str, ...] = ()
-    """Where the machine is another one than was named."""
+    """Differences between this machine and the one that was named."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Hardware:
-        """From plain values."""
+        """Build the hardware from what JSON made of it."""
         return cls(**{**values, "notes": tuple(values.get("notes", ()))})
 
     def describe(self) -> str:
-        """One phrase for messages."""
+        """Describe the hardware in a phrase."""
         nvme = f", NVMe {format_bytes(self.nvme_bytes)}" if self.nvme_bytes else ""
         if self.accelerator == "cpu":
             return f"CPU with {format_bytes(self.host_memory_bytes)} of memory{nvme}"
@@ -91,21 +92,21 @@ def resolve_hardware(
     planning: bool = False,
     ranks_on_node: int | None = None,
 ) -> Hardware:
-    """Fill what the config leaves open from this machine.
+    """Take what the config leaves open from this machine.
 
     Args:
-        planning: Nothing will run here, so that hardware which is named need not be there.
-        ranks_on_node: That a foreign launcher started here; each may see one GPU only.
+        planning: The job is planned only, so that named hardware need not be present.
+        ranks_on_node: Ranks that a foreign launcher started here; each may see only one GPU.
 
     Raises:
-        MissingPrerequisiteError: CUDA was asked for and there is none, torch cannot use the GPUs
-            that there are, or ``offload.nvme_path`` cannot be used.
+        MissingPrerequisiteError: CUDA was requested and there is none, torch cannot use the GPUs,
+            or ``offload.nvme_path`` cannot be used.
     """
     named = (
         planning and config.accelerator is Accelerator.cuda and config.gpu_memory_bytes is not None
     )
     hardware = _named(config) if named else _probed(config, planning, ranks_on_node)
-    hardware = replace(hardware, nodes=config.nodes, **_given(config))
+    hardware = replace(hardware, nodes=config.nodes, **_stated(config))
     known = (
         find_card(hardware.name, hardware.device_memory_bytes) is not None
         or config.gpu_flops is not None
@@ -118,17 +119,17 @@ def resolve_hardware(
     return hardware
 
 
-def resolve_accelerator(wanted: Accelerator) -> str:
-    """``cuda`` or ``cpu``.
+def resolve_accelerator(setting: Accelerator) -> str:
+    """Return ``cuda`` or ``cpu``.
 
     Raises:
-        As :func:`resolve_hardware`.
+        The errors of :func:`resolve_hardware`.
     """
-    return _accelerator(wanted, len(visible_gpus()))
+    return _accelerator(setting, len(visible_gpus()))
 
 
 def resolve_nvme_folder(nvme_path: str) -> Path:
-    """The folder, made where its parent is there.
+    """Make the folder if it is missing, and return it.
 
     Raises:
         MissingPrerequisiteError: It cannot be made or written.
@@ -148,15 +149,12 @@ def resolve_nvme_folder(nvme_path: str) -> Path:
 
 
 def _named(config: HardwareConfig) -> Hardware:
-    """A machine from the config alone."""
+    """The hardware from the config alone."""
     memory = parse_bytes(config.gpu_memory_bytes, "hardware.gpu_memory_bytes")
     card = find_card(config.gpu_name, memory) or UNKNOWN
-    host = config.host_memory_bytes
-    host_bytes = (
-        parse_bytes(host, "hardware.host_memory_bytes")
-        if host is not None
-        else probe_host_memory_bytes()
-    )
+    host_bytes = probe_host_memory_bytes()
+    if config.host_memory_bytes is not None:
+        host_bytes = parse_bytes(config.host_memory_bytes, "hardware.host_memory_bytes")
     return _with_card(card, config.gpu_name or "", config.gpus_per_node or 1, memory, host_bytes)
 
 
@@ -180,12 +178,12 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
             efficiency=CPU_EFFICIENCY,
             notes=tuple(notes),
         )
-    # A task of Slurm often sees the one GPU that is its own.
-    found = max(len(gpus), ranks_on_node or 0)
-    count = config.gpus_per_node or found
-    if count > found:
+    # A task of Slurm often sees only its own GPU.
+    present = max(len(gpus), ranks_on_node or 0)
+    count = config.gpus_per_node or present
+    if count > present:
         raise MissingPrerequisiteError(
-            f"hardware.gpus_per_node={count}: this machine has {counted(found, 'GPU')}; take"
+            f"hardware.gpus_per_node={count}: this machine has {counted(present, 'GPU')}; take"
             " hardware=probe to use what is there"
         )
     first = gpus[0]
@@ -205,24 +203,23 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
         )
     hardware = _with_card(card, name, count, device_bytes, host_bytes)
     hardware = replace(hardware, compute_capability=first.compute_capability, notes=tuple(notes))
-    return (
-        hardware
-        if count == 1 or has_nvlink()
-        else replace(hardware, link_bandwidth=card.pcie_bandwidth)
-    )
+    if count > 1 and not has_nvlink():
+        hardware = replace(hardware, link_bandwidth=card.pcie_bandwidth)
+    return hardware
 
 
-def _within(given: Any, key: str, probed: int, planning: bool, notes: list[str]) -> int:
-    """Bytes of a memory: those that are named, as far as they are there."""
-    if given is None:
+def _within(setting: Any, key: str, probed: int, planning: bool, notes: list[str]) -> int:
+    """Bytes of a memory: those that the config names, at most those that were probed."""
+    if setting is None:
         return probed
-    wanted = parse_bytes(given, f"hardware.{key}")
-    if planning or wanted <= probed:
-        return wanted
-    # What a data sheet calls 80 GB is a little less to programs.
-    if wanted > 1.05 * probed:
+    named = parse_bytes(setting, f"hardware.{key}")
+    if planning or named <= probed:
+        return named
+    # The 80 GB of a data sheet are a little less to programs.
+    if named > 1.05 * probed:
         notes.append(
-            f"hardware.{key}={given}: this machine has {format_bytes(probed)}, which is planned for"
+            f"hardware.{key}={setting}: this machine has {format_bytes(probed)}, which is planned"
+            " for"
         )
     return probed
 
@@ -253,9 +250,9 @@ def _describe_unknown(name: str) -> str:
     )
 
 
-def _given(config: HardwareConfig) -> dict[str, Any]:
-    """What the config says about speeds and drives, by the names of :class:`Hardware`."""
-    given: dict[str, Any] = {
+def _stated(config: HardwareConfig) -> dict[str, Any]:
+    """The config's speeds and drives, by the fields of :class:`Hardware`."""
+    sizes: dict[str, Any] = {
         "nvme_bytes": config.nvme_bytes,
         "link_bandwidth": config.gpu_link_bandwidth,
         "pcie_bandwidth": config.pcie_bandwidth,
@@ -267,29 +264,30 @@ def _given(config: HardwareConfig) -> dict[str, Any]:
     keys = {"link_bandwidth": "gpu_link_bandwidth"}
     values: dict[str, Any] = {
         name: parse_bytes(value, f"hardware.{keys.get(name, name)}")
-        for name, value in given.items()
+        for name, value in sizes.items()
         if value is not None
     }
-    named = {"flops": config.gpu_flops, "efficiency": config.compute_efficiency}
-    values |= {name: number for name, number in named.items() if number is not None}
+    rates = {"flops": config.gpu_flops, "efficiency": config.compute_efficiency}
+    values |= {name: rate for name, rate in rates.items() if rate is not None}
     return values
 
 
-def choose_accelerator(wanted: Accelerator, gpus: int) -> str:
-    """What is asked for, by the configuration or by DeepSpeed's variable, or what there is; not
-    looked at any further.
+def choose_accelerator(setting: Accelerator, gpus: int) -> str:
+    """Return the accelerator of the config or of DeepSpeed's variable, or the one that is present.
+
+    It is not checked.
     """
-    if wanted is not Accelerator.auto:
-        return wanted.name
+    if setting is not Accelerator.auto:
+        return setting.name
     return os.environ.get("DS_ACCELERATOR", "cuda" if gpus else "cpu")
 
 
-def _accelerator(wanted: Accelerator, cuda_devices: int) -> str:
-    name = choose_accelerator(wanted, cuda_devices)
-    origin = "DS_ACCELERATOR" if wanted is Accelerator.auto else "hardware.accelerator"
+def _accelerator(setting: Accelerator, cuda_devices: int) -> str:
+    name = choose_accelerator(setting, cuda_devices)
+    origin = "DS_ACCELERATOR" if setting is Accelerator.auto else "hardware.accelerator"
     if name not in ("cuda", "cpu"):
         raise MissingPrerequisiteError(f"{origin}={name}: llmtune knows cuda and cpu")
-    if name == "cpu" and wanted is Accelerator.auto and "DS_ACCELERATOR" not in os.environ:
+    if name == "cpu" and setting is Accelerator.auto and "DS_ACCELERATOR" not in os.environ:
         check_hidden_gpus()
     if name == "cuda" and not cuda_devices:
         raise MissingPrerequisiteError(
@@ -300,11 +298,12 @@ def _accelerator(wanted: Accelerator, cuda_devices: int) -> str:
 
 
 def probe_host_memory_bytes(root: Path = Path("/")) -> int:
-    """Physical memory, or the lowest limit of the control groups that this process is in
-    (containers, jobs of Slurm).
+    """Return the physical memory, or the lowest limit of this process's control groups.
+
+    Containers and jobs of Slurm set such limits.
 
     Args:
-        root: Of the file system; for tests.
+        root: Root of the file system, for tests.
     """
     limits = [psutil.virtual_memory().total]
     for file in _memory_limits(root):
@@ -318,9 +317,7 @@ def probe_host_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def _memory_limits(root: Path) -> Iterator[Path]:
-    """Files with the limits of this process's control group and of those around it, of both
-    versions.
-    """
+    """Files with the limits of this process's control group and its parents, of both versions."""
     mounted = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -329,19 +326,20 @@ def _memory_limits(root: Path) -> Iterator[Path]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            place, name = mounted, "memory.max"
+            base, name = mounted, "memory.max"
         elif "memory" in controllers.split(","):
-            place, name = mounted / "memory", "memory.limit_in_bytes"
+            base, name = mounted / "memory", "memory.limit_in_bytes"
         else:
             continue
         own = Path(path.lstrip("/"))
         for folder in (own, *own.parents):
-            yield place / folder / name
+            yield base / folder / name
 
 
 def _cpu_flops(cores: int) -> float:
-    """bf16 operations a second by what the cores have; not measured, so that two starts of a run
-    plan the same.
+    """Operations per second by the cores' instructions.
+
+    They are not measured, so that two starts of a run plan the same.
     """
     try:
         flags = Path("/proc/cpuinfo").read_text()
@@ -352,7 +350,7 @@ def _cpu_flops(cores: int) -> float:
 
 
 def fp16_supported(accelerator: str) -> bool:
-    """Whether DeepSpeed takes fp16 there: on GPUs, and on CPUs whose mkldnn has it."""
+    """Tell whether DeepSpeed takes fp16: on GPUs, and on CPUs whose mkldnn has it."""
     import torch
 
     return accelerator == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

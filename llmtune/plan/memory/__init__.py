@@ -1,1 +1,1 @@
-"""What a model and its training take: parameters, activations, and the states of ZeRO."""
+"""The memory of a model and its training: parameters, activations and ZeRO's states."""

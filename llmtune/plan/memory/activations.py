@@ -1,8 +1,8 @@
-"""Activations, by running a few layers of the model on fake tensors and scaling by layers.
+"""Measure activations by running a few layers on fake tensors, and scaling by the layers.
 
-``FakeTensorMode`` runs every operation without memory or arithmetic; ``MemTracker`` books what
-would be allocated. Parameters' gradients are dropped as soon as they are made: where they live is
-ZeRO's affair and is counted there.
+``FakeTensorMode`` runs every operation without memory or arithmetic; ``MemTracker`` records what
+would be allocated. Parameters' gradients are dropped as soon as they are made, because they are
+counted with ZeRO's states.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from llmtune.tuner.adapted_layers import choose_layers, linear_layers, matrix_si
 from llmtune.tuner.lora_settings import lora_rank
 from llmtune.tuner.tuner import TUNERS, mark_trained
 
-#: After the first layer, its input is no intermediate result; from the second on, each adds the
+#: The first layer's input is not an intermediate result; from the second layer on each adds the
 #: same.
 TRACED_LAYERS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationBytes:
-    """Of one micro-batch on one rank."""
+    """Bytes of one micro-batch on one rank."""
 
     saved: int
     """Held from the forward pass to the backward pass, over all layers."""
     working: int
-    """Most that the backward pass of one layer, recomputed or not, has on top of that."""
+    """Peak of one layer's backward pass, recomputed or not, beyond ``saved``."""
     logits: int
-    """Most that head and loss have on top of it, forward and backward."""
+    """Peak of head and loss beyond ``saved``, forward and backward."""
     origin: str = "traced"
-    """``traced``, or ``estimated`` where the architecture could not be run on fake tensors."""
+    """``traced``, or ``estimated`` if the architecture could not be run on fake tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceSettings:
-    """What the activations of a micro-batch depend on."""
+    """The settings on which the activations of a micro-batch depend."""
 
     rows: int
     length: int
@@ -54,19 +54,17 @@ class TraceSettings:
     attn_implementation: str
     precision: Precision
     zero3: bool
-    """Under ZeRO 3 DeepSpeed's linear function keeps its input, also where the weight is frozen."""
+    """Under ZeRO 3 DeepSpeed's linear function keeps its input, even if the weight is frozen."""
     masked: bool = False
-    """Documents that share a row: attention then keeps a mask, and keys and values repeated for
-    every head.
-    """
+    """Documents share a row: attention keeps a mask, and keys and values repeated per head."""
 
 
-#: Traces of this process: the search for what would make a job fit plans the same model many times.
+#: Traces of this process, because advice plans the same model many times.
 _TRACES: dict[str, dict[TraceSettings, ActivationBytes]] = {}
 
 
 class ActivationModel:
-    """Traces on demand and remembers, for one model and tuner."""
+    """Traces one model and tuner on demand, and caches the results."""
 
     def __init__(
         self,
@@ -83,43 +81,42 @@ class ActivationModel:
         self._done = _TRACES.setdefault(repr((model, tuner)), {})
 
     def __call__(self, settings: TraceSettings) -> ActivationBytes:
-        """Bytes of a micro-batch; rows scale, so that one row is traced."""
+        """Return the bytes of a micro-batch; one row is traced, because rows scale."""
         tuner = TUNERS.find(self.tuner.kind)
+        # What is trained keeps its input in any case.
+        adapts_all = tuner.has_adapter and self.tuner.target_modules == "all-linear"
         one = TraceSettings(
             rows=1,
             length=settings.length,
             gradient_checkpointing=settings.gradient_checkpointing,
             attn_implementation=settings.attn_implementation,
             precision=settings.precision,
-            # What is trained keeps its input anyway.
-            zero3=settings.zero3
-            and not tuner.trains_all
-            and not (tuner.has_adapter and self.tuner.target_modules == "all-linear"),
+            zero3=settings.zero3 and not tuner.trains_all and not adapts_all,
             masked=settings.masked and settings.attn_implementation in ("sdpa", "eager"),
         )
         if one not in self._done:
             self._done[one] = self._measure(one)
-        found, rows = self._done[one], settings.rows
+        of_row, rows = self._done[one], settings.rows
         return ActivationBytes(
-            saved=found.saved * rows,
-            working=found.working * rows,
-            logits=found.logits * rows,
-            origin=found.origin,
+            saved=of_row.saved * rows,
+            working=of_row.working * rows,
+            logits=of_row.logits * rows,
+            origin=of_row.origin,
         )
 
     def _measure(self, settings: TraceSettings) -> ActivationBytes:
-        # The shape too: a local folder may hold another model tomorrow.
+        # The key has the shape too, because a local folder may come to hold another model.
         key = repr((self.model, self.tuner, settings, self.shape))
         stored = read_cached(self.cache_dir, "traces", key)
         if stored is not None:
             return ActivationBytes(
                 saved=stored["saved"], working=stored["working"], logits=stored["logits"]
             )
-        found = self._trace(settings)
-        if found.origin == "traced":
-            values = {"saved": found.saved, "working": found.working, "logits": found.logits}
+        traced = self._trace(settings)
+        if traced.origin == "traced":
+            values = {"saved": traced.saved, "working": traced.working, "logits": traced.logits}
             write_cached(self.cache_dir, "traces", key, values)
-        return found
+        return traced
 
     def _trace(self, settings: TraceSettings) -> ActivationBytes:
         logits = loss_bytes(settings.length, self.shape.vocab_size, settings.precision)
@@ -128,7 +125,7 @@ class ActivationModel:
         try:
             trace = trace_layers(self._architecture, self.tuner, settings)
         except Exception as error:
-            # Any of the hundreds of architectures may do something that fake tensors cannot.
+            # Some architectures do what fake tensors do not support.
             logging.getLogger(__name__).info(
                 "activations estimated, because the trace failed: %s", error
             )
@@ -139,35 +136,35 @@ class ActivationModel:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a run of :data:`TRACED_LAYERS` allocated, in bytes."""
+    """Bytes that a run of :data:`TRACED_LAYERS` layers allocated."""
 
     held: int
     """At the end of the forward pass."""
     layer: int
-    """Of that, by one layer."""
+    """The share of one layer."""
     peak: int
-    """At the worst moment of forward and backward."""
+    """At the peak of forward and backward pass."""
 
 
 def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings) -> Trace:
     """Run the forward and the backward pass of a model of few layers on fake tensors.
 
-    Embeddings are left out by feeding hidden states in; the head is :func:`loss_bytes`' affair.
+    The inputs are hidden states, so that embeddings are left out; :func:`loss_bytes` counts the
+    head.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
     class PeakTracker(MemTracker):
-        """Books the whole's peak, and not each module's, which takes half of the time of a
-        trace.
-        """
+        """Records only the model's peak; each module's would take half of a trace's time."""
 
         def _update_peak_stats(self, *args: Any) -> None:
             modules, self.memory_tracking = self.memory_tracking, {}  # type: ignore[assignment]
             super()._update_peak_stats(*args)
             self.memory_tracking = modules
 
+    # The model and its inputs, on fake tensors.
     dtype = configured_dtype(settings.precision.value)
     model = _build(architecture, tuner, settings, TRACED_LAYERS, dtype)
     after: list[int] = []
@@ -177,6 +174,8 @@ def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings)
         inputs = torch.empty(
             settings.rows, settings.length, hidden, dtype=dtype, requires_grad=True
         )
+
+        # One forward and one backward pass, with a snapshot after each layer.
         tracker = PeakTracker()
         tracker.track_external(model, inputs)
         for layer in _layers(model):
@@ -191,13 +190,12 @@ def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings)
             inputs.grad = None
         peak = _activation_bytes(tracker.get_tracker_snapshot("peak"))
     own = settings.rows * settings.length * hidden * dtype.itemsize
-    # The output and the gradient that is fed in belong to the head: it has them whatever the layers
-    # do.
+    # The output and its gradient are counted with the head, which has them whatever the layers do.
     return Trace(held - own, after[2] - after[1], peak - own)
 
 
 def _layers(model: Any) -> Any:
-    """The layers: the children of the module list that holds most."""
+    """The module list of the layers: the one that holds most modules."""
     from torch import nn
 
     lists = [
@@ -209,17 +207,19 @@ def _layers(model: Any) -> Any:
 
 
 def loss_bytes(tokens: int, vocab_size: int, precision: Precision) -> int:
-    """Peak of logits and loss: the logits in the training dtype; in fp32 the log-probabilities and
-    two gradients of them.
+    """Return the peak bytes of logits and loss.
 
-    Follows ``model/loss.py``: cross entropy over all positions in fp32, and its backward pass.
+    These are the logits in the training dtype, and in fp32 the log-probabilities and two gradients
+    of them. Follows ``model/loss.py``: cross entropy over all positions in fp32, and its backward
+    pass.
     """
     return tokens * vocab_size * (configured_dtype(precision.value).itemsize + 12)
 
 
 def estimate(shape: ModelShape, settings: TraceSettings, logits: int) -> ActivationBytes:
-    """Without a trace: ``10 hidden + 5 intermediate`` a token and layer, fitted to a Llama
-    layer.
+    """Estimate without a trace: ``10 hidden + 5 intermediate`` elements per token and layer.
+
+    The factors were fitted to a Llama layer.
     """
     tokens = settings.rows * settings.length
     size = configured_dtype(settings.precision.value).itemsize
@@ -239,19 +239,17 @@ def _build(
     from transformers import AutoModel
 
     config = copy.deepcopy(architecture)
-    numbers = config.get_text_config()
-    numbers.num_hidden_layers = layers
-    # One entry a layer, where an architecture mixes kinds of attention.
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    # One entry per layer, where an architecture mixes kinds of attention.
     for name in ("layer_types", "mlp_layer_types"):
-        if isinstance(getattr(numbers, name, None), list):
-            setattr(numbers, name, getattr(numbers, name)[:layers])
-    # A vocabulary that costs nothing: embeddings are not part of the trace.
-    numbers.vocab_size, numbers.pad_token_id = 8, None
-    kernel = (
-        settings.attn_implementation
-        if settings.masked or settings.attn_implementation == "eager"
-        else _unmasked()
-    )
+        if isinstance(getattr(text, name, None), list):
+            setattr(text, name, getattr(text, name)[:layers])
+    # A small vocabulary, because embeddings are not part of the trace.
+    text.vocab_size, text.pad_token_id = 8, None
+    kernel = settings.attn_implementation
+    if kernel != "eager" and not settings.masked:
+        kernel = _unmasked()
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype, attn_implementation=kernel)
         kind = TUNERS.find(tuner.kind)
@@ -267,8 +265,9 @@ def _build(
 
 
 def _unmasked() -> str:
-    """SDPA without a mask, and what flash attention keeps: on fake tensors transformers would make
-    a mask in any case.
+    """Register SDPA without a mask, which keeps what FlashAttention keeps.
+
+    On fake tensors transformers would make a mask in any case.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -280,7 +279,7 @@ def _unmasked() -> str:
 
 
 def _to_fake(model: Any) -> None:
-    """Put fake tensors in the place of meta ones, on which MemTracker books nothing."""
+    """Replace meta tensors by fake ones, because MemTracker ignores meta tensors."""
     import torch
     from torch import nn
 
@@ -302,8 +301,9 @@ def _to_fake(model: Any) -> None:
 
 
 def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any) -> Any:
-    """Freeze the model and put in what peft computes for a LoRA layer; importing peft takes longer
-    than the trace.
+    """Freeze the model, and add LoRA layers that compute what peft's do.
+
+    Importing peft would take longer than the trace.
     """
     from torch import nn
 
@@ -319,18 +319,18 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any) -> Any:
             self.up = nn.Linear(rank, outputs, bias=False, dtype=dtype)
 
         def forward(self, inputs: Any) -> Any:
-            """The adapted layer."""
+            """Compute the adapted layer."""
             update = self.up(self.down(self.dropout(inputs)))
-            # The scale's size takes no memory.
+            # The value of the scale does not matter for memory.
             return self.base(inputs) + update * 2.0
 
     model.requires_grad_(False)
-    wanted = tuner.target_modules
-    if wanted == "all-linear":
+    targets = tuner.target_modules
+    if targets == "all-linear":
         layers = choose_layers(model, tuner).layers
     else:
         # The head, which may be among them, is not part of the trace.
-        endings = tuple(f".{ending}" for ending in wanted)
+        endings = tuple(f".{ending}" for ending in targets)
         layers = {
             name: module
             for name, module in linear_layers(model).items()
@@ -343,14 +343,15 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any) -> Any:
 
 
 def _keep_linear_inputs(model: Any) -> None:
-    """Make linear layers keep what DeepSpeed's ``LinearFunctionForZeroStage3`` keeps: input and
-    weight.
+    """Make linear layers keep input and weight, as in DeepSpeed's ``zero/linear.py``.
+
+    The function is ``LinearFunctionForZeroStage3``.
     """
     import torch
     from torch import nn
 
     class KeepInput(torch.autograd.Function):
-        """A frozen linear layer that holds on to its input."""
+        """A frozen linear layer that keeps its input."""
 
         @staticmethod
         def forward(ctx: Any, inputs: Any, weight: Any) -> Any:
@@ -381,7 +382,7 @@ def _drop_gradient(parameter: Any) -> None:
 
 
 def _activation_bytes(snapshot: dict[Any, dict[Any, int]]) -> int:
-    """All that is neither a parameter nor a buffer nor given from outside."""
+    """Bytes of all that is not a parameter, a buffer or an input."""
     (values,) = snapshot.values()
     names = {getattr(key, "value", str(key)): value for key, value in values.items()}
     return sum(value for name, value in names.items() if name in ("Activation", "Temp", "Gradient"))

@@ -1,11 +1,10 @@
-"""The model's shape, from its configuration alone: built on the meta device, so that no weight is
-read or allocated.
-"""
+"""Derive a model's shape from its configuration, on the meta device, without any weights."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,7 @@ class TensorShape:
     numel: int
     trained: bool
     vector: bool
-    """One-dimensional: norms and biases, which have a parameter group of their own."""
+    """One-dimensional, as norms and biases, which have a parameter group of their own."""
     adapter: bool = False
     quantized: bool = False
     """Stored as 4-bit NF4."""
@@ -44,43 +43,42 @@ class TensorShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Counts are in elements."""
+    """A model's sizes; counts are in elements."""
 
     parameters: int
-    """Of the model, without adapters; tied weights once."""
+    """Elements of the model without adapters; tied weights are counted once."""
     trainable_parameters: int
     adapter_parameters: int
     """0 for full fine-tuning."""
     tied: bool
     head_parameters: int
-    """Of the output projection, tied or not; 0 where the model has none."""
+    """Elements of the output projection, tied or not; 0 if the model has none."""
     matrix_parameters: int
-    """Weights that a token is multiplied with, active experts only: all matrices but the input
-    embeddings, and the head.
-    """
+    """Weights that a token is multiplied with: matrices of active experts and other layers, and the
+    head, without the input embeddings."""
     largest_tensor: int
     largest_adapter_tensor: int
     layer_parameters: int
-    """Of the largest layer, adapters included."""
+    """Elements of the largest layer, adapters included."""
     hidden_size: int
     intermediate_size: int
     layers: int
     vocab_size: int
     attention_width: int
-    """Heads times head size: what attention costs per pair of positions."""
+    """Heads times head size, which is attention's cost per pair of positions."""
     causal: bool = True
-    """Whether llmtune can train it: other architectures can be planned only."""
+    """Whether llmtune can train it; other architectures can only be planned."""
     kernels: tuple[str, ...] = ("eager",)
-    """Names of the attention kernels that it has in transformers."""
+    """Names of its attention kernels in transformers."""
     max_positions: int | None = None
-    """Tokens of the longest row that it has positions for; None where there is no limit."""
+    """Tokens of the longest row that it has positions for; None without a limit."""
     adapted: tuple[str, ...] = ()
     """Last parts of the names of the layers that get adapters."""
     left_alone: tuple[str, ...] = ()
-    """Of linear layers that ``all-linear`` does not reach, such as routers of experts; see
-    :mod:`llmtune.tuner.adapted_layers`."""
+    """Last parts of the names of linear layers that ``all-linear`` does not reach, such as routers;
+    see :mod:`llmtune.tuner.adapted_layers`."""
     stacked_parameters: int = 0
-    """Of experts that are stacked in one tensor, which is no linear layer and takes no adapter."""
+    """Elements of experts that are stacked in one tensor, which takes no adapter."""
     kind: str = ""
     """The architecture's ``model_type``."""
     tensors: tuple[TensorShape, ...] = field(default=(), repr=False)
@@ -88,19 +86,18 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelShape:
-        """From what JSON made of it."""
+        """Build the shape from what JSON made of it."""
         lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **lists})
 
     @property
     def quantized_parameters(self) -> int:
-        """What is stored in 4 bits."""
+        """Elements that are stored in 4 bits."""
         return sum(tensor.numel for tensor in self.tensors if tensor.quantized)
 
 
 def load_architecture(config: ModelConfig) -> PretrainedConfig:
-    """The transformers configuration: from ``model.config``, a local folder, a GGUF file, or the
-    hub.
+    """Load the transformers configuration from ``model.config``, a folder, a GGUF file or the hub.
 
     Raises:
         ConfigError: ``model.config`` names no architecture that transformers knows.
@@ -110,10 +107,10 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if config.config:
-        numbers = dict(config.config)
-        kind = numbers.pop("model_type", None)
+        settings = dict(config.config)
+        kind = settings.pop("model_type", None)
         try:
-            return AutoConfig.for_model(str(kind), **numbers)
+            return AutoConfig.for_model(str(kind), **settings)
         except ValueError as error:
             raise ConfigError(
                 f"model.config.model_type={kind}: transformers knows no such architecture"
@@ -142,7 +139,7 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
 
 
 def unreachable_model(name: str, error: BaseException) -> str:
-    """What to do about a model that is neither a folder nor on a hub that answers."""
+    """Say what to do about a model that is neither a folder nor on a reachable hub."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(name).exists():
         return (
@@ -160,10 +157,10 @@ def unreachable_model(name: str, error: BaseException) -> str:
 def build_meta_model(
     architecture: PretrainedConfig, trust_remote_code: bool = False
 ) -> tuple[nn.Module, bool]:
-    """The model with all its tensors on the meta device, and whether it is a causal language model.
+    """Build a model on the meta device, and tell whether it is a causal language model.
 
     Raises:
-        ConfigError: transformers cannot build it, or its numbers contradict each other.
+        ConfigError: transformers cannot build it, or its settings contradict each other.
     """
     import torch
     import transformers
@@ -195,12 +192,11 @@ def resolve_shape(
     """Count the parameters of the model and of what the tuner trains.
 
     Args:
-        cache_dir: Where shapes are remembered, so that a second start need not build the model to
-            count it.
+        cache_dir: Where shapes are cached, so that a second start need not build the model.
 
     Raises:
         ConfigError: ``tuner.target_modules`` matches nothing, or the order of a pattern's keys
-            decides.
+            matters.
     """
     identity = _identify(config)
     if identity is None:
@@ -218,9 +214,7 @@ def resolve_shape(
 
 
 def _identify(config: ModelConfig) -> str | None:
-    """What decides the architecture; None where that is a program, or a repository that may
-    change.
-    """
+    """Identify the architecture; None for own code, or a repository that may change."""
     if config.trust_remote_code:
         return None
     if config.config:
@@ -242,10 +236,10 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     adapted = TUNERS.find(tuner.kind).choose_layers(model, tuner)
     adapters = _adapter_sizes(adapted, tuner) if adapted else {}
     tensors = _tensors(model, adapters, TUNERS.find(tuner.kind))
-    numbers: Any = architecture.get_text_config()
-    hidden = int(getattr(numbers, "hidden_size", 0) or getattr(numbers, "d_model", 0))
-    layers = max(1, int(getattr(numbers, "num_hidden_layers", 1)))
-    heads = int(getattr(numbers, "num_attention_heads", 0) or 1)
+    text: Any = architecture.get_text_config()
+    hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0))
+    layers = max(1, int(getattr(text, "num_hidden_layers", 1)))
+    heads = int(getattr(text, "num_attention_heads", 0) or 1)
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and inputs is not None and head.weight is inputs.weight
     base = [tensor for tensor in tensors if not tensor.adapter]
@@ -255,56 +249,53 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         adapter_parameters=sum(tensor.numel for tensor in tensors if tensor.adapter),
         tied=tied,
         head_parameters=head.weight.numel() if head is not None else 0,
-        matrix_parameters=_matrix_parameters(model, numbers),
+        matrix_parameters=_matrix_parameters(model, text),
         largest_tensor=max(tensor.numel for tensor in base),
         largest_adapter_tensor=max(
             (tensor.numel for tensor in tensors if tensor.adapter), default=0
         ),
         layer_parameters=_largest_layer(model, adapters),
         hidden_size=hidden,
-        intermediate_size=_intermediate_size(numbers) or 4 * hidden,
+        intermediate_size=_intermediate_size(text) or 4 * hidden,
         layers=layers,
-        vocab_size=int(getattr(numbers, "vocab_size", 0)),
-        attention_width=heads * int(getattr(numbers, "head_dim", None) or hidden // heads),
+        vocab_size=int(getattr(text, "vocab_size", 0)),
+        attention_width=heads * int(getattr(text, "head_dim", None) or hidden // heads),
         causal=causal,
         kernels=attention_kernels(model),
         max_positions=max_positions(model, architecture),
         adapted=tuple(adapted.endings) if adapted else (),
-        left_alone=(
-            tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted.left_alone}))
-            if adapted
-            else ()
-        ),
+        left_alone=_last_parts(adapted.left_alone) if adapted else (),
         stacked_parameters=stacked_parameters(model),
         kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )
 
 
-def _intermediate_size(numbers: Any) -> int:
-    """Of the widest layer, where they differ; 0 where none is named."""
-    size = getattr(numbers, "intermediate_size", None) or 0
+def _last_parts(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
+
+
+def _intermediate_size(text: Any) -> int:
+    """That of the widest layer, where they differ; 0 if none is named."""
+    size = getattr(text, "intermediate_size", None) or 0
     return max(size) if isinstance(size, list | tuple) else int(size)
 
 
 def _tensors(model: Any, adapters: dict[str, tuple[int, int]], tuner: Tuner) -> list[TensorShape]:
-    """The parameters as peft's model names them: an adapted layer's own weight, then ``lora_A``,
-    then ``lora_B``.
+    """List the parameters in the order of peft's model.
+
+    An adapted layer's own weight comes first, then ``lora_A``, then ``lora_B``.
     """
     from torch import nn
 
-    head = model.get_output_embeddings()
-    kept = {
-        id(p)
-        for module in (model.get_input_embeddings(), head)
-        if module is not None
-        for p in module.parameters()
-    }
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - kept
-    found = []
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            linear -= {id(parameter) for parameter in module.parameters()}
+    tensors: list[TensorShape] = []
     for name, parameter in model.named_parameters():
         quantized = tuner.is_quantized and id(parameter) in linear
-        found.append(
+        tensors.append(
             TensorShape(
                 name=name,
                 numel=parameter.numel(),
@@ -315,12 +306,12 @@ def _tensors(model: Any, adapters: dict[str, tuple[int, int]], tuner: Tuner) -> 
         )
         owner = name.removesuffix(".weight")
         if name.endswith(".weight") and owner in adapters:
-            found += _matrices(owner, adapters[owner])
+            tensors += _matrices(owner, adapters[owner])
     # A tied head, whose weight has the name of the embedding.
-    seen = {tensor.name.partition(".lora_")[0] for tensor in found if tensor.adapter}
+    seen = {tensor.name.partition(".lora_")[0] for tensor in tensors if tensor.adapter}
     for owner in adapters.keys() - seen:
-        found += _matrices(owner, adapters[owner])
-    return found
+        tensors += _matrices(owner, adapters[owner])
+    return tensors
 
 
 def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
@@ -336,19 +327,19 @@ def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
     ]
 
 
-def _matrix_parameters(model: Any, numbers: Any) -> int:
-    """Weights that take part in a token's forward pass; of experts only the share that is routed
-    to.
-    """
+def _matrix_parameters(model: Any, text: Any) -> int:
+    """Count the weights in a token's forward pass; of experts only the share that is used."""
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding = {id(p) for p in inputs.parameters()} if inputs is not None else set()
     experts = int(
-        getattr(numbers, "num_local_experts", None) or getattr(numbers, "num_experts", None) or 0
+        getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
     )
-    share = (
-        int(getattr(numbers, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
-    )
-    total = float(head.weight.numel()) if head is not None and id(head.weight) in embedding else 0.0
+    share = 1.0
+    if experts:
+        share = int(getattr(text, "num_experts_per_tok", None) or experts) / experts
+    total = 0.0
+    if head is not None and id(head.weight) in embedding:
+        total = float(head.weight.numel())
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in embedding:
             total += parameter.numel() * (share if ".experts." in name else 1.0)
@@ -356,9 +347,7 @@ def _matrix_parameters(model: Any, numbers: Any) -> int:
 
 
 def _largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
-    """Parameters of the largest of the repeated blocks: the children of the module list that holds
-    most.
-    """
+    """Count the parameters of the largest block of the module list that holds most."""
     from torch import nn
 
     lists = [
@@ -371,15 +360,16 @@ def _largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
     name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     sizes = []
     for index, block in enumerate(blocks):
-        own = sum(
-            sum(sizes) for owner, sizes in adapters.items() if owner.startswith(f"{name}.{index}.")
-        )
-        sizes.append(own + sum(parameter.numel() for parameter in block.parameters()))
+        size = sum(parameter.numel() for parameter in block.parameters())
+        for owner, matrices in adapters.items():
+            if owner.startswith(f"{name}.{index}."):
+                size += sum(matrices)
+        sizes.append(size)
     return max(sizes)
 
 
 def _adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, tuple[int, int]]:
-    """Adapted layer -> elements of its LoRA matrices, ``r x in`` and ``out x r``."""
+    """Map each adapted layer to the elements of its LoRA matrices, ``r x in`` and ``out x r``."""
     check_patterns(tuner, adapted.layers)
     sides = {name: matrix_sides(layer) for name, layer in adapted.layers.items()}
     ranks = {name: lora_rank(tuner, name) for name in sides}

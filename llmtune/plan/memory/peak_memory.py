@@ -71,8 +71,9 @@ class HostBytes:
     buffers: int = 0
     """Pinned buffers of the swapper."""
     load: int = 0
-    """What loading needs beyond the other fields: below ZeRO 3 every rank reads the whole model,
-    with adapters through the host.
+    """Bytes that loading needs beyond the other fields.
+
+    Below ZeRO 3 every rank reads the full model, with adapters through the host.
     """
     save: int = 0
     """One tensor on its way to a file."""
@@ -108,7 +109,7 @@ class Workload:
 
     activations: ActivationBytes
     eval_logits: int
-    """Of one evaluation batch."""
+    """Bytes of one evaluation batch's logits."""
     accelerator: str
 
 

@@ -1,4 +1,4 @@
-"""Where ZeRO keeps what: the rungs of the ladder."""
+"""The rungs of the ladder: on which devices ZeRO keeps the states."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from llmtune.config.groups.zero import OffloadConfig, OffloadDevice
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadOption:
-    """One rung of the ladder: an option of ``conf/offload/``, and what DeepSpeed makes of it."""
+    """A rung of the ladder: an option of ``conf/offload/``, and DeepSpeed's devices for it."""
 
     name: str
     optimizer: str
-    """Device of master weights, moments and the optimizer step: ``none`` is the accelerator."""
+    """Device of master weights, moments and the optimizer step; ``none`` is the accelerator."""
     param: str
     """Device of the weights."""
     stages: tuple[int, ...]
-    """ZeRO stages in which DeepSpeed honors it: below 3 it ignores where weights are offloaded."""
+    """ZeRO stages in which DeepSpeed honors it; below 3 it ignores the device of the weights."""
     for_large_optimizers: bool = False
-    """Pointless where few parameters are trained."""
+    """Useful only where many parameters are trained."""
 
     @property
     def uses_nvme(self) -> bool:
@@ -48,19 +48,17 @@ RUNGS = {
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What ZeRO partitions and where it keeps it."""
+    """The ZeRO stage, and the devices of the states."""
 
     zero_stage: int
     optimizer: str = "none"
-    """``none`` (the accelerator), ``cpu`` or ``nvme``: master weights, moments and the optimizer
-    step.
-    """
+    """Device of master weights, moments and step: ``none`` (accelerator), ``cpu`` or ``nvme``."""
     param: str = "none"
-    """The same for the weights."""
+    """Device of the weights."""
 
     @property
     def rung(self) -> str:
-        """Its name on the ladder; a small optimizer on the host, weights on NVMe, is ``nvme``."""
+        """The rung's name; a small optimizer on the host with weights on NVMe is ``nvme``."""
         return find_rung(self.optimizer, self.param)
 
     @property
@@ -69,20 +67,20 @@ class Placement:
         return "nvme" in (self.optimizer, self.param)
 
     def describe(self) -> str:
-        """One phrase for messages."""
-        places = {"none": "accelerator", "cpu": "host", "nvme": "NVMe"}
+        """Describe the placement in a phrase."""
+        devices = {"none": "accelerator", "cpu": "host", "nvme": "NVMe"}
         return (
-            f"{self.rung}: ZeRO {self.zero_stage}, optimizer on {places[self.optimizer]}, weights"
-            f" on {places[self.param]}"
+            f"{self.rung}: ZeRO {self.zero_stage}, optimizer on {devices[self.optimizer]}, weights"
+            f" on {devices[self.param]}"
         )
 
 
 def make_placement(stage: int, rung: str, trains_all: bool) -> Placement:
-    """The placement of a rung.
+    """Return the placement of a rung.
 
     Args:
-        trains_all: The optimizer has states for all weights. Where it has not, they are small, and
-            the rung ``nvme`` keeps them on the host.
+        trains_all: All weights are trained. If not, the optimizer's states are small, and the rung
+            ``nvme`` keeps them on the host.
     """
     option = RUNGS[rung]
     is_small = option.param == "nvme" and not trains_all
@@ -90,7 +88,7 @@ def make_placement(stage: int, rung: str, trains_all: bool) -> Placement:
 
 
 def find_rung(optimizer: str, param: str) -> str:
-    """The rung of a pair of devices; pairs that are none were refused by the config's rules."""
+    """Return the rung of a pair of devices; the config's rules refuse all other pairs."""
     if param == "nvme":
         return "nvme"
     pairs = {(option.optimizer, option.param): name for name, option in RUNGS.items()}
@@ -98,7 +96,7 @@ def find_rung(optimizer: str, param: str) -> str:
 
 
 def named_rung(offload: OffloadConfig) -> str | None:
-    """The rung that the config names; None for ``auto``."""
+    """Return the rung that the config names; None for ``auto``."""
     if offload.optimizer is OffloadDevice.auto:
         return None
     return find_rung(offload.optimizer.value, offload.param.value)

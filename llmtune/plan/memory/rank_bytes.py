@@ -36,10 +36,10 @@ class StateBytes:
     """Bytes of one rank between two steps, unless a field says otherwise."""
 
     weights: Split
-    """Of the base model."""
+    """The base model's weights."""
     adapters: Split
     gradients: Split
-    """From the backward pass to the step."""
+    """Gradients from the backward pass to the step."""
     optimizer: Split
     """Master weights and moments, and the fp32 gradient that an optimizer on the host keeps."""
     buckets: Split = Split()

@@ -1,6 +1,4 @@
-"""What planning found out about a model, on disk: a second plan of it builds and traces none, and
-imports neither.
-"""
+"""Cache a model's shape and traces on disk, so that a second plan neither builds nor traces it."""
 
 from __future__ import annotations
 
@@ -16,18 +14,17 @@ from llmtune.registry import hash_plugins
 from llmtune.storage.atomic import write_cache_file
 from llmtune.storage.hashing import sha256_bytes, sha256_files
 
-#: What the values depend on beside model and settings; of llmtune itself, the files that compute
-#: them.
+#: What the values depend on beside model and settings: libraries, and the files that compute them.
 _LIBRARIES = ("torch", "transformers")
 _SOURCES = ("activations.py", "model_shape.py", "../abilities.py")
 _TUNERS = "../../tuner"
 
 
 def read_cached(folder: Path | None, kind: str, key: str) -> Any:
-    """The values stored under a key, or None.
+    """Read the values stored under a key; None if there are none.
 
     Args:
-        kind: Of values, a folder of the cache: ``traces`` or ``shapes``.
+        kind: Kind of the values, a folder of the cache: ``traces`` or ``shapes``.
     """
     if folder is None:
         return None
@@ -38,7 +35,7 @@ def read_cached(folder: Path | None, kind: str, key: str) -> Any:
 
 
 def write_cached(folder: Path | None, kind: str, key: str, values: Any) -> None:
-    """Store what JSON can hold; a cache that cannot be written is no reason to stop."""
+    """Store values as JSON; a cache that cannot be written must not stop the plan."""
     if folder is None:
         return
     with contextlib.suppress(OSError):

@@ -32,7 +32,7 @@ from llmtune.plan.memory.zero_buffers import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Partitions:
-    """What stage 3 allocates wherever the optimizer is."""
+    """Bytes that stage 3 allocates, whatever the optimizer's device."""
 
     weights: Split
     adapters: Split

@@ -1,19 +1,17 @@
-"""Whether documents that share a row stay apart in a model: tried, not looked up, so that no
-architecture can be forgotten.
+"""Test whether documents that share a row influence each other in a model.
 
-Two documents are packed as the collator packs them, and the same two in the other order. The model
-computes each of them twice: behind the other one, and at the beginning of a row, where a causal
-model sees nothing else. What differs came from the other document, or from positions that do not
-begin anew.
+This is tried, not looked up, so that no architecture can be forgotten. Two documents are packed as
+the collator packs them, and the same two in the other order. The model computes each of them twice:
+behind the other one, and at the beginning of a row, where a causal model sees nothing else. A
+difference comes from the other document, or from positions that do not restart.
 
-It is tried twice. Before any rank starts, on a small model of random weights of the same
-architecture (:mod:`llmtune.model.shrink`) in fp32 on the CPU: that is exact enough to see the
-smallest leak (a short convolution over the border moves logits by a thousandth), takes a tenth of a
-second for a model of 70 B parameters too, and is an error message instead of ranks that were
-started in vain. And before step 1 on the model that is trained, as it is trained: with its
-adapters, its kernel of attention on its device, in its precision, under its ZeRO stage. That is one
-more forward pass. In 16 bits it sees what is above rounding only, and it is the only trial where
-the small model cannot be made, or where the kernel is one of a GPU's.
+It is tried twice. Before any rank starts, a small model with random weights of the same
+architecture (:mod:`llmtune.model.shrink`) is tried in fp32 on the CPU. That is exact enough to see
+the smallest leak (a short convolution over the border moves logits by a thousandth), and takes a
+tenth of a second, for a model of 70 B parameters too. Before step 1 the model that is trained is
+tried as it is trained: with its adapters, attention kernel, device, precision and ZeRO stage. That
+is one more forward pass. In 16 bits it sees only leaks above rounding, and it is the only trial
+where the small model cannot be made, or where the kernel is a GPU's.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ if TYPE_CHECKING:
 #: and ends beyond the positions (256) up to which bf16, in which some models hold them, counts
 #: every one.
 SMALL_LENGTHS = (300, 40)
-#: Of the model that is trained.
+#: Tokens of the two documents of the trained model.
 LENGTHS = (40, 24)
 
 #: Largest difference of a logit of the small model, in units of their spread, that is rounding.
@@ -62,28 +60,26 @@ _ADVICE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixing:
-    """How far documents of a row reach into each other."""
+    """How much the documents of a row influence each other."""
 
     largest: float
     """Largest difference of a logit, in units of the logits' spread."""
     mean_square: float
-    """Root mean square of all differences, in the same unit; only where every logit is a number."""
-    numberless_alone: tuple[int, ...] = ()
-    """Documents for which the model has logits that are NaN where nothing stands before them, 0 and
-    1.
-    """
-    numberless_behind: tuple[int, ...] = ()
-    """The same of documents behind the other one."""
+    """Root mean square of all differences, in the same unit; NaN if a logit is NaN."""
+    nan_alone: tuple[int, ...] = ()
+    """Documents (0 and 1) with NaN logits at the beginning of a row."""
+    nan_behind: tuple[int, ...] = ()
+    """Documents with NaN logits behind the other one."""
 
 
 def measure_mixing(
     forward: Callable[[Batch], torch.Tensor], collator: Collator, documents: tuple[Row, Row]
 ) -> Mixing:
-    """Compare documents behind another one with the same at the beginning of a row.
+    """Compare documents behind another one with the same documents at the beginning of a row.
 
     Args:
-        forward: The logits of a batch. Shape (rows, length, vocabulary), or (1, rows * length,
-            vocabulary) where it is flat.
+        forward: Computes the logits of a batch. Shape (rows, length, vocabulary), or (1, rows *
+            length, vocabulary) for a flattened batch.
         collator: Packs as in training.
     """
     one, other = documents
@@ -91,29 +87,29 @@ def measure_mixing(
     logits = forward(batch).float()
     rows = logits.reshape(2, len(one.ids) + len(other.ids), -1)
     first, second = len(one.ids), len(other.ids)
-    alone, behind = (rows[0, :first], rows[1, :second]), (rows[1, second:], rows[0, first:])
-    numberless = [
-        tuple(number for number, document in enumerate(pair) if bool(document.isnan().any()))
-        for pair in (alone, behind)
-    ]
-    if any(numberless):
+    alone = (rows[0, :first], rows[1, :second])
+    behind = (rows[1, second:], rows[0, first:])
+    nan_alone, nan_behind = _find_nan(alone), _find_nan(behind)
+    if nan_alone or nan_behind:
         return Mixing(
-            largest=math.nan,
-            mean_square=math.nan,
-            numberless_alone=numberless[0],
-            numberless_behind=numberless[1],
+            largest=math.nan, mean_square=math.nan, nan_alone=nan_alone, nan_behind=nan_behind
         )
+
+    # The differences, in units of the logits' spread.
     one_by_one, packed = torch.cat(alone), torch.cat(behind)
     # Some models give tokens that cannot follow a logit of minus infinity.
     finite = one_by_one[one_by_one.isfinite()]
-    spread = (
-        float(finite.sub(finite.mean()).square().mean().sqrt()) if len(finite) else 0.0
-    ) or 1.0
+    spread = float(finite.sub(finite.mean()).square().mean().sqrt()) if len(finite) else 0.0
+    spread = spread or 1.0
     difference = torch.where(packed == one_by_one, 0.0, packed - one_by_one)
     return Mixing(
         largest=float(difference.abs().max()) / spread,
         mean_square=float(difference.square().mean().sqrt()) / spread,
     )
+
+
+def _find_nan(documents: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, ...]:
+    return tuple(index for index in (0, 1) if bool(documents[index].isnan().any()))
 
 
 def _join(one: Row, other: Row) -> Row:
@@ -125,19 +121,18 @@ def _as_row(ids: NDArray[np.int32], documents: tuple[int, ...]) -> Row:
 
 
 def draw_documents(lengths: tuple[int, int], vocabulary: int) -> tuple[Row, Row]:
-    """Two documents of random tokens, the same on every rank."""
+    """Draw two documents of random tokens, the same on every rank."""
     draw = generator(0, Draw.packing_probe)
     one, other = (_as_row(draw.integers(0, vocabulary, n, dtype=np.int32), (n,)) for n in lengths)
     return one, other
 
 
 def find_leak(architecture: Any, kernel: str, trust_remote_code: bool) -> Mixing | None:
-    """Try a small model of an architecture; None where it cannot be made, and only the real one can
-    tell.
+    """Try a small model of an architecture; None if it cannot be made.
 
     Args:
         architecture: A transformers configuration.
-        kernel: Of attention; one of a GPU's is replaced by the slowest, which all models have.
+        kernel: The attention kernel; a GPU's is replaced by the eager one, which all models have.
     """
     from transformers import AutoModelForCausalLM
 
@@ -162,96 +157,99 @@ def find_leak(architecture: Any, kernel: str, trust_remote_code: bool) -> Mixing
                 lambda batch: model(**batch.inputs, use_cache=False).logits, collator, documents
             )
         except Exception:
-            # What a narrow model of unknown code raises can be anything; the model itself is tried
-            # before step 1.
+            # A narrow model of unknown code may raise anything; the real model is tried before step
+            # 1.
             return None
 
 
 def try_architecture(
     architecture: Any, kernel: str, name: str, trust_remote_code: bool
 ) -> str | None:
-    """Try a small model of an architecture; what is wrong, or None.
+    """Try a small model of an architecture, and say what is wrong; None if nothing is.
 
     Args:
         architecture: A transformers configuration.
-        kernel: Of attention.
-        name: Of the model, as the user has it.
+        kernel: The attention kernel.
+        name: The model's name in messages.
     """
     mixing = find_leak(architecture, kernel, trust_remote_code)
-    if mixing is None or mixing.numberless_alone:
-        # Random weights may come to NaN in an architecture whose trained ones do not.
+    if mixing is None or mixing.nan_alone:
+        # Random weights may give NaN in an architecture whose trained weights do not.
         return None
-    if mixing.numberless_behind:
-        return _describe_numberless(mixing, name)
+    if mixing.nan_behind:
+        return _describe_nan(mixing, name)
     return _describe_leak(mixing.largest, SMALL_LIMIT, name, architecture.model_type)
 
 
 def _describe_leak(size: float, limit: float, name: str, kind: str) -> str | None:
-    """
+    """Describe differences above the limit.
+
     Args:
-        size: Of the differences, in units of the logits' spread.
-        limit: Of what is rounding.
-        kind: Of the architecture.
+        size: The size of the differences, in units of the logits' spread.
+        limit: The largest size that is rounding.
+        kind: The architecture's ``model_type``.
     """
-    # Not "above the limit": what is no number proves nothing.
+    # A size that is NaN is above the limit, too.
     if size <= limit:
         return None
     return (
         f"data.packing=true: {name} does not keep the documents of a row apart: behind another"
         f" document the logits of one change by {size:.1e} of their spread. In transformers'"
-        f" {kind}, what stands before a document in its row reaches into it, or its positions do"
-        f" not begin anew. {_ADVICE}"
+        f" {kind}, earlier documents of a row influence later ones, or positions do not restart."
+        f" {_ADVICE}"
     )
 
 
-def _describe_numberless(mixing: Mixing, name: str) -> str:
+def _describe_nan(mixing: Mixing, name: str) -> str:
     def named(documents: tuple[int, ...]) -> str:
-        return " and ".join(("the first", "the second")[number] for number in documents)
+        return " and ".join(("the first", "the second")[index] for index in documents)
 
     where = "of two documents of random tokens that were packed into a row, logits of"
-    if mixing.numberless_alone:
+    if mixing.nan_alone:
         return (
             f"model.name_or_path={name}: the model answers with NaN: {where}"
-            f" {named(mixing.numberless_alone)} are no numbers where nothing stands before it. That"
+            f" {named(mixing.nan_alone)} are NaN at the beginning of the row. That"
             " is not packing: weights are NaN or infinite, or overflow in this precision (of"
             " precision=fp16, take bf16 or fp32). Fetch the model again, or look where its"
             " training went wrong"
         )
     return (
         f"data.packing=true: {name} answers with NaN behind another document: {where}"
-        f" {named(mixing.numberless_behind)} are no numbers behind the other one, and are numbers"
-        f" where it stands first. {_ADVICE}"
+        f" {named(mixing.nan_behind)} are NaN behind the other one, and are not where it"
+        f" comes first. {_ADVICE}"
     )
 
 
 def check_module(
     module: TrainModule, collator: Collator, vocabulary: int, dtype: torch.dtype, name: str
 ) -> None:
-    """Try the model that is about to be trained. Collective: all ranks compute the same documents
-    and decide alike.
+    """Try the model that is about to be trained.
+
+    Collective: all ranks compute the same documents and decide alike.
 
     Args:
-        vocabulary: Of the model.
-        dtype: That it computes in.
-        name: Of the model, as the user has it.
+        vocabulary: The model's vocabulary size.
+        dtype: The training dtype.
+        name: The model's name in messages.
 
     Raises:
         ConfigError: On every rank: documents of a row see each other, or the model answers with
             NaN.
     """
     mixing = measure_mixing(module.logits, collator, draw_documents(LENGTHS, vocabulary))
-    pairs = (mixing.numberless_alone, mixing.numberless_behind)
-    flags = [float(document in documents) for documents in pairs for document in (0, 1)]
+    flags = [float(index in mixing.nan_alone) for index in (0, 1)]
+    flags += [float(index in mixing.nan_behind) for index in (0, 1)]
     size, *counts = all_reduce_sum([mixing.mean_square, *flags], module.rank)
     if any(counts):
-        alone, behind = (tuple(n for n in (0, 1) if counts[2 * pair + n]) for pair in (0, 1))
+        alone = tuple(index for index in (0, 1) if counts[index])
+        behind = tuple(index for index in (0, 1) if counts[2 + index])
         raise ConfigError(
-            _describe_numberless(
+            _describe_nan(
                 Mixing(
                     largest=math.nan,
                     mean_square=math.nan,
-                    numberless_alone=alone,
-                    numberless_behind=behind,
+                    nan_alone=alone,
+                    nan_behind=behind,
                 ),
                 name,
             )

@@ -18,7 +18,7 @@ from llmtune.config.stored import dump_redacted
 from llmtune.errors import CheckpointError
 from llmtune.storage import layout, remote
 from llmtune.storage.lock import hold_lock
-from llmtune.train.mirror_place import settle_run_id
+from llmtune.train.mirror_owner import resolve_run_id
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from tests.support import TINY, run_cli
@@ -35,7 +35,7 @@ def start(run: Path, mirror: Path, *overrides: str, said: list[str] | None = Non
     run.mkdir(parents=True, exist_ok=True)
     config, folder = config_of(f"checkpoint.mirror={mirror}", *overrides), RunFolder(run)
     say = print if said is None else said.append
-    run_id = settle_run_id(folder, config, "r", resume_point(folder, config, "r", say), say)
+    run_id = resolve_run_id(folder, config, "r", resume_point(folder, config, "r", say), say)
     (run / layout.PLAN).write_text(json.dumps({"run_id": run_id}))
     return run_id
 
@@ -154,7 +154,7 @@ def test_a_mirror_out_of_reach_is_a_warning(
     def unreachable(*_: object) -> None:
         raise CheckpointError("no network")
 
-    monkeypatch.setattr("llmtune.train.mirror_place.read_place", unreachable)
+    monkeypatch.setattr("llmtune.train.mirror_owner.read_place", unreachable)
     said: list[str] = []
     assert start(tmp_path / "run", tmp_path / "mirror", "resume_from_checkpoint=none", said=said)
     assert "warning: no network" in said

@@ -13,7 +13,7 @@ from llmtune.security.redaction import redact
 from llmtune.train.run_folder import RunFolder
 
 
-def settle_run_id(
+def resolve_run_id(
     folder: RunFolder,
     config: Config,
     run_name: str,
