@@ -153,17 +153,41 @@ def build_saver(
     Args:
         state: The trainer's state in ``request.resume_from``.
     """
-    config, plan, run = request.config, request.plan, request.run_folder
-    has_adapter = TUNERS.find(config.tuner.kind).has_adapter
-    rank_is_host = plan.hardware.accelerator == "cpu"
+    run, checkpoint = request.run_folder, request.config.checkpoint
+    has_adapter = TUNERS.find(request.config.tuner.kind).has_adapter
     weights = WeightFiles(
-        has_adapter, config.export.max_shard_bytes, to_file_name if has_adapter else str
+        has_adapter, request.config.export.max_shard_bytes, to_file_name if has_adapter else str
     )
-    planned_host_bytes = plan.memory.host.total
-    if rank_is_host:
-        planned_host_bytes += plan.memory.device.total
+    model_files: dict[str, bytes] = {}
+    mirror: Mirror | None = None
+    if module.rank.is_first:
+        model_files = {
+            **render_model_files(module.model, tokenizer, weights, run),
+            **weights.index(module),
+        }
+        if checkpoint.mirror is not None:
+            mirror = Mirror(checkpoint.mirror, request.run_name, console.say, request.run_id)
+    start = None
+    if request.resume_from is not None and state is not None:
+        start = (request.resume_from, state)
+    return CheckpointSaver(
+        module=module,
+        settings=build_save_settings(request, module.rank, weights),
+        model_files=model_files,
+        start=start,
+        say=console.say,
+        mirror=mirror,
+    )
+
+
+def build_save_settings(request: RunRequest, rank: Rank, weights: WeightFiles) -> SaveSettings:
+    """Collect what decides when checkpoints are saved, and what their manifests say."""
+    config, plan, run = request.config, request.plan, request.run_folder
     checkpoint = config.checkpoint
-    settings = SaveSettings(
+    planned_host_bytes = plan.memory.host.total
+    if plan.hardware.accelerator == "cpu":
+        planned_host_bytes += plan.memory.device.total
+    return SaveSettings(
         run=run,
         weights=weights,
         retention=Retention(
@@ -181,32 +205,12 @@ def build_saver(
             "run_name": request.run_name,
             "config_fingerprint": fingerprint(config),
             "data_fingerprint": request.data.fingerprint,
-            "world_size": module.rank.world_size,
+            "world_size": rank.world_size,
             "zero_stage": plan.placement.zero_stage,
             "placement": plan.placement.rung,
             "versions": describe_environment(),
         },
-        signer=read_signer(checkpoint.sign) if module.rank.is_first else None,
-    )
-    model_files: dict[str, bytes] = {}
-    mirror: Mirror | None = None
-    if module.rank.is_first:
-        model_files = {
-            **render_model_files(module.model, tokenizer, weights, run),
-            **weights.index(module),
-        }
-        if checkpoint.mirror is not None:
-            mirror = Mirror(checkpoint.mirror, request.run_name, console.say, request.run_id)
-    start = None
-    if request.resume_from is not None and state is not None:
-        start = (request.resume_from, state)
-    return CheckpointSaver(
-        module=module,
-        settings=settings,
-        model_files=model_files,
-        start=start,
-        say=console.say,
-        mirror=mirror,
+        signer=read_signer(checkpoint.sign) if rank.is_first else None,
     )
 
 
