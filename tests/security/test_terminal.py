@@ -95,7 +95,7 @@ def test_an_answer_of_a_model_gives_no_orders(
     monkeypatch.setattr("llmtune.run.artifact.resolve_target", lambda _: Target)
     monkeypatch.setattr("llmtune.run.artifact.load_model", lambda _: (None, None))
     monkeypatch.setattr(
-        "llmtune.model.generate.answer", lambda *_: ["fine\x1b]52;c;cm0gLXJmIH4=\x07 👩‍💻\n\tend"]
+        "llmtune.model.generate.generate", lambda *_: ["fine\x1b]52;c;cm0gLXJmIH4=\x07 👩‍💻\n\tend"]
     )
     assert main.main(["chat", "model=tiny", "chat.prompt=hello"]) == 0
     assert capsys.readouterr().out == "fine\\x1b]52;c;cm0gLXJmIH4=\\x07 👩‍💻\n\tend\n"
