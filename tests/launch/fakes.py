@@ -23,10 +23,8 @@ from pathlib import Path
 from llmtune.engine.heartbeat import PhaseLog
 from llmtune.errors import DataError, LlmtuneError, StoppedError
 from llmtune.launch.launchers.environment import FAILURE_DIR
-from llmtune.launch.supervise.out_of_memory import phase_file
 from llmtune.launch.processes.parent_death import die_with_supervisor
 from llmtune.storage.rank_files import phase_file
-from llmtune.launch.supervise.processes import die_with_supervisor
 from llmtune.launch.supervise.rank_report import report_failure
 from llmtune.launch.supervise.stacks import answer_with_stacks
 rank = int(os.environ["RANK"])
