@@ -76,7 +76,8 @@ exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 exp
             130, 143 and 129 any other verb ended by Ctrl-C (SIGINT), by SIGTERM,
             and with its terminal (SIGHUP)
 
-Every key, its type and meaning: llmtune/config/schema.py; every option: conf/."""
+Every key, its type and meaning: llmtune/config/schema.py and llmtune/config/groups/;
+every option: conf/."""
 
 #: Overrides that show tracebacks even of what goes wrong before anything is composed.
 _TRACES = ("debug=trace", "debug=fast", "trace=true")

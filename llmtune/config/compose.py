@@ -23,16 +23,24 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.config import rules
 from llmtune.config.foreign import meant_by
 from llmtune.config.keys import ALIASES, PROMPTS, YAML_ALIASES, known_keys
-from llmtune.config.literal import to_literal, without_interpolations
+from llmtune.config.literal import rename_interpolations, to_literal, without_interpolations
 from llmtune.config.overrides import Choice, Setting, read_override
 from llmtune.config.schema import Config
-from llmtune.config.stored import dump_yaml, first_line, read_key, schema, set_key, to_config
+from llmtune.config.stored import (
+    dump_yaml,
+    first_line,
+    read_key,
+    schema,
+    set_key,
+    take_out_aliases,
+    to_config,
+)
 from llmtune.errors import ConfigError
 from llmtune.security.trust import find_owner_problem
 
@@ -318,7 +326,6 @@ def _compose_node(
     # Merging copies the schema.
     typed = OmegaConf.merge(schema(), plain)
     assert isinstance(typed, DictConfig)
-    _keep_prompts(typed)
     for key, value in line.settings.items():
         _update(typed, key, value)
     return typed, dict(choices)
@@ -336,21 +343,10 @@ def _compose_groups(*overrides: str) -> tuple[DictConfig, dict[str, str | None]]
         if not str(key).startswith("hydra/")
     }
     own = OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"])
-    _take_out_aliases(own)
-    return own, choices
-
-
-def _take_out_aliases(node: DictConfig) -> None:
-    """Move values that a user's file has under an alias to the key that it stands for."""
-    OmegaConf.set_struct(node, False)
-    for alias, key in YAML_ALIASES.items():
-        value = OmegaConf.select(node, alias)
-        if value is not None:
-            OmegaConf.update(node, key, value)
-        owner, _, name = alias.rpartition(".")
-        parent = node[owner] if owner else node
-        with open_dict(parent):
-            parent.pop(name)
+    _keep_prompts(own)
+    # As it is written: what an interpolation gives is not known before the command line's keys.
+    values = take_out_aliases(OmegaConf.to_container(own, resolve=False))  # type: ignore[arg-type]
+    return OmegaConf.create(rename_interpolations(values, YAML_ALIASES)), choices
 
 
 #: Cached, because the packaged files do not change while a process lives.

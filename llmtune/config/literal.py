@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 #: Backslashes and the beginning of an interpolation. Of the backslashes before it OmegaConf reads
 #: two as one, and an odd one as its escape; everywhere else a backslash is a backslash.
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
+#: The same, with a key that is looked up.
+_LOOKUP = re.compile(r"(\\*)\$\{([\w.]+)\}")
 
 _MISSING = "???"
 #: A text of three question marks. OmegaConf cannot escape it; no command line and no YAML file can
@@ -31,6 +33,24 @@ def without_interpolations(text: str) -> str:
     return _INTERPOLATION.sub(
         lambda match: match[0] if len(match[1]) % 2 else rf"{match[1]}\${{", text
     )
+
+
+def rename_interpolations(value: Any, names: Mapping[str, str]) -> Any:
+    """Let the interpolations in a nest of YAML values look up other keys.
+
+    Args:
+        names: Key that is looked up -> key to look up instead.
+    """
+
+    def rename(text: str) -> str:
+        return _LOOKUP.sub(
+            lambda match: (
+                match[0] if len(match[1]) % 2 else f"{match[1]}${{{names.get(match[2], match[2])}}}"
+            ),
+            text,
+        )
+
+    return _map_texts(value, rename)
 
 
 def _escape(text: str) -> str:

@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from llmtune.config import keys
 from llmtune.config.foreign import meant_by
 from llmtune.config.nearest import nearest
+from llmtune.config.stored import first_line
 from llmtune.errors import ConfigError
 
 #: Groups of overlays; every other group needs an option.
@@ -242,7 +243,7 @@ def _read_grammar(key: str, value: str) -> Any:
         if override.is_sweep_override() and keys.takes_list(key):
             override = parser.parse_override(f"{key}=[{value}]")
     except HydraException as error:
-        raise ConfigError(f"{key}={value}: {_first_line(error)}") from error
+        raise ConfigError(f"{key}={value}: {first_line(error)}") from error
     if override.is_sweep_override():
         raise ConfigError(_describe_sweep(key, value))
     found = override.value()
@@ -261,7 +262,3 @@ def _describe_sweep(key: str, value: str) -> str:
         f"{key}={value}: one value, because a command is one run{listed}. Start one command per"
         f" value ({key}={first} run_name=NAME, ...), or a W&B sweep as in conf/sweep/lora.yaml"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines()[:2] if line.strip())

@@ -72,11 +72,11 @@ def from_plain(values: dict[str, Any]) -> Config:
     Raises:
         As :func:`parse_yaml`.
     """
-    return to_config(OmegaConf.merge(schema(), to_literal(_take_out_aliases(values))))
+    return to_config(OmegaConf.merge(schema(), to_literal(take_out_aliases(values))))
 
 
-def _take_out_aliases(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a config of an earlier version, with its targets at their present keys."""
+def take_out_aliases(values: dict[str, Any]) -> dict[str, Any]:
+    """Copy plain values, with those under an alias moved to the key that it stands for."""
     values = copy.deepcopy(values)
     for alias, key in YAML_ALIASES.items():
         owner, _, name = alias.rpartition(".")

@@ -245,7 +245,7 @@ class CheckpointSaver:
             CheckpointError: The last checkpoint could not be saved.
         """
         run = self.settings.run
-        result = run / (layout.ADAPTER if self.settings.weights.adapter_only else layout.MODEL)
+        result = layout.result_folder(run, self.settings.weights.adapter_only)
         if self.module.rank.is_first:
             checkpoint = layout.checkpoint_folder(run, progress.step)
             if not is_complete(checkpoint):

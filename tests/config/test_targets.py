@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -50,6 +51,21 @@ def test_files_of_a_user_may_use_either_spelling(alias: str, tmp_path: Path) -> 
         (tmp_path / "experiment" / "mine.yaml").write_text(text)
         config = compose_config(["experiment=mine"], str(tmp_path)).config
         assert read_key(config, YAML_ALIASES[alias]) == "/some/folder"
+
+
+def test_interpolations_in_a_users_file_work_with_either_spelling(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    for key in ("run", "target.run"):
+        group, _, name = key.rpartition(".")
+        run = {name: "runs/${run_name}"}
+        body: dict[str, Any] = {group: run} if group else {**run}
+        body |= {"output_dir": f"${{{key}}}-out", "chat": {"system": "say ${run} and \\${base}"}}
+        text = f"# @package _global_\n{yaml.safe_dump(body)}"
+        (tmp_path / "experiment" / "mine.yaml").write_text(text)
+        config = compose_config(["experiment=mine", "run_name=late"], str(tmp_path)).config
+        assert config.target.run == "runs/late", "looked up before the command line was read"
+        assert config.output_dir == "runs/late-out"
+        assert config.chat.system == "say ${run} and ${base}", "a prompt is a text"
 
 
 def test_a_configuration_that_an_earlier_version_stored_is_read(tmp_path: Path) -> None:
