@@ -5,8 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llmtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmtune.launch.launchers.launcher import Launcher
 
 #: What launchers add to the command line of every rank.
 LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
@@ -24,6 +28,8 @@ class Options:
     """``doctor --fix``: fix what is safe to fix."""
     mirror: bool = False
     """``verify --mirror``: copy to ``checkpoint.mirror`` what is not there."""
+    launcher: Launcher | None = None
+    """What started this process as a rank; None where llmtune starts the ranks. Not an option."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from typing import NoReturn
 
 from llmtune import __version__
@@ -110,10 +111,7 @@ class Command:
                 f" {', '.join(left_out)}; set them in the environment"
             )
         if arguments.show_config:
-            from llmtune.config.compose import compose_config
-
-            composed = compose_config(arguments.overrides, arguments.options.config_dir)
-            _print(composed.yaml.rstrip())
+            _print(compose(VERBS[arguments.verb], arguments).yaml.rstrip())
             return EXIT_DONE
         return self._run_verb(arguments)
 
@@ -123,12 +121,17 @@ class Command:
 
         verb = VERBS[arguments.verb]
         with Status(Console(sys.stderr), "loading the libraries"):
+            options = arguments.options
             with raise_stops(NOT_BEGUN) if verb.trains else contextlib.nullcontext():
+                if verb.trains:
+                    from llmtune.cli.train import join_launcher
+
+                    options = replace(options, launcher=join_launcher())
                 composed = compose(verb, arguments)
             self.trace = self.trace or composed.config.trace
             if verb.loads_libraries:
                 quiet_libraries()
-        return verb.run(composed, arguments.options)
+        return verb.run(composed, options)
 
 
 def main(argv: list[str] | None = None) -> int:

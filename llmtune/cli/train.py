@@ -12,7 +12,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from llmtune.launch.launchers.launcher import adopt_launcher
+from llmtune.launch.launchers.environment import (
+    launched_ranks_on_node,
+    set_allocator_default,
+    set_network_default,
+    set_thread_default,
+)
+from llmtune.launch.launchers.launcher import Launcher, adopt_launcher
+from llmtune.launch.processes.parent_death import follow_launcher
 from llmtune.launch.supervise.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.storage.lock import hold_lock, removed_if_unused
 from llmtune.track.console import Console
@@ -25,14 +32,33 @@ if TYPE_CHECKING:
     from llmtune.run.prepare import RunTarget
 
 
+def join_launcher() -> Launcher | None:
+    """Find out whether another launcher started this process as a rank, and prepare to be one.
+
+    The configuration is composed later: a plug-in that it looks for may import torch, which reads
+    the defaults of the environment.
+
+    Raises:
+        MissingPrerequisiteError: The launcher's variables contradict each other.
+    """
+    launcher = adopt_launcher(os.environ, Console(sys.stdout).say)
+    if launcher is None:
+        return None
+    if launcher.stays:
+        follow_launcher()
+    set_thread_default(launched_ranks_on_node())
+    set_allocator_default()
+    set_network_default()
+    return launcher
+
+
 def run(composed: Composed, options: Options) -> int:
     """Run the whole job."""
-    launcher = adopt_launcher(os.environ, Console(sys.stdout).say)
-    if launcher is not None:
+    if options.launcher is not None:
         from llmtune.run.launched import run_launched
 
         with raise_stops(NOT_BEGUN):
-            run_launched(composed, launcher)
+            run_launched(composed, options.launcher)
     console = Console(sys.stdout)
     with ExitStack() as lock, raise_stops(NOT_BEGUN) as stop:
         if composed.config.launch.hostfile is not None:

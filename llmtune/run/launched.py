@@ -19,15 +19,11 @@ from llmtune.launch.launchers.environment import (
     launched_nodes,
     launched_ranks_on_node,
     remove_shared_buffers,
-    set_allocator_default,
     set_defaults,
-    set_network_default,
-    set_thread_default,
 )
 from llmtune.launch.launchers.launcher import Launcher
 from llmtune.launch.launchers.meeting import await_ranks
 from llmtune.launch.preflight.affinity import bind_to_gpu
-from llmtune.launch.processes.parent_death import follow_launcher
 from llmtune.launch.supervise.rank_report import redirect_output, report_failure, to_user_error
 from llmtune.launch.supervise.rank_watchdog import RankWatchdog
 from llmtune.launch.supervise.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
@@ -46,12 +42,6 @@ if TYPE_CHECKING:
 
 def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
     """Be the rank that ``launcher`` started: train, and end this process with an exit code."""
-    if launcher.stays:
-        follow_launcher()
-    # Defaults of the environment come before anything imports torch.
-    set_thread_default(launched_ranks_on_node())
-    set_allocator_default()
-    set_network_default()
     from llmtune.launch.preflight.deepspeed_ops import ensure_ops, load_ops
     from llmtune.plan.devices.hardware import resolve_accelerator
     from llmtune.plan.memory.placement import Placement
