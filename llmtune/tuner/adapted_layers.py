@@ -36,6 +36,11 @@ class AdaptedLayers:
         """The last parts of the adapted layers' names."""
         return _last_parts(self.layers)
 
+    @property
+    def left_alone_endings(self) -> list[str]:
+        """The last parts of the names of the layers that are left alone."""
+        return _last_parts(self.left_alone)
+
     def peft_settings(self, targets: Any) -> dict[str, Any]:
         """Return ``target_modules`` and ``exclude_modules`` of peft's configuration.
 

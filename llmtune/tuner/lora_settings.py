@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmtune.config.groups.tuner import TunerConfig
@@ -28,7 +28,7 @@ def lora_rank(tuner: TunerConfig, module: str) -> int:
     return int(match_pattern(tuner.rank_pattern, module, tuner.lora_r))
 
 
-def check_patterns(tuner: TunerConfig, modules: Iterable[str]) -> None:
+def check_patterns(tuner: TunerConfig, modules: Collection[str]) -> None:
     """Refuse patterns where the order of keys matters.
 
     peft sorts the keys when it stores an adapter, which would then be another one.

@@ -83,9 +83,14 @@ class Tuner:
 
 
 def mark_trained(tuner: Tuner, model: Any) -> None:
-    """Freeze every parameter of the model that the tuner does not train."""
+    """Freeze every parameter of the model that the tuner does not train.
+
+    What the architecture itself freezes stays frozen, such as the biases by which AFMoE and
+    ERNIE 4.5 balance their experts.
+    """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(tuner.trains(name, parameter))
+        if not tuner.trains(name, parameter):
+            parameter.requires_grad_(False)
 
 
 TUNERS: Registry[Tuner] = Registry("tuner.kind", "llmtune.tuner.kinds")

@@ -6,7 +6,6 @@ Secrets are removed.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ from markupsafe import Markup
 
 from llmtune import __version__
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
-from llmtune.errors import ExportError
 from llmtune.export.architecture import TEXT, TEXT_TO_TEXT, Task, headed_task, task_of
 from llmtune.export.card.curves import draw_curves
-from llmtune.export.card.facts import Facts, read_facts
+from llmtune.export.card.facts import Facts, read_facts, read_json
 from llmtune.export.card.front_matter import render_front_matter
 from llmtune.export.card.license import copy_license_files, find_license
 from llmtune.export.card.tables import (
@@ -35,9 +33,7 @@ from llmtune.export.markdown import render
 from llmtune.export.model import ExportRequest
 from llmtune.export.usage import Usage
 from llmtune.security.redaction import redact
-from llmtune.security.trust import read_foreign
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from llmtune.storage.plain_json import parse_json
 from llmtune.tuner.tuner import TUNERS
 
 CARD, CURVES = "README.md", "loss.png"
@@ -144,12 +140,12 @@ def _list_versions(facts: Facts) -> dict[str, Any]:
 
 
 def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name: str) -> Usage:
-    base_config = _read_json(request.base / "config.json")
-    settings = _read_json(folder / "config.json") or base_config
+    base_config = read_json(request.base / "config.json")
+    settings = read_json(folder / "config.json") or base_config
     adapter: dict[str, Any] = {}
     base_rows = None
     if request.adapter is not None:
-        adapter = _read_json(request.adapter / ADAPTER_CONFIG)
+        adapter = read_json(request.adapter / ADAPTER_CONFIG)
         base_rows = _find_resized_rows(request.adapter, base_config)
     base = request.base_name
     if not is_hub_id(base):
@@ -188,7 +184,7 @@ def _has_template(folders: Sequence[Path | None]) -> bool:
             return True
         file = folder / "tokenizer_config.json"
         if file.is_file():
-            return bool(_read_json(file).get("chat_template"))
+            return bool(read_json(file).get("chat_template"))
     return False
 
 
@@ -206,13 +202,6 @@ def _find_resized_rows(adapter: Path, base_config: dict[str, Any]) -> int | None
         names = [name for name in tensors.keys() if _EMBEDDING.search(name)]  # noqa: SIM118
         rows = [int(tensors.get_slice(name).get_shape()[0]) for name in names]
     return rows[0] if rows and rows[0] != base_config.get("vocab_size") else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(ExportError, ValueError):
-        found = parse_json(read_foreign(path, ExportError))
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _name_tuner(name: str) -> str:

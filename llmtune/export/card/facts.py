@@ -61,7 +61,7 @@ def read_facts(request: ExportRequest) -> Facts:
     """Read what there is; a file that is missing or broken is as good as none."""
     trained = request.adapter or (request.base if request.run is not None else None)
     adapter = (
-        _read_json(request.adapter / layout.ADAPTER_CONFIG) if request.adapter is not None else {}
+        read_json(request.adapter / layout.ADAPTER_CONFIG) if request.adapter is not None else {}
     )
     if request.run is None:
         return Facts(adapter=redact_values(adapter))
@@ -79,8 +79,8 @@ def read_facts(request: ExportRequest) -> Facts:
         config=redact_values(
             next((found for place in places if (found := _read_yaml(place / layout.CONFIG))), {})
         ),
-        plan=RunRecord.from_plain(redact_values(_read_json(request.run / layout.PLAN))),
-        environment=redact_values(_read_json(request.run / layout.ENVIRONMENT)),
+        plan=RunRecord.from_plain(redact_values(read_json(request.run / layout.PLAN))),
+        environment=redact_values(read_json(request.run / layout.ENVIRONMENT)),
         metrics=metrics,
         adapter=redact_values(adapter),
         step=step,
@@ -131,7 +131,7 @@ def _find_step(trained: Path) -> int | None:
     """The step that a folder of weights was written at."""
     step = layout.checkpoint_step(trained)
     if step is None:
-        given = _read_json(trained / layout.MANIFEST).get("step")
+        given = read_json(trained / layout.MANIFEST).get("step")
         step = given if isinstance(given, int) else None
     return step
 
@@ -145,7 +145,8 @@ def _get(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that anybody may have written; empty where it is missing, or is no object."""
     with contextlib.suppress(ExportError, ValueError):
         found = parse_json(read_foreign(path, ExportError))
         return found if isinstance(found, dict) else {}

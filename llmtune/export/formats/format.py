@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llmtune.export.publish.shards import Journal
     from llmtune.export.usage import Usage
 
-#: Writes the weights and everything beside them into a folder.
+#: Writes the weights into a folder that has the model files already, where the format has some.
 Writer = Callable[["ExportModel", Path, "Journal", ExportConfig], None]
 
 #: Options on which the files of every merged model depend: the card says what was compared.

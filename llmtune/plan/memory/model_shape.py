@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,15 +263,11 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         kernels=attention_kernels(model),
         max_positions=max_positions(model, architecture),
         adapted=tuple(adapted.endings) if adapted else (),
-        left_alone=_last_parts(adapted.left_alone) if adapted else (),
+        left_alone=tuple(adapted.left_alone_endings) if adapted else (),
         stacked_parameters=stacked_parameters(model),
         kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )
-
-
-def _last_parts(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
 
 
 def _intermediate_size(text: Any) -> int:
