@@ -1,6 +1,6 @@
 """Write an export aside, describe it, and give it its name in one rename.
 
-What was killed is gone on with: finished files wait aside, listed in a journal. What failed leaves
+A killed export is continued: finished files wait aside, listed in a journal. What failed leaves
 nothing.
 """
 
@@ -46,8 +46,8 @@ def write_export(
     """Call ``write`` on a folder beside ``folder``, add the manifest, and publish it.
 
     Args:
-        job: Says what is written from what; the rest of another job that was killed is not gone on
-            with.
+        job: Says what is written from what; the rest of another job that was killed is not
+            used.
 
     Raises:
         ExportError: The folder exists and is not an export, another export is writing it, or the

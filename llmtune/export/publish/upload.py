@@ -1,9 +1,8 @@
-"""A published export goes to the hub, or to any URL that fsspec writes to; what is there already is
-not sent again.
+"""Send a published export to the hub, or to any URL that fsspec writes to.
 
-At a URL, a folder that is being filled has ``UPLOADING`` in it and no ``COMPLETE``, which comes
-last: it is known for what it is, gone on with, and never taken for whole. On the hub everything
-goes in one commit.
+Files that are there already are not sent again. At a URL, a folder that is being filled has
+``UPLOADING`` in it and no ``COMPLETE``, which comes last: an upload that was killed is continued,
+and its folder is never taken for whole. On the hub everything goes in one commit.
 """
 
 from __future__ import annotations
