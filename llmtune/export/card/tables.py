@@ -146,7 +146,9 @@ def describe_plan(facts: Facts) -> Rows:
         ),
         (
             "out of memory",
-            f"{len(plan.history)} times, continued with another placement" if plan.history else None,
+            f"{len(plan.history)} times, continued with another placement"
+            if plan.history
+            else None,
         ),
     )
 
