@@ -88,4 +88,4 @@ def mark_trained(tuner: Tuner, model: Any) -> None:
         parameter.requires_grad_(tuner.trains(name, parameter))
 
 
-TUNERS: Registry[Tuner] = Registry("tuner.kind", "llmtune.tuner.kinds")
+TUNERS: Registry[Tuner] = Registry("tuner.kind", "llmtune.tuner.kinds", interface=Tuner)
