@@ -110,6 +110,17 @@ class Registry(Generic[Variant]):
             hint += f"; the module of one of your own is named in {PLUGINS}"
         raise ConfigError(f"{self.key}={name}: there is no such one; {hint}")
 
+    def hash_plugins(self) -> str:
+        """Hash the files outside llmtune that register variants; empty where there are none.
+
+        Raises:
+            ConfigError: The import of a module of ``LLMTUNE_PLUGINS`` fails.
+        """
+        self.list()
+        modules = {name for name in self._modules.values() if name.split(".")[0] != "llmtune"}
+        files = [getattr(sys.modules.get(name), "__file__", None) for name in sorted(modules)]
+        return sha256_files(Path(file) for file in files if file) if any(files) else ""
+
 
 def hash_plugins() -> str:
     """Hash the files of the plug-ins, as a part of cache keys; empty without plug-ins.
@@ -190,8 +201,8 @@ def describe_plugin_error(error: BaseException) -> str | None:
         for name in (name for file, name in files.items() if frame.filename.startswith(file)):
             return (
                 f"the plug-in {name} fails at {frame.filename}:{frame.lineno}"
-                f" ({type(error).__name__}: {error}): correct that line, or what calls it;"
-                " debug=trace shows the traceback"
+                f" ({type(error).__name__}: {error}): correct that line, or what calls it, and"
+                " run the same command again (debug=trace shows the traceback)"
             )
     return None
 

@@ -156,3 +156,16 @@ def test_an_error_in_a_plugin_is_told_with_its_line(
     assert text is not None
     assert f"a_failing_plugin fails at {tmp_path}/a_failing_plugin.py:2 (KeyError: 'key')" in text
     assert describe_plugin_error(ValueError("of llmtune")) is None
+
+
+def test_only_files_that_register_a_variant_are_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Correcting a tracker must not make the rows of a run look changed."""
+    schedules: Registry[Schedule] = Registry("a.b", "llmtune.train.schedules")
+    (tmp_path / "registers_nothing.py").write_text("a = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(PLUGINS, "registers_nothing")
+    assert schedules.hash_plugins() == ""
+    schedules.register(Schedule("of_this_test", lambda done: 1 - done))
+    assert schedules.hash_plugins() != ""
