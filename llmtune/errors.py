@@ -24,6 +24,7 @@ class ConfigError(LlmtuneError):
     @classmethod
     def from_problems(cls, problems: list[str]) -> ConfigError:
         """Join all problems into one error, so that a user fixes them at once."""
+        problems = list(dict.fromkeys(problems))
         if len(problems) == 1:
             return cls(problems[0])
         return cls(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from llmtune.data.formats.format import RowFormat
 from llmtune.errors import ConfigError
-from llmtune.registry import PLUGINS, Registry, hash_plugins
+from llmtune.registry import PLUGINS, Registry, describe_plugin_error, hash_plugins
+from llmtune.track.service import Service
+from llmtune.train.schedule import Schedule
+from llmtune.tuner.tuner import Tuner
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def test_a_name_is_taken_once(animals: Registry[Animal]) -> None:
     cat = animals.find("cat")
     assert animals.register(cat) is cat, "a module that is imported again"
     for name in ("cat", "none"):
-        with pytest.raises(ValueError, match="there is one of this name already"):
+        with pytest.raises(ConfigError, match="there is one of this name already"):
             animals.register(Animal(name))
 
 
@@ -72,3 +77,95 @@ def test_what_is_cached_of_a_plugin_is_told_by_its_file(
     before = hash_plugins()
     (tmp_path / "another_plugin_of_mine.py").write_text("a = 2")
     assert "" != hash_plugins() != before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def broken(:", r":1 \(SyntaxError: .*: correct it"),
+        ("first = 1\nunknown", r":2 \(NameError: name 'unknown' is not defined\): correct it"),
+        ("import no_such_library", r":1 \(ModuleNotFoundError: .*: install what it imports"),
+        ("from json import nothing", r":1 \(ImportError: cannot import name"),
+        ("raise SystemExit(3)", r":1 \(SystemExit: 3\)"),
+        (
+            "from llmtune.tuner.tuner import TUNERS, Tuner\nTUNERS.register(Tuner)",
+            r":2 \(TypeError: register an instance of Tuner, not the class Tuner\)",
+        ),
+        (
+            "from llmtune.train.schedule import Schedule\nSchedule('mine', lambda done: -1.0)",
+            r":2 \(ValueError: decay\(0.0\) of the schedule mine must be a number from 0 on, not",
+        ),
+    ],
+)
+def test_an_import_that_fails_is_described_with_its_line(
+    text: str,
+    message: str,
+    animals: Registry[Animal],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "a_broken_plugin.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    # Blanks, because what was imported is remembered by the text of the variable.
+    monkeypatch.setenv(PLUGINS, "a_broken_plugin" + " " * len(text))
+    file = tmp_path / "a_broken_plugin.py"
+    with pytest.raises(ConfigError, match="names a_broken_plugin, whose import fails") as raised:
+        animals.list()
+    assert f"fails at {file}:" in str(raised.value)
+    assert re.search(message, str(raised.value))
+
+
+def test_a_path_is_no_module(animals: Registry[Animal], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PLUGINS, "plugins/mine.py")
+    with pytest.raises(ConfigError, match=r"which is a path: write the module's name"):
+        animals.list()
+
+
+def test_an_incomplete_variant_is_refused() -> None:
+    class Nameless(Tuner):
+        title = "a tuner"
+
+    class OnlyLogs:
+        def log(self, record: object) -> None:
+            pass
+
+    tuners: Registry[Tuner] = Registry("tuner.kind", "llmtune.tuner.kinds", interface=Tuner)
+    with pytest.raises(TypeError, match="Nameless has no name"):
+        tuners.register(Nameless())
+    with pytest.raises(TypeError, match="the tracker OnlyLogs has no method finish"):
+        Service(name="a", title="a", open=OnlyLogs)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a frozenset of names"):
+        RowFormat(name="a", read=len, fields=["a"])  # type: ignore[arg-type]
+    schedules: Registry[Schedule] = Registry("a.b", "llmtune.train.schedules", interface=Schedule)
+    changed = Schedule("a", lambda done: 1 - done)
+    object.__setattr__(changed, "decay", "linear")
+    with pytest.raises(TypeError, match="decay must be a function, not 'linear'"):
+        schedules.register(changed)
+
+
+def test_an_error_in_a_plugin_is_told_with_its_line(
+    animals: Registry[Animal], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_failing_plugin.py").write_text("def fail():\n    return {}['key']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(PLUGINS, "a_failing_plugin")
+    animals.list()
+    with pytest.raises(KeyError) as raised:
+        sys.modules["a_failing_plugin"].fail()
+    text = describe_plugin_error(raised.value)
+    assert text is not None
+    assert f"a_failing_plugin fails at {tmp_path}/a_failing_plugin.py:2 (KeyError: 'key')" in text
+    assert describe_plugin_error(ValueError("of llmtune")) is None
+
+
+def test_only_files_that_register_a_variant_are_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Correcting a tracker must not make the rows of a run look changed."""
+    schedules: Registry[Schedule] = Registry("a.b", "llmtune.train.schedules")
+    (tmp_path / "registers_nothing.py").write_text("a = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(PLUGINS, "registers_nothing")
+    assert schedules.hash_plugins() == ""
+    schedules.register(Schedule("of_this_test", lambda done: 1 - done))
+    assert schedules.hash_plugins() != ""

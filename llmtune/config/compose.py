@@ -27,7 +27,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.config import rules
-from llmtune.config.foreign import meant_by
+from llmtune.config.compose_errors import describe_compose_error
 from llmtune.config.keys import ALIASES, PROMPTS, YAML_ALIASES, known_keys
 from llmtune.config.literal import rename_interpolations, to_literal, without_interpolations
 from llmtune.config.overrides import Choice, Setting, read_override
@@ -321,8 +321,9 @@ def _compose_node(
             )
         else:
             plain, choices = _compose_packaged(*line.choices.values())
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError.from_problems([*problems, _explain(error.__cause__ or error)]) from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        text = describe_compose_error(error.__cause__ or error)
+        raise ConfigError.from_problems([*problems, text]) from error
     # Merging copies the schema.
     typed = OmegaConf.merge(schema(), plain)
     assert isinstance(typed, DictConfig)
@@ -351,14 +352,6 @@ def _compose_groups(*overrides: str) -> tuple[DictConfig, dict[str, str | None]]
 
 #: Cached, because the packaged files do not change while a process lives.
 _compose_packaged = cache(_compose_groups)
-
-
-def _explain(error: BaseException) -> str:
-    """Describe Hydra's error, with a suggestion for an unknown key of a user's YAML file."""
-    unknown = re.search(r"Key '([^']+)' (?:is )?not in ", str(error))
-    if unknown is None:
-        return first_line(error)
-    return first_line(error) + meant_by(unknown[1], known_keys() | set(YAML_ALIASES))
 
 
 @cache

@@ -28,7 +28,6 @@ from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.workers import TokenBlock, TokenizerPool, Work
 from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
 from llmtune.errors import DataError
-from llmtune.registry import hash_plugins
 from llmtune.security.trust import require_own
 from llmtune.storage.atomic import write_cache_folder
 from llmtune.storage.hashing import hash_json
@@ -86,7 +85,7 @@ def tokenize_source(
     contents = hash_files(files, source, cache)
     columns = [source.fields, sorted(source.ignore)]
     # A format of the user's own may read a row otherwise tomorrow.
-    shaping += [plugins] if (plugins := hash_plugins()) else []
+    shaping += [plugins] if (plugins := FORMATS.hash_plugins()) else []
     key = hash_json(
         [TOKENS_VERSION, tokenizer_hash, contents, source.format, *columns, drawn, shaping]
     )

@@ -17,7 +17,8 @@ class Usage:
     """What the commands depend on; templates read it as ``usage``."""
 
     folder: Path
-    """The files that were written."""
+    """The files that were written, in a folder that gets its name later: texts name its files by
+    paths within it."""
     loads_from_hub: bool
     """Loaders of the format take the name of a repository, and not only a folder."""
     name: str

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmtune.config.groups.tracker import TrackerConfig
 from llmtune.registry import NONE, Registry
-from llmtune.track.tracker import Tracker
+from llmtune.track.tracker import Tracker, check_tracker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,5 +36,11 @@ class Service:
     open: Callable[[TrackedRun], Tracker]
     """Called once, on rank 0; where it raises, the run continues without the tracker."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.open, type):
+            check_tracker(self.open)
 
-SERVICES: Registry[Service] = Registry("tracker.kind", "llmtune.track.services", also=(NONE,))
+
+SERVICES: Registry[Service] = Registry(
+    "tracker.kind", "llmtune.track.services", also=(NONE,), interface=Service
+)

@@ -6,7 +6,7 @@ A tracker never stops a run: one that raises is logged and dropped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from llmtune.errors import LlmtuneError
@@ -27,11 +27,28 @@ class Tracker(Protocol):
         """Close; called when the run has ended, successfully or not."""
 
 
+def check_tracker(tracker: object) -> None:
+    """Check that a tracker, or its class, has the methods of one.
+
+    Raises:
+        TypeError: One is missing.
+    """
+    name = tracker.__name__ if isinstance(tracker, type) else type(tracker).__name__
+    for method in ("log", "finish"):
+        if not callable(getattr(tracker, method, None)):
+            raise TypeError(f"the tracker {name} has no method {method}")
+
+
 class Trackers:
     """Several trackers as one; one that fails is logged and dropped."""
 
-    def __init__(self, trackers: Sequence[Tracker]):
+    def __init__(self, trackers: Sequence[Tracker], say: Callable[[str], None] = log.warning):
+        """
+        Args:
+            say: Shows the user that a tracker was dropped.
+        """
         self._trackers = list(trackers)
+        self._say = say
 
     def log(self, record: Record) -> None:
         """Pass the record to each tracker.
@@ -44,17 +61,21 @@ class Trackers:
                 tracker.log(record)
             except LlmtuneError:
                 raise
-            except Exception:
-                self._drop(tracker)
+            except Exception as error:
+                self._drop(tracker, error)
 
     def finish(self) -> None:
         """Close each tracker."""
         for tracker in list(self._trackers):
             try:
                 tracker.finish()
-            except Exception:
-                self._drop(tracker)
+            except Exception as error:
+                self._drop(tracker, error)
 
-    def _drop(self, tracker: Tracker) -> None:
+    def _drop(self, tracker: Tracker, error: Exception) -> None:
         log.exception("%s failed; the run continues without it", type(tracker).__name__)
+        self._say(
+            f"the tracker {type(tracker).__name__} failed and is left out"
+            f" ({type(error).__name__}: {error}); train.log has the traceback"
+        )
         self._trackers.remove(tracker)

@@ -30,7 +30,7 @@ from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import SERVICES, TrackedRun
-from llmtune.track.tracker import Tracker, Trackers
+from llmtune.track.tracker import Tracker, Trackers, check_tracker
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.evaluation import HeldOutLoss
@@ -292,7 +292,7 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Tracker
     ]
     if config.tracker.kind != NONE:
         trackers += _open_tracker(request, console)
-    return Trackers(trackers)
+    return Trackers(trackers, console.say)
 
 
 def build_hooks(
@@ -322,7 +322,7 @@ def build_hooks(
 
 
 def _open_tracker(request: RunRequest, console: Console) -> list[Tracker]:
-    """Open the chosen service; none if it cannot be reached, which must not stop the run."""
+    """Open the chosen service; none if that fails, which must not stop the run."""
     service = SERVICES.find(request.config.tracker.kind)
     settings: Any = to_plain(request.config)
     run = TrackedRun(
@@ -333,10 +333,14 @@ def _open_tracker(request: RunRequest, console: Console) -> list[Tracker]:
         say=console.say,
     )
     try:
-        return [service.open(run)]
+        tracker = service.open(run)
+        check_tracker(tracker)
     except Exception as error:
-        console.say(f"{service.title} cannot be reached and is left out: {error}")
+        console.say(
+            f"{service.title} cannot be opened and is left out ({type(error).__name__}: {error})"
+        )
         return []
+    return [tracker]
 
 
 def _base_name(request: RunRequest) -> str:

@@ -112,8 +112,8 @@ class RunFolder:
         if record.data.fingerprint not in ("", data_fingerprint):
             raise CheckpointError(
                 f"the rows of data.train are not those that {self.path} was started with (a file,"
-                " the tokenizer or the Python version changed); take another run_name= or"
-                " output_dir="
+                " a data format's module, the tokenizer or the Python version changed); take"
+                " another run_name= or output_dir="
             )
         before = record.steps.total_steps
         if steps.total_steps < before:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,8 +18,19 @@ class Schedule:
     decay: Callable[[float], float]
     """Maps the share of the steps after warm-up that are done, 0 to 1, to the share of the peak."""
 
+    def __post_init__(self) -> None:
+        for done in (0.0, 0.5, 1.0):
+            share: object = self.decay(done)
+            if not (isinstance(share, int | float) and math.isfinite(share) and share >= 0):
+                raise ValueError(
+                    f"decay({done}) of the schedule {self.name} must be a number from 0 on, not"
+                    f" {share!r}"
+                )
 
-SCHEDULES: Registry[Schedule] = Registry("schedule.lr_scheduler_type", "llmtune.train.schedules")
+
+SCHEDULES: Registry[Schedule] = Registry(
+    "schedule.lr_scheduler_type", "llmtune.train.schedules", interface=Schedule
+)
 
 
 def learning_rate_at(

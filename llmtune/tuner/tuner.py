@@ -93,4 +93,4 @@ def mark_trained(tuner: Tuner, model: Any) -> None:
             parameter.requires_grad_(False)
 
 
-TUNERS: Registry[Tuner] = Registry("tuner.kind", "llmtune.tuner.kinds")
+TUNERS: Registry[Tuner] = Registry("tuner.kind", "llmtune.tuner.kinds", interface=Tuner)

@@ -68,6 +68,27 @@ def test_all_problems_stand_in_one_report() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "gpu_nme: H100",
+            "Key 'gpu_nme' not in 'HardwareConfig': did you mean 'hardware.gpu_name'",
+        ),
+        ("gpus_per_node: four", r"could not be converted to Integer \(hardware.gpus_per_node\)"),
+        (
+            "accelerator: [",
+            r"a file of the configuration is no YAML: .*/hardware/mine.yaml\"",
+        ),
+    ],
+)
+def test_a_users_own_file_is_reported_with_its_key(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "hardware").mkdir()
+    (tmp_path / "hardware/mine.yaml").write_text(text + "\n")
+    with pytest.raises(ConfigError, match=message):
+        compose_config(["hardware=mine"], str(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("override", "part"),
     [
         ("train.max_steps=abc", "train.max_steps=abc"),

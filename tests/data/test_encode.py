@@ -489,6 +489,9 @@ def test_templates_are_found_by_name_or_file(tmp_path: Path) -> None:
     own.write_text("{{ messages }}")
     assert load_chat_template(str(own)) == "{{ messages }}"
     assert load_chat_template(None) is None
+    own.write_text(" \n")
+    with pytest.raises(ConfigError, match=r"data\.chat_template=.*: the file is empty"):
+        load_chat_template(str(own))
     with pytest.raises(ConfigError, match="there are chatml, llama2, llama3, mistral, qwen"):
         load_chat_template("lama3")
     tokenizer = build_tokenizer(512)

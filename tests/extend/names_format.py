@@ -20,8 +20,9 @@ def _write(
     (folder / "names.txt").write_text("\n".join(sorted(export_model.source.specs)) + "\n")
 
 
-def _describe_usage(usage: Usage) -> str:
-    return f"With any pager:\n\n```sh\nless {usage.folder.name}/names.txt\n```\n"
+def _describe_usage(_usage: Usage) -> str:
+    # The card says that commands are run in the folder of the export.
+    return "With any pager:\n\n```sh\nless names.txt\n```\n"
 
 
 NAMES = Format(

@@ -38,4 +38,4 @@ def test_a_run_ends_with_an_export_in_it(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "as a list of names" in card
     assert "library_name: less" in card
-    assert "names.txt" in card
+    assert "\nless names.txt\n" in card

@@ -22,6 +22,7 @@ from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.plan import Plan, resolve_ladder, resolve_plan
 from llmtune.plan.steps import resolve_steps
+from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes, format_count, format_seconds, parse_bytes
 
 
@@ -171,6 +172,8 @@ def test_bytes_are_read_and_written_as_people_do() -> None:
 def test_an_unknown_architecture_and_module_are_named() -> None:
     with pytest.raises(ConfigError, match="model_type=lama"):
         resolve_plan(compose_config(["model=tiny", "model.config.model_type=lama"]).config)
+    with pytest.raises(ConfigError, match=r"llama has no such setting; did you mean hidden_size\?"):
+        resolve_plan(compose_config(["model=tiny", "model.config.hiden_size=64"]).config)
     for modules in ("[qproj]", "[q_proj,typo]", "[q_proj,embed_tokens]"):
         with pytest.raises(ConfigError, match="matches no linear layer; the model has"):
             resolve_plan(compose_config(["model=tiny", f"tuner.target_modules={modules}"]).config)
@@ -241,3 +244,9 @@ def test_a_plan_says_why_its_job_would_be_refused(overrides: list[str], reasons:
     if reasons:
         with pytest.raises((ConfigError, MissingPrerequisiteError)):
             resolve_ladder(config)
+
+
+def test_a_tuner_that_trains_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TUNERS.find("full"), "trains", lambda name, parameter: False)
+    with pytest.raises(ConfigError, match="tuner.kind=full trains no parameter of random"):
+        resolve_plan(compose_config(["model=tiny", "tuner=full"]).config)

@@ -78,11 +78,14 @@ def test_a_failing_tracker_is_left_out_and_the_others_go_on() -> None:
             self.seen += 100
 
     counts = Counts()
-    trackers = Trackers([Broken(), counts])
+    said: list[str] = []
+    trackers = Trackers([Broken(), counts], said.append)
     trackers.log(line(1))
     trackers.log(line(2))
     trackers.finish()
     assert counts.seen == 102
+    assert len(said) == 1
+    assert said[0].startswith("the tracker Broken failed and is left out (")
 
 
 def test_the_progress_line_has_what_a_person_looks_for() -> None:

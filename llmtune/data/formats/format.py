@@ -47,8 +47,18 @@ class RowFormat:
     has_labels: bool = False
     """Its rows are texts with a label to be told, and none to be written."""
 
+    def __post_init__(self) -> None:
+        for names in (self.fields, *self.marks):
+            if not isinstance(names, frozenset):
+                raise TypeError(
+                    f"fields, and each of marks, of the format {self.name} must be a frozenset of"
+                    f" names, not {names!r}"
+                )
 
-FORMATS: Registry[RowFormat] = Registry("data.format", "llmtune.data.formats", also=(AUTO,))
+
+FORMATS: Registry[RowFormat] = Registry(
+    "data.format", "llmtune.data.formats", also=(AUTO,), interface=RowFormat
+)
 
 
 def has_marks(row: Row) -> bool:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from llmtune.data.formats.format import FORMATS
+from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.fields import find_unknown_fields, without_fields
 from llmtune.data.rows.json_text import with_lists
 from llmtune.data.rows.turns import rename
 from llmtune.data.rows.values import Row
-
-if TYPE_CHECKING:
-    from llmtune.data.rows.conversation import Conversation
+from llmtune.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +35,10 @@ class Recipe:
         kind = FORMATS.find(self.format)
         row = with_lists(rename(row, self.fields), kind.lists, kind.lists_may_be_texts, self.ignore)
         conversation = kind.read(row)
+        if not isinstance(conversation, Conversation):
+            raise ConfigError(
+                f"data.format={kind.name}: read() must return a Conversation, not {conversation!r}"
+            )
         return conversation, find_unknown_fields(
             row, kind.fields | kind.more_fields(row), kind.lists
         )

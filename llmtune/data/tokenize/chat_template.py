@@ -39,7 +39,7 @@ def load_chat_template(name: str | None) -> str | None:
     """The text of a named template of ``conf/chat_template/`` or of a ``.jinja`` file.
 
     Raises:
-        ConfigError: Neither exists.
+        ConfigError: Neither exists, or the file is empty or no Jinja.
     """
     if name is None:
         return None
@@ -48,9 +48,13 @@ def load_chat_template(name: str | None) -> str | None:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.jinja")))
         raise ConfigError(
-            f"data.chat_template={name}: no such template; there are {known}, or a .jinja file"
+            f"data.chat_template={name}: no such template; there are {known}, or the path of a"
+            " .jinja file"
         )
-    return path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    if not text.strip():
+        raise ConfigError(f"data.chat_template={name}: the file is empty")
+    return text
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:

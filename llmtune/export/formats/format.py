@@ -76,7 +76,9 @@ class Format:
     """The type that blocks of numbers are stored in; None where each number is stored by itself."""
 
 
-FORMATS: Registry[Format] = Registry("export.format", __package__ or "", also=(NONE,))
+FORMATS: Registry[Format] = Registry(
+    "export.format", __package__ or "", also=(NONE,), interface=Format
+)
 
 
 def find_format(name: str) -> Format:

@@ -15,6 +15,7 @@ from typing import IO
 
 from llmtune.errors import (
     EXIT_UNEXPECTED,
+    ConfigError,
     DoesNotFitError,
     LlmtuneError,
     MissingPrerequisiteError,
@@ -23,6 +24,7 @@ from llmtune.errors import (
 from llmtune.launch.launchers.environment import FAILURE_DIR
 from llmtune.launch.processes.log_filter import start_filter
 from llmtune.launch.supervise.memory_errors import memory_pool
+from llmtune.registry import describe_plugin_error
 from llmtune.security.redaction import has_secrets, redact
 from llmtune.security.terminal import to_terminal
 from llmtune.storage.rank_files import FailureReport
@@ -69,8 +71,8 @@ def hold_output(file: Path) -> Iterator[None]:
 
 
 def to_user_error(error: BaseException) -> LlmtuneError | None:
-    """An error with advice for those that have one: ours, memory that ran out, and a disk that
-    takes nothing more.
+    """An error with advice for those that have one: ours, memory that ran out, a disk that takes
+    nothing more, and a plug-in that fails.
     """
     if isinstance(error, LlmtuneError):
         return error
@@ -90,6 +92,8 @@ def to_user_error(error: BaseException) -> LlmtuneError | None:
             " offload=cpu; a smaller data.max_seq_length. The same command then goes on from the"
             " newest checkpoint."
         )
+    if (problem := describe_plugin_error(error)) is not None:
+        return ConfigError(redact(problem))
     return None
 
 

@@ -12,6 +12,7 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.abilities import attention_kernels, max_positions
+from llmtune.plan.memory.architecture_settings import check_spelling
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.tuner.adapted_layers import (
     AdaptedLayers,
@@ -109,11 +110,13 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
         settings = dict(config.config)
         kind = settings.pop("model_type", None)
         try:
-            return AutoConfig.for_model(str(kind), **settings)
+            architecture = AutoConfig.for_model(str(kind), **settings)
         except ValueError as error:
             raise ConfigError(
                 f"model.config.model_type={kind}: transformers knows no such architecture"
             ) from error
+        check_spelling(settings, type(architecture))
+        return architecture
     name = config.name_or_path
     if name == "random":
         raise ConfigError(
@@ -235,6 +238,11 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     adapted = TUNERS.find(tuner.kind).choose_layers(model, tuner)
     adapters = _adapter_sizes(adapted, tuner) if adapted else {}
     tensors = _tensors(model, adapters, TUNERS.find(tuner.kind))
+    if not any(tensor.trained for tensor in tensors):
+        raise ConfigError(
+            f"tuner.kind={tuner.kind} trains no parameter of {config.name_or_path}, whose"
+            f" parameters have names such as {tensors[-1].name}: correct the tuner's trains()"
+        )
     text: Any = architecture.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0))
     layers = max(1, int(getattr(text, "num_hidden_layers", 1)))
