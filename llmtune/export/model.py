@@ -106,7 +106,7 @@ class ExportModel:
         return sum(spec.nbytes for spec in self.source.specs.values())
 
 
-def open_material(request: ExportRequest, config: ExportConfig) -> ExportModel:
+def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportModel:
     """Open what is exported.
 
     Raises:

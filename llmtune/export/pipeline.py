@@ -15,7 +15,7 @@ from llmtune.export.model import (
     ExportRequest,
     check_links,
     check_places,
-    open_material,
+    open_export_model,
 )
 from llmtune.export.publish.folder import (
     check_replaceable,
@@ -56,7 +56,7 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     restore_export(request.output)
     if config.upload:
         check_upload(config.upload, config.dry_run)
-    export_model = open_material(request, config)
+    export_model = open_export_model(request, config)
     about = _describe_export(request, config)
     check_replaceable(request.output, kind.name)
     if config.dry_run:

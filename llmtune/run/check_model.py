@@ -24,18 +24,14 @@ from llmtune.tuner.tuner import TUNERS
 
 #: What the remembered answers depend on beside the model.
 _SOURCES = (
-    *(
-        "model/weights/names.py",
-        "model/weights/files.py",
-        "model/weights/check.py",
-        "model/weights/report.py",
-    ),
-    *(
-        "model/weights/quantized.py",
-        "model/attention.py",
-        "model/shrink.py",
-        "train/hooks/packing_probe.py",
-    ),
+    "model/weights/names.py",
+    "model/weights/files.py",
+    "model/weights/check.py",
+    "model/weights/report.py",
+    "model/weights/quantized.py",
+    "model/attention.py",
+    "model/shrink.py",
+    "train/hooks/packing_probe.py",
 )
 
 

@@ -35,16 +35,14 @@ _MIN_LENGTH = 8
 #: From this length on, a value that is neither a word nor a number is searched for between signs.
 _MIN_ALONE = 4
 _PLAIN_WORDS = {
-    *(
-        "anonymous",
-        "disabled",
-        "enabled",
-        "undefined",
-        "required",
-        "optional",
-        "changeme",
-        "password",
-    ),
+    "anonymous",
+    "disabled",
+    "enabled",
+    "undefined",
+    "required",
+    "optional",
+    "changeme",
+    "password",
     *("true", "false", "none", "null", "yes", "no", "on", "off", "0", "1"),
 }
 #: After no letter and no digit, except at the end of an escape.

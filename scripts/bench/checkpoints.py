@@ -19,12 +19,10 @@ import tempfile
 from pathlib import Path
 
 JOB = [
-    *(
-        "data.train=stdlib_docs@200",
-        "data.val_set_size=4",
-        "data.max_seq_length=256",
-        "data.overlong=truncate",
-    ),
+    "data.train=stdlib_docs@200",
+    "data.val_set_size=4",
+    "data.max_seq_length=256",
+    "data.overlong=truncate",
     *("train.global_batch_size=4", "train.sample_answers=false", "launch.nproc=2", "export=none"),
 ]
 

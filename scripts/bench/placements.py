@@ -17,20 +17,16 @@ from pathlib import Path
 
 RUNGS = ("none", "optimizer_cpu", "cpu", "optimizer_nvme", "nvme")
 JOB = [
-    *(
-        "model=smollm2_135m",
-        "tuner=full",
-        "zero=3",
-        "launch.nproc=2",
-        "data.train=stdlib_docs@200",
-        "data.max_seq_length=192",
-    ),
-    *(
-        "train.global_batch_size=2",
-        "train.max_steps=10",
-        "train.eval_max_rows=2",
-        "train.sample_answers=false",
-    ),
+    "model=smollm2_135m",
+    "tuner=full",
+    "zero=3",
+    "launch.nproc=2",
+    "data.train=stdlib_docs@200",
+    "data.max_seq_length=192",
+    "train.global_batch_size=2",
+    "train.max_steps=10",
+    "train.eval_max_rows=2",
+    "train.sample_answers=false",
     *("train.save_steps=null", "export=none"),
 ]
 

@@ -22,21 +22,15 @@ from llmtune.plan.memory.placement import Placement
 GIB = 2**30
 
 LLAMA2_70B = [
-    *(
-        "model.name_or_path=llama2-70b",
-        "model.config.model_type=llama",
-        "model.config.vocab_size=32000",
-    ),
-    *(
-        "model.config.hidden_size=8192",
-        "model.config.intermediate_size=28672",
-        "model.config.num_hidden_layers=80",
-    ),
-    *(
-        "model.config.num_attention_heads=64",
-        "model.config.num_key_value_heads=8",
-        "model.config.tie_word_embeddings=false",
-    ),
+    "model.name_or_path=llama2-70b",
+    "model.config.model_type=llama",
+    "model.config.vocab_size=32000",
+    "model.config.hidden_size=8192",
+    "model.config.intermediate_size=28672",
+    "model.config.num_hidden_layers=80",
+    "model.config.num_attention_heads=64",
+    "model.config.num_key_value_heads=8",
+    "model.config.tie_word_embeddings=false",
 ]
 LLAMA3_70B = ["model=llama3_70b"]
 
@@ -45,11 +39,9 @@ def mpt(layers: int, width: int) -> list[str]:
     """MosaicML's MPT models."""
     return [
         *("model.name_or_path=mpt", "model.config.model_type=mpt", "model.config.vocab_size=50432"),
-        *(
-            f"model.config.d_model={width}",
-            f"model.config.n_layers={layers}",
-            "model.config.n_heads=64",
-        ),
+        f"model.config.d_model={width}",
+        f"model.config.n_layers={layers}",
+        "model.config.n_heads=64",
     ]
 
 
@@ -285,11 +277,9 @@ def predict(row: Row) -> Candidate:
             *row.hardware,
             *row.tuner,
             *row.extra,
-            *(
-                "data.train=rows.jsonl",
-                f"data.max_seq_length={row.length}",
-                f"train.global_batch_size={batch}",
-            ),
+            "data.train=rows.jsonl",
+            f"data.max_seq_length={row.length}",
+            f"train.global_batch_size={batch}",
             *("data.val_set_size=0", "model.attn_implementation=flash_attention_2"),
         ]
     ).config

@@ -206,14 +206,12 @@ def _check_export(bench: Bench) -> Verdict:
     merged = bench.folder("export/merged")
     device = f"hardware.accelerator={bench.device}"
     done = bench.commands.llmtune(
-        *(
-            "export",
-            f"run={run.folder}",
-            "export=safetensors",
-            "export.parity=true",
-            device,
-            f"output_dir={merged}",
-        ),
+        "export",
+        f"run={run.folder}",
+        "export=safetensors",
+        "export.parity=true",
+        device,
+        f"output_dir={merged}",
         clock=bench.clock,
     ).check()
     said = re.search(r"parity: logits within (\S+) of base and adapter \(bound (\S+?)\)", done.out)

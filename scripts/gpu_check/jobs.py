@@ -20,86 +20,64 @@ TINY = (
 )
 #: 16 steps of 8 micro-batches, long enough to be killed between two checkpoints.
 LONG = (
-    *(
-        "model=tiny",
-        "tuner=full",
-        "data.train=stdlib_docs@320",
-        "data.val_set_size=8",
-        "data.max_seq_length=256",
-    ),
-    *(
-        "train.global_batch_size=16",
-        "train.per_device_train_batch_size=2",
-        "train.max_steps=16",
-        "train.save_steps=4",
-    ),
+    "model=tiny",
+    "tuner=full",
+    "data.train=stdlib_docs@320",
+    "data.val_set_size=8",
+    "data.max_seq_length=256",
+    "train.global_batch_size=16",
+    "train.per_device_train_batch_size=2",
+    "train.max_steps=16",
+    "train.save_steps=4",
     "optim.learning_rate=3e-3",
 )
 #: 50 M parameters: 0.8 GB of weights, gradients and optimizer states, of which the optimizer has
 #: 0.6 GB.
 WIDE = (
-    *(
-        "model=tiny",
-        "model.config.hidden_size=768",
-        "model.config.intermediate_size=3072",
-        "tuner=full",
-    ),
-    *(
-        "model.config.num_hidden_layers=4",
-        "model.config.num_attention_heads=12",
-        "model.config.num_key_value_heads=12",
-    ),
-    *(
-        "model.config.head_dim=64",
-        "model.config.vocab_size=8192",
-        "model.config.tie_word_embeddings=false",
-    ),
-    *(
-        "data.train=stdlib_docs@96",
-        "data.val_set_size=8",
-        "data.max_seq_length=256",
-        "data.overlong=truncate",
-    ),
+    "model=tiny",
+    "model.config.hidden_size=768",
+    "model.config.intermediate_size=3072",
+    "tuner=full",
+    "model.config.num_hidden_layers=4",
+    "model.config.num_attention_heads=12",
+    "model.config.num_key_value_heads=12",
+    "model.config.head_dim=64",
+    "model.config.vocab_size=8192",
+    "model.config.tie_word_embeddings=false",
+    "data.train=stdlib_docs@96",
+    "data.val_set_size=8",
+    "data.max_seq_length=256",
+    "data.overlong=truncate",
     # Copies of states that are written in the background would be part of the peak, and are not
     # made where memory is limited.
-    *(
-        "train.global_batch_size=2",
-        "train.max_steps=3",
-        "train.save_steps=3",
-        "checkpoint.background=false",
-    ),
+    "train.global_batch_size=2",
+    "train.max_steps=3",
+    "train.save_steps=3",
+    "checkpoint.background=false",
 )
 #: The embedded model, with few tokens, so that a CPU can do it too.
 SMOLLM2 = (
-    *(
-        "model=smollm2_135m",
-        "tuner=lora",
-        "data.train=stdlib_docs@96",
-        "data.val_set_size=8",
-        "data.packing=true",
-    ),
-    *(
-        "data.max_seq_length=256",
-        "train.global_batch_size=4",
-        "train.per_device_train_batch_size=4",
-    ),
+    "model=smollm2_135m",
+    "tuner=lora",
+    "data.train=stdlib_docs@96",
+    "data.val_set_size=8",
+    "data.packing=true",
+    "data.max_seq_length=256",
+    "train.global_batch_size=4",
+    "train.per_device_train_batch_size=4",
     *("train.max_steps=4", "optim.learning_rate=1e-3"),
 )
 #: All of it is trained, on rows enough to keep a card busy.
 SMOLLM2_FULL = (
-    *(
-        "model=smollm2_135m",
-        "tuner=full",
-        "data.train=stdlib_docs",
-        "data.val_set_size=8",
-        "data.packing=true",
-    ),
-    *(
-        "data.max_seq_length=1024",
-        "train.global_batch_size=16",
-        "train.max_steps=10",
-        "optim.learning_rate=2e-5",
-    ),
+    "model=smollm2_135m",
+    "tuner=full",
+    "data.train=stdlib_docs",
+    "data.val_set_size=8",
+    "data.packing=true",
+    "data.max_seq_length=1024",
+    "train.global_batch_size=16",
+    "train.max_steps=10",
+    "optim.learning_rate=2e-5",
 )
 PLAIN = ("zero=0", "offload=none")
 

@@ -15,31 +15,25 @@ from tests.support import largest_difference, matrix, pairs, train_engines
 #: Wide enough that states and weights are really swapped to NVMe.
 BASE = [
     *("model=tiny", "model.config.hidden_size=512", "model.config.intermediate_size=1024"),
-    *(
-        "model.config.num_attention_heads=8",
-        "model.config.num_key_value_heads=8",
-        "model.config.head_dim=64",
-    ),
+    "model.config.num_attention_heads=8",
+    "model.config.num_key_value_heads=8",
+    "model.config.head_dim=64",
     "model.config.num_hidden_layers=1",
-    *(
-        "data.train=stdlib_docs@200",
-        "data.max_seq_length=256",
-        "data.overlong=truncate",
-        "train.global_batch_size=4",
-    ),
+    "data.train=stdlib_docs@200",
+    "data.max_seq_length=256",
+    "data.overlong=truncate",
+    "train.global_batch_size=4",
 ]
 RATE = {"full": "optim.learning_rate=1e-3", "lora": "optim.learning_rate=1e-2"}
 
 #: (ZeRO stage, rung)
 PLACES = [
-    *(
-        ("0", "none"),
-        ("1", "none"),
-        ("2", "none"),
-        ("3", "none"),
-        ("1", "optimizer_cpu"),
-        ("2", "optimizer_cpu"),
-    ),
+    ("0", "none"),
+    ("1", "none"),
+    ("2", "none"),
+    ("3", "none"),
+    ("1", "optimizer_cpu"),
+    ("2", "optimizer_cpu"),
     *(("3", "optimizer_cpu"), ("3", "cpu"), ("3", "optimizer_nvme"), ("3", "nvme")),
 ]
 TUNERS, PRECISIONS, RANKS = ("full", "lora"), ("fp32", "bf16"), (2, 1)

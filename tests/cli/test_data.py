@@ -44,16 +44,14 @@ def test_the_report_counts_what_will_be_trained(tmp_path: Path) -> None:
         "data.max_seq_length=512",
     )
     assert set(found) >= {
-        *(
-            "rows",
-            "tokens",
-            "supervised_tokens",
-            "dropped",
-            "truncated",
-            "packing_efficiency",
-            "problems",
-            "lengths",
-        ),
+        "rows",
+        "tokens",
+        "supervised_tokens",
+        "dropped",
+        "truncated",
+        "packing_efficiency",
+        "problems",
+        "lengths",
     }
     assert (found["rows"], found["eval"]["rows"], found["problems"]) == (90, 10, [])
     assert 0.8 < found["packing_efficiency"] <= 1

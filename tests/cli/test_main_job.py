@@ -17,12 +17,10 @@ from tests.support import ROOT, run, run_cli
 
 #: The embedded job in four steps of half its rows; ``scripts/demo.sh`` runs all of it.
 SHORT = [
-    *(
-        "train.max_steps=4",
-        "train.global_batch_size=4",
-        "optim.learning_rate=2e-3",
-        "data.val_set_size=8",
-    ),
+    "train.max_steps=4",
+    "train.global_batch_size=4",
+    "optim.learning_rate=2e-3",
+    "data.val_set_size=8",
     "train.sample_answers=false",
 ]
 

@@ -62,15 +62,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder_is_that_of_the_contract(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names >= {
-        *(
-            "config.yaml",
-            "overrides.yaml",
-            "plan.json",
-            "environment.json",
-            "metrics.jsonl",
-            "train.log",
-            "loss.png",
-        ),
+        "config.yaml",
+        "overrides.yaml",
+        "plan.json",
+        "environment.json",
+        "metrics.jsonl",
+        "train.log",
+        "loss.png",
         *("samples.json", "checkpoint-15", "checkpoint-20", "adapter", "merged"),
     }
     assert "checkpoint-10" not in names, "save_total_limit is 2"
@@ -361,19 +359,15 @@ def test_export_writes_a_checkpoint_where_it_is_told(finished: Path, tmp_path: P
 def test_full_fine_tuning_ends_in_a_model_that_transformers_loads(tmp_path: Path) -> None:
     folder = tmp_path / "full"
     done = run_cli(
-        *(
-            "model=tiny",
-            "tuner=full",
-            "zero=3",
-            "launch.nproc=2",
-            "train.max_steps=4",
-            "data.train=stdlib_docs@200",
-        ),
-        *(
-            "optim.learning_rate=2e-3",
-            "train.sample_answers=false",
-            "export.max_shard_bytes=100000",
-        ),
+        "model=tiny",
+        "tuner=full",
+        "zero=3",
+        "launch.nproc=2",
+        "train.max_steps=4",
+        "data.train=stdlib_docs@200",
+        "optim.learning_rate=2e-3",
+        "train.sample_answers=false",
+        "export.max_shard_bytes=100000",
         f"output_dir={folder}",
     )
     assert done.code == 0, done.err + done.out

@@ -96,20 +96,16 @@ def crashed(tmp_path: Path) -> tuple[Finished, Path]:
     before = os.umask(0)
     try:
         done = run_cli(
-            *(
-                *TINY,
-                "launch.nproc=2",
-                "train.max_steps=4",
-                "train.save_steps=1",
-                "train.eval_max_rows=8",
-            ),
-            *(
-                "tracker=wandb",
-                "tracker.mode=offline",
-                "export=none",
-                f"output_dir={folder}",
-                "launch.max_restarts=0",
-            ),
+            *TINY,
+            "launch.nproc=2",
+            "train.max_steps=4",
+            "train.save_steps=1",
+            "train.eval_max_rows=8",
+            "tracker=wandb",
+            "tracker.mode=offline",
+            "export=none",
+            f"output_dir={folder}",
+            "launch.max_restarts=0",
             f"tracker.project=llmtune-{HF_TOKEN}",
             cwd=tmp_path,
             env={

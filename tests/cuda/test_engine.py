@@ -48,24 +48,18 @@ def is_placement(*cell: Any) -> bool:
 def overrides(cell: tuple[Any, ...], cache: Path, folder: Path) -> list[str]:
     (stage, rung), tuner, precision, rows, *_ = cell
     return [
-        *(
-            "model=tiny",
-            "model.attn_implementation=eager",
-            "data.max_seq_length=256",
-            "optim.learning_rate=1e-3",
-        ),
-        *(
-            "train.global_batch_size=4",
-            "train.per_device_train_batch_size=1",
-            "train.gradient_checkpointing=true",
-        ),
-        *(
-            f"zero={stage}",
-            f"offload={rung}",
-            f"tuner={tuner}",
-            f"precision={precision}",
-            f"data.packing={rows == 'packed'}",
-        ),
+        "model=tiny",
+        "model.attn_implementation=eager",
+        "data.max_seq_length=256",
+        "optim.learning_rate=1e-3",
+        "train.global_batch_size=4",
+        "train.per_device_train_batch_size=1",
+        "train.gradient_checkpointing=true",
+        f"zero={stage}",
+        f"offload={rung}",
+        f"tuner={tuner}",
+        f"precision={precision}",
+        f"data.packing={rows == 'packed'}",
         *(f"offload.nvme_path={folder}", f"paths.cache_dir={cache}"),
     ]
 

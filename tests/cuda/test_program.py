@@ -24,20 +24,16 @@ from tests.support import ROOT, TINY, Finished, largest_difference, losses, run,
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("pretend_gpu")]
 
 JOB = [
-    *(
-        *TINY,
-        "tuner=full",
-        "zero=3",
-        "precision=fp32",
-        "model.attn_implementation=eager",
-        "data.packing=true",
-    ),
-    *(
-        "train.global_batch_size=4",
-        "train.max_steps=6",
-        "train.save_steps=2",
-        "train.eval_max_rows=8",
-    ),
+    *TINY,
+    "tuner=full",
+    "zero=3",
+    "precision=fp32",
+    "model.attn_implementation=eager",
+    "data.packing=true",
+    "train.global_batch_size=4",
+    "train.max_steps=6",
+    "train.save_steps=2",
+    "train.eval_max_rows=8",
     *("launch.nproc=2", "export=none", "optim.learning_rate=1e-3", "data.max_seq_length=512"),
 ]
 

@@ -21,12 +21,10 @@ BASE = [
 CELLS = [
     *(("fp32", stage, "none") for stage in "0123"),
     *(("bf16", stage, "none") for stage in "0123"),
-    *(
-        ("fp32", "1", "optimizer_cpu"),
-        ("bf16", "2", "optimizer_cpu"),
-        ("fp32", "3", "cpu"),
-        ("bf16", "3", "nvme"),
-    ),
+    ("fp32", "1", "optimizer_cpu"),
+    ("bf16", "2", "optimizer_cpu"),
+    ("fp32", "3", "cpu"),
+    ("bf16", "3", "nvme"),
 ]
 BAD, LAST = 2, 5
 
@@ -36,13 +34,11 @@ def test_the_step_changes_nothing(tmp_path: Path) -> None:
     tasks = [
         {
             "overrides": [
-                *(
-                    *BASE,
-                    "tuner=full",
-                    f"precision={precision}",
-                    f"zero={stage}",
-                    f"offload={rung}",
-                ),
+                *BASE,
+                "tuner=full",
+                f"precision={precision}",
+                f"zero={stage}",
+                f"offload={rung}",
                 *(f"offload.nvme_path={tmp_path}/nvme", "optim.learning_rate=2e-3"),
             ],
             "first": 0,

@@ -17,23 +17,17 @@ RUNGS = ("none", "optimizer_cpu", "cpu", "optimizer_nvme", "nvme")
 #: Hidden 1088 on two ranks: between 1-D tensors the slices lie off the sectors of a disk, and
 #: DeepSpeed trains wrong.
 WIDE = [
-    *(
-        "model=tiny",
-        "model.config.hidden_size=1088",
-        "model.config.intermediate_size=2176",
-        "precision=bf16",
-    ),
-    *(
-        "model.config.num_attention_heads=17",
-        "model.config.num_key_value_heads=17",
-        "model.config.head_dim=64",
-    ),
-    *(
-        "data.train=stdlib_docs@200",
-        "data.max_seq_length=256",
-        "data.overlong=truncate",
-        "train.global_batch_size=2",
-    ),
+    "model=tiny",
+    "model.config.hidden_size=1088",
+    "model.config.intermediate_size=2176",
+    "precision=bf16",
+    "model.config.num_attention_heads=17",
+    "model.config.num_key_value_heads=17",
+    "model.config.head_dim=64",
+    "data.train=stdlib_docs@200",
+    "data.max_seq_length=256",
+    "data.overlong=truncate",
+    "train.global_batch_size=2",
 ]
 
 

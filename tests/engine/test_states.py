@@ -14,29 +14,23 @@ from tests.support import matrix, train_engines
 #: Wide enough that slices are swapped (1 MiB and more), 14 M parameters in all.
 MODEL = [
     *("model=tiny", "model.config.hidden_size=512", "model.config.intermediate_size=2304"),
-    *(
-        "model.config.num_hidden_layers=2",
-        "model.config.num_attention_heads=8",
-        "model.config.num_key_value_heads=4",
-    ),
-    *(
-        "model.config.head_dim=64",
-        "model.config.vocab_size=4096",
-        "model.config.tie_word_embeddings=false",
-    ),
+    "model.config.num_hidden_layers=2",
+    "model.config.num_attention_heads=8",
+    "model.config.num_key_value_heads=4",
+    "model.config.head_dim=64",
+    "model.config.vocab_size=4096",
+    "model.config.tie_word_embeddings=false",
     "tuner.lora_r=32",
 ]
 
 PLACES = [
-    *(
-        (0, "none"),
-        (1, "none"),
-        (2, "none"),
-        (3, "none"),
-        (1, "optimizer_cpu"),
-        (2, "optimizer_cpu"),
-        (3, "optimizer_cpu"),
-    ),
+    (0, "none"),
+    (1, "none"),
+    (2, "none"),
+    (3, "none"),
+    (1, "optimizer_cpu"),
+    (2, "optimizer_cpu"),
+    (3, "optimizer_cpu"),
     *((3, "cpu"), (3, "optimizer_nvme"), (3, "nvme")),
 ]
 TUNERS, PRECISIONS, RANKS = ("full", "lora"), ("bf16", "fp32"), (2, 1)

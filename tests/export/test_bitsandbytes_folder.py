@@ -20,7 +20,7 @@ from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.merge.peft_adapter import read_adapter
-from llmtune.export.model import ExportModel, ExportRequest, open_material
+from llmtune.export.model import ExportModel, ExportRequest, open_export_model
 from llmtune.export.pipeline import run_export, write_files
 from llmtune.export.publish.shards import Journal
 from llmtune.export.sources.bitsandbytes_base import Bnb4bitSource, is_bnb_folder, open_base
@@ -33,7 +33,7 @@ KINDS = ["llama", "llama-tied", "llama-bias", "gpt2"]
 
 
 def open_one(base: Path, adapter: Path | None = None) -> ExportModel:
-    return open_material(
+    return open_export_model(
         ExportRequest(
             base=base, base_name="tiny", adapter=adapter, run=None, output=base.with_name("out")
         ),

@@ -46,7 +46,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from llmtune.config.groups.export import ExportConfig, GgufType
 from llmtune.errors import ExportError
-from llmtune.export.model import ExportRequest, open_material
+from llmtune.export.model import ExportRequest, open_export_model
 from llmtune.export.publish.shards import Journal
 from llmtune.export.writers.gguf.gguf_file import write_gguf
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
@@ -168,7 +168,7 @@ def write(
     request = ExportRequest(
         base=base, base_name="tiny", adapter=adapter, run=None, output=folder, say=say
     )
-    write_gguf(open_material(request, config), folder, Journal(folder, "test"), config)
+    write_gguf(open_export_model(request, config), folder, Journal(folder, "test"), config)
     return folder / f"model-{kind}.gguf"
 
 

@@ -21,7 +21,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError, MissingPrerequisiteError
-from llmtune.export.model import ExportRequest, open_material
+from llmtune.export.model import ExportRequest, open_export_model
 from llmtune.export.pipeline import write_files
 from llmtune.export.publish.shards import Journal
 from llmtune.export.writers.graph.graph_comparison import compare_graph, make_probe_batches
@@ -79,7 +79,7 @@ def write(
     kind: str, base: Path, output: Path, adapter: Path | None = None, **settings: Any
 ) -> Path:
     config = ExportConfig(format=kind, **settings)
-    export_model = open_material(
+    export_model = open_export_model(
         ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output), config
     )
     output.mkdir()
@@ -267,7 +267,7 @@ def test_what_cannot_be_a_graph_is_refused(tiny_model: Path, tmp_path: Path, kin
 
     config, out = ExportConfig(format=kind), tmp_path / "large"
     out.mkdir()
-    export_model = open_material(
+    export_model = open_export_model(
         ExportRequest(base=base, base_name="tiny", adapter=None, run=None, output=out), config
     )
     large = Large({"a": TensorSpec("a", torch.bfloat16, (70_000, 1_000_000))})

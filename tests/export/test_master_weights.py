@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError
-from llmtune.export.model import ExportRequest, open_material
+from llmtune.export.model import ExportRequest, open_export_model
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.master_weights import (
     MasterWeightsSource,
@@ -205,8 +205,8 @@ def test_a_runs_result_finds_the_checkpoint_that_it_was_made_from(
     request = ExportRequest(
         base=result, base_name="tiny", adapter=None, run=tmp_path, output=tmp_path / "out"
     )
-    stored = open_material(request, ExportConfig())
-    fine = open_material(request, ExportConfig(dtype=ExportDtype.fp32))
+    stored = open_export_model(request, ExportConfig())
+    fine = open_export_model(request, ExportConfig(dtype=ExportDtype.fp32))
     assert stored.dtype == torch.bfloat16
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(read_whole(fine.source, name).bfloat16(), read_whole(stored.source, name))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
-from llmtune.export.model import ExportRequest, open_material
+from llmtune.export.model import ExportRequest, open_export_model
 from llmtune.export.pipeline import run_export, write_files
 from llmtune.export.publish.shards import Journal
 from tests.export.conftest import TOKENS, make_adapter, make_base
@@ -23,7 +23,7 @@ from tests.export.conftest import TOKENS, make_adapter, make_base
 
 def write(base: Path, output: Path, adapter: Path | None = None, **settings: Any) -> Path:
     config = ExportConfig(format="pt", **settings)
-    export_model = open_material(
+    export_model = open_export_model(
         ExportRequest(base=base, base_name="tiny", adapter=adapter, run=None, output=output), config
     )
     output.mkdir()

@@ -31,25 +31,19 @@ EVALUATED_STEPS = (0, 8, 16, 24)
 
 #: The run of all tests here: a start takes 15 s, a step 0.03 s, a save 0.05 s.
 BASE = [
-    *(
-        "model=tiny",
-        "data.train=stdlib_docs@200",
-        "data.val_set_size=16",
-        "data.max_seq_length=256",
-        "precision=fp32",
-    ),
-    *(
-        "optim.learning_rate=2e-3",
-        "launch.nproc=2",
-        f"train.max_steps={STEPS}",
-        f"train.save_steps={SAVE_STEPS}",
-    ),
-    *(
-        "train.eval_steps=8",
-        f"train.save_total_limit={KEPT}",
-        "export=none",
-        "train.sample_answers=false",
-    ),
+    "model=tiny",
+    "data.train=stdlib_docs@200",
+    "data.val_set_size=16",
+    "data.max_seq_length=256",
+    "precision=fp32",
+    "optim.learning_rate=2e-3",
+    "launch.nproc=2",
+    f"train.max_steps={STEPS}",
+    f"train.save_steps={SAVE_STEPS}",
+    "train.eval_steps=8",
+    f"train.save_total_limit={KEPT}",
+    "export=none",
+    "train.sample_answers=false",
 ]
 
 #: Until processes are gone whose supervisor was killed.

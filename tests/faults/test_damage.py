@@ -22,19 +22,15 @@ pytestmark = pytest.mark.process
 
 LAST, BEFORE = f"checkpoint-{STEPS}", f"checkpoint-{STEPS - SAVE_STEPS}"
 FILES = (
-    *(
-        "adapter_model.safetensors",
-        "optimizer-00000-of-00002.safetensors",
-        "optimizer-00001-of-00002.safetensors",
-    ),
-    *(
-        "trainer_state.json",
-        "manifest.json",
-        "COMPLETE",
-        "config.yaml",
-        "tokenizer.json",
-        "metrics.jsonl",
-    ),
+    "adapter_model.safetensors",
+    "optimizer-00000-of-00002.safetensors",
+    "optimizer-00001-of-00002.safetensors",
+    "trainer_state.json",
+    "manifest.json",
+    "COMPLETE",
+    "config.yaml",
+    "tokenizer.json",
+    "metrics.jsonl",
     *("adapter_config.json", "tokenizer_config.json", "chat_template.jinja"),
 )
 #: Bits tried in each file.

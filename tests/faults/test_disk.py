@@ -29,26 +29,20 @@ STEP = 12
 #: All files of a save in the order in which they are written; ``written-`` is what a rank tells
 #: rank 0.
 FILES = (
-    *(
-        "adapter_model.safetensors",
-        "optimizer-00000-of-00002.safetensors",
-        "optimizer-00001-of-00002.safetensors",
-    ),
-    *(
-        "written-00000.json",
-        "written-00001.json",
-        "adapter_config.json",
-        "chat_template.jinja",
-        "config.yaml",
-    ),
-    *(
-        "metrics.jsonl",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "trainer_state.json",
-        "manifest.json",
-        "COMPLETE",
-    ),
+    "adapter_model.safetensors",
+    "optimizer-00000-of-00002.safetensors",
+    "optimizer-00001-of-00002.safetensors",
+    "written-00000.json",
+    "written-00001.json",
+    "adapter_config.json",
+    "chat_template.jinja",
+    "config.yaml",
+    "metrics.jsonl",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+    "manifest.json",
+    "COMPLETE",
 )
 
 

@@ -18,28 +18,20 @@ from tests.support import Finished, losses, run, run_cli
 #: 50 M parameters, all trained: 0.8 GB of states without offload, 0.2 GB with the optimizer on
 #: NVMe.
 JOB = [
-    *(
-        "model=tiny",
-        "model.config.hidden_size=768",
-        "model.config.intermediate_size=3072",
-        "tuner=full",
-    ),
-    *(
-        "model.config.num_hidden_layers=4",
-        "model.config.num_attention_heads=12",
-        "model.config.num_key_value_heads=12",
-    ),
-    *(
-        "model.config.head_dim=64",
-        "model.config.vocab_size=8192",
-        "model.config.tie_word_embeddings=false",
-    ),
-    *(
-        "data.max_seq_length=256",
-        "data.overlong=truncate",
-        "train.global_batch_size=2",
-        "train.max_steps=3",
-    ),
+    "model=tiny",
+    "model.config.hidden_size=768",
+    "model.config.intermediate_size=3072",
+    "tuner=full",
+    "model.config.num_hidden_layers=4",
+    "model.config.num_attention_heads=12",
+    "model.config.num_key_value_heads=12",
+    "model.config.head_dim=64",
+    "model.config.vocab_size=8192",
+    "model.config.tie_word_embeddings=false",
+    "data.max_seq_length=256",
+    "data.overlong=truncate",
+    "train.global_batch_size=2",
+    "train.max_steps=3",
     *("train.save_steps=3", "train.sample_answers=false", "train.eval_max_rows=8", "export=none"),
 ]
 #: On top of what a process has before it loads a model: enough to load this one, too little for its
@@ -54,16 +46,12 @@ LARGE_JOB = [
         for text in JOB
         if not text.startswith(("model.config.hidden", "model.config.inter", "model.config.num"))
     ),
-    *(
-        "model.config.hidden_size=1280",
-        "model.config.intermediate_size=5120",
-        "model.config.num_hidden_layers=4",
-    ),
-    *(
-        "model.config.num_attention_heads=20",
-        "model.config.num_key_value_heads=20",
-        "train.max_steps=4",
-    ),
+    "model.config.hidden_size=1280",
+    "model.config.intermediate_size=5120",
+    "model.config.num_hidden_layers=4",
+    "model.config.num_attention_heads=20",
+    "model.config.num_key_value_heads=20",
+    "train.max_steps=4",
     *("train.save_steps=2", "train.eval_max_rows=64"),
 ]
 #: From too much downwards: one of them is too little for the optimizer's moments beside weights and

@@ -178,45 +178,35 @@ def test_what_is_packed_as_text_is_packed_is_read_whatever_its_size(
 # Patterns
 
 RIGHT_PATTERNS = [
-    *(
-        "q_proj",
-        "model.layers.0.self_attn.q_proj",
-        r".*layers\.(0|1|2)\..*q_proj",
-        r"^model.decoder.layers.0.k_proj",
-    ),
-    *(
-        r"layers.[0-9]+.mlp",
-        r".*\.(q|k|v|o)_proj$",
-        r"(model\.)?layers\.(\d|[12]\d|3[01])\.(self_attn|mlp)\..*",
-    ),
-    *(
-        r".*(self_attn|mlp).*(q_proj|k_proj|gate_proj|up_proj).*",
-        r"^(?!.*vision).*(?:q_proj|v_proj).*$",
-        r"(ab){2}",
-    ),
+    "q_proj",
+    "model.layers.0.self_attn.q_proj",
+    r".*layers\.(0|1|2)\..*q_proj",
+    r"^model.decoder.layers.0.k_proj",
+    r"layers.[0-9]+.mlp",
+    r".*\.(q|k|v|o)_proj$",
+    r"(model\.)?layers\.(\d|[12]\d|3[01])\.(self_attn|mlp)\..*",
+    r".*(self_attn|mlp).*(q_proj|k_proj|gate_proj|up_proj).*",
+    r"^(?!.*vision).*(?:q_proj|v_proj).*$",
+    r"(ab){2}",
     "|".join(f"layers.{number}.q_proj" for number in range(80)),
 ]
 COSTLY_PATTERNS = [
-    *(
-        "(a+)+$",
-        "(a|a)*b",
-        "(a*)*",
-        "(.*)*x",
-        "(a|b|ab)*c",
-        "(a{1,20}){1,20}",
-        "(\\w+\\s?)*$",
-        r"(x)\1",
-        ".*.*.*.*.*x",
-    ),
-    *(
-        "(a|ab)(c|bcd)(d*)" * 20,
-        "(?:a?){40}" + "a" * 40,
-        "a?" * 40 + "a" * 40,
-        "(" * 5000,
-        "(",
-        "[",
-        "a{9999999999}",
-    ),
+    "(a+)+$",
+    "(a|a)*b",
+    "(a*)*",
+    "(.*)*x",
+    "(a|b|ab)*c",
+    "(a{1,20}){1,20}",
+    "(\\w+\\s?)*$",
+    r"(x)\1",
+    ".*.*.*.*.*x",
+    "(a|ab)(c|bcd)(d*)" * 20,
+    "(?:a?){40}" + "a" * 40,
+    "a?" * 40 + "a" * 40,
+    "(" * 5000,
+    "(",
+    "[",
+    "a{9999999999}",
     *("(?P<n>a)(?(n)b|c)", "a" * 100_000, "((a+)+)+", "(?:(?:a+)b?)+c"),
 ]
 
@@ -346,22 +336,18 @@ def entry(**changes: Any) -> str:
 @pytest.mark.parametrize(
     "content",
     [
-        *(
-            b"",
-            b"\0" * 7,
-            header(entry(), length=2**63),
-            header(entry(), length=10**9),
-            header("{", b""),
-            header("[]"),
-        ),
-        *(
-            header(objects(100_000)),
-            header(b"\xff\xfe"),
-            header("1"),
-            header('{"x": 1}'),
-            header('{"x": {}}'),
-            b"\0" * 8,
-        ),
+        b"",
+        b"\0" * 7,
+        header(entry(), length=2**63),
+        header(entry(), length=10**9),
+        header("{", b""),
+        header("[]"),
+        header(objects(100_000)),
+        header(b"\xff\xfe"),
+        header("1"),
+        header('{"x": 1}'),
+        header('{"x": {}}'),
+        b"\0" * 8,
         *(
             header(entry(data_offsets=offsets))
             for offsets in ([0, 17], [8, 4], [-1, 4], [0], [0, 1, 2], [0.0, 4], "ab", None)
@@ -391,23 +377,17 @@ def test_a_right_header_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "files",
     [
-        *(
-            {"a": {"size": float("inf"), "xxh3_128": ""}},
-            {"a": {"size": float("nan"), "xxh3_128": ""}},
-            {"a": 1},
-            [1],
-            5,
-        ),
-        *(
-            {"a" * 5000: {"size": 1, "xxh3_128": ""}},
-            {"a\0b": {"size": 1, "xxh3_128": ""}},
-            {"../x": {"size": 1, "xxh3_128": ""}},
-        ),
-        *(
-            {"": {"size": 0, "xxh3_128": ""}},
-            {"a/" * 2000: {"size": 0, "xxh3_128": ""}},
-            {"\ud800": {"size": 0, "xxh3_128": ""}},
-        ),
+        {"a": {"size": float("inf"), "xxh3_128": ""}},
+        {"a": {"size": float("nan"), "xxh3_128": ""}},
+        {"a": 1},
+        [1],
+        5,
+        {"a" * 5000: {"size": 1, "xxh3_128": ""}},
+        {"a\0b": {"size": 1, "xxh3_128": ""}},
+        {"../x": {"size": 1, "xxh3_128": ""}},
+        {"": {"size": 0, "xxh3_128": ""}},
+        {"a/" * 2000: {"size": 0, "xxh3_128": ""}},
+        {"\ud800": {"size": 0, "xxh3_128": ""}},
     ],
 )
 def test_a_manifest_may_say_anything_and_is_not_believed(files: Any, tmp_path: Path) -> None:

@@ -29,15 +29,13 @@ from tests.support import ROOT, TINY
 def test_a_run_of_two_ranks_listens_on_the_loopback_alone(tmp_path: Path) -> None:
     """Also where the machine is set up for runs on several."""
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "llmtune",
-            *TINY,
-            "launch.nproc=2",
-            "train.max_steps=1",
-            "export=none",
-        ),
+        sys.executable,
+        "-m",
+        "llmtune",
+        *TINY,
+        "launch.nproc=2",
+        "train.max_steps=1",
+        "export=none",
         *("data.val_set_size=0", f"output_dir={tmp_path / 'run#1'}"),
     ]
     outside = next(

@@ -31,19 +31,15 @@ def test_no_form_of_200_secrets_is_found_in_a_run_its_tracker_its_card_and_its_p
     folder = tmp_path / "run"
     secret = planted["P3_SECRET_ACCESS_KEY"].replace("'", "")
     command = [
-        *(
-            "model=tiny",
-            "data.max_seq_length=256",
-            "launch.nproc=2",
-            "train.max_steps=4",
-            "train.save_steps=1",
-        ),
-        *(
-            "data=alpaca",
-            f"data.train={tmp_path / 'rows.jsonl'}",
-            "data.on_bad_row=skip",
-            "train.sample_answers=true",
-        ),
+        "model=tiny",
+        "data.max_seq_length=256",
+        "launch.nproc=2",
+        "train.max_steps=4",
+        "train.save_steps=1",
+        "data=alpaca",
+        f"data.train={tmp_path / 'rows.jsonl'}",
+        "data.on_bad_row=skip",
+        "train.sample_answers=true",
         *("tracker=wandb", "tracker.mode=offline", f"output_dir={folder}", "launch.max_restarts=0"),
         *("export=safetensors", f"tracker.project='{secret}'"),
     ]

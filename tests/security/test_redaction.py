@@ -161,35 +161,25 @@ def test_what_opens_something_in_a_url_is_hidden_whoevers_it_is() -> None:
 
 
 ORDINARY = [
-    *(
-        "the research of ksshaskpass goes on in /no/such/folder",
-        "100%|####| 5/5 [00:01<00:00, 4.2it/s] loss=1.5",
-    ),
-    *(
-        "https://host:8080/a@b",
-        "http://[::1]:80/x@y",
-        "ssh://git@host/x",
-        "git+ssh://git@github.com/x",
-        "a@b.de",
-    ),
-    *(
-        "hf://datasets/user/name@main/file",
-        "s3://bucket/a:b@c",
-        "sftp://deploy-user@host/x",
-        "max_tokens=5&x=1",
-    ),
+    "the research of ksshaskpass goes on in /no/such/folder",
+    "100%|####| 5/5 [00:01<00:00, 4.2it/s] loss=1.5",
+    "https://host:8080/a@b",
+    "http://[::1]:80/x@y",
+    "ssh://git@host/x",
+    "git+ssh://git@github.com/x",
+    "a@b.de",
+    "hf://datasets/user/name@main/file",
+    "s3://bucket/a:b@c",
+    "sftp://deploy-user@host/x",
+    "max_tokens=5&x=1",
     "abfss://container-with-name1@acc.dfs.core.windows.net/p",
-    *(
-        "?tokenizer=gpt2&design=blue",
-        "the key=value pair",
-        "authorization is required",
-        "a cookie: with chocolate",
-    ),
-    *(
-        "def f(token=None, key=1): ...",
-        "x = a[key] ; y = {'auth': 1}",
-        "https://example.com/?q=monkey&page=2",
-    ),
+    "?tokenizer=gpt2&design=blue",
+    "the key=value pair",
+    "authorization is required",
+    "a cookie: with chocolate",
+    "def f(token=None, key=1): ...",
+    "x = a[key] ; y = {'auth': 1}",
+    "https://example.com/?q=monkey&page=2",
 ]
 
 

@@ -40,14 +40,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            "HF_TOKEN",
-            "WANDB_API_KEY",
-            "wandb_apikey",
-            "AWS_SECRET_ACCESS_KEY",
-            "AWS_SESSION_TOKEN",
-            "DB_PASSWORD",
-        ),
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "wandb_apikey",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "DB_PASSWORD",
         *("MYSQL_PASSWD", "SSH_PRIVATE_KEY", "AZURE_CREDENTIAL", "OPENAI_KEY", "GITHUB_PAT"),
     ],
 )

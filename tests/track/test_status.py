@@ -116,11 +116,9 @@ def test_phases_are_told_but_for_the_steps_after_the_first() -> None:
         told.append(log.describe())
     assert told == [
         *("starting the ranks", "loading the model", "taking the held-out loss"),
-        *(
-            "step 7, the first of this start",
-            "step 7, the first of this start",
-            None,
-            "saving",
-            None,
-        ),
+        "step 7, the first of this start",
+        "step 7, the first of this start",
+        None,
+        "saving",
+        None,
     ]

@@ -118,24 +118,18 @@ def check(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
     schedule = SCHEDULES[(stage + ranks) % 3]
     run = tmp_path / "run"
     overrides = [
-        *(
-            *TINY,
-            f"tuner={tuner}",
-            f"data.packing={packing}",
-            f"zero={stage}",
-            f"launch.nproc={ranks}",
-        ),
+        *TINY,
+        f"tuner={tuner}",
+        f"data.packing={packing}",
+        f"zero={stage}",
+        f"launch.nproc={ranks}",
         *(f"train.gradient_accumulation_steps={accumulation}", f"optim.weight_decay={decay}"),
-        *(
-            f"data.train={folder / 'train.jsonl'}",
-            f"data.eval={folder / 'eval.jsonl'}",
-            "precision=fp32",
-        ),
-        *(
-            f"train.global_batch_size={BATCH}",
-            "train.num_train_epochs=1.5",
-            f"optim.learning_rate={RATE}",
-        ),
+        f"data.train={folder / 'train.jsonl'}",
+        f"data.eval={folder / 'eval.jsonl'}",
+        "precision=fp32",
+        f"train.global_batch_size={BATCH}",
+        "train.num_train_epochs=1.5",
+        f"optim.learning_rate={RATE}",
         *(f"schedule.warmup_steps={WARMUP}", f"schedule={schedule}", f"train.max_grad_norm={CLIP}"),
         *("export=none", f"output_dir={run}"),
     ]

@@ -19,17 +19,15 @@ from llmtune.data.rows.conversation import Conversation, Message, Role
 
 #: Modules whose docstrings describe tests, tools or the past rather than a library.
 SKIPPED = {
-    *(
-        "antigravity",
-        "idlelib",
-        "lib2to3",
-        "pydoc_data",
-        "test",
-        "this",
-        "turtledemo",
-        "ensurepip",
-        "distutils",
-    ),
+    "antigravity",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "test",
+    "this",
+    "turtledemo",
+    "ensurepip",
+    "distutils",
     # Not part of every Python: Debian ships them apart.
     *("tkinter", "turtle"),
 }

@@ -39,26 +39,22 @@ _LOOP = {"index", "index0", "revindex", "revindex0", "first", "last", "length"}
 
 #: What may stand anywhere, as long as no contents go into it.
 _UNDERSTOOD = (
-    *(
-        nodes.Template,
-        nodes.TemplateData,
-        nodes.If,
-        nodes.For,
-        nodes.Assign,
-        nodes.Const,
-        nodes.Name,
-        nodes.NSRef,
-    ),
-    *(
-        nodes.Compare,
-        nodes.Operand,
-        nodes.BinExpr,
-        nodes.UnaryExpr,
-        nodes.Filter,
-        nodes.Test,
-        nodes.Call,
-        nodes.Keyword,
-    ),
+    nodes.Template,
+    nodes.TemplateData,
+    nodes.If,
+    nodes.For,
+    nodes.Assign,
+    nodes.Const,
+    nodes.Name,
+    nodes.NSRef,
+    nodes.Compare,
+    nodes.Operand,
+    nodes.BinExpr,
+    nodes.UnaryExpr,
+    nodes.Filter,
+    nodes.Test,
+    nodes.Call,
+    nodes.Keyword,
     *(nodes.Getattr, nodes.Getitem, nodes.Slice, nodes.List, nodes.Tuple, nodes.Dict, nodes.Pair),
 )
 
