@@ -22,6 +22,9 @@ class ModelConfig:
     """Branch, tag or commit of a Hugging Face id."""
     config: dict[str, Any] | None = None
     """The architecture as in ``config.json``; planning needs nothing else."""
+    task: str = "auto"
+    """``causal_lm``, ``sequence_classification``, ``token_classification`` or ``regression``;
+    ``auto`` goes by the labels of the rows."""
     pad_token: str | None = None
     """Padding token where the tokenizer has none."""
     attn_implementation: str = "auto"

@@ -1,0 +1,92 @@
+"""Language modeling: each token is predicted from those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmtune.task.labels import LabelKind, Labels
+from llmtune.task.task import TASKS, Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmtune.task.targets import Targets
+
+
+class CausalLanguageModel(Task):
+    """Predict the next token wherever the mask of a row says so."""
+
+    name = "causal_lm"
+    title = "language modeling"
+    model_class = "AutoModelForCausalLM"
+    peft_type = "CAUSAL_LM"
+    label_kinds: ClassVar[Sequence[LabelKind | None]] = (None,)
+    metric = "eval_loss"
+    greater_is_better = False
+    keeps_best = False
+    generates = True
+    judges_rows = False
+    default_labels = Labels()
+
+    def head_settings(self, labels: Labels) -> dict[str, Any]:
+        """Return nothing: the model has its head."""
+        return {}
+
+    def head_modules(self, model: Any) -> list[str]:
+        """Name no modules: the head is one of the model's trained weights."""
+        return []
+
+    def row_weights(self, counts: Any, labels: Sequence[Any], of: Labels) -> Any:
+        """Return the trained tokens of each row. Shape (rows,)."""
+        return counts
+
+    def make_targets(self, rows: Sequence[Any], length: int, labels: Labels) -> Targets:
+        """Predict the trained tokens from the positions before them."""
+        import torch
+
+        from llmtune.task.targets import Targets
+
+        positions, tokens = [], []
+        for index, row in enumerate(rows):
+            if row is not None:
+                columns = torch.from_numpy(row.mask[1:]).nonzero().flatten()
+                positions.append(columns + index * length)
+                tokens.append(torch.from_numpy(row.ids[1:])[columns])
+        joined = torch.cat(positions) if positions else torch.zeros(0, dtype=torch.long)
+        return Targets(
+            positions=joined,
+            values=torch.cat(tokens).long() if tokens else joined,
+            weight=len(joined),
+            row_length=length,
+        )
+
+    def sum_losses(self, logits: torch.Tensor, targets: Targets, labels: Labels) -> torch.Tensor:
+        """Return the summed cross entropy of the tokens."""
+        from llmtune.task.losses import sum_cross_entropy
+
+        return sum_cross_entropy(logits, targets)
+
+    def observe(self, logits: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+        """Count the tokens that the model would have chosen."""
+        from llmtune.task.losses import pick
+
+        chosen = pick(logits, targets).argmax(-1)
+        return {
+            "right": (chosen == targets.values).sum().reshape(1),
+            "tokens": chosen.new_tensor([len(targets)]),
+        }
+
+    def metrics(
+        self, loss: float, observed: dict[str, torch.Tensor], labels: Labels
+    ) -> dict[str, float]:
+        """Compute perplexity and token accuracy."""
+        import math
+
+        # Perplexity overflows where a model has diverged.
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        right, tokens = int(observed["right"].sum()), int(observed["tokens"].sum())
+        return {"eval_perplexity": perplexity, "eval_token_accuracy": right / max(tokens, 1)}
+
+
+TASKS.register(CausalLanguageModel())

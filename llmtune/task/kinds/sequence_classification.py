@@ -1,0 +1,81 @@
+"""Sequence classification: a row has one class, or any number of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmtune.task.labels import LabelKind, Labels
+from llmtune.task.task import TASKS, Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmtune.task.targets import Targets
+
+
+class SequenceClassification(Task):
+    """Tell the class, or the classes, of a text or of a pair of texts."""
+
+    name = "sequence_classification"
+    title = "sequence classification"
+    model_class = "AutoModelForSequenceClassification"
+    peft_type = "SEQ_CLS"
+    label_kinds: ClassVar[Sequence[LabelKind | None]] = (LabelKind.name, LabelKind.names)
+    metric = "eval_f1"
+    greater_is_better = True
+    default_labels = Labels(kind=LabelKind.name, names=("0", "1"))
+
+    def head_settings(self, labels: Labels) -> dict[str, Any]:
+        """Return the names of the classes, and whether a row has one of them or several."""
+        problem = "single_label_classification"
+        if labels.kind is LabelKind.names:
+            problem = "multi_label_classification"
+        return {**super().head_settings(labels), "problem_type": problem}
+
+    def row_weights(self, counts: Any, labels: Sequence[Any], of: Labels) -> Any:
+        """Return 1, the weight of the row's class, or the number of classes. Shape (rows,)."""
+        import numpy as np
+
+        if of.kind is LabelKind.names:
+            return np.full(len(labels), float(len(of.names)))
+        if not of.weights:
+            return np.ones(len(labels))
+        return np.array([of.weights[of.numbers[str(label)]] for label in labels])
+
+    def make_targets(self, rows: Sequence[Any], length: int, labels: Labels) -> Targets:
+        """Judge the logits of every row."""
+        import torch
+
+        from llmtune.task.targets import Targets
+
+        judged = [index for index, row in enumerate(rows) if row is not None]
+        of_rows = [rows[index].label for index in judged]
+        several = labels.kind is LabelKind.names
+        values = torch.tensor(
+            [labels.encode(label) for label in of_rows],
+            dtype=torch.float32 if several else torch.long,
+        )
+        return Targets(
+            positions=torch.tensor(judged, dtype=torch.long),
+            values=values.reshape(-1, len(labels.names)) if several else values,
+            weight=float(self.row_weights(None, of_rows, labels).sum()),
+            row_length=1,
+        )
+
+    def sum_losses(self, logits: torch.Tensor, targets: Targets, labels: Labels) -> torch.Tensor:
+        """Return the summed cross entropy, of one class or of each."""
+        from llmtune.task.losses import sum_binary_cross_entropy, sum_cross_entropy
+
+        if labels.kind is LabelKind.names:
+            return sum_binary_cross_entropy(logits, targets, labels.weights)
+        return sum_cross_entropy(logits, targets, labels.weights)
+
+    def observe(self, logits: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+        """Keep the logits and labels of the rows."""
+        from llmtune.task.losses import pick
+
+        return {"logits": pick(logits, targets), "values": targets.values}
+
+
+TASKS.register(SequenceClassification())

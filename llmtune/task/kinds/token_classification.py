@@ -1,0 +1,79 @@
+"""Token classification: every word of a row has a class, such as the kind of a name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmtune.task.labels import LabelKind, Labels
+from llmtune.task.task import TASKS, Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmtune.task.targets import Targets
+
+
+class TokenClassification(Task):
+    """Tell the class of every word, at the first of its tokens."""
+
+    name = "token_classification"
+    title = "token classification"
+    model_class = "AutoModelForTokenClassification"
+    peft_type = "TOKEN_CLS"
+    label_kinds: ClassVar[Sequence[LabelKind | None]] = (LabelKind.tags,)
+    metric = "eval_f1"
+    greater_is_better = True
+    judges_rows = False
+    default_labels = Labels(kind=LabelKind.tags, names=("O", "B-NAME", "I-NAME"))
+
+    def row_weights(self, counts: Any, labels: Sequence[Any], of: Labels) -> Any:
+        """Return the words of each row, or the sum of their classes' weights. Shape (rows,)."""
+        import numpy as np
+
+        if not of.weights:
+            return counts
+        return np.array([sum(of.weights[of.numbers[str(tag)]] for tag in tags) for tags in labels])
+
+    def make_targets(self, rows: Sequence[Any], length: int, labels: Labels) -> Targets:
+        """Judge the logits at the first token of every word."""
+        import torch
+
+        from llmtune.task.targets import Targets
+
+        positions: list[torch.Tensor] = [torch.zeros(0, dtype=torch.long)]
+        tags: list[int] = []
+        for index, row in enumerate(rows):
+            if row is not None:
+                positions.append(torch.from_numpy(row.mask).nonzero().flatten() + index * length)
+                tags += labels.encode(row.label)  # type: ignore[arg-type]
+        weights = [labels.weights[tag] for tag in tags] if labels.weights else [1.0] * len(tags)
+        return Targets(
+            positions=torch.cat(positions),
+            values=torch.tensor(tags, dtype=torch.long),
+            weight=float(sum(weights)),
+            row_length=length,
+        )
+
+    def sum_losses(self, logits: torch.Tensor, targets: Targets, labels: Labels) -> torch.Tensor:
+        """Return the summed cross entropy of the words."""
+        from llmtune.task.losses import sum_cross_entropy
+
+        return sum_cross_entropy(logits, targets, labels.weights)
+
+    def observe(self, logits: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+        """Keep the class that the model gives to every word, its own, and the words per row."""
+        import torch
+
+        from llmtune.task.losses import pick
+
+        rows = logits.shape[0]
+        words = torch.bincount(targets.positions // targets.row_length, minlength=rows)
+        return {
+            "predicted": pick(logits, targets).argmax(-1),
+            "values": targets.values,
+            "words": words,
+        }
+
+
+TASKS.register(TokenClassification())

@@ -1,0 +1,117 @@
+"""The interface of a task, and the registry of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmtune.registry import Registry
+from llmtune.task.labels import LabelKind, Labels
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from llmtune.task.targets import Targets
+
+#: The value of ``model.task`` that goes by the labels of the rows.
+AUTO = "auto"
+
+
+class Task:
+    """What a model is trained to do.
+
+    The methods here describe a task whose rows have labels, with one vector of logits per row.
+    """
+
+    name: ClassVar[str]
+    """Its value of ``model.task``."""
+    title: ClassVar[str]
+    """Its name in texts."""
+    model_class: ClassVar[str]
+    """The class of transformers that builds its models."""
+    peft_type: ClassVar[str]
+    """peft's ``task_type``."""
+    label_kinds: ClassVar[Sequence[LabelKind | None]]
+    """Kinds of labels that it learns from; None stands for rows without labels."""
+    metric: ClassVar[str]
+    """The key of evaluation records that decides which model is best."""
+    greater_is_better: ClassVar[bool]
+    """A greater value of that metric is better."""
+    keeps_best: ClassVar[bool] = True
+    """``train.load_best_model_at_end=auto`` takes the best model, not the last."""
+    generates: ClassVar[bool] = False
+    """Its models answer prompts with text."""
+    judges_rows: ClassVar[bool] = True
+    """A row has one vector of logits, and not one per token."""
+    default_labels: ClassVar[Labels]
+    """Labels that a plan counts where those of the data are not known yet."""
+
+    def head_settings(self, labels: Labels) -> dict[str, Any]:
+        """Return the keys of ``config.json`` that describe the head."""
+        return {
+            "id2label": dict(enumerate(labels.names)),
+            "label2id": labels.numbers,
+        }
+
+    def head_modules(self, model: Any) -> list[str]:
+        """Name the modules of a model that are its head, which are trained with every tuner.
+
+        Args:
+            model: A transformers model, on any device.
+        """
+        base = model.base_model_prefix
+        return [
+            name
+            for name, module in model.named_children()
+            if name != base and any(True for _ in module.parameters())
+        ]
+
+    def row_weights(self, counts: np.ndarray[Any, Any], labels: Sequence[Any], of: Labels) -> Any:
+        """Return the share of each row in the divisor of a step's summed loss. Shape (rows,).
+
+        Args:
+            counts: Targets of each row. Shape (rows,).
+            labels: The label of each row, as its file has it.
+            of: The labels of the run.
+        """
+        raise NotImplementedError
+
+    def make_targets(self, rows: Sequence[Any], length: int, labels: Labels) -> Targets:
+        """Find the targets of a batch.
+
+        Args:
+            rows: Each with ``ids``, ``mask`` and ``label``; None for one that fills the batch up.
+            length: Tokens of the padded rows.
+        """
+        raise NotImplementedError
+
+    def sum_losses(self, logits: torch.Tensor, targets: Targets, labels: Labels) -> torch.Tensor:
+        """Return the summed loss in fp32, a scalar.
+
+        Args:
+            logits: As the model returns them; the last dimension is the outputs.
+        """
+        raise NotImplementedError
+
+    def observe(self, logits: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+        """Keep what the metrics need of a batch, as tensors that are joined over batches and ranks.
+
+        Args:
+            logits: As the model returns them.
+        """
+        raise NotImplementedError
+
+    def metrics(
+        self, loss: float, observed: dict[str, torch.Tensor], labels: Labels
+    ) -> dict[str, float]:
+        """Compute the metrics of an evaluation record, beside ``eval_loss``.
+
+        Args:
+            loss: The mean loss.
+            observed: What :meth:`observe` returned for all batches of all ranks, joined.
+        """
+        raise NotImplementedError
+
+
+TASKS: Registry[Task] = Registry("model.task", "llmtune.task.kinds", also=(AUTO,), interface=Task)
