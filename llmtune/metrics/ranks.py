@@ -22,8 +22,9 @@ def average_ranks(values: Tensor) -> Tensor:
     import torch
 
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last: Tensor = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
+    last = counts.cumsum(0).double()
+    ranks: Tensor = last - (counts - 1) / 2
+    return ranks[inverse]
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float | None:

@@ -1,0 +1,69 @@
+"""Find the fonts that draw a text, whatever script it is written in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+#: matplotlib's own font, which is always there.
+_DEFAULT = "DejaVu Sans"
+#: Families that hold one font for most scripts, from the best looking on.
+_PREFERRED = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "SimHei",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+)
+
+
+def find_families(texts: Sequence[str]) -> list[str]:
+    """Find the families of fonts of this machine that together draw texts, the first one first.
+
+    Returns:
+        matplotlib's own, and behind it those that each draw more of what is left. Characters that
+        no font has are still left: :func:`can_draw`.
+    """
+    families = [_DEFAULT]
+    missing = frozenset("".join(texts)) - _drawn(_DEFAULT, frozenset("".join(texts)))
+    for family in _other_families() if missing else ():
+        drawn = _drawn(family, missing)
+        if drawn:
+            families.append(family)
+            missing -= drawn
+        if not missing:
+            break
+    return families
+
+
+def can_draw(text: str, families: Sequence[str]) -> bool:
+    """Tell whether fonts have all characters of a text."""
+    missing = frozenset(text)
+    for family in families:
+        missing -= _drawn(family, missing)
+    return not missing
+
+
+@cache
+def _drawn(family: str, characters: frozenset[str]) -> frozenset[str]:
+    """Return which characters the plain font of a family has."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties(family=[family])))
+    # A font of bitmaps, such as those of colored emoji, has one size, and is refused any other.
+    if not font.scalable:
+        return frozenset()
+    return frozenset(letter for letter in characters if font.get_char_index(ord(letter)))
+
+
+@cache
+def _other_families() -> tuple[str, ...]:
+    """List the families of this machine: the preferred ones, then the others by name."""
+    from matplotlib.font_manager import fontManager
+
+    families = {font.name for font in fontManager.ttflist} - {_DEFAULT}
+    preferred = [family for family in _PREFERRED if family in families]
+    return (*preferred, *sorted(families.difference(preferred)))
