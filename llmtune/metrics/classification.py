@@ -24,7 +24,7 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         labels: Class indices, shape (rows,).
 
     Raises:
-        RuntimeError: A label is not one of the classes.
+        ValueError: A label is not one of the classes.
     """
     if not len(labels):
         return {}
@@ -57,12 +57,17 @@ def count_classes(logits: Tensor, labels: Tensor) -> tuple[tuple[int, ...], ...]
         Shape (true classes, predicted classes).
 
     Raises:
-        RuntimeError: A label is not one of the classes.
+        ValueError: A label is not one of the classes.
     """
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-    predicted = logits.argmax(dim=1)
-    matrix = multiclass_confusion_matrix(predicted, labels.long(), num_classes=logits.shape[1])
+    classes = logits.shape[1]
+    if not bool(((labels >= 0) & (labels < classes)).all()):
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(f"labels from {low} to {high}, but the classes are 0 to {classes - 1}")
+    matrix = multiclass_confusion_matrix(
+        logits.argmax(dim=1), labels.long(), num_classes=classes, validate_args=False
+    )
     return tuple(map(tuple, matrix.tolist()))
 
 

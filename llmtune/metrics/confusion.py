@@ -79,7 +79,7 @@ class ConfusionTable:
             names: The names of the classes.
 
         Raises:
-            RuntimeError: A label is not one of the classes.
+            ValueError: A label is not one of the classes.
         """
         counts = count_classes(logits, labels)
         return cls(kind=TableKind.CLASSES, names=tuple(names), counts=counts)
@@ -94,7 +94,7 @@ class ConfusionTable:
             names: The names of the labels.
 
         Raises:
-            RuntimeError: A target is neither 0 nor 1.
+            ValueError: A target is neither 0 nor 1.
         """
         counts = count_labels(logits, targets)
         return cls(kind=TableKind.LABELS, names=tuple(names), counts=counts)

@@ -50,9 +50,9 @@ def can_draw(text: str, families: Sequence[str]) -> bool:
 @cache
 def _drawn(family: str, characters: frozenset[str]) -> frozenset[str]:
     """Return which characters the plain font of a family has."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.font_manager import get_font
 
-    font = get_font(findfont(FontProperties(family=[family])))
+    font = get_font(_plain_fonts()[family])
     # A font of bitmaps, such as those of colored emoji, has one size, and is refused any other.
     if not font.scalable:
         return frozenset()
@@ -60,10 +60,24 @@ def _drawn(family: str, characters: frozenset[str]) -> frozenset[str]:
 
 
 @cache
-def _other_families() -> tuple[str, ...]:
-    """List the families of this machine: the preferred ones, then the others by name."""
+def _plain_fonts() -> dict[str, str]:
+    """List the families of this machine, with the file of each one's upright font of normal weight.
+
+    Another weight in its place would make matplotlib print a warning.
+    """
     from matplotlib.font_manager import fontManager
 
-    families = {font.name for font in fontManager.ttflist} - {_DEFAULT}
+    return {
+        font.name: font.fname
+        for font in fontManager.ttflist
+        if (font.style, font.weight, font.stretch) == ("normal", 400, "normal")
+        # Comes with matplotlib, and has a box for every character.
+        and not font.name.startswith("Last Resort")
+    }
+
+
+def _other_families() -> list[str]:
+    """List the families beside matplotlib's own: the preferred ones, then the others by name."""
+    families = _plain_fonts().keys() - {_DEFAULT}
     preferred = [family for family in _PREFERRED if family in families]
-    return (*preferred, *sorted(families.difference(preferred)))
+    return [*preferred, *sorted(families.difference(preferred))]

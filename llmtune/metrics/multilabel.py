@@ -27,7 +27,7 @@ def multilabel_metrics(logits: Tensor, targets: Tensor) -> dict[str, float]:
         targets: 0 or 1, shape (rows, labels).
 
     Raises:
-        RuntimeError: A target is neither 0 nor 1.
+        ValueError: A target is neither 0 nor 1.
     """
     if not len(targets):
         return {}
@@ -53,16 +53,21 @@ def count_labels(logits: Tensor, targets: Tensor) -> LabelCounts:
         targets: 0 or 1, shape (rows, labels).
 
     Raises:
-        RuntimeError: A target is neither 0 nor 1.
+        ValueError: A target is neither 0 nor 1.
     """
-    from torchmetrics.functional.classification import multilabel_confusion_matrix
+    from torchmetrics.functional.classification import binary_confusion_matrix
 
-    predicted = (logits > 0).long()
-    counts = multilabel_confusion_matrix(predicted, targets.long(), num_labels=logits.shape[1])
-    return tuple(
-        ((negative, wrong), (missed, correct))
-        for (negative, wrong), (missed, correct) in counts.tolist()
-    )
+    if not bool(((targets == 0) | (targets == 1)).all()):
+        raise ValueError(
+            f"targets from {float(targets.min())} to {float(targets.max())}, not 0 or 1"
+        )
+    matrices: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    # Label by label: torchmetrics' function for all of them refuses a single one.
+    for predicted, true in zip((logits > 0).unbind(1), targets.bool().unbind(1), strict=True):
+        matrix = binary_confusion_matrix(predicted.long(), true.long(), validate_args=False)
+        (negative, wrong), (missed, correct) = matrix.tolist()
+        matrices.append(((negative, wrong), (missed, correct)))
+    return tuple(matrices)
 
 
 def sum_label_counts(matrices: LabelCounts) -> Counts:
