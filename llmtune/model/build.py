@@ -18,6 +18,7 @@ from llmtune.model.weights.files import read_entries
 from llmtune.model.weights.quantized import find_meaningless, quantization
 from llmtune.model.weights.report import WeightReport
 from llmtune.model.weights.zero3_loading import load_partitions, restore_buffers
+from llmtune.plan.abilities import is_bidirectional
 from llmtune.process import no_collection
 from llmtune.storage.tensors.dtypes import configured_dtype
 
@@ -162,14 +163,5 @@ def _refuse_random(model: Any, missing: Iterable[str], folder: Path) -> None:
 
 
 def sees_padding(model: Any) -> bool:
-    """Tell whether tokens attend to later ones, so that the model must be told where padding is.
-
-    Some configurations say so. For BERT and its kin, which attend to later tokens unless they are
-    configured as decoders, the layers do.
-    """
-    text = model.config.get_text_config()
-    if getattr(text, "is_causal", True) is False or bool(
-        getattr(text, "use_bidirectional_attention", False)
-    ):
-        return True
-    return any(getattr(module, "is_causal", True) is False for module in model.modules())
+    """Tell whether tokens attend to later ones, so that the model must be told where padding is."""
+    return is_bidirectional(model)

@@ -43,6 +43,25 @@ def check_kernel(kernel: str, kernels: tuple[str, ...], name: str) -> None:
         )
 
 
+def is_bidirectional(model: Any) -> bool:
+    """Tell whether tokens attend to later ones.
+
+    Some configurations say so. For BERT and its kin, which attend to later tokens unless they are
+    configured as decoders, the layers do. DeBERTa's say nothing, but it predicts masked tokens.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    text = model.config.get_text_config()
+    if getattr(text, "is_causal", True) is False:
+        return True
+    if getattr(text, "use_bidirectional_attention", False):
+        return True
+    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        return True
+    is_encoder = text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return is_encoder and not getattr(text, "is_decoder", False)
+
+
 def max_positions(model: nn.Module, architecture: Any) -> int | None:
     """Return the tokens of the longest row that the model has positions for; None without a limit.
 

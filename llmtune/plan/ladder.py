@@ -16,7 +16,8 @@ from llmtune.config.schema import Config, Precision
 from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, resolve_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
-from llmtune.plan.memory.activations import ActivationModel, TraceSettings
+from llmtune.plan.memory.activations import ActivationModel
+from llmtune.plan.memory.fake_run import TraceSettings
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.peak_memory import MemoryPlan, Workload, estimate_memory, find_shortfall
 from llmtune.plan.memory.placement import (
@@ -303,7 +304,9 @@ class Search:
             attn_implementation=self.attn_implementation,
             precision=config.precision,
             zero3=placement.zero_stage == 3,
-            masked=config.data.packing,
+            masked=config.data.packing or shape.bidirectional,
+            bidirectional=shape.bidirectional,
+            accelerator=hardware.accelerator,
         )
         activations = self.trace(settings)
         self.origin = activations.origin
@@ -337,4 +340,5 @@ class Search:
         rows = self.config.train.per_device_eval_batch_size
         count = rows if isinstance(rows, int) else batch.micro_batch_size
         size = element_bytes(self.config.precision) + 8
-        return count * self.config.data.max_seq_length * self.shape.vocab_size * size
+        judged = count if self.shape.judges_rows else count * self.config.data.max_seq_length
+        return judged * self.shape.outputs * size

@@ -27,6 +27,7 @@ from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
 from llmtune.plan.memory.peak_memory import MemoryPlan
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.report import describe_choice, describe_misfit
+from llmtune.task.task import TASKS
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, parse_bytes
 
@@ -127,7 +128,7 @@ def resolve_ladder(
         hardware = replace(hardware, nvme_bytes=0)
     world = world_size or _resolve_world_size(config, hardware)
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
-    require(_check_causal, shape, config.model.name_or_path)
+    require(_check_task, shape, config.model.name_or_path)
     require(
         check_row_length, config.data.max_seq_length, shape.max_positions, config.model.name_or_path
     )
@@ -212,10 +213,12 @@ def _world_origin(config: Config, launched: bool) -> str:
     return "launch.nproc" if config.launch.nproc else "one a GPU, or one on a CPU"
 
 
-def _check_causal(shape: ModelShape, name: str) -> None:
-    if not shape.causal:
+def _check_task(shape: ModelShape, name: str) -> None:
+    if not shape.trainable:
+        task = TASKS.find(shape.task)
         raise ConfigError(
-            f"model.name_or_path={name}: no causal language model; it can be planned only"
+            f"model.name_or_path={name}: no model for {task.title} (model.task={task.name}):"
+            f" transformers' {task.model_class} does not build {shape.kind}; it can be planned only"
         )
 
 

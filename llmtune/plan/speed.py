@@ -42,9 +42,12 @@ class SpeedPlan:
 def forward_flops(shape: ModelShape, length: int) -> float:
     """Count the operations per token of a forward pass.
 
-    They are two per weight, and causal attention's two products, with half of the row on average.
+    They are two per weight, and those of attention's products; in causal attention a token meets
+    half of its row on average.
     """
-    return 2.0 * shape.matrix_parameters + 2.0 * length * shape.attention_width * shape.layers
+    attended = length if shape.bidirectional else length / 2
+    products = 2.0 * shape.attention_products * attended * shape.attention_width
+    return 2.0 * shape.matrix_parameters + products * shape.layers
 
 
 def step_flops(shape: ModelShape, length: int, gradient_checkpointing: bool) -> float:
@@ -53,7 +56,7 @@ def step_flops(shape: ModelShape, length: int, gradient_checkpointing: bool) -> 
     They are those of the forward pass, recomputation, and the gradients of inputs and weights.
     """
     forward = forward_flops(shape, length)
-    head = 2.0 * shape.head_parameters
+    head = 0.0 if shape.judges_rows else 2.0 * shape.head_parameters
     recomputed = forward - head if gradient_checkpointing else 0.0
     weights = forward if not shape.adapter_parameters else 0.0
     return 2 * forward + recomputed + weights + 6.0 * shape.adapter_parameters

@@ -6,11 +6,12 @@ among experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import ConfigError
+from llmtune.tuner.head import in_modules
 
 if TYPE_CHECKING:
     from llmtune.config.groups.tuner import TunerConfig
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _USED_BY_KERNEL = ("x_proj", "dt_proj", "out_proj")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptedLayers:
     """The layers of a model that get adapters, and those that do not."""
 
@@ -30,6 +31,8 @@ class AdaptedLayers:
     """Path of a linear layer that cannot or must not have an adapter -> the reason."""
     patterned: bool
     """peft must be given the names of layers instead of ``all-linear``."""
+    head: tuple[str, ...] = ()
+    """Paths of the head's linear layers, which are trained themselves."""
 
     @property
     def endings(self) -> list[str]:
@@ -47,65 +50,73 @@ class AdaptedLayers:
         Args:
             targets: ``tuner.target_modules``.
         """
-        if not self.patterned:
-            return {"target_modules": targets if isinstance(targets, str) else list(targets)}
-        endings = self.endings
-        excluded = sorted(name for name in self.left_alone if name.rsplit(".", 1)[-1] in endings)
-        return {"target_modules": endings, "exclude_modules": excluded or None}
+        names = [*self.left_alone, *self.head]
+        if self.patterned:
+            endings = self.endings
+            excluded = sorted(name for name in names if name.rsplit(".", 1)[-1] in endings)
+            return {"target_modules": endings, "exclude_modules": excluded or None}
+        if isinstance(targets, str):
+            return {"target_modules": targets}
+        excluded = sorted(name for name in names if _is_named(name, targets))
+        return {"target_modules": list(targets), "exclude_modules": excluded or None}
 
 
-def choose_layers(model: Any, tuner: TunerConfig) -> AdaptedLayers:
+def choose_layers(model: Any, tuner: TunerConfig, head: Sequence[str] = ()) -> AdaptedLayers:
     """Choose the linear layers that the tuner adapts.
 
     Args:
         model: A transformers model, on any device.
+        head: Names of the modules that are the task's head, which is trained without an adapter.
 
     Raises:
         ConfigError: ``tuner.target_modules`` matches nothing, or layers that cannot have adapters.
     """
-    linear = linear_layers(model)
-    head = model.get_output_embeddings()
+    every = linear_layers(model)
+    of_head = tuple(name for name in every if in_modules(name, head))
+    linear = {name: layer for name, layer in every.items() if name not in of_head}
+    output = model.get_output_embeddings()
     left_alone = _left_alone(model, linear)
-    if tuner.target_modules == "all-linear":
+    targets = tuner.target_modules
+    if targets == "all-linear":
         layers = {
             name: layer
             for name, layer in linear.items()
-            if layer is not head and name not in left_alone
+            if layer is not output and name not in left_alone
         }
+        patterned = bool(left_alone or of_head) or _has_stacked_experts(model)
         return AdaptedLayers(
-            layers, left_alone, patterned=bool(left_alone) or _has_stacked_experts(model)
+            layers=layers, left_alone=left_alone, patterned=patterned, head=of_head
         )
 
     # The layers whose names end with one of the targets.
-    chosen: set[str] = set()
-    unmatched: list[str] = []
-    for target in tuner.target_modules:
-        names = [name for name in linear if f".{name}".endswith(f".{target}")]
-        chosen.update(names)
-        if not names:
-            unmatched.append(target)
+    layers = {name: layer for name, layer in linear.items() if _is_named(name, targets)}
+    unmatched = [
+        target for target in targets if not any(_is_named(name, [target]) for name in layers)
+    ]
     if unmatched:
         known = _last_parts(linear)
         raise ConfigError(
             f"tuner.target_modules: {unmatched} matches no linear layer; the model has {known}"
+            + (" beside its head, which is trained without adapters" if of_head else "")
         )
 
     # Those that cannot have an adapter.
-    for target in tuner.target_modules:
+    for target in targets:
         for name, reason in left_alone.items():
-            if f".{name}".endswith(f".{target}"):
+            if _is_named(name, [target]):
                 others = {
-                    key for key in linear if key not in left_alone and linear[key] is not head
+                    key for key in linear if key not in left_alone and linear[key] is not output
                 }
                 raise ConfigError(
                     f"tuner.target_modules: {target} cannot have an adapter: {reason}; the others"
                     f" are {_last_parts(others)}"
                 )
-    return AdaptedLayers(
-        {name: layer for name, layer in linear.items() if name in chosen},
-        left_alone,
-        patterned=False,
-    )
+    return AdaptedLayers(layers=layers, left_alone=left_alone, patterned=False, head=of_head)
+
+
+def _is_named(layer: str, targets: Iterable[str]) -> bool:
+    """Tell whether a layer's name ends with one of the targets, as peft asks it."""
+    return any(f".{layer}".endswith(f".{target}") for target in targets)
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:

@@ -16,6 +16,7 @@ from llmtune.errors import CheckpointError
 from llmtune.process import no_collection
 from llmtune.storage.layout import ADAPTER_WEIGHTS
 from llmtune.tuner.adapted_layers import choose_layers
+from llmtune.tuner.head import NO_HEAD, Head, in_modules
 from llmtune.tuner.stored_adapter import (
     read_adapter_config,
     with_peft_defaults,
@@ -25,14 +26,15 @@ from llmtune.tuner.stored_adapter import (
 _INFIX = ".default."
 
 
-def add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
+def add_lora(model: Any, config: TunerConfig, base: str, seed: int, head: Head = NO_HEAD) -> Any:
     """Add LoRA adapters to a model, in the training dtype; DeepSpeed has their master weights.
 
     Args:
         base: The base model's name in ``adapter_config.json``.
+        head: The task's head, which is trained in place.
     """
     with _without_bitsandbytes():
-        return _add_lora(model, config, base, seed)
+        return _add_lora(model, config, base, seed, head)
 
 
 def import_peft() -> None:
@@ -41,13 +43,15 @@ def import_peft() -> None:
         import peft  # noqa: F401
 
 
-def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
+def _add_lora(model: Any, config: TunerConfig, base: str, seed: int, head: Head) -> Any:
     with no_collection():
         from peft import LoraConfig, get_peft_model
 
-    chosen = choose_layers(model, config).peft_settings(config.target_modules)
+    chosen = choose_layers(model, config, head.modules).peft_settings(config.target_modules)
     settings = LoraConfig(
-        task_type="CAUSAL_LM",
+        # Of a classifier peft would train a second copy of the head, which it makes of what this
+        # rank has of it under ZeRO 3.
+        task_type=None if head.modules else head.peft_type,
         r=config.lora_r,
         # peft annotates int, but only divides by it.
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
@@ -63,7 +67,21 @@ def _add_lora(model: Any, config: TunerConfig, base: str, seed: int) -> Any:
     wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
     wrapped.peft_config["default"].base_model_name_or_path = base
     wrapped.peft_config["default"].inference_mode = True
+    if head.modules:
+        _train_head(wrapped, head)
     return wrapped
+
+
+def _train_head(wrapped: Any, head: Head) -> None:
+    """Train the head in place, and say in the adapter's settings that its file holds the head.
+
+    The names in the file are those that peft gives to ``modules_to_save``.
+    """
+    for name, parameter in wrapped.get_base_model().named_parameters():
+        if in_modules(name, head.modules):
+            parameter.requires_grad_(True)
+    stored = wrapped.peft_config["default"]
+    stored.task_type, stored.modules_to_save = head.peft_type, list(head.modules)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.registry import Registry
+from llmtune.tuner.head import NO_HEAD, Head, in_modules
 from llmtune.tuner.lora_settings import find_setting_problems
 
 if TYPE_CHECKING:
@@ -45,11 +46,14 @@ class Tuner:
             )
         return problems
 
-    def choose_layers(self, model: Any, config: TunerConfig) -> AdaptedLayers | None:
+    def choose_layers(
+        self, model: Any, config: TunerConfig, head: Sequence[str] = ()
+    ) -> AdaptedLayers | None:
         """Choose the layers that get adapters; None for a tuner without adapters.
 
         Args:
             model: A transformers model, on any device.
+            head: Names of the modules that are the task's head; they are trained themselves.
 
         Raises:
             ConfigError: No layer is chosen, or a chosen one cannot have an adapter.
@@ -60,18 +64,21 @@ class Tuner:
         """Tell whether a parameter of the model itself is trained."""
         return self.trains_all
 
-    def attach(self, model: Any, config: TunerConfig, base: str, seed: int) -> Any:
+    def attach(
+        self, model: Any, config: TunerConfig, base: str, seed: int, head: Head = NO_HEAD
+    ) -> Any:
         """Mark the trained parameters, and add adapters.
 
         Args:
             model: The model with its weights, under ZeRO 3 with this rank's slices of them.
             base: The base model's name in the adapter's settings.
             seed: The run's seed; adapters of equal seeds begin equal.
+            head: The task's head, which every tuner trains.
 
         Returns:
             The model that is trained.
         """
-        mark_trained(self, model)
+        mark_trained(self, model, head.modules)
         return model
 
     def import_libraries(self) -> None:
@@ -82,14 +89,26 @@ class Tuner:
         return self.title
 
 
-def mark_trained(tuner: Tuner, model: Any) -> None:
-    """Freeze every parameter of the model that the tuner does not train.
+def is_trained(tuner: Tuner, name: str, parameter: Any, head: Sequence[str] = ()) -> bool:
+    """Tell whether a parameter of the model itself is trained: by the tuner, or as the head's.
+
+    Args:
+        head: Names of the modules that are the task's head.
+    """
+    return in_modules(name, head) or tuner.trains(name, parameter)
+
+
+def mark_trained(tuner: Tuner, model: Any, head: Sequence[str] = ()) -> None:
+    """Freeze every parameter of the model that neither the tuner nor the task trains.
 
     What the architecture itself freezes stays frozen, such as the biases by which AFMoE and
     ERNIE 4.5 balance their experts.
+
+    Args:
+        head: Names of the modules that are the task's head.
     """
     for name, parameter in model.named_parameters():
-        if not tuner.trains(name, parameter):
+        if not is_trained(tuner, name, parameter, head):
             parameter.requires_grad_(False)
 
 

@@ -72,7 +72,7 @@ def test_a_job_that_cannot_run_here_can_be_planned() -> None:
         "tuner=full",
     ]
     assert resolve_ladder(compose_config(bert).config, planning=True).shape.parameters > 10**7
-    with pytest.raises(ConfigError, match="no causal language model"):
+    with pytest.raises(ConfigError, match="no model for language modeling"):
         resolve_ladder(compose_config(bert).config)
 
 
@@ -231,7 +231,7 @@ def test_another_model_in_the_same_folder_is_counted_anew(tiny_model: Path, tmp_
         ),
         (
             ["model.name_or_path=x", "model.config.model_type=t5", "data.train=a.jsonl"],
-            ["no causal language model"],
+            ["no model for language modeling"],
         ),
     ],
 )

@@ -11,34 +11,25 @@ from typing import TYPE_CHECKING, Any
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.plan.abilities import attention_kernels, max_positions
+from llmtune.plan.abilities import attention_kernels, is_bidirectional, max_positions
 from llmtune.plan.memory.architecture_settings import check_spelling
-from llmtune.plan.memory.trace_cache import read_cached, write_cached
-from llmtune.tuner.adapted_layers import (
-    AdaptedLayers,
-    matrix_sides,
-    stacked_parameters,
+from llmtune.plan.memory.tensor_shapes import (
+    TensorShape,
+    adapter_sizes,
+    head_parameters,
+    is_tied,
+    largest_layer,
+    list_tensors,
+    matrix_parameters,
 )
-from llmtune.tuner.lora_settings import check_patterns, lora_rank
-from llmtune.tuner.tuner import TUNERS, Tuner
+from llmtune.plan.memory.trace_cache import read_cached, write_cached
+from llmtune.task.task import AUTO, TASKS, Task
+from llmtune.tuner.adapted_layers import stacked_parameters
+from llmtune.tuner.tuner import TUNERS
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorShape:
-    """One parameter, in the order in which the model names them."""
-
-    name: str
-    numel: int
-    trained: bool
-    vector: bool
-    """One-dimensional, as norms and biases, which have a parameter group of their own."""
-    adapter: bool = False
-    quantized: bool = False
-    """Stored as 4-bit NF4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +43,11 @@ class ModelShape:
     """0 for full fine-tuning."""
     tied: bool
     head_parameters: int
-    """Elements of the output projection, tied or not; 0 if the model has none."""
+    """Elements of the output projection, tied or not, or of the task's head; 0 if the model has
+    none."""
     matrix_parameters: int
     """Weights that a token is multiplied with: matrices of active experts and other layers, and the
-    head, without the input embeddings."""
+    head unless it judges rows, without embeddings."""
     largest_tensor: int
     largest_adapter_tensor: int
     layer_parameters: int
@@ -66,8 +58,18 @@ class ModelShape:
     vocab_size: int
     attention_width: int
     """Heads times head size, which is attention's cost per pair of positions."""
-    causal: bool = True
-    """Whether llmtune can train it; other architectures can only be planned."""
+    task: str = "causal_lm"
+    """Name of the task whose head the model has."""
+    outputs: int = 0
+    """Logits of a judged token or row: the vocabulary, classes or values."""
+    judges_rows: bool = False
+    """A row has one vector of logits, and not one per token."""
+    bidirectional: bool = False
+    """Tokens attend to later ones, so that padding is masked."""
+    attention_products: int = 2
+    """Products of attention per pair of positions; DeBERTa has more, of relative positions."""
+    trainable: bool = True
+    """transformers has the task's class for it; other architectures can only be planned."""
     kernels: tuple[str, ...] = ("eager",)
     """Names of its attention kernels in transformers."""
     max_positions: int | None = None
@@ -157,9 +159,14 @@ def unreachable_model(name: str, error: BaseException) -> str:
 
 
 def build_meta_model(
-    architecture: PretrainedConfig, trust_remote_code: bool = False
+    architecture: PretrainedConfig, trust_remote_code: bool = False, task: str = AUTO
 ) -> tuple[nn.Module, bool]:
-    """Build a model on the meta device, and tell whether it is a causal language model.
+    """Build a model on the meta device, and tell whether it is one of the task.
+
+    An architecture for which transformers lacks the task's class is built without its head.
+
+    Args:
+        task: ``model.task``; ``auto`` is language modeling.
 
     Raises:
         ConfigError: transformers cannot build it, or its settings contradict each other.
@@ -167,13 +174,9 @@ def build_meta_model(
     import torch
     import transformers
 
+    own = find_task(task).model_class
     reason = ""
-    for kind in (
-        "AutoModelForCausalLM",
-        "AutoModelForSeq2SeqLM",
-        "AutoModelForMaskedLM",
-        "AutoModel",
-    ):
+    for kind in (own, "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"):
         try:
             with torch.device("meta"):
                 model = getattr(transformers, kind).from_config(
@@ -184,8 +187,24 @@ def build_meta_model(
             if "Unrecognized configuration class" not in str(error):
                 break
         else:
-            return model, kind == "AutoModelForCausalLM"
+            return model, kind == own
     raise ConfigError(f"model.config: {reason}")
+
+
+def find_task(name: str) -> Task:
+    """Return the task of ``model.task``; ``auto`` without labels is language modeling."""
+    return TASKS.find("causal_lm" if name == AUTO else name)
+
+
+def set_outputs(architecture: PretrainedConfig, task: Task) -> None:
+    """Give a head as many outputs as the configuration names, or as the task has by default.
+
+    transformers' own default of two nameless labels counts as none.
+    """
+    names = task.default_labels.names
+    named = architecture.to_diff_dict()
+    if names and not {"id2label", "num_labels"} & named.keys():
+        architecture.num_labels = len(names)
 
 
 def resolve_shape(
@@ -204,7 +223,8 @@ def resolve_shape(
     if identity is None:
         return _count(config, tuner)
     patterns = (tuner.rank_pattern, tuner.alpha_pattern)
-    key = repr((identity, tuner.kind, tuner.lora_r, *patterns, tuner.target_modules))
+    sizes = (tuner.kind, tuner.lora_r, *patterns, tuner.target_modules)
+    key = repr((identity, config.task, *sizes))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
         tensors = tuple(TensorShape(**values) for values in stored.pop("tensors"))
@@ -232,12 +252,14 @@ def _identify(config: ModelConfig) -> str | None:
 
 
 def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
-    architecture = load_architecture(config)
-    meta_model, causal = build_meta_model(architecture, config.trust_remote_code)
+    architecture, task = load_architecture(config), find_task(config.task)
+    set_outputs(architecture, task)
+    meta_model, trainable = build_meta_model(architecture, config.trust_remote_code, config.task)
     model: Any = meta_model
-    adapted = TUNERS.find(tuner.kind).choose_layers(model, tuner)
-    adapters = _adapter_sizes(adapted, tuner) if adapted else {}
-    tensors = _tensors(model, adapters, TUNERS.find(tuner.kind))
+    head = task.head_modules(model) if trainable else []
+    adapted = TUNERS.find(tuner.kind).choose_layers(model, tuner, head)
+    adapters = adapter_sizes(adapted, tuner) if adapted else {}
+    tensors = list_tensors(model, adapters, TUNERS.find(tuner.kind), head)
     if not any(tensor.trained for tensor in tensors):
         raise ConfigError(
             f"tuner.kind={tuner.kind} trains no parameter of {config.name_or_path}, whose"
@@ -247,27 +269,31 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0))
     layers = max(1, int(getattr(text, "num_hidden_layers", 1)))
     heads = int(getattr(text, "num_attention_heads", 0) or 1)
-    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and inputs is not None and head.weight is inputs.weight
+    vocabulary = int(getattr(text, "vocab_size", 0))
     base = [tensor for tensor in tensors if not tensor.adapter]
     return ModelShape(
         parameters=sum(tensor.numel for tensor in base),
         trainable_parameters=sum(tensor.numel for tensor in tensors if tensor.trained),
         adapter_parameters=sum(tensor.numel for tensor in tensors if tensor.adapter),
-        tied=tied,
-        head_parameters=head.weight.numel() if head is not None else 0,
-        matrix_parameters=_matrix_parameters(model, text),
+        tied=is_tied(model),
+        head_parameters=head_parameters(model, head),
+        matrix_parameters=matrix_parameters(model, text, head if task.judges_rows else ()),
         largest_tensor=max(tensor.numel for tensor in base),
         largest_adapter_tensor=max(
             (tensor.numel for tensor in tensors if tensor.adapter), default=0
         ),
-        layer_parameters=_largest_layer(model, adapters),
+        layer_parameters=largest_layer(model, adapters),
         hidden_size=hidden,
         intermediate_size=_intermediate_size(text) or 4 * hidden,
         layers=layers,
-        vocab_size=int(getattr(text, "vocab_size", 0)),
+        vocab_size=vocabulary,
         attention_width=heads * int(getattr(text, "head_dim", None) or hidden // heads),
-        causal=causal,
+        task=task.name,
+        outputs=(architecture.num_labels or 0) if head else vocabulary,
+        judges_rows=bool(head) and task.judges_rows,
+        bidirectional=is_bidirectional(model),
+        attention_products=2 + len(_relative_products(text)),
+        trainable=trainable,
         kernels=attention_kernels(model),
         max_positions=max_positions(model, architecture),
         adapted=tuple(adapted.endings) if adapted else (),
@@ -278,105 +304,14 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     )
 
 
+def _relative_products(text: Any) -> list[str]:
+    """List DeBERTa's products of content and relative position."""
+    if not getattr(text, "relative_attention", False):
+        return []
+    return list(getattr(text, "pos_att_type", None) or ())
+
+
 def _intermediate_size(text: Any) -> int:
     """That of the widest layer, where they differ; 0 if none is named."""
     size = getattr(text, "intermediate_size", None) or 0
     return max(size) if isinstance(size, list | tuple) else int(size)
-
-
-def _tensors(model: Any, adapters: dict[str, tuple[int, int]], tuner: Tuner) -> list[TensorShape]:
-    """List the parameters in the order of peft's model.
-
-    An adapted layer's own weight comes first, then ``lora_A``, then ``lora_B``.
-    """
-    from torch import nn
-
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if module is not None:
-            linear -= {id(parameter) for parameter in module.parameters()}
-    tensors: list[TensorShape] = []
-    for name, parameter in model.named_parameters():
-        quantized = tuner.is_quantized and id(parameter) in linear
-        tensors.append(
-            TensorShape(
-                name=name,
-                numel=parameter.numel(),
-                trained=tuner.trains(name, parameter),
-                vector=parameter.dim() <= 1,
-                quantized=quantized,
-            )
-        )
-        owner = name.removesuffix(".weight")
-        if name.endswith(".weight") and owner in adapters:
-            tensors += _matrices(owner, adapters[owner])
-    # A tied head, whose weight has the name of the embedding.
-    seen = {tensor.name.partition(".lora_")[0] for tensor in tensors if tensor.adapter}
-    for owner in adapters.keys() - seen:
-        tensors += _matrices(owner, adapters[owner])
-    return tensors
-
-
-def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
-    return [
-        TensorShape(
-            name=f"{owner}.lora_{matrix}.default.weight",
-            numel=numel,
-            trained=True,
-            vector=False,
-            adapter=True,
-        )
-        for matrix, numel in zip("AB", sizes, strict=True)
-    ]
-
-
-def _matrix_parameters(model: Any, text: Any) -> int:
-    """Count the weights in a token's forward pass; of experts only the share that is used."""
-    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    embedding = {id(p) for p in inputs.parameters()} if inputs is not None else set()
-    experts = int(
-        getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
-    )
-    share = 1.0
-    if experts:
-        share = int(getattr(text, "num_experts_per_tok", None) or experts) / experts
-    total = 0.0
-    if head is not None and id(head.weight) in embedding:
-        total = float(head.weight.numel())
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and id(parameter) not in embedding:
-            total += parameter.numel() * (share if ".experts." in name else 1.0)
-    return round(total)
-
-
-def _largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
-    """Count the parameters of the largest block of the module list that holds most."""
-    from torch import nn
-
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    if not lists:
-        return sum(parameter.numel() for parameter in model.parameters())
-    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    sizes = []
-    for index, block in enumerate(blocks):
-        size = sum(parameter.numel() for parameter in block.parameters())
-        for owner, matrices in adapters.items():
-            if owner.startswith(f"{name}.{index}."):
-                size += sum(matrices)
-        sizes.append(size)
-    return max(sizes)
-
-
-def _adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, tuple[int, int]]:
-    """Map each adapted layer to the elements of its LoRA matrices, ``r x in`` and ``out x r``."""
-    check_patterns(tuner, adapted.layers)
-    sides = {name: matrix_sides(layer) for name, layer in adapted.layers.items()}
-    ranks = {name: lora_rank(tuner, name) for name in sides}
-    return {
-        name: (ranks[name] * inputs, ranks[name] * outputs)
-        for name, (inputs, outputs) in sides.items()
-    }

@@ -171,7 +171,8 @@ def gathered_bytes(
 
 def checkpoint_bytes(shape: ModelShape, size: int) -> int:
     """Bytes of the model or adapter in the training dtype, of master weights and of moments."""
-    model = shape.adapter_parameters or shape.parameters
+    # An adapter's file holds the task's head too.
+    model = shape.trainable_parameters if shape.adapter_parameters else shape.parameters
     return size * model + 12 * shape.trainable_parameters
 
 

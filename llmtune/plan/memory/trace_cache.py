@@ -16,8 +16,14 @@ from llmtune.storage.hashing import sha256_bytes, sha256_files
 
 #: What the values depend on beside model and settings: libraries, and the files that compute them.
 _LIBRARIES = ("torch", "transformers")
-_SOURCES = ("activations.py", "model_shape.py", "../abilities.py")
-_TUNERS = "../../tuner"
+_SOURCES = (
+    "activations.py",
+    "fake_run.py",
+    "model_shape.py",
+    "tensor_shapes.py",
+    "../abilities.py",
+)
+_ROOMS = ("../../task", "../../tuner")
 
 
 def read_cached(folder: Path | None, kind: str, key: str) -> Any:
@@ -52,5 +58,6 @@ def _file(folder: Path, kind: str, key: str) -> Path:
 def _versions() -> tuple[str, ...]:
     here = Path(__file__).parent
     files = [here / name for name in _SOURCES]
-    files += sorted((here / _TUNERS).rglob("*.py"))
+    for room in _ROOMS:
+        files += sorted((here / room).rglob("*.py"))
     return (__version__, *(metadata.version(name) for name in _LIBRARIES), sha256_files(files))

@@ -1,0 +1,333 @@
+"""Run a few layers of a model on fake tensors, and record what they would allocate.
+
+``FakeTensorMode`` runs every operation without memory or arithmetic; ``MemTracker`` records what
+would be allocated. Parameters' gradients are dropped as soon as they are made, because they are
+counted with ZeRO's states. The fake tensors are those of a CPU; ``_gpu_dropout`` replaces the
+operations of which a GPU keeps less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmtune.config.groups.tuner import TunerConfig
+from llmtune.config.schema import Precision
+from llmtune.process import hold_interruptions
+from llmtune.storage.tensors.dtypes import configured_dtype
+from llmtune.tuner.adapted_layers import choose_layers, linear_layers, matrix_sides
+from llmtune.tuner.head import in_modules
+from llmtune.tuner.lora_settings import lora_rank
+from llmtune.tuner.tuner import TUNERS, mark_trained
+
+if TYPE_CHECKING:
+    from llmtune.task.task import Task
+
+#: The first layer's input is not an intermediate result; from the second layer on each adds the
+#: same.
+TRACED_LAYERS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceSettings:
+    """The settings on which the activations of a micro-batch depend."""
+
+    rows: int
+    length: int
+    gradient_checkpointing: bool
+    attn_implementation: str
+    precision: Precision
+    zero3: bool
+    """Under ZeRO 3 DeepSpeed's linear function keeps its input, even if the weight is frozen."""
+    masked: bool = False
+    """Attention gets a mask, because documents share a row, or tokens attend to later ones: it
+    keeps the mask, and keys and values repeated per head."""
+    bidirectional: bool = False
+    """Tokens attend to later ones, so that the mask tells where padding is."""
+    accelerator: str = "cuda"
+    """Dropout keeps more on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Bytes that a run of :data:`TRACED_LAYERS` layers allocated."""
+
+    held: int
+    """At the end of the forward pass."""
+    layer: int
+    """The share of one layer."""
+    peak: int
+    """At the peak of forward and backward pass."""
+
+
+def trace_layers(
+    architecture: Any, tuner: TunerConfig, settings: TraceSettings, task: Task | None = None
+) -> Trace:
+    """Run the forward and the backward pass of a model of few layers on fake tensors.
+
+    The inputs are vectors, so that the table of embeddings is left out.
+
+    Args:
+        task: Its head is run too; None leaves the head to the caller.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    class PeakTracker(MemTracker):
+        """Records only the model's peak; each module's would take half of a trace's time."""
+
+        def _update_peak_stats(self, *args: Any) -> None:
+            modules, self.memory_tracking = self.memory_tracking, {}  # type: ignore[assignment]
+            super()._update_peak_stats(*args)
+            self.memory_tracking = modules
+
+    # The model and its inputs, on fake tensors.
+    dtype = configured_dtype(settings.precision.value)
+    model = _build(architecture, tuner, settings, dtype, task)
+    after: list[int] = []
+    kernels = _gpu_dropout() if settings.accelerator == "cuda" else contextlib.nullcontext()
+    with hold_interruptions(), FakeTensorMode(allow_non_fake_inputs=True), kernels:
+        _to_fake(model)
+        text = architecture.get_text_config()
+        # ELECTRA's embeddings are narrower than its layers.
+        width = getattr(text, "embedding_size", None) or text.hidden_size
+        shape = (settings.rows, settings.length, width)
+        inputs = torch.empty(shape, dtype=dtype, requires_grad=True)
+        named: dict[str, Any] = {"inputs_embeds": inputs}
+        if settings.bidirectional:
+            named["attention_mask"] = torch.ones(shape[:2], dtype=torch.long)
+
+        # One forward and one backward pass, with a snapshot after each layer.
+        tracker = PeakTracker()
+        tracker.track_external(model, *named.values())
+        for layer in _layers(model):
+            layer.register_forward_hook(
+                lambda *_: after.append(_activation_bytes(tracker.get_tracker_snapshot("current")))
+            )
+        with tracker:
+            output = model(**named)
+            output = output.logits if task is not None else output.last_hidden_state
+            held = _activation_bytes(tracker.get_tracker_snapshot("current"))
+            gradient = torch.empty_like(output)
+            output.backward(gradient)
+            inputs.grad = None
+        peak = _activation_bytes(tracker.get_tracker_snapshot("peak"))
+    # The output and its gradient are counted with the loss, which has them whatever the layers do.
+    own = output.numel() * dtype.itemsize
+    return Trace(held - own, after[2] - after[1], peak - own)
+
+
+def _layers(model: Any) -> Any:
+    """The module list of the layers: the one that holds most modules."""
+    from torch import nn
+
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == TRACED_LAYERS
+    ]
+    return max(lists, key=lambda module: sum(1 for _ in module.modules()))
+
+
+def _build(
+    architecture: Any,
+    tuner: TunerConfig,
+    settings: TraceSettings,
+    dtype: Any,
+    task: Task | None,
+) -> Any:
+    import torch
+    import transformers
+
+    config = copy.deepcopy(architecture)
+    text = config.get_text_config()
+    text.num_hidden_layers = TRACED_LAYERS
+    # One entry per layer, where an architecture mixes kinds of attention.
+    for name in ("layer_types", "mlp_layer_types"):
+        if isinstance(getattr(text, name, None), list):
+            setattr(text, name, getattr(text, name)[:TRACED_LAYERS])
+    # A small vocabulary, because embeddings are not part of the trace. RoBERTa's positions begin
+    # after the number of its padding token.
+    text.vocab_size = 8
+    if text.pad_token_id is not None and text.pad_token_id >= text.vocab_size:
+        text.pad_token_id = None
+    config.use_cache = text.use_cache = False
+    kernel = settings.attn_implementation
+    if kernel != "eager" and not settings.masked:
+        kernel = _unmasked()
+    kind = TUNERS.find(tuner.kind)
+    model_class = task.model_class if task is not None else "AutoModel"
+    with torch.device("meta"):
+        model = getattr(transformers, model_class).from_config(
+            config, dtype=dtype, attn_implementation=kernel
+        )
+        head = task.head_modules(model) if task is not None else []
+        mark_trained(kind, model, head)
+        if kind.has_adapter:
+            model = _with_adapters(model, tuner, dtype, head)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    if settings.zero3:
+        _keep_linear_inputs(model)
+    return model
+
+
+def _gpu_dropout() -> Any:
+    """Make a context in which dropout keeps what it keeps on a GPU.
+
+    On a CPU dropout keeps a mask in the dtype of its input, on a GPU one byte per element
+    (``aten/src/ATen/native/Dropout.cpp``). SDPA with dropout keeps all products of two tokens on a
+    CPU, and the state of the random numbers in the kernels of a GPU.
+    """
+    import torch
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+
+    class GpuDropout(TorchFunctionMode):
+        """Replaces both by operations that keep the same bytes as a GPU's."""
+
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            named = dict(kwargs or {})
+            if function is functional.scaled_dot_product_attention:
+                return function(*args, **{**named, "dropout_p": 0.0})
+            if function is functional.dropout:
+                named.pop("inplace", None)
+                return _dropout(*args, **named)
+            return function(*args, **named)
+
+    def _dropout(inputs: Any, p: float = 0.5, training: bool = True, _: bool = False) -> Any:
+        return torch.native_dropout(inputs, p, True)[0] if training and p > 0 else inputs
+
+    return GpuDropout()
+
+
+def _unmasked() -> str:
+    """Register SDPA without a mask, which keeps what FlashAttention keeps.
+
+    On fake tensors transformers would make a mask in any case.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    name = "llmtune_unmasked"
+    AttentionInterface.register(name, sdpa_attention_forward)
+    AttentionMaskInterface.register(name, lambda *_args, **_kwargs: None)
+    return name
+
+
+def _to_fake(model: Any) -> None:
+    """Replace meta tensors by fake ones, because MemTracker ignores meta tensors."""
+    import torch
+    from torch import nn
+
+    for module in model.modules():
+        for name, tensor in list(module._buffers.items()):
+            if tensor is not None:
+                module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in list(module._parameters.items()):
+            if tensor is None:
+                continue
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if tensor.requires_grad:
+                module._parameters[name] = nn.Parameter(fake)
+                module._parameters[name].register_post_accumulate_grad_hook(_drop_gradient)
+            else:
+                # MemTracker hooks the gradient of every parameter, and frozen ones have none.
+                del module._parameters[name]
+                module._buffers[name] = fake
+
+
+def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any, head: list[str]) -> Any:
+    """Freeze the model, and add LoRA layers that compute what peft's do.
+
+    Importing peft would take longer than the trace.
+    """
+    from torch import nn
+
+    class Adapted(nn.Module):
+        """``base(x) + B(A(dropout(x))) * scale``."""
+
+        def __init__(self, base: nn.Module, rank: int):
+            super().__init__()
+            inputs, outputs = matrix_sides(base)
+            self.base = base
+            self.dropout = nn.Dropout(tuner.lora_dropout) if tuner.lora_dropout else nn.Identity()
+            self.down = nn.Linear(inputs, rank, bias=False, dtype=dtype)
+            self.up = nn.Linear(rank, outputs, bias=False, dtype=dtype)
+
+        def forward(self, inputs: Any) -> Any:
+            """Compute the adapted layer."""
+            update = self.up(self.down(self.dropout(inputs)))
+            # The value of the scale does not matter for memory.
+            return self.base(inputs) + update * 2.0
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(in_modules(name, head))
+    targets = tuner.target_modules
+    if targets == "all-linear":
+        layers = choose_layers(model, tuner, head).layers
+    else:
+        # The head, which may be among them, is not part of the trace.
+        endings = tuple(f".{ending}" for ending in targets)
+        layers = {
+            name: module
+            for name, module in linear_layers(model).items()
+            if f".{name}".endswith(endings) and not in_modules(name, head)
+        }
+    for name, module in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Adapted(module, lora_rank(tuner, name)))
+    return model
+
+
+def _keep_linear_inputs(model: Any) -> None:
+    """Make linear layers keep input and weight, as in DeepSpeed's ``zero/linear.py``.
+
+    The function is ``LinearFunctionForZeroStage3``.
+    """
+    import torch
+    from torch import nn
+
+    class KeepInput(torch.autograd.Function):
+        """A frozen linear layer that keeps its input."""
+
+        @staticmethod
+        def forward(ctx: Any, inputs: Any, weight: Any) -> Any:
+            ctx.save_for_backward(inputs, weight)
+            return inputs.matmul(weight.t())
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            _, weight = ctx.saved_tensors
+            return gradient.matmul(weight), None
+
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Linear)
+            and not module.weight.requires_grad
+            and getattr(module, "bias", None) is None
+        ):
+            linear: Any = module
+            linear.forward = functools.partial(_apply_kept, KeepInput, linear)
+
+
+def _apply_kept(function: Any, linear: Any, inputs: Any) -> Any:
+    return function.apply(inputs, linear.weight)
+
+
+def _drop_gradient(parameter: Any) -> None:
+    parameter.grad = None
+
+
+def _activation_bytes(snapshot: dict[Any, dict[Any, int]]) -> int:
+    """Bytes of all that is not a parameter, a buffer or an input."""
+    (values,) = snapshot.values()
+    names = {getattr(key, "value", str(key)): value for key, value in values.items()}
+    return sum(value for name, value in names.items() if name in ("Activation", "Temp", "Gradient"))

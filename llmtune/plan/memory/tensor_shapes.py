@@ -1,0 +1,169 @@
+"""List and count a model's parameters, those of its adapters and of its head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune.config.groups.tuner import TunerConfig
+from llmtune.tuner.adapted_layers import AdaptedLayers, matrix_sides
+from llmtune.tuner.head import in_modules
+from llmtune.tuner.lora_settings import check_patterns, lora_rank
+from llmtune.tuner.tuner import Tuner, is_trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorShape:
+    """One parameter, in the order in which the model names them."""
+
+    name: str
+    numel: int
+    trained: bool
+    vector: bool
+    """One-dimensional, as norms and biases, which have a parameter group of their own."""
+    adapter: bool = False
+    quantized: bool = False
+    """Stored as 4-bit NF4."""
+
+
+def list_tensors(
+    model: Any,
+    adapters: dict[str, tuple[int, int]],
+    tuner: Tuner,
+    head: Sequence[str] = (),
+) -> list[TensorShape]:
+    """List the parameters in the order of peft's model.
+
+    An adapted layer's own weight comes first, then ``lora_A``, then ``lora_B``.
+
+    Args:
+        adapters: Elements of the two matrices of each adapted layer.
+        head: Names of the modules that are the task's head.
+    """
+    from torch import nn
+
+    linear = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not in_modules(name, head)
+    }
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            linear -= {id(parameter) for parameter in module.parameters()}
+    tensors: list[TensorShape] = []
+    for name, parameter in model.named_parameters():
+        quantized = tuner.is_quantized and id(parameter) in linear
+        tensors.append(
+            TensorShape(
+                name=name,
+                numel=parameter.numel(),
+                trained=is_trained(tuner, name, parameter, head),
+                vector=parameter.dim() <= 1,
+                quantized=quantized,
+            )
+        )
+        owner = name.removesuffix(".weight")
+        if name.endswith(".weight") and owner in adapters:
+            tensors += _matrices(owner, adapters[owner])
+    # A tied head, whose weight has the name of the embedding.
+    seen = {tensor.name.partition(".lora_")[0] for tensor in tensors if tensor.adapter}
+    for owner in adapters.keys() - seen:
+        tensors += _matrices(owner, adapters[owner])
+    return tensors
+
+
+def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
+    return [
+        TensorShape(
+            name=f"{owner}.lora_{matrix}.default.weight",
+            numel=numel,
+            trained=True,
+            vector=False,
+            adapter=True,
+        )
+        for matrix, numel in zip("AB", sizes, strict=True)
+    ]
+
+
+def is_tied(model: Any) -> bool:
+    """Tell whether the output projection is the input embedding."""
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is not None and inputs is not None and head.weight is inputs.weight
+
+
+def head_parameters(model: Any, head: Sequence[str]) -> int:
+    """Count the elements of the task's head, or of the output projection."""
+    if head:
+        modules = [model.get_submodule(name) for name in head]
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+    output = model.get_output_embeddings()
+    return output.weight.numel() if output is not None else 0
+
+
+def matrix_parameters(model: Any, text: Any, of_rows: Sequence[str] = ()) -> int:
+    """Count the weights in a token's forward pass; of experts only the share that is used.
+
+    Args:
+        text: The model's text configuration.
+        of_rows: Names of the modules that see a row once, and not each of its tokens.
+    """
+    from torch import nn
+
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    }
+    experts = int(
+        getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
+    )
+    share = 1.0
+    if experts:
+        share = int(getattr(text, "num_experts_per_tok", None) or experts) / experts
+    total = 0.0
+    output = model.get_output_embeddings()
+    if output is not None and id(output.weight) in embeddings:
+        total = float(output.weight.numel())
+    for name, parameter in model.named_parameters():
+        if (
+            parameter.dim() > 1
+            and id(parameter) not in embeddings
+            and not in_modules(name, of_rows)
+        ):
+            total += parameter.numel() * (share if ".experts." in name else 1.0)
+    return round(total)
+
+
+def largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
+    """Count the parameters of the largest block of the module list that holds most."""
+    from torch import nn
+
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    if not lists:
+        return sum(parameter.numel() for parameter in model.parameters())
+    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    sizes = []
+    for index, block in enumerate(blocks):
+        size = sum(parameter.numel() for parameter in block.parameters())
+        for owner, matrices in adapters.items():
+            if owner.startswith(f"{name}.{index}."):
+                size += sum(matrices)
+        sizes.append(size)
+    return max(sizes)
+
+
+def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, tuple[int, int]]:
+    """Map each adapted layer to the elements of its LoRA matrices, ``r x in`` and ``out x r``."""
+    check_patterns(tuner, adapted.layers)
+    sides = {name: matrix_sides(layer) for name, layer in adapted.layers.items()}
+    ranks = {name: lora_rank(tuner, name) for name in sides}
+    return {
+        name: (ranks[name] * inputs, ranks[name] * outputs)
+        for name, (inputs, outputs) in sides.items()
+    }
