@@ -39,10 +39,11 @@ def _plan(composed: Composed, options: Options, write: Output) -> int:
     from llmtune.plan.plan import resolve_ladder
     from llmtune.plan.report import describe_misfit
     from llmtune.run.adapter import adopt_adapter
+    from llmtune.run.task import adopt_task
     from llmtune.track.console import Console
     from llmtune.track.status import Status
 
-    composed = adopt_adapter(composed)
+    composed = adopt_task(adopt_adapter(composed))
     config = composed.config
     with Status(Console(sys.stderr), "loading the libraries and planning"):
         ladder = resolve_ladder(config, planning=True)

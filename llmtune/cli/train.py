@@ -81,12 +81,13 @@ def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
     from llmtune.run.fallback import FallbackRunner, check_fits
     from llmtune.run.prepare import lock_file, resolve_run_target
     from llmtune.run.ranks_ahead import RanksAhead, Surroundings
+    from llmtune.run.task import adopt_task
     from llmtune.train.begun import begun_train
     from llmtune.train.run_folder import RunFolder, open_run_folder
 
     started = time.monotonic()
     target = resolve_run_target(composed)
-    composed = adopt_adapter(composed, target.folder)
+    composed = adopt_task(adopt_adapter(composed, target.folder))
     quiet_environment()
     before = RunFolder(target.folder)
     if before.finished_step is None:

@@ -125,7 +125,7 @@ VERBS = {
         summary="a run, checkpoint or adapter becomes a model folder that other tools load",
     ),
     "merge": Verb(run=_export, summary="the same as export"),
-    "eval": Verb(run=_eval, summary="held-out loss and perplexity of a run, checkpoint or model"),
+    "eval": Verb(run=_eval, summary="held-out loss and metrics of a run, checkpoint or model"),
     "chat": Verb(run=_chat, summary="talk to a run, checkpoint or model"),
     "verify": Verb(
         run=_verify,

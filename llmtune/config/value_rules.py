@@ -24,7 +24,6 @@ _POSITIVE = (
     "train.max_steps",
     "train.logging_steps",
     "train.eval_steps",
-    "train.eval_max_rows",
     "train.save_steps",
     "train.save_total_limit",
     "data.max_seq_length",
@@ -140,6 +139,12 @@ def _find_range_problems(config: Config) -> Iterator[str]:
 
 def _find_choice_problems(config: Config) -> Iterator[str]:
     """OmegaConf's unions cannot restrict a text to a list of words."""
+    rows = config.train.eval_max_rows
+    if rows not in ("auto", None) and not (type(rows) is int and rows > 0):
+        yield f"train.eval_max_rows={rows}: must be above 0 and a whole number, 'auto' or null"
+    weights = config.data.class_weights
+    if weights not in ("none", "balanced", None) and not isinstance(weights, list):
+        yield f"data.class_weights={weights}: none, balanced, or a list of numbers above 0"
     for key in _COUNTS_OR_AUTO:
         value = read_key(config, key)
         if value != "auto" and not (type(value) is int and value > 0):

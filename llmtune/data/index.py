@@ -17,7 +17,14 @@ import numpy as np
 from llmtune.config.groups.data import DataConfig, OnBadRow
 from llmtune.data.prepared_data import PROBLEMS, SUMMARY
 from llmtune.data.read.sources import Source
-from llmtune.data.report.preflight import find_leaks, find_mixed_labels, find_overlong_sources
+from llmtune.data.report.label_checks import (
+    find_label_problems,
+    find_mixed_labels,
+    find_unlabeled,
+    keep_every_class,
+    summarize_labels,
+)
+from llmtune.data.report.preflight import find_leaks, find_overlong_sources
 from llmtune.data.rows.problems import Problem, refuse, write_problems
 from llmtune.data.settings import check_packed_formats
 from llmtune.data.store.mixing import mix, split_eval
@@ -25,9 +32,6 @@ from llmtune.data.store.packing import pack_rows, packing_efficiency
 from llmtune.data.store.token_store import Rows, TokenStore
 from llmtune.errors import DataError
 from llmtune.plan.prepared_data import SplitSummary
-
-#: More different labels than this are values, not classes.
-MAX_CLASSES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +87,11 @@ class IndexWriter:
             *find_overlong_sources(
                 every, self.config.max_seq_length, self.config.max_overlong_share
             ),
-            *find_mixed_labels(every),
+            *(
+                find_unlabeled(every)
+                or find_mixed_labels(every)
+                or find_label_problems(splits.train, splits.eval)
+            ),
         ]
         bad_rows = sum(store.summary.bad_rows for store in every)
 
@@ -109,7 +117,7 @@ class IndexWriter:
             "eval": None,
             "train_stores": self.names[0],
             "eval_stores": self.names[1] or self.names[0],
-            "classes": _find_classes(every),
+            **self._describe_labels(splits.train),
             "special_tokens": sorted({token for store in every for token in store.summary.special}),
             "unknown_fields": sorted({name for store in every for name in store.summary.unknown}),
             "formats": sorted({name for store in every for name in store.summary.formats}),
@@ -155,6 +163,8 @@ class IndexWriter:
             hashes = every.documents("hashes")
             is_duplicate = np.isin(hashes[keep], hashes[drawn])
             keep, duplicates = keep[~is_duplicate], int(is_duplicate.sum())
+            if every.labels:
+                keep, drawn = keep_every_class(keep, drawn, every.labels)
         return _Splits(
             train=self._mix(keep), eval=Rows(self.stores, drawn), duplicates_of_eval=duplicates
         )
@@ -211,6 +221,17 @@ class IndexWriter:
             packing_efficiency=efficiency,
         ).to_dict()
 
+    def _describe_labels(self, train: Rows) -> dict[str, Any]:
+        labels = summarize_labels(train)
+        if labels is None:
+            return {"classes": []}
+        return {
+            "classes": labels.classes,
+            "class_counts": labels.counts,
+            "label_kind": labels.kind.value,
+            "outputs": labels.outputs,
+        }
+
     def _nothing_left(self) -> DataError:
         dropped = sum(store.summary.dropped for store in self.stores)
         if dropped and not any(store.summary.bad_rows for store in self.stores):
@@ -224,9 +245,3 @@ class IndexWriter:
             self._bad_rows(self.stores),
             f"No row of data.train={self.config.train} can be trained on",
         )
-
-
-def _find_classes(stores: list[TokenStore]) -> list[Any]:
-    """Different labels, sorted."""
-    every = {label for store in stores for label in store.labels()}
-    return sorted(every, key=lambda label: (isinstance(label, str), label))[:MAX_CLASSES]

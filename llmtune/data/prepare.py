@@ -33,7 +33,7 @@ from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import ConfigError
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.security.trust import require_own
-from llmtune.storage.atomic import write_cache_folder
+from llmtune.storage.atomic import remove_folder, write_cache_folder
 from llmtune.storage.hashing import hash_json
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ def prepare_data(
     # The index over them.
     fingerprint = _fingerprint(config, seed, tokenizer_hash, train, evaluation, stream)
     folder = cache_dir / "data" / "prepared" / fingerprint
+    if _is_outdated(folder):
+        remove_folder(folder)
     if not (folder / SUMMARY).is_file():
         with write_cache_folder(folder) as aside:
             _write_index(config, tokenizer, seed, cache_dir, (train, evaluation), aside)
@@ -114,6 +116,14 @@ def prepare_data(
         )
         raise refuse(itertools.islice(read_problems(data), data.fatal), advice)
     return data
+
+
+def _is_outdated(folder: Path) -> bool:
+    """Tell whether an index of rows with labels is that of an earlier version."""
+    if not (folder / SUMMARY).is_file():
+        return False
+    summary = json.loads((folder / SUMMARY).read_text())
+    return bool(summary["classes"]) and "label_kind" not in summary
 
 
 def _write_index(

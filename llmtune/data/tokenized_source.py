@@ -22,14 +22,14 @@ from llmtune.data.rows.fields import without_fields
 from llmtune.data.rows.problems import RowError, format_location
 from llmtune.data.rows.turns import rename
 from llmtune.data.rows.values import Row
-from llmtune.data.store.token_store import SUMMARY, write_store
+from llmtune.data.store.token_store import is_stored, write_store
 from llmtune.data.tokenize.chat_template import check_chat_template
 from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.workers import TokenBlock, TokenizerPool, Work
 from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
 from llmtune.errors import DataError
 from llmtune.security.trust import require_own
-from llmtune.storage.atomic import write_cache_folder
+from llmtune.storage.atomic import remove_folder, write_cache_folder
 from llmtune.storage.hashing import hash_json
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ def tokenize_source(
         [TOKENS_VERSION, tokenizer_hash, contents, source.format, *columns, drawn, shaping]
     )
     folder = token_folder(cache, key)
-    if not (folder / SUMMARY).is_file():
+    if not is_stored(folder):
+        # An earlier version may have left one.
+        remove_folder(folder)
         recipes = find_recipes(source, files)
         if any(FORMATS.find(recipe.format).is_chat for recipe in recipes.values()):
             check_chat_template(tokenizer, tokenizer.name_or_path)

@@ -133,6 +133,24 @@ def all_reduce_any(flags: Sequence[bool], rank: Rank) -> list[bool]:
     return [bool(flag) for flag in tensor]
 
 
+def gather_rows(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
+    """Join the rows of all ranks' tensors, in the order of the ranks, on every rank.
+
+    Args:
+        tensor: On the host. Ranks may have different numbers of rows. Shape (rows, ...).
+    """
+    if rank.world_size == 1:
+        return tensor
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(rank.world_size)]
+    dist.all_gather(counts, torch.tensor([len(tensor)]), group=rank.control)
+    longest = max(int(count) for count in counts)
+    padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    pieces = [torch.empty_like(padded) for _ in range(rank.world_size)]
+    dist.all_gather(pieces, padded, group=rank.control)
+    return torch.cat([piece[: int(count)] for piece, count in zip(pieces, counts, strict=True)])
+
+
 def gather_objects(value: Any, rank: Rank) -> list[Any]:
     """Gather the values of all ranks, in order, on every rank.
 

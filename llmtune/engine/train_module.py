@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -27,7 +27,18 @@ from llmtune.plan.memory.tensor_shapes import TensorShape
 from llmtune.plan.memory.zero_buffers import parameter_groups
 
 LossFunction = Callable[[torch.Tensor, Any], torch.Tensor]
-"""(logits, targets of the batch) -> sum of token losses, a scalar."""
+"""(logits, targets of the batch) -> sum of losses, a scalar."""
+
+Observe = Callable[[torch.Tensor, Any], dict[str, torch.Tensor]]
+"""(logits, targets of the batch) -> what metrics need of it."""
+
+
+class Weighed(Protocol):
+    """The targets of a batch."""
+
+    @property
+    def weight(self) -> float:
+        """What their summed loss is divided by."""
 
 
 class MicroBatch(Protocol):
@@ -38,8 +49,8 @@ class MicroBatch(Protocol):
         """Arguments of the model's forward."""
 
     @property
-    def targets(self) -> Sized:
-        """What the loss function takes; as long as there are trained tokens."""
+    def targets(self) -> Weighed:
+        """What the loss function takes."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
@@ -49,11 +60,21 @@ class MicroBatch(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The result of one evaluation."""
+
+    loss: float
+    """Mean over all ranks' batches."""
+    observed: dict[str, torch.Tensor]
+    """What metrics need of this rank's batches, joined, on the host."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """The result of one optimizer step."""
 
     loss: float
-    """Mean over the step's trained tokens, over all ranks and micro-batches."""
+    """Mean over the step's targets, over all ranks and micro-batches."""
     grad_norm: float
     """Global 2-norm of the gradient, before clipping."""
     applied: bool
@@ -125,7 +146,7 @@ class TrainModule:
     def train_step(
         self,
         micro_batches: Sequence[MicroBatch],
-        trained_tokens: int,
+        loss_weight: float,
         learning_rate: float,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> StepResult | None:
@@ -134,15 +155,15 @@ class TrainModule:
         A step whose gradient is not finite changes nothing.
 
         Args:
-            trained_tokens: Trained tokens of the step, over all ranks. The loss is divided by them
-                once, so that accumulation and ranks change nothing. DeepSpeed averages gradients
-                over ranks, hence the factor ``world_size``.
+            loss_weight: Trained tokens or rows of the step, over all ranks. The loss is divided by
+                them once, so that accumulation and ranks change nothing. DeepSpeed averages
+                gradients over ranks, hence the factor ``world_size``.
             interrupted: Called on every rank between micro-batches, with the same result on all.
                 True abandons the step: None is returned, and the state is that of the step before.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        scale = self.rank.world_size / max(trained_tokens, 1)
+        scale = self.rank.world_size / (loss_weight or 1)
         total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
         norm: float | None = None
         self.engine.train()
@@ -169,31 +190,40 @@ class TrainModule:
             norm = 0.0 if reported is None else float(reported)
         (summed,) = all_reduce_sum([float(total)], self.rank)
         applied = bool(self.engine.was_step_applied()) and math.isfinite(norm)
-        return StepResult(summed / max(trained_tokens, 1), norm, applied)
+        return StepResult(summed / (loss_weight or 1), norm, applied)
 
     def evaluate(
-        self, batches: Iterable[MicroBatch], interrupted: Callable[[], bool] = lambda: False
-    ) -> tuple[float, int] | None:
-        """Mean loss over the trained tokens of all ranks' batches, and their number; None where it
-        was interrupted.
+        self,
+        batches: Iterable[MicroBatch],
+        observe: Observe,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Evaluation | None:
+        """Take the mean loss of all ranks' batches, and what metrics need; None if interrupted.
 
         Args:
+            observe: Its results of all batches of this rank are joined.
             interrupted: Called on every rank before each batch, with the same result on all.
         """
         self.rank.phases.enter("evaluate")
         self.engine.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
-        count = 0
+        weight = 0.0
+        pieces: list[dict[str, torch.Tensor]] = []
         with torch.no_grad():
             for batch in batches:
                 if interrupted():
                     return None
-                total += self._loss(batch)
-                count += len(batch.targets)
+                batch = batch.to(self.rank.device)
+                logits = self.engine(**batch.inputs, use_cache=False).logits
+                total += self.loss_function(logits, batch.targets)
+                weight += batch.targets.weight
+                pieces.append(observe(logits, batch.targets))
                 self.rank.phases.beat()
         self.engine.train()
-        summed, tokens_seen = all_reduce_sum([float(total), float(count)], self.rank)
-        return summed / max(tokens_seen, 1), int(tokens_seen)
+        summed, weights = all_reduce_sum([float(total), weight], self.rank)
+        names = pieces[0] if pieces else ()
+        observed = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in names}
+        return Evaluation(summed / (weights or 1), observed)
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """Compute a batch's logits, on the host, without gradients and without dropout.

@@ -51,7 +51,7 @@ def resolve_model_folder(
             )
         architecture = config.config
         key = f"random-{short_hash(json.dumps(architecture, sort_keys=True).encode())}"
-        return _cached(
+        return make_once(
             cache_dir / "models" / key, lambda folder: write_random_model(architecture, folder)
         )
     wheel = _wheel_file(config.wheel)
@@ -100,7 +100,7 @@ def _from_gguf(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Path:
     folder = cache_dir / "models" / f"{path.stem}-{short_hash_file(path)}"
     if not folder.is_dir():
         say(f"unpacking {path.name} into {folder} (once, half a minute) ...")
-    return _cached(folder, lambda target: convert_gguf(path, target))
+    return make_once(folder, lambda target: convert_gguf(path, target))
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -185,7 +185,7 @@ def _check_architecture(config: ModelConfig, folder: Path) -> None:
         )
 
 
-def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Return ``folder``, which ``make`` writes the first time, once among concurrent processes.
 
     No process sees it half-written.

@@ -60,11 +60,18 @@ class PreparedData:
     special_tokens: list[int]
     """Special tokens that occur in the rows."""
     classes: list[str | int | float]
-    """Labels of classification rows, sorted; at most ``llmtune.data.index.MAX_CLASSES``."""
+    """Classes of rows with labels, sorted."""
     fatal: int
     """Problems for which training is refused."""
     left_out: int
     """Problems of rows that were left out instead."""
+    class_counts: list[int] = field(default_factory=list)
+    """Training rows, or words, of each class."""
+    label_kind: str | None = None
+    """The kind of the labels (:class:`llmtune.task.labels.LabelKind`); None where rows have none.
+    """
+    outputs: int = 0
+    """Classes, or values per row."""
     unknown_fields: list[str] = field(default_factory=list)
     """Fields of rows, messages and parts that are neither read nor known to be harmless, sorted."""
     formats: list[str] = field(default_factory=list)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.own_code import describe_own_code, explain_own_code
 from llmtune.model.source import resolve_model_folder
+from llmtune.model.task_folder import read_labels, resolve_task_folder
+from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan.run_record import RunRecord
 from llmtune.run.prepare import cache_dir
 from llmtune.security.terminal import to_terminal
@@ -25,6 +27,8 @@ from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
 from llmtune.storage.manifest import check_undamaged, is_complete
 from llmtune.storage.tensors.dtypes import configured_dtype
+from llmtune.task.labels import Labels
+from llmtune.task.task import AUTO
 from llmtune.tuner.stored_adapter import read_adapter_config
 from llmtune.tuner.tuner import TUNERS
 
@@ -46,6 +50,8 @@ class Target:
     adapter: Path | None
     run: Path | None
     base_name: str
+    labels: Labels = field(default_factory=Labels)
+    """What the model tells apart; none for a language model."""
     code_asked_by: str | None = None
     """The stored configuration that turns on ``model.trust_remote_code``, which only the command
     line can.
@@ -53,12 +59,25 @@ class Target:
 
 
 def resolve_target(composed: Composed) -> Target:
-    """Find what the command line names.
+    """Find what the command line names, and what it was trained to do.
 
     Raises:
         ConfigError: Two things are named at once.
         CheckpointError: There is nothing complete at that place.
     """
+    target = _find_target(composed)
+    model, record = target.config.model, RunRecord()
+    task, labels = read_labels(target.model_folder)
+    if target.run is not None:
+        record = _read_record(target.run / layout.PLAN)
+    if model.task == AUTO and labels.kind is not None:
+        model = replace(model, task=task)
+    if record.labels and labels.kind is not None:
+        labels = replace(labels, weights=Labels.from_dict(record.labels).weights)
+    return replace(target, config=replace(target.config, model=model), labels=labels)
+
+
+def _find_target(composed: Composed) -> Target:
     given, config = composed.config.target, composed.config
     places = {"run": given.run, "checkpoint": given.checkpoint, "base": given.base}
     named = [key for key, place in places.items() if place]
@@ -133,7 +152,6 @@ def _load_tokenizer(target: Target) -> Any:
     Code is the base's alone.
     """
     from llmtune.data.tokenize.chat_template import check_chat_template, load_chat_template
-    from llmtune.model.tokenizer import load_tokenizer
 
     folder, code_of = target.model_folder, None
     if target.adapter is not None and (target.adapter / "tokenizer.json").is_file():
@@ -141,7 +159,8 @@ def _load_tokenizer(target: Target) -> Any:
     template = load_chat_template(target.config.data.chat_template)
     with explain_own_code(folder, target.code_asked_by, of_adapter=code_of is not None):
         tokenizer = load_tokenizer(folder, target.config.model, template, code_of)
-    check_chat_template(tokenizer, target.base_name)
+    if target.labels.kind is None:
+        check_chat_template(tokenizer, target.base_name)
     return tokenizer
 
 
@@ -160,7 +179,7 @@ def _load_weights(target: Target) -> Any:
     capability = visible_gpus()[0].compute_capability if accelerator == "cuda" else 0
     trusted = config.model.trust_remote_code
     architecture = AutoConfig.from_pretrained(str(target.model_folder), trust_remote_code=trusted)
-    kernels = attention_kernels(build_meta_model(architecture, trusted)[0])
+    kernels = attention_kernels(build_meta_model(architecture, trusted, config.model.task)[0])
     attention = resolve_attention(config, accelerator, kernels, capability)
     places = (
         WeightsTo(place_weights(target.model_folder, config.precision))
@@ -251,24 +270,30 @@ def from_trained(config: Config, folder: Path, run: Path) -> Target:
 
 def _base_folder(config: Config, run: Path) -> Path:
     """The folder of the run's base: as in training, or as the configuration finds it now."""
-    noted = _noted_base(run / layout.PLAN)
+    record = _read_record(run / layout.PLAN)
+    noted, cache = record.model_folder, cache_dir(config)
     if noted is not None and noted.is_dir() and list(noted.glob("*.safetensors")):
         return noted
-    return resolve_model_folder(config.model, cache_dir(config))
+    base = resolve_model_folder(config.model, cache)
+    labels = Labels.from_dict(record.labels)
+    tokenizer = load_tokenizer(base, config.model)
+    return resolve_task_folder(
+        base, config.model, labels, tokenizer, config.seed, cache, lambda _: None
+    )
 
 
-def _noted_base(plan: Path) -> Path | None:
-    """The base folder in ``plan.json``; None also if a crash of the machine cut the file off.
+def _read_record(plan: Path) -> RunRecord:
+    """Read ``plan.json``; the record is empty if a crash of the machine cut the file off.
 
     Raises:
         CheckpointError: The plan may not be opened.
     """
     if not plan.is_file():
-        return None
+        return RunRecord()
     try:
-        return RunRecord.from_json(read_foreign(plan, CheckpointError)).model_folder
+        return RunRecord.from_json(read_foreign(plan, CheckpointError))
     except ValueError:
-        return None
+        return RunRecord()
 
 
 def trained_folder(run: Path, config: Config) -> Path:

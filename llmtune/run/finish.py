@@ -8,6 +8,7 @@ from pathlib import Path
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.config.stored import load_config
 from llmtune.storage import layout
+from llmtune.task.task import find_task
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
 from llmtune.train.run_folder import RunFolder
@@ -67,4 +68,7 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
         f"merged model: {exported}" if is_merged else f"exported {export.format}: {exported}"
     )
     console.say(f"{'adapter:     ' if has_adapter else 'trained model:'} {trained}")
-    console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')
+    if find_task(config.model.task).generates:
+        console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')
+    else:
+        console.say(f"use it:       python -m llmtune predict run={run} predict.input=FILE")

@@ -220,9 +220,10 @@ def _prepare_first(
     from llmtune.run.describe import describe
     from llmtune.run.fallback import place_swap
     from llmtune.run.prepare import attempt, prepare_run
+    from llmtune.run.task import adopt_task
     from llmtune.train.begun import begun_train
 
-    composed = adopt_adapter(composed, target.folder)
+    composed = adopt_task(adopt_adapter(composed, target.folder))
     begun = begun_train(composed.config, target.folder, target.name)
     plan = place_swap(resolve_plan(composed.config, world_size, begun), composed, target)
     check_adapter(composed.config, plan.shape, target.folder)

@@ -161,8 +161,7 @@ class ProgressLine:
         """Show a training record from time to time, and every evaluation."""
         if "eval_loss" in record:
             self._console.say(
-                f"step {record['step']}/{self._total}  held-out loss {record['eval_loss']:.4f}  "
-                f"perplexity {record['eval_perplexity']:.2f}"
+                f"step {record['step']}/{self._total}  {_describe_evaluation(record)}"
             )
             return
         now = time.monotonic()
@@ -187,3 +186,13 @@ class ProgressLine:
 
     def finish(self) -> None:
         """Do nothing: there is nothing to close."""
+
+
+def _describe_evaluation(record: Record) -> str:
+    """Describe the loss and the metrics of an evaluation."""
+    parts = [f"held-out loss {record['eval_loss']:.4f}"]
+    for key, value in record.items():
+        if key.startswith("eval_") and key != "eval_loss":
+            digits = 2 if key == "eval_perplexity" else 4
+            parts.append(f"{key.removeprefix('eval_').replace('_', ' ')} {value:.{digits}f}")
+    return "  ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,20 @@ from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
-from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.registry import NONE
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.storage.tensors.dtypes import configured_dtype
+from llmtune.task.task import find_task
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import SERVICES, TrackedRun
 from llmtune.track.tracker import Tracker, Trackers, check_tracker
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
-from llmtune.train.hooks.evaluation import HeldOutLoss
+from llmtune.train.hooks.confusion_plot import ConfusionPlot
+from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
@@ -44,6 +46,7 @@ from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
 from llmtune.train.stop_request import Stop
 from llmtune.train.training_state import TrainingState
+from llmtune.tuner.head import Head
 from llmtune.tuner.peft_model import load_adapter, to_file_name
 from llmtune.tuner.tuner import TUNERS
 
@@ -85,7 +88,6 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     config, plan = request.config, request.plan
     template = load_chat_template(config.data.chat_template)
     tokenizer = load_tokenizer(request.model_folder, config.model, template)
-    pad_token_id: Any = tokenizer.pad_token_id
 
     module = build_module(request, rank)
     state: TrainerState | None = None
@@ -102,18 +104,19 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
             line=line,
         )
 
-    collator = Collator(
-        pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model)
-    )
+    collator = build_collator(request, module.model, tokenizer)
     if config.data.packing:
         dtype, vocabulary = configured_dtype(config.precision.value), plan.shape.vocab_size
         check_module(module, collator, vocabulary, dtype, config.model.name_or_path)
-    evaluator = HeldOutLoss(
+    evaluator = Evaluator(
         module=module,
         rows=open_rows(request.data, "eval") if request.data.eval else None,
         batch_size=eval_batch_size(request),
         collator=collator,
-        max_rows=config.train.eval_max_rows,
+        max_rows=eval_max_rows(request),
+        task=find_task(config.model.task),
+        labels=request.labels,
+        run=request.run_folder,
     )
     loader = build_loader(request, rank, tokenizer, collator)
     return Job(
@@ -138,6 +141,19 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         hooks=build_hooks(request, rank, console, module, tokenizer),
         stop=stop,
         start=start,
+    )
+
+
+def build_collator(request: RunRequest, model: Any, tokenizer: Any) -> Collator:
+    """Build what makes batches of rows, with the targets of the task."""
+    task, labels = find_task(request.config.model.task), request.labels
+    return Collator(
+        pad_token_id=tokenizer.pad_token_id,
+        varlen=request.plan.attn_implementation.startswith("flash"),
+        masked=sees_padding(model),
+        token_types="token_type_ids" in tokenizer.model_input_names and task.needs_labels,
+        find_targets=partial(task.make_targets, labels=labels),
+        find_weights=partial(task.row_weights, of=labels),
     )
 
 
@@ -252,6 +268,14 @@ def eval_batch_size(request: RunRequest) -> int:
     return rows if isinstance(rows, int) else request.plan.batch.micro_batch_size
 
 
+def eval_max_rows(request: RunRequest) -> int | None:
+    """Return the rows per evaluation during training; None for all."""
+    rows = request.config.train.eval_max_rows
+    if isinstance(rows, str):
+        return 256 if find_task(request.config.model.task).generates else None
+    return rows
+
+
 def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     """Build the model with its adapters, and DeepSpeed's engine around it.
 
@@ -273,12 +297,14 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     model = build_model(
         folder, config.model, config.precision, recompute, plan.attn_implementation, weights
     )
-    model = tuner.attach(model, config.tuner, _base_name(request), config.seed)
+    task = find_task(config.model.task)
+    head = Head(modules=tuple(task.head_modules(model)), peft_type=task.peft_type)
+    model = tuner.attach(model, config.tuner, _base_name(request), config.seed, head)
     if tuner.has_adapter:
         adapter = request.resume_from or config.tuner.adapter_path
         if adapter is not None:
             load_adapter(model, Path(adapter).expanduser())
-    return TrainModule(model, plan.deepspeed, rank, sum_token_losses)
+    return TrainModule(model, plan.deepspeed, rank, partial(task.sum_losses, labels=request.labels))
 
 
 def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Trackers:
@@ -305,7 +331,12 @@ def build_hooks(
     reason = samples_reason_to_skip(
         config.train.sample_answers, plan.shape.parameters, sharded, len(prompts)
     )
-    hooks: list[Hook] = [LossPlot(request.run_folder, request.run_name, rank)]
+    hooks: list[Hook] = [
+        LossPlot(request.run_folder, request.run_name, rank),
+        ConfusionPlot(request.run_folder, rank),
+    ]
+    if not find_task(config.model.task).generates:
+        return hooks
     if reason is None:
         hooks.append(
             SampleAnswers(

@@ -133,15 +133,21 @@ class CheckpointSaver:
             for folder in find_checkpoints(self.settings.run):
                 self.mirror.put(folder, None)
 
-    def record_evaluation(self, record: Record) -> None:
-        """Record an evaluation, for the next manifest and to track the best checkpoint."""
+    def record_evaluation(self, record: Record) -> bool:
+        """Record an evaluation, for the next manifest and to track the best checkpoint.
+
+        Returns:
+            Whether it is the best so far, or, where no metric says which is, the newest.
+        """
         self._metrics = record
         metric = self.settings.retention.metric
         if metric is None:
-            return
+            return True
         sign = -1 if self.settings.retention.greater_is_better else 1
         if self._best is None or sign * record[metric] < sign * self._best["value"]:
             self._best = {"metric": metric, "value": record[metric], "step": record["step"]}
+            return True
+        return False
 
     def save(self, progress: TrainingState) -> Path:
         """Begin to write the checkpoint of this step, unless it exists. Collective.

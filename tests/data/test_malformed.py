@@ -175,8 +175,8 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     ),
     "no_label": (
         "a.jsonl",
-        b'{"text": "a", "label": 1}\n{"text": "b"}\n',
-        "a.jsonl:2: the field 'label' is missing",
+        b'{"text": "a", "label": 1}\n{"text": "c", "label": 0}\n{"text": "b"}\n',
+        "a.jsonl:3: the field 'label' is missing",
     ),
 }
 

@@ -20,13 +20,13 @@ from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.launch.preflight.deepspeed_ops import load_ops
 from llmtune.model.build import WeightsTo, build_model
-from llmtune.model.loss import sum_token_losses
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed, with_nvme_path
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.placement import make_placement
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
+from llmtune.task.losses import sum_cross_entropy
 from llmtune.tuner.peft_model import add_lora
 from tests.engine.rows import random_rows
 from tests.engine.worker import ask_cpu_once, resolve_on_first
@@ -81,7 +81,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
     model = build_model(model_folder, config.model, config.precision, False, "eager", weights)
     model = add_lora(model, config.tuner, "base", 0) if lora else model
-    module = TrainModule(model, deepspeed, rank, sum_token_losses)
+    module = TrainModule(model, deepspeed, rank, sum_cross_entropy)
     del model
     memory = measure_steps(module, before, batch, shape.vocab_size)
     barrier(rank)

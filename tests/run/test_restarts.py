@@ -32,6 +32,7 @@ from llmtune.run.fallback import FallbackRunner
 from llmtune.run.prepare import RunInputs, RunTarget
 from llmtune.storage import layout
 from llmtune.storage.plain_fields import from_plain
+from llmtune.task.labels import Labels
 from llmtune.track.console import Console
 from llmtune.train.run_folder import RunFolder
 from tests.launch.fakes import run_fakes
@@ -146,6 +147,7 @@ class FakeRun:
             run_id="a",
             model_folder=self.folder,
             data=from_plain(PreparedData, {}),
+            labels=Labels(),
             steps=from_plain(StepsPlan, {}),
             resume_from=None,
         )

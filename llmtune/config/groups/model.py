@@ -25,6 +25,8 @@ class ModelConfig:
     task: str = "auto"
     """``causal_lm``, ``sequence_classification``, ``token_classification`` or ``regression``;
     ``auto`` goes by the labels of the rows."""
+    new_head: bool = False
+    """Draw a new head in the place of a head that tells other classes apart."""
     pad_token: str | None = None
     """Padding token where the tokenizer has none."""
     attn_implementation: str = "auto"

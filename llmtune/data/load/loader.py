@@ -30,8 +30,9 @@ class StepBatch:
     """The micro-batches of one rank for one optimizer step."""
 
     micro_batches: list[Batch]
-    trained_tokens: int
-    """Of the whole global batch: the loss's denominator, the same on all ranks."""
+    loss_weight: float
+    """What the summed loss of the whole global batch is divided by, the same on all ranks: its
+    trained tokens, or the weight of its rows."""
     tokens: int
     """Of the whole global batch, padding excluded."""
     position: Mapping[str, Any]
@@ -91,7 +92,7 @@ class TrainLoader:
         self.last_row = last_row
         self.settings = settings
         self._lengths = rows.lengths
-        self._trained = rows.supervised_tokens
+        self._weights = collator.weigh(rows)
         self._epoch = -1
         self._order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
@@ -127,7 +128,7 @@ class TrainLoader:
         position = {"next_row": first_row + len(numbers), "rows": len(self.rows), "seed": self.seed}
         return StepBatch(
             micro_batches=[self.collator.collate(self.rows, numbers) for numbers in mine],
-            trained_tokens=int(self._trained[index].sum()),
+            loss_weight=self._weights[index].sum().item(),
             tokens=int(self._lengths[index].sum()),
             position=position,
             rows=mine,

@@ -222,7 +222,8 @@ class RowStream:
             recipe = find_recipe(source, file)
             if recipe is not None and FORMATS.find(recipe.format).has_labels:
                 raise DataError(
-                    f"{file.path}: classification rows; a classifier cannot be trained yet"
+                    f"{file.path}: the labels of all rows must be known before training begins;"
+                    " take data.streaming=false"
                 )
             self._recipes[file.path] = recipe
         return self._recipes[file.path]
@@ -319,7 +320,7 @@ class StreamLoader:
             collate = self.collator.pack if self.stream.config.packing else self.collator.pad
             yield StepBatch(
                 micro_batches=[collate(rows_of) for rows_of in mine],
-                trained_tokens=sum(int(np.count_nonzero(row.mask)) for row in chosen),
+                loss_weight=sum(int(np.count_nonzero(row.mask)) for row in chosen),
                 tokens=sum(len(row.ids) for row in chosen),
                 position=asdict(cursor),
             )

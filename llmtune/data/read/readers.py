@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -18,7 +18,7 @@ from llmtune.data.read.blocks import Block, collect_blocks
 from llmtune.data.read.json_files import find_rows, is_around_rows, is_whole, may_be_around_rows
 from llmtune.data.read.size_bounds import MAX_ROW_BYTES, lines_of, read_whole, refuse_row
 from llmtune.data.read.sources import DataFile, Source, open_file
-from llmtune.data.read.stdlib_docs import read_stdlib_docs
+from llmtune.data.read.stdlib_docs import read_stdlib_docs, read_stdlib_modules
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.values import not_utf8
 from llmtune.errors import DataError, MissingPrerequisiteError
@@ -151,8 +151,10 @@ def _read_csv(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterat
 
 
 def _read_builtin(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    rows = enumerate(map(_to_row, read_stdlib_docs()), 1)
-    yield from collect_blocks(file.path, rows, start[0])
+    rows: Iterable[dict[str, Any]] = read_stdlib_modules()
+    if file.path == "stdlib_docs":
+        rows = map(_to_row, read_stdlib_docs())
+    yield from collect_blocks(file.path, enumerate(rows, 1), start[0])
 
 
 def _to_row(conversation: Conversation) -> dict[str, Any]:

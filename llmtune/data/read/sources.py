@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 #: Sources that come with llmtune.
-BUILTIN = ("stdlib_docs",)
+BUILTIN = ("stdlib_docs", "stdlib_modules")
 
 #: Endings of files that are read, before those of compression.
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv"}

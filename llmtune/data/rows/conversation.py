@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from llmtune.task.labels import Label
+
 
 class Role(Enum):
     """The speaker of a message."""
@@ -52,8 +54,10 @@ class Conversation:
     """No chat template: the contents are joined as they are (``text``, ``prompt/completion``,
     classification).
     """
-    label: str | int | float | None = None
-    """Class or value of a classification row; its one or two texts are user messages."""
+    label: Label | None = None
+    """Of a row that is judged rather than written; its one or two texts are user messages."""
+    words: tuple[str, ...] = ()
+    """The words that the tags of ``label`` belong to; the text is made of them."""
 
     @property
     def uses_tools(self) -> bool:

@@ -16,12 +16,17 @@ import numpy as np
 
 from llmtune.data.rows.problems import Problem, read_problem_file, write_problems
 from llmtune.data.tokenize.workers import TokenBlock
+from llmtune.task.labels import Label, Tags, label_from_json, label_to_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
 ROWS, SUMMARY, BAD_ROWS = "rows.arrow", "summary.json", "bad_rows.jsonl"
+LABELS = "row_labels.json"
+
+#: Labels without the marks that training needs, in folders that an earlier version wrote.
+_EARLIER_LABELS = "labels.json"
 
 #: Arrays of one number a row.
 _COLUMNS: dict[str, type[np.generic]] = {
@@ -67,7 +72,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
 
     summary = StoreSummary()
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    labels: list[str | int | float] = []
+    labels: list[Label] = []
     overlong: Counter[int] = Counter()
     special: set[int] = set()
     unknown: set[str] = set()
@@ -123,7 +128,8 @@ def _write_numbers(
         values = np.concatenate(columns[name]) if columns[name] else np.zeros(0, dtype=dtype)
         np.save(folder / f"{name}.npy", values)
     if labels:
-        (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False))
+        text = json.dumps([label_to_json(label) for label in labels], ensure_ascii=False)
+        (folder / LABELS).write_text(text)
     (folder / SUMMARY).write_text(json.dumps(asdict(summary)))
 
 
@@ -133,6 +139,11 @@ def _read_summary(file: Path) -> StoreSummary:
     values = {name: value for name, value in json.loads(file.read_text()).items() if name in known}
     values["overlong"] = [(tokens, count) for tokens, count in values["overlong"]]
     return StoreSummary(**values)
+
+
+def is_stored(folder: Path) -> bool:
+    """Tell whether a folder holds the tokens of a source, with all that training needs."""
+    return (folder / SUMMARY).is_file() and not (folder / _EARLIER_LABELS).is_file()
 
 
 class TokenStore:
@@ -157,10 +168,13 @@ class TokenStore:
         """File and line of a row."""
         return self.summary.files[int(self.column("files")[row])], int(self.column("lines")[row])
 
-    def labels(self) -> list[Any]:
-        """Labels of a classification source, row by row."""
-        file = self.folder / "labels.json"
-        return list(json.loads(file.read_text())) if file.is_file() else []
+    @cached_property
+    def labels(self) -> list[Label]:
+        """Labels of a source whose rows have some, row by row."""
+        file = self.folder / LABELS
+        if not file.is_file():
+            return []
+        return [label_from_json(value) for value in json.loads(file.read_text())]
 
     def problems(self) -> Iterator[Problem]:
         """Rows that cannot be used."""
@@ -226,14 +240,24 @@ def _view_bits(array: pa.Array, begin: int, end: int) -> NDArray[np.bool_]:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """A row as the model sees it. Shapes: (length,)."""
 
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
+    """Trained tokens; of a row with tags, the first token of every word; of a row with another
+    label, the tokens of the second text."""
     documents: tuple[int, ...]
     """Lengths of the documents in it, in order; one where nothing is packed."""
+    label: Label | None = None
+
+    @property
+    def second(self) -> NDArray[np.bool_]:
+        """Tokens of the second text of a pair. Shape (length,)."""
+        if self.label is None or isinstance(self.label, Tags):
+            return np.zeros_like(self.mask)
+        return self.mask
 
 
 def join_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Row:
@@ -244,7 +268,9 @@ def join_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_
     for mask in masks:
         mask[:1] = False
     return Row(
-        np.concatenate([ids for ids, _ in documents]), np.concatenate(masks), tuple(map(len, masks))
+        ids=np.concatenate([ids for ids, _ in documents]),
+        mask=np.concatenate(masks),
+        documents=tuple(map(len, masks)),
     )
 
 
@@ -290,6 +316,14 @@ class Rows:
         """Tokens with a label of each row. Shape (rows,)."""
         return self._sum(self.documents("trained"))
 
+    @cached_property
+    def labels(self) -> list[Label]:
+        """The label of each row; empty where rows have none, or not all have one."""
+        if not all(store.labels for store in self.stores if len(store)):
+            return []
+        every = [label for store in self.stores for label in store.labels]
+        return [every[document] for document in self.index.tolist()]
+
     def documents(self, name: str) -> NDArray[Any]:
         """A number of each document, in the order of ``index``. Shape (documents,)."""
         if not self.stores:
@@ -301,6 +335,10 @@ class Rows:
 
     def row(self, number: int) -> Row:
         """One row."""
+        if self.labels:
+            ids, mask = self._read(int(self.index[number]))
+            label = self.labels[number]
+            return Row(ids=ids, mask=mask, documents=(len(ids),), label=label)
         begin, end = int(self._starts[number]), int(self._starts[number + 1])
         return join_documents([self._read(int(document)) for document in self.index[begin:end]])
 

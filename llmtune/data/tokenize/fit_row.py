@@ -18,6 +18,7 @@ from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.span import Span
 from llmtune.data.tokenize.token_row import Outcome, Overflow, SplitRows, TokenMask, TokenRow
 from llmtune.data.tokenize.windows import LongEncoding
+from llmtune.task.labels import Label, Tags
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,7 +34,7 @@ class RenderedRow:
     index: int
     """Of the conversation in its block."""
     text: str | tuple[str, ...]
-    """A text, or the pair of a classification row."""
+    """A text, the pair of a row with a label, or the words of a row with tags."""
     spans: list[Span]
     """The answers in the text."""
     plain: bool
@@ -42,7 +43,7 @@ class RenderedRow:
     """How many messages the conversation has."""
     has_answer: bool
     """Whether one of them is the assistant's."""
-    label: str | int | float | None
+    label: Label | None
 
     @property
     def letters(self) -> int:
@@ -119,9 +120,9 @@ class RowFitter:
         """
         if encoding is None:
             return self._overflow(0, "the row has more tokens than")
-        tokens = encoding if isinstance(encoding, LongEncoding) else ShortEncoding(encoding)
         if row.label is not None:
-            return self._fit_classification(row, tokens)
+            return self._fit_labeled(row, encoding)
+        tokens = encoding if isinstance(encoding, LongEncoding) else ShortEncoding(encoding)
 
         # Where the trained tokens are.
         if row.plain:
@@ -256,19 +257,51 @@ class RowFitter:
             cut = replace(cut, mask=mask.read(begin, begin + len(cut.ids)))
         return [cut]
 
-    def _fit_classification(self, row: RenderedRow, tokens: Tokens) -> Outcome:
-        limit = self._settings.max_seq_length
-        ids = tokens.read(0, len(tokens))
-        truncated = len(ids) > limit
-        if truncated:
+    def _fit_labeled(self, row: RenderedRow, encoding: Any) -> Outcome:
+        """The row of a text, a pair or words with a label, cut as transformers does it.
+
+        Raises:
+            RowError: It is too long, and not to be cut; or a word has no token.
+        """
+        limit, length = self._settings.max_seq_length, len(encoding)
+        if length > limit:
             if self._settings.overlong is not Overlong.truncate:
-                return self._overflow(len(ids), f"the row has {len(ids)} tokens, more than")
-            pair = row.text if isinstance(row.text, tuple) else (row.text, None)
-            cut: Any = self._tokenizer(*pair, truncation=True, max_length=limit)
-            ids = np.asarray(cut["input_ids"], dtype=np.int32)
-            self._tokenizer.backend_tokenizer.no_truncation()
-        mask = np.zeros(len(ids), dtype=bool)
-        return [TokenRow(ids=ids, mask=mask, truncated=truncated, label=row.label)]
+                return self._overflow(length, f"the row has {length} tokens, more than")
+            encoding = self._encode_cut(row)
+        ids = np.asarray(encoding.ids, dtype=np.int32)
+        if not isinstance(row.label, Tags):
+            second = np.asarray(encoding.type_ids) == 1
+            return [TokenRow(ids=ids, mask=second, truncated=length > limit, label=row.label)]
+
+        # The first token of every word, and the tags of the words that are left.
+        words = np.array([-1 if word is None else word for word in encoding.word_ids])
+        first = (words >= 0) & np.concatenate([[True], words[1:] != words[:-1]])
+        left = words[first].tolist()
+        skipped = set(range(max(left, default=-1) + 1)).difference(left)
+        if skipped or not left or (length <= limit and len(left) < len(row.label)):
+            lost = min(skipped, default=len(left))
+            raise RowError(
+                f"the tokenizer has no token for word {lost} of 'tokens'"
+                f" ({row.text[lost].strip()!r}), so that its tag belongs to nothing; take the word"
+                " and its tag out"
+            )
+        tags = Tags(row.label[word] for word in left)
+        return [TokenRow(ids=ids, mask=first, truncated=length > limit, label=tags)]
+
+    def _encode_cut(self, row: RenderedRow) -> Any:
+        """Encode a row again within the limit; of a pair, the longer text is cut first."""
+        backend = self._tokenizer.backend_tokenizer
+        backend.enable_truncation(
+            self._settings.max_seq_length,
+            strategy="longest_first",
+            direction=self._tokenizer.truncation_side,
+        )
+        try:
+            return backend.encode_batch(
+                [row.text], add_special_tokens=True, is_pretokenized=isinstance(row.label, Tags)
+            )[0]
+        finally:
+            backend.no_truncation()
 
 
 def _find_first(ranges: Iterable[tuple[int, int]], begin: int) -> int:

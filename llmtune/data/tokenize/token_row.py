@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from llmtune.data.rows.problems import RowError
+from llmtune.task.labels import Label, Tags
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,14 +21,19 @@ class TokenRow:
 
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
-    """Whether each token is trained."""
+    """Whether each token is trained; of a row with a label, see ``Row`` of the token store."""
     truncated: bool = False
-    label: str | int | float | None = None
+    label: Label | None = None
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens with a label: the first one has nothing before it to be predicted from."""
-        return int(np.count_nonzero(self.mask[1:]))
+        """Targets of the row: trained tokens, words with a tag, or 1 where it has one label.
+
+        The first token of a text has nothing before it to be predicted from.
+        """
+        if self.label is None:
+            return int(np.count_nonzero(self.mask[1:]))
+        return len(self.label) if isinstance(self.label, Tags) else 1
 
 
 @dataclass(frozen=True, slots=True)

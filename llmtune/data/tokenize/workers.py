@@ -32,6 +32,7 @@ from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.token_row import Overflow, SplitRows, TokenRow
 from llmtune.data.tokenize.windows import Pulse
 from llmtune.errors import DataError
+from llmtune.task.labels import Label
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,7 +73,7 @@ class TokenBlock:
     first.
     """
     lines: NDArray[np.int64]
-    labels: list[str | int | float] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     overlong: list[int] = field(default_factory=list)
     """Tokens of the rows that were dropped as too long; 0 of long texts, which were not counted."""

@@ -23,7 +23,7 @@ from llmtune.plan.memory.tensor_shapes import (
     matrix_parameters,
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
-from llmtune.task.task import AUTO, TASKS, Task
+from llmtune.task.task import AUTO, Task, find_task
 from llmtune.tuner.adapted_layers import stacked_parameters
 from llmtune.tuner.tuner import TUNERS
 
@@ -189,11 +189,6 @@ def build_meta_model(
         else:
             return model, kind == own
     raise ConfigError(f"model.config: {reason}")
-
-
-def find_task(name: str) -> Task:
-    """Return the task of ``model.task``; ``auto`` without labels is language modeling."""
-    return TASKS.find("causal_lm" if name == AUTO else name)
 
 
 def set_outputs(architecture: PretrainedConfig, task: Task) -> None:

@@ -117,7 +117,7 @@ def _join(one: Row, other: Row) -> Row:
 
 
 def _as_row(ids: NDArray[np.int32], documents: tuple[int, ...]) -> Row:
-    return Row(ids, np.ones(len(ids), bool), documents)
+    return Row(ids=ids, mask=np.ones(len(ids), bool), documents=documents)
 
 
 def draw_documents(lengths: tuple[int, int], vocabulary: int) -> tuple[Row, Row]:
@@ -136,7 +136,7 @@ def find_leak(architecture: Any, kernel: str, trust_remote_code: bool) -> Mixing
     """
     from transformers import AutoModelForCausalLM
 
-    collator = Collator(0)
+    collator = Collator(pad_token_id=0)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(torch_seed(0, Draw.packing_probe))
         try:
