@@ -23,6 +23,7 @@ from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.registry import NONE
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
@@ -278,7 +279,8 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         adapter = request.resume_from or config.tuner.adapter_path
         if adapter is not None:
             load_adapter(model, Path(adapter).expanduser())
-    return TrainModule(model, plan.deepspeed, rank, sum_token_losses)
+    optimizer = OPTIMIZERS.find(config.optim.kind)
+    return TrainModule(model, plan.deepspeed, rank, sum_token_losses, optimizer)
 
 
 def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Trackers:
