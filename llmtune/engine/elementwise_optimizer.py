@@ -10,9 +10,10 @@ import torch
 
 from llmtune.optimizer.optimizer import Optimizer, Update
 
-#: Elements that are updated at a time. An update may need temporary memory of their size, and ZeRO
-#: puts all parameters into one tensor; a CPU has that many in its cache.
-ELEMENTS_AT_A_TIME = 2**22
+#: Elements that are updated at a time, by device. An update may need temporary memory of their
+#: size, and ZeRO puts all parameters into one tensor. A CPU has as many in its cache: Lion takes 36
+#: ms for 40 M parameters, and 115 ms in pieces of 2**24.
+ELEMENTS_AT_A_TIME = {"cpu": 2**18, "cuda": 2**24}
 
 
 class ElementwiseOptimizer(torch.optim.Optimizer):
@@ -68,10 +69,11 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         state = self.state[parameter]
         assert parameter.grad is not None
         states = [state[name] for name in self._rule.states]
-        if parameter.numel() <= ELEMENTS_AT_A_TIME or not parameter.is_contiguous():
+        limit = ELEMENTS_AT_A_TIME[parameter.device.type]
+        if parameter.numel() <= limit or not parameter.is_contiguous():
             return iter([(parameter, parameter.grad, *states)])
         flat = [parameter.view(-1), parameter.grad.reshape(-1), *(one.view(-1) for one in states)]
-        return zip(*(tensor.split(ELEMENTS_AT_A_TIME) for tensor in flat), strict=True)
+        return zip(*(tensor.split(limit) for tensor in flat), strict=True)
 
 
 def _batches(
@@ -82,7 +84,8 @@ def _batches(
     numel = 0
     for pieces in of_parameters:
         for piece in pieces:
-            if batch and numel + piece[0].numel() > ELEMENTS_AT_A_TIME:
+            limit = ELEMENTS_AT_A_TIME[piece[0].device.type]
+            if batch and numel + piece[0].numel() > limit:
                 yield batch
                 batch, numel = [], 0
             batch.append(piece)

@@ -56,6 +56,9 @@ class Optimizer:
     """Make one step; None for an optimizer that DeepSpeed builds by its ``title``."""
     built_with: Mapping[str, Any] | None = None
     """Further arguments with which DeepSpeed builds it, where it does."""
+    kernel_bytes: int | None = None
+    """Bytes that its kernels read and write per parameter and step; without it, those of one kernel
+    that reads every number once and writes what changes."""
     learning_rate_scale: float = 1.0
     """Factor of the learning rate that ``optim.learning_rate=auto`` takes for AdamW."""
 

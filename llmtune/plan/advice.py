@@ -69,6 +69,14 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
         yield Advice(
             change="train adapters only", saves_bytes=lora, where=where, override="tuner=lora"
         )
+    for other in OPTIMIZERS.list().values():
+        if other.state_bytes < optimizer.state_bytes:
+            yield Advice(
+                change=f"{other.title} instead of {optimizer.title}",
+                saves_bytes=(optimizer.state_bytes - other.state_bytes) * trained,
+                where=where,
+                override=f"optim={other.name}",
+            )
     yield Advice(
         change="master weights and moments in bf16 instead of fp32",
         saves_bytes=master_and_states // 2,

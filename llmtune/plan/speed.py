@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtune.config.schema import Precision
-from llmtune.optimizer.optimizer import FP32_BYTES
+from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import CPU_LINK_BANDWIDTH, Hardware
 from llmtune.plan.memory.model_shape import ModelShape
@@ -23,7 +23,7 @@ LAUNCH_SECONDS = {"cuda": (0.0003, 0.0010), "cpu": (0.0003, 0.0015)}
 #: Bytes of memory that a step touches per parameter, beside the states that it reads and writes: it
 #: reads weight and gradient, and writes the weight (fp32) and its copy in the training dtype. On
 #: the host four more are counted.
-STEP_BYTES, HOST_STEP_BYTES = 14, 18
+STEP_BYTES, HOST_BYTES = 14, 4
 #: A device's bandwidth for it.
 DEVICE_BANDWIDTH = {"cuda": 1.5e12, "cpu": 10e9}
 
@@ -39,6 +39,13 @@ class SpeedPlan:
     """The longest term."""
     terms: dict[str, float]
     """Seconds per step by cause, overlap not subtracted."""
+
+
+def step_bytes(optimizer: Optimizer) -> int:
+    """Count the bytes of a device's memory that an optimizer step touches per parameter."""
+    if optimizer.kernel_bytes is not None:
+        return optimizer.kernel_bytes
+    return STEP_BYTES + 2 * optimizer.state_bytes
 
 
 def forward_flops(shape: ModelShape, length: int) -> float:
@@ -184,11 +191,11 @@ def _step_terms(
         terms["weights after the step"] = rounds * cluster.collective_seconds(size * trained)
     if placement.optimizer == "none":
         ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
-        touched = (STEP_BYTES + 2 * optimizer.state_bytes) * share * ranks
+        touched = step_bytes(optimizer) * share * ranks
         terms["optimizer"] = touched / DEVICE_BANDWIDTH[hardware.accelerator]
         return terms
     on_node = share * cluster.ranks_on_node
-    touched = (HOST_STEP_BYTES + 2 * optimizer.state_bytes) * on_node
+    touched = (step_bytes(optimizer) + HOST_BYTES) * on_node
     terms["optimizer on the host"] = touched / hardware.host_memory_bandwidth
     # Each micro-batch's gradients go to the host and, to be added to, back again; at the end fp32
     # gradients go to the host, and weights come back.

@@ -280,7 +280,7 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         if adapter is not None:
             load_adapter(model, Path(adapter).expanduser())
     optimizer = OPTIMIZERS.find(config.optim.kind)
-    return TrainModule(model, plan.deepspeed, rank, sum_token_losses, optimizer)
+    return TrainModule(model, plan.deepspeed, rank, sum_token_losses, optimizer=optimizer)
 
 
 def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Trackers:

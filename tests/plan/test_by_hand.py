@@ -99,7 +99,8 @@ def test_one_state_less_is_four_bytes_less_for_each_parameter_everywhere(
         # And one of four swap buffers.
         less -= adamw.buckets.host - lion.buckets.host
         assert adamw.buckets.host > lion.buckets.host
-        assert adamw.nvme_written_per_step - lion.nvme_written_per_step == less
+        written = adamw.nvme_written_per_step - lion.nvme_written_per_step
+        assert written == adamw.optimizer.nvme - lion.optimizer.nvme
     assert less == pytest.approx(4 * share, rel=1e-4)
     assert (adamw.weights, adamw.gradients, adamw.step) == (
         lion.weights,
@@ -162,6 +163,13 @@ def test_what_is_sent_follows_the_stage(monkeypatch: pytest.MonkeyPatch) -> None
     assert collectives(monkeypatch, 3, "none", 3, "tuner=full") == [full, full, 3.0]
     # From NVMe a recomputed layer is fetched a third time.
     assert collectives(monkeypatch, 3, "nvme", 3, "tuner=full") == [full, full, 4.0]
+
+
+def test_an_optimizer_step_touches_its_numbers_once_or_as_often_as_its_kernels_do() -> None:
+    # Reads weight, gradient and two moments; writes three of them, and the weight in 16 bits.
+    assert speed.step_bytes(ADAMW) == 4 * 4 + 3 * 4 + 2
+    # m and g to a direction; its sign; decay; the direction to the weight; m and g to m; 16 bits.
+    assert speed.step_bytes(LION) == 12 + 8 + 8 + 12 + 12 + 2
 
 
 def logits_of(*overrides: str) -> list[int]:

@@ -31,6 +31,9 @@ OPTIMIZERS.register(
         states=("exp_avg",),
         reads=("betas", "weight_decay"),
         update=_update,
+        # Of the five kernels, and the weight's copy in 16 bits: 36 ms for 40 M parameters on a CPU
+        # where torch's AdamW (30 bytes) takes 20.
+        kernel_bytes=12 + 8 + 8 + 12 + 12 + 2,
         # Every element moves by the whole rate in every step: the paper takes 3 to 10 times less
         # than for AdamW.
         learning_rate_scale=0.2,
