@@ -129,9 +129,7 @@ def test_lion_computes_what_it_does_on_a_cpu_and_waits_no_more(cache: Path, tmp_
         for task in _train_and_resume(cell, number, cache, tmp_path, *lion)
     ]
     results = train_engines(tasks, 1, tmp_path, module="tests.cuda.worker")
-    for cell, known, whole, resumed in zip(
-        cells, on_cpu, results[::2], results[1::2], strict=True
-    ):
+    for cell, known, whole, resumed in zip(cells, on_cpu, results[::2], results[1::2], strict=True):
         assert largest_difference(whole["losses"], known["losses"]) <= CLOSE[cell[2]], cell
         assert resumed["losses"] == whole["losses"][SAVED:], cell
         _check_waits(cell, whole["waits"])

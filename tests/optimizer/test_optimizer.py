@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from llmtune.config.compose import compose_config
 from llmtune.config.groups.optim import OptimConfig
+from llmtune.config.stored import parse_yaml
 from llmtune.engine import elementwise_optimizer
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.errors import ConfigError
+from llmtune.export.card.facts import Facts
+from llmtune.export.card.tables import describe_settings
 from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer, Update
 from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.run.settings import find_problems
@@ -49,7 +53,7 @@ def train(groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer, steps:
 def test_lion_is_the_program_of_its_paper_however_parameters_are_cut(
     limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(elementwise_optimizer.ELEMENTS_AT_A_TIME, "cpu", limit)
+    monkeypatch.setattr(elementwise_optimizer, "ELEMENTS_ON_CPU", limit)
     groups, expected = make_groups(1), make_groups(1)
     own = ElementwiseOptimizer(groups, LION, SETTINGS)
     train(groups, own, 9)
@@ -80,7 +84,7 @@ class PlainLion(plain_loop.Lion):
 
 
 def test_pieces_are_of_one_step_and_at_most_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(elementwise_optimizer.ELEMENTS_AT_A_TIME, "cpu", 6)
+    monkeypatch.setattr(elementwise_optimizer, "ELEMENTS_ON_CPU", 6)
     seen: list[Update] = []
     rule = Optimizer(name="looks", title="Looks", states=("a", "b"), update=seen.append)
     groups = make_groups(2)
@@ -101,7 +105,7 @@ def test_pieces_are_of_one_step_and_at_most_the_limit(monkeypatch: pytest.Monkey
 def test_a_weight_that_is_no_block_of_memory_is_updated_in_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(elementwise_optimizer.ELEMENTS_AT_A_TIME, "cpu", 4)
+    monkeypatch.setattr(elementwise_optimizer, "ELEMENTS_ON_CPU", 4)
     weight = torch.nn.Parameter(torch.ones(5, 3).t())
     weight.grad = torch.ones(3, 5)
     ElementwiseOptimizer([{"params": [weight]}], LION, {**SETTINGS, "weight_decay": 0.0}).step()
@@ -184,6 +188,16 @@ def test_the_rate_that_is_taken_is_lower_for_lion_and_says_so() -> None:
         assert ("for Lion" in notes[0]) == (kind == "lion")
         optim.learning_rate = 0.5
         assert resolve_learning_rate(optim, TUNERS.find("lora"), 10**8, notes) == 0.5
+
+
+def test_a_configuration_stored_before_there_was_a_choice_is_of_adamw() -> None:
+    stored: Any = yaml.safe_load(compose_config([]).yaml)
+    del stored["optim"]["kind"]
+    assert parse_yaml(yaml.safe_dump(stored)).optim == OptimConfig()
+    facts = Facts(config={"tuner": {"kind": "full"}, "optim": stored["optim"]})
+    assert ("optimizer", "AdamW, betas [0.9, 0.999], weight decay 0.0") in describe_settings(facts)
+    unknown = Facts(config={"tuner": {"kind": "full"}, "optim": {"kind": "of_a_plugin"}})
+    assert ("optimizer", "of_a_plugin") in describe_settings(unknown)
 
 
 def nothing(_update: Update) -> None:
