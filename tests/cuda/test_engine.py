@@ -113,6 +113,9 @@ def test_lion_computes_what_it_does_on_a_cpu_and_waits_no_more(cache: Path, tmp_
         ((1, "optimizer_cpu"), "lora", "fp32", "padded", 1),
         ((2, "none"), "full", "fp32", "packed", 1),
         ((3, "none"), "full", "bf16", "padded", 1),
+        ((0, "none"), "full", "fp16", "padded", 1),
+        ((2, "none"), "lora", "fp16", "padded", 1),
+        ((3, "optimizer_nvme"), "full", "fp32", "padded", 1),
     ]
     plain = [
         {
