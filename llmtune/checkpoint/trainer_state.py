@@ -38,7 +38,7 @@ class TrainerState:
     tracker_run_id: str | None = None
     """The id at the experiment tracker, where a resumed run continues."""
     optimizer_steps: int = 0
-    """Steps that AdamW counted."""
+    """Steps that the optimizer counted."""
     loss_scale: dict[str, float] = field(default_factory=dict)
     """fp16 only."""
     draws_version: int = 1

@@ -77,7 +77,7 @@ exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 exp
             130, 143 and 129 any other verb ended by Ctrl-C (SIGINT), by SIGTERM,
             and with its terminal (SIGHUP)
 
-Every key, its type and meaning: llmtune/config/schema.py and llmtune/config/groups/;
+Every key, its type, default and meaning: llmtune/config/schema.py and llmtune/config/groups/;
 every option: conf/."""
 
 #: Overrides that show tracebacks even of what goes wrong before anything is composed.

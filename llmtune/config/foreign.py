@@ -193,12 +193,8 @@ MEANINGS: dict[str, str] = {
     "adam_epsilon": "optim.eps",
     "adam_eps": "optim.eps",
     "epsilon": "optim.eps",
-    "optimizer": (
-        "nothing: the optimizer is AdamW with fp32 states (optim.learning_rate, optim.betas, ...)"
-    ),
-    "optim_type": (
-        "nothing: the optimizer is AdamW with fp32 states (optim.learning_rate, optim.betas, ...)"
-    ),
+    "optimizer": "optim=adamw (the default; or lion)",
+    "optim_type": "optim=adamw (the default; or lion)",
     "lr_scheduler": "schedule.lr_scheduler_type",
     "scheduler": "schedule.lr_scheduler_type",
     "scheduler_type": "schedule.lr_scheduler_type",

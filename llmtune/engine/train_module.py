@@ -20,7 +20,9 @@ from llmtune.engine.deepspeed_fixes import (
     undo_stage0_dummy_step,
 )
 from llmtune.engine.distributed import Rank, all_reduce_sum
+from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
+from llmtune.optimizer.optimizer import Optimizer
 from llmtune.plan.deepspeed_config import read_placement
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.tensor_shapes import TensorShape
@@ -104,9 +106,16 @@ class TrainModule:
     """Runs the forward pass, backward pass, optimizer step and evaluation."""
 
     def __init__(
-        self, model: Any, deepspeed_config: dict[str, Any], rank: Rank, loss_function: LossFunction
+        self,
+        model: Any,
+        deepspeed_config: dict[str, Any],
+        rank: Rank,
+        loss_function: LossFunction,
+        optimizer: Optimizer,
     ):
         import deepspeed
+
+        self.optimizer = optimizer
 
         self.rank = rank
         self.loss_function = loss_function
@@ -118,12 +127,16 @@ class TrainModule:
             key: dict(value) if isinstance(value, dict) else value
             for key, value in deepspeed_config.items()
         }
-        copy["optimizer"] = {
-            "type": "AdamW",
-            "params": dict(deepspeed_config["optimizer"]["params"]),
-        }
+        settings = dict(copy["optimizer"]["params"])
+        copy["optimizer"]["params"] = settings
         groups = group_parameters(model, self.placement, rank.world_size)
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy)
+        own = None
+        if optimizer.update is not None:
+            del copy["optimizer"]
+            own = ElementwiseOptimizer(groups, optimizer, settings)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=groups, optimizer=own, config=copy
+        )
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
             step_in_few_kernels(self.engine.optimizer)
@@ -139,8 +152,8 @@ class TrainModule:
         return self.engine.module
 
     @property
-    def adam(self) -> Any:
-        """The AdamW object inside DeepSpeed's wrapper."""
+    def torch_optimizer(self) -> Any:
+        """The optimizer of torch inside DeepSpeed's wrapper."""
         return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
 
     def train_step(

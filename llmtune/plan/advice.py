@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from llmtune.config.groups.zero import OffloadConfig
 from llmtune.config.schema import Config
+from llmtune.optimizer.optimizer import FP32_BYTES, OPTIMIZERS, Optimizer
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder, build_ladder
 from llmtune.plan.memory.model_shape import resolve_shape
@@ -59,29 +60,42 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
     shape = ladder.shape
     trained = shape.trainable_parameters // (ladder.world_size if placement.zero_stage else 1)
     where = {"none": "accelerator", "cpu": "host", "nvme": "NVMe"}[placement.optimizer]
-    if trained * 12 < 10**9:
+    optimizer = OPTIMIZERS.find(config.optim.kind)
+    master_and_states = optimizer.master_and_state_bytes * trained
+    if master_and_states < 10**9:
         return
     if TUNERS.find(config.tuner.kind).trains_all:
-        lora = shape.trainable_parameters * 12 // ladder.world_size
+        lora = shape.trainable_parameters * optimizer.master_and_state_bytes // ladder.world_size
         yield Advice(
             change="train adapters only", saves_bytes=lora, where=where, override="tuner=lora"
         )
+    for other in OPTIMIZERS.list().values():
+        if other.state_bytes < optimizer.state_bytes:
+            yield Advice(
+                change=f"{other.title} instead of {optimizer.title}",
+                saves_bytes=(optimizer.state_bytes - other.state_bytes) * trained,
+                where=where,
+                override=f"optim={other.name}",
+            )
     yield Advice(
         change="master weights and moments in bf16 instead of fp32",
-        saves_bytes=6 * trained,
+        saves_bytes=master_and_states // 2,
         where=where,
         override=None,
     )
     yield Advice(
         change="moments in 8 bits (bitsandbytes)",
-        saves_bytes=6 * trained,
+        saves_bytes=optimizer.state_bytes * trained * 3 // 4,
         where=where,
         override=None,
     )
     if placement.optimizer == "cpu":
         yield Advice(
-            change="a quarter of the optimizer back on the accelerator, with another AdamW there",
-            saves_bytes=4 * trained,
+            change=(
+                "a quarter of the optimizer back on the accelerator, with another kernel of"
+                f" {optimizer.title} there"
+            ),
+            saves_bytes=(master_and_states + FP32_BYTES * trained) // 4,
             where=where,
             override=None,
         )
@@ -130,7 +144,7 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
         yield " ".join(restricted), free, hardware
 
     if not hardware.nvme_bytes:
-        drives = _needed_nvme(ladder)
+        drives = _needed_nvme(ladder, OPTIMIZERS.find(config.optim.kind))
         change = f"offload.nvme_path=/path on a drive with {format_bytes(drives)} free"
         yield change, free, replace(hardware, nvme_bytes=drives)
 
@@ -193,9 +207,11 @@ def _more_hardware(config: Config, ladder: Ladder) -> Iterator[Change]:
         yield f"hardware.nodes={nodes}", config, replace(hardware, nodes=nodes)
 
 
-def _needed_nvme(ladder: Ladder) -> int:
+def _needed_nvme(ladder: Ladder, optimizer: Optimizer) -> int:
     """Free space for weights and states, rounded up to half a terabyte or ten gigabytes."""
-    needed = (2 * ladder.shape.parameters + 16 * ladder.shape.trainable_parameters) / USABLE_SHARE
+    swapped = optimizer.master_and_state_bytes + FP32_BYTES
+    weights = 2 * ladder.shape.parameters
+    needed = (weights + swapped * ladder.shape.trainable_parameters) / USABLE_SHARE
     unit = 5 * 10**11 if needed > 10**11 else 10**10
     return int(-(-needed // unit) * unit)
 

@@ -13,6 +13,7 @@ from itertools import product
 from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, resolve_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
@@ -26,7 +27,7 @@ from llmtune.plan.memory.placement import (
     make_placement,
     named_rung,
 )
-from llmtune.plan.memory.rank_bytes import element_bytes
+from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.zero_buffers import ZeroSizes, resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
@@ -269,6 +270,7 @@ class Search:
     ):
         self.config = config
         self.tuner = TUNERS.find(config.tuner.kind)
+        self.arithmetic = Arithmetic(config.precision, OPTIMIZERS.find(config.optim.kind))
         self.shape = shape
         self.cluster = Cluster(hardware, world_size)
         self.attn_implementation = attn_implementation
@@ -291,11 +293,13 @@ class Search:
         """Estimate memory and speed of one candidate."""
         config, shape, world = self.config, self.shape, self.cluster.world_size
         hardware, length = self.cluster.hardware, config.data.max_seq_length
+        optimizer = self.arithmetic.optimizer
         sizes = resize(
-            resolve_zero_sizes(shape, placement, world, hardware.accelerator), config.zero.deepspeed
+            resolve_zero_sizes(shape, placement, optimizer, world, hardware.accelerator),
+            config.zero.deepspeed,
         )
         states = state_bytes(
-            shape, placement, sizes, config.precision, world, batch.accumulation_steps
+            shape, placement, sizes, self.arithmetic, world, batch.accumulation_steps
         )
         settings = TraceSettings(
             rows=batch.micro_batch_size,
@@ -315,13 +319,13 @@ class Search:
             placement,
             sizes,
             states,
-            config.precision,
+            self.arithmetic,
             world,
             Workload(activations, self._eval_logits(batch), hardware.accelerator),
         )
         lacks = find_shortfall(memory, hardware, self.cluster.ranks_on_node)
         speed = estimate_speed(
-            shape, placement, batch, length, recompute, config.precision, self.cluster
+            shape, placement, batch, length, recompute, self.arithmetic, self.cluster
         )
         return Candidate(
             placement=placement,
@@ -339,6 +343,6 @@ class Search:
             return 0
         rows = self.config.train.per_device_eval_batch_size
         count = rows if isinstance(rows, int) else batch.micro_batch_size
-        size = element_bytes(self.config.precision) + 8
+        size = self.arithmetic.element_bytes + 8
         judged = count if self.shape.judges_rows else count * self.config.data.max_seq_length
         return judged * self.shape.outputs * size

@@ -14,10 +14,11 @@ from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, DoesNotFitError, LlmtuneError, MissingPrerequisiteError
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.abilities import check_row_length, check_stage
 from llmtune.plan.attention_kernel import resolve_attention
 from llmtune.plan.batch_sizes import BatchPlan
-from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed, with_nvme_path
+from llmtune.plan.deepspeed_config import to_deepspeed, with_nvme_path
 from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
 from llmtune.plan.devices.hardware import Hardware, fp16_supported, resolve_hardware
@@ -155,16 +156,15 @@ def plan_candidate(
         *ladder.hardware.notes,
         f"ranks: {ladder.world_size} ({_world_origin(config, launched)})",
     ]
-    tuner = TUNERS.find(config.tuner.kind)
+    tuner, optimizer = TUNERS.find(config.tuner.kind), OPTIMIZERS.find(config.optim.kind)
     rate = resolve_learning_rate(config.optim, tuner, ladder.shape.parameters, notes)
     notes += [ladder.rows.origin] if ladder.rows.origin else []
     notes += describe_choice(config, ladder, candidate)
-    optimizer = adamw_parameters(config.optim, rate)
     planned = to_deepspeed(
         candidate.placement,
         candidate.batch,
         candidate.sizes,
-        optimizer,
+        optimizer.to_deepspeed(config.optim, rate),
         config.precision,
         config.train.max_grad_norm,
     )

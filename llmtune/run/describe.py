@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.run.adapter import describe_adapter
@@ -28,7 +31,8 @@ def describe(request: RunRequest) -> dict[str, str]:
         "batch": plan.batch.describe(),
         "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
         "learning rate": f"{plan.learning_rate:g}, {config.schedule.lr_scheduler_type}",
-        "precision": f"{config.precision.value}; fp32 master weights and moments",
+        "optimizer": OPTIMIZERS.find(config.optim.kind).describe(asdict(config.optim)),
+        "precision": f"{config.precision.value}; fp32 master weights and optimizer states",
         "placement": plan.placement.describe(),
         "memory": describe_memory(plan),
         "derived": "; ".join(plan.notes),

@@ -4,7 +4,6 @@ memory.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from llmtune.run.describe import describe
 from llmtune.run.prepare import attempt, prepare_run
 from llmtune.run.ranks_ahead import RanksAhead, Surroundings
 from llmtune.storage import layout
-from llmtune.storage.rank_files import FinishedRecord
+from llmtune.storage.rank_files import FinishedRecord, RestartRecord
 from llmtune.track.status import Status
 
 if TYPE_CHECKING:
@@ -150,16 +149,16 @@ class FallbackRunner:
         time.sleep(wait_seconds)
 
     def _record_restart(self, failure: RanksFailedError, request: RunRequest) -> None:
-        entry = {
-            "time": time.time(),
-            "reason": failure.reason,
-            "step": failure.step,
-            "resumed_from": request.resume_from.name if request.resume_from else None,
-            "rollback": failure.rollback,
-        }
-        # It is a record for people; the run does not depend on it.
-        with suppress(OSError), (self.folder.path / layout.RESTARTS).open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        record = RestartRecord(
+            time=time.time(),
+            reason=failure.reason,
+            step=failure.step,
+            resumed_from=request.resume_from.name if request.resume_from else None,
+            rollback=failure.rollback,
+        )
+        # It is for people; the run does not depend on it.
+        with suppress(OSError):
+            record.append(self.folder.path)
 
     def _resume_own_work(self, began_from: Path | None) -> None:
         """Resume this run's newest checkpoint from now on, wherever the command said to begin."""

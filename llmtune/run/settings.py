@@ -14,6 +14,7 @@ from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.export.formats.format import find_format
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.registry import NONE
 from llmtune.track.service import SERVICES
 from llmtune.train.schedule import SCHEDULES
@@ -33,6 +34,10 @@ def find_problems(config: Config) -> list[str]:
             found.append(str(error))
     try:
         found += _find_tuner_problems(config)
+    except ConfigError as error:
+        found.append(str(error))
+    try:
+        found += OPTIMIZERS.find(config.optim.kind).find_problems(config.optim)
     except ConfigError as error:
         found.append(str(error))
     return found

@@ -18,17 +18,21 @@ file               written by                      read by
 ``meeting``        ranks, ``torch``'s file store   ranks: their process group
 =================  ==============================  ================================================
 
-Three more are elsewhere. ``request.json``, the work of an attempt
+Five more are elsewhere. ``request.json``, the work of an attempt
 (:class:`llmtune.train.request.RunRequest`), is in a folder of its own, for ranks may be started
 before it is known. In the run folder, ``finished.json`` (:class:`FinishedRecord`) is written by
-rank 0 at the end and read by the supervisor and by later starts; and ``SAVE`` is an empty file by
-which a user asks a run to save and stop (:class:`llmtune.train.stop_request.Stop`).
+rank 0 at the end and read by the supervisor and by later starts; ``skipped_steps.json``
+(:class:`SkippedSteps`) is written by rank 0 before it asks for a rollback and read by the ranks of
+later attempts; ``restarts.jsonl`` (:class:`RestartRecord`) is written by the supervisor for people;
+and ``SAVE`` is an empty file by which a user asks a run to save and stop
+(:class:`llmtune.train.stop_request.Stop`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +171,61 @@ class FinishedRecord:
         """The record of a run folder; None where the run is not finished."""
         values = read_json(run / layout.FINISHED)
         return from_plain(cls, values) if values else None
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedSteps:
+    """The steps that a run leaves out after rollbacks; in the file, a list of their numbers."""
+
+    steps: frozenset[int] = frozenset()
+
+    def write(self, run: Path) -> None:
+        """Replace the list in the run folder."""
+        write_atomically(run / layout.SKIPPED_STEPS, json.dumps(sorted(self.steps)))
+
+    @classmethod
+    def read(cls, run: Path) -> SkippedSteps:
+        """The steps of a run folder; none where there is no list, or half of one."""
+        stored = read_json(run / layout.SKIPPED_STEPS)
+        steps = stored if isinstance(stored, list) else []
+        return cls(frozenset(step for step in steps if type(step) is int))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartRecord:
+    """A restart after ranks failed: one line of ``restarts.jsonl``."""
+
+    time: float
+    """Seconds since 1970."""
+    reason: str
+    step: int
+    """The last step that was done."""
+    resumed_from: str | None = None
+    """The checkpoint that the failed attempt had resumed from; None for the beginning."""
+    rollback: bool = False
+    """A rank asked for it, because a loss or gradient was not finite."""
+
+    def append(self, run: Path) -> None:
+        """Add the line to the run folder.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        with (run / layout.RESTARTS).open("a") as file:
+            file.write(json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def read_all(cls, run: Path) -> list[RestartRecord]:
+        """The restarts of a run folder, oldest first; a line that was cut off is passed over."""
+        try:
+            lines = (run / layout.RESTARTS).read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        records = []
+        for line in lines:
+            with suppress(ValueError):
+                records.append(from_plain(cls, parse_json(line)))
+        return records
 
 
 def stack_file(folder: Path, rank: int) -> Path:

@@ -23,6 +23,7 @@ from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.model.tokenizer import load_tokenizer
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.registry import NONE
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
@@ -304,7 +305,13 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         adapter = request.resume_from or config.tuner.adapter_path
         if adapter is not None:
             load_adapter(model, Path(adapter).expanduser())
-    return TrainModule(model, plan.deepspeed, rank, partial(task.sum_losses, labels=request.labels))
+    return TrainModule(
+        model,
+        plan.deepspeed,
+        rank,
+        partial(task.sum_losses, labels=request.labels),
+        optimizer=OPTIMIZERS.find(config.optim.kind),
+    )
 
 
 def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Trackers:

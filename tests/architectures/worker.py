@@ -26,10 +26,11 @@ from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import LlmtuneError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.abilities import check_row_length, check_stage
 from llmtune.plan.attention_kernel import resolve_attention
 from llmtune.plan.batch_sizes import BatchPlan
-from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed
+from llmtune.plan.deepspeed_config import to_deepspeed
 from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
 from llmtune.plan.memory.placement import make_placement
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
@@ -113,23 +114,28 @@ def build(config: Config, shape: ModelShape, folder: Path, kernel: str, rank: Ra
     """The engine, as a run builds it."""
     lora = config.tuner.kind == "lora"
     placement = make_placement(int(config.zero.stage), "none", config.tuner.kind == "full")
-    sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
     batch = BatchPlan(
         global_batch_size=len(LENGTHS) * rank.world_size,
         micro_batch_size=len(LENGTHS),
         accumulation_steps=1,
         world_size=rank.world_size,
     )
-    optimizer = adamw_parameters(config.optim, RATE)
+    optimizer = OPTIMIZERS.find(config.optim.kind)
+    sizes = resolve_zero_sizes(shape, placement, optimizer, rank.world_size, "cpu")
     plan = to_deepspeed(
-        placement, batch, sizes, optimizer, config.precision, config.train.max_grad_norm
+        placement,
+        batch,
+        sizes,
+        optimizer.to_deepspeed(config.optim, RATE),
+        config.precision,
+        config.train.max_grad_norm,
     )
     partitioned = (lambda: zero_init(plan)) if placement.zero_stage == 3 else None
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
     model = build_model(folder, config.model, config.precision, False, kernel, weights)
     if lora:
         model = add_lora(model, config.tuner, "base", config.seed)
-    return TrainModule(model, plan, rank, sum_cross_entropy)
+    return TrainModule(model, plan, rank, sum_cross_entropy, optimizer)
 
 
 def adapters_of(module: TrainModule) -> dict[str, torch.Tensor]:

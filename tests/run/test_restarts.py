@@ -5,12 +5,12 @@ on.
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from llmtune.run.fallback import FallbackRunner
 from llmtune.run.prepare import RunInputs, RunTarget
 from llmtune.storage import layout
 from llmtune.storage.plain_fields import from_plain
+from llmtune.storage.rank_files import RestartRecord
 from llmtune.task.labels import Labels
 from llmtune.track.console import Console
 from llmtune.train.run_folder import RunFolder
@@ -182,10 +183,8 @@ class FakeRun:
         ).run()
 
     @property
-    def records(self) -> list[dict[str, Any]]:
-        return [
-            json.loads(line) for line in (self.folder / layout.RESTARTS).read_text().splitlines()
-        ]
+    def records(self) -> list[RestartRecord]:
+        return RestartRecord.read_all(self.folder)
 
 
 @pytest.fixture
@@ -207,13 +206,10 @@ def test_a_killed_rank_costs_the_steps_since_the_newest_checkpoint(fake: FakeRun
         in fake.printed.getvalue()
     )
     (record,) = fake.records
-    assert record.pop("time") > 1.7e9
-    assert record == {
-        "reason": said.removesuffix("; "),
-        "step": 4,
-        "resumed_from": "checkpoint-4",
-        "rollback": False,
-    }
+    assert record.time > 1.7e9
+    assert replace(record, time=0.0) == RestartRecord(
+        time=0.0, reason=said.removesuffix("; "), step=4, resumed_from="checkpoint-4"
+    )
 
 
 @pytest.mark.process
@@ -255,7 +251,7 @@ def test_a_rollback_starts_again_at_once(fake: FakeRun) -> None:
 
     fake.attempt = attempt
     assert fake.go()
-    assert [record["rollback"] for record in fake.records] == [True, True]
+    assert [record.rollback for record in fake.records] == [True, True]
     assert "rank 1 ended; starting again from the beginning\n" in fake.printed.getvalue()
 
 

@@ -20,8 +20,8 @@ from llmtune.plan.run_record import RunRecord
 from llmtune.storage import layout
 from llmtune.storage.atomic import read_json, write_atomically
 from llmtune.storage.lock import hold_lock
+from llmtune.storage.rank_files import SkippedSteps
 from llmtune.track.metrics import cut_metrics
-from llmtune.train.divergence import _read
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from tests.faults.harness import can_mount, fill, small_disk
@@ -103,7 +103,7 @@ def test_what_a_crash_of_the_machine_cut_off_is_passed_over(tmp_path: Path) -> N
             (tmp_path / name).write_text(text)
         assert folder.finished_step is None
         assert folder.read_record() == RunRecord()
-        assert _read(tmp_path / layout.SKIPPED_STEPS) == frozenset()
+        assert SkippedSteps.read(tmp_path) == SkippedSteps()
         start(tmp_path)
         assert folder.read_record().run_id == "a"
 

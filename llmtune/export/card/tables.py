@@ -10,6 +10,7 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.export.card.facts import Facts, list_sources, read_metrics_after
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.model_shape import ModelShape
@@ -79,12 +80,7 @@ def describe_settings(facts: Facts) -> Rows:
             if schedule and warmup is not None
             else schedule,
         ),
-        (
-            "optimizer",
-            f"AdamW, betas {get('optim.betas')}, weight decay {get('optim.weight_decay')}"
-            if get("optim")
-            else None,
-        ),
+        ("optimizer", _describe_optimizer(get("optim"))),
         ("gradient clipping", get("train.max_grad_norm")),
         ("batch", _describe_batch(plan.batch, get("train.global_batch_size"))),
         ("optimizer steps", steps),
@@ -93,6 +89,16 @@ def describe_settings(facts: Facts) -> Rows:
         ("packing", _yes(get("data.packing"))),
         ("seed", get("seed")),
     )
+
+
+def _describe_optimizer(optim: dict[str, Any] | None) -> str | None:
+    """Describe the optimizer; by its name where the module that registers it is not here."""
+    if not optim:
+        return None
+    # Configurations stored before there was a choice do not name it.
+    name = str(optim.get("kind", "adamw"))
+    optimizer = OPTIMIZERS.list().get(name)
+    return name if optimizer is None else optimizer.describe(optim)
 
 
 #: Name of a variant of LoRA -> the key of peft that turns it on.

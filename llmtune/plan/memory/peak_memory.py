@@ -12,13 +12,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmtune.config.schema import Precision
 from llmtune.plan.devices.gpus import pins_exactly
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.activations import ActivationBytes
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.rank_bytes import StateBytes, element_bytes
+from llmtune.plan.memory.rank_bytes import Arithmetic, StateBytes
 from llmtune.plan.memory.zero_buffers import ZeroSizes, partition_numel
 from llmtune.units import format_bytes
 
@@ -118,12 +117,12 @@ def estimate_memory(
     placement: Placement,
     sizes: ZeroSizes,
     states: StateBytes,
-    precision: Precision,
+    arithmetic: Arithmetic,
     world_size: int,
     work: Workload,
 ) -> MemoryPlan:
     """Estimate the peak bytes of one rank."""
-    size = element_bytes(precision)
+    size = arithmetic.element_bytes
     at_loss, at_layer = gathered_bytes(shape, placement, sizes, size)
     unpacked = size * max((tensor.numel for tensor in shape.tensors if tensor.quantized), default=0)
     saved = work.activations.saved
@@ -150,7 +149,7 @@ def estimate_memory(
         host=_host_bytes(shape, placement, states, size, world_size, work.accelerator),
         nvme=total.nvme,
         nvme_written_per_step=states.nvme_written_per_step,
-        checkpoint=checkpoint_bytes(shape, size),
+        checkpoint=checkpoint_bytes(shape, arithmetic),
     )
 
 
@@ -169,11 +168,12 @@ def gathered_bytes(
     return at_loss, max(at_layer, size * shape.largest_tensor)
 
 
-def checkpoint_bytes(shape: ModelShape, size: int) -> int:
-    """Bytes of the model or adapter in the training dtype, of master weights and of moments."""
+def checkpoint_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
+    """Bytes of the model or adapter in the training dtype, of master weights and of states."""
     # An adapter's file holds the task's head too.
     model = shape.trainable_parameters if shape.adapter_parameters else shape.parameters
-    return size * model + 12 * shape.trainable_parameters
+    master_and_states = arithmetic.optimizer.master_and_state_bytes * shape.trainable_parameters
+    return arithmetic.element_bytes * model + master_and_states
 
 
 def _host_bytes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtune.config.schema import Precision
+from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
 from llmtune.plan.memory.model_shape import ModelShape
 
 #: NF4 with double quantization takes half a byte per element, one byte per block of 64 elements,
@@ -12,11 +13,18 @@ from llmtune.plan.memory.model_shape import ModelShape
 NF4_BYTES = 0.5
 NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
 
-#: Bytes per trained element: master weights and the gradients of a step are fp32, and Adam has two
-#: moments.
-FP32_BYTES = 4
-MOMENTS_BYTES = 8
-MASTER_AND_MOMENTS_BYTES = FP32_BYTES + MOMENTS_BYTES
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What no placement changes: the training dtype and the optimizer."""
+
+    precision: Precision
+    optimizer: Optimizer
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element of weights, activations and gradients."""
+        return element_bytes(self.precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ class StateBytes:
     gradients: Split
     """Gradients from the backward pass to the step."""
     optimizer: Split
-    """Master weights and moments, and the fp32 gradient that an optimizer on the host keeps."""
+    """Master weights and states, and the fp32 gradient that an optimizer on the host keeps."""
     buckets: Split = Split()
     """Reduction buckets and the swapper's buffers."""
     backward: int = 0

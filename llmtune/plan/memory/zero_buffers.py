@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmtune.optimizer.optimizer import Optimizer
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.tensor_shapes import TensorShape
@@ -21,8 +22,6 @@ SWAP_ALIGNMENT_BYTES = 1024
 #: A gradient is read back into the middle of a buffer by O_DIRECT, which needs this alignment; else
 #: DeepSpeed silently trains on wrong gradients.
 SECTOR_BYTES = 512
-#: Buffers of the optimizer's swapper: weights, two moments, gradient.
-OPTIMIZER_SWAP_BUFFERS = 4
 #: Weights in flight between NVMe and the accelerator.
 PARAM_SWAP_BUFFERS = 6
 
@@ -57,7 +56,8 @@ class ZeroSizes:
     max_in_cpu: int
     """Trained weights that stay on the host although weights are on NVMe."""
     aio: AioSizes
-    optimizer_buffers: int = OPTIMIZER_SWAP_BUFFERS
+    optimizer_buffers: int
+    """Swap buffers of a sub-group for weights, states and gradient on NVMe."""
     param_buffers: int = PARAM_SWAP_BUFFERS
 
 
@@ -67,7 +67,7 @@ def partition_numel(numel: int, world_size: int) -> int:
 
 
 def resolve_zero_sizes(
-    shape: ModelShape, placement: Placement, world_size: int, accelerator: str
+    shape: ModelShape, placement: Placement, optimizer: Optimizer, world_size: int, accelerator: str
 ) -> ZeroSizes:
     """Derive the sizes for a model.
 
@@ -79,8 +79,8 @@ def resolve_zero_sizes(
     lengths = aio.alignment_bytes // 2
     sub_group = 100_000_000
     if placement.optimizer == "nvme":
-        # Four buffers of the largest sub-group are held on the host; smaller groups than a quarter
-        # of the largest tensor would not make them smaller.
+        # Three or four buffers of the largest sub-group are held on the host; smaller groups than a
+        # quarter of the largest tensor would not make them smaller.
         sub_group = min(sub_group, max(largest // 4, MIN_SWAP_BYTES))
     if placement.param == "nvme":
         # A layer kept for reuse would occupy a swap buffer, and DeepSpeed's prefetch runs out of
@@ -103,6 +103,7 @@ def resolve_zero_sizes(
         param_buffer=-(-largest // lengths) * lengths,
         max_in_cpu=trained + shape.adapter_parameters if shape.adapter_parameters else 0,
         aio=aio,
+        optimizer_buffers=optimizer.swap_buffers,
     )
 
 
