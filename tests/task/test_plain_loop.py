@@ -108,8 +108,12 @@ def check(kind: str, model: str, stage: int, ranks: int, folder: Path) -> None:
     assert losses[-1] != pytest.approx(losses[0], abs=1e-3), "the model must learn"
     for expected, found in ((before, evaluations[0]), (plain.scores(held_out), evaluations[-1])):
         for key, value in expected.items():
-            assert found[key] == pytest.approx(value, abs=1e-5), key
+            assert found[key] == pytest.approx(value, abs=TOLERANCE.get(key, 1e-5)), key
 
+
+#: These go by the order of logits, or by differences of nearly equal ones, and a rounding can change
+#: those. That they are scikit-learn's on the same logits is in ``tests/metrics/``.
+TOLERANCE = {"eval_auroc": 5e-3, "eval_spearman": 2e-2, "eval_pearson": 1e-3}
 
 #: Each task, stage and number of ranks at least once.
 CELLS = list(zip(KINDS, (0, 3, 1, 2, 3), (1, 2, 2, 1, 1), strict=True))

@@ -93,7 +93,7 @@ def resolve_zero_sizes(
     trained = partition_numel(shape.trainable_parameters, world_size)
     return ZeroSizes(
         reduce_bucket=_reduce_bucket(shape, placement),
-        allgather_bucket=min(shape.trainable_parameters, 500_000_000),
+        allgather_bucket=_to_even(min(shape.trainable_parameters, 500_000_000)),
         sub_group=sub_group,
         max_live=2 * shape.layer_parameters + shape.largest_tensor,
         max_reuse_distance=max_reuse_distance,
@@ -105,6 +105,13 @@ def resolve_zero_sizes(
         aio=aio,
         optimizer_buffers=optimizer.swap_buffers,
     )
+
+
+def _to_even(numel: int) -> int:
+    """Round up: DeepSpeed takes an even allgather bucket only (``stage_1_and_2.py``:
+    ``nccl_start_alignment_factor``), and a head of three classes makes an odd model.
+    """
+    return numel + numel % 2
 
 
 def _reduce_bucket(shape: ModelShape, placement: Placement) -> int:
