@@ -1,6 +1,4 @@
-"""The index of prepared rows: which of them are trained on, which are for evaluation, and which
-share a packed row.
-"""
+"""Write the index of prepared rows: the training and evaluation rows, and the packed rows."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from llmtune.data.store.token_store import Rows, TokenStore
 from llmtune.errors import DataError
 from llmtune.plan.prepared_data import SplitSummary
 
-#: More different labels than this are values, not classes.
+#: Above this number of different labels, they are values and not classes.
 MAX_CLASSES = 1000
 
 
@@ -141,7 +139,8 @@ class IndexWriter:
             nothing = np.zeros(0, dtype=np.int64)
             return _Splits(train=Rows([], nothing), eval=Rows([], nothing), duplicates_of_eval=0)
 
-        # Evaluation rows are split off; too few are left where many are bad: that is the news.
+        # Evaluation rows are split off. Where many rows are bad, too few are left, and the bad rows
+        # are the error to report.
         every = Rows(self.stores, np.arange(sum(self._counts), dtype=np.int64))
         try:
             keep, drawn = split_eval(every.documents("begins"), self.config.val_set_size, self.seed)
@@ -160,7 +159,7 @@ class IndexWriter:
         )
 
     def _mix(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
-        """The rows of an epoch.
+        """Return the rows of an epoch.
 
         Raises:
             DataError: There are none.
@@ -227,6 +226,6 @@ class IndexWriter:
 
 
 def _find_classes(stores: list[TokenStore]) -> list[Any]:
-    """Different labels, sorted."""
+    """Return the different labels, sorted."""
     every = {label for store in stores for label in store.labels()}
     return sorted(every, key=lambda label: (isinstance(label, str), label))[:MAX_CLASSES]

@@ -9,8 +9,9 @@ from llmtune.data.rows.values import Row, describe_missing, read_text
 
 
 def _read(row: Row) -> Conversation:
-    """``text``, or ``sentence1`` and perhaps ``sentence2``; and ``label``: a class name, a class
-    number or a value.
+    """Read ``text``, or ``sentence1`` and perhaps ``sentence2``; and ``label``.
+
+    The label is a class name, a class number or a value.
     """
     first = "text" if "text" in row else "sentence1"
     texts = [read_text(row, first)]

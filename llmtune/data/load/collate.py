@@ -1,5 +1,6 @@
-"""Rows become the tensors of a forward pass: padded, or packed with positions that restart at each
-document.
+"""Make the tensors of a forward pass from rows: padded, or packed.
+
+In a packed row, positions restart at each document.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Targets:
     """The targets of a batch, found on the host so that no step waits for a GPU."""
 
     positions: torch.Tensor
-    """Of the logits that are judged, in the flattened batch: ``row * length + column``.
+    """Positions of the logits to score, in the flattened batch: ``row * length + column``.
 
     Shape (trained tokens,).
     """
@@ -46,8 +47,9 @@ class Targets:
 
     @classmethod
     def of_labels(cls, labels: torch.Tensor) -> Targets:
-        """Those of labels as transformers has them: not shifted, ``IGNORE`` where nothing is
-        trained. Shape (rows, length).
+        """Return the targets of labels as transformers has them: not shifted, shape (rows, length).
+
+        A position that is not trained has the label ``IGNORE``.
         """
         following = labels[:, 1:]
         rows, columns = (following != IGNORE).nonzero(as_tuple=True)
@@ -61,20 +63,18 @@ class Batch:
     input_ids: torch.Tensor
     targets: Targets
     attention_mask: torch.Tensor | None = None
-    """1 for tokens, 0 for padding; None for causal models, whose tokens see nothing that comes
-    after them.
-    """
+    """1 for tokens, 0 for padding; None for causal models, which do not attend to later tokens."""
     position_ids: torch.Tensor | None = None
     """Position in the document; None where rows hold one each.
 
     The model keeps documents apart where they restart.
     """
     varlen: VarlenIndex | None = None
-    """For FlashAttention, which reads no mask: then the batch is one row."""
+    """Borders for FlashAttention, which reads no mask: then the batch is one row."""
 
     @property
     def labels(self) -> torch.Tensor:
-        """``input_ids`` where trained, ``IGNORE`` elsewhere; not shifted."""
+        """Return ``input_ids`` where trained, ``IGNORE`` elsewhere; not shifted."""
         labels = torch.full_like(self.input_ids, IGNORE)
         labels.view(-1)[self.targets.positions + 1] = self.targets.tokens
         return labels
@@ -99,7 +99,7 @@ class Batch:
 
     @property
     def inputs(self) -> Mapping[str, Any]:
-        """Arguments of the model's forward."""
+        """Return the arguments of the model's forward pass."""
         given: dict[str, Any] = {"input_ids": self.input_ids}
         if self.attention_mask is not None:
             given["attention_mask"] = self.attention_mask
@@ -141,16 +141,19 @@ class Collator:
     varlen: bool = False
     """Flatten packed rows for FlashAttention."""
     masked: bool = False
-    """Say where padding is. Causal models compute the same without it, and attention takes its fast
-    kernels only where there is no mask."""
+    """Say where padding is.
+
+    Causal models compute the same without it, and attention takes its fast kernels only where there
+    is no mask.
+    """
 
     def collate(self, rows: Rows, numbers: Sequence[int | None]) -> Batch:
-        """The batch of some rows; None makes an empty row, which trains nothing."""
+        """Make the batch of some rows; None makes an empty row, which trains nothing."""
         picked = [rows.row(number) if number is not None else None for number in numbers]
         return self.pack(picked) if rows.packed else self.pad(picked)
 
     def pad(self, rows: Sequence[Row | None]) -> Batch:
-        """One document a row."""
+        """Pad rows of one document each."""
         input_ids, labels = self._fill(rows)
         if not self.masked:
             return Batch(input_ids=input_ids, targets=Targets.of_labels(labels))
@@ -163,8 +166,9 @@ class Collator:
         )
 
     def pack(self, rows: Sequence[Row | None]) -> Batch:
-        """Several documents a row; what is left of a row is a document of padding, which trains
-        nothing.
+        """Pack several documents per row.
+
+        The rest of a row is a document of padding, which trains nothing.
         """
         input_ids, labels = self._fill(rows)
         height, width = input_ids.shape

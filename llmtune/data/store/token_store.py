@@ -1,6 +1,4 @@
-"""Tokenized rows on disk: one Arrow file a source, mapped into memory, with small arrays of numbers
-beside it.
-"""
+"""Store tokenized rows: one Arrow file per source, mapped into memory, and arrays of numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
 ROWS, SUMMARY, BAD_ROWS = "rows.arrow", "summary.json", "bad_rows.jsonl"
 
-#: Arrays of one number a row.
+#: Arrays of one number per row.
 _COLUMNS: dict[str, type[np.generic]] = {
     "lengths": np.int32,
     "trained": np.int32,
@@ -41,9 +39,7 @@ class StoreSummary:
     rows: int = 0
     truncated: int = 0
     overlong: list[tuple[int, int]] = field(default_factory=list)
-    """(tokens, rows of as many) that were dropped as too long; 0 tokens of long texts, which were
-    not counted.
-    """
+    """(tokens, rows of as many) that were dropped as too long; 0 tokens of uncounted long texts."""
     bad_rows: int = 0
     files: list[str] = field(default_factory=list)
     special: list[int] = field(default_factory=list)
@@ -57,7 +53,7 @@ class StoreSummary:
 
     @property
     def dropped(self) -> int:
-        """Rows left out because they are too long."""
+        """Count the rows left out because they are too long."""
         return sum(count for _, count in self.overlong)
 
 
@@ -147,9 +143,7 @@ class TokenStore:
         return self.summary.rows
 
     def column(self, name: str) -> NDArray[Any]:
-        """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``,
-        ``begins``. Shape (rows,).
-        """
+        """Map one of the arrays ``lengths trained hashes lines files begins``. Shape (rows,)."""
         array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return array
 
@@ -158,23 +152,23 @@ class TokenStore:
         return self.summary.files[int(self.column("files")[row])], int(self.column("lines")[row])
 
     def labels(self) -> list[Any]:
-        """Labels of a classification source, row by row."""
+        """Return the labels of a classification source, row by row."""
         file = self.folder / "labels.json"
         return list(json.loads(file.read_text())) if file.is_file() else []
 
     def problems(self) -> Iterator[Problem]:
-        """Rows that cannot be used."""
+        """Return the problems of rows that cannot be used."""
         return read_problem_file(self.folder / BAD_ROWS)
 
     @property
     def max_id(self) -> int:
-        """The largest token id; -1 of no rows."""
+        """Return the largest token id; -1 without rows."""
         if self.summary.max_id >= 0 or not len(self):
             return self.summary.max_id
         return max(int(self.read(row)[0].max(initial=-1)) for row in range(len(self)))
 
     def read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Token ids and mask of a row. Shapes: (length,)."""
+        """Read token ids and mask of a row. Shapes: (length,)."""
         number, at = _locate(row, self._ends)
         offsets, ids, mask = self._batch(number)
         begin, end = int(offsets[at]), int(offsets[at + 1])
@@ -199,7 +193,7 @@ class TokenStore:
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
-        """Row number behind each record batch."""
+        """Return the row number behind each record batch."""
         counts = [
             self._reader.get_batch(number).num_rows
             for number in range(self._reader.num_record_batches)
@@ -216,8 +210,9 @@ def _view(array: pa.Array, dtype: type[np.int32]) -> NDArray[np.int32]:
 
 
 def _view_bits(array: pa.Array, begin: int, end: int) -> NDArray[np.bool_]:
-    """Elements ``[begin, end)`` of an Arrow array of booleans, which are eight a byte, the lowest
-    bit first.
+    """Unpack elements ``[begin, end)`` of an Arrow array of booleans.
+
+    Arrow packs eight per byte, the lowest bit first.
     """
     first, last = array.offset + begin, array.offset + end
     packed = np.frombuffer(array.buffers()[1], np.uint8)[first // 8 : -(-last // 8)]
@@ -237,8 +232,9 @@ class Row:
 
 
 def join_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Row:
-    """The row of some documents, of ids and mask each. The first token of each is not trained: what
-    stands before it is another's.
+    """Make the row of some documents, given as ids and mask each.
+
+    The first token of each is not trained: the token before it is another document's.
     """
     masks = [mask.copy() for _, mask in documents]
     for mask in masks:
@@ -249,15 +245,13 @@ def join_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_
 
 
 def _locate(number: int, ends: NDArray[np.int64]) -> tuple[int, int]:
-    """The index of the part that holds a number, and its index in that part."""
+    """Return the index of the part that holds a number, and its index in that part."""
     part = int(np.searchsorted(ends, number, side="right"))
     return part, number - (int(ends[part - 1]) if part else 0)
 
 
 class Rows:
-    """The rows of a split, of all its sources, in a fixed order; packed where ``starts`` is
-    given.
-    """
+    """The rows of a split, of all its sources, in a fixed order; packed if ``starts`` is given."""
 
     def __init__(
         self,
@@ -282,16 +276,16 @@ class Rows:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row. Shape (rows,)."""
+        """Return the number of tokens of each row. Shape (rows,)."""
         return self._sum(self.documents("lengths"))
 
     @cached_property
     def supervised_tokens(self) -> NDArray[np.int64]:
-        """Tokens with a label of each row. Shape (rows,)."""
+        """Return the number of tokens with a label of each row. Shape (rows,)."""
         return self._sum(self.documents("trained"))
 
     def documents(self, name: str) -> NDArray[Any]:
-        """A number of each document, in the order of ``index``. Shape (documents,)."""
+        """Return an array's values in the order of ``index``. Shape (documents,)."""
         if not self.stores:
             return np.zeros(0, dtype=_COLUMNS[name])
         every = [store.column(name) for store in self.stores]
@@ -300,29 +294,29 @@ class Rows:
         return picked
 
     def row(self, number: int) -> Row:
-        """One row."""
+        """Return one row."""
         begin, end = int(self._starts[number]), int(self._starts[number + 1])
         return join_documents([self._read(int(document)) for document in self.index[begin:end]])
 
     def location(self, document: int) -> tuple[str, int]:
-        """File and line of a document, by its number in ``index``."""
+        """Return file and line of a document, by its number in ``index``."""
         store, row = self._locate(int(self.index[document]))
         return store.location(row)
 
     def locations(self, number: int) -> list[tuple[str, int]]:
-        """File and line of every document of a row."""
+        """Return file and line of every document of a row."""
         return [
             self.location(document)
             for document in range(int(self._starts[number]), int(self._starts[number + 1]))
         ]
 
     def source_location(self, document: int) -> tuple[int, str, int]:
-        """Number of the store, file and line of a document."""
+        """Return number of the store, file and line of a document."""
         store, row = self._locate(int(self.index[document]))
         return self.stores.index(store), *store.location(row)
 
     def first_document(self, number: int) -> int:
-        """Number in ``index`` of the first document of a row."""
+        """Return the number in ``index`` of the first document of a row."""
         return int(self._starts[number])
 
     def _read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:

@@ -69,7 +69,7 @@ class Encoder:
     def encode(
         self, conversations: Iterable[Conversation], pulse: Pulse | None = None
     ) -> list[Outcome]:
-        """The rows of each conversation, or why there are none.
+        """Return the rows of each conversation, or the error about it.
 
         Args:
             conversations: Gone through once; none is held after it has been rendered.
@@ -91,7 +91,7 @@ class Encoder:
     def _render_all(
         self, conversations: Iterable[Conversation], rendered: dict[bool, list[RenderedRow]]
     ) -> dict[int, Outcome]:
-        """Render conversations into lists of plain texts and of chats; the errors of the others.
+        """Render conversations into lists of plain texts and of chats; return the others' errors.
 
         The frame of this method is what holds the last conversation: it is gone when texts are
         tokenized.
@@ -122,7 +122,7 @@ class Encoder:
     def _tokenize(
         self, rows: list[RenderedRow], plain: bool, pulse: Pulse | None
     ) -> Iterator[tuple[RenderedRow, Any]]:
-        """Each row with its encoding; None of one that is too long, and not to be cut."""
+        """Yield each row with its encoding; None for one that is too long and must not be cut."""
         done = 0
 
         def pulse_on(tokens: int) -> None:
@@ -146,7 +146,7 @@ class Encoder:
 
     def _tokenize_long(self, row: RenderedRow, text: str, pulse: Pulse) -> tuple[RenderedRow, Any]:
         limit, overlong = self.settings.max_seq_length, self.settings.overlong
-        # What stands behind the last trained letter does not count.
+        # Text behind the last trained letter does not count.
         end = max((span.end for span in row.spans if span.train), default=0)
         # All of a text may be cut anywhere; a chat's last token says how turns end.
         cuts = overlong is Overlong.truncate and row.plain and row.messages == 1
@@ -163,7 +163,7 @@ class Encoder:
         return replace(row, text=text[: encoding.letters], spans=spans), encoding
 
     def _tokenize_long_texts(self, row: RenderedRow, pulse: Pulse) -> tuple[RenderedRow, Any]:
-        """A classification row, cut to letters of which there are surely too many tokens."""
+        """Tokenize a classification row, cut to letters that surely make too many tokens."""
 
         def enough(tokens: int, _letters: int) -> bool:
             return tokens > self.settings.max_seq_length
@@ -230,7 +230,7 @@ class Encoder:
 
 
 def _batches(rows: list[RenderedRow]) -> Iterator[list[RenderedRow]]:
-    """Rows that are tokenized together, of at most ``BATCH_LETTERS``; long ones alone."""
+    """Yield rows that are tokenized together, at most ``BATCH_LETTERS``; long ones alone."""
     batch: list[RenderedRow] = []
     letters = 0
     for row in rows:

@@ -2,7 +2,7 @@
 
 Marks may be wrong: around what somebody else says, or around a part of an answer, such as its words
 and not its calls. So rows of each shape are rendered once with a made-up word in every place, and
-it is looked which of the words are marked.
+it is checked which of the words are marked.
 """
 
 from __future__ import annotations
@@ -39,16 +39,15 @@ class Marks:
     """The marks of one template."""
 
     def __init__(self, render: Callable[[Conversation], tuple[str, Ranges]]):
-        """
-        Args:
-            render: The template; gives the text and the marked places, first and behind the last
-                letter.
+        """Args:
+        render: The template; returns the text and the marked ranges, from the first letter to the
+                one behind the last.
         """
         self._render = render
         self._known: dict[Hashable, _Owners | None] = {}
 
     def owners(self, conversation: Conversation, count: int) -> list[int]:
-        """The number of the message that each of the row's marks belongs to.
+        """Return the number of the message that each of the row's marks belongs to.
 
         Args:
             count: Of the row's marks.
@@ -89,7 +88,7 @@ class Marks:
     def _find(
         self, disguised: Conversation, pieces: list[Piece], speakers: list[int]
     ) -> _Owners | None:
-        """None where the template refuses made-up words."""
+        """Find the owners for rows of a shape; None where the template refuses made-up words."""
         try:
             text, marks = self._render(disguised)
         except TEMPLATE_ERRORS:
@@ -129,7 +128,7 @@ def _trained(conversation: Conversation, index: int | None) -> bool:
 
 
 def _filled(owners: list[int | None]) -> list[int]:
-    """With marks around no words, such as the end of a turn, given to the answer before them."""
+    """Give marks around no words, such as the end of a turn, to the answer before them."""
     filled: list[int] = []
     following = next((one for one in owners if one is not None), 0)
     for one in owners:
