@@ -68,7 +68,7 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         parity = None if kind.is_checked_on_disk else verify_merged_model(export_model, config)
         write_files(export_model, folder, journal, config)
         if kind.is_checked_on_disk and kind.is_merged:
-            # Of what lies on the disk now.
+            # Of the files that are on the disk now.
             parity = verify_written_folder(export_model, folder, config)
         write_model_card(folder, request, config, parity.describe() if parity else None)
 
@@ -97,7 +97,7 @@ def write_files(
 
 
 def _describe_export(request: ExportRequest, config: ExportConfig) -> dict[str, Any]:
-    """The fields of the manifest that tell one export from another."""
+    """Return the fields of the manifest that tell one export from another."""
     return {
         "base": request.base_name if is_hub_id(request.base_name) else Path(request.base_name).name,
         "format": config.format,

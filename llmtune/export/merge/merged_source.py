@@ -30,7 +30,7 @@ from llmtune.storage.tensors.safetensors_writer import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """How one tensor of the merged model is computed."""
+    """The computation of one tensor of the merged model."""
 
     base: str
     """The base's tensor; its rows are not read where the first delta is a replacement."""

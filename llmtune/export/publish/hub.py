@@ -91,7 +91,7 @@ def resolve_token(url: str) -> str:
 
 
 def is_export_manifest(text: bytes) -> bool:
-    """True for the manifest of an export; those of checkpoints name no format."""
+    """Tell whether a manifest is that of an export; those of checkpoints name no format."""
     with suppress(ValueError, TypeError, KeyError):
         manifest = parse_json(text)
         return isinstance(manifest["files"], dict) and isinstance(manifest["format"], str)
@@ -215,7 +215,7 @@ def _read_manifest(api: Any, repo: str, commit: str) -> bytes:
 
 
 def _is_same(file: Path, remote: Any | None) -> bool:
-    """True where the hub has these bytes: it names large files by SHA-256, others as git does."""
+    """Tell whether the hub has these bytes: it names large files by SHA-256, others as git does."""
     if remote is None or remote.size != file.stat().st_size:
         return False
     if remote.lfs is not None:

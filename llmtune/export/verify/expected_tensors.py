@@ -98,12 +98,13 @@ class ExpectedDelta:
     """Shape (outputs, r)."""
     scale: float
     by_input: bool
-    """Whether the stored rows are inputs, as in embeddings and GPT-2's Conv1D."""
+    """True if the stored rows are inputs, as in embeddings and GPT-2's Conv1D."""
     lengths: torch.Tensor | None = None
     """Shape (outputs,)."""
     norms: torch.Tensor | None = None
-    """Norms per output, where they run over all stored rows, and the bound of their relative error
-    in fp32; shape (2, outputs).
+    """Norms per output, where they run over all stored rows, and their bound; shape (2, outputs).
+
+    The bound is that of their relative error in fp32.
     """
 
     def measure(self, rows: Iterator[torch.Tensor]) -> None:

@@ -241,7 +241,7 @@ class _Unpickler(pickle.Unpickler):
             return _KNOWN[module, name]
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
-        # Not getattr, which makes torch import modules of its own.
+        # Not getattr, which makes torch import further modules.
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         path = f"{module}.{name}"

@@ -117,6 +117,6 @@ def rope_factors(settings: Any) -> np.ndarray[Any, Any] | None:
 
 
 def _head_size(settings: Any) -> int:
-    """Some of these architectures leave ``head_dim`` out of their configuration."""
+    """Return the head size; some of these architectures leave ``head_dim`` out."""
     own = getattr(settings, "head_dim", None)
     return int(own or settings.hidden_size // settings.num_attention_heads)
