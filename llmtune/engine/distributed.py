@@ -31,7 +31,7 @@ class Rank:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes, prints and tracks."""
+        """Tell whether this is rank 0, which writes, prints and tracks."""
         return self.rank == 0
 
 
@@ -66,7 +66,8 @@ def init_ranks(
     # The process group.
     init_method = None
     if meeting is not None:
-        # A descriptor, which stays open, stands for the folder: torch ends a path at # or ?.
+        # A descriptor, which stays open, replaces the path of the folder: torch ends a path at # or
+        # ?.
         folder = os.open(meeting.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         init_method = f"file:///proc/self/fd/{folder}/{meeting.name}"
     deepspeed.init_distributed(

@@ -67,7 +67,7 @@ class PhaseLog:
             self._write()
 
     def describe(self) -> str | None:
-        """Say what the rank does; None after its first step, because each step logs a line."""
+        """Describe what the rank does; None after its first step, because each step logs a line."""
         if self._phase in _LONG_PHASES:
             return _LONG_PHASES[self._phase]
         return (
@@ -106,7 +106,7 @@ class PhaseLog:
 
 
 def _is_near_limit() -> bool:
-    """Whether this process has nearly reached ``RLIMIT_DATA``, which counts unused memory too."""
+    """Tell whether this process is near ``RLIMIT_DATA``, which counts unused memory too."""
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     if limit == resource.RLIM_INFINITY:
         return False

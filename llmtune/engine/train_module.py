@@ -31,7 +31,7 @@ LossFunction = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
 class MicroBatch(Protocol):
-    """What a forward pass takes: a ``Batch`` of ``data/``, which ``engine/`` may not import."""
+    """The input of a forward pass: a ``Batch`` of ``data/``, which ``engine/`` may not import."""
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -39,13 +39,13 @@ class MicroBatch(Protocol):
 
     @property
     def targets(self) -> Sized:
-        """What the loss function takes; as long as there are trained tokens."""
+        """Return the targets for the loss function, one per trained token."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """Copy it to another device."""
 
     def split(self) -> list[Self]:
-        """The same, a batch for each row."""
+        """Split it into a batch per row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +174,9 @@ class TrainModule:
     def evaluate(
         self, batches: Iterable[MicroBatch], interrupted: Callable[[], bool] = lambda: False
     ) -> tuple[float, int] | None:
-        """Mean loss over the trained tokens of all ranks' batches, and their number; None where it
-        was interrupted.
+        """Return the mean loss over the trained tokens of all ranks' batches, and their number.
+
+        It is None where the evaluation was interrupted.
 
         Args:
             interrupted: Called on every rank before each batch, with the same result on all.

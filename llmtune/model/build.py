@@ -24,7 +24,7 @@ from llmtune.storage.tensors.dtypes import configured_dtype
 
 @dataclass(frozen=True, slots=True)
 class WeightsTo:
-    """Where the weights go when they are read."""
+    """The destination of the weights when they are read."""
 
     device_map: Any = None
     """transformers' ``device_map``, for unpartitioned weights."""

@@ -47,7 +47,7 @@ def to_deepspeed(
 
 
 def adamw_parameters(optim: OptimConfig, learning_rate: float) -> dict[str, Any]:
-    """Return AdamW's settings in DeepSpeed's spelling: torch's fused kernel on every device.
+    """Return AdamW's settings under DeepSpeed's names: torch's fused kernel on every device.
 
     It is as fast on a CPU as DeepSpeedCPUAdam (40 M parameters on 2 cores: 14 to 20 ms against 20),
     needs no compiler, and resumes to the bit, which DeepSpeed's kernel does not: that one keeps

@@ -1,5 +1,7 @@
-"""The ladder: all placements, micro-batch sizes and activation checkpointing at the user's global
-batch size, and the choice of the fastest that fits.
+"""Build the ladder of placements, and choose the fastest candidate that fits.
+
+Candidates are all placements, micro-batch sizes and activation checkpointing at the user's global
+batch size.
 
 Rungs never change what is computed: precision of states, optimizer and row length are the user's.
 """
@@ -55,11 +57,11 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether it stays within the usable share of every memory."""
+        """Tell whether it stays within the usable share of every memory."""
         return self.lacks is None
 
     def describe(self) -> str:
-        """One phrase for messages."""
+        """Describe the candidate in one phrase, for messages."""
         checkpointing = "on" if self.gradient_checkpointing else "off"
         return (
             f"{self.placement.describe()}; micro-batch {self.batch.micro_batch_size}, checkpointing"
@@ -75,7 +77,7 @@ class Rung:
     candidate: Candidate | None
     """The fastest that fits, or the smallest if none does; None if the rung is not possible."""
     reason: str
-    """Why it was chosen, or why it lost."""
+    """Reason why it was chosen, or why it lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +95,11 @@ class Ladder:
     attn_implementation: str
     activations_origin: str
     refusals: tuple[str, ...] = ()
-    """Why a job that is only planned could not be trained here."""
+    """Reasons why a job that is only planned could not be trained here."""
 
     @property
     def cluster(self) -> Cluster:
-        """The machines and their ranks."""
+        """Return the machines and their ranks."""
         return Cluster(self.hardware, self.world_size)
 
 
@@ -202,7 +204,7 @@ def next_candidate(
 
 
 def _needed(candidate: Candidate, pool: str, only_persistent: bool) -> int:
-    """Planned bytes of one rank in a memory (``device``, ``host`` or ``both``)."""
+    """Return the planned bytes of one rank in a memory (``device``, ``host`` or ``both``)."""
     device = candidate.memory.device
     on_device = device.persistent if only_persistent else device.total
     on_host = candidate.memory.host.total
@@ -331,7 +333,7 @@ class Search:
         )
 
     def _eval_logits(self, batch: BatchPlan) -> int:
-        """Bytes of an evaluation batch's logits, their fp32 copy and the log-probabilities."""
+        """Return the bytes of evaluation logits, their fp32 copy and the log-probabilities."""
         if self.config.data.val_set_size == 0 and self.config.data.eval is None:
             return 0
         rows = self.config.train.per_device_eval_batch_size

@@ -48,7 +48,7 @@ class Plan:
     learning_rate: float
     deepspeed: dict[str, Any]
     notes: tuple[str, ...]
-    """Where the derived values came from, for the page before step 1."""
+    """Origins of the derived values, for the page before step 1."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for ``plan.json`` and for the ranks."""
@@ -209,7 +209,7 @@ def _resolve_world_size(config: Config, hardware: Hardware) -> int:
 def _world_origin(config: Config, launched: bool) -> str:
     if launched:
         return "from the launcher"
-    return "launch.nproc" if config.launch.nproc else "one a GPU, or one on a CPU"
+    return "launch.nproc" if config.launch.nproc else "one per GPU, or one on a CPU"
 
 
 def _check_causal(shape: ModelShape, name: str) -> None:

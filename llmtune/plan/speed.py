@@ -68,7 +68,7 @@ class Cluster:
 
     @property
     def ranks_on_node(self) -> int:
-        """Ranks that share a machine."""
+        """Return the number of ranks that share a machine."""
         return max(1, self.world_size // self.hardware.nodes)
 
     def collective_seconds(self, nbytes: float) -> float:
@@ -122,7 +122,7 @@ def estimate_speed(
 
 
 def _flops(hardware: Hardware, precision: Precision) -> float:
-    """Operations per second that a training step reaches."""
+    """Return the operations per second that a training step reaches."""
     if precision is not Precision.fp32:
         return hardware.flops * hardware.efficiency
     # A CPU's vector units have half of bf16's rate; a GPU computes fp32 outside of its tensor
@@ -133,7 +133,7 @@ def _flops(hardware: Hardware, precision: Precision) -> float:
 def _gather_seconds(
     shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
 ) -> float:
-    """Seconds of one micro-batch's collectives: weights in both passes, and gradients."""
+    """Return the seconds of a micro-batch's collectives: weights in both passes, and gradients."""
     size = element_bytes(precision)
     seconds = 0.0
     if placement.zero_stage == 3:
@@ -149,7 +149,7 @@ def _gather_seconds(
 def _weights_seconds(
     shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
 ) -> float:
-    """Seconds of one micro-batch to bring offloaded weights to the accelerator."""
+    """Return the seconds per micro-batch to bring offloaded weights to the accelerator."""
     if placement.param == "none":
         return 0.0
     hardware = cluster.hardware
@@ -169,7 +169,7 @@ def _step_terms(
     precision: Precision,
     cluster: Cluster,
 ) -> dict[str, float]:
-    """Seconds of what is done once per step, after the backward pass."""
+    """Return the seconds of what is done once per step, after the backward pass."""
     hardware, size = cluster.hardware, element_bytes(precision)
     trained = shape.trainable_parameters
     share = trained / (1 if placement.zero_stage == 0 else cluster.world_size)

@@ -107,7 +107,7 @@ def adopt_launcher(
         stays=name in (_TORCHRUN, _DEEPSPEED),
         unattended=_advice_alone(environ, name),
     )
-    # Each pod and each shell has a console of its own; the ranks of the others share one.
+    # Each pod and each shell has its own console; the ranks of the other launchers share one.
     if rank == 0 or name in (_KUBERNETES, _VARIABLES_ALONE):
         say(launcher.describe())
     return launcher

@@ -193,7 +193,7 @@ def _node_of(rank: int, counts: list[int]) -> int:
 
 
 def _sees_one_gpu(environ: Mapping[str, str]) -> bool:
-    """Whether this task sees its own GPU only, as number 0 (``--gpus-per-task=1``)."""
+    """Tell whether this task sees its own GPU only, as number 0 (``--gpus-per-task=1``)."""
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
     return visible != "" and "," not in visible
 

@@ -1,9 +1,9 @@
 """Filter secrets out of what a rank and its libraries print, in a process between rank and log.
 
 Libraries write to the file descriptors 1 and 2 past Python, so both are the writing end of a pipe,
-and the filter reads the other one. It is a process of its own, because the last output of a rank
-that aborts or is killed must reach the log. It ends when the pipe has no writer left, or shortly
-after the rank where a child of the rank keeps the pipe open.
+and the filter reads the other one. It is a separate process, because the last output of a rank that
+aborts or is killed must reach the log. It ends when the pipe has no writer left, or shortly after
+the rank where a child of the rank keeps the pipe open.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _PACKAGE_ROOT = Path(__file__).parents[3]
 def start_filter(log: Path) -> int:
     """Start a filter that appends to ``log``.
 
-    The filter holds a shared lock on the log while it lives, for :func:`wait_for_filters`. It has a
-    process group of its own and blocks the signals that ask for an end (Slurm sends those to every
+    The filter holds a shared lock on the log while it lives, for :func:`wait_for_filters`. It has
+    its own process group and blocks the signals that ask for an end (Slurm sends those to every
     process of a step), so that it outlives the rank, which can print while it saves.
 
     Returns:

@@ -48,7 +48,7 @@ class RankWatchdog:
 
     @contextmanager
     def watch(self, timeout_seconds: float) -> Iterator[None]:
-        """In the block, end the process after so many seconds without a change.
+        """In the block, end the process after so many seconds without a change of its record.
 
         The limit is ten times as long while the rank starts or answers.
         """

@@ -78,7 +78,7 @@ def compare_weights(model: Any, folder: Path) -> WeightReport:
 
 
 def _targets(conversion: Conversion, state: dict[str, Any]) -> set[str]:
-    """Names of the tensors that a conversion of packed sources makes, without computing it."""
+    """Name the tensors that a conversion of packed sources makes, without computing it."""
     patterns = [re.compile(pattern) for pattern in conversion.converter.target_patterns]
     matches = [pattern.search(conversion.target) for pattern in patterns]
     begin = min((match.start() for match in matches if match), default=0)

@@ -61,7 +61,7 @@ class Hardware:
     nvme_read_bandwidth: float = NVME_READ_BANDWIDTH
     nvme_write_bandwidth: float = NVME_WRITE_BANDWIDTH
     fp32_flops: float = 0.0
-    """Operations per second in fp32 without TF32; 0 stands for half of ``flops``."""
+    """Operations per second in fp32 without TF32; 0 means half of ``flops``."""
     compute_capability: int = 0
     """NVIDIA's (see :class:`llmtune.plan.devices.gpus.Gpu`); 0 if it is not known."""
     notes: tuple[str, ...] = ()
@@ -149,7 +149,7 @@ def resolve_nvme_folder(nvme_path: str) -> Path:
 
 
 def _named(config: HardwareConfig) -> Hardware:
-    """The hardware from the config alone."""
+    """Return the hardware from the config alone."""
     memory = parse_bytes(config.gpu_memory_bytes, "hardware.gpu_memory_bytes")
     card = find_card(config.gpu_name, memory) or UNKNOWN
     host_bytes = probe_host_memory_bytes()
@@ -209,7 +209,7 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
 
 
 def _within(setting: Any, key: str, probed: int, planning: bool, notes: list[str]) -> int:
-    """Bytes of a memory: those that the config names, at most those that were probed."""
+    """Return the bytes of a memory: those of the config, at most those that were probed."""
     if setting is None:
         return probed
     named = parse_bytes(setting, f"hardware.{key}")
@@ -251,7 +251,7 @@ def _describe_unknown(name: str) -> str:
 
 
 def _stated(config: HardwareConfig) -> dict[str, Any]:
-    """The config's speeds and drives, by the fields of :class:`Hardware`."""
+    """Return the config's speeds and drives, by the fields of :class:`Hardware`."""
     sizes: dict[str, Any] = {
         "nvme_bytes": config.nvme_bytes,
         "link_bandwidth": config.gpu_link_bandwidth,
@@ -317,7 +317,7 @@ def probe_host_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def _memory_limits(root: Path) -> Iterator[Path]:
-    """Files with the limits of this process's control group and its parents, of both versions."""
+    """List the files with the limits of this process's control groups, of both versions."""
     mounted = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -337,7 +337,7 @@ def _memory_limits(root: Path) -> Iterator[Path]:
 
 
 def _cpu_flops(cores: int) -> float:
-    """Operations per second by the cores' instructions.
+    """Return the operations per second by the cores' instructions.
 
     They are not measured, so that two starts of a run plan the same.
     """

@@ -54,7 +54,7 @@ class TraceSettings:
     attn_implementation: str
     precision: Precision
     zero3: bool
-    """Under ZeRO 3 DeepSpeed's linear function keeps its input, even if the weight is frozen."""
+    """True under ZeRO 3: DeepSpeed's linear function keeps its input, even for a frozen weight."""
     masked: bool = False
     """Documents share a row: attention keeps a mask, and keys and values repeated per head."""
 
@@ -139,11 +139,11 @@ class Trace:
     """Bytes that a run of :data:`TRACED_LAYERS` layers allocated."""
 
     held: int
-    """At the end of the forward pass."""
+    """Bytes at the end of the forward pass."""
     layer: int
     """The share of one layer."""
     peak: int
-    """At the peak of forward and backward pass."""
+    """Bytes at the peak of forward and backward pass."""
 
 
 def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings) -> Trace:
@@ -195,7 +195,7 @@ def trace_layers(architecture: Any, tuner: TunerConfig, settings: TraceSettings)
 
 
 def _layers(model: Any) -> Any:
-    """The module list of the layers: the one that holds most modules."""
+    """Return the module list of the layers: the one that holds most modules."""
     from torch import nn
 
     lists = [
@@ -382,7 +382,7 @@ def _drop_gradient(parameter: Any) -> None:
 
 
 def _activation_bytes(snapshot: dict[Any, dict[Any, int]]) -> int:
-    """Bytes of all that is not a parameter, a buffer or an input."""
+    """Return the bytes of all that is not a parameter, a buffer or an input."""
     (values,) = snapshot.values()
     names = {getattr(key, "value", str(key)): value for key, value in values.items()}
     return sum(value for name, value in names.items() if name in ("Activation", "Temp", "Gradient"))

@@ -35,7 +35,7 @@ class TensorShape:
     numel: int
     trained: bool
     vector: bool
-    """One-dimensional, as norms and biases, which have a parameter group of their own."""
+    """One-dimensional, as norms and biases, which have their own parameter group."""
     adapter: bool = False
     quantized: bool = False
     """Stored as 4-bit NF4."""
@@ -54,8 +54,10 @@ class ModelShape:
     head_parameters: int
     """Elements of the output projection, tied or not; 0 if the model has none."""
     matrix_parameters: int
-    """Weights that a token is multiplied with: matrices of active experts and other layers, and the
-    head, without the input embeddings."""
+    """Weights that a token is multiplied with.
+
+    These are matrices of active experts and other layers, and the head, without input embeddings.
+    """
     largest_tensor: int
     largest_adapter_tensor: int
     layer_parameters: int
@@ -67,7 +69,7 @@ class ModelShape:
     attention_width: int
     """Heads times head size, which is attention's cost per pair of positions."""
     causal: bool = True
-    """Whether llmtune can train it; other architectures can only be planned."""
+    """True if llmtune can train it; other architectures can only be planned."""
     kernels: tuple[str, ...] = ("eager",)
     """Names of its attention kernels in transformers."""
     max_positions: int | None = None
@@ -75,8 +77,10 @@ class ModelShape:
     adapted: tuple[str, ...] = ()
     """Last parts of the names of the layers that get adapters."""
     left_alone: tuple[str, ...] = ()
-    """Last parts of the names of linear layers that ``all-linear`` does not reach, such as routers;
-    see :mod:`llmtune.tuner.adapted_layers`."""
+    """Last parts of the names of linear layers that ``all-linear`` does not reach, such as routers.
+
+    See :mod:`llmtune.tuner.adapted_layers`.
+    """
     stacked_parameters: int = 0
     """Elements of experts that are stacked in one tensor, which takes no adapter."""
     kind: str = ""
@@ -92,7 +96,7 @@ class ModelShape:
 
     @property
     def quantized_parameters(self) -> int:
-        """Elements that are stored in 4 bits."""
+        """Return the number of elements that are stored in 4 bits."""
         return sum(tensor.numel for tensor in self.tensors if tensor.quantized)
 
 
@@ -279,7 +283,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
 
 
 def _intermediate_size(text: Any) -> int:
-    """That of the widest layer, where they differ; 0 if none is named."""
+    """Return the intermediate size of the widest layer; 0 if none is named."""
     size = getattr(text, "intermediate_size", None) or 0
     return max(size) if isinstance(size, list | tuple) else int(size)
 

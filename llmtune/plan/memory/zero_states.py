@@ -1,5 +1,6 @@
-"""Bytes of ZeRO's states on one rank: weights, gradients, master weights, moments and buffers, by
-the device that holds them.
+"""Count the bytes of ZeRO's states on one rank, by the device that holds them.
+
+The states are weights, gradients, master weights, moments and buffers.
 
 There is one function per stage and placement of the optimizer (stage 3 in
 :mod:`llmtune.plan.memory.zero3_states`). Each names the functions of DeepSpeed 0.19.8 that allocate
