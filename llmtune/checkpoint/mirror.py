@@ -86,7 +86,7 @@ class Mirror:
 
     @property
     def busy(self) -> set[Path]:
-        """Folders that are queued or being copied, and must not be removed yet."""
+        """Return the folders that are queued or being copied, and must not be removed yet."""
         with self._changed:
             return {job.folder for job in self._open_jobs()}
 

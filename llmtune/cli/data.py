@@ -228,7 +228,7 @@ def _numbers(
 
 
 def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dict[str, Any]:
-    """The counts as plain values.
+    """Return the counts as plain values.
 
     ``rows`` counts documents, and ``packed_rows`` the rows that the model sees.
     """
@@ -257,7 +257,7 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
 
 
 def to_text(report: DataReport, untrained: list[str]) -> list[str]:
-    """The lines of the report on a terminal, without its rows."""
+    """Return the lines of the report on a terminal, without its rows."""
     from llmtune.data.rows.problems import describe
 
     width = max(map(len, report.numbers))

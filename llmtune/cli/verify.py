@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from llmtune.cli.arguments import Options
     from llmtune.config.compose import Composed
 
-#: Whoever asks for copies waits for them: a week.
+#: Seconds to wait for copies: a week, because the user asked for them.
 _COPY_SECONDS = 7 * 86400.0
 
-#: What stands in a stored URL for a password.
+#: The replacement of a password in a stored URL.
 _HIDDEN = "***"
 
 
@@ -154,7 +154,7 @@ def _run_folders(run: Path) -> list[Path]:
 
 
 def _report(folder: Path, key: Path | None) -> dict[str, Any]:
-    """Check one folder; the values that ``--json`` prints.
+    """Check one folder; return the values that ``--json`` prints.
 
     Args:
         key: Public key of the signature that is required.

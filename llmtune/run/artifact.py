@@ -47,9 +47,7 @@ class Target:
     run: Path | None
     base_name: str
     code_asked_by: str | None = None
-    """The stored configuration that turns on ``model.trust_remote_code``, which only the command
-    line can.
-    """
+    """Origin of ``model.trust_remote_code=true`` in a stored configuration, which is not enough."""
 
 
 def resolve_target(composed: Composed) -> Target:
@@ -97,7 +95,7 @@ def resolve_target(composed: Composed) -> Target:
 
 
 def _from_stored(stored: Config, composed: Composed, folder: Path, run: Path) -> Target:
-    """The target as its stored configuration describes it, which may be anybody's.
+    """Return the target as its stored configuration describes it, which may be anybody's.
 
     It says neither that code is run nor where this call keeps its files: the command line does.
     """
@@ -113,7 +111,7 @@ def load_model(target: Target) -> tuple[Any, Any]:
     """Load the model, with its adapter, in evaluation mode, on the GPUs if any, and its tokenizer.
 
     Raises:
-        ConfigError: The model needs Python code of its own, and the command line does not allow it.
+        ConfigError: The model needs its own Python code, and the command line does not allow it.
         CheckpointError: The adapter cannot be read, or is another model's.
     """
     if target.config.model.trust_remote_code and (note := describe_own_code(target.model_folder)):
@@ -128,7 +126,7 @@ def load_model(target: Target) -> tuple[Any, Any]:
 
 
 def _load_tokenizer(target: Target) -> Any:
-    """Load the tokenizer of the adapter, which may have tokens of its own, or else the base's.
+    """Load the tokenizer of the adapter, which may have added tokens, or else the base's.
 
     Code is the base's alone.
     """
@@ -192,7 +190,7 @@ def place_weights(folder: Path, precision: Precision) -> Any:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Free memory of a GPU, or of the host, in bytes."""
+    """Return the free memory of a GPU, or of the host, in bytes."""
     import psutil
     import torch
 
@@ -231,7 +229,7 @@ def load_peft_adapter(model: Any, adapter: Path) -> Any:
 
 
 def from_trained(config: Config, folder: Path, run: Path) -> Target:
-    """The target of a run: the adapter on its base, or the whole model, in ``folder``."""
+    """Return the target of a run: the adapter on its base, or the whole model, in ``folder``."""
     if not TUNERS.find(config.tuner.kind).has_adapter:
         return Target(
             config=config,
@@ -250,7 +248,7 @@ def from_trained(config: Config, folder: Path, run: Path) -> Target:
 
 
 def _base_folder(config: Config, run: Path) -> Path:
-    """The folder of the run's base: as in training, or as the configuration finds it now."""
+    """Return the folder of the run's base: as in training, or as the configuration finds it now."""
     noted = _noted_base(run / layout.PLAN)
     if noted is not None and noted.is_dir() and list(noted.glob("*.safetensors")):
         return noted
@@ -258,7 +256,7 @@ def _base_folder(config: Config, run: Path) -> Path:
 
 
 def _noted_base(plan: Path) -> Path | None:
-    """The base folder in ``plan.json``; None also if a crash of the machine cut the file off.
+    """Read the base folder from ``plan.json``; None also if a crash cut the file off.
 
     Raises:
         CheckpointError: The plan may not be opened.
@@ -272,7 +270,7 @@ def _noted_base(plan: Path) -> Path | None:
 
 
 def trained_folder(run: Path, config: Config) -> Path:
-    """The folder of the trained model, or of the newest checkpoint of an unfinished run."""
+    """Return the folder of the trained model, or an unfinished run's newest checkpoint."""
     result = layout.result_folder(run, TUNERS.find(config.tuner.kind).has_adapter)
     if is_complete(result):
         return result

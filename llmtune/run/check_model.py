@@ -22,7 +22,7 @@ from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.storage.hashing import sha256_files
 from llmtune.tuner.tuner import TUNERS
 
-#: What the remembered answers depend on beside the model.
+#: Dependencies of the remembered answers beside the model.
 _SOURCES = (
     "model/weights/names.py",
     "model/weights/files.py",

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
-    """Be the rank that ``launcher`` started: train, and end this process with an exit code."""
+    """Run the rank that ``launcher`` started: train, and end this process with an exit code."""
     from llmtune.launch.preflight.deepspeed_ops import ensure_ops, load_ops
     from llmtune.plan.devices.hardware import resolve_accelerator
     from llmtune.plan.memory.placement import Placement
@@ -93,7 +93,7 @@ def _train_launched(
     with show_phases(console, phases):
         rank = init_ranks(phases=phases)
     _check_run_folder(folder.path, rank)
-    # All have joined. A launcher does not clear up behind its ranks, and these may be killed.
+    # All have joined. A launcher does not clean up after its ranks, and these may be killed.
     remove_shared_buffers(int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"])
     with ExitStack() as stack:
         answer: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: RankW
 
 
 def _on_nodes(composed: Composed) -> Composed:
-    """The config with the launcher's number of machines, among which the plan divides memory."""
+    """Return the config with the launcher's number of machines, for the plan."""
     config = composed.config
     hardware = replace(config.hardware, nodes=launched_nodes())
     return replace(composed, config=replace(config, hardware=hardware))
@@ -158,8 +158,8 @@ def _check_run_folder(folder: Path, rank: Rank) -> None:
     """
     from llmtune.engine.distributed import broadcast_object, gather_objects
 
-    # A name that nobody can have looked up before: network file systems remember what was not
-    # there.
+    # A name that no rank can have looked up before: network file systems remember that a file did
+    # not exist.
     mark = folder / broadcast_object(f".seen-by-all-{uuid.uuid4().hex}", rank)
     if rank.is_first:
         mark.touch()

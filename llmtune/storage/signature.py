@@ -33,7 +33,7 @@ _MAKE = (
 
 
 class Signer:
-    """A private key, read once: its file may change before the run's last checkpoint."""
+    """A private key, read once, because its file may change before the run's last checkpoint."""
 
     def __init__(self, path: Path):
         """

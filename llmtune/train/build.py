@@ -47,8 +47,8 @@ from llmtune.train.training_state import TrainingState
 from llmtune.tuner.peft_model import load_adapter, to_file_name
 from llmtune.tuner.tuner import TUNERS
 
-#: Longest wait at the end for copies to ``checkpoint.mirror``; shorter after a stop, because
-#: whoever stops a run is in a hurry.
+#: Longest wait at the end for copies to ``checkpoint.mirror``; shorter after a stop, because the
+#: user or the scheduler is waiting.
 MIRROR_SECONDS = 3600.0
 MIRROR_SECONDS_AFTER_STOP = 20.0
 

@@ -42,7 +42,7 @@ _COPY_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveSettings:
-    """The user's choices, and what every checkpoint of the run says of itself."""
+    """The user's choices, and the values that every manifest of the run has."""
 
     run: Path
     weights: WeightFiles
@@ -52,10 +52,10 @@ class SaveSettings:
     on_disk_low: OnDiskLow
     data_fingerprint: str
     planned_host_bytes: int
-    """The planned peak of a rank."""
+    """The planned peak per rank."""
     about: dict[str, Any]
     signer: Signer | None = None
-    """On rank 0, where checkpoints are signed."""
+    """The signer on rank 0, where checkpoints are signed."""
 
 
 class CheckpointSaver:
@@ -184,12 +184,12 @@ class CheckpointSaver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes a checkpoint in the background."""
+        """Tell whether this rank still writes a checkpoint in the background."""
         return self._pending is not None and not self._pending.has_ended
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank knows that the save in progress has failed."""
+        """Tell whether this rank knows that the save in progress has failed."""
         return self._pending is not None and self._pending.has_failed
 
     def finish(self) -> None:
@@ -197,7 +197,7 @@ class CheckpointSaver:
 
         Raises:
             CheckpointError: It could not be written, and ``checkpoint.on_disk_low`` is not
-                ``skip``; or what was written is not worth keeping.
+                ``skip``; or what was written is unusable.
         """
         pending, self._pending = self._pending, None
         if pending is None:

@@ -86,13 +86,13 @@ def _own_since(
 ) -> Path | None:
     """Find the newest undamaged checkpoint that the run has saved since it began from ``named``.
 
-    It is None if the run begins now. A checkpoint of the run's own folder, or of its folder at the
-    mirror, is gone back to the first time that it is named.
+    It is None if the run begins now. The run returns to a checkpoint of its own folder, or of its
+    folder at the mirror, only the first time that it is named.
     """
     origin = named_origin(named)
     began = folder.read_record().began_from
     if began is not None and began.origin == origin:
-        # What it began from may be gone by now.
+        # The checkpoint that it began from may be gone by now.
         first_step = began.step
     elif _is_within(origin, str(folder.path)) or _is_own_copy(origin, config, run_name):
         return None
@@ -193,7 +193,7 @@ def _named(
 
 
 def _named_step(named: str, origin: str) -> int:
-    """Its step; -1 for a URL that does not name one, which is refused when it is fetched."""
+    """Return its step; -1 for a URL that does not name one, which is refused when it is fetched."""
     if "://" in named:
         step = layout.checkpoint_step(Path(origin))
         return -1 if step is None else step
@@ -211,7 +211,7 @@ def _named_step(named: str, origin: str) -> int:
 
 
 def _step(checkpoint: Path | None) -> int:
-    """The step of a checkpoint; -1 for none."""
+    """Return the step of a checkpoint; -1 for none."""
     return layout.checkpoint_step(checkpoint) or 0 if checkpoint else -1
 
 

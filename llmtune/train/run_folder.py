@@ -34,12 +34,12 @@ IDENTITY = ("model", "data", "tuner", "optim", "schedule", "precision", "seed")
 #: Keys of those groups that change how the work is done, but no result.
 NO_IDENTITY = {"data.num_workers", "data.dataloader_num_workers", "data.pin_memory"}
 TRAIN_IDENTITY = ("train.global_batch_size", "train.max_grad_norm")
-#: Keys that say where a run is and how it is started; their changes are not reported.
+#: Keys for the place and the start of a run; their changes are not reported.
 _NO_DIFFERENCE = {"run_name", "output_dir", "resume_from_checkpoint", "trace", "paths.cache_dir"}
 
 
 class _Unset:
-    """Stands for a key that one of two dictionaries lacks, because null is a value."""
+    """Marks a key that one of two dictionaries lacks, because null is a value."""
 
     def __repr__(self) -> str:
         return "not set"
@@ -60,7 +60,7 @@ class RunFolder:
 
     @property
     def finished_step(self) -> int | None:
-        """The last step of a finished run; None for others."""
+        """Return the last step of a finished run; None for others."""
         finished = FinishedRecord.read(self.path)
         return finished.step if finished else None
 
@@ -84,7 +84,7 @@ class RunFolder:
                 if entry.name[0] != "." and entry.name not in own
             ]
             # Checkpoints without a configuration beside them were fetched by a start that ended
-            # before its first step; each has a configuration of its own.
+            # before its first step; each has its own configuration.
             if others and not find_checkpoints(self.path):
                 raise CheckpointError(
                     f"output_dir={self.path} is not empty and not a run folder (it holds"
@@ -353,7 +353,7 @@ def _compare(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]
 
 
 def _flatten(config: Config) -> dict[str, Any]:
-    """Dotted key -> plain value."""
+    """Return the plain values by dotted key."""
     flat: dict[str, Any] = {}
     for group in fields(config):
         value = getattr(config, group.name)

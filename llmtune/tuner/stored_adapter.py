@@ -101,7 +101,7 @@ class StoredAdapter:
 
     @property
     def modules(self) -> list[str]:
-        """Modules of the base that have a pair of matrices, in the order of the file."""
+        """List the modules of the base that have a pair of matrices, in the order of the file."""
         modules: dict[str, None] = {}
         for name in self.shapes:
             if name.endswith(_MATRICES[0]):
@@ -249,7 +249,7 @@ def _rank(stored: StoredAdapter, tensor: str) -> int:
 
 
 def _targets(stored: StoredAdapter) -> str | list[str]:
-    """The adapter's own list if nothing else chooses modules; else all modules by full name."""
+    """Return the adapter's own list if nothing else chooses modules; else full names."""
     settings = stored.settings
     targets = settings.get("target_modules")
     narrowed = any(

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     from llmtune.engine.train_module import TrainModule
 
-#: Tokens of the two documents of the small model. The first is longer than any window that is left,
-#: and ends beyond the positions (256) up to which bf16, in which some models hold them, counts
-#: every one.
+#: Tokens of the two documents of the small model. The first is longer than any window of the small
+#: model, and ends beyond the positions (256) up to which bf16, in which some models hold them,
+#: counts every one.
 SMALL_LENGTHS = (300, 40)
 #: Tokens of the two documents of the trained model.
 LENGTHS = (40, 24)
@@ -60,7 +60,7 @@ _ADVICE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixing:
-    """How much the documents of a row influence each other."""
+    """The influence of the documents of a row on each other."""
 
     largest: float
     """Largest difference of a logit, in units of the logits' spread."""
