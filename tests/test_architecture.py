@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -368,6 +369,35 @@ def calls_a_class_by_position(path: Path) -> Iterator[str]:
                 yield f"line {node.lineno}: {name} gets {len(node.args)} positional arguments"
 
 
+#: Words that begin a fragment: a summary is an imperative sentence, or names a thing.
+_FRAGMENT = re.compile(
+    r"(What|Whether|How|Where|Which|When|Who|Whose|Why"
+    r"|Of|By|For|From|To|At|On|With|Without|Between|Before|As)\b"
+)
+_SECTION = re.compile(r"(Args|Returns|Yields|Raises):\n")
+
+
+def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every docstring, also of those after a field."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else ():
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                text = statement.value.value
+                if isinstance(text, str):
+                    yield statement.lineno, inspect.cleandoc(text)
+
+
+def has_no_clear_summary(path: Path) -> Iterator[str]:
+    """A docstring begins with one line that says what a thing is, or what a function does."""
+    for line, text in docstrings(ast.parse(path.read_text())):
+        summary = text.split("\n\n")[0]
+        if _FRAGMENT.match(summary):
+            yield f"line {line}: a fragment: {summary}"
+        if "\n" in summary and not _SECTION.match(summary):
+            yield f"line {line}: a summary of more than one line: {summary}"
+
+
 RULES = (
     imports_higher_layers,
     tells_several_stories,
@@ -379,6 +409,7 @@ RULES = (
     nests_conditional_expressions,
     takes_many_fields_by_position,
     calls_a_class_by_position,
+    has_no_clear_summary,
 )
 
 
@@ -463,6 +494,19 @@ def test_no_file_breaks_the_rule(broken: Callable[[Path], Iterator[str]]) -> Non
             "line 2: A gets 5 positional arguments",
         ),
         (
+            has_no_clear_summary,
+            "a.py",
+            'class A:\n    b: int\n    """What comes."""',
+            "line 3: a fragment: What comes.",
+        ),
+        (has_no_clear_summary, "a.py", '"""How it is done."""', "line 1: a fragment: How it"),
+        (
+            has_no_clear_summary,
+            "a.py",
+            'def f():\n    """Return what\n    is asked for.\n\n    More."""',
+            "line 2: a summary of more than one line: Return what\nis asked for.",
+        ),
+        (
             imports_higher_rooms,
             "data/rows/a.py",
             "from llmtune.data.load.loader import load",
@@ -542,6 +586,12 @@ def test_a_rule_finds_what_breaks_it(
             "a.py",
             "class A(NamedTuple):\n    a: int\n    b: int\n    c: int\n    d: int",
         ),
+        (
+            has_no_clear_summary,
+            "a.py",
+            '"""Tell whether it is.\n\nWhat else\nthere is."""\na = """What\nelse"""',
+        ),
+        (has_no_clear_summary, "a.py", 'def f():\n    """Args:\n        a: What it is.\n    """'),
         (calls_a_class_by_position, "a.py", "class A: ...\nA(1, 2, 3, 4, e=5)"),
         (calls_a_class_by_position, "a.py", "class A: ...\nB(1, 2, 3, 4, 5)\na(1, 2, 3, 4, 5)"),
     ],
