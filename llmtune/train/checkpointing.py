@@ -108,6 +108,7 @@ class CheckpointSaver:
         Raises:
             CheckpointError: There is not enough, and ``checkpoint.on_disk_low=stop``.
         """
+        # The room that is needed beside the checkpoints that are here.
         saves = max(1, steps_to_come // (self.settings.save_steps or steps_to_come or 1))
         limit = self.settings.retention.limit
         # A new checkpoint is written before the oldest is removed.
@@ -119,6 +120,8 @@ class CheckpointSaver:
             max(1, at_once - present),
             f"{counted(at_once, 'checkpoint')} of {format_bytes(self._bytes)}",
         )
+
+        # Allocate the host memory for copies now: fresh pages would slow down the first save.
         if self._has_memory():
             self._buffers.reserve(self._own_files)
             how = (
@@ -152,10 +155,14 @@ class CheckpointSaver:
         folder = layout.checkpoint_folder(self.settings.run, progress.step)
         if folder == self._newest:
             return folder
+
+        # Wait for the previous save, and make room for this one.
         started = time.monotonic()
         self.finish()
         if not self._make_room(1, f"{folder.name} of {format_bytes(self._bytes)}"):
             return folder
+
+        # The manifest has the metrics only if they were evaluated at this very step.
         self.module.rank.phases.enter("save")
         metrics = {key: value for key, value in self._metrics.items() if key != "step"}
         at_this_step = metrics if self._metrics.get("step") == progress.step else {}
@@ -165,6 +172,8 @@ class CheckpointSaver:
             "tokens": progress.tokens,
             "metrics": at_this_step,
         }
+
+        # Copy the tensors and write them in a thread, or write them now.
         background = self._has_memory()
         request = SaveRequest(
             folder=folder,
@@ -314,6 +323,7 @@ class CheckpointSaver:
         Raises:
             CheckpointError: There is none, and ``checkpoint.on_disk_low`` is not ``skip``.
         """
+        # Rank 0 looks at the disk, and prunes where that is allowed.
         problem: str | None = None
         if self.module.rank.is_first:
             run, needed = self.settings.run, self._bytes * checkpoints
@@ -328,6 +338,8 @@ class CheckpointSaver:
                     f"{what} need {format_bytes(needed)} more in {run}, where {format_bytes(free)}"
                     " are free"
                 )
+
+        # All ranks hear of it, and decide alike.
         problem = gather_objects(problem, self.module.rank)[0]
         if problem is None:
             return True

@@ -39,6 +39,8 @@ def resume_point(
     if setting == "none":
         return None
     restore_checkpoints(folder.path)
+
+    # A named checkpoint begins the run once; later starts resume the run's own.
     if setting != "auto":
         checkpoint = _own_since(folder, config, run_name, setting, say)
         if checkpoint is None:
@@ -46,6 +48,9 @@ def resume_point(
         find_config_changes(checkpoint, config)
         check_draws(checkpoint)
         return checkpoint
+
+    # ``auto``: the newest undamaged checkpoint here or at the mirror, or the one that the run began
+    # from.
     newest = _newest_whole(folder.path, say)
     newest = _newer_at_mirror(folder, config, run_name, _step(newest), say) or newest
     if newest is None and not find_checkpoints(folder.path):
@@ -89,6 +94,7 @@ def _own_since(
     It is None if the run begins now. The run returns to a checkpoint of its own folder, or of its
     folder at the mirror, only the first time that it is named.
     """
+    # The first step that a checkpoint saved since the beginning can have.
     origin = named_origin(named)
     began = folder.read_record().began_from
     if began is not None and began.origin == origin:
@@ -98,6 +104,8 @@ def _own_since(
         return None
     else:
         first_step = _named_step(named, origin) + 1
+
+    # The newest checkpoint from that step on, local or at the mirror.
     newest = _newest_whole(folder.path, say)
     local_step = max(_step(newest), first_step - 1)
     newest = _newer_at_mirror(folder, config, run_name, local_step, say) or newest
@@ -150,6 +158,8 @@ def _newer_at_mirror(
     """
     if config.checkpoint.mirror is None:
         return None
+
+    # List the copies; a mirror that cannot be reached matters only without a local checkpoint.
     own_id = folder.read_record().run_id
     try:
         if own_id is not None and read_place(config.checkpoint.mirror, run_name)[0] not in (
@@ -164,6 +174,8 @@ def _newer_at_mirror(
             raise
         say(f"warning: {error}; resuming from the local checkpoint-{local_step}")
         return None
+
+    # Fetch them from the newest on, until one is undamaged.
     failure: CheckpointError | None = None
     for url in (url for step, url in reversed(remote) if step > local_step):
         try:

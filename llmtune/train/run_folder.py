@@ -165,6 +165,7 @@ class RunFolder:
         step: int,
         resume_from: Path | None,
     ) -> list[str]:
+        # Remove what is left of interrupted saves, and set aside checkpoints of steps to come.
         notes = [
             f"removed what an interrupted save left behind: {name}"
             for name in sweep_incomplete(self.path)
@@ -179,9 +180,13 @@ class RunFolder:
                     f"{folder.name} does not follow from {resume_from} and was renamed to"
                     f" {aside.name}"
                 )
+
+        # Forget the end of an earlier start.
         (self.path / layout.FINISHED).unlink(missing_ok=True)
         # A request that was meant for an earlier start.
         (self.path / layout.SAVE_REQUEST).unlink(missing_ok=True)
+
+        # Cut the lines of steps to come, and describe this start.
         cut_metrics(self.path / layout.METRICS, step)
         write_atomically(self.path / layout.CONFIG, dump_redacted(config))
         write_atomically(

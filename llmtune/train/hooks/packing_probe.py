@@ -82,6 +82,7 @@ def measure_mixing(
             length, vocabulary) for a flattened batch.
         collator: Packs as in training.
     """
+    # Both orders in one batch: each document comes first once, and once behind the other.
     one, other = documents
     batch = collator.pack([_join(one, other), _join(other, one)])
     logits = forward(batch).float()
@@ -140,6 +141,7 @@ def find_leak(architecture: Any, kernel: str, trust_remote_code: bool) -> Mixing
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(torch_seed(0, Draw.packing_probe))
         try:
+            # A small model with random weights, the same in every run.
             small = shrink(architecture)
             settings = {
                 "attn_implementation": kernel if kernel == "sdpa" else "eager",
@@ -147,6 +149,8 @@ def find_leak(architecture: Any, kernel: str, trust_remote_code: bool) -> Mixing
             }
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, **settings).eval()
             answer_on_host(model)
+
+            # Two documents that fit into its positions.
             positions = named_positions(small) or sum(SMALL_LENGTHS)
             lengths = (
                 max(2, min(SMALL_LENGTHS[0], positions - SMALL_LENGTHS[1])),
@@ -237,6 +241,8 @@ def check_module(
             NaN.
     """
     mixing = measure_mixing(module.logits, collator, draw_documents(LENGTHS, vocabulary))
+
+    # Sums over ranks, so that all of them raise the same error.
     flags = [float(index in mixing.nan_alone) for index in (0, 1)]
     flags += [float(index in mixing.nan_behind) for index in (0, 1)]
     size, *counts = all_reduce_sum([mixing.mean_square, *flags], module.rank)
