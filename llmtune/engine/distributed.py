@@ -53,6 +53,7 @@ def init_ranks(
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    # The device of this rank.
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     phases = phases or PhaseLog()
@@ -78,9 +79,13 @@ def init_ranks(
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
+
+    # The number of ranks on this machine: torchrun, or DeepSpeed's launcher, says it.
     on_node = int(
         os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
     )
+
+    # With NCCL, small decisions go through a group on the host.
     control = None
     if not on_host:
         control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))

@@ -90,6 +90,8 @@ class PhaseLog:
         if time.monotonic() - self._device_peak_at > _DEVICE_SECONDS:
             self._device_peak_at, self._device_peak = time.monotonic(), self.device_peak()
         device_peak, device_limit = self._device_peak
+
+        # For the supervisor: a rank that ends near its limit may have run out of memory.
         at_limit = None
         if device_peak > _NEAR_LIMIT * device_limit > 0:
             at_limit = "device"

@@ -101,6 +101,8 @@ class TrainModule:
             "type": "AdamW",
             "params": dict(deepspeed_config["optimizer"]["params"]),
         }
+
+        # The engine, and corrections of what DeepSpeed gets wrong.
         groups = group_parameters(model, self.placement, rank.world_size)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy)
         if self.zero_stage == 0:
@@ -142,11 +144,15 @@ class TrainModule:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+
+        # The loss is a sum over tokens: divided once here, and not by DeepSpeed per micro-batch.
         scale = self.rank.world_size / max(trained_tokens, 1)
         total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
         norm: float | None = None
         self.engine.train()
         phases = self.rank.phases
+
+        # ``engine.step`` only counts until the last micro-batch, and then steps.
         for index, batch in enumerate(micro_batches):
             if index and interrupted():
                 return None
@@ -164,6 +170,8 @@ class TrainModule:
                 self.engine.step()
             else:
                 self._leave_step_out()
+
+        # The norm, the mean loss of all ranks, and whether the step was applied.
         reported = self.engine.get_global_grad_norm()
         if norm is None:
             norm = 0.0 if reported is None else float(reported)
