@@ -38,11 +38,14 @@ def start_filter(log: Path) -> int:
     Returns:
         The file descriptor to print to.
     """
+    # The pipe, and the log behind it.
     read_end, write_end = os.pipe()
     target = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     # Taken here and inherited, so that the filter never runs without it.
     with contextlib.suppress(OSError):
         fcntl.flock(target, fcntl.LOCK_SH)
+
+    # The filter's program: this module, whose imports are cheap.
     code = (
         f"import sys; sys.path.insert(0, {str(_PACKAGE_ROOT)!r}); from {__name__} import main;"
         f" main({os.getpid()})"
@@ -59,6 +62,8 @@ def start_filter(log: Path) -> int:
         setpgroup=0,
         setsigmask=STOP_SIGNALS,
     )
+
+    # This process keeps only the writing end, so that the pipe ends with it and its children.
     os.close(read_end)
     os.close(target)
     return write_end

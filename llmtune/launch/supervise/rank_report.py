@@ -130,6 +130,8 @@ def report_failure(error: BaseException, rank: int, console: IO[str], trace: boo
     if trace:
         message = story.rstrip()
     code = known.exit_code if known else EXIT_UNEXPECTED
+
+    # llmtune's supervisor reads a report; without one, the user reads the console.
     folder = os.environ.get(FAILURE_DIR)
     if folder:
         FailureReport(

@@ -69,6 +69,7 @@ class RankWatchdog:
                 self._end(timeout_seconds)
 
     def _end(self, timeout_seconds: float) -> None:
+        # The file system may be gone too: the process ends in any case.
         late = threading.Timer(_WRITE_SECONDS, os._exit, (EXIT_UNEXPECTED,))
         late.daemon = True
         late.start()

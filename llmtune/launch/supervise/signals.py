@@ -152,6 +152,7 @@ def _watch(read: int) -> None:
         timeout = max(0.0, deadline - time.monotonic()) if received else None
         ready, _, _ = select.select([read], [], [], timeout)
         if ready:
+            # A signal starts the countdown; the second Ctrl-C ends it.
             number = signal.Signals(os.read(read, 1)[0])
             if not isinstance(signal.getsignal(number), Ending):
                 continue
