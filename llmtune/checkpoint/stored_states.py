@@ -142,6 +142,8 @@ def _read_header(file: Path) -> list[tuple[StoredSlice, int]]:
             for name, (start, numel, total) in where.items():
                 if min(start, numel) < 0 or start + numel > total:
                     raise ValueError(f"{name}: {numel} elements from {start} of {total}")
+
+                # The header must agree with the tensor that it describes.
                 shape = handle.get_slice(f"{name}/{layout.MASTER_WEIGHT}").get_shape()
                 if math.prod(shape) != numel:
                     raise CheckpointError(f"{file}: {name} has another size than its header says")
