@@ -57,6 +57,7 @@ def resolve_target(composed: Composed) -> Target:
         ConfigError: Two things are named at once.
         CheckpointError: There is nothing complete at that place.
     """
+    # At most one target is named; ``adapter=`` goes with ``base=`` alone.
     given, config = composed.config.target, composed.config
     places = {"run": given.run, "checkpoint": given.checkpoint, "base": given.base}
     named = [key for key, place in places.items() if place]
@@ -64,6 +65,8 @@ def resolve_target(composed: Composed) -> Target:
         raise ConfigError(f"{' and '.join(f'{key}=' for key in named)} exclude each other")
     if given.adapter and named not in (["base"], []):
         raise ConfigError(f"adapter= goes with base=, not with {named[0]}=")
+
+    # A run: what it trained, or its newest checkpoint.
     if given.run:
         run = Path(given.run).expanduser()
         stored = _stored_config(run, run / layout.CONFIG)
@@ -75,6 +78,8 @@ def resolve_target(composed: Composed) -> Target:
             )
         check_undamaged(folder, left_out=layout.is_state_file)
         return _from_stored(stored, composed, folder, run)
+
+    # A checkpoint of llmtune, which may be outside of its run.
     if given.checkpoint:
         folder = Path(given.checkpoint).expanduser()
         if not is_complete(folder):
@@ -82,6 +87,8 @@ def resolve_target(composed: Composed) -> Target:
         check_undamaged(folder, left_out=layout.is_state_file)
         stored = _stored_config(folder, folder / layout.CONFIG)
         return _from_stored(stored, composed, folder, folder.parent)
+
+    # A base, with or without an adapter.
     if given.adapter and "model" in composed.unnamed:
         raise ConfigError(f"adapter={given.adapter} needs its base model: add base=MODEL")
     model = config.model
@@ -218,6 +225,8 @@ def load_peft_adapter(model: Any, adapter: Path) -> Any:
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(f"adapter {adapter}: {str(error).splitlines()[0]}") from error
+
+    # Matrices that are missing or left over are another model's.
     missing = [name for name in found.missing_keys if "lora_" in name]
     if wrong := [*missing, *found.unexpected_keys]:
         raise CheckpointError(

@@ -63,12 +63,15 @@ def export_zero_checkpoint(given: Config) -> Path:
         tempfile.TemporaryDirectory(prefix="llmtune-") as scratch,
         show_progress(f"writing {output.name}", print_line) as shown,
     ):
+        # An adapter is first written as peft does, into a folder of this start alone.
         adapter = Path(scratch) if has_adapter(zero) else None
         if adapter is not None and not write_adapter(zero, adapter):
             raise ExportError(
                 f"{checkpoint}: an adapter was trained, and its adapter_config.json is not beside"
                 " it; put it there, from the program that trained it"
             )
+
+        # With ``base=`` an adapter is merged onto that model; else the checkpoint has all tensors.
         base_name = given.target.base or described.name
         own_weights = None if adapter is not None and given.target.base else checkpoint
         unpacked_from = checkpoint if adapter is not None else None

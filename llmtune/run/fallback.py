@@ -99,6 +99,8 @@ class FallbackRunner:
                 stack.enter_context(
                     raise_stops("stopped between two attempts; the same command resumes")
                 )
+
+                # Out of memory: take the next rung. Any other failure of a rank: wait, and restart.
                 event = self._memory_event(failure)
                 if event is not None:
                     candidate = self._next(candidate, event)
@@ -188,6 +190,7 @@ class FallbackRunner:
         return candidate
 
     def _next(self, failed: Candidate, event: MemoryEvent) -> Candidate:
+        # The failure is recorded at once, so that later starts do not try this candidate again.
         self.tried.append(failed)
         entry = MemoryFailure(
             candidate=_key(failed),
@@ -197,6 +200,8 @@ class FallbackRunner:
         )
         self.history = (*self.history, entry)
         self.folder.write_record(replace(self.folder.read_record(), history=self.history))
+
+        # The next rung, where the user left the choice open.
         if not self._may_move:
             raise DoesNotFitError(self._refusal(failed, event))
         following = next_candidate(self.ladder, failed, self.tried, event.phase, event.pool)

@@ -54,6 +54,7 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     from llmtune.export.publish.upload import upload_export
     from llmtune.run.exporting import export_run
 
+    # Export, unless an earlier start has; then only its upload may be missing.
     exported = layout.export_folder(run, export.format)
     if export.dry_run or not is_export_of(exported, trained, export):
         export_run(run, config, exported, console.say)

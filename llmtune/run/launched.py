@@ -48,6 +48,7 @@ def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
     from llmtune.run.prepare import resolve_run_target
     from llmtune.train.run_folder import open_run_folder
 
+    # The run folder, and the environment before DeepSpeed reads it.
     composed = _on_nodes(composed)
     target = resolve_run_target(composed)
     folder = open_run_folder(target.folder, lambda _: None)
@@ -55,6 +56,8 @@ def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
     set_defaults(accelerator, launched_ranks_on_node())
     if accelerator == "cuda":
         bind_to_gpu(int(os.environ["LOCAL_RANK"]), launched_ranks_on_node())
+
+    # From here on, output goes to the log; rank 0 alone writes to the console.
     stream = redirect_output(folder.path / layout.LOG)
     rank = launcher.rank
     console = Console(stream if rank == 0 else None)
@@ -96,6 +99,7 @@ def _train_launched(
     # All have joined. A launcher does not clean up after its ranks, and these may be killed.
     remove_shared_buffers(int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"])
     with ExitStack() as stack:
+        # Rank 0 prepares the run, and holds its lock and its swap folder until the end.
         answer: dict[str, Any] = {}
         if rank.is_first:
             try:
@@ -108,10 +112,13 @@ def _train_launched(
                 answer = {"request": prepared.to_json() if prepared else None}
             except Exception as error:
                 answer = _as_answer(error)
+
+        # Every rank gets the request, or ends with the error of rank 0.
         answer = broadcast_object(answer, rank)
         if "error" in answer:
             raise ERRORS_BY_CODE.get(answer["code"], LlmtuneError)(answer["error"])
         if answer["request"] is not None:
+            # This rank's own preparation, then the training.
             request = RunRequest.from_json(answer["request"])
             _check_shared_files(request, rank)
             load_ops(request.plan.hardware.accelerator, request.plan.placement)

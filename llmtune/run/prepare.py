@@ -180,6 +180,8 @@ def attempt(
     check_quantized(config, plan.placement.zero_stage, inputs.model_folder)
     if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
         return None
+
+    # The record of this attempt, for ``plan.json``.
     step = _resolve_resume_step(resume_from, steps.total_steps, data.fingerprint)
     record = RunRecord.of_plan(
         plan,
@@ -191,6 +193,8 @@ def attempt(
         began_from=began_from(folder, config),
         history=history,
     )
+
+    # The run folder describes the attempt, and loses what does not precede its first step.
     if resume_from is not None:
         first_left = folder.first_left(step, resume_from)
         withdraw_left_copies(config, inputs.target.name, inputs.run_id, first_left, console.say)
