@@ -172,6 +172,8 @@ class Collator:
         """
         input_ids, labels = self._fill(rows)
         height, width = input_ids.shape
+
+        # The documents of each row; the rest of a row is one more, of padding.
         lengths = []
         for row in rows:
             documents = list(row.documents) if row else []
@@ -182,6 +184,8 @@ class Collator:
             return Batch(
                 input_ids=input_ids, targets=Targets.of_labels(labels), position_ids=position_ids
             )
+
+        # FlashAttention takes all rows as one, with the borders of their documents.
         flat = torch.tensor([0, *(length for row in lengths for length in row)], dtype=torch.int32)
         index = VarlenIndex(torch.cumsum(flat, 0, dtype=torch.int32), int(flat.max()))
         shape = (1, height * width)

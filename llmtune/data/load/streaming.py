@@ -140,6 +140,8 @@ class RowStream:
         readers: dict[int, Iterator[TokenBlock]] = {}
         count = 0
         idle = [0] * len(self._files)
+
+        # The next source depends on counts alone, so that every rank reads the same blocks.
         while count < self.config.shuffle_buffer:
             index = self._next_source(after)
             if index is None:
@@ -149,6 +151,8 @@ class RowStream:
                     break
                 index = 0
                 self._rewind(after, range(len(self._files)), idle)
+
+            # At its end, a source with a weight begins again; others wait for the next pass.
             block = next(readers.setdefault(index, self._read(index, after)), None)
             if block is None:
                 del readers[index]
@@ -159,6 +163,9 @@ class RowStream:
             blocks.append(block)
             after.taken[index] += len(block.lengths)
             count += len(block.lengths)
+
+            # A source that gives rows is not idle. Without weights, a row of any source counts for
+            # all.
             if len(block.lengths):
                 idle = [
                     0 if n == index or not self._weighted else passes
@@ -308,6 +315,8 @@ class StreamLoader:
         rows, after = self.stream.window(cursor)
         for _ in range(steps):
             chosen: list[Row] = []
+
+            # The rows of a global batch, which may begin in one window and end in the next.
             while len(chosen) < size:
                 if cursor.row == len(rows):
                     cursor = after
@@ -315,6 +324,8 @@ class StreamLoader:
                 taken = rows[cursor.row : cursor.row + size - len(chosen)]
                 chosen += taken
                 cursor = replace(cursor, row=cursor.row + len(taken))
+
+            # Longest first, as in ``TrainLoader``; then this rank's share.
             chosen.sort(key=lambda row: -len(row.ids))
             mine = share_of_rank(chosen, self.batch, self.rank)
             collate = self.collator.pack if self.stream.config.packing else self.collator.pad

@@ -201,11 +201,15 @@ class ChatTemplate:
         for index, message in enumerate(conversation.messages):
             if message.role is not Role.assistant:
                 continue
+
+            # The text up to the answer, and up to the end of its turn.
             prefix, _ = self._apply(messages[:index], conversation, prompt=True)
             whole = text
             if index < len(messages) - 1:
                 whole, _ = self._apply(messages[: index + 1], conversation)
             upto = self._without_closing(whole.rstrip(), prefix, text)
+
+            # Both must be beginnings of the whole text.
             if not (upto.startswith(prefix) and text.startswith(upto)):
                 if not message.trained and not self._every_answer:
                     continue
@@ -251,6 +255,7 @@ class ChatTemplate:
 
         One that wants text cannot join a mapping to it, or writes the mapping as Python does.
         """
+        # A conversation with one call, whose arguments are easy to find in the text.
         call = {
             "id": "callcall0",
             "type": "function",
@@ -270,6 +275,8 @@ class ChatTemplate:
             messages=messages,
             tools=({"type": "function", "function": {"name": "f", "parameters": {}}},),
         )
+
+        # Render it with the arguments as a mapping, and as JSON text.
         written: dict[bool, str | None] = {}
         for as_text in (False, True):
             try:

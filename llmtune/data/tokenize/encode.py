@@ -130,12 +130,15 @@ class Encoder:
                 pulse(done + tokens)
 
         for batch in _batches(rows):
+            # Short texts are encoded together.
             if batch[0].letters <= WINDOW:
                 texts = [row.text for row in batch]
                 encodings = self._backend.encode_batch(texts, add_special_tokens=plain)
                 yield from zip(batch, encodings, strict=True)
                 done += sum(map(len, encodings))
                 continue
+
+            # A long text comes alone, and is encoded in windows.
             row = batch[0]
             if isinstance(row.text, str) and row.label is None:
                 row, encoding = self._tokenize_long(row, row.text, pulse_on)

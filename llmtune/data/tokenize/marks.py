@@ -56,12 +56,15 @@ class Marks:
             RowError: An answer that is to be trained is not marked, or what somebody else says is;
                 or it cannot be told.
         """
+        # The row with made-up words, and the speaker of each.
         walk = Walk(disguise=True)
         speakers: list[int] = []
         messages = []
         for index, message in enumerate(conversation.messages):
             messages.append(walk.message(index, message))
             speakers += [index] * (len(walk.pieces) - len(speakers))
+
+        # Rows of one shape have the same owners, which are found once.
         shape = (len(conversation.tools), *walk.shape)
         if shape not in self._known:
             if len(self._known) >= _REMEMBERED:
@@ -93,6 +96,8 @@ class Marks:
             text, marks = self._render(disguised)
         except TEMPLATE_ERRORS:
             return None
+
+        # Look for the word of each piece in the marked ranges.
         owners: list[int | None] = [None] * len(marks)
         for piece, speaker in zip(pieces, speakers, strict=True):
             message = disguised.messages[speaker]
@@ -100,6 +105,8 @@ class Marks:
             if isinstance(piece.value, bool) or TAG.fullmatch(word) or word not in text:
                 continue
             inside = [index for index, (start, end) in enumerate(marks) if word in text[start:end]]
+
+            # Marks around others' words are refused, and answers without a mark.
             if inside and message.role is not Role.assistant:
                 return _Owners(
                     (), f"the chat template marks {piece.where} as the assistant's; {_COPY}"
@@ -110,6 +117,8 @@ class Marks:
                     f"the chat template does not mark {piece.where} as the assistant's, so it would"
                     f" not be trained; {_COPY}, or set 'train' of the message to false",
                 )
+
+            # A mark around several messages must treat them alike.
             for index in inside:
                 if owners[index] not in (None, speaker) and message.trained != _trained(
                     disguised, owners[index]

@@ -170,6 +170,8 @@ class Walk:
                 self._note(name, where, Kind.tool): self._schema(inner, where)
                 for name, inner in properties.items()
             }
+
+        # Schemas within this one. Names that only the schema refers to tell the model nothing.
         for field in _INNER:
             if field in _NAMED and isinstance(named := said.get(field), Mapping):
                 said[field] = {name: self._schema(inner, where) for name, inner in named.items()}

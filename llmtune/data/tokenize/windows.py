@@ -243,6 +243,7 @@ class WindowTokenizer:
                 if enough is not None and enough(tokens, letters):
                     break
         except _NotLocalError:
+            # Tokens depend on letters far away: encode the text as a whole.
             whole, encoding = again(0, len(text)), LongEncoding(again, before, self._folder)
             encoding.add(whole, 0, len(whole.ids), len(text))
         if encoding.letters == len(text):
@@ -300,6 +301,8 @@ class WindowTokenizer:
         """Find a token that surely begins in the whole text, by its number in both windows."""
         low, high = following.begin + self._margin, window.end - self._margin
         (first, last), (other, other_last) = window.within(low, high), following.within(low, high)
+
+        # In the middle of the overlap both windows must have the same tokens.
         for name in ("ids", "starts", "ends"):
             if not np.array_equal(
                 getattr(window, name)[first:last], getattr(following, name)[other:other_last]

@@ -131,6 +131,7 @@ def tokenize_block(
     noted = _ReadRows()
     outcomes = encoder.encode(_read_conversations(block, recipe, noted), pulse)
 
+    # Sort the outcomes: documents, over-long rows, and problems with their line.
     documents: list[_Document] = []
     overlong: list[int] = []
     for line, outcome in zip(noted.lines, outcomes, strict=True):
