@@ -238,6 +238,7 @@ def _build(
     import torch
     from transformers import AutoModel
 
+    # The same architecture with few layers.
     config = copy.deepcopy(architecture)
     text = config.get_text_config()
     text.num_hidden_layers = layers
@@ -250,6 +251,8 @@ def _build(
     kernel = settings.attn_implementation
     if kernel != "eager" and not settings.masked:
         kernel = _unmasked()
+
+    # The model as it is trained: what is frozen, and the adapters.
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype, attn_implementation=kernel)
         kind = TUNERS.find(tuner.kind)
@@ -325,6 +328,8 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any) -> Any:
             return self.base(inputs) + update * 2.0
 
     model.requires_grad_(False)
+
+    # The layers that the tuner adapts.
     targets = tuner.target_modules
     if targets == "all-linear":
         layers = choose_layers(model, tuner).layers
@@ -363,6 +368,7 @@ def _keep_linear_inputs(model: Any) -> None:
             _, weight = ctx.saved_tensors
             return gradient.matmul(weight), None
 
+    # Trained weights keep the input anyway.
     for module in model.modules():
         if (
             isinstance(module, nn.Linear)

@@ -110,6 +110,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+    # Settings in ``model.config`` need neither file nor network.
     if config.config:
         settings = dict(config.config)
         kind = settings.pop("model_type", None)
@@ -121,6 +123,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
             ) from error
         check_spelling(settings, type(architecture))
         return architecture
+
+    # Else a GGUF file, a folder, or the hub.
     name = config.name_or_path
     if name == "random":
         raise ConfigError(
@@ -172,6 +176,8 @@ def build_meta_model(
     import transformers
 
     reason = ""
+
+    # The first class that knows the architecture; only the first one can be trained.
     for kind in (
         "AutoModelForCausalLM",
         "AutoModelForSeq2SeqLM",
@@ -247,10 +253,14 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
             f"tuner.kind={tuner.kind} trains no parameter of {config.name_or_path}, whose"
             f" parameters have names such as {tensors[-1].name}: correct the tuner's trains()"
         )
+
+    # Sizes, under the names that architectures give them.
     text: Any = architecture.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0))
     layers = max(1, int(getattr(text, "num_hidden_layers", 1)))
     heads = int(getattr(text, "num_attention_heads", 0) or 1)
+
+    # The output projection, which may be the input embedding.
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and inputs is not None and head.weight is inputs.weight
     base = [tensor for tensor in tensors if not tensor.adapter]
@@ -295,6 +305,7 @@ def _tensors(model: Any, adapters: dict[str, tuple[int, int]], tuner: Tuner) -> 
     """
     from torch import nn
 
+    # The layers that QLoRA keeps in 4 bits: all linear ones but the head.
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if module is not None:

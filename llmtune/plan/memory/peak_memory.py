@@ -128,6 +128,8 @@ def estimate_memory(
     at_loss, at_layer = gathered_bytes(shape, placement, sizes, size)
     unpacked = size * max((tensor.numel for tensor in shape.tensors if tensor.quantized), default=0)
     saved = work.activations.saved
+
+    # Loss, backward pass of a layer, and step: each field adds what exceeds the moment before.
     logits = max(work.activations.logits, work.eval_logits - saved)
     buffers = states.buckets.device + at_loss
     backward = work.activations.working + states.backward + at_layer + unpacked
