@@ -265,6 +265,8 @@ def _make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any)
         or min((tensor.offset, *tensor.shape, *tensor.stride)) < 0
     ):
         raise ValueError(f"a tensor of shape {tensor.shape} with strides {tensor.stride}")
+
+    # The file chooses offsets and strides: all elements must be within the storage.
     last = tensor.offset + sum(
         (size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True)
     )
