@@ -641,3 +641,41 @@ def test_tests_join_ranks_with_their_ops_loaded_under_the_lock() -> None:
     ]
     assert "joined.py" in bare
     assert set(bare) <= own
+
+
+#: Folders of tests that cover the whole program and mirror no room.
+WHOLE_PROGRAM = {"architectures", "cuda", "extend", "faults", "suite"}
+#: Tests beside those that mirror a module or a folder of their room: each covers a subject.
+SUBJECTS = {
+    "checkpoint": {"resume_matrix"},
+    "cli": {"bad_input", "main_job", "pipeline", "secrets", "start", "sweep"},
+    "config": {"default_job", "documented", "one_report", "typed_texts", "values"},
+    "data": {"huge_rows", "malformed", "spellings"},
+    "engine": {"bad_gradients", "parity", "placements", "states"},
+    "export": {"merge_faults", "restart", "zero_command"},
+    "launch": {"hangs", "slurm_script"},
+    "plan": {"by_hand"},
+    "run": {"adapter_path", "restarts"},
+    "security": {
+        *("arrow", "fuzz", "host_lists", "hostile_inputs", "links", "listeners", "mirror_owner"),
+        *("own_code", "owners", "planted_run", "secrets", "signing", "stored_configs", "supply"),
+        "templates",
+    },
+    "train": {"begin_from_path", "left_behind", "plain_loop"},
+}
+
+
+def mirrored_names(room: str) -> set[str]:
+    """Names of the modules and folders of a room."""
+    return {path.stem for path in (PACKAGE / room).rglob("*.py")} | {
+        path.name for path in (PACKAGE / room).rglob("*") if path.is_dir()
+    }
+
+
+def test_a_test_file_mirrors_a_module_or_covers_a_subject_that_is_listed() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))}
+    assert folders - WHOLE_PROGRAM <= set(LAYERS)
+    for room in sorted(folders - WHOLE_PROGRAM):
+        names = {path.stem[5:] for path in (ROOT / "tests" / room).rglob("test_*.py")}
+        subjects = SUBJECTS.get(room, set())
+        assert names - mirrored_names(room) == subjects, f"tests/{room}"
