@@ -77,6 +77,7 @@ def tokenize_source(
         MissingPrerequisiteError: The tokens in the cache are another user's, or others may write to
             them.
     """
+    # The key: content, tokenizer, and all settings that shape tokens.
     files = resolve_files(source)
     settings = EncodeSettings.from_config(config)
     shaping = [settings.max_seq_length, settings.overlong.value, settings.train_on_inputs]
@@ -90,6 +91,8 @@ def tokenize_source(
         [TOKENS_VERSION, tokenizer_hash, contents, source.format, *columns, drawn, shaping]
     )
     folder = token_folder(cache, key)
+
+    # Tokenize once; other processes may write the same folder at the same time.
     if not (folder / SUMMARY).is_file():
         recipes = find_recipes(source, files)
         if any(FORMATS.find(recipe.format).is_chat for recipe in recipes.values()):

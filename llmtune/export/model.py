@@ -115,6 +115,8 @@ def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportMod
     source, model_files, changes = base, [request.base], {}
     adapter, merged = None, None
     base_changes: dict[str, Any] = {}
+
+    # An adapter is merged while the base is read; its own head replaces the base's.
     if request.adapter is not None:
         adapter = read_adapter(request.adapter)
         _note_other_base(request, adapter)
@@ -127,6 +129,8 @@ def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportMod
         merged = MergedSource(base, adapter, output)
         source, changes = merged, base_changes | merged.config_changes
         model_files.append(request.adapter)
+
+    # The dtype of the files; DeepSpeed's checkpoint has fp32 master weights.
     auto = config.dtype is ExportDtype.auto
     dtype = None if auto else configured_dtype(config.dtype.value)
     if request.zero is not None and dtype is None:

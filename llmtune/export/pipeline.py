@@ -49,6 +49,8 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
             f"export={kind.name}: this run was a full fine-tuning and has no adapter; take"
             " export=safetensors"
         )
+
+    # Refuse what cannot work before the model is opened.
     if (problem := kind.find_problems(config)) is not None:
         raise ExportError(problem)
     check_places(request)
@@ -63,6 +65,7 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         _describe_dry_run(export_model, config)
         return request.output
 
+    # Called on a folder beside the published one. Checks come before the card, which reports them.
     def write(folder: Path, journal: Journal) -> None:
         check_room(folder, int(export_model.nbytes * kind.space) + _MODEL_FILES_BYTES)
         parity = None if kind.is_checked_on_disk else verify_merged_model(export_model, config)

@@ -126,6 +126,8 @@ def _load_partitioned(
         )
 
     assert weights.partitioned is not None
+
+    # No value is initialized: the slices are read over the empty memory.
     dtype = configured_dtype(precision.value)
     with no_init_weights():
         with weights.partitioned():

@@ -127,6 +127,8 @@ def build_ladder(
         attn_implementation=attn_implementation,
         begun=begun,
     )
+
+    # Candidates of every rung, or why there are none.
     asked = named_rung(config.offload)
     by_rung: dict[str, list[Candidate]] = {}
     blocked: dict[str, str] = {}
@@ -138,6 +140,7 @@ def build_ladder(
         if not by_rung[rung]:
             blocked[rung] = reason or f"needs ZeRO 3, and zero.stage is {config.zero.stage}"
 
+    # The fastest of those that the user left open.
     allowed: list[Candidate] = []
     for rung, candidates in by_rung.items():
         if asked in (None, rung):
@@ -292,6 +295,8 @@ class Search:
         """Estimate memory and speed of one candidate."""
         config, shape, world = self.config, self.shape, self.cluster.world_size
         hardware, length = self.cluster.hardware, config.data.max_seq_length
+
+        # Memory: states, activations of one micro-batch, and what runs beside them.
         sizes = resize(
             resolve_zero_sizes(shape, placement, world, hardware.accelerator), config.zero.deepspeed
         )
@@ -318,6 +323,8 @@ class Search:
             world,
             Workload(activations, self._eval_logits(batch), hardware.accelerator),
         )
+
+        # What is too small, and how fast it is.
         lacks = find_shortfall(memory, hardware, self.cluster.ranks_on_node)
         speed = estimate_speed(
             shape, placement, batch, length, recompute, config.precision, self.cluster

@@ -117,6 +117,7 @@ def resolve_ladder(
                 raise
             refusals.append(str(error))
 
+    # The hardware.
     check_raw(config.zero.deepspeed)
     on_node = max(1, world_size // config.hardware.nodes) if world_size else None
     hardware = resolve_hardware(config.hardware, config.offload.nvme_path, planning, on_node)
@@ -125,6 +126,8 @@ def resolve_ladder(
     if not planning and config.offload.nvme_path is None:
         # hardware.nvme_bytes alone is for planning.
         hardware = replace(hardware, nvme_bytes=0)
+
+    # The model on it.
     world = world_size or _resolve_world_size(config, hardware)
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
     require(_check_causal, shape, config.model.name_or_path)
@@ -134,6 +137,8 @@ def resolve_ladder(
     kernel = resolve_attention(
         config, hardware.accelerator, shape.kernels, hardware.compute_capability
     )
+
+    # The rungs; the stage that was chosen may be one that the architecture cannot use.
     ladder = build_ladder(config, hardware, shape, world, kernel, begun)
     if ladder.chosen is not None:
         require(

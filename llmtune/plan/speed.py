@@ -96,11 +96,15 @@ def estimate_speed(
     tokens = batch.micro_batch_size * length
     ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
     flops = _flops(hardware, precision)
+
+    # Arithmetic, and the launches of kernels.
     compute = tokens * step_flops(shape, length, gradient_checkpointing) * ranks / flops
     passes = 3 if gradient_checkpointing else 2
     compute += (
         passes * shape.layers * LAUNCH_SECONDS[hardware.accelerator][placement.zero_stage == 3]
     )
+
+    # Other work per micro-batch, and once per step.
     gathers = _gather_seconds(shape, placement, passes, precision, cluster)
     weights = _weights_seconds(shape, placement, passes, precision, cluster)
     terms = {
@@ -109,6 +113,8 @@ def estimate_speed(
         "weights from offload": accumulation_steps * weights,
         **_step_terms(shape, placement, batch, precision, cluster),
     }
+
+    # Gathers overlap with arithmetic; all else is added.
     overlapped = max(terms["compute"], terms["gathers"])
     rest = sum(value for name, value in terms.items() if name not in ("compute", "gathers"))
     seconds = overlapped + rest
@@ -174,11 +180,15 @@ def _step_terms(
     trained = shape.trainable_parameters
     share = trained / (1 if placement.zero_stage == 0 else cluster.world_size)
     terms: dict[str, float] = {}
+
+    # Collectives of the step.
     if placement.zero_stage == 0:
         terms["gradient reduction"] = 2 * cluster.collective_seconds(size * trained)
     elif placement.zero_stage < 3:
         rounds = 2 if placement.zero_stage == 1 else 1
         terms["weights after the step"] = rounds * cluster.collective_seconds(size * trained)
+
+    # AdamW on the device, or on the host with what goes there and back.
     if placement.optimizer == "none":
         ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
         terms["optimizer"] = ADAM_BYTES * share * ranks / DEVICE_BANDWIDTH[hardware.accelerator]

@@ -66,6 +66,8 @@ def choose_layers(model: Any, tuner: TunerConfig) -> AdaptedLayers:
     linear = linear_layers(model)
     head = model.get_output_embeddings()
     left_alone = _left_alone(model, linear)
+
+    # All linear layers but the head, where an adapter has an effect.
     if tuner.target_modules == "all-linear":
         layers = {
             name: layer

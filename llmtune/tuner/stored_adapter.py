@@ -281,6 +281,8 @@ def _check_kind(stored: StoredAdapter) -> None:
             " base is not here. Load it with peft and store it with save_pretrained(...,"
             " path_initial_model_for_weight_conversion=...), which makes a plain adapter of it"
         )
+
+    # Ranks and scales, also those of single modules.
     ranks = {"r": settings["r"], **settings["rank_pattern"]}
     if invalid := [
         f"{key}={rank}" for key, rank in ranks.items() if type(rank) is not int or rank < 1
@@ -291,6 +293,8 @@ def _check_kind(stored: StoredAdapter) -> None:
         f"{key}={json.dumps(scale)}" for key, scale in scales.items() if not _is_scale(scale)
     ]:
         raise CheckpointError(f"{file}: {invalid[0]} is not a scale: a number other than 0 is")
+
+    # Settings, and tensors, of anything but plain LoRA.
     known = _IGNORED | _CARRIED
     unsupported = sorted(
         key

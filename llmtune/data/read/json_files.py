@@ -94,6 +94,8 @@ def find_rows(path: str, text: str, source: Source) -> Iterator[tuple[int, Any]]
             f"{path}:1: must hold a list of rows, or one row per line,"
             f" not {text[begin : begin + 20]!r}"
         )
+
+    # One object around a list of rows; fields beside the list must not change what is learned.
     first, end = _decode(path, text, begin, line)
     if _skip(text, end, _SPACE) == len(text) and (lists := _lists_of_rows(first, source)):
         chosen = _choose(path, line, lists, source)
@@ -106,6 +108,8 @@ def find_rows(path: str, text: str, source: Source) -> Iterator[tuple[int, Any]]
         at = _find_field(text, begin, chosen)
         yield from _list_items(path, text, at, 1 + text.count("\n", 0, at), whole_file=False)
         return
+
+    # Else one object after the other, each over any number of lines.
     position = begin
     while position < len(text):
         row, end = _decode(path, text, position, line)

@@ -159,6 +159,8 @@ def resolve_files(source: Source) -> list[DataFile]:
         | (Path(path) / "dataset_dict.json").is_file()
     ):
         return [DataFile(path, "hub")]
+
+    # A name that exists is no pattern, whatever letters it has.
     exists = system.exists(inner)
     if not exists and any(letter in inner for letter in "*?["):
         names = sorted(str(name) for name in system.glob(inner) if not system.isdir(name))
@@ -182,6 +184,8 @@ def resolve_files(source: Source) -> list[DataFile]:
             f"{source.path}: no such file (data.train and data.eval are relative to"
             f" {Path.cwd()}){several}"
         )
+
+    # Names as the user wrote them, each with its kind.
     prefix = "" if "://" not in path else path.split("://")[0] + "://"
     return [
         DataFile(prefix + name.removeprefix(prefix), _resolve_kind(name))

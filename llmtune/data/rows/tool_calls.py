@@ -94,6 +94,8 @@ def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 def _read_call(call: Any, location: str) -> dict[str, Any]:
     if isinstance(call, str):
         call = _parse(call, f"{location}: a tool call is no JSON")
+
+    # The function, which some write without the call around it.
     function = call.get("function") if isinstance(call, Mapping) else None
     function = call if function is None else function
     name = function.get("name") if isinstance(function, Mapping) else None
@@ -123,6 +125,8 @@ def _read_call(call: Any, location: str) -> dict[str, Any]:
             f"{location}: the call of {name!r} has the field {unread[0]!r}, which is not read; a"
             " call has name and arguments"
         )
+
+    # The one form that chat templates read.
     outer = {key: call[key] for key in ("id", "index") if call.get(key) is not None}
     arguments = _read_arguments(function.get("arguments"), name, location)
     return {**outer, "type": "function", "function": {"name": name, "arguments": arguments}}

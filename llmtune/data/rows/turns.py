@@ -88,6 +88,8 @@ def from_turns(row: Row, field: str) -> Conversation:
                 f"{location} must be {{{', '.join(SPELLINGS[field == 'conversations'])}}}, not"
                 f" {short(entry)}"
             )
+
+        # Calls that were written as a turn each belong to one message.
         message, called = _to_message(entry, location)
         if called and calling and message.train == messages[-1].train:
             messages[-1] = _with_more_calls(messages[-1], message)
@@ -143,6 +145,8 @@ def _to_message(entry: Row, location: str) -> tuple[Message, bool]:
         raise RowError(
             f"{location}: {role_field} is {short(name)}; it must be one of {', '.join(ROLES)}"
         )
+
+    # A turn of calls has their JSON in the place of its words.
     called = str(name).strip().lower() in _CALLERS
     if called:
         calls = parse_tool_calls(_content(entry, text_field, location), location)

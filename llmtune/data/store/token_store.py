@@ -74,6 +74,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
         pa.ipc.new_file(file, schema) as writer,
         (folder / BAD_ROWS).open("w", encoding="utf-8") as bad_rows,
     ):
+        # Tokens go to the file at once; numbers per row and counts are collected.
         for block in blocks:
             if not summary.files or summary.files[-1] != block.file:
                 summary.files.append(block.file)

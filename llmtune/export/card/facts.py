@@ -73,6 +73,8 @@ def read_facts(request: ExportRequest) -> Facts:
     metrics = next(
         (lines for place in places if (lines := _read_lines(place / layout.METRICS))), []
     )
+
+    # Lines up to the exported step, which may be the run's last one.
     if step is not None:
         metrics = [record for record in metrics if record["step"] <= step]
     if step is None and metrics:

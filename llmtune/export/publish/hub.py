@@ -136,6 +136,8 @@ def _upload(
     api.create_repo(place.repo, private=private, exist_ok=True)
     if place.branch is not None:
         api.create_branch(place.repo, branch=place.branch, exist_ok=True)
+
+    # What the repository lacks, and what an earlier export left in it.
     remote = _read_remote(api, place, private, say)
     files = {
         file.relative_to(folder).as_posix(): file
@@ -157,6 +159,8 @@ def _upload(
             " hashes"
         )
         return
+
+    # Large files first, outside of any commit; then one commit on the state that was read.
     for count, add in enumerate(adds, start=1):
         api.preupload_lfs_files(place.repo, [add], revision=place.branch, free_memory=False)
         size = format_bytes(files[add.path_in_repo].stat().st_size)
@@ -168,6 +172,8 @@ def _upload(
         revision=place.branch,
         parent_commit=remote.commit,
     )
+
+    # Compare what the hub holds now.
     arrived = _list_files(api, place.repo, commit.oid)
     wrong = [name for name, file in files.items() if not _is_same(file, arrived.get(name))]
     if wrong:

@@ -128,6 +128,7 @@ def write_shards(
                     progress.done(block.nbytes)
         journal.note(name, file.entry)
 
+    # Shards in parallel, each by a thread that computes and one that writes.
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     workers = max(1, min(len(shards), cores // 2, _MOST_SHARDS))
     # Never more than OMP_NUM_THREADS allows.

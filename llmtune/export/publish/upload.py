@@ -148,6 +148,8 @@ def _upload_to_store(folder: Path, url: str, say: Say) -> None:
         (folder / layout.MANIFEST).read_bytes(),
     )
     files = list_files(marker, manifest)
+
+    # What is there, read back, and what an earlier export left.
     found = retry(_look, store)
     missing = [name for name, entry in files.items() if not retry(_holds, store, name, entry)]
     stale = found.listed - files.keys()
@@ -166,6 +168,8 @@ def _upload_to_store(folder: Path, url: str, say: Say) -> None:
     retry(_write, store, UPLOADING, json.dumps({"format": "upload", "files": listed}).encode())
     for name in (layout.COMPLETE, layout.MANIFEST, layout.SIGNATURE, *sorted(stale)):
         retry(_remove, store, name)
+
+    # The files, then signature and manifest; the marker is last.
     for count, name in enumerate(missing, start=1):
         retry(store.upload, partial(open_source, folder / name), name, files[name])
         say(f"uploaded {name}  {format_bytes(files[name]['size'])}  ({count}/{len(missing)})")

@@ -233,6 +233,7 @@ def _expect_unit(unit: Unit) -> dict[str, ExpectedTensor] | None:
     from peft.tuners.lora.layer import Embedding, Linear
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
+    # Every parameter starts from the base's, or from what the adapter brings whole.
     tensors: dict[str, ExpectedTensor] = {}
     for module_name, module in unit.inner:
         for key, parameter in module._parameters.items():
@@ -248,6 +249,8 @@ def _expect_unit(unit: Unit) -> dict[str, ExpectedTensor] | None:
     if len(unit.inner) != 1:
         return None
     ((name, module),) = unit.inner
+
+    # Rows that were trained one by one.
     if isinstance(outer, TrainableTokensWrapper) and outer.token_adapter.base_layer is module:
         layer = outer.token_adapter
         (adapter,) = layer.token_indices
@@ -258,6 +261,8 @@ def _expect_unit(unit: Unit) -> dict[str, ExpectedTensor] | None:
         )
         tensors[f"{name}.weight"].rows = dict(rows)
         return tensors
+
+    # LoRA of exactly these classes: a subclass may compute something else.
     if type(outer) in (Linear, Embedding) and outer.base_layer is module:
         return tensors if _add_lora(outer, name, tensors) else None
     return None

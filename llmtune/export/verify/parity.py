@@ -249,6 +249,7 @@ def measure_parity_in_memory(
             logits: torch.Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
         return logits
 
+    # One model at a time: only the logits of each are kept.
     expected = run(models.base_folder, models.adapter)
     difference = relative_error(run(models.merged_folder, None), expected)
 

@@ -125,6 +125,8 @@ def _find_tokenizer_problems(folder: Path, vocabulary: int, notes: list[str]) ->
     except (OSError, ValueError, KeyError) as error:
         return [f"the tokenizer cannot be loaded ({str(error).splitlines()[0]})"]
     problems = []
+
+    # Ids and rows of the embedding.
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocabulary:
         problems.append(
@@ -136,6 +138,8 @@ def _find_tokenizer_problems(folder: Path, vocabulary: int, notes: list[str]) ->
             f"{vocabulary - largest - 1} rows behind the tokenizer's {largest + 1} tokens are never"
             " used"
         )
+
+    # What chat needs.
     if tokenizer.eos_token_id is None:
         notes.append(
             "the tokenizer names no end-of-text token: answers end only at their longest length"

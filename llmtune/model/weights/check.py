@@ -32,6 +32,7 @@ def compare_weights(model: Any, folder: Path) -> WeightReport:
     Raises:
         MissingPrerequisiteError: A file is missing, or is not a complete safetensors file.
     """
+    # Of quantized weights, the names of what they represent are compared.
     stored = read_entries(folder)
     quantized = quantization(folder) is not None
     entries = weight_entries(stored) if quantized else stored

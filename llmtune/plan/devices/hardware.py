@@ -162,6 +162,8 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
     gpus = visible_gpus()
     accelerator = _accelerator(config.accelerator, len(gpus))
     notes: list[str] = []
+
+    # Host memory, which is also that of a rank on the CPU.
     host_bytes = _within(
         config.host_memory_bytes, "host_memory_bytes", probe_host_memory_bytes(), planning, notes
     )
@@ -186,6 +188,8 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
             f"hardware.gpus_per_node={count}: this machine has {counted(present, 'GPU')}; take"
             " hardware=probe to use what is there"
         )
+
+    # The speeds of the card: the one that is named, if the job is only planned.
     first = gpus[0]
     check_kernels(first)
     device_bytes = _within(
@@ -201,6 +205,8 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
             f"hardware.gpu_name={config.gpu_name}: this machine has {first.name}, which is"
             " planned for"
         )
+
+    # Links between the cards.
     hardware = _with_card(card, name, count, device_bytes, host_bytes)
     hardware = replace(hardware, compute_capability=first.compute_capability, notes=tuple(notes))
     if count > 1 and not has_nvlink():
