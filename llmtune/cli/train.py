@@ -1,6 +1,6 @@
 """``train``: prepare, supervise the ranks, export.
 
-Under ``deepspeed``, ``torchrun`` or ``srun``: be one of their ranks.
+Under ``deepspeed``, ``torchrun`` or ``srun``, run one of their ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def join_launcher() -> Launcher | None:
-    """Find out whether another launcher started this process as a rank, and prepare to be one.
+    """Find out whether another launcher started this process as a rank, and prepare for that.
 
     The configuration is composed later: a plug-in that it looks for may import torch, which reads
     the defaults of the environment.

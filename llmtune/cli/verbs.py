@@ -20,10 +20,11 @@ class Verb:
 
     run: RunVerb
     summary: str
-    """For ``--help``."""
+    """The line of ``--help``."""
     trains: bool = False
-    """It trains: a signal means that nothing has begun yet, and the same command starts again. The
-    libraries are imported only when the ranks have been started.
+    """It trains: a signal means that nothing has begun yet, and the same command starts again.
+
+    The libraries are imported only when the ranks have been started.
     """
     plans: bool = False
     """It plans a training that may never take place, so that no data has to be named."""

@@ -11,7 +11,7 @@ _NO_QUANTIZED = (
 _NO_PREFERENCES = "nothing: llmtune does supervised fine-tuning and no other stage"
 
 #: Foreign name, without its group and in lower case -> what to write instead. A bare key takes the
-#: value that was given; ``nothing`` stands for what there is no key for, with the reason.
+#: value that was given; ``nothing`` marks what there is no key for, with the reason.
 MEANINGS: dict[str, str] = {
     # Model.
     "base_model": "model.name_or_path",

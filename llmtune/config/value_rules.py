@@ -83,7 +83,7 @@ def find_value_problems(config: Config) -> list[str]:
 
 
 def _find_infinite_numbers(config: Config) -> Iterator[str]:
-    """``nan`` passes every comparison, and ``inf`` every lower bound."""
+    """Find ``nan``, which passes every comparison, and ``inf``, which passes every lower bound."""
     for key, value in _infinite_numbers(to_plain(config), ""):
         yield f"{key}={value}: must be a finite number"
 
@@ -101,14 +101,14 @@ def _infinite_numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
 
 
 def _find_name_problems(config: Config) -> Iterator[str]:
-    """A run's name is one folder below ``runs/``, and one at a mirror."""
+    """Find a run's name that is not one folder below ``runs/``, and one at a mirror."""
     name = config.run_name
     if name and (set(name) & set("/\\\0") or name.strip() in ("", ".", "..")):
         yield f"run_name={name}: a name, without slashes; another folder is named by output_dir="
 
 
 def _find_empty_paths(config: Config) -> Iterator[str]:
-    """A script's ``checkpoint.mirror=$PLACE`` is empty where the variable is not set."""
+    """Find empty paths: ``checkpoint.mirror=$PLACE`` of a script where the variable is not set."""
     for key in PATHS:
         value = read_key(config, key)
         if value is not None and not value.strip():

@@ -1,6 +1,4 @@
-"""The index of prepared rows: which of them are trained on, which are for evaluation, and which
-share a packed row.
-"""
+"""Write the index of prepared rows: the training and evaluation rows, and the packed rows."""
 
 from __future__ import annotations
 
@@ -149,7 +147,8 @@ class IndexWriter:
             nothing = np.zeros(0, dtype=np.int64)
             return _Splits(train=Rows([], nothing), eval=Rows([], nothing), duplicates_of_eval=0)
 
-        # Evaluation rows are split off; too few are left where many are bad: that is the news.
+        # Evaluation rows are split off. Where many rows are bad, too few are left, and the bad rows
+        # are the error to report.
         every = Rows(self.stores, np.arange(sum(self._counts), dtype=np.int64))
         try:
             keep, drawn = split_eval(every.documents("begins"), self.config.val_set_size, self.seed)
@@ -170,7 +169,7 @@ class IndexWriter:
         )
 
     def _mix(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
-        """The rows of an epoch.
+        """Return the rows of an epoch.
 
         Raises:
             DataError: There are none.

@@ -1,4 +1,4 @@
-"""Sources become tokenized rows on disk, once, and an index of which rows are trained on.
+"""Make tokenized rows on disk from sources, once, and an index of the rows that are trained on.
 
 The tokens of each source are in the cache under a hash of its content and of all that shapes them;
 the index, under a hash of those and of how sources are mixed, split and packed. A second start
@@ -54,7 +54,7 @@ class _TokenizedSources:
     keys: list[str]
 
     def folders(self, cache_dir: Path) -> list[str]:
-        """The folders of their tokens."""
+        """Return the folders of their tokens."""
         return [str(token_folder(cache_dir, key)) for key in self.keys]
 
 
@@ -165,7 +165,7 @@ def _fingerprint(
     evaluation: _TokenizedSources,
     stream: list[list[str]] | None,
 ) -> str:
-    """The hash of all that shapes the index; its order is part of it."""
+    """Hash all that shapes the index; its order is part of it."""
     mixing = [(source.repeat, source.weight) for source in train.sources]
     settings = [
         None if evaluation.sources else config.val_set_size,
@@ -179,7 +179,7 @@ def _fingerprint(
 
 
 def _identify_stream(sources: list[Source]) -> list[list[str]]:
-    """Names and sizes of the files of a stream, which are too large to be hashed.
+    """Return names and sizes of the files of a stream, which are too large to be hashed.
 
     Raises:
         ConfigError: A source cannot be streamed.
@@ -201,7 +201,7 @@ def _identify_stream(sources: list[Source]) -> list[list[str]]:
 def _find_samples(
     folder: Path, stores: list[str], sources: list[Source], tokenizer: PreTrainedTokenizerBase
 ) -> list[SamplePrompt]:
-    """The first evaluation conversations, read again from their files."""
+    """Read the first evaluation conversations again from their files."""
     if json.loads((folder / SUMMARY).read_text())["eval"] is None or not tokenizer.chat_template:
         return []
     rows = open_index(folder, stores, "eval")

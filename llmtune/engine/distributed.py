@@ -31,7 +31,7 @@ class Rank:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes, prints and tracks."""
+        """Tell whether this is rank 0, which writes, prints and tracks."""
         return self.rank == 0
 
 
@@ -53,6 +53,7 @@ def init_ranks(
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    # The device of this rank.
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     phases = phases or PhaseLog()
@@ -66,7 +67,8 @@ def init_ranks(
     # The process group.
     init_method = None
     if meeting is not None:
-        # A descriptor, which stays open, stands for the folder: torch ends a path at # or ?.
+        # A descriptor, which stays open, replaces the path of the folder: torch ends a path at # or
+        # ?.
         folder = os.open(meeting.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         init_method = f"file:///proc/self/fd/{folder}/{meeting.name}"
     deepspeed.init_distributed(
@@ -77,9 +79,13 @@ def init_ranks(
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
+
+    # The number of ranks on this machine: torchrun, or DeepSpeed's launcher, says it.
     on_node = int(
         os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
     )
+
+    # With NCCL, small decisions go through a group on the host.
     control = None
     if not on_host:
         control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))

@@ -79,6 +79,8 @@ def slices_to_save(module: TrainModule) -> list[StateSlice]:
     slices = state_slices(module)
     if module.zero_stage > 0 or module.rank.world_size == 1:
         return slices
+
+    # Stage 0 on several ranks: every rank holds all, and saves an equal part.
     owned = []
     for part in slices:
         size = math.ceil(part.numel / module.rank.world_size)

@@ -44,7 +44,7 @@ class Weighed(Protocol):
 
 
 class MicroBatch(Protocol):
-    """What a forward pass takes: a ``Batch`` of ``data/``, which ``engine/`` may not import."""
+    """The input of a forward pass: a ``Batch`` of ``data/``, which ``engine/`` may not import."""
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -55,10 +55,10 @@ class MicroBatch(Protocol):
         """What the loss function takes."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """Copy it to another device."""
 
     def split(self) -> list[Self]:
-        """The same, a batch for each row."""
+        """Split it into a batch per row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +181,8 @@ class TrainModule:
         norm: float | None = None
         self.engine.train()
         phases = self.rank.phases
+
+        # ``engine.step`` only counts until the last micro-batch, and then steps.
         for index, batch in enumerate(micro_batches):
             if index and interrupted():
                 return None
@@ -198,6 +200,8 @@ class TrainModule:
                 self.engine.step()
             else:
                 self._leave_step_out()
+
+        # The norm, the mean loss of all ranks, and whether the step was applied.
         reported = self.engine.get_global_grad_norm()
         if norm is None:
             norm = 0.0 if reported is None else float(reported)

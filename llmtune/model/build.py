@@ -26,7 +26,7 @@ from llmtune.task.task import find_task
 
 @dataclass(frozen=True, slots=True)
 class WeightsTo:
-    """Where the weights go when they are read."""
+    """The destination of the weights when they are read."""
 
     device_map: Any = None
     """transformers' ``device_map``, for unpartitioned weights."""
@@ -130,6 +130,8 @@ def _load_partitioned(
         )
 
     assert weights.partitioned is not None
+
+    # No value is initialized: the slices are read over the empty memory.
     dtype = configured_dtype(precision.value)
     with no_init_weights():
         with weights.partitioned():

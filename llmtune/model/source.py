@@ -54,6 +54,8 @@ def resolve_model_folder(
         return make_once(
             cache_dir / "models" / key, lambda folder: write_random_model(architecture, folder)
         )
+
+    # Files: of an installed package, GGUF, a folder, or the hub.
     wheel = _wheel_file(config.wheel)
     if wheel is not None:
         folder = _from_gguf(wheel, cache_dir, say)
@@ -72,6 +74,8 @@ def resolve_model_folder(
                 f"{name} has no model.revision, so it is what its authors publish now;"
                 f" model.revision={commit} keeps it"
             )
+
+    # Whatever it was, it is safetensors of the planned architecture now.
     if not list(folder.glob("*.safetensors")):
         raise MissingPrerequisiteError(
             f"model.name_or_path={name}: {folder} holds no *.safetensors (it has: "

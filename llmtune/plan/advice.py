@@ -1,5 +1,7 @@
-"""Changes that only the user may make: those of the arithmetic with the memory they save, and the
-smallest one under which a job fits.
+"""Find changes that only the user may make.
+
+These are changes of the arithmetic with the memory they save, and the smallest one under which a
+job fits.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Advice:
 
     change: str
     saves_bytes: int
-    """On one rank's accelerator, or in its share of the host if that holds the optimizer."""
+    """Bytes saved on one rank's accelerator, or in its host memory if the optimizer is there."""
     where: str
     override: str | None
     """The override to add to the command; None if llmtune has no such option."""
@@ -115,7 +117,7 @@ def find_smallest_change(config: Config, ladder: Ladder) -> str:
 
 
 def _plan_again(config: Config, hardware: Hardware, ladder: Ladder) -> Ladder:
-    """The same job for changed config or hardware."""
+    """Plan the same job for changed config or hardware."""
     world_size = ladder.world_size * hardware.nodes // ladder.hardware.nodes
     rows = config.train.global_batch_size
     if isinstance(rows, int) and rows % world_size:
@@ -165,7 +167,7 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
 
 
 def _without_restrictions(config: Config, ladder: Ladder) -> Config:
-    """The config with everything left open that changes no result."""
+    """Return the config with everything left open that changes no result."""
     free = copy.deepcopy(config)
     free.offload = replace(OffloadConfig(), nvme_path=config.offload.nvme_path)
     free.zero.stage = "auto"
@@ -178,7 +180,7 @@ def _without_restrictions(config: Config, ladder: Ladder) -> Config:
 
 
 def _restrictions(config: Config, free: Config, ladder: Ladder) -> list[str]:
-    """The overrides that remove the user's restrictions."""
+    """Return the overrides that remove the user's restrictions."""
     train = config.train
     sets_rows_by_product = train.global_batch_size == "auto" and "auto" not in (
         train.per_device_train_batch_size,
@@ -217,7 +219,7 @@ def _needed_nvme(ladder: Ladder, optimizer: Optimizer) -> int:
 
 
 def _needed_host(ladder: Ladder) -> int:
-    """Host memory of a node for the cheapest offload to it, rounded up to 64 GB."""
+    """Return the host memory per node for the cheapest offload to it, rounded up to 64 GB."""
     candidates: list[Candidate] = [
         c for c in ladder.candidates if c.placement.rung in ("optimizer_cpu", "cpu")
     ]

@@ -81,6 +81,8 @@ def _zero(placement: Placement, sizes: ZeroSizes) -> dict[str, Any]:
         "reduce_bucket_size": sizes.reduce_bucket,
         "allgather_bucket_size": sizes.allgather_bucket,
     }
+
+    # The optimizer's states.
     if placement.optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     elif placement.optimizer == "nvme":
@@ -90,6 +92,8 @@ def _zero(placement: Placement, sizes: ZeroSizes) -> dict[str, Any]:
             "buffer_count": sizes.optimizer_buffers,
             "fast_init": False,
         }
+
+    # Weights are partitioned, and may be elsewhere, in stage 3 alone.
     if placement.zero_stage < 3:
         return zero
     zero |= {

@@ -1,5 +1,7 @@
-"""The ladder: all placements, micro-batch sizes and activation checkpointing at the user's global
-batch size, and the choice of the fastest that fits.
+"""Build the ladder of placements, and choose the fastest candidate that fits.
+
+Candidates are all placements, micro-batch sizes and activation checkpointing at the user's global
+batch size.
 
 Rungs never change what is computed: precision of states, optimizer and row length are the user's.
 """
@@ -57,11 +59,11 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether it stays within the usable share of every memory."""
+        """Tell whether it stays within the usable share of every memory."""
         return self.lacks is None
 
     def describe(self) -> str:
-        """One phrase for messages."""
+        """Describe the candidate in one phrase, for messages."""
         checkpointing = "on" if self.gradient_checkpointing else "off"
         return (
             f"{self.placement.describe()}; micro-batch {self.batch.micro_batch_size}, checkpointing"
@@ -77,7 +79,7 @@ class Rung:
     candidate: Candidate | None
     """The fastest that fits, or the smallest if none does; None if the rung is not possible."""
     reason: str
-    """Why it was chosen, or why it lost."""
+    """Reason why it was chosen, or why it lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +97,11 @@ class Ladder:
     attn_implementation: str
     activations_origin: str
     refusals: tuple[str, ...] = ()
-    """Why a job that is only planned could not be trained here."""
+    """Reasons why a job that is only planned could not be trained here."""
 
     @property
     def cluster(self) -> Cluster:
-        """The machines and their ranks."""
+        """Return the machines and their ranks."""
         return Cluster(self.hardware, self.world_size)
 
 
@@ -127,6 +129,8 @@ def build_ladder(
         attn_implementation=attn_implementation,
         begun=begun,
     )
+
+    # Candidates of every rung, or why there are none.
     asked = named_rung(config.offload)
     by_rung: dict[str, list[Candidate]] = {}
     blocked: dict[str, str] = {}
@@ -138,6 +142,7 @@ def build_ladder(
         if not by_rung[rung]:
             blocked[rung] = reason or f"needs ZeRO 3, and zero.stage is {config.zero.stage}"
 
+    # The fastest of those that the user left open.
     allowed: list[Candidate] = []
     for rung, candidates in by_rung.items():
         if asked in (None, rung):
@@ -204,7 +209,7 @@ def next_candidate(
 
 
 def _needed(candidate: Candidate, pool: str, only_persistent: bool) -> int:
-    """Planned bytes of one rank in a memory (``device``, ``host`` or ``both``)."""
+    """Return the planned bytes of one rank in a memory (``device``, ``host`` or ``both``)."""
     device = candidate.memory.device
     on_device = device.persistent if only_persistent else device.total
     on_host = candidate.memory.host.total
@@ -323,6 +328,8 @@ class Search:
             world,
             Workload(activations, self._eval_logits(batch), hardware.accelerator),
         )
+
+        # What is too small, and how fast it is.
         lacks = find_shortfall(memory, hardware, self.cluster.ranks_on_node)
         speed = estimate_speed(
             shape, placement, batch, length, recompute, self.arithmetic, self.cluster
@@ -338,7 +345,7 @@ class Search:
         )
 
     def _eval_logits(self, batch: BatchPlan) -> int:
-        """Bytes of an evaluation batch's logits, their fp32 copy and the log-probabilities."""
+        """Return the bytes of evaluation logits, their fp32 copy and the log-probabilities."""
         if self.config.data.val_set_size == 0 and self.config.data.eval is None:
             return 0
         rows = self.config.train.per_device_eval_batch_size

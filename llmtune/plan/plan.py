@@ -50,7 +50,7 @@ class Plan:
     learning_rate: float
     deepspeed: dict[str, Any]
     notes: tuple[str, ...]
-    """Where the derived values came from, for the page before step 1."""
+    """Origins of the derived values, for the page before step 1."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for ``plan.json`` and for the ranks."""
@@ -119,6 +119,7 @@ def resolve_ladder(
                 raise
             refusals.append(str(error))
 
+    # The hardware.
     check_raw(config.zero.deepspeed)
     on_node = max(1, world_size // config.hardware.nodes) if world_size else None
     hardware = resolve_hardware(config.hardware, config.offload.nvme_path, planning, on_node)
@@ -127,6 +128,8 @@ def resolve_ladder(
     if not planning and config.offload.nvme_path is None:
         # hardware.nvme_bytes alone is for planning.
         hardware = replace(hardware, nvme_bytes=0)
+
+    # The model on it.
     world = world_size or _resolve_world_size(config, hardware)
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
     require(_check_task, shape, config.model.name_or_path)
@@ -136,6 +139,8 @@ def resolve_ladder(
     kernel = resolve_attention(
         config, hardware.accelerator, shape.kernels, hardware.compute_capability
     )
+
+    # The rungs; the stage that was chosen may be one that the architecture cannot use.
     ladder = build_ladder(config, hardware, shape, world, kernel, begun)
     if ladder.chosen is not None:
         require(
@@ -210,7 +215,7 @@ def _resolve_world_size(config: Config, hardware: Hardware) -> int:
 def _world_origin(config: Config, launched: bool) -> str:
     if launched:
         return "from the launcher"
-    return "launch.nproc" if config.launch.nproc else "one a GPU, or one on a CPU"
+    return "launch.nproc" if config.launch.nproc else "one per GPU, or one on a CPU"
 
 
 def _check_task(shape: ModelShape, name: str) -> None:

@@ -80,7 +80,7 @@ class Cluster:
 
     @property
     def ranks_on_node(self) -> int:
-        """Ranks that share a machine."""
+        """Return the number of ranks that share a machine."""
         return max(1, self.world_size // self.hardware.nodes)
 
     def collective_seconds(self, nbytes: float) -> float:
@@ -109,11 +109,15 @@ def estimate_speed(
     tokens = batch.micro_batch_size * length
     ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
     flops = _flops(hardware, precision)
+
+    # Arithmetic, and the launches of kernels.
     compute = tokens * step_flops(shape, length, gradient_checkpointing) * ranks / flops
     passes = 3 if gradient_checkpointing else 2
     compute += (
         passes * shape.layers * LAUNCH_SECONDS[hardware.accelerator][placement.zero_stage == 3]
     )
+
+    # Other work per micro-batch, and once per step.
     gathers = _gather_seconds(shape, placement, passes, precision, cluster)
     weights = _weights_seconds(shape, placement, passes, precision, cluster)
     terms = {
@@ -122,6 +126,8 @@ def estimate_speed(
         "weights from offload": accumulation_steps * weights,
         **_step_terms(shape, placement, batch, arithmetic, cluster),
     }
+
+    # Gathers overlap with arithmetic; all else is added.
     overlapped = max(terms["compute"], terms["gathers"])
     rest = sum(value for name, value in terms.items() if name not in ("compute", "gathers"))
     seconds = overlapped + rest
@@ -135,7 +141,7 @@ def estimate_speed(
 
 
 def _flops(hardware: Hardware, precision: Precision) -> float:
-    """Operations per second that a training step reaches."""
+    """Return the operations per second that a training step reaches."""
     if precision is not Precision.fp32:
         return hardware.flops * hardware.efficiency
     # A CPU's vector units have half of bf16's rate; a GPU computes fp32 outside of its tensor
@@ -146,7 +152,7 @@ def _flops(hardware: Hardware, precision: Precision) -> float:
 def _gather_seconds(
     shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
 ) -> float:
-    """Seconds of one micro-batch's collectives: weights in both passes, and gradients."""
+    """Return the seconds of a micro-batch's collectives: weights in both passes, and gradients."""
     size = element_bytes(precision)
     seconds = 0.0
     if placement.zero_stage == 3:
@@ -162,7 +168,7 @@ def _gather_seconds(
 def _weights_seconds(
     shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
 ) -> float:
-    """Seconds of one micro-batch to bring offloaded weights to the accelerator."""
+    """Return the seconds per micro-batch to bring offloaded weights to the accelerator."""
     if placement.param == "none":
         return 0.0
     hardware = cluster.hardware
@@ -187,11 +193,15 @@ def _step_terms(
     trained, optimizer = shape.trainable_parameters, arithmetic.optimizer
     share = trained / (1 if placement.zero_stage == 0 else cluster.world_size)
     terms: dict[str, float] = {}
+
+    # Collectives of the step.
     if placement.zero_stage == 0:
         terms["gradient reduction"] = 2 * cluster.collective_seconds(size * trained)
     elif placement.zero_stage < 3:
         rounds = 2 if placement.zero_stage == 1 else 1
         terms["weights after the step"] = rounds * cluster.collective_seconds(size * trained)
+
+    # AdamW on the device, or on the host with what goes there and back.
     if placement.optimizer == "none":
         ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
         touched = step_bytes(optimizer) * share * ranks

@@ -53,9 +53,7 @@ class Target:
     labels: Labels = field(default_factory=Labels)
     """What the model tells apart; none for a language model."""
     code_asked_by: str | None = None
-    """The stored configuration that turns on ``model.trust_remote_code``, which only the command
-    line can.
-    """
+    """Origin of ``model.trust_remote_code=true`` in a stored configuration, which is not enough."""
 
 
 def resolve_target(composed: Composed) -> Target:
@@ -85,6 +83,8 @@ def _find_target(composed: Composed) -> Target:
         raise ConfigError(f"{' and '.join(f'{key}=' for key in named)} exclude each other")
     if given.adapter and named not in (["base"], []):
         raise ConfigError(f"adapter= goes with base=, not with {named[0]}=")
+
+    # A run: what it trained, or its newest checkpoint.
     if given.run:
         run = Path(given.run).expanduser()
         stored = _stored_config(run, run / layout.CONFIG)
@@ -96,6 +96,8 @@ def _find_target(composed: Composed) -> Target:
             )
         check_undamaged(folder, left_out=layout.is_state_file)
         return _from_stored(stored, composed, folder, run)
+
+    # A checkpoint of llmtune, which may be outside of its run.
     if given.checkpoint:
         folder = Path(given.checkpoint).expanduser()
         if not is_complete(folder):
@@ -103,6 +105,8 @@ def _find_target(composed: Composed) -> Target:
         check_undamaged(folder, left_out=layout.is_state_file)
         stored = _stored_config(folder, folder / layout.CONFIG)
         return _from_stored(stored, composed, folder, folder.parent)
+
+    # A base, with or without an adapter.
     if given.adapter and "model" in composed.unnamed:
         raise ConfigError(f"adapter={given.adapter} needs its base model: add base=MODEL")
     model = config.model
@@ -116,7 +120,7 @@ def _find_target(composed: Composed) -> Target:
 
 
 def _from_stored(stored: Config, composed: Composed, folder: Path, run: Path) -> Target:
-    """The target as its stored configuration describes it, which may be anybody's.
+    """Return the target as its stored configuration describes it, which may be anybody's.
 
     It says neither that code is run nor where this call keeps its files: the command line does.
     """
@@ -132,7 +136,7 @@ def load_model(target: Target) -> tuple[Any, Any]:
     """Load the model, with its adapter, in evaluation mode, on the GPUs if any, and its tokenizer.
 
     Raises:
-        ConfigError: The model needs Python code of its own, and the command line does not allow it.
+        ConfigError: The model needs its own Python code, and the command line does not allow it.
         CheckpointError: The adapter cannot be read, or is another model's.
     """
     if target.config.model.trust_remote_code and (note := describe_own_code(target.model_folder)):
@@ -147,7 +151,7 @@ def load_model(target: Target) -> tuple[Any, Any]:
 
 
 def _load_tokenizer(target: Target) -> Any:
-    """Load the tokenizer of the adapter, which may have tokens of its own, or else the base's.
+    """Load the tokenizer of the adapter, which may have added tokens, or else the base's.
 
     Code is the base's alone.
     """
@@ -211,7 +215,7 @@ def place_weights(folder: Path, precision: Precision) -> Any:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Free memory of a GPU, or of the host, in bytes."""
+    """Return the free memory of a GPU, or of the host, in bytes."""
     import psutil
     import torch
 
@@ -239,6 +243,8 @@ def load_peft_adapter(model: Any, adapter: Path) -> Any:
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(f"adapter {adapter}: {str(error).splitlines()[0]}") from error
+
+    # Matrices that are missing or left over are another model's.
     missing = [name for name in found.missing_keys if "lora_" in name]
     if wrong := [*missing, *found.unexpected_keys]:
         raise CheckpointError(
@@ -250,7 +256,7 @@ def load_peft_adapter(model: Any, adapter: Path) -> Any:
 
 
 def from_trained(config: Config, folder: Path, run: Path) -> Target:
-    """The target of a run: the adapter on its base, or the whole model, in ``folder``."""
+    """Return the target of a run: the adapter on its base, or the whole model, in ``folder``."""
     if not TUNERS.find(config.tuner.kind).has_adapter:
         return Target(
             config=config,
@@ -297,7 +303,7 @@ def _read_record(plan: Path) -> RunRecord:
 
 
 def trained_folder(run: Path, config: Config) -> Path:
-    """The folder of the trained model, or of the newest checkpoint of an unfinished run."""
+    """Return the folder of the trained model, or an unfinished run's newest checkpoint."""
     result = layout.result_folder(run, TUNERS.find(config.tuner.kind).has_adapter)
     if is_complete(result):
         return result

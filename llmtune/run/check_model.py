@@ -23,7 +23,7 @@ from llmtune.storage.hashing import sha256_files
 from llmtune.task.task import find_task
 from llmtune.tuner.tuner import TUNERS
 
-#: What the remembered answers depend on beside the model.
+#: Dependencies of the remembered answers beside the model.
 _SOURCES = (
     "model/weights/names.py",
     "model/weights/files.py",

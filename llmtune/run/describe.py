@@ -16,7 +16,7 @@ from llmtune.units import format_bytes, format_count
 
 
 def describe(request: RunRequest) -> dict[str, str]:
-    """The rows of the page: a title and its text each."""
+    """Return the rows of the page: a title and its text each."""
     config, plan, data, steps = request.config, request.plan, request.data, request.steps
     shape = plan.shape
     tuner = TUNERS.find(config.tuner.kind).describe(config.tuner)
@@ -74,7 +74,7 @@ def describe_data(config: Config, data: PreparedData) -> str:
 
 
 def describe_memory(plan: Plan) -> str:
-    """Describe the planned peak memory of a rank."""
+    """Describe the planned peak memory per rank."""
     memory = plan.memory
     if plan.hardware.accelerator == "cpu":
         text = f"about {format_bytes(memory.device.total + memory.host.total)} per rank at its peak"

@@ -1,6 +1,4 @@
-"""Run training attempts: restart after a rank failure, take the next rung after running out of
-memory.
-"""
+"""Run training attempts: restart after a rank failure, take the next rung after out-of-memory."""
 
 from __future__ import annotations
 
@@ -75,7 +73,7 @@ class FallbackRunner:
         self.tried: list[Candidate] = []
         self.restarts = Restarts(composed.config.launch.max_restarts)
         self.at_limit: MemoryEvent | None = None
-        """Of the last attempt: memory that may have run out."""
+        """Memory that may have run out in the last attempt."""
 
     def run(self) -> bool:
         """Train until the end, on whatever rung; False if the run was finished already.
@@ -98,8 +96,10 @@ class FallbackRunner:
                 except (RanOutOfMemoryError, RanksFailedError) as error:
                     failure = error
                 stack.enter_context(
-                    raise_stops("stopped between two attempts; the same command goes on")
+                    raise_stops("stopped between two attempts; the same command resumes")
                 )
+
+                # Out of memory: take the next rung. Any other failure of a rank: wait, and restart.
                 event = self._memory_event(failure)
                 if event is not None:
                     candidate = self._next(candidate, event)
@@ -110,7 +110,7 @@ class FallbackRunner:
         return False
 
     def _memory_event(self, failure: RanOutOfMemoryError | RanksFailedError) -> MemoryEvent | None:
-        """Memory that ran out: reported, or because ranks ended at their limit twice in a phase."""
+        """Find memory that ran out: reported, or ranks ended at their limit twice in a phase."""
         if isinstance(failure, RanOutOfMemoryError):
             return failure.event
         before, self.at_limit = self.at_limit, failure.at_limit
@@ -135,7 +135,7 @@ class FallbackRunner:
             return attempt(self.inputs, plan, resume_from, self.console, self.history)
 
     def _take_ranks_ahead(self) -> RankGroup | None:
-        """The ranks that wait, once: a further attempt may be on another rung."""
+        """Return the ranks that wait, once: a further attempt may be on another rung."""
         ahead, self._ahead = self._ahead, None
         return ahead.take() if ahead is not None else None
 
@@ -172,7 +172,7 @@ class FallbackRunner:
         return found[-1] if found else None
 
     def _first(self) -> Candidate:
-        """The ladder's choice, or the rung that an earlier start reached on the same hardware."""
+        """Return the ladder's choice, or the rung of an earlier start on the same hardware."""
         candidate = self.ladder.chosen
         assert candidate is not None
         for entry in self.history:
@@ -189,6 +189,7 @@ class FallbackRunner:
         return candidate
 
     def _next(self, failed: Candidate, event: MemoryEvent) -> Candidate:
+        # The failure is recorded at once, so that later starts do not try this candidate again.
         self.tried.append(failed)
         entry = MemoryFailure(
             candidate=_key(failed),
@@ -198,6 +199,8 @@ class FallbackRunner:
         )
         self.history = (*self.history, entry)
         self.folder.write_record(replace(self.folder.read_record(), history=self.history))
+
+        # The next rung, where the user left the choice open.
         if not self._may_move:
             raise DoesNotFitError(self._refusal(failed, event))
         following = next_candidate(self.ladder, failed, self.tried, event.phase, event.pool)
@@ -223,12 +226,12 @@ class FallbackRunner:
         return (
             f"{event.describe()}\noffload={rung} was asked for, so no other rung was tried. Take"
             " offload=auto, which goes down the ladder by"
-            f" itself{f' (here: {named})' if named else ''}. The same command with it goes on from"
+            f" itself{f' (here: {named})' if named else ''}. The same command with it resumes from"
             f" the newest checkpoint.\n{_hint(self.composed.config)}"
         )
 
     def _conditions(self) -> dict[str, Any]:
-        """The conditions under which an earlier failure counts."""
+        """Return the conditions under which an earlier failure counts."""
         hardware = self.ladder.hardware
         return {
             "world_size": self.ladder.world_size,
@@ -249,7 +252,7 @@ def check_fits(config: Config, ladder: Ladder) -> None:
 
 
 def place_swap(plan: Plan, composed: Composed, target: RunTarget) -> Plan:
-    """The plan with this run's own folder on NVMe."""
+    """Return the plan with this run's own folder on NVMe."""
     path = composed.config.offload.nvme_path
     if not plan.placement.uses_nvme or path is None:
         return plan

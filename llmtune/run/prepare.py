@@ -83,13 +83,13 @@ class RunInputs:
     """The inputs of every attempt of a command, checked and prepared once."""
 
     config: Config
-    """With the planned ``train.global_batch_size``."""
+    """The config, with the planned ``train.global_batch_size``."""
     overrides: list[str]
-    """As they were typed."""
+    """The overrides as they were typed."""
     target: RunTarget
     folder: RunFolder
     run_id: str
-    """What the run's place at ``checkpoint.mirror`` is marked with."""
+    """Id that marks the run's folder at ``checkpoint.mirror``."""
     model_folder: Path
     data: PreparedData
     labels: Labels
@@ -107,7 +107,7 @@ class RunInputs:
         return resume_point(self.folder, self.config, self.target.name, console.say)
 
     def resuming_own_work(self) -> RunInputs:
-        """The same inputs, which resume the run's own newest checkpoint."""
+        """Return the same inputs, which resume the run's own newest checkpoint."""
         return replace(self, config=replace(self.config, resume_from_checkpoint="auto"))
 
 
@@ -199,6 +199,8 @@ def attempt(
     check_quantized(config, plan.placement.zero_stage, inputs.model_folder)
     if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
         return None
+
+    # The record of this attempt, for ``plan.json``.
     step = _resolve_resume_step(resume_from, steps.total_steps, data.fingerprint)
     record = RunRecord.of_plan(
         plan,
@@ -211,6 +213,8 @@ def attempt(
         began_from=began_from(folder, config),
         history=history,
     )
+
+    # The run folder describes the attempt, and loses what does not precede its first step.
     if resume_from is not None:
         first_left = folder.first_left(step, resume_from)
         withdraw_left_copies(config, inputs.target.name, inputs.run_id, first_left, console.say)
@@ -301,18 +305,18 @@ def cache_dir(config: Config) -> Path:
 
 
 def lock_file(folder: RunFolder) -> Path:
-    """The lock of a run folder."""
+    """Return the lock file of a run folder."""
     return folder.path / layout.LOCK
 
 
 def _data_name(config: Config) -> str:
-    """The name of the first file, without its ending."""
+    """Return the name of the first file, without its ending."""
     path = parse_sources(config.data.train, "data.train", config.data.format)[0].path
     return Path(path.split("*")[0].rstrip("/")).name.split(".")[0] or "data"
 
 
 def _resolve_resume_step(checkpoint: Path | None, total_steps: int, data_fingerprint: str) -> int:
-    """Check that a checkpoint can be resumed; its step, or -1 for a new run."""
+    """Check that a checkpoint can be resumed; return its step, or -1 for a new run."""
     if checkpoint is None:
         return -1
     state = read_trainer_state(checkpoint)

@@ -1,8 +1,8 @@
-"""Find problems of the configuration that only the parts which read a key can see.
+"""Find problems of the configuration that only the readers of a key can see.
 
-The rules of ``llmtune.config.rules`` know keys; here sources, sizes and addresses are read by those
-who use them, before anything is prepared or planned, so that all problems stand in one report and
-``plan`` refuses what ``train`` refuses.
+The rules of ``llmtune.config.rules`` know keys; here sources, sizes and addresses are read by the
+code that uses them, before anything is prepared or planned, so that all problems are in one report
+and ``plan`` refuses what ``train`` refuses.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The files through which ranks and their supervisor talk, each a dataclass that both sides use.
 
-They are in a folder of the attempt's own, which the supervisor makes, closes to other users and
+They are in a folder of the attempt, which the supervisor makes, closes to other users and
 removes; ``LLMTUNE_FAILURE_DIR`` tells ranks where. R is the number of a rank.
 
 =================  ==============================  ================================================
@@ -11,7 +11,7 @@ file               written by                      read by
 ``rank-R.json``    rank R, when it fails           supervisor: why the attempt ended
                    (:class:`FailureReport`)
 ``kills``          supervisor, at the start        supervisor, at the end: did the kernel kill
-                   (:class:`KernelKills`)          processes for want of memory meanwhile
+                   (:class:`KernelKills`)          processes for lack of memory meanwhile
 ``stack-R.txt``    rank R, on SIGUSR2, as text     supervisor: saved in the run folder
 ``import-R.txt``   rank R started ahead: what its  rank R: copied into the log when there is one
                    imports print
@@ -51,9 +51,7 @@ class PhaseRecord:
     """The phase that a rank is in, and its memory; readable however the rank ends."""
 
     phase: str = "start"
-    """``start``, ``load``, ``answer``, ``forward``, ``backward``, ``step``, ``evaluate`` or
-    ``save``.
-    """
+    """One of ``start load answer forward backward step evaluate save``."""
     step: int = 0
     """The optimizer step under way, from 1; 0 before the first."""
     peak_bytes: int = 0
@@ -67,16 +65,16 @@ class PhaseRecord:
 
     @staticmethod
     def open(path: Path) -> int:
-        """A descriptor to write records to."""
+        """Open a descriptor to write records to."""
         return os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
 
     def write(self, descriptor: int) -> None:
-        """Write over the record before; one system call."""
+        """Overwrite the previous record, with one system call."""
         os.pwrite(descriptor, json.dumps(asdict(self)).ljust(_PHASE_WIDTH).encode(), 0)
 
     @classmethod
     def read(cls, folder: Path, rank: int) -> PhaseRecord:
-        """The last record of a rank; ``start`` where there is none yet."""
+        """Read the last record of a rank; ``start`` where there is none yet."""
         try:
             return from_plain(cls, parse_json(read_raw_phase(folder, rank)))
         except ValueError:
@@ -84,12 +82,12 @@ class PhaseRecord:
 
 
 def phase_file(folder: Path, rank: int) -> Path:
-    """Where a rank keeps its :class:`PhaseRecord`."""
+    """Return the file in which a rank keeps its :class:`PhaseRecord`."""
     return folder / f"phase-{rank}.json"
 
 
 def read_raw_phase(folder: Path, rank: int) -> bytes:
-    """A rank's record as it was written, to tell whether it changed; empty where there is none."""
+    """Return a rank's record as bytes, to tell whether it changed; empty where there is none."""
     try:
         return phase_file(folder, rank).read_bytes()
     except OSError:
@@ -114,12 +112,12 @@ class FailureReport:
     """The rank asks to be started again from an older checkpoint."""
 
     def write(self, folder: Path) -> None:
-        """Leave it for the supervisor."""
+        """Write the report for the supervisor."""
         (folder / f"rank-{self.rank}.json").write_text(json.dumps(asdict(self)))
 
     @classmethod
     def read_all(cls, folder: Path) -> list[FailureReport]:
-        """The reports of all ranks, by time; those that say what to do come first.
+        """Read the reports of all ranks, by time; those that say what to do come first.
 
         A rank that was killed while it wrote has reported nothing.
         """
@@ -134,17 +132,17 @@ class FailureReport:
 
 @dataclass(frozen=True, slots=True)
 class KernelKills:
-    """Processes that the kernel has killed for want of memory: of this machine or container."""
+    """The number of processes that the OOM killer has ended in this machine or container."""
 
     count: int = 0
 
     def write(self, folder: Path) -> None:
-        """Remember it, to be compared with at the end."""
+        """Write the number, to be compared with the one at the end."""
         (folder / "kills").write_text(json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> KernelKills:
-        """The count at the start.
+        """Read the count at the start.
 
         Raises:
             OSError: It was not written.
@@ -163,12 +161,12 @@ class FinishedRecord:
     """``metric``, ``value`` and ``step`` of the best checkpoint, where one is kept."""
 
     def write(self, run: Path) -> None:
-        """Mark the run as finished."""
+        """Write the record, which marks the run as finished."""
         write_atomically(run / layout.FINISHED, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, run: Path) -> FinishedRecord | None:
-        """The record of a run folder; None where the run is not finished."""
+        """Read the record of a run folder; None where the run is not finished."""
         values = read_json(run / layout.FINISHED)
         return from_plain(cls, values) if values else None
 
@@ -229,15 +227,15 @@ class RestartRecord:
 
 
 def stack_file(folder: Path, rank: int) -> Path:
-    """Where a rank writes the stacks of its threads when it is asked for them."""
+    """Return the file to which a rank writes its threads' stacks when it is asked for them."""
     return folder / f"stack-{rank}.txt"
 
 
 def import_file(folder: Path, rank: int) -> Path:
-    """Where a rank that is started ahead prints while it imports: there is no log yet."""
+    """Return the file for what a rank started ahead prints while there is no log yet."""
     return folder / f"import-{rank}.txt"
 
 
 def meeting_file(folder: Path) -> Path:
-    """Where the ranks of this node meet."""
+    """Return the file at which the ranks of this node meet."""
     return folder / "meeting"

@@ -34,7 +34,7 @@ class Console:
             stream: The terminal; None on all ranks but the first, which are silent.
         """
         self.is_heard = stream is not None
-        """Whether there is a terminal to write to."""
+        """True if there is a terminal to write to."""
         # Lives as long as the process.
         opened = stream or Path(os.devnull).open("w")  # noqa: SIM115
         self._out = cast("IO[str]", _LastingStream(opened))
@@ -48,7 +48,7 @@ class Console:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether a line can be overwritten."""
+        """Tell whether a line can be overwritten."""
         return self._rich.is_terminal
 
     def say(self, text: str) -> None:
@@ -114,8 +114,9 @@ class Console:
 
 
 class _LastingStream:
-    """A stream that ignores a closed pipe (``llmtune | tee log`` and Ctrl-C), so that the run can
-    still save.
+    """A stream that ignores a closed pipe, so that the run can still save.
+
+    In ``llmtune | tee log``, Ctrl-C ends ``tee`` first.
     """
 
     def __init__(self, stream: IO[str]):
@@ -137,7 +138,7 @@ class _LastingStream:
             self._give_up()
 
     def _give_up(self) -> None:
-        # Whatever is still in the buffer goes to /dev/null too.
+        # The rest of the buffer goes to /dev/null too.
         void = os.open(os.devnull, os.O_WRONLY)
         os.dup2(void, self._stream.fileno())
         os.close(void)

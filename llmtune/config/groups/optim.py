@@ -1,4 +1,4 @@
-"""``optim``: the optimizer."""
+"""The keys of ``optim``: the optimizer."""
 
 from __future__ import annotations
 

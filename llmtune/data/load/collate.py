@@ -1,5 +1,6 @@
-"""Rows become the tensors of a forward pass: padded, or packed with positions that restart at each
-document.
+"""Make the tensors of a forward pass from rows: padded, or packed.
+
+In a packed row, positions restart at each document.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Batch:
     The model keeps documents apart where they restart.
     """
     varlen: VarlenIndex | None = None
-    """For FlashAttention, which reads no mask: then the batch is one row."""
+    """Borders for FlashAttention, which reads no mask: then the batch is one row."""
 
     def split(self) -> list[Batch]:
         """Split it into a batch for each row."""
@@ -68,7 +69,7 @@ class Batch:
 
     @property
     def inputs(self) -> Mapping[str, Any]:
-        """Arguments of the model's forward."""
+        """Return the arguments of the model's forward pass."""
         given: dict[str, Any] = {"input_ids": self.input_ids}
         if self.attention_mask is not None:
             given["attention_mask"] = self.attention_mask
@@ -132,7 +133,7 @@ class Collator:
         return weights
 
     def collate(self, rows: Rows, numbers: Sequence[int | None]) -> Batch:
-        """The batch of some rows; None makes an empty row, which trains nothing."""
+        """Make the batch of some rows; None makes an empty row, which trains nothing."""
         picked = [rows.row(number) if number is not None else None for number in numbers]
         return self.pack(picked) if rows.packed else self.pad(picked)
 
@@ -156,11 +157,14 @@ class Collator:
         )
 
     def pack(self, rows: Sequence[Row | None]) -> Batch:
-        """Several documents a row; what is left of a row is a document of padding, which trains
-        nothing.
+        """Pack several documents per row.
+
+        The rest of a row is a document of padding, which trains nothing.
         """
         input_ids = self._fill(rows)
         height, width = input_ids.shape
+
+        # The documents of each row; the rest of a row is one more, of padding.
         lengths = []
         for row in rows:
             documents = list(row.documents) if row else []

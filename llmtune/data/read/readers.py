@@ -28,10 +28,10 @@ BLOCK_BYTES = 1 << 20
 
 
 def read_blocks(file: DataFile, source: Source, start: tuple[int, int] = (0, 1)) -> Iterator[Block]:
-    """The blocks of a file.
+    """Yield the blocks of a file.
 
     Args:
-        start: ``next`` of an earlier block, to go on behind it.
+        start: ``next`` of an earlier block, to continue after it.
 
     Raises:
         DataError: The file as a whole cannot be read.
@@ -50,12 +50,12 @@ def _read_jsonl(file: DataFile, _source: Source, start: tuple[int, int]) -> Iter
     position, line = start
     with closing(open_file(file.path)) as stream:
         if position:
-            # Where a packed file cannot seek, fsspec reads on to the place.
+            # Where a packed file cannot seek, fsspec reads up to the position.
             stream.seek(position)
         # The beginning of a line whose end has not been read yet.
         rest = bytearray()
         while chunk := stream.read(BLOCK_BYTES):
-            # A long line is a block of its own, handed over without a copy.
+            # A long line is its own block, passed on without a copy.
             if len(rest) > BLOCK_BYTES:
                 head, separator, chunk = chunk.partition(b"\n")
                 rest += head
@@ -89,9 +89,7 @@ def _read_jsonl(file: DataFile, _source: Source, start: tuple[int, int]) -> Iter
 
 
 def _read_lines(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    """JSON lines; a file of this name may hold a list, or objects over several lines, all the
-    same.
-    """
+    """Read JSON lines; a file of this name may also hold a list, or objects over several lines."""
     read = _read_json if _holds_whole_json(file) else _read_jsonl
     yield from read(file, source, start)
 
@@ -111,8 +109,9 @@ def _holds_whole_json(file: DataFile) -> bool:
 
 
 def _read_json(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    """A list of rows, an object around one, or objects over several lines; JSON lines under this
-    name are told as such.
+    """Read a list of rows, an object around one, or objects over several lines.
+
+    JSON lines under this name are recognized.
     """
     with closing(open_file(file.path)) as stream:
         data = read_whole(file.path, stream)

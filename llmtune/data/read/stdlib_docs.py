@@ -50,7 +50,7 @@ _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 @functools.cache
 def read_stdlib_docs() -> tuple[Conversation, ...]:
-    """About 1,300 pairs, in the order of the module names; the same for the same Python."""
+    """Read about 1,300 pairs, in the order of the module names; the same for the same Python."""
     root = Path(sysconfig.get_paths()["stdlib"])
     conversations: dict[str, Conversation] = {}
     for module in sorted(
@@ -112,7 +112,7 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 
 
 def _summary(docstring: str) -> str:
-    """The first paragraph that is prose, with its line breaks undone."""
+    """Return the first paragraph that is prose, on one line."""
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         text = re.sub(r"\s+", " ", paragraph.split(">>>")[0]).strip()
         if text.endswith(".") and "->" not in text:

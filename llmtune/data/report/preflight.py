@@ -41,8 +41,9 @@ def find_overlong_sources(
 
 
 def _length_that_fits(store: TokenStore, allowed_share: float) -> int | None:
-    """The shortest length at which few enough rows are too long; None where truncation hid the
-    lengths.
+    """Return the shortest length at which few enough rows are too long.
+
+    It is None where truncation hid the lengths.
     """
     if store.summary.truncated:
         return None
@@ -75,6 +76,6 @@ def find_leaks(train: Rows, eval_rows: Rows | None) -> tuple[list[Problem], NDAr
     found = []
     for index in numbers.tolist():
         location = format_location(*train.location(duplicated[int(eval_hashes[index])]))
-        message = f"the validation row stands in the training rows too ({location})"
+        message = f"the validation row is among the training rows too ({location})"
         found.append(Problem(*eval_rows.location(index), message))
     return found, leaks

@@ -1,6 +1,4 @@
-"""Tokenized rows on disk: one Arrow file a source, mapped into memory, with small arrays of numbers
-beside it.
-"""
+"""Store tokenized rows: one Arrow file per source, mapped into memory, and arrays of numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ LABELS = "row_labels.json"
 #: Labels without the marks that training needs, in folders that an earlier version wrote.
 _EARLIER_LABELS = "labels.json"
 
-#: Arrays of one number a row.
+#: Arrays of one number per row.
 _COLUMNS: dict[str, type[np.generic]] = {
     "lengths": np.int32,
     "trained": np.int32,
@@ -46,9 +44,7 @@ class StoreSummary:
     rows: int = 0
     truncated: int = 0
     overlong: list[tuple[int, int]] = field(default_factory=list)
-    """(tokens, rows of as many) that were dropped as too long; 0 tokens of long texts, which were
-    not counted.
-    """
+    """(tokens, rows of as many) that were dropped as too long; 0 tokens of uncounted long texts."""
     bad_rows: int = 0
     files: list[str] = field(default_factory=list)
     special: list[int] = field(default_factory=list)
@@ -62,7 +58,7 @@ class StoreSummary:
 
     @property
     def dropped(self) -> int:
-        """Rows left out because they are too long."""
+        """Count the rows left out because they are too long."""
         return sum(count for _, count in self.overlong)
 
 
@@ -83,6 +79,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
         pa.ipc.new_file(file, schema) as writer,
         (folder / BAD_ROWS).open("w", encoding="utf-8") as bad_rows,
     ):
+        # Tokens go to the file at once; numbers per row and counts are collected.
         for block in blocks:
             if not summary.files or summary.files[-1] != block.file:
                 summary.files.append(block.file)
@@ -158,9 +155,7 @@ class TokenStore:
         return self.summary.rows
 
     def column(self, name: str) -> NDArray[Any]:
-        """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``,
-        ``begins``. Shape (rows,).
-        """
+        """Map one of the arrays ``lengths trained hashes lines files begins``. Shape (rows,)."""
         array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return array
 
@@ -177,18 +172,18 @@ class TokenStore:
         return [label_from_json(value) for value in json.loads(file.read_text())]
 
     def problems(self) -> Iterator[Problem]:
-        """Rows that cannot be used."""
+        """Return the problems of rows that cannot be used."""
         return read_problem_file(self.folder / BAD_ROWS)
 
     @property
     def max_id(self) -> int:
-        """The largest token id; -1 of no rows."""
+        """Return the largest token id; -1 without rows."""
         if self.summary.max_id >= 0 or not len(self):
             return self.summary.max_id
         return max(int(self.read(row)[0].max(initial=-1)) for row in range(len(self)))
 
     def read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Token ids and mask of a row. Shapes: (length,)."""
+        """Read token ids and mask of a row. Shapes: (length,)."""
         number, at = _locate(row, self._ends)
         offsets, ids, mask = self._batch(number)
         begin, end = int(offsets[at]), int(offsets[at + 1])
@@ -213,7 +208,7 @@ class TokenStore:
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
-        """Row number behind each record batch."""
+        """Return the row number behind each record batch."""
         counts = [
             self._reader.get_batch(number).num_rows
             for number in range(self._reader.num_record_batches)
@@ -230,8 +225,9 @@ def _view(array: pa.Array, dtype: type[np.int32]) -> NDArray[np.int32]:
 
 
 def _view_bits(array: pa.Array, begin: int, end: int) -> NDArray[np.bool_]:
-    """Elements ``[begin, end)`` of an Arrow array of booleans, which are eight a byte, the lowest
-    bit first.
+    """Unpack elements ``[begin, end)`` of an Arrow array of booleans.
+
+    Arrow packs eight per byte, the lowest bit first.
     """
     first, last = array.offset + begin, array.offset + end
     packed = np.frombuffer(array.buffers()[1], np.uint8)[first // 8 : -(-last // 8)]
@@ -261,8 +257,9 @@ class Row:
 
 
 def join_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Row:
-    """The row of some documents, of ids and mask each. The first token of each is not trained: what
-    stands before it is another's.
+    """Make the row of some documents, given as ids and mask each.
+
+    The first token of each is not trained: the token before it is another document's.
     """
     masks = [mask.copy() for _, mask in documents]
     for mask in masks:
@@ -275,15 +272,13 @@ def join_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_
 
 
 def _locate(number: int, ends: NDArray[np.int64]) -> tuple[int, int]:
-    """The index of the part that holds a number, and its index in that part."""
+    """Return the index of the part that holds a number, and its index in that part."""
     part = int(np.searchsorted(ends, number, side="right"))
     return part, number - (int(ends[part - 1]) if part else 0)
 
 
 class Rows:
-    """The rows of a split, of all its sources, in a fixed order; packed where ``starts`` is
-    given.
-    """
+    """The rows of a split, of all its sources, in a fixed order; packed if ``starts`` is given."""
 
     def __init__(
         self,
@@ -308,12 +303,12 @@ class Rows:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row. Shape (rows,)."""
+        """Return the number of tokens of each row. Shape (rows,)."""
         return self._sum(self.documents("lengths"))
 
     @cached_property
     def supervised_tokens(self) -> NDArray[np.int64]:
-        """Tokens with a label of each row. Shape (rows,)."""
+        """Return the number of tokens with a label of each row. Shape (rows,)."""
         return self._sum(self.documents("trained"))
 
     @cached_property
@@ -325,7 +320,7 @@ class Rows:
         return [every[document] for document in self.index.tolist()]
 
     def documents(self, name: str) -> NDArray[Any]:
-        """A number of each document, in the order of ``index``. Shape (documents,)."""
+        """Return an array's values in the order of ``index``. Shape (documents,)."""
         if not self.stores:
             return np.zeros(0, dtype=_COLUMNS[name])
         every = [store.column(name) for store in self.stores]
@@ -343,24 +338,24 @@ class Rows:
         return join_documents([self._read(int(document)) for document in self.index[begin:end]])
 
     def location(self, document: int) -> tuple[str, int]:
-        """File and line of a document, by its number in ``index``."""
+        """Return file and line of a document, by its number in ``index``."""
         store, row = self._locate(int(self.index[document]))
         return store.location(row)
 
     def locations(self, number: int) -> list[tuple[str, int]]:
-        """File and line of every document of a row."""
+        """Return file and line of every document of a row."""
         return [
             self.location(document)
             for document in range(int(self._starts[number]), int(self._starts[number + 1]))
         ]
 
     def source_location(self, document: int) -> tuple[int, str, int]:
-        """Number of the store, file and line of a document."""
+        """Return number of the store, file and line of a document."""
         store, row = self._locate(int(self.index[document]))
         return self.stores.index(store), *store.location(row)
 
     def first_document(self, number: int) -> int:
-        """Number in ``index`` of the first document of a row."""
+        """Return the number in ``index`` of the first document of a row."""
         return int(self._starts[number])
 
     def _read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:

@@ -87,7 +87,7 @@ class Encoder:
     def encode(
         self, conversations: Iterable[Conversation], pulse: Pulse | None = None
     ) -> list[Outcome]:
-        """The rows of each conversation, or why there are none.
+        """Return the rows of each conversation, or the error about it.
 
         Args:
             conversations: Gone through once; none is held after it has been rendered.
@@ -143,7 +143,7 @@ class Encoder:
     def _tokenize(
         self, rows: list[RenderedRow], kind: _Kind, pulse: Pulse | None
     ) -> Iterator[tuple[RenderedRow, Any]]:
-        """Each row with its encoding; None of one that is too long, and not to be cut."""
+        """Yield each row with its encoding; None for one that is too long and must not be cut."""
         done = 0
 
         def pulse_on(tokens: int) -> None:
@@ -160,6 +160,8 @@ class Encoder:
                 yield from zip(batch, encodings, strict=True)
                 done += sum(map(len, encodings))
                 continue
+
+            # A long text comes alone, and is encoded in windows.
             row = batch[0]
             if isinstance(row.text, str) and row.label is None:
                 row, encoding = self._tokenize_long(row, row.text, pulse_on)
@@ -170,7 +172,7 @@ class Encoder:
 
     def _tokenize_long(self, row: RenderedRow, text: str, pulse: Pulse) -> tuple[RenderedRow, Any]:
         limit, overlong = self.settings.max_seq_length, self.settings.overlong
-        # What stands behind the last trained letter does not count.
+        # Text behind the last trained letter does not count.
         end = max((span.end for span in row.spans if span.train), default=0)
         # All of a text may be cut anywhere; a chat's last token says how turns end.
         cuts = overlong is Overlong.truncate and row.plain and row.messages == 1
@@ -256,7 +258,7 @@ class Encoder:
 
 
 def _batches(rows: list[RenderedRow]) -> Iterator[list[RenderedRow]]:
-    """Rows that are tokenized together, of at most ``BATCH_LETTERS``; long ones alone."""
+    """Yield rows that are tokenized together, at most ``BATCH_LETTERS``; long ones alone."""
     batch: list[RenderedRow] = []
     letters = 0
     for row in rows:

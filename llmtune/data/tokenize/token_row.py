@@ -1,4 +1,4 @@
-"""The outcomes of a row of the data: a row of tokens, several, or the reason why there is none."""
+"""The outcomes of a row of the data: one row of tokens, several, or an overflow."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class TokenMask:
     ranges: Sequence[tuple[int, int]]
     """First token, and the one behind the last, of each range."""
     inverted: bool = False
-    """Whether the tokens outside the ranges are the trained ones."""
+    """True if the tokens outside the ranges are the trained ones."""
 
     def read(self, begin: int, end: int) -> NDArray[np.bool_]:
-        """The mask from one token to another. Shape (end - begin,)."""
+        """Return the mask from one token to another. Shape (end - begin,)."""
         mask = np.full(end - begin, self.inverted)
         for first, behind in self.ranges:
             mask[max(0, first - begin) : max(0, behind - begin)] = not self.inverted
@@ -57,7 +57,7 @@ class TokenReader(Protocol):
     """Holds the ids of a text."""
 
     def read(self, begin: int, end: int) -> NDArray[np.int32]:
-        """The ids from one token to another. Shape (end - begin,)."""
+        """Return the ids from one token to another. Shape (end - begin,)."""
         ...
 
 
@@ -89,12 +89,12 @@ class SplitRows:
             yield self.read(index)
 
     def read(self, index: int) -> TokenRow:
-        """One of the rows."""
+        """Read one of the rows."""
         begin, end = self._range(index)
         return TokenRow(ids=self._tokens.read(begin, end), mask=self._mask.read(begin, end))
 
     def lengths(self) -> Iterator[int]:
-        """Tokens of each row."""
+        """Return the number of tokens of each row."""
         for index in range(len(self)):
             begin, end = self._range(index)
             yield end - begin

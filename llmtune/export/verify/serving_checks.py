@@ -131,6 +131,8 @@ def _find_tokenizer_problems(folder: Path, vocabulary: int, notes: list[str]) ->
     except (OSError, ValueError, KeyError) as error:
         return [f"the tokenizer cannot be loaded ({str(error).splitlines()[0]})"]
     problems = []
+
+    # Ids and rows of the embedding.
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocabulary:
         problems.append(

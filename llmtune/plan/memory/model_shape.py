@@ -77,8 +77,10 @@ class ModelShape:
     adapted: tuple[str, ...] = ()
     """Last parts of the names of the layers that get adapters."""
     left_alone: tuple[str, ...] = ()
-    """Last parts of the names of linear layers that ``all-linear`` does not reach, such as routers;
-    see :mod:`llmtune.tuner.adapted_layers`."""
+    """Last parts of the names of linear layers that ``all-linear`` does not reach, such as routers.
+
+    See :mod:`llmtune.tuner.adapted_layers`.
+    """
     stacked_parameters: int = 0
     """Elements of experts that are stacked in one tensor, which takes no adapter."""
     kind: str = ""
@@ -94,7 +96,7 @@ class ModelShape:
 
     @property
     def quantized_parameters(self) -> int:
-        """Elements that are stored in 4 bits."""
+        """Return the number of elements that are stored in 4 bits."""
         return sum(tensor.numel for tensor in self.tensors if tensor.quantized)
 
 
@@ -108,6 +110,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+    # Settings in ``model.config`` need neither file nor network.
     if config.config:
         settings = dict(config.config)
         kind = settings.pop("model_type", None)
@@ -119,6 +123,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
             ) from error
         check_spelling(settings, type(architecture))
         return architecture
+
+    # Else a GGUF file, a folder, or the hub.
     name = config.name_or_path
     if name == "random":
         raise ConfigError(
@@ -260,6 +266,8 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
             f"tuner.kind={tuner.kind} trains no parameter of {config.name_or_path}, whose"
             f" parameters have names such as {tensors[-1].name}: correct the tuner's trains()"
         )
+
+    # Sizes, under the names that architectures give them.
     text: Any = architecture.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0))
     layers = max(1, int(getattr(text, "num_hidden_layers", 1)))
@@ -307,6 +315,6 @@ def _relative_products(text: Any) -> list[str]:
 
 
 def _intermediate_size(text: Any) -> int:
-    """That of the widest layer, where they differ; 0 if none is named."""
+    """Return the intermediate size of the widest layer; 0 if none is named."""
     size = getattr(text, "intermediate_size", None) or 0
     return max(size) if isinstance(size, list | tuple) else int(size)

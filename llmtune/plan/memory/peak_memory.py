@@ -1,5 +1,6 @@
-"""Peak memory of a rank, by category, on the accelerator, the host and NVMe; and the size of a
-checkpoint on disk.
+"""Estimate the peak memory per rank by category, and the size of a checkpoint on disk.
+
+Memories are the accelerator's, the host's and NVMe.
 
 The accelerator's peak is the highest of three moments: the loss (all activations, logits), the
 backward pass of a layer (all activations, the layer's working set, gathered weights, gradients
@@ -50,12 +51,12 @@ class DeviceBytes:
 
     @property
     def total(self) -> int:
-        """Sum of all fields."""
+        """Return the sum of all fields."""
         return sum(asdict(self).values())
 
     @property
     def persistent(self) -> int:
-        """Bytes that do not depend on the micro-batch."""
+        """Return the bytes that do not depend on the micro-batch."""
         return self.total - self.activations - self.logits - self.working_set
 
 
@@ -80,7 +81,7 @@ class HostBytes:
 
     @property
     def total(self) -> int:
-        """Sum of all fields."""
+        """Return the sum of all fields."""
         return sum(asdict(self).values())
 
 
@@ -126,6 +127,8 @@ def estimate_memory(
     at_loss, at_layer = gathered_bytes(shape, placement, sizes, size)
     unpacked = size * max((tensor.numel for tensor in shape.tensors if tensor.quantized), default=0)
     saved = work.activations.saved
+
+    # Loss, backward pass of a layer, and step: each field adds what exceeds the moment before.
     logits = max(work.activations.logits, work.eval_logits - saved)
     buffers = states.buckets.device + at_loss
     backward = work.activations.working + states.backward + at_layer + unpacked
@@ -156,7 +159,7 @@ def estimate_memory(
 def gathered_bytes(
     shape: ModelShape, placement: Placement, sizes: ZeroSizes, size: int
 ) -> tuple[int, int]:
-    """Bytes of the weights that stage 3 has gathered at the loss, and inside a layer.
+    """Return the bytes of the weights that stage 3 has gathered at the loss, and inside a layer.
 
     At the loss these are the head and the last layer; inside a layer, that layer and what is
     prefetched.
@@ -219,7 +222,7 @@ def _host_bytes(
 def _loading_bytes(
     shape: ModelShape, placement: Placement, size: int, world_size: int, accelerator: str
 ) -> int:
-    """Host bytes of the weights while they are read."""
+    """Return the host bytes of the weights while they are read."""
     partitioned = placement.zero_stage == 3
     if accelerator == "cpu":
         # The weights are counted as the accelerator's; stages 1 and 2 hold them a second time while

@@ -62,21 +62,21 @@ class StateBytes:
 
     @property
     def total(self) -> Split:
-        """All that is held between two steps: the sum of the first five fields."""
+        """Return all that is held between two steps: the sum of the first five fields."""
         return self.weights + self.adapters + self.gradients + self.optimizer + self.buckets
 
 
 def element_bytes(precision: Precision) -> int:
-    """Bytes of one element of weights, activations and gradients."""
+    """Return the bytes of one element of weights, activations and gradients."""
     return 4 if precision is Precision.fp32 else 2
 
 
 def largest_trained_numel(shape: ModelShape) -> int:
-    """Elements of the largest trained tensor."""
+    """Return the elements of the largest trained tensor."""
     return max(tensor.numel for tensor in shape.tensors if tensor.trained)
 
 
 def fp32_gradient_bytes(numel: int, size: int) -> int:
-    """Bytes of a step's gradients: flattened in the training dtype, then converted to fp32."""
+    """Return the bytes of a step's gradients: flattened in the training dtype, then fp32."""
     flattened = size * numel if size < FP32_BYTES else 0
     return flattened + FP32_BYTES * numel

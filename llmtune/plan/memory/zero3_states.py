@@ -59,6 +59,7 @@ def partition_states(
     ``grad_partitions_flat_buffer``); ``__add_grad_to_ipg_bucket`` (one unpartitioned gradient).
     ``zero/parameter_offload.py: mark_persistent_parameters`` (small weights that stay gathered).
     """
+    # The sub-groups that are stepped one after the other, and this rank's elements of each.
     trained = [tensor for tensor in shape.tensors if tensor.trained]
     groups = parameter_groups(trained, placement, world_size)
     stepped = sub_groups(groups, world_size, sizes.sub_group)
@@ -150,6 +151,7 @@ def stage_3_on_nvme(
     if arithmetic.element_bytes == FP32_BYTES:
         small_gradients = 0
 
+    # The swapper's buffers hold the largest sub-group.
     largest = _aligned(max(partitions.sub_group_numels), sizes, FP32_BYTES)
     swap_buffers = sizes.optimizer_buffers * FP32_BYTES * largest
     written = on_disk + gradients_on_disk + partitions.weights.nvme + partitions.adapters.nvme

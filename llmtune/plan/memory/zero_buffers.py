@@ -36,7 +36,7 @@ class AioSizes:
 
     @property
     def alignment_bytes(self) -> int:
-        """The multiple to which lengths of swapped tensors are padded."""
+        """Return the multiple to which lengths of swapped tensors are padded."""
         return SWAP_ALIGNMENT_BYTES * self.intra_op_parallelism
 
 
@@ -126,7 +126,7 @@ def parameter_groups(
     """Return the optimizer's parameter groups: matrices, then vectors, which have no weight decay.
 
     With the optimizer on NVMe the groups also keep gradients right. A matrix whose slice is not a
-    whole number of sectors has a group of its own, where its offset is 0, and vectors, which shift
+    whole number of sectors has its own group, where its offset is 0, and vectors, which shift
     offsets, are apart.
     """
     matrices = [tensor for tensor in tensors if tensor.trained and not tensor.vector]
