@@ -694,7 +694,7 @@ WHOLE_PROGRAM = {"architectures", "cuda", "extend", "faults", "suite"}
 SUBJECTS = {
     "checkpoint": {"resume_matrix"},
     "cli": {"bad_input", "main_job", "pipeline", "secrets", "start", "sweep"},
-    "config": {"default_job", "documented", "one_report", "typed_texts", "values"},
+    "config": {"default_job", "defaults", "documented", "one_report", "typed_texts", "values"},
     "data": {"huge_rows", "malformed", "spellings"},
     "engine": {"bad_gradients", "parity", "placements", "states"},
     "export": {"merge_faults", "restart", "zero_command"},
@@ -706,6 +706,7 @@ SUBJECTS = {
         *("own_code", "owners", "planted_run", "secrets", "signing", "stored_configs", "supply"),
         "templates",
     },
+    "task": {"plain_loop"},
     "train": {"begin_from_path", "left_behind", "plain_loop"},
 }
 

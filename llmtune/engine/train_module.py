@@ -40,7 +40,7 @@ class Weighed(Protocol):
 
     @property
     def weight(self) -> float:
-        """What their summed loss is divided by."""
+        """Return the divisor of their summed loss."""
 
 
 class MicroBatch(Protocol):
@@ -52,7 +52,7 @@ class MicroBatch(Protocol):
 
     @property
     def targets(self) -> Weighed:
-        """What the loss function takes."""
+        """Return the targets, for the loss function."""
 
     def to(self, device: torch.device | str) -> Self:
         """Copy it to another device."""
@@ -68,7 +68,7 @@ class Evaluation:
     loss: float
     """Mean over all ranks' batches."""
     observed: dict[str, torch.Tensor]
-    """What metrics need of this rank's batches, joined, on the host."""
+    """Values of this rank's batches that metrics need, joined, on the host."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,15 @@ _VERSION = 1
 
 
 class TableKind(StrEnum):
-    """What the counts are of."""
+    """The kind of what is counted."""
 
     CLASSES = "classes"
     """Rows with one class each. Shape (true classes, predicted classes)."""
     LABELS = "labels"
-    """Rows with a set of labels each. Shape (labels, without or with it, not predicted or
-    predicted)."""
+    """Rows with a set of labels each.
+
+    Shape (labels, without or with it, not predicted or predicted).
+    """
     ENTITIES = "entities"
     """Entities of tagged tokens. Shape (types, 3): right, predicted, true."""
 
@@ -176,7 +178,7 @@ class ConfusionTable:
 
     @cached_property
     def sums(self) -> Counts:
-        """What was right, predicted and true of each class."""
+        """Numbers of each class that were right, predicted and true."""
         if self.kind is TableKind.CLASSES:
             return Counts.from_matrix(self.counts)
         if self.kind is TableKind.LABELS:

@@ -1,4 +1,4 @@
-"""What depends on the order of scores alone: ranks, and the area under the ROC curve."""
+"""Values by the order of scores alone: ranks, and the area under the ROC curve."""
 
 from __future__ import annotations
 

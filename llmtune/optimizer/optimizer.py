@@ -57,8 +57,10 @@ class Optimizer:
     built_with: Mapping[str, Any] | None = None
     """Further arguments with which DeepSpeed builds it, where it does."""
     kernel_bytes: int | None = None
-    """Bytes that its kernels read and write per parameter and step; without it, those of one kernel
-    that reads every number once and writes what changes."""
+    """Bytes that its kernels read and write per parameter and step.
+
+    Without it, they are those of one kernel that reads every number once and writes what changes.
+    """
     learning_rate_scale: float = 1.0
     """Factor of the learning rate that ``optim.learning_rate=auto`` takes for AdamW."""
 

@@ -69,8 +69,7 @@ class PreparedData:
     class_counts: list[int] = field(default_factory=list)
     """Training rows, or words, of each class."""
     label_kind: str | None = None
-    """The kind of the labels (:class:`llmtune.task.labels.LabelKind`); None where rows have none.
-    """
+    """Kind of the labels (:class:`llmtune.task.labels.LabelKind`); None where rows have none."""
     outputs: int = 0
     """Classes, or values per row."""
     unknown_fields: list[str] = field(default_factory=list)

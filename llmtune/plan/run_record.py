@@ -76,7 +76,7 @@ class RunRecord:
     steps: StepsPlan | None = None
     data: PreparedData | None = None
     labels: dict[str, Any] = field(default_factory=dict)
-    """Of :class:`llmtune.task.labels.Labels`; empty for language modeling."""
+    """Values of :class:`llmtune.task.labels.Labels`; empty for language modeling."""
     model_folder: Path | None = None
     run_name: str | None = None
     """The name by which a mirror knows the run."""

@@ -51,7 +51,7 @@ class Target:
     run: Path | None
     base_name: str
     labels: Labels = field(default_factory=Labels)
-    """What the model tells apart; none for a language model."""
+    """The classes that the model tells apart; none for a language model."""
     code_asked_by: str | None = None
     """Origin of ``model.trust_remote_code=true`` in a stored configuration, which is not enough."""
 

@@ -93,7 +93,7 @@ class RunInputs:
     model_folder: Path
     data: PreparedData
     labels: Labels
-    """What the model is to tell apart; none for language modeling."""
+    """The classes that the model is to tell apart; none for language modeling."""
     steps: StepsPlan
     resume_from: Path | None
     """The checkpoint that the first attempt resumes; None for a new run."""

@@ -121,8 +121,7 @@ def link_or_copy(source: Path, target: Path) -> bool:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a large file a second name: a hard link where the file system has them, else a symbolic
-    one.
+    """Give a large file a second name: a hard link where there are some, else a symbolic one.
 
     Raises:
         OSError: The disk refused.

@@ -15,7 +15,7 @@ class Targets:
     """The targets of a batch, found on the host so that no step waits for a GPU."""
 
     positions: torch.Tensor
-    """Of the judged logits, after all dimensions but the last are flattened, int64.
+    """Positions of the judged logits, after all dimensions but the last are flattened, int64.
 
     Shape (targets,).
     """

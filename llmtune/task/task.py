@@ -20,7 +20,7 @@ AUTO = "auto"
 
 
 class Task:
-    """What a model is trained to do.
+    """A task that a model is trained for.
 
     The methods here describe a task whose rows have labels, with one vector of logits per row.
     """
@@ -50,7 +50,7 @@ class Task:
 
     @property
     def needs_labels(self) -> bool:
-        """Whether its rows must have labels."""
+        """Tell whether its rows must have labels."""
         return None not in self.label_kinds
 
     def head_settings(self, labels: Labels) -> dict[str, Any]:

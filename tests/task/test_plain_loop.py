@@ -111,8 +111,8 @@ def check(kind: str, model: str, stage: int, ranks: int, folder: Path) -> None:
             assert found[key] == pytest.approx(value, abs=TOLERANCE.get(key, 1e-5)), key
 
 
-#: These go by the order of logits, or by differences of nearly equal ones, and a rounding can change
-#: those. That they are scikit-learn's on the same logits is in ``tests/metrics/``.
+#: These go by the order of logits, or by differences of nearly equal ones, which a rounding can
+#: change. That they are scikit-learn's on the same logits is in ``tests/metrics/``.
 TOLERANCE = {"eval_auroc": 5e-3, "eval_spearman": 2e-2, "eval_pearson": 1e-3}
 
 #: Each task, stage and number of ranks at least once.

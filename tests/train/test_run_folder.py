@@ -18,7 +18,6 @@ from llmtune.plan.run_record import RunRecord
 from llmtune.storage import layout
 from llmtune.storage.lock import hold_lock
 from llmtune.storage.rank_files import SkippedSteps
-from llmtune.track.metrics import cut_metrics
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from tests.faults.harness import can_mount, fill, small_disk

@@ -76,8 +76,11 @@ class DataConfig:
     All of them are counted.
     """
     class_weights: Any = "none"
-    """Weights of the classes in the loss: ``none``; ``balanced``, so that each class weighs the
-    same in all; or a list, in the order of the classes."""
+    """Weights of the classes in the loss.
+
+    ``none``; ``balanced``, so that each class weighs the same in all; or a list, in the order of
+    the classes.
+    """
     max_overlong_share: float = 0.1
     """Share of a source's rows that may be dropped or truncated before llmtune refuses the data."""
     train_on_inputs: bool = False

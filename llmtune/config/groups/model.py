@@ -21,8 +21,10 @@ class ModelConfig:
     config: dict[str, Any] | None = None
     """The architecture as in ``config.json``; planning needs nothing else."""
     task: str = "auto"
-    """``causal_lm``, ``sequence_classification``, ``token_classification`` or ``regression``;
-    ``auto`` goes by the labels of the rows."""
+    """The task: ``auto`` goes by the labels of the rows.
+
+    ``causal_lm``, ``sequence_classification``, ``token_classification`` or ``regression``.
+    """
     new_head: bool = False
     """Draw a new head in the place of a head that tells other classes apart."""
     pad_token: str | None = None

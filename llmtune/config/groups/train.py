@@ -50,8 +50,10 @@ class TrainConfig:
     eval_steps: int | None = None
     """Optimizer steps between evaluations; the run always evaluates at step 0 and at the end."""
     eval_max_rows: int | str | None = "auto"
-    """Rows used by one evaluation during training; null for all. ``auto`` is 256 for language
-    modeling, and all for other tasks, whose metrics need them."""
+    """Rows used by one evaluation during training; null for all.
+
+    ``auto`` is 256 for language modeling, and all for other tasks, whose metrics need them.
+    """
     save_steps: int | None = 100
     """Optimizer steps between checkpoints; the run always saves one at the end."""
     save_total_limit: int | None = 2

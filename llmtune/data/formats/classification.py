@@ -9,8 +9,9 @@ from llmtune.data.rows.values import Row, read_text
 
 
 def _read(row: Row) -> Conversation:
-    """``text``, or ``sentence1`` and perhaps ``sentence2``; and ``label``: a class (a name or an
-    integer), a real number, or a list of either.
+    """Read ``text``, or ``sentence1`` and perhaps ``sentence2``; and ``label``.
+
+    The label is a class (a name or an integer), a real number, or a list of either.
     """
     first = "text" if "text" in row else "sentence1"
     texts = [read_text(row, first)]

@@ -11,7 +11,7 @@ from llmtune.task.labels import Tags
 
 
 def _read(row: Row) -> Conversation:
-    """``tokens``, a list of words; and ``tags``, a list of as many names or integers."""
+    """Read ``tokens``, a list of words; and ``tags``, a list of as many names or integers."""
     words = read_list(row, "tokens")
     for word in words:
         if not isinstance(word, str) or is_blank(word):

@@ -37,9 +37,7 @@ class Batch:
     input_ids: torch.Tensor
     targets: Targets
     attention_mask: torch.Tensor | None = None
-    """1 for tokens, 0 for padding; None for causal models, whose tokens see nothing that comes
-    after them.
-    """
+    """1 for tokens, 0 for padding; None for causal models, which do not attend to later tokens."""
     token_type_ids: torch.Tensor | None = None
     """1 for the second text of a pair, for models such as BERT that are told."""
     position_ids: torch.Tensor | None = None
@@ -113,8 +111,11 @@ class Collator:
     varlen: bool = False
     """Flatten packed rows for FlashAttention."""
     masked: bool = False
-    """Say where padding is. Causal models compute the same without it, and attention takes its fast
-    kernels only where there is no mask."""
+    """Say where padding is.
+
+    Causal models compute the same without it, and attention takes its fast kernels only where there
+    is no mask.
+    """
     token_types: bool = False
     """Say which tokens are of the second text of a pair."""
     find_targets: Callable[[Sequence[Row | None], int], Targets] = next_token_targets
@@ -123,9 +124,9 @@ class Collator:
     """Finds the share of each row in the divisor of the loss, by its targets and its label."""
 
     def weigh(self, rows: Rows) -> NDArray[Any]:
-        """The share of each row in the divisor of a step's loss; by default its trained tokens.
+        """Return the share of each row in the divisor of a step's loss. Shape (rows,).
 
-        Shape (rows,).
+        By default these are its trained tokens.
         """
         if self.find_weights is None:
             return rows.supervised_tokens

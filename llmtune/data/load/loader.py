@@ -31,8 +31,10 @@ class StepBatch:
 
     micro_batches: list[Batch]
     loss_weight: float
-    """What the summed loss of the whole global batch is divided by, the same on all ranks: its
-    trained tokens, or the weight of its rows."""
+    """Divisor of the summed loss of the whole global batch, the same on all ranks.
+
+    It is the batch's trained tokens, or the weight of its rows.
+    """
     tokens: int
     """Tokens of the whole global batch, padding excluded."""
     position: Mapping[str, Any]

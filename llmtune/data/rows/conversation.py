@@ -55,11 +55,9 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     """Function schemas for the chat template."""
     plain: bool = False
-    """No chat template: the contents are joined as they are (``text``, ``prompt/completion``,
-    classification).
-    """
+    """No chat template: the contents are joined as they are, as those of ``text``."""
     label: Label | None = None
-    """Of a row that is judged rather than written; its one or two texts are user messages."""
+    """Label of a row that is judged rather than written; its one or two texts are user messages."""
     words: tuple[str, ...] = ()
     """The words that the tags of ``label`` belong to; the text is made of them."""
 

@@ -242,8 +242,11 @@ class Row:
 
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
-    """Trained tokens; of a row with tags, the first token of every word; of a row with another
-    label, the tokens of the second text."""
+    """Marked tokens: those that are trained.
+
+    In a row with tags they are the first token of every word; in a row with another label, the
+    tokens of the second text.
+    """
     documents: tuple[int, ...]
     """Lengths of the documents in it, in order; one where nothing is packed."""
     label: Label | None = None

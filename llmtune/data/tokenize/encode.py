@@ -31,7 +31,7 @@ _ALLOW = "If it is meant as one, take data.allow_special_tokens=true"
 
 
 class _Kind(Enum):
-    """How a row goes to the tokenizer."""
+    """The way in which a row goes to the tokenizer."""
 
     plain = "plain"
     """A text or a pair, to which the tokenizer adds its special tokens."""

@@ -41,7 +41,7 @@ class RenderedRow:
     messages: int
     """Number of messages in the conversation."""
     has_answer: bool
-    """Whether one of them is the assistant's."""
+    """One of them is the assistant's."""
     label: Label | None
 
     @property

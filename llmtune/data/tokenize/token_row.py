@@ -21,7 +21,7 @@ class TokenRow:
 
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
-    """Whether each token is trained; of a row with a label, see ``Row`` of the token store."""
+    """Marked tokens; ``Row`` of the token store says what is marked."""
     truncated: bool = False
     label: Label | None = None
 

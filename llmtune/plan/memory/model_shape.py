@@ -43,11 +43,12 @@ class ModelShape:
     """0 for full fine-tuning."""
     tied: bool
     head_parameters: int
-    """Elements of the output projection, tied or not, or of the task's head; 0 if the model has
-    none."""
+    """Elements of the output projection, tied or not, or of the task's head; 0 without one."""
     matrix_parameters: int
-    """Weights that a token is multiplied with: matrices of active experts and other layers, and the
-    head unless it judges rows, without embeddings."""
+    """Weights that a token is multiplied with, without embeddings.
+
+    They are the matrices of active experts and other layers, and the head unless it judges rows.
+    """
     largest_tensor: int
     largest_adapter_tensor: int
     layer_parameters: int

@@ -16,7 +16,7 @@ NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """What no placement changes: the training dtype and the optimizer."""
+    """The training dtype and the optimizer, which no placement changes."""
 
     precision: Precision
     optimizer: Optimizer

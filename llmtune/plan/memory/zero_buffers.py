@@ -108,8 +108,10 @@ def resolve_zero_sizes(
 
 
 def _to_even(numel: int) -> int:
-    """Round up: DeepSpeed takes an even allgather bucket only (``stage_1_and_2.py``:
-    ``nccl_start_alignment_factor``), and a head of three classes makes an odd model.
+    """Round up to an even number.
+
+    DeepSpeed takes no odd allgather bucket (``stage_1_and_2.py``: ``nccl_start_alignment_factor``),
+    and a head of three classes makes an odd model.
     """
     return numel + numel % 2
 

@@ -1,5 +1,6 @@
-"""Bytes of ZeRO's states on one rank: weights, gradients, master weights, the optimizer's states
-and buffers, by the device that holds them.
+"""Bytes of ZeRO's states on one rank, by the device that holds them.
+
+They are weights, gradients, master weights, the optimizer's states and buffers.
 
 There is one function per stage and placement of the optimizer (stage 3 in
 :mod:`llmtune.plan.memory.zero3_states`). Each names the functions of DeepSpeed 0.19.8 that allocate

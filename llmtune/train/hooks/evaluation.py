@@ -37,7 +37,7 @@ class Evaluator:
     labels: Labels
     run: Path
     table: ConfusionTable | None = None
-    """Of the newest evaluation; None for a task without classes."""
+    """Table of the newest evaluation; None for a task without classes."""
 
     def evaluate(self, progress: TrainingState, interrupted: Callable[[], bool]) -> Record | None:
         """Return an evaluation record; None if there are no eval rows, or if it was interrupted."""
