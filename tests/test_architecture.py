@@ -696,7 +696,7 @@ SUBJECTS = {
     "cli": {"bad_input", "main_job", "pipeline", "secrets", "start", "sweep"},
     "config": {"default_job", "defaults", "documented", "one_report", "typed_texts", "values"},
     "data": {"huge_rows", "malformed", "spellings"},
-    "engine": {"bad_gradients", "parity", "placements", "states"},
+    "engine": {"bad_gradients", "optimizers", "parity", "placements", "states"},
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "slurm_script"},
     "plan": {"by_hand"},
