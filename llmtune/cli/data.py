@@ -258,7 +258,7 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
 
 def to_text(report: DataReport, untrained: list[str]) -> list[str]:
     """The lines of the report on a terminal, without its rows."""
-    from llmtune.data.rows.problems import describe
+    from llmtune.data.rows.problem_report import describe
 
     width = max(map(len, report.numbers))
     lines = [

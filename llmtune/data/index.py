@@ -18,7 +18,8 @@ from llmtune.config.groups.data import DataConfig, OnBadRow
 from llmtune.data.prepared_data import PROBLEMS, SUMMARY
 from llmtune.data.read.sources import Source
 from llmtune.data.report.preflight import find_leaks, find_mixed_labels, find_overlong_sources
-from llmtune.data.rows.problems import Problem, refuse, write_problems
+from llmtune.data.rows.problem_report import refuse, write_problems
+from llmtune.data.rows.problems import Problem
 from llmtune.data.settings import check_packed_formats
 from llmtune.data.store.mixing import mix, split_eval
 from llmtune.data.store.packing import pack_rows, packing_efficiency

@@ -22,10 +22,12 @@ from llmtune.data.rows.fields import without_fields
 from llmtune.data.rows.problems import RowError, format_location
 from llmtune.data.rows.turns import rename
 from llmtune.data.rows.values import Row
-from llmtune.data.store.token_store import SUMMARY, write_store
+from llmtune.data.store.store_writer import write_store
+from llmtune.data.store.token_store import SUMMARY
 from llmtune.data.tokenize.chat_template import check_chat_template
 from llmtune.data.tokenize.settings import EncodeSettings
-from llmtune.data.tokenize.workers import TokenBlock, TokenizerPool, Work
+from llmtune.data.tokenize.token_row import TokenBlock
+from llmtune.data.tokenize.workers import TokenizerPool, Work
 from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
 from llmtune.errors import DataError
 from llmtune.security.trust import require_own

@@ -25,13 +25,15 @@ from llmtune.data.load.loader import LoaderSettings, StepBatch, load, share_of_r
 from llmtune.data.read.blocks import Block
 from llmtune.data.read.readers import read_blocks
 from llmtune.data.read.sources import DataFile, Source, parse_sources, resolve_files
-from llmtune.data.rows.problems import Problem, refuse, write_problems
+from llmtune.data.rows.problem_report import refuse, write_problems
+from llmtune.data.rows.problems import Problem
 from llmtune.data.store.packing import pack_rows
 from llmtune.data.store.token_store import Row, join_documents
 from llmtune.data.store.vocabulary import check_block
 from llmtune.data.tokenize.encode import Encoder
 from llmtune.data.tokenize.settings import EncodeSettings
-from llmtune.data.tokenize.workers import TokenBlock, tokenize_block
+from llmtune.data.tokenize.token_row import TokenBlock
+from llmtune.data.tokenize.workers import tokenize_block
 from llmtune.data.tokenized_source import find_recipe
 from llmtune.draws import Draw, generator
 from llmtune.errors import CheckpointError, DataError

@@ -1,14 +1,16 @@
-"""The outcomes of a row of the data: a row of tokens, several, or the reason why there is none."""
+"""The outcomes of a row of the data: a row of tokens, several, or the reason why there is none;
+and the rows of a block together.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.problems import Problem, RowError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,3 +109,37 @@ class Overflow:
 
 
 Outcome = list[TokenRow] | SplitRows | Overflow | RowError
+
+
+@dataclass(slots=True, kw_only=True)
+class TokenBlock:
+    """The tokens of one block. Shapes: (tokens,) for ``ids`` and ``mask``, (rows,) for the rest."""
+
+    file: str
+    position: int
+    """Where in the file the next block begins: byte of JSON lines, row of anything else."""
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    lengths: NDArray[np.int32]
+    trained: NDArray[np.int32]
+    """Trained tokens of each row."""
+    hashes: NDArray[np.uint64]
+    """Of the ids of the whole document, to find the same one elsewhere; the pieces of a split
+    document share it.
+    """
+    begins: NDArray[np.bool_]
+    """Whether a row begins a document; the other pieces of a document that was split follow the
+    first.
+    """
+    lines: NDArray[np.int64]
+    labels: list[str | int | float] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    overlong: list[int] = field(default_factory=list)
+    """Tokens of the rows that were dropped as too long; 0 of long texts, which were not counted."""
+    truncated: int = 0
+    special: frozenset[int] = frozenset()
+    """Special tokens that occur."""
+    unknown: frozenset[str] = frozenset()
+    """Fields that no format reads and that are not known to be harmless."""
+    format: str = ""
+    """The format of the rows."""

@@ -29,12 +29,11 @@ from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.problems import Problem, RowError
 from llmtune.data.tokenize.encode import Encoder
 from llmtune.data.tokenize.settings import EncodeSettings
-from llmtune.data.tokenize.token_row import Overflow, SplitRows, TokenRow
+from llmtune.data.tokenize.token_row import Overflow, SplitRows, TokenBlock, TokenRow
 from llmtune.data.tokenize.windows import Pulse
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 #: Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to
@@ -49,40 +48,6 @@ PULSE_SECONDS = 0.5
 
 
 Work = tuple[Block, Recipe]
-
-
-@dataclass(slots=True, kw_only=True)
-class TokenBlock:
-    """The tokens of one block. Shapes: (tokens,) for ``ids`` and ``mask``, (rows,) for the rest."""
-
-    file: str
-    position: int
-    """Where in the file the next block begins: byte of JSON lines, row of anything else."""
-    ids: NDArray[np.int32]
-    mask: NDArray[np.bool_]
-    lengths: NDArray[np.int32]
-    trained: NDArray[np.int32]
-    """Trained tokens of each row."""
-    hashes: NDArray[np.uint64]
-    """Of the ids of the whole document, to find the same one elsewhere; the pieces of a split
-    document share it.
-    """
-    begins: NDArray[np.bool_]
-    """Whether a row begins a document; the other pieces of a document that was split follow the
-    first.
-    """
-    lines: NDArray[np.int64]
-    labels: list[str | int | float] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    overlong: list[int] = field(default_factory=list)
-    """Tokens of the rows that were dropped as too long; 0 of long texts, which were not counted."""
-    truncated: int = 0
-    special: frozenset[int] = frozenset()
-    """Special tokens that occur."""
-    unknown: frozenset[str] = frozenset()
-    """Fields that no format reads and that are not known to be harmless."""
-    format: str = ""
-    """The format of the rows."""
 
 
 @dataclass(slots=True)
