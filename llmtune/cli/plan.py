@@ -35,9 +35,8 @@ def run(composed: Composed, options: Options) -> int:
 
 
 def _plan(composed: Composed, options: Options, write: Output) -> int:
-    from llmtune.plan.advice import list_advice
-    from llmtune.plan.plan import resolve_ladder
-    from llmtune.plan.report import describe_misfit
+    from llmtune.plan.advice import describe_misfit, list_advice
+    from llmtune.plan.resolve import resolve_ladder
     from llmtune.run.adapter import adopt_adapter
     from llmtune.track.console import Console
     from llmtune.track.status import Status

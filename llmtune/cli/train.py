@@ -76,7 +76,7 @@ def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
     """Plan and train until the end; ``lock`` then holds the lock of the run folder."""
     from llmtune.cli.output import quiet_environment, quiet_libraries
     from llmtune.data.read.sources import check_local_files
-    from llmtune.plan.plan import resolve_ladder
+    from llmtune.plan.resolve import resolve_ladder
     from llmtune.run.adapter import adopt_adapter, check_adapter
     from llmtune.run.fallback import FallbackRunner, check_fits
     from llmtune.run.prepare import lock_file, resolve_run_target

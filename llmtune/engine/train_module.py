@@ -22,8 +22,8 @@ from llmtune.engine.deepspeed_fixes import (
 from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.nvme_swap import check_swapped_offsets
 from llmtune.plan.deepspeed_config import read_placement
-from llmtune.plan.memory.model_shape import TensorShape
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.shapes import TensorShape
 from llmtune.plan.memory.zero_buffers import parameter_groups
 
 LossFunction = Callable[[torch.Tensor, Any], torch.Tensor]

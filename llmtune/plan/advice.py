@@ -1,5 +1,5 @@
 """Changes that only the user may make: those of the arithmetic with the memory they save, and the
-smallest one under which a job fits.
+smallest one under which a job fits that does not fit as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
 from llmtune.plan.memory.placement import Placement
 from llmtune.tuner.tuner import TUNERS
-from llmtune.units import format_bytes
+from llmtune.units import counted, format_bytes, format_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,27 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
             where=where,
             override=None,
         )
+
+
+def describe_misfit(config: Config, ladder: Ladder) -> str:
+    """Say what is missing on every rung, and the smallest change under which the job fits."""
+    shape = ladder.shape
+    tuner = TUNERS.find(config.tuner.kind).describe(config.tuner)
+    lines = [
+        (
+            f"{config.model.name_or_path} does not fit: {format_count(shape.parameters)}"
+            f" parameters, {tuner} ({format_count(shape.trainable_parameters)} trainable),"
+            f" {counted(ladder.world_size, 'rank')}, {config.precision.value}, rows of"
+            f" {config.data.max_seq_length} tokens"
+        ),
+        (
+            f"  has            {ladder.hardware.describe()}, of which {USABLE_SHARE:.0%} may be"
+            " planned"
+        ),
+    ]
+    lines += [f"  {rung.name:<14} {rung.reason}" for rung in ladder.rungs]
+    lines.append(f"Try: {find_smallest_change(config, ladder)}")
+    return "\n".join(lines)
 
 
 def find_smallest_change(config: Config, ladder: Ladder) -> str:

@@ -17,7 +17,6 @@ from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, resolve
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.activations import ActivationModel, TraceSettings
-from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.peak_memory import MemoryPlan, Workload, estimate_memory, find_shortfall
 from llmtune.plan.memory.placement import (
     RUNGS,
@@ -26,6 +25,7 @@ from llmtune.plan.memory.placement import (
     named_rung,
 )
 from llmtune.plan.memory.rank_bytes import element_bytes
+from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import ZeroSizes, resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed

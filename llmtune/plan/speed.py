@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from llmtune.config.schema import Precision
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import CPU_LINK_BANDWIDTH, Hardware
-from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import NF4_BYTES, element_bytes
+from llmtune.plan.memory.shapes import ModelShape
 
 #: Bytes of host memory that CPU Adam touches per parameter: it reads weight, gradient and two
 #: moments, and writes three of them (fp32) and the weight's copy in the training dtype.

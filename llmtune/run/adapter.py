@@ -22,7 +22,7 @@ from llmtune.tuner.stored_adapter import (
 )
 
 if TYPE_CHECKING:
-    from llmtune.plan.memory.model_shape import ModelShape
+    from llmtune.plan.memory.shapes import ModelShape
 
 
 def adopt_adapter(composed: Composed, run: Path | None = None) -> Composed:

@@ -26,9 +26,10 @@ from llmtune.launch.supervise.rank_group import RankGroup
 from llmtune.launch.supervise.restarts import Restarts
 from llmtune.launch.supervise.signals import raise_stops
 from llmtune.launch.supervise.supervisor import Limits
+from llmtune.plan.advice import describe_misfit
 from llmtune.plan.ladder import next_candidate
-from llmtune.plan.plan import plan_candidate, with_nvme
-from llmtune.plan.report import describe_misfit
+from llmtune.plan.plan import with_nvme
+from llmtune.plan.resolve import plan_candidate
 from llmtune.plan.run_record import MemoryFailure
 from llmtune.run.describe import describe
 from llmtune.run.prepare import attempt, prepare_run

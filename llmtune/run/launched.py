@@ -215,7 +215,7 @@ def _prepare_first(
     composed: Composed, target: RunTarget, folder: RunFolder, console: Console, world_size: int
 ) -> RunRequest | None:
     from llmtune.launch.preflight.deepspeed_ops import ensure_ops
-    from llmtune.plan.plan import resolve_plan
+    from llmtune.plan.resolve import resolve_plan
     from llmtune.run.adapter import adopt_adapter, check_adapter
     from llmtune.run.describe import describe
     from llmtune.run.fallback import place_swap

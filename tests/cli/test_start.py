@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.config.compose import compose_config
-from llmtune.plan.plan import resolve_ladder
+from llmtune.plan.resolve import resolve_ladder
 from tests.support import TINY, losses, run
 
 #: Tells what stood when the ranks were started, and what the supervisor has left of their variables

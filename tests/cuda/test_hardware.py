@@ -24,7 +24,8 @@ from llmtune.plan.devices.cards import CARDS, find_card
 from llmtune.plan.devices.hardware import Hardware, probe_host_memory_bytes, resolve_hardware
 from llmtune.plan.memory import peak_memory
 from llmtune.plan.memory.peak_memory import MemoryPlan
-from llmtune.plan.plan import Plan, resolve_ladder, resolve_plan
+from llmtune.plan.plan import Plan
+from llmtune.plan.resolve import resolve_ladder, resolve_plan
 
 GIB = 2**30
 EXPERIMENT = ["experiment=llama3_70b_lora_8xa100", "data.train=x.jsonl"]

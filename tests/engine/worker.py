@@ -32,7 +32,8 @@ from llmtune.model.loss import sum_token_losses
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan import plan
-from llmtune.plan.plan import Plan, resolve_plan, with_nvme
+from llmtune.plan.plan import Plan, with_nvme
+from llmtune.plan.resolve import resolve_plan
 from llmtune.plan.steps import resolve_steps
 from llmtune.train.build import build_module
 from llmtune.train.model_files import render_model_files

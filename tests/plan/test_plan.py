@@ -20,7 +20,8 @@ from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
-from llmtune.plan.plan import Plan, resolve_ladder, resolve_plan
+from llmtune.plan.plan import Plan
+from llmtune.plan.resolve import resolve_ladder, resolve_plan
 from llmtune.plan.steps import resolve_steps
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes, format_count, format_seconds, parse_bytes

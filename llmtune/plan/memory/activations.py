@@ -17,7 +17,9 @@ from typing import Any
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Precision
-from llmtune.plan.memory.model_shape import ModelShape, load_architecture
+from llmtune.plan.memory.model_shape import load_architecture
+from llmtune.plan.memory.rank_bytes import ActivationBytes
+from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.process import hold_interruptions
 from llmtune.storage.tensors.dtypes import configured_dtype
@@ -28,20 +30,6 @@ from llmtune.tuner.tuner import TUNERS, mark_trained
 #: The first layer's input is not an intermediate result; from the second layer on each adds the
 #: same.
 TRACED_LAYERS = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActivationBytes:
-    """Bytes of one micro-batch on one rank."""
-
-    saved: int
-    """Held from the forward pass to the backward pass, over all layers."""
-    working: int
-    """Peak of one layer's backward pass, recomputed or not, beyond ``saved``."""
-    logits: int
-    """Peak of head and loss beyond ``saved``, forward and backward."""
-    origin: str = "traced"
-    """``traced``, or ``estimated`` if the architecture could not be run on fake tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

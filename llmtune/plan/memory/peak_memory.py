@@ -15,10 +15,9 @@ from typing import Any
 from llmtune.config.schema import Precision
 from llmtune.plan.devices.gpus import pins_exactly
 from llmtune.plan.devices.hardware import Hardware
-from llmtune.plan.memory.activations import ActivationBytes
-from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.rank_bytes import StateBytes, element_bytes
+from llmtune.plan.memory.rank_bytes import ActivationBytes, StateBytes, element_bytes
+from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import ZeroSizes, partition_numel
 from llmtune.units import format_bytes
 

@@ -16,7 +16,7 @@ from llmtune.storage.hashing import sha256_bytes, sha256_files
 
 #: What the values depend on beside model and settings: libraries, and the files that compute them.
 _LIBRARIES = ("torch", "transformers")
-_SOURCES = ("activations.py", "model_shape.py", "../abilities.py")
+_SOURCES = ("activations.py", "model_shape.py", "rank_bytes.py", "shapes.py", "../abilities.py")
 _TUNERS = "../../tuner"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmtune.plan.memory.model_shape import ModelShape, TensorShape
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
     FP32_BYTES,
@@ -21,6 +20,7 @@ from llmtune.plan.memory.rank_bytes import (
     fp32_gradient_bytes,
     largest_trained_numel,
 )
+from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.zero_buffers import (
     ZeroSizes,
     parameter_groups,

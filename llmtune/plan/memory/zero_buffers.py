@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmtune.plan.memory.model_shape import ModelShape, TensorShape
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.shapes import ModelShape, TensorShape
 
 #: DeepSpeed swaps tensors of at least this many bytes (``swap_tensor/utils.py: MIN_AIO_BYTES``, or
 #: the aio block).

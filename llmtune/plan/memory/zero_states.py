@@ -10,7 +10,6 @@ compares the result with the tensors of a live engine and with its swap folder.
 from __future__ import annotations
 
 from llmtune.config.schema import Precision
-from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
     FP32_BYTES,
@@ -24,6 +23,7 @@ from llmtune.plan.memory.rank_bytes import (
     fp32_gradient_bytes,
     largest_trained_numel,
 )
+from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero3_states import (
     partition_states,
     stage_3_on_device,
