@@ -5,15 +5,13 @@ smallest one under which a job fits that does not fit as it is.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from llmtune.config.groups.zero import OffloadConfig
 from llmtune.config.schema import Config
 from llmtune.plan.devices.hardware import Hardware
-from llmtune.plan.ladder import Candidate, Ladder, build_ladder
-from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
 from llmtune.plan.memory.placement import Placement
 from llmtune.tuner.tuner import TUNERS
@@ -114,25 +112,11 @@ def find_smallest_change(config: Config, ladder: Ladder) -> str:
     Each change is tried by planning the job with it.
     """
     for change, changed, hardware in _changes(config, ladder):
-        candidate = _plan_again(changed, hardware, ladder).chosen
+        candidate = ladder.plan_again(changed, hardware).chosen
         if candidate is not None:
             device_bytes = format_bytes(candidate.memory.device.total)
             return f"{change} ({candidate.describe()}; {device_bytes} per rank)"
     return "a smaller model (model=llama3_8b, model=smollm2_135m), or many more accelerators"
-
-
-def _plan_again(config: Config, hardware: Hardware, ladder: Ladder) -> Ladder:
-    """The same job for changed config or hardware."""
-    world_size = ladder.world_size * hardware.nodes // ladder.hardware.nodes
-    rows = config.train.global_batch_size
-    if isinstance(rows, int) and rows % world_size:
-        # More ranks than before: rows rounded up to a multiple of them.
-        rounded_up = math.ceil(rows / world_size) * world_size
-        config = replace(config, train=replace(config.train, global_batch_size=rounded_up))
-    shape = ladder.shape
-    if not TUNERS.find(config.tuner.kind).trains_all:
-        shape = resolve_shape(config.model, config.tuner)
-    return build_ladder(config, hardware, shape, world_size, ladder.attn_implementation)
 
 
 Change = tuple[str, Config, Hardware]

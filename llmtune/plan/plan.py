@@ -11,7 +11,7 @@ from typing import Any
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import with_nvme_path
 from llmtune.plan.devices.hardware import Hardware
-from llmtune.plan.memory.peak_memory import MemoryPlan
+from llmtune.plan.memory.memory_plan import MemoryPlan
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.shapes import ModelShape
 

@@ -18,11 +18,12 @@ from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed
 from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
 from llmtune.plan.devices.hardware import Hardware, fp16_supported, resolve_hardware
-from llmtune.plan.ladder import Candidate, Ladder, build_ladder
+from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.plan import Plan
+from llmtune.plan.search import build_ladder
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes, parse_bytes
 

@@ -99,7 +99,7 @@ def _find_weight_notes(name: str, folder: Path, trusted: bool, cache_dir: Path |
     values = None if trusted else read_cached(cache_dir, "weights", key)
     if values is None:
         from llmtune.model.weights.check import compare_weights
-        from llmtune.plan.memory.model_shape import build_meta_model
+        from llmtune.plan.memory.architecture import build_meta_model
 
         model, _ = build_meta_model(_architecture(folder, trusted), trusted)
         values = compare_weights(model, folder).to_dict()

@@ -23,7 +23,7 @@ from llmtune.plan.devices import gpus
 from llmtune.plan.devices.cards import CARDS, find_card
 from llmtune.plan.devices.hardware import Hardware, probe_host_memory_bytes, resolve_hardware
 from llmtune.plan.memory import peak_memory
-from llmtune.plan.memory.peak_memory import MemoryPlan
+from llmtune.plan.memory.memory_plan import MemoryPlan
 from llmtune.plan.plan import Plan
 from llmtune.plan.resolve import resolve_ladder, resolve_plan
 

@@ -12,7 +12,7 @@ from llmtune import __version__
 from llmtune.export.card.facts import Facts, list_sources, read_metrics_after
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import Hardware
-from llmtune.plan.memory.peak_memory import MemoryPlan
+from llmtune.plan.memory.memory_plan import MemoryPlan
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.prepared_data import SplitSummary

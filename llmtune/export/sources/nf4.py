@@ -17,7 +17,7 @@ import torch
 
 from llmtune.errors import ConfigError, ExportError
 from llmtune.export.sources.tensor_source import TensorSource, find_name, read_whole, some
-from llmtune.plan.memory.model_shape import build_meta_model
+from llmtune.plan.memory.architecture import build_meta_model
 from llmtune.storage.tensors.row_blocks import row_ranges
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Precision
-from llmtune.plan.memory.model_shape import load_architecture
+from llmtune.plan.memory.architecture import load_architecture
 from llmtune.plan.memory.rank_bytes import ActivationBytes
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.trace_cache import read_cached, write_cached

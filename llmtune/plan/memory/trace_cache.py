@@ -16,7 +16,8 @@ from llmtune.storage.hashing import sha256_bytes, sha256_files
 
 #: What the values depend on beside model and settings: libraries, and the files that compute them.
 _LIBRARIES = ("torch", "transformers")
-_SOURCES = ("activations.py", "model_shape.py", "rank_bytes.py", "shapes.py", "../abilities.py")
+_SOURCES = ("activations.py", "architecture.py", "model_shape.py", "rank_bytes.py", "shapes.py")
+_ABILITIES = "../abilities.py"
 _TUNERS = "../../tuner"
 
 
@@ -51,6 +52,6 @@ def _file(folder: Path, kind: str, key: str) -> Path:
 @cache
 def _versions() -> tuple[str, ...]:
     here = Path(__file__).parent
-    files = [here / name for name in _SOURCES]
+    files = [here / name for name in (*_SOURCES, _ABILITIES)]
     files += sorted((here / _TUNERS).rglob("*.py"))
     return (__version__, *(metadata.version(name) for name in _LIBRARIES), sha256_files(files))

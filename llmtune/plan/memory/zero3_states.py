@@ -9,6 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmtune.plan.memory.parameter_groups import (
+    parameter_groups,
+    partition_numel,
+    rank_numel,
+    sub_groups,
+)
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
     FP32_BYTES,
@@ -21,13 +27,7 @@ from llmtune.plan.memory.rank_bytes import (
     largest_trained_numel,
 )
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
-from llmtune.plan.memory.zero_buffers import (
-    ZeroSizes,
-    parameter_groups,
-    partition_numel,
-    rank_numel,
-    sub_groups,
-)
+from llmtune.plan.memory.zero_buffers import ZeroSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ compares the result with the tensors of a live engine and with its swap folder.
 from __future__ import annotations
 
 from llmtune.config.schema import Precision
+from llmtune.plan.memory.parameter_groups import partition_numel
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
     FP32_BYTES,
@@ -30,7 +31,7 @@ from llmtune.plan.memory.zero3_states import (
     stage_3_on_host,
     stage_3_on_nvme,
 )
-from llmtune.plan.memory.zero_buffers import ZeroSizes, partition_numel
+from llmtune.plan.memory.zero_buffers import ZeroSizes
 
 
 def state_bytes(
