@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtune.data.rows.problem_report import read_problem_file
-from llmtune.data.rows.problems import Problem
+from llmtune.data.rows.problems import Problem, read_problem_file
 from llmtune.data.store.token_store import Rows, TokenStore
 from llmtune.plan.prepared_data import PreparedData
 

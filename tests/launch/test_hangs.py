@@ -14,7 +14,7 @@ from llmtune.launch.supervise import phase_records
 from llmtune.launch.supervise.outcome import RanksFailedError
 from llmtune.launch.supervise.phase_records import HangDetector, finished_step
 from llmtune.launch.supervise.supervisor import Limits
-from llmtune.storage.rank_files import PhaseRecord, phase_file
+from llmtune.storage.rank_files import phase_file, read_phase
 from tests.launch.fakes import run_fakes
 
 
@@ -71,7 +71,7 @@ def test_loading_may_take_ten_times_as_long(tmp_path: Path) -> None:
 
 def test_every_write_changes_the_record(tmp_path: Path) -> None:
     log = PhaseLog(phase_file(tmp_path, 0))
-    assert PhaseRecord.read(tmp_path, 0).phase == "start"
+    assert read_phase(tmp_path, 0).phase == "start"
     log.enter("evaluate")
     seen = [phase_file(tmp_path, 0).read_bytes()]
     for write in (log.beat, log.beat, lambda: log.enter("evaluate")):
@@ -79,7 +79,7 @@ def test_every_write_changes_the_record(tmp_path: Path) -> None:
         seen.append(phase_file(tmp_path, 0).read_bytes())
     assert len(set(seen)) == 4
     assert {len(record) for record in seen} == {len(seen[0])}
-    assert PhaseRecord.read(tmp_path, 0).phase == "evaluate"
+    assert read_phase(tmp_path, 0).phase == "evaluate"
     PhaseLog().beat()
 
 

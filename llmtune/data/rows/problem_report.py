@@ -1,11 +1,10 @@
-"""Write, count and report the problems of the data."""
+"""Write, count and report problems of the data."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TextIO
 
 from llmtune.data.rows.problems import Problem
@@ -22,13 +21,6 @@ def write_problems(problems: Iterable[Problem], file: TextIO) -> None:
         json.dumps(redact_values(asdict(problem)), ensure_ascii=False) + "\n"
         for problem in problems
     )
-
-
-def read_problem_file(path: Path) -> Iterator[Problem]:
-    """The problems that were written to a file, one at a time: there may be millions."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield Problem(**json.loads(line))
 
 
 def group_by_kind(problems: Iterable[Problem]) -> list[tuple[Problem, int]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -42,3 +45,10 @@ def short(value: Any) -> str:
     """A value for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_problem_file(path: Path) -> Iterator[Problem]:
+    """The problems that were written to a file, one at a time: there may be millions."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield Problem(**json.loads(line))

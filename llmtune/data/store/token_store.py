@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtune.data.rows.problem_report import read_problem_file
-from llmtune.data.rows.problems import Problem
+from llmtune.data.rows.problems import Problem, read_problem_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
