@@ -18,7 +18,7 @@ from llmtune.units import counted, format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from llmtune.cli.arguments import Options
     from llmtune.cli.output import Output
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
     from llmtune.plan.advice import Advice
     from llmtune.plan.ladder import Ladder, Rung
 

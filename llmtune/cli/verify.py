@@ -20,7 +20,7 @@ from llmtune.units import counted, format_bytes
 if TYPE_CHECKING:
     from llmtune.checkpoint.mirror import Mirror
     from llmtune.cli.arguments import Options
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
 
 #: Whoever asks for copies waits for them: a week.
 _COPY_SECONDS = 7 * 86400.0

@@ -28,12 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.config import rules
 from llmtune.config.compose_errors import describe_compose_error
-from llmtune.config.keys import ALIASES, PROMPTS, YAML_ALIASES, known_keys
+from llmtune.config.composed import Composed
+from llmtune.config.keys import PROMPTS, YAML_ALIASES, known_keys
 from llmtune.config.literal import rename_interpolations, to_literal, without_interpolations
 from llmtune.config.overrides import Choice, Setting, read_override
 from llmtune.config.schema import Config
 from llmtune.config.stored import (
-    dump_yaml,
     first_line,
     read_key,
     schema,
@@ -62,34 +62,6 @@ _PACKAGE = re.compile(r"#\s*@package\s+_global_\s*")
 _NO_VALUE = "no value"
 #: A resolver with its argument, such as ``${oc.env:HF_TOKEN}``; its name may be interpolated too.
 _LOOKUP = re.compile(r"\$\{[^:\n]*:")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Composed:
-    """A composed config, and the choices and overrides behind it."""
-
-    config: Config
-    choices: dict[str, str | None]
-    """Config group -> chosen option."""
-    overrides: list[str]
-    """The overrides as they were typed."""
-    unnamed: frozenset[str]
-    """Those of ``model`` and ``data`` that nobody named, so that the default job's are used."""
-
-    @property
-    def yaml(self) -> str:
-        """The composed config as text."""
-        return dump_yaml(self.config)
-
-    @property
-    def keys(self) -> list[str]:
-        """Groups and dotted keys of the command line."""
-        names = (override.lstrip("+~").partition("=")[0] for override in self.overrides)
-        return [ALIASES.get(name, name) for name in names]
-
-    def explicit(self, key: str) -> bool:
-        """Whether the command line set ``key`` (a group or a dotted key)."""
-        return key in self.keys
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from llmtune.config.groups.zero import OffloadConfig
 from llmtune.config.schema import Config
+from llmtune.errors import DoesNotFitError
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
@@ -83,6 +84,16 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
             where=where,
             override=None,
         )
+
+
+def check_fits(config: Config, ladder: Ladder) -> None:
+    """Refuse a job of which no rung fits.
+
+    Raises:
+        DoesNotFitError: With what every rung lacks, and the smallest change that would help.
+    """
+    if ladder.chosen is None:
+        raise DoesNotFitError(describe_misfit(config, ladder))
 
 
 def describe_misfit(config: Config, ladder: Ladder) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
-from llmtune.errors import ConfigError, DoesNotFitError, LlmtuneError, MissingPrerequisiteError
+from llmtune.errors import ConfigError, LlmtuneError, MissingPrerequisiteError
 from llmtune.plan.abilities import check_row_length, check_stage
-from llmtune.plan.advice import describe_misfit
+from llmtune.plan.advice import check_fits
 from llmtune.plan.attention_kernel import resolve_attention
 from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed
 from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
@@ -43,8 +43,8 @@ def resolve_plan(
         MissingPrerequisiteError: CUDA or the model's configuration is missing.
     """
     ladder = resolve_ladder(config, world_size, begun=begun)
-    if ladder.chosen is None:
-        raise DoesNotFitError(describe_misfit(config, ladder))
+    check_fits(config, ladder)
+    assert ladder.chosen is not None
     return plan_candidate(config, ladder, ladder.chosen, world_size is not None)
 
 

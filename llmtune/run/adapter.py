@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.checkpoint.find import find_checkpoints
-from llmtune.config.compose import Composed
+from llmtune.config.composed import Composed
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Config
 from llmtune.config.stored import load_config

@@ -92,11 +92,13 @@ def _describing_folder(given: Config, checkpoint: Path) -> Path:
 
     Transformers' Trainer puts them beside the ranks' files.
     """
+    from llmtune.config.cache_folder import open_cache
     from llmtune.model.source import resolve_model_folder
-    from llmtune.run.prepare import cache_dir
 
     if given.target.base:
-        return resolve_model_folder(ModelConfig(name_or_path=given.target.base), cache_dir(given))
+        return resolve_model_folder(
+            ModelConfig(name_or_path=given.target.base), open_cache(given.paths)
+        )
     for folder in (checkpoint, checkpoint.parent):
         if (folder / "config.json").is_file():
             return folder

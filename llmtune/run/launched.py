@@ -33,9 +33,9 @@ from llmtune.storage import layout
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
     from llmtune.engine.distributed import Rank
-    from llmtune.run.prepare import RunTarget
+    from llmtune.run.attempt import RunTarget
     from llmtune.train.request import RunRequest
     from llmtune.train.run_folder import RunFolder
 
@@ -217,9 +217,10 @@ def _prepare_first(
     from llmtune.launch.preflight.deepspeed_ops import ensure_ops
     from llmtune.plan.resolve import resolve_plan
     from llmtune.run.adapter import adopt_adapter, check_adapter
+    from llmtune.run.attempt import attempt
     from llmtune.run.describe import describe
     from llmtune.run.fallback import place_swap
-    from llmtune.run.prepare import attempt, prepare_run
+    from llmtune.run.prepare import prepare_run
     from llmtune.train.begun import begun_train
 
     composed = adopt_adapter(composed, target.folder)

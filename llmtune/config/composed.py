@@ -1,0 +1,39 @@
+"""A config with the choices and overrides that it was composed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmtune.config.keys import ALIASES
+from llmtune.config.schema import Config
+from llmtune.config.stored import (
+    dump_yaml,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composed:
+    """A composed config, and the choices and overrides behind it."""
+
+    config: Config
+    choices: dict[str, str | None]
+    """Config group -> chosen option."""
+    overrides: list[str]
+    """The overrides as they were typed."""
+    unnamed: frozenset[str]
+    """Those of ``model`` and ``data`` that nobody named, so that the default job's are used."""
+
+    @property
+    def yaml(self) -> str:
+        """The composed config as text."""
+        return dump_yaml(self.config)
+
+    @property
+    def keys(self) -> list[str]:
+        """Groups and dotted keys of the command line."""
+        names = (override.lstrip("+~").partition("=")[0] for override in self.overrides)
+        return [ALIASES.get(name, name) for name in names]
+
+    def explicit(self, key: str) -> bool:
+        """Whether the command line set ``key`` (a group or a dotted key)."""
+        return key in self.keys
