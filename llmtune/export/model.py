@@ -12,8 +12,9 @@ import torch
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.card.license import check_licenses
+from llmtune.export.merge.adapter import Adapter
 from llmtune.export.merge.merged_source import MergedSource
-from llmtune.export.merge.peft_adapter import Adapter, read_adapter
+from llmtune.export.merge.peft_adapter import read_adapter
 from llmtune.export.merge.task_head import TaskHeadSource, find_task_head
 from llmtune.export.publish.shards import ProgressCallbacks
 from llmtune.export.sources.bitsandbytes_base import open_base

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from llmtune.config.byte_sizes import parse_bytes
 from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
@@ -17,7 +18,8 @@ from llmtune.plan.attention_kernel import resolve_attention
 from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed
 from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
-from llmtune.plan.devices.hardware import Hardware, fp16_supported, resolve_hardware
+from llmtune.plan.devices.hardware import Hardware
+from llmtune.plan.devices.probe import fp16_supported, resolve_hardware
 from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.plan.memory.model_shape import resolve_shape
@@ -25,7 +27,7 @@ from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.plan import Plan
 from llmtune.plan.search import build_ladder
 from llmtune.tuner.tuner import TUNERS
-from llmtune.units import counted, format_bytes, parse_bytes
+from llmtune.units import counted, format_bytes
 
 
 def resolve_plan(

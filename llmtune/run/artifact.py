@@ -153,7 +153,7 @@ def _load_weights(target: Target) -> Any:
     from llmtune.plan.abilities import attention_kernels
     from llmtune.plan.attention_kernel import resolve_attention
     from llmtune.plan.devices.gpus import visible_gpus
-    from llmtune.plan.devices.hardware import resolve_accelerator
+    from llmtune.plan.devices.probe import resolve_accelerator
     from llmtune.plan.memory.architecture import build_meta_model
 
     config = target.config

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
     """Be the rank that ``launcher`` started: train, and end this process with an exit code."""
     from llmtune.launch.preflight.deepspeed_ops import ensure_ops, load_ops
-    from llmtune.plan.devices.hardware import resolve_accelerator
+    from llmtune.plan.devices.probe import resolve_accelerator
     from llmtune.plan.memory.placement import Placement
     from llmtune.run.prepare import resolve_run_target
     from llmtune.train.run_folder import open_run_folder

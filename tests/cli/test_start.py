@@ -19,7 +19,7 @@ from tests.support import TINY, losses, run
 _PROGRAM = """
 import os, sys
 from llmtune.cli import main
-from llmtune.plan import plan as planner
+from llmtune.plan import resolve as planner
 from llmtune.run import ranks_ahead
 def spy(module, name, what):
     real = getattr(module, name)

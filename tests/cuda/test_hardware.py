@@ -21,7 +21,8 @@ from llmtune.launch.launchers.environment import set_allocator_default, set_defa
 from llmtune.launch.preflight.affinity import bind_to_gpu
 from llmtune.plan.devices import gpus
 from llmtune.plan.devices.cards import CARDS, find_card
-from llmtune.plan.devices.hardware import Hardware, probe_host_memory_bytes, resolve_hardware
+from llmtune.plan.devices.hardware import Hardware
+from llmtune.plan.devices.probe import probe_host_memory_bytes, resolve_hardware
 from llmtune.plan.memory import peak_memory
 from llmtune.plan.memory.memory_plan import MemoryPlan
 from llmtune.plan.plan import Plan

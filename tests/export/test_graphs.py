@@ -26,7 +26,7 @@ from llmtune.export.pipeline import write_files
 from llmtune.export.publish.shards import Journal
 from llmtune.export.writers.graph.graph_comparison import compare_graph, make_probe_batches
 from llmtune.export.writers.graph.graph_model import GraphModel, find_loader, load_graph_model
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 from tests.export.conftest import copy_tokenizer, make_adapter
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -24,7 +24,7 @@ from llmtune.export.sources.master_weights import (
     has_master_weights,
 )
 from llmtune.export.sources.tensor_source import read_whole
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 from llmtune.train.checkpointing import link_result
 from tests.support import TINY, train_engines
 

@@ -360,7 +360,7 @@ def test_experts_whose_names_are_translated_are_compared_whole_or_by_their_numbe
     assert "parity: logits not compared; 4 adapted modules recomputed" in text
     monkeypatch.setattr("llmtune.export.verify.export_checks._MEMORY_FACTOR", 10**9)
     assert "they need the whole model in memory" in run()
-    monkeypatch.setattr("llmtune.export.merge.peft_adapter.Adapter.scale", lambda *_: 0.5)
+    monkeypatch.setattr("llmtune.export.merge.adapter.Adapter.scale", lambda *_: 0.5)
     with pytest.raises(ExportError, match=r"4 of 4[15] tensors are not"):
         run()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtune.config.byte_sizes import parse_bytes
 from llmtune.config.compose import compose_config
 from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.train import TrainConfig
@@ -24,7 +25,7 @@ from llmtune.plan.plan import Plan
 from llmtune.plan.resolve import resolve_ladder, resolve_plan
 from llmtune.plan.steps import resolve_steps
 from llmtune.tuner.tuner import TUNERS
-from llmtune.units import counted, format_bytes, format_count, format_seconds, parse_bytes
+from llmtune.units import counted, format_bytes, format_count, format_seconds
 
 
 def test_the_70b_shape_is_exact() -> None:

@@ -22,12 +22,8 @@ import torch
 from llmtune.export.sources.tensor_source import TensorSource
 from llmtune.storage.atomic import append_line, flush, remove_folder
 from llmtune.storage.hashing import hash_file
-from llmtune.storage.tensors.safetensors_writer import (
-    TensorFile,
-    TensorSpec,
-    plan_shards,
-    write_index,
-)
+from llmtune.storage.tensors.safetensors_writer import TensorFile, plan_shards, write_index
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 JOURNAL = "journal.jsonl"
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from llmtune.export.sources.tensor_source import TensorSource, find_name
-from llmtune.export.verify.streamed_model import StreamedModel, Unit
+from llmtune.export.verify.streamed_model import StreamedModel
+from llmtune.export.verify.unit import Unit
 from llmtune.model.skeleton import is_hollow
 
 #: Relative error of one rounding to fp32, in which merges are computed.

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.tensor_source import TensorSource, some
-from llmtune.export.verify.streamed_model import StreamedModel, Unit
+from llmtune.export.sources.tensor_source import TensorSource
+from llmtune.export.verify.streamed_model import StreamedModel
+from llmtune.export.verify.unit import Unit
+from llmtune.units import some
 
 #: Error of summing fp32 products in another order, relative to the norm of the output.
 _ARITHMETIC = 1e-5

@@ -31,7 +31,7 @@ from llmtune.storage.atomic import write_atomically
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.tensors.row_blocks import row_ranges
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 _STATE = "quant_state.bitsandbytes__nf4"
 

@@ -26,8 +26,8 @@ from llmtune.export.sources.deepspeed.rank_files import (
     read_model_states,
 )
 from llmtune.export.sources.deepspeed.step_folder import COPY_AGAIN
-from llmtune.export.sources.tensor_source import some
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
+from llmtune.units import some
 
 #: Parameter -> shape, in the order in which the flat tensors hold them.
 Shapes = dict[str, tuple[int, ...]]

@@ -15,9 +15,9 @@ from llmtune.export.sources.deepspeed.zero_parameters import (
     other_tensors,
     trained_parameters,
 )
-from llmtune.export.sources.tensor_source import some
 from llmtune.storage.tensors.dtypes import to_safetensors
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
+from llmtune.units import some
 
 
 class ZeroSource:
