@@ -171,8 +171,8 @@ def run_llmtune(base: Path, adapter: Path, output: Path, parity: bool) -> dict[s
     from transformers import AutoTokenizer, GenerationConfig  # noqa: F401 - so that it is not timed
 
     from llmtune.config.groups.export import ExportConfig
-    from llmtune.export.model import ExportRequest
     from llmtune.export.pipeline import run_export
+    from llmtune.export.request import ExportRequest
 
     waited, flush = 0.0, os.fsync
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.formats.format import FORMATS
-from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
+from llmtune.export.request import ExportRequest
 from llmtune.storage import layout
 from llmtune.storage.manifest import find_damage
 from tests.export.conftest import make_adapter

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError
-from llmtune.export.model import ExportRequest, open_export_model
+from llmtune.export.open_model import open_export_model
 from llmtune.export.publish.shards import Journal, write_shards
+from llmtune.export.request import ExportRequest
 from llmtune.export.sources.master_weights import (
     MasterWeightsSource,
     find_master_weights,

@@ -26,8 +26,8 @@ from transformers import (
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType
 from llmtune.errors import ExportError
 from llmtune.export.merge.peft_adapter import read_adapter
-from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
+from llmtune.export.request import ExportRequest
 from llmtune.export.sources.tensor_source import SafetensorsSource
 from llmtune.export.verify.parity import (
     ComparedModels,

@@ -59,3 +59,15 @@ class Adapter:
         if isinstance(indices, dict):
             indices = next((rows for name, rows in indices.items() if module.endswith(name)), [])
         return tuple(int(index) for index in indices)
+
+
+def is_module_to_save(module: str, name: str) -> bool:
+    """Return whether a name in ``modules_to_save`` is that of a module or of one around it.
+
+    Ends of names are compared, as peft does.
+    """
+    while module:
+        if module.endswith(name):
+            return True
+        module = module.rpartition(".")[0]
+    return False

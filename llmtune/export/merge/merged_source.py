@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.adapter import Adapter, ModuleTensors
+from llmtune.export.merge.adapter import Adapter, ModuleTensors, is_module_to_save
 from llmtune.export.merge.deltas import Delta, LoraBias, LowRank, Replacement, TokenRows
-from llmtune.export.merge.peft_adapter import is_module_to_save
 from llmtune.export.sources.tensor_source import (
     TensorSource,
     find_name,

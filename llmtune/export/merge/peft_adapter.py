@@ -9,7 +9,7 @@ from typing import Any
 
 from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.architecture import headed_task
-from llmtune.export.merge.adapter import Adapter, ModuleTensors
+from llmtune.export.merge.adapter import Adapter, ModuleTensors, is_module_to_save
 from llmtune.export.sources.tensor_source import open_tensors
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmtune.storage.tensors.tensor_checks import (
@@ -191,18 +191,6 @@ def _find_contradictions(adapter: Adapter) -> Iterator[str]:
         is_saved = any(is_module_to_save(module, name) for module in saved_modules)
         if not is_saved and not (name in heads and has_head):
             yield f"{ADAPTER_CONFIG} has {name} among modules_to_save, and no tensor of it"
-
-
-def is_module_to_save(module: str, name: str) -> bool:
-    """Return whether a name in ``modules_to_save`` is that of a module or of one around it.
-
-    Ends of names are compared, as peft does.
-    """
-    while module:
-        if module.endswith(name):
-            return True
-        module = module.rpartition(".")[0]
-    return False
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:

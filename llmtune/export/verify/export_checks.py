@@ -13,8 +13,8 @@ import torch
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
 from llmtune.export.architecture import is_renamed
+from llmtune.export.export_model import ExportModel
 from llmtune.export.formats.format import find_format
-from llmtune.export.model import ExportModel
 from llmtune.export.sources.tensor_source import (
     FilteredSource,
     RetypedSource,

@@ -215,13 +215,15 @@ def _recompute(
     Raises:
         ExportError: A number is wrong.
     """
-    expectations = find_expected(reference)
+    expectations = find_expected(reference.units, reference.aliases)
     merged_aliases = tied_aliases(build_skeleton(models.merged_folder))
     agreement = Recomputation(models.base, models.merged, reference.aliases, merged_aliases).run(
         expectations
     )
     agreement.check()
-    return agreement, OutputComparison(reference, models.merged, expectations.unknown, dtype)
+    return agreement, OutputComparison(
+        reference.run_unit, models.merged, expectations.unknown, dtype
+    )
 
 
 def measure_parity_in_memory(

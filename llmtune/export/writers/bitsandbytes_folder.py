@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.model import ExportModel
+from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.nf4 import (
     BLOCK_SIZE,

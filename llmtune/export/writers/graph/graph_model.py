@@ -24,7 +24,7 @@ from llmtune.export.architecture import (
     find_architecture,
     task_of,
 )
-from llmtune.export.model import ExportModel
+from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.tensor_source import RetypedSource
