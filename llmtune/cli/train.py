@@ -75,7 +75,7 @@ def run(composed: Composed, options: Options) -> int:
 def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
     """Plan and train until the end; ``lock`` then holds the lock of the run folder."""
     from llmtune.cli.output import quiet_environment, quiet_libraries
-    from llmtune.data.read.sources import check_local_files
+    from llmtune.data.read.parse_sources import check_local_files
     from llmtune.plan.advice import check_fits
     from llmtune.plan.resolve import resolve_ladder
     from llmtune.run.adapter import adopt_adapter, check_adapter

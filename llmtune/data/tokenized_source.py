@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config.cache_folder import INSTEAD, KEY
-from llmtune.config.groups.data import DataConfig
-from llmtune.data.formats.format import AUTO, FORMATS, detect_format
+from llmtune.config.groups.data import AUTO, DataConfig
+from llmtune.data.formats.format import FORMATS, detect_format
 from llmtune.data.formats.recipe import Recipe
 from llmtune.data.read.blocks import Block, Lines, count_rows, parse_rows, select_rows
 from llmtune.data.read.fingerprint import hash_files
@@ -20,8 +20,7 @@ from llmtune.data.read.sources import DataFile, Source, is_compressed, resolve_f
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.fields import without_fields
 from llmtune.data.rows.problems import RowError, format_location
-from llmtune.data.rows.turns import rename
-from llmtune.data.rows.values import Row
+from llmtune.data.rows.values import Row, rename
 from llmtune.data.store.store_writer import write_store
 from llmtune.data.store.token_store import SUMMARY
 from llmtune.data.tokenize.chat_template import check_chat_template

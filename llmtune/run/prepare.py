@@ -15,7 +15,7 @@ from llmtune.config.cache_folder import open_cache
 from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
 from llmtune.data.prepare import prepare_data
-from llmtune.data.read.sources import parse_sources
+from llmtune.data.read.parse_sources import parse_sources
 from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
 from llmtune.data.tokenize.chat_template import load_chat_template

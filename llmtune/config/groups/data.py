@@ -8,6 +8,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+#: ``data.format`` that goes by the fields of each file's first row.
+AUTO = "auto"
+
 
 class _ByNameOrValue(EnumMeta):
     """An enum that OmegaConf also looks up by values: ``raise`` cannot be a member's name."""
@@ -55,7 +58,7 @@ class DataConfig:
     val_set_size: int | float = 0.05
     """Rows of the files (an integer), or a share of them (a fraction below 1), split off for
     evaluation; 0 for none. A long text is split off whole, whatever ``overlong`` says."""
-    format: str = "auto"
+    format: str = AUTO
     """Format of the rows (``data/formats/``); ``auto`` derives it from the fields of each
     file's first row.
     """

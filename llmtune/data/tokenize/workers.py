@@ -27,6 +27,7 @@ from llmtune.data.formats.recipe import Recipe
 from llmtune.data.read.blocks import Block, parse_rows
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.problems import Problem, RowError
+from llmtune.data.tokenize.chat_template import ChatRenderer
 from llmtune.data.tokenize.encode import Encoder
 from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.token_row import Overflow, SplitRows, TokenBlock, TokenRow
@@ -79,6 +80,18 @@ class _Document:
     def read(self, index: int) -> TokenRow:
         """One of the rows."""
         return self.rows.read(index) if isinstance(self.rows, SplitRows) else self.rows[index]
+
+
+def make_encoder(
+    tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings, folder: Path | None = None
+) -> Encoder:
+    """Make an encoder that renders chats by the tokenizer's own template.
+
+    Args:
+        folder: As :class:`~llmtune.data.tokenize.encode.Encoder` takes it.
+    """
+    render_chat = ChatRenderer(tokenizer, every_answer=settings.train_on_inputs)
+    return Encoder(tokenizer, settings, render_chat, folder)
 
 
 def tokenize_block(
@@ -200,7 +213,7 @@ class TokenizerPool:
         Args:
             folder: For the tokens of long texts on their way; nothing is left in it.
         """
-        self._encoder = Encoder(tokenizer, settings, folder)
+        self._encoder = make_encoder(tokenizer, settings, folder)
         self._ahead = AHEAD * workers
         self._pool: ProcessPoolExecutor | None = None
         self._started: Future[None] | None = None
@@ -312,7 +325,7 @@ def _start_worker(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # The workers share the work; each tokenizes with one thread.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _WORKER.append(_Worker(Encoder(tokenizer, settings, folder), folder))
+    _WORKER.append(_Worker(make_encoder(tokenizer, settings, folder), folder))
     # Rows make millions of small objects and no cycles: looking for some takes a tenth of the time.
     gc.freeze()
     gc.set_threshold(200_000, 50, 1000)
