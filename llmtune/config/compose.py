@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmtune.config import rules
 from llmtune.config.compose_errors import describe_compose_error
 from llmtune.config.composed import Composed
-from llmtune.config.keys import PROMPTS, YAML_ALIASES, known_keys
+from llmtune.config.keys import PROMPTS, YAML_ALIASES
 from llmtune.config.literal import rename_interpolations, to_literal, without_interpolations
 from llmtune.config.overrides import Choice, Setting, read_override
 from llmtune.config.schema import Config
@@ -37,7 +37,6 @@ from llmtune.config.stored import (
     first_line,
     read_key,
     schema,
-    set_key,
     take_out_aliases,
     to_config,
 )
@@ -117,18 +116,6 @@ def compose_config(
     if problems:
         raise ConfigError.from_problems(problems)
     return Composed(config=config, choices=choices, overrides=list(overrides), unnamed=unnamed)
-
-
-def with_overrides(stored: Config, composed: Composed) -> Config:
-    """Return a stored config with the groups and keys of the command line on top."""
-    config = copy.deepcopy(stored)
-    known = known_keys()
-    # Overlays such as debug=trace are no keys; of theirs, only ``trace`` matters to a stored run.
-    for key in [*composed.keys, "trace"]:
-        value = read_key(composed.config, key)
-        if value is not None or key in known:
-            set_key(config, key, copy.deepcopy(value))
-    return config
 
 
 def config_groups(config_dir: str | None = None) -> dict[str, set[str]]:

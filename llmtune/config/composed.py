@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
-from llmtune.config.keys import ALIASES
+from llmtune.config.keys import ALIASES, known_keys
 from llmtune.config.schema import Config
 from llmtune.config.stored import (
     dump_yaml,
+    read_key,
+    set_key,
 )
 
 
@@ -37,3 +40,15 @@ class Composed:
     def explicit(self, key: str) -> bool:
         """Whether the command line set ``key`` (a group or a dotted key)."""
         return key in self.keys
+
+
+def with_overrides(stored: Config, composed: Composed) -> Config:
+    """Return a stored config with the groups and keys of the command line on top."""
+    config = copy.deepcopy(stored)
+    known = known_keys()
+    # Overlays such as debug=trace are no keys; of theirs, only ``trace`` matters to a stored run.
+    for key in [*composed.keys, "trace"]:
+        value = read_key(composed.config, key)
+        if value is not None or key in known:
+            set_key(config, key, copy.deepcopy(value))
+    return config

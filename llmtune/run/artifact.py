@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.config.cache_folder import open_cache
-from llmtune.config.compose import with_overrides
-from llmtune.config.composed import Composed
+from llmtune.config.composed import Composed, with_overrides
 from llmtune.config.schema import Config, Precision
 from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
