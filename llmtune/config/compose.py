@@ -33,13 +33,7 @@ from llmtune.config.keys import PROMPTS, YAML_ALIASES
 from llmtune.config.literal import rename_interpolations, to_literal, without_interpolations
 from llmtune.config.overrides import Choice, Setting, read_override
 from llmtune.config.schema import Config
-from llmtune.config.stored import (
-    first_line,
-    read_key,
-    schema,
-    take_out_aliases,
-    to_config,
-)
+from llmtune.config.stored import first_line, read_key, schema, take_out_aliases, to_config
 from llmtune.errors import ConfigError
 from llmtune.security.trust import find_owner_problem
 

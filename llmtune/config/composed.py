@@ -7,11 +7,7 @@ from dataclasses import dataclass
 
 from llmtune.config.keys import ALIASES, known_keys
 from llmtune.config.schema import Config
-from llmtune.config.stored import (
-    dump_yaml,
-    read_key,
-    set_key,
-)
+from llmtune.config.stored import dump_yaml, read_key, set_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,7 @@ import torch
 from llmtune.export.merge.adapter import Adapter
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.request import ExportRequest
-from llmtune.export.sources.tensor_source import (
-    TensorSource,
-    usual_dtype,
-)
+from llmtune.export.sources.tensor_source import TensorSource, usual_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

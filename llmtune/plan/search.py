@@ -18,12 +18,7 @@ from llmtune.config.schema import Config, Precision
 from llmtune.plan.batch_sizes import BatchPlan, batch_options, resolve_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
-from llmtune.plan.ladder import (
-    Candidate,
-    Ladder,
-    Rung,
-    choose,
-)
+from llmtune.plan.ladder import Candidate, Ladder, Rung, choose
 from llmtune.plan.memory.activations import ActivationModel, TraceSettings
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.peak_memory import Workload, estimate_memory, find_shortfall

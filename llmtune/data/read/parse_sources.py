@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.data import AUTO, DataConfig
 from llmtune.data.formats.format import FORMATS
-from llmtune.data.read.sources import (
-    Source,
-    resolve_files,
-)
+from llmtune.data.read.sources import Source, resolve_files
 from llmtune.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -12,13 +12,7 @@ from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.fields import MASKED, REASONING, SPELLINGS, TRAINED, says_nothing_else
 from llmtune.data.rows.problems import RowError, short
 from llmtune.data.rows.tool_calls import parse_tool_calls, read_tool_calls, read_tools
-from llmtune.data.rows.values import (
-    Row,
-    check_unicode,
-    read_list,
-    read_text,
-    texts_within,
-)
+from llmtune.data.rows.values import Row, check_unicode, read_list, read_text, texts_within
 
 #: Names of roles in the formats of the field; capitals mean nothing.
 ROLES = {

@@ -10,10 +10,7 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError
 from llmtune.plan.abilities import attention_kernels, max_positions
-from llmtune.plan.memory.architecture import (
-    build_meta_model,
-    load_architecture,
-)
+from llmtune.plan.memory.architecture import build_meta_model, load_architecture
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.tuner.adapted_layers import (

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmtune.plan.memory.parameter_groups import (
-    partition_numel,
-)
+from llmtune.plan.memory.parameter_groups import partition_numel
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.shapes import ModelShape
 
