@@ -16,7 +16,7 @@ from llmtune.units import counted
 if TYPE_CHECKING:
     from llmtune.cli.arguments import Options
     from llmtune.cli.output import Output
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
     from llmtune.config.schema import Config
     from llmtune.data.report.html import DataReport
     from llmtune.data.report.statistics import Lengths, Padding, TextSpan
@@ -58,13 +58,14 @@ def run(composed: Composed, options: Options) -> int:
 
 
 def _report(composed: Composed, options: Options, write: Output, colors: bool) -> int:
+    from llmtune.config.cache_folder import open_cache
     from llmtune.data.prepare import prepare_data
     from llmtune.data.prepared_data import open_rows, read_problems
     from llmtune.data.store.vocabulary import check_padding, find_beyond
     from llmtune.data.tokenize.chat_template import load_chat_template
     from llmtune.model.source import resolve_model_folder
     from llmtune.model.tokenizer import load_tokenizer
-    from llmtune.run.prepare import cache_dir, resolve_run_target, watch_tokenizing
+    from llmtune.run.prepare import resolve_run_target, watch_tokenizing
     from llmtune.track.console import Console
 
     config = composed.config
@@ -76,7 +77,7 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
 
     # The rows as a training would read them, except that problems are collected.
     console = Console(sys.stderr)
-    cache = cache_dir(config)
+    cache = open_cache(config.paths)
     folder = resolve_model_folder(config.model, cache, console.say)
     tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(
@@ -262,7 +263,7 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
 
 def to_text(report: DataReport, untrained: list[str]) -> list[str]:
     """Return the lines of the report on a terminal, without its rows."""
-    from llmtune.data.rows.problems import describe
+    from llmtune.data.rows.problem_report import describe
 
     width = max(map(len, report.numbers))
     lines = [

@@ -11,7 +11,7 @@ from llmtune.units import counted
 
 if TYPE_CHECKING:
     from llmtune.cli.arguments import Options
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
 
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 FIXED = "fixed"

@@ -18,7 +18,7 @@ from llmtune.units import counted, format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from llmtune.cli.arguments import Options
     from llmtune.cli.output import Output
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
     from llmtune.plan.advice import Advice
     from llmtune.plan.ladder import Ladder, Rung
 
@@ -35,9 +35,8 @@ def run(composed: Composed, options: Options) -> int:
 
 
 def _plan(composed: Composed, options: Options, write: Output) -> int:
-    from llmtune.plan.advice import list_advice
-    from llmtune.plan.plan import resolve_ladder
-    from llmtune.plan.report import describe_misfit
+    from llmtune.plan.advice import describe_misfit, list_advice
+    from llmtune.plan.resolve import resolve_ladder
     from llmtune.run.adapter import adopt_adapter
     from llmtune.run.task import adopt_task
     from llmtune.track.console import Console

@@ -20,7 +20,7 @@ from llmtune.units import counted, format_bytes
 if TYPE_CHECKING:
     from llmtune.checkpoint.mirror import Mirror
     from llmtune.cli.arguments import Options
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
 
 #: Seconds to wait for copies: a week, because the user asked for them.
 _COPY_SECONDS = 7 * 86400.0

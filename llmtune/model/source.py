@@ -15,7 +15,7 @@ from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.random_model import write_random_model
-from llmtune.plan.memory.model_shape import unreachable_model
+from llmtune.plan.memory.architecture import unreachable_model
 from llmtune.security.trust import open_lock, require_own
 from llmtune.storage.atomic import aside_path, remove_folder, replace_folder
 from llmtune.storage.hashing import short_hash, short_hash_file

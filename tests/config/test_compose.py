@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmtune.config.compose import Composed, compose_config, config_groups, with_overrides
+from llmtune.config.compose import compose_config, config_groups
+from llmtune.config.composed import Composed, with_overrides
 from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.keys import known_keys
 from llmtune.config.schema import Precision

@@ -28,9 +28,9 @@ from llmtune.export.card.tables import (
     describe_versions,
 )
 from llmtune.export.formats.format import find_format
-from llmtune.export.identity import find_repo, is_hub_id
+from llmtune.export.identity import find_repo
 from llmtune.export.markdown import render
-from llmtune.export.model import ExportRequest
+from llmtune.export.request import ExportRequest, is_hub_id
 from llmtune.export.usage import Usage
 from llmtune.security.redaction import redact
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS

@@ -18,8 +18,11 @@ from llmtune.storage.hashing import sha256_bytes, sha256_files
 _LIBRARIES = ("torch", "transformers")
 _SOURCES = (
     "activations.py",
+    "architecture.py",
     "fake_run.py",
     "model_shape.py",
+    "rank_bytes.py",
+    "shapes.py",
     "tensor_shapes.py",
     "../abilities.py",
 )
