@@ -208,7 +208,11 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
         if not folder.is_dir():
             aside = aside_path(folder)
             remove_folder(aside)
-            make(aside)
+            try:
+                make(aside)
+            except BaseException:
+                remove_folder(aside)
+                raise
             if not list(aside.glob("*.safetensors")):
                 raise MissingPrerequisiteError(
                     f"{folder.name}: no weights were written; convert it in a separate process"
