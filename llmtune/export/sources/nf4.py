@@ -95,6 +95,8 @@ def quantized_names(model: Path | PretrainedConfig, source: TensorSource) -> dic
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     skeleton = _build_skeleton(model)
+
+    # Layers that transformers keeps in full precision.
     kept = HfQuantizer.get_modules_to_not_convert(skeleton, None, skeleton._keep_in_fp32_modules)
     transposed: dict[str, bool] = {}
     missing = []
