@@ -706,7 +706,7 @@ SUBJECTS = {
         *("own_code", "owners", "planted_run", "secrets", "signing", "stored_configs", "supply"),
         "templates",
     },
-    "task": {"plain_loop"},
+    "task": {"classifier_runs", "plain_loop"},
     "train": {"begin_from_path", "left_behind", "plain_loop"},
 }
 

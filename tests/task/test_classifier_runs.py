@@ -68,6 +68,7 @@ def test_a_decoder_with_lora_under_zero_3_merges_into_what_peft_computes(
     from peft import PeftModel
 
     record = RunRecord.from_json((run / "plan.json").read_text())
+    assert record.model_folder is not None
     torch.manual_seed(5)
     base: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
         record.model_folder, dtype=torch.float32
@@ -122,7 +123,7 @@ def test_a_graph_of_a_classifier_computes_what_the_model_does(
         names = [given.name for given in session.get_inputs()]
         found = torch.tensor(session.run(None, {name: batch[name].numpy() for name in names})[0])
     elif form == "torchscript":
-        found = torch.jit.load(folder / "model.ts.pt")(*inputs)  # type: ignore[no-untyped-call]
+        found = torch.jit.load(folder / "model.ts.pt")(*inputs)
     else:
         weights = torch.load(folder / "model.pt", weights_only=True)
         fresh: Any = transformers.AutoModelForSequenceClassification.from_config(model.config)
