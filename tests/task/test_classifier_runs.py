@@ -97,6 +97,9 @@ def test_a_decoder_with_lora_under_zero_3_merges_into_what_peft_computes(
     assert "trained for sequence classification" in chat.err
     assert (run / "confusion_matrix.png").stat().st_size > 1000
     table = json.loads((run / "confusion_matrix.json").read_text())
+    card = (run / "merged" / "README.md").read_text()
+    assert "| néutral |" in card
+    assert (run / "merged" / "confusion_matrix.png").is_file()
     assert sum(map(sum, table["counts"])) == values["rows"]
 
 
